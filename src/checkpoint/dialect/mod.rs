@@ -1,0 +1,198 @@
+//! What a checkpoint's configuration says about each module, whichever tool wrote it.
+
+mod compressed_tensors;
+mod deepseek;
+mod modelopt;
+mod pattern;
+
+use std::fmt;
+use std::path::Path;
+
+use super::error::{CheckpointError, Result};
+use super::json::Object;
+use crate::formats::e8m0::ScaleRule;
+use pattern::Pattern;
+
+/// The tool conventions a checkpoint follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dialect {
+    /// No quantization.
+    Plain,
+    ModelOpt,
+    CompressedTensors,
+    /// `quant_method: fp8` with 128x128 blocks.
+    DeepSeek,
+}
+
+impl fmt::Display for Dialect {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Plain => "plain",
+            Self::ModelOpt => "modelopt",
+            Self::CompressedTensors => "compressed-tensors",
+            Self::DeepSeek => "fp8 (DeepSeek)",
+        })
+    }
+}
+
+/// Weight format that the configuration announces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeclaredWeight {
+    /// E2M1 with E4M3 block scales and a global scale.
+    Nvfp4 { block: usize },
+    Mxfp4,
+    Mxfp8,
+    /// E4M3; how its f32 scales are shaped is read off the tensor.
+    Fp8,
+}
+
+/// Activation format that the configuration announces; static scales are read off the tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeclaredActivation {
+    Float,
+    Nvfp4,
+    Fp8Static,
+    Fp8Token,
+    Fp8Group,
+    Mxfp4 { rule: ScaleRule },
+    Mxfp8 { rule: ScaleRule },
+}
+
+/// What the configuration announces for one module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Declared {
+    pub weight: DeclaredWeight,
+    pub activation: DeclaredActivation,
+}
+
+/// Which modules a rule is about.
+#[derive(Clone, Debug)]
+enum Target {
+    /// Every linear layer.
+    AllLinears,
+    Named(Pattern),
+}
+
+/// A checkpoint's quantization scheme: rules for modules, and the KV cache.
+#[derive(Clone, Debug)]
+pub struct Scheme {
+    pub dialect: Dialect,
+    /// The algorithm's name as the file has it, for people.
+    pub algorithm: String,
+    /// First match wins among named targets; the class target `Linear` applies to what no name matched.
+    rules: Vec<(Target, Declared)>,
+    excluded: Vec<Pattern>,
+    /// K and V are stored as E4M3 under calibrated per-tensor scales.
+    pub fp8_kv_cache: bool,
+}
+
+impl Scheme {
+    /// Reads `quantization_config` of config.json, or hf_quant_config.json where only that exists.
+    ///
+    /// # Errors
+    /// Names an unknown method, algorithm or setting.
+    pub fn read(config: &Object, folder: &Path) -> Result<Self> {
+        let embedded = match config.object("quantization_config")? {
+            Some(q) => Some(q),
+            None => config.object("compression_config")?,
+        };
+        let separate = folder.join("hf_quant_config.json");
+        let separate = if separate.is_file() { Some(Object::read(&separate)?) } else { None };
+        let Some(q) = embedded else {
+            return match separate {
+                Some(s) => modelopt::read(&s, None),
+                None => Ok(Self::plain()),
+            };
+        };
+        match q.string("quant_method")? {
+            Some("modelopt" | "modelopt_fp4" | "modelopt_mixed" | "modelopt_mxfp8") => modelopt::read(&q, separate.as_ref()),
+            None if q.get("quant_algo").is_some() => modelopt::read(&q, separate.as_ref()),
+            Some("compressed-tensors") => compressed_tensors::read(&q),
+            Some("fp8") => deepseek::read(&q),
+            Some(other) => Err(CheckpointError::Unknown {
+                file: config.file().into(),
+                what: "quant_method",
+                found: other.into(),
+                known: "modelopt, compressed-tensors and fp8 (DeepSeek's 128x128 blocks)",
+            }),
+            None => Err(q.error("quant_method", "the name of the method")),
+        }
+    }
+
+    fn plain() -> Self {
+        Self {
+            dialect: Dialect::Plain,
+            algorithm: "none".into(),
+            rules: Vec::new(),
+            excluded: Vec::new(),
+            fp8_kv_cache: false,
+        }
+    }
+
+    /// What is announced for linear `module`, a dotted name like `model.layers.0.mlp.up_proj`; `None` = unquantized.
+    #[must_use]
+    pub fn declared(&self, module: &str) -> Option<Declared> {
+        if self.excluded.iter().any(|p| p.matches(module)) {
+            return None;
+        }
+        let named = self.rules.iter().find(|(t, _)| matches!(t, Target::Named(p) if p.matches(module)));
+        named.or_else(|| self.rules.iter().find(|(t, _)| matches!(t, Target::AllLinears))).map(|(_, d)| *d)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn scheme(config: serde_json::Value) -> Result<Scheme> {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("config.json");
+        std::fs::write(&file, config.to_string()).unwrap();
+        Scheme::read(&Object::read(&file)?, folder.path())
+    }
+
+    #[test]
+    fn a_named_group_wins_over_the_class_group_before_it() {
+        let fp8 = json!({"num_bits": 8, "type": "float", "strategy": "channel", "dynamic": false});
+        let fp4 = json!({"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": false});
+        let s = scheme(json!({"quantization_config": {"quant_method": "compressed-tensors", "format": "mixed-precision",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": fp4, "input_activations": null},
+                "group_1": {"targets": ["re:.*self_attn.*"], "weights": fp8, "input_activations":
+                    {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": true}}},
+            "ignore": ["lm_head", "re:.*layers\\.1\\..*"]}}))
+        .unwrap();
+        let of = |m| s.declared(m).map(|d| d.weight);
+        assert_eq!(of("model.layers.0.mlp.up_proj"), Some(DeclaredWeight::Nvfp4 { block: 16 }));
+        assert_eq!(of("model.layers.0.self_attn.q_proj"), Some(DeclaredWeight::Fp8));
+        assert_eq!(of("model.layers.1.self_attn.q_proj"), None);
+        assert_eq!(of("lm_head"), None);
+    }
+
+    #[test]
+    fn modelopt_excludes_take_wildcards_and_may_lack_the_model_prefix() {
+        let s = scheme(json!({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16,
+            "ignore": ["lm_head", "layers.0.self_attn*", "*.mlp.gate", "model.layers.3"]}}))
+        .unwrap();
+        assert!(s.declared("model.layers.0.self_attn.q_proj").is_none());
+        assert!(s.declared("model.layers.1.mlp.gate").is_none());
+        assert!(s.declared("model.layers.3.mlp.up_proj").is_none());
+        assert!(s.declared("model.layers.1.mlp.gate_proj").is_some());
+        assert!(s.declared("model.layers.10.self_attn.q_proj").is_some());
+        assert!(s.declared("model.layers.30.mlp.up_proj").is_some());
+    }
+
+    #[test]
+    fn unknown_methods_and_algorithms_are_refused_by_name() {
+        for (config, name) in [
+            (json!({"quantization_config": {"quant_method": "awq"}}), "awq"),
+            (json!({"quantization_config": {"quant_method": "modelopt", "quant_algo": "INT4_AWQ"}}), "INT4_AWQ"),
+            (json!({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"group_0":
+                {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}}}}}), "int"),
+            (json!({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_quant_algo": "NVFP4"}}), "NVFP4"),
+        ] {
+            let message = scheme(config).unwrap_err().to_string();
+            assert!(message.contains(name) && message.contains("config.json"), "{message}");
+        }
+    }
+}

@@ -1,0 +1,51 @@
+//! Why a checkpoint was refused: always the file, the tensor or key, what was expected, what was found, what to do.
+
+use std::path::PathBuf;
+
+/// Everything that can be wrong with a checkpoint on disk.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The operating system said no.
+    #[error("{}: cannot {action}: {source}", path.display())]
+    Io { path: PathBuf, action: &'static str, source: std::io::Error },
+    /// The path is no checkpoint folder.
+    #[error("{}: {detail}", path.display())]
+    NotACheckpoint { path: PathBuf, detail: String },
+    /// A safetensors file whose header or length is wrong.
+    #[error("{}: not a valid safetensors file: {detail}", file.display())]
+    Header { file: PathBuf, detail: String },
+    /// A JSON file that does not parse.
+    #[error("{}: not valid JSON: {detail}", file.display())]
+    Json { file: PathBuf, detail: String },
+    /// The shard index is inconsistent with the folder.
+    #[error("{}: {detail}", file.display())]
+    Index { file: PathBuf, detail: String },
+    /// A configuration value that is missing, of the wrong type or out of range.
+    #[error("{}: `{key}`: expected {expected}, found {found}", file.display())]
+    Config { file: PathBuf, key: String, expected: String, found: String },
+    /// A quantization method or algorithm that Recoup does not know.
+    #[error("{}: unknown {what} `{found}`; Recoup reads {known}", file.display())]
+    Unknown { file: PathBuf, what: &'static str, found: String, known: &'static str },
+    /// A tensor that must be there is not.
+    #[error("{}: tensor `{tensor}` is missing: {why}", folder.display())]
+    MissingTensor { folder: PathBuf, tensor: String, why: String },
+    /// A tensor of a data type its role does not allow.
+    #[error("{}: tensor `{tensor}`: expected dtype {expected}, found {found}", file.display())]
+    Dtype { file: PathBuf, tensor: String, expected: String, found: String },
+    /// A tensor of a shape its role does not allow.
+    #[error("{}: tensor `{tensor}`: expected shape {expected}, found {found:?}", file.display())]
+    Shape { file: PathBuf, tensor: String, expected: String, found: Vec<usize> },
+    /// A scale that is zero, negative, NaN or infinite, or an element that is NaN.
+    #[error("{}: tensor `{tensor}`: {detail}", file.display())]
+    Value { file: PathBuf, tensor: String, detail: String },
+    /// Configuration and stored tensors contradict each other.
+    #[error("{}: module `{module}`: {detail}", file.display())]
+    Conflict { file: PathBuf, module: String, detail: String },
+    /// Tensors that nothing in the model uses: loading on would silently drop weights.
+    #[error("{}: {total} tensor(s) that this model does not use: {}{}; the checkpoint is of another architecture or format than its config.json says",
+        folder.display(), names.join(", "), if *total > names.len() { ", …" } else { "" })]
+    Leftover { folder: PathBuf, names: Vec<String>, total: usize },
+}
+
+/// Result of reading a checkpoint.
+pub type Result<T> = std::result::Result<T, CheckpointError>;

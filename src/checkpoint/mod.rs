@@ -1,0 +1,51 @@
+//! Checkpoints as people have them: safetensors folders in every dialect, GGUF import, and writing them.
+//!
+//! Everything a file says is checked here once; what leaves this module is typed and cannot be wrong.
+
+pub mod dialect;
+pub mod error;
+pub mod json;
+pub mod resolve;
+pub mod tensors;
+
+use std::path::Path;
+
+pub use error::{CheckpointError, Result};
+use json::Object;
+
+use dialect::Scheme;
+use tensors::TensorStore;
+
+/// An opened checkpoint folder: config.json, its quantization scheme, and the mapped tensors.
+pub struct Checkpoint {
+    pub config: Object,
+    pub scheme: Scheme,
+    pub tensors: TensorStore,
+}
+
+impl Checkpoint {
+    /// Opens a folder: reads config.json and hf_quant_config.json, maps the tensors. Reads no weights yet.
+    ///
+    /// # Errors
+    /// Anything wrong with the files themselves; see [`CheckpointError`].
+    pub fn open(folder: &Path) -> Result<Self> {
+        if folder.is_file() {
+            let gguf = folder.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+            return Err(CheckpointError::NotACheckpoint {
+                path: folder.into(),
+                detail: if gguf {
+                    "is a GGUF file; import it first: recoup convert FILE.gguf -o FOLDER".into()
+                } else {
+                    "is a file; a checkpoint is a folder with config.json and model.safetensors".into()
+                },
+            });
+        }
+        if !folder.is_dir() {
+            return Err(CheckpointError::NotACheckpoint { path: folder.into(), detail: "no such folder".into() });
+        }
+        let config = Object::read(&folder.join("config.json"))?;
+        let scheme = Scheme::read(&config, folder)?;
+        let tensors = TensorStore::open(folder)?;
+        Ok(Self { config, scheme, tensors })
+    }
+}

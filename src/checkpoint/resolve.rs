@@ -1,0 +1,313 @@
+//! Resolves one module of a checkpoint to its tensors: the stored dtype and shape decide what it is, the configuration
+//! is cross-checked against them, and both dialects' scales become positive finite multipliers.
+
+use std::borrow::Cow;
+
+use safetensors::Dtype;
+
+use super::dialect::{Declared, DeclaredActivation, DeclaredWeight, Dialect};
+use super::error::{CheckpointError, Result};
+use super::tensors::TensorView;
+use super::Checkpoint;
+use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
+use crate::formats::{e4m3, e8m0, fp8, mx};
+
+/// E4M3 scales of a quantized KV cache, multipliers: stored = e4m3(value / scale).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct KvScales {
+    pub k: f32,
+    pub v: f32,
+}
+
+/// What the model knows of a linear before it looks into the file.
+#[derive(Clone, Copy, Debug)]
+pub struct LinearRole {
+    /// Output features.
+    pub n: usize,
+    /// Input features.
+    pub k: usize,
+    /// Whether the architecture gives it a bias.
+    pub bias: bool,
+    /// Routers and heads: deployed unquantized by every engine, whether or not the configuration remembers to say so.
+    pub may_be_plain: bool,
+}
+
+impl Checkpoint {
+    /// A float tensor of the given shape, in f32 (norm weights and the like).
+    ///
+    /// # Errors
+    /// When it is missing, or of another dtype or shape, or holds a NaN.
+    pub fn floats(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let view = self.tensors.require(name, "the model needs it")?;
+        view.expect_shape(shape)?;
+        let values = view.floats()?;
+        if values.iter().any(|v| !v.is_finite()) {
+            return Err(view.bad_value("holds a NaN or an infinity"));
+        }
+        Ok(values)
+    }
+
+    /// Whether tensors of linear `module` are stored, packed or plain.
+    #[must_use]
+    pub fn has_linear(&self, module: &str) -> bool {
+        self.tensors.contains(&format!("{module}.weight")) || self.tensors.contains(&format!("{module}.weight_packed"))
+    }
+
+    /// The linear `module`.
+    ///
+    /// # Errors
+    /// Names the tensor that is missing, of the wrong dtype, shape or packing, or holds a bad scale; and the module
+    /// where the configuration announces something else than is stored.
+    pub fn linear(&self, module: &str, role: LinearRole) -> Result<LinearTensors<'_>> {
+        Resolver { checkpoint: self, module, role }.resolve()
+    }
+
+    /// KV-cache scales of attention module `module` (`model.layers.0.self_attn`); `None` where the cache is not FP8.
+    ///
+    /// # Errors
+    /// When the configuration announces an FP8 cache and a scale is missing or bad: it is never assumed to be 1.
+    pub fn kv_scales(&self, module: &str) -> Result<Option<KvScales>> {
+        if !self.scheme.fp8_kv_cache {
+            return Ok(None);
+        }
+        let one = |owner: &str, which: &str| {
+            let nested = format!("{module}.{owner}.{which}");
+            let flat = format!("{module}.{which}");
+            let name = if self.tensors.contains(&flat) { flat } else { nested };
+            let view = self.tensors.require(&name, "the configuration announces an FP8 KV cache; its scale is never assumed")?;
+            scalar_scale(&view)
+        };
+        Ok(Some(KvScales { k: one("k_proj", "k_scale")?, v: one("v_proj", "v_scale")? }))
+    }
+}
+
+struct Resolver<'a, 'm> {
+    checkpoint: &'a Checkpoint,
+    module: &'m str,
+    role: LinearRole,
+}
+
+impl<'a> Resolver<'a, '_> {
+    fn resolve(&self) -> Result<LinearTensors<'a>> {
+        let LinearRole { n, k, .. } = self.role;
+        let declared = self.checkpoint.scheme.declared(self.module);
+        let packed = self.peek("weight_packed").is_some();
+        let weight = self.require(if packed { "weight_packed" } else { "weight" }, "it is the weight of a linear layer")?;
+        let element = match weight.dtype {
+            Dtype::F32 => Element::F32,
+            Dtype::F16 => Element::F16,
+            Dtype::BF16 => Element::Bf16,
+            Dtype::F8_E4M3 => Element::E4m3,
+            Dtype::U8 => Element::E2m1,
+            _ => return Err(weight.wrong_dtype("F32, F16, BF16, F8_E4M3, or U8 with two E2M1 codes a byte")),
+        };
+        if element == Element::E2m1 && k % 2 != 0 {
+            return Err(weight.wrong_shape(format!("an even number of input features; the model has K = {k}")));
+        }
+        let columns = if element == Element::E2m1 { k / 2 } else { k };
+        if weight.shape != [n, columns] {
+            let packing = if element == Element::E2m1 { format!(" ([N, K/2] for N = {n}, K = {k}, two codes a byte)") } else { String::new() };
+            return Err(weight.wrong_shape(format!("[{n}, {columns}]{packing}")));
+        }
+        self.cross_check(&weight, element, declared)?;
+        let (block_scales, output_scale, activation) = match declared {
+            Some(d) if matches!(element, Element::E2m1 | Element::E4m3) => self.quantized(&weight, d)?,
+            _ => (BlockScales::None, OutputScale::One, ActivationFormat::Float),
+        };
+        if element == Element::E4m3 && weight.bytes.iter().any(|b| b & 0x7f == e4m3::NAN) {
+            return Err(weight.bad_value("holds a NaN code (0x7f or 0xff)"));
+        }
+        let pre_quant_scale = match self.take("pre_quant_scale") {
+            None => None,
+            Some(view) => {
+                view.expect_shape(&[k])?;
+                let values = view.floats()?;
+                if values.iter().any(|v| !v.is_finite()) {
+                    return Err(view.bad_value("holds a NaN or an infinity"));
+                }
+                Some(values)
+            }
+        };
+        let bias = match self.take("bias") {
+            Some(view) if self.role.bias => {
+                view.expect_shape(&[n])?;
+                Some(view.floats()?)
+            }
+            Some(view) => return Err(view.bad_value("is a bias, which this architecture's configuration does not have here")),
+            None if self.role.bias => {
+                self.require("bias", "the architecture's configuration has a bias here")?;
+                None
+            }
+            None => None,
+        };
+        Ok(LinearTensors {
+            name: self.module.into(),
+            n,
+            k,
+            element,
+            data: Cow::Borrowed(weight.bytes),
+            block_scales,
+            output_scale,
+            activation,
+            pre_quant_scale,
+            bias,
+        })
+    }
+
+    /// The configuration and the stored weight must tell the same story.
+    fn cross_check(&self, weight: &TensorView<'_>, element: Element, declared: Option<Declared>) -> Result<()> {
+        let stored_quantized = matches!(element, Element::E2m1 | Element::E4m3);
+        let expected = match declared {
+            None if stored_quantized => "the configuration leaves this module unquantized".to_owned(),
+            None => return Ok(()),
+            Some(_) if !stored_quantized && (self.role.may_be_plain || self.checkpoint.scheme.dialect == Dialect::DeepSeek) => return Ok(()),
+            Some(d) => match (d.weight, element) {
+                (DeclaredWeight::Nvfp4 { .. } | DeclaredWeight::Mxfp4, Element::E2m1)
+                | (DeclaredWeight::Fp8 | DeclaredWeight::Mxfp8, Element::E4m3) => return Ok(()),
+                (w, _) => format!("the configuration announces {w:?}"),
+            },
+        };
+        Err(CheckpointError::Conflict {
+            file: weight.file.into(),
+            module: self.module.into(),
+            detail: format!("{expected}, but its weight is stored as {} {:?}; mend the configuration's excludes or the export", weight.dtype, weight.shape),
+        })
+    }
+
+    fn quantized(&self, weight: &TensorView<'a>, declared: Declared) -> Result<(BlockScales<'a>, OutputScale, ActivationFormat)> {
+        let compressed = self.checkpoint.scheme.dialect == Dialect::CompressedTensors;
+        let (block_scales, output_scale) = match declared.weight {
+            DeclaredWeight::Nvfp4 { block } => {
+                let codes = self.e4m3_blocks(block, weight)?;
+                let global = if compressed { self.reciprocal("weight_global_scale")? } else { self.multiplier("weight_scale_2")? };
+                (BlockScales::E4m3 { block, codes }, OutputScale::Tensor(global))
+            }
+            DeclaredWeight::Mxfp4 | DeclaredWeight::Mxfp8 => {
+                (BlockScales::E8m0 { block: mx::BLOCK, codes: self.e8m0_blocks()? }, OutputScale::One)
+            }
+            DeclaredWeight::Fp8 => self.fp8_scales()?,
+        };
+        let activation = match declared.activation {
+            DeclaredActivation::Float => ActivationFormat::Float,
+            DeclaredActivation::Nvfp4 => ActivationFormat::Nvfp4 {
+                global_scale: if compressed { self.reciprocal("input_global_scale")? } else { self.multiplier("input_scale")? },
+            },
+            DeclaredActivation::Fp8Static => ActivationFormat::Fp8Static { scale: self.multiplier("input_scale")? },
+            DeclaredActivation::Fp8Token => ActivationFormat::Fp8Token,
+            DeclaredActivation::Fp8Group => ActivationFormat::Fp8Group,
+            DeclaredActivation::Mxfp4 { rule } => ActivationFormat::Mxfp4 { rule },
+            DeclaredActivation::Mxfp8 { rule } => ActivationFormat::Mxfp8 { rule },
+        };
+        Ok((block_scales, output_scale, activation))
+    }
+
+    /// E4M3 block scales [N, K/block]: no NaN, no negative, and zero only over a block whose codes are all zero.
+    fn e4m3_blocks(&self, block: usize, weight: &TensorView<'_>) -> Result<Cow<'a, [u8]>> {
+        let view = self.block_scale_tensor(Dtype::F8_E4M3, "F8_E4M3", block)?;
+        for (i, &code) in view.bytes.iter().enumerate() {
+            let elements = &weight.bytes[i * block / 2..(i + 1) * block / 2];
+            let zero_block = || elements.iter().all(|b| b & 0x77 == 0);
+            let problem = match code {
+                c if c & 0x7f == e4m3::NAN => "is NaN",
+                0 | 0x80 if !zero_block() => "is zero, but its block is not: the scale underflowed or is missing",
+                c if c & 0x80 != 0 && c != 0x80 => "is negative",
+                _ => continue,
+            };
+            let per_row = self.role.k / block;
+            return Err(view.bad_value(format!("the scale of row {}, block {} {problem}", i / per_row, i % per_row)));
+        }
+        Ok(Cow::Borrowed(view.bytes))
+    }
+
+    fn e8m0_blocks(&self) -> Result<Cow<'a, [u8]>> {
+        let view = self.block_scale_tensor(Dtype::U8, "U8 (E8M0)", mx::BLOCK)?;
+        if let Some(i) = view.bytes.iter().position(|&b| b == e8m0::NAN) {
+            let per_row = self.role.k / mx::BLOCK;
+            return Err(view.bad_value(format!("the scale of row {}, block {} is NaN (0xff)", i / per_row, i % per_row)));
+        }
+        Ok(Cow::Borrowed(view.bytes))
+    }
+
+    fn block_scale_tensor(&self, dtype: Dtype, dtype_name: &str, block: usize) -> Result<TensorView<'a>> {
+        let view = self.require("weight_scale", "it holds the block scales of the weight")?;
+        if view.dtype != dtype && !(dtype == Dtype::U8 && view.dtype == Dtype::F8_E8M0) {
+            return Err(view.wrong_dtype(dtype_name));
+        }
+        if !self.role.k.is_multiple_of(block) {
+            return Err(view.wrong_shape(format!("blocks of {block} along K, but K = {} is no multiple of {block}", self.role.k)));
+        }
+        let expected = [self.role.n, self.role.k / block];
+        if view.shape != expected {
+            return Err(view.wrong_shape(format!("{expected:?} ([N, K/{block}], row-major)")));
+        }
+        Ok(view)
+    }
+
+    /// FP8 weight scales in any of the shapes that the tools write.
+    fn fp8_scales(&self) -> Result<(BlockScales<'a>, OutputScale)> {
+        let name = if self.checkpoint.scheme.dialect == Dialect::DeepSeek { "weight_scale_inv" } else { "weight_scale" };
+        let view = self.require(name, "it holds the scale of the FP8 weight")?;
+        let LinearRole { n, k, .. } = self.role;
+        let (rows, columns) = (n.div_ceil(fp8::BLOCK), k.div_ceil(fp8::BLOCK));
+        let values = scale_values(&view)?;
+        let grid = |values| (BlockScales::Grid { values }, OutputScale::One);
+        match *view.shape {
+            [] | [1] if name == "weight_scale" => Ok((BlockScales::None, OutputScale::Tensor(values[0]))),
+            [r, c] if (r, c) == (rows, columns) && name == "weight_scale_inv" => Ok(grid(values)),
+            [r, 1, c, 1] if (r, c) == (rows, columns) => Ok(grid(values)),
+            [r] | [r, 1] if r == n => Ok((BlockScales::None, OutputScale::Row(values))),
+            [r, c] if (r, c) == (rows, columns) => Ok(grid(values)),
+            _ => Err(view.wrong_shape(format!("[] or [1] (per tensor), [{n}] or [{n}, 1] (per channel), or [{rows}, {columns}] or [{rows}, 1, {columns}, 1] (128x128 blocks)"))),
+        }
+    }
+
+    fn multiplier(&self, suffix: &str) -> Result<f32> {
+        scalar_scale(&self.require(suffix, "the configuration's format needs this scale, and none is ever assumed")?)
+    }
+
+    /// compressed-tensors stores global scales as divisors.
+    fn reciprocal(&self, suffix: &str) -> Result<f32> {
+        let view = self.require(suffix, "the configuration's format needs this scale, and none is ever assumed")?;
+        let inverse = 1.0 / scalar_scale(&view)?;
+        if inverse.is_normal() { Ok(inverse) } else { Err(view.bad_value("is so large that its reciprocal vanishes")) }
+    }
+
+    fn tensor_name(&self, suffix: &str) -> String {
+        format!("{}.{suffix}", self.module)
+    }
+
+    fn peek(&self, suffix: &str) -> Option<TensorView<'a>> {
+        self.checkpoint.tensors.peek(&self.tensor_name(suffix))
+    }
+
+    fn take(&self, suffix: &str) -> Option<TensorView<'a>> {
+        self.checkpoint.tensors.take(&self.tensor_name(suffix))
+    }
+
+    fn require(&self, suffix: &str, why: &str) -> Result<TensorView<'a>> {
+        self.checkpoint.tensors.require(&self.tensor_name(suffix), why)
+    }
+}
+
+/// One scale, stored as [] or [1].
+fn scalar_scale(view: &TensorView<'_>) -> Result<f32> {
+    if !matches!(*view.shape, [] | [1]) {
+        return Err(view.wrong_shape("[] or [1] (one scale)"));
+    }
+    Ok(scale_values(view)?[0])
+}
+
+/// Scales in f32, each positive and finite.
+fn scale_values(view: &TensorView<'_>) -> Result<Vec<f32>> {
+    let values = view.floats()?;
+    if values.is_empty() {
+        return Err(view.wrong_shape("at least one scale"));
+    }
+    match values.iter().position(|v| !(v.is_finite() && *v > 0.0)) {
+        None => Ok(values),
+        Some(i) => Err(view.bad_value(format!(
+            "element {i} is {}; a scale is positive and finite (was it written before calibration?)",
+            values[i]
+        ))),
+    }
+}

@@ -1,0 +1,352 @@
+//! The tensors of a checkpoint folder: one or many memory-mapped safetensors files, checked before anything is read.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize as _;
+
+use super::error::{CheckpointError, Result};
+use super::json::Object;
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+struct Shard {
+    path: PathBuf,
+    map: Mmap,
+}
+
+struct Entry {
+    shard: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    start: usize,
+    end: usize,
+}
+
+/// One stored tensor: where it lies, what it is, its bytes (little-endian, row-major).
+#[derive(Clone, Copy)]
+pub struct TensorView<'a> {
+    pub name: &'a str,
+    pub file: &'a Path,
+    pub dtype: Dtype,
+    pub shape: &'a [usize],
+    pub bytes: &'a [u8],
+}
+
+/// All tensors of a folder by name, and which of them have been used.
+pub struct TensorStore {
+    folder: PathBuf,
+    shards: Vec<Shard>,
+    entries: BTreeMap<String, Entry>,
+    used: Mutex<BTreeSet<String>>,
+}
+
+impl TensorStore {
+    /// Maps `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+    ///
+    /// # Errors
+    /// Names the file that is missing, truncated or inconsistent, and the tensor where one is to blame.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let index = folder.join(INDEX);
+        let (files, listed) = if index.is_file() {
+            let listed = read_index(&index)?;
+            let files: BTreeSet<&str> = listed.values().map(String::as_str).collect();
+            (files.into_iter().map(|f| folder.join(f)).collect(), Some(listed))
+        } else if folder.join(SINGLE).is_file() {
+            (vec![folder.join(SINGLE)], None)
+        } else {
+            return Err(CheckpointError::NotACheckpoint {
+                path: folder.into(),
+                detail: format!("holds neither {SINGLE} nor {INDEX}"),
+            });
+        };
+        let mut store = Self {
+            folder: folder.into(),
+            shards: Vec::new(),
+            entries: BTreeMap::new(),
+            used: Mutex::new(BTreeSet::new()),
+        };
+        for file in files {
+            store.add_shard(&file)?;
+        }
+        for (name, file) in listed.iter().flatten() {
+            let found = store.entries.get(name).map(|e| &store.shards[e.shard].path);
+            if found != Some(&folder.join(file)) {
+                return Err(CheckpointError::Index {
+                    file: index,
+                    detail: format!("lists tensor `{name}` in {file}, but that file does not hold it"),
+                });
+            }
+        }
+        Ok(store)
+    }
+
+    /// Maps one safetensors file on its own, whatever it is called.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_file(file: &Path) -> Result<Self> {
+        let mut store = Self {
+            folder: file.into(),
+            shards: Vec::new(),
+            entries: BTreeMap::new(),
+            used: Mutex::new(BTreeSet::new()),
+        };
+        store.add_shard(file)?;
+        Ok(store)
+    }
+
+    fn add_shard(&mut self, path: &Path) -> Result<()> {
+        let io = |action| move |source| CheckpointError::Io { path: path.into(), action, source };
+        let file = File::open(path).map_err(io("open"))?;
+        if file.metadata().map_err(io("read"))?.len() == 0 {
+            return Err(CheckpointError::Header { file: path.into(), detail: "the file is empty".into() });
+        }
+        // SAFETY: the map is read-only and private. As with every memory map, another process that truncates the file
+        // while it is mapped would fault this one; model files are not modified while in use.
+        let map = unsafe { Mmap::map(&file) }.map_err(io("map"))?;
+        let header = |detail: String| CheckpointError::Header { file: path.into(), detail };
+        let (length, metadata) = SafeTensors::read_metadata(&map).map_err(|e| header(explain(&e, &map)))?;
+        let data = length + 8;
+        let shard = self.shards.len();
+        for (name, info) in metadata.tensors() {
+            let (start, end) = info.data_offsets;
+            let entry = Entry {
+                shard,
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                start: data + start,
+                end: data + end,
+            };
+            if entry.end > map.len() {
+                return Err(header(format!("tensor `{name}` ends beyond the end of the file")));
+            }
+            if let Some(other) = self.entries.insert(name.clone(), entry) {
+                return Err(CheckpointError::Index {
+                    file: path.into(),
+                    detail: format!("tensor `{name}` is also in {}", self.shards[other.shard].path.display()),
+                });
+            }
+        }
+        self.shards.push(Shard { path: path.into(), map });
+        Ok(())
+    }
+
+    /// The folder the tensors came from.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// Bytes of all files together.
+    #[must_use]
+    pub fn file_bytes(&self) -> u64 {
+        self.shards.iter().map(|s| s.map.len() as u64).sum()
+    }
+
+    /// Whether the folder holds tensor `name`.
+    #[must_use]
+    pub fn contains(&self, name: &str) -> bool {
+        self.entries.contains_key(name)
+    }
+
+    /// Looks at a tensor without using it up.
+    #[must_use]
+    pub fn peek(&self, name: &str) -> Option<TensorView<'_>> {
+        let (name, e) = self.entries.get_key_value(name)?;
+        let shard = &self.shards[e.shard];
+        Some(TensorView {
+            name,
+            file: &shard.path,
+            dtype: e.dtype,
+            shape: &e.shape,
+            bytes: &shard.map[e.start..e.end],
+        })
+    }
+
+    /// Takes a tensor if it is there, and marks it as used.
+    pub fn take(&self, name: &str) -> Option<TensorView<'_>> {
+        let view = self.peek(name)?;
+        self.used.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
+        Some(view)
+    }
+
+    /// Takes a tensor that must be there; `why` says what it is needed for.
+    ///
+    /// # Errors
+    /// When it is missing.
+    pub fn require(&self, name: &str, why: &str) -> Result<TensorView<'_>> {
+        self.take(name).ok_or_else(|| CheckpointError::MissingTensor {
+            folder: self.folder.clone(),
+            tensor: name.into(),
+            why: why.into(),
+        })
+    }
+
+    /// Names of tensors that nothing took.
+    #[must_use]
+    pub fn unused(&self) -> Vec<String> {
+        let used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        self.entries.keys().filter(|n| !used.contains(*n)).cloned().collect()
+    }
+
+    /// Checks that every tensor was used.
+    ///
+    /// # Errors
+    /// Names the first of those that were not.
+    pub fn finish(&self) -> Result<()> {
+        let mut names = self.unused();
+        if names.is_empty() {
+            return Ok(());
+        }
+        let total = names.len();
+        names.truncate(5);
+        Err(CheckpointError::Leftover { folder: self.folder.clone(), names, total })
+    }
+
+    /// Tells the kernel that the mapped pages are no longer needed, so that they stop counting as resident.
+    pub fn release_pages(&self) {
+        #[cfg(unix)]
+        for shard in &self.shards {
+            // SAFETY: the mapping is private, read-only and file-backed: dropped pages are read again from the file.
+            let _ = unsafe { shard.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+        }
+    }
+}
+
+impl<'a> TensorView<'a> {
+    /// Values of a float tensor (F32, F16, BF16) in f32.
+    ///
+    /// # Errors
+    /// When the dtype is another.
+    pub fn floats(&self) -> Result<Vec<f32>> {
+        use crate::formats::linear::{Element, decode_elements};
+        let element = match self.dtype {
+            Dtype::F32 => Element::F32,
+            Dtype::F16 => Element::F16,
+            Dtype::BF16 => Element::Bf16,
+            _ => return Err(self.wrong_dtype("F32, F16 or BF16")),
+        };
+        let mut out = vec![0.0; self.shape.iter().product()];
+        decode_elements(element, self.bytes, &mut out);
+        Ok(out)
+    }
+
+    /// Checks the shape.
+    ///
+    /// # Errors
+    /// When it is another.
+    pub fn expect_shape(&self, shape: &[usize]) -> Result<()> {
+        if self.shape == shape { Ok(()) } else { Err(self.wrong_shape(format!("{shape:?}"))) }
+    }
+
+    /// The error that says which dtype was expected.
+    #[must_use]
+    pub fn wrong_dtype(&self, expected: &str) -> CheckpointError {
+        CheckpointError::Dtype {
+            file: self.file.into(),
+            tensor: self.name.into(),
+            expected: expected.into(),
+            found: self.dtype.to_string(),
+        }
+    }
+
+    /// The error that says which shape was expected.
+    #[must_use]
+    pub fn wrong_shape(&self, expected: impl Into<String>) -> CheckpointError {
+        CheckpointError::Shape {
+            file: self.file.into(),
+            tensor: self.name.into(),
+            expected: expected.into(),
+            found: self.shape.to_vec(),
+        }
+    }
+
+    /// The error that says which value is wrong.
+    #[must_use]
+    pub fn bad_value(&self, detail: impl Into<String>) -> CheckpointError {
+        CheckpointError::Value { file: self.file.into(), tensor: self.name.into(), detail: detail.into() }
+    }
+}
+
+/// Reads `weight_map`, tensor name to file name; file names may not leave the folder.
+fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
+    let object = Object::read(index)?;
+    let map = object.object("weight_map")?.ok_or_else(|| object.error("weight_map", "an object"))?;
+    let mut listed = BTreeMap::new();
+    for (name, file) in map.value().as_object().into_iter().flatten() {
+        let file = file.as_str().ok_or_else(|| map.error(name, "a file name"))?;
+        let plain = !file.is_empty()
+            && !file.contains(['/', '\\', '\0'])
+            && file != "."
+            && file != ".."
+            && Path::new(file).is_relative();
+        if !plain {
+            return Err(CheckpointError::Index {
+                file: index.into(),
+                detail: format!("tensor `{name}` is said to be in {file:?}; only plain names of files beside the index are allowed"),
+            });
+        }
+        listed.insert(name.clone(), file.to_owned());
+    }
+    if listed.is_empty() {
+        return Err(object.error("weight_map", "at least one tensor"));
+    }
+    Ok(listed)
+}
+
+/// The safetensors crate's verdict in words, with the tensor and the numbers a person needs.
+fn explain(error: &safetensors::SafeTensorError, bytes: &[u8]) -> String {
+    use safetensors::SafeTensorError as E;
+    let declared = bytes.first_chunk::<8>().map(|b| u64::from_le_bytes(*b));
+    match (error, declared) {
+        (E::HeaderTooSmall, _) => format!("{} bytes is too short for a header; the file is truncated", bytes.len()),
+        (E::HeaderTooLarge | E::InvalidHeaderLength, Some(n)) => format!(
+            "the header says it is {n} bytes long, the file has {}; the file is truncated or no safetensors file",
+            bytes.len()
+        ),
+        (E::InvalidOffset(name), _) => format!("tensor `{name}` overlaps another or leaves a gap before it"),
+        (E::TensorInvalidInfo | E::ValidationOverflow | E::MetadataIncompleteBuffer, Some(n)) => {
+            blame(bytes, n).unwrap_or_else(|| {
+                format!("the tensors end before the file does ({} bytes): it has trailing data", bytes.len())
+            })
+        }
+        _ => error.to_string(),
+    }
+}
+
+/// Finds the tensor that makes a well-formed header wrong.
+fn blame(bytes: &[u8], header: u64) -> Option<String> {
+    let end = usize::try_from(header).ok()?.checked_add(8)?;
+    let map: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(bytes.get(8..end)?).ok()?;
+    let room = (bytes.len() - end) as u64;
+    let verdict = |name: &String, info: &serde_json::Value| {
+        let shape = info["shape"].as_array()?;
+        let dtype = Dtype::deserialize(&info["dtype"]).ok()?;
+        let (start, stop) = (info["data_offsets"][0].as_u64()?, info["data_offsets"][1].as_u64()?);
+        let elements = shape.iter().try_fold(1u64, |n, d| n.checked_mul(d.as_u64()?));
+        let needed = elements.and_then(|n| n.checked_mul(dtype.bitsize() as u64)).map(|bits| bits / 8);
+        let shape = &info["shape"];
+        Some(match needed {
+            None => format!("tensor `{name}` of shape {shape} is larger than memory can be"),
+            Some(needed) if stop.checked_sub(start) != Some(needed) => {
+                format!("tensor `{name}`, {dtype} of shape {shape}, needs {needed} bytes, but its offsets are {start}..{stop}")
+            }
+            Some(_) if stop > room => format!(
+                "tensor `{name}` ends at byte {stop} of the data, but the file has only {room}: it is truncated"
+            ),
+            Some(_) => return None,
+        })
+    };
+    map.iter().filter(|(name, _)| *name != "__metadata__").find_map(|(name, info)| verdict(name, info))
+}
