@@ -1,2 +1,4 @@
-pub mod formats;
+pub mod backend;
 pub mod checkpoint;
+pub mod formats;
+pub mod model;

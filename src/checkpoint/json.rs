@@ -81,11 +81,9 @@ impl Object {
     pub fn object(&self, key: &str) -> Result<Option<Self>> {
         match self.get(key) {
             None => Ok(None),
-            Some(v) if v.is_object() => Ok(Some(Self {
-                file: self.file.clone(),
-                prefix: format!("{}{key}.", self.prefix),
-                value: v.clone(),
-            })),
+            Some(v) if v.is_object() => {
+                Ok(Some(Self { file: self.file.clone(), prefix: format!("{}{key}.", self.prefix), value: v.clone() }))
+            }
             Some(_) => Err(self.error(key, "an object")),
         }
     }
@@ -96,8 +94,7 @@ impl Object {
     /// When the key or one of its entries holds something else.
     pub fn objects(&self, key: &str) -> Result<Vec<(String, Self)>> {
         let Some(outer) = self.object(key)? else { return Ok(Vec::new()) };
-        let names: Vec<String> =
-            outer.value.as_object().map(|m| m.keys().cloned().collect()).unwrap_or_default();
+        let names: Vec<String> = outer.value.as_object().map(|m| m.keys().cloned().collect()).unwrap_or_default();
         names
             .into_iter()
             .map(|name| {

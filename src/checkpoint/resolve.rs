@@ -5,10 +5,10 @@ use std::borrow::Cow;
 
 use safetensors::Dtype;
 
+use super::Checkpoint;
 use super::dialect::{Declared, DeclaredActivation, DeclaredWeight, Dialect};
 use super::error::{CheckpointError, Result};
 use super::tensors::TensorView;
-use super::Checkpoint;
 use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
 use crate::formats::{e4m3, e8m0, fp8, mx};
 
@@ -74,7 +74,9 @@ impl Checkpoint {
             let nested = format!("{module}.{owner}.{which}");
             let flat = format!("{module}.{which}");
             let name = if self.tensors.contains(&flat) { flat } else { nested };
-            let view = self.tensors.require(&name, "the configuration announces an FP8 KV cache; its scale is never assumed")?;
+            let view = self
+                .tensors
+                .require(&name, "the configuration announces an FP8 KV cache; its scale is never assumed")?;
             scalar_scale(&view)
         };
         Ok(Some(KvScales { k: one("k_proj", "k_scale")?, v: one("v_proj", "v_scale")? }))
@@ -92,7 +94,8 @@ impl<'a> Resolver<'a, '_> {
         let LinearRole { n, k, .. } = self.role;
         let declared = self.checkpoint.scheme.declared(self.module);
         let packed = self.peek("weight_packed").is_some();
-        let weight = self.require(if packed { "weight_packed" } else { "weight" }, "it is the weight of a linear layer")?;
+        let weight =
+            self.require(if packed { "weight_packed" } else { "weight" }, "it is the weight of a linear layer")?;
         let element = match weight.dtype {
             Dtype::F32 => Element::F32,
             Dtype::F16 => Element::F16,
@@ -106,7 +109,11 @@ impl<'a> Resolver<'a, '_> {
         }
         let columns = if element == Element::E2m1 { k / 2 } else { k };
         if weight.shape != [n, columns] {
-            let packing = if element == Element::E2m1 { format!(" ([N, K/2] for N = {n}, K = {k}, two codes a byte)") } else { String::new() };
+            let packing = if element == Element::E2m1 {
+                format!(" ([N, K/2] for N = {n}, K = {k}, two codes a byte)")
+            } else {
+                String::new()
+            };
             return Err(weight.wrong_shape(format!("[{n}, {columns}]{packing}")));
         }
         self.cross_check(&weight, element, declared)?;
@@ -133,7 +140,9 @@ impl<'a> Resolver<'a, '_> {
                 view.expect_shape(&[n])?;
                 Some(view.floats()?)
             }
-            Some(view) => return Err(view.bad_value("is a bias, which this architecture's configuration does not have here")),
+            Some(view) => {
+                return Err(view.bad_value("is a bias, which this architecture's configuration does not have here"));
+            }
             None if self.role.bias => {
                 self.require("bias", "the architecture's configuration has a bias here")?;
                 None
@@ -160,7 +169,12 @@ impl<'a> Resolver<'a, '_> {
         let expected = match declared {
             None if stored_quantized => "the configuration leaves this module unquantized".to_owned(),
             None => return Ok(()),
-            Some(_) if !stored_quantized && (self.role.may_be_plain || self.checkpoint.scheme.dialect == Dialect::DeepSeek) => return Ok(()),
+            Some(_)
+                if !stored_quantized
+                    && (self.role.may_be_plain || self.checkpoint.scheme.dialect == Dialect::DeepSeek) =>
+            {
+                return Ok(());
+            }
             Some(d) => match (d.weight, element) {
                 (DeclaredWeight::Nvfp4 { .. } | DeclaredWeight::Mxfp4, Element::E2m1)
                 | (DeclaredWeight::Fp8 | DeclaredWeight::Mxfp8, Element::E4m3) => return Ok(()),
@@ -170,16 +184,27 @@ impl<'a> Resolver<'a, '_> {
         Err(CheckpointError::Conflict {
             file: weight.file.into(),
             module: self.module.into(),
-            detail: format!("{expected}, but its weight is stored as {} {:?}; mend the configuration's excludes or the export", weight.dtype, weight.shape),
+            detail: format!(
+                "{expected}, but its weight is stored as {} {:?}; mend the configuration's excludes or the export",
+                weight.dtype, weight.shape
+            ),
         })
     }
 
-    fn quantized(&self, weight: &TensorView<'a>, declared: Declared) -> Result<(BlockScales<'a>, OutputScale, ActivationFormat)> {
+    fn quantized(
+        &self,
+        weight: &TensorView<'a>,
+        declared: Declared,
+    ) -> Result<(BlockScales<'a>, OutputScale, ActivationFormat)> {
         let compressed = self.checkpoint.scheme.dialect == Dialect::CompressedTensors;
         let (block_scales, output_scale) = match declared.weight {
             DeclaredWeight::Nvfp4 { block } => {
                 let codes = self.e4m3_blocks(block, weight)?;
-                let global = if compressed { self.reciprocal("weight_global_scale")? } else { self.multiplier("weight_scale_2")? };
+                let global = if compressed {
+                    self.reciprocal("weight_global_scale")?
+                } else {
+                    self.multiplier("weight_scale_2")?
+                };
                 (BlockScales::E4m3 { block, codes }, OutputScale::Tensor(global))
             }
             DeclaredWeight::Mxfp4 | DeclaredWeight::Mxfp8 => {
@@ -190,7 +215,11 @@ impl<'a> Resolver<'a, '_> {
         let activation = match declared.activation {
             DeclaredActivation::Float => ActivationFormat::Float,
             DeclaredActivation::Nvfp4 => ActivationFormat::Nvfp4 {
-                global_scale: if compressed { self.reciprocal("input_global_scale")? } else { self.multiplier("input_scale")? },
+                global_scale: if compressed {
+                    self.reciprocal("input_global_scale")?
+                } else {
+                    self.multiplier("input_scale")?
+                },
             },
             DeclaredActivation::Fp8Static => ActivationFormat::Fp8Static { scale: self.multiplier("input_scale")? },
             DeclaredActivation::Fp8Token => ActivationFormat::Fp8Token,
@@ -223,7 +252,11 @@ impl<'a> Resolver<'a, '_> {
         let view = self.block_scale_tensor(Dtype::U8, "U8 (E8M0)", mx::BLOCK)?;
         if let Some(i) = view.bytes.iter().position(|&b| b == e8m0::NAN) {
             let per_row = self.role.k / mx::BLOCK;
-            return Err(view.bad_value(format!("the scale of row {}, block {} is NaN (0xff)", i / per_row, i % per_row)));
+            return Err(view.bad_value(format!(
+                "the scale of row {}, block {} is NaN (0xff)",
+                i / per_row,
+                i % per_row
+            )));
         }
         Ok(Cow::Borrowed(view.bytes))
     }
@@ -234,7 +267,8 @@ impl<'a> Resolver<'a, '_> {
             return Err(view.wrong_dtype(dtype_name));
         }
         if !self.role.k.is_multiple_of(block) {
-            return Err(view.wrong_shape(format!("blocks of {block} along K, but K = {} is no multiple of {block}", self.role.k)));
+            return Err(view
+                .wrong_shape(format!("blocks of {block} along K, but K = {} is no multiple of {block}", self.role.k)));
         }
         let expected = [self.role.n, self.role.k / block];
         if view.shape != expected {
@@ -245,7 +279,8 @@ impl<'a> Resolver<'a, '_> {
 
     /// FP8 weight scales in any of the shapes that the tools write.
     fn fp8_scales(&self) -> Result<(BlockScales<'a>, OutputScale)> {
-        let name = if self.checkpoint.scheme.dialect == Dialect::DeepSeek { "weight_scale_inv" } else { "weight_scale" };
+        let name =
+            if self.checkpoint.scheme.dialect == Dialect::DeepSeek { "weight_scale_inv" } else { "weight_scale" };
         let view = self.require(name, "it holds the scale of the FP8 weight")?;
         let LinearRole { n, k, .. } = self.role;
         let (rows, columns) = (n.div_ceil(fp8::BLOCK), k.div_ceil(fp8::BLOCK));

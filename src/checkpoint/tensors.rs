@@ -116,13 +116,8 @@ impl TensorStore {
         let shard = self.shards.len();
         for (name, info) in metadata.tensors() {
             let (start, end) = info.data_offsets;
-            let entry = Entry {
-                shard,
-                dtype: info.dtype,
-                shape: info.shape.clone(),
-                start: data + start,
-                end: data + end,
-            };
+            let entry =
+                Entry { shard, dtype: info.dtype, shape: info.shape.clone(), start: data + start, end: data + end };
             if entry.end > map.len() {
                 return Err(header(format!("tensor `{name}` ends beyond the end of the file")));
             }
@@ -165,13 +160,7 @@ impl TensorStore {
     pub fn peek(&self, name: &str) -> Option<TensorView<'_>> {
         let (name, e) = self.entries.get_key_value(name)?;
         let shard = &self.shards[e.shard];
-        Some(TensorView {
-            name,
-            file: &shard.path,
-            dtype: e.dtype,
-            shape: &e.shape,
-            bytes: &shard.map[e.start..e.end],
-        })
+        Some(TensorView { name, file: &shard.path, dtype: e.dtype, shape: &e.shape, bytes: &shard.map[e.start..e.end] })
     }
 
     /// Takes a tensor if it is there, and marks it as used.
@@ -294,7 +283,9 @@ fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
         if !plain {
             return Err(CheckpointError::Index {
                 file: index.into(),
-                detail: format!("tensor `{name}` is said to be in {file:?}; only plain names of files beside the index are allowed"),
+                detail: format!(
+                    "tensor `{name}` is said to be in {file:?}; only plain names of files beside the index are allowed"
+                ),
             });
         }
         listed.insert(name.clone(), file.to_owned());
@@ -316,11 +307,10 @@ fn explain(error: &safetensors::SafeTensorError, bytes: &[u8]) -> String {
             bytes.len()
         ),
         (E::InvalidOffset(name), _) => format!("tensor `{name}` overlaps another or leaves a gap before it"),
-        (E::TensorInvalidInfo | E::ValidationOverflow | E::MetadataIncompleteBuffer, Some(n)) => {
-            blame(bytes, n).unwrap_or_else(|| {
+        (E::TensorInvalidInfo | E::ValidationOverflow | E::MetadataIncompleteBuffer, Some(n)) => blame(bytes, n)
+            .unwrap_or_else(|| {
                 format!("the tensors end before the file does ({} bytes): it has trailing data", bytes.len())
-            })
-        }
+            }),
         _ => error.to_string(),
     }
 }
@@ -340,7 +330,9 @@ fn blame(bytes: &[u8], header: u64) -> Option<String> {
         Some(match needed {
             None => format!("tensor `{name}` of shape {shape} is larger than memory can be"),
             Some(needed) if stop.checked_sub(start) != Some(needed) => {
-                format!("tensor `{name}`, {dtype} of shape {shape}, needs {needed} bytes, but its offsets are {start}..{stop}")
+                format!(
+                    "tensor `{name}`, {dtype} of shape {shape}, needs {needed} bytes, but its offsets are {start}..{stop}"
+                )
             }
             Some(_) if stop > room => format!(
                 "tensor `{name}` ends at byte {stop} of the data, but the file has only {room}: it is truncated"

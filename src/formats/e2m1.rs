@@ -5,8 +5,7 @@ pub const MAX: f32 = 6.0;
 /// Unbiased exponent of [`MAX`], what OCP's MX scale rule subtracts.
 pub const EMAX: i32 = 2;
 /// Value of each of the 16 codes. Code 8 is -0.
-pub const VALUES: [f32; 16] =
-    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
+pub const VALUES: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
 /// Twice the value of each code: integers, so that the dot product of two blocks is exact in integers.
 pub const DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 

@@ -37,11 +37,19 @@ impl Element {
 pub enum BlockScales<'a> {
     None,
     /// E4M3 codes, row-major [N, K/block].
-    E4m3 { block: usize, codes: Cow<'a, [u8]> },
+    E4m3 {
+        block: usize,
+        codes: Cow<'a, [u8]>,
+    },
     /// E8M0 codes, row-major [N, K/block].
-    E8m0 { block: usize, codes: Cow<'a, [u8]> },
+    E8m0 {
+        block: usize,
+        codes: Cow<'a, [u8]>,
+    },
     /// f32, row-major [⌈N/128⌉, ⌈K/128⌉].
-    Grid { values: Vec<f32> },
+    Grid {
+        values: Vec<f32>,
+    },
 }
 
 impl BlockScales<'_> {

@@ -11,10 +11,14 @@ pub(super) fn read(q: &Object) -> Result<Scheme> {
     for key in ["sparsity_config", "transform_config"] {
         // A transform (a rotation applied at run time) changes what the model computes; an unapplied one is silence.
         let trivial = q.get(key).is_none_or(|v| {
-            v.as_object().is_some_and(|m| m.is_empty()) || v["format"] == "dense" || v["config_groups"].as_object().is_some_and(|m| m.is_empty())
+            v.as_object().is_some_and(|m| m.is_empty())
+                || v["format"] == "dense"
+                || v["config_groups"].as_object().is_some_and(|m| m.is_empty())
         });
         if !trivial {
-            return Err(q.error(key, "none: Recoup does not apply it, and without it the model computes something else"));
+            return Err(
+                q.error(key, "none: Recoup does not apply it, and without it the model computes something else")
+            );
         }
     }
     let mut rules = Vec::new();
@@ -53,7 +57,8 @@ pub(super) fn fp8_kv_cache(q: &Object) -> Result<bool> {
 }
 
 fn declare(group: &Object) -> Result<Declared> {
-    let weights = group.object("weights")?.ok_or_else(|| group.error("weights", "what the weights are quantized to"))?;
+    let weights =
+        group.object("weights")?.ok_or_else(|| group.error("weights", "what the weights are quantized to"))?;
     let weight = match (kind(&weights)?, weights.string("strategy")?.unwrap_or("tensor")) {
         ((4, Some(32), true), _) => DeclaredWeight::Mxfp4,
         ((8, Some(32), true), _) => DeclaredWeight::Mxfp8,

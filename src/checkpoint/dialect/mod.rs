@@ -39,7 +39,9 @@ impl fmt::Display for Dialect {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeclaredWeight {
     /// E2M1 with E4M3 block scales and a global scale.
-    Nvfp4 { block: usize },
+    Nvfp4 {
+        block: usize,
+    },
     Mxfp4,
     Mxfp8,
     /// E4M3; how its f32 scales are shaped is read off the tensor.
@@ -105,7 +107,9 @@ impl Scheme {
             };
         };
         match q.string("quant_method")? {
-            Some("modelopt" | "modelopt_fp4" | "modelopt_mixed" | "modelopt_mxfp8") => modelopt::read(&q, separate.as_ref()),
+            Some("modelopt" | "modelopt_fp4" | "modelopt_mixed" | "modelopt_mxfp8") => {
+                modelopt::read(&q, separate.as_ref())
+            }
             None if q.get("quant_algo").is_some() => modelopt::read(&q, separate.as_ref()),
             Some("compressed-tensors") => compressed_tensors::read(&q),
             Some("fp8") => deepseek::read(&q),
@@ -155,13 +159,15 @@ mod tests {
     #[test]
     fn a_named_group_wins_over_the_class_group_before_it() {
         let fp8 = json!({"num_bits": 8, "type": "float", "strategy": "channel", "dynamic": false});
-        let fp4 = json!({"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": false});
-        let s = scheme(json!({"quantization_config": {"quant_method": "compressed-tensors", "format": "mixed-precision",
+        let fp4 =
+            json!({"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": false});
+        let s =
+            scheme(json!({"quantization_config": {"quant_method": "compressed-tensors", "format": "mixed-precision",
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": fp4, "input_activations": null},
                 "group_1": {"targets": ["re:.*self_attn.*"], "weights": fp8, "input_activations":
                     {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": true}}},
             "ignore": ["lm_head", "re:.*layers\\.1\\..*"]}}))
-        .unwrap();
+            .unwrap();
         let of = |m| s.declared(m).map(|d| d.weight);
         assert_eq!(of("model.layers.0.mlp.up_proj"), Some(DeclaredWeight::Nvfp4 { block: 16 }));
         assert_eq!(of("model.layers.0.self_attn.q_proj"), Some(DeclaredWeight::Fp8));
@@ -171,9 +177,10 @@ mod tests {
 
     #[test]
     fn modelopt_excludes_take_wildcards_and_may_lack_the_model_prefix() {
-        let s = scheme(json!({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16,
+        let s =
+            scheme(json!({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16,
             "ignore": ["lm_head", "layers.0.self_attn*", "*.mlp.gate", "model.layers.3"]}}))
-        .unwrap();
+            .unwrap();
         assert!(s.declared("model.layers.0.self_attn.q_proj").is_none());
         assert!(s.declared("model.layers.1.mlp.gate").is_none());
         assert!(s.declared("model.layers.3.mlp.up_proj").is_none());
@@ -187,9 +194,15 @@ mod tests {
         for (config, name) in [
             (json!({"quantization_config": {"quant_method": "awq"}}), "awq"),
             (json!({"quantization_config": {"quant_method": "modelopt", "quant_algo": "INT4_AWQ"}}), "INT4_AWQ"),
-            (json!({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"group_0":
-                {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}}}}}), "int"),
-            (json!({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_quant_algo": "NVFP4"}}), "NVFP4"),
+            (
+                json!({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"group_0":
+                {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}}}}}),
+                "int",
+            ),
+            (
+                json!({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_quant_algo": "NVFP4"}}),
+                "NVFP4",
+            ),
         ] {
             let message = scheme(config).unwrap_err().to_string();
             assert!(message.contains(name) && message.contains("config.json"), "{message}");

@@ -1,0 +1,163 @@
+//! Everything but matrix products: norm, activation function, rotation, exponential. One source, compiled for every
+//! instruction set, with the order of every sum fixed: 16 partial sums by index modulo 16, then a fixed tree.
+
+use super::isa::multiversion;
+
+/// Partial sums kept side by side.
+pub(super) const LANES: usize = 16;
+
+/// Sum of 16 lanes in a fixed order: halves onto halves.
+#[inline(always)]
+pub(super) fn tree_sum(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// eˣ within 2 units in the last place over its whole range; 0 below -87.3, and no infinity above 88.3.
+///
+/// Range reduction by ln 2 in two parts and a polynomial of degree 6 (Cephes' expf), all in fused multiply-adds.
+#[inline(always)]
+#[must_use]
+pub(super) fn exp(x: f32) -> f32 {
+    const LOG2_E: f32 = std::f32::consts::LOG2_E;
+    const LN2_HIGH: f32 = 0.693_359_375;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    // Adding 1.5·2²³ leaves the nearest integer in the low mantissa bits.
+    const ROUND: f32 = 12_582_912.0;
+    let clamped = if x < -87.3 { -87.3 } else { x };
+    let clamped = if clamped > 88.3 { 88.3 } else { clamped };
+    let shifted = clamped.mul_add(LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    let r = n.mul_add(-LN2_HIGH, clamped);
+    let r = n.mul_add(-LN2_LOW, r);
+    let mut p = 1.987_569_1e-4f32;
+    p = p.mul_add(r, 1.398_2e-3);
+    p = p.mul_add(r, 8.333_452e-3);
+    p = p.mul_add(r, 4.166_579_6e-2);
+    p = p.mul_add(r, 1.666_666_5e-1);
+    p = p.mul_add(r, 5.000_000_1e-1);
+    p = p.mul_add(r * r, r) + 1.0;
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000));
+    if x < -87.3 { 0.0 } else { p * power }
+}
+
+multiversion! {
+    /// RMS norm of each run of `weight.len()` values of `x` into `out`.
+    pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        let n = weight.len();
+        for (x, out) in x.chunks_exact(n).zip(out.chunks_exact_mut(n)) {
+            let mut lanes = [0.0f32; LANES];
+            let (runs, rest) = x.as_chunks::<LANES>();
+            for run in runs {
+                for i in 0..LANES {
+                    lanes[i] = run[i].mul_add(run[i], lanes[i]);
+                }
+            }
+            for (lane, v) in lanes.iter_mut().zip(rest) {
+                *lane = v.mul_add(*v, *lane);
+            }
+            let inverse = 1.0 / (tree_sum(lanes) / n as f32 + eps).sqrt();
+            for ((o, v), w) in out.iter_mut().zip(x).zip(weight) {
+                *o = v * inverse * w;
+            }
+        }
+    }
+}
+
+multiversion! {
+    /// `gate = silu(gate) · up`.
+    pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
+        for (g, u) in gate.iter_mut().zip(up) {
+            *g = *g / (1.0 + exp(-*g)) * u;
+        }
+    }
+}
+
+multiversion! {
+    /// `x += y`.
+    pub(super) fn add(x: &mut [f32], y: &[f32]) {
+        for (x, y) in x.iter_mut().zip(y) {
+            *x += y;
+        }
+    }
+}
+
+multiversion! {
+    /// `x += weight · y`.
+    pub(super) fn add_scaled(x: &mut [f32], y: &[f32], weight: f32) {
+        for (x, y) in x.iter_mut().zip(y) {
+            *x += weight * y;
+        }
+    }
+}
+
+multiversion! {
+    /// `x *= y`.
+    pub(super) fn multiply(x: &mut [f32], y: &[f32]) {
+        for (x, y) in x.iter_mut().zip(y) {
+            *x *= y;
+        }
+    }
+}
+
+multiversion! {
+    /// Rotates the heads of one token: (a, b) → (a·cos - b·sin, b·cos + a·sin), a from the first half of the head.
+    pub(super) fn rotate(token: &mut [f32], cos: &[f32], sin: &[f32]) {
+        let half = cos.len();
+        for head in token.chunks_exact_mut(2 * half) {
+            let (first, second) = head.split_at_mut(half);
+            for i in 0..half {
+                let (a, b) = (first[i], second[i]);
+                first[i] = a * cos[i] - b * sin[i];
+                second[i] = b * cos[i] + a * sin[i];
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::isa::Isa;
+    use super::*;
+
+    #[test]
+    fn exp_is_within_two_units_in_the_last_place() {
+        let mut worst = 0.0f64;
+        for i in -870_000..880_000 {
+            let x = i as f32 * 1e-4;
+            let exact = f64::from(x).exp();
+            let unit = f64::from(f32::from_bits((exact as f32).to_bits() + 1)) - f64::from(exact as f32);
+            worst = worst.max((f64::from(exp(x)) - exact).abs() / unit);
+        }
+        assert!(worst < 2.0, "{worst}");
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(-1e9), 0.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert!(exp(1e9).is_finite());
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        let x: Vec<f32> = (0..1031).map(|i| ((i * 37 % 1013) as f32 - 500.0) * 0.013).collect();
+        let w: Vec<f32> = (0..1031).map(|i| (i % 7) as f32 * 0.3 - 0.8).collect();
+        let run = |isa: Isa| {
+            let mut norm = vec![0.0; 1031];
+            rms_norm(isa, &x, &w, 1e-5, &mut norm);
+            let mut gate = x.clone();
+            silu_mul(isa, &mut gate, &w);
+            let mut sum = x.clone();
+            add_scaled(isa, &mut sum, &w, 0.37);
+            [norm, gate, sum].concat().iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+        };
+        let all = Isa::available();
+        for isa in &all[1..] {
+            assert!(run(*isa) == run(all[0]), "{isa} differs from scalar");
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! Packed matrix products: y [M, N] = input [M, K] · Wᵀ, in the canonical order of accumulation.
+//!
+//! One output per SIMD lane; blocks in K order; inside a block an exact integer sum (E2M1 by E2M1) or one fused
+//! multiply-add per element in K order; one fused multiply-add per block. Hence every instruction set, tile, batch and
+//! thread count gives the same bits, and `scalar` is the definition.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod scalar;
+
+use rayon::prelude::*;
+
+use super::activation::{FloatInput, Input, IntegerInput};
+use super::isa::{Isa, Kind};
+use super::packed::{GROUP, PackedLinear};
+use crate::formats::linear::Element;
+
+/// Tokens that one kernel call computes side by side, at most.
+const TILE: usize = 8;
+/// Tokens that one task goes through: bounds the task's share of the input to what a second-level cache holds.
+const TASK_TOKENS: usize = 128;
+
+/// One tile of tokens of an integer product over one group of rows.
+struct IntegerTile<'a> {
+    /// Packed elements of the group.
+    weights: &'a [u8],
+    /// [K/block] scales of the group's 16 rows.
+    weight_scales: &'a [[f32; GROUP]],
+    /// Elements of a block: 16 or 32.
+    block: usize,
+    /// First token's doubled values, K apart; likewise its corrections and scales, K/block apart.
+    values: &'a [i8],
+    corrections: &'a [i32],
+    scales: &'a [f32],
+    /// K.
+    k: usize,
+}
+
+/// One tile of tokens of a float product over one group of rows.
+struct FloatTile<'a> {
+    element: Element,
+    weights: &'a [u8],
+    /// [blocks] scales of the group's 16 rows.
+    weight_scales: &'a [[f32; GROUP]],
+    /// Elements of a block, a multiple of 8.
+    block: usize,
+    /// First token's values, `k` apart.
+    values: &'a [f32],
+    /// First token's block scales, `scale_stride` apart (0: the same for all tokens).
+    scales: &'a [f32],
+    scale_stride: usize,
+    /// K padded to a multiple of 8.
+    k: usize,
+}
+
+/// Raw pointer to the output; tasks write disjoint parts of it.
+#[derive(Clone, Copy)]
+struct Output(*mut f32);
+// SAFETY: every task writes its own rows and columns only, see `run`.
+unsafe impl Send for Output {}
+// SAFETY: as above.
+unsafe impl Sync for Output {}
+
+impl Output {
+    /// Writes 16 (or fewer at the right edge) outputs of token `m`.
+    ///
+    /// # Safety
+    /// `m` and `n0 + count` lie inside the output, and no other task writes there.
+    unsafe fn write(self, m: usize, n: usize, n0: usize, values: &[f32]) {
+        // SAFETY: the caller's.
+        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), self.0.add(m * n + n0), values.len()) };
+    }
+}
+
+/// Computes several products of the same number of tokens in one parallel sweep.
+pub(super) fn run(isa: Isa, jobs: &mut [(&PackedLinear, &Input, &mut [f32])], m: usize) {
+    let spans = m.div_ceil(TASK_TOKENS);
+    let mut tasks = Vec::new();
+    let outputs: Vec<Output> = jobs.iter_mut().map(|j| Output(j.2.as_mut_ptr())).collect();
+    for (job, (w, _, out)) in jobs.iter().enumerate() {
+        assert_eq!(out.len(), m * w.n, "output of {} has the wrong size", w.name);
+        for group in 0..w.groups() {
+            tasks.extend((0..spans).map(|span| (job, group, span)));
+        }
+    }
+    // A few groups make a task: enough work to pay for handing it over, little enough to balance.
+    let per_task = (tasks.len() / (8 * rayon::current_num_threads())).clamp(1, 64);
+    let jobs: Vec<(&PackedLinear, &Input)> = jobs.iter().map(|j| (j.0, j.1)).collect();
+    tasks.par_chunks(per_task).for_each_init(Vec::new, |scratch, tasks| {
+        for &(job, group, span) in tasks {
+            let (w, input) = jobs[job];
+            let tokens = span * TASK_TOKENS..m.min((span + 1) * TASK_TOKENS);
+            match input {
+                Input::Integer(x) => integer_group(isa, w, x, group, tokens, scratch, outputs[job]),
+                Input::Float(x) => float_group(isa, w, x, group, tokens, scratch, outputs[job]),
+            }
+        }
+    });
+}
+
+fn integer_group(
+    isa: Isa,
+    w: &PackedLinear,
+    x: &IntegerInput,
+    group: usize,
+    tokens: std::ops::Range<usize>,
+    scratch: &mut Vec<[f32; GROUP]>,
+    out: Output,
+) {
+    let blocks = w.k / x.block;
+    w.group_scales(group, x.block, scratch);
+    let mut m = tokens.start;
+    while m < tokens.end {
+        let tile = IntegerTile {
+            weights: w.group_data(group),
+            weight_scales: scratch,
+            block: x.block,
+            values: &x.values[m * w.k..],
+            corrections: &x.corrections[m * blocks..],
+            scales: &x.scales[m * blocks..],
+            k: w.k,
+        };
+        let mut acc = [[0.0f32; GROUP]; TILE];
+        let rows = integer_tile(isa, &tile, tokens.end - m, &mut acc);
+        for (i, acc) in acc[..rows].iter().enumerate() {
+            finish(w, group, m + i, acc, x.global, out);
+        }
+        m += rows;
+    }
+}
+
+fn float_group(
+    isa: Isa,
+    w: &PackedLinear,
+    x: &FloatInput,
+    group: usize,
+    tokens: std::ops::Range<usize>,
+    scratch: &mut Vec<[f32; GROUP]>,
+    out: Output,
+) {
+    let block = if x.block == 0 { w.weight_block } else { w.weight_block.min(x.block) }.min(w.k_padded);
+    let blocks = w.k_padded.div_ceil(block);
+    w.group_scales(group, block, scratch);
+    // Activation blocks longer than the weight's are repeated; none at all are ones, shared by every token.
+    let repeat = if x.block == 0 { 0 } else { x.block / block };
+    let expanded: Vec<f32> = match repeat {
+        0 => vec![1.0; blocks],
+        1 => Vec::new(),
+        _ => {
+            let per_row = w.k.div_ceil(x.block);
+            let rows = x.scales[tokens.start * per_row..tokens.end * per_row].chunks_exact(per_row);
+            rows.flat_map(|r| r.iter().flat_map(|&s| std::iter::repeat_n(s, repeat)).take(blocks)).collect()
+        }
+    };
+    let mut m = tokens.start;
+    while m < tokens.end {
+        let (scales, scale_stride) = match repeat {
+            0 => (&expanded[..], 0),
+            1 => (&x.scales[m * blocks..], blocks),
+            _ => (&expanded[(m - tokens.start) * blocks..], blocks),
+        };
+        let tile = FloatTile {
+            element: w.element,
+            weights: w.group_data(group),
+            weight_scales: scratch,
+            block,
+            values: &x.values[m * w.k_padded..],
+            scales,
+            scale_stride,
+            k: w.k_padded,
+        };
+        let mut acc = [[0.0f32; GROUP]; TILE];
+        let rows = float_tile(isa, &tile, tokens.end - m, &mut acc);
+        for (i, acc) in acc[..rows].iter().enumerate() {
+            finish(w, group, m + i, acc, x.rows.get(m + i).copied().unwrap_or(1.0), out);
+        }
+        m += rows;
+    }
+}
+
+/// Applies output scale and bias and writes 16 outputs of one token.
+fn finish(w: &PackedLinear, group: usize, m: usize, acc: &[f32; GROUP], input_scale: f32, out: Output) {
+    let n0 = group * GROUP;
+    let count = GROUP.min(w.n - n0);
+    let mut y = [0.0f32; GROUP];
+    for (i, y) in y[..count].iter_mut().enumerate() {
+        *y = acc[i] * (w.output_scale.at(n0 + i) * input_scale);
+    }
+    if let Some(bias) = &w.bias {
+        y[..count].iter_mut().zip(&bias[n0..]).for_each(|(y, b)| *y += b);
+    }
+    // SAFETY: this task owns group `group` of token `m`.
+    unsafe { out.write(m, w.n, n0, &y[..count]) };
+}
+
+/// Computes the first 8, 4, 2 or 1 of `rows` tokens and returns how many that were.
+fn integer_tile(isa: Isa, t: &IntegerTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) -> usize {
+    let rows = tile_rows(rows);
+    match isa.kind() {
+        // SAFETY: an Isa of this kind exists only if the CPU has the features; slices cover `rows` tokens.
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512 => unsafe { avx512::integer(t, rows, acc) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx2 => unsafe { avx2::integer(t, rows, acc) },
+        _ => scalar::integer(t, rows, acc),
+    }
+    rows
+}
+
+/// As [`integer_tile`] for the float family.
+fn float_tile(isa: Isa, t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) -> usize {
+    let rows = tile_rows(rows);
+    match isa.kind() {
+        // SAFETY: an Isa of this kind exists only if the CPU has the features; slices cover `rows` tokens.
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512 => unsafe { avx512::float(t, rows, acc) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx2 => unsafe { avx2::float(t, rows, acc) },
+        _ => scalar::float(t, rows, acc),
+    }
+    rows
+}
+
+fn tile_rows(rows: usize) -> usize {
+    match rows {
+        8.. => 8,
+        4..8 => 4,
+        2..4 => 2,
+        _ => 1,
+    }
+}

@@ -1,0 +1,65 @@
+//! The definition of both products, in portable Rust: what every fast kernel equals bit for bit.
+
+use super::{FloatTile, GROUP, IntegerTile, TILE};
+use crate::formats::linear::Element;
+use crate::formats::{e2m1, e4m3};
+
+/// acc[m] = Σ over blocks: (weight scale · input scale) · (integer dot of the block).
+pub(super) fn integer(t: &IntegerTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) {
+    let blocks = t.k / t.block;
+    for (m, acc) in acc[..rows].iter_mut().enumerate() {
+        for b in 0..blocks {
+            let scale = t.scales[m * blocks + b];
+            let values = &t.values[m * t.k + b * t.block..][..t.block];
+            for lane in 0..GROUP {
+                let mut dot = 0i32;
+                for (k, &v) in values.iter().enumerate() {
+                    dot += i32::from(v) * i32::from(e2m1::DOUBLED[e2m1_code(t.weights, b * t.block + k, lane)]);
+                }
+                acc[lane] = (t.weight_scales[b][lane] * scale).mul_add(dot as f32, acc[lane]);
+            }
+        }
+    }
+}
+
+/// acc[m] = Σ over blocks: (weight scale · input scale) · (sequential fused multiply-adds over the block).
+pub(super) fn float(t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) {
+    for (m, acc) in acc[..rows].iter_mut().enumerate() {
+        let values = &t.values[m * t.k..][..t.k];
+        for (b, values) in values.chunks(t.block).enumerate() {
+            let scale = t.scales[m * t.scale_stride + b];
+            for lane in 0..GROUP {
+                let mut dot = 0.0f32;
+                for (k, &v) in values.iter().enumerate() {
+                    dot = weight(t, b * t.block + k, lane).mul_add(v, dot);
+                }
+                acc[lane] = (t.weight_scales[b][lane] * scale).mul_add(dot, acc[lane]);
+            }
+        }
+    }
+}
+
+fn e2m1_code(weights: &[u8], k: usize, lane: usize) -> usize {
+    let byte = weights[k / 8 * 4 * GROUP + 4 * lane + k % 4];
+    usize::from((byte >> (k % 8 / 4 * 4)) & 15)
+}
+
+fn weight(t: &FloatTile<'_>, k: usize, lane: usize) -> f32 {
+    let w = t.weights;
+    match t.element {
+        Element::E2m1 => e2m1::VALUES[e2m1_code(w, k, lane)],
+        Element::E4m3 => e4m3::decode(w[k / 4 * 4 * GROUP + 4 * lane + k % 4]),
+        Element::Bf16 => {
+            let i = 2 * (k * GROUP + lane);
+            f32::from_bits(u32::from(u16::from_le_bytes([w[i], w[i + 1]])) << 16)
+        }
+        Element::F16 => {
+            let i = 2 * (k * GROUP + lane);
+            half::f16::from_le_bytes([w[i], w[i + 1]]).to_f32()
+        }
+        Element::F32 => {
+            let i = 4 * (k * GROUP + lane);
+            f32::from_le_bytes([w[i], w[i + 1], w[i + 2], w[i + 3]])
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! The CPU backend: packed weights, every instruction set, the same bits from all of them.
+
+mod activation;
+mod attention;
+mod elementwise;
+pub mod isa;
+mod matmul;
+pub mod packed;
+
+use std::sync::Arc;
+
+pub use attention::KvCache;
+use isa::Isa;
+use packed::PackedLinear;
+
+use super::{AttentionShape, Backend, BackendError, Batch, CacheLayout, PAGE, Result, RopeTable, Routing};
+use crate::formats::linear::LinearTensors;
+
+/// Runs the decoder on packed weights with a thread pool of its own.
+pub struct CpuBackend {
+    isa: Isa,
+    pool: Arc<rayon::ThreadPool>,
+}
+
+/// Activations, row-major.
+#[derive(Clone, Debug)]
+pub struct CpuTensor {
+    data: Vec<f32>,
+    columns: usize,
+}
+
+impl CpuTensor {
+    fn rows(&self) -> usize {
+        self.data.len() / self.columns.max(1)
+    }
+}
+
+impl CpuBackend {
+    /// A backend with the given instruction set and number of threads (0: one per core).
+    ///
+    /// # Errors
+    /// When the threads cannot be started.
+    pub fn new(isa: Isa, threads: usize) -> Result<Self> {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|i| format!("recoup-{i}"))
+            .build()
+            .map_err(|e| BackendError::Failed { context: "starting threads", message: e.to_string() })?;
+        Ok(Self { isa, pool: Arc::new(pool) })
+    }
+
+    /// The instruction set in use.
+    #[must_use]
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Threads in use.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        self.pool.current_num_threads()
+    }
+
+    /// Splits rows of `columns` values over the threads.
+    fn by_rows(&self, out: &mut [f32], columns: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+        use rayon::prelude::*;
+        // Below this many values one thread is done before others have woken.
+        const WORTH_SPLITTING: usize = 1 << 14;
+        let rows = out.len() / columns.max(1);
+        if out.len() < WORTH_SPLITTING || rows < 2 {
+            return f(0, out);
+        }
+        let per_task = rows.div_ceil(self.threads());
+        self.pool.install(|| {
+            out.par_chunks_mut(per_task * columns).enumerate().for_each(|(i, part)| f(i * per_task, part));
+        });
+    }
+}
+
+impl Backend for CpuBackend {
+    type Tensor = CpuTensor;
+    type Linear = PackedLinear;
+    type Norm = Vec<f32>;
+    type Cache = KvCache;
+
+    fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<PackedLinear> {
+        PackedLinear::pack(&tensors)
+    }
+
+    fn module<'a>(&self, linear: &'a PackedLinear) -> &'a str {
+        &linear.name
+    }
+
+    fn load_norm(&self, weight: Vec<f32>) -> Result<Vec<f32>> {
+        Ok(weight)
+    }
+
+    fn new_cache(&self, layout: &CacheLayout) -> Result<KvCache> {
+        Ok(KvCache::new(layout))
+    }
+
+    fn embed(&self, table: &PackedLinear, tokens: &[u32]) -> Result<CpuTensor> {
+        // Rows of E4M3 or BF16 are decoded with K padded; one spare row takes the padding.
+        let mut row = vec![0.0; table.k_padded];
+        let mut data = Vec::with_capacity(tokens.len() * table.k);
+        for &token in tokens {
+            if token as usize >= table.n {
+                return Err(BackendError::TokenOutOfRange { token, vocab: table.n });
+            }
+            table.decode_row(token as usize, &mut row);
+            data.extend_from_slice(&row[..table.k]);
+        }
+        Ok(CpuTensor { data, columns: table.k })
+    }
+
+    fn rms_norm(&self, x: &CpuTensor, weight: &Vec<f32>, eps: f32) -> Result<CpuTensor> {
+        let mut data = vec![0.0; x.data.len()];
+        self.by_rows(&mut data, x.columns, |row, out| {
+            let x = &x.data[row * x.columns..][..out.len()];
+            elementwise::rms_norm(self.isa, x, weight, eps, out);
+        });
+        Ok(CpuTensor { data, columns: x.columns })
+    }
+
+    fn linears(&self, x: &CpuTensor, weights: &[&PackedLinear]) -> Result<Vec<CpuTensor>> {
+        let rows = x.rows();
+        let mut inputs: Vec<(usize, activation::Input)> = Vec::new();
+        let mut which = Vec::new();
+        for (i, w) in weights.iter().enumerate() {
+            let same = |&(j, _): &(usize, _)| {
+                let other: &PackedLinear = weights[j];
+                other.activation == w.activation
+                    && other.family == w.family
+                    && other.pre_quant_scale == w.pre_quant_scale
+            };
+            let at = inputs.iter().position(same).unwrap_or_else(|| {
+                inputs.push((i, activation::quantize(self.isa, &x.data, w)));
+                inputs.len() - 1
+            });
+            which.push(at);
+        }
+        let mut outputs: Vec<CpuTensor> =
+            weights.iter().map(|w| CpuTensor { data: vec![0.0; rows * w.n], columns: w.n }).collect();
+        let mut jobs: Vec<_> = weights
+            .iter()
+            .zip(&mut outputs)
+            .zip(which)
+            .map(|((w, out), input)| (*w, &inputs[input].1, &mut out.data[..]))
+            .collect();
+        self.pool.install(|| matmul::run(self.isa, &mut jobs, rows));
+        Ok(outputs)
+    }
+
+    fn attention(
+        &self,
+        mut q: CpuTensor,
+        mut k: CpuTensor,
+        v: CpuTensor,
+        shape: &AttentionShape,
+        rope: &RopeTable,
+        cache: &mut KvCache,
+        batch: &Batch,
+    ) -> Result<CpuTensor> {
+        for span in &batch.spans {
+            let needed = span.start + span.len;
+            let pages_fit = span.pages.iter().all(|&p| (p as usize + 1) * PAGE <= cache.capacity());
+            if span.pages.len() * PAGE < needed || !pages_fit {
+                return Err(BackendError::CacheTooSmall { capacity: cache.capacity(), needed });
+            }
+        }
+        for t in [&mut q, &mut k] {
+            let columns = t.columns;
+            self.by_rows(&mut t.data, columns, |first, rows| {
+                for (i, token) in rows.chunks_exact_mut(columns).enumerate() {
+                    let at = (first + i) * rope.half;
+                    let (cos, sin) = (&rope.cos[at..][..rope.half], &rope.sin[at..][..rope.half]);
+                    elementwise::rotate(self.isa, token, cos, sin);
+                }
+            });
+        }
+        cache.write(shape.layer, batch, &k.data, &v.data);
+        let mut data = vec![0.0; q.data.len()];
+        self.pool.install(|| attention::attend(self.isa, cache, shape, batch, &q.data, &mut data));
+        Ok(CpuTensor { data, columns: q.columns })
+    }
+
+    fn add(&self, mut x: CpuTensor, y: &CpuTensor) -> Result<CpuTensor> {
+        let columns = x.columns;
+        self.by_rows(&mut x.data, columns, |row, x| elementwise::add(self.isa, x, &y.data[row * columns..][..x.len()]));
+        Ok(x)
+    }
+
+    fn silu_mul(&self, mut gate: CpuTensor, up: &CpuTensor) -> Result<CpuTensor> {
+        let columns = gate.columns;
+        self.by_rows(&mut gate.data, columns, |row, gate| {
+            elementwise::silu_mul(self.isa, gate, &up.data[row * columns..][..gate.len()]);
+        });
+        Ok(gate)
+    }
+
+    fn route(&self, logits: &CpuTensor, top_k: usize, normalize: bool) -> Result<Vec<Routing>> {
+        Ok(logits.data.chunks_exact(logits.columns).map(|row| super::route_row(row, top_k, normalize)).collect())
+    }
+
+    fn select_rows(&self, x: &CpuTensor, rows: &[usize]) -> Result<CpuTensor> {
+        let data = rows.iter().flat_map(|&r| &x.data[r * x.columns..][..x.columns]).copied().collect();
+        Ok(CpuTensor { data, columns: x.columns })
+    }
+
+    fn add_rows(&self, mut sum: CpuTensor, y: &CpuTensor, rows: &[usize], weights: &[f32]) -> Result<CpuTensor> {
+        let columns = sum.columns;
+        for ((y, &row), &weight) in y.data.chunks_exact(columns).zip(rows).zip(weights) {
+            elementwise::add_scaled(self.isa, &mut sum.data[row * columns..][..columns], y, weight);
+        }
+        Ok(sum)
+    }
+
+    fn zeros_like(&self, x: &CpuTensor) -> Result<CpuTensor> {
+        Ok(CpuTensor { data: vec![0.0; x.data.len()], columns: x.columns })
+    }
+
+    fn to_host(&self, x: &CpuTensor) -> Result<Vec<f32>> {
+        Ok(x.data.clone())
+    }
+}

@@ -1,0 +1,301 @@
+//! A linear's weight as the kernels read it: groups of 16 output rows interleaved, one row per SIMD lane.
+//!
+//! Layout of one group, K padded to a multiple of 8 with zeros (N to a multiple of 16 likewise):
+//! - E2M1: per 8 of K, 64 bytes: lane r has 4 bytes, byte i = code k=i low, k=4+i high.
+//! - E4M3: per 4 of K, 64 bytes: lane r has 4 bytes, k ascending.
+//! - BF16, F16, F32: per k, 16 elements.
+//! - Block scales: per block, 16 codes (E4M3, E8M0), or one f32 per group and block (128x128 grid).
+//!
+//! The packed size is the stored size but for the padding.
+
+use crate::backend::{BackendError, Result};
+use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale, decode_elements};
+use crate::formats::{e4m3, e8m0, fp8, mx, nvfp4};
+
+/// Output rows that are interleaved.
+pub const GROUP: usize = 16;
+/// K is padded to a multiple of this: one E2M1 lane word.
+pub const K_STEP: usize = 8;
+
+/// Block scales of a packed weight.
+#[derive(Debug)]
+pub(super) enum PackedScales {
+    None,
+    E4m3(Vec<u8>),
+    E8m0(Vec<u8>),
+    /// [N/16][blocks]
+    Grid(Vec<f32>),
+}
+
+/// Which kernel family computes a linear.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// E2M1 by E2M1: exact integer dot products per block.
+    Integer,
+    /// Any element by f32 values: one fused multiply-add per element.
+    Float,
+}
+
+/// A linear layer in kernel layout.
+#[derive(Debug)]
+pub struct PackedLinear {
+    pub name: String,
+    /// What the weight is called in tables.
+    pub weight_format: &'static str,
+    pub n: usize,
+    pub k: usize,
+    pub element: Element,
+    pub activation: ActivationFormat,
+    pub(super) family: Family,
+    /// K padded to [`K_STEP`].
+    pub(super) k_padded: usize,
+    /// Elements along K under one weight scale; `k_padded` where there is none.
+    pub(super) weight_block: usize,
+    pub(super) data: Vec<u8>,
+    pub(super) scales: PackedScales,
+    pub(super) output_scale: OutputScale,
+    pub(super) pre_quant_scale: Option<Vec<f32>>,
+    pub(super) bias: Option<Vec<f32>>,
+}
+
+impl PackedLinear {
+    /// Interleaves the rows of `t`.
+    ///
+    /// # Errors
+    /// When no kernel takes this weight with this activation.
+    pub fn pack(t: &LinearTensors<'_>) -> Result<Self> {
+        let family = family(t)?;
+        let k_padded = t.k.next_multiple_of(K_STEP);
+        let groups = t.n.div_ceil(GROUP);
+        let mut data = vec![0u8; groups * GROUP * t.element.row_bytes(k_padded)];
+        let row_bytes = t.element.row_bytes(t.k);
+        let group_bytes = GROUP * t.element.row_bytes(k_padded);
+        for (n, row) in t.data.chunks_exact(row_bytes.max(1)).take(t.n).enumerate() {
+            let group = &mut data[n / GROUP * group_bytes..][..group_bytes];
+            interleave(t.element, row, n % GROUP, group);
+        }
+        let (weight_block, scales) = match &t.block_scales {
+            BlockScales::None => (k_padded, PackedScales::None),
+            BlockScales::E4m3 { block, codes } => {
+                (*block, PackedScales::E4m3(interleave_scales(codes, t.n, t.k / block)))
+            }
+            BlockScales::E8m0 { block, codes } => {
+                (*block, PackedScales::E8m0(interleave_scales(codes, t.n, t.k / block)))
+            }
+            BlockScales::Grid { values } => {
+                let blocks = t.k.div_ceil(fp8::BLOCK);
+                let per_group = (0..groups).flat_map(|g| &values[g * GROUP / fp8::BLOCK * blocks..][..blocks]);
+                (fp8::BLOCK, PackedScales::Grid(per_group.copied().collect()))
+            }
+        };
+        Ok(Self {
+            name: t.name.clone(),
+            weight_format: t.weight_format(),
+            n: t.n,
+            k: t.k,
+            element: t.element,
+            activation: t.activation,
+            family,
+            k_padded,
+            weight_block,
+            data,
+            scales,
+            output_scale: t.output_scale.clone(),
+            pre_quant_scale: t.pre_quant_scale.clone(),
+            bias: t.bias.clone(),
+        })
+    }
+
+    /// Bytes held in memory.
+    #[must_use]
+    pub fn resident_bytes(&self) -> usize {
+        let scales = match &self.scales {
+            PackedScales::None => 0,
+            PackedScales::E4m3(c) | PackedScales::E8m0(c) => c.len(),
+            PackedScales::Grid(v) => 4 * v.len(),
+        };
+        let rows = match &self.output_scale {
+            OutputScale::Row(v) => 4 * v.len(),
+            _ => 0,
+        };
+        let floats = |v: &Option<Vec<f32>>| v.as_ref().map_or(0, |v| 4 * v.len());
+        self.data.len() + scales + rows + floats(&self.pre_quant_scale) + floats(&self.bias)
+    }
+
+    /// Groups of 16 output rows.
+    pub(super) fn groups(&self) -> usize {
+        self.n.div_ceil(GROUP)
+    }
+
+    /// Packed elements of one group.
+    pub(super) fn group_data(&self, group: usize) -> &[u8] {
+        let bytes = GROUP * self.element.row_bytes(self.k_padded);
+        &self.data[group * bytes..][..bytes]
+    }
+
+    /// Scales of one group as f32, [blocks][16], each weight block repeated so that blocks are `block` long.
+    pub(super) fn group_scales(&self, group: usize, block: usize, out: &mut Vec<[f32; GROUP]>) {
+        out.clear();
+        let blocks = self.k_padded.div_ceil(block);
+        let repeat = (self.weight_block / block).max(1);
+        let weight_blocks = self.k_padded.div_ceil(self.weight_block);
+        match &self.scales {
+            PackedScales::None => out.resize(blocks, [1.0; GROUP]),
+            PackedScales::Grid(values) => {
+                for &v in &values[group * weight_blocks..][..weight_blocks] {
+                    out.extend(std::iter::repeat_n([v; GROUP], repeat));
+                }
+            }
+            PackedScales::E4m3(codes) => {
+                for lanes in codes[group * weight_blocks * GROUP..][..weight_blocks * GROUP].as_chunks::<GROUP>().0 {
+                    out.extend(std::iter::repeat_n(lanes.map(e4m3::decode), repeat));
+                }
+            }
+            PackedScales::E8m0(codes) => {
+                for lanes in codes[group * weight_blocks * GROUP..][..weight_blocks * GROUP].as_chunks::<GROUP>().0 {
+                    out.extend(std::iter::repeat_n(lanes.map(e8m0::decode), repeat));
+                }
+            }
+        }
+        out.truncate(blocks);
+    }
+
+    /// Row `n` in f32, scales applied as [`LinearTensors::decode_row`] does.
+    pub(super) fn decode_row(&self, n: usize, out: &mut [f32]) {
+        let mut row = vec![0u8; self.element.row_bytes(self.k_padded)];
+        deinterleave(self.element, self.group_data(n / GROUP), n % GROUP, &mut row);
+        decode_elements(self.element, &row, out);
+        if matches!((&self.scales, &self.output_scale), (PackedScales::None, OutputScale::One)) {
+            return;
+        }
+        let mut scales = Vec::new();
+        self.group_scales(n / GROUP, self.weight_block, &mut scales);
+        for (values, s) in out.chunks_mut(self.weight_block).zip(&scales) {
+            let s = s[n % GROUP] * self.output_scale.at(n);
+            values.iter_mut().for_each(|v| *v *= s);
+        }
+    }
+}
+
+/// Which kernels take `t`, if any do.
+fn family(t: &LinearTensors<'_>) -> Result<Family> {
+    use ActivationFormat as A;
+    let block = t.block_scales.block(t.k);
+    let fits = match (t.element, t.activation) {
+        (Element::E2m1, A::Nvfp4 { .. }) if block == nvfp4::BLOCK => return Ok(Family::Integer),
+        (Element::E2m1, A::Mxfp4 { .. }) if block == mx::BLOCK => return Ok(Family::Integer),
+        (_, A::Nvfp4 { .. } | A::Mxfp4 { .. }) => false,
+        // Blocks of weight and activation must nest.
+        (_, A::Fp8Group) => matches!(t.block_scales, BlockScales::None) || fp8::BLOCK.is_multiple_of(block),
+        (_, A::Mxfp8 { .. }) => {
+            matches!(t.block_scales, BlockScales::None)
+                || block.is_multiple_of(mx::BLOCK)
+                || mx::BLOCK.is_multiple_of(block)
+        }
+        (_, A::Float | A::Fp8Static { .. } | A::Fp8Token) => true,
+    };
+    if fits {
+        return Ok(Family::Float);
+    }
+    Err(BackendError::Unsupported {
+        module: t.name.clone(),
+        backend: "the CPU",
+        what: format!("{} weights in blocks of {block} with {} activations", t.weight_format(), t.activation),
+    })
+}
+
+/// Writes a stored row into lane `lane` of its group.
+fn interleave(element: Element, row: &[u8], lane: usize, group: &mut [u8]) {
+    match element {
+        Element::E2m1 => {
+            for (chunk, codes) in row.chunks(4).enumerate() {
+                // `codes` holds k = 0..8 two to a byte; the lane word pairs k = i with k = 4 + i.
+                let code = |k: usize| codes.get(k / 2).map_or(0, |b| (b >> (4 * (k % 2))) & 15);
+                let word = &mut group[chunk * 4 * GROUP + 4 * lane..][..4];
+                for (i, b) in word.iter_mut().enumerate() {
+                    *b = code(i) | (code(4 + i) << 4);
+                }
+            }
+        }
+        Element::E4m3 => {
+            for (chunk, codes) in row.chunks(4).enumerate() {
+                group[chunk * 4 * GROUP + 4 * lane..][..codes.len()].copy_from_slice(codes);
+            }
+        }
+        Element::Bf16 | Element::F16 | Element::F32 => {
+            let size = element.row_bytes(1);
+            for (k, bytes) in row.chunks_exact(size).enumerate() {
+                group[(k * GROUP + lane) * size..][..size].copy_from_slice(bytes);
+            }
+        }
+    }
+}
+
+/// The inverse of [`interleave`]: lane `lane` of a group as a stored row.
+fn deinterleave(element: Element, group: &[u8], lane: usize, row: &mut [u8]) {
+    match element {
+        Element::E2m1 => {
+            for (chunk, codes) in row.chunks_mut(4).enumerate() {
+                let word = &group[chunk * 4 * GROUP + 4 * lane..][..4];
+                let code = |k: usize| (word[k % 4] >> (4 * (k / 4))) & 15;
+                for (i, b) in codes.iter_mut().enumerate() {
+                    *b = code(2 * i) | (code(2 * i + 1) << 4);
+                }
+            }
+        }
+        Element::E4m3 => {
+            for (chunk, codes) in row.chunks_mut(4).enumerate() {
+                codes.copy_from_slice(&group[chunk * 4 * GROUP + 4 * lane..][..codes.len()]);
+            }
+        }
+        Element::Bf16 | Element::F16 | Element::F32 => {
+            let size = element.row_bytes(1);
+            for (k, bytes) in row.chunks_exact_mut(size).enumerate() {
+                bytes.copy_from_slice(&group[(k * GROUP + lane) * size..][..size]);
+            }
+        }
+    }
+}
+
+/// [N, blocks] codes to [N/16][blocks][16]; absent rows get code 0.
+fn interleave_scales(codes: &[u8], n: usize, blocks: usize) -> Vec<u8> {
+    let mut out = vec![0u8; n.div_ceil(GROUP) * blocks * GROUP];
+    for (row, codes) in codes.chunks_exact(blocks.max(1)).take(n).enumerate() {
+        for (b, &code) in codes.iter().enumerate() {
+            out[(row / GROUP * blocks + b) * GROUP + row % GROUP] = code;
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::borrow::Cow;
+
+    proptest! {
+        #[test]
+        fn packing_loses_nothing(n in 1usize..40, blocks in 1usize..5, which in 0usize..5, seed in any::<u8>()) {
+            let element = [Element::F32, Element::F16, Element::Bf16, Element::E4m3, Element::E2m1][which];
+            let k = blocks * 16;
+            let bytes: Vec<u8> = (0..n * element.row_bytes(k)).map(|i| ((i * 31 + usize::from(seed)) % 120) as u8).collect();
+            let codes: Vec<u8> = (0..n * blocks).map(|i| ((i * 7 + usize::from(seed)) % 126) as u8).collect();
+            let block_scales = if element == Element::E2m1 {
+                BlockScales::E4m3 { block: 16, codes: Cow::Owned(codes) }
+            } else {
+                BlockScales::None
+            };
+            let t = LinearTensors { name: "w".into(), n, k, element, data: Cow::Owned(bytes), block_scales,
+                output_scale: OutputScale::Tensor(0.5), activation: ActivationFormat::Float, pre_quant_scale: None, bias: None };
+            let packed = PackedLinear::pack(&t).unwrap();
+            let (mut expected, mut got) = (vec![0.0; k], vec![0.0; k]);
+            for row in 0..n {
+                t.decode_row(row, &mut expected);
+                packed.decode_row(row, &mut got);
+                prop_assert_eq!(&expected, &got);
+            }
+            prop_assert!(packed.resident_bytes() <= t.stored_bytes() * n.next_multiple_of(16) / n + 4);
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! A backend that shows every linear's input to an observer on the way: calibration, per-layer checks.
+
+use std::sync::{Mutex, PoisonError};
+
+use super::{AttentionShape, Backend, Batch, CacheLayout, Result, RopeTable, Routing};
+use crate::formats::linear::LinearTensors;
+
+/// Sees one linear's module name and its input, [tokens, K] row-major, before any quantization.
+pub trait Observer {
+    fn input(&mut self, module: &str, x: &[f32]);
+}
+
+impl<F: FnMut(&str, &[f32])> Observer for F {
+    fn input(&mut self, module: &str, x: &[f32]) {
+        self(module, x);
+    }
+}
+
+/// `inner` with an observer.
+pub struct Observed<B, O> {
+    inner: B,
+    observer: Mutex<O>,
+}
+
+impl<B, O> Observed<B, O> {
+    /// Wraps `inner`.
+    pub fn new(inner: B, observer: O) -> Self {
+        Self { inner, observer: Mutex::new(observer) }
+    }
+
+    /// Access to what was observed.
+    pub fn with_observer<T>(&self, f: impl FnOnce(&mut O) -> T) -> T {
+        f(&mut self.observer.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl<B: Backend, O: Observer> Backend for Observed<B, O> {
+    type Tensor = B::Tensor;
+    type Linear = B::Linear;
+    type Norm = B::Norm;
+    type Cache = B::Cache;
+
+    fn linears(&self, x: &B::Tensor, weights: &[&B::Linear]) -> Result<Vec<B::Tensor>> {
+        let host = self.inner.to_host(x)?;
+        self.with_observer(|o| weights.iter().for_each(|w| o.input(self.inner.module(w), &host)));
+        self.inner.linears(x, weights)
+    }
+
+    fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<B::Linear> {
+        self.inner.load_linear(tensors)
+    }
+
+    fn module<'a>(&self, linear: &'a B::Linear) -> &'a str {
+        self.inner.module(linear)
+    }
+
+    fn load_norm(&self, weight: Vec<f32>) -> Result<B::Norm> {
+        self.inner.load_norm(weight)
+    }
+
+    fn new_cache(&self, layout: &CacheLayout) -> Result<B::Cache> {
+        self.inner.new_cache(layout)
+    }
+
+    fn embed(&self, table: &B::Linear, tokens: &[u32]) -> Result<B::Tensor> {
+        self.inner.embed(table, tokens)
+    }
+
+    fn rms_norm(&self, x: &B::Tensor, weight: &B::Norm, eps: f32) -> Result<B::Tensor> {
+        self.inner.rms_norm(x, weight, eps)
+    }
+
+    fn attention(
+        &self,
+        q: B::Tensor,
+        k: B::Tensor,
+        v: B::Tensor,
+        shape: &AttentionShape,
+        rope: &RopeTable,
+        cache: &mut B::Cache,
+        batch: &Batch,
+    ) -> Result<B::Tensor> {
+        self.inner.attention(q, k, v, shape, rope, cache, batch)
+    }
+
+    fn add(&self, x: B::Tensor, y: &B::Tensor) -> Result<B::Tensor> {
+        self.inner.add(x, y)
+    }
+
+    fn silu_mul(&self, gate: B::Tensor, up: &B::Tensor) -> Result<B::Tensor> {
+        self.inner.silu_mul(gate, up)
+    }
+
+    fn route(&self, logits: &B::Tensor, top_k: usize, normalize: bool) -> Result<Vec<Routing>> {
+        self.inner.route(logits, top_k, normalize)
+    }
+
+    fn select_rows(&self, x: &B::Tensor, rows: &[usize]) -> Result<B::Tensor> {
+        self.inner.select_rows(x, rows)
+    }
+
+    fn add_rows(&self, sum: B::Tensor, y: &B::Tensor, rows: &[usize], weights: &[f32]) -> Result<B::Tensor> {
+        self.inner.add_rows(sum, y, rows, weights)
+    }
+
+    fn zeros_like(&self, x: &B::Tensor) -> Result<B::Tensor> {
+        self.inner.zeros_like(x)
+    }
+
+    fn to_host(&self, x: &B::Tensor) -> Result<Vec<f32>> {
+        self.inner.to_host(x)
+    }
+}

@@ -1,0 +1,13 @@
+//! How keys and values are kept between tokens.
+
+/// Storage of one layer's KV cache.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum KvFormat {
+    F32,
+    Bf16,
+    /// E4M3 of K (after RoPE) and V under calibrated scales (multipliers): stored = e4m3(value / scale).
+    Fp8 {
+        k_scale: f32,
+        v_scale: f32,
+    },
+}

@@ -1,0 +1,340 @@
+//! The decoder of Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE, written once over [`Backend`].
+
+use super::config::{ModelConfig, Moe};
+use crate::backend::{self, AttentionShape, Backend, Batch, CacheLayout, PAGE, RopeTable};
+use crate::checkpoint::resolve::LinearRole;
+use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::formats::kv::KvFormat;
+
+/// Why a model could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    Backend(#[from] backend::BackendError),
+}
+
+/// A decoder on backend `B`.
+pub struct Decoder<B: Backend> {
+    pub config: ModelConfig,
+    backend: B,
+    embedding: B::Linear,
+    layers: Vec<Layer<B>>,
+    norm: B::Norm,
+    /// `None`: the embedding's weight is the head's.
+    head: Option<B::Linear>,
+    frequencies: Vec<f32>,
+    /// What the checkpoint says of each layer's KV cache; `None` leaves it to the caller.
+    kv_formats: Vec<Option<KvFormat>>,
+}
+
+struct Layer<B: Backend> {
+    input_norm: B::Norm,
+    q: B::Linear,
+    k: B::Linear,
+    v: B::Linear,
+    o: B::Linear,
+    q_norm: Option<B::Norm>,
+    k_norm: Option<B::Norm>,
+    post_norm: B::Norm,
+    ffn: Ffn<B>,
+    window: Option<usize>,
+}
+
+enum Ffn<B: Backend> {
+    Dense(Mlp<B>),
+    Moe { router: B::Linear, experts: Vec<Mlp<B>>, moe: Moe },
+}
+
+struct Mlp<B: Backend> {
+    gate: B::Linear,
+    up: B::Linear,
+    down: B::Linear,
+}
+
+/// Which tokens of a batch get logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// Every token.
+    All,
+    /// The last of each span.
+    Last,
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Loads the model of `checkpoint`; every tensor in it is used, or the error names it.
+    ///
+    /// # Errors
+    /// Anything wrong with the checkpoint, or a format without a kernel.
+    pub fn load(backend: B, checkpoint: &Checkpoint) -> Result<Self, LoadError> {
+        Self::load_with_progress(backend, checkpoint, &mut |_, _| {})
+    }
+
+    /// As [`Self::load`]; calls `progress(layers done, layers)`.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_with_progress(
+        backend: B,
+        checkpoint: &Checkpoint,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self, LoadError> {
+        let config = ModelConfig::read(&checkpoint.config)?;
+        let loader = Loader { backend: &backend, checkpoint, config: &config };
+        let embedding = loader.embedding()?;
+        let mut layers = Vec::new();
+        let mut kv_formats = Vec::new();
+        for index in 0..config.layers {
+            let prefix = format!("model.layers.{index}");
+            layers.push(loader.layer(index, &prefix)?);
+            let scales = checkpoint.kv_scales(&format!("{prefix}.self_attn"))?;
+            kv_formats.push(scales.map(|s| KvFormat::Fp8 { k_scale: s.k, v_scale: s.v }));
+            checkpoint.tensors.release_pages();
+            progress(index + 1, config.layers);
+        }
+        let norm = loader.norm("model.norm.weight", config.hidden)?;
+        let head = loader.head()?;
+        loader.ignore_derived_tensors();
+        checkpoint.tensors.finish()?;
+        checkpoint.tensors.release_pages();
+        let frequencies = config.rope_frequencies();
+        Ok(Self { backend, embedding, layers, norm, head, frequencies, kv_formats, config })
+    }
+
+    /// The backend it runs on.
+    #[must_use]
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// Calls `f` with every linear layer, embedding and head included.
+    pub fn for_each_linear(&self, mut f: impl FnMut(&B::Linear)) {
+        f(&self.embedding);
+        for layer in &self.layers {
+            [&layer.q, &layer.k, &layer.v, &layer.o].into_iter().for_each(&mut f);
+            let mlps = match &layer.ffn {
+                Ffn::Dense(mlp) => std::slice::from_ref(mlp),
+                Ffn::Moe { router, experts, .. } => {
+                    f(router);
+                    &experts[..]
+                }
+            };
+            mlps.iter().flat_map(|m| [&m.gate, &m.up, &m.down]).for_each(&mut f);
+        }
+        self.head.iter().for_each(f);
+    }
+
+    /// A KV cache for `tokens` tokens in all; `format` where the checkpoint does not fix one.
+    ///
+    /// # Errors
+    /// When the backend cannot make one.
+    pub fn new_cache(&self, tokens: usize, format: KvFormat) -> backend::Result<B::Cache> {
+        self.backend.new_cache(&CacheLayout {
+            formats: self.kv_formats.iter().map(|f| f.unwrap_or(format)).collect(),
+            kv_heads: self.config.kv_heads,
+            head_dim: self.config.head_dim,
+            pages: tokens.div_ceil(PAGE),
+        })
+    }
+
+    /// Runs `batch` and returns logits [wanted tokens, vocab].
+    ///
+    /// # Errors
+    /// A token outside the vocabulary, a cache too small, or the backend's own failure.
+    pub fn forward(&self, batch: &Batch, cache: &mut B::Cache, wanted: Wanted) -> backend::Result<B::Tensor> {
+        let b = &self.backend;
+        let rope = RopeTable::new(&self.frequencies, batch.positions());
+        let mut x = b.embed(&self.embedding, &batch.tokens)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let h = b.rms_norm(&x, &layer.input_norm, self.config.rms_eps)?;
+            let attention = self.attention(index, layer, &h, &rope, cache, batch)?;
+            x = b.add(x, &attention)?;
+            let h = b.rms_norm(&x, &layer.post_norm, self.config.rms_eps)?;
+            let ffn = self.ffn(&layer.ffn, &h)?;
+            x = b.add(x, &ffn)?;
+        }
+        if wanted == Wanted::Last {
+            let ends = batch.spans.iter().scan(0, |end, s| {
+                *end += s.len;
+                Some(*end - 1)
+            });
+            x = b.select_rows(&x, &ends.collect::<Vec<_>>())?;
+        }
+        let x = b.rms_norm(&x, &self.norm, self.config.rms_eps)?;
+        one(b.linears(&x, &[self.head.as_ref().unwrap_or(&self.embedding)])?)
+    }
+
+    fn attention(
+        &self,
+        index: usize,
+        layer: &Layer<B>,
+        h: &B::Tensor,
+        rope: &RopeTable,
+        cache: &mut B::Cache,
+        batch: &Batch,
+    ) -> backend::Result<B::Tensor> {
+        let (b, c) = (&self.backend, &self.config);
+        let [mut q, mut k, v] = exactly(b.linears(h, &[&layer.q, &layer.k, &layer.v])?)?;
+        if let (Some(q_norm), Some(k_norm)) = (&layer.q_norm, &layer.k_norm) {
+            q = b.rms_norm(&q, q_norm, c.rms_eps)?;
+            k = b.rms_norm(&k, k_norm, c.rms_eps)?;
+        }
+        let shape = AttentionShape {
+            layer: index,
+            heads: c.heads,
+            kv_heads: c.kv_heads,
+            head_dim: c.head_dim,
+            window: layer.window,
+        };
+        let mixed = b.attention(q, k, v, &shape, rope, cache, batch)?;
+        one(b.linears(&mixed, &[&layer.o])?)
+    }
+
+    fn ffn(&self, ffn: &Ffn<B>, h: &B::Tensor) -> backend::Result<B::Tensor> {
+        let b = &self.backend;
+        match ffn {
+            Ffn::Dense(mlp) => self.mlp(mlp, h),
+            Ffn::Moe { router, experts, moe } => {
+                let routing = b.route(&one(b.linears(h, &[router])?)?, moe.top_k, moe.normalize)?;
+                let mut sum = b.zeros_like(h)?;
+                for (e, expert) in experts.iter().enumerate() {
+                    let (mut rows, mut weights) = (Vec::new(), Vec::new());
+                    for (row, chosen) in routing.iter().enumerate() {
+                        if let Some(&(_, weight)) = chosen.iter().find(|c| c.0 == e) {
+                            rows.push(row);
+                            weights.push(weight);
+                        }
+                    }
+                    if !rows.is_empty() {
+                        let y = self.mlp(expert, &b.select_rows(h, &rows)?)?;
+                        sum = b.add_rows(sum, &y, &rows, &weights)?;
+                    }
+                }
+                Ok(sum)
+            }
+        }
+    }
+
+    fn mlp(&self, mlp: &Mlp<B>, h: &B::Tensor) -> backend::Result<B::Tensor> {
+        let b = &self.backend;
+        let [gate, up] = exactly(b.linears(h, &[&mlp.gate, &mlp.up])?)?;
+        let h = b.silu_mul(gate, &up)?;
+        one(b.linears(&h, &[&mlp.down])?)
+    }
+}
+
+fn one<T>(tensors: Vec<T>) -> backend::Result<T> {
+    exactly::<T, 1>(tensors).map(|[t]| t)
+}
+
+fn exactly<T, const N: usize>(tensors: Vec<T>) -> backend::Result<[T; N]> {
+    tensors.try_into().map_err(|t: Vec<T>| backend::BackendError::Failed {
+        context: "linears",
+        message: format!("the backend returned {} tensors for {N} weights", t.len()),
+    })
+}
+
+/// Embeddings are no linears, and no engine quantizes heads and routers unless the file holds them so.
+fn may_be_plain(module: &str) -> bool {
+    module == "lm_head" || module == "model.embed_tokens" || module.ends_with(".mlp.gate")
+}
+
+/// Finds each part of the model in the checkpoint by its Hugging Face name.
+struct Loader<'a, B: Backend> {
+    backend: &'a B,
+    checkpoint: &'a Checkpoint,
+    config: &'a ModelConfig,
+}
+
+impl<B: Backend> Loader<'_, B> {
+    fn linear(&self, name: &str, n: usize, k: usize, bias: bool) -> Result<B::Linear, LoadError> {
+        let role = LinearRole { n, k, bias, may_be_plain: may_be_plain(name) };
+        Ok(self.backend.load_linear(self.checkpoint.linear(name, role)?)?)
+    }
+
+    fn norm(&self, name: &str, length: usize) -> Result<B::Norm, LoadError> {
+        Ok(self.backend.load_norm(self.checkpoint.floats(name, &[length])?)?)
+    }
+
+    fn embedding(&self) -> Result<B::Linear, LoadError> {
+        self.linear("model.embed_tokens", self.config.vocab, self.config.hidden, false)
+    }
+
+    /// The head: stored, or the embedding's weight. A tied checkpoint that stores an unquantized head too must store
+    /// the same bytes; a quantized head of its own is used as it is.
+    fn head(&self) -> Result<Option<B::Linear>, LoadError> {
+        let c = self.config;
+        let tensors = &self.checkpoint.tensors;
+        if c.tied_embeddings && !self.checkpoint.has_linear("lm_head") {
+            return Ok(None);
+        }
+        if c.tied_embeddings
+            && let (Some(head), Some(embedding)) =
+                (tensors.peek("lm_head.weight"), tensors.peek("model.embed_tokens.weight"))
+            && head.dtype == embedding.dtype
+        {
+            if head.bytes != embedding.bytes {
+                return Err(CheckpointError::Conflict {
+                    file: head.file.into(),
+                    module: "lm_head".into(),
+                    detail: "config.json ties it to the embedding (tie_word_embeddings), but another weight is stored"
+                        .into(),
+                }
+                .into());
+            }
+            tensors.take("lm_head.weight");
+            return Ok(None);
+        }
+        self.linear("lm_head", c.vocab, c.hidden, false).map(Some)
+    }
+
+    fn layer(&self, index: usize, prefix: &str) -> Result<Layer<B>, LoadError> {
+        let c = self.config;
+        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let attention = |part: &str| format!("{prefix}.self_attn.{part}");
+        let head_norm =
+            |part: &str| c.qk_norm.then(|| self.norm(&attention(&format!("{part}.weight")), c.head_dim)).transpose();
+        Ok(Layer {
+            input_norm: self.norm(&format!("{prefix}.input_layernorm.weight"), c.hidden)?,
+            q: self.linear(&attention("q_proj"), q, c.hidden, c.qkv_bias)?,
+            k: self.linear(&attention("k_proj"), kv, c.hidden, c.qkv_bias)?,
+            v: self.linear(&attention("v_proj"), kv, c.hidden, c.qkv_bias)?,
+            o: self.linear(&attention("o_proj"), c.hidden, q, c.output_bias)?,
+            q_norm: head_norm("q_norm")?,
+            k_norm: head_norm("k_norm")?,
+            post_norm: self.norm(&format!("{prefix}.post_attention_layernorm.weight"), c.hidden)?,
+            ffn: self.ffn(index, &format!("{prefix}.mlp"))?,
+            window: c.windows[index],
+        })
+    }
+
+    fn ffn(&self, index: usize, prefix: &str) -> Result<Ffn<B>, LoadError> {
+        let c = self.config;
+        let Some(moe) = c.moe.filter(|_| c.is_moe(index)) else {
+            return Ok(Ffn::Dense(self.mlp(prefix, c.intermediate)?));
+        };
+        let router = self.linear(&format!("{prefix}.gate"), moe.experts, c.hidden, false)?;
+        let experts = (0..moe.experts).map(|e| self.mlp(&format!("{prefix}.experts.{e}"), moe.intermediate));
+        Ok(Ffn::Moe { router, experts: experts.collect::<Result<_, _>>()?, moe })
+    }
+
+    fn mlp(&self, prefix: &str, intermediate: usize) -> Result<Mlp<B>, LoadError> {
+        let c = self.config;
+        let linear = |part: &str, n, k| self.linear(&format!("{prefix}.{part}_proj"), n, k, c.mlp_bias);
+        Ok(Mlp {
+            gate: linear("gate", intermediate, c.hidden)?,
+            up: linear("up", intermediate, c.hidden)?,
+            down: linear("down", c.hidden, intermediate)?,
+        })
+    }
+
+    /// Old Llama files store the rotary frequencies, which follow from the configuration.
+    fn ignore_derived_tensors(&self) {
+        for name in self.checkpoint.tensors.unused() {
+            if name.ends_with(".rotary_emb.inv_freq") {
+                self.checkpoint.tensors.take(&name);
+            }
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! The decoder: one for every supported architecture, generic over the backend.
+
+pub mod config;
+pub mod decoder;
+
+pub use config::ModelConfig;
+pub use decoder::{Decoder, LoadError, Wanted};
