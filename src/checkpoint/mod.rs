@@ -48,4 +48,18 @@ impl Checkpoint {
         let tensors = TensorStore::open(folder)?;
         Ok(Self { config, scheme, tensors })
     }
+
+    /// Checks that every tensor was used, but for those that follow from the configuration (old Llama files store the
+    /// rotary frequencies).
+    ///
+    /// # Errors
+    /// Names the tensors that nothing used.
+    pub fn finish(&self) -> Result<()> {
+        for name in self.tensors.unused() {
+            if name.ends_with(".rotary_emb.inv_freq") {
+                self.tensors.take(&name);
+            }
+        }
+        self.tensors.finish()
+    }
 }

@@ -1,5 +1,6 @@
 //! config.json of a supported architecture, read into types that cannot be wrong.
 
+use crate::checkpoint::Checkpoint;
 use crate::checkpoint::error::{CheckpointError, Result};
 use crate::checkpoint::json::Object;
 
@@ -141,6 +142,33 @@ impl ModelConfig {
             dense_layers,
             eos_tokens: token_ids(c, "eos_token_id")?,
         })
+    }
+
+    /// The same model with a head of its own where a tied checkpoint stores a quantized one.
+    ///
+    /// # Errors
+    /// When a tied checkpoint stores an unquantized head that differs from the embedding.
+    pub fn untied_where_stored(mut self, checkpoint: &Checkpoint) -> Result<Self> {
+        if !self.tied_embeddings || !checkpoint.has_linear("lm_head") {
+            return Ok(self);
+        }
+        let tensors = &checkpoint.tensors;
+        match (tensors.peek("lm_head.weight"), tensors.peek("model.embed_tokens.weight")) {
+            (Some(head), Some(embedding)) if head.dtype == embedding.dtype => {
+                if head.bytes != embedding.bytes {
+                    return Err(CheckpointError::Conflict {
+                        file: head.file.into(),
+                        module: "lm_head".into(),
+                        detail:
+                            "config.json ties it to the embedding (tie_word_embeddings), but another weight is stored"
+                                .into(),
+                    });
+                }
+                tensors.take("lm_head.weight");
+            }
+            _ => self.tied_embeddings = false,
+        }
+        Ok(self)
     }
 
     /// Whether layer `index` routes to experts.

@@ -1,5 +1,7 @@
 //! The decoder of Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE, written once over [`Backend`].
 
+use std::collections::HashMap;
+
 use super::config::{ModelConfig, Moe};
 use crate::backend::{self, AttentionShape, Backend, Batch, CacheLayout, PAGE, RopeTable};
 use crate::checkpoint::resolve::LinearRole;
@@ -80,9 +82,10 @@ impl<B: Backend> Decoder<B> {
         checkpoint: &Checkpoint,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self, LoadError> {
-        let config = ModelConfig::read(&checkpoint.config)?;
-        let loader = Loader { backend: &backend, checkpoint, config: &config };
-        let embedding = loader.embedding()?;
+        let config = ModelConfig::read(&checkpoint.config)?.untied_where_stored(checkpoint)?;
+        let roles = config.modules().into_iter().map(|m| (m.name, m.role)).collect();
+        let loader = Loader { backend: &backend, checkpoint, config: &config, roles };
+        let embedding = loader.linear("model.embed_tokens")?;
         let mut layers = Vec::new();
         let mut kv_formats = Vec::new();
         for index in 0..config.layers {
@@ -94,9 +97,8 @@ impl<B: Backend> Decoder<B> {
             progress(index + 1, config.layers);
         }
         let norm = loader.norm("model.norm.weight", config.hidden)?;
-        let head = loader.head()?;
-        loader.ignore_derived_tensors();
-        checkpoint.tensors.finish()?;
+        let head = (!config.tied_embeddings).then(|| loader.linear("lm_head")).transpose()?;
+        checkpoint.finish()?;
         checkpoint.tensors.release_pages();
         let frequencies = config.rope_frequencies();
         Ok(Self { backend, embedding, layers, norm, head, frequencies, kv_formats, config })
@@ -235,72 +237,40 @@ fn exactly<T, const N: usize>(tensors: Vec<T>) -> backend::Result<[T; N]> {
     })
 }
 
-/// Embeddings are no linears, and no engine quantizes heads and routers unless the file holds them so.
-fn may_be_plain(module: &str) -> bool {
-    module == "lm_head" || module == "model.embed_tokens" || module.ends_with(".mlp.gate")
-}
-
 /// Finds each part of the model in the checkpoint by its Hugging Face name.
 struct Loader<'a, B: Backend> {
     backend: &'a B,
     checkpoint: &'a Checkpoint,
     config: &'a ModelConfig,
+    roles: HashMap<String, LinearRole>,
 }
 
 impl<B: Backend> Loader<'_, B> {
-    fn linear(&self, name: &str, n: usize, k: usize, bias: bool) -> Result<B::Linear, LoadError> {
-        let role = LinearRole { n, k, bias, may_be_plain: may_be_plain(name) };
-        Ok(self.backend.load_linear(self.checkpoint.linear(name, role)?)?)
+    fn linear(&self, name: &str) -> Result<B::Linear, LoadError> {
+        let role = self.roles.get(name).ok_or_else(|| CheckpointError::MissingTensor {
+            folder: self.checkpoint.tensors.folder().into(),
+            tensor: name.into(),
+            why: "the decoder asks for a module that the architecture does not list".into(),
+        })?;
+        Ok(self.backend.load_linear(self.checkpoint.linear(name, *role)?)?)
     }
 
     fn norm(&self, name: &str, length: usize) -> Result<B::Norm, LoadError> {
         Ok(self.backend.load_norm(self.checkpoint.floats(name, &[length])?)?)
     }
 
-    fn embedding(&self) -> Result<B::Linear, LoadError> {
-        self.linear("model.embed_tokens", self.config.vocab, self.config.hidden, false)
-    }
-
-    /// The head: stored, or the embedding's weight. A tied checkpoint that stores an unquantized head too must store
-    /// the same bytes; a quantized head of its own is used as it is.
-    fn head(&self) -> Result<Option<B::Linear>, LoadError> {
-        let c = self.config;
-        let tensors = &self.checkpoint.tensors;
-        if c.tied_embeddings && !self.checkpoint.has_linear("lm_head") {
-            return Ok(None);
-        }
-        if c.tied_embeddings
-            && let (Some(head), Some(embedding)) =
-                (tensors.peek("lm_head.weight"), tensors.peek("model.embed_tokens.weight"))
-            && head.dtype == embedding.dtype
-        {
-            if head.bytes != embedding.bytes {
-                return Err(CheckpointError::Conflict {
-                    file: head.file.into(),
-                    module: "lm_head".into(),
-                    detail: "config.json ties it to the embedding (tie_word_embeddings), but another weight is stored"
-                        .into(),
-                }
-                .into());
-            }
-            tensors.take("lm_head.weight");
-            return Ok(None);
-        }
-        self.linear("lm_head", c.vocab, c.hidden, false).map(Some)
-    }
-
     fn layer(&self, index: usize, prefix: &str) -> Result<Layer<B>, LoadError> {
         let c = self.config;
-        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-        let attention = |part: &str| format!("{prefix}.self_attn.{part}");
-        let head_norm =
-            |part: &str| c.qk_norm.then(|| self.norm(&attention(&format!("{part}.weight")), c.head_dim)).transpose();
+        let linear = |part: &str| self.linear(&format!("{prefix}.self_attn.{part}"));
+        let head_norm = |part: &str| {
+            c.qk_norm.then(|| self.norm(&format!("{prefix}.self_attn.{part}.weight"), c.head_dim)).transpose()
+        };
         Ok(Layer {
             input_norm: self.norm(&format!("{prefix}.input_layernorm.weight"), c.hidden)?,
-            q: self.linear(&attention("q_proj"), q, c.hidden, c.qkv_bias)?,
-            k: self.linear(&attention("k_proj"), kv, c.hidden, c.qkv_bias)?,
-            v: self.linear(&attention("v_proj"), kv, c.hidden, c.qkv_bias)?,
-            o: self.linear(&attention("o_proj"), c.hidden, q, c.output_bias)?,
+            q: linear("q_proj")?,
+            k: linear("k_proj")?,
+            v: linear("v_proj")?,
+            o: linear("o_proj")?,
             q_norm: head_norm("q_norm")?,
             k_norm: head_norm("k_norm")?,
             post_norm: self.norm(&format!("{prefix}.post_attention_layernorm.weight"), c.hidden)?,
@@ -312,29 +282,15 @@ impl<B: Backend> Loader<'_, B> {
     fn ffn(&self, index: usize, prefix: &str) -> Result<Ffn<B>, LoadError> {
         let c = self.config;
         let Some(moe) = c.moe.filter(|_| c.is_moe(index)) else {
-            return Ok(Ffn::Dense(self.mlp(prefix, c.intermediate)?));
+            return Ok(Ffn::Dense(self.mlp(prefix)?));
         };
-        let router = self.linear(&format!("{prefix}.gate"), moe.experts, c.hidden, false)?;
-        let experts = (0..moe.experts).map(|e| self.mlp(&format!("{prefix}.experts.{e}"), moe.intermediate));
+        let router = self.linear(&format!("{prefix}.gate"))?;
+        let experts = (0..moe.experts).map(|e| self.mlp(&format!("{prefix}.experts.{e}")));
         Ok(Ffn::Moe { router, experts: experts.collect::<Result<_, _>>()?, moe })
     }
 
-    fn mlp(&self, prefix: &str, intermediate: usize) -> Result<Mlp<B>, LoadError> {
-        let c = self.config;
-        let linear = |part: &str, n, k| self.linear(&format!("{prefix}.{part}_proj"), n, k, c.mlp_bias);
-        Ok(Mlp {
-            gate: linear("gate", intermediate, c.hidden)?,
-            up: linear("up", intermediate, c.hidden)?,
-            down: linear("down", c.hidden, intermediate)?,
-        })
-    }
-
-    /// Old Llama files store the rotary frequencies, which follow from the configuration.
-    fn ignore_derived_tensors(&self) {
-        for name in self.checkpoint.tensors.unused() {
-            if name.ends_with(".rotary_emb.inv_freq") {
-                self.checkpoint.tensors.take(&name);
-            }
-        }
+    fn mlp(&self, prefix: &str) -> Result<Mlp<B>, LoadError> {
+        let linear = |part: &str| self.linear(&format!("{prefix}.{part}_proj"));
+        Ok(Mlp { gate: linear("gate")?, up: linear("up")?, down: linear("down")? })
     }
 }

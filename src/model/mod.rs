@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod decoder;
+pub mod modules;
 
 pub use config::ModelConfig;
 pub use decoder::{Decoder, LoadError, Wanted};
