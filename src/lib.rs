@@ -2,3 +2,4 @@ pub mod backend;
 pub mod checkpoint;
 pub mod formats;
 pub mod model;
+pub mod quantize;

@@ -7,6 +7,7 @@ pub mod error;
 pub mod json;
 pub mod resolve;
 pub mod tensors;
+pub mod write;
 
 use std::path::Path;
 

@@ -9,13 +9,14 @@ pub const VALUES: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.
 /// Twice the value of each code: integers, so that the dot product of two blocks is exact in integers.
 pub const DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
-/// Code of the value nearest to `x`: ties go to the even code, magnitudes over 6 saturate, the sign of zero is kept.
+/// Code of the value nearest to `x`: ties go to the even code, magnitudes over 6 saturate. A negative value that rounds
+/// to zero gives code 8 (-0), as ModelOpt and compressed-tensors write it; a zero of either sign gives 0.
 ///
-/// NaN gives code 0 or 8; callers refuse NaN before they quantize.
+/// NaN gives code 0; callers refuse NaN before they quantize.
 #[inline(always)]
 #[must_use]
 pub fn encode(x: f32) -> u8 {
-    (encode_magnitude(x.abs())) | (((x.to_bits() >> 28) & 8) as u8)
+    encode_magnitude(x.abs()) | (((x < 0.0) as u8) << 3)
 }
 
 /// Code 0-7 of the magnitude `a >= 0`. Branch-free, so that it vectorises.
@@ -53,7 +54,7 @@ mod tests {
     #[test]
     fn every_code_survives_decode_and_encode() {
         for code in 0..16u8 {
-            assert_eq!(encode(decode(code)), code);
+            assert_eq!(encode(decode(code)), if code == 8 { 0 } else { code });
             assert_eq!(decode(code) * 2.0, f32::from(DOUBLED[code as usize]));
         }
     }
