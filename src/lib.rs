@@ -1,5 +1,13 @@
+//! Recoup: quantize language models to NVFP4 and FP8, recover what that cost, prove it, and run them on any CPU.
+//!
+//! ARCHITECTURE.md is the map. Dependencies point one way:
+//! formats ← checkpoint ← model ← {quantize, engine} ← cli, and formats ← backend ← model.
+
 pub mod backend;
 pub mod checkpoint;
+pub mod cli;
+pub mod engine;
 pub mod formats;
 pub mod model;
 pub mod quantize;
+pub mod text;

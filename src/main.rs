@@ -1,1 +1,7 @@
-fn main() {}
+//! The `recoup` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    recoup::cli::main()
+}

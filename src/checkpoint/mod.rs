@@ -4,6 +4,7 @@
 
 pub mod dialect;
 pub mod error;
+pub mod gguf;
 pub mod json;
 pub mod resolve;
 pub mod tensors;

@@ -118,7 +118,7 @@ impl FolderWriter {
                 1 => "model.safetensors".to_owned(),
                 _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
             };
-            self.shard(&name, shard, metadata, &mut produce)?;
+            write_safetensors(&self.partial.join(&name), shard, metadata, &mut produce)?;
             weight_map.extend(shard.iter().map(|t| (t.name.clone(), Value::from(name.clone()))));
         }
         if count > 1 {
@@ -127,48 +127,6 @@ impl FolderWriter {
             let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
             self.json("model.safetensors.index.json", &index)?;
         }
-        Ok(())
-    }
-
-    fn shard<E: From<CheckpointError>>(
-        &self,
-        name: &str,
-        tensors: &[&TensorSpec],
-        metadata: &Map<String, Value>,
-        produce: &mut impl FnMut(&TensorSpec) -> std::result::Result<Vec<u8>, E>,
-    ) -> std::result::Result<(), E> {
-        let path = self.partial.join(name);
-        let io = |source| CheckpointError::Io { path: path.clone(), action: "write", source };
-        let mut header = Map::new();
-        header.insert("__metadata__".into(), Value::Object(metadata.clone()));
-        let mut offset = 0;
-        for t in tensors {
-            let end = offset + t.bytes();
-            header.insert(
-                t.name.clone(),
-                json!({"dtype": t.dtype.to_string(), "shape": t.shape, "data_offsets": [offset, end]}),
-            );
-            offset = end;
-        }
-        let mut header = Value::Object(header).to_string().into_bytes();
-        // Data starts at a multiple of 8.
-        header.resize(header.len().next_multiple_of(8), b' ');
-        let mut out = BufWriter::with_capacity(1 << 20, File::create(&path).map_err(io)?);
-        out.write_all(&(header.len() as u64).to_le_bytes()).and_then(|()| out.write_all(&header)).map_err(io)?;
-        for t in tensors {
-            let bytes = produce(t)?;
-            if bytes.len() as u64 != t.bytes() {
-                return Err(CheckpointError::Value {
-                    file: path.clone(),
-                    tensor: t.name.clone(),
-                    detail: format!("{} bytes were produced for a tensor of {}", bytes.len(), t.bytes()),
-                }
-                .into());
-            }
-            out.write_all(&bytes).map_err(io)?;
-        }
-        let file = out.into_inner().map_err(|e| io(e.into_error()))?;
-        file.sync_all().map_err(io)?;
         Ok(())
     }
 
@@ -194,6 +152,71 @@ impl Drop for FolderWriter {
             let _ = fs::remove_dir_all(&self.partial);
         }
     }
+}
+
+/// Writes one safetensors file, tensor by tensor; `produce` gives the bytes of each in turn.
+///
+/// # Errors
+/// From `produce`, and when the disk is full.
+pub fn write_safetensors<E: From<CheckpointError>>(
+    path: &Path,
+    tensors: &[&TensorSpec],
+    metadata: &Map<String, Value>,
+    produce: &mut impl FnMut(&TensorSpec) -> std::result::Result<Vec<u8>, E>,
+) -> std::result::Result<(), E> {
+    let io = |source| CheckpointError::Io { path: path.into(), action: "write", source };
+    let mut header = Map::new();
+    header.insert("__metadata__".into(), Value::Object(metadata.clone()));
+    let mut offset = 0;
+    for t in tensors {
+        let end = offset + t.bytes();
+        header.insert(
+            t.name.clone(),
+            json!({"dtype": t.dtype.to_string(), "shape": t.shape, "data_offsets": [offset, end]}),
+        );
+        offset = end;
+    }
+    let mut header = Value::Object(header).to_string().into_bytes();
+    // Data starts at a multiple of 8.
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut out = BufWriter::with_capacity(1 << 20, File::create(path).map_err(io)?);
+    out.write_all(&(header.len() as u64).to_le_bytes()).and_then(|()| out.write_all(&header)).map_err(io)?;
+    for t in tensors {
+        let bytes = produce(t)?;
+        if bytes.len() as u64 != t.bytes() {
+            return Err(CheckpointError::Value {
+                file: path.into(),
+                tensor: t.name.clone(),
+                detail: format!("{} bytes were produced for a tensor of {}", bytes.len(), t.bytes()),
+            }
+            .into());
+        }
+        out.write_all(&bytes).map_err(io)?;
+    }
+    let file = out.into_inner().map_err(|e| io(e.into_error()))?;
+    file.sync_all().map_err(io)?;
+    Ok(())
+}
+
+/// Writes `path` by way of `write`, which gets a temporary name beside it; the file appears only when whole.
+///
+/// # Errors
+/// From `write`, and when the rename fails.
+pub fn atomically<E: From<CheckpointError>>(
+    path: &Path,
+    write: impl FnOnce(&Path) -> std::result::Result<(), E>,
+) -> std::result::Result<(), E> {
+    let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let partial = path.with_file_name(format!(".{name}.partial-{}", std::process::id()));
+    let written = write(&partial).and_then(|()| {
+        fs::rename(&partial, path).map_err(|source| {
+            CheckpointError::Io { path: path.into(), action: "rename the finished file to", source }.into()
+        })
+    });
+    if written.is_err() {
+        let _ = fs::remove_file(&partial);
+    }
+    written
 }
 
 /// Files that travel with a model and are no weights.

@@ -49,7 +49,7 @@ fn floats(checkpoint: &Checkpoint, m: &Module) -> Result<Vec<f32>, QuantizeError
     if !matches!(view.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
         return Err(QuantizeError::Module {
             module: m.name.clone(),
-            detail: format!("is stored as {} already; quantize the BF16 model (recoup convert makes one)", view.dtype),
+            detail: format!("is stored as {} already; quantize the BF16 model instead", view.dtype),
         });
     }
     view.expect_shape(&[m.role.n, m.role.k])?;

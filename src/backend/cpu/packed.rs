@@ -179,29 +179,63 @@ impl PackedLinear {
 
 /// Which kernels take `t`, if any do.
 fn family(t: &LinearTensors<'_>) -> Result<Family> {
-    use ActivationFormat as A;
-    let block = t.block_scales.block(t.k);
-    let fits = match (t.element, t.activation) {
-        (Element::E2m1, A::Nvfp4 { .. }) if block == nvfp4::BLOCK => return Ok(Family::Integer),
-        (Element::E2m1, A::Mxfp4 { .. }) if block == mx::BLOCK => return Ok(Family::Integer),
-        (_, A::Nvfp4 { .. } | A::Mxfp4 { .. }) => false,
-        // Blocks of weight and activation must nest.
-        (_, A::Fp8Group) => matches!(t.block_scales, BlockScales::None) || fp8::BLOCK.is_multiple_of(block),
-        (_, A::Mxfp8 { .. }) => {
-            matches!(t.block_scales, BlockScales::None)
-                || block.is_multiple_of(mx::BLOCK)
-                || mx::BLOCK.is_multiple_of(block)
-        }
-        (_, A::Float | A::Fp8Static { .. } | A::Fp8Token) => true,
-    };
-    if fits {
-        return Ok(Family::Float);
-    }
-    Err(BackendError::Unsupported {
+    let block = (!matches!(t.block_scales, BlockScales::None)).then(|| t.block_scales.block(t.k));
+    family_of(t.element, block, t.activation).ok_or_else(|| BackendError::Unsupported {
         module: t.name.clone(),
         backend: "the CPU",
-        what: format!("{} weights in blocks of {block} with {} activations", t.weight_format(), t.activation),
+        what: format!("{} weights with {} activations", t.weight_format(), t.activation),
     })
+}
+
+/// The kernel family for weights of `element` in blocks of `block` along K; blocks of weight and activation must nest.
+fn family_of(element: Element, block: Option<usize>, activation: ActivationFormat) -> Option<Family> {
+    use ActivationFormat as A;
+    let nests = |other: usize| block.is_none_or(|b| b.is_multiple_of(other) || other.is_multiple_of(b));
+    match (element, activation) {
+        (Element::E2m1, A::Nvfp4 { .. }) => (block == Some(nvfp4::BLOCK)).then_some(Family::Integer),
+        (Element::E2m1, A::Mxfp4 { .. }) => (block == Some(mx::BLOCK)).then_some(Family::Integer),
+        (_, A::Nvfp4 { .. } | A::Mxfp4 { .. }) => None,
+        (_, A::Fp8Group) => nests(fp8::BLOCK).then_some(Family::Float),
+        (_, A::Mxfp8 { .. }) => nests(mx::BLOCK).then_some(Family::Float),
+        (_, A::Float | A::Fp8Static { .. } | A::Fp8Token) => Some(Family::Float),
+    }
+}
+
+/// One combination of formats that checkpoints have, and the kernels it gets.
+#[derive(Clone, Debug)]
+pub struct Combination {
+    pub weight: &'static str,
+    pub activation: String,
+    pub family: Family,
+}
+
+/// The combinations that the dialects produce, for people who ask which kernel they get.
+#[must_use]
+pub fn combinations() -> Vec<Combination> {
+    use ActivationFormat as A;
+    let (scale, global_scale) = (1.0, 1.0);
+    let rule = e8m0::ScaleRule::Ceil;
+    let all = [
+        ("nvfp4", Element::E2m1, Some(nvfp4::BLOCK), A::Nvfp4 { global_scale }),
+        ("nvfp4", Element::E2m1, Some(nvfp4::BLOCK), A::Float),
+        ("nvfp4 block 32", Element::E2m1, Some(32), A::Fp8Static { scale }),
+        ("mxfp4", Element::E2m1, Some(mx::BLOCK), A::Mxfp4 { rule }),
+        ("mxfp4", Element::E2m1, Some(mx::BLOCK), A::Float),
+        ("mxfp8", Element::E4m3, Some(mx::BLOCK), A::Mxfp8 { rule }),
+        ("fp8", Element::E4m3, None, A::Fp8Static { scale }),
+        ("fp8 per channel", Element::E4m3, None, A::Fp8Token),
+        ("fp8 128x128", Element::E4m3, Some(fp8::BLOCK), A::Fp8Group),
+        ("fp8 128x128", Element::E4m3, Some(fp8::BLOCK), A::Float),
+        ("bf16", Element::Bf16, None, A::Float),
+        ("f16", Element::F16, None, A::Float),
+        ("f32", Element::F32, None, A::Float),
+    ];
+    all.into_iter()
+        .filter_map(|(weight, element, block, activation)| {
+            let family = family_of(element, block, activation)?;
+            Some(Combination { weight, activation: activation.to_string(), family })
+        })
+        .collect()
 }
 
 /// Writes a stored row into lane `lane` of its group.

@@ -1,0 +1,87 @@
+//! `recoup doctor`: what this machine has, and which kernel each format gets and why.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use serde_json::json;
+
+use crate::backend::cpu::{isa::Isa, packed};
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    let isa = Isa::detect();
+    let available: Vec<String> = Isa::available().iter().map(Isa::to_string).collect();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let memory = memory_bytes();
+    let kernels: Vec<_> = packed::combinations()
+        .into_iter()
+        .map(|c| {
+            let how = match c.family {
+                packed::Family::Integer => "exact integer dot products per block, one fused multiply-add per block",
+                packed::Family::Float => "weights decoded in registers, one fused multiply-add per element",
+            };
+            (c.weight, c.activation, how)
+        })
+        .collect();
+    if args.json {
+        let kernels: Vec<_> = kernels
+            .iter()
+            .map(|(w, a, how)| json!({"weight": w, "activation": a, "instruction_set": isa.to_string(), "method": how}))
+            .collect();
+        let report = json!({"version": env!("CARGO_PKG_VERSION"), "architecture": std::env::consts::ARCH,
+            "cpu": cpu_name(), "cores": cores, "memory_bytes": memory, "features": features(),
+            "instruction_sets": available, "chosen": isa.to_string(), "gpus": [], "kernels": kernels});
+        println!("{report:#}");
+        return super::done();
+    }
+    println!("recoup {} on {}", env!("CARGO_PKG_VERSION"), std::env::consts::ARCH);
+    println!("CPU       {} ({cores} cores)", cpu_name());
+    println!("memory    {}", memory.map_or("unknown".into(), super::human_bytes));
+    println!("features  {}", features().join(" "));
+    println!("kernels   {} (available: {}; all give the same bits)", isa, available.join(", "));
+    println!("GPU       none: this version runs on the CPU only");
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::NOTHING);
+    table.set_header(["weight", "activation", "kernel", "how"]);
+    for (weight, activation, how) in kernels {
+        table.add_row([weight.to_owned(), activation, isa.to_string(), how.to_owned()]);
+    }
+    println!("{table}");
+    super::done()
+}
+
+fn cpu_name() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = info.lines().find_map(|l| l.strip_prefix("model name")?.split_once(": ").map(|(_, n)| n.to_owned()));
+    name.unwrap_or_else(|| "unknown".into())
+}
+
+/// Memory of the machine, where the system says it in /proc.
+fn memory_bytes() -> Option<u64> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kib =
+        info.lines().find_map(|l| l.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok())?;
+    Some(kib * 1024)
+}
+
+fn features() -> Vec<&'static str> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        macro_rules! present {
+            ($($name:tt)*) => {[$(($name, std::arch::is_x86_feature_detected!($name))),*]};
+        }
+        let all = present!["sse4.2" "avx" "f16c" "fma" "avx2" "avxvnni" "avx512f" "avx512bw" "avx512dq" "avx512vl"
+            "avx512vnni" "avx512bf16" "avx512vbmi"];
+        all.into_iter().filter(|f| f.1).map(|f| f.0).collect()
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        Vec::new()
+    }
+}

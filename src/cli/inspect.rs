@@ -1,0 +1,190 @@
+//! `recoup inspect`: what a checkpoint is, module by module, and everything that is wrong with it at once.
+
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use super::options::model_folder;
+use crate::checkpoint::Checkpoint;
+use crate::model::ModelConfig;
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// Checkpoint folder or hub id
+    model: String,
+    /// Print JSON, every module by itself
+    #[arg(long)]
+    json: bool,
+    /// List every module instead of groups of alike ones
+    #[arg(long)]
+    modules: bool,
+}
+
+/// One module as the checkpoint has it.
+struct Row {
+    module: String,
+    weight: String,
+    activation: String,
+    shape: [usize; 2],
+    bytes: usize,
+    notes: Vec<&'static str>,
+}
+
+pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    let checkpoint = Checkpoint::open(&model_folder(&args.model)?)?;
+    let mut problems = Vec::new();
+    let config = match ModelConfig::read(&checkpoint.config).and_then(|c| c.untied_where_stored(&checkpoint)) {
+        Ok(config) => Some(config),
+        Err(e) => {
+            problems.push(e.to_string());
+            None
+        }
+    };
+    let rows = config.as_ref().map(|c| resolve(&checkpoint, c, &mut problems)).unwrap_or_default();
+    let failed = !problems.is_empty();
+    if args.json {
+        print_json(&checkpoint, config.as_ref(), &rows, &problems);
+    } else {
+        print_text(&checkpoint, config.as_ref(), &rows, &problems, args.modules);
+    }
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// Resolves every module; what fails becomes a problem instead of the end.
+fn resolve(checkpoint: &Checkpoint, config: &ModelConfig, problems: &mut Vec<String>) -> Vec<Row> {
+    let mut rows = Vec::new();
+    for m in config.modules() {
+        match checkpoint.linear(&m.name, m.role) {
+            Ok(t) => {
+                let mut notes = Vec::new();
+                if t.pre_quant_scale.is_some() {
+                    notes.push("pre_quant_scale");
+                }
+                if t.bias.is_some() {
+                    notes.push("bias");
+                }
+                rows.push(Row {
+                    weight: t.weight_format().into(),
+                    activation: t.activation.to_string(),
+                    shape: [t.n, t.k],
+                    bytes: t.stored_bytes(),
+                    module: m.name,
+                    notes,
+                });
+            }
+            Err(e) => problems.push(e.to_string()),
+        }
+    }
+    for (name, length) in config.norms() {
+        if let Err(e) = checkpoint.floats(&name, &[length]) {
+            problems.push(e.to_string());
+        }
+    }
+    for layer in 0..config.layers {
+        if let Err(e) = checkpoint.kv_scales(&format!("model.layers.{layer}.self_attn")) {
+            problems.push(e.to_string());
+        }
+    }
+    // Tensors of modules that failed are not leftovers of their own.
+    if problems.is_empty()
+        && let Err(e) = checkpoint.finish()
+    {
+        problems.push(e.to_string());
+    }
+    rows
+}
+
+fn print_json(checkpoint: &Checkpoint, config: Option<&ModelConfig>, rows: &[Row], problems: &[String]) {
+    let modules: Vec<Value> = rows
+        .iter()
+        .map(|r| {
+            json!({"module": r.module, "weight": r.weight, "activation": r.activation, "shape": r.shape,
+                "bytes": r.bytes, "notes": r.notes})
+        })
+        .collect();
+    let report = json!({
+        "path": checkpoint.tensors.folder(),
+        "architecture": config.map(|c| format!("{:?}", c.architecture)),
+        "dialect": checkpoint.scheme.dialect.to_string(),
+        "algorithm": checkpoint.scheme.algorithm,
+        "kv_cache": if checkpoint.scheme.fp8_kv_cache { "fp8" } else { "unquantized" },
+        "layers": config.map(|c| c.layers),
+        "hidden_size": config.map(|c| c.hidden),
+        "vocab_size": config.map(|c| c.vocab),
+        "max_positions": config.map(|c| c.max_positions),
+        "tied_embeddings": config.map(|c| c.tied_embeddings),
+        "parameters": rows.iter().map(|r| r.shape[0] * r.shape[1]).sum::<usize>(),
+        "file_bytes": checkpoint.tensors.file_bytes(),
+        "modules": modules,
+        "problems": problems,
+    });
+    println!("{report:#}");
+}
+
+fn print_text(checkpoint: &Checkpoint, config: Option<&ModelConfig>, rows: &[Row], problems: &[String], all: bool) {
+    println!("{}", checkpoint.tensors.folder().display());
+    if let Some(c) = config {
+        let moe = c.moe.map_or(String::new(), |m| format!(", {} experts, {} per token", m.experts, m.top_k));
+        println!(
+            "model     {:?}: {} layers, hidden {}, {} heads ({} KV) of {}, vocabulary {}{moe}",
+            c.architecture, c.layers, c.hidden, c.heads, c.kv_heads, c.head_dim, c.vocab
+        );
+        println!(
+            "context   {} positions; embeddings {}",
+            c.max_positions,
+            if c.tied_embeddings { "tied" } else { "not tied" }
+        );
+    }
+    let s = &checkpoint.scheme;
+    println!(
+        "scheme    {} ({}); KV cache {}",
+        s.dialect,
+        s.algorithm,
+        if s.fp8_kv_cache { "fp8, calibrated" } else { "unquantized" }
+    );
+    let parameters: usize = rows.iter().map(|r| r.shape[0] * r.shape[1]).sum();
+    let bytes: usize = rows.iter().map(|r| r.bytes).sum();
+    println!(
+        "size      {} on disk; {:.1} M parameters in linears, {:.2} bits each",
+        super::human_bytes(checkpoint.tensors.file_bytes()),
+        parameters as f64 / 1e6,
+        8.0 * bytes as f64 / parameters.max(1) as f64
+    );
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::NOTHING);
+    table.set_header(["module", "count", "weight", "activation", "N x K", "bytes", "notes"]);
+    for (key, (count, bytes)) in grouped(rows, all) {
+        let [module, weight, activation, shape, notes] = key;
+        table.add_row([module, count.to_string(), weight, activation, shape, super::human_bytes(bytes as u64), notes]);
+    }
+    println!("{table}");
+    if problems.is_empty() {
+        println!("no problems: every tensor is accounted for");
+    }
+    for p in problems {
+        println!("problem   {p}");
+    }
+}
+
+/// Rows with layer and expert numbers starred out, and how many fell together.
+fn grouped(rows: &[Row], all: bool) -> Vec<([String; 5], (usize, usize))> {
+    let star = |module: &str| {
+        let part = |p: &str| if !all && p.parse::<usize>().is_ok() { "*".to_owned() } else { p.to_owned() };
+        module.split('.').map(part).collect::<Vec<_>>().join(".")
+    };
+    let mut order: BTreeMap<[String; 5], usize> = BTreeMap::new();
+    let mut groups: Vec<([String; 5], (usize, usize))> = Vec::new();
+    for r in rows {
+        let shape = format!("{} x {}", r.shape[0], r.shape[1]);
+        let key = [star(&r.module), r.weight.clone(), r.activation.clone(), shape, r.notes.join(", ")];
+        let at = *order.entry(key.clone()).or_insert_with(|| {
+            groups.push((key, (0, 0)));
+            groups.len() - 1
+        });
+        groups[at].1.0 += 1;
+        groups[at].1.1 += r.bytes;
+    }
+    groups
+}

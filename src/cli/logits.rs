@@ -1,0 +1,141 @@
+//! `recoup logits`: what the model computes for given token ids, for whoever debugs a checkpoint.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result, bail};
+use clap::ValueEnum;
+use safetensors::Dtype;
+use serde_json::{Map, Value};
+
+use super::options::{EngineOptions, model_folder};
+use crate::backend::{Backend, Batch, PAGE, Span};
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::tensors::TensorStore;
+use crate::checkpoint::write::{TensorSpec, atomically, write_safetensors};
+use crate::formats::kv::KvFormat;
+use crate::model::{Decoder, Wanted};
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// Checkpoint folder or hub id
+    model: String,
+    /// Token ids: `input_ids` [B, T] of a safetensors file (I64, I32 or U32), or JSON: a list of lists, or an object
+    /// with `input_ids`
+    #[arg(long, value_name = "FILE")]
+    input_ids: PathBuf,
+    /// Output: safetensors with f32 `logits` [B, T, vocab] and the `input_ids`
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    /// What computes: packed kernels, or the plain reference (the same decoder on candle tensors)
+    #[arg(long, value_enum, default_value_t = Engine::Cpu)]
+    engine: Engine,
+    #[command(flatten)]
+    options: EngineOptions,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Engine {
+    Cpu,
+    Autograd,
+}
+
+pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    let ids = read_ids(&args.input_ids)?;
+    let checkpoint = Checkpoint::open(&model_folder(&args.model)?)?;
+    match args.engine {
+        Engine::Cpu => {
+            let model = args.options.load(&checkpoint)?;
+            drop(checkpoint);
+            write(&model, &ids, args.options.kv_format(), &args.output)?;
+        }
+        Engine::Autograd => todo!(),
+    }
+    eprintln!("wrote logits [{}, {}, vocab] to {}", ids.len(), ids[0].len(), args.output.display());
+    super::done()
+}
+
+fn write<B: Backend>(model: &Decoder<B>, ids: &[Vec<u32>], kv: KvFormat, output: &Path) -> Result<()> {
+    let (rows, length, vocab) = (ids.len(), ids[0].len(), model.config.vocab);
+    if length > model.config.max_positions {
+        bail!("{length} tokens per row, but the model has {} positions", model.config.max_positions);
+    }
+    let spec = |name: &str, dtype, shape: &[usize]| TensorSpec { name: name.into(), dtype, shape: shape.to_vec() };
+    let specs = [spec("input_ids", Dtype::I64, &[rows, length]), spec("logits", Dtype::F32, &[rows, length, vocab])];
+    let logits = logits(model, ids, kv)?;
+    atomically(output, |path| {
+        write_safetensors(path, &specs.each_ref(), &Map::new(), &mut |t| -> Result<Vec<u8>> {
+            Ok(match t.name.as_str() {
+                "input_ids" => ids.iter().flatten().flat_map(|&i| i64::from(i).to_le_bytes()).collect(),
+                _ => logits.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            })
+        })
+    })
+}
+
+/// Logits of every token, one sequence after the other.
+fn logits<B: Backend>(model: &Decoder<B>, ids: &[Vec<u32>], kv: KvFormat) -> Result<Vec<f32>> {
+    let length = ids[0].len();
+    let mut cache = model.new_cache(length.next_multiple_of(PAGE), kv)?;
+    let pages: Vec<u32> = (0..length.div_ceil(PAGE) as u32).collect();
+    let mut all = Vec::new();
+    let bar = super::progress(ids.len() as u64, "computing");
+    for row in ids {
+        let span = Span { slot: 0, start: 0, len: length, pages: pages.clone() };
+        let out = model.forward(&Batch { tokens: row.clone(), spans: vec![span] }, &mut cache, Wanted::All)?;
+        all.extend(model.backend().to_host(&out)?);
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(all)
+}
+
+/// Token ids, rows of equal length.
+fn read_ids(file: &Path) -> Result<Vec<Vec<u32>>> {
+    let rows =
+        if file.extension().is_some_and(|e| e == "safetensors") { from_safetensors(file)? } else { from_json(file)? };
+    let length = rows.first().map_or(0, Vec::len);
+    if length == 0 {
+        bail!("{}: holds no token ids", file.display());
+    }
+    if let Some(i) = rows.iter().position(|r| r.len() != length) {
+        bail!(
+            "{}: row {i} has {} ids, row 0 has {length}; all rows must be of one length",
+            file.display(),
+            rows[i].len()
+        );
+    }
+    Ok(rows)
+}
+
+fn from_safetensors(file: &Path) -> Result<Vec<Vec<u32>>> {
+    let store = TensorStore::open_file(file)?;
+    let view = store.require("input_ids", "it holds the token ids")?;
+    let size = match view.dtype {
+        Dtype::I64 | Dtype::U64 => 8,
+        Dtype::I32 | Dtype::U32 => 4,
+        _ => return Err(view.wrong_dtype("I64, I32 or U32").into()),
+    };
+    let length = match *view.shape {
+        [t] | [_, t] if t > 0 => t,
+        _ => return Err(view.wrong_shape("[B, T] or [T]").into()),
+    };
+    let id = |b: &[u8]| match *b {
+        [a, b, c, d] => Some(u32::from_le_bytes([a, b, c, d])).filter(|v| *v <= i32::MAX as u32),
+        [a, b, c, d, 0, 0, 0, 0] => Some(u32::from_le_bytes([a, b, c, d])),
+        _ => None,
+    };
+    let ids: Option<Vec<u32>> = view.bytes.chunks_exact(size).map(id).collect();
+    let ids = ids.with_context(|| format!("{}: `input_ids` holds a negative or huge id", file.display()))?;
+    Ok(ids.chunks_exact(length).map(<[u32]>::to_vec).collect())
+}
+
+pub(super) fn from_json(file: &Path) -> Result<Vec<Vec<u32>>> {
+    let text = std::fs::read_to_string(file).with_context(|| format!("{}: cannot read", file.display()))?;
+    let value: Value = serde_json::from_str(&text).with_context(|| format!("{}: not valid JSON", file.display()))?;
+    let ids = value.get("input_ids").unwrap_or(&value);
+    let nested = if ids.get(0).is_some_and(Value::is_array) { ids.clone() } else { Value::Array(vec![ids.clone()]) };
+    serde_json::from_value(nested).with_context(|| {
+        format!("{}: expected a list of lists of token ids, or an object with `input_ids`", file.display())
+    })
+}

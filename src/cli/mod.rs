@@ -1,0 +1,99 @@
+//! The command line: one file per verb, and the only place that prints. stdout carries data, stderr the talk.
+
+mod convert;
+mod doctor;
+mod inspect;
+mod logits;
+mod options;
+mod quantize;
+mod run;
+
+use std::io::IsTerminal as _;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Run, quantize and check LLMs in NVFP4 and FP8, with the deployed numerics on any CPU.
+#[derive(Parser)]
+#[command(name = "recoup", version, about, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// What a checkpoint is, module by module, and what is wrong with it
+    Inspect(inspect::Args),
+    /// Generate text from a prompt, or chat at a terminal
+    Run(run::Args),
+    /// Post-training quantization of a BF16 checkpoint
+    Quantize(quantize::Args),
+    /// Import a GGUF file into a BF16 checkpoint folder
+    Convert(convert::Args),
+    /// What a checkpoint computes: logits of given token ids
+    Logits(logits::Args),
+    /// What this machine has, and which kernel each format gets
+    Doctor(doctor::Args),
+}
+
+/// Exit codes: 0 ok, 1 error, 2 usage (clap's own), 3 gate not met.
+#[must_use]
+pub fn main() -> ExitCode {
+    let verb = Cli::parse().verb;
+    let result = match verb {
+        Verb::Inspect(a) => inspect::run(&a),
+        Verb::Run(a) => run::run(&a),
+        Verb::Quantize(a) => quantize::run(&a),
+        Verb::Convert(a) => convert::run(&a),
+        Verb::Logits(a) => logits::run(&a),
+        Verb::Doctor(a) => doctor::run(&a),
+    };
+    match result {
+        Ok(code) => code,
+        // A reader that has seen enough (`recoup inspect … | head`) is no error.
+        Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("{} {e:#}", style("error:", "1;31"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn is_broken_pipe(e: &anyhow::Error) -> bool {
+    e.chain().filter_map(|c| c.downcast_ref::<std::io::Error>()).any(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// `text` in an ANSI style, if stderr is a terminal and NO_COLOR is unset.
+fn style(text: &str, code: &str) -> String {
+    let plain = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty()) || !std::io::stderr().is_terminal();
+    if plain { text.to_owned() } else { format!("\x1b[{code}m{text}\x1b[0m") }
+}
+
+/// A progress bar on stderr; hidden where that is no terminal.
+fn progress(length: u64, what: &'static str) -> indicatif::ProgressBar {
+    let bar = indicatif::ProgressBar::new(length);
+    if let Ok(style) = indicatif::ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len} {eta}") {
+        bar.set_style(style.progress_chars("=> "));
+    }
+    bar.set_message(what);
+    bar
+}
+
+/// Bytes for people: 1.5 MiB.
+fn human_bytes(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit < UNITS.len() - 1 {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+/// A result with exit code 0.
+fn done() -> Result<ExitCode> {
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,92 @@
+//! Options that several verbs share: where the model is and what runs it.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+use clap::{Args, ValueEnum};
+
+use crate::backend::cpu::{CpuBackend, isa::Isa};
+use crate::checkpoint::Checkpoint;
+use crate::formats::kv::KvFormat;
+use crate::model::Decoder;
+
+/// What runs the model.
+#[derive(Args, Clone, Debug)]
+pub(super) struct EngineOptions {
+    /// Threads; 0 is one per core
+    #[arg(long, default_value_t = 0)]
+    pub threads: usize,
+    /// Instruction set: scalar, avx2, avx512 or neon [default: the fastest this CPU has]. All give the same bits
+    #[arg(long)]
+    pub isa: Option<String>,
+    /// Storage of the KV cache where the checkpoint has no FP8 scales of its own
+    #[arg(long, value_enum, default_value_t = KvDtype::F32)]
+    pub kv_cache_dtype: KvDtype,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum KvDtype {
+    F32,
+    Bf16,
+}
+
+impl EngineOptions {
+    pub(super) fn backend(&self) -> Result<CpuBackend> {
+        let isa = match &self.isa {
+            None => Isa::detect(),
+            Some(name) => Isa::by_name(name).with_context(|| {
+                let names: Vec<String> = Isa::available().iter().map(Isa::to_string).collect();
+                format!("--isa {name}: this CPU has {}", names.join(", "))
+            })?,
+        };
+        Ok(CpuBackend::new(isa, self.threads)?)
+    }
+
+    pub(super) fn kv_format(&self) -> KvFormat {
+        match self.kv_cache_dtype {
+            KvDtype::F32 => KvFormat::F32,
+            KvDtype::Bf16 => KvFormat::Bf16,
+        }
+    }
+
+    /// Loads the model of `folder` onto packed CPU kernels.
+    pub(super) fn load(&self, checkpoint: &Checkpoint) -> Result<Decoder<CpuBackend>> {
+        let bar = super::progress(0, "loading");
+        let model = Decoder::load_with_progress(self.backend()?, checkpoint, &mut |done, all| {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+        });
+        bar.finish_and_clear();
+        Ok(model?)
+    }
+}
+
+/// The folder that MODEL names: a folder, or a hub id downloaded into the Hugging Face cache.
+pub(super) fn model_folder(model: &str) -> Result<PathBuf> {
+    let path = Path::new(model);
+    if path.exists() {
+        return Ok(path.into());
+    }
+    let looks_like_id = model.split('/').count() == 2 && !model.starts_with(['.', '/', '~']) && !model.ends_with('/');
+    if !looks_like_id {
+        bail!("{model}: no such folder");
+    }
+    download(model)
+}
+
+#[cfg(feature = "hub")]
+fn download(id: &str) -> Result<PathBuf> {
+    let bar = super::progress(0, "downloading");
+    let folder = crate::checkpoint::hub::download(id, &mut |done, all| {
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+    })
+    .with_context(|| format!("{id}: no such folder, and the hub did not give it"))?;
+    bar.finish_and_clear();
+    Ok(folder)
+}
+
+#[cfg(not(feature = "hub"))]
+fn download(id: &str) -> Result<PathBuf> {
+    bail!("{id}: no such folder; if it is a Hugging Face id, build with --features hub to download it")
+}

@@ -1,0 +1,152 @@
+//! `recoup quantize`: post-training quantization of a BF16 checkpoint.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail};
+use clap::ValueEnum;
+
+use super::options::{EngineOptions, model_folder};
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::dialect::Dialect;
+use crate::model::ModelConfig;
+use crate::quantize::{self, Recipe, calibrate::calibrate};
+use crate::text::Tokenizer;
+
+/// Public-domain prose for calibration where the user gives none: the opening of a novel (Standard Ebooks, CC0).
+const BUILT_IN_TEXT: &str = include_str!("calibration.txt");
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// BF16 checkpoint folder or hub id
+    model: String,
+    /// Folder to write; must not exist or be empty
+    #[arg(short, long, value_name = "FOLDER")]
+    output: PathBuf,
+    /// What to quantize the blocks' linears to
+    #[arg(long, value_enum)]
+    recipe: RecipeName,
+    /// Whose conventions the output follows
+    #[arg(long, value_enum, default_value_t = DialectName::Modelopt)]
+    dialect: DialectName,
+    /// Text to calibrate activation scales on (.txt), or token ids (.json) [default: a short built-in text]
+    #[arg(long, value_name = "FILE")]
+    calibration: Option<PathBuf>,
+    /// Windows of the text to run
+    #[arg(long, default_value_t = 8)]
+    samples: usize,
+    /// Tokens in a window
+    #[arg(long, default_value_t = 512)]
+    length: usize,
+    #[command(flatten)]
+    options: EngineOptions,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum RecipeName {
+    /// W4A4: weights and activations in NVFP4
+    Nvfp4,
+    /// W8A8: weights and activations in FP8, one scale per tensor
+    Fp8,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum DialectName {
+    Modelopt,
+    CompressedTensors,
+}
+
+pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    let start = Instant::now();
+    let folder = model_folder(&args.model)?;
+    let checkpoint = Checkpoint::open(&folder)?;
+    let (sequences, description) = sequences(args, &checkpoint, &folder)?;
+    let bar = super::progress(0, "calibrating");
+    let calibration = calibrate(&checkpoint, args.options.backend()?, &sequences, &description, &mut |done, all| {
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+    })?;
+    bar.finish_and_clear();
+    let recipe = match args.recipe {
+        RecipeName::Nvfp4 => Recipe::Nvfp4,
+        RecipeName::Fp8 => Recipe::Fp8,
+    };
+    let dialect = match args.dialect {
+        DialectName::Modelopt => Dialect::ModelOpt,
+        DialectName::CompressedTensors => Dialect::CompressedTensors,
+    };
+    let report = quantize::quantize(&checkpoint, &calibration, recipe, dialect, &args.output)?;
+    eprintln!(
+        "{} linears to {recipe} ({dialect} dialect), calibrated on {} tokens: {} to {} in {:.1} s",
+        report.modules,
+        calibration.tokens,
+        super::human_bytes(report.bytes_before),
+        super::human_bytes(report.bytes_after),
+        start.elapsed().as_secs_f64()
+    );
+    for module in &report.unreached {
+        eprintln!("note: no calibration token reached {module}; it shares the scale of its neighbours");
+    }
+    eprintln!("wrote {}", args.output.display());
+    super::done()
+}
+
+/// Calibration windows and where they came from.
+fn sequences(args: &Args, checkpoint: &Checkpoint, folder: &Path) -> Result<(Vec<Vec<u32>>, String)> {
+    if args.samples == 0 || args.length == 0 {
+        bail!("--samples and --length must be at least 1");
+    }
+    let positions = ModelConfig::read(&checkpoint.config)?.max_positions;
+    let length = args.length.min(positions);
+    let json = args.calibration.as_ref().filter(|f| f.extension().is_some_and(|e| e == "json"));
+    if let Some(file) = json {
+        let rows = super::logits::from_json(file)?;
+        if let Some(row) = rows.iter().find(|r| r.len() > positions) {
+            bail!("{}: a row of {} tokens, but the model has {positions} positions", file.display(), row.len());
+        }
+        return Ok((rows, file.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned())));
+    }
+    let (text, name) = match &args.calibration {
+        None => (BUILT_IN_TEXT.to_owned(), "built-in text".to_owned()),
+        Some(file) => {
+            let text = std::fs::read_to_string(file)
+                .with_context(|| format!("{}: cannot read as UTF-8 text", file.display()))?;
+            (text, file.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()))
+        }
+    };
+    let tokenizer = Tokenizer::from_folder(folder).context(
+        "calibration on text needs the model's tokenizer; give token ids with --calibration FILE.json instead",
+    )?;
+    let tokens = tokenizer.encode(&text, false)?;
+    let windows = windows(&tokens, args.samples, length);
+    if windows.is_empty() {
+        bail!("{name}: the calibration text is empty");
+    }
+    let description = format!("{name}, {} x {} tokens", windows.len(), windows[0].len());
+    Ok((windows, description))
+}
+
+/// `samples` windows of `length` tokens, evenly spaced over the text; fewer or shorter where it is short.
+fn windows(tokens: &[u32], samples: usize, length: usize) -> Vec<Vec<u32>> {
+    let length = length.min(tokens.len());
+    if length == 0 {
+        return Vec::new();
+    }
+    let samples = samples.min(tokens.len() / length);
+    (0..samples).map(|i| tokens[i * (tokens.len() / samples)..][..length].to_vec()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::windows;
+
+    #[test]
+    fn windows_spread_over_the_text_and_shrink_with_it() {
+        let tokens: Vec<u32> = (0..100).collect();
+        assert_eq!(windows(&tokens, 4, 10).iter().map(|w| w[0]).collect::<Vec<_>>(), [0, 25, 50, 75]);
+        assert_eq!(windows(&tokens, 4, 40).len(), 2);
+        assert_eq!(windows(&tokens[..1], 4, 40), [[0]]);
+        assert!(windows(&[], 4, 40).is_empty());
+    }
+}

@@ -1,0 +1,277 @@
+//! `recoup run`: generate from one prompt, or chat at a terminal; the text streams as it comes.
+
+use std::io::{IsTerminal as _, Read as _, Write as _};
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::{Value, json};
+
+use super::options::{EngineOptions, model_folder};
+use crate::backend::cpu::CpuBackend;
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::json::Object;
+use crate::engine::{Finish, Generated, Request, SamplingParams, Session, generate};
+use crate::model::config::token_ids;
+use crate::text::{ChatInput, ChatTemplate, Tokenizer};
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// Checkpoint folder or hub id
+    model: String,
+    /// Prompt [default: standard input, or a chat at a terminal]
+    #[arg(short, long)]
+    prompt: Option<String>,
+    /// Give the prompt to the model as it is, without the chat template
+    #[arg(long)]
+    raw: bool,
+    /// System message
+    #[arg(long)]
+    system: Option<String>,
+    /// Tokens to generate at most
+    #[arg(short = 'n', long, default_value_t = 512)]
+    max_tokens: usize,
+    /// 0 takes the most probable token always [default: generation_config.json's, else 0]
+    #[arg(long)]
+    temperature: Option<f32>,
+    /// Only the K most probable tokens
+    #[arg(long)]
+    top_k: Option<usize>,
+    /// Only the most probable tokens that together reach this probability
+    #[arg(long)]
+    top_p: Option<f32>,
+    /// Only tokens at least this probable, relative to the most probable one
+    #[arg(long)]
+    min_p: Option<f32>,
+    /// Over 1 discourages tokens of prompt and answer
+    #[arg(long)]
+    repetition_penalty: Option<f32>,
+    /// Discourages tokens that the answer has already
+    #[arg(long, allow_negative_numbers = true)]
+    presence_penalty: Option<f32>,
+    /// Discourages tokens by how often the answer has them
+    #[arg(long, allow_negative_numbers = true)]
+    frequency_penalty: Option<f32>,
+    /// Repeats a sampled answer
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Ends the answer before this string; may be given several times
+    #[arg(long)]
+    stop: Vec<String>,
+    /// With --json: log-probabilities of each token and of this many alternatives
+    #[arg(long, value_name = "K")]
+    logprobs: Option<usize>,
+    /// Tokens of context to keep room for [default: what the model has, at most 8192]
+    #[arg(long)]
+    context: Option<usize>,
+    /// Print one JSON object instead of the text
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    options: EngineOptions,
+}
+
+/// Without --context, more than this is not reserved.
+const DEFAULT_CONTEXT: usize = 8192;
+
+struct Chat<'a> {
+    args: &'a Args,
+    session: Session<CpuBackend>,
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+    sampling: SamplingParams,
+    stop_tokens: Vec<u32>,
+}
+
+pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    let folder = model_folder(&args.model)?;
+    let checkpoint = Checkpoint::open(&folder)?;
+    let tokenizer = Tokenizer::from_folder(&folder)?;
+    let template = if args.raw { None } else { ChatTemplate::from_folder(&folder)? };
+    if args.system.is_some() && template.is_none() {
+        bail!(
+            "--system needs a chat template, and {} has none{}",
+            folder.display(),
+            if args.raw { " with --raw" } else { "" }
+        );
+    }
+    let (defaults, stop_tokens) = generation_config(&folder, &checkpoint, &tokenizer)?;
+    let sampling = sampling(args, defaults);
+    sampling.validate()?;
+    let model = args.options.load(&checkpoint)?;
+    drop(checkpoint);
+    let positions = model.config.max_positions;
+    let context = match args.context {
+        Some(0) => bail!("--context must be at least 1"),
+        Some(c) if c > positions => bail!("--context {c}: the model has {positions} positions"),
+        Some(c) => c,
+        None => positions.min(DEFAULT_CONTEXT),
+    };
+    let session = Session::new(model, context, args.options.kv_format())?;
+    let mut chat = Chat { args, session, tokenizer, template, sampling, stop_tokens };
+    match &args.prompt {
+        Some(prompt) => chat.one(prompt)?,
+        None if std::io::stdin().is_terminal() => chat.talk()?,
+        None => {
+            let mut prompt = String::new();
+            std::io::stdin().read_to_string(&mut prompt).context("standard input is not UTF-8 text")?;
+            chat.one(prompt.trim_end_matches('\n'))?;
+        }
+    }
+    super::done()
+}
+
+impl Chat<'_> {
+    fn one(&mut self, prompt: &str) -> Result<()> {
+        let mut messages = self.opening();
+        messages.push(json!({"role": "user", "content": prompt}));
+        let generated = self.answer(&messages, prompt)?;
+        if self.args.json {
+            println!("{:#}", report(&self.tokenizer, &generated));
+        } else {
+            println!();
+        }
+        Ok(())
+    }
+
+    /// Turn by turn until the end of input. A base model without template continues each line by itself.
+    fn talk(&mut self) -> Result<()> {
+        eprintln!("Type a message; an empty line or Ctrl-D ends.");
+        let mut messages = self.opening();
+        loop {
+            eprint!("{} ", super::style(">", "1;32"));
+            let mut line = String::new();
+            if std::io::stdin().read_line(&mut line)? == 0 || line.trim().is_empty() {
+                return Ok(());
+            }
+            messages.push(json!({"role": "user", "content": line.trim_end()}));
+            let generated = self.answer(&messages, line.trim_end())?;
+            println!();
+            messages.push(json!({"role": "assistant", "content": generated.text}));
+        }
+    }
+
+    fn opening(&self) -> Vec<Value> {
+        self.args.system.iter().map(|s| json!({"role": "system", "content": s})).collect()
+    }
+
+    fn answer(&mut self, messages: &[Value], raw: &str) -> Result<Generated> {
+        let prompt = match &self.template {
+            Some(template) => {
+                let input = ChatInput { messages, add_generation_prompt: true, ..ChatInput::default() };
+                // The template writes the special tokens itself.
+                self.tokenizer.encode(&template.render(&input)?, false)?
+            }
+            None => self.tokenizer.encode(raw, true)?,
+        };
+        if prompt.is_empty() {
+            bail!("the prompt is empty");
+        }
+        let request = Request {
+            prompt: &prompt,
+            max_tokens: self.args.max_tokens,
+            sampling: &self.sampling,
+            stop_tokens: &self.stop_tokens,
+            stop: &self.args.stop,
+        };
+        let quiet = self.args.json;
+        let mut out = std::io::stdout().lock();
+        let mut failure = None;
+        let generated = generate(&mut self.session, &self.tokenizer, request, &mut |text| {
+            if quiet {
+                return ControlFlow::Continue(());
+            }
+            match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(e) => {
+                    failure = Some(e);
+                    ControlFlow::Break(())
+                }
+            }
+        })?;
+        drop(out);
+        if let Some(e) = failure {
+            return Err(e.into());
+        }
+        if !quiet && std::io::stderr().is_terminal() {
+            let n = generated.tokens.len();
+            let speed = (n.saturating_sub(1)) as f64 / generated.decode.as_secs_f64().max(1e-9);
+            eprint!(
+                "\n{}",
+                super::style(
+                    &format!(
+                        "[{} + {n} tokens, first after {:.2} s, then {speed:.1}/s]",
+                        prompt.len(),
+                        generated.prefill.as_secs_f64()
+                    ),
+                    "2"
+                )
+            );
+        }
+        Ok(generated)
+    }
+}
+
+fn report(tokenizer: &Tokenizer, g: &Generated) -> Value {
+    let name = |id: u32| tokenizer.id_to_token(id);
+    let tokens: Vec<Value> = g
+        .tokens
+        .iter()
+        .map(|t| {
+            let mut token = json!({"id": t.token, "token": name(t.token)});
+            if let Some(logprob) = t.logprob {
+                let top = |&(id, logprob): &(u32, f32)| json!({"id": id, "token": name(id), "logprob": logprob});
+                token["logprob"] = logprob.into();
+                token["top_logprobs"] = t.top_logprobs.iter().map(top).collect();
+            }
+            token
+        })
+        .collect();
+    let finish = match g.finish {
+        Finish::Stop => "stop",
+        Finish::Length => "length",
+        Finish::Cancelled => "cancelled",
+    };
+    json!({"text": g.text, "finish_reason": finish, "seed": g.seed, "tokens": tokens,
+        "prefill_seconds": g.prefill.as_secs_f64(), "decode_seconds": g.decode.as_secs_f64()})
+}
+
+/// Sampling defaults and end tokens of a model: generation_config.json, config.json, the tokenizer's own.
+fn generation_config(
+    folder: &Path,
+    checkpoint: &Checkpoint,
+    tokenizer: &Tokenizer,
+) -> Result<(SamplingParams, Vec<u32>)> {
+    let mut params = SamplingParams::greedy();
+    let mut stop = token_ids(&checkpoint.config, "eos_token_id")?;
+    let file = folder.join("generation_config.json");
+    if file.is_file() {
+        let c = Object::read(&file)?;
+        stop.extend(token_ids(&c, "eos_token_id")?);
+        if c.bool_or("do_sample", false)? {
+            params.temperature = c.positive("temperature")?.unwrap_or(1.0) as f32;
+            params.top_k = c.integer("top_k", 0..=usize::MAX)?.unwrap_or(0);
+            params.top_p = c.positive("top_p")?.unwrap_or(1.0) as f32;
+        }
+        params.repetition_penalty = c.positive("repetition_penalty")?.unwrap_or(1.0) as f32;
+    }
+    stop.extend(tokenizer.eos_id());
+    stop.sort_unstable();
+    stop.dedup();
+    Ok((params, stop))
+}
+
+fn sampling(args: &Args, mut p: SamplingParams) -> SamplingParams {
+    let set = |to: &mut f32, from: Option<f32>| *to = from.unwrap_or(*to);
+    set(&mut p.temperature, args.temperature);
+    set(&mut p.top_p, args.top_p);
+    set(&mut p.min_p, args.min_p);
+    set(&mut p.repetition_penalty, args.repetition_penalty);
+    set(&mut p.presence_penalty, args.presence_penalty);
+    set(&mut p.frequency_penalty, args.frequency_penalty);
+    p.top_k = args.top_k.unwrap_or(p.top_k);
+    p.seed = args.seed;
+    p.logprobs = args.logprobs;
+    p
+}

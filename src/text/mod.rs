@@ -1,0 +1,17 @@
+//! Between people's text and the model's token ids: tokenizer, streaming decoder, chat template, stop strings.
+
+mod chat_template;
+mod error;
+mod pycompat;
+mod python_json;
+mod special_tokens;
+mod stop;
+mod stream_decoder;
+mod tokenizer;
+
+pub use chat_template::{ChatInput, ChatTemplate, Clock};
+pub use error::TextError;
+pub use special_tokens::SpecialTokens;
+pub use stop::{StopMatcher, StopStep};
+pub use stream_decoder::StreamDecoder;
+pub use tokenizer::Tokenizer;

@@ -1,0 +1,233 @@
+//! Text from token ids while they arrive: gives out only what no later id can change.
+
+use std::sync::LazyLock;
+
+use super::tokenizer::Decoding;
+use super::{TextError, Tokenizer};
+
+/// What every byte sequence that is not UTF-8 becomes.
+const REPLACEMENT: char = '\u{FFFD}';
+
+/// Tokens held back at most by the general method. A character has at most four bytes, so a text that has waited for
+/// this many tokens is not waiting for one: the bound only keeps an endless run of garbage linear in its length.
+const MAX_HELD: usize = 64;
+
+/// Decodes a sequence id by id.
+///
+/// All text given out, [`finish`](Self::finish) included, is exactly what [`Tokenizer::decode`] makes of all ids. A
+/// character split over several tokens comes out whole, when its last byte is there. The time per id does not depend
+/// on how many came before.
+#[derive(Debug, Clone)]
+pub struct StreamDecoder {
+    tokenizer: Tokenizer,
+    skip_special: bool,
+    state: State,
+}
+
+#[derive(Debug, Clone)]
+enum State {
+    /// Byte-level vocabularies: the bytes that do not make a character yet, three at most.
+    Bytes(Vec<u8>),
+    /// All others: decode a window of tokens and give out what is new in its text.
+    Window {
+        /// Tokens of the window; those before `shown` have been given out and are there as context, because a decoder
+        /// treats the first token of a text differently (sentencepiece drops its space).
+        ids: Vec<u32>,
+        shown: usize,
+        /// The text of `ids[..shown]`.
+        shown_text: String,
+    },
+}
+
+impl StreamDecoder {
+    pub(super) fn new(tokenizer: Tokenizer, skip_special: bool) -> StreamDecoder {
+        let state = match tokenizer.decoding() {
+            Decoding::Bytes => State::Bytes(Vec::new()),
+            Decoding::ByteRuns | Decoding::Strings => {
+                State::Window { ids: Vec::new(), shown: 0, shown_text: String::new() }
+            }
+        };
+        StreamDecoder { tokenizer, skip_special, state }
+    }
+
+    /// Takes the next id; returns the text that is now certain, if there is any.
+    ///
+    /// # Errors
+    /// When the tokenizer's decoder fails.
+    pub fn push(&mut self, id: u32) -> Result<Option<String>, TextError> {
+        if self.skip_special && self.tokenizer.is_special(id) {
+            return Ok(None);
+        }
+        // An id outside the vocabulary has no text, now or later.
+        let Some(token) = self.tokenizer.id_to_token(id) else {
+            return Ok(None);
+        };
+        let text = match &mut self.state {
+            State::Bytes(pending) => {
+                push_token_bytes(&token, pending);
+                take_certain(pending)
+            }
+            State::Window { ids, shown, shown_text } => {
+                ids.push(id);
+                // One byte token can turn a whole run of them into U+FFFD: wait for the end of the run, and do not
+                // decode until then.
+                if self.tokenizer.decoding() == Decoding::ByteRuns && is_byte_token(&token) {
+                    return Ok(None);
+                }
+                let text = self.tokenizer.decode(ids, self.skip_special)?;
+                // Only a decoder of bytes somewhere inside a sequence of decoders can leave half a character.
+                let unfinished = self.tokenizer.decoding() == Decoding::Strings
+                    && text.ends_with(REPLACEMENT)
+                    && ids.len() - *shown < MAX_HELD;
+                if unfinished {
+                    return Ok(None);
+                }
+                let new = new_text(shown_text, &text).to_owned();
+                ids.drain(..*shown);
+                *shown = ids.len();
+                *shown_text = self.tokenizer.decode(ids, self.skip_special)?;
+                new
+            }
+        };
+        Ok(Some(text).filter(|text| !text.is_empty()))
+    }
+
+    /// Ends the sequence; returns the text held back, if there is any. The decoder is as new afterwards.
+    ///
+    /// # Errors
+    /// When the tokenizer's decoder fails.
+    pub fn finish(&mut self) -> Result<Option<String>, TextError> {
+        let text = match &mut self.state {
+            State::Bytes(pending) => {
+                let text = String::from_utf8_lossy(pending).into_owned();
+                pending.clear();
+                text
+            }
+            State::Window { ids, shown, shown_text } => {
+                let text = self.tokenizer.decode(ids, self.skip_special)?;
+                let new = new_text(shown_text, &text).to_owned();
+                ids.clear();
+                *shown = 0;
+                shown_text.clear();
+                new
+            }
+        };
+        Ok(Some(text).filter(|text| !text.is_empty()))
+    }
+}
+
+/// What `text` has beyond `shown`. The two differ earlier only if a decoder rewrote text already given out, which
+/// cannot be taken back; then what follows their common part.
+fn new_text<'a>(shown: &str, text: &'a str) -> &'a str {
+    text.strip_prefix(shown).unwrap_or_else(|| {
+        let common: usize =
+            shown.chars().zip(text.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum();
+        &text[common..]
+    })
+}
+
+/// Takes from `pending` all text that further bytes cannot change, with U+FFFD for what is not UTF-8, exactly as
+/// `String::from_utf8_lossy` would write it; leaves the beginning of an unfinished character.
+fn take_certain(pending: &mut Vec<u8>) -> String {
+    let mut text = String::with_capacity(pending.len());
+    let mut certain = 0;
+    for chunk in pending.utf8_chunks() {
+        text.push_str(chunk.valid());
+        certain += chunk.valid().len();
+        let invalid = chunk.invalid();
+        let at_end = certain + invalid.len() == pending.len();
+        // `error_len() == None` says: not wrong so far, only too short.
+        let unfinished = at_end && std::str::from_utf8(invalid).is_err_and(|error| error.error_len().is_none());
+        if !invalid.is_empty() && !unfinished {
+            text.push(REPLACEMENT);
+            certain += invalid.len();
+        }
+    }
+    pending.drain(..certain);
+    text
+}
+
+/// Appends the bytes of a token of a byte-level vocabulary.
+/// Source: tokenizers 0.23, `ByteLevel::decode_chain`: a token with a character outside the alphabet (an added token)
+/// stands for itself.
+fn push_token_bytes(token: &str, bytes: &mut Vec<u8>) {
+    let start = bytes.len();
+    for c in token.chars() {
+        match BYTE_OF_CHAR.get(c as usize) {
+            Some(Some(byte)) => bytes.push(*byte),
+            _ => {
+                bytes.truncate(start);
+                bytes.extend_from_slice(token.as_bytes());
+                return;
+            }
+        }
+    }
+}
+
+/// The byte that a character of the byte-level alphabet stands for, by code point: printable Latin-1 characters stand
+/// for themselves, U+0100 and up for the remaining bytes in their order.
+/// Source: GPT-2, encoder.py, `bytes_to_unicode`.
+static BYTE_OF_CHAR: LazyLock<Vec<Option<u8>>> = LazyLock::new(|| {
+    let mut table = vec![None; 0x100];
+    for byte in 0..=u8::MAX {
+        match byte {
+            b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF => table[usize::from(byte)] = Some(byte),
+            _ => table.push(Some(byte)),
+        }
+    }
+    table
+});
+
+/// Whether the decoder `ByteFallback` reads this token as one byte (`<0xE4>`).
+/// Source: tokenizers 0.23, `ByteFallback::decode_chain`.
+fn is_byte_token(token: &str) -> bool {
+    token.len() == 6
+        && token.starts_with("<0x")
+        && token.ends_with('>')
+        && token.get(3..5).is_some_and(|hex| u8::from_str_radix(hex, 16).is_ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn bytes_in_pieces_give_the_same_text_as_all_at_once(
+            pieces in prop::collection::vec(
+                prop_oneof![
+                    prop::collection::vec(any::<u8>(), 0..4),
+                    // Random bytes are rarely close to UTF-8: mix in characters cut short.
+                    (any::<char>(), 1usize..5).prop_map(|(c, n)| {
+                        let mut buffer = [0; 4];
+                        let bytes = c.encode_utf8(&mut buffer).as_bytes();
+                        bytes[..n.min(bytes.len())].to_vec()
+                    }),
+                ],
+                0..30,
+            )
+        ) {
+            let mut pending = Vec::new();
+            let mut text = String::new();
+            for piece in &pieces {
+                pending.extend_from_slice(piece);
+                text += &take_certain(&mut pending);
+                prop_assert!(pending.len() <= 3);
+            }
+            text += &String::from_utf8_lossy(&pending);
+            let all = pieces.concat();
+            prop_assert_eq!(text, String::from_utf8_lossy(&all));
+        }
+    }
+
+    #[test]
+    fn the_alphabet_has_every_byte_once() {
+        let mut bytes: Vec<u8> = BYTE_OF_CHAR.iter().flatten().copied().collect();
+        bytes.sort_unstable();
+        assert_eq!(bytes, (0..=255).collect::<Vec<u8>>());
+        let mut space = Vec::new();
+        push_token_bytes("Ġa", &mut space);
+        assert_eq!(space, b" a");
+    }
+}
