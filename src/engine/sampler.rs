@@ -4,8 +4,8 @@
 //! logits; repetition, frequency and presence penalty; greedy choice, or temperature, min-p, top-k, top-p and a draw.
 //! Top-p therefore looks at what min-p and top-k left, renormalised. (HF transformers applies min-p last.)
 //!
-//! Exponentials and logarithms are `libm`'s, written in Rust, and sums run in f64 in the order of token ids: the same
-//! logits and seed give the same token on every platform.
+//! Exponentials are computed here and logarithms by `libm`, both in plain Rust, and sums run in f64 in the order of token
+//! ids: the same logits and seed give the same token on every platform.
 
 use std::hash::{BuildHasher, RandomState};
 
@@ -47,9 +47,12 @@ pub struct Sampled {
 #[derive(Debug, Clone, Default)]
 pub struct Scratch {
     logits: Vec<f32>,
+    weights: Vec<f64>,
     /// Times that each token was generated; all zero between calls.
     counts: Vec<u32>,
     candidates: Vec<Candidate>,
+    /// Candidates that top-p has to sort.
+    boundary: Vec<Candidate>,
     largest: Vec<(u32, f32)>,
 }
 
@@ -110,7 +113,7 @@ impl Sampler {
 
         let (mut logprob, mut top_logprobs) = (None, Vec::new());
         if let Some(count) = self.params.logprobs {
-            let log_total = log_sum_exp(logits);
+            let log_total = log_sum_exp(logits, &mut scratch.weights);
             let of = |logit: f32| (f64::from(logit) - log_total) as f32;
             logprob = Some(of(logits[token as usize]));
             keep_largest(logits, count, &mut scratch.largest);
@@ -133,37 +136,27 @@ impl Sampler {
     /// penalty as in OpenAI's API. Source of the order: vLLM, v1/sample/ops/penalties.py.
     fn penalise(&self, logits: &mut [f32], history: History, counts: &mut Vec<u32>) {
         let params = &self.params;
+        let size = logits.len();
         counts.resize(logits.len().max(counts.len()), 0);
-        // Ids beyond the vocabulary have no logit; a model has refused them long before.
-        let known = |ids: &'_ [u32]| {
-            let size = logits.len();
-            ids.iter().map(|&id| id as usize).filter(move |&id| id < size).collect::<Vec<usize>>()
-        };
-        let (prompt, generated) = (known(history.prompt), known(history.generated));
-
         if params.repetition_penalty != 1.0 {
-            for &id in prompt.iter().chain(&generated) {
+            let all = || in_vocabulary(history.prompt, size).chain(in_vocabulary(history.generated, size));
+            for id in all() {
                 // The count marks a token as done: each is penalised once, however often it occurs.
-                if counts[id] == 0 {
-                    counts[id] = 1;
-                    let penalty = params.repetition_penalty;
-                    let logit = logits[id];
-                    logits[id] = finite(logit, if logit > 0.0 { logit / penalty } else { logit * penalty });
+                if std::mem::replace(&mut counts[id], 1) == 0 {
+                    let (before, penalty) = (logits[id], params.repetition_penalty);
+                    let after = if before > 0.0 { before / penalty } else { before * penalty };
+                    logits[id] = keep_finite(before, after);
                 }
             }
-            for &id in prompt.iter().chain(&generated) {
-                counts[id] = 0;
-            }
+            all().for_each(|id| counts[id] = 0);
         }
         if params.frequency_penalty != 0.0 || params.presence_penalty != 0.0 {
-            for &id in &generated {
-                counts[id] += 1;
-            }
-            for &id in &generated {
+            in_vocabulary(history.generated, size).for_each(|id| counts[id] += 1);
+            for id in in_vocabulary(history.generated, size) {
                 let count = std::mem::take(&mut counts[id]);
                 if count > 0 {
                     let penalty = params.frequency_penalty * count as f32 + params.presence_penalty;
-                    logits[id] = finite(logits[id], logits[id] - penalty);
+                    logits[id] = keep_finite(logits[id], logits[id] - penalty);
                 }
             }
         }
@@ -182,19 +175,28 @@ impl Sampler {
         };
         let (max, temperature) = (f64::from(max), f64::from(params.temperature));
         let min_weight = f64::from(params.min_p);
-        scratch.candidates.clear();
-        for (token, &logit) in logits.iter().enumerate() {
-            if logit < at_least {
-                continue;
-            }
-            let weight = libm::exp((f64::from(logit) - max) / temperature);
+        let Scratch { weights, candidates, .. } = scratch;
+        candidates.clear();
+        let mut consider = |token: usize, weight: f64| {
             // A weight of zero can never be drawn.
             if weight > 0.0 && weight >= min_weight {
-                scratch.candidates.push(Candidate { token: token as u32, weight });
+                let token = token as u32;
+                candidates.push(Candidate { token, weight });
+            }
+        };
+        if at_least == f32::NEG_INFINITY {
+            exponentials(logits, max, temperature, weights);
+            (weights.iter().enumerate()).for_each(|(token, &weight)| consider(token, weight));
+        } else {
+            for (token, &logit) in logits.iter().enumerate() {
+                if logit >= at_least {
+                    consider(token, exp((f64::from(logit) - max) / temperature));
+                }
             }
         }
         if params.top_p < 1.0 {
-            keep_top_p(&mut scratch.candidates, f64::from(params.top_p));
+            let top_p = f64::from(params.top_p);
+            keep_top_p(&mut scratch.candidates, top_p, &mut scratch.boundary);
         }
     }
 }
@@ -210,16 +212,62 @@ fn argmax(logits: &[f32]) -> Option<u32> {
     best.1
 }
 
+/// The ids that have a logit. Others cannot come from a model that computed logits for this history.
+fn in_vocabulary(ids: &[u32], size: usize) -> impl Iterator<Item = usize> {
+    ids.iter().map(|&id| id as usize).filter(move |&id| id < size)
+}
+
 /// A changed logit, kept from becoming infinite unless it was: only the model and grammars forbid tokens.
-fn finite(before: f32, after: f32) -> f32 {
+fn keep_finite(before: f32, after: f32) -> f32 {
     if before.is_finite() { after.clamp(f32::MIN, f32::MAX) } else { before }
 }
 
 /// ln Σ exp(logit); at least one logit must be finite.
-fn log_sum_exp(logits: &[f32]) -> f64 {
+fn log_sum_exp(logits: &[f32], weights: &mut Vec<f64>) -> f64 {
     let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    let sum: f64 = logits.iter().map(|&x| libm::exp(f64::from(x) - max)).sum();
-    max + libm::log(sum)
+    exponentials(logits, max, 1.0, weights);
+    max + libm::log(weights.iter().sum())
+}
+
+/// exp((logit - max) / temperature) of all logits. A loop with nothing else in it, which compilers turn into SIMD.
+fn exponentials(logits: &[f32], max: f64, temperature: f64, weights: &mut Vec<f64>) {
+    weights.clear();
+    weights.extend((logits.iter()).map(|&logit| exp((f64::from(logit) - max) / temperature)));
+}
+
+/// e^x for x ≤ 0, to 1e-15 of its value; 0 below -708, where it would be subnormal.
+///
+/// x = n·ln 2 + r with |r| ≤ ln 2 / 2, and the Taylor series of e^r, whose first term left out is below 1e-17. Only
+/// additions and multiplications that round the same everywhere, and no branch.
+fn exp(x: f64) -> f64 {
+    /// Adding it leaves the nearest integer in the low bits of the mantissa (1.5·2^52).
+    const ROUND: f64 = 6_755_399_441_055_744.0;
+    /// ln 2 in two parts; the first has enough zero bits at its end to make n times it exact. Source: fdlibm, e_exp.c.
+    const LN_2_HIGH: f64 = f64::from_bits(0x3FE6_2E42_FEE0_0000);
+    const LN_2_LOW: f64 = f64::from_bits(0x3DEA_39EF_3579_3C76);
+    const SMALLEST: f64 = -708.0;
+    /// 1 / k! for k = 13 down to 0.
+    const INVERSE_FACTORIALS: [f64; 14] = {
+        let mut inverse = [1.0; 14];
+        let (mut k, mut factorial) = (1, 1.0);
+        while k < 14 {
+            factorial *= k as f64;
+            inverse[13 - k] = 1.0 / factorial;
+            k += 1;
+        }
+        inverse
+    };
+    let bounded = if x > SMALLEST { x } else { SMALLEST };
+    let shifted = bounded * std::f64::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = (bounded - n * LN_2_HIGH) - n * LN_2_LOW;
+    let mut sum = 0.0;
+    for coefficient in INVERSE_FACTORIALS {
+        sum = sum * r + coefficient;
+    }
+    // Times 2^n: n is added to the exponent, above the 52 bits of the mantissa.
+    let scaled = f64::from_bits(sum.to_bits().wrapping_add(shifted.to_bits() << 52));
+    if x < SMALLEST { 0.0 } else { scaled }
 }
 
 /// Leaves in `largest` the `count` largest logits with their tokens, the largest first, of equal ones the lower token.
@@ -255,7 +303,7 @@ fn keep_largest(logits: &[f32], count: usize, largest: &mut Vec<(u32, f32)>) {
 /// ones the lower ids. The order stays.
 ///
 /// Only the candidates around the boundary are sorted: weights are first added up in classes of equal binary exponent.
-fn keep_top_p(candidates: &mut Vec<Candidate>, top_p: f64) {
+fn keep_top_p(candidates: &mut Vec<Candidate>, top_p: f64, around: &mut Vec<Candidate>) {
     /// Weights of 2^-63 and less share the last class; it is sorted like any other.
     const CLASSES: usize = 64;
     /// The class of a weight in (0, 1]: 0 for 1, then 1 for [1/2, 1), and so on.
@@ -280,8 +328,8 @@ fn keep_top_p(candidates: &mut Vec<Candidate>, top_p: f64) {
         // Rounding: the classes together fall short of their own total.
         return;
     };
-    let mut around: Vec<Candidate> =
-        (candidates.iter().copied()).filter(|candidate| class(candidate.weight) == boundary).collect();
+    around.clear();
+    around.extend((candidates.iter()).filter(|candidate| class(candidate.weight) == boundary));
     around.sort_unstable_by(|a, b| b.weight.total_cmp(&a.weight).then(a.token.cmp(&b.token)));
     let last = around.iter().find(|candidate| {
         before += candidate.weight;
@@ -323,4 +371,329 @@ fn split_mix_64(state: u64, index: u64) -> u64 {
     let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn sampler(params: SamplingParams) -> Sampler {
+        Sampler::new(params).unwrap()
+    }
+
+    fn seeded() -> SamplingParams {
+        SamplingParams { seed: Some(7), ..SamplingParams::default() }
+    }
+
+    fn sample(params: SamplingParams, logits: &[f32]) -> Result<Sampled, SamplingError> {
+        sampler(params).sample(logits, History::default(), &mut Scratch::default())
+    }
+
+    /// How often each token comes in `count` draws. The draws of a sequence, as its history grows.
+    fn histogram(params: SamplingParams, logits: &[f32], count: usize) -> Vec<usize> {
+        let (sampler, mut scratch) = (sampler(params), Scratch::default());
+        let generated = vec![0; count];
+        let mut counts = vec![0; logits.len()];
+        for n in 0..count {
+            let history = History { prompt: &[], generated: &generated[..n] };
+            counts[sampler.sample(logits, history, &mut scratch).unwrap().token as usize] += 1;
+        }
+        counts
+    }
+
+    fn softmax(logits: &[f64]) -> Vec<f64> {
+        let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = logits.iter().map(|x| (x - max).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        weights.iter().map(|w| w / total).collect()
+    }
+
+    /// vLLM's steps one after the other on whole vectors: the probability of each token.
+    fn naive(params: &SamplingParams, logits: &[f32], history: History) -> Vec<f64> {
+        let mut logits = logits.to_vec();
+        for (id, logit) in logits.iter_mut().enumerate() {
+            let times = |ids: &[u32]| ids.iter().filter(|&&x| x as usize == id).count();
+            let generated = times(history.generated);
+            let penalty = params.repetition_penalty;
+            if generated + times(history.prompt) > 0 {
+                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+            }
+            if generated > 0 {
+                *logit -= params.frequency_penalty * generated as f32 + params.presence_penalty;
+            }
+        }
+        let temperature = f64::from(params.temperature);
+        let mut logits: Vec<f64> = logits.iter().map(|&x| f64::from(x) / temperature).collect();
+
+        let probabilities = softmax(&logits);
+        let most = probabilities.iter().copied().fold(0.0, f64::max);
+        for (x, p) in logits.iter_mut().zip(&probabilities) {
+            if *p < f64::from(params.min_p) * most {
+                *x = f64::NEG_INFINITY;
+            }
+        }
+        if (1..logits.len()).contains(&params.top_k) {
+            let mut sorted = logits.clone();
+            sorted.sort_by(|a, b| b.total_cmp(a));
+            let least = sorted[params.top_k - 1];
+            logits.iter_mut().filter(|x| **x < least).for_each(|x| *x = f64::NEG_INFINITY);
+        }
+        let mut probabilities = softmax(&logits);
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|&a, &b| probabilities[b].total_cmp(&probabilities[a]));
+        let mut before = 0.0;
+        for id in order {
+            let p = probabilities[id];
+            if params.top_p < 1.0 && before >= f64::from(params.top_p) {
+                probabilities[id] = 0.0;
+            }
+            before += p;
+        }
+        let total: f64 = probabilities.iter().sum();
+        probabilities.iter().map(|p| p / total).collect()
+    }
+
+    /// The probabilities with which a sampler draws.
+    fn probabilities(params: &SamplingParams, logits: &[f32], history: History) -> Vec<f64> {
+        let (sampler, mut scratch) = (sampler(params.clone()), Scratch::default());
+        let mut logits = logits.to_vec();
+        sampler.penalise(&mut logits, history, &mut scratch.counts);
+        assert!(scratch.counts.iter().all(|&count| count == 0));
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        sampler.candidates(&logits, max, &mut scratch);
+        let mut probabilities = vec![0.0; logits.len()];
+        for candidate in &scratch.candidates {
+            probabilities[candidate.token as usize] = candidate.weight;
+        }
+        let total: f64 = probabilities.iter().sum();
+        probabilities.iter().map(|p| p / total).collect()
+    }
+
+    /// Logits with ties and forbidden tokens among them.
+    fn logits() -> impl Strategy<Value = Vec<f32>> {
+        let logit = prop_oneof![
+            8 => -12.0f32..12.0,
+            3 => (-4i8..4).prop_map(f32::from),
+            1 => Just(f32::NEG_INFINITY),
+        ];
+        prop::collection::vec(logit, 0..300).prop_map(|mut logits| {
+            logits.push(1.5);
+            logits
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn probabilities_are_those_of_the_naive_implementation(
+            logits in logits(),
+            temperature in 0.1f32..3.0,
+            top_k in prop_oneof![Just(0usize), 1usize..80],
+            // Not at round numbers, where rounding decides whether one more of several equal tokens is needed.
+            top_p in prop_oneof![Just(1.0f32), (0.01f32..0.99).prop_map(|p| p + 0.000123)],
+            min_p in prop_oneof![Just(0.0f32), 0.0001f32..0.9],
+            repetition_penalty in prop_oneof![Just(1.0f32), 0.5f32..2.0],
+            presence_penalty in prop_oneof![Just(0.0f32), -2.0f32..2.0],
+            frequency_penalty in prop_oneof![Just(0.0f32), -2.0f32..2.0],
+            prompt in prop::collection::vec(0u32..310, 0..20),
+            generated in prop::collection::vec(0u32..310, 0..20),
+        ) {
+            let params = SamplingParams {
+                temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, ..seeded()
+            };
+            let history = History { prompt: &prompt, generated: &generated };
+            let (got, expected) = (probabilities(&params, &logits, history), naive(&params, &logits, history));
+            let differing: Vec<usize> = (0..logits.len())
+                .filter(|&id| (got[id] - expected[id]).abs() > 1e-9)
+                .collect();
+            prop_assert!(differing.is_empty(), "{differing:?}");
+        }
+
+        #[test]
+        fn top_p_keeps_the_smallest_set_that_has_the_probability(
+            weights in prop::collection::vec(prop_oneof![1e-30f64..=1.0, 0.01f64..=1.0, Just(0.25)], 1..200),
+            top_p in 0.01f64..1.0,
+        ) {
+            let mut kept: Vec<Candidate> = (0..).zip(&weights).map(|(token, &weight)| Candidate { token, weight }).collect();
+            keep_top_p(&mut kept, top_p, &mut Vec::new());
+            let total: f64 = weights.iter().sum();
+            let mass: f64 = kept.iter().map(|c| c.weight).sum();
+            let least = kept.iter().map(|c| c.weight).fold(f64::INFINITY, f64::min);
+            prop_assert!(kept.is_sorted_by_key(|c| c.token));
+            prop_assert!(mass >= top_p * total * (1.0 - 1e-12), "too few");
+            prop_assert!(mass - least < top_p * total * (1.0 + 1e-12), "too many");
+            let left_out = |token: u32| kept.iter().all(|c| c.token != token);
+            for (token, &weight) in (0u32..).zip(&weights) {
+                prop_assert!(weight <= least || !left_out(token), "a more probable token was left out");
+            }
+        }
+
+        #[test]
+        fn the_largest_logits_are_those_of_a_full_sort(logits in logits(), count in 0usize..120) {
+            let mut sorted: Vec<(u32, f32)> = (0..).zip(logits.iter().map(|x| x + 0.0)).collect();
+            sorted.sort_by(|a, b| b.1.total_cmp(&a.1));
+            sorted.truncate(count);
+            let mut largest = Vec::new();
+            keep_largest(&logits, count, &mut largest);
+            prop_assert_eq!(largest, sorted);
+        }
+
+        #[test]
+        fn a_forbidden_token_is_never_drawn(logits in logits(), seed: u64) {
+            let params = SamplingParams { seed: Some(seed), temperature: 3.0, ..SamplingParams::default() };
+            let token = sample(params, &logits).unwrap().token;
+            prop_assert!(logits[token as usize].is_finite());
+        }
+    }
+
+    #[test]
+    fn tokens_come_as_often_as_their_probability_says() {
+        let logits: Vec<f32> = (0..20).map(|i| (i * i % 7) as f32 * 0.5).collect();
+        let base = SamplingParams { temperature: 0.8, ..seeded() };
+        for params in [
+            base.clone(),
+            SamplingParams { top_k: 9, ..base.clone() },
+            SamplingParams { top_p: 0.77, ..base.clone() },
+            SamplingParams { min_p: 0.2, ..base },
+        ] {
+            let draws = 20_000;
+            let expected = naive(&params, &logits, History::default());
+            let counts = histogram(params, &logits, draws);
+            let chi_square: f64 = (counts.iter().zip(&expected))
+                .filter(|(_, p)| **p > 0.0)
+                .map(|(&n, p)| (n as f64 - p * draws as f64).powi(2) / (p * draws as f64))
+                .sum();
+            // 19 degrees of freedom at most: 52.4 is exceeded once in 17,000 times. The seed is fixed.
+            assert!(chi_square < 52.4, "{chi_square}");
+            assert!(counts.iter().zip(&expected).all(|(&n, &p)| p > 0.0 || n == 0));
+        }
+    }
+
+    #[test]
+    fn neighbouring_seeds_and_neighbouring_draws_are_independent() {
+        let correlation = |a: &dyn Fn(u64) -> f64, b: &dyn Fn(u64) -> f64| {
+            (0..10_000).map(|i| (a(i) - 0.5) * (b(i) - 0.5)).sum::<f64>() / 10_000.0 * 12.0
+        };
+        // Standard deviation 0.01.
+        assert!(correlation(&|i| uniform(1, i), &|i| uniform(2, i)).abs() < 0.04);
+        assert!(correlation(&|i| uniform(1, i), &|i| uniform(1, i + 1)).abs() < 0.04);
+        assert!(correlation(&|i| uniform(i, 0), &|i| uniform(i + 1, 0)).abs() < 0.04);
+        assert!(correlation(&|i| uniform(i, 0), &|i| uniform(i, 1)).abs() < 0.04);
+    }
+
+    #[test]
+    fn the_exponential_is_right_to_the_last_bits() {
+        for i in 0..2_000_000 {
+            let x = -f64::from(i) * 0.000_354_1;
+            let (got, expected) = (exp(x), libm::exp(x));
+            assert!((got - expected).abs() <= 1e-15 * expected || x < -708.0, "{x} {got} {expected}");
+        }
+        assert_eq!([0.0, -0.0, -708.1, f64::NEG_INFINITY].map(exp), [1.0, 1.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn the_generator_is_split_mix_64() {
+        // Published test vector: the first outputs for the seed 1234567.
+        let outputs: Vec<u64> = (0..3).map(|i| split_mix_64(1_234_567, i)).collect();
+        assert_eq!(outputs, [6_457_827_717_110_365_317, 3_203_168_211_198_807_973, 9_817_491_932_198_370_423]);
+    }
+
+    #[test]
+    fn a_seed_gives_these_tokens_on_every_machine() {
+        let logits: Vec<f32> = (0..1000).map(|i| ((i * 37 % 101) as f32).sqrt()).collect();
+        let params =
+            SamplingParams { temperature: 0.9, top_k: 200, top_p: 0.95, seed: Some(42), ..SamplingParams::default() };
+        let (sampler, mut scratch) = (sampler(params), Scratch::default());
+        let mut generated = Vec::new();
+        for _ in 0..8 {
+            let history = History { prompt: &[], generated: &generated };
+            generated.push(sampler.sample(&logits, history, &mut scratch).unwrap().token);
+        }
+        assert_eq!(generated, PINNED);
+    }
+    /// What this code gave first; changes only if the meaning of a seed changes, which users would notice.
+    const PINNED: [u32; 8] = [341, 958, 491, 65, 682, 65, 191, 737];
+
+    #[test]
+    fn without_a_seed_every_sampler_has_its_own_and_tells_it() {
+        let a = sampler(SamplingParams::default());
+        let b = sampler(SamplingParams::default());
+        assert_ne!(a.seed(), b.seed());
+        assert_eq!(sampler(seeded()).seed(), 7);
+    }
+
+    #[test]
+    fn greedy_takes_the_most_probable_token_and_of_equal_ones_the_lowest() {
+        let token = |logits: &[f32]| sample(SamplingParams::greedy(), logits).unwrap().token;
+        assert_eq!(token(&[0.0, 2.0, 2.0, 1.0]), 1);
+        assert_eq!(token(&[-0.0, 0.0]), 0);
+        assert_eq!(token(&[f32::NEG_INFINITY, -1e30]), 1);
+        let tiny = SamplingParams { temperature: 1e-6, ..seeded() };
+        assert_eq!(sample(tiny, &[0.0, 1e-6]).unwrap().token, 1);
+    }
+
+    #[test]
+    fn greedy_respects_penalties() {
+        let params = SamplingParams { frequency_penalty: 1.0, ..SamplingParams::greedy() };
+        let history = History { prompt: &[1, 1, 1], generated: &[0, 0] };
+        let token = |params: SamplingParams| {
+            sampler(params).sample(&[3.0, 2.5, -1.0], history, &mut Scratch::default()).unwrap().token
+        };
+        assert_eq!(token(SamplingParams::greedy()), 0);
+        // Twice generated: 3 - 2; the prompt does not count.
+        assert_eq!(token(params), 1);
+        // The prompt does count: 3 / 4, 2.5 / 4, and -1 would be -4.
+        assert_eq!(token(SamplingParams { repetition_penalty: 4.0, ..SamplingParams::greedy() }), 0);
+    }
+
+    #[test]
+    fn logits_that_are_not_numbers_are_an_error_that_names_the_token() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let error = sample(seeded(), &[0.0, 1.0, bad]).unwrap_err();
+            assert!(matches!(error, SamplingError::Broken { token: 2, .. }), "{error}");
+        }
+        for none in [&[][..], &[f32::NEG_INFINITY; 3]] {
+            let error = sample(SamplingParams::greedy(), none).unwrap_err();
+            assert_eq!(error, SamplingError::NothingAllowed { vocab_size: none.len() });
+        }
+    }
+
+    #[test]
+    fn extreme_logits_and_parameters_still_give_a_token() {
+        let extreme = [f32::MAX, f32::MIN, 0.0, f32::MIN_POSITIVE];
+        let params = SamplingParams {
+            temperature: 1e-4,
+            repetition_penalty: 1e-30,
+            presence_penalty: -2.0,
+            top_k: 3,
+            top_p: 1e-9,
+            min_p: 1.0,
+            logprobs: Some(9),
+            ..seeded()
+        };
+        let history = History { prompt: &[0, 1, 2, 3], generated: &[0, 1, 99] };
+        let sampled = sampler(params).sample(&extreme, history, &mut Scratch::default()).unwrap();
+        assert_eq!(sampled.token, 0);
+        assert_eq!(sampled.top_logprobs.len(), 4);
+    }
+
+    #[test]
+    fn log_probabilities_are_of_the_raw_logits() {
+        let logits = [1.0, 3.0, f32::NEG_INFINITY, 3.0, -2.0];
+        let expected = softmax(&logits.map(f64::from));
+        let params =
+            SamplingParams { temperature: 0.1, repetition_penalty: 2.0, top_k: 1, logprobs: Some(3), ..seeded() };
+        let history = History { prompt: &[1], generated: &[] };
+        let sampled = sampler(params).sample(&logits, history, &mut Scratch::default()).unwrap();
+        assert_eq!(sampled.token, 3);
+        let close = |got: f32, p: f64| (f64::from(got) - p.ln()).abs() < 1e-6;
+        assert!(close(sampled.logprob.unwrap(), expected[3]));
+        let tokens: Vec<u32> = sampled.top_logprobs.iter().map(|t| t.0).collect();
+        assert_eq!(tokens, [1, 3, 0]);
+        assert!(sampled.top_logprobs.iter().all(|&(token, logprob)| close(logprob, expected[token as usize])));
+
+        let none = sample(SamplingParams { logprobs: Some(0), ..seeded() }, &logits).unwrap();
+        assert!(none.logprob.is_some() && none.top_logprobs.is_empty());
+        assert_eq!(sample(seeded(), &logits).unwrap().logprob, None);
+    }
 }

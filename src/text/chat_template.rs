@@ -12,7 +12,7 @@ use super::special_tokens::{kind, read_json_object};
 use super::{SpecialTokens, TextError, pycompat, python_json};
 
 /// Work that one rendering may do, in minijinja's unit: an instruction, or 64 bytes of data. This much takes about a
-/// tenth of a second; the templates in tests/data need less than 500 for a message.
+/// tenth of a second.
 const FUEL: u64 = 1_000_000;
 /// More of it for each message of the conversation.
 const FUEL_PER_MESSAGE: u64 = 5_000;
@@ -153,15 +153,18 @@ impl ChatTemplate {
 
         let mut env = self.env.clone();
         let messages = input.messages.len() as u64;
-        let bytes = input.messages.iter().map(text_bytes).sum::<u64>();
+        let given = [Some(input.messages), input.tools, input.documents];
+        let bytes = given.into_iter().flatten().flatten().map(text_bytes).sum::<u64>();
         let fuel = FUEL + messages * FUEL_PER_MESSAGE + bytes * FUEL_PER_BYTE;
         env.set_fuel(Some(fuel));
         let render = || {
             let mut output = Bounded(Vec::new());
+            // The values that the template made, deep as they may be, are dropped here as well.
             env.get_template(name)
                 .and_then(|template| template.render_captured_to(&context, &mut output).map(drop))
-                .map_err(|error| explain(&error, name, fuel))?;
-            // The context is dropped by the caller; what the template made of it, deep as it may be, was dropped here.
+                .map_err(|error| {
+                    explain(&error, name, env.get_template(name).as_ref().map_or("", |t| t.source()), fuel)
+                })?;
             String::from_utf8(output.0).map_err(|error| TextError::TemplateFailed {
                 file: name.clone(),
                 line: 0,
@@ -183,10 +186,12 @@ impl ChatTemplate {
         // Without a loader, no template can include a file.
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         let file = sources.first().map_or(String::new(), |source| source.file.clone());
-        env.set_syntax(syntax.map_err(|error| explain(&error, &file, FUEL))?);
+        env.set_syntax(syntax.map_err(|error| explain(&error, &file, "", FUEL))?);
         env.set_auto_escape_callback(|_| AutoEscape::None);
         env.set_undefined_behavior(UndefinedBehavior::Lenient);
         env.set_fuel(Some(FUEL));
+        // So that errors name the variable that is undefined.
+        env.set_debug(true);
         env.add_filter("tojson", python_json::tojson);
         env.add_function("raise_exception", raise_exception);
         pycompat::add_to(&mut env);
@@ -197,9 +202,8 @@ impl ChatTemplate {
             (None, [only]) => only.file.clone(),
             (None, many) => {
                 let names: Vec<&str> = many.iter().map(|source| source.name.as_str()).collect();
-                return Err(TextError::TemplateSyntax {
-                    file,
-                    line: 0,
+                return Err(TextError::Invalid {
+                    path: file.into(),
                     detail: format!("of several templates one must be named `{DEFAULT}`, found: {}", names.join(", ")),
                 });
             }
@@ -207,9 +211,9 @@ impl ChatTemplate {
         let tool_use = name_of(TOOL_USE);
         for source in sources {
             let text = without_generation_tags(&source.text);
-            env.add_template_owned(source.file.clone(), text).map_err(|error| TextError::TemplateSyntax {
+            env.add_template_owned(source.file.clone(), text.clone()).map_err(|error| TextError::TemplateSyntax {
                 line: error.line().unwrap_or(0),
-                detail: describe(&error),
+                detail: describe(&error, &text),
                 file: source.file,
             })?;
         }
@@ -383,7 +387,7 @@ impl io::Write for Bounded {
 }
 
 /// Says what a failed rendering means, where in the template it happened, and in whose words.
-fn explain(error: &minijinja::Error, file: &str, fuel: u64) -> TextError {
+fn explain(error: &minijinja::Error, file: &str, text: &str, fuel: u64) -> TextError {
     let mut line = error.line().unwrap_or(0);
     let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
     let (mut refused, mut limit) = (None, None);
@@ -405,14 +409,20 @@ fn explain(error: &minijinja::Error, file: &str, fuel: u64) -> TextError {
     match (refused, limit) {
         (Some(message), _) => TextError::TemplateRefused { file, line, message },
         (None, Some(limit)) => TextError::TemplateUnbounded { file, line, limit },
-        (None, None) => TextError::TemplateFailed { file, line, detail: describe(error) },
+        (None, None) => TextError::TemplateFailed { file, line, detail: describe(error, text) },
     }
 }
 
-/// The engine's words without the place, which the error has in fields of its own.
-fn describe(error: &minijinja::Error) -> String {
-    match error.detail() {
-        Some(detail) => format!("{}: {detail}", error.kind()),
-        None => error.kind().to_string(),
+/// The engine's words, and the piece of the template's `text` that they are about.
+fn describe(error: &minijinja::Error, text: &str) -> String {
+    /// A longer piece is no help in finding the place.
+    const LONGEST_PIECE: usize = 200;
+    let mut words = error.kind().to_string();
+    if let Some(detail) = error.detail() {
+        words = format!("{words}: {detail}");
+    }
+    match error.range().and_then(|range| text.get(range)) {
+        Some(piece) if !piece.is_empty() && piece.len() <= LONGEST_PIECE => format!("{words}, at `{piece}`"),
+        _ => words,
     }
 }

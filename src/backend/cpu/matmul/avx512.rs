@@ -36,8 +36,8 @@ pub(super) unsafe fn integer(t: &IntegerTile<'_>, rows: usize, acc: &mut [[f32; 
 unsafe fn integer_rows<const M: usize>(t: &IntegerTile<'_>, acc: &mut [[f32; GROUP]; TILE]) {
     let blocks = t.k / t.block;
     let chunks = t.block / 8;
-    debug_assert!(t.weights.len() >= t.k * GROUP / 2 && t.values.len() >= M * t.k);
-    debug_assert!(t.scales.len() >= M * blocks && t.corrections.len() >= M * blocks);
+    assert!(t.weights.len() >= t.k * GROUP / 2 && t.values.len() >= M * t.k);
+    assert!(t.scales.len() >= M * blocks && t.corrections.len() >= M * blocks);
     // SAFETY: every access is below the lengths asserted above, by the shapes that `packed` and `activation` make.
     unsafe {
         let table = _mm512_broadcast_i32x4(_mm_loadu_si128(OFFSET_CODES.as_ptr().cast()));
@@ -48,7 +48,7 @@ unsafe fn integer_rows<const M: usize>(t: &IntegerTile<'_>, acc: &mut [[f32; GRO
         for b in 0..blocks {
             let mut dot = [_mm512_setzero_si512(); M];
             for m in 0..M {
-                dot[m] = _mm512_set1_epi32(*t.corrections.get_unchecked(m * blocks + b));
+                dot[m] = _mm512_set1_epi32(t.corrections.as_ptr().add(m * blocks + b).read_unaligned());
             }
             for c in 0..chunks {
                 let packed = _mm512_loadu_si512(weights.cast());
@@ -61,9 +61,9 @@ unsafe fn integer_rows<const M: usize>(t: &IntegerTile<'_>, acc: &mut [[f32; GRO
                     dot[m] = _mm512_dpbusd_epi32(dot[m], high, _mm512_set1_epi32(x.add(1).read_unaligned()));
                 }
             }
-            let scale = _mm512_loadu_ps(t.weight_scales.get_unchecked(b).as_ptr());
+            let scale = _mm512_loadu_ps(t.weight_scales.as_ptr().add(b).cast());
             for m in 0..M {
-                let s = _mm512_mul_ps(scale, _mm512_set1_ps(*t.scales.get_unchecked(m * blocks + b)));
+                let s = _mm512_mul_ps(scale, _mm512_set1_ps(t.scales.as_ptr().add(m * blocks + b).read_unaligned()));
                 sum[m] = _mm512_fmadd_ps(s, _mm512_cvtepi32_ps(dot[m]), sum[m]);
             }
         }
@@ -73,124 +73,127 @@ unsafe fn integer_rows<const M: usize>(t: &IntegerTile<'_>, acc: &mut [[f32; GRO
     }
 }
 
-const E2M1: u8 = 0;
-const E4M3: u8 = 1;
-const BF16: u8 = 2;
-const F16: u8 = 3;
-const F32: u8 = 4;
-
 /// # Safety
 /// The CPU has the features below; the tile's slices cover `rows` (8, 4, 2 or 1) tokens.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) unsafe fn float(t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) {
-    // SAFETY: the caller's.
-    unsafe {
-        match t.element {
-            Element::E2m1 => float_element::<E2M1>(t, rows, acc),
-            Element::E4m3 => float_element::<E4M3>(t, rows, acc),
-            Element::Bf16 => float_element::<BF16>(t, rows, acc),
-            Element::F16 => float_element::<F16>(t, rows, acc),
-            Element::F32 => float_element::<F32>(t, rows, acc),
-        }
+    macro_rules! tiles {
+        ($kernel:ident) => {
+            // SAFETY: the caller's.
+            unsafe {
+                match rows {
+                    8 => $kernel::<8>(t, acc),
+                    4 => $kernel::<4>(t, acc),
+                    2 => $kernel::<2>(t, acc),
+                    _ => $kernel::<1>(t, acc),
+                }
+            }
+        };
+    }
+    match t.element {
+        Element::E2m1 => tiles!(float_e2m1),
+        Element::E4m3 => tiles!(float_e4m3),
+        Element::Bf16 => tiles!(float_bf16),
+        Element::F16 => tiles!(float_f16),
+        Element::F32 => tiles!(float_f32),
     }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn float_element<const ELEMENT: u8>(t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) {
-    // SAFETY: the caller's.
-    unsafe {
-        match rows {
-            8 => float_rows::<ELEMENT, 8>(t, acc),
-            4 => float_rows::<ELEMENT, 4>(t, acc),
-            2 => float_rows::<ELEMENT, 2>(t, acc),
-            _ => float_rows::<ELEMENT, 1>(t, acc),
-        }
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn float_rows<const ELEMENT: u8, const M: usize>(t: &FloatTile<'_>, acc: &mut [[f32; GROUP]; TILE]) {
-    let blocks = t.k.div_ceil(t.block);
-    debug_assert!(t.weights.len() >= GROUP * t.element.row_bytes(t.k) && t.values.len() >= M * t.k);
-    debug_assert!(t.scales.len() >= (M - 1) * t.scale_stride + blocks && t.weight_scales.len() >= blocks);
-    // SAFETY: every access is below the lengths asserted above, by the shapes that `packed` and `activation` make.
-    unsafe {
-        let mut sum = [_mm512_setzero_ps(); M];
-        let mut weights = t.weights.as_ptr();
-        let mut values = t.values.as_ptr();
-        for b in 0..blocks {
-            let mut dot = [_mm512_setzero_ps(); M];
-            for _ in 0..(t.k - b * t.block).min(t.block) / 8 {
-                let w = decode8::<ELEMENT>(weights);
-                for (i, w) in w.into_iter().enumerate() {
+/// The kernel of one element: `$load` makes what 8 consecutive k of 16 rows need from pointer `$p`, `$decode` one k of
+/// it in f32. A macro, because a function with target features cannot be forced inline, and a call in the inner loop
+/// would spill every accumulator.
+macro_rules! float_kernel {
+    ($name:ident, $chunk_bytes:literal, $p:ident, $state:ident = $load:expr, $($k:literal => $decode:expr),+ $(,)?) => {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+        unsafe fn $name<const M: usize>(t: &FloatTile<'_>, acc: &mut [[f32; GROUP]; TILE]) {
+            let blocks = t.k.div_ceil(t.block);
+            assert!(t.weights.len() >= t.k / 8 * $chunk_bytes && t.values.len() >= M * t.k);
+            assert!(t.scales.len() >= (M - 1) * t.scale_stride + blocks && t.weight_scales.len() >= blocks);
+            // SAFETY: every access is below the lengths asserted above, by the shapes that `packed` and `activation`
+            // make.
+            unsafe {
+                let mut sum = [_mm512_setzero_ps(); M];
+                let mut weights = t.weights.as_ptr();
+                let mut values = t.values.as_ptr();
+                for b in 0..blocks {
+                    let mut dot = [_mm512_setzero_ps(); M];
+                    for _ in 0..(t.k - b * t.block).min(t.block) / 8 {
+                        let $p = weights;
+                        let $state = $load;
+                        $(
+                            let w = $decode;
+                            for m in 0..M {
+                                let x = values.add(m * t.k + $k).read_unaligned();
+                                dot[m] = _mm512_fmadd_ps(w, _mm512_set1_ps(x), dot[m]);
+                            }
+                        )+
+                        weights = weights.add($chunk_bytes);
+                        values = values.add(8);
+                    }
+                    let scale = _mm512_loadu_ps(t.weight_scales.as_ptr().add(b).cast());
                     for m in 0..M {
-                        dot[m] = _mm512_fmadd_ps(w, _mm512_set1_ps(*values.add(m * t.k + i)), dot[m]);
+                        let x = t.scales.as_ptr().add(m * t.scale_stride + b).read_unaligned();
+                        sum[m] = _mm512_fmadd_ps(_mm512_mul_ps(scale, _mm512_set1_ps(x)), dot[m], sum[m]);
                     }
                 }
-                weights = weights.add(GROUP * t.element.row_bytes(8));
-                values = values.add(8);
-            }
-            let scale = _mm512_loadu_ps(t.weight_scales.get_unchecked(b).as_ptr());
-            for m in 0..M {
-                let s = _mm512_mul_ps(scale, _mm512_set1_ps(*t.scales.get_unchecked(m * t.scale_stride + b)));
-                sum[m] = _mm512_fmadd_ps(s, dot[m], sum[m]);
+                for m in 0..M {
+                    _mm512_storeu_ps(acc[m].as_mut_ptr(), sum[m]);
+                }
             }
         }
-        for m in 0..M {
-            _mm512_storeu_ps(acc[m].as_mut_ptr(), sum[m]);
-        }
-    }
+    };
 }
 
-/// 8 consecutive k of 16 rows in f32.
+// vpermps reads the low four bits of each index. Byte i of a word holds k = i low and k = 4 + i high.
+float_kernel!(float_e2m1, 64, p, s = (_mm512_loadu_si512(p.cast()), _mm512_loadu_ps(e2m1::VALUES.as_ptr())),
+    0 => _mm512_permutexvar_ps(s.0, s.1),
+    1 => _mm512_permutexvar_ps(_mm512_srli_epi32(s.0, 8), s.1),
+    2 => _mm512_permutexvar_ps(_mm512_srli_epi32(s.0, 16), s.1),
+    3 => _mm512_permutexvar_ps(_mm512_srli_epi32(s.0, 24), s.1),
+    4 => _mm512_permutexvar_ps(_mm512_srli_epi32(s.0, 4), s.1),
+    5 => _mm512_permutexvar_ps(_mm512_srli_epi32(s.0, 12), s.1),
+    6 => _mm512_permutexvar_ps(_mm512_srli_epi32(s.0, 20), s.1),
+    7 => _mm512_permutexvar_ps(_mm512_srli_epi32(s.0, 28), s.1),
+);
+float_kernel!(float_e4m3, 128, p, s = (_mm512_loadu_si512(p.cast()), _mm512_loadu_si512(p.add(64).cast())),
+    0 => e4m3(_mm512_slli_epi32(s.0, 24)),
+    1 => e4m3(_mm512_slli_epi32(s.0, 16)),
+    2 => e4m3(_mm512_slli_epi32(s.0, 8)),
+    3 => e4m3(s.0),
+    4 => e4m3(_mm512_slli_epi32(s.1, 24)),
+    5 => e4m3(_mm512_slli_epi32(s.1, 16)),
+    6 => e4m3(_mm512_slli_epi32(s.1, 8)),
+    7 => e4m3(s.1),
+);
+float_kernel!(float_bf16, 256, p, s = p,
+    0 => bf16(s), 1 => bf16(s.add(32)), 2 => bf16(s.add(64)), 3 => bf16(s.add(96)),
+    4 => bf16(s.add(128)), 5 => bf16(s.add(160)), 6 => bf16(s.add(192)), 7 => bf16(s.add(224)),
+);
+float_kernel!(float_f16, 256, p, s = p,
+    0 => f16(s), 1 => f16(s.add(32)), 2 => f16(s.add(64)), 3 => f16(s.add(96)),
+    4 => f16(s.add(128)), 5 => f16(s.add(160)), 6 => f16(s.add(192)), 7 => f16(s.add(224)),
+);
+float_kernel!(float_f32, 512, p, s = p.cast::<f32>(),
+    0 => _mm512_loadu_ps(s), 1 => _mm512_loadu_ps(s.add(16)), 2 => _mm512_loadu_ps(s.add(32)),
+    3 => _mm512_loadu_ps(s.add(48)), 4 => _mm512_loadu_ps(s.add(64)), 5 => _mm512_loadu_ps(s.add(80)),
+    6 => _mm512_loadu_ps(s.add(96)), 7 => _mm512_loadu_ps(s.add(112)),
+);
+
+/// 16 BF16 in f32.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn decode8<const ELEMENT: u8>(p: *const u8) -> [__m512; 8] {
-    let mut out = [_mm512_setzero_ps(); 8];
-    // SAFETY: the caller gives 8 · 16 readable elements.
-    unsafe {
-        match ELEMENT {
-            E2M1 => {
-                let table = _mm512_loadu_ps(e2m1::VALUES.as_ptr());
-                let words = _mm512_loadu_si512(p.cast());
-                // vpermps reads the low four bits of each index. Byte i of a word holds k = i low and k = 4 + i high.
-                out[0] = _mm512_permutexvar_ps(words, table);
-                out[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 8), table);
-                out[2] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 16), table);
-                out[3] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 24), table);
-                out[4] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4), table);
-                out[5] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 12), table);
-                out[6] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 20), table);
-                out[7] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 28), table);
-            }
-            E4M3 => {
-                for half in 0..2 {
-                    let words = _mm512_loadu_si512(p.add(64 * half).cast());
-                    out[4 * half] = e4m3(_mm512_slli_epi32(words, 24));
-                    out[4 * half + 1] = e4m3(_mm512_slli_epi32(words, 16));
-                    out[4 * half + 2] = e4m3(_mm512_slli_epi32(words, 8));
-                    out[4 * half + 3] = e4m3(words);
-                }
-            }
-            BF16 => {
-                for (i, o) in out.iter_mut().enumerate() {
-                    let half = _mm256_loadu_si256(p.add(32 * i).cast());
-                    *o = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-                }
-            }
-            F16 => {
-                for (i, o) in out.iter_mut().enumerate() {
-                    *o = _mm512_cvtph_ps(_mm256_loadu_si256(p.add(32 * i).cast()));
-                }
-            }
-            _ => {
-                for (i, o) in out.iter_mut().enumerate() {
-                    *o = _mm512_loadu_ps(p.add(64 * i).cast());
-                }
-            }
-        }
-    }
-    out
+unsafe fn bf16(p: *const u8) -> __m512 {
+    // SAFETY: the caller gives 32 readable bytes.
+    let half = unsafe { _mm256_loadu_si256(p.cast()) };
+    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))
+}
+
+/// 16 F16 in f32.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn f16(p: *const u8) -> __m512 {
+    // SAFETY: the caller gives 32 readable bytes.
+    _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(p.cast()) })
 }
 
 /// The E4M3 code in the top byte of each word, in f32.
