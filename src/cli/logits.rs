@@ -9,6 +9,7 @@ use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use super::options::{EngineOptions, model_folder};
+use crate::backend::autograd::AutogradBackend;
 use crate::backend::{Backend, Batch, PAGE, Span};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::tensors::TensorStore;
@@ -49,7 +50,11 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
             drop(checkpoint);
             write(&model, &ids, args.options.kv_format(), &args.output)?;
         }
-        Engine::Autograd => todo!(),
+        Engine::Autograd => {
+            let model = Decoder::load(AutogradBackend::new(), &checkpoint)?;
+            drop(checkpoint);
+            write(&model, &ids, args.options.kv_format(), &args.output)?;
+        }
     }
     eprintln!("wrote logits [{}, {}, vocab] to {}", ids.len(), ids[0].len(), args.output.display());
     super::done()
