@@ -4,6 +4,7 @@
 
 pub mod dialect;
 pub mod error;
+mod header;
 pub mod json;
 pub mod resolve;
 pub mod tensors;
