@@ -2,6 +2,7 @@
 //!
 //! `cpu` runs packed weights, `autograd` runs candle tensors; a CUDA backend implements the same trait.
 
+pub mod autograd;
 pub mod cpu;
 pub mod observe;
 

@@ -61,6 +61,18 @@ impl CpuBackend {
         self.pool.current_num_threads()
     }
 
+    /// A tensor of `data`, row-major in rows of `columns`.
+    ///
+    /// # Errors
+    /// When `data` is not a whole number of rows.
+    pub fn tensor(&self, data: Vec<f32>, columns: usize) -> Result<CpuTensor> {
+        if columns == 0 || !data.len().is_multiple_of(columns) {
+            let message = format!("{} values do not make rows of {columns}", data.len());
+            return Err(BackendError::Failed { context: "tensor", message });
+        }
+        Ok(CpuTensor { data, columns })
+    }
+
     /// Splits rows of `columns` values over the threads.
     fn by_rows(&self, out: &mut [f32], columns: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
         use rayon::prelude::*;
