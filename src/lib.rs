@@ -3,6 +3,8 @@
 //! ARCHITECTURE.md is the map. Dependencies point one way:
 //! formats ← checkpoint ← model ← {quantize, engine} ← cli, and formats ← backend ← model.
 
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::todo))]
+
 pub mod backend;
 pub mod checkpoint;
 pub mod cli;

@@ -268,7 +268,7 @@ impl Tiny {
     fn linear(&mut self, format: Format, module: &str, n: usize, k: usize) {
         let name = |suffix: &str| format!("{module}.{suffix}");
         // ±(0, 2⁻⁴ … 1.9): no NaN code.
-        let e4m3 = |r: u64| ((r % 0x40) | (r >> 6) % 2 * 0x80) as u8;
+        let e4m3 = |r: u64| ((r % 0x40) | ((r >> 6) % 2 * 0x80)) as u8;
         let e2m1 = |r: u64| r as u8;
         // Around 1/32.
         let block_scale = |r: u64| 0x0c + (r % 8) as u8;

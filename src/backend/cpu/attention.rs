@@ -143,6 +143,15 @@ unsafe impl Send for Output {}
 // SAFETY: as above.
 unsafe impl Sync for Output {}
 
+impl Output {
+    /// # Safety
+    /// `index` lies inside the output.
+    unsafe fn at(self, index: usize) -> *mut f32 {
+        // SAFETY: the caller's.
+        unsafe { self.0.add(index) }
+    }
+}
+
 /// Attends: q [T, heads · d] (rotated) to `out` of the same shape, over what the cache holds up to each token.
 pub(super) fn attend(isa: Isa, cache: &KvCache, shape: &AttentionShape, batch: &Batch, q: &[f32], out: &mut [f32]) {
     let mut tasks = Vec::new();
@@ -158,7 +167,6 @@ pub(super) fn attend(isa: Isa, cache: &KvCache, shape: &AttentionShape, batch: &
     let output = Output(out.as_mut_ptr());
     let share = shape.heads / shape.kv_heads * shape.head_dim;
     tasks.par_iter().for_each_init(Vec::new, |scratch, &(span, row, position, count, head)| {
-        let output = output;
         let mut results = vec![0.0f32; count * share];
         let task = Task { cache, shape, span, position, count, head };
         let queries: Vec<&[f32]> = (0..count).map(|i| &q[(row + i) * width + head * share..][..share]).collect();
@@ -166,7 +174,7 @@ pub(super) fn attend(isa: Isa, cache: &KvCache, shape: &AttentionShape, batch: &
         for (i, result) in results.chunks_exact(share).enumerate() {
             // SAFETY: rows `row..row + count`, heads of KV head `head`: this task's own part of `out`.
             unsafe {
-                let to = output.0.add((row + i) * width + head * share);
+                let to = output.at((row + i) * width + head * share);
                 std::ptr::copy_nonoverlapping(result.as_ptr(), to, share);
             }
         }

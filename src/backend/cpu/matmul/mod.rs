@@ -4,6 +4,9 @@
 //! multiply-add per element in K order; one fused multiply-add per block. Hence every instruction set, tile, batch and
 //! thread count gives the same bits, and `scalar` is the definition.
 
+// Kernels walk several arrays in step by lane or token; iterators over one of them would hide that.
+#![allow(clippy::needless_range_loop)]
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]

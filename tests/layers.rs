@@ -1,0 +1,59 @@
+//! Dependencies point one way: the `use` lines say so.
+
+use std::path::{Path, PathBuf};
+
+/// What each layer may use of the others.
+const ALLOWED: [(&str, &[&str]); 9] = [
+    ("formats", &[]),
+    ("checkpoint", &["formats"]),
+    ("backend", &["formats"]),
+    ("model", &["formats", "checkpoint", "backend"]),
+    ("text", &[]),
+    ("quantize", &["formats", "checkpoint", "backend", "model"]),
+    ("engine", &["formats", "backend", "model", "text"]),
+    ("cli", &["formats", "checkpoint", "backend", "model", "text", "quantize", "engine"]),
+    ("main", &["cli"]),
+];
+
+fn rust_files(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            rust_files(&path, found);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+#[test]
+fn every_layer_uses_only_what_lies_below_it() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    rust_files(&src, &mut files);
+    let mut seen = 0;
+    for file in files {
+        let relative = file.strip_prefix(&src).unwrap();
+        let layer = relative.iter().next().unwrap().to_str().unwrap().trim_end_matches(".rs");
+        let Some((_, allowed)) = ALLOWED.iter().find(|(l, _)| *l == layer) else {
+            assert_eq!(layer, "lib", "{} is in no known layer", relative.display());
+            continue;
+        };
+        for line in std::fs::read_to_string(&file).unwrap().lines() {
+            for (at, _) in line.match_indices("crate::") {
+                let used: String = line[at + 7..].chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+                if used != layer && ALLOWED.iter().any(|(l, _)| *l == used) {
+                    assert!(allowed.contains(&used.as_str()), "{} uses {used}: {line}", relative.display());
+                    seen += 1;
+                }
+            }
+        }
+    }
+    assert!(seen > 50, "only {seen} uses between layers were found; does the test still read them?");
+}
+
+#[test]
+fn the_evaluator_knows_nothing_of_recoup() {
+    let eval = Path::new(env!("CARGO_MANIFEST_DIR")).join("eval");
+    assert!(!std::fs::read_to_string(eval.join("Cargo.toml")).unwrap().contains("path = \"..\""));
+}
