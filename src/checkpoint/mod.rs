@@ -5,6 +5,7 @@
 pub mod dialect;
 pub mod error;
 pub mod gguf;
+mod header;
 pub mod json;
 pub mod resolve;
 pub mod tensors;

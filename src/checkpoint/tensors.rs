@@ -2,14 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors};
-use serde::Deserialize as _;
+use safetensors::Dtype;
 
 use super::error::{CheckpointError, Result};
+use super::header::{self, Stored};
 use super::json::Object;
 
 const SINGLE: &str = "model.safetensors";
@@ -71,6 +71,18 @@ impl TensorStore {
             entries: BTreeMap::new(),
             used: Mutex::new(BTreeSet::new()),
         };
+        for (name, file) in listed.iter().flatten() {
+            // A folder or a pipe of that name would be as bad as nothing.
+            if !folder.join(file).is_file() {
+                return Err(CheckpointError::Index {
+                    file: index,
+                    detail: format!(
+                        "lists tensor `{name}` in {file}, but there is no such file beside it; download the missing \
+                         shard, or write the index anew"
+                    ),
+                });
+            }
+        }
         for file in files {
             store.add_shard(&file)?;
         }
@@ -103,29 +115,23 @@ impl TensorStore {
 
     fn add_shard(&mut self, path: &Path) -> Result<()> {
         let io = |action| move |source| CheckpointError::Io { path: path.into(), action, source };
+        let refuse = |detail: String| CheckpointError::Header { file: path.into(), detail };
         let file = File::open(path).map_err(io("open"))?;
         if file.metadata().map_err(io("read"))?.len() == 0 {
-            return Err(CheckpointError::Header { file: path.into(), detail: "the file is empty".into() });
+            // An empty file cannot be mapped.
+            return header::read(&[]).map(drop).map_err(refuse);
         }
         // SAFETY: the map is read-only and private. As with every memory map, another process that truncates the file
         // while it is mapped would fault this one; model files are not modified while in use.
         let map = unsafe { Mmap::map(&file) }.map_err(io("map"))?;
-        let header = |detail: String| CheckpointError::Header { file: path.into(), detail };
-        let (length, metadata) = SafeTensors::read_metadata(&map).map_err(|e| header(explain(&e, &map)))?;
-        let data = length + 8;
         let shard = self.shards.len();
-        for (name, info) in metadata.tensors() {
-            let (start, end) = info.data_offsets;
-            let entry =
-                Entry { shard, dtype: info.dtype, shape: info.shape.clone(), start: data + start, end: data + end };
-            if entry.end > map.len() {
-                return Err(header(format!("tensor `{name}` ends beyond the end of the file")));
-            }
-            if let Some(other) = self.entries.insert(name.clone(), entry) {
-                return Err(CheckpointError::Index {
-                    file: path.into(),
-                    detail: format!("tensor `{name}` is also in {}", self.shards[other.shard].path.display()),
-                });
+        for Stored { name, dtype, shape, start, end } in header::read(&map).map_err(refuse)? {
+            if let Some(other) = self.entries.insert(name.clone(), Entry { shard, dtype, shape, start, end }) {
+                let second = match self.shards.get(other.shard) {
+                    Some(first) => format!("is also in {}; remove one of them", first.path.display()),
+                    None => "is there twice".into(),
+                };
+                return Err(refuse(format!("tensor `{name}` {second}")));
             }
         }
         self.shards.push(Shard { path: path.into(), map });
@@ -194,13 +200,9 @@ impl TensorStore {
     /// # Errors
     /// Names the first of those that were not.
     pub fn finish(&self) -> Result<()> {
-        let mut names = self.unused();
-        if names.is_empty() {
-            return Ok(());
-        }
-        let total = names.len();
-        names.truncate(5);
-        Err(CheckpointError::Leftover { folder: self.folder.clone(), names, total })
+        let names = self.unused();
+        let Some(first) = names.first().and_then(|n| self.peek(n)) else { return Ok(()) };
+        Err(CheckpointError::Leftover { file: first.file.into(), first: first.name.into(), total: names.len() })
     }
 
     /// Tells the kernel that the mapped pages are no longer needed, so that they stop counting as resident.
@@ -229,6 +231,31 @@ impl<'a> TensorView<'a> {
         let mut out = vec![0.0; self.shape.iter().product()];
         decode_elements(element, self.bytes, &mut out);
         Ok(out)
+    }
+
+    /// Whether it holds plain numbers: F32, F16 or BF16.
+    #[must_use]
+    pub fn is_float(&self) -> bool {
+        matches!(self.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
+    }
+
+    /// Refuses a NaN or an infinity in a float tensor, by its position.
+    ///
+    /// # Errors
+    /// Names the first.
+    pub fn expect_finite(&self) -> Result<()> {
+        // All exponent bits set; the top two bytes of an element hold them in each of the three types.
+        let (size, exponent) = match self.dtype {
+            Dtype::F32 => (4, 0x7f80),
+            Dtype::BF16 => (2, 0x7f80),
+            Dtype::F16 => (2, 0x7c00),
+            _ => return Ok(()),
+        };
+        let bad = |b: &[u8]| u16::from_le_bytes([b[size - 2], b[size - 1]]) & exponent == exponent;
+        match self.bytes.chunks_exact(size).position(bad) {
+            None => Ok(()),
+            Some(i) => Err(self.bad_value(format!("element {i} is NaN or infinite; the export is broken"))),
+        }
     }
 
     /// Checks the shape.
@@ -275,11 +302,10 @@ fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
     let mut listed = BTreeMap::new();
     for (name, file) in map.value().as_object().into_iter().flatten() {
         let file = file.as_str().ok_or_else(|| map.error(name, "a file name"))?;
-        let plain = !file.is_empty()
-            && !file.contains(['/', '\\', '\0'])
-            && file != "."
-            && file != ".."
-            && Path::new(file).is_relative();
+        // One plain component; a backslash separates elsewhere, so it is none here either.
+        let mut parts = Path::new(file).components();
+        let plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == file)
+            && !file.contains(['\\', '\0']);
         if !plain {
             return Err(CheckpointError::Index {
                 file: index.into(),
@@ -294,51 +320,4 @@ fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
         return Err(object.error("weight_map", "at least one tensor"));
     }
     Ok(listed)
-}
-
-/// The safetensors crate's verdict in words, with the tensor and the numbers a person needs.
-fn explain(error: &safetensors::SafeTensorError, bytes: &[u8]) -> String {
-    use safetensors::SafeTensorError as E;
-    let declared = bytes.first_chunk::<8>().map(|b| u64::from_le_bytes(*b));
-    match (error, declared) {
-        (E::HeaderTooSmall, _) => format!("{} bytes is too short for a header; the file is truncated", bytes.len()),
-        (E::HeaderTooLarge | E::InvalidHeaderLength, Some(n)) => format!(
-            "the header says it is {n} bytes long, the file has {}; the file is truncated or no safetensors file",
-            bytes.len()
-        ),
-        (E::InvalidOffset(name), _) => format!("tensor `{name}` overlaps another or leaves a gap before it"),
-        (E::TensorInvalidInfo | E::ValidationOverflow | E::MetadataIncompleteBuffer, Some(n)) => blame(bytes, n)
-            .unwrap_or_else(|| {
-                format!("the tensors end before the file does ({} bytes): it has trailing data", bytes.len())
-            }),
-        _ => error.to_string(),
-    }
-}
-
-/// Finds the tensor that makes a well-formed header wrong.
-fn blame(bytes: &[u8], header: u64) -> Option<String> {
-    let end = usize::try_from(header).ok()?.checked_add(8)?;
-    let map: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(bytes.get(8..end)?).ok()?;
-    let room = (bytes.len() - end) as u64;
-    let verdict = |name: &String, info: &serde_json::Value| {
-        let shape = info["shape"].as_array()?;
-        let dtype = Dtype::deserialize(&info["dtype"]).ok()?;
-        let (start, stop) = (info["data_offsets"][0].as_u64()?, info["data_offsets"][1].as_u64()?);
-        let elements = shape.iter().try_fold(1u64, |n, d| n.checked_mul(d.as_u64()?));
-        let needed = elements.and_then(|n| n.checked_mul(dtype.bitsize() as u64)).map(|bits| bits / 8);
-        let shape = &info["shape"];
-        Some(match needed {
-            None => format!("tensor `{name}` of shape {shape} is larger than memory can be"),
-            Some(needed) if stop.checked_sub(start) != Some(needed) => {
-                format!(
-                    "tensor `{name}`, {dtype} of shape {shape}, needs {needed} bytes, but its offsets are {start}..{stop}"
-                )
-            }
-            Some(_) if stop > room => format!(
-                "tensor `{name}` ends at byte {stop} of the data, but the file has only {room}: it is truncated"
-            ),
-            Some(_) => return None,
-        })
-    };
-    map.iter().filter(|(name, _)| *name != "__metadata__").find_map(|(name, info)| verdict(name, info))
 }
