@@ -6,8 +6,9 @@ use serde_json::Value;
 
 use super::error::{CheckpointError, Result};
 
-/// Larger JSON files than this are not configuration.
-const MAX_JSON_BYTES: u64 = 256 << 20;
+/// Larger JSON files than this are neither configuration nor index (that of half a
+/// million tensors has about 50 MB); parsed, hostile ones take some 16 times their size.
+const MAX_JSON_BYTES: u64 = 64 << 20;
 
 /// A JSON object together with where it came from.
 #[derive(Clone, Debug)]
@@ -47,6 +48,12 @@ impl Object {
         &self.file
     }
 
+    /// Dotted path of `key` inside the file.
+    #[must_use]
+    pub fn path(&self, key: &str) -> String {
+        format!("{}{key}", self.prefix)
+    }
+
     /// The raw value.
     #[must_use]
     pub fn value(&self) -> &Value {
@@ -60,12 +67,7 @@ impl Object {
             None => "nothing".into(),
             Some(v) => shorten(&v.to_string()),
         };
-        CheckpointError::Config {
-            file: self.file.clone(),
-            key: format!("{}{key}", self.prefix),
-            expected: expected.into(),
-            found,
-        }
+        CheckpointError::Config { file: self.file.clone(), key: self.path(key), expected: expected.into(), found }
     }
 
     /// The value of `key`; absent and null are the same.
@@ -159,6 +161,17 @@ impl Object {
     pub fn required_integer(&self, key: &str, range: std::ops::RangeInclusive<usize>) -> Result<usize> {
         let message = format!("a whole number from {} to {}", range.start(), range.end());
         self.integer(key, range)?.ok_or_else(|| self.error(key, message))
+    }
+
+    /// A number that is positive and finite in f32 too, if there is one.
+    ///
+    /// # Errors
+    /// When the key holds something else.
+    pub fn positive_f32(&self, key: &str) -> Result<Option<f32>> {
+        match self.positive(key)?.map(|v| v as f32) {
+            Some(v) if !v.is_normal() => Err(self.error(key, "a positive finite number, not outside the range of f32")),
+            v => Ok(v),
+        }
     }
 
     /// A positive finite number, if there is one.

@@ -13,6 +13,8 @@ mod limit {
     pub const VOCAB: usize = 1 << 24;
     pub const POSITIONS: usize = 1 << 28;
     pub const EXPERTS: usize = 4096;
+    /// Over all layers (Kimi K2 has 23,040).
+    pub const ALL_EXPERTS: usize = 1 << 16;
 }
 
 const ARCHITECTURES: &str =
@@ -128,7 +130,7 @@ impl ModelConfig {
             head_dim,
             vocab: c.required_integer("vocab_size", 1..=limit::VOCAB)?,
             max_positions: c.integer("max_position_embeddings", 1..=limit::POSITIONS)?.unwrap_or(2048),
-            rms_eps: c.positive("rms_norm_eps")?.unwrap_or(1e-6) as f32,
+            rms_eps: c.positive_f32("rms_norm_eps")?.unwrap_or(1e-6),
             rope_theta,
             rope_scaling,
             windows: windows(c, architecture, layers)?,
@@ -154,14 +156,20 @@ impl ModelConfig {
         }
         let tensors = &checkpoint.tensors;
         match (tensors.peek("lm_head.weight"), tensors.peek("model.embed_tokens.weight")) {
-            (Some(head), Some(embedding)) if head.dtype == embedding.dtype => {
-                if head.bytes != embedding.bytes {
+            (Some(head), Some(embedding)) if head.is_float() && embedding.is_float() => {
+                let same = head.shape == embedding.shape
+                    && if head.dtype == embedding.dtype {
+                        head.bytes == embedding.bytes
+                    } else {
+                        head.floats()? == embedding.floats()?
+                    };
+                if !same {
                     return Err(CheckpointError::Conflict {
                         file: head.file.into(),
                         module: "lm_head".into(),
-                        detail:
-                            "config.json ties it to the embedding (tie_word_embeddings), but another weight is stored"
-                                .into(),
+                        detail: "config.json ties it to the embedding (tie_word_embeddings), but the stored \
+                                 `lm_head.weight` is another; set tie_word_embeddings to false, or remove the tensor"
+                            .into(),
                     });
                 }
                 tensors.take("lm_head.weight");
@@ -254,17 +262,23 @@ fn rope(c: &Object) -> Result<(f64, RopeScaling)> {
         Some(t) => t,
         None => c.positive("rope_theta")?.unwrap_or(10_000.0),
     };
-    if c.positive("partial_rotary_factor")?.is_some_and(|f| f != 1.0) {
-        return Err(c.error("partial_rotary_factor", "1"));
+    for o in std::iter::once(c).chain(&parameters) {
+        if o.positive("partial_rotary_factor")?.is_some_and(|f| f != 1.0) {
+            return Err(o.error("partial_rotary_factor", "1"));
+        }
     }
     let Some(p) = parameters else { return Ok((theta, RopeScaling::None)) };
     let kind = match p.string("rope_type")? {
         Some(k) => k,
-        None => p.string("type")?.unwrap_or("default"),
+        None => match p.string("type")? {
+            Some(k) => k,
+            // Parameters without a type, `{"rope_theta": …}`, scale nothing; a factor without one would be guesswork.
+            None if p.get("factor").is_none() => "default",
+            None => return Err(p.error("rope_type", "the kind of scaling that `factor` belongs to")),
+        },
     };
-    let number = |key: &str| -> Result<f32> {
-        p.positive(key)?.map(|v| v as f32).ok_or_else(|| p.error(key, "a positive finite number"))
-    };
+    let number =
+        |key: &str| -> Result<f32> { p.positive_f32(key)?.ok_or_else(|| p.error(key, "a positive finite number")) };
     let scaling = match kind {
         "default" => RopeScaling::None,
         "linear" => RopeScaling::Linear { factor: number("factor")? },
@@ -330,6 +344,10 @@ fn experts(c: &Object, architecture: Architecture, layers: usize) -> Result<(Opt
         Some(n) => n,
         None => c.required_integer("num_local_experts", 1..=limit::EXPERTS)?,
     };
+    if experts * layers > limit::ALL_EXPERTS {
+        let key = if c.get("num_experts").is_some() { "num_experts" } else { "num_local_experts" };
+        return Err(c.error(key, format!("at most {} experts in all {layers} layers together", limit::ALL_EXPERTS)));
+    }
     let moe = Moe {
         experts,
         top_k: c.required_integer("num_experts_per_tok", 1..=experts)?,
