@@ -18,7 +18,13 @@ pub(super) fn read(q: &Object, other: Option<&Object>) -> Result<Scheme> {
 
     let algorithm = first(&sources, |o| o.string("quant_algo").map(|s| s.map(str::to_owned)))?
         .ok_or_else(|| q.error("quant_algo", KNOWN))?;
-    let group = first(&sources, |o| o.integer("group_size", 1..=1 << 20))?;
+    for o in &sources {
+        if o.string("quant_algo")?.is_some_and(|a| !a.eq_ignore_ascii_case(&algorithm)) {
+            let expected = format!("{algorithm}, as {} says; one of the two is of another export", q.file().display());
+            return Err(o.error("quant_algo", expected));
+        }
+    }
+    let group = first(&sources, group_size)?;
 
     let mut rules = Vec::new();
     if algorithm.eq_ignore_ascii_case("MIXED_PRECISION") {
@@ -26,7 +32,7 @@ pub(super) fn read(q: &Object, other: Option<&Object>) -> Result<Scheme> {
         let holder = holder.ok_or_else(|| q.error("quantized_layers", "an object of modules"))?;
         for (module, layer) in holder.objects("quantized_layers")? {
             let algorithm = layer.string("quant_algo")?.ok_or_else(|| layer.error("quant_algo", KNOWN))?.to_owned();
-            let group = layer.integer("group_size", 1..=1 << 20)?;
+            let group = group_size(&layer)?;
             let declared = declare(&layer, &algorithm, group)?;
             rules.push((Target::Named(Pattern::modelopt(&module, &layer, "quantized_layers")?), declared));
         }
@@ -70,13 +76,22 @@ fn first<T>(sources: &[&Object], read: impl Fn(&Object) -> Result<Option<T>>) ->
     Ok(None)
 }
 
+/// Elements under one E4M3 block scale, for the algorithms that have any; FP8 and MX files carry the key as well.
+fn group_size(o: &Object) -> Result<Option<usize>> {
+    o.integer("group_size", 0..=1 << 20)
+}
+
 fn declare(q: &Object, algorithm: &str, group: Option<usize>) -> Result<Declared> {
     use DeclaredActivation as A;
     use DeclaredWeight as W;
+    let block = |default| match group.unwrap_or(default) {
+        block @ (16 | 32) => Ok(block),
+        _ => Err(q.error("group_size", "16 or 32")),
+    };
     let (weight, activation) = match algorithm.to_ascii_uppercase().as_str() {
-        "NVFP4" | "NVFP4_AWQ" => (W::Nvfp4 { block: group.unwrap_or(16) }, A::Nvfp4),
-        "W4A16_NVFP4" => (W::Nvfp4 { block: group.unwrap_or(16) }, A::Float),
-        "W4A8_NVFP4_FP8" => (W::Nvfp4 { block: group.unwrap_or(32) }, A::Fp8Static),
+        "NVFP4" | "NVFP4_AWQ" => (W::Nvfp4 { block: block(16)? }, A::Nvfp4),
+        "W4A16_NVFP4" => (W::Nvfp4 { block: block(16)? }, A::Float),
+        "W4A8_NVFP4_FP8" => (W::Nvfp4 { block: block(32)? }, A::Fp8Static),
         "FP8" => (W::Fp8, A::Fp8Static),
         "FP8_PER_CHANNEL_PER_TOKEN" => (W::Fp8, A::Fp8Token),
         "FP8_PB_WO" => (W::Fp8, A::Float),
