@@ -40,11 +40,8 @@ impl Checkpoint {
     pub fn floats(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         let view = self.tensors.require(name, "the model needs it")?;
         view.expect_shape(shape)?;
-        let values = view.floats()?;
-        if values.iter().any(|v| !v.is_finite()) {
-            return Err(view.bad_value("holds a NaN or an infinity"));
-        }
-        Ok(values)
+        view.expect_finite()?;
+        view.floats()
     }
 
     /// Whether tensors of linear `module` are stored, packed or plain.
@@ -92,7 +89,7 @@ struct Resolver<'a, 'm> {
 impl<'a> Resolver<'a, '_> {
     fn resolve(&self) -> Result<LinearTensors<'a>> {
         let LinearRole { n, k, .. } = self.role;
-        let declared = self.checkpoint.scheme.declared(self.module);
+        let declared = self.checkpoint.scheme.declared(self.module)?;
         let packed = self.peek("weight_packed").is_some();
         let weight =
             self.require(if packed { "weight_packed" } else { "weight" }, "it is the weight of a linear layer")?;
@@ -109,35 +106,31 @@ impl<'a> Resolver<'a, '_> {
         }
         let columns = if element == Element::E2m1 { k / 2 } else { k };
         if weight.shape != [n, columns] {
-            let packing = if element == Element::E2m1 {
-                format!(" ([N, K/2] for N = {n}, K = {k}, two codes a byte)")
-            } else {
-                String::new()
-            };
-            return Err(weight.wrong_shape(format!("[{n}, {columns}]{packing}")));
+            let packing = if element == Element::E2m1 { "[N, K/2], two codes a byte," } else { "[N, K]" };
+            return Err(weight.wrong_shape(format!("[{n}, {columns}] ({packing} as config.json has N = {n}, K = {k})")));
         }
         self.cross_check(&weight, element, declared)?;
         let (block_scales, output_scale, activation) = match declared {
             Some(d) if matches!(element, Element::E2m1 | Element::E4m3) => self.quantized(&weight, d)?,
             _ => (BlockScales::None, OutputScale::One, ActivationFormat::Float),
         };
-        if element == Element::E4m3 && weight.bytes.iter().any(|b| b & 0x7f == e4m3::NAN) {
-            return Err(weight.bad_value("holds a NaN code (0x7f or 0xff)"));
+        weight.expect_finite()?;
+        if element == Element::E4m3
+            && let Some(i) = weight.bytes.iter().position(|b| b & 0x7f == e4m3::NAN)
+        {
+            return Err(weight.bad_value(format!("row {}, column {} is a NaN code (0x7f or 0xff)", i / k, i % k)));
         }
         let pre_quant_scale = match self.take("pre_quant_scale") {
             None => None,
             Some(view) => {
                 view.expect_shape(&[k])?;
-                let values = view.floats()?;
-                if values.iter().any(|v| !v.is_finite()) {
-                    return Err(view.bad_value("holds a NaN or an infinity"));
-                }
-                Some(values)
+                Some(scale_values(&view)?)
             }
         };
         let bias = match self.take("bias") {
             Some(view) if self.role.bias => {
                 view.expect_shape(&[n])?;
+                view.expect_finite()?;
                 Some(view.floats()?)
             }
             Some(view) => {
@@ -178,15 +171,15 @@ impl<'a> Resolver<'a, '_> {
             Some(d) => match (d.weight, element) {
                 (DeclaredWeight::Nvfp4 { .. } | DeclaredWeight::Mxfp4, Element::E2m1)
                 | (DeclaredWeight::Fp8 | DeclaredWeight::Mxfp8, Element::E4m3) => return Ok(()),
-                (w, _) => format!("the configuration announces {w:?}"),
+                (w, _) => format!("the configuration announces {w}"),
             },
         };
         Err(CheckpointError::Conflict {
             file: weight.file.into(),
             module: self.module.into(),
             detail: format!(
-                "{expected}, but its weight is stored as {} {:?}; mend the configuration's excludes or the export",
-                weight.dtype, weight.shape
+                "{expected}, but `{}` is stored as {} {:?}; mend the configuration's excludes or the export",
+                weight.name, weight.dtype, weight.shape
             ),
         })
     }
@@ -272,7 +265,7 @@ impl<'a> Resolver<'a, '_> {
         }
         let expected = [self.role.n, self.role.k / block];
         if view.shape != expected {
-            return Err(view.wrong_shape(format!("{expected:?} ([N, K/{block}], row-major)")));
+            return Err(view.wrong_shape(format!("{expected:?} ([N, K/{block}], row-major, not swizzled)")));
         }
         Ok(view)
     }

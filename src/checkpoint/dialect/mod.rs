@@ -48,6 +48,17 @@ pub enum DeclaredWeight {
     Fp8,
 }
 
+impl fmt::Display for DeclaredWeight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nvfp4 { block } => write!(f, "NVFP4 in blocks of {block}"),
+            Self::Mxfp4 => f.write_str("MXFP4"),
+            Self::Mxfp8 => f.write_str("MXFP8"),
+            Self::Fp8 => f.write_str("FP8"),
+        }
+    }
+}
+
 /// Activation format that the configuration announces; static scales are read off the tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeclaredActivation {
@@ -134,13 +145,24 @@ impl Scheme {
     }
 
     /// What is announced for linear `module`, a dotted name like `model.layers.0.mlp.up_proj`; `None` = unquantized.
-    #[must_use]
-    pub fn declared(&self, module: &str) -> Option<Declared> {
-        if self.excluded.iter().any(|p| p.matches(module)) {
-            return None;
+    ///
+    /// # Errors
+    /// Names an expression that takes too long to match.
+    pub fn declared(&self, module: &str) -> Result<Option<Declared>> {
+        for pattern in &self.excluded {
+            if pattern.matches(module)? {
+                return Ok(None);
+            }
         }
-        let named = self.rules.iter().find(|(t, _)| matches!(t, Target::Named(p) if p.matches(module)));
-        named.or_else(|| self.rules.iter().find(|(t, _)| matches!(t, Target::AllLinears))).map(|(_, d)| *d)
+        let mut class = None;
+        for (target, declared) in &self.rules {
+            match target {
+                Target::Named(pattern) if pattern.matches(module)? => return Ok(Some(*declared)),
+                Target::AllLinears if class.is_none() => class = Some(*declared),
+                _ => {}
+            }
+        }
+        Ok(class)
     }
 }
 
@@ -168,7 +190,7 @@ mod tests {
                     {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": true}}},
             "ignore": ["lm_head", "re:.*layers\\.1\\..*"]}}))
             .unwrap();
-        let of = |m| s.declared(m).map(|d| d.weight);
+        let of = |m| s.declared(m).unwrap().map(|d| d.weight);
         assert_eq!(of("model.layers.0.mlp.up_proj"), Some(DeclaredWeight::Nvfp4 { block: 16 }));
         assert_eq!(of("model.layers.0.self_attn.q_proj"), Some(DeclaredWeight::Fp8));
         assert_eq!(of("model.layers.1.self_attn.q_proj"), None);
@@ -181,12 +203,12 @@ mod tests {
             scheme(json!({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16,
             "ignore": ["lm_head", "layers.0.self_attn*", "*.mlp.gate", "model.layers.3"]}}))
             .unwrap();
-        assert!(s.declared("model.layers.0.self_attn.q_proj").is_none());
-        assert!(s.declared("model.layers.1.mlp.gate").is_none());
-        assert!(s.declared("model.layers.3.mlp.up_proj").is_none());
-        assert!(s.declared("model.layers.1.mlp.gate_proj").is_some());
-        assert!(s.declared("model.layers.10.self_attn.q_proj").is_some());
-        assert!(s.declared("model.layers.30.mlp.up_proj").is_some());
+        assert!(s.declared("model.layers.0.self_attn.q_proj").unwrap().is_none());
+        assert!(s.declared("model.layers.1.mlp.gate").unwrap().is_none());
+        assert!(s.declared("model.layers.3.mlp.up_proj").unwrap().is_none());
+        assert!(s.declared("model.layers.1.mlp.gate_proj").unwrap().is_some());
+        assert!(s.declared("model.layers.10.self_attn.q_proj").unwrap().is_some());
+        assert!(s.declared("model.layers.30.mlp.up_proj").unwrap().is_some());
     }
 
     #[test]
