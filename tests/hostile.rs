@@ -19,8 +19,12 @@ const UP: &str = "model.layers.1.mlp.up_proj";
 
 /// Loads a folder and returns logits for a few tokens, or why it was refused.
 fn load(folder: &Path) -> Result<Vec<f32>, String> {
+    load_on(Isa::detect(), folder)
+}
+
+fn load_on(isa: Isa, folder: &Path) -> Result<Vec<f32>, String> {
     let checkpoint = Checkpoint::open(folder).map_err(|e| e.to_string())?;
-    let backend = CpuBackend::new(Isa::detect(), 1).unwrap();
+    let backend = CpuBackend::new(isa, 1).unwrap();
     let decoder = Decoder::load(backend, &checkpoint).map_err(|e| e.to_string())?;
     let tokens = vec![3, 1, 4, 1, 5];
     let spans = vec![Span { slot: 0, start: 0, len: tokens.len(), pages: vec![0] }];
@@ -114,6 +118,38 @@ fn every_format_loads_and_computes_finite_logits() {
         Tiny::new(format).write(folder.path());
         let logits = load(folder.path()).unwrap_or_else(|e| panic!("{format:?}: {e}"));
         assert!(logits.iter().all(|v| v.is_finite()) && logits.iter().any(|v| *v != 0.0), "{format:?}");
+    }
+}
+
+#[test]
+fn every_instruction_set_computes_the_same_bits() {
+    for format in Format::ALL {
+        let folder = tempfile::tempdir().unwrap();
+        Tiny::new(format).write(folder.path());
+        let bits = |isa| load_on(isa, folder.path()).unwrap().iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        let all = Isa::available();
+        for isa in &all[1..] {
+            assert!(bits(*isa) == bits(all[0]), "{format:?}: {isa} differs from {}", all[0]);
+        }
+    }
+}
+
+#[test]
+fn both_dialects_of_the_same_numbers_compute_the_same_bits() {
+    let pairs = [
+        (Format::Nvfp4, Format::CtNvfp4),
+        (Format::Fp8Channel, Format::CtFp8Channel),
+        (Format::DeepSeek, Format::CtFp8Block),
+        (Format::F32, Format::Bf16),
+        (Format::F32, Format::F16),
+    ];
+    for (a, b) in pairs {
+        let [x, y] = [a, b].map(|format| {
+            let folder = tempfile::tempdir().unwrap();
+            Tiny::new(format).write(folder.path());
+            load(folder.path()).unwrap()
+        });
+        assert_eq!(x, y, "{a:?} and {b:?}");
     }
 }
 

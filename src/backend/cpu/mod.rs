@@ -16,7 +16,8 @@ use packed::PackedLinear;
 use super::{AttentionShape, Backend, BackendError, Batch, CacheLayout, PAGE, Result, RopeTable, Routing};
 use crate::formats::linear::LinearTensors;
 
-/// Runs the decoder on packed weights with a thread pool of its own.
+/// Runs the decoder on packed weights with a thread pool of its own. Clones share the pool.
+#[derive(Clone)]
 pub struct CpuBackend {
     isa: Isa,
     pool: Arc<rayon::ThreadPool>,

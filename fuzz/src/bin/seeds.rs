@@ -1,0 +1,29 @@
+//! Writes one small valid checkpoint of every format, and a sharded and a mixture of experts, into a corpus folder.
+
+use recoup_fuzz::Parts;
+use recoup_fuzz::tiny::{Format, SMALL, Size, Tiny};
+
+const SEED: Size = Size { layers: 1, hidden: 32, intermediate: 32, heads: 2, kv_heads: 1, vocab: 16, ..SMALL };
+
+fn main() -> std::io::Result<()> {
+    let folder = std::env::args().nth(1).unwrap_or_else(|| "corpus/checkpoint".into());
+    std::fs::create_dir_all(&folder)?;
+    let pack = |t: &Tiny| Parts {
+        config: t.config.to_string().into_bytes(),
+        hf_quant_config: t.hf_quant_config.as_ref().map(|q| q.to_string().into_bytes()).unwrap_or_default(),
+        index: Vec::new(),
+        tensors: t.bytes(),
+    };
+    for format in Format::ALL {
+        std::fs::write(format!("{folder}/{format:?}"), pack(&Tiny::with_size(format, SEED)).join())?;
+    }
+    for format in [Format::Nvfp4, Format::CtFp8Channel] {
+        let moe = Tiny::with_size(format, Size { experts: Some(2), ..SEED });
+        std::fs::write(format!("{folder}/Moe{format:?}"), pack(&moe).join())?;
+    }
+    let indexed = Tiny::with_size(Format::Fp8Channel, SEED);
+    let map: serde_json::Map<_, _> =
+        indexed.tensors.iter().map(|t| (t.name.clone(), "shard.safetensors".into())).collect();
+    let parts = Parts { index: serde_json::json!({"weight_map": map}).to_string().into_bytes(), ..pack(&indexed) };
+    std::fs::write(format!("{folder}/Indexed"), parts.join())
+}
