@@ -1,6 +1,7 @@
 //! Why a checkpoint was refused: always the file, the tensor or key, what was expected, what was found, what to do.
 
-use std::path::PathBuf;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 
 /// Everything that can be wrong with a checkpoint on disk.
 #[derive(Debug, thiserror::Error)]
@@ -8,6 +9,9 @@ pub enum CheckpointError {
     /// The operating system said no.
     #[error("{}: cannot {action}: {source}", path.display())]
     Io { path: PathBuf, action: &'static str, source: std::io::Error },
+    /// The volume or the quota of the output is exhausted; nothing is left behind.
+    #[error("{}: no space left to {action} it; free some space or choose another output", path.display())]
+    DiskFull { path: PathBuf, action: &'static str },
     /// The path is no checkpoint folder.
     #[error("{}: {detail}", path.display())]
     NotACheckpoint { path: PathBuf, detail: String },
@@ -48,3 +52,13 @@ pub enum CheckpointError {
 
 /// Result of reading a checkpoint.
 pub type Result<T> = std::result::Result<T, CheckpointError>;
+
+impl CheckpointError {
+    /// Wraps an operating system error, telling a full disk or quota apart from the rest.
+    pub(crate) fn io(path: &Path, action: &'static str, source: std::io::Error) -> Self {
+        match source.kind() {
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Self::DiskFull { path: path.into(), action },
+            _ => Self::Io { path: path.into(), action, source },
+        }
+    }
+}

@@ -2,7 +2,7 @@
 //! it is whole.
 
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
@@ -16,6 +16,7 @@ pub const SHARD_BYTES: u64 = 4 << 30;
 /// A folder that appears under its name only when [`FolderWriter::commit`] is called; dropped before, it vanishes.
 pub struct FolderWriter {
     target: PathBuf,
+    parent: PathBuf,
     partial: PathBuf,
     committed: bool,
 }
@@ -26,25 +27,33 @@ impl FolderWriter {
     /// # Errors
     /// When it exists and is not empty, or its parent cannot be written.
     pub fn create(target: &Path) -> Result<Self> {
-        let io = |path: &Path, action| {
-            let path = path.to_owned();
-            move |source| CheckpointError::Io { path, action, source }
-        };
-        if target.exists() && (!target.is_dir() || fs::read_dir(target).map_err(io(target, "read"))?.next().is_some()) {
-            return Err(CheckpointError::NotACheckpoint {
-                path: target.into(),
-                detail: "exists and is not empty; nothing is overwritten, choose another output folder".into(),
-            });
+        let refuse =
+            |path: &Path, detail: &str| CheckpointError::NotACheckpoint { path: path.into(), detail: detail.into() };
+        let name = target.file_name().ok_or_else(|| refuse(target, "is no name for an output folder"))?;
+        match fs::symlink_metadata(target) {
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            Err(e) => return Err(CheckpointError::io(target, "look at", e)),
+            Ok(meta) if !meta.is_dir() => {
+                return Err(refuse(target, "exists and is no folder; choose another output folder"));
+            }
+            Ok(_) => {
+                let mut entries = fs::read_dir(target).map_err(|e| CheckpointError::io(target, "list", e))?;
+                if entries.next().is_some() {
+                    let detail = "exists and is not empty; nothing is overwritten, choose another output folder";
+                    return Err(refuse(target, detail));
+                }
+            }
         }
-        let name = target.file_name().ok_or_else(|| CheckpointError::NotACheckpoint {
-            path: target.into(),
-            detail: "is no name for an output folder".into(),
-        })?;
         let parent = target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        fs::create_dir_all(parent).map_err(|e| CheckpointError::io(parent, "create", e))?;
         let partial = parent.join(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
-        fs::create_dir_all(parent).map_err(io(parent, "create"))?;
-        fs::create_dir(&partial).map_err(io(&partial, "create"))?;
-        Ok(Self { target: target.into(), partial, committed: false })
+        match fs::create_dir(&partial) {
+            Ok(()) => Ok(Self { target: target.into(), parent: parent.into(), partial, committed: false }),
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => {
+                Err(refuse(&partial, "is in the way: left by a run that was killed; remove it and try again"))
+            }
+            Err(e) => Err(CheckpointError::io(&partial, "create", e)),
+        }
     }
 
     /// Where files are written until the commit.
@@ -59,7 +68,7 @@ impl FolderWriter {
     /// When the disk is full or the folder cannot be written.
     pub fn file(&self, name: &str, contents: &[u8]) -> Result<()> {
         let path = self.partial.join(name);
-        let io = |source| CheckpointError::Io { path: path.clone(), action: "write", source };
+        let io = |source| CheckpointError::io(&path, "write", source);
         let mut file = File::create(&path).map_err(io)?;
         file.write_all(contents).and_then(|()| file.sync_all()).map_err(io)
     }
@@ -88,7 +97,7 @@ impl FolderWriter {
     }
 
     /// Writes `model.safetensors`, or shards of at most `shard_bytes` and their index. `produce` gives the bytes of
-    /// one tensor at a time, in the order of `tensors`.
+    /// one tensor at a time, in the order of `tensors`. Returns the number of files.
     ///
     /// # Errors
     /// From `produce`, and when the disk is full.
@@ -98,7 +107,7 @@ impl FolderWriter {
         shard_bytes: u64,
         metadata: &Map<String, Value>,
         mut produce: impl FnMut(&TensorSpec) -> std::result::Result<Vec<u8>, E>,
-    ) -> std::result::Result<(), E> {
+    ) -> std::result::Result<usize, E> {
         let mut shards: Vec<Vec<&TensorSpec>> = vec![Vec::new()];
         let mut size = 0;
         for t in tensors {
@@ -127,7 +136,7 @@ impl FolderWriter {
             let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
             self.json("model.safetensors.index.json", &index)?;
         }
-        Ok(())
+        Ok(count)
     }
 
     /// Gives the folder its name.
@@ -135,14 +144,24 @@ impl FolderWriter {
     /// # Errors
     /// When the rename fails, e.g. because the target came into being meanwhile.
     pub fn commit(mut self) -> Result<()> {
-        fs::rename(&self.partial, &self.target).map_err(|source| CheckpointError::Io {
-            path: self.target.clone(),
-            action: "rename the finished folder to",
-            source,
-        })?;
+        sync_folder(&self.partial)?;
+        // POSIX replaces an empty folder in the rename; Windows does not.
+        if cfg!(windows) && self.target.is_dir() {
+            fs::remove_dir(&self.target).map_err(|e| CheckpointError::io(&self.target, "replace", e))?;
+        }
+        fs::rename(&self.partial, &self.target)
+            .map_err(|e| CheckpointError::io(&self.target, "rename the finished folder to", e))?;
         self.committed = true;
-        Ok(())
+        sync_folder(&self.parent)
     }
+}
+
+/// Makes the names in a folder durable. Only POSIX can open a folder to do that.
+fn sync_folder(folder: &Path) -> Result<()> {
+    if cfg!(unix) {
+        File::open(folder).and_then(|f| f.sync_all()).map_err(|e| CheckpointError::io(folder, "sync", e))?;
+    }
+    Ok(())
 }
 
 impl Drop for FolderWriter {
@@ -164,7 +183,7 @@ pub fn write_safetensors<E: From<CheckpointError>>(
     metadata: &Map<String, Value>,
     produce: &mut impl FnMut(&TensorSpec) -> std::result::Result<Vec<u8>, E>,
 ) -> std::result::Result<(), E> {
-    let io = |source| CheckpointError::Io { path: path.into(), action: "write", source };
+    let io = |source| CheckpointError::io(path, "write", source);
     let mut header = Map::new();
     header.insert("__metadata__".into(), Value::Object(metadata.clone()));
     let mut offset = 0;
@@ -277,6 +296,15 @@ mod tests {
                 assert_eq!((view.shape, view.bytes), (&t.shape[..], &bytes(&t).unwrap()[..]));
             }
         }
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_full_disk_is_reported_as_such() {
+        // /dev/full answers every write with ENOSPC.
+        let spec = &specs()[0];
+        let failed = write_safetensors(Path::new("/dev/full"), &[spec], &Map::new(), &mut bytes);
+        assert!(matches!(failed, Err(CheckpointError::DiskFull { .. })), "{failed:?}");
     }
 
     #[test]

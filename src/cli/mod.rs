@@ -55,10 +55,22 @@ pub fn main() -> ExitCode {
         // A reader that has seen enough (`recoup inspect … | head`) is no error.
         Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("{} {e:#}", style("error:", "1;31"));
+            eprintln!("{} {}", style("error:", "1;31"), message(&e));
             ExitCode::FAILURE
         }
     }
+}
+
+/// The error and its causes, without those whose text the error has in it already.
+fn message(e: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in e.chain().map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text += if text.is_empty() { "" } else { ": " };
+            text += &cause;
+        }
+    }
+    text
 }
 
 fn is_broken_pipe(e: &anyhow::Error) -> bool {

@@ -1,7 +1,9 @@
 //! Why a GGUF file was not imported: always the file, the tensor or key, what was expected, what was found, what to do.
 
-use std::io::{self, ErrorKind};
+use std::io;
 use std::path::{Path, PathBuf};
+
+use crate::checkpoint::CheckpointError;
 
 /// Everything that can stop an import.
 #[derive(Debug, thiserror::Error)]
@@ -10,12 +12,9 @@ pub enum GgufError {
     /// The operating system said no.
     #[error("{}: cannot {action}: {source}", path.display())]
     Io { path: PathBuf, action: &'static str, source: io::Error },
-    /// The volume or the quota of the output folder is exhausted; nothing is left behind.
-    #[error("{}: no space left to {action}; free some space or choose another output folder", path.display())]
-    DiskFull { path: PathBuf, action: &'static str },
-    /// The output folder cannot be created without overwriting something.
-    #[error("{}: {detail}", path.display())]
-    Output { path: PathBuf, detail: String },
+    /// The output folder could not be written.
+    #[error(transparent)]
+    Write(#[from] CheckpointError),
     /// The file is no GGUF file of a version that Recoup reads.
     #[error("{}: {detail}", file.display())]
     NotGguf { file: PathBuf, detail: String },
@@ -56,29 +55,7 @@ pub enum GgufError {
 pub type Result<T> = std::result::Result<T, GgufError>;
 
 impl GgufError {
-    /// Wraps an operating system error, telling a full disk or quota apart from the rest.
     pub(super) fn io(path: &Path, action: &'static str, source: io::Error) -> Self {
-        match source.kind() {
-            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Self::DiskFull { path: path.into(), action },
-            _ => Self::Io { path: path.into(), action, source },
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    #[cfg(target_os = "linux")]
-    fn a_full_disk_is_reported_as_such() {
-        use std::io::Write as _;
-        // /dev/full answers every write with ENOSPC.
-        let path = Path::new("/dev/full");
-        let mut file = std::fs::File::options().write(true).open(path).expect("Linux has /dev/full");
-        let source = file.write_all(b"x").expect_err("ENOSPC");
-        let error = GgufError::io(path, "write", source);
-        assert!(matches!(error, GgufError::DiskFull { .. }), "{error:?}");
-        assert!(error.to_string().contains("no space left"), "{error}");
+        Self::Io { path: path.into(), action, source }
     }
 }

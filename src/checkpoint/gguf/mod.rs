@@ -11,21 +11,22 @@ mod header;
 mod pretokenizer;
 mod rope;
 mod sentencepiece;
-mod shards;
-mod staging;
 mod tensors;
 mod tokenizer;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use serde_json::Value as Json;
+use half::bf16;
+use safetensors::Dtype;
+use serde_json::{Map, Value as Json};
 
 pub use error::{GgufError, Result};
 
+use super::write::{FolderWriter, TensorSpec};
+use blocks::Blocks;
 use config::ModelConfig;
 use header::Gguf;
-use staging::{Staging, write_json};
 use tokenizer::Tokenizer;
 
 /// Bytes of tensors in one safetensors file before the model is split.
@@ -90,14 +91,14 @@ pub fn import_sharded(
     let tokenizer = Tokenizer::read(&gguf)?;
     let files = tokenizer.to_files(&gguf)?;
 
-    let staging = Staging::create(out)?;
-    write_json(&staging.file("config.json"), &config.to_json(&tokenizer.special), true)?;
-    write_json(&staging.file("generation_config.json"), &config::generation_json(&tokenizer.special), true)?;
+    let writer = FolderWriter::create(out)?;
+    writer.json("config.json", &config.to_json(&tokenizer.special))?;
+    writer.json("generation_config.json", &config::generation_json(&tokenizer.special))?;
     // Compact: indenting 50,000 merges by one token a line would quadruple the file.
-    write_json(&staging.file("tokenizer.json"), &files.tokenizer, false)?;
-    write_json(&staging.file("tokenizer_config.json"), &files.config, true)?;
-    let (shards, bytes) = shards::write(&gguf, &outputs, &staging, max_shard_bytes, progress)?;
-    staging.commit()?;
+    writer.file("tokenizer.json", files.tokenizer.to_string().as_bytes())?;
+    writer.json("tokenizer_config.json", &files.config)?;
+    let (shards, bytes) = write_tensors(&gguf, &outputs, &writer, max_shard_bytes, progress)?;
+    writer.commit()?;
 
     let mut source_types = BTreeMap::new();
     for info in gguf.tensors.values() {
@@ -113,6 +114,43 @@ pub fn import_sharded(
         source_types,
         notes: files.notes,
     })
+}
+
+/// Writes `outputs` in BF16, one tensor after the other, so that memory does not grow with the model. Returns how many
+/// files there are and how many bytes of tensors.
+fn write_tensors(
+    gguf: &Gguf,
+    outputs: &[tensors::Output<'_>],
+    writer: &FolderWriter,
+    max_shard_bytes: u64,
+    progress: &mut dyn FnMut(usize, usize, &str),
+) -> Result<(usize, u64)> {
+    let shape = |o: &tensors::Output<'_>| o.shape.iter().map(|&d| d as usize).collect();
+    let specs: Vec<TensorSpec> =
+        outputs.iter().map(|o| TensorSpec { name: o.name.clone(), dtype: Dtype::BF16, shape: shape(o) }).collect();
+    // transformers refuses a file without it.
+    let metadata = Map::from_iter([("format".to_owned(), Json::from("pt"))]);
+    let mut blocks = Blocks::new();
+    let mut done = 0;
+    let shards = writer.tensors(&specs, max_shard_bytes, &metadata, |spec| -> Result<Vec<u8>> {
+        let output = &outputs[done];
+        let mut bytes = Vec::with_capacity(spec.bytes() as usize);
+        output.read(gguf, &mut blocks, |values| {
+            for &value in values {
+                let rounded = bf16::from_f32(value);
+                if !rounded.is_finite() {
+                    let detail = format!("holds {value}, which is no finite BF16 number; the file is damaged");
+                    return Err(output.error(gguf, detail));
+                }
+                bytes.extend_from_slice(&rounded.to_le_bytes());
+            }
+            Ok(())
+        })?;
+        done += 1;
+        progress(done, outputs.len(), &output.name);
+        Ok(bytes)
+    })?;
+    Ok((shards, specs.iter().map(TensorSpec::bytes).sum()))
 }
 
 /// Converts only the tokenizer; works on a vocabulary-only file of any architecture.

@@ -302,7 +302,7 @@ mod tests {
                 Element::F32 => weights = floats(seed, GROUP * k).iter().flat_map(|v| v.to_le_bytes()).collect(),
                 // No NaN and no infinity: the loader refuses them. Exponent bits of all ones lose the lowest.
                 Element::F16 => weights.chunks_exact_mut(2).filter(|b| b[1] & 0x7c == 0x7c).for_each(|b| b[1] &= !4),
-                Element::Bf16 => weights.chunks_exact_mut(2).for_each(|b| b[1] = b[1] & 0x80 | 0x3b + b[1] % 6),
+                Element::Bf16 => weights.chunks_exact_mut(2).for_each(|b| b[1] = (b[1] & 0x80) | (0x3b + b[1] % 6)),
                 Element::E4m3 => weights.iter_mut().filter(|b| **b & 0x7f == 0x7f).for_each(|b| *b &= !1),
                 Element::E2m1 => {}
             }
