@@ -6,6 +6,8 @@ pub mod dialect;
 pub mod error;
 pub mod gguf;
 mod header;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod json;
 pub mod resolve;
 pub mod tensors;
