@@ -37,22 +37,22 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         let report = json!({"version": env!("CARGO_PKG_VERSION"), "architecture": std::env::consts::ARCH,
             "cpu": cpu_name(), "cores": cores, "memory_bytes": memory, "features": features(),
             "instruction_sets": available, "chosen": isa.to_string(), "gpus": [], "kernels": kernels});
-        println!("{report:#}");
+        super::outln!("{report:#}");
         return super::done();
     }
-    println!("recoup {} on {}", env!("CARGO_PKG_VERSION"), std::env::consts::ARCH);
-    println!("CPU       {} ({cores} cores)", cpu_name());
-    println!("memory    {}", memory.map_or("unknown".into(), super::human_bytes));
-    println!("features  {}", features().join(" "));
-    println!("kernels   {} (available: {}; all give the same bits)", isa, available.join(", "));
-    println!("GPU       none: this version runs on the CPU only");
+    super::outln!("recoup {} on {}", env!("CARGO_PKG_VERSION"), std::env::consts::ARCH);
+    super::outln!("CPU       {} ({cores} cores)", cpu_name());
+    super::outln!("memory    {}", memory.map_or("unknown".into(), super::human_bytes));
+    super::outln!("features  {}", features().join(" "));
+    super::outln!("kernels   {} (available: {}; all give the same bits)", isa, available.join(", "));
+    super::outln!("GPU       none: this version runs on the CPU only");
     let mut table = comfy_table::Table::new();
     table.load_style(comfy_table::presets::NOTHING);
     table.set_header(["weight", "activation", "kernel", "how"]);
     for (weight, activation, how) in kernels {
         table.add_row([weight.to_owned(), activation, isa.to_string(), how.to_owned()]);
     }
-    println!("{table}");
+    super::outln!("{table}");
     super::done()
 }
 

@@ -45,9 +45,9 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let rows = config.as_ref().map(|c| resolve(&checkpoint, c, &mut problems)).unwrap_or_default();
     let failed = !problems.is_empty();
     if args.json {
-        print_json(&checkpoint, config.as_ref(), &rows, &problems);
+        print_json(&checkpoint, config.as_ref(), &rows, &problems)?;
     } else {
-        print_text(&checkpoint, config.as_ref(), &rows, &problems, args.modules);
+        print_text(&checkpoint, config.as_ref(), &rows, &problems, args.modules)?;
     }
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
@@ -96,7 +96,7 @@ fn resolve(checkpoint: &Checkpoint, config: &ModelConfig, problems: &mut Vec<Str
     rows
 }
 
-fn print_json(checkpoint: &Checkpoint, config: Option<&ModelConfig>, rows: &[Row], problems: &[String]) {
+fn print_json(checkpoint: &Checkpoint, config: Option<&ModelConfig>, rows: &[Row], problems: &[String]) -> Result<()> {
     let modules: Vec<Value> = rows
         .iter()
         .map(|r| {
@@ -120,25 +120,38 @@ fn print_json(checkpoint: &Checkpoint, config: Option<&ModelConfig>, rows: &[Row
         "modules": modules,
         "problems": problems,
     });
-    println!("{report:#}");
+    super::outln!("{report:#}");
+    Ok(())
 }
 
-fn print_text(checkpoint: &Checkpoint, config: Option<&ModelConfig>, rows: &[Row], problems: &[String], all: bool) {
-    println!("{}", checkpoint.tensors.folder().display());
+fn print_text(
+    checkpoint: &Checkpoint,
+    config: Option<&ModelConfig>,
+    rows: &[Row],
+    problems: &[String],
+    all: bool,
+) -> Result<()> {
+    super::outln!("{}", checkpoint.tensors.folder().display());
     if let Some(c) = config {
         let moe = c.moe.map_or(String::new(), |m| format!(", {} experts, {} per token", m.experts, m.top_k));
-        println!(
+        super::outln!(
             "model     {:?}: {} layers, hidden {}, {} heads ({} KV) of {}, vocabulary {}{moe}",
-            c.architecture, c.layers, c.hidden, c.heads, c.kv_heads, c.head_dim, c.vocab
+            c.architecture,
+            c.layers,
+            c.hidden,
+            c.heads,
+            c.kv_heads,
+            c.head_dim,
+            c.vocab
         );
-        println!(
+        super::outln!(
             "context   {} positions; embeddings {}",
             c.max_positions,
             if c.tied_embeddings { "tied" } else { "not tied" }
         );
     }
     let s = &checkpoint.scheme;
-    println!(
+    super::outln!(
         "scheme    {} ({}); KV cache {}",
         s.dialect,
         s.algorithm,
@@ -146,7 +159,7 @@ fn print_text(checkpoint: &Checkpoint, config: Option<&ModelConfig>, rows: &[Row
     );
     let parameters: usize = rows.iter().map(|r| r.shape[0] * r.shape[1]).sum();
     let bytes: usize = rows.iter().map(|r| r.bytes).sum();
-    println!(
+    super::outln!(
         "size      {} on disk; {:.1} M parameters in linears, {:.2} bits each",
         super::human_bytes(checkpoint.tensors.file_bytes()),
         parameters as f64 / 1e6,
@@ -159,13 +172,14 @@ fn print_text(checkpoint: &Checkpoint, config: Option<&ModelConfig>, rows: &[Row
         let [module, weight, activation, shape, notes] = key;
         table.add_row([module, count.to_string(), weight, activation, shape, super::human_bytes(bytes as u64), notes]);
     }
-    println!("{table}");
+    super::outln!("{table}");
     if problems.is_empty() {
-        println!("no problems: every tensor is accounted for");
+        super::outln!("no problems: every tensor is accounted for");
     }
     for p in problems {
-        println!("problem   {p}");
+        super::outln!("problem   {p}");
     }
+    Ok(())
 }
 
 /// Rows with layer and expert numbers starred out, and how many fell together.

@@ -1,5 +1,14 @@
 //! The command line: one file per verb, and the only place that prints. stdout carries data, stderr the talk.
 
+/// Prints a line to stdout; unlike `println!`, a reader that has gone is an error to return, not a panic.
+macro_rules! outln {
+    ($($part:tt)*) => {{
+        use std::io::Write as _;
+        writeln!(std::io::stdout(), $($part)*)?
+    }};
+}
+use outln;
+
 mod convert;
 mod doctor;
 mod inspect;

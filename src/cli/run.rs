@@ -128,9 +128,9 @@ impl Chat<'_> {
         messages.push(json!({"role": "user", "content": prompt}));
         let generated = self.answer(&messages, prompt)?;
         if self.args.json {
-            println!("{:#}", report(&self.tokenizer, &generated));
+            super::outln!("{:#}", report(&self.tokenizer, &generated));
         } else {
-            println!();
+            super::outln!();
         }
         Ok(())
     }
@@ -147,7 +147,7 @@ impl Chat<'_> {
             }
             messages.push(json!({"role": "user", "content": line.trim_end()}));
             let generated = self.answer(&messages, line.trim_end())?;
-            println!();
+            super::outln!();
             messages.push(json!({"role": "assistant", "content": generated.text}));
         }
     }
