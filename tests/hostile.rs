@@ -999,6 +999,22 @@ fn an_invalid_expression_is_refused() {
 }
 
 #[test]
+fn a_hundred_thousand_names_are_looked_up_and_as_many_expressions_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut t = Tiny::new(Format::CtNvfp4);
+    let mut names: Vec<String> = (0..100_000).map(|i| format!("model.layers.{i}.mlp.experts.7.up_proj")).collect();
+    names.push("lm_head".into());
+    t.config["quantization_config"]["ignore"] = json!(names);
+    t.write(folder.path());
+    let start = Instant::now();
+    load(folder.path()).unwrap();
+    assert!(start.elapsed() < Duration::from_secs(5), "took {:?}", start.elapsed());
+    let expressions: Vec<String> = (0..100_000).map(|i| format!("re:model.layers.{i}.*")).collect();
+    let change = |t: &mut Tiny| t.config["quantization_config"]["ignore"] = json!(expressions);
+    breaking(Format::CtNvfp4, change, &["config.json", "quantization_config.ignore", "at most 2048 expressions"]);
+}
+
+#[test]
 fn an_expression_that_backtracks_catastrophically_ends_quickly_and_is_refused() {
     // The look-ahead keeps it from the linear-time engine.
     let bad = "re:(?:(?:(?:\\w|\\.)(?!!))+)+!";

@@ -1,7 +1,7 @@
 //! compressed-tensors' configuration (llm-compressor, vLLM): config groups with targets, weights and activations.
 
-use super::pattern::Pattern;
-use super::{Declared, DeclaredActivation, DeclaredWeight, Dialect, Scheme, Target};
+use super::pattern::{Pattern, PatternSet};
+use super::{Declared, DeclaredActivation, DeclaredWeight, Dialect, Scheme};
 use crate::checkpoint::error::{CheckpointError, Result};
 use crate::checkpoint::json::Object;
 use crate::formats::e8m0::ScaleRule;
@@ -21,29 +21,32 @@ pub(super) fn read(q: &Object) -> Result<Scheme> {
             );
         }
     }
-    let mut rules = Vec::new();
-    for (_, group) in q.objects("config_groups")? {
-        let declared = declare(&group)?;
-        for target in group.strings("targets")? {
-            let target = match target.as_str() {
-                "Linear" => Target::AllLinears,
-                name => Target::Named(Pattern::compressed_tensors(name, &group, "targets")?),
-            };
-            rules.push((target, declared));
+    let (mut rules, mut targets, mut all_linears) = (Vec::new(), PatternSet::default(), None);
+    let groups = q.objects("config_groups")?;
+    // compressed-tensors looks for an exact name first, then expressions, then the class (match_targets).
+    for expressions in [false, true] {
+        for (_, group) in &groups {
+            let declared = declare(group)?;
+            for target in group.strings("targets")? {
+                if target == "Linear" {
+                    all_linears.get_or_insert(declared);
+                } else if target.starts_with("re:") == expressions {
+                    targets.push(Pattern::compressed_tensors(&target, group, "targets")?, group, "targets")?;
+                    rules.push(declared);
+                }
+            }
         }
     }
-    if rules.is_empty() {
+    if rules.is_empty() && all_linears.is_none() {
         return Err(q.error("config_groups", "at least one group with targets"));
     }
-    // compressed-tensors looks for an exact name first, then expressions, then the class (match_targets).
-    rules.sort_by_key(|(t, _)| matches!(t, Target::Named(Pattern::Regex(_))));
-    let mut excluded = Vec::new();
+    let mut excluded = PatternSet::default();
     for text in q.strings("ignore")? {
-        excluded.push(Pattern::compressed_tensors(&text, q, "ignore")?);
+        excluded.push(Pattern::compressed_tensors(&text, q, "ignore")?, q, "ignore")?;
     }
     let algorithm = q.string("format")?.unwrap_or("unnamed format").to_owned();
     let fp8_kv_cache = fp8_kv_cache(q)?;
-    Ok(Scheme { dialect: Dialect::CompressedTensors, algorithm, rules, excluded, fp8_kv_cache })
+    Ok(Scheme { dialect: Dialect::CompressedTensors, algorithm, rules, targets, all_linears, excluded, fp8_kv_cache })
 }
 
 /// Whether `kv_cache_scheme` asks for E4M3 under static per-tensor scales, the only kind there is support for.

@@ -1,7 +1,7 @@
 //! DeepSeek-V3's FP8: `quant_method: fp8`, weights in 128x128 blocks, activations dynamic per token and 128.
 
-use super::pattern::Pattern;
-use super::{Declared, DeclaredActivation, DeclaredWeight, Dialect, Scheme, Target};
+use super::pattern::{Pattern, PatternSet};
+use super::{Declared, DeclaredActivation, DeclaredWeight, Dialect, Scheme};
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
 
@@ -16,15 +16,17 @@ pub(super) fn read(q: &Object) -> Result<Scheme> {
     if q.string("fmt")?.is_some_and(|s| s != "e4m3") {
         return Err(q.error("fmt", "\"e4m3\""));
     }
-    let mut excluded = Vec::new();
+    let mut excluded = PatternSet::default();
     for text in q.strings("modules_to_not_convert")? {
-        excluded.push(Pattern::modelopt(&text, q, "modules_to_not_convert")?);
+        excluded.push(Pattern::modelopt(&text, q, "modules_to_not_convert")?, q, "modules_to_not_convert")?;
     }
     let declared = Declared { weight: DeclaredWeight::Fp8, activation: DeclaredActivation::Fp8Group };
     Ok(Scheme {
         dialect: Dialect::DeepSeek,
         algorithm: "FP8 128x128".into(),
-        rules: vec![(Target::AllLinears, declared)],
+        rules: Vec::new(),
+        targets: PatternSet::default(),
+        all_linears: Some(declared),
         excluded,
         fp8_kv_cache: false,
     })

@@ -11,7 +11,7 @@ use std::path::Path;
 use super::error::{CheckpointError, Result};
 use super::json::Object;
 use crate::formats::e8m0::ScaleRule;
-use pattern::Pattern;
+use pattern::PatternSet;
 
 /// The tool conventions a checkpoint follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,23 +78,18 @@ pub struct Declared {
     pub activation: DeclaredActivation,
 }
 
-/// Which modules a rule is about.
-#[derive(Clone, Debug)]
-enum Target {
-    /// Every linear layer.
-    AllLinears,
-    Named(Pattern),
-}
-
 /// A checkpoint's quantization scheme: rules for modules, and the KV cache.
 #[derive(Clone, Debug)]
 pub struct Scheme {
     pub dialect: Dialect,
     /// The algorithm's name as the file has it, for people.
     pub algorithm: String,
-    /// First match wins among named targets; the class target `Linear` applies to what no name matched.
-    rules: Vec<(Target, Declared)>,
-    excluded: Vec<Pattern>,
+    /// What each of `targets` announces.
+    rules: Vec<Declared>,
+    targets: PatternSet,
+    /// For the linears that no target names.
+    all_linears: Option<Declared>,
+    excluded: PatternSet,
     /// K and V are stored as E4M3 under calibrated per-tensor scales.
     pub fp8_kv_cache: bool,
 }
@@ -139,7 +134,9 @@ impl Scheme {
             dialect: Dialect::Plain,
             algorithm: "none".into(),
             rules: Vec::new(),
-            excluded: Vec::new(),
+            targets: PatternSet::default(),
+            all_linears: None,
+            excluded: PatternSet::default(),
             fp8_kv_cache: false,
         }
     }
@@ -149,20 +146,10 @@ impl Scheme {
     /// # Errors
     /// Names an expression that takes too long to match.
     pub fn declared(&self, module: &str) -> Result<Option<Declared>> {
-        for pattern in &self.excluded {
-            if pattern.matches(module)? {
-                return Ok(None);
-            }
+        if self.excluded.first_match(module)?.is_some() {
+            return Ok(None);
         }
-        let mut class = None;
-        for (target, declared) in &self.rules {
-            match target {
-                Target::Named(pattern) if pattern.matches(module)? => return Ok(Some(*declared)),
-                Target::AllLinears if class.is_none() => class = Some(*declared),
-                _ => {}
-            }
-        }
-        Ok(class)
+        Ok(self.targets.first_match(module)?.map(|i| self.rules[i]).or(self.all_linears))
     }
 }
 

@@ -1,7 +1,7 @@
 //! NVIDIA ModelOpt's configuration: hf_quant_config.json, or the same inside config.json.
 
-use super::pattern::Pattern;
-use super::{Declared, DeclaredActivation, DeclaredWeight, Dialect, Scheme, Target};
+use super::pattern::{Pattern, PatternSet};
+use super::{Declared, DeclaredActivation, DeclaredWeight, Dialect, Scheme};
 use crate::checkpoint::error::{CheckpointError, Result};
 use crate::checkpoint::json::Object;
 use crate::formats::e8m0::ScaleRule;
@@ -26,7 +26,7 @@ pub(super) fn read(q: &Object, other: Option<&Object>) -> Result<Scheme> {
     }
     let group = first(&sources, group_size)?;
 
-    let mut rules = Vec::new();
+    let (mut rules, mut targets, mut all_linears) = (Vec::new(), PatternSet::default(), None);
     if algorithm.eq_ignore_ascii_case("MIXED_PRECISION") {
         let holder = sources.iter().find(|o| o.get("quantized_layers").is_some());
         let holder = holder.ok_or_else(|| q.error("quantized_layers", "an object of modules"))?;
@@ -34,17 +34,18 @@ pub(super) fn read(q: &Object, other: Option<&Object>) -> Result<Scheme> {
             let algorithm = layer.string("quant_algo")?.ok_or_else(|| layer.error("quant_algo", KNOWN))?.to_owned();
             let group = group_size(&layer)?;
             let declared = declare(&layer, &algorithm, group)?;
-            rules.push((Target::Named(Pattern::modelopt(&module, &layer, "quantized_layers")?), declared));
+            targets.push(Pattern::modelopt(&module, holder, "quantized_layers")?, holder, "quantized_layers")?;
+            rules.push(declared);
         }
     } else {
-        rules.push((Target::AllLinears, declare(&q, &algorithm, group)?));
+        all_linears = Some(declare(&q, &algorithm, group)?);
     }
 
-    let mut excluded = Vec::new();
+    let mut excluded = PatternSet::default();
     for o in &sources {
         for key in ["ignore", "exclude_modules"] {
             for text in o.strings(key)? {
-                excluded.push(Pattern::modelopt(&text, o, key)?);
+                excluded.push(Pattern::modelopt(&text, o, key)?, o, key)?;
             }
         }
     }
@@ -64,7 +65,7 @@ pub(super) fn read(q: &Object, other: Option<&Object>) -> Result<Scheme> {
         }
         fp8_kv_cache |= super::compressed_tensors::fp8_kv_cache(o)?;
     }
-    Ok(Scheme { dialect: Dialect::ModelOpt, algorithm, rules, excluded, fp8_kv_cache })
+    Ok(Scheme { dialect: Dialect::ModelOpt, algorithm, rules, targets, all_linears, excluded, fp8_kv_cache })
 }
 
 fn first<T>(sources: &[&Object], read: impl Fn(&Object) -> Result<Option<T>>) -> Result<Option<T>> {

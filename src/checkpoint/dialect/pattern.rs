@@ -1,5 +1,6 @@
 //! Module-name patterns of both dialects: exact names, `*` wildcards, and `re:` regular expressions.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 
 use fancy_regex::{Regex, RegexBuilder};
@@ -12,6 +13,8 @@ use crate::checkpoint::json::Object;
 const BACKTRACK_LIMIT: usize = 100_000;
 /// Bytes that one compiled expression may take.
 const SIZE_LIMIT: usize = 1 << 20;
+/// Expressions of one set; names are not bounded.
+const MAX_EXPRESSIONS: usize = 2048;
 
 /// One pattern over dotted module names.
 #[derive(Clone, Debug)]
@@ -65,25 +68,67 @@ impl Pattern {
         let (file, key) = (of.file().into(), of.path(key));
         Ok(Self::Regex(Box::new(Expression { regex, text: text.into(), file, key })))
     }
+}
 
-    /// Whether the pattern is about `module`.
+impl Expression {
+    fn is_match(&self, module: &str) -> Result<bool> {
+        self.regex.is_match(module).map_err(|error| CheckpointError::Config {
+            file: self.file.clone(),
+            key: self.key.clone(),
+            expected: "expressions that match in reasonable time".into(),
+            found: format!("`{}`, which does not end on `{module}` ({error})", self.text),
+        })
+    }
+}
+
+/// Patterns in order, of which the first that matches counts. A mixture of experts can list a hundred thousand modules
+/// by name, so names are looked up, not tried.
+#[derive(Clone, Debug, Default)]
+pub(super) struct PatternSet {
+    names: HashMap<String, usize>,
+    expressions: Vec<(usize, Expression)>,
+    len: usize,
+}
+
+impl PatternSet {
+    /// Adds `pattern`, which stands under `key` of `of`, at the end.
     ///
     /// # Errors
-    /// When that takes longer than [`BACKTRACK_LIMIT`]: neither answer would be known to be right.
-    pub(super) fn matches(&self, module: &str) -> Result<bool> {
-        match self {
-            Self::Regex(e) => e.regex.is_match(module).map_err(|error| CheckpointError::Config {
-                file: e.file.clone(),
-                key: e.key.clone(),
-                expected: "expressions that match in reasonable time".into(),
-                found: format!("`{}`, which does not end on `{module}` ({error})", e.text),
-            }),
-            Self::Name(name) => {
-                let inside = |module: &str| {
-                    module.strip_prefix(name.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
-                };
-                Ok(inside(module) || module.strip_prefix("model.").is_some_and(inside))
+    /// When there are too many expressions.
+    pub(super) fn push(&mut self, pattern: Pattern, of: &Object, key: &str) -> Result<()> {
+        match pattern {
+            Pattern::Name(name) => {
+                self.names.entry(name).or_insert(self.len);
+            }
+            Pattern::Regex(_) if self.expressions.len() == MAX_EXPRESSIONS => {
+                return Err(of.error(key, format!("at most {MAX_EXPRESSIONS} expressions in all")));
+            }
+            Pattern::Regex(e) => self.expressions.push((self.len, *e)),
+        }
+        self.len += 1;
+        Ok(())
+    }
+
+    /// Position of the first pattern that is about `module`.
+    ///
+    /// # Errors
+    /// When an expression takes longer than [`BACKTRACK_LIMIT`]: neither answer would be known to be right.
+    pub(super) fn first_match(&self, module: &str) -> Result<Option<usize>> {
+        // A name matches itself and what it contains, with or without the prefix: look up every dotted beginning.
+        let starts = [Some(module), module.strip_prefix("model.")];
+        let beginnings = starts.iter().flatten().flat_map(|m| {
+            let ends = m.match_indices('.').map(|(at, _)| at).chain([m.len()]);
+            ends.map(|end| &m[..end])
+        });
+        let named = beginnings.filter_map(|b| self.names.get(b)).min().copied();
+        for (position, expression) in &self.expressions {
+            if named.is_some_and(|n| n < *position) {
+                break;
+            }
+            if expression.is_match(module)? {
+                return Ok(Some(*position));
             }
         }
+        Ok(named)
     }
 }
