@@ -2,23 +2,12 @@
 
 use std::arch::x86_64::*;
 
-use super::{FloatTile, GROUP, IntegerTile, TILE};
+use super::{FloatTile, GROUP, IntegerTile, OFFSET_CODES, TILE};
 use crate::formats::e2m1;
 use crate::formats::linear::Element;
 
 /// Rows in one register.
 const HALF: usize = GROUP / 2;
-
-/// Doubled E2M1 values + 12: unsigned, as vpmaddubsw wants its first factor. Sums of a block stay below 2¹⁵.
-const OFFSET_CODES: [u8; 16] = {
-    let mut t = [0; 16];
-    let mut i = 0;
-    while i < 16 {
-        t[i] = (e2m1::DOUBLED[i] + 12) as u8;
-        i += 1;
-    }
-    t
-};
 
 /// # Safety
 /// The CPU has the features below; the tile's slices cover `rows` (8, 4, 2 or 1) tokens.

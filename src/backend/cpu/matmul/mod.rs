@@ -27,6 +27,19 @@ const TILE: usize = 8;
 /// Tokens that one task goes through: bounds the task's share of the input to what a second-level cache holds.
 const TASK_TOKENS: usize = 128;
 
+/// Doubled E2M1 values + 12: unsigned, as x86's byte products want their first factor. The sums of a block stay below
+/// 2¹⁵. `IntegerTile::corrections` undoes the offset.
+#[cfg(target_arch = "x86_64")]
+const OFFSET_CODES: [u8; 16] = {
+    let mut t = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        t[i] = (crate::formats::e2m1::DOUBLED[i] + 12) as u8;
+        i += 1;
+    }
+    t
+};
+
 /// One tile of tokens of an integer product over one group of rows.
 struct IntegerTile<'a> {
     /// Packed elements of the group.
