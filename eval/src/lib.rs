@@ -1,29 +1,11 @@
-//! Evaluation of language models, whatever runs them: the seam to a model, and perplexity.
+//! Evaluation of language models, whatever runs them: tasks, scores, statistics, reports.
 //!
-//! Knows nothing of any engine: the engine implements [`LanguageModel`].
+//! Knows nothing of any engine: an engine implements [`LanguageModel`] (and [`TokenModel`] where it can); the crate itself
+//! implements it for any OpenAI-compatible server.
 
+pub mod comparison;
+pub mod model;
 pub mod perplexity;
+pub mod scores;
 
-/// A model that gives log-probabilities.
-pub trait LanguageModel {
-    /// What can go wrong in it.
-    type Error: std::error::Error + Send + Sync + 'static;
-
-    /// Tokens that fit into one pass.
-    fn context_length(&self) -> usize;
-
-    /// Token ids of a text, without special tokens.
-    ///
-    /// # Errors
-    /// When the text cannot be encoded.
-    fn encode(&self, text: &str) -> Result<Vec<u32>, Self::Error>;
-
-    /// The token that stands before a text's first one.
-    fn prefix_token(&self) -> u32;
-
-    /// Natural-log probability of each token of `continuation`, given `context` and the tokens before it.
-    ///
-    /// # Errors
-    /// When the two together exceed the context length, or the model fails.
-    fn log_likelihoods(&self, context: &[u32], continuation: &[u32]) -> Result<Vec<f64>, Self::Error>;
-}
+pub use model::{GenerationOptions, LanguageModel, Message, Request, Response, TokenModel};

@@ -1,0 +1,119 @@
+//! The seam to a model: what an evaluation asks of it and what it answers.
+
+use std::ops::ControlFlow;
+
+use serde::{Deserialize, Serialize};
+
+/// One thing to ask of a model. Texts, not tokens: who tokenizes is the model's affair (a server does it itself).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// Log-probability of `continuation` after `context` (lm-evaluation-harness: `loglikelihood`).
+    LogLikelihood { context: String, continuation: String },
+    /// Log-probability of a text of any length (`loglikelihood_rolling`).
+    Rolling { text: String },
+    /// Text that follows `context` (`generate_until`).
+    Generate { context: String, options: GenerationOptions },
+}
+
+/// How to generate; lm-evaluation-harness's `generation_kwargs`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GenerationOptions {
+    /// Strings that end the answer and are not part of it. The model's own end-of-text token always ends it.
+    pub until: Vec<String>,
+    /// Tokens at most.
+    pub max_tokens: usize,
+    /// 0: greedy.
+    pub temperature: f64,
+    pub top_p: f64,
+    /// 0: all.
+    pub top_k: usize,
+    pub min_p: f64,
+    /// Of the sampling, where there is any.
+    pub seed: u64,
+}
+
+impl Default for GenerationOptions {
+    /// Greedy, 256 tokens at most, as in lm-evaluation-harness.
+    fn default() -> Self {
+        Self { until: Vec::new(), max_tokens: 256, temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 0 }
+    }
+}
+
+/// What a model answered to the [`Request`] of the same name.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Response {
+    /// Natural log; `is_greedy`: every token of the continuation is the most probable one.
+    LogLikelihood { log_likelihood: f64, is_greedy: bool },
+    /// Natural log over all tokens, and how many those are (where the model says).
+    Rolling { log_likelihood: f64, tokens: Option<usize> },
+    /// `tokens` generated; `capped`: the limit on tokens (or the context's end) ended it, not the model.
+    Generated { text: String, tokens: Option<usize>, capped: bool },
+}
+
+/// A turn of a conversation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// `system`, `user` or `assistant`.
+    pub role: String,
+    pub content: String,
+}
+
+/// Something that can be evaluated.
+pub trait LanguageModel {
+    /// What can go wrong in it.
+    type Error: std::error::Error + Send + Sync + 'static;
+
+    /// Answers `requests` in whatever order suits it, calling `done(index, response)` as each is ready. When `done`
+    /// breaks, it stops early and returns `Ok`.
+    ///
+    /// An answer depends on its own request only, never on what else is asked for.
+    ///
+    /// # Errors
+    /// When the model fails, or a request cannot be answered (a context longer than the model takes, a server that does
+    /// not give log-probabilities); the text says which.
+    fn answer(
+        &mut self,
+        requests: &[Request],
+        done: &mut dyn FnMut(usize, Response) -> ControlFlow<()>,
+    ) -> Result<(), Self::Error>;
+
+    /// The prompt that the model's chat template makes of `messages`. With `continue_last` the last message is an
+    /// assistant's turn left open, to be continued; otherwise the template opens a new assistant's turn.
+    ///
+    /// # Errors
+    /// When the model has no chat template, or the template refuses.
+    fn chat_prompt(&self, messages: &[Message], continue_last: bool) -> Result<String, Self::Error>;
+}
+
+/// Token-by-token scores and full distributions: what perplexity over windows and KL divergence need, and what a remote
+/// model cannot give.
+pub trait TokenModel {
+    /// What can go wrong in it.
+    type Error: std::error::Error + Send + Sync + 'static;
+
+    /// Tokens that fit into one pass.
+    fn context_length(&self) -> usize;
+
+    /// Size of the vocabulary: the length of each row of logits.
+    fn vocab(&self) -> usize;
+
+    /// Token ids of a text, without special tokens.
+    ///
+    /// # Errors
+    /// When the text cannot be encoded.
+    fn encode(&self, text: &str) -> Result<Vec<u32>, Self::Error>;
+
+    /// The text of one token as it stands in a text (for classes of tokens); bytes that are no UTF-8 are replaced.
+    fn token_text(&self, token: u32) -> String;
+
+    /// The token that stands before a text's first one.
+    fn prefix_token(&self) -> u32;
+
+    /// Logits after every token of one sequence, [tokens, vocab] row-major, not normalised.
+    ///
+    /// # Errors
+    /// When the sequence exceeds the context length, or the model fails.
+    fn logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, Self::Error>;
+}
