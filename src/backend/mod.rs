@@ -114,6 +114,15 @@ pub struct CacheLayout {
     pub pages: usize,
 }
 
+/// How probable a token is where it stands.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TokenScore {
+    /// Natural log of its probability.
+    pub log_prob: f64,
+    /// Whether no token is more probable, and none as probable has a lower id.
+    pub is_greedy: bool,
+}
+
 /// Experts chosen for one token: (expert, weight), ascending by expert, so that sums do not depend on the batch.
 pub type Routing = Vec<(usize, f32)>;
 
@@ -161,6 +170,10 @@ pub trait Backend {
         batch: &Batch,
     ) -> Result<Self::Tensor>;
 
+    /// Makes the sequence `to` begin with the first `to.start` tokens of the sequence `from`. Their whole pages are in
+    /// both lists; the page in which the two part is copied.
+    fn fork(&self, cache: &mut Self::Cache, from: &Span, to: &Span) -> Result<()>;
+
     /// x + y.
     fn add(&self, x: Self::Tensor, y: &Self::Tensor) -> Result<Self::Tensor>;
 
@@ -179,8 +192,20 @@ pub trait Backend {
     /// A tensor of zeros of the shape of x.
     fn zeros_like(&self, x: &Self::Tensor) -> Result<Self::Tensor>;
 
+    /// How probable token `picks[i].1` is under the softmax of row `picks[i].0` of `logits`.
+    fn score(&self, logits: &Self::Tensor, picks: &[(usize, u32)]) -> Result<Vec<TokenScore>>;
+
     /// Values, row-major.
     fn to_host(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
+}
+
+/// What [`Backend::score`] is of one row, in f64.
+pub(crate) fn score_row(logits: &[f32], token: u32) -> TokenScore {
+    let target = logits[token as usize];
+    let max = logits.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
+    let total: f64 = logits.iter().map(|&v| f64::from(v - max).exp()).sum();
+    let is_greedy = logits.iter().position(|&v| v == max) == Some(token as usize);
+    TokenScore { log_prob: f64::from(target - max) - total.ln(), is_greedy }
 }
 
 /// Softmax over one row of router logits and its `top_k` experts (ties go to the lower index), ascending by expert.

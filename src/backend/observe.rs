@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use super::{AttentionShape, Backend, Batch, CacheLayout, Result, RopeTable, Routing};
+use super::{AttentionShape, Backend, Batch, CacheLayout, Result, RopeTable, Routing, Span, TokenScore};
 use crate::formats::linear::LinearTensors;
 
 /// Sees one linear's module name and its input, [tokens, K] row-major, before any quantization.
@@ -81,6 +81,14 @@ impl<B: Backend, O: Observer> Backend for Observed<B, O> {
         batch: &Batch,
     ) -> Result<B::Tensor> {
         self.inner.attention(q, k, v, shape, rope, cache, batch)
+    }
+
+    fn fork(&self, cache: &mut B::Cache, from: &Span, to: &Span) -> Result<()> {
+        self.inner.fork(cache, from, to)
+    }
+
+    fn score(&self, logits: &B::Tensor, picks: &[(usize, u32)]) -> Result<Vec<TokenScore>> {
+        self.inner.score(logits, picks)
     }
 
     fn add(&self, x: B::Tensor, y: &B::Tensor) -> Result<B::Tensor> {

@@ -143,8 +143,33 @@ impl<B: Backend> Decoder<B> {
     /// Runs `batch` and returns logits [wanted tokens, vocab].
     ///
     /// # Errors
-    /// A token outside the vocabulary, a cache too small, or the backend's own failure.
+    /// As [`Self::hidden`].
     pub fn forward(&self, batch: &Batch, cache: &mut B::Cache, wanted: Wanted) -> backend::Result<B::Tensor> {
+        let mut x = self.hidden(batch, cache)?;
+        if wanted == Wanted::Last {
+            let ends = batch.spans.iter().scan(0, |end, s| {
+                *end += s.len;
+                Some(*end - 1)
+            });
+            x = self.backend.select_rows(&x, &ends.collect::<Vec<_>>())?;
+        }
+        self.logits(&x)
+    }
+
+    /// Logits [rows, vocab] of rows of [`Self::hidden`].
+    ///
+    /// # Errors
+    /// The backend's own failure.
+    pub fn logits(&self, hidden: &B::Tensor) -> backend::Result<B::Tensor> {
+        let x = self.backend.rms_norm(hidden, &self.norm, self.config.rms_eps)?;
+        one(self.backend.linears(&x, &[self.head.as_ref().unwrap_or(&self.embedding)])?)
+    }
+
+    /// Runs `batch` and returns what leaves the last layer, [tokens, hidden], before the final norm.
+    ///
+    /// # Errors
+    /// A token outside the vocabulary, a cache too small, or the backend's own failure.
+    pub fn hidden(&self, batch: &Batch, cache: &mut B::Cache) -> backend::Result<B::Tensor> {
         let b = &self.backend;
         let rope = RopeTable::new(&self.frequencies, batch.positions());
         let mut x = b.embed(&self.embedding, &batch.tokens)?;
@@ -156,15 +181,7 @@ impl<B: Backend> Decoder<B> {
             let ffn = self.ffn(&layer.ffn, &h)?;
             x = b.add(x, &ffn)?;
         }
-        if wanted == Wanted::Last {
-            let ends = batch.spans.iter().scan(0, |end, s| {
-                *end += s.len;
-                Some(*end - 1)
-            });
-            x = b.select_rows(&x, &ends.collect::<Vec<_>>())?;
-        }
-        let x = b.rms_norm(&x, &self.norm, self.config.rms_eps)?;
-        one(b.linears(&x, &[self.head.as_ref().unwrap_or(&self.embedding)])?)
+        Ok(x)
     }
 
     fn attention(

@@ -26,6 +26,16 @@ impl KvCache {
         let layer = |&format| Layer { format, slots: BTreeMap::new() };
         Self { layers: layout.formats.iter().map(layer).collect() }
     }
+
+    /// Slot `to` becomes the first `tokens` tokens of slot `from`.
+    pub(super) fn fork(&mut self, from: usize, to: usize, tokens: usize) -> candle_core::Result<()> {
+        for layer in &mut self.layers {
+            let Some((k, v)) = layer.slots.get(&from) else { bail!("slot {from} is empty") };
+            let part = (k.narrow(0, 0, tokens)?, v.narrow(0, 0, tokens)?);
+            layer.slots.insert(to, part);
+        }
+        Ok(())
+    }
 }
 
 impl Layer {

@@ -10,7 +10,7 @@ mod fake_quantize;
 pub use attention::KvCache;
 use candle_core::{D, Device, Tensor};
 
-use super::{AttentionShape, Backend, BackendError, Batch, CacheLayout, Result, RopeTable, Routing};
+use super::{AttentionShape, Backend, BackendError, Batch, CacheLayout, Result, RopeTable, Routing, Span, TokenScore};
 use crate::formats::linear::{ActivationFormat, LinearTensors};
 use fake_quantize::FakeQuantize;
 
@@ -172,6 +172,15 @@ impl Backend for AutogradBackend {
         let q = rotate(&q, shape.heads).context("rotating queries")?;
         let k = rotate(&k, shape.kv_heads).context("rotating keys")?;
         attention::attend(&q, &k, &v, shape, cache, batch).context("attention")
+    }
+
+    fn fork(&self, cache: &mut KvCache, from: &Span, to: &Span) -> Result<()> {
+        cache.fork(from.slot, to.slot, to.start).context("fork")
+    }
+
+    fn score(&self, logits: &Tensor, picks: &[(usize, u32)]) -> Result<Vec<TokenScore>> {
+        let rows = logits.to_vec2::<f32>().context("score")?;
+        Ok(picks.iter().map(|&(row, token)| super::score_row(&rows[row], token)).collect())
     }
 
     fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {

@@ -1,5 +1,9 @@
 //! The input of a linear, quantized as the deployed format says, in the form that the kernels read.
 
+use std::borrow::Cow;
+
+use rayon::prelude::*;
+
 use super::elementwise;
 use super::isa::{Isa, multiversion};
 use super::packed::{Family, K_STEP, PackedLinear};
@@ -22,9 +26,9 @@ pub(super) struct IntegerInput {
 
 /// Input of the float kernels.
 #[derive(Debug, Default)]
-pub(super) struct FloatInput {
+pub(super) struct FloatInput<'a> {
     /// [M, K padded]
-    pub values: Vec<f32>,
+    pub values: Cow<'a, [f32]>,
     /// Elements under one of `scales`; 0 where there are none.
     pub block: usize,
     /// [M, ⌈K/block⌉]
@@ -34,49 +38,69 @@ pub(super) struct FloatInput {
 }
 
 #[derive(Debug)]
-pub(super) enum Input {
+pub(super) enum Input<'a> {
     Integer(IntegerInput),
-    Float(FloatInput),
+    Float(FloatInput<'a>),
 }
 
-/// Quantizes `x` [M, K] as linear `w` wants it.
-pub(super) fn quantize(isa: Isa, x: &[f32], w: &PackedLinear) -> Input {
-    let (k, m) = (w.k, x.len() / w.k);
-    let scaled;
-    let x = match &w.pre_quant_scale {
-        None => x,
+/// Tokens that one task quantizes.
+const TASK_TOKENS: usize = 32;
+
+/// Quantizes `x` [M, K] as linear `w` wants it, on the threads of the current pool.
+pub(super) fn quantize<'a>(isa: Isa, x: &'a [f32], w: &PackedLinear) -> Input<'a> {
+    let k = w.k;
+    let scaled: Cow<[f32]> = match &w.pre_quant_scale {
+        None => x.into(),
         Some(s) => {
             let mut copy = x.to_vec();
-            copy.chunks_exact_mut(k).for_each(|row| elementwise::multiply(isa, row, s));
-            scaled = copy;
-            &scaled
+            copy.par_chunks_mut(TASK_TOKENS * k).for_each(|rows| {
+                rows.chunks_exact_mut(k).for_each(|row| elementwise::multiply(isa, row, s));
+            });
+            copy.into()
         }
     };
-    if w.family == Family::Integer {
-        let block = w.weight_block;
-        let mut out = IntegerInput {
-            block,
-            values: vec![0; m * k],
-            corrections: vec![0; m * k / block],
-            scales: vec![0.0; m * k / block],
-            global: 0.25,
-        };
-        match w.activation {
-            ActivationFormat::Nvfp4 { global_scale } => {
-                out.global *= global_scale;
-                nvfp4_blocks(isa, x, global_scale, &mut out.values, &mut out.corrections, &mut out.scales);
-            }
-            ActivationFormat::Mxfp4 { rule } => {
-                mxfp4_blocks(isa, x, rule, &mut out.values, &mut out.corrections, &mut out.scales);
-            }
-            // `Family::Integer` is given to these two formats only.
-            _ => {}
+    if w.family == Family::Integer { Input::Integer(integer(isa, &scaled, w)) } else { float(isa, scaled, w) }
+}
+
+fn integer(isa: Isa, x: &[f32], w: &PackedLinear) -> IntegerInput {
+    let block = w.weight_block;
+    let (blocks, task) = (x.len() / block, TASK_TOKENS * w.k);
+    let mut out = IntegerInput {
+        block,
+        values: vec![0; x.len()],
+        corrections: vec![0; blocks],
+        scales: vec![0.0; blocks],
+        global: 0.25,
+    };
+    let tasks = (x.par_chunks(task).zip(out.values.par_chunks_mut(task)))
+        .zip(out.corrections.par_chunks_mut(task / block).zip(out.scales.par_chunks_mut(task / block)));
+    match w.activation {
+        ActivationFormat::Nvfp4 { global_scale } => {
+            out.global *= global_scale;
+            tasks.for_each(|((x, v), (c, s))| nvfp4_blocks(isa, x, global_scale, v, c, s));
         }
-        return Input::Integer(out);
+        ActivationFormat::Mxfp4 { rule } => tasks.for_each(|((x, v), (c, s))| mxfp4_blocks(isa, x, rule, v, c, s)),
+        // `Family::Integer` is given to these two formats only.
+        _ => {}
     }
+    out
+}
+
+fn float<'a>(isa: Isa, x: Cow<'a, [f32]>, w: &PackedLinear) -> Input<'a> {
+    let (k, m) = (w.k, x.len() / w.k);
     let k_padded = k.next_multiple_of(K_STEP);
-    let mut out = FloatInput { values: vec![0.0; m * k_padded], ..FloatInput::default() };
-    let rows = x.chunks_exact(k).zip(out.values.chunks_exact_mut(k_padded));
+    let mut out = FloatInput::default();
+    // The 4-bit formats are the integer family's.
+    let plain = matches!(
+        w.activation,
+        ActivationFormat::Float | ActivationFormat::Nvfp4 { .. } | ActivationFormat::Mxfp4 { .. }
+    );
+    if plain && k == k_padded {
+        out.values = x;
+        return Input::Float(out);
+    }
+    let mut values = vec![0.0; m * k_padded];
+    let rows = (x.par_chunks(k)).zip(values.par_chunks_mut(k_padded)).with_min_len(TASK_TOKENS);
     match w.activation {
         ActivationFormat::Fp8Static { scale } => {
             rows.for_each(|(x, v)| fp8_static(isa, x, scale, v));
@@ -90,24 +114,23 @@ pub(super) fn quantize(isa: Isa, x: &[f32], w: &PackedLinear) -> Input {
             out.block = fp8::BLOCK;
             let blocks = k.div_ceil(fp8::BLOCK);
             out.scales = vec![0.0; m * blocks];
-            for ((x, v), scales) in rows.zip(out.scales.chunks_exact_mut(blocks)) {
+            rows.zip(out.scales.par_chunks_mut(blocks)).for_each(|((x, v), scales)| {
                 let groups = x.chunks(fp8::BLOCK).zip(v.chunks_mut(fp8::BLOCK));
                 groups.zip(scales).for_each(|((x, v), s)| fp8_dynamic(isa, x, v, s));
-            }
+            });
         }
         ActivationFormat::Mxfp8 { rule } => {
             out.block = mx::BLOCK;
             let blocks = k.div_ceil(mx::BLOCK);
             out.scales = vec![0.0; m * blocks];
-            for ((x, v), scales) in rows.zip(out.scales.chunks_exact_mut(blocks)) {
-                mxfp8_blocks(isa, x, rule, v, scales);
-            }
+            rows.zip(out.scales.par_chunks_mut(blocks))
+                .for_each(|((x, v), scales)| mxfp8_blocks(isa, x, rule, v, scales));
         }
-        // The 4-bit formats are the integer family's.
         ActivationFormat::Float | ActivationFormat::Nvfp4 { .. } | ActivationFormat::Mxfp4 { .. } => {
             rows.for_each(|(x, v)| v[..k].copy_from_slice(x));
         }
     }
+    out.values = values.into();
     Input::Float(out)
 }
 

@@ -51,11 +51,21 @@ impl Store {
         }
     }
 
-    fn set(&mut self, index: usize, x: f32) {
+    /// Writes `to(i) = x[i]` for each, encoded.
+    fn write(&mut self, x: &[f32], to: impl Fn(usize) -> usize) {
         match self {
-            Self::F32(v) => v[index] = x,
-            Self::Bf16(v) => v[index] = half::bf16::from_f32(x).to_bits(),
-            Self::Fp8(v, scale) => v[index] = e4m3::encode(x / *scale),
+            Self::F32(v) => x.iter().enumerate().for_each(|(i, x)| v[to(i)] = *x),
+            Self::Bf16(v) => x.iter().enumerate().for_each(|(i, x)| v[to(i)] = half::bf16::from_f32(*x).to_bits()),
+            Self::Fp8(v, scale) => x.iter().enumerate().for_each(|(i, x)| v[to(i)] = e4m3::encode(x / *scale)),
+        }
+    }
+
+    /// Copies `count` elements.
+    fn copy(&mut self, from: usize, to: usize, count: usize) {
+        match self {
+            Self::F32(v) => v.copy_within(from..from + count, to),
+            Self::Bf16(v) => v.copy_within(from..from + count, to),
+            Self::Fp8(v, _) => v.copy_within(from..from + count, to),
         }
     }
 
@@ -114,6 +124,16 @@ impl KvCache {
         (page as usize * self.kv_heads + kv_head) * self.tile
     }
 
+    /// Copies a page's keys and values, of all layers, onto another page.
+    pub(super) fn copy_page(&mut self, from: u32, to: u32) {
+        let count = self.kv_heads * self.tile;
+        let (from, to) = (self.offset(from, 0), self.offset(to, 0));
+        for layer in &mut self.layers {
+            layer.keys.copy(from, to, count);
+            layer.values.copy(from, to, count);
+        }
+    }
+
     /// Writes the new tokens of `batch`: k (already rotated) and v, [T, kv_heads · head_dim].
     pub(super) fn write(&mut self, layer: usize, batch: &Batch, k: &[f32], v: &[f32]) {
         let (d, width) = (self.head_dim, self.kv_heads * self.head_dim);
@@ -124,10 +144,9 @@ impl KvCache {
                 for head in 0..self.kv_heads {
                     let at = self.offset(page, head);
                     let layer = &mut self.layers[layer];
-                    for i in 0..d {
-                        layer.keys.set(at + i * PAGE + lane, k[row * width + head * d + i]);
-                        layer.values.set(at + lane * d + i, v[row * width + head * d + i]);
-                    }
+                    let part = row * width + head * d..row * width + (head + 1) * d;
+                    layer.keys.write(&k[part.clone()], |i| at + i * PAGE + lane);
+                    layer.values.write(&v[part], |i| at + lane * d + i);
                 }
                 row += 1;
             }

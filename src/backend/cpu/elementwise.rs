@@ -2,6 +2,7 @@
 //! instruction set, with the order of every sum fixed: 16 partial sums by index modulo 16, then a fixed tree.
 
 use super::isa::multiversion;
+use crate::backend::TokenScore;
 
 /// Partial sums kept side by side.
 pub(super) const LANES: usize = 16;
@@ -121,6 +122,45 @@ multiversion! {
     }
 }
 
+/// Values whose exponentials are added up in f32 before they join the f64 sum.
+const SOFTMAX_RUN: usize = 1024;
+
+multiversion! {
+    /// Maximum of `x`, and the sum of exp(x - maximum).
+    pub(super) fn softmax_total(x: &[f32], out: &mut (f32, f64)) {
+        let (runs, rest) = x.as_chunks::<LANES>();
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        for run in runs {
+            for i in 0..LANES {
+                lanes[i] = if run[i] > lanes[i] { run[i] } else { lanes[i] };
+            }
+        }
+        let max = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
+        let mut total = 0.0f64;
+        for part in x.chunks(SOFTMAX_RUN) {
+            let (runs, rest) = part.as_chunks::<LANES>();
+            let mut lanes = [0.0f32; LANES];
+            for run in runs {
+                for i in 0..LANES {
+                    lanes[i] += exp(run[i] - max);
+                }
+            }
+            for (lane, v) in lanes.iter_mut().zip(rest) {
+                *lane += exp(*v - max);
+            }
+            total += f64::from(tree_sum(lanes));
+        }
+        *out = (max, total);
+    }
+}
+
+/// `token` in a row whose maximum and softmax sum are known.
+pub(super) fn token_score(row: &[f32], token: u32, (max, total): (f32, f64)) -> TokenScore {
+    let logit = row[token as usize];
+    let is_greedy = logit == max && row[..token as usize].iter().all(|&v| v < max);
+    TokenScore { log_prob: f64::from(logit) - f64::from(max) - libm::log(total), is_greedy }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::isa::Isa;
@@ -140,6 +180,23 @@ mod tests {
         assert_eq!(exp(-1e9), 0.0);
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
         assert!(exp(1e9).is_finite());
+    }
+
+    #[test]
+    fn token_scores_are_those_of_the_definition() {
+        let row: Vec<f32> = (0..5003).map(|i| ((i * 37 % 1013) as f32 - 500.0) * 0.02).collect();
+        for token in [0, 17, 5002, row.iter().position(|v| *v == 10.24).unwrap() as u32] {
+            let mut reference = None;
+            for isa in Isa::available() {
+                let mut total = (0.0, 0.0);
+                softmax_total(isa, &row, &mut total);
+                let ours = token_score(&row, token, total);
+                let exact = crate::backend::score_row(&row, token);
+                assert!((ours.log_prob - exact.log_prob).abs() < 1e-6, "{ours:?} {exact:?}");
+                assert_eq!(ours.is_greedy, exact.is_greedy);
+                assert_eq!(*reference.get_or_insert(ours), ours, "{isa} differs");
+            }
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod activation;
 mod attention;
+mod buffer;
 mod elementwise;
 pub mod isa;
 mod matmul;
@@ -10,10 +11,13 @@ pub mod packed;
 use std::sync::Arc;
 
 pub use attention::KvCache;
+use buffer::{Buffer, BufferPool};
 use isa::Isa;
 use packed::PackedLinear;
 
-use super::{AttentionShape, Backend, BackendError, Batch, CacheLayout, PAGE, Result, RopeTable, Routing};
+use super::{
+    AttentionShape, Backend, BackendError, Batch, CacheLayout, PAGE, Result, RopeTable, Routing, Span, TokenScore,
+};
 use crate::formats::linear::LinearTensors;
 
 /// Runs the decoder on packed weights with a thread pool of its own. Clones share the pool.
@@ -21,12 +25,13 @@ use crate::formats::linear::LinearTensors;
 pub struct CpuBackend {
     isa: Isa,
     pool: Arc<rayon::ThreadPool>,
+    buffers: BufferPool,
 }
 
 /// Activations, row-major.
 #[derive(Clone, Debug)]
 pub struct CpuTensor {
-    data: Vec<f32>,
+    data: Buffer,
     columns: usize,
 }
 
@@ -47,7 +52,7 @@ impl CpuBackend {
             .thread_name(|i| format!("recoup-{i}"))
             .build()
             .map_err(|e| BackendError::Failed { context: "starting threads", message: e.to_string() })?;
-        Ok(Self { isa, pool: Arc::new(pool) })
+        Ok(Self { isa, pool: Arc::new(pool), buffers: BufferPool::default() })
     }
 
     /// The instruction set in use.
@@ -71,7 +76,14 @@ impl CpuBackend {
             let message = format!("{} values do not make rows of {columns}", data.len());
             return Err(BackendError::Failed { context: "tensor", message });
         }
-        Ok(CpuTensor { data, columns })
+        Ok(CpuTensor { data: self.buffers.adopt(data), columns })
+    }
+
+    /// A row's maximum, and the sum of exp(x - maximum).
+    fn softmax_total(&self, row: &[f32]) -> (f32, f64) {
+        let mut out = (0.0, 0.0);
+        elementwise::softmax_total(self.isa, row, &mut out);
+        out
     }
 
     /// Splits rows of `columns` values over the threads.
@@ -115,19 +127,19 @@ impl Backend for CpuBackend {
     fn embed(&self, table: &PackedLinear, tokens: &[u32]) -> Result<CpuTensor> {
         // Rows of E4M3 or BF16 are decoded with K padded; one spare row takes the padding.
         let mut row = vec![0.0; table.k_padded];
-        let mut data = Vec::with_capacity(tokens.len() * table.k);
-        for &token in tokens {
+        let mut data = self.buffers.take(tokens.len() * table.k);
+        for (&token, out) in tokens.iter().zip(data.chunks_exact_mut(table.k)) {
             if token as usize >= table.n {
                 return Err(BackendError::TokenOutOfRange { token, vocab: table.n });
             }
             table.decode_row(token as usize, &mut row);
-            data.extend_from_slice(&row[..table.k]);
+            out.copy_from_slice(&row[..table.k]);
         }
         Ok(CpuTensor { data, columns: table.k })
     }
 
     fn rms_norm(&self, x: &CpuTensor, weight: &Vec<f32>, eps: f32) -> Result<CpuTensor> {
-        let mut data = vec![0.0; x.data.len()];
+        let mut data = self.buffers.take(x.data.len());
         self.by_rows(&mut data, x.columns, |row, out| {
             let x = &x.data[row * x.columns..][..out.len()];
             elementwise::rms_norm(self.isa, x, weight, eps, out);
@@ -147,13 +159,13 @@ impl Backend for CpuBackend {
                     && other.pre_quant_scale == w.pre_quant_scale
             };
             let at = inputs.iter().position(same).unwrap_or_else(|| {
-                inputs.push((i, activation::quantize(self.isa, &x.data, w)));
+                inputs.push((i, self.pool.install(|| activation::quantize(self.isa, &x.data, w))));
                 inputs.len() - 1
             });
             which.push(at);
         }
         let mut outputs: Vec<CpuTensor> =
-            weights.iter().map(|w| CpuTensor { data: vec![0.0; rows * w.n], columns: w.n }).collect();
+            weights.iter().map(|w| CpuTensor { data: self.buffers.take(rows * w.n), columns: w.n }).collect();
         let mut jobs: Vec<_> = weights
             .iter()
             .zip(&mut outputs)
@@ -192,9 +204,30 @@ impl Backend for CpuBackend {
             });
         }
         cache.write(shape.layer, batch, &k.data, &v.data);
-        let mut data = vec![0.0; q.data.len()];
+        let mut data = self.buffers.take(q.data.len());
         self.pool.install(|| attention::attend(self.isa, cache, shape, batch, &q.data, &mut data));
         Ok(CpuTensor { data, columns: q.columns })
+    }
+
+    fn fork(&self, cache: &mut KvCache, from: &Span, to: &Span) -> Result<()> {
+        if !to.start.is_multiple_of(PAGE) {
+            let page = to.start / PAGE;
+            cache.copy_page(from.pages[page], to.pages[page]);
+        }
+        Ok(())
+    }
+
+    fn score(&self, logits: &CpuTensor, picks: &[(usize, u32)]) -> Result<Vec<TokenScore>> {
+        use rayon::prelude::*;
+        if let Some(&(_, token)) = picks.iter().find(|p| p.1 as usize >= logits.columns) {
+            return Err(BackendError::TokenOutOfRange { token, vocab: logits.columns });
+        }
+        let row = |row: usize| &logits.data[row * logits.columns..][..logits.columns];
+        self.pool.install(|| {
+            let totals: Vec<(f32, f64)> =
+                (0..logits.rows()).into_par_iter().map(|r| self.softmax_total(row(r))).collect();
+            Ok(picks.iter().map(|&(r, token)| elementwise::token_score(row(r), token, totals[r])).collect())
+        })
     }
 
     fn add(&self, mut x: CpuTensor, y: &CpuTensor) -> Result<CpuTensor> {
@@ -216,7 +249,10 @@ impl Backend for CpuBackend {
     }
 
     fn select_rows(&self, x: &CpuTensor, rows: &[usize]) -> Result<CpuTensor> {
-        let data = rows.iter().flat_map(|&r| &x.data[r * x.columns..][..x.columns]).copied().collect();
+        let mut data = self.buffers.take(rows.len() * x.columns);
+        for (&r, out) in rows.iter().zip(data.chunks_exact_mut(x.columns)) {
+            out.copy_from_slice(&x.data[r * x.columns..][..x.columns]);
+        }
         Ok(CpuTensor { data, columns: x.columns })
     }
 
@@ -229,10 +265,10 @@ impl Backend for CpuBackend {
     }
 
     fn zeros_like(&self, x: &CpuTensor) -> Result<CpuTensor> {
-        Ok(CpuTensor { data: vec![0.0; x.data.len()], columns: x.columns })
+        Ok(CpuTensor { data: self.buffers.zeros(x.data.len()), columns: x.columns })
     }
 
     fn to_host(&self, x: &CpuTensor) -> Result<Vec<f32>> {
-        Ok(x.data.clone())
+        Ok(x.data.to_vec())
     }
 }

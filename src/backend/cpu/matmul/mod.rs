@@ -93,7 +93,7 @@ impl Output {
 }
 
 /// Computes several products of the same number of tokens in one parallel sweep.
-pub(super) fn run(isa: Isa, jobs: &mut [(&PackedLinear, &Input, &mut [f32])], m: usize) {
+pub(super) fn run(isa: Isa, jobs: &mut [(&PackedLinear, &Input<'_>, &mut [f32])], m: usize) {
     let spans = m.div_ceil(TASK_TOKENS);
     let mut tasks = Vec::new();
     let outputs: Vec<Output> = jobs.iter_mut().map(|j| Output(j.2.as_mut_ptr())).collect();
@@ -105,7 +105,7 @@ pub(super) fn run(isa: Isa, jobs: &mut [(&PackedLinear, &Input, &mut [f32])], m:
     }
     // A few groups make a task: enough work to pay for handing it over, little enough to balance.
     let per_task = (tasks.len() / (8 * rayon::current_num_threads())).clamp(1, 64);
-    let jobs: Vec<(&PackedLinear, &Input)> = jobs.iter().map(|j| (j.0, j.1)).collect();
+    let jobs: Vec<(&PackedLinear, &Input<'_>)> = jobs.iter().map(|j| (j.0, j.1)).collect();
     tasks.par_chunks(per_task).for_each_init(Vec::new, |scratch, tasks| {
         for &(job, group, span) in tasks {
             let (w, input) = jobs[job];
@@ -152,7 +152,7 @@ fn integer_group(
 fn float_group(
     isa: Isa,
     w: &PackedLinear,
-    x: &FloatInput,
+    x: &FloatInput<'_>,
     group: usize,
     tokens: std::ops::Range<usize>,
     scratch: &mut Vec<[f32; GROUP]>,
