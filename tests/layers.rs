@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// What each layer may use of the others.
-const ALLOWED: [(&str, &[&str]); 9] = [
+const ALLOWED: [(&str, &[&str]); 10] = [
     ("formats", &[]),
     ("checkpoint", &["formats"]),
     ("backend", &["formats"]),
@@ -11,7 +11,8 @@ const ALLOWED: [(&str, &[&str]); 9] = [
     ("text", &[]),
     ("quantize", &["formats", "checkpoint", "backend", "model"]),
     ("engine", &["formats", "backend", "model", "text"]),
-    ("cli", &["formats", "checkpoint", "backend", "model", "text", "quantize", "engine"]),
+    ("evaluate", &["formats", "checkpoint", "backend", "model", "text", "engine"]),
+    ("cli", &["formats", "checkpoint", "backend", "model", "text", "quantize", "engine", "evaluate"]),
     ("main", &["cli"]),
 ];
 

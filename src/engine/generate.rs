@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::{History, Sampled, Sampler, SamplingError, SamplingParams, Scratch, Session};
 use crate::backend::{Backend, BackendError};
-use crate::text::{StopMatcher, TextError, Tokenizer};
+use crate::text::{StopMatcher, StreamDecoder, TextError, Tokenizer};
 
 /// Why generation failed.
 #[derive(Debug, thiserror::Error)]
@@ -16,6 +16,8 @@ pub enum GenerateError {
     Text(#[from] TextError),
     #[error(transparent)]
     Sampling(#[from] SamplingError),
+    #[error("the prompt is empty; a model continues at least one token")]
+    EmptyPrompt,
     #[error(
         "the prompt has {prompt} tokens, the context only {capacity}; shorten it, or raise --context if the model allows"
     )]
@@ -60,6 +62,98 @@ pub struct Generated {
     pub decode: Duration,
 }
 
+/// An answer in the making: takes logits, gives tokens, until it is finished.
+pub(super) struct Answer<'a> {
+    request: Request<'a>,
+    /// Tokens at most: the request's limit, or what the context has room for.
+    limit: usize,
+    sampler: Sampler,
+    matcher: StopMatcher,
+    decoder: StreamDecoder,
+    ids: Vec<u32>,
+    out: Generated,
+    start: Instant,
+    first: Option<Instant>,
+}
+
+impl<'a> Answer<'a> {
+    /// An answer to `request` in a context of `capacity` tokens.
+    pub(super) fn new(tokenizer: &Tokenizer, request: Request<'a>, capacity: usize) -> Result<Self, GenerateError> {
+        let prompt = request.prompt.len();
+        let room = capacity.checked_sub(prompt).ok_or(GenerateError::PromptTooLong { prompt, capacity })?;
+        let sampler = Sampler::new(request.sampling.clone())?;
+        Ok(Self {
+            // The last token needs no room: nothing is computed after it.
+            limit: request.max_tokens.min(room + 1),
+            matcher: StopMatcher::new(request.stop)?,
+            decoder: tokenizer.stream_decoder(true),
+            ids: Vec::new(),
+            out: Generated {
+                tokens: Vec::new(),
+                text: String::new(),
+                finish: Finish::Length,
+                seed: sampler.seed(),
+                prefill: Duration::ZERO,
+                decode: Duration::ZERO,
+            },
+            sampler,
+            request,
+            start: Instant::now(),
+            first: None,
+        })
+    }
+
+    /// Tokens at most.
+    pub(super) fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// Chooses the next token from `logits`; returns it if something is to be computed after it.
+    pub(super) fn advance(
+        &mut self,
+        logits: &[f32],
+        scratch: &mut Scratch,
+        show: &mut dyn FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<Option<u32>, GenerateError> {
+        if self.ids.len() >= self.limit {
+            return Ok(None);
+        }
+        let history = History { prompt: self.request.prompt, generated: &self.ids };
+        let sampled = self.sampler.sample(logits, history, scratch)?;
+        let token = sampled.token;
+        self.first.get_or_insert_with(Instant::now);
+        self.out.tokens.push(sampled);
+        self.ids.push(token);
+        if self.request.stop_tokens.contains(&token) {
+            self.out.finish = Finish::Stop;
+            return Ok(None);
+        }
+        let step = self.matcher.push(&self.decoder.push(token)?.unwrap_or_default());
+        if emit(&mut self.out, &step.text, show).is_break() {
+            self.out.finish = Finish::Cancelled;
+            return Ok(None);
+        }
+        if step.stop.is_some() {
+            self.out.finish = Finish::Stop;
+            return Ok(None);
+        }
+        Ok((self.ids.len() < self.limit).then_some(token))
+    }
+
+    /// The answer; what was held back for lack of certainty is text after all.
+    pub(super) fn finish(mut self, show: &mut dyn FnMut(&str) -> ControlFlow<()>) -> Result<Generated, GenerateError> {
+        // A matcher that stopped returns nothing.
+        let rest = self.matcher.push(&self.decoder.finish()?.unwrap_or_default()).text + &self.matcher.finish();
+        if self.out.finish != Finish::Cancelled {
+            let _ = emit(&mut self.out, &rest, show);
+        }
+        let first = self.first.unwrap_or_else(Instant::now);
+        self.out.prefill = first - self.start;
+        self.out.decode = first.elapsed();
+        Ok(self.out)
+    }
+}
+
 /// Generates an answer; `show` gets each piece of text as soon as it is certain, and may end the answer.
 ///
 /// # Errors
@@ -70,60 +164,13 @@ pub fn generate<B: Backend>(
     request: Request<'_>,
     show: &mut dyn FnMut(&str) -> ControlFlow<()>,
 ) -> Result<Generated, GenerateError> {
-    let sampler = Sampler::new(request.sampling.clone())?;
-    let mut matcher = StopMatcher::new(request.stop)?;
-    let mut decoder = tokenizer.stream_decoder(true);
-    let room = session
-        .capacity()
-        .checked_sub(request.prompt.len())
-        .ok_or(GenerateError::PromptTooLong { prompt: request.prompt.len(), capacity: session.capacity() })?;
-    let start = Instant::now();
-    let mut logits = session.prefill(request.prompt)?;
+    let mut answer = Answer::new(tokenizer, request, session.capacity())?;
     let mut scratch = Scratch::default();
-    let mut out = Generated {
-        tokens: Vec::new(),
-        text: String::new(),
-        finish: Finish::Length,
-        seed: sampler.seed(),
-        prefill: Duration::ZERO,
-        decode: Duration::ZERO,
-    };
-    let mut ids = Vec::new();
-    let mut first = None;
-    // The last token needs no room: nothing is computed after it.
-    for n in 0..request.max_tokens.min(room + 1) {
-        let history = History { prompt: request.prompt, generated: &ids };
-        let sampled = sampler.sample(&logits, history, &mut scratch)?;
-        let token = sampled.token;
-        first.get_or_insert_with(Instant::now);
-        out.tokens.push(sampled);
-        ids.push(token);
-        if request.stop_tokens.contains(&token) {
-            out.finish = Finish::Stop;
-            break;
-        }
-        let step = matcher.push(&decoder.push(token)?.unwrap_or_default());
-        if emit(&mut out, &step.text, show).is_break() {
-            out.finish = Finish::Cancelled;
-            break;
-        }
-        if step.stop.is_some() {
-            out.finish = Finish::Stop;
-            break;
-        }
-        if n + 1 < request.max_tokens.min(room + 1) {
-            logits = session.step(token)?;
-        }
+    let mut logits = session.prefill(request.prompt)?;
+    while let Some(token) = answer.advance(&logits, &mut scratch, show)? {
+        logits = session.step(token)?;
     }
-    // What was held back for lack of certainty is text after all. A matcher that stopped returns nothing.
-    let rest = matcher.push(&decoder.finish()?.unwrap_or_default()).text + &matcher.finish();
-    if out.finish != Finish::Cancelled {
-        let _ = emit(&mut out, &rest, show);
-    }
-    let first = first.unwrap_or_else(Instant::now);
-    out.prefill = first - start;
-    out.decode = first.elapsed();
-    Ok(out)
+    answer.finish(show)
 }
 
 fn emit(out: &mut Generated, text: &str, show: &mut dyn FnMut(&str) -> ControlFlow<()>) -> ControlFlow<()> {

@@ -1,11 +1,17 @@
 //! Sequences, their cache, sampling and generation: no HTTP, no printing.
 
 pub mod generate;
+mod generate_many;
+mod pages;
 mod sampler;
 mod sampling_params;
+pub mod scoring;
 pub mod session;
 
 pub use generate::{Finish, GenerateError, Generated, Request, generate};
+pub use generate_many::generate_many;
+pub use pages::PagePool;
 pub use sampler::{History, Sampled, Sampler, Scratch};
 pub use sampling_params::{SamplingError, SamplingParams};
+pub use scoring::{Scorer, Sequence};
 pub use session::Session;

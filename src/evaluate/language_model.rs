@@ -1,0 +1,380 @@
+//! `LanguageModel` and `TokenModel` for a decoder and its tokenizer.
+//!
+//! Where a context is cut into tokens, which token stands before a text and what happens to a text that is too long is
+//! as in lm-evaluation-harness's `hf` model (0.4.13), so that scores can be compared document by document.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use recoup_eval::perplexity::windows;
+use recoup_eval::{GenerationOptions, LanguageModel, Message, Request, Response, TokenModel};
+
+use crate::backend::{Backend, BackendError, Batch, PAGE, Span};
+use crate::checkpoint::error::CheckpointError;
+use crate::checkpoint::json::Object;
+use crate::engine::{self, Finish, GenerateError, SamplingParams, Scorer, Sequence, generate_many};
+use crate::formats::kv::KvFormat;
+use crate::model::config::token_ids;
+use crate::model::{Decoder, Wanted};
+use crate::text::{ChatInput, ChatTemplate, TextError, Tokenizer};
+
+/// Answers that are generated side by side.
+const GENERATE_WIDTH: usize = 16;
+/// Tokens of one forward pass of [`TokenModel::logits`].
+const PASS_TOKENS: usize = 512;
+
+/// Why a model could not answer.
+#[derive(Debug, thiserror::Error)]
+pub enum EvaluateError {
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    #[error(transparent)]
+    Text(#[from] TextError),
+    #[error(transparent)]
+    Generate(#[from] GenerateError),
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error(
+        "a continuation of {tokens} tokens is longer than the model's context of {context}; it begins with {begin:?}. \
+         Shorten it, or evaluate a model with a longer context"
+    )]
+    TooLong { tokens: usize, context: usize, begin: String },
+    #[error("the continuation {begin:?} adds no token to its context, so it has no probability; is a choice empty?")]
+    NoTokens { begin: String },
+    #[error(
+        "the task allows {max_tokens} generated tokens, the model's context has {context} in all; lower max_gen_toks"
+    )]
+    NoRoomToGenerate { max_tokens: usize, context: usize },
+    #[error("{folder}: neither tokenizer nor configuration names a token that begins or ends a text (bos or eos)")]
+    NoPrefixToken { folder: PathBuf },
+    #[error(
+        "{folder}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); \
+         evaluate without --apply-chat-template"
+    )]
+    NoChatTemplate { folder: PathBuf },
+}
+
+/// What stands between texts and a model's tokens: everything in its folder but weights.
+#[derive(Debug)]
+pub struct ModelText {
+    folder: PathBuf,
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+    prefix: u32,
+    stop_tokens: Vec<u32>,
+}
+
+impl ModelText {
+    /// Reads tokenizer, chat template and special tokens of a model's folder; `config` is its config.json.
+    ///
+    /// # Errors
+    /// A file that is missing or not what its name says; no token that could stand before a text.
+    pub fn from_folder(folder: &Path, config: &Object) -> Result<Self, EvaluateError> {
+        let tokenizer = Tokenizer::from_folder(folder)?;
+        let bos = token_ids(config, "bos_token_id")?;
+        let mut stop_tokens = token_ids(config, "eos_token_id")?;
+        let prefix =
+            tokenizer.bos_id().or(tokenizer.eos_id()).or(bos.first().copied()).or(stop_tokens.first().copied());
+        let prefix = prefix.ok_or_else(|| EvaluateError::NoPrefixToken { folder: folder.into() })?;
+        let generation = folder.join("generation_config.json");
+        if generation.is_file() {
+            stop_tokens.extend(token_ids(&Object::read(&generation)?, "eos_token_id")?);
+        }
+        stop_tokens.extend(tokenizer.eos_id());
+        stop_tokens.sort_unstable();
+        stop_tokens.dedup();
+        let template = ChatTemplate::from_folder(folder)?;
+        Ok(Self { folder: folder.into(), tokenizer, template, prefix, stop_tokens })
+    }
+
+    /// The tokenizer.
+    #[must_use]
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// Token ids of a text that begins a sequence: with what the tokenizer puts before it, unless the text has that
+    /// already.
+    fn encode_beginning(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        let has_it = self.tokenizer.id_to_token(self.prefix).is_some_and(|t| text.starts_with(&t));
+        self.tokenizer.encode(text, !has_it)
+    }
+
+    /// Tokens of context and continuation. White space at the context's end belongs to the continuation, whose tokens are
+    /// those of the whole text after as many as the context has alone.
+    fn encode_pair(&self, context: &str, continuation: &str) -> Result<(Vec<u32>, Vec<u32>), TextError> {
+        if context.is_empty() {
+            let mut tokens = self.tokenizer.encode(continuation, false)?;
+            if tokens.first() == Some(&self.prefix) {
+                let rest = tokens.split_off(1);
+                return Ok((tokens, rest));
+            }
+            return Ok((vec![self.prefix], tokens));
+        }
+        let trimmed = context.trim_end();
+        let mut whole = self.encode_beginning(&(context.to_owned() + continuation))?;
+        let context = self.encode_beginning(trimmed)?;
+        let continuation = whole.split_off(context.len().min(whole.len()));
+        Ok((context, continuation))
+    }
+}
+
+/// A decoder under evaluation.
+pub struct EvaluatedModel<'m, B: Backend> {
+    model: &'m Decoder<B>,
+    text: &'m ModelText,
+    kv: KvFormat,
+    /// Tokens of context at most.
+    context_length: usize,
+    /// Contexts that were cut on the left to fit.
+    truncated: usize,
+    cache: Option<B::Cache>,
+}
+
+impl<'m, B: Backend> EvaluatedModel<'m, B> {
+    /// `context_length`: at most this many tokens, and no more than the model has positions for.
+    #[must_use]
+    pub fn new(model: &'m Decoder<B>, text: &'m ModelText, kv: KvFormat, context_length: Option<usize>) -> Self {
+        let positions = model.config.max_positions;
+        let context_length = context_length.map_or(positions, |c| c.min(positions));
+        Self { model, text, kv, context_length, truncated: 0, cache: None }
+    }
+
+    /// How many contexts so far were longer than the model takes and lost their beginning, as lm-evaluation-harness cuts
+    /// them.
+    #[must_use]
+    pub fn truncated(&self) -> usize {
+        self.truncated
+    }
+
+    /// The sequences whose scores answer a request.
+    fn sequences(&mut self, request: &Request) -> Result<Vec<Sequence>, EvaluateError> {
+        let length = self.context_length;
+        match request {
+            Request::LogLikelihood { context, continuation } => {
+                let (context, continuation_tokens) = self.text.encode_pair(context, continuation)?;
+                let begin = continuation.chars().take(60).collect();
+                if continuation_tokens.is_empty() {
+                    return Err(EvaluateError::NoTokens { begin });
+                }
+                if continuation_tokens.len() > length {
+                    return Err(EvaluateError::TooLong { tokens: continuation_tokens.len(), context: length, begin });
+                }
+                let mut first = context.len();
+                let mut tokens = context;
+                tokens.extend(continuation_tokens);
+                // The last token is predicted, not read.
+                let surplus = tokens.len().saturating_sub(length + 1);
+                if surplus > 0 {
+                    self.truncated += 1;
+                    tokens.drain(..surplus);
+                    first -= surplus;
+                }
+                Ok(vec![Sequence { tokens, first }])
+            }
+            Request::Rolling { text } => {
+                let tokens = self.text.encode_beginning(text)?;
+                Ok(windows(&tokens, self.text.prefix, length)
+                    .into_iter()
+                    .map(|(context, continuation)| {
+                        let first = context.len();
+                        Sequence { tokens: [context, continuation].concat(), first }
+                    })
+                    .collect())
+            }
+            Request::Generate { .. } => Ok(Vec::new()),
+        }
+    }
+
+    /// Everything but generation.
+    fn score(
+        &mut self,
+        requests: &[Request],
+        done: &mut dyn FnMut(usize, Response) -> ControlFlow<()>,
+    ) -> Result<ControlFlow<()>, EvaluateError> {
+        let mut sequences = Vec::new();
+        let mut owners = Vec::new();
+        let mut open: Vec<usize> = vec![0; requests.len()];
+        let mut log_likelihoods: Vec<Vec<f64>> = vec![Vec::new(); requests.len()];
+        let mut greedy = vec![true; requests.len()];
+        for (i, request) in requests.iter().enumerate() {
+            let own = self.sequences(request)?;
+            open[i] = own.len();
+            log_likelihoods[i] = vec![0.0; own.len()];
+            owners.extend((0..own.len()).map(|part| (i, part)));
+            sequences.extend(own);
+            if open[i] == 0 && matches!(request, Request::Rolling { .. }) {
+                let empty = Response::Rolling { log_likelihood: 0.0, tokens: Some(0) };
+                if done(i, empty).is_break() {
+                    return Ok(ControlFlow::Break(()));
+                }
+            }
+        }
+        let Some(longest) = sequences.iter().map(|s| s.tokens.len()).max() else {
+            return Ok(ControlFlow::Continue(()));
+        };
+        let tokens: Vec<usize> = sequences.iter().map(|s| s.tokens.len() - s.first).collect();
+        let mut flow = ControlFlow::Continue(());
+        let mut scored = vec![0usize; requests.len()];
+        let mut finish = |at: usize, sum: f64, all_greedy: bool| {
+            let (i, part) = owners[at];
+            log_likelihoods[i][part] = sum;
+            greedy[i] &= all_greedy;
+            scored[i] += tokens[at];
+            open[i] -= 1;
+            if open[i] == 0 {
+                // Windows in the order of the text, whichever was computed first.
+                let log_likelihood = log_likelihoods[i].iter().sum();
+                flow = done(
+                    i,
+                    match requests[i] {
+                        Request::Rolling { .. } => Response::Rolling { log_likelihood, tokens: Some(scored[i]) },
+                        _ => Response::LogLikelihood { log_likelihood, is_greedy: greedy[i] },
+                    },
+                );
+            }
+            flow
+        };
+        Scorer::new(self.model, longest, self.kv)?.score(&sequences, &mut |at, scores| {
+            finish(at, scores.iter().map(|s| s.log_prob).sum(), scores.iter().all(|s| s.is_greedy))
+        })?;
+        Ok(flow)
+    }
+
+    fn generate(
+        &mut self,
+        requests: &[Request],
+        done: &mut dyn FnMut(usize, Response) -> ControlFlow<()>,
+    ) -> Result<(), EvaluateError> {
+        struct Prepared<'a> {
+            index: usize,
+            prompt: Vec<u32>,
+            sampling: SamplingParams,
+            options: &'a GenerationOptions,
+        }
+        let mut prepared = Vec::new();
+        for (index, request) in requests.iter().enumerate() {
+            let Request::Generate { context, options } = request else { continue };
+            let room = self.context_length.checked_sub(options.max_tokens).filter(|r| *r > 0).ok_or(
+                EvaluateError::NoRoomToGenerate { max_tokens: options.max_tokens, context: self.context_length },
+            )?;
+            let mut prompt = self.text.encode_beginning(context)?;
+            if prompt.is_empty() {
+                prompt.push(self.text.prefix);
+            }
+            if prompt.len() > room {
+                self.truncated += 1;
+                prompt.drain(..prompt.len() - room);
+            }
+            prepared.push(Prepared { index, prompt, sampling: sampling(options), options });
+        }
+        let jobs: Vec<engine::Request> = prepared
+            .iter()
+            .map(|p| engine::Request {
+                prompt: &p.prompt,
+                max_tokens: p.options.max_tokens,
+                sampling: &p.sampling,
+                stop_tokens: &self.text.stop_tokens,
+                stop: &p.options.until,
+            })
+            .collect();
+        if jobs.is_empty() {
+            return Ok(());
+        }
+        let (width, length) = (GENERATE_WIDTH.min(jobs.len()), self.context_length);
+        generate_many(self.model, &self.text.tokenizer, &jobs, width, length, self.kv, &mut |i, answer| {
+            let tokens = Some(answer.tokens.len());
+            let capped = answer.finish == Finish::Length;
+            done(prepared[i].index, Response::Generated { text: answer.text, tokens, capped })
+        })?;
+        Ok(())
+    }
+}
+
+fn sampling(options: &GenerationOptions) -> SamplingParams {
+    SamplingParams {
+        temperature: options.temperature as f32,
+        top_p: options.top_p as f32,
+        top_k: options.top_k,
+        min_p: options.min_p as f32,
+        seed: Some(options.seed),
+        ..SamplingParams::greedy()
+    }
+}
+
+impl<B: Backend> LanguageModel for EvaluatedModel<'_, B> {
+    type Error = EvaluateError;
+
+    fn answer(
+        &mut self,
+        requests: &[Request],
+        done: &mut dyn FnMut(usize, Response) -> ControlFlow<()>,
+    ) -> Result<(), EvaluateError> {
+        if self.score(requests, done)?.is_continue() {
+            self.generate(requests, done)?;
+        }
+        Ok(())
+    }
+
+    fn chat_prompt(&self, messages: &[Message], continue_last: bool) -> Result<String, EvaluateError> {
+        let template = self
+            .text
+            .template
+            .as_ref()
+            .ok_or_else(|| EvaluateError::NoChatTemplate { folder: self.text.folder.clone() })?;
+        let json: Vec<_> = messages.iter().map(|m| serde_json::json!({"role": m.role, "content": m.content})).collect();
+        let input = ChatInput { messages: &json, add_generation_prompt: !continue_last, ..ChatInput::default() };
+        let mut prompt = template.render(&input)?;
+        // As transformers' continue_final_message: the text ends where the last message does.
+        if let Some(last) = messages.last().filter(|_| continue_last) {
+            let content = last.content.trim();
+            if let Some(at) = prompt.rfind(content) {
+                prompt.truncate(at + content.len());
+            }
+        }
+        Ok(prompt)
+    }
+}
+
+impl<B: Backend> TokenModel for EvaluatedModel<'_, B> {
+    type Error = EvaluateError;
+
+    fn context_length(&self) -> usize {
+        self.context_length
+    }
+
+    fn vocab(&self) -> usize {
+        self.model.config.vocab
+    }
+
+    fn encode(&self, text: &str) -> Result<Vec<u32>, EvaluateError> {
+        Ok(self.text.tokenizer.encode(text, false)?)
+    }
+
+    fn token_text(&self, token: u32) -> String {
+        self.text.tokenizer.decode(&[token], false).unwrap_or_default()
+    }
+
+    fn prefix_token(&self) -> u32 {
+        self.text.prefix
+    }
+
+    fn logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, EvaluateError> {
+        let pages = self.context_length.max(tokens.len()).div_ceil(PAGE);
+        let mut cache = match self.cache.take() {
+            Some(cache) => cache,
+            None => self.model.new_cache(pages * PAGE, self.kv)?,
+        };
+        let mut out = Vec::with_capacity(tokens.len() * self.model.config.vocab);
+        for (i, chunk) in tokens.chunks(PASS_TOKENS).enumerate() {
+            let start = i * PASS_TOKENS;
+            let pages = (0..(start + chunk.len()).div_ceil(PAGE) as u32).collect();
+            let span = Span { slot: 0, start, len: chunk.len(), pages };
+            let batch = Batch { tokens: chunk.to_vec(), spans: vec![span] };
+            let logits = self.model.forward(&batch, &mut cache, Wanted::All)?;
+            out.extend(self.model.backend().to_host(&logits)?);
+        }
+        self.cache = Some(cache);
+        Ok(out)
+    }
+}

@@ -1,0 +1,5 @@
+//! Our models under the evaluator: what `recoup_eval` asks, answered by the packed decoder.
+
+mod language_model;
+
+pub use language_model::{EvaluateError, EvaluatedModel, ModelText};

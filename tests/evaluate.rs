@@ -1,0 +1,143 @@
+//! Our scores are lm-evaluation-harness's, request by request.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use recoup::backend::Backend;
+use recoup::backend::autograd::AutogradBackend;
+use recoup::backend::cpu::{CpuBackend, isa::Isa};
+use recoup::checkpoint::Checkpoint;
+use recoup::evaluate::{EvaluatedModel, ModelText};
+use recoup::formats::kv::KvFormat;
+use recoup::model::Decoder;
+use recoup_eval::{LanguageModel as _, Request, Response};
+
+fn project() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+struct Loaded<B: Backend> {
+    model: Decoder<B>,
+    text: ModelText,
+}
+
+impl<B: Backend> Loaded<B> {
+    fn open(backend: B, folder: &Path) -> Self {
+        let checkpoint = Checkpoint::open(folder).unwrap();
+        let text = ModelText::from_folder(folder, &checkpoint.config).unwrap();
+        Self { model: Decoder::load(backend, &checkpoint).unwrap(), text }
+    }
+
+    fn evaluated(&self) -> EvaluatedModel<'_, B> {
+        EvaluatedModel::new(&self.model, &self.text, KvFormat::F32, None)
+    }
+
+    fn answers(&self, requests: &[Request]) -> Vec<Response> {
+        let mut out = vec![None; requests.len()];
+        let mut model = self.evaluated();
+        model
+            .answer(requests, &mut |i, response| {
+                assert!(out[i].replace(response).is_none(), "request {i} was answered twice");
+                ControlFlow::Continue(())
+            })
+            .unwrap();
+        out.into_iter().map(Option::unwrap).collect()
+    }
+}
+
+fn cpu(threads: usize) -> CpuBackend {
+    CpuBackend::new(Isa::detect(), threads).unwrap()
+}
+
+struct Golden {
+    task: String,
+    request: Request,
+    log_likelihood: f64,
+    is_greedy: bool,
+}
+
+fn golden(file: &Path) -> Vec<Golden> {
+    let text = std::fs::read_to_string(file).unwrap();
+    let rows = text.lines().map(|line| {
+        let row: serde_json::Value = serde_json::from_str(line).unwrap();
+        let string = |key: &str| row[key].as_str().map(str::to_owned);
+        let continuation = string("continuation").unwrap();
+        Golden {
+            task: string("task").unwrap(),
+            request: match string("context") {
+                Some(context) => Request::LogLikelihood { context, continuation },
+                None => Request::Rolling { text: continuation },
+            },
+            log_likelihood: row["log_likelihood"].as_f64().unwrap(),
+            is_greedy: row["is_greedy"].as_bool().unwrap_or(false),
+        }
+    });
+    rows.collect()
+}
+
+/// Largest difference by task.
+fn compare<B: Backend>(model: &Loaded<B>, golden: &[Golden]) -> BTreeMap<String, f64> {
+    let requests: Vec<Request> = golden.iter().map(|g| g.request.clone()).collect();
+    let mut worst: BTreeMap<String, f64> = BTreeMap::new();
+    for (g, response) in golden.iter().zip(model.answers(&requests)) {
+        let log_likelihood = match response {
+            Response::LogLikelihood { log_likelihood, is_greedy } => {
+                assert_eq!(is_greedy, g.is_greedy, "{}: {:?}", g.task, g.request);
+                log_likelihood
+            }
+            Response::Rolling { log_likelihood, .. } => log_likelihood,
+            Response::Generated { .. } => panic!("nothing was to be generated"),
+        };
+        let error = (log_likelihood - g.log_likelihood).abs();
+        worst.entry(g.task.clone()).and_modify(|w| *w = w.max(error)).or_insert(error);
+    }
+    worst
+}
+
+fn books() -> PathBuf {
+    project().join("models/books-bf16")
+}
+
+#[test]
+fn log_likelihoods_of_the_small_model_are_those_of_lm_evaluation_harness() {
+    let golden = golden(&project().join("tests/data/evaluate/books.jsonl"));
+    let worst = compare(&Loaded::open(cpu(0), &books()), &golden);
+    println!("{worst:?}");
+    assert!(worst.len() > 8 && worst.values().all(|w| *w < 1e-3), "{worst:?}");
+}
+
+#[test]
+fn log_likelihoods_do_not_depend_on_what_else_is_asked_or_on_threads() {
+    let golden = golden(&project().join("tests/data/evaluate/books.jsonl"));
+    let requests: Vec<Request> = golden.iter().map(|g| g.request.clone()).collect();
+    let model = Loaded::open(cpu(2), &project().join("models/books-nvfp4"));
+    let together = model.answers(&requests);
+    let single = Loaded::open(cpu(1), &project().join("models/books-nvfp4"));
+    let reversed: Vec<Request> = requests.iter().rev().cloned().collect();
+    let mut backwards = single.answers(&reversed);
+    backwards.reverse();
+    assert_eq!(together, backwards);
+    for i in (0..requests.len()).step_by(7) {
+        assert_eq!(single.answers(&requests[i..=i]), together[i..=i], "{:?}", requests[i]);
+    }
+}
+
+#[test]
+fn the_plain_reference_gives_the_same_log_likelihoods() {
+    let mut golden = golden(&project().join("tests/data/evaluate/books.jsonl"));
+    golden.truncate(60);
+    let worst = compare(&Loaded::open(AutogradBackend::new(), &books()), &golden);
+    assert!(worst.values().all(|w| *w < 1e-3), "{worst:?}");
+}
+
+#[test]
+fn a_real_model_has_the_log_likelihoods_of_lm_evaluation_harness() {
+    let (Some(folder), Some(file)) = (std::env::var_os("EVAL_MODEL"), std::env::var_os("EVAL_GOLD")) else { return };
+    let golden = golden(Path::new(&file));
+    let model = Loaded::open(cpu(0), Path::new(&folder));
+    let start = std::time::Instant::now();
+    let worst = compare(&model, &golden);
+    println!("{worst:?} {:?} {}", start.elapsed(), golden.len());
+    assert!(worst.values().all(|w| *w < 1e-3), "{worst:?}");
+}
