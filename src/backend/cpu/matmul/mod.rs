@@ -81,17 +81,6 @@ unsafe impl Send for Output {}
 // SAFETY: as above.
 unsafe impl Sync for Output {}
 
-impl Output {
-    /// Writes 16 (or fewer at the right edge) outputs of token `m`.
-    ///
-    /// # Safety
-    /// `m` and `n0 + count` lie inside the output, and no other task writes there.
-    unsafe fn write(self, m: usize, n: usize, n0: usize, values: &[f32]) {
-        // SAFETY: the caller's.
-        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), self.0.add(m * n + n0), values.len()) };
-    }
-}
-
 /// Computes several products of the same number of tokens in one parallel sweep.
 pub(super) fn run(isa: Isa, jobs: &mut [(&PackedLinear, &Input<'_>, &mut [f32])], m: usize) {
     let spans = m.div_ceil(TASK_TOKENS);
@@ -129,6 +118,7 @@ fn integer_group(
 ) {
     let blocks = w.k / x.block;
     w.group_scales(group, x.block, scratch);
+    let finish = Finish::new(w, group, out);
     let mut m = tokens.start;
     while m < tokens.end {
         let tile = IntegerTile {
@@ -143,7 +133,7 @@ fn integer_group(
         let mut acc = [[0.0f32; GROUP]; TILE];
         let rows = integer_tile(isa, &tile, tokens.end - m, &mut acc);
         for (i, acc) in acc[..rows].iter().enumerate() {
-            finish(w, group, m + i, acc, x.global, out);
+            finish.write(m + i, acc, x.global);
         }
         m += rows;
     }
@@ -172,6 +162,7 @@ fn float_group(
             rows.flat_map(|r| r.iter().flat_map(|&s| std::iter::repeat_n(s, repeat)).take(blocks)).collect()
         }
     };
+    let finish = Finish::new(w, group, out);
     let mut m = tokens.start;
     while m < tokens.end {
         let (scales, scale_stride) = match repeat {
@@ -192,25 +183,54 @@ fn float_group(
         let mut acc = [[0.0f32; GROUP]; TILE];
         let rows = float_tile(isa, &tile, tokens.end - m, &mut acc);
         for (i, acc) in acc[..rows].iter().enumerate() {
-            finish(w, group, m + i, acc, x.rows.get(m + i).copied().unwrap_or(1.0), out);
+            finish.write(m + i, acc, x.rows.get(m + i).copied().unwrap_or(1.0));
         }
         m += rows;
     }
 }
 
-/// Applies output scale and bias and writes 16 outputs of one token.
-fn finish(w: &PackedLinear, group: usize, m: usize, acc: &[f32; GROUP], input_scale: f32, out: Output) {
-    let n0 = group * GROUP;
-    let count = GROUP.min(w.n - n0);
-    let mut y = [0.0f32; GROUP];
-    for (i, y) in y[..count].iter_mut().enumerate() {
-        *y = acc[i] * (w.output_scale.at(n0 + i) * input_scale);
+/// What turns a group's sums into outputs.
+struct Finish<'a> {
+    scales: [f32; GROUP],
+    bias: Option<&'a [f32]>,
+    /// First row of the group, and how many of its 16 rows there are.
+    n0: usize,
+    count: usize,
+    /// Row length of the output.
+    n: usize,
+    out: Output,
+}
+
+impl<'a> Finish<'a> {
+    fn new(w: &'a PackedLinear, group: usize, out: Output) -> Self {
+        let n0 = group * GROUP;
+        let count = GROUP.min(w.n - n0);
+        let mut scales = [0.0; GROUP];
+        scales[..count].iter_mut().enumerate().for_each(|(i, s)| *s = w.output_scale.at(n0 + i));
+        Self { scales, bias: w.bias.as_ref().map(|b| &b[n0..n0 + count]), n0, count, n: w.n, out }
     }
-    if let Some(bias) = &w.bias {
-        y[..count].iter_mut().zip(&bias[n0..]).for_each(|(y, b)| *y += b);
+
+    /// Applies output scale, input scale and bias and writes the outputs of token `m`.
+    #[inline(always)]
+    fn write(&self, m: usize, acc: &[f32; GROUP], input_scale: f32) {
+        let mut y = [0.0f32; GROUP];
+        for i in 0..GROUP {
+            y[i] = acc[i] * (self.scales[i] * input_scale);
+        }
+        if let Some(bias) = self.bias {
+            y.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+        }
+        // SAFETY: this task owns the group's columns of token `m`, and those are `count` from `n0` on.
+        unsafe {
+            let to = self.out.0.add(m * self.n + self.n0);
+            // A length known when compiling spares the call.
+            if self.count == GROUP {
+                to.cast::<[f32; GROUP]>().write_unaligned(y);
+            } else {
+                std::ptr::copy_nonoverlapping(y.as_ptr(), to, self.count);
+            }
+        }
     }
-    // SAFETY: this task owns group `group` of token `m`.
-    unsafe { out.write(m, w.n, n0, &y[..count]) };
 }
 
 /// Computes the first 8, 4, 2 or 1 of `rows` tokens and returns how many that were.
