@@ -111,9 +111,10 @@ pub trait TokenModel {
     /// The token that stands before a text's first one.
     fn prefix_token(&self) -> u32;
 
-    /// Logits after every token of one sequence, [tokens, vocab] row-major, not normalised.
+    /// Logits after each of `tokens`, [tokens, vocab] row-major, not normalised. The tokens stand at position `start` of
+    /// one sequence, whose tokens before that were given in earlier calls; 0 begins a new sequence.
     ///
     /// # Errors
     /// When the sequence exceeds the context length, or the model fails.
-    fn logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, Self::Error>;
+    fn logits(&mut self, start: usize, tokens: &[u32]) -> Result<Vec<f32>, Self::Error>;
 }

@@ -20,8 +20,6 @@ use crate::text::{ChatInput, ChatTemplate, TextError, Tokenizer};
 
 /// Answers that are generated side by side.
 const GENERATE_WIDTH: usize = 16;
-/// Tokens of one forward pass of [`TokenModel::logits`].
-const PASS_TOKENS: usize = 512;
 
 /// Why a model could not answer.
 #[derive(Debug, thiserror::Error)]
@@ -359,22 +357,20 @@ impl<B: Backend> TokenModel for EvaluatedModel<'_, B> {
         self.text.prefix
     }
 
-    fn logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, EvaluateError> {
-        let pages = self.context_length.max(tokens.len()).div_ceil(PAGE);
+    fn logits(&mut self, start: usize, tokens: &[u32]) -> Result<Vec<f32>, EvaluateError> {
+        let end = start + tokens.len();
+        if end > self.context_length {
+            return Err(BackendError::CacheTooSmall { capacity: self.context_length, needed: end }.into());
+        }
         let mut cache = match self.cache.take() {
             Some(cache) => cache,
-            None => self.model.new_cache(pages * PAGE, self.kv)?,
+            None => self.model.new_cache(self.context_length.next_multiple_of(PAGE), self.kv)?,
         };
-        let mut out = Vec::with_capacity(tokens.len() * self.model.config.vocab);
-        for (i, chunk) in tokens.chunks(PASS_TOKENS).enumerate() {
-            let start = i * PASS_TOKENS;
-            let pages = (0..(start + chunk.len()).div_ceil(PAGE) as u32).collect();
-            let span = Span { slot: 0, start, len: chunk.len(), pages };
-            let batch = Batch { tokens: chunk.to_vec(), spans: vec![span] };
-            let logits = self.model.forward(&batch, &mut cache, Wanted::All)?;
-            out.extend(self.model.backend().to_host(&logits)?);
-        }
+        let pages = (0..end.div_ceil(PAGE) as u32).collect();
+        let span = Span { slot: 0, start, len: tokens.len(), pages };
+        let batch = Batch { tokens: tokens.to_vec(), spans: vec![span] };
+        let logits = self.model.forward(&batch, &mut cache, Wanted::All)?;
         self.cache = Some(cache);
-        Ok(out)
+        Ok(self.model.backend().to_host(&logits)?)
     }
 }

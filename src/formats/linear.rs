@@ -20,6 +20,12 @@ pub enum Element {
 }
 
 impl Element {
+    /// Whether it is a float of 16 or 32 bits: not quantized.
+    #[must_use]
+    pub fn is_float(self) -> bool {
+        matches!(self, Self::F32 | Self::F16 | Self::Bf16)
+    }
+
     /// Bytes that `k` elements of one row take.
     #[must_use]
     pub fn row_bytes(self, k: usize) -> usize {

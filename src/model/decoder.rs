@@ -1,6 +1,7 @@
 //! The decoder of Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE, written once over [`Backend`].
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use super::config::{ModelConfig, Moe};
 use crate::backend::{self, AttentionShape, Backend, Batch, CacheLayout, PAGE, RopeTable};
@@ -21,38 +22,72 @@ pub enum LoadError {
 pub struct Decoder<B: Backend> {
     pub config: ModelConfig,
     backend: B,
-    embedding: B::Linear,
+    embedding: Arc<B::Linear>,
     layers: Vec<Layer<B>>,
-    norm: B::Norm,
+    norm: Arc<B::Norm>,
     /// `None`: the embedding's weight is the head's.
-    head: Option<B::Linear>,
+    head: Option<Arc<B::Linear>>,
     frequencies: Vec<f32>,
     /// What the checkpoint says of each layer's KV cache; `None` leaves it to the caller.
     kv_formats: Vec<Option<KvFormat>>,
 }
 
 struct Layer<B: Backend> {
-    input_norm: B::Norm,
-    q: B::Linear,
-    k: B::Linear,
-    v: B::Linear,
-    o: B::Linear,
-    q_norm: Option<B::Norm>,
-    k_norm: Option<B::Norm>,
-    post_norm: B::Norm,
+    input_norm: Arc<B::Norm>,
+    q: Arc<B::Linear>,
+    k: Arc<B::Linear>,
+    v: Arc<B::Linear>,
+    o: Arc<B::Linear>,
+    q_norm: Option<Arc<B::Norm>>,
+    k_norm: Option<Arc<B::Norm>>,
+    post_norm: Arc<B::Norm>,
     ffn: Ffn<B>,
     window: Option<usize>,
 }
 
+impl<B: Backend> Layer<B> {
+    fn for_each_linear(&self, mut f: impl FnMut(&B::Linear)) {
+        [&self.q, &self.k, &self.v, &self.o].into_iter().for_each(|l| f(l));
+        let mlps = match &self.ffn {
+            Ffn::Dense(mlp) => std::slice::from_ref(mlp),
+            Ffn::Moe { router, experts, .. } => {
+                f(router);
+                &experts[..]
+            }
+        };
+        mlps.iter().flat_map(|m| [&m.gate, &m.up, &m.down]).for_each(|l| f(l));
+    }
+}
+
 enum Ffn<B: Backend> {
     Dense(Mlp<B>),
-    Moe { router: B::Linear, experts: Vec<Mlp<B>>, moe: Moe },
+    Moe { router: Arc<B::Linear>, experts: Vec<Mlp<B>>, moe: Moe },
+}
+
+impl<B: Backend> Ffn<B> {
+    /// This part with each linear replaced by `choose(own, donor's)`; as it is where the donor's is of another kind.
+    fn graft(&self, donor: &Self, choose: &dyn Fn(&Arc<B::Linear>, &Arc<B::Linear>) -> Arc<B::Linear>) -> Self {
+        let mlp = |own: &Mlp<B>, other: &Mlp<B>| Mlp {
+            gate: choose(&own.gate, &other.gate),
+            up: choose(&own.up, &other.up),
+            down: choose(&own.down, &other.down),
+        };
+        match (self, donor) {
+            (Self::Dense(own), Self::Dense(other)) => Self::Dense(mlp(own, other)),
+            (Self::Moe { router, experts, moe }, Self::Moe { router: other_router, experts: other, .. }) => Self::Moe {
+                router: choose(router, other_router),
+                experts: experts.iter().zip(other).map(|(a, b)| mlp(a, b)).collect(),
+                moe: *moe,
+            },
+            _ => self.graft(self, choose),
+        }
+    }
 }
 
 struct Mlp<B: Backend> {
-    gate: B::Linear,
-    up: B::Linear,
-    down: B::Linear,
+    gate: Arc<B::Linear>,
+    up: Arc<B::Linear>,
+    down: Arc<B::Linear>,
 }
 
 /// Which tokens of a batch get logits.
@@ -113,18 +148,51 @@ impl<B: Backend> Decoder<B> {
     /// Calls `f` with every linear layer, embedding and head included.
     pub fn for_each_linear(&self, mut f: impl FnMut(&B::Linear)) {
         f(&self.embedding);
-        for layer in &self.layers {
-            [&layer.q, &layer.k, &layer.v, &layer.o].into_iter().for_each(&mut f);
-            let mlps = match &layer.ffn {
-                Ffn::Dense(mlp) => std::slice::from_ref(mlp),
-                Ffn::Moe { router, experts, .. } => {
-                    f(router);
-                    &experts[..]
-                }
-            };
-            mlps.iter().flat_map(|m| [&m.gate, &m.up, &m.down]).for_each(&mut f);
+        self.layers.iter().for_each(|l| l.for_each_linear(&mut f));
+        self.head.iter().for_each(|l| f(l));
+    }
+
+    /// This model with some layers taken from `donor`, a model of the same shape (its quantized form, say): the linears
+    /// whose module `swap` names, and the norms of decoder layers all of whose linears it names. Weights are shared, not
+    /// copied.
+    #[must_use]
+    pub fn graft(&self, donor: &Self, swap: &dyn Fn(&str) -> bool) -> Self
+    where
+        B: Clone,
+    {
+        let linear = |own: &Arc<B::Linear>, other: &Arc<B::Linear>| {
+            Arc::clone(if swap(self.backend.module(own)) { other } else { own })
+        };
+        let layer = |own: &Layer<B>, other: &Layer<B>| {
+            let mut all = true;
+            own.for_each_linear(|l| all &= swap(self.backend.module(l)));
+            let norms = if all { other } else { own };
+            Layer {
+                input_norm: norms.input_norm.clone(),
+                post_norm: norms.post_norm.clone(),
+                q_norm: norms.q_norm.clone(),
+                k_norm: norms.k_norm.clone(),
+                q: linear(&own.q, &other.q),
+                k: linear(&own.k, &other.k),
+                v: linear(&own.v, &other.v),
+                o: linear(&own.o, &other.o),
+                ffn: own.ffn.graft(&other.ffn, &linear),
+                window: own.window,
+            }
+        };
+        Self {
+            config: self.config.clone(),
+            backend: self.backend.clone(),
+            embedding: linear(&self.embedding, &donor.embedding),
+            layers: self.layers.iter().zip(&donor.layers).map(|(a, b)| layer(a, b)).collect(),
+            norm: self.norm.clone(),
+            head: match (&self.head, &donor.head) {
+                (Some(own), Some(other)) => Some(linear(own, other)),
+                (own, _) => own.clone(),
+            },
+            frequencies: self.frequencies.clone(),
+            kv_formats: self.kv_formats.clone(),
         }
-        self.head.iter().for_each(f);
     }
 
     /// A KV cache for `tokens` tokens in all; `format` where the checkpoint does not fix one.
@@ -263,17 +331,17 @@ struct Loader<'a, B: Backend> {
 }
 
 impl<B: Backend> Loader<'_, B> {
-    fn linear(&self, name: &str) -> Result<B::Linear, LoadError> {
+    fn linear(&self, name: &str) -> Result<Arc<B::Linear>, LoadError> {
         let role = self.roles.get(name).ok_or_else(|| CheckpointError::MissingTensor {
             folder: self.checkpoint.tensors.folder().into(),
             tensor: name.into(),
             why: "the decoder asks for a module that the architecture does not list".into(),
         })?;
-        Ok(self.backend.load_linear(self.checkpoint.linear(name, *role)?)?)
+        Ok(Arc::new(self.backend.load_linear(self.checkpoint.linear(name, *role)?)?))
     }
 
-    fn norm(&self, name: &str, length: usize) -> Result<B::Norm, LoadError> {
-        Ok(self.backend.load_norm(self.checkpoint.floats(name, &[length])?)?)
+    fn norm(&self, name: &str, length: usize) -> Result<Arc<B::Norm>, LoadError> {
+        Ok(Arc::new(self.backend.load_norm(self.checkpoint.floats(name, &[length])?)?))
     }
 
     fn layer(&self, index: usize, prefix: &str) -> Result<Layer<B>, LoadError> {

@@ -1,0 +1,251 @@
+//! Answers on disk as they come: what was answered survives a kill at any moment, and a run that is started again goes on
+//! from there.
+//!
+//! A JSONL file: first what the run is about, then a line per answer, in the order they came. [`Journal::finish`] sorts
+//! them, so that the file's bytes do not depend on that order.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::Response;
+
+/// Why answers could not be read or kept.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    #[error("{path}: {source}{}", if source.kind() == std::io::ErrorKind::StorageFull { "; free some space and start the same command again: what was answered so far is kept" } else { "" })]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error(
+        "{path} holds answers of another run: `{key}` is {found} there and {expected} here; \
+         choose another output folder, or delete this one to begin anew"
+    )]
+    OtherRun { path: PathBuf, key: String, expected: String, found: String },
+    #[error("{path}, line {line}: {problem}; the file was changed or damaged, delete the folder to begin anew")]
+    Damaged { path: PathBuf, line: usize, problem: String },
+    #[error(
+        "{path}: shard {shard} of {shards} is missing {missing} answers, the first to {first}; let it run to its end"
+    )]
+    Incomplete { path: PathBuf, shard: usize, shards: usize, missing: usize, first: String },
+}
+
+/// Which request an answer belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Key {
+    pub task: String,
+    pub doc_id: usize,
+    /// Of the document's requests.
+    pub request: usize,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Line {
+    #[serde(flatten)]
+    key: Key,
+    response: Response,
+}
+
+/// A run's answers, in memory and on disk.
+#[derive(Debug)]
+pub struct Journal {
+    path: PathBuf,
+    file: File,
+    header: Value,
+    answers: BTreeMap<Key, Response>,
+}
+
+impl Journal {
+    /// Opens the journal at `path`, or begins it. `about` says what the run is about (an object); answers of a run about
+    /// anything else are refused. An unfinished last line, which a kill may leave, is dropped.
+    ///
+    /// # Errors
+    /// When the file cannot be read or written, is damaged, or holds another run.
+    pub fn open(path: &Path, about: &Value) -> Result<Self, JournalError> {
+        let io = |source| JournalError::Io { path: path.into(), source };
+        let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
+        let mut text = String::new();
+        file.read_to_string(&mut text).map_err(io)?;
+        let whole = text.rfind('\n').map_or(0, |end| end + 1);
+        let answers = read(path, &text[..whole], Some(about))?;
+        file.set_len(whole as u64).map_err(io)?;
+        file.seek(SeekFrom::Start(whole as u64)).map_err(io)?;
+        let mut journal = Self { path: path.into(), file, header: about.clone(), answers };
+        if whole == 0 {
+            let line = about.to_string() + "\n";
+            journal.write(line.as_bytes())?;
+        }
+        Ok(journal)
+    }
+
+    /// The answers so far.
+    #[must_use]
+    pub fn answers(&self) -> &BTreeMap<Key, Response> {
+        &self.answers
+    }
+
+    /// Adds an answer; it is with the operating system when this returns.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn add(&mut self, key: Key, response: Response) -> Result<(), JournalError> {
+        let line = Line { key, response };
+        let mut text =
+            serde_json::to_vec(&line).map_err(|e| JournalError::Io { path: self.path.clone(), source: e.into() })?;
+        text.push(b'\n');
+        self.write(&text)?;
+        self.answers.insert(line.key, line.response);
+        Ok(())
+    }
+
+    /// Rewrites the file in the order of keys.
+    ///
+    /// # Errors
+    /// When it cannot be written; the old file is whole then.
+    pub fn finish(self) -> Result<BTreeMap<Key, Response>, JournalError> {
+        let mut text = self.header.to_string() + "\n";
+        for (key, response) in &self.answers {
+            let line = Line { key: key.clone(), response: response.clone() };
+            text += &serde_json::to_string(&line)
+                .map_err(|e| JournalError::Io { path: self.path.clone(), source: e.into() })?;
+            text.push('\n');
+        }
+        write_atomically(&self.path, text.as_bytes())?;
+        Ok(self.answers)
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<(), JournalError> {
+        self.file.write_all(bytes).map_err(|source| JournalError::Io { path: self.path.clone(), source })
+    }
+}
+
+/// What the run at `path` is about, and its answers.
+///
+/// # Errors
+/// When the file cannot be read or is damaged.
+pub fn load(path: &Path) -> Result<(Value, BTreeMap<Key, Response>), JournalError> {
+    let io = |source| JournalError::Io { path: path.into(), source };
+    let text = std::fs::read_to_string(path).map_err(io)?;
+    let whole = text.rfind('\n').map_or(0, |end| end + 1);
+    let answers = read(path, &text[..whole], None)?;
+    let header = text.lines().next().and_then(|l| serde_json::from_str(l).ok()).unwrap_or(Value::Null);
+    Ok((header, answers))
+}
+
+/// Writes under a temporary name in the same folder and renames.
+///
+/// # Errors
+/// When it cannot be written; a file of that name is as it was then.
+pub fn write_atomically(path: &Path, contents: &[u8]) -> Result<(), JournalError> {
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(".tmp");
+    let temporary = path.with_file_name(name);
+    let write = || {
+        let mut file = File::create(&temporary)?;
+        file.write_all(contents)?;
+        file.sync_all()?;
+        std::fs::rename(&temporary, path)
+    };
+    write().map_err(|source| JournalError::Io { path: path.into(), source })
+}
+
+fn read(path: &Path, text: &str, about: Option<&Value>) -> Result<BTreeMap<Key, Response>, JournalError> {
+    let damaged = |line: usize, e: &dyn std::fmt::Display| JournalError::Damaged {
+        path: path.into(),
+        line: line + 1,
+        problem: e.to_string(),
+    };
+    let mut answers = BTreeMap::new();
+    for (i, line) in text.lines().enumerate() {
+        if i == 0 {
+            let header: Value = serde_json::from_str(line).map_err(|e| damaged(i, &e))?;
+            about.map_or(Ok(()), |about| same(path, &header, about))?;
+            continue;
+        }
+        let line: Line = serde_json::from_str(line).map_err(|e| damaged(i, &e))?;
+        answers.insert(line.key, line.response);
+    }
+    Ok(answers)
+}
+
+/// Names the first key in which two runs differ.
+fn same(path: &Path, found: &Value, expected: &Value) -> Result<(), JournalError> {
+    let (Value::Object(found), Value::Object(expected)) = (found, expected) else {
+        return if found == expected { Ok(()) } else { Err(other(path, "run", found, expected)) };
+    };
+    for key in expected.keys().chain(found.keys()) {
+        let (a, b) = (found.get(key).unwrap_or(&Value::Null), expected.get(key).unwrap_or(&Value::Null));
+        if a != b {
+            return Err(other(path, key, a, b));
+        }
+    }
+    Ok(())
+}
+
+fn other(path: &Path, key: &str, found: &Value, expected: &Value) -> JournalError {
+    let short = |v: &Value| {
+        let text = v.to_string();
+        if text.chars().count() > 80 { text.chars().take(80).chain("…".chars()).collect() } else { text }
+    };
+    JournalError::OtherRun { path: path.into(), key: key.into(), expected: short(expected), found: short(found) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn key(doc_id: usize) -> Key {
+        Key { task: "t".into(), doc_id, request: 0 }
+    }
+
+    fn answer(x: f64) -> Response {
+        Response::LogLikelihood { log_likelihood: x, is_greedy: false }
+    }
+
+    #[test]
+    fn a_run_killed_at_any_byte_resumes_and_ends_with_the_same_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let about = json!({"model": "m", "tasks": ["t"]});
+        let path = folder.path().join("whole.jsonl");
+        let mut whole = Journal::open(&path, &about).unwrap();
+        for i in [2, 0, 1] {
+            whole.add(key(i), answer(-0.1 - i as f64 / 3.0)).unwrap();
+        }
+        let unsorted = std::fs::read(&path).unwrap();
+        whole.finish().unwrap();
+        let expected = std::fs::read(&path).unwrap();
+        for cut in 0..unsorted.len() {
+            let path = folder.path().join("cut.jsonl");
+            std::fs::write(&path, &unsorted[..cut]).unwrap();
+            let mut journal = Journal::open(&path, &about).unwrap();
+            for i in 0..3 {
+                if !journal.answers().contains_key(&key(i)) {
+                    journal.add(key(i), answer(-0.1 - i as f64 / 3.0)).unwrap();
+                }
+            }
+            journal.finish().unwrap();
+            assert!(std::fs::read(&path).unwrap() == expected, "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn answers_of_another_run_are_refused_by_what_differs() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("r.jsonl");
+        drop(Journal::open(&path, &json!({"model": "a", "limit": 5})).unwrap());
+        let error = Journal::open(&path, &json!({"model": "a", "limit": 6})).unwrap_err().to_string();
+        assert!(error.contains("`limit` is 5 there and 6 here"), "{error}");
+    }
+
+    #[test]
+    fn a_damaged_line_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("r.jsonl");
+        std::fs::write(&path, "{}\n{\"task\":\n").unwrap();
+        let error = Journal::open(&path, &json!({})).unwrap_err().to_string();
+        assert!(error.contains("line 2"), "{error}");
+    }
+}
