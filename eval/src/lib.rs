@@ -7,5 +7,6 @@ pub mod comparison;
 pub mod model;
 pub mod perplexity;
 pub mod scores;
+pub mod statistics;
 
 pub use model::{GenerationOptions, LanguageModel, Message, Request, Response, TokenModel};
