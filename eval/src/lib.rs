@@ -3,6 +3,7 @@
 //! Knows nothing of any engine: an engine implements [`LanguageModel`] (and [`TokenModel`] where it can); the crate itself
 //! implements it for any OpenAI-compatible server.
 
+pub mod compare;
 pub mod comparison;
 pub mod model;
 pub mod perplexity;
