@@ -5,6 +5,7 @@
 
 pub mod compare;
 pub mod comparison;
+pub mod divergence;
 pub mod model;
 pub mod perplexity;
 pub mod scores;
