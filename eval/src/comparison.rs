@@ -71,8 +71,8 @@ pub struct AgainstBaseline {
     /// This model's score minus the baseline's, paired bootstrap.
     pub difference: Interval,
     /// Share of the baseline's score that is kept (for perplexities baseline / model, so that 1 is all and less is
-    /// worse).
-    pub recovery: Interval,
+    /// worse); `None` where what it is a share of is not significantly above 0.
+    pub recovery: Option<Interval>,
     /// The same of what the baseline scores above chance; `None` where the baseline is not significantly above chance or
     /// there is no chance level.
     pub recovery_above_chance: Option<Interval>,

@@ -3,10 +3,13 @@
 //! Knows nothing of any engine: an engine implements [`LanguageModel`] (and [`TokenModel`] where it can); the crate itself
 //! implements it for any OpenAI-compatible server.
 
+pub mod compare;
 pub mod comparison;
+pub mod divergence;
 pub mod journal;
 pub mod model;
 pub mod perplexity;
 pub mod scores;
+pub mod statistics;
 
 pub use model::{GenerationOptions, LanguageModel, Message, Request, Response, TokenModel};
