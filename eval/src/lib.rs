@@ -6,6 +6,7 @@
 pub mod comparison;
 pub mod model;
 pub mod perplexity;
+pub mod report;
 pub mod scores;
 
 pub use model::{GenerationOptions, LanguageModel, Message, Request, Response, TokenModel};
