@@ -9,6 +9,7 @@ pub mod divergence;
 pub mod journal;
 pub mod model;
 pub mod perplexity;
+pub mod report;
 pub mod scores;
 pub mod statistics;
 

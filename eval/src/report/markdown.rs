@@ -1,0 +1,234 @@
+//! Markdown: the tables of a comparison as GitHub renders them, and one model's scores as lm-evaluation-harness writes
+//! them.
+
+use super::method::{method, provenance};
+use super::tables::{self, Table};
+use super::verdict::verdict;
+use super::{ReportContext, ScoreRow};
+use crate::comparison::Comparison;
+
+pub(super) fn comparison(c: &Comparison, context: &ReportContext) -> String {
+    let mut out = String::new();
+    if !context.title.is_empty() {
+        out.push_str(&format!("# {}\n\n", escape(&context.title)));
+    }
+    let verdict = verdict(c);
+    out.push_str(&format!("**{}**\n\n", escape(&verdict.headline)));
+    for detail in &verdict.details {
+        out.push_str(&format!("- {}\n", escape(detail)));
+    }
+    if !verdict.details.is_empty() {
+        out.push('\n');
+    }
+    push(&mut out, tables::summary(c));
+    for (family, part) in tables::by_family(c) {
+        let mut body = String::new();
+        for table in [
+            tables::scores(&part),
+            tables::differences(&part),
+            tables::recovery(&part, &c.tasks_text()),
+            tables::generation(&part),
+        ] {
+            push(&mut body, table);
+        }
+        match family {
+            Some(name) if !body.is_empty() => {
+                out.push_str(&format!("<details><summary>{}</summary>\n\n{body}</details>\n\n", escape(&name)));
+            }
+            _ => out.push_str(&body),
+        }
+    }
+    for text in c.texts() {
+        push(&mut out, tables::divergence(c, text));
+        push(&mut out, tables::groups(c, text, "KL by class of token", |d| &d.by_class));
+        push(&mut out, tables::groups(c, text, "KL by position", |d| &d.by_position));
+    }
+    for attribution in &c.attributions {
+        push(&mut out, tables::attribution(c, attribution));
+    }
+    push(&mut out, tables::resources(c));
+    let method = method(c);
+    if !method.is_empty() {
+        out.push_str("## Method\n\n");
+        for paragraph in method {
+            out.push_str(&format!("{}\n\n", escape(&paragraph)));
+        }
+    }
+    let facts = provenance(context);
+    if !context.command.is_empty() || !facts.is_empty() || !context.notes.is_empty() {
+        out.push_str("## How to repeat it\n\n");
+        if !context.command.is_empty() {
+            let fence = "`".repeat(longest_run(&context.command, '`').max(2) + 1);
+            out.push_str(&format!("{fence}\n{}\n{fence}\n\n", context.command));
+        }
+        for (what, text) in facts {
+            out.push_str(&format!("- {what}: {}\n", escape(text)));
+        }
+        for note in &context.notes {
+            out.push_str(&format!("- {}\n", escape(note)));
+        }
+    }
+    out.truncate(out.trim_end().len());
+    out.push('\n');
+    out
+}
+
+/// Byte for byte what `lm_eval.utils.make_table` writes for the same scores.
+pub(super) fn evaluation(rows: &[ScoreRow]) -> String {
+    const HEADS: [&str; 9] = ["Tasks", "Version", "Filter", "n-shot", "Metric", "", "Value", "", "Stderr"];
+    let mut last: Option<&str> = None;
+    let cells: Vec<[String; 9]> = rows
+        .iter()
+        .map(|r| {
+            let again = last.replace(&r.task) == Some(r.task.as_str());
+            [
+                if again { String::new() } else { escape(&r.task) },
+                if again { String::new() } else { escape(&r.version) },
+                escape(&r.filter),
+                r.n_shot.map_or_else(String::new, |n| n.to_string()),
+                escape(&r.metric),
+                if r.higher_is_better { "↑" } else { "↓" }.to_owned(),
+                if r.value.is_finite() { format!("{:.4}", r.value) } else { "N/A".to_owned() },
+                "±".to_owned(),
+                // The blanks are the original's, whose column widths count them.
+                r.stderr.filter(|e| e.is_finite()).map_or_else(|| "   N/A".to_owned(), |e| format!("{e:.4}")),
+            ]
+        })
+        .collect();
+    let is_number = |cell: &str| cell.parse::<f64>().is_ok();
+    let columns: Vec<(usize, bool)> = (0..HEADS.len())
+        .map(|i| {
+            let width = cells.iter().map(|row| row[i].chars().count()).chain([HEADS[i].len(), 3]).max().unwrap_or(3);
+            let numbers = cells.iter().all(|row| row[i].is_empty() || is_number(&row[i]));
+            (width, numbers && cells.iter().any(|row| !row[i].is_empty()))
+        })
+        .collect();
+    let line = |cells: Vec<String>| format!("|{}|\n", cells.join("|"));
+    let mut out = line(HEADS.iter().zip(&columns).map(|(h, (w, _))| format!("{h:^w$}")).collect());
+    out.push_str(&line(
+        columns
+            .iter()
+            .map(|&(w, numbers)| if numbers { format!("{}:", "-".repeat(w - 1)) } else { "-".repeat(w) })
+            .collect(),
+    ));
+    for row in &cells {
+        out.push_str(&line(
+            row.iter()
+                .zip(&columns)
+                .map(|(cell, &(w, _))| if is_number(cell) { format!("{cell:>w$}") } else { format!("{cell:<w$}") })
+                .collect(),
+        ));
+    }
+    out
+}
+
+fn push(out: &mut String, table: Option<Table>) {
+    let Some(table) = table else { return };
+    out.push_str(&format!("## {}\n\n", escape(&table.title)));
+    if !table.lead.is_empty() {
+        out.push_str(&format!("{}\n\n", escape(&table.lead)));
+    }
+    let line = |cells: Vec<String>| format!("| {} |\n", cells.join(" | "));
+    out.push_str(&line(table.columns.iter().map(|c| escape(&c.head)).collect()));
+    out.push_str(&line(table.columns.iter().map(|c| if c.right { "---:" } else { "---" }.to_owned()).collect()));
+    for row in &table.rows {
+        out.push_str(&line(row.cells.iter().map(|cell| escape(cell)).collect()));
+    }
+    out.push('\n');
+}
+
+/// Text that Markdown shows as it is. An underscore between letters means nothing to GitHub and stays.
+fn escape(text: &str) -> String {
+    let chars: Vec<char> = text.chars().collect();
+    let word = |i: Option<usize>| i.and_then(|i| chars.get(i)).is_some_and(|c| c.is_alphanumeric());
+    let mut out = String::with_capacity(text.len());
+    for (i, &c) in chars.iter().enumerate() {
+        match c {
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '&' => out.push_str("&amp;"),
+            '\\' | '`' | '*' | '|' | '~' | '#' => out.extend(['\\', c]),
+            '_' if !(word(i.checked_sub(1)) && word(Some(i + 1))) => out.push_str("\\_"),
+            // A link needs its parenthesis right after the bracket; an interval has none.
+            ']' if chars.get(i + 1).is_some_and(|next| matches!(next, '(' | '[' | ':')) => out.push_str("\\]"),
+            '!' if chars.get(i + 1) == Some(&'[') => out.push_str("\\!"),
+            c if c.is_control() => out.push(' '),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+fn longest_run(text: &str, of: char) -> usize {
+    text.chars().fold((0, 0), |(best, run), c| if c == of { (best.max(run + 1), run + 1) } else { (best, 0) }).0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(
+        task: &str,
+        version: &str,
+        filter: &str,
+        n: usize,
+        metric: &str,
+        value: f64,
+        stderr: Option<f64>,
+    ) -> ScoreRow {
+        ScoreRow {
+            task: task.to_owned(),
+            version: version.to_owned(),
+            filter: filter.to_owned(),
+            n_shot: Some(n),
+            metric: metric.to_owned(),
+            value,
+            stderr,
+            higher_is_better: !metric.contains("perplexity"),
+        }
+    }
+
+    #[test]
+    fn one_models_table_is_that_of_lm_evaluation_harness() {
+        // lm-eval 0.4.13, make_table, of the same scores.
+        let mut rows = vec![
+            row("arc_easy", "1", "none", 0, "acc", 0.61234567, Some(0.0100123)),
+            row("arc_easy", "1", "none", 0, "acc_norm", 0.58, Some(0.01013)),
+            row("gsm8k", "3", "flexible-extract", 5, "exact_match", 0.36, Some(0.0132)),
+            row("gsm8k", "3", "strict-match", 5, "exact_match", 0.35, Some(0.0131)),
+        ];
+        assert_eq!(
+            evaluation(&rows),
+            "\
+| Tasks  |Version|     Filter     |n-shot|  Metric   |   |Value |   |Stderr|
+|--------|------:|----------------|-----:|-----------|---|-----:|---|-----:|
+|arc_easy|      1|none            |     0|acc        |↑  |0.6123|±  |0.0100|
+|        |       |none            |     0|acc_norm   |↑  |0.5800|±  |0.0101|
+|gsm8k   |      3|flexible-extract|     5|exact_match|↑  |0.3600|±  |0.0132|
+|        |       |strict-match    |     5|exact_match|↑  |0.3500|±  |0.0131|
+"
+        );
+        rows.push(row("wikitext", "2", "none", 0, "word_perplexity", 35.123456, None));
+        assert_eq!(
+            evaluation(&rows),
+            "\
+| Tasks  |Version|     Filter     |n-shot|    Metric     |   | Value |   |Stderr|
+|--------|------:|----------------|-----:|---------------|---|------:|---|------|
+|arc_easy|      1|none            |     0|acc            |↑  | 0.6123|±  |0.0100|
+|        |       |none            |     0|acc_norm       |↑  | 0.5800|±  |0.0101|
+|gsm8k   |      3|flexible-extract|     5|exact_match    |↑  | 0.3600|±  |0.0132|
+|        |       |strict-match    |     5|exact_match    |↑  | 0.3500|±  |0.0131|
+|wikitext|      2|none            |     0|word_perplexity|↓  |35.1235|±  |   N/A|
+"
+        );
+    }
+
+    #[test]
+    fn markup_in_names_is_text() {
+        assert_eq!(escape("<script>|a"), "&lt;script&gt;\\|a");
+        assert_eq!(escape("arc_easy __x__ *b* `c`"), "arc_easy \\_\\_x\\_\\_ \\*b\\* \\`c\\`");
+        assert_eq!(escape("[a](b) ![c](d) 98 % [96, 99]"), "[a\\](b) \\![c\\](d) 98 % [96, 99]");
+        assert_eq!(escape("two\nlines"), "two lines");
+        assert_eq!(longest_run("a``b```c", '`'), 3);
+    }
+}

@@ -1,0 +1,320 @@
+//! What a comparison says, in sentences: who keeps how much, what PTQ lost and who won it back, and what not to conclude.
+//!
+//! Nothing is claimed that an interval does not carry. Models that tasks do not tell apart are told apart by KL or not at
+//! all; where tasks and KL clearly disagree, both are said and nobody is crowned.
+
+use super::numbers::{estimate, percent, percent_estimate_of, percent_interval, plain};
+use super::view::listed;
+use crate::comparison::{Comparison, Divergence, GapClosed, Interval};
+
+/// Models named in the first sentence beside the first; more only make it unreadable.
+const NAMED: usize = 4;
+/// Standard errors of a difference of two KLs that count as apart. Errors are added as if independent; they are
+/// measured on the same tokens, so this is on the safe side.
+const APART: f64 = 2.0;
+/// How much larger a model's share of answers cut by the limit may be than the baseline's before the report says so.
+const CAPPED_MORE: f64 = 0.05;
+
+pub(super) struct Verdict {
+    /// One or two sentences.
+    pub(super) headline: String,
+    /// Sentences that qualify it.
+    pub(super) details: Vec<String>,
+}
+
+pub(super) fn verdict(c: &Comparison) -> Verdict {
+    if c.models.len() < 2 {
+        let headline = match c.models.first() {
+            Some(m) => format!("Only {} was evaluated: there is nothing to compare it with.", m.label),
+            None => "Nothing was evaluated.".to_owned(),
+        };
+        return Verdict { headline, details: Vec::new() };
+    }
+    let ranked = by_recovery(c);
+    let headline = match ranked.first() {
+        Some(&top) => headline_of_tasks(c, top, &ranked),
+        None if !c.divergences.is_empty() => headline_of_divergence(c),
+        None => "The models share no task and no text: there is no verdict.".to_owned(),
+    };
+    let mut details = Vec::new();
+    if !ranked.is_empty() {
+        details.extend(above_chance(c, &ranked));
+        details.extend(won_back_by_task(c));
+        details.extend(c.texts().into_iter().filter_map(|text| distances_on(c, text)));
+    }
+    details.extend(c.texts().into_iter().filter_map(|text| misleading_perplexity(c, text)));
+    details.extend(capped(c));
+    Verdict { headline, details }
+}
+
+fn headline_of_tasks(c: &Comparison, top: usize, ranked: &[usize]) -> String {
+    let base = c.baseline();
+    let tied: Vec<usize> = ranked.iter().copied().filter(|&m| m == top || overlap(c, top, m)).collect();
+    let subject = if tied.len() > 1 { clearly_nearest(c, &tied).unwrap_or(top) } else { top };
+    let Some(kept) = c.overall_of(subject).map(|o| o.recovery) else { return String::new() };
+    let mut first =
+        format!("{} keeps {} of {base}'s score over {}", c.label(subject), percent_interval(kept), c.tasks_text());
+    if kept.low > 1.0 {
+        first.push_str(", significantly more than all of it");
+    } else if kept.high >= 1.0 {
+        first.push_str(", which is not significantly different from all of it");
+    }
+    let mut rest: Vec<usize> = ranked.iter().copied().filter(|&m| m != subject).collect();
+    rest.sort_by_key(|&m| Some(m) != c.ptq_model());
+    let more = rest.len().saturating_sub(NAMED);
+    rest.truncate(NAMED);
+    let mut others: Vec<String> = rest.iter().filter_map(|&m| kept_by(c, m)).collect();
+    if more > 0 {
+        others.push(format!("{more} more below"));
+    }
+    if others.is_empty() {
+        first.push('.');
+    } else {
+        first.push_str(&format!("; {}.", others.join(", ")));
+    }
+
+    let all: Vec<usize> = c.others().collect();
+    if let Some(nearest) = clearly_nearest(c, &all).filter(|&n| n != subject) {
+        return format!(
+            "{first} But {} stays nearest to {base} by KL: tasks and KL disagree, so neither model is the plain winner.",
+            c.label(nearest)
+        );
+    }
+    match second_sentence(c, subject, &tied, ranked) {
+        Some(second) => format!("{first} {second}"),
+        None => first,
+    }
+}
+
+fn second_sentence(c: &Comparison, subject: usize, tied: &[usize], ranked: &[usize]) -> Option<String> {
+    let others_tied: Vec<String> = tied.iter().filter(|&&m| m != subject).map(|&m| c.label(m).to_owned()).collect();
+    let ptq = c.ptq_model().filter(|&p| c.overall_of(p).is_some());
+    match ptq {
+        Some(ptq) if ptq == subject && ranked.len() > 1 => Some(if others_tied.is_empty() {
+            format!("No other model keeps more than {}.", c.label(ptq))
+        } else {
+            format!("The tasks do not tell {} from {}.", c.label(ptq), listed(&others_tied))
+        }),
+        Some(ptq) if ptq != subject => Some(won_back(c, subject, ptq)?),
+        _ if !others_tied.is_empty() => {
+            Some(format!("The tasks do not tell {} from {}.", c.label(subject), listed(&others_tied)))
+        }
+        _ => None,
+    }
+}
+
+/// What `subject` got back of the loss of `ptq`, over all tasks.
+fn won_back(c: &Comparison, subject: usize, ptq: usize) -> Option<String> {
+    let (kept, lost) = (c.overall_of(subject)?.recovery, c.overall_of(ptq)?.recovery);
+    let (s, p) = (c.label(subject), c.label(ptq));
+    if lost.high >= 1.0 {
+        return Some(format!("{p}'s own loss is not significant: there is no gap to win back."));
+    }
+    if kept.low > lost.high {
+        let share = (kept.estimate - lost.estimate) / (1.0 - lost.estimate);
+        return Some(if share > 1.0 {
+            format!("{s} won back all of what {p} lost, and more.")
+        } else {
+            format!("{s} won back {:.0} % of what {p} lost.", 100.0 * share)
+        });
+    }
+    let gone = kl_gone(c, subject);
+    Some(if gone.is_empty() {
+        format!("Their intervals overlap: these tasks do not show that {s} won anything back.")
+    } else {
+        format!(
+            "These tasks do not show that {s} won anything back (the intervals overlap), but {} of {p}'s KL to {} is gone.",
+            listed(&gone),
+            c.baseline()
+        )
+    })
+}
+
+fn headline_of_divergence(c: &Comparison) -> String {
+    let base = c.baseline();
+    let all: Vec<usize> = c.others().filter(|&m| c.divergences.iter().any(|d| d.model == m)).collect();
+    let on = |m: usize| -> String {
+        let each: Vec<String> = c
+            .texts()
+            .into_iter()
+            .filter_map(|t| Some(format!("{} on {t}", estimate(c.divergence(t, m)?.kl))))
+            .collect();
+        format!("{} {}", c.label(m), listed(&each))
+    };
+    if let [only] = all[..] {
+        return format!("No tasks were scored. KL to {base}, in nats per token: {}.", on(only));
+    }
+    let rest = |subject: Option<usize>| {
+        all.iter().filter(|&&m| Some(m) != subject).map(|&m| on(m)).collect::<Vec<_>>().join("; ")
+    };
+    match clearly_nearest(c, &all) {
+        Some(nearest) => {
+            let gone = if c.ptq_model().is_some() { kl_gone(c, nearest) } else { Vec::new() };
+            let gone = match c.ptq_model() {
+                Some(p) if !gone.is_empty() => format!(" {} of {}'s KL is gone.", listed(&gone), c.label(p)),
+                _ => String::new(),
+            };
+            format!(
+                "No tasks were scored; by KL, {} is nearest to {base}.{gone} In nats per token: {}; {}.",
+                c.label(nearest),
+                on(nearest),
+                rest(Some(nearest))
+            )
+        }
+        None => {
+            format!("No tasks were scored, and KL to {base} names no clear winner. In nats per token: {}.", rest(None))
+        }
+    }
+}
+
+fn above_chance(c: &Comparison, ranked: &[usize]) -> Option<String> {
+    let each: Vec<String> = ranked
+        .iter()
+        .filter_map(|&m| Some(format!("{} {}", c.label(m), percent_interval(c.overall_of(m)?.recovery_above_chance?))))
+        .collect();
+    (!each.is_empty()).then(|| format!("Counting only what {} scores above chance: {}.", c.baseline(), each.join(", ")))
+}
+
+/// In how many tasks PTQ's loss is significant, and in how many of those each model got a part of it back.
+fn won_back_by_task(c: &Comparison) -> Option<String> {
+    let ptq = c.ptq_model()?;
+    let tasks = c.headline_tasks();
+    let shares = |m: usize| -> Vec<Interval> {
+        tasks
+            .iter()
+            .filter_map(|t| match t.score_of(m)?.gap_closed.as_ref()? {
+                GapClosed::Share(i) => Some(*i),
+                GapClosed::NoSignificantGap => None,
+            })
+            .collect()
+    };
+    let known = |m: usize| tasks.iter().any(|t| t.score_of(m).is_some_and(|s| s.gap_closed.is_some()));
+    let models: Vec<usize> = c.others().filter(|&m| m != ptq && known(m)).collect();
+    let lost = models.iter().map(|&m| shares(m).len()).max()?;
+    let p = c.label(ptq);
+    if lost == 0 {
+        return Some(format!("{p}'s loss is significant in none of the {}.", c.tasks_text()));
+    }
+    let each: Vec<String> = models
+        .iter()
+        .map(|&m| format!("{} in {}", c.label(m), shares(m).iter().filter(|i| i.low > 0.0).count()))
+        .collect();
+    Some(format!(
+        "{p}'s loss is significant in {lost} of {}; a part of it was won back, with an interval above zero, by {}.",
+        c.tasks_text(),
+        listed(&each)
+    ))
+}
+
+fn distances_on(c: &Comparison, text: &str) -> Option<String> {
+    let mut models: Vec<&Divergence> = c.others().filter_map(|m| c.divergence(text, m)).collect();
+    models.sort_by(|a, b| a.kl.value.total_cmp(&b.kl.value));
+    let each: Vec<String> = models
+        .iter()
+        .map(|d| match d.kl_gone {
+            Some(gone) if Some(d.model) != c.ptq_model() => {
+                let p = c.ptq_model().map_or("PTQ", |p| c.label(p));
+                format!("{} {} ({} of {p}'s gone)", c.label(d.model), estimate(d.kl), percent_estimate_of(gone))
+            }
+            _ => format!("{} {}", c.label(d.model), estimate(d.kl)),
+        })
+        .collect();
+    (!each.is_empty())
+        .then(|| format!("KL to {} on {text}, nats per token, lower is nearer: {}.", c.baseline(), each.join(", ")))
+}
+
+/// Perplexity asks how well a model predicts a text, not whether it still is the model it was.
+fn misleading_perplexity(c: &Comparison, text: &str) -> Option<String> {
+    let models: Vec<&Divergence> =
+        c.others().filter_map(|m| c.divergence(text, m)).filter(|d| d.perplexity.value.is_finite()).collect();
+    let lowest = models.iter().min_by(|a, b| a.perplexity.value.total_cmp(&b.perplexity.value))?;
+    let nearest = models.iter().min_by(|a, b| a.kl.value.total_cmp(&b.kl.value))?;
+    (apart(nearest, lowest)).then(|| {
+        let base = c.baseline();
+        format!(
+            "Perplexity alone would mislead on {text}: {} has the lowest ({}; {} {}; {base} {}), but lies further from \
+             {base} (KL {}) than {} ({}). Training on similar text lowers perplexity without giving back what was lost.",
+            c.label(lowest.model),
+            plain(lowest.perplexity.value),
+            c.label(nearest.model),
+            plain(nearest.perplexity.value),
+            plain(lowest.baseline_perplexity.value),
+            plain(lowest.kl.value),
+            c.label(nearest.model),
+            plain(nearest.kl.value),
+        )
+    })
+}
+
+fn capped(c: &Comparison) -> Vec<String> {
+    let share = |t: &crate::comparison::TaskComparison, m: usize| Some(t.score_of(m)?.generation?.capped);
+    let mut out = Vec::new();
+    for t in c.headline_tasks() {
+        let Some(base) = share(t, 0) else { continue };
+        let more: Vec<String> = c
+            .others()
+            .filter_map(|m| Some((m, share(t, m).filter(|s| s - base > CAPPED_MORE)?)))
+            .map(|(m, s)| format!("{} {}", c.label(m), percent(s)))
+            .collect();
+        if !more.is_empty() {
+            out.push(format!(
+                "In {}, the limit on tokens ended more answers than {}'s {}: {}. A part of that loss is length.",
+                t.task,
+                c.baseline(),
+                percent(base),
+                listed(&more)
+            ));
+        }
+    }
+    out
+}
+
+fn kept_by(c: &Comparison, model: usize) -> Option<String> {
+    Some(format!("{} {}", c.label(model), percent_interval(c.overall_of(model)?.recovery)))
+}
+
+/// Share of PTQ's KL that is gone, per text, if it is on every one.
+fn kl_gone(c: &Comparison, model: usize) -> Vec<String> {
+    let texts = c.texts();
+    let gone: Vec<(&str, Interval)> =
+        texts.iter().filter_map(|t| Some((*t, c.divergence(t, model)?.kl_gone.filter(|g| g.low > 0.0)?))).collect();
+    if gone.len() != texts.len() {
+        return Vec::new();
+    }
+    gone.into_iter().map(|(text, g)| format!("{} on {text}", percent_interval(g))).collect()
+}
+
+fn by_recovery(c: &Comparison) -> Vec<usize> {
+    let recovery = |m: usize| c.overall_of(m).map_or(f64::NEG_INFINITY, |o| o.recovery.estimate);
+    let mut models: Vec<usize> = c.others().filter(|&m| c.overall_of(m).is_some()).collect();
+    models.sort_by(|&a, &b| recovery(b).total_cmp(&recovery(a)));
+    models
+}
+
+/// Whether the interval of `m` reaches that of the better model `top`.
+fn overlap(c: &Comparison, top: usize, m: usize) -> bool {
+    match (c.overall_of(top), c.overall_of(m)) {
+        (Some(a), Some(b)) => b.recovery.high >= a.recovery.low,
+        _ => false,
+    }
+}
+
+/// The model that is nearest to the baseline by KL on every text, and clearly so; all must have been measured.
+fn clearly_nearest(c: &Comparison, models: &[usize]) -> Option<usize> {
+    let texts = c.texts();
+    let nearer = |m: usize, other: usize| {
+        texts.iter().all(|t| match (c.divergence(t, m), c.divergence(t, other)) {
+            (Some(a), Some(b)) => apart(a, b),
+            _ => false,
+        })
+    };
+    if texts.is_empty() {
+        return None;
+    }
+    models.iter().copied().find(|&m| models.iter().all(|&other| other == m || nearer(m, other)))
+}
+
+/// Whether `a` is nearer to the baseline than `b` by more than chance explains.
+fn apart(a: &Divergence, b: &Divergence) -> bool {
+    b.kl.value - a.kl.value > APART * a.kl.standard_error.hypot(b.kl.standard_error)
+}

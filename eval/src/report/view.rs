@@ -1,0 +1,125 @@
+//! What the reports look up in a comparison; nothing here can fail on one that is incomplete.
+
+use std::collections::BTreeMap;
+
+use crate::comparison::{AgainstBaseline, Comparison, Divergence, Overall, TaskComparison, TaskScore};
+
+/// From this many headline tasks on, tasks of one family are drawn and listed together.
+const MANY_TASKS: usize = 16;
+/// Tasks that make a family.
+const FAMILY: usize = 6;
+
+impl Comparison {
+    pub(super) fn label(&self, model: usize) -> &str {
+        self.models.get(model).map_or("?", |m| m.label.as_str())
+    }
+
+    pub(super) fn baseline(&self) -> &str {
+        self.label(0)
+    }
+
+    /// Models beside the baseline.
+    pub(super) fn others(&self) -> std::ops::Range<usize> {
+        1..self.models.len().max(1)
+    }
+
+    /// The PTQ model, where there is one beside the baseline.
+    pub(super) fn ptq_model(&self) -> Option<usize> {
+        self.ptq.filter(|p| self.others().contains(p))
+    }
+
+    pub(super) fn overall_of(&self, model: usize) -> Option<&Overall> {
+        self.overall.get(model)?.as_ref().filter(|o| o.recovery.estimate.is_finite())
+    }
+
+    pub(super) fn headline_tasks(&self) -> Vec<&TaskComparison> {
+        self.tasks.iter().filter(|t| t.headline).collect()
+    }
+
+    /// Names of texts, in the order of their first appearance.
+    pub(super) fn texts(&self) -> Vec<&str> {
+        let mut texts: Vec<&str> = Vec::new();
+        for d in &self.divergences {
+            if !texts.contains(&d.text.as_str()) {
+                texts.push(&d.text);
+            }
+        }
+        texts
+    }
+
+    pub(super) fn divergence(&self, text: &str, model: usize) -> Option<&Divergence> {
+        self.divergences.iter().find(|d| d.text == text && d.model == model && self.others().contains(&d.model))
+    }
+
+    /// Whether the model differs from the baseline, after correction.
+    pub(super) fn significant(&self, against: &AgainstBaseline) -> bool {
+        against.p_adjusted < 1.0 - self.confidence
+    }
+
+    /// `95 %`.
+    pub(super) fn confidence_text(&self) -> String {
+        super::numbers::percent((self.confidence * 1e6).round() / 1e6).replace(".0 %", " %")
+    }
+
+    /// `9 tasks`, of those that enter the overall recovery.
+    pub(super) fn tasks_text(&self) -> String {
+        match self.headline_tasks().len() {
+            1 => "1 task".to_owned(),
+            n => format!("{n} tasks"),
+        }
+    }
+
+    /// Which colour a model has: 0 is the baseline's grey, 1 is PTQ's, and so on.
+    pub(super) fn colour(&self, model: usize) -> usize {
+        let ptq = self.ptq_model().unwrap_or(1);
+        match model {
+            0 => 0,
+            m => 1 + (if m == ptq { 0 } else { m - usize::from(m > ptq) }) % super::svg::COLOURS,
+        }
+    }
+}
+
+impl TaskComparison {
+    pub(super) fn score_of(&self, model: usize) -> Option<&TaskScore> {
+        self.scores.get(model)
+    }
+
+    pub(super) fn against(&self, model: usize) -> Option<&AgainstBaseline> {
+        self.scores.get(model)?.against_baseline.as_ref()
+    }
+
+    /// `acc ↑`, `exact_match ↑, strict-match`.
+    pub(super) fn metric_text(&self) -> String {
+        let arrow = if self.higher_is_better { "↑" } else { "↓" };
+        match self.filter.as_str() {
+            "none" | "" => format!("{} {arrow}", self.metric),
+            filter => format!("{} {arrow}, {filter}", self.metric),
+        }
+    }
+}
+
+/// Many tasks told apart: those that stand by themselves, and families such as MMLU's subjects by their common first
+/// word.
+pub(super) fn families<'a>(
+    tasks: &[&'a TaskComparison],
+) -> (Vec<&'a TaskComparison>, Vec<(String, Vec<&'a TaskComparison>)>) {
+    let prefix = |t: &TaskComparison| t.task.split_once('_').map(|(prefix, _)| prefix.to_owned());
+    let mut families: BTreeMap<String, Vec<&TaskComparison>> = BTreeMap::new();
+    if tasks.len() >= MANY_TASKS {
+        for &t in tasks {
+            families.entry(prefix(t).unwrap_or_default()).or_default().push(t);
+        }
+    }
+    families.retain(|name, members| !name.is_empty() && members.len() >= FAMILY);
+    let alone = tasks.iter().copied().filter(|t| prefix(t).is_none_or(|p| !families.contains_key(&p))).collect();
+    (alone, families.into_iter().collect())
+}
+
+/// `a, b and c`.
+pub(super) fn listed(items: &[String]) -> String {
+    match items {
+        [] => String::new(),
+        [only] => only.clone(),
+        [first @ .., last] => format!("{} and {last}", first.join(", ")),
+    }
+}
