@@ -4,6 +4,7 @@
 //! implements it for any OpenAI-compatible server.
 
 pub mod comparison;
+pub mod ifeval;
 pub mod model;
 pub mod perplexity;
 pub mod scores;
