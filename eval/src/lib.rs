@@ -5,6 +5,7 @@
 
 pub mod comparison;
 pub mod model;
+pub mod openai;
 pub mod perplexity;
 pub mod scores;
 
