@@ -9,6 +9,7 @@ pub mod divergence;
 pub mod ifeval;
 pub mod journal;
 pub mod model;
+pub mod openai;
 pub mod perplexity;
 pub mod report;
 pub mod scores;

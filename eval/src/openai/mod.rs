@@ -1,0 +1,418 @@
+//! Any OpenAI-compatible server as a model: scoring through `/v1/completions` with `echo`, generation through it or through
+//! `/v1/chat/completions`.
+//!
+//! # Scoring
+//! A prompt (context and continuation as one text, so the server tokenizes them together) is sent with `echo`, `logprobs: 1`
+//! and `max_tokens: 1`; the generated token is dropped. Not 0: vLLM long refused it, and llama-cpp-python takes 0 for "until
+//! the context is full". As in lm-evaluation-harness, white space at the context's end belongs to the continuation. A token
+//! that holds the boundary counts to the continuation. Tokens are found by their texts, from the prompt's end; where texts
+//! do not show them (characters split over tokens) by counting, with one more request for the context alone.
+//!
+//! A continuation without anything before it has no log-probability for its first token, unless the server adds a BOS token
+//! itself: such a request is refused and asks for [`Options::prefix`].
+//!
+//! A rolling log-likelihood is that of the whole text in one request. Where the server finds it too long, it is cut in half
+//! before white space, again and again, and every later piece is read after the last word of the one before. (An engine
+//! in the process cuts by tokens into full windows, which gives later tokens more context: texts beyond the server's context
+//! score slightly lower here.) Without a prefix or a BOS token of the server's own, the text's first token is not scored and
+//! not counted in `tokens`.
+//!
+//! # What is refused instead of scored
+//! Before the first score, the server generates a few tokens and is then asked for the same tokens as a prompt: the
+//! log-probabilities must be the same. That finds servers that ignore `echo`, that echo text without log-probabilities, and
+//! that attach them to the wrong tokens. Every answer must start with the prompt and have a log-probability for every token
+//! that counts.
+//!
+//! # Servers
+//! | server | echo with log-probabilities | differs in |
+//! |---|---|---|
+//! | vLLM | yes, `max_tokens` ≥ 1 ([#9336](https://github.com/vllm-project/vllm/issues/9336)) | first token null; a split character's tokens print as U+FFFD, so offsets drift; sampling defaults come from the model's `generation_config.json` |
+//! | SGLang | yes ([#1998](https://github.com/sgl-project/sglang/pull/1998)) | `text_offset` is always -1 |
+//! | llama-cpp-python | with `--logits_all true`; wrong by one token for models without BOS (measured with 0.3.36, found by the check) | special and split tokens have empty text; BOS not listed; `repeat_penalty` is 1.1 unless sent |
+//! | llama.cpp | no: refuses `echo`, or ignores it ([#27174](https://github.com/ggml-org/llama.cpp/issues/27174)) | log-probabilities as `{"content": […]}` |
+//! | mistral.rs | 0.7 gave `logprobs: null` ([#1876](https://github.com/EricLBuehler/mistral.rs/issues/1876)) | |
+//! | TGI | no; prompts' log-probabilities only in its own API and off by default since 3.0 ([#3070](https://github.com/huggingface/text-generation-inference/issues/3070)) | |
+//! | LM Studio | no log-probabilities at all ([#60](https://github.com/lmstudio-ai/lms/issues/60)) | |
+//! | Ollama | no; generated tokens' only ([#16117](https://github.com/ollama/ollama/issues/16117)) | |
+//! | OpenAI | not `echo` together with `logprobs` | |
+
+mod chat;
+mod error;
+mod http;
+mod protocol;
+mod scoring;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::Duration;
+
+use serde_json::{Map, Value, json};
+
+pub use error::{Asked, Error, Fault};
+pub use http::ApiKey;
+
+use crate::model::{GenerationOptions, LanguageModel, Message, Request, Response};
+use chat::Chat;
+use http::Http;
+use protocol::{Answer, Models};
+use scoring::Scored;
+
+const COMPLETIONS: &str = "/completions";
+const CHAT_COMPLETIONS: &str = "/chat/completions";
+/// Stop strings that the API permits (<https://platform.openai.com/docs/api-reference/completions/create>); the rest is cut
+/// here.
+const MOST_STOPS: usize = 4;
+/// Penalties on repetition by the names that servers know, beyond OpenAI's own. Some apply one unless told otherwise, also
+/// when greedy; a server that refuses a name has no such penalty.
+const NEUTRAL: [&str; 2] = ["repeat_penalty", "repetition_penalty"];
+/// What the check of `echo` generates from: mid-sentence, so that no model ends here.
+const PROBES: [&str; 2] =
+    ["The quick brown fox jumps over the lazy dog. The quick brown fox", "1 2 3 4 5 6 7 8 9 10 11 12"];
+/// Tokens that the check compares at most.
+const PROBE_TOKENS: usize = 8;
+
+/// How to talk to a server.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The model's name there; `None`: the only one it has.
+    pub model: Option<String>,
+    pub api_key: Option<ApiKey>,
+    /// Requests under way at once.
+    pub concurrency: usize,
+    /// For one try of one request, answer included.
+    pub timeout: Duration,
+    /// Tries after the first, of requests that failed for a reason that may pass; waits of 0.5 s, 1 s, 2 s, … between them,
+    /// or what the server's `Retry-After` says, 60 s at most.
+    pub retries: usize,
+    /// Text put before everything that is scored: the model's BOS token, for servers that do not add it themselves.
+    pub prefix: String,
+    /// Generate through the chat API, with the server's template. No scoring then.
+    pub chat: bool,
+    /// Further fields of generation requests, such as `top_k` for a server whose own default is not "all".
+    pub extra: Map<String, Value>,
+}
+
+impl Default for Options {
+    /// No key, 4 requests at once, 5 minutes each, 5 further tries, completions.
+    fn default() -> Self {
+        Self {
+            model: None,
+            api_key: None,
+            concurrency: 4,
+            timeout: Duration::from_secs(300),
+            retries: 5,
+            prefix: String::new(),
+            chat: false,
+            extra: Map::new(),
+        }
+    }
+}
+
+/// A model behind an OpenAI-compatible server.
+pub struct OpenAi {
+    http: Http,
+    model: String,
+    options: Options,
+    echo_checked: bool,
+    /// Tokens of contexts that had to be counted.
+    lengths: Mutex<BTreeMap<String, usize>>,
+    /// Those of [`NEUTRAL`] that the server refuses.
+    refused: Mutex<BTreeSet<&'static str>>,
+}
+
+impl OpenAi {
+    /// The server at `base_url` (`http://host:port/v1`). Asks it for its models if the options name none.
+    ///
+    /// # Errors
+    /// When the address or key cannot be one, or the model is not clear.
+    pub fn new(base_url: &str, options: Options) -> Result<Self, Error> {
+        let failed = |asked, url: String| move |fault| Error { asked, url, fault };
+        let http = Http::new(base_url, options.api_key.clone(), options.timeout, options.retries)
+            .map_err(failed(Asked::Settings, base_url.to_owned()))?;
+        let model = match &options.model {
+            Some(model) => model.clone(),
+            None => only_model(&http).map_err(failed(Asked::Models, http.url("/models")))?,
+        };
+        let (lengths, refused) = Default::default();
+        Ok(Self { http, model, options, echo_checked: false, lengths, refused })
+    }
+
+    /// The model's name on the server.
+    #[must_use]
+    pub fn model(&self) -> &str {
+        &self.model
+    }
+
+    fn error(&self, asked: Asked, fault: Fault) -> Error {
+        let path = if self.options.chat { CHAT_COMPLETIONS } else { COMPLETIONS };
+        Error { asked, url: self.http.url(path), fault }
+    }
+
+    fn one(&self, request: &Request, stop: &AtomicBool) -> Result<Response, Fault> {
+        match request {
+            Request::Generate { context, options } => self.generate(context, options, stop),
+            _ if self.options.chat => Err(Fault::ChatScoring),
+            Request::LogLikelihood { context, continuation } => {
+                let Scored { log_likelihood, is_greedy, .. } = self.score(context, continuation, false, stop)?;
+                Ok(Response::LogLikelihood { log_likelihood, is_greedy })
+            }
+            Request::Rolling { text } => {
+                let Scored { log_likelihood, tokens, .. } = self.rolling("", text, stop)?;
+                Ok(Response::Rolling { log_likelihood, tokens: Some(tokens) })
+            }
+        }
+    }
+
+    /// Scores `continuation` after `context`. With `skip_first` the very first token of a prompt may go without a score.
+    fn score(&self, context: &str, continuation: &str, skip_first: bool, stop: &AtomicBool) -> Result<Scored, Fault> {
+        let context = format!("{}{context}", self.options.prefix);
+        let boundary = scoring::boundary(&context);
+        let prompt = context + continuation;
+        if boundary == prompt.len() {
+            return Ok(Scored::NOTHING);
+        }
+        let answer = self.echo(&prompt, stop)?;
+        let tokens = self.scored_tokens(&answer, &prompt, boundary, stop)?;
+        let (first, rest) = match tokens {
+            // Only the prompt's first token has nothing before it; a null anywhere else is a fault of the server's.
+            [first, rest @ ..] if first.logprob.is_none() && std::ptr::eq(first, &raw const answer.tokens[0]) => {
+                (Some(first), rest)
+            }
+            _ => (None, tokens),
+        };
+        match first {
+            Some(first) if !skip_first => Err(Fault::NothingBefore { token: first.text.clone() }),
+            _ => Scored::of(rest),
+        }
+    }
+
+    fn scored_tokens<'a>(
+        &self,
+        answer: &'a Answer,
+        prompt: &str,
+        boundary: usize,
+        stop: &AtomicBool,
+    ) -> Result<&'a [protocol::Token], Fault> {
+        match scoring::by_text(answer, prompt, boundary)? {
+            Some(tokens) => Ok(tokens),
+            None if boundary == 0 => scoring::by_count(answer, 0),
+            None => scoring::by_count(answer, self.prompt_tokens(&prompt[..boundary], stop)?),
+        }
+    }
+
+    fn rolling(&self, context: &str, text: &str, stop: &AtomicBool) -> Result<Scored, Fault> {
+        let too_long = match self.score(context, text, true, stop) {
+            Err(fault @ Fault::TooLong { .. }) => fault,
+            scored => return scored,
+        };
+        let Some((first, second)) = scoring::cut(text).map(|at| text.split_at(at)) else { return Err(too_long) };
+        let scored = self.rolling(context, first, stop)?;
+        Ok(scored.and(self.rolling(scoring::last_word(first), second, stop)?))
+    }
+
+    fn generate(&self, context: &str, options: &GenerationOptions, stop: &AtomicBool) -> Result<Response, Fault> {
+        let mut body = self.body();
+        let path = if self.options.chat {
+            let chat = Chat::from_prompt(context).ok_or(Fault::NotChat)?;
+            body.insert("messages".into(), json!(chat.messages));
+            if chat.continue_last {
+                // As vLLM and SGLang call it; llama.cpp continues an assistant's turn unasked.
+                body.insert("continue_final_message".into(), json!(true));
+                body.insert("add_generation_prompt".into(), json!(false));
+            }
+            CHAT_COMPLETIONS
+        } else {
+            body.insert("prompt".into(), json!(context));
+            COMPLETIONS
+        };
+        body.extend(sampling(options));
+        body.extend(self.options.extra.clone());
+        let answer = Answer::read(self.post(path, body, stop)?)?;
+        let until = options.until.iter().filter(|s| !s.is_empty());
+        let end = until.filter_map(|s| answer.text.find(s.as_str())).min();
+        let text = answer.text[..end.unwrap_or(answer.text.len())].to_owned();
+        let tokens = answer.usage.map(|u| u.completion_tokens);
+        Ok(Response::Generated { text, tokens, capped: answer.capped && end.is_none() })
+    }
+
+    fn echo(&self, prompt: &str, stop: &AtomicBool) -> Result<Answer, Fault> {
+        let mut body = self.body();
+        body.insert("prompt".into(), json!(prompt));
+        body.insert("max_tokens".into(), json!(1));
+        body.insert("temperature".into(), json!(0));
+        body.insert("logprobs".into(), json!(1));
+        body.insert("echo".into(), json!(true));
+        Answer::read(self.post(COMPLETIONS, body, stop)?)
+    }
+
+    /// How many tokens the server makes of `text`, BOS included.
+    fn prompt_tokens(&self, text: &str, stop: &AtomicBool) -> Result<usize, Fault> {
+        if let Some(known) = locked(&self.lengths).get(text) {
+            return Ok(*known);
+        }
+        let mut body = self.body();
+        body.insert("prompt".into(), json!(text));
+        body.insert("max_tokens".into(), json!(1));
+        body.insert("temperature".into(), json!(0));
+        let usage = Answer::read(self.post(COMPLETIONS, body, stop)?)?.usage;
+        let tokens = usage.ok_or_else(|| Fault::Misaligned("`usage` is absent".into()))?.prompt_tokens;
+        locked(&self.lengths).insert(text.to_owned(), tokens);
+        Ok(tokens)
+    }
+
+    /// Refuses a server whose log-probabilities of a prompt are not those of the same tokens when it generates them.
+    fn check_echo(&self) -> Result<(), Fault> {
+        let never = AtomicBool::new(false);
+        for probe in PROBES {
+            let prompt = format!("{}{probe}", self.options.prefix);
+            let mut body = self.body();
+            body.insert("prompt".into(), json!(prompt));
+            body.insert("logprobs".into(), json!(1));
+            body.extend(sampling(&GenerationOptions { max_tokens: PROBE_TOKENS, ..Default::default() }));
+            let generated = Answer::read(self.post(COMPLETIONS, body, &never)?)?;
+            if generated.text.is_empty() || generated.tokens.is_empty() {
+                continue;
+            }
+            let whole = prompt.clone() + &generated.text;
+            let echoed = self.echo(&whole, &never)?;
+            return scoring::agree(&generated.tokens, self.scored_tokens(&echoed, &whole, prompt.len(), &never)?);
+        }
+        Err(Fault::EchoUnchecked)
+    }
+
+    fn body(&self) -> Map<String, Value> {
+        Map::from_iter([("model".to_owned(), json!(self.model))])
+    }
+
+    /// Posts `body`, without the neutral fields that the server turns out to refuse.
+    fn post(&self, path: &str, mut body: Map<String, Value>, stop: &AtomicBool) -> Result<Value, Fault> {
+        loop {
+            for name in locked(&self.refused).iter() {
+                body.remove(*name);
+            }
+            let value = Value::Object(body);
+            let fault = match self.http.call(path, Some(&value), stop) {
+                Err(fault @ Fault::Status { status: 400 | 422, .. }) => fault,
+                other => return other,
+            };
+            let Value::Object(sent) = value else { return Err(fault) };
+            body = sent;
+            let message = fault.to_string();
+            let named = NEUTRAL.iter().find(|name| body.contains_key(**name) && message.contains(**name));
+            let Some(name) = named else { return Err(fault) };
+            locked(&self.refused).insert(name);
+        }
+    }
+}
+
+impl LanguageModel for OpenAi {
+    type Error = Error;
+
+    /// Asks `concurrency` requests at once. After a failure the requests under way are finished and passed to `done`; the
+    /// error is that of the first failed request in the order of `requests`.
+    fn answer(
+        &mut self,
+        requests: &[Request],
+        done: &mut dyn FnMut(usize, Response) -> ControlFlow<()>,
+    ) -> Result<(), Error> {
+        let scores = requests.iter().any(|r| !matches!(r, Request::Generate { .. }));
+        if scores && !self.options.chat && !self.echo_checked {
+            self.check_echo().map_err(|fault| self.error(Asked::EchoCheck, fault))?;
+            self.echo_checked = true;
+        }
+        let (model, next, stop) = (&*self, AtomicUsize::new(0), AtomicBool::new(false));
+        let (sender, answers) = mpsc::channel();
+        let mut failed: Option<(usize, Fault)> = None;
+        let mut broken = false;
+        std::thread::scope(|scope| {
+            for _ in 0..model.options.concurrency.clamp(1, requests.len().max(1)) {
+                let (sender, next, stop) = (sender.clone(), &next, &stop);
+                scope.spawn(move || {
+                    while !stop.load(Ordering::Relaxed) {
+                        let index = next.fetch_add(1, Ordering::Relaxed);
+                        let Some(request) = requests.get(index) else { break };
+                        let answer = model.one(request, stop);
+                        if answer.is_err() {
+                            stop.store(true, Ordering::Relaxed);
+                        }
+                        if sender.send((index, answer)).is_err() {
+                            break;
+                        }
+                    }
+                });
+            }
+            drop(sender);
+            for (index, answer) in answers {
+                match answer {
+                    _ if broken => {}
+                    Ok(response) => {
+                        broken = done(index, response).is_break();
+                        stop.fetch_or(broken, Ordering::Relaxed);
+                    }
+                    Err(fault) if failed.as_ref().is_none_or(|(first, _)| index < *first) => {
+                        failed = Some((index, fault))
+                    }
+                    Err(_) => {}
+                }
+            }
+        });
+        match failed {
+            Some((index, fault)) if !broken => Err(self.error(Asked::Request(index), fault)),
+            _ => Ok(()),
+        }
+    }
+
+    /// In chat mode the messages themselves, written so that `answer` reads them back and sends them to the chat API, where
+    /// the server's template is applied. Text appended to that prompt starts the assistant's turn.
+    ///
+    /// `continue_last` is asked of the server as vLLM and SGLang know it; one that knows no such thing opens a new turn.
+    fn chat_prompt(&self, messages: &[Message], continue_last: bool) -> Result<String, Error> {
+        if !self.options.chat {
+            return Err(self.error(Asked::ChatPrompt, Fault::NoTemplate));
+        }
+        let chat = Chat { messages: messages.to_vec(), continue_last };
+        chat.to_prompt().map_err(|e| self.error(Asked::ChatPrompt, Fault::Unexpected(e.to_string())))
+    }
+}
+
+fn only_model(http: &Http) -> Result<String, Fault> {
+    let value = http.call("/models", None, &AtomicBool::new(false))?;
+    let models: Models = serde_json::from_value(value).map_err(|e| Fault::Unexpected(format!("/v1/models: {e}")))?;
+    let mut ids: Vec<String> = models.data.into_iter().map(|m| m.id).collect();
+    match ids.pop() {
+        None => Err(Fault::NoModel),
+        Some(id) if ids.is_empty() => Ok(id),
+        Some(id) => Err(Fault::SeveralModels(ids.into_iter().chain([id]).collect())),
+    }
+}
+
+/// The fields of a generation request that say how to generate. Fields that OpenAI does not know are sent where they ask for
+/// something, so that a server that cannot do it refuses.
+fn sampling(options: &GenerationOptions) -> Map<String, Value> {
+    let mut body = Map::new();
+    body.insert("max_tokens".into(), json!(options.max_tokens));
+    body.insert("temperature".into(), json!(options.temperature));
+    body.extend(NEUTRAL.map(|name| (name.to_owned(), json!(1.0))));
+    let stops: Vec<_> = options.until.iter().filter(|s| !s.is_empty()).take(MOST_STOPS).collect();
+    if !stops.is_empty() {
+        body.insert("stop".into(), json!(stops));
+    }
+    if options.temperature > 0.0 {
+        body.insert("top_p".into(), json!(options.top_p));
+        body.insert("seed".into(), json!(options.seed));
+        if options.top_k > 0 {
+            body.insert("top_k".into(), json!(options.top_k));
+        }
+        if options.min_p > 0.0 {
+            body.insert("min_p".into(), json!(options.min_p));
+        }
+    }
+    body
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing can panic while holding it; and what it holds is only ever added to.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,236 @@
+//! From an echoed prompt to the log-likelihood of its end: which tokens count, and when none may.
+
+use super::error::Fault;
+use super::http::shorten;
+use super::protocol::{Answer, Token};
+
+/// Characters of a server's text that go into an error.
+const EXCERPT: usize = 60;
+/// Natural-log units by which a token's echoed log-probability may differ from the generated one: engines whose
+/// numerics depend on the batch move it by hundredths, a wrong position by whole units.
+const ECHO_TOLERANCE: f64 = 0.5;
+
+/// Log-likelihood of a run of tokens.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Scored {
+    pub log_likelihood: f64,
+    pub tokens: usize,
+    pub is_greedy: bool,
+}
+
+impl Scored {
+    pub const NOTHING: Self = Self { log_likelihood: 0.0, tokens: 0, is_greedy: true };
+
+    /// Of `tokens`, each of which needs a log-probability and its place's best one. A tie with the best is greedy.
+    pub fn of(tokens: &[Token]) -> Result<Self, Fault> {
+        tokens.iter().try_fold(Self::NOTHING, |sum, token| {
+            let missing = |what: &str| Fault::NoPromptLogProbs {
+                found: format!("no {what} for `{}`", token.text.escape_debug()),
+            };
+            let logprob = token.logprob.ok_or_else(|| missing("log-probability"))?;
+            let best = token.best.ok_or_else(|| missing("`top_logprobs`"))?;
+            Ok(Self {
+                log_likelihood: sum.log_likelihood + logprob,
+                tokens: sum.tokens + 1,
+                is_greedy: sum.is_greedy && logprob >= best,
+            })
+        })
+    }
+
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            log_likelihood: self.log_likelihood + other.log_likelihood,
+            tokens: self.tokens + other.tokens,
+            is_greedy: self.is_greedy && other.is_greedy,
+        }
+    }
+}
+
+/// Where the text to score starts, in bytes of context + continuation: white space at the context's end belongs to the
+/// continuation, as in lm-evaluation-harness, since tokenizers join a space to the word after it.
+pub(super) fn boundary(context: &str) -> usize {
+    context.trim_end().len()
+}
+
+/// The tokens of `prompt` from byte `boundary` on, found by their texts; `None` where these do not show it. A token that
+/// holds the boundary counts.
+///
+/// Works from the prompt's end, so whatever stands at its start (a BOS token, listed or not, special tokens whose text a
+/// server hides) does not matter. Offsets are not used: SGLang gives -1, vLLM miscounts after a broken character.
+pub(super) fn by_text<'a>(answer: &'a Answer, prompt: &str, boundary: usize) -> Result<Option<&'a [Token]>, Fault> {
+    if !answer.text.starts_with(prompt) {
+        let found = format!("its text is `{}`", shorten(&answer.text, EXCERPT));
+        return Err(Fault::NoEcho { found });
+    }
+    let all = &answer.tokens;
+    if all.is_empty() {
+        return Err(Fault::NoPromptLogProbs { found: "`logprobs` is empty".to_owned() });
+    }
+    // The one token that had to be generated is the last, unless the model ended the text or the server left it out.
+    let generated = answer.usage.map_or(1, |u| u.completion_tokens);
+    let ends = [all.len().checked_sub(generated), Some(all.len())];
+    let start_of = |end: usize| {
+        let (mut position, mut start) = (prompt.len(), end);
+        while position > boundary {
+            start = start.checked_sub(1)?;
+            position = prompt[..position].strip_suffix(all[start].text.as_str())?.len();
+        }
+        Some(&all[start..end])
+    };
+    Ok(ends.into_iter().flatten().find_map(start_of))
+}
+
+/// The tokens of a prompt beyond its first `context_tokens`, found by counting, as lm-evaluation-harness does.
+/// `context_tokens`: what the server says the context alone has; 0 for all of the prompt.
+pub(super) fn by_count(answer: &Answer, context_tokens: usize) -> Result<&[Token], Fault> {
+    let listed = answer.tokens.len();
+    let usage =
+        answer.usage.ok_or_else(|| Fault::Misaligned("their texts are unclear and `usage` is absent".into()))?;
+    let Some(end) = listed.checked_sub(usage.completion_tokens).filter(|end| end + 1 >= usage.prompt_tokens) else {
+        return Err(Fault::NoPromptLogProbs { found: format!("{listed} of them for {} tokens", usage.prompt_tokens) });
+    };
+    // A server that adds a BOS token counts it on both sides, whether it lists it or not.
+    let count = if context_tokens == 0 { Some(end) } else { usage.prompt_tokens.checked_sub(context_tokens) };
+    count.filter(|n| *n > 0).and_then(|n| answer.tokens.get(end.checked_sub(n)?..end)).ok_or_else(|| {
+        let prompt = usage.prompt_tokens;
+        Fault::Misaligned(format!("{listed} listed, {prompt} in the prompt, {context_tokens} in its context"))
+    })
+}
+
+/// Compares tokens that the server generated with the same tokens echoed: it must think the same of them.
+pub(super) fn agree(generated: &[Token], echoed: &[Token]) -> Result<(), Fault> {
+    let same = generated.iter().zip(echoed).take_while(|(g, e)| g.text == e.text);
+    let mut compared = 0;
+    for (g, e) in same {
+        let Some(first) = g.logprob else { break };
+        let second = e.logprob.ok_or_else(|| Fault::NoPromptLogProbs { found: format!("null for `{}`", e.text) })?;
+        // Written so that a NaN is a contradiction.
+        let close = (first - second).abs() <= ECHO_TOLERANCE;
+        if !close {
+            return Err(Fault::EchoContradicts { token: g.text.clone(), generated: first, echoed: second });
+        }
+        compared += 1;
+    }
+    if compared == 0 { Err(Fault::EchoUnchecked) } else { Ok(()) }
+}
+
+/// Where to cut a text that is too long for the server: before white space nearest its middle, else between characters.
+/// `None`: it cannot be cut.
+pub(super) fn cut(text: &str) -> Option<usize> {
+    let middle = text.len() / 2;
+    let nearest = |at: &usize| at.abs_diff(middle);
+    let mut previous_is_space = true;
+    let spaces = text.char_indices().filter(|(_, c)| {
+        let starts = c.is_whitespace() && !previous_is_space;
+        previous_is_space = c.is_whitespace();
+        starts
+    });
+    spaces
+        .map(|(at, _)| at)
+        .min_by_key(nearest)
+        .or_else(|| text.char_indices().skip(1).map(|(at, _)| at).min_by_key(nearest))
+}
+
+/// What a piece of a longer text is read after: the last word of the text before, without white space around it; its last
+/// character where it has no white space.
+pub(super) fn last_word(text: &str) -> &str {
+    let text = text.trim_end();
+    match text.rfind(char::is_whitespace) {
+        Some(space) => text[space..].trim_start(),
+        None => text.char_indices().next_back().map_or("", |(at, _)| &text[at..]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::protocol::Usage;
+    use super::*;
+
+    fn token(text: &str, logprob: f64) -> Token {
+        Token { text: text.to_owned(), logprob: Some(logprob), best: Some(logprob.max(-0.5)) }
+    }
+
+    fn answer(text: &str, tokens: &[&str], prompt_tokens: usize) -> Answer {
+        let tokens = tokens.iter().enumerate().map(|(i, t)| token(t, -(i as f64))).collect();
+        let usage = Some(Usage { prompt_tokens, completion_tokens: 1 });
+        Answer { text: text.to_owned(), capped: true, tokens, usage }
+    }
+
+    fn texts(tokens: &[Token]) -> Vec<&str> {
+        tokens.iter().map(|t| t.text.as_str()).collect()
+    }
+
+    #[test]
+    fn a_token_that_holds_the_boundary_counts() {
+        let a = answer("a bcd e!", &["a", " bcd", " e", "!"], 3);
+        let from = |at| texts(by_text(&a, "a bcd e", at).unwrap().unwrap()).concat();
+        assert_eq!(from(5), " e");
+        assert_eq!(from(3), " bcd e");
+        assert_eq!(from(1), " bcd e");
+        assert_eq!(from(0), "a bcd e");
+        assert_eq!(from(7), "");
+    }
+
+    #[test]
+    fn hidden_special_tokens_at_the_start_do_not_matter() {
+        let a = answer("<s>[I]a b!", &["", "", "a", " b", "!"], 4);
+        assert_eq!(texts(by_text(&a, "<s>[I]a b", 7).unwrap().unwrap()), [" b"]);
+    }
+
+    #[test]
+    fn characters_that_tokens_split_are_counted_instead() {
+        // "né o" where é is two tokens that no text shows.
+        let a = answer("né o!", &["n", "", "", " o", "!"], 4);
+        assert_eq!(texts(by_text(&a, "né o", 3).unwrap().unwrap()), [" o"]);
+        assert_eq!(by_text(&a, "né o", 1).unwrap(), None);
+        assert_eq!(texts(by_count(&a, 1).unwrap()), ["", "", " o"]);
+    }
+
+    #[test]
+    fn counting_does_not_mind_a_bos_token_that_is_not_listed() {
+        let a = answer("n o!", &["n", " o", "!"], 3);
+        assert_eq!(texts(by_count(&a, 2).unwrap()), [" o"]);
+        assert_eq!(texts(by_count(&a, 0).unwrap()), ["n", " o"]);
+    }
+
+    #[test]
+    fn counts_that_cannot_be_are_refused() {
+        let a = answer("n o!", &["n", " o", "!"], 2);
+        assert!(matches!(by_count(&a, 2), Err(Fault::Misaligned(_))));
+        assert!(matches!(by_count(&a, 9), Err(Fault::Misaligned(_))));
+        let only_generated = answer("n o!", &["!"], 2);
+        assert!(matches!(by_count(&only_generated, 1), Err(Fault::NoPromptLogProbs { .. })));
+        let no_usage = Answer { usage: None, ..a };
+        assert!(matches!(by_count(&no_usage, 1), Err(Fault::Misaligned(_))));
+    }
+
+    #[test]
+    fn a_tie_with_the_best_token_is_greedy_and_anything_below_is_not() {
+        let at = |logprob, best| Token { text: "a".into(), logprob: Some(logprob), best: Some(best) };
+        assert!(Scored::of(&[at(-1.0, -1.0), at(-0.1, -0.1)]).unwrap().is_greedy);
+        assert!(!Scored::of(&[at(-1.0, -1.0), at(-0.2, -0.1)]).unwrap().is_greedy);
+        assert!(matches!(
+            Scored::of(&[Token { text: "a".into(), logprob: Some(-1.0), best: None }]),
+            Err(Fault::NoPromptLogProbs { .. })
+        ));
+    }
+
+    #[test]
+    fn a_log_probability_that_is_no_number_contradicts() {
+        assert!(matches!(agree(&[token("a", -1.0)], &[token("a", f64::NAN)]), Err(Fault::EchoContradicts { .. })));
+        assert!(matches!(agree(&[token("a", -1.0)], &[token("b", -1.0)]), Err(Fault::EchoUnchecked)));
+        assert!(agree(&[token("a", -1.0)], &[token("a", -1.1)]).is_ok());
+    }
+
+    #[test]
+    fn a_text_is_cut_before_white_space_or_else_between_characters() {
+        assert_eq!(cut("one two three four"), Some(7));
+        assert_eq!(cut("one two").map(|at| "one two".split_at(at)), Some(("one", " two")));
+        assert_eq!(cut("ééé"), Some(2));
+        assert_eq!(cut("é"), None);
+        assert_eq!(cut(""), None);
+        assert_eq!(last_word("one two \n"), "two");
+        assert_eq!(last_word("日本語"), "語");
+        assert_eq!(last_word(""), "");
+    }
+}
