@@ -75,7 +75,7 @@ pub(super) fn task(
             standard_error: Some(error),
             against_baseline: Some(AgainstBaseline {
                 difference: interval(difference, 1.08 * error),
-                recovery: interval(score(k) / base, 1.08 * error / base),
+                recovery: Some(interval(score(k) / base, 1.08 * error / base)),
                 recovery_above_chance: chance.map(|_| interval(k, 1.08 * error / (base - floor))),
                 test: if metric.contains("perplexity") { "paired permutation" } else { "McNemar (exact)" }.to_owned(),
                 p_value: p,
@@ -332,7 +332,7 @@ pub(super) fn extremes() -> Comparison {
     c.tasks[0].task = "a_task_with_an_extraordinarily_long_name_that_no_gutter_can_hold_at_any_width".to_owned();
     let against = |t: &mut TaskComparison, m: usize, r: Interval| {
         if let Some(a) = &mut t.scores[m].against_baseline {
-            a.recovery = r;
+            a.recovery = Some(r);
         }
     };
     against(&mut c.tasks[1], 1, interval(0.0, 0.0));

@@ -186,7 +186,7 @@ pub(super) fn recovery(c: &Comparison, tasks: &str) -> Option<Table> {
                 vec![
                     task(c, t),
                     c.label(m).to_owned(),
-                    percent_interval(a.recovery),
+                    a.recovery.map_or_else(missing, percent_interval),
                     a.recovery_above_chance.map_or_else(missing, percent_interval),
                     gap,
                 ],

@@ -203,7 +203,9 @@ fn dot(svg: &mut Svg, scale: &Scale, i: Interval, y: f64, colour: usize, filled:
 fn tip(c: &Comparison, t: &TaskComparison, m: usize) -> String {
     let mut out = format!("{}, {} ({})", c.label(m), t.task, t.metric_text());
     let (Some(score), Some(a)) = (t.score_of(m), t.against(m)) else { return out };
-    out.push_str(&format!(": {} kept", percent_interval(a.recovery)));
+    if let Some(recovery) = a.recovery {
+        out.push_str(&format!(": {} kept", percent_interval(recovery)));
+    }
     out.push_str(&format!("\nscore {}", value_and_error(score.score, score.standard_error)));
     if let Some(base) = t.score_of(0) {
         out.push_str(&format!(", {} {}", c.baseline(), value_and_error(base.score, base.standard_error)));
@@ -213,7 +215,7 @@ fn tip(c: &Comparison, t: &TaskComparison, m: usize) -> String {
 }
 
 fn recovery(t: &TaskComparison, model: usize) -> Option<Interval> {
-    t.against(model).map(|a| a.recovery).filter(|r| r.estimate.is_finite())
+    t.against(model).and_then(|a| a.recovery).filter(|r| r.estimate.is_finite())
 }
 
 /// From the lowest to the highest interval, without the ends of the very wide ones.
