@@ -4,8 +4,10 @@
 //! implements it for any OpenAI-compatible server.
 
 pub mod comparison;
+pub mod ifeval;
 pub mod model;
 pub mod perplexity;
 pub mod scores;
+pub mod tasks;
 
 pub use model::{GenerationOptions, LanguageModel, Message, Request, Response, TokenModel};
