@@ -10,6 +10,7 @@
 //! and a right token that either rules out an infinite perplexity: both are errors.
 
 mod llama;
+mod pass;
 mod row;
 mod token_class;
 
@@ -17,6 +18,7 @@ use std::collections::BTreeMap;
 
 use thiserror::Error;
 
+pub use self::pass::{PassError, Windows};
 pub use self::token_class::TokenClass;
 
 use self::row::{Pair, RowError};
@@ -113,6 +115,12 @@ impl Accumulator {
     #[must_use]
     pub fn new(options: Options) -> Self {
         Self { options, tokens: Vec::new() }
+    }
+
+    /// An empty one of the same model and text.
+    #[must_use]
+    pub fn fresh(&self) -> Self {
+        Self::new(self.options.clone())
     }
 
     /// Adds the prediction of the token `target` of class `class`, which stands at `position` of window `window`: the

@@ -14,5 +14,6 @@ pub mod perplexity;
 pub mod report;
 pub mod scores;
 pub mod statistics;
+pub mod tasks;
 
 pub use model::{GenerationOptions, LanguageModel, Message, Request, Response, TokenModel};

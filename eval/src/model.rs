@@ -108,8 +108,8 @@ pub trait TokenModel {
     /// The text of one token as it stands in a text (for classes of tokens); bytes that are no UTF-8 are replaced.
     fn token_text(&self, token: u32) -> String;
 
-    /// The token that stands before a text's first one.
-    fn prefix_token(&self) -> u32;
+    /// The token that the model's tokenizer puts before every text, if it does.
+    fn beginning(&self) -> Option<u32>;
 
     /// Logits after each of `tokens`, [tokens, vocab] row-major, not normalised. The tokens stand at position `start` of
     /// one sequence, whose tokens before that were given in earlier calls; 0 begins a new sequence.

@@ -353,8 +353,10 @@ impl<B: Backend> TokenModel for EvaluatedModel<'_, B> {
         self.text.tokenizer.decode(&[token], false).unwrap_or_default()
     }
 
-    fn prefix_token(&self) -> u32 {
-        self.text.prefix
+    fn beginning(&self) -> Option<u32> {
+        let with = self.text.tokenizer.encode("a", true).ok()?;
+        let without = self.text.tokenizer.encode("a", false).ok()?;
+        with.first().copied().filter(|first| with.len() > without.len() && without.first() != Some(first))
     }
 
     fn logits(&mut self, start: usize, tokens: &[u32]) -> Result<Vec<f32>, EvaluateError> {

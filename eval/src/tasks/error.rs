@@ -1,0 +1,96 @@
+//! What can be wrong with a task, its data or its answers: for people.
+
+use std::path::PathBuf;
+
+/// Why a task cannot be loaded, asked or scored.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file could not be read.
+    #[error("{path}: cannot be read: {source}")]
+    Read { path: PathBuf, source: std::io::Error },
+    /// Not YAML, or a use of it that tasks have none for.
+    #[error("{file}:{line}: not a YAML file that can be read: {message}")]
+    Yaml { file: String, line: usize, message: String },
+    /// A key that no task, group or list in it has.
+    #[error("{file}:{line}: unknown key `{key}` in {within}; the nearest known one is `{nearest}`")]
+    UnknownKey { file: String, line: usize, key: String, within: String, nearest: String },
+    /// A key that lm-evaluation-harness knows and this evaluator does not support.
+    #[error("{file}:{line}: key `{key}` is not supported: {reason}")]
+    Unsupported { file: String, line: usize, key: String, reason: String },
+    /// A key with a value of the wrong kind.
+    #[error("{file}:{line}: `{key}` must be {expected}, found {found}")]
+    WrongType { file: String, line: usize, key: String, expected: String, found: String },
+    /// A key with a value of the right kind that means nothing.
+    #[error("{file}:{line}: `{key}`: {message}")]
+    BadValue { file: String, line: usize, key: String, message: String },
+    /// A key that must be there.
+    #[error("{file}: `{key}` is missing: {reason}")]
+    MissingKey { file: String, key: String, reason: String },
+    /// A Python function.
+    #[error(
+        "{file}:{line}: `{key}: !function {function}` names Python code, which is not run here; write it as a Jinja \
+         template (filters `replace`, `regex_replace`, `split`, … are there) or prepare the data file beforehand"
+    )]
+    Function { file: String, line: usize, key: String, function: String },
+    /// Files that include each other.
+    #[error("these files include each other: {chain}; remove one of the `include` lines")]
+    IncludeCycle { chain: String },
+    /// Groups that contain each other.
+    #[error("group `{name}` contains itself: {chain}; remove it from one of the `task` lists")]
+    GroupCycle { name: String, chain: String },
+    /// Two files that define the same task.
+    #[error("task or group `{name}` is defined twice, in {first} and in {second}; rename one")]
+    Duplicate { name: String, first: String, second: String },
+    /// No task, group or tag of this name.
+    #[error("there is no task, group or tag `{name}`; the nearest is `{nearest}`")]
+    UnknownTask { name: String, nearest: String },
+    /// A data file that is not where it should be.
+    #[error("task `{task}` ({file}) needs the data file `{data}`, which is in none of: {looked}; {advice}")]
+    NoData { task: String, file: String, data: String, looked: String, advice: String },
+    /// A split that `data_files` does not have.
+    #[error("task `{task}` ({file}): `{key}: {split}`, but the data set has only: {known}")]
+    NoSplit { task: String, file: String, key: String, split: String, known: String },
+    /// A data file whose content is wrong.
+    #[error("{file}:{line}: {message}")]
+    Data { file: String, line: usize, message: String },
+    /// A data file without documents.
+    #[error("task `{task}`: split `{split}` has no documents ({file} is empty)")]
+    NoDocuments { task: String, split: String, file: String },
+    /// A template that fails on a document.
+    #[error("task `{task}`, document {document}: `{key}`: {message}")]
+    Template { task: String, document: String, key: String, message: String },
+    /// A document that the task can make nothing of.
+    #[error("task `{task}`, document {document}: {message}")]
+    Document { task: String, document: String, message: String },
+    /// Fewer few-shot examples than asked for.
+    #[error("task `{task}`: {wanted} few-shot examples asked for, its split `{split}` has {available} to draw from")]
+    FewShot { task: String, wanted: usize, split: String, available: usize },
+    /// The model's chat template refused.
+    #[error("task `{task}`, document {document}: the chat template refuses these messages: {message}")]
+    Chat { task: String, document: String, message: String },
+    /// Answers that do not fit what was asked.
+    #[error("task `{task}`, document {doc_id}: expected {expected}, found {found}")]
+    Responses { task: String, doc_id: usize, expected: String, found: String },
+}
+
+/// The known name with the fewest edits to `name`; the first of equals.
+#[must_use]
+pub fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> String {
+    known.into_iter().min_by_key(|k| edits(name, k)).unwrap_or_default().to_owned()
+}
+
+/// Levenshtein distance.
+fn edits(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, c) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, d) in b.iter().enumerate() {
+            let substituted = diagonal + usize::from(c != *d);
+            diagonal = row[j + 1];
+            row[j + 1] = substituted.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}

@@ -1,0 +1,94 @@
+//! Files of tasks, wherever they are: in a folder, or built into this crate.
+
+use std::{
+    borrow::Cow,
+    path::{Component, Path, PathBuf},
+};
+
+use super::Error;
+
+include!(concat!(env!("OUT_DIR"), "/tasks.rs"));
+
+/// What stands at the head of the paths of built-in files.
+pub const BUILT_IN: &str = "<built-in>";
+
+/// Reads a file.
+///
+/// # Errors
+/// When it cannot be read, or is not there.
+pub fn read(path: &Path) -> Result<Cow<'static, [u8]>, Error> {
+    match built_in(path) {
+        Some(name) => match FILES.binary_search_by_key(&name.as_str(), |(n, _)| n) {
+            Ok(at) => Ok(Cow::Borrowed(FILES[at].1)),
+            Err(_) => Err(Error::Read { path: path.into(), source: std::io::ErrorKind::NotFound.into() }),
+        },
+        None => match std::fs::read(path) {
+            Ok(bytes) => Ok(Cow::Owned(bytes)),
+            Err(source) => Err(Error::Read { path: path.into(), source }),
+        },
+    }
+}
+
+/// Reads a file of UTF-8.
+///
+/// # Errors
+/// When it cannot be read, or is not UTF-8.
+pub fn read_text(path: &Path) -> Result<String, Error> {
+    String::from_utf8(read(path)?.into_owned()).map_err(|e| {
+        let valid = &e.as_bytes()[..e.utf8_error().valid_up_to()];
+        let line = 1 + valid.iter().filter(|b| **b == b'\n').count();
+        Error::Data { file: path.display().to_string(), line, message: "not UTF-8; save the file as UTF-8".into() }
+    })
+}
+
+/// Whether there is a file.
+#[must_use]
+pub fn exists(path: &Path) -> bool {
+    match built_in(path) {
+        Some(name) => FILES.binary_search_by_key(&name.as_str(), |(n, _)| n).is_ok(),
+        None => path.is_file(),
+    }
+}
+
+/// Files below `root` whose name ends in `.yaml`, sorted.
+///
+/// # Errors
+/// When a folder cannot be listed.
+pub fn yaml_files(root: &Path) -> Result<Vec<PathBuf>, Error> {
+    let mut found = Vec::new();
+    if built_in(root).is_some() {
+        let names = FILES.iter().map(|(name, _)| name).filter(|name| name.ends_with(".yaml"));
+        return Ok(names.map(|name| root.join(name)).collect());
+    }
+    let mut folders = vec![root.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        let fail = |source| Error::Read { path: folder.clone(), source };
+        for entry in std::fs::read_dir(&folder).map_err(fail)? {
+            let path = entry.map_err(fail)?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|e| e == "yaml") {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// The name of a built-in file below `eval/tasks`, without `.` and `..`.
+fn built_in(path: &Path) -> Option<String> {
+    let mut rest = path.components();
+    if rest.next()?.as_os_str() != BUILT_IN {
+        return None;
+    }
+    let mut parts: Vec<&str> = Vec::new();
+    for part in rest {
+        match part {
+            Component::ParentDir => drop(parts.pop()),
+            Component::Normal(name) => parts.push(name.to_str()?),
+            _ => {}
+        }
+    }
+    Some(parts.join("/"))
+}

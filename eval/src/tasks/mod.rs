@@ -1,0 +1,29 @@
+//! Tasks in lm-evaluation-harness's form: YAML files and data to requests, answers to scores.
+//!
+//! [`Library`] finds tasks by name and loads them. [`Task::instances`] makes the requests, [`Task::score`] scores the
+//! answers to one document, [`Task::aggregate`] and [`Group::aggregate`] make scores of them. The same files load in
+//! lm-evaluation-harness 0.4.13 with the same prompts, targets and values; Python code in task files is not run.
+
+mod aggregate;
+mod config;
+mod data;
+mod error;
+mod files;
+mod filter;
+mod keys;
+mod library;
+mod metric;
+mod python;
+mod random;
+mod regex;
+mod score;
+mod task;
+mod template;
+mod yaml;
+
+pub use aggregate::{BOOTSTRAP_RESAMPLES, Group, GroupMetric, GroupScore, standard_error};
+pub use config::OutputType;
+pub use error::Error;
+pub use library::{Library, Listed, ListedKind, Selection};
+pub use score::Sample;
+pub use task::{Chat, Instance, Limit, Options, Task};

@@ -1,0 +1,312 @@
+//! Answers to values: what one document contributes to each metric, and the record of it.
+
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::{Request, Response, ifeval, perplexity::words, scores::DocumentScore};
+
+use super::{
+    Error,
+    config::{OutputType, Scoring},
+    data::Doc,
+    metric::{Measure, Metric},
+    python,
+    task::{Instance, Task},
+};
+
+/// A document's scores after one filter.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sample {
+    pub doc_id: usize,
+    /// The filter's name.
+    pub filter: String,
+    /// In the order of the task's metrics: (metric, value).
+    pub values: Vec<(String, DocumentScore)>,
+    /// Expected score of guessing, for multiple choice: 1 / number of choices.
+    pub chance: Option<f64>,
+    /// The line that lm-evaluation-harness's `--log_samples` writes.
+    pub record: Map<String, Value>,
+}
+
+/// A metric's value for one document, and how the record shows it.
+struct Scored {
+    value: f64,
+    weight: f64,
+    shown: Value,
+}
+
+impl Task {
+    /// Scores the answers to an instance's requests, given in their order: one sample for each filter.
+    ///
+    /// # Errors
+    /// When the answers are not those of the requests, or the document has no right answer among its choices.
+    pub fn score(&self, instance: &Instance, responses: &[Response]) -> Result<Vec<Sample>, Error> {
+        let wrong = |expected: String, found: String| Error::Responses {
+            task: self.name().into(),
+            doc_id: instance.doc_id,
+            expected,
+            found,
+        };
+        if responses.len() != instance.requests.len() {
+            return Err(wrong(format!("{} answers", instance.requests.len()), responses.len().to_string()));
+        }
+        for (request, response) in instance.requests.iter().zip(responses) {
+            match (request, response) {
+                (Request::LogLikelihood { .. }, Response::LogLikelihood { .. })
+                | (Request::Rolling { .. }, Response::Rolling { .. })
+                | (Request::Generate { .. }, Response::Generated { .. }) => {}
+                (request, response) => return Err(wrong(format!("an answer to {request:?}"), format!("{response:?}"))),
+            }
+        }
+        let id = instance.doc_id.to_string();
+        let doc = self
+            .docs
+            .get(instance.doc_id)
+            .ok_or_else(|| wrong(format!("a document below {}", self.docs.len()), id.clone()))?;
+        let target = self.target(&self.config.target, doc, &id)?;
+        let repeats = self.config.repeats;
+        let groups: Vec<&[Response]> = responses.chunks(repeats).collect();
+        let pipelines = self.config.filters.iter();
+        pipelines
+            .map(|pipeline| {
+                let texts: Vec<String> = match self.config.output {
+                    OutputType::Generate => {
+                        let texts = |g: &&[Response]| g.iter().filter_map(text).collect::<Vec<_>>();
+                        let filtered = groups.iter().map(|g| pipeline.apply(&texts(g)));
+                        filtered.collect::<Result<_, _>>().map_err(|m| self.document(&id, m))?
+                    }
+                    _ => Vec::new(),
+                };
+                let (scored, chance) = match self.config.output {
+                    OutputType::LogLikelihood => (self.log_likelihood(groups[0]), None),
+                    OutputType::Rolling => (self.rolling(doc, &target, groups[0]), None),
+                    OutputType::MultipleChoice => self.multiple_choice(doc, &target, &groups, &id)?,
+                    OutputType::Generate => (self.generated(doc, &target, &texts[0], &id)?, None),
+                };
+                let mut record = self.record(instance, doc, &target, &groups, &texts, &pipeline.name);
+                let names = || self.config.metrics.iter().map(|m| m.measure.name().to_owned());
+                let value =
+                    |s: &Scored| DocumentScore { doc_id: instance.doc_id, repeat: 0, value: s.value, weight: s.weight };
+                let values = names().zip(scored.iter().map(value)).collect();
+                record.extend(names().zip(scored.into_iter().map(|s| s.shown)));
+                Ok(Sample { doc_id: instance.doc_id, filter: pipeline.name.clone(), values, chance, record })
+            })
+            .collect()
+    }
+
+    fn log_likelihood(&self, responses: &[Response]) -> Vec<Scored> {
+        let (ll, greedy) = likelihood(&responses[0]);
+        let score = |metric: &Metric| match metric.measure {
+            Measure::Perplexity => Scored { value: ll, weight: 1.0, shown: float(ll) },
+            _ => Scored { value: f64::from(u8::from(greedy)), weight: 1.0, shown: u8::from(greedy).into() },
+        };
+        self.config.metrics.iter().map(score).collect()
+    }
+
+    fn rolling(&self, doc: &Doc, target: &Value, responses: &[Response]) -> Vec<Scored> {
+        let (ll, _) = likelihood(&responses[0]);
+        let counted = match self.config.scoring {
+            Scoring::Page => doc.get("page").and_then(Value::as_str),
+            _ => target.as_str(),
+        };
+        let text = counted.unwrap_or_default();
+        let score = |metric: &Metric| {
+            let weight = if matches!(metric.measure, Measure::WordPerplexity) { words(text) } else { text.len() };
+            Scored { value: ll, weight: weight as f64, shown: json!([float(ll), weight]) }
+        };
+        self.config.metrics.iter().map(score).collect()
+    }
+
+    fn multiple_choice(
+        &self,
+        doc: &Doc,
+        target: &Value,
+        groups: &[&[Response]],
+        id: &str,
+    ) -> Result<(Vec<Scored>, Option<f64>), Error> {
+        let choices = self.own_choices(doc, id)?;
+        if choices.len() != groups.len() {
+            let message = format!("{} choices, but {} were asked about", choices.len(), groups.len());
+            return Err(self.document(id, message));
+        }
+        let (lls, greedy): (Vec<f64>, Vec<bool>) = groups.iter().map(|g| likelihood(&g[0])).unzip();
+        let by = |size: &dyn Fn(&str) -> usize| {
+            argmax(lls.iter().zip(&choices).map(|(ll, choice)| ll / size(choice) as f64))
+        };
+        let gold = match (self.multiple_input, target) {
+            (true, _) => {
+                let text = self.text(&self.config.text, doc, id)?;
+                vec![self.index(&text, &choices, "doc_to_text", id)?]
+            }
+            (false, Value::Array(items)) => {
+                items.iter().map(|i| self.index(i, &choices, "doc_to_target", id)).collect::<Result<_, _>>()?
+            }
+            (false, value) => vec![self.index(value, &choices, "doc_to_target", id)?],
+        };
+        let score = |metric: &Metric| {
+            let predicted = match metric.measure {
+                Measure::AccNorm => by(&|c| c.chars().count()),
+                Measure::AccBytes => by(&str::len),
+                _ => argmax(lls.iter().copied()),
+            };
+            let right = match metric.measure {
+                Measure::ExactMatch(_) => gold.iter().any(|g| greedy[*g]),
+                _ => gold.contains(&predicted),
+            };
+            let value = f64::from(u8::from(right));
+            let shown =
+                if matches!(metric.measure, Measure::ExactMatch(_)) { u8::from(right).into() } else { value.into() };
+            Scored { value, weight: 1.0, shown }
+        };
+        let chance = gold.len() as f64 / choices.len() as f64;
+        Ok((self.config.metrics.iter().map(score).collect(), Some(chance)))
+    }
+
+    fn generated(&self, doc: &Doc, target: &Value, answer: &str, id: &str) -> Result<Vec<Scored>, Error> {
+        if self.config.scoring == Scoring::IfEval {
+            return self.instructions(doc, answer, id);
+        }
+        let choices = self.own_choices(doc, id)?;
+        let golds = match target {
+            Value::Array(items) if self.multiple_target => items.iter().map(python::str).collect(),
+            value if !choices.is_empty() => vec![choices[self.index(value, &choices, "doc_to_target", id)?].clone()],
+            value => vec![python::str(value)],
+        };
+        let score = |metric: &Metric| {
+            let right = match &metric.measure {
+                Measure::ExactMatch(how) => {
+                    let matches = golds.iter().map(|gold| how.matches(answer, gold));
+                    let matches = matches.collect::<Result<Vec<bool>, _>>().map_err(|m| self.document(id, m))?;
+                    matches.contains(&true)
+                }
+                _ => false,
+            };
+            let value = f64::from(u8::from(right));
+            Ok(Scored { value, weight: 1.0, shown: value.into() })
+        };
+        self.config.metrics.iter().map(score).collect()
+    }
+
+    fn instructions(&self, doc: &Doc, answer: &str, id: &str) -> Result<Vec<Scored>, Error> {
+        let missing = |field: &str| self.document(id, format!("IFEval needs the field `{field}`"));
+        let list = |field: &str| doc.get(field).and_then(Value::as_array).ok_or_else(|| missing(field));
+        let ids: Vec<String> = list("instruction_id_list")?.iter().map(python::str).collect();
+        let prompt = doc.get("prompt").and_then(Value::as_str).ok_or_else(|| missing("prompt"))?;
+        let verdict = ifeval::check(&ids, list("kwargs")?, prompt, answer);
+        let verdict = verdict.map_err(|e| self.document(id, e.to_string()))?;
+        let score = |metric: &Metric| {
+            let (followed, per_prompt) = match metric.measure {
+                Measure::Instructions { per_prompt, loose: true } => (&verdict.loose, per_prompt),
+                Measure::Instructions { per_prompt, .. } => (&verdict.strict, per_prompt),
+                _ => (&verdict.strict, true),
+            };
+            if per_prompt {
+                let all = followed.iter().all(|f| *f);
+                return Scored { value: f64::from(u8::from(all)), weight: 1.0, shown: all.into() };
+            }
+            let count = followed.iter().filter(|f| **f).count();
+            Scored { value: count as f64, weight: followed.len() as f64, shown: followed.clone().into() }
+        };
+        Ok(self.config.metrics.iter().map(score).collect())
+    }
+
+    /// The keys of `--log_samples`, in its order, without the metrics' values.
+    fn record(
+        &self,
+        instance: &Instance,
+        doc: &Doc,
+        target: &Value,
+        groups: &[&[Response]],
+        texts: &[String],
+        filter: &str,
+    ) -> Map<String, Value> {
+        let mut arguments = Map::new();
+        for (i, request) in instance.requests.iter().step_by(self.config.repeats).enumerate() {
+            let parts = match request {
+                Request::LogLikelihood { context, continuation } => vec![json!(context), json!(continuation)],
+                Request::Rolling { text } => vec![json!(text)],
+                Request::Generate { context, .. } => vec![json!(context), json!(*instance.generation)],
+            };
+            let parts = parts.into_iter().enumerate().map(|(j, part)| (format!("arg_{j}"), part));
+            arguments.insert(format!("gen_args_{i}"), Value::Object(parts.collect()));
+        }
+        let prompt = match instance.requests.first() {
+            Some(Request::LogLikelihood { context, .. } | Request::Generate { context, .. }) => context.as_str(),
+            Some(Request::Rolling { text }) => text,
+            None => "",
+        };
+        let resps: Value = groups.iter().map(|g| g.iter().map(shown).collect::<Value>()).collect();
+        let filtered: Value = match self.config.output {
+            OutputType::Generate => json!(texts),
+            _ => groups.iter().map(|g| shown(&g[0])).collect(),
+        };
+        let metrics: Vec<&str> = self.config.metrics.iter().map(|m| m.measure.name()).collect();
+        let target = python::str(target);
+        let Value::Object(record) = json!({
+            "doc_id": instance.doc_id,
+            "doc": doc,
+            "target": target,
+            "arguments": arguments,
+            "resps": resps,
+            "filtered_resps": filtered,
+            "filter": filter,
+            "metrics": metrics,
+            "doc_hash": hash(&python::dumps(&Value::Object(doc.clone()))),
+            "prompt_hash": hash(prompt),
+            "target_hash": hash(&target),
+        }) else {
+            return Map::new();
+        };
+        record
+    }
+}
+
+/// `hash_string`: SHA-256 in hexadecimal.
+fn hash(text: &str) -> String {
+    Sha256::digest(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn text(response: &Response) -> Option<String> {
+    match response {
+        Response::Generated { text, .. } => Some(text.clone()),
+        _ => None,
+    }
+}
+
+fn likelihood(response: &Response) -> (f64, bool) {
+    match response {
+        Response::LogLikelihood { log_likelihood, is_greedy } => (*log_likelihood, *is_greedy),
+        Response::Rolling { log_likelihood, .. } => (*log_likelihood, false),
+        Response::Generated { .. } => (f64::NAN, false),
+    }
+}
+
+/// An answer as a log of samples shows it: everything is a text there.
+fn shown(response: &Response) -> Value {
+    match response {
+        Response::LogLikelihood { log_likelihood, is_greedy } => {
+            json!([python::float(*log_likelihood), if *is_greedy { "True" } else { "False" }])
+        }
+        Response::Rolling { log_likelihood, .. } => python::float(*log_likelihood).into(),
+        Response::Generated { text, .. } => text.as_str().into(),
+    }
+}
+
+/// A number, or its name where JSON has none.
+fn float(value: f64) -> Value {
+    serde_json::Number::from_f64(value).map_or_else(|| python::float(value).into(), Value::Number)
+}
+
+/// `numpy.argmax`: the first of the greatest; not-a-number counts as greatest.
+fn argmax(values: impl Iterator<Item = f64>) -> usize {
+    let (mut best, mut at) = (f64::NEG_INFINITY, 0);
+    for (i, value) in values.enumerate() {
+        if value.is_nan() {
+            return i;
+        }
+        if value > best {
+            (best, at) = (value, i);
+        }
+    }
+    at
+}

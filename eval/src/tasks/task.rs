@@ -1,0 +1,661 @@
+//! A task with its documents: what it asks of a model, document by document.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use serde_json::{Map, Value};
+
+use crate::{GenerationOptions, Message, Request};
+
+use super::{
+    Error,
+    config::{Config, DataSet, Expression, OutputType},
+    data::{self, Doc, Format},
+    files, python,
+    random::Random,
+    template::Templates,
+};
+
+/// A loaded task.
+#[derive(Debug)]
+pub struct Task {
+    pub(super) config: Config,
+    templates: Templates,
+    pub(super) docs: Vec<Doc>,
+    /// What few-shot examples are drawn from.
+    pub(super) examples: Vec<Doc>,
+    /// The choices are contexts (Winogrande); `doc_to_text` says which is right.
+    pub(super) multiple_input: bool,
+    /// Several targets are right.
+    pub(super) multiple_target: bool,
+}
+
+/// How to ask.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Instead of the task's own number; not where the task sets 0, as in lm-evaluation-harness.
+    pub num_fewshot: Option<usize>,
+    /// Of the draw of few-shot examples; lm-evaluation-harness's default is 1234.
+    pub seed: u32,
+    /// Which documents; `None`: all.
+    pub limit: Option<Limit>,
+    /// Before the task's description.
+    pub system: Option<String>,
+    /// Over the task's `generation_kwargs`.
+    pub generation: Map<String, Value>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        /// `lm_eval.defaults.DEFAULT_OTHER_SEED`.
+        const FEW_SHOT_SEED: u32 = 1234;
+        Self { num_fewshot: None, seed: FEW_SHOT_SEED, limit: None, system: None, generation: Map::new() }
+    }
+}
+
+/// `--limit`: the first documents.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Limit {
+    First(usize),
+    /// This share of them, rounded up.
+    Share(f64),
+}
+
+/// Asking through a chat template.
+pub struct Chat<'a> {
+    /// Renders messages; with `true` the last one is left open, to be continued. See
+    /// [`LanguageModel::chat_prompt`](crate::LanguageModel::chat_prompt).
+    pub render: &'a dyn Fn(&[Message], bool) -> Result<String, String>,
+    /// Few-shot examples as turns of their own; otherwise all in one user's message.
+    pub fewshot_as_multiturn: bool,
+}
+
+/// What is asked about one document.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Instance {
+    pub doc_id: usize,
+    /// Each request as often as the task repeats it, next to each other.
+    pub requests: Vec<Request>,
+    /// The `generation_kwargs` that apply, as a log of samples shows them.
+    pub(super) generation: Arc<Map<String, Value>>,
+}
+
+/// A turn, and what follows it where turns are joined to a text.
+#[derive(Clone, Debug)]
+struct Turn {
+    role: &'static str,
+    content: String,
+    delimiter: String,
+}
+
+impl Task {
+    /// Loads a task's documents. Data files are looked for in `data_dir` by their path or bare name, then beside the task's
+    /// file, then in the folders above it.
+    ///
+    /// # Errors
+    /// When a data file is missing or wrong, or its first document does not suit the task.
+    pub fn load(config: Config, data_dir: Option<&Path>) -> Result<Self, Error> {
+        let test = config.test.clone().map(|s| ("test_split", s));
+        let validation = config.validation.clone().map(|s| ("validation_split", s));
+        let training = config.training.clone().map(|s| ("training_split", s));
+        let Some((key, split)) = test.clone().or_else(|| validation.clone()) else {
+            return Err(no_split(&config, "test_split", "", ""));
+        };
+        let docs = read_split(&config, key, &split, data_dir)?;
+        let pool = config.few_shot.split.clone().map(|s| ("fewshot_split", s));
+        let examples = match (pool, &config.few_shot.samples) {
+            (None, Some(samples)) => samples.clone(),
+            // lm-evaluation-harness's rule: training, else validation, else test documents.
+            (pool, _) => match pool.or(training).or(validation).or(test) {
+                Some((_, name)) if name == split => docs.clone(),
+                // A pool that is not there matters only where examples are asked for.
+                Some((key, name)) if key == "training_split" => {
+                    read_split(&config, key, &name, data_dir).unwrap_or_default()
+                }
+                Some((key, name)) => read_split(&config, key, &name, data_dir)?,
+                None => Vec::new(),
+            },
+        };
+        let mut task =
+            Self { config, templates: Templates::new(), docs, examples, multiple_input: false, multiple_target: false };
+        // As lm-evaluation-harness: the first document shows what kind of task it is.
+        let (first, expressions) = (&task.docs[0], &task.config);
+        let has_choices = match &expressions.choices {
+            Some(choices) => !task.choices(choices, first, "0")?.is_empty(),
+            None => false,
+        };
+        let text = task.text(&expressions.text, first, "0")?;
+        let target = task.target(&expressions.target, first, "0")?;
+        task.multiple_input = has_choices && text.is_number();
+        task.multiple_target = target.is_array();
+        Ok(task)
+    }
+
+    /// The task's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.config.name
+    }
+
+    /// What tables show instead of the name, if the task says so.
+    #[must_use]
+    pub fn alias(&self) -> &str {
+        self.config.alias.as_deref().unwrap_or(&self.config.name)
+    }
+
+    /// `metadata.version`.
+    #[must_use]
+    pub fn version(&self) -> &str {
+        &self.config.version
+    }
+
+    /// What it asks of a model.
+    #[must_use]
+    pub fn output_type(&self) -> OutputType {
+        self.config.output
+    }
+
+    /// How many documents there are.
+    #[must_use]
+    pub fn documents(&self) -> usize {
+        self.docs.len()
+    }
+
+    /// How many few-shot examples these options lead to.
+    #[must_use]
+    pub fn num_fewshot(&self, options: &Options) -> usize {
+        match (options.num_fewshot, self.config.num_fewshot) {
+            (Some(_), Some(0)) => 0,
+            (Some(wanted), _) => wanted,
+            (None, own) => own.unwrap_or(0),
+        }
+    }
+
+    /// What to ask, in the order of the documents.
+    ///
+    /// # Errors
+    /// When a document does not suit the task's templates, there are too few examples, or the chat template refuses.
+    pub fn instances(&self, options: &Options, chat: Option<&Chat>) -> Result<Vec<Instance>, Error> {
+        let count = match options.limit {
+            None => self.docs.len(),
+            Some(Limit::First(n)) => n.min(self.docs.len()),
+            Some(Limit::Share(share)) => ((self.docs.len() as f64 * share).ceil() as usize).min(self.docs.len()),
+        };
+        let mut generation = self.config.generation.clone();
+        if self.config.output == OutputType::Generate {
+            generation.extend(options.generation.clone());
+        }
+        let generation = Arc::new(generation);
+        // One generator for all documents: each continues where the one before stopped.
+        let mut random = Random::new(options.seed);
+        self.docs[..count]
+            .iter()
+            .enumerate()
+            .map(|(doc_id, doc)| self.instance(doc_id, doc, options, chat, &mut random, &generation))
+            .collect()
+    }
+
+    fn instance(
+        &self,
+        doc_id: usize,
+        doc: &Doc,
+        options: &Options,
+        chat: Option<&Chat>,
+        random: &mut Random,
+        generation: &Arc<Map<String, Value>>,
+    ) -> Result<Instance, Error> {
+        let id = doc_id.to_string();
+        let contexts = self.contexts(doc_id, doc, options, chat, random)?;
+        let continuation = |text: &str| match chat {
+            // A template ends where the answer begins.
+            Some(_) => match &self.config.prefix {
+                Some(p) if !p.is_empty() && !p.ends_with(char::is_whitespace) => {
+                    self.config.target_delimiter.clone() + text
+                }
+                _ => text.to_owned(),
+            },
+            None => self.config.target_delimiter.clone() + text,
+        };
+        let target = || self.target(&self.config.target, doc, &id);
+        let mut requests = Vec::new();
+        match self.config.output {
+            OutputType::LogLikelihood => {
+                let continuation = self.as_text(target()?, "doc_to_target", &id)?;
+                requests.extend(
+                    contexts
+                        .into_iter()
+                        .map(|context| Request::LogLikelihood { context, continuation: continuation.clone() }),
+                );
+            }
+            OutputType::Rolling => {
+                requests.push(Request::Rolling { text: self.as_text(target()?, "doc_to_target", &id)? });
+            }
+            OutputType::MultipleChoice if self.multiple_input => {
+                let continuation = continuation(&python::str(&target()?));
+                requests.extend(
+                    contexts
+                        .into_iter()
+                        .map(|context| Request::LogLikelihood { context, continuation: continuation.clone() }),
+                );
+            }
+            OutputType::MultipleChoice => {
+                let choices = self.own_choices(doc, &id)?;
+                let context = contexts.into_iter().next().unwrap_or_default();
+                requests.extend(choices.iter().map(|choice| Request::LogLikelihood {
+                    context: context.clone(),
+                    continuation: continuation(choice),
+                }));
+            }
+            OutputType::Generate => {
+                let own = self.generation_options(generation, &id)?;
+                requests
+                    .extend(contexts.into_iter().map(|context| Request::Generate { context, options: own.clone() }));
+            }
+        }
+        let repeats = self.config.repeats as u64;
+        let repeated = |request: Request| {
+            (0..repeats).map(move |repeat| match request.clone() {
+                Request::Generate { context, options } => {
+                    let seed = options.seed.wrapping_add(repeat);
+                    Request::Generate { context, options: GenerationOptions { seed, ..options } }
+                }
+                other => other,
+            })
+        };
+        let requests = requests.into_iter().flat_map(repeated).collect();
+        Ok(Instance { doc_id, requests, generation: generation.clone() })
+    }
+
+    /// The prompts: one, or one for each choice where the choices are contexts.
+    fn contexts(
+        &self,
+        doc_id: usize,
+        doc: &Doc,
+        options: &Options,
+        chat: Option<&Chat>,
+        random: &mut Random,
+    ) -> Result<Vec<String>, Error> {
+        let (config, id) = (&self.config, doc_id.to_string());
+        let mut turns = Vec::new();
+        let description = self.field(&config.description, doc, "description", &id)?;
+        let system = options.system.as_deref().unwrap_or_default();
+        let system = join(system, &description, &config.delimiter);
+        if !system.is_empty() {
+            turns.push(Turn { role: "system", content: system, delimiter: String::new() });
+        }
+        for index in self.draw(self.num_fewshot(options), doc, random)? {
+            let (example, own, id) = (&self.examples[index], &config.few_shot, format!("few-shot example {index}"));
+            let choices = own.choices.as_ref().map(|c| self.choices(c, example, &id)).transpose()?;
+            let mut question = self.text(&own.text, example, &id)?;
+            let answer = self.target(&own.target, example, &id)?;
+            let prefix = own.prefix.as_ref().map(|p| self.field(p, example, "gen_prefix", &id)).transpose()?;
+            let answer = match (&answer, &choices) {
+                (Value::Number(_), Some(choices)) if !self.multiple_input => {
+                    Value::String(choices[self.index(&answer, choices, "doc_to_target", &id)?].clone())
+                }
+                (Value::Array(items), _) => items.first().cloned().unwrap_or_default(),
+                _ => answer,
+            };
+            if let (true, Some(choices)) = (self.multiple_input, &choices) {
+                question = Value::String(choices[self.index(&question, choices, "doc_to_text", &id)?].clone());
+            }
+            let question = self.as_text(question, "doc_to_text", &id)?;
+            let answer = self.as_text(answer, "doc_to_target", &id)?;
+            turns.extend(turn(question, Some(answer), prefix, &own.target_delimiter, &own.delimiter));
+        }
+        let prefix = config.prefix.as_ref().map(|p| self.field(p, doc, "gen_prefix", &id)).transpose()?;
+        let question = self.text(&config.text, doc, &id)?;
+        let (questions, delimiter) = match (self.multiple_input, &config.choices) {
+            (true, Some(choices)) => (self.choices(choices, doc, &id)?, ""),
+            _ => (vec![self.as_text(question, "doc_to_text", &id)?], config.target_delimiter.as_str()),
+        };
+        let render = |question: String| {
+            let mut turns = turns.clone();
+            turns.extend(turn(question, None, prefix.clone(), delimiter, ""));
+            match chat {
+                None => Ok(turns.into_iter().map(|t| t.content + &t.delimiter).collect()),
+                Some(chat) => {
+                    let messages = if chat.fewshot_as_multiturn { messages(turns) } else { single_turn(turns) };
+                    let open = prefix.as_ref().is_some_and(|p| !p.is_empty());
+                    (chat.render)(&messages, open).map_err(|message| Error::Chat {
+                        task: config.name.clone(),
+                        document: id.clone(),
+                        message,
+                    })
+                }
+            }
+        };
+        questions.into_iter().map(render).collect()
+    }
+
+    /// Which examples, as lm-evaluation-harness's samplers choose them.
+    fn draw(&self, count: usize, doc: &Doc, random: &mut Random) -> Result<Vec<usize>, Error> {
+        if count == 0 {
+            return Ok(Vec::new());
+        }
+        let own = &self.config.few_shot;
+        // The document itself is no example; it can only be one where the splits are the same.
+        let excluded = |i: &usize| own.split == self.config.test && self.examples[*i] == *doc;
+        let all = 0..self.examples.len();
+        let few = |available: usize| Error::FewShot {
+            task: self.config.name.clone(),
+            wanted: count,
+            split: self.examples_split(),
+            available,
+        };
+        if own.sampler == super::config::Sampler::FirstN {
+            let chosen: Vec<usize> = all.filter(|i| !excluded(i)).take(count).collect();
+            return if chosen.len() < count { Err(few(chosen.len())) } else { Ok(chosen) };
+        }
+        let drawn = count + usize::from(own.split == self.config.test);
+        if drawn > self.examples.len() {
+            return Err(few((self.examples.len() + count).saturating_sub(drawn)));
+        }
+        let sample = random.sample(self.examples.len(), drawn);
+        let mut chosen: Vec<usize> = sample.into_iter().filter(|i| !excluded(i)).take(count).collect();
+        if chosen.len() < count {
+            // Copies of the document took more than one place: draw again from what is no copy.
+            let pool: Vec<usize> = all.filter(|i| !excluded(i)).collect();
+            if pool.len() < count {
+                return Err(few(pool.len()));
+            }
+            chosen = random.sample(pool.len(), count).into_iter().map(|i| pool[i]).collect();
+        }
+        Ok(chosen)
+    }
+
+    fn examples_split(&self) -> String {
+        let config = &self.config;
+        let names = [&config.few_shot.split, &config.training, &config.validation, &config.test];
+        names.into_iter().flatten().next().cloned().unwrap_or_default()
+    }
+
+    pub(super) fn own_choices(&self, doc: &Doc, id: &str) -> Result<Vec<String>, Error> {
+        self.config.choices.as_ref().map_or(Ok(Vec::new()), |c| self.choices(c, doc, id))
+    }
+
+    /// `doc_to_text`: a text, or the index of a choice.
+    pub(super) fn text(&self, expression: &Expression, doc: &Doc, id: &str) -> Result<Value, Error> {
+        let rendered = match self.evaluate(expression, doc, "doc_to_text", id)? {
+            Evaluated::Value(value) => return Ok(value),
+            Evaluated::Rendered(text) => text,
+        };
+        match rendered.parse::<u64>() {
+            Ok(index) if self.config.choices.is_some() && python::is_digits(&rendered) => Ok(index.into()),
+            _ => Ok(rendered.into()),
+        }
+    }
+
+    /// `doc_to_target`: a text, the index of a choice, or several of them.
+    pub(super) fn target(&self, expression: &Expression, doc: &Doc, id: &str) -> Result<Value, Error> {
+        let rendered = match self.evaluate(expression, doc, "doc_to_target", id)? {
+            Evaluated::Value(value) => return Ok(value),
+            Evaluated::Rendered(text) => text,
+        };
+        match rendered.parse::<u64>() {
+            Ok(index) if self.config.choices.is_some() && python::is_digits(&rendered) => Ok(index.into()),
+            _ if rendered.len() >= 2 && rendered.starts_with('[') && rendered.ends_with(']') => {
+                Ok(python::literal(&rendered).unwrap_or(rendered.into()))
+            }
+            _ => Ok(rendered.into()),
+        }
+    }
+
+    /// `doc_to_choice`.
+    pub(super) fn choices(&self, expression: &Expression, doc: &Doc, id: &str) -> Result<Vec<String>, Error> {
+        let fail = |message: String| self.document(id, message);
+        let value = match self.evaluate(expression, doc, "doc_to_choice", id)? {
+            Evaluated::Value(value) => value,
+            Evaluated::Rendered(text) => python::literal(&text)
+                .map_err(|e| fail(format!("`doc_to_choice` is no list: {e} in {:?}", shorten(&text))))?,
+        };
+        let Value::Array(items) = value else {
+            return Err(fail(format!("`doc_to_choice` must give a list, found {}", shorten(&python::repr(&value)))));
+        };
+        if items.is_empty() {
+            return Err(fail("`doc_to_choice` gives no choices".into()));
+        }
+        let text = |item: Value| match item {
+            Value::String(s) => Ok(s),
+            other => Err(fail(format!("a choice must be a text, found {}; put it in quotes", python::repr(&other)))),
+        };
+        items.into_iter().map(text).collect()
+    }
+
+    /// The index that a value is, checked against the choices.
+    pub(super) fn index(&self, value: &Value, choices: &[String], key: &str, id: &str) -> Result<usize, Error> {
+        let found = match value {
+            Value::Number(n) => n.as_u64().map(|i| i as usize).filter(|i| *i < choices.len()),
+            Value::Bool(b) => Some(usize::from(*b)).filter(|i| *i < choices.len()),
+            Value::String(s) => choices.iter().position(|c| c == s),
+            _ => None,
+        };
+        found.ok_or_else(|| {
+            let known = choices.len();
+            self.document(id, format!("`{key}` gives {}, which is none of the {known} choices", python::repr(value)))
+        })
+    }
+
+    /// A template or the name of a field; empty where empty.
+    fn field(&self, template: &str, doc: &Doc, key: &str, id: &str) -> Result<String, Error> {
+        if template.is_empty() {
+            return Ok(String::new());
+        }
+        match doc.get(template) {
+            Some(value) => Ok(python::str(value)),
+            None => self.templates.render(template, doc).map_err(|m| self.template_error(key, id, m)),
+        }
+    }
+
+    fn evaluate(&self, expression: &Expression, doc: &Doc, key: &str, id: &str) -> Result<Evaluated, Error> {
+        match expression {
+            Expression::Value(value) => Ok(Evaluated::Value(value.clone())),
+            Expression::Template(name) if self.docs[0].contains_key(name) => match doc.get(name) {
+                Some(value) => Ok(Evaluated::Value(value.clone())),
+                None => Err(self.document(id, format!("`{key}: {name}`, but the document has no such field"))),
+            },
+            Expression::Template(template) => {
+                let text = self.templates.render(template, doc).map_err(|m| self.template_error(key, id, m))?;
+                Ok(Evaluated::Rendered(text))
+            }
+        }
+    }
+
+    pub(super) fn as_text(&self, value: Value, key: &str, id: &str) -> Result<String, Error> {
+        match value {
+            Value::String(text) => Ok(text),
+            other => Err(self.document(id, format!("`{key}` must give a text, found {}", python::repr(&other)))),
+        }
+    }
+
+    pub(super) fn document(&self, id: &str, message: String) -> Error {
+        Error::Document { task: self.config.name.clone(), document: id.into(), message }
+    }
+
+    fn template_error(&self, key: &str, id: &str, message: String) -> Error {
+        Error::Template { task: self.config.name.clone(), document: id.into(), key: key.into(), message }
+    }
+
+    /// `normalize_gen_kwargs`: names of the limit on tokens by priority; no temperature without sampling.
+    fn generation_options(&self, map: &Map<String, Value>, id: &str) -> Result<GenerationOptions, Error> {
+        let wrong = |key: &str, value: &Value| {
+            self.document(id, format!("`generation_kwargs`: `{key}` cannot be {}", python::repr(value)))
+        };
+        let number = |key: &str| map.get(key).filter(|v| !v.is_null()).map(|v| v.as_f64().ok_or_else(|| wrong(key, v)));
+        let number = |key: &str, default: f64| number(key).unwrap_or(Ok(default));
+        let own = GenerationOptions::default();
+        let limit = ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"];
+        let limit = limit.into_iter().find(|k| map.get(*k).is_some_and(|v| !v.is_null())).unwrap_or("max_gen_toks");
+        let until = match map.get("until") {
+            None | Some(Value::Null) => Vec::new(),
+            Some(Value::String(s)) => vec![s.clone()],
+            Some(v @ Value::Array(items)) => {
+                let text = |i: &Value| i.as_str().map(str::to_owned).ok_or_else(|| wrong("until", v));
+                items.iter().map(text).collect::<Result<_, _>>()?
+            }
+            Some(v) => return Err(wrong("until", v)),
+        };
+        let greedy = map.get("do_sample") == Some(&Value::Bool(false));
+        Ok(GenerationOptions {
+            until,
+            max_tokens: number(limit, own.max_tokens as f64)? as usize,
+            temperature: if greedy { 0.0 } else { number("temperature", own.temperature)? },
+            top_p: number("top_p", own.top_p)?,
+            top_k: number("top_k", own.top_k as f64)?.max(0.0) as usize,
+            min_p: number("min_p", own.min_p)?,
+            seed: number("seed", own.seed as f64)? as u64,
+        })
+    }
+}
+
+enum Evaluated {
+    Value(Value),
+    Rendered(String),
+}
+
+/// `maybe_delimit`: the delimiter stands only where there is no white space anyway.
+fn join(prefix: &str, suffix: &str, delimiter: &str) -> String {
+    let spaced = prefix.is_empty()
+        || suffix.is_empty()
+        || prefix.ends_with(char::is_whitespace)
+        || suffix.starts_with(char::is_whitespace);
+    if spaced { format!("{prefix}{suffix}") } else { format!("{prefix}{delimiter}{suffix}") }
+}
+
+/// `build_qa_turn`: a question, and its answer or the beginning of one.
+fn turn(question: String, answer: Option<String>, prefix: Option<String>, target: &str, after: &str) -> Vec<Turn> {
+    let answer = answer.filter(|a| !a.is_empty());
+    let prefix = prefix.filter(|p| !p.is_empty());
+    let delimiter = match (&answer, &prefix) {
+        (_, Some(p)) => {
+            let spaced =
+                question.is_empty() || question.ends_with(char::is_whitespace) || p.starts_with(char::is_whitespace);
+            if spaced { "" } else { target }
+        }
+        (Some(_), None) => target,
+        (None, None) => "",
+    };
+    let mut turns = vec![Turn { role: "user", content: question, delimiter: delimiter.into() }];
+    match (answer, prefix) {
+        (Some(answer), prefix) => turns.push(Turn {
+            role: "assistant",
+            content: join(prefix.as_deref().unwrap_or_default(), &answer, " "),
+            delimiter: after.into(),
+        }),
+        (None, Some(prefix)) => turns.push(Turn { role: "assistant", content: prefix, delimiter: String::new() }),
+        (None, None) => {}
+    }
+    turns
+}
+
+fn messages(turns: Vec<Turn>) -> Vec<Message> {
+    turns.into_iter().map(|t| Message { role: t.role.into(), content: t.content }).collect()
+}
+
+/// `multiturn_to_singleturn`: all in one user's message, but for the system's and an answer that is begun.
+fn single_turn(mut turns: Vec<Turn>) -> Vec<Message> {
+    let system = if turns.first().is_some_and(|t| t.role == "system") { Some(turns.remove(0)) } else { None };
+    let begun = if turns.last().is_some_and(|t| t.role == "assistant") { turns.pop() } else { None };
+    if let Some(last) = turns.last_mut() {
+        last.delimiter.clear();
+    }
+    let content = turns.into_iter().map(|t| t.content + &t.delimiter).collect();
+    let user = Turn { role: "user", content, delimiter: String::new() };
+    messages(system.into_iter().chain([user]).chain(begun).collect())
+}
+
+fn shorten(text: &str) -> String {
+    const SHOWN: usize = 120;
+    match text.char_indices().nth(SHOWN) {
+        Some((at, _)) => format!("{}…", &text[..at]),
+        None => text.to_owned(),
+    }
+}
+
+fn no_split(config: &Config, key: &str, split: &str, known: &str) -> Error {
+    let (task, file) = (config.name.clone(), config.file.clone());
+    Error::NoSplit { task, file, key: key.into(), split: split.into(), known: known.into() }
+}
+
+fn read_split(config: &Config, key: &str, split: &str, data_dir: Option<&Path>) -> Result<Vec<Doc>, Error> {
+    let (paths, format) = match &config.data {
+        DataSet::Files { format, splits } => {
+            let Some((_, names)) = splits.iter().find(|(name, _)| name == split) else {
+                let known: Vec<&str> = splits.iter().map(|(name, _)| name.as_str()).collect();
+                return Err(no_split(config, key, split, &known.join(", ")));
+            };
+            let find = |name: &String| find_file(config, name, data_dir);
+            (names.iter().map(find).collect::<Result<Vec<_>, _>>()?, *format)
+        }
+        DataSet::Folder { path, name } => {
+            let path = find_in_folder(config, path, name.as_deref(), split, data_dir)?;
+            let format = Format::of(&path).unwrap_or(Format::Json);
+            (vec![path], format)
+        }
+    };
+    let docs = data::read(&paths, format)?;
+    if docs.is_empty() {
+        let file = paths.first().map(|p| p.display().to_string()).unwrap_or_default();
+        return Err(Error::NoDocuments { task: config.name.clone(), split: split.into(), file });
+    }
+    Ok(docs)
+}
+
+/// The data file of this name: in the folder for data, beside the task's file, or in a folder above up to the root.
+fn find_file(config: &Config, name: &str, data_dir: Option<&Path>) -> Result<PathBuf, Error> {
+    let relative = Path::new(name);
+    let mut looked: Vec<PathBuf> = Vec::new();
+    if let Some(folder) = data_dir {
+        looked.push(folder.join(name));
+        looked.extend(relative.file_name().map(|n| folder.join(n)));
+    }
+    looked.push(config.folder.join(name));
+    if relative.is_relative() {
+        let above = config.folder.ancestors().skip(1).take_while(|p| p.starts_with(&config.root));
+        looked.extend(above.map(|p| p.join(name)));
+    }
+    match looked.iter().find(|p| files::exists(p)) {
+        Some(path) => Ok(path.clone()),
+        None => {
+            let advice = format!("put `{name}` into a folder and name that as the data folder (--data-dir)");
+            Err(no_data(config, name, &looked, advice))
+        }
+    }
+}
+
+/// A split's file in a local copy of a data set of the hub.
+fn find_in_folder(
+    config: &Config,
+    path: &str,
+    name: Option<&str>,
+    split: &str,
+    data_dir: Option<&Path>,
+) -> Result<PathBuf, Error> {
+    let mut looked = Vec::new();
+    for base in data_dir.into_iter().chain([config.folder.as_path()]) {
+        let folder = base.join(path);
+        let folder = name.map_or(folder.clone(), |n| folder.join(n));
+        looked.extend(["jsonl", "json", "csv", "parquet"].map(|e| folder.join(format!("{split}.{e}"))));
+    }
+    match looked.iter().find(|p| files::exists(p)) {
+        Some(found) => Ok(found.clone()),
+        None => {
+            let part = name.map_or(String::new(), |n| format!("{n}/"));
+            let wanted = format!("{path}/{part}{split}.jsonl");
+            let advice = format!(
+                "`dataset_path: {path}` is a data set of the hub, which is not downloaded: save its split as \
+                 `{wanted}` (or .json, .csv, .parquet) below the data folder (--data-dir), or set `dataset_path: json` \
+                 with `dataset_kwargs.data_files`"
+            );
+            Err(no_data(config, &wanted, &looked, advice))
+        }
+    }
+}
+
+fn no_data(config: &Config, data: &str, looked: &[PathBuf], advice: String) -> Error {
+    let looked: Vec<String> = looked.iter().map(|p| p.display().to_string()).collect();
+    let (task, file) = (config.name.clone(), config.file.clone());
+    Error::NoData { task, file, data: data.into(), looked: looked.join(", "), advice }
+}
