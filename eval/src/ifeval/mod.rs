@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 //! IFEval: whether a response follows the verifiable instructions of its prompt.
 //!
 //! The rules are those of google-research/instruction_following_eval as lm-evaluation-harness 0.4.13 runs them, quirks
@@ -161,36 +160,4 @@ fn parse(id: &str, kwargs: &Value) -> Result<Check, Error> {
     let check = maker(&mut arguments)?;
     arguments.finish()?;
     Ok(check)
-=======
-//! Checks whether a response follows IFEval's instructions.
-
-/// Per instruction, whether the response follows it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Verdict {
-    /// The response as it is.
-    pub strict: Vec<bool>,
-    /// Any of the eight variants without first line, last line, asterisks.
-    pub loose: Vec<bool>,
-}
-
-/// What can be wrong with an instruction.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// There is no checker of that name.
-    #[error("no checker for instruction {0:?}")]
-    Unknown(String),
-}
-
-/// Checks `response` against the instructions of a prompt.
-///
-/// # Errors
-/// When an instruction is not known.
-pub fn check(
-    instruction_ids: &[String],
-    _kwargs: &[serde_json::Value],
-    _prompt: &str,
-    _response: &str,
-) -> Result<Verdict, Error> {
-    Err(Error::Unknown(instruction_ids.join(", ")))
->>>>>>> bd5c7c843a5ff4d6ea5da0d5137a48307e3bfff1
 }
