@@ -37,8 +37,15 @@ pub enum JournalError {
 pub struct Key {
     pub task: String,
     pub doc_id: usize,
+    /// Which of the seeds, where answers are sampled several times.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub seed: usize,
     /// Of the document's requests.
     pub request: usize,
+}
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 #[derive(Serialize, Deserialize)]
@@ -171,7 +178,7 @@ fn read(path: &Path, text: &str, about: Option<&Value>) -> Result<BTreeMap<Key, 
 }
 
 /// Names the first key in which two runs differ.
-fn same(path: &Path, found: &Value, expected: &Value) -> Result<(), JournalError> {
+pub(crate) fn same(path: &Path, found: &Value, expected: &Value) -> Result<(), JournalError> {
     let (Value::Object(found), Value::Object(expected)) = (found, expected) else {
         return if found == expected { Ok(()) } else { Err(other(path, "run", found, expected)) };
     };
@@ -198,7 +205,7 @@ mod tests {
     use serde_json::json;
 
     fn key(doc_id: usize) -> Key {
-        Key { task: "t".into(), doc_id, request: 0 }
+        Key { task: "t".into(), doc_id, seed: 0, request: 0 }
     }
 
     fn answer(x: f64) -> Response {

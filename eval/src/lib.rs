@@ -12,6 +12,7 @@ pub mod model;
 pub mod openai;
 pub mod perplexity;
 pub mod report;
+pub mod run;
 pub mod scores;
 pub mod statistics;
 pub mod tasks;

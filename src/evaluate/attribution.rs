@@ -1,0 +1,84 @@
+//! Where the loss sits: one block or one kind of module at a time quantized, or restored, in an otherwise whole model.
+
+use std::collections::BTreeMap;
+
+use recoup_eval::comparison::{AttributedPart, Attribution, AttributionMode, Estimate};
+use recoup_eval::divergence::{PassError, Windows};
+
+use super::{EvaluateError, EvaluatedModel, ModelText};
+use crate::backend::cpu::CpuBackend;
+use crate::formats::kv::KvFormat;
+use crate::model::Decoder;
+
+/// A part of a model and the modules in it.
+struct Part {
+    name: String,
+    layer: Option<usize>,
+    modules: Vec<String>,
+}
+
+/// Layers, then kinds of modules over all layers.
+fn parts(model: &Decoder<CpuBackend>) -> Vec<Part> {
+    let modules: Vec<_> = model.config.modules().into_iter().filter(|m| m.is_block_linear()).collect();
+    let mut layers: BTreeMap<usize, Part> = BTreeMap::new();
+    let mut kinds: Vec<Part> = Vec::new();
+    for module in modules {
+        let kind = module.name.rsplit_once('.').map_or("", |(_, kind)| kind).to_owned();
+        match kinds.iter_mut().find(|p| p.name == kind) {
+            Some(part) => part.modules.push(module.name.clone()),
+            None => kinds.push(Part { name: kind, layer: None, modules: vec![module.name.clone()] }),
+        }
+        if let Some(layer) = module.layer {
+            let new = || Part { name: format!("layer {layer}"), layer: Some(layer), modules: Vec::new() };
+            layers.entry(layer).or_insert_with(new).modules.push(module.name);
+        }
+    }
+    layers.into_values().chain(kinds).collect()
+}
+
+/// Ranks the parts of `quantized` (model `index` of the comparison) by what they do to its KL from `baseline`.
+///
+/// # Errors
+/// When a model fails, or computes something that is no number.
+#[allow(clippy::too_many_arguments)]
+pub fn attribute(
+    baseline: &Decoder<CpuBackend>,
+    quantized: &Decoder<CpuBackend>,
+    text: &ModelText,
+    kv: KvFormat,
+    windows: &Windows,
+    mode: AttributionMode,
+    index: usize,
+    progress: &mut dyn FnMut(),
+) -> Result<Attribution, PassError<EvaluateError>> {
+    let parts = parts(baseline);
+    let swapped = parts.iter().map(|part| {
+        let has = |module: &str| part.modules.iter().any(|m| m == module);
+        match mode {
+            AttributionMode::QuantizeOne => baseline.graft(quantized, &has),
+            AttributionMode::RestoreOne => quantized.graft(baseline, &has),
+        }
+    });
+    let decoders: Vec<Decoder<CpuBackend>> = swapped.collect();
+    let length = windows.windows.iter().map(Vec::len).max();
+    let evaluated = [baseline, quantized].into_iter().chain(&decoders);
+    let mut models: Vec<_> = evaluated.map(|model| EvaluatedModel::new(model, text, kv, length)).collect();
+    let mut figures = windows.diverge(&mut models, progress)?.into_iter().map(|(d, _)| d);
+    let (whole, tokens) =
+        figures.next().map_or((Estimate { value: 0.0, standard_error: 0.0 }, 0), |d| (d.kl, d.tokens));
+    let mut ranked: Vec<AttributedPart> = parts
+        .into_iter()
+        .zip(figures)
+        .map(|(part, d)| AttributedPart {
+            part: part.name,
+            layer: part.layer,
+            kl: d.kl,
+            damage: match mode {
+                AttributionMode::QuantizeOne => d.kl.value,
+                AttributionMode::RestoreOne => whole.value - d.kl.value,
+            },
+        })
+        .collect();
+    ranked.sort_by(|a, b| b.damage.total_cmp(&a.damage));
+    Ok(Attribution { model: index, text: windows.name.clone(), tokens, mode, whole, parts: ranked })
+}
