@@ -112,14 +112,7 @@ impl Journal {
     /// # Errors
     /// When it cannot be written; the old file is whole then.
     pub fn finish(self) -> Result<BTreeMap<Key, Response>, JournalError> {
-        let mut text = self.header.to_string() + "\n";
-        for (key, response) in &self.answers {
-            let line = Line { key: key.clone(), response: response.clone() };
-            text += &serde_json::to_string(&line)
-                .map_err(|e| JournalError::Io { path: self.path.clone(), source: e.into() })?;
-            text.push('\n');
-        }
-        write_atomically(&self.path, text.as_bytes())?;
+        write(&self.path, &self.header, &self.answers)?;
         Ok(self.answers)
     }
 
@@ -139,6 +132,20 @@ pub fn load(path: &Path) -> Result<(Value, BTreeMap<Key, Response>), JournalErro
     let answers = read(path, &text[..whole], None)?;
     let header = text.lines().next().and_then(|l| serde_json::from_str(l).ok()).unwrap_or(Value::Null);
     Ok((header, answers))
+}
+
+/// Writes a whole journal at once.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write(path: &Path, about: &Value, answers: &BTreeMap<Key, Response>) -> Result<(), JournalError> {
+    let mut text = about.to_string() + "\n";
+    for (key, response) in answers {
+        let line = Line { key: key.clone(), response: response.clone() };
+        text += &serde_json::to_string(&line).map_err(|e| JournalError::Io { path: path.into(), source: e.into() })?;
+        text.push('\n');
+    }
+    write_atomically(path, text.as_bytes())
 }
 
 /// Writes under a temporary name in the same folder and renames.

@@ -11,6 +11,7 @@ use outln;
 
 mod convert;
 mod doctor;
+mod evaluation;
 mod inspect;
 mod logits;
 mod options;
@@ -37,6 +38,8 @@ enum Verb {
     Inspect(inspect::Args),
     /// Generate text from a prompt, or chat at a terminal
     Run(run::Args),
+    /// Score one model, or one behind a URL, on tasks
+    Eval(evaluation::eval::Args),
     /// Post-training quantization of a BF16 checkpoint
     Quantize(quantize::Args),
     /// Import a GGUF file into a BF16 checkpoint folder
@@ -54,6 +57,7 @@ pub fn main() -> ExitCode {
     let result = match verb {
         Verb::Inspect(a) => inspect::run(&a),
         Verb::Run(a) => run::run(&a),
+        Verb::Eval(a) => evaluation::eval::run(&a),
         Verb::Quantize(a) => quantize::run(&a),
         Verb::Convert(a) => convert::run(&a),
         Verb::Logits(a) => logits::run(&a),

@@ -15,7 +15,7 @@ use crate::quantize::{self, Recipe, calibrate::calibrate};
 use crate::text::Tokenizer;
 
 /// Public-domain prose for calibration where the user gives none: the opening of a novel (Standard Ebooks, CC0).
-const BUILT_IN_TEXT: &str = include_str!("calibration.txt");
+pub(super) const BUILT_IN_TEXT: &str = include_str!("calibration.txt");
 
 #[derive(clap::Args)]
 pub(super) struct Args {

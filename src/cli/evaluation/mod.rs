@@ -1,0 +1,174 @@
+//! What `eval` and `compare` share: which tasks, how they are put, and running them on one model.
+
+pub(super) mod eval;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+use recoup_eval::journal::Journal;
+use recoup_eval::run::{Plan, RESPONSES, Results, Setup, Shard};
+use recoup_eval::scores::ModelFacts;
+use recoup_eval::tasks::{Library, Limit, Options, Selection};
+use recoup_eval::{LanguageModel, Request};
+use serde_json::{Map, Value, json};
+
+/// Which tasks, and how they are put.
+#[derive(clap::Args, Clone, Debug)]
+pub(super) struct TaskOptions {
+    /// Tasks, groups, tags or patterns, by name or as YAML files, separated by commas (`recoup eval --list-tasks`)
+    #[arg(long, value_delimiter = ',', value_name = "TASKS")]
+    tasks: Vec<String>,
+    /// Folder with more task files in lm-evaluation-harness's form; may be given several times
+    #[arg(long, value_name = "DIR")]
+    include_path: Vec<PathBuf>,
+    /// Folder whose data files are taken instead of the shipped samples of the same name
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Worked examples before each question [default: the task's own]
+    #[arg(short = 'f', long, value_name = "N")]
+    num_fewshot: Option<usize>,
+    /// Only the first N documents of each task, or a share of them below 1
+    #[arg(short = 'L', long, value_name = "N|SHARE")]
+    limit: Option<f64>,
+    /// Put questions through the model's chat template
+    #[arg(long)]
+    apply_chat_template: bool,
+    /// Worked examples as turns of the conversation
+    #[arg(long, requires = "apply_chat_template")]
+    fewshot_as_multiturn: bool,
+    /// System message, or text before the task's description
+    #[arg(long, value_name = "TEXT")]
+    system_instruction: Option<String>,
+    /// Over the tasks' own: temperature=0.7,top_p=0.9,max_gen_toks=512
+    #[arg(long, value_name = "KEY=VALUE,…")]
+    gen_kwargs: Option<String>,
+    /// Draw sampled answers this often, each time with another seed
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    seeds: usize,
+    /// Seed of the draw of worked examples
+    #[arg(long, default_value_t = Options::default().seed)]
+    fewshot_seed: u32,
+}
+
+impl TaskOptions {
+    fn library(&self) -> Result<Library> {
+        Ok(Library::new(&self.include_path, self.data_dir.clone())?)
+    }
+
+    /// The tasks named, or `default` where none is.
+    fn select(&self, default: &[&str]) -> Result<Selection> {
+        let mut library = self.library()?;
+        if self.tasks.is_empty() {
+            return Ok(library.select(default)?);
+        }
+        let names: Vec<&str> = self.tasks.iter().map(|t| t.trim()).filter(|t| !t.is_empty() && *t != "none").collect();
+        Ok(library.select(&names)?)
+    }
+
+    fn setup(&self) -> Result<Setup> {
+        let limit = match self.limit {
+            None => None,
+            Some(share) if share > 0.0 && share < 1.0 => Some(Limit::Share(share)),
+            Some(n) if n >= 1.0 && n.fract() == 0.0 => Some(Limit::First(n as usize)),
+            Some(n) => bail!("--limit {n}: expected a number of documents, or a share of them between 0 and 1"),
+        };
+        if self.seeds == 0 {
+            bail!("--seeds must be at least 1");
+        }
+        Ok(Setup {
+            options: Options {
+                num_fewshot: self.num_fewshot,
+                seed: self.fewshot_seed,
+                limit,
+                system: self.system_instruction.clone(),
+                generation: self.gen_kwargs.as_deref().map(gen_kwargs).transpose()?.unwrap_or_default(),
+            },
+            chat: self.apply_chat_template,
+            fewshot_as_multiturn: self.fewshot_as_multiturn,
+            seeds: self.seeds,
+        })
+    }
+
+    /// How the tasks are put, for results.json.
+    fn describe(&self, setup: &Setup) -> Value {
+        json!({"num_fewshot": self.num_fewshot, "limit": self.limit, "apply_chat_template": self.apply_chat_template,
+            "fewshot_as_multiturn": self.fewshot_as_multiturn, "system_instruction": self.system_instruction,
+            "gen_kwargs": setup.options.generation, "seeds": self.seeds, "fewshot_seed": self.fewshot_seed,
+            "recoup_version": env!("CARGO_PKG_VERSION")})
+    }
+}
+
+/// `key=value,key=value`; values are JSON where they can be, text otherwise.
+fn gen_kwargs(text: &str) -> Result<Map<String, Value>> {
+    let mut out = Map::new();
+    for pair in text.split(',').filter(|p| !p.trim().is_empty()) {
+        let (key, value) =
+            pair.split_once('=').with_context(|| format!("--gen-kwargs: `{pair}` is not of the form key=value"))?;
+        let value = value.trim();
+        let parsed = match value {
+            "True" => true.into(),
+            "False" => false.into(),
+            _ => serde_json::from_str(value).unwrap_or_else(|_| value.into()),
+        };
+        out.insert(key.trim().into(), parsed);
+    }
+    Ok(out)
+}
+
+/// `i/n`, i from 0.
+fn parse_shard(text: &str) -> Result<Shard, String> {
+    let shard =
+        text.split_once('/').and_then(|(index, of)| Some(Shard { index: index.parse().ok()?, of: of.parse().ok()? }));
+    shard.filter(|s| s.index < s.of).ok_or_else(|| format!("`{text}`: expected i/n with i from 0 to n-1, such as 0/4"))
+}
+
+/// Asks `model` what the journal in `folder` lacks and shows how far it is; results when all is answered.
+fn run_plan<M: LanguageModel>(
+    model: &mut M,
+    plan: &Plan<'_>,
+    identity: &Value,
+    folder: &Path,
+    shard: Shard,
+    what: &str,
+) -> Result<Option<Results>> {
+    std::fs::create_dir_all(folder).with_context(|| format!("{}: cannot create", folder.display()))?;
+    let mut journal = Journal::open(&folder.join(RESPONSES), &plan.about(identity, shard))?;
+    let (all, before) = (plan.len(shard), journal.answers().len());
+    if before > 0 {
+        eprintln!("{what}: {before} of {all} answers are there already");
+    }
+    let bar = super::progress(all as u64, "answering");
+    bar.set_message(what.to_owned());
+    bar.set_position(before as u64);
+    bar.reset_eta();
+    plan.answer(model, &mut journal, shard, folder, &mut |_: &Request| bar.inc(1))?;
+    bar.finish_and_clear();
+    let answers = journal.finish()?;
+    if shard != Shard::ALL {
+        return Ok(None);
+    }
+    Ok(Some(plan.results(&answers)?))
+}
+
+/// A name for a folder that holds what belongs to `name`.
+fn safe_name(name: &str) -> String {
+    let safe: String = name.chars().map(|c| if c.is_alphanumeric() || "-_.".contains(c) { c } else { '_' }).collect();
+    safe.trim_matches('.').to_owned()
+}
+
+/// What a model is called: the last part of its path.
+fn model_name(model: &str) -> String {
+    if model.starts_with("http://") || model.starts_with("https://") {
+        return model.to_owned();
+    }
+    let path = std::fs::canonicalize(model).unwrap_or_else(|_| model.into());
+    path.file_name().map_or_else(|| model.to_owned(), |n| n.to_string_lossy().into_owned())
+}
+
+fn facts_config(facts: &ModelFacts, tasks: Value) -> Value {
+    let mut config = json!({"model": "recoup", "model_args": {"pretrained": facts.name}});
+    if let (Value::Object(config), Value::Object(tasks)) = (&mut config, tasks) {
+        config.extend(tasks);
+    }
+    config
+}
