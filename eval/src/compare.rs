@@ -534,3 +534,8 @@ fn in_parallel<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> 
     done.sort_by_key(|(i, _)| *i);
     done.into_iter().map(|(_, result)| result).collect()
 }
+
+#[cfg(test)]
+mod simulations;
+#[cfg(test)]
+mod tests;
