@@ -278,9 +278,7 @@ fn groups<K: PartialEq>(
 ) -> Vec<GroupKl> {
     let group = |(wanted, group): (K, String)| {
         let holds = |tokens: &&&[Token]| tokens.iter().any(|t| key(t) == wanted);
-        if windows.iter().filter(holds).nth(1).is_none() {
-            return None;
-        }
+        windows.iter().filter(holds).nth(1)?;
         let tokens = windows.iter().flat_map(|w| w.iter()).filter(|t| key(t) == wanted).count();
         let kl = mean_over(windows, &|t| (key(t) == wanted).then_some(t.pair.kl));
         Some(GroupKl { group, tokens, kl })
