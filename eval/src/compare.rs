@@ -144,7 +144,10 @@ pub fn compare(
     let headlines = headlines(&metrics, options)?;
     let units = units(&metrics, &headlines, options)?;
 
-    let compared = in_parallel(&metrics, |m| m.compare(labels, ptq, options));
+    let compared = in_parallel(&metrics, |m| {
+        let keep = units.iter().any(|u| u.name == m.name);
+        m.compare(labels, ptq, keep, options)
+    });
     let compared = compared.into_iter().collect::<Result<Vec<_>, _>>()?;
     let p_values: Vec<f64> = compared.iter().flat_map(|c| c.tests.iter().map(|t| t.1)).collect();
     let adjusted = holm(&p_values);
@@ -159,7 +162,9 @@ pub fn compare(
         })
         .collect();
 
-    let shares = in_parallel(&units, |unit| unit.shares(options));
+    let groups: Vec<&Unit> = units.iter().filter(|u| metrics.iter().all(|m| m.name != u.name)).collect();
+    let groups = in_parallel(&groups, |group| group.pool.shares(&group.pool.resample(&group.name, options), options));
+    let shares: Vec<&UnitShares> = compared.iter().filter_map(|c| c.shares.as_ref()).chain(&groups).collect();
     let mut overall = vec![None];
     overall.extend((0..others).map(|other| overall_of(&shares, other, options)));
     Ok((tasks, overall))
@@ -199,9 +204,10 @@ struct Compared {
     gaps: Vec<Option<Interval>>,
     /// Which test, p-value.
     tests: Vec<(&'static str, f64)>,
+    shares: Option<UnitShares>,
 }
 
-/// The shares of one [`Unit`], one per model beside the baseline.
+/// The shares of one task or group, one per model beside the baseline.
 struct UnitShares {
     documents: usize,
     recoveries: Vec<Option<Share>>,
@@ -268,9 +274,19 @@ impl Pool {
         )
     }
 
-    fn interval_of(&self, share: Option<Share>, options: &Options) -> Option<Interval> {
+    /// Both recoveries of all models.
+    fn shares(&self, resamples: &Resamples, options: &Options) -> UnitShares {
+        let others = 1..self.sample.models();
+        UnitShares {
+            documents: self.sample.documents(),
+            recoveries: others.clone().map(|m| self.recovery(resamples, m, options)).collect(),
+            above_chance: others.map(|m| self.recovery_above_chance(resamples, m, options)).collect(),
+        }
+    }
+
+    fn interval_of(&self, share: Option<&Share>, options: &Options) -> Option<Interval> {
         let share = share?;
-        interval(share.estimate, share.resampled, self.sample.documents(), options.confidence)
+        interval(share.estimate, share.resampled.clone(), self.sample.documents(), options.confidence)
     }
 }
 
@@ -279,7 +295,14 @@ impl Paired<'_> {
         self.scores[0]
     }
 
-    fn compare(&self, labels: &[String], ptq: Option<usize>, options: &Options) -> Result<Compared, CompareError> {
+    /// With `keep` the shares' resampled values are kept, for the overall recovery.
+    fn compare(
+        &self,
+        labels: &[String],
+        ptq: Option<usize>,
+        keep: bool,
+        options: &Options,
+    ) -> Result<Compared, CompareError> {
         let pool = &self.pool;
         let resamples = pool.resample(&self.name, options);
         let others = 1..self.scores.len();
@@ -293,24 +316,19 @@ impl Paired<'_> {
                 CompareError::Score { metric, label, found: pool.score(model) }
             })
         };
+        let shares = pool.shares(&resamples, options);
+        let intervals = |of: &[Option<Share>]| of.iter().map(|s| pool.interval_of(s.as_ref(), options)).collect();
+        let gap = |model: usize| {
+            let ptq = ptq.filter(|p| *p != model)?;
+            pool.interval_of(pool.gap_closed(&resamples, model, ptq, options).as_ref(), options)
+        };
         Ok(Compared {
             differences: others.clone().map(difference).collect::<Result<_, _>>()?,
-            recoveries: others
-                .clone()
-                .map(|m| pool.interval_of(pool.recovery(&resamples, m, options), options))
-                .collect(),
-            above_chance: others
-                .clone()
-                .map(|m| pool.interval_of(pool.recovery_above_chance(&resamples, m, options), options))
-                .collect(),
-            gaps: others
-                .clone()
-                .map(|m| {
-                    let ptq = ptq.filter(|p| *p != m)?;
-                    pool.interval_of(pool.gap_closed(&resamples, m, ptq, options), options)
-                })
-                .collect(),
+            recoveries: intervals(&shares.recoveries),
+            above_chance: intervals(&shares.above_chance),
+            gaps: others.clone().map(gap).collect(),
             tests: others.map(|m| self.test(m, options)).collect(),
+            shares: keep.then_some(shares),
         })
     }
 
@@ -374,18 +392,6 @@ impl Paired<'_> {
     }
 }
 
-impl Unit {
-    fn shares(&self, options: &Options) -> UnitShares {
-        let resamples = self.pool.resample(&self.name, options);
-        let others = 1..self.pool.sample.models();
-        UnitShares {
-            documents: self.pool.sample.documents(),
-            recoveries: others.clone().map(|m| self.pool.recovery(&resamples, m, options)).collect(),
-            above_chance: others.map(|m| self.pool.recovery_above_chance(&resamples, m, options)).collect(),
-        }
-    }
-}
-
 /// Standard error of a model's score: of the mean of its documents, carried through the aggregation.
 fn standard_error(pool: &Pool, model: usize) -> Option<f64> {
     let clusters = pool.sample.column(model).zip(pool.sample.weights().iter().copied());
@@ -398,7 +404,7 @@ fn standard_error(pool: &Pool, model: usize) -> Option<f64> {
 }
 
 /// Mean recoveries of the model with index `other` + 1 over the units that have one.
-fn overall_of(units: &[UnitShares], other: usize, options: &Options) -> Option<Overall> {
+fn overall_of(units: &[&UnitShares], other: usize, options: &Options) -> Option<Overall> {
     let mean = |shares: &dyn Fn(&UnitShares) -> Option<&Share>| {
         let found: Vec<(&Share, usize)> = units.iter().filter_map(|u| Some((shares(u)?, u.documents))).collect();
         // The unit with the fewest documents decides how much the intervals are widened.
@@ -534,3 +540,8 @@ fn in_parallel<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> 
     done.sort_by_key(|(i, _)| *i);
     done.into_iter().map(|(_, result)| result).collect()
 }
+
+#[cfg(test)]
+mod simulations;
+#[cfg(test)]
+mod tests;

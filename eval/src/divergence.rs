@@ -286,9 +286,7 @@ fn groups<K: PartialEq>(
 ) -> Vec<GroupKl> {
     let group = |(wanted, group): (K, String)| {
         let holds = |tokens: &&&[Token]| tokens.iter().any(|t| key(t) == wanted);
-        if windows.iter().filter(holds).nth(1).is_none() {
-            return None;
-        }
+        windows.iter().filter(holds).nth(1)?;
         let tokens = windows.iter().flat_map(|w| w.iter()).filter(|t| key(t) == wanted).count();
         let kl = mean_over(windows, &|t| (key(t) == wanted).then_some(t.pair.kl));
         Some(GroupKl { group, tokens, kl })
@@ -345,4 +343,268 @@ fn histogram(sorted: &[f64]) -> Histogram {
         counts[edges.partition_point(|e| e <= kl).saturating_sub(1).min(bins - 1)] += 1;
     }
     Histogram { edges, counts }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(vocab: usize) -> Options {
+        Options { model: 1, text: "text".into(), vocab }
+    }
+
+    /// Four windows of five tokens over a vocabulary of eleven: (window, position, baseline, model, target).
+    fn small() -> impl Iterator<Item = (usize, usize, Vec<f32>, Vec<f32>, u32)> {
+        (0..20usize).map(|i| (i / 5, i % 5)).map(|(w, p)| {
+            let base: Vec<f32> = (0..11usize).map(|i| ((i * 7 + p * 5 + w * 3) % 11) as f32 * 0.5).collect();
+            let model = base.iter().enumerate().map(|(i, b)| b + ((i * 3 + p + w * 2) % 5) as f32 * 0.25).collect();
+            (w, p, base, model, ((w + 2 * p) % 11) as u32)
+        })
+    }
+
+    fn collect(rows: impl Iterator<Item = (usize, usize, Vec<f32>, Vec<f32>, u32)>) -> Accumulator {
+        let mut accumulator = Accumulator::new(options(11));
+        for (w, p, base, model, target) in rows {
+            let class = if p == 0 { TokenClass::WordStart } else { TokenClass::Other };
+            accumulator.push(w, p, class, &base, &model, target).unwrap();
+        }
+        accumulator
+    }
+
+    #[test]
+    fn figures_and_clustered_errors_are_those_of_torch_and_statsmodels() {
+        // The rows of `small` through torch.log_softmax in float64, then for each figure x by token
+        // statsmodels OLS(x, ones).fit(cov_type="cluster", cov_kwds={"groups": window, "use_correction": False}), times
+        // sqrt(4 / 3); perplexities and RMS by the delta method; correlation: np.corrcoef of the windows' sums.
+        let (d, _) = collect(small()).finish().unwrap();
+        let expected = [
+            (d.kl, 0.049_341_100_450_056_99, 0.003_209_992_816_090_057),
+            (d.perplexity, 23.892_483_185_818_804, 4.286_151_701_670_882),
+            (d.baseline_perplexity, 21.729_200_137_507_032, 3.815_522_149_586_902_5),
+            (d.log_perplexity_ratio, 0.094_906_913_958_531_99, 0.009_758_050_117_484_011),
+            (d.delta_p, -0.019_058_279_029_708_216, 0.009_158_721_528_753_397),
+            (d.delta_p_rms, 0.051_040_450_259_386_54, 0.012_472_731_184_171_05),
+            (d.same_top, 0.8, 0.0),
+        ];
+        for (i, (got, value, error)) in expected.into_iter().enumerate() {
+            assert!(
+                (got.value - value).abs() < 1e-12 * value.abs().max(1.0) && (got.standard_error - error).abs() < 1e-12,
+                "{i}: {got:?}"
+            );
+        }
+        assert!((d.log_perplexity_correlation - 0.998_717_691_989_188_7).abs() < 1e-9);
+        // np.quantile(kl, [0, 0.1, 0.5, 0.99, 1])
+        let at = |share: f64| d.kl_percentiles.iter().find(|p| p.0 == share).unwrap().1;
+        let quantiles = [(0.0, 0.016_103_327_548_571), (0.1, 0.019_017_547_373_213), (0.5, 0.040_138_516_092_220)];
+        for (share, value) in quantiles.into_iter().chain([(0.99, 0.092844563398), (1.0, 0.092_844_563_398_291)]) {
+            assert!((at(share) - value).abs() < 1e-12, "{share}: {}", at(share));
+        }
+        assert_eq!(d.delta_p_percentiles[5].0, 0.25);
+        assert!((d.delta_p_percentiles[5].1 + 0.025_793_522_133_989).abs() < 1e-12);
+        assert_eq!((d.tokens, d.kl_histogram.counts.iter().sum::<u64>()), (20, 20));
+    }
+
+    #[test]
+    fn the_result_does_not_depend_on_how_rows_were_spread_over_threads() {
+        let whole = collect(small()).finish().unwrap();
+        for parts in 1..=4 {
+            let mut merged = Accumulator::new(options(11));
+            for part in (0..parts).rev() {
+                merged.merge(collect(small().filter(|r| r.0 % parts == part))).unwrap();
+            }
+            assert_eq!(merged.finish().unwrap(), whole);
+        }
+        let mut backwards: Vec<_> = small().collect();
+        backwards.reverse();
+        let again = collect(backwards.into_iter()).finish().unwrap();
+        assert_eq!(serde_json::to_string(&again.0).unwrap(), serde_json::to_string(&whole.0).unwrap());
+    }
+
+    #[test]
+    fn groups_are_means_over_their_own_tokens() {
+        let (d, sums) = collect(small()).finish().unwrap();
+        let groups: Vec<(&str, usize)> = d.by_class.iter().map(|g| (g.group.as_str(), g.tokens)).collect();
+        assert_eq!(groups, [("word start", 4), ("other", 16)]);
+        let total: f64 = d.by_class.iter().map(|g| g.kl.value * g.tokens as f64).sum();
+        assert!((total - d.kl.value * 20.0).abs() < 1e-12);
+        assert!((sums.0.iter().map(|w| w.kl).sum::<f64>() - total).abs() < 1e-12);
+        let bins: Vec<(&str, usize)> = d.by_position.iter().map(|g| (g.group.as_str(), g.tokens)).collect();
+        assert_eq!(bins, [("0", 4), ("1", 4), ("2-3", 8), ("4-7", 4)]);
+        assert!(d.by_class[0].kl.standard_error > 0.0);
+    }
+
+    #[test]
+    fn a_group_seen_in_one_window_only_is_left_out() {
+        let mut accumulator = collect(small());
+        accumulator.push(3, 9, TokenClass::Number, &[0.0; 11], &[1.0; 11], 0).unwrap();
+        let (d, _) = accumulator.finish().unwrap();
+        assert!(d.by_class.iter().all(|g| g.group != "number"));
+        assert!(d.by_position.iter().all(|g| g.group != "8-15"));
+    }
+
+    #[test]
+    fn the_block_is_llama_perplexitys() {
+        // Python's % with the formats of llama.cpp's tools/perplexity/perplexity.cpp (kl_divergence) on the figures of
+        // the test above: `"Mean PPL(Q)                   : %10.6f ± %10.6f" % …` and so on.
+        let (d, _) = collect(small()).finish().unwrap();
+        assert_eq!(d.llama_block(), BLOCK);
+    }
+
+    const BLOCK: &str = "\
+====== Perplexity statistics ======
+Mean PPL(Q)                   :  23.892483 ±   4.286152
+Mean PPL(base)                :  21.729200 ±   3.815522
+Cor(ln(PPL(Q)), ln(PPL(base))):  99.87%
+Mean ln(PPL(Q)/PPL(base))     :   0.094907 ±   0.009758
+Mean PPL(Q)/PPL(base)         :   1.099556 ±   0.010730
+Mean PPL(Q)-PPL(base)         :   2.163283 ±   0.513258
+
+====== KL divergence statistics ======
+Mean    KLD:   0.049341 ±   0.003210
+Maximum KLD:   0.092845
+99.9%   KLD:   0.092845
+99.0%   KLD:   0.092845
+95.0%   KLD:   0.092845
+90.0%   KLD:   0.085690
+Median  KLD:   0.040139
+10.0%   KLD:   0.019018
+\x205.0%   KLD:   0.016103
+\x201.0%   KLD:   0.016103
+\x200.1%   KLD:   0.016103
+Minimum KLD:   0.016103
+
+====== Token probability statistics ======
+Mean    Δp: -1.906 ± 0.916 %
+Maximum Δp:  2.361%
+99.9%   Δp:  2.358%
+99.0%   Δp:  2.330%
+95.0%   Δp:  2.207%
+90.0%   Δp:  1.730%
+75.0%   Δp:  0.496%
+Median  Δp: -0.187%
+25.0%   Δp: -2.579%
+10.0%   Δp: -5.731%
+\x205.0%   Δp: -13.144%
+\x201.0%   Δp: -15.987%
+\x200.1%   Δp: -16.627%
+Minimum Δp: -16.698%
+RMS Δp    :  5.104 ± 1.247 %
+Same top p: 80.000 ± 0.000 %
+";
+
+    #[test]
+    fn the_histogram_has_a_place_for_every_divergence() {
+        let h = histogram(&[0.0, 1e-9, 1.5e-7, 0.5, 1.0, 5e3]);
+        assert_eq!(h.edges.len(), h.counts.len() + 1);
+        assert_eq!(h.edges[..2], [0.0, 1e-7]);
+        assert!(h.edges.windows(2).all(|e| e[0] < e[1]));
+        assert_eq!((h.counts[0], h.counts[1], h.counts[h.counts.len() - 1]), (2, 1, 1));
+        let bin_of_one = h.edges.iter().position(|e| (e - 1.0).abs() < 1e-12).unwrap();
+        assert_eq!((h.counts[bin_of_one - 2], h.counts[bin_of_one]), (1, 1));
+    }
+
+    #[test]
+    fn the_share_of_divergence_gone_is_paired_over_windows() {
+        // The model has 70 % of PTQ's divergence in each window, whatever that is: no uncertainty at all.
+        let sums = |factor: f64| {
+            WindowSums((0..30).map(|w| WindowSum { window: w, tokens: 8, kl: factor * (1 + w % 7) as f64 }).collect())
+        };
+        let gone = kl_gone(&sums(1.0), &sums(0.7), 0.95, 1000, 1).unwrap().unwrap();
+        assert!((gone.estimate - 0.3).abs() < 1e-12 && gone.high - gone.low < 1e-12, "{gone:?}");
+        assert_eq!(kl_gone(&sums(0.0), &sums(0.7), 0.95, 1000, 1).unwrap(), None);
+        let one = WindowSums(sums(1.0).0[..1].to_vec());
+        assert_eq!(kl_gone(&one, &one, 0.95, 1000, 1).unwrap(), None);
+    }
+
+    #[test]
+    fn different_windows_are_refused() {
+        let a = collect(small()).finish().unwrap().1;
+        let b = collect(small().filter(|r| (r.0, r.1) != (2, 4))).finish().unwrap().1;
+        let e = kl_gone(&a, &b, 0.95, 1000, 1).unwrap_err();
+        assert_eq!(e, DivergenceError::Windows { window: 2, first: 5, second: 4 });
+        assert!(e.to_string().contains("the same text"), "{e}");
+        let c = collect(small().filter(|r| r.0 != 3)).finish().unwrap().1;
+        assert_eq!(
+            kl_gone(&a, &c, 0.95, 1000, 1).unwrap_err(),
+            DivergenceError::Windows { window: 3, first: 5, second: 0 }
+        );
+    }
+
+    #[test]
+    fn bad_rows_are_refused_with_their_place() {
+        let mut a = Accumulator::new(options(3));
+        let good = [0.0, 1.0, 2.0];
+        let mut push = |base: &[f32], model: &[f32], target| {
+            a.push(7, 42, TokenClass::Other, base, model, target).unwrap_err().to_string()
+        };
+        let nan = push(&good, &[0.0, f32::NAN, 1.0], 0);
+        assert!(nan.contains("window 7, position 42: the model's logit of token 1 is NaN"), "{nan}");
+        let infinite = push(&[f32::INFINITY, 0.0, 0.0], &good, 0);
+        assert!(infinite.contains("the baseline's logit of token 0 is inf"), "{infinite}");
+        let ruled_out = push(&good, &[0.0, 1.0, f32::NEG_INFINITY], 0);
+        assert!(ruled_out.contains("the model rules out token 2"), "{ruled_out}");
+        let target = push(&good, &good, 3);
+        assert!(target.contains("the right token is 3, expected one of the vocabulary's 3"), "{target}");
+        let length = push(&good, &[0.0; 4], 0);
+        assert!(length.contains("4 logits from the model, expected 3"), "{length}");
+        assert!(push(&[], &good, 0).contains("0 logits from the baseline"));
+    }
+
+    #[test]
+    fn what_cannot_be_summed_up_is_refused() {
+        let e = collect(small().filter(|r| r.0 == 0)).finish().unwrap_err();
+        assert_eq!(e, DivergenceError::TooFewWindows { found: 1 });
+        assert_eq!(collect(std::iter::empty()).finish().unwrap_err(), DivergenceError::TooFewWindows { found: 0 });
+        let mut twice = collect(small());
+        twice.merge(collect(small().filter(|r| (r.0, r.1) == (1, 2)))).unwrap();
+        assert_eq!(twice.finish().unwrap_err(), DivergenceError::Twice { window: 1, position: 2 });
+        assert_eq!(collect(small()).merge(Accumulator::new(options(12))).unwrap_err(), DivergenceError::Merge);
+        let mut hopeless = Accumulator::new(options(2));
+        for window in 0..2 {
+            hopeless.push(window, 0, TokenClass::Other, &[0.0, 0.0], &[0.0, 1000.0], 0).unwrap();
+        }
+        let e = hopeless.finish().unwrap_err();
+        assert!(e.to_string().contains("the perplexity of the model is inf"), "{e}");
+    }
+
+    #[test]
+    fn intervals_cover_at_their_rate_where_tokens_of_a_window_depend_on_each_other() {
+        // Windows share a log-normal factor, as texts are easy or hard: the mean's error plus and minus 1.96 must hold
+        // the truth in about 95 % of texts; taking tokens as independent does so in far fewer. 40 windows of 16 tokens.
+        let mut random = Random::new(11);
+        let mut normal = move || crate::statistics::normal_quantile(random.unit().max(1e-12));
+        let (trials, windows, tokens) = (400, 40, 16);
+        // E exp(0.35 N + 0.5 N') = exp((0.35² + 0.5²) / 2); the model's factor 0.7.
+        let truth = (0.372_5f64 / 2.0).exp();
+        let (mut clustered, mut independent, mut gone) = (0, 0, 0);
+        for trial in 0..trials {
+            let mut values = Vec::new();
+            let (mut ptq, mut model) = (Vec::new(), Vec::new());
+            for window in 0..windows {
+                let shared = 0.35 * normal();
+                let mut sums = [0.0; 2];
+                for _ in 0..tokens {
+                    let noise = 0.5 * normal();
+                    let kl = (shared + noise).exp();
+                    values.push((window, kl));
+                    sums[0] += kl;
+                    sums[1] += 0.7 * (shared + 0.5 * normal()).exp();
+                }
+                ptq.push(WindowSum { window, tokens, kl: sums[0] });
+                model.push(WindowSum { window, tokens, kl: sums[1] });
+            }
+            let by_window: Vec<(f64, f64)> =
+                values.chunks(tokens).map(|c| (c.iter().map(|v| v.1).sum(), tokens as f64)).collect();
+            let (mean, error) = mean_and_standard_error(by_window.iter().copied());
+            clustered += usize::from((mean - truth).abs() <= 1.96 * error.unwrap());
+            let (mean, error) = mean_and_standard_error(values.iter().map(|v| (v.1, 1.0)));
+            independent += usize::from((mean - truth).abs() <= 1.96 * error.unwrap());
+            let i = kl_gone(&WindowSums(ptq), &WindowSums(model), 0.95, 500, trial).unwrap().unwrap();
+            gone += usize::from(i.low <= 0.3 && 0.3 <= i.high);
+        }
+        let rate = |hits: usize| hits as f64 / trials as f64;
+        println!("clustered {}, independent {}, KL gone {}", rate(clustered), rate(independent), rate(gone));
+        assert!(rate(clustered) > 0.91 && rate(gone) > 0.91, "{clustered} {gone}");
+        assert!(rate(independent) < 0.85, "{independent}");
+    }
 }

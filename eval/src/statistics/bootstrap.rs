@@ -24,6 +24,9 @@ pub enum Smoothing {
 /// Pseudo-documents of [`Smoothing::PlusFour`].
 const PSEUDO_DOCUMENTS: usize = 4;
 
+/// A binomial number takes about as long as drawing this many documents one by one.
+const DOCUMENTS_PER_BINOMIAL: usize = 20;
+
 /// Sums over the documents of each resample.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Resamples {
@@ -58,41 +61,80 @@ impl Smoothing {
 #[must_use]
 pub fn resample(sample: &Sample, smoothing: Smoothing, resamples: usize, random: &mut Random) -> Resamples {
     let models = sample.models();
-    let (rows, distinct, weights) = distinct_rows(sample);
-    let pseudo = weights.len() as u32;
-    let mut drawn_from = rows;
-    if smoothing == Smoothing::PlusFour {
-        drawn_from.extend([pseudo; PSEUDO_DOCUMENTS]);
-    }
+    let rows = distinct_rows(sample);
+    let pseudo = if smoothing == Smoothing::PlusFour { PSEUDO_DOCUMENTS } else { 0 };
     let weight = pseudo_weight(sample);
-    let mut counts = vec![0u32; weights.len() + 1];
+    // The last one counts pseudo-documents.
+    let mut draw = Draw::new(rows.of_document.iter().copied(), rows.weights.len(), pseudo);
+    let mut counts = vec![0.0; rows.weights.len() + 1];
     let mut out =
         Resamples { models, sums: Vec::with_capacity(resamples * models), weights: Vec::with_capacity(resamples) };
-    let mut sums = vec![0.0; models];
     for _ in 0..resamples {
-        counts.fill(0);
-        for _ in 0..drawn_from.len() {
-            counts[drawn_from[random.below(drawn_from.len())] as usize] += 1;
+        draw.counts(&mut counts, random);
+        let pseudo = counts[rows.weights.len()];
+        out.weights.push(dot(&counts, &rows.weights) + pseudo * weight);
+        for values in rows.values.chunks(rows.weights.len().max(1)) {
+            let right = random.binomial(pseudo as u64, 0.5) as f64;
+            out.sums.push(dot(&counts, values) + right * weight);
         }
-        sums.fill(0.0);
-        let mut total = 0.0;
-        for ((&count, row), w) in counts.iter().zip(distinct.chunks(models.max(1))).zip(&weights) {
-            let count = f64::from(count);
-            total += count * w;
-            for (sum, value) in sums.iter_mut().zip(row) {
-                *sum += count * value;
-            }
-        }
-        for _ in 0..counts[weights.len()] {
-            total += weight;
-            for sum in &mut sums {
-                *sum += (random.bits() >> 63) as f64 * weight;
-            }
-        }
-        out.sums.extend_from_slice(&sums);
-        out.weights.push(total);
     }
     out
+}
+
+/// How often each kind of document is drawn when as many are drawn as there are.
+enum Draw {
+    /// Kind of each document: documents are drawn one by one.
+    ByDocument(Vec<u32>),
+    /// Number of documents of each kind: how many of it are drawn is binomial given the kinds before.
+    ByKind(Vec<u64>),
+}
+
+impl Draw {
+    /// `kinds` of documents (below `n`), and `pseudo` of kind `n`.
+    fn new(kinds: impl ExactSizeIterator<Item = u32>, n: usize, pseudo: usize) -> Self {
+        let documents = kinds.len() + pseudo;
+        let all = kinds.chain(std::iter::repeat_n(n as u32, pseudo));
+        if documents < DOCUMENTS_PER_BINOMIAL * (n + 1) {
+            return Self::ByDocument(all.collect());
+        }
+        let mut sizes = vec![0; n + 1];
+        all.for_each(|kind| sizes[kind as usize] += 1);
+        Self::ByKind(sizes)
+    }
+
+    fn counts(&mut self, counts: &mut [f64], random: &mut Random) {
+        match self {
+            Self::ByDocument(kinds) => {
+                counts.fill(0.0);
+                for _ in 0..kinds.len() {
+                    counts[kinds[random.below(kinds.len())] as usize] += 1.0;
+                }
+            }
+            Self::ByKind(sizes) => {
+                let mut left: u64 = sizes.iter().sum();
+                let mut draws = left;
+                for (count, &size) in counts.iter_mut().zip(&*sizes) {
+                    let drawn = if size == left { draws } else { random.binomial(draws, size as f64 / left as f64) };
+                    *count = drawn as f64;
+                    draws -= drawn;
+                    left -= size;
+                }
+            }
+        }
+    }
+}
+
+/// Σ a·b over the length of `b`, in eight independent sums.
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    let mut lanes = [0.0; 8];
+    let (a_chunks, b_chunks) = (a[..b.len()].chunks_exact(8), b.chunks_exact(8));
+    let rest: f64 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(a, b)| a * b).sum();
+    for (a, b) in a_chunks.zip(b_chunks) {
+        for lane in 0..8 {
+            lanes[lane] += a[lane] * b[lane];
+        }
+    }
+    lanes.iter().sum::<f64>() + rest
 }
 
 /// The interval of a statistic from its values over resamples of `documents` documents; it always holds the estimate.
@@ -131,27 +173,33 @@ fn pseudo_weight(sample: &Sample) -> f64 {
     sample.total_weight() / sample.documents().max(1) as f64
 }
 
-/// For each document the index of its row among the distinct ones; those rows' values; their weights. Right and wrong
-/// answers have few distinct rows, so their sums are fast.
-fn distinct_rows(sample: &Sample) -> (Vec<u32>, Vec<f64>, Vec<f64>) {
+/// Documents that are the same to all models, taken together: right and wrong answers have few distinct rows.
+struct Rows {
+    /// For each document the index of its row.
+    of_document: Vec<u32>,
+    /// [models, rows]
+    values: Vec<f64>,
+    /// [rows]
+    weights: Vec<f64>,
+}
+
+fn distinct_rows(sample: &Sample) -> Rows {
     let key = |i: usize| sample.row(i).iter().chain([&sample.weights()[i]]);
     let compare = |&a: &usize, &b: &usize| {
         key(a).zip(key(b)).map(|(x, y)| x.total_cmp(y)).find(|o| o.is_ne()).unwrap_or(std::cmp::Ordering::Equal)
     };
     let mut order: Vec<usize> = (0..sample.documents()).collect();
     order.sort_by(compare);
-    let mut rows = vec![0; order.len()];
-    let (mut values, mut weights) = (Vec::new(), Vec::new());
-    let mut previous = None;
+    let mut of_document = vec![0; order.len()];
+    let mut firsts: Vec<usize> = Vec::new();
     for i in order {
-        if previous.is_none_or(|p| compare(&p, &i).is_ne()) {
-            values.extend_from_slice(sample.row(i));
-            weights.push(sample.weights()[i]);
+        if firsts.last().is_none_or(|p| compare(p, &i).is_ne()) {
+            firsts.push(i);
         }
-        rows[i] = (weights.len() - 1) as u32;
-        previous = Some(i);
+        of_document[i] = (firsts.len() - 1) as u32;
     }
-    (rows, values, weights)
+    let values = (0..sample.models()).flat_map(|m| firsts.iter().map(move |&i| sample.row(i)[m])).collect();
+    Rows { of_document, values, weights: firsts.iter().map(|&i| sample.weights()[i]).collect() }
 }
 
 #[cfg(test)]

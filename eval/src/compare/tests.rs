@@ -1,0 +1,368 @@
+//! Comparisons whose results are known, and input that is refused.
+
+use super::*;
+use crate::scores::{DocumentScore, GenerationLength, ModelFacts};
+
+fn metric(task: &str, metric: &str, values: &[f64]) -> MetricScores {
+    let document = |(doc_id, &value)| DocumentScore { doc_id, repeat: 0, value, weight: 1.0 };
+    MetricScores {
+        task: task.into(),
+        metric: metric.into(),
+        filter: "none".into(),
+        aggregation: Aggregation::Mean,
+        higher_is_better: true,
+        chance: Some(0.25),
+        documents: values.iter().enumerate().map(document).collect(),
+    }
+}
+
+fn model(metrics: Vec<MetricScores>) -> ModelScores {
+    ModelScores { model: ModelFacts::default(), metrics, generation: Vec::new() }
+}
+
+/// `right` of `n` documents right, those at the places where i·7 mod n is below `right`.
+fn right(n: usize, right: usize) -> Vec<f64> {
+    (0..n).map(|i| f64::from(u8::from(i * 7 % n < right))).collect()
+}
+
+fn labels(n: usize) -> Vec<String> {
+    ["BF16", "PTQ", "QAD", "QAT", "five"][..n].iter().map(ToString::to_string).collect()
+}
+
+fn options() -> Options {
+    Options { resamples: 2000, ..Options::default() }
+}
+
+fn run(models: &[ModelScores]) -> Result<(Vec<TaskComparison>, Vec<Option<Overall>>), CompareError> {
+    compare(models, &labels(models.len()), Some(1), &options())
+}
+
+/// BF16, PTQ and QAD with this many right of 1000 in `arc`.
+fn three(counts: [usize; 3]) -> Vec<ModelScores> {
+    counts.map(|c| model(vec![metric("arc", "acc", &right(1000, c))])).to_vec()
+}
+
+#[test]
+fn scores_shares_and_tests_are_what_arithmetic_says() {
+    let (tasks, overall) = run(&three([600, 500, 580])).unwrap();
+    let task = &tasks[0];
+    assert_eq!((task.documents, task.headline, task.chance), (1000, true, Some(0.25)));
+    assert_eq!(task.scores.iter().map(|s| s.score).collect::<Vec<_>>(), [0.6, 0.5, 0.58]);
+    // lm_eval.api.metrics.mean_stderr([1] * 600 + [0] * 400)
+    assert!((task.scores[0].standard_error.unwrap() - 0.01549968516584257).abs() < 1e-9);
+    assert_eq!((task.scores[0].against_baseline.clone(), task.scores[0].gap_closed.clone()), (None, None));
+    let ptq = task.scores[1].against_baseline.clone().unwrap();
+    assert!((ptq.difference.estimate + 0.1).abs() < 1e-12);
+    // scipy.stats.binomtest(100, 100).pvalue, times 2 for two comparisons.
+    assert_eq!(ptq.test, "McNemar (exact)");
+    assert!((ptq.p_value / 1.577_721_810_442_023_6e-30 - 1.0).abs() < 1e-9, "{}", ptq.p_value);
+    assert!((ptq.p_adjusted / ptq.p_value - 2.0).abs() < 1e-12);
+    let recovery = ptq.recovery.unwrap();
+    assert!((recovery.estimate - 5.0 / 6.0).abs() < 1e-12 && recovery.low > 0.78 && recovery.high < 0.87);
+    assert!((ptq.recovery_above_chance.unwrap().estimate - 0.25 / 0.35).abs() < 1e-12);
+    assert_eq!(task.scores[1].gap_closed, None);
+    let Some(GapClosed::Share(gap)) = &task.scores[2].gap_closed else { panic!("{:?}", task.scores[2]) };
+    assert!((gap.estimate - 0.8).abs() < 1e-12 && gap.low > 0.65 && gap.high < 0.92, "{gap:?}");
+    assert_eq!(overall[0], None);
+    let qad = overall[2].clone().unwrap();
+    assert!((qad.recovery.estimate - 0.58 / 0.6).abs() < 1e-12);
+    assert!((qad.recovery_above_chance.unwrap().estimate - 0.33 / 0.35).abs() < 1e-12);
+}
+
+#[test]
+fn the_same_input_gives_the_same_bytes() {
+    let json = |r: &(Vec<TaskComparison>, Vec<Option<Overall>>)| serde_json::to_string(r).unwrap();
+    let first = run(&three([600, 500, 580])).unwrap();
+    assert_eq!(json(&first), json(&run(&three([600, 500, 580])).unwrap()));
+    // Nor does a task's result depend on which other tasks there are.
+    let more = |models: Vec<ModelScores>| -> Vec<ModelScores> {
+        models
+            .into_iter()
+            .map(|mut m| {
+                m.metrics.insert(0, metric("another", "acc", &right(50, 30)));
+                m
+            })
+            .collect()
+    };
+    let second = run(&more(three([600, 500, 580]))).unwrap();
+    let difference = |t: &TaskComparison| t.scores[1].against_baseline.clone().unwrap().difference;
+    assert_eq!(difference(&first.0[0]), difference(&second.0[1]));
+}
+
+#[test]
+fn models_that_answer_alike_recover_all() {
+    let (tasks, overall) = run(&three([600, 600, 600])).unwrap();
+    let a = tasks[0].scores[2].against_baseline.clone().unwrap();
+    let recovery = a.recovery.unwrap();
+    assert_eq!((a.p_value, a.difference.estimate, recovery.estimate), (1.0, 0.0, 1.0));
+    assert!(recovery.low > 0.98 && recovery.low < 1.0 && recovery.high > 1.0 && recovery.high < 1.02);
+    assert_eq!(tasks[0].scores[2].gap_closed, Some(GapClosed::NoSignificantGap));
+    assert_eq!(overall[2].clone().unwrap().recovery.estimate, 1.0);
+}
+
+#[test]
+fn nothing_is_a_share_of_nothing() {
+    // A baseline that never scores; one at chance; a PTQ that gains; a PTQ that loses next to nothing.
+    let (tasks, overall) = run(&three([0, 0, 10])).unwrap();
+    let a = tasks[0].scores[2].against_baseline.clone().unwrap();
+    assert_eq!((a.recovery, a.recovery_above_chance), (None, None));
+    assert_eq!(overall, [None, None, None]);
+
+    let (tasks, overall) = run(&three([255, 250, 500])).unwrap();
+    let a = tasks[0].scores[2].against_baseline.clone().unwrap();
+    assert!(a.recovery.is_some());
+    assert_eq!(a.recovery_above_chance, None);
+    assert_eq!(overall[2].clone().unwrap().recovery_above_chance, None);
+
+    let (tasks, _) = run(&three([500, 600, 550])).unwrap();
+    assert_eq!(tasks[0].scores[2].gap_closed, Some(GapClosed::NoSignificantGap));
+    let (tasks, _) = run(&three([600, 597, 700])).unwrap();
+    assert_eq!(tasks[0].scores[2].gap_closed, Some(GapClosed::NoSignificantGap));
+
+    let mut models = three([600, 500, 580]);
+    models.iter_mut().for_each(|m| m.metrics[0].chance = None);
+    let (tasks, overall) = run(&models).unwrap();
+    assert_eq!(tasks[0].scores[1].against_baseline.clone().unwrap().recovery_above_chance, None);
+    assert_eq!(overall[1].clone().unwrap().recovery_above_chance, None);
+}
+
+#[test]
+fn a_gap_must_be_significant_among_all_comparisons() {
+    // 8 right answers lost, none gained: p = 2^-7; among 2 x 1 comparisons it holds, among 2 x 9 not.
+    let models = |tasks: usize| -> Vec<ModelScores> {
+        [600, 592, 600]
+            .map(|c| {
+                let extra = (1..tasks).map(|i| metric(&format!("same{i}"), "acc", &right(1000, 600)));
+                model(std::iter::once(metric("arc", "acc", &right(1000, c))).chain(extra).collect())
+            })
+            .to_vec()
+    };
+    let gap = |tasks| run(&models(tasks)).unwrap().0[0].scores[2].gap_closed.clone().unwrap();
+    assert!(matches!(gap(1), GapClosed::Share(_)));
+    assert_eq!(gap(9), GapClosed::NoSignificantGap);
+}
+
+#[test]
+fn perplexities_are_ratios_of_sums() {
+    let text = |factor: f64| {
+        let mut m = metric("wikitext", "word_perplexity", &[]);
+        m.aggregation = Aggregation::WeightedPerplexity;
+        m.higher_is_better = false;
+        m.chance = None;
+        m.documents = (0..60)
+            .map(|i| {
+                let weight = (20 + i * 13 % 50) as f64;
+                let value = -weight * (3.0 + (i % 7) as f64 * 0.05) * factor;
+                DocumentScore { doc_id: i, repeat: 0, value, weight }
+            })
+            .collect();
+        model(vec![m])
+    };
+    let models = [text(1.0), text(1.1), text(1.05)];
+    let (tasks, _) = run(&models).unwrap();
+    let scores = &tasks[0].scores;
+    for (score, model) in scores.iter().zip(&models) {
+        assert!((score.score - model.metrics[0].score()).abs() < 1e-12);
+    }
+    let a = scores[1].against_baseline.clone().unwrap();
+    assert_eq!(a.test, "paired permutation");
+    // All of 2000 flips less extreme than 60 losses.
+    assert_eq!(a.p_value, 1.0 / 2001.0);
+    let recovery = a.recovery.unwrap();
+    assert!((recovery.estimate - scores[0].score / scores[1].score).abs() < 1e-12);
+    assert!(recovery.low < recovery.estimate && recovery.high < 1.0);
+    assert!(matches!(&scores[2].gap_closed, Some(GapClosed::Share(i)) if i.estimate > 0.5 && i.estimate < 0.55));
+}
+
+#[test]
+fn repeats_of_a_document_are_one_cluster() {
+    // The same answers over again: the score, its error and the test must not take them for new evidence.
+    let models = three([600, 590, 600]);
+    let repeated: Vec<ModelScores> = models
+        .iter()
+        .map(|m| {
+            let mut m = m.clone();
+            let twice = |d: &DocumentScore| [0, 1].map(|repeat| DocumentScore { repeat, ..*d });
+            m.metrics[0].documents = m.metrics[0].documents.iter().flat_map(twice).collect();
+            m
+        })
+        .collect();
+    let (once, twice) = (run(&models).unwrap().0, run(&repeated).unwrap().0);
+    assert_eq!(twice[0].documents, 1000);
+    for (a, b) in once[0].scores.iter().zip(&twice[0].scores) {
+        assert_eq!(a.score, b.score);
+        assert!((a.standard_error.unwrap() - b.standard_error.unwrap()).abs() < 1e-12);
+        if let (Some(a), Some(b)) = (&a.against_baseline, &b.against_baseline) {
+            assert!((a.difference.low - b.difference.low).abs() < 1e-12);
+            assert_eq!(b.test, "paired permutation");
+        }
+    }
+}
+
+#[test]
+fn tasks_of_a_group_count_once() {
+    let models: Vec<ModelScores> = [[60, 60, 60], [30, 60, 60]]
+        .map(|c| {
+            let tasks = ["arc", "mmlu_law", "mmlu_art"].into_iter().zip(c);
+            model(tasks.map(|(task, c)| metric(task, "acc", &right(100, c))).collect())
+        })
+        .to_vec();
+    let of = |groups: &[&str]| {
+        let groups = groups.iter().map(|t| (t.to_string(), "mmlu".to_string())).collect();
+        compare(&models, &labels(2), None, &Options { groups, ..options() }).unwrap().1[1].clone().unwrap().recovery
+    };
+    assert!((of(&[]).estimate - (0.5 + 1.0 + 1.0) / 3.0).abs() < 1e-12);
+    let grouped = of(&["mmlu_law", "mmlu_art"]);
+    assert!((grouped.estimate - (0.5 + 1.0) / 2.0).abs() < 1e-12);
+    assert!(grouped.low < 0.75 && grouped.high > 0.75 && grouped.high - grouped.low < 0.3, "{grouped:?}");
+}
+
+#[test]
+fn the_headline_is_the_first_metric_or_the_one_asked_for() {
+    let models = [60, 50]
+        .map(|c| model(vec![metric("arc", "acc", &right(100, c)), metric("arc", "acc_norm", &right(100, c + 10))]));
+    let headlines = |options: &Options| -> Vec<bool> {
+        compare(&models, &labels(2), None, options).unwrap().0.iter().map(|t| t.headline).collect()
+    };
+    assert_eq!(headlines(&options()), [true, false]);
+    let asked = |metric: &str| Options {
+        headline: [("arc".to_string(), (metric.to_string(), "none".to_string()))].into(),
+        ..options()
+    };
+    assert_eq!(headlines(&asked("acc_norm")), [false, true]);
+    let e = compare(&models, &labels(2), None, &asked("f1")).unwrap_err();
+    assert_eq!(
+        e.to_string(),
+        "the headline metric of task arc is to be arc / f1 / none, which was not scored; scored were \
+         arc / acc / none, arc / acc_norm / none"
+    );
+}
+
+#[test]
+fn lengths_of_answers_are_passed_on() {
+    let mut models = three([600, 500, 580]);
+    let length = GenerationLength { mean_tokens: 12.5, capped: 0.1 };
+    models[1].generation.push(("arc".into(), length));
+    let (tasks, _) = run(&models).unwrap();
+    let found: Vec<_> = tasks[0].scores.iter().map(|s| s.generation).collect();
+    assert_eq!(found, [None, Some(length), None]);
+}
+
+#[test]
+fn a_gate_looks_at_the_lower_end() {
+    let overall =
+        |low| Some(Overall { recovery: Interval { estimate: 0.99, low, high: 1.0 }, recovery_above_chance: None });
+    let verdicts = require_recovery(&[None, overall(0.975), overall(0.98), None], 0.98);
+    let met: Vec<(usize, bool)> = verdicts.iter().map(|v| (v.model, v.met)).collect();
+    assert_eq!(met, [(1, false), (2, true), (3, false)]);
+    assert_eq!(verdicts[0].recovery.unwrap().low, 0.975);
+}
+
+/// What is said of `three` models after `change`.
+fn refused(change: impl Fn(&mut Vec<ModelScores>)) -> String {
+    let mut models = three([600, 500, 580]);
+    change(&mut models);
+    run(&models).unwrap_err().to_string()
+}
+
+#[test]
+fn calls_that_make_no_sense_are_refused() {
+    let models = three([600, 500, 580]);
+    let call = |models: &[ModelScores], labels: &[String], ptq, options: &Options| {
+        compare(models, labels, ptq, options).unwrap_err()
+    };
+    assert_eq!(call(&models[..1], &labels(1), None, &options()), CompareError::TooFewModels { found: 1 });
+    assert_eq!(call(&models, &labels(2), None, &options()), CompareError::Labels { models: 3, labels: 2 });
+    let same = ["BF16", "PTQ", "PTQ"].map(String::from);
+    assert_eq!(call(&models, &same, None, &options()), CompareError::SameLabel { label: "PTQ".into() });
+    for index in [0, 3] {
+        assert_eq!(call(&models, &labels(3), Some(index), &options()), CompareError::Ptq { index, last: 2 });
+    }
+    for confidence in [0.0, 1.0, 95.0, f64::NAN] {
+        let e = call(&models, &labels(3), None, &Options { confidence, ..options() });
+        assert!(e.to_string().starts_with("option confidence is "), "{e}");
+    }
+    let e = call(&models, &labels(3), None, &Options { resamples: 99, ..options() });
+    assert_eq!(e.to_string(), "option resamples is 99, expected at least 100");
+}
+
+#[test]
+fn models_evaluated_on_different_things_are_refused() {
+    let missing = refused(|m| m[2].metrics.clear());
+    assert_eq!(missing, "arc / acc / none was scored for BF16 but not for QAD: evaluate both on the same tasks");
+    let extra = refused(|m| m[1].metrics.push(metric("piqa", "acc", &right(10, 5))));
+    assert!(extra.contains("piqa / acc / none was scored for PTQ but not for BF16"), "{extra}");
+    let twice = refused(|m| m[1].metrics = vec![m[1].metrics[0].clone(), m[1].metrics[0].clone()]);
+    assert_eq!(twice, "PTQ has arc / acc / none twice");
+    let chance = refused(|m| m[2].metrics[0].chance = Some(0.5));
+    assert!(chance.contains("the chance of arc / acc / none is 0.25 for BF16 but 0.5 for QAD"), "{chance}");
+    let none = refused(|m| m[2].metrics[0].chance = None);
+    assert!(none.contains("0.25 for BF16 but none for QAD"), "{none}");
+    let aggregation = refused(|m| m[1].metrics[0].aggregation = Aggregation::Perplexity);
+    assert!(aggregation.contains("the aggregation of arc / acc / none is Mean for BF16"), "{aggregation}");
+    let direction = refused(|m| m[1].metrics[0].higher_is_better = false);
+    assert!(direction.contains("higher is better for BF16 but lower is better for PTQ"), "{direction}");
+}
+
+#[test]
+fn models_evaluated_on_different_documents_are_refused() {
+    let documents = |change: fn(&mut Vec<DocumentScore>)| refused(|m| change(&mut m[1].metrics[0].documents));
+    let fewer = documents(|d| d.truncate(999));
+    assert!(fewer.contains("has document 999 (repeat 0) for BF16 but not for PTQ"), "{fewer}");
+    let hole = documents(|d| d.retain(|d| d.doc_id != 7));
+    assert!(hole.contains("has document 7 (repeat 0) for BF16 but not for PTQ"), "{hole}");
+    let more = documents(|d| d.push(DocumentScore { doc_id: 1000, ..d[0] }));
+    assert!(more.contains("has document 1000 (repeat 0) for PTQ but not for BF16"), "{more}");
+    let repeats = documents(|d| d.insert(1, DocumentScore { repeat: 1, ..d[0] }));
+    assert!(repeats.contains("has document 0 (repeat 1) for PTQ but not for BF16"), "{repeats}");
+    let order = documents(|d| d.swap(3, 4));
+    assert!(order.contains("acc / none of PTQ: document 3 (repeat 0) is out of order"), "{order}");
+    let weight = documents(|d| d[5].weight = 2.0);
+    assert!(weight.contains("document 5 (repeat 0) weighs 1 for BF16 but 2 for PTQ"), "{weight}");
+}
+
+#[test]
+fn numbers_that_are_none_are_refused() {
+    let documents = |change: fn(&mut Vec<DocumentScore>)| refused(|m| change(&mut m[1].metrics[0].documents));
+    let nan = documents(|d| d[8].value = f64::NAN);
+    assert!(nan.contains("of PTQ: document 8 (repeat 0) has the value NaN, expected a finite number"), "{nan}");
+    for weight in [0.0, -1.0, f64::INFINITY] {
+        let e = refused(|m| m[1].metrics[0].documents[9].weight = weight);
+        assert!(e.contains("document 9 (repeat 0) has the weight"), "{e}");
+    }
+    let one = refused(|m| m.iter_mut().for_each(|m| m.metrics[0].documents.truncate(1)));
+    assert!(one.contains("has 1 document(s), expected at least 2"), "{one}");
+    assert!(refused(|m| m.iter_mut().for_each(|m| m.metrics[0].documents.clear())).contains("has 0 document(s)"));
+    let huge = refused(|m| {
+        for (i, m) in m.iter_mut().enumerate() {
+            m.metrics[0].aggregation = Aggregation::Perplexity;
+            m.metrics[0].documents.iter_mut().for_each(|d| d.value = if i == 2 { -800.0 } else { -1.0 });
+        }
+    });
+    assert!(huge.contains("arc / acc / none of QAD comes to inf"), "{huge}");
+    // Finite as it stands, but not on most resamples.
+    let nearly = refused(|m| {
+        for (i, m) in m.iter_mut().enumerate() {
+            m.metrics[0].aggregation = Aggregation::Perplexity;
+            let value = |doc: usize| if i == 2 { -700.0 - (doc % 2) as f64 * 19.4 } else { -1.0 };
+            m.metrics[0].documents.iter_mut().for_each(|d| d.value = value(d.doc_id));
+        }
+    });
+    assert!(nearly.contains("of QAD comes to"), "{nearly}");
+}
+
+#[test]
+fn a_group_of_different_kinds_is_refused() {
+    let models = [60, 50].map(|c| {
+        let mut lower = metric("wikitext", "bits_per_byte", &right(100, c));
+        lower.aggregation = Aggregation::BitsPerByte;
+        lower.higher_is_better = false;
+        model(vec![metric("arc", "acc", &right(100, c)), lower])
+    });
+    let groups = ["arc", "wikitext"].map(|t| (t.to_string(), "all".to_string())).into();
+    let e = compare(&models, &labels(2), None, &Options { groups, ..options() }).unwrap_err().to_string();
+    assert!(
+        e.starts_with("group all mixes Mean (higher is better) and BitsPerByte (lower is better) of wikitext"),
+        "{e}"
+    );
+}
