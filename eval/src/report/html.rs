@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use super::ReportContext;
 use super::method::{method, provenance};
+use super::numbers::MISSING;
 use super::plots::{self, Figure};
 use super::svg::{Svg, escape};
 use super::tables::{self, Table};
@@ -35,7 +36,7 @@ pub(super) fn page(c: &Comparison, context: &ReportContext) -> String {
         body.push_str("</ul>\n");
     }
     body.push_str("</section>\n");
-    section(&mut body, "At a glance", &tables::summary(c).map(|t| table(c, &t, false)).unwrap_or_default());
+    section(&mut body, "At a glance", &tables::summary(c).map(|t| glance(&table(c, &t, false))).unwrap_or_default());
     section(&mut body, "Plots", &figures(c, context));
     section(&mut body, "Tables", &full_tables(c));
     section(&mut body, "Method", &method(c).iter().map(|p| format!("<p>{}</p>\n", escape(p))).collect::<String>());
@@ -129,6 +130,10 @@ fn full_tables(c: &Comparison) -> String {
     out
 }
 
+fn glance(table: &str) -> String {
+    format!("<div class=\"glance\">\n{table}</div>\n")
+}
+
 fn fold(summary: &str, content: &str) -> String {
     format!("<details>\n<summary>{}</summary>\n{content}</details>\n", escape(summary))
 }
@@ -159,7 +164,12 @@ fn table(c: &Comparison, t: &Table, lead: bool) -> String {
             let model = t.columns.get(j).is_some_and(|column| column.head == "Model");
             let key = row.model.filter(|_| model).map(|m| key(c, m)).unwrap_or_default();
             if j > 0 {
-                let _ = write!(out, "<td{}>{key}{}</td>", class(right), escape(cell));
+                // A narrow page shows a row as a block and needs the column's name with each number.
+                let head = t.columns.get(j).map(|column| column.head.as_str()).filter(|_| !lead);
+                let head = head.map(|head| format!(" data-head=\"{}\"", escape(head))).unwrap_or_default();
+                let none = if !lead && cell == MISSING { " none" } else { "" };
+                let class = if right { format!(" class=\"n{none}\"") } else { String::new() };
+                let _ = write!(out, "<td{class}{head}>{key}{}</td>", escape(cell));
             } else if spanned == 0 {
                 let same = (i..t.rows.len()).take_while(|&k| first(k) == Some(cell)).count();
                 let span = if same > 1 { format!(" rowspan=\"{same}\"") } else { String::new() };

@@ -16,8 +16,11 @@ pub(super) const NARROW: f64 = 330.0;
 pub(super) const TEXT: f64 = 13.0;
 pub(super) const SMALL: f64 = 11.5;
 
-/// Mean width of a character of a sans serif, in ems; of wide (East Asian) ones 1. Labels are placed by it.
-const CHARACTER: f64 = 0.56;
+/// Mean width of a character of the widest common sans serif (DejaVu Sans), in ems; of East Asian ones 1. Labels are
+/// placed by it, so that in narrower fonts there is a little room left over.
+const CHARACTER: f64 = 0.61;
+/// How much wider bold is.
+const BOLD: f64 = 1.12;
 
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Anchor {
@@ -82,6 +85,16 @@ impl Svg {
         let class = if class.is_empty() { String::new() } else { format!(" class=\"{class}\"") };
         let (x, y) = (round(x), round(y));
         self.push(format_args!("<text x=\"{x}\" y=\"{y}\"{anchor}{class}>{}</text>", escape(text)));
+    }
+
+    /// A model's name and, right after it, something about it.
+    pub(super) fn named(&mut self, (x, y): (f64, f64), name: &str, colour: usize, rest: &str) {
+        let (x, y) = (round(x), round(y));
+        self.push(format_args!(
+            "<text class=\"over\" x=\"{x}\" y=\"{y}\"><tspan class=\"name c{colour}\">{}</tspan><tspan dx=\"8\">{}</tspan></text>",
+            escape(name),
+            escape(rest)
+        ));
     }
 
     /// A model's mark: its colour and its shape, so that neither has to be seen. Hollow ones say `not significant`.
@@ -164,6 +177,16 @@ pub(super) fn width_of(text: &str, size: f64) -> f64 {
     text.chars()
         .map(|c| if c >= '\u{1100}' && !('\u{2000}'..'\u{2e80}').contains(&c) { size } else { CHARACTER * size })
         .sum()
+}
+
+/// About how wide a model's name is, which is bold.
+pub(super) fn width_of_name(name: &str) -> f64 {
+    BOLD * width_of(name, TEXT)
+}
+
+/// A model's name cut to a width.
+pub(super) fn shorten_name(name: &str, width: f64) -> String {
+    shorten(name, width / BOLD, TEXT)
 }
 
 /// The text cut to a width, with an ellipsis where something was cut.

@@ -59,26 +59,19 @@ impl Table {
 /// One row a model: what a reader wants to know first.
 pub(super) fn summary(c: &Comparison) -> Option<Table> {
     let texts = c.texts();
-    let mut columns = vec![left("Model"), left("Format"), right("Size"), right("Recovery"), right("Above chance")];
+    let mut columns = vec![left("Model"), right("Recovery"), right("Above chance")];
     columns.extend(texts.iter().map(|t| right(format!("KL, {t}"))));
-    columns.extend(texts.iter().map(|t| right(format!("Perplexity, {t}"))));
-    columns.push(right("Decode"));
+    columns.extend([right("Size"), right("Decode")]);
     let mut table = Table::new("Summary", "", columns);
     for (m, model) in c.models.iter().enumerate() {
         let overall = c.overall_of(m);
         let mut cells = vec![
             model.label.clone(),
-            model.facts.format.clone().unwrap_or_else(missing),
-            model.facts.stored_bytes.map_or_else(missing, bytes),
             overall.map_or_else(missing, |o| percent_interval(o.recovery)),
             overall.and_then(|o| o.recovery_above_chance).map_or_else(missing, percent_interval),
         ];
         cells.extend(texts.iter().map(|t| c.divergence(t, m).map_or_else(missing, |d| estimate(d.kl))));
-        cells.extend(texts.iter().map(|t| {
-            let base = || c.divergences.iter().find(|d| d.text == **t).map(|d| d.baseline_perplexity);
-            let perplexity = if m == 0 { base() } else { c.divergence(t, m).map(|d| d.perplexity) };
-            perplexity.map_or_else(missing, estimate)
-        }));
+        cells.push(model.facts.stored_bytes.map_or_else(missing, bytes));
         cells.push(model.facts.decode_speed.map_or_else(missing, |s| format!("{} tok/s", plain(s))));
         table.row(Some(m), cells);
     }

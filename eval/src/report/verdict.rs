@@ -40,9 +40,9 @@ pub(super) fn verdict(c: &Comparison) -> Verdict {
     if !ranked.is_empty() {
         details.extend(above_chance(c, &ranked));
         details.extend(won_back_by_task(c));
-        details.extend(c.texts().into_iter().filter_map(|text| distances_on(c, text)));
+        details.extend(nearest_by_divergence(c));
     }
-    details.extend(c.texts().into_iter().filter_map(|text| misleading_perplexity(c, text)));
+    details.extend(misleading_perplexity(c));
     details.extend(capped(c));
     Verdict { headline, details }
 }
@@ -206,42 +206,50 @@ fn won_back_by_task(c: &Comparison) -> Option<String> {
     ))
 }
 
-fn distances_on(c: &Comparison, text: &str) -> Option<String> {
-    let mut models: Vec<&Divergence> = c.others().filter_map(|m| c.divergence(text, m)).collect();
-    models.sort_by(|a, b| a.kl.value.total_cmp(&b.kl.value));
-    let each: Vec<String> = models
-        .iter()
-        .map(|d| match d.kl_gone {
-            Some(gone) if Some(d.model) != c.ptq_model() => {
-                let p = c.ptq_model().map_or("PTQ", |p| c.label(p));
-                format!("{} {} ({} of {p}'s gone)", c.label(d.model), estimate(d.kl), percent_estimate_of(gone))
-            }
-            _ => format!("{} {}", c.label(d.model), estimate(d.kl)),
-        })
-        .collect();
-    (!each.is_empty())
-        .then(|| format!("KL to {} on {text}, nats per token, lower is nearer: {}.", c.baseline(), each.join(", ")))
+fn nearest_by_divergence(c: &Comparison) -> Option<String> {
+    let base = c.baseline();
+    let all: Vec<usize> = c.others().filter(|&m| c.divergences.iter().any(|d| d.model == m)).collect();
+    if all.len() < 2 {
+        return None;
+    }
+    let Some(nearest) = clearly_nearest(c, &all) else {
+        return Some(format!("By KL to {base}, no model is clearly the nearest on every text."));
+    };
+    let gone = kl_gone(c, nearest);
+    Some(match c.ptq_model() {
+        Some(p) if !gone.is_empty() => format!(
+            "By KL, {} is nearest to {base}: {} of {}'s KL is gone.",
+            c.label(nearest),
+            listed(&gone),
+            c.label(p)
+        ),
+        _ => format!("By KL, {} is nearest to {base}.", c.label(nearest)),
+    })
 }
 
 /// Perplexity asks how well a model predicts a text, not whether it still is the model it was.
-fn misleading_perplexity(c: &Comparison, text: &str) -> Option<String> {
-    let models: Vec<&Divergence> =
-        c.others().filter_map(|m| c.divergence(text, m)).filter(|d| d.perplexity.value.is_finite()).collect();
-    let lowest = models.iter().min_by(|a, b| a.perplexity.value.total_cmp(&b.perplexity.value))?;
-    let nearest = models.iter().min_by(|a, b| a.kl.value.total_cmp(&b.kl.value))?;
-    (apart(nearest, lowest)).then(|| {
-        let base = c.baseline();
+fn misleading_perplexity(c: &Comparison) -> Option<String> {
+    let base = c.baseline();
+    let each: Vec<String> = c
+        .texts()
+        .into_iter()
+        .filter_map(|text| {
+            let found = || c.others().filter_map(|m| c.divergence(text, m)).filter(|d| d.perplexity.value.is_finite());
+            let lowest = found().min_by(|a, b| a.perplexity.value.total_cmp(&b.perplexity.value))?;
+            let nearest = found().min_by(|a, b| a.kl.value.total_cmp(&b.kl.value))?;
+            apart(nearest, lowest).then(|| {
+                let figures = |d: &Divergence| {
+                    format!("{} {} (KL {})", c.label(d.model), plain(d.perplexity.value), plain(d.kl.value))
+                };
+                format!("{} and {} on {text}", figures(lowest), figures(nearest))
+            })
+        })
+        .collect();
+    (!each.is_empty()).then(|| {
         format!(
-            "Perplexity alone would mislead on {text}: {} has the lowest ({}; {} {}; {base} {}), but lies further from \
-             {base} (KL {}) than {} ({}). Training on similar text lowers perplexity without giving back what was lost.",
-            c.label(lowest.model),
-            plain(lowest.perplexity.value),
-            c.label(nearest.model),
-            plain(nearest.perplexity.value),
-            plain(lowest.baseline_perplexity.value),
-            plain(lowest.kl.value),
-            c.label(nearest.model),
-            plain(nearest.kl.value),
+            "Perplexity alone would mislead, as the model with the lowest is not the nearest to {base}: {}. Training on \
+             similar text lowers perplexity without giving back what was lost.",
+            each.join("; ")
         )
     })
 }
@@ -270,7 +278,7 @@ fn capped(c: &Comparison) -> Vec<String> {
 }
 
 fn kept_by(c: &Comparison, model: usize) -> Option<String> {
-    Some(format!("{} {}", c.label(model), percent_interval(c.overall_of(model)?.recovery)))
+    Some(format!("{} {}", c.label(model), percent_estimate_of(c.overall_of(model)?.recovery)))
 }
 
 /// Share of PTQ's KL that is gone, per text, if it is on every one.

@@ -5,7 +5,7 @@ use crate::comparison::Comparison;
 use crate::report::TrainingCurve;
 use crate::report::numbers::plain;
 use crate::report::scale::{Scale, range, rounded, tick_text};
-use crate::report::svg::{Anchor, COLOURS, TEXT, shorten, spread, width_of};
+use crate::report::svg::{Anchor, COLOURS, shorten_name, spread, width_of, width_of_name};
 
 const HEIGHT: f64 = 200.0;
 /// Points that still get a mark of their own.
@@ -42,7 +42,7 @@ fn figure(c: &Comparison, curve: &TrainingCurve) -> Option<Figure> {
     let description = format!("{}, {} over training steps: {}.", curve.title, curve.quantity, ends.join("; "));
     let drawing = both(&description, |svg, width| {
         let (top, bottom) = (8.0, 8.0 + HEIGHT);
-        let labels = lines.iter().map(|(label, _, _)| width_of(label, TEXT)).fold(0.0, f64::max) + 14.0;
+        let labels = lines.iter().map(|(label, _, _)| width_of_name(label)).fold(0.0, f64::max) + 12.0;
         let right = width - labels.min(0.3 * width);
         // From zero where that costs little; a loss far from zero is drawn over its own range.
         let floor = if low > 0.0 && low < 0.6 * high { 0.0 } else { low };
@@ -72,8 +72,8 @@ fn figure(c: &Comparison, curve: &TrainingCurve) -> Option<Figure> {
             wanted.extend(at.last().map(|p| p.1));
         }
         for ((label, colour, _), y) in lines.iter().zip(spread(&wanted, 16.0, top + 2.0, bottom - 2.0)) {
-            let label = shorten(label, width - right, TEXT);
-            svg.text((right + 5.0, y + 4.5), &label, Anchor::Start, &format!("name c{colour}"));
+            let label = shorten_name(label, width - right - 6.0);
+            svg.text((right + 6.0, y + 4.5), &label, Anchor::Start, &format!("name c{colour}"));
         }
         bottom + 38.0
     });

@@ -4,7 +4,7 @@ use super::{Figure, both, is_narrow, spoken};
 use crate::comparison::{Comparison, Divergence};
 use crate::report::numbers::{count, estimate, percent, plain};
 use crate::report::scale::{Scale, power_text, range};
-use crate::report::svg::{Anchor, TEXT, shorten, width_of};
+use crate::report::svg::{Anchor, TEXT, shorten_name, width_of};
 use crate::report::tables;
 
 /// Share of tokens that may lie left of the axis: KL of near-certain tokens trails off to rounding.
@@ -52,9 +52,8 @@ pub(in crate::report) fn figure(c: &Comparison, text: &str) -> Option<Figure> {
                 svg.mark((scale.at(d.kl.value), base), colour, true, 4.0);
             }
             let values = summary(d);
-            let name = shorten(c.label(d.model), width - width_of(&values, TEXT) - 14.0, TEXT);
-            svg.text((0.0, y + 15.0), &name, Anchor::Start, &format!("name c{colour}"));
-            svg.text((width_of(&name, TEXT) * 1.1 + 10.0, y + 15.0), &values, Anchor::Start, "over");
+            let name = shorten_name(c.label(d.model), width - width_of(&values, TEXT) - 12.0);
+            svg.named((0.0, y + 15.0), &name, colour, &values);
             // Over everything, so that the pointer finds each bin.
             for ((from, to, _), (lower, upper, n)) in bins.iter().zip(counts(d, low, high)) {
                 let (x, to) = (scale.at(*from), scale.at(*to));

@@ -1,14 +1,15 @@
 //! Which tokens suffer: mean KL by class of the token and by its position in the window.
 
-use super::{Figure, both, is_narrow, legend};
+use super::{Figure, half, legend};
 use crate::comparison::{Comparison, Divergence, GroupKl};
 use crate::report::numbers::{count, estimate};
 use crate::report::scale::{Scale, range, rounded, tick_text};
-use crate::report::svg::{Anchor, Svg, TEXT, shorten, spread, width_of};
+use crate::report::svg::{Anchor, Svg, TEXT, shorten, shorten_name, spread, width_of, width_of_name};
 use crate::report::tables::{self, group_names};
 
-const ROW: f64 = 26.0;
-const HEIGHT: f64 = 180.0;
+/// A class's name and under it the line of its marks.
+const ROW: f64 = 40.0;
+const HEIGHT: f64 = 170.0;
 
 pub(in crate::report) fn by_class(c: &Comparison, text: &str) -> Option<Figure> {
     let (found, names) = groups(c, text, |d| &d.by_class)?;
@@ -16,23 +17,15 @@ pub(in crate::report) fn by_class(c: &Comparison, text: &str) -> Option<Figure> 
     let description =
         format!("Mean KL to {} by class of the token, {text}. The table below has the numbers.", c.baseline());
     let most = highest(&found, |d| &d.by_class);
-    let drawing = both(&description, |svg, width| {
-        let narrow = is_narrow(width);
+    let drawing = half(&description, |svg, width| {
         let top = legend(svg, c, &models, width, 0.0);
-        let widest = names.iter().map(|n| width_of(n, TEXT)).fold(0.0, f64::max) + 12.0;
-        let gutter = if narrow { 4.0 } else { widest.clamp(80.0, 260.0) };
-        let row = if narrow { ROW + 14.0 } else { ROW };
-        let scale = Scale::linear((0.0, most * 1.04), gutter, width - 8.0);
-        let bottom = top + names.len() as f64 * row;
+        let scale = Scale::linear((0.0, most * 1.04), 4.0, width - 8.0);
+        let bottom = top + names.len() as f64 * ROW;
         axis(svg, &scale, top, bottom, width);
         for (i, name) in names.iter().enumerate() {
-            let y = top + i as f64 * row;
-            let at = y + row - ROW / 2.0;
-            if narrow {
-                svg.text((0.0, y + 13.0), &shorten(name, width, TEXT), Anchor::Start, "over");
-            } else {
-                svg.text((0.0, at + 4.5), &shorten(name, gutter - 10.0, TEXT), Anchor::Start, "");
-            }
+            let y = top + i as f64 * ROW;
+            let at = y + ROW - 13.0;
+            svg.text((0.0, y + 13.0), &shorten(name, width, TEXT), Anchor::Start, "over");
             let values: Vec<(&Divergence, &GroupKl)> =
                 found.iter().filter_map(|d| Some((*d, group(&d.by_class, name)?))).collect();
             if let Some((low, high)) = range(values.iter().map(|(_, g)| g.kl.value)) {
@@ -50,7 +43,7 @@ pub(in crate::report) fn by_class(c: &Comparison, text: &str) -> Option<Figure> 
         drawing,
         table: tables::groups(c, text, "KL by class of token", |d| &d.by_class),
         folded: Vec::new(),
-        half: false,
+        half: true,
     })
 }
 
@@ -62,9 +55,9 @@ pub(in crate::report) fn by_position(c: &Comparison, text: &str) -> Option<Figur
     let description =
         format!("Mean KL to {} by position in the window, {text}. The table below has the numbers.", c.baseline());
     let most = highest(&found, |d| &d.by_position);
-    let drawing = both(&description, |svg, width| {
+    let drawing = half(&description, |svg, width| {
         let (top, bottom) = (8.0, 8.0 + HEIGHT);
-        let labels = found.iter().map(|d| width_of(c.label(d.model), TEXT)).fold(0.0, f64::max) + 14.0;
+        let labels = found.iter().map(|d| width_of_name(c.label(d.model))).fold(0.0, f64::max) + 10.0;
         let right = width - labels.min(0.3 * width);
         let scale = Scale::linear(rounded((0.0, most), 4), bottom, top);
         let ticks = scale.ticks(4);
@@ -95,7 +88,7 @@ pub(in crate::report) fn by_position(c: &Comparison, text: &str) -> Option<Figur
         }
         let at = spread(&ends.iter().map(|e| e.1).collect::<Vec<_>>(), 16.0, top + 2.0, bottom - 2.0);
         for ((m, _), y) in ends.iter().zip(at) {
-            let label = shorten(c.label(*m), width - right, TEXT);
+            let label = shorten_name(c.label(*m), width - right - 4.0);
             svg.text((right + 4.0, y + 4.5), &label, Anchor::Start, &format!("name c{}", c.colour(*m)));
         }
         bottom + 38.0
@@ -106,7 +99,7 @@ pub(in crate::report) fn by_position(c: &Comparison, text: &str) -> Option<Figur
         drawing,
         table: tables::groups(c, text, "KL by position", |d| &d.by_position),
         folded: Vec::new(),
-        half: false,
+        half: true,
     })
 }
 
@@ -131,7 +124,7 @@ fn highest(found: &[&Divergence], of: fn(&Divergence) -> &Vec<GroupKl>) -> f64 {
 }
 
 fn axis(svg: &mut Svg, scale: &Scale, top: f64, bottom: f64, width: f64) {
-    let ticks = scale.ticks(if is_narrow(width) { 4 } else { 8 });
+    let ticks = scale.ticks(4);
     let texts: Vec<(f64, String)> = ticks.iter().map(|t| (scale.at(*t), tick_text(*t, &ticks))).collect();
     svg.x_axis(&texts, top, bottom);
     svg.text((width, bottom + 30.0), "KL, nats per token (lower is nearer) →", Anchor::End, "tick");

@@ -1,7 +1,7 @@
 //! The plots of the page. Each is drawn for a wide page and for a phone, and has its numbers in a table.
 
 use super::numbers::MISSING;
-use super::svg::{Anchor, NARROW, Svg, TEXT, WIDE, width_of};
+use super::svg::{Anchor, NARROW, Svg, WIDE, shorten_name, width_of_name};
 use super::tables::Table;
 use crate::comparison::Comparison;
 
@@ -27,6 +27,11 @@ pub(super) struct Figure {
     pub(super) half: bool,
 }
 
+/// For figures that stand two beside each other on a wide page, each as wide as a phone.
+fn half(description: &str, draw: impl Fn(&mut Svg, f64) -> f64) -> String {
+    one(NARROW, "half", description, draw)
+}
+
 /// Both variants; the style sheet shows one of them.
 fn both(description: &str, draw: impl Fn(&mut Svg, f64) -> f64) -> String {
     [(WIDE, "wide"), (NARROW, "narrow")].into_iter().map(|(width, name)| one(width, name, description, &draw)).collect()
@@ -47,8 +52,8 @@ fn is_narrow(width: f64) -> bool {
 fn legend(svg: &mut Svg, c: &Comparison, models: &[usize], width: f64, y: f64) -> f64 {
     let (mut x, mut line) = (6.0, y + 12.0);
     for &m in models {
-        let label = super::svg::shorten(c.label(m), width - 24.0, TEXT);
-        let needed = 14.0 + width_of(&label, TEXT) + 16.0;
+        let label = shorten_name(c.label(m), width - 24.0);
+        let needed = 10.0 + width_of_name(&label) + 14.0;
         if x > 6.0 && x + needed > width {
             (x, line) = (6.0, line + 20.0);
         }

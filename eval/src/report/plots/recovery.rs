@@ -4,7 +4,7 @@ use super::{Figure, both, is_narrow, legend, spoken};
 use crate::comparison::{Comparison, Interval, TaskComparison};
 use crate::report::numbers::{difference, p_value, percent, percent_interval, value_and_error};
 use crate::report::scale::{Scale, range, rounded, tick_text};
-use crate::report::svg::{Anchor, SMALL, Svg, TEXT, shorten, width_of};
+use crate::report::svg::{Anchor, SMALL, Svg, TEXT, shorten, shorten_name, width_of, width_of_name};
 use crate::report::tables;
 use crate::report::view::families;
 
@@ -82,7 +82,7 @@ fn draw(
     let gutter = if narrow {
         0.0
     } else {
-        let names = overall.iter().map(|&m| width_of(c.label(m), TEXT) + width_of(&value(m), TEXT) + 34.0);
+        let names = overall.iter().map(|&m| width_of_name(c.label(m)) + width_of(&value(m), TEXT) + 30.0);
         let names = names.chain(alone.iter().map(|t| width_of(&t.task, TEXT) + 14.0));
         names.fold(150.0, f64::max).min(330.0)
     };
@@ -98,7 +98,7 @@ fn draw(
         let Some(o) = c.overall_of(m) else { continue };
         let (class, value) = (format!("name over c{}", c.colour(m)), value(m));
         let (right, baseline, at) = if narrow { (width, 14.0, 26.0) } else { (gutter - 12.0, 16.0, 11.5) };
-        let name = shorten(c.label(m), right - width_of(&value, TEXT) - 14.0, TEXT);
+        let name = shorten_name(c.label(m), right - width_of(&value, TEXT) - 14.0);
         rows.text((0.0, y + baseline), &name, Anchor::Start, &class);
         rows.text((right, y + baseline), &value, Anchor::End, "over");
         let tip = format!("{}, mean of {}: {value}", c.label(m), c.tasks_text());

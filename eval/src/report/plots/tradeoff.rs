@@ -1,17 +1,15 @@
 //! What quality costs: recovery (or KL, where no tasks were scored) against size and against speed.
 
-use super::{Figure, one};
+use super::{Figure, half};
 use crate::comparison::{Comparison, Interval};
 use crate::report::numbers::{bytes, percent_interval, plain};
 use crate::report::scale::{Scale, range, rounded, tick_text};
-use crate::report::svg::{Anchor, Svg, TEXT, shorten, spread, width_of};
+use crate::report::svg::{Anchor, Svg, shorten_name, spread, width_of};
 use crate::scores::ModelFacts;
 
-/// Two of them stand side by side on a wide page, and each is as wide as a phone.
-const WIDTH: f64 = 330.0;
 const HEIGHT: f64 = 230.0;
-/// Points nearer than this are drawn side by side, this far apart.
-const BESIDE: f64 = 9.0;
+/// Points that would cover each other are drawn this far apart.
+const BESIDE: f64 = 8.0;
 
 pub(in crate::report) fn figures(c: &Comparison) -> Vec<Figure> {
     let gigabytes = |f: &ModelFacts| f.stored_bytes.map(|b| b as f64 / 1e9);
@@ -64,7 +62,7 @@ fn figure(
     let kept = if by_tasks { "Recovery" } else { "KL" };
     let description =
         format!("{kept} against {what}. {}.", points.iter().map(|p| p.tip.clone()).collect::<Vec<_>>().join("; "));
-    let drawing = one(WIDTH, "half", &description, |svg, width| draw(svg, width, c, &points, by_tasks, axis));
+    let drawing = half(&description, |svg, width| draw(svg, width, c, &points, by_tasks, axis));
     let caption = if by_tasks {
         format!(
             "Mean share of {}'s score that is kept, with {} intervals. Better is up.",
@@ -76,7 +74,7 @@ fn figure(
     };
     Some(Figure {
         title: format!("{kept} against {what}"),
-        caption: format!("{caption} Points at the same place are drawn side by side."),
+        caption: format!("{caption} Points that would cover each other are drawn side by side."),
         drawing,
         table: None,
         folded: Vec::new(),
@@ -111,10 +109,14 @@ fn draw(svg: &mut Svg, width: f64, c: &Comparison, points: &[Point], by_tasks: b
     svg.text((width, bottom + 31.0), axis, Anchor::End, "tick");
 
     // Points that would cover each other step aside in the order of the models.
+    let reach = |p: &Point| (vertical.at(p.y.high * factor) - 6.0, vertical.at(p.y.low * factor) + 6.0);
     let mut xs: Vec<f64> = Vec::new();
     for p in points {
-        let mut x = horizontal.at(p.x);
-        while xs.iter().any(|other| (other - x).abs() < BESIDE - 0.01) {
+        let (mut x, (a, b)) = (horizontal.at(p.x), reach(p));
+        while points.iter().zip(&xs).any(|(q, at)| {
+            let (c, d) = reach(q);
+            (at - x).abs() < BESIDE - 0.01 && a < d && c < b
+        }) {
             x += BESIDE;
         }
         xs.push(x);
@@ -134,7 +136,7 @@ fn draw(svg: &mut Svg, width: f64, c: &Comparison, points: &[Point], by_tasks: b
             let at = (xs[i], vertical.at(p.y.estimate * factor));
             let (x, colour) = (column(xs[i]), c.colour(p.model));
             let room = if right { width - x } else { x - gutter };
-            let label = shorten(c.label(p.model), room, TEXT);
+            let label = shorten_name(c.label(p.model), room);
             svg.line(at, (if right { x - 3.0 } else { x + 3.0 }, y), "leader");
             let anchor = if right { Anchor::Start } else { Anchor::End };
             svg.text((x, y + 4.5), &label, anchor, &format!("name over c{colour}"));
