@@ -126,6 +126,12 @@ fn normal(c: char) -> char {
     }
 }
 
+/// Letters of Greek, Hebrew, Bengali, Gurmukhi, Gujarati, Tamil, Telugu, Kannada, Malayalam and Thai: each tells the
+/// language, so the table has no longer n-grams of them, and a longer one counts as its last letter.
+fn has_own_script(c: char) -> bool {
+    matches!(c, '\u{370}'..='\u{3ff}' | '\u{590}'..='\u{5ff}' | '\u{980}'..='\u{aff}' | '\u{b80}'..='\u{d7f}' | '\u{e00}'..='\u{e7f}')
+}
+
 /// The n-grams of a text. Within a word of capitals there are none beyond its first letter, but those that end in the
 /// space after it.
 struct Grams<'a> {
@@ -164,7 +170,9 @@ impl Iterator for Grams<'_> {
     fn next(&mut self) -> Option<Gram> {
         loop {
             if let Some(length) = self.lengths.next() {
-                return Some(pad(&self.last[self.last.len() - length..]));
+                let gram = &self.last[self.last.len() - length..];
+                let letter = &gram[length - 1..];
+                return Some(pad(if has_own_script(letter[0]) { letter } else { gram }));
             }
             let letter = normal(*self.text.next()?);
             self.push(letter);

@@ -6,7 +6,7 @@ use regex::Regex;
 
 use super::arguments::Arguments;
 use super::patterns::fixed;
-use super::text::{SPACE, is_word, split, strip};
+use super::text::{SPACE, split, strip};
 use super::{Check, Error, sentences};
 
 pub fn sentences(arguments: &mut Arguments) -> Result<Check, Error> {
@@ -15,9 +15,9 @@ pub fn sentences(arguments: &mut Arguments) -> Result<Check, Error> {
 }
 
 pub fn words(arguments: &mut Arguments) -> Result<Check, Error> {
+    static WORD: LazyLock<Regex> = LazyLock::new(|| fixed(r"\w+"));
     let relation = arguments.relation("num_words", "relation")?;
-    let count = |response: &str| response.split(|c| !is_word(c)).filter(|word| !word.is_empty()).count();
-    Ok(Box::new(move |response| relation.holds(count(response))))
+    Ok(Box::new(move |response| relation.holds(WORD.find_iter(response).count())))
 }
 
 pub fn paragraphs(arguments: &mut Arguments) -> Result<Check, Error> {

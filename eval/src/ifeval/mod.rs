@@ -12,7 +12,7 @@
 //! | `language:response_language` | `language` | the detector names that language, or finds nothing to judge |
 //! | `length_constraints:number_sentences` | `num_sentences`, `relation` | Punkt splits it into so many sentences |
 //! | `length_constraints:number_paragraphs` | `num_paragraphs` | `***` parts it into exactly so many, none within empty |
-//! | `length_constraints:number_words` | `num_words`, `relation` | so many runs of letters, digits and `_` |
+//! | `length_constraints:number_words` | `num_words`, `relation` | so many runs of letters, marks, digits and `_` |
 //! | `length_constraints:nth_paragraph_first_word` | `num_paragraphs`, `nth_paragraph`, `first_word` | empty lines part it into exactly so many, and that one starts so |
 //! | `detectable_content:number_placeholders` | `num_placeholders` | at least so many `[…]` within a line |
 //! | `detectable_content:postscript` | `postscript_marker` | the marker occurs, whatever its case |
@@ -38,6 +38,7 @@
 //! - langdetect samples n-grams at random, so it contradicts itself on doubtful texts; the detector here weighs them all.
 //! - Of Punkt's English model only the frequent words are here: after an abbreviation, an initial or an ellipsis a rare
 //!   word can be judged differently.
+//! - Words are counted as with NLTK 3.10; NLTK before it cut words at combining marks, as in Hindi.
 //! - Letters are those of this program's Unicode version, not of Python's.
 
 mod arguments;

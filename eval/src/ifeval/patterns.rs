@@ -7,8 +7,6 @@ use std::sync::LazyLock;
 
 use regex::{Error, Regex};
 
-use super::text;
-
 /// A regular expression that came with an instruction.
 pub struct Pattern(Regex);
 
@@ -26,8 +24,8 @@ impl Pattern {
         if !is_literal(source) {
             return Regex::new(&format!(r"(?i)\b{source}\b")).map(Self);
         }
-        let before = if text::is_word(first) { r"(?:\A|[^\p{L}\p{N}_])" } else { r"[\p{L}\p{N}_]" };
-        let after = if text::is_word(last) { r"(?:[^\p{L}\p{N}_]|\z)" } else { r"[\p{L}\p{N}_]" };
+        let before = if is_python_word(first) { r"(?:\A|[^\p{L}\p{N}_])" } else { r"[\p{L}\p{N}_]" };
+        let after = if is_python_word(last) { r"(?:[^\p{L}\p{N}_]|\z)" } else { r"[\p{L}\p{N}_]" };
         Regex::new(&format!("(?i){before}{}{after}", any_case(source))).map(Self)
     }
 
@@ -50,22 +48,27 @@ impl Pattern {
     }
 }
 
-/// A regular expression that is part of this program.
+/// A regular expression that is part of this program: a constant, and a test passes through each.
 pub fn fixed(source: &str) -> Regex {
-    #[expect(clippy::unwrap_used, reason = "a constant of this program, compiled by a test of its module")]
-    Regex::new(source).unwrap()
+    Regex::new(source).unwrap_or_else(|error| unreachable!("`{source}`: {error}"))
 }
 
-/// General categories L and N.
-pub fn is_letter_or_number(c: char) -> bool {
-    static CLASS: LazyLock<Regex> = LazyLock::new(|| fixed(r"[\p{L}\p{N}]"));
-    CLASS.is_match(c.encode_utf8(&mut [0; 4]))
+/// `\w` of the Unicode standard: letters with their marks, digits, `_` and its like.
+pub fn is_word(c: char) -> bool {
+    static CLASS: LazyLock<Regex> = LazyLock::new(|| fixed(r"\w"));
+    if c.is_ascii() { c.is_ascii_alphanumeric() || c == '_' } else { CLASS.is_match(c.encode_utf8(&mut [0; 4])) }
 }
 
 /// Decimal digits, `\d`.
 pub fn is_digit(c: char) -> bool {
     static CLASS: LazyLock<Regex> = LazyLock::new(|| fixed(r"\d"));
     if c.is_ascii() { c.is_ascii_digit() } else { CLASS.is_match(c.encode_utf8(&mut [0; 4])) }
+}
+
+/// `\w` of Python's `re`: marks that combine are none.
+fn is_python_word(c: char) -> bool {
+    static CLASS: LazyLock<Regex> = LazyLock::new(|| fixed(r"[\p{L}\p{N}_]"));
+    CLASS.is_match(c.encode_utf8(&mut [0; 4]))
 }
 
 fn is_literal(source: &str) -> bool {

@@ -2,6 +2,7 @@
 //!
 //! Every `.`, `?` or `!` before white space or closing punctuation may end a sentence; what stands around it decides:
 //! known abbreviations, initials, numbers and ellipses do not end one unless the next word is one that starts sentences.
+//! White space and letters are the Unicode standard's, for NLTK has its patterns matched by Python's package `regex`.
 //! The words come from NLTK's English model (see `data/make.py`), the frequent ones of it.
 
 use std::collections::HashSet;
@@ -9,8 +10,8 @@ use std::sync::LazyLock;
 
 use regex::Regex;
 
-use super::patterns::{fixed, is_digit};
-use super::text::{is_space, is_word, strip, strip_end};
+use super::patterns::{fixed, is_digit, is_word};
+use super::text::{strip, strip_end};
 
 /// The sentences of a text.
 pub fn split(text: &str) -> Vec<&str> {
@@ -60,12 +61,12 @@ fn candidates(text: &str) -> Vec<Candidate> {
         let (next, context_end) = if is_no_word(next) {
             (end, end + next.len_utf8())
         } else {
-            let rest = after.trim_start_matches(is_space);
-            if !is_space(next) || rest.is_empty() {
+            let rest = after.trim_start_matches(char::is_whitespace);
+            if !next.is_whitespace() || rest.is_empty() {
                 continue;
             }
             let next = text.len() - rest.len();
-            (next, next + rest.find(is_space).unwrap_or(rest.len()))
+            (next, next + rest.find(char::is_whitespace).unwrap_or(rest.len()))
         };
         // White space right after the previous end does not count, and then the words run together.
         let gap = text[word.1..at].rfind([' ', '\t', '\n', '\r', '\x0b', '\x0c']).filter(|space| *space > 0);
@@ -86,7 +87,7 @@ fn candidates(text: &str) -> Vec<Candidate> {
 fn closing_marks(slice: &str) -> Option<(usize, usize)> {
     let rest = slice.trim_start_matches(['"', '\'', ')', ']', '}', '‘', '’', '“', '”', '«', '»']);
     let marks = slice.len() - rest.len();
-    let spaces = rest.len() - rest.trim_start_matches(is_space).len();
+    let spaces = rest.len() - rest.trim_start_matches(char::is_whitespace).len();
     (marks > 0 && (rest.is_empty() || spaces > 0 || rest.starts_with("--"))).then_some((marks, marks + spaces))
 }
 
@@ -182,11 +183,10 @@ impl<'a> Token<'a> {
         }
         let starts = next.starts_sentence(next_kind);
         let capital = next.text.starts_with(char::is_uppercase);
-        if (self.is_abbreviation || self.is_ellipsis()) && !initial {
-            if starts == Some(true) || capital && MODEL.starters.contains(next_kind) {
-                self.ends_sentence = true;
-                return;
-            }
+        let abbreviated = (self.is_abbreviation || self.is_ellipsis()) && !initial;
+        if abbreviated && (starts == Some(true) || capital && MODEL.starters.contains(next_kind)) {
+            self.ends_sentence = true;
+            return;
         }
         if initial || kind == NUMBER {
             let name = initial && capital && !MODEL.orthography_knows(next_kind);
@@ -221,7 +221,7 @@ fn without_period(kind: &str) -> &str {
 /// Tokens of a line; a period stays with its word.
 fn tokens(line: &str) -> Vec<Token<'_>> {
     let mut tokens = Vec::new();
-    let mut rest = line.trim_start_matches(is_space);
+    let mut rest = line.trim_start_matches(char::is_whitespace);
     while let Some(first) = rest.chars().next() {
         let length = match run_of_marks(rest) {
             0 if starts_no_word(first) => first.len_utf8(),
@@ -229,15 +229,16 @@ fn tokens(line: &str) -> Vec<Token<'_>> {
             marks => marks,
         };
         tokens.push(Token::new(&rest[..length]));
-        rest = rest[length..].trim_start_matches(is_space);
+        rest = rest[length..].trim_start_matches(char::is_whitespace);
     }
     tokens
 }
 
 /// Length of a word that `text` starts with, one character at least.
 fn word_length(text: &str) -> usize {
-    let ends =
-        |rest: &str| rest.starts_with(|c| is_space(c) || is_no_word(c)) || rest.is_empty() || run_of_marks(rest) > 0;
+    let ends = |rest: &str| {
+        rest.starts_with(|c: char| c.is_whitespace() || is_no_word(c)) || rest.is_empty() || run_of_marks(rest) > 0
+    };
     let mut places = text.char_indices().map(|(at, _)| at).skip(1);
     let end = places.find(|at| ends(&text[*at..]) || text[*at..].strip_prefix(',').is_some_and(ends));
     end.unwrap_or(text.len())
@@ -259,7 +260,7 @@ fn run_of_marks(text: &str) -> usize {
         periods += 1;
         length = text.len() - after.len();
         let mut letters = after.chars();
-        if !letters.next().is_some_and(is_space) {
+        if !letters.next().is_some_and(char::is_whitespace) {
             break;
         }
         rest = letters.as_str();

@@ -1,4 +1,4 @@
-//! Python's notions of white space, words and case.
+//! Python's notions of white space and case.
 
 /// `str.isspace`: Unicode's white space and the four separators of ASCII.
 pub fn is_space(c: char) -> bool {
@@ -7,11 +7,6 @@ pub fn is_space(c: char) -> bool {
 
 /// The same as a class of a regular expression.
 pub const SPACE: &str = r"[\s\x1c-\x1f]";
-
-/// A letter, digit or `_`, as `\w`: unlike the Unicode standard's word characters, marks that combine are none.
-pub fn is_word(c: char) -> bool {
-    if c.is_ascii() { c.is_ascii_alphanumeric() || c == '_' } else { super::patterns::is_letter_or_number(c) }
-}
 
 /// `str.strip()`.
 pub fn strip(text: &str) -> &str {

@@ -4,9 +4,9 @@ use std::sync::LazyLock;
 
 use regex::Regex;
 
-use super::patterns::fixed;
+use super::patterns::{fixed, is_word};
 use super::sentences;
-use super::text::{self, SPACE, is_word};
+use super::text;
 
 /// Tokens of a text, sentence by sentence.
 pub fn split(text: &str) -> Vec<String> {
@@ -17,7 +17,7 @@ pub fn split(text: &str) -> Vec<String> {
 type Rules = Vec<(Regex, &'static str)>;
 
 fn rules(sources: &[(&str, &'static str)]) -> Rules {
-    sources.iter().map(|(source, by)| (fixed(&source.replace(r"\s", SPACE)), *by)).collect()
+    sources.iter().map(|(source, by)| (fixed(source), *by)).collect()
 }
 
 fn apply(rules: &Rules, mut text: String) -> String {
@@ -80,7 +80,7 @@ fn split_sentence(sentence: &str) -> Vec<String> {
 
 /// An apostrophe before a word is a quote, unless it starts a clitic.
 fn part_opening_apostrophes(text: &str) -> String {
-    static CLITIC: LazyLock<Regex> = LazyLock::new(|| fixed(r"(?i)\A(?:re|ve|ll|m|t|s|d|n)(?:[^\p{L}\p{N}_]|\z)"));
+    static CLITIC: LazyLock<Regex> = LazyLock::new(|| fixed(r"(?i)\A(?:re|ve|ll|m|t|s|d|n)\b"));
     let mut parted = String::with_capacity(text.len());
     let mut before = ' ';
     for (at, c) in text.char_indices() {

@@ -20,7 +20,15 @@ LEAST_LEVEL = 2  # below, the n-gram says too little
 HAN = "\u4e00"
 NAMES = string.ascii_uppercase + string.ascii_lowercase + string.digits
 # Scripts that one language has to itself: single letters tell all.
-OWN_SCRIPT = [(0x370, 0x3FF), (0x590, 0x5FF), (0x980, 0x9FF), (0xA00, 0xAFF), (0xB80, 0xBFF), (0xC00, 0xD7F), (0xE00, 0xE7F)]
+OWN_SCRIPT = [
+    (0x370, 0x3FF),
+    (0x590, 0x5FF),
+    (0x980, 0x9FF),
+    (0xA00, 0xAFF),
+    (0xB80, 0xBFF),
+    (0xC00, 0xD7F),
+    (0xE00, 0xE7F),
+]
 
 
 def normal(c):
@@ -70,7 +78,9 @@ def languages(folder, out):
         if cells:
             lines[gram[:-1]].append(gram[-1] + cells)
     out.write("# Derived from langdetect 1.0.9's profiles, (c) 2010-2014 Cybozu Labs, Inc., Apache-2.0, by make.py.\n")
-    out.write("# Languages, lettered A-Z, a-z, 0-9. Then: first letters of n-grams; last letter, (language, level) pairs; ...\n")
+    out.write(
+        "# Languages, lettered A-Z, a-z, 0-9. Then: first letters of n-grams; last letter, (language, level) pairs; ...\n"
+    )
     out.write(" ".join(names) + "\n")
     for prefix, rows in lines.items():
         out.write(prefix + "\t" + "\t".join(rows) + "\n")
@@ -86,7 +96,9 @@ def english(folder, texts, out):
     orthography = dict(line.rsplit("\t", 1) for line in read("ortho_context.tab") if line)
     lower = {w: int(f) for w, f in orthography.items() if int(f) & 0b1110000}
     kept = {w: f for w, f in lower.items() if capitalised[w] >= LEAST_CAPITALISED}
-    out.write("# Derived from the English model of NLTK's punkt_tab, by Tibor Kiss and Jan Strunk, Apache-2.0, by make.py.\n")
+    out.write(
+        "# Derived from the English model of NLTK's punkt_tab, by Tibor Kiss and Jan Strunk, Apache-2.0, by make.py.\n"
+    )
     for title, words in [
         ("abbreviations", sorted(w.strip(" ") if w != ". . " else w for w in read("abbrev_types.txt") if w)),
         ("starters", sorted(w for w in read("sent_starters.txt") if w)),
@@ -97,7 +109,7 @@ def english(folder, texts, out):
         out.write(f"{title}\t" + "\t".join(words) + "\n")
 
 
-LEAST_CAPITALISED = 5  # times in the texts; rarer words hardly ever start a sentence
+LEAST_CAPITALISED = 2  # times in the texts; rarer words hardly ever start a sentence
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
