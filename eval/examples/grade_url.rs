@@ -1,6 +1,6 @@
 //! Scores multiple-choice documents on an OpenAI-compatible server and prints every log-likelihood:
-//! `grade_url URL DOCUMENTS.jsonl COUNT [PREFIX]`, documents in HellaSwag's form (`activity_label`, `ctx_a`, `ctx_b`, `endings`,
-//! `label`).
+//! `grade_url URL DOCUMENTS.jsonl COUNT [PREFIX]`, each document with `query` and
+//! `choices`, joined by a space.
 
 use std::error::Error;
 use std::ops::ControlFlow;
@@ -18,10 +18,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut requests = Vec::new();
     for line in std::fs::read_to_string(path)?.lines().take(count) {
         let document: Value = serde_json::from_str(line)?;
-        let field = |name: &str| document[name].as_str().unwrap_or_default();
-        let context = format!("{}: {} {}", field("activity_label"), field("ctx_a"), field("ctx_b"));
-        for ending in document["endings"].as_array().into_iter().flatten() {
-            let continuation = format!(" {}", ending.as_str().unwrap_or_default());
+        let context = document["query"].as_str().ok_or("a document has no `query`")?.to_owned();
+        for choice in document["choices"].as_array().ok_or("a document has no `choices`")? {
+            let continuation = format!(" {}", choice.as_str().ok_or("a choice is no text")?);
             requests.push(Request::LogLikelihood { context: context.clone(), continuation });
         }
     }
