@@ -133,16 +133,7 @@ impl Task {
         let by = |size: &dyn Fn(&str) -> usize| {
             argmax(lls.iter().zip(&choices).map(|(ll, choice)| ll / size(choice) as f64))
         };
-        let gold = match (self.multiple_input, target) {
-            (true, _) => {
-                let text = self.text(&self.config.text, doc, id)?;
-                vec![self.index(&text, &choices, "doc_to_text", id)?]
-            }
-            (false, Value::Array(items)) => {
-                items.iter().map(|i| self.index(i, &choices, "doc_to_target", id)).collect::<Result<_, _>>()?
-            }
-            (false, value) => vec![self.index(value, &choices, "doc_to_target", id)?],
-        };
+        let gold = self.gold(doc, target, &choices, id)?;
         let score = |metric: &Metric| {
             let predicted = match metric.measure {
                 Measure::AccNorm => by(&|c| c.chars().count()),
@@ -160,6 +151,18 @@ impl Task {
         };
         let chance = gold.len() as f64 / choices.len() as f64;
         Ok((self.config.metrics.iter().map(score).collect(), Some(chance)))
+    }
+
+    /// Indices of the choices that are right.
+    pub(super) fn gold(&self, doc: &Doc, target: &Value, choices: &[String], id: &str) -> Result<Vec<usize>, Error> {
+        match (self.multiple_input, target) {
+            (true, _) => {
+                let text = self.text(&self.config.text, doc, id)?;
+                Ok(vec![self.index(&text, choices, "doc_to_text", id)?])
+            }
+            (false, Value::Array(items)) => items.iter().map(|i| self.index(i, choices, "doc_to_target", id)).collect(),
+            (false, value) => Ok(vec![self.index(value, choices, "doc_to_target", id)?]),
+        }
     }
 
     fn generated(&self, doc: &Doc, target: &Value, answer: &str, id: &str) -> Result<Vec<Scored>, Error> {

@@ -220,6 +220,10 @@ impl Task {
         };
         let target = || self.target(&self.config.target, doc, &id);
         let mut requests = Vec::new();
+        if self.config.output == OutputType::MultipleChoice {
+            // A wrong answer index is found before a model has worked for it.
+            self.gold(doc, &target()?, &self.own_choices(doc, &id)?, &id)?;
+        }
         match self.config.output {
             OutputType::LogLikelihood => {
                 let continuation = self.as_text(target()?, "doc_to_target", &id)?;
