@@ -16,6 +16,7 @@ mod token_class;
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use self::pass::{PassError, Windows};
@@ -56,10 +57,10 @@ pub struct Accumulator {
 }
 
 /// Sums of the divergence over the tokens of each window, ascending by window: what [`kl_gone`] compares.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct WindowSums(Vec<WindowSum>);
 
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 struct WindowSum {
     window: usize,
     tokens: usize,

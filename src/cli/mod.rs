@@ -40,6 +40,8 @@ enum Verb {
     Run(run::Args),
     /// Score one model, or one behind a URL, on tasks
     Eval(evaluation::eval::Args),
+    /// What quantization cost and what recovery won back: models against their BF16 original, with intervals
+    Compare(evaluation::compare::Args),
     /// Post-training quantization of a BF16 checkpoint
     Quantize(quantize::Args),
     /// Import a GGUF file into a BF16 checkpoint folder
@@ -58,6 +60,7 @@ pub fn main() -> ExitCode {
         Verb::Inspect(a) => inspect::run(&a),
         Verb::Run(a) => run::run(&a),
         Verb::Eval(a) => evaluation::eval::run(&a),
+        Verb::Compare(a) => evaluation::compare::run(&a),
         Verb::Quantize(a) => quantize::run(&a),
         Verb::Convert(a) => convert::run(&a),
         Verb::Logits(a) => logits::run(&a),

@@ -19,6 +19,7 @@ mod regex;
 mod score;
 mod task;
 mod template;
+mod texts;
 mod yaml;
 
 pub use aggregate::{BOOTSTRAP_RESAMPLES, Group, GroupMetric, GroupScore, standard_error};
@@ -27,3 +28,4 @@ pub use error::Error;
 pub use library::{Library, Listed, ListedKind, Selection};
 pub use score::Sample;
 pub use task::{Chat, Instance, Limit, Options, Task};
+pub use texts::built_in_text;

@@ -1,5 +1,6 @@
 //! What `eval` and `compare` share: which tasks, how they are put, and running them on one model.
 
+pub(super) mod compare;
 pub(super) mod eval;
 
 use std::path::{Path, PathBuf};

@@ -1,0 +1,464 @@
+//! `recoup compare`: models against a baseline on tasks and texts, with intervals, tests and a report.
+//!
+//! One model beside the baseline is in memory at a time. Everything that took time is kept in the output folder as it
+//! comes: answers, each text's divergence, each attribution, speeds. The same command goes on from there.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result, bail};
+use clap::ValueEnum;
+use recoup_eval::compare::{CORRECTION, Options as CompareOptions, compare, require_recovery};
+use recoup_eval::comparison::{Attribution, AttributionMode, ComparedModel, Comparison, Divergence};
+use recoup_eval::divergence::{WindowSums, Windows, kl_gone};
+use recoup_eval::journal::write_atomically;
+use recoup_eval::report::{ReportContext, html, markdown, terminal};
+use recoup_eval::run::{Plan, Results, Setup, Shard};
+use recoup_eval::scores::ModelScores;
+use recoup_eval::tasks::Selection;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use super::super::options::{EngineOptions, model_folder};
+use super::{TaskOptions, facts_config, model_name, run_plan, safe_name};
+use crate::backend::cpu::CpuBackend;
+use crate::checkpoint::Checkpoint;
+use crate::evaluate::{EvaluatedModel, ModelText, attribution, facts};
+use crate::formats::kv::KvFormat;
+use crate::model::Decoder;
+
+/// Tasks where none are named: shipped, quick, and of different kinds.
+const DEFAULT_TASKS: [&str; 4] = ["hellaswag", "piqa", "arc_easy", "lambada_openai"];
+/// Texts that ship with the project.
+const BUILT_IN_TEXTS: [&str; 2] = ["wikitext", "books"];
+/// Exit code where a gate is not met.
+const GATE: u8 = 3;
+/// Columns of the terminal's tables.
+const WIDTH: usize = 110;
+
+#[derive(clap::Args)]
+pub(in crate::cli) struct Args {
+    /// The original (BF16), then what was made of it: PTQ, QAT, QAD, …; checkpoint folders or hub ids
+    #[arg(required = true, num_args = 2.., value_name = "MODEL")]
+    models: Vec<String>,
+    /// What tables and plots call them, in the same order [default: the folders' names]
+    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+    labels: Vec<String>,
+    /// Label of the model whose loss the others may win back, or `none` [default: the second of three or more models]
+    #[arg(long, value_name = "LABEL")]
+    ptq: Option<String>,
+    #[command(flatten)]
+    tasks: TaskOptions,
+    /// Texts for KL and perplexity: wikitext and books (shipped), or text files; `none` for none
+    #[arg(long, value_delimiter = ',', default_value = "wikitext,books", value_name = "TEXTS")]
+    text: Vec<String>,
+    /// Tokens in a window of text
+    #[arg(long, default_value_t = 512, value_name = "N")]
+    window: usize,
+    /// Windows of each text at most
+    #[arg(long, default_value_t = 24, value_name = "N")]
+    windows: usize,
+    /// Where the loss sits: quantize, or restore, one layer and one kind of module at a time, and rank them by KL
+    #[arg(long, value_name = "MODE", num_args = 0..=1, default_missing_value = "quantize")]
+    attribute: Option<Attribute>,
+    /// Windows of the first text that --attribute runs for each part
+    #[arg(long, default_value_t = 4, value_name = "N")]
+    attribute_windows: usize,
+    /// Exit with 3 unless every model's mean recovery is at least this with confidence (its interval's lower bound)
+    #[arg(long, value_name = "SHARE")]
+    require_recovery: Option<f64>,
+    /// Level of intervals and tests
+    #[arg(long, default_value_t = 0.95)]
+    confidence: f64,
+    /// Seed of bootstrap and permutations
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Folder for the report and everything behind it
+    #[arg(short, long, value_name = "DIR")]
+    output: PathBuf,
+    /// Print comparison.json instead of the tables
+    #[arg(long)]
+    json: bool,
+    /// Do not measure speed
+    #[arg(long)]
+    no_speed: bool,
+    #[command(flatten)]
+    options: EngineOptions,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Attribute {
+    Quantize,
+    Restore,
+}
+
+impl Attribute {
+    fn mode(self) -> AttributionMode {
+        match self {
+            Self::Quantize => AttributionMode::QuantizeOne,
+            Self::Restore => AttributionMode::RestoreOne,
+        }
+    }
+}
+
+/// A loaded model.
+struct Loaded {
+    decoder: Decoder<CpuBackend>,
+    text: ModelText,
+    identity: Value,
+    facts: recoup_eval::scores::ModelFacts,
+}
+
+/// What one model's part of the work gave.
+struct Evaluated {
+    scores: ModelScores,
+    results: Option<Results>,
+    divergences: Vec<(Divergence, WindowSums)>,
+    attribution: Option<Attribution>,
+}
+
+pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
+    let labels = labels(args)?;
+    let ptq = ptq(args, &labels)?;
+    let setup = args.tasks.setup()?;
+    let selection = args.tasks.select(&DEFAULT_TASKS)?;
+    let texts = texts(args)?;
+    if selection.tasks.is_empty() && texts.is_empty() {
+        bail!("nothing to compare: name --tasks or --text");
+    }
+    if let Some(r) = args.require_recovery.filter(|r| !r.is_finite() || *r < 0.0) {
+        bail!("--require-recovery {r}: expected a share such as 0.98");
+    }
+    std::fs::create_dir_all(&args.output).with_context(|| format!("{}: cannot create", args.output.display()))?;
+
+    let baseline = load(args, &args.models[0])?;
+    let mut work =
+        Work { args, labels: &labels, selection: &selection, setup: &setup, baseline: &baseline, texts: &texts };
+    let mut evaluated = vec![work.model(0, &baseline)?];
+    for (index, model) in args.models.iter().enumerate().skip(1) {
+        let loaded = load(args, model)?;
+        evaluated.push(work.model(index, &loaded)?);
+    }
+    let comparison = summary(args, &labels, ptq, &selection, evaluated)?;
+    report(args, &comparison)
+}
+
+fn labels(args: &Args) -> Result<Vec<String>> {
+    if args.labels.is_empty() {
+        let mut labels: Vec<String> = args.models.iter().map(|m| model_name(m)).collect();
+        // Equal folder names: the path tells them apart.
+        for i in 0..labels.len() {
+            if labels.iter().filter(|l| **l == labels[i]).count() > 1 {
+                labels[i] = args.models[i].clone();
+            }
+        }
+        return Ok(labels);
+    }
+    if args.labels.len() != args.models.len() {
+        bail!("--labels names {}, but {} models are given", args.labels.len(), args.models.len());
+    }
+    Ok(args.labels.clone())
+}
+
+fn ptq(args: &Args, labels: &[String]) -> Result<Option<usize>> {
+    match args.ptq.as_deref() {
+        Some("none") => Ok(None),
+        Some(name) => {
+            let index = labels.iter().position(|l| l == name);
+            let known = || labels[1..].join(", ");
+            Ok(Some(index.filter(|i| *i > 0).with_context(|| format!("--ptq {name}: expected one of {}", known()))?))
+        }
+        None => Ok((labels.len() > 2).then_some(1)),
+    }
+}
+
+/// The texts by name.
+fn texts(args: &Args) -> Result<Vec<(String, String)>> {
+    let mut out = Vec::new();
+    for name in args.text.iter().filter(|n| !n.is_empty() && *n != "none") {
+        let text = if BUILT_IN_TEXTS.contains(&name.as_str()) && !Path::new(name).is_file() {
+            recoup_eval::tasks::built_in_text(name)?
+        } else {
+            let file = Path::new(name);
+            std::fs::read_to_string(file).with_context(|| {
+                format!("{name}: no shipped text ({}), and cannot be read", BUILT_IN_TEXTS.join(", "))
+            })?
+        };
+        let short = Path::new(name).file_stem().map_or_else(|| name.clone(), |s| s.to_string_lossy().into_owned());
+        out.push((short, text));
+    }
+    Ok(out)
+}
+
+fn load(args: &Args, model: &str) -> Result<Loaded> {
+    let folder = model_folder(model)?;
+    let checkpoint = Checkpoint::open(&folder)?;
+    let text = ModelText::from_folder(&folder, &checkpoint.config)?;
+    let mut facts = facts::facts(&model_name(model), &checkpoint)?;
+    let identity = facts::identity(&checkpoint)?;
+    let decoder = args.options.load(&checkpoint)?;
+    facts.resident_bytes = Some(facts::resident_bytes(&decoder));
+    Ok(Loaded { decoder, text, identity, facts })
+}
+
+/// What is done with each model.
+struct Work<'a> {
+    args: &'a Args,
+    labels: &'a [String],
+    selection: &'a Selection,
+    setup: &'a Setup,
+    baseline: &'a Loaded,
+    texts: &'a [(String, String)],
+}
+
+impl Work<'_> {
+    fn kv(&self) -> KvFormat {
+        self.args.options.kv_format()
+    }
+
+    fn model(&mut self, index: usize, model: &Loaded) -> Result<Evaluated> {
+        let label = &self.labels[index];
+        let folder = self.args.output.join(safe_name(label));
+        std::fs::create_dir_all(&folder).with_context(|| format!("{}: cannot create", folder.display()))?;
+        let mut facts = model.facts.clone();
+        if !self.args.no_speed {
+            let key = json!({"model": model.identity});
+            let (prefill, decode) =
+                kept(&folder.join("speed.json"), &key, || Ok(facts::speed(&model.decoder, self.kv())?))?;
+            (facts.prefill_speed, facts.decode_speed) = (Some(prefill), Some(decode));
+        }
+        let mut results = None;
+        if !self.selection.tasks.is_empty() {
+            let mut evaluated = EvaluatedModel::new(&model.decoder, &model.text, self.kv(), None);
+            let plan = Plan::new(self.selection, self.setup, &evaluated)?;
+            results = run_plan(&mut evaluated, &plan, &model.identity, &folder, Shard::ALL, label)?;
+            if evaluated.truncated() > 0 {
+                eprintln!(
+                    "warning: {label}: {} contexts were longer than the model's and lost their beginning",
+                    evaluated.truncated()
+                );
+            }
+            if let Some(results) = &results {
+                results.write(&folder, &facts, &facts_config(&facts, self.args.tasks.describe(self.setup)))?;
+            }
+        }
+        let mut divergences = Vec::new();
+        let mut attributed = None;
+        if index > 0 {
+            for (at, (name, text)) in self.texts.iter().enumerate() {
+                divergences.push(self.diverge(index, model, &folder, name, text)?);
+                if at == 0
+                    && let Some(mode) = self.args.attribute
+                {
+                    attributed = Some(self.attribute(index, model, &folder, name, text, mode)?);
+                }
+            }
+        }
+        let scores = results.as_ref().map_or_else(
+            || ModelScores { model: facts.clone(), metrics: Vec::new(), generation: Vec::new() },
+            |r| r.scores(facts.clone()),
+        );
+        Ok(Evaluated { scores, results, divergences, attribution: attributed })
+    }
+
+    fn windows(
+        &self,
+        models: &[EvaluatedModel<'_, CpuBackend>],
+        name: &str,
+        text: &str,
+        limit: usize,
+    ) -> Result<Windows> {
+        let context = models.iter().map(recoup_eval::TokenModel::context_length).min().unwrap_or(0);
+        Ok(Windows::cut(models, name, text, self.args.window.min(context), Some(limit))?)
+    }
+
+    fn diverge(
+        &self,
+        index: usize,
+        model: &Loaded,
+        folder: &Path,
+        name: &str,
+        text: &str,
+    ) -> Result<(Divergence, WindowSums)> {
+        let pair = [self.baseline, model];
+        let mut models = pair.map(|m| EvaluatedModel::new(&m.decoder, &m.text, self.kv(), None));
+        let windows = self.windows(&models, name, text, self.args.windows)?;
+        let key = json!({"baseline": self.baseline.identity, "model": model.identity, "windows": windows.windows, "kv": format!("{:?}", self.kv())});
+        let file = folder.join(format!("divergence_{}.json", safe_name(name)));
+        let (mut divergence, sums) = kept(&file, &key, || {
+            let bar = super::super::progress(windows.windows.len() as u64, "KL");
+            bar.set_message(format!("{}: KL on {name}", self.labels[index]));
+            let figures = windows.diverge(&mut models, &mut || bar.inc(1))?;
+            bar.finish_and_clear();
+            figures.into_iter().next().context("no figures of a comparison of two models")
+        })?;
+        divergence.model = index;
+        Ok((divergence, sums))
+    }
+
+    fn attribute(
+        &self,
+        index: usize,
+        model: &Loaded,
+        folder: &Path,
+        name: &str,
+        text: &str,
+        mode: Attribute,
+    ) -> Result<Attribution> {
+        let pair = [self.baseline, model];
+        let models = pair.map(|m| EvaluatedModel::new(&m.decoder, &m.text, self.kv(), None));
+        let windows = self.windows(&models, name, text, self.args.attribute_windows.max(2))?;
+        let key = json!({"baseline": self.baseline.identity, "model": model.identity, "windows": windows.windows,
+            "mode": format!("{mode:?}")});
+        let mut found: Attribution = kept(&folder.join("attribution.json"), &key, || {
+            let bar = super::super::progress(windows.windows.len() as u64, "attributing");
+            bar.set_message(format!("{}: where the loss sits", self.labels[index]));
+            let (base, other) = (&self.baseline.decoder, &model.decoder);
+            let found = attribution::attribute(
+                base,
+                other,
+                &self.baseline.text,
+                self.kv(),
+                &windows,
+                mode.mode(),
+                index,
+                &mut || bar.inc(1),
+            )?;
+            bar.finish_and_clear();
+            Ok(found)
+        })?;
+        found.model = index;
+        Ok(found)
+    }
+}
+
+/// What `file` holds for `key`, or else what `make` gives, which is kept there.
+fn kept<T: Serialize + DeserializeOwned>(file: &Path, key: &Value, make: impl FnOnce() -> Result<T>) -> Result<T> {
+    if let Ok(text) = std::fs::read_to_string(file)
+        && let Ok(mut value) = serde_json::from_str::<Value>(&text)
+        && value.get("of") == Some(key)
+        && let Ok(found) = serde_json::from_value(value["value"].take())
+    {
+        return Ok(found);
+    }
+    let value = make()?;
+    let text = json!({"of": key, "value": value}).to_string() + "\n";
+    write_atomically(file, text.as_bytes())?;
+    Ok(value)
+}
+
+fn summary(
+    args: &Args,
+    labels: &[String],
+    ptq: Option<usize>,
+    selection: &Selection,
+    mut evaluated: Vec<Evaluated>,
+) -> Result<Comparison> {
+    let mut options = CompareOptions { confidence: args.confidence, seed: args.seed, ..CompareOptions::default() };
+    // A task in several groups counts with the outermost one.
+    let mut groups: Vec<_> = selection.groups.iter().collect();
+    groups.sort_by_key(|g| g.tasks.len());
+    for group in groups {
+        options.groups.extend(group.tasks.iter().map(|t| (t.clone(), group.name.clone())));
+    }
+    if let Some(results) = evaluated.first().and_then(|e| e.results.as_ref()) {
+        options.headline =
+            results.tasks.iter().map(|t| (t.name.clone(), t.headline.clone())).collect::<BTreeMap<_, _>>();
+    }
+    let scores: Vec<ModelScores> = evaluated.iter().map(|e| e.scores.clone()).collect();
+    let (tasks, overall) = if selection.tasks.is_empty() {
+        (Vec::new(), vec![None; scores.len()])
+    } else {
+        compare(&scores, labels, ptq, &options)?
+    };
+    let texts = evaluated.get(1).map_or(0, |e| e.divergences.len());
+    let mut divergences = Vec::new();
+    for text in 0..texts {
+        let ptq_sums = ptq.map(|p| evaluated[p].divergences[text].1.clone());
+        for (index, e) in evaluated.iter().enumerate().skip(1) {
+            let (mut divergence, sums) = e.divergences[text].clone();
+            if let Some(ptq_sums) = ptq_sums.as_ref().filter(|_| ptq != Some(index)) {
+                divergence.kl_gone = kl_gone(ptq_sums, &sums, args.confidence, options.resamples, args.seed)?;
+            }
+            divergences.push(divergence);
+        }
+    }
+    let model = |(s, label): (&ModelScores, &String)| ComparedModel { facts: s.model.clone(), label: label.clone() };
+    Ok(Comparison {
+        models: scores.iter().zip(labels).map(model).collect(),
+        ptq,
+        tasks,
+        overall,
+        divergences,
+        attributions: evaluated.iter_mut().filter_map(|e| e.attribution.take()).collect(),
+        confidence: args.confidence,
+        correction: CORRECTION.into(),
+    })
+}
+
+fn report(args: &Args, comparison: &Comparison) -> Result<ExitCode> {
+    let context = context(args, comparison);
+    let write = |name: &str, text: String| write_atomically(&args.output.join(name), text.as_bytes());
+    let json = serde_json::to_string_pretty(comparison)? + "\n";
+    write("comparison.json", json.clone())?;
+    write("report.md", markdown(comparison, &context))?;
+    write("report.html", html(comparison, &context))?;
+    if args.json {
+        super::super::outln!("{}", json.trim_end());
+    } else {
+        super::super::outln!("{}", terminal(comparison, &context, WIDTH).trim_end());
+        for d in &comparison.divergences {
+            super::super::outln!(
+                "\n{} on {}\n{}",
+                comparison.models[d.model].label,
+                d.text,
+                d.llama_block().trim_end()
+            );
+        }
+    }
+    eprintln!("wrote {}", args.output.join("report.html").display());
+    let Some(threshold) = args.require_recovery else { return super::super::done() };
+    let mut met = true;
+    for verdict in require_recovery(&comparison.overall, threshold) {
+        let label = &comparison.models[verdict.model].label;
+        let found = verdict.recovery.map_or_else(
+            || "cannot be given (the baseline scores nothing to keep)".to_owned(),
+            |r| format!("is {:.4} [{:.4}, {:.4}]", r.estimate, r.low, r.high),
+        );
+        let word = if verdict.met { "met" } else { "not met" };
+        eprintln!("required recovery {threshold} {word}: {label}'s {found}");
+        met &= verdict.met;
+    }
+    Ok(if met { ExitCode::SUCCESS } else { ExitCode::from(GATE) })
+}
+
+fn context(args: &Args, comparison: &Comparison) -> ReportContext {
+    let labels: Vec<&str> = comparison.models.iter().map(|m| m.label.as_str()).collect();
+    let mut notes = Vec::new();
+    if let Some(limit) = args.tasks.limit {
+        notes.push(format!("Documents of each task: --limit {limit}."));
+    }
+    if !comparison.divergences.is_empty() {
+        notes.push(format!("Texts in disjoint windows of {} tokens, at most {}.", args.window, args.windows));
+    }
+    notes.push(format!(
+        "Seed of bootstrap and permutations: {}; worked examples drawn with {}.",
+        args.seed, args.tasks.fewshot_seed
+    ));
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    ReportContext {
+        title: labels.join(" / "),
+        command: std::env::args().collect::<Vec<_>>().join(" "),
+        version: format!("recoup {}", env!("CARGO_PKG_VERSION")),
+        machine: format!(
+            "{} {}, {threads} threads, {}",
+            std::env::consts::OS,
+            std::env::consts::ARCH,
+            crate::backend::cpu::isa::Isa::detect()
+        ),
+        notes,
+        training_curves: Vec::new(),
+    }
+}
