@@ -136,15 +136,18 @@ impl Svg {
 
     /// A horizontal axis under `y`, grid lines up to `top`, tick labels that do not touch.
     pub(super) fn x_axis(&mut self, ticks: &[(f64, String)], top: f64, y: f64) {
-        let mut free = f64::NEG_INFINITY;
-        for (x, text) in ticks {
+        let half = |text: &str| width_of(text, SMALL) / 2.0;
+        let fits = |every: &usize| {
+            let shown: Vec<&(f64, String)> = ticks.iter().step_by(*every).collect();
+            shown.windows(2).all(|w| w[0].0 + half(&w[0].1) + 4.0 <= w[1].0 - half(&w[1].1))
+        };
+        let every = (1..=ticks.len()).find(fits).unwrap_or(1);
+        for (i, (x, text)) in ticks.iter().enumerate() {
             self.line((*x, top), (*x, y), "grid");
-            let half = width_of(text, SMALL) / 2.0;
-            if x - half >= free {
+            if i % every == 0 {
                 // Labels at the ends stay inside the drawing.
-                let at = x.clamp(half, (self.width - half).max(half));
+                let at = x.clamp(half(text), (self.width - half(text)).max(half(text)));
                 self.text((at, y + 15.0), text, Anchor::Middle, "tick");
-                free = x + half + 4.0;
             }
         }
     }

@@ -143,14 +143,12 @@ pub(super) fn differences(c: &Comparison) -> Option<Table> {
 /// Recovery, raw and above chance, and what was won back of PTQ's loss.
 /// `tasks` says what the overall recovery is the mean of.
 pub(super) fn recovery(c: &Comparison, tasks: &str) -> Option<Table> {
-    let ptq = c.ptq_model().map_or("PTQ", |p| c.label(p));
+    let base = c.baseline();
+    let ptq = c.ptq_model().map(|p| c.label(p));
+    let gap = ptq.map_or(String::new(), |p| format!(" Gap closed: 0 % is {p}, 100 % is {base}."));
     let mut table = Table::new(
         "Recovery",
-        format!(
-            "Share of {}'s score that is kept, of all of it and of what is above chance; gap closed: 0 % is {ptq}, 100 % is {}.",
-            c.baseline(),
-            c.baseline()
-        ),
+        format!("Share of {base}'s score that is kept, of all of it and of what is above chance.{gap}"),
         vec![left("Task"), left("Model"), right("Recovery"), right("Above chance"), right("Gap closed")],
     );
     for m in c.others() {
@@ -169,10 +167,10 @@ pub(super) fn recovery(c: &Comparison, tasks: &str) -> Option<Table> {
     for t in &c.tasks {
         for m in c.others() {
             let Some(a) = t.against(m) else { continue };
-            let gap = match t.score_of(m).and_then(|s| s.gap_closed.as_ref()) {
-                Some(GapClosed::Share(i)) => percent_interval(*i),
-                Some(GapClosed::NoSignificantGap) => format!("{ptq}'s gap is not significant"),
-                None => missing(),
+            let gap = match (t.score_of(m).and_then(|s| s.gap_closed.as_ref()), ptq) {
+                (Some(GapClosed::Share(i)), Some(_)) => percent_interval(*i),
+                (Some(GapClosed::NoSignificantGap), Some(p)) => format!("{p}'s gap is not significant"),
+                _ => missing(),
             };
             table.row(
                 Some(m),

@@ -1,15 +1,15 @@
 //! What the reports say about comparisons as they are and at the edges.
 
-use super::sample::{context, extremes, many_tasks, only, sample};
+use std::collections::BTreeMap;
+
+use super::sample::{context, extremes, interval, many_tasks, only, sample};
 use super::*;
+use crate::comparison::{GapClosed, Histogram, Overall};
 
 /// Files to look at, where someone wants to: `RECOUP_REPORT_SAMPLES` names a folder.
 #[test]
 fn samples_can_be_looked_at() {
     let Some(folder) = std::env::var_os("RECOUP_REPORT_SAMPLES").map(std::path::PathBuf::from) else { return };
-    let mut no_tasks = sample();
-    no_tasks.tasks.clear();
-    no_tasks.overall = vec![None; 5];
     let empty = ReportContext::default();
     for (name, c, context) in [
         ("sample", sample(), context()),
@@ -18,10 +18,420 @@ fn samples_can_be_looked_at() {
         ("one", only(&[0]), empty.clone()),
         ("many", many_tasks(), empty.clone()),
         ("extremes", extremes(), empty.clone()),
-        ("no_tasks", no_tasks, empty),
+        ("no_tasks", without_tasks(&[0, 1, 2, 3, 4]), empty),
     ] {
         std::fs::write(folder.join(format!("{name}.html")), html(&c, &context)).unwrap();
         std::fs::write(folder.join(format!("{name}.md")), markdown(&c, &context)).unwrap();
         std::fs::write(folder.join(format!("{name}.txt")), terminal(&c, &context, 100)).unwrap();
     }
+}
+
+fn everything() -> Vec<(&'static str, Comparison, ReportContext)> {
+    let mut empty = only(&[0]);
+    empty.models.clear();
+    empty.overall.clear();
+    let mut short = sample();
+    short.overall.truncate(1);
+    short.tasks.iter_mut().for_each(|t| t.scores.truncate(2));
+    short.ptq = Some(77);
+    short.divergences.iter_mut().for_each(|d| {
+        d.model += 3;
+        d.kl_histogram = Histogram::default();
+    });
+    vec![
+        ("sample", sample(), context()),
+        ("two models", only(&[0, 4]), context()),
+        ("one model", only(&[0]), ReportContext::default()),
+        ("many tasks", many_tasks(), ReportContext::default()),
+        ("extremes", extremes(), ReportContext::default()),
+        ("no tasks", without_tasks(&[0, 1, 4]), ReportContext::default()),
+        ("no models", empty, ReportContext::default()),
+        ("parts missing", short, context()),
+    ]
+}
+
+fn without_tasks(models: &[usize]) -> Comparison {
+    let mut c = only(models);
+    c.tasks.clear();
+    c.overall = vec![None; models.len()];
+    c
+}
+
+fn with_recoveries(models: &[usize], recoveries: &[(f64, f64)]) -> Comparison {
+    let mut c = only(models);
+    for (o, (estimate, half)) in c.overall.iter_mut().skip(1).zip(recoveries) {
+        *o = Some(Overall { recovery: interval(*estimate, *half), recovery_above_chance: None });
+    }
+    c
+}
+
+fn headline(c: &Comparison) -> String {
+    super::verdict::verdict(c).headline
+}
+
+fn details(c: &Comparison) -> String {
+    super::verdict::verdict(c).details.join("\n")
+}
+
+#[test]
+fn the_verdict_names_who_won_back_how_much() {
+    assert_eq!(
+        headline(&sample()),
+        "QAD keeps 95.7 % [94.5, 96.9] of BF16's score over 9 tasks; PTQ 86.3 %, PTQ best 91.2 %, QAT 87.6 %. QAD won \
+         back 69 % of what PTQ lost."
+    );
+}
+
+#[test]
+fn a_model_whose_interval_reaches_ptqs_won_nothing_back_by_the_tasks() {
+    let mut c = with_recoveries(&[0, 1, 4], &[(0.95, 0.02), (0.97, 0.02)]);
+    let said = headline(&c);
+    assert!(said.contains("do not show that QAD won anything back"), "{said}");
+    assert!(said.contains("of PTQ's KL, 50.2 % [48.5, 51.9] on wikitext-2 and"), "{said}");
+    assert!(!said.contains("won back"), "{said}");
+    c.divergences.clear();
+    let said = headline(&c);
+    assert!(said.ends_with("Their intervals overlap: these tasks do not show that QAD won anything back."), "{said}");
+}
+
+#[test]
+fn where_ptq_lost_nothing_significant_there_is_nothing_to_win_back() {
+    let c = with_recoveries(&[0, 1, 4], &[(0.99, 0.02), (1.0, 0.02)]);
+    let said = headline(&c);
+    assert!(said.contains("PTQ's own loss is not significant: there is no gap to win back."), "{said}");
+    assert!(said.contains("not significantly different from all of it"), "{said}");
+}
+
+#[test]
+fn tasks_and_kl_that_disagree_crown_nobody() {
+    let c = with_recoveries(&[0, 1, 3, 4], &[(0.86, 0.01), (0.97, 0.01), (0.92, 0.01)]);
+    let said = headline(&c);
+    assert!(said.starts_with("QAT keeps 97.0 %"), "{said}");
+    assert!(said.contains("But QAD stays nearest to BF16 by KL: tasks and KL disagree"), "{said}");
+    assert!(!said.contains("won back"), "{said}");
+}
+
+#[test]
+fn models_that_the_tasks_do_not_tell_apart_are_told_apart_by_kl() {
+    let c = with_recoveries(&[0, 1, 3, 4], &[(0.86, 0.01), (0.958, 0.01), (0.957, 0.01)]);
+    assert!(headline(&c).starts_with("QAD keeps 95.7 %"), "{}", headline(&c));
+    let mut without = c;
+    without.divergences.clear();
+    without.ptq = None;
+    let said = headline(&without);
+    assert!(said.starts_with("QAT keeps 95.8 %") && said.ends_with("The tasks do not tell QAT from QAD."), "{said}");
+}
+
+#[test]
+fn ptq_may_be_the_best() {
+    let mut c = with_recoveries(&[0, 1, 3], &[(0.98, 0.01), (0.90, 0.01)]);
+    c.divergences.clear();
+    let said = headline(&c);
+    assert!(said.starts_with("PTQ keeps 98.0 %") && said.ends_with("No other model keeps more than PTQ."), "{said}");
+}
+
+#[test]
+fn without_ptq_nothing_is_said_of_a_gap() {
+    let c = only(&[0, 4]);
+    assert_eq!(headline(&c), "QAD keeps 95.7 % [94.5, 96.9] of BF16's score over 9 tasks.");
+    assert!(!html(&c, &ReportContext::default()).contains("PTQ"));
+}
+
+#[test]
+fn without_tasks_kl_decides_and_says_so() {
+    let said = headline(&without_tasks(&[0, 1, 4]));
+    assert!(said.starts_with("No tasks were scored; by KL, QAD is nearest to BF16."), "{said}");
+    assert!(said.contains("0.2280 ± 0.0055 on wikitext-2"), "{said}");
+    let mut tied = without_tasks(&[0, 1, 3]);
+    let said = headline(&tied);
+    assert!(said.contains("names no clear winner"), "{said}");
+    tied.divergences.clear();
+    assert_eq!(headline(&tied), "The models share no task and no text: there is no verdict.");
+}
+
+#[test]
+fn a_lower_perplexity_does_not_crown_a_model_that_is_further_away() {
+    let said = details(&sample());
+    assert!(
+        said.contains("Perplexity alone would mislead") && said.contains("QAT 37.9 (KL 0.455) and QAD 40.3 (KL 0.228)"),
+        "{said}"
+    );
+    assert!(!details(&only(&[0, 1, 2])).contains("mislead"));
+}
+
+#[test]
+fn answers_cut_by_the_limit_are_named() {
+    assert!(
+        details(&sample()).contains("In gsm8k, the limit on tokens ended more answers than BF16's 2.1 %: PTQ 13.4 %.")
+    );
+}
+
+#[test]
+fn one_model_is_not_compared() {
+    assert_eq!(headline(&only(&[0])), "Only BF16 was evaluated: there is nothing to compare it with.");
+    let page = html(&only(&[0]), &ReportContext::default());
+    assert!(!page.contains("<figure>") && !page.contains("Method"), "nothing to plot, no method");
+}
+
+#[test]
+fn every_score_difference_and_recovery_stands_in_its_row() {
+    let c = sample();
+    let text = markdown(&c, &context());
+    let tables = markdown_tables(&text);
+    let scores = &tables["Scores"];
+    let hellaswag = "hellaswag|acc_norm ↑|10,042|0.250|0.4310 ± 0.0049|0.4038 ± 0.0049|0.4147 ± 0.0049|0.4075 ± 0.0049|0.4238 ± 0.0049";
+    assert!(scores.contains(&hellaswag.split('|').map(str::to_owned).collect()), "{scores:?}");
+    assert!(scores.iter().any(|r| r[0] == "lambada_openai" && r[1] == "perplexity ↓" && r[5] == "58.9 ± 1.8"));
+    // The first cells name the task and the model; everything that the comparison holds for them follows.
+    let mut seen = 0;
+    for t in &c.tasks {
+        for m in 1..c.models.len() {
+            let Some(a) = t.scores[m].against_baseline.as_ref() else { continue };
+            let name =
+                if t.task == "lambada_openai" { format!("{} ({})", t.task, t.metric_text()) } else { t.task.clone() };
+            let find = |table: &str| {
+                let row = tables[table].iter().find(|r| r[0] == name && r[1] == c.models[m].label);
+                row.unwrap_or_else(|| panic!("{table} has no row of {name}, {}", c.models[m].label)).clone()
+            };
+            let difference = find("Differences to BF16");
+            assert_eq!(difference[2], super::numbers::difference(a.difference));
+            assert_eq!(difference[4], super::numbers::p_value(a.p_adjusted));
+            assert_eq!(difference[5] != "no", a.p_adjusted < 0.05);
+            let recovery = find("Recovery");
+            assert_eq!(recovery[2], super::numbers::percent_interval(a.recovery));
+            match &t.scores[m].gap_closed {
+                Some(GapClosed::Share(i)) => assert_eq!(recovery[4], super::numbers::percent_interval(*i)),
+                Some(GapClosed::NoSignificantGap) => assert_eq!(recovery[4], "PTQ's gap is not significant"),
+                None => assert_eq!(recovery[4], "–"),
+            }
+            seen += 1;
+        }
+    }
+    assert_eq!(seen, 40);
+    let kl = &tables["KL to BF16 on wikitext-2"];
+    let row = |label: &str| kl.iter().find(|r| r[0] == label).unwrap_or_else(|| panic!("no {label}"))[1..].to_vec();
+    assert_eq!(row("Mean KLD"), ["0.458 ± 0.011", "0.3200 ± 0.0077", "0.455 ± 0.011", "0.2280 ± 0.0055"]);
+    assert_eq!(row("Same top p")[0], "64.28 ± 0.61 %");
+    for label in
+        ["Mean PPL(Q)", "Mean PPL(Q)-PPL(base)", "Maximum KLD", "99.9% KLD", "Median KLD", "RMS Δp", "99.0% Δp"]
+    {
+        assert_eq!(row(label).len(), 4, "{label}");
+    }
+    let damage = &tables["PTQ: parts quantized one at a time, wikitext-2"];
+    assert_eq!(damage.len(), 37);
+    assert!(tables["Size and speed"].iter().any(|r| r[0] == "BF16" && r.contains(&"269 MB".to_owned())));
+    let generated = &tables["Generated answers"];
+    assert!(generated.iter().any(|r| r[0] == "gsm8k" && r[1] == "PTQ" && r[2] == "171.9" && r[3] == "13.4 %"));
+}
+
+#[test]
+fn the_page_holds_the_same_cells_as_the_markdown() {
+    let page = html(&sample(), &context());
+    for (title, rows) in markdown_tables(&markdown(&sample(), &context())) {
+        for cell in rows.iter().flatten() {
+            let cell = super::svg::escape(cell);
+            assert!(page.contains(&format!(">{cell}</t")), "{title}: {cell} is not on the page");
+        }
+    }
+}
+
+#[test]
+fn every_report_is_well_formed_and_says_nothing_that_is_no_number() {
+    for (name, c, context) in everything() {
+        let page = html(&c, &context);
+        let body = check_markup(&page).unwrap_or_else(|why| panic!("{name}: {why}"));
+        for text in [body, markdown(&c, &context), terminal(&c, &context, 80)] {
+            for word in text.split(|ch: char| !ch.is_alphanumeric()) {
+                assert!(!["NaN", "inf", "None", "Some"].contains(&word), "{name} says {word}");
+            }
+        }
+        assert!(page.len() < 1_000_000, "{name} has {} bytes", page.len());
+    }
+}
+
+#[test]
+fn the_same_comparison_gives_the_same_bytes() {
+    for (_, c, context) in everything() {
+        assert_eq!(html(&c, &context), html(&c.clone(), &context));
+        assert_eq!(markdown(&c, &context), markdown(&c.clone(), &context));
+        assert_eq!(terminal(&c, &context, 100), terminal(&c.clone(), &context, 100));
+    }
+}
+
+#[test]
+fn a_model_named_as_a_script_does_not_run() {
+    let mut context = context();
+    context.command = "</code><script>alert(1)</script>".to_owned();
+    context.title = "</title><img src=x onerror=alert(1)>".to_owned();
+    context.training_curves[0].lines[0].label = "\"><script>".to_owned();
+    let page = html(&extremes(), &context);
+    assert_eq!(page.matches("<script").count(), 1, "only the page's own");
+    assert_eq!(page.matches("<img").count(), 0);
+    check_markup(&page).unwrap();
+    let text = markdown(&extremes(), &context);
+    let fenced = text.matches(&context.command).count();
+    assert_eq!((text.matches("<script").count(), fenced), (1, 1), "as code only");
+}
+
+#[test]
+fn the_page_loads_nothing() {
+    let page = html(&sample(), &context());
+    for outside in ["http:", "https:", "//cdn", "url(", "@import", " src=", "<link", "fetch(", "XMLHttp"] {
+        assert!(!page.contains(outside), "{outside}");
+    }
+}
+
+#[test]
+fn missing_parts_do_not_appear() {
+    let mut c = only(&[0, 1, 4]);
+    c.divergences.clear();
+    c.attributions.clear();
+    for m in &mut c.models {
+        m.facts.stored_bytes = None;
+        m.facts.decode_speed = None;
+    }
+    c.tasks.iter_mut().flat_map(|t| &mut t.scores).for_each(|s| s.generation = None);
+    let page = html(&c, &ReportContext::default());
+    for absent in
+        ["KL", "Where the loss sits", "Recovery against", "Generated answers", "How to repeat it", "Training:"]
+    {
+        assert!(!page.contains(absent), "{absent}");
+    }
+    assert_eq!(page.matches("<figure>").count(), 1);
+}
+
+#[test]
+fn tasks_of_a_family_are_folded() {
+    let c = many_tasks();
+    let page = html(&c, &ReportContext::default());
+    assert!(page.contains("<summary>mmlu: 57 tasks</summary>") && page.contains("Every task of mmlu (57)"));
+    let text = terminal(&c, &ReportContext::default(), 100);
+    assert!(text.contains("Not listed here: mmlu: 57 tasks.") && !text.contains("mmlu_virology"), "{text}");
+    assert!(text.contains("Mean of 60 tasks"), "{text}");
+    assert!(markdown(&c, &ReportContext::default()).contains("<details><summary>mmlu: 57 tasks</summary>"));
+}
+
+#[test]
+fn no_line_is_wider_than_the_terminal() {
+    for (name, c, context) in everything() {
+        if name == "extremes" {
+            continue; // Its names alone are wider.
+        }
+        for width in [60, 80, 120, 200] {
+            for line in terminal(&c, &context, width).lines() {
+                assert!(line.chars().count() <= width, "{name} at {width}: {line}");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_plot_has_a_text_alternative_and_a_variant_for_phones() {
+    let page = html(&sample(), &context());
+    let count = |what: &str| page.matches(what).count();
+    assert_eq!(count("role=\"img\""), count("role=\"img\" aria-label=\""));
+    assert_eq!(count("<svg class=\"wide\""), count("<svg class=\"narrow\""));
+    assert!(count("<svg class=\"wide\"") >= 5 && count("<svg class=\"half\"") == 6);
+    assert!(page.contains("Mean over 9 tasks: PTQ: 86.3 % [85.1, 87.5]; PTQ best: 91.2 % [90.0, 92.4]"));
+}
+
+/// WCAG 2.2, 1.4.3: 4.5 to 1 for text; the models' colours are text as well.
+#[test]
+fn colours_have_enough_contrast_in_both_themes() {
+    let style = include_str!("style.css");
+    let colour = |name: &str| -> [f64; 2] {
+        let line = style.lines().find(|l| l.trim().starts_with(&format!("--{name}:"))).unwrap();
+        let (_, values) = line.split_once("light-dark(").unwrap();
+        let mut themes = values.trim_end_matches(");").split(", ").map(luminance);
+        [themes.next().unwrap(), themes.next().unwrap()]
+    };
+    for name in ["fg", "soft", "c0", "c1", "c2", "c3", "c4", "c5"] {
+        for ground in ["bg", "wash"] {
+            for (a, b) in colour(name).into_iter().zip(colour(ground)) {
+                let contrast = (a.max(b) + 0.05) / (a.min(b) + 0.05);
+                assert!(contrast >= 4.5, "{name} on {ground}: {contrast:.2}");
+            }
+        }
+    }
+}
+
+fn luminance(hex: &str) -> f64 {
+    let channel = |i: usize| {
+        let v = f64::from(u8::from_str_radix(&hex[i..i + 2], 16).unwrap()) / 255.0;
+        if v <= 0.040_45 { v / 12.92 } else { ((v + 0.055) / 1.055).powf(2.4) }
+    };
+    0.2126 * channel(1) + 0.7152 * channel(3) + 0.0722 * channel(5)
+}
+
+/// Rows of every table by the heading above it, without the head.
+fn markdown_tables(text: &str) -> BTreeMap<String, Vec<Vec<String>>> {
+    let mut tables: BTreeMap<String, Vec<Vec<String>>> = BTreeMap::new();
+    let mut title = String::new();
+    let mut lines = text.lines();
+    while let Some(line) = lines.next() {
+        if let Some(heading) = line.strip_prefix("## ") {
+            title = heading.to_owned();
+        } else if line.starts_with('|') {
+            let columns = line.matches(" | ").count();
+            assert!(lines.next().is_some_and(|l| l.contains("---")), "a rule under the head of {title}");
+            let rows = lines.by_ref().take_while(|l| l.starts_with('|'));
+            let rows =
+                rows.map(|l| l.trim_matches(['|', ' ']).split(" | ").map(|c| c.trim().replace("&lt;", "<")).collect());
+            let rows: Vec<Vec<String>> = rows.collect();
+            assert!(rows.iter().all(|r| r.len() == columns + 1), "ragged rows in {title}");
+            tables.insert(title.clone(), rows);
+        }
+    }
+    tables
+}
+
+/// Text of a page whose tags balance and whose attributes are quoted; style and script left out.
+fn check_markup(page: &str) -> Result<String, String> {
+    const VOID: [&str; 2] = ["meta", "br"];
+    let mut open: Vec<&str> = Vec::new();
+    let mut text = String::new();
+    let mut rest = page.strip_prefix("<!DOCTYPE html>").ok_or("no document type")?;
+    while let Some(at) = rest.find('<') {
+        let inner = &rest[..at];
+        let raw = matches!(open.last(), Some(&"style" | &"script"));
+        if !raw {
+            if inner.contains('>') {
+                return Err(format!("a bare > in {inner:?}"));
+            }
+            let bad = inner
+                .split('&')
+                .skip(1)
+                .find(|e| !e.split_once(';').is_some_and(|(n, _)| ["lt", "gt", "amp", "quot", "#39"].contains(&n)));
+            if let Some(bad) = bad {
+                return Err(format!("a bare & before {bad:?}"));
+            }
+            text.push_str(inner);
+            text.push(' ');
+        }
+        rest = &rest[at + 1..];
+        if raw && !rest.starts_with(&format!("/{}>", open[open.len() - 1])) {
+            continue;
+        }
+        let (tag, after) = rest.split_once('>').ok_or("a tag without end")?;
+        rest = after;
+        if let Some(name) = tag.strip_prefix('/') {
+            match open.pop() {
+                Some(top) if top == name => {}
+                top => return Err(format!("</{name}> closes {top:?}")),
+            }
+        } else {
+            let name = tag.split([' ', '/']).next().unwrap_or("");
+            if tag.matches('"').count() % 2 != 0 || tag.contains('<') {
+                return Err(format!("a broken tag {tag:?}"));
+            }
+            let unquoted = tag.split('"').step_by(2).any(|part| part.contains('=') && !part.trim_end().ends_with('='));
+            if unquoted {
+                return Err(format!("an unquoted attribute in {tag:?}"));
+            }
+            if !tag.ends_with('/') && !VOID.contains(&name) {
+                open.push(name);
+            }
+        }
+    }
+    if open.is_empty() { Ok(text) } else { Err(format!("left open: {open:?}")) }
 }

@@ -122,11 +122,7 @@ fn won_back(c: &Comparison, subject: usize, ptq: usize) -> Option<String> {
     Some(if gone.is_empty() {
         format!("Their intervals overlap: these tasks do not show that {s} won anything back.")
     } else {
-        format!(
-            "These tasks do not show that {s} won anything back (the intervals overlap), but {} of {p}'s KL to {} is gone.",
-            listed(&gone),
-            c.baseline()
-        )
+        format!("These tasks do not show that {s} won anything back (the intervals overlap), but {}.", of_ptq(p, &gone))
     })
 }
 
@@ -151,7 +147,7 @@ fn headline_of_divergence(c: &Comparison) -> String {
         Some(nearest) => {
             let gone = if c.ptq_model().is_some() { kl_gone(c, nearest) } else { Vec::new() };
             let gone = match c.ptq_model() {
-                Some(p) if !gone.is_empty() => format!(" {} of {}'s KL is gone.", listed(&gone), c.label(p)),
+                Some(p) if !gone.is_empty() => format!(" Measured by it, {}.", of_ptq(c.label(p), &gone)),
                 _ => String::new(),
             };
             format!(
@@ -217,12 +213,9 @@ fn nearest_by_divergence(c: &Comparison) -> Option<String> {
     };
     let gone = kl_gone(c, nearest);
     Some(match c.ptq_model() {
-        Some(p) if !gone.is_empty() => format!(
-            "By KL, {} is nearest to {base}: {} of {}'s KL is gone.",
-            c.label(nearest),
-            listed(&gone),
-            c.label(p)
-        ),
+        Some(p) if !gone.is_empty() => {
+            format!("By KL, {} is nearest to {base}; {}.", c.label(nearest), of_ptq(c.label(p), &gone))
+        }
         _ => format!("By KL, {} is nearest to {base}.", c.label(nearest)),
     })
 }
@@ -290,6 +283,11 @@ fn kl_gone(c: &Comparison, model: usize) -> Vec<String> {
         return Vec::new();
     }
     gone.into_iter().map(|(text, g)| format!("{} on {text}", percent_interval(g))).collect()
+}
+
+/// `of PTQ's KL, 50 % [48, 52] on wikitext is gone`.
+fn of_ptq(ptq: &str, gone: &[String]) -> String {
+    format!("of {ptq}'s KL, {} {} gone", listed(gone), if gone.len() > 1 { "are" } else { "is" })
 }
 
 fn by_recovery(c: &Comparison) -> Vec<usize> {

@@ -2,7 +2,7 @@
 
 use super::{Figure, both, is_narrow, spoken};
 use crate::comparison::{Comparison, Divergence};
-use crate::report::numbers::{count, estimate, percent, plain};
+use crate::report::numbers::{count, percent, plain};
 use crate::report::scale::{Scale, power_text, range};
 use crate::report::svg::{Anchor, TEXT, shorten_name, width_of};
 use crate::report::tables;
@@ -89,8 +89,8 @@ pub(in crate::report) fn figure(c: &Comparison, text: &str) -> Option<Figure> {
 
 fn summary(d: &Divergence) -> String {
     match median(d) {
-        Some(m) => format!("median {}, mean {}", plain(m), estimate(d.kl)),
-        None => format!("mean {}", estimate(d.kl)),
+        Some(m) => format!("median {}, mean {}", plain(m), plain(d.kl.value)),
+        None => format!("mean {}", plain(d.kl.value)),
     }
 }
 

@@ -54,13 +54,11 @@ pub(in crate::report) fn figure(c: &Comparison) -> Option<Figure> {
     if !families.is_empty() {
         caption.push_str(" Of a family of tasks each task is a stroke, the tall one its median.");
     }
-    let mut whole = c.clone();
-    whole.tasks.retain(|t| t.headline);
     Some(Figure {
         title: "How much of the score is kept".to_owned(),
         caption,
         drawing,
-        table: tables::recovery(&whole, &c.tasks_text()),
+        table: tables::recovery(c, &c.tasks_text()),
         folded,
         half: false,
     })
