@@ -167,8 +167,12 @@ fn a_text_beyond_the_context_is_cut_and_loses_no_token() {
         assert!(pieces > 4, "{pieces}");
     }
     // What cannot be cut further is refused.
-    let server = Server::bigram(Quirks { context: Some(40), ..Quirks::default() });
-    assert!(matches!(fault(&server, rolling("1")), Fault::TooLong { .. }));
+    let server = Server::start(|_, request| match request.body["prompt"].as_str() {
+        Some("Z") => Reply::Json(400, json!({"error": "the request exceeds the available context size"})),
+        _ => bigram(request, &Quirks::default()),
+    });
+    let error = one(&server, options(), rolling("Z")).unwrap_err();
+    assert!(matches!(error, Error { asked: Asked::Request(0), fault: Fault::TooLong { .. }, .. }), "{error}");
 }
 
 #[test]

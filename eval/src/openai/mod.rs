@@ -12,10 +12,10 @@
 //! itself: such a request is refused and asks for [`Options::prefix`].
 //!
 //! A rolling log-likelihood is that of the whole text in one request. Where the server finds it too long, it is cut in half
-//! before white space, again and again, and every later piece is read after the last word of the one before. (An engine
-//! in the process cuts by tokens into full windows, which gives later tokens more context: texts beyond the server's context
-//! score slightly lower here.) Without a prefix or a BOS token of the server's own, the text's first token is not scored and
-//! not counted in `tokens`.
+//! before white space, again and again, and every later piece is read after the last word of the one before. An engine in
+//! the process cuts by tokens into full windows, which gives later tokens more context: texts beyond the server's context
+//! score lower here, the more so the more they repeat themselves; compare only with runs on servers of the same context.
+//! Without a prefix or a BOS token of the server's own, the text's first token is not scored and not counted in `tokens`.
 //!
 //! # What is refused instead of scored
 //! Before the first score, the server generates a few tokens and is then asked for the same tokens as a prompt: the
