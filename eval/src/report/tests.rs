@@ -198,7 +198,7 @@ fn every_score_difference_and_recovery_stands_in_its_row() {
             assert_eq!(difference[4], super::numbers::p_value(a.p_adjusted));
             assert_eq!(difference[5] != "no", a.p_adjusted < 0.05);
             let recovery = find("Recovery");
-            assert_eq!(recovery[2], super::numbers::percent_interval(a.recovery));
+            assert_eq!(recovery[2], super::numbers::percent_interval(a.recovery.unwrap()));
             match &t.scores[m].gap_closed {
                 Some(GapClosed::Share(i)) => assert_eq!(recovery[4], super::numbers::percent_interval(*i)),
                 Some(GapClosed::NoSignificantGap) => assert_eq!(recovery[4], "PTQ's gap is not significant"),
