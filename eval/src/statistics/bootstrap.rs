@@ -247,7 +247,7 @@ mod tests {
     #[test]
     fn the_interval_of_a_mean_is_students() {
         // scipy.stats.t.interval(0.95, 9, loc=mean, scale=sem) for 0..9: (2.3342, 6.6658); the bootstrap's own are as far
-        // apart but for the discreteness and the skewness of so few documents. Percentiles alone: (2.8, 6.2).
+        // apart but for the discreteness and the skewness of so few documents.
         let mut sample = Sample::new(1);
         (0..10).for_each(|i| sample.push([f64::from(i)], 1.0));
         let resamples = resample(&sample, Smoothing::None, 100_000, &mut Random::new(1));
