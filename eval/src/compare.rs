@@ -5,7 +5,8 @@
 //!   models. A document with several repeats is one cluster. Values that are shares (right or wrong, F1) have four
 //!   pseudo-documents added ([`Smoothing::PlusFour`]).
 //! - A share is given only of something whose own interval lies above 0. That is also what bounds its interval
-//!   (Fieller's condition); no share is ever taken of noise.
+//!   (Fieller's condition). The gap that PTQ left must besides be a loss, and significant after correction. Where such a
+//!   loss is barely found, it is found because chance made it look larger, and the share closed is then unreliable.
 //! - p-values are McNemar's exact ones where every value is 0 or 1 and no document repeats, otherwise those of the paired
 //!   permutation test of the documents' values (log-likelihoods, for perplexities), corrected after Holm over all
 //!   comparisons of all metrics, tasks and models with the baseline.

@@ -1,9 +1,10 @@
 //! The paired bootstrap: documents drawn with replacement, jointly for all models, and intervals from what they score.
 //!
-//! Measured coverage chose the method (`simulations.rs` has the figures). With 50 documents right or wrong of which a
-//! tenth differs, percentile intervals hold the truth in 83 % of cases instead of 95 %, BCa in 76 %, studentised ones
-//! are often undefined: no document that differs, no width. What holds is [`Smoothing::PlusFour`] with percentiles
-//! widened as for Student's t.
+//! Measured coverage chose the method: `cargo test -p recoup-eval --lib -- --ignored --nocapture table_of_methods`. Of
+//! 50 documents right or wrong of which a fifteenth differs between two models, 95 % intervals hold the truth in 84 %
+//! (percentiles), 77 % (BCa) and 46 % (studentised: often undefined, as no document differs); [`Smoothing::PlusFour`]
+//! with percentiles widened as for Student's t in 99 %, and in 96 % from 200 documents on. Of very skewed values on a
+//! scale all cover too little while there are few: of 12, 85 %, 86 % and 92 %, ours 89 %; of 200, 94 % each.
 
 use super::distributions::{normal_cdf, student_quantile};
 use super::random::Random;
@@ -246,7 +247,7 @@ mod tests {
     #[test]
     fn the_interval_of_a_mean_is_students() {
         // scipy.stats.t.interval(0.95, 9, loc=mean, scale=sem) for 0..9: (2.3342, 6.6658); the bootstrap's own are as far
-        // apart but for the discreteness and the skewness of so few documents. Percentiles alone: (2.8, 6.2).
+        // apart but for the discreteness and the skewness of so few documents.
         let mut sample = Sample::new(1);
         (0..10).for_each(|i| sample.push([f64::from(i)], 1.0));
         let resamples = resample(&sample, Smoothing::None, 100_000, &mut Random::new(1));

@@ -18,3 +18,6 @@ pub use mcnemar::mcnemar;
 pub use permutation::paired_permutation;
 pub use random::Random;
 pub use sample::{Sample, mean_and_standard_error};
+
+#[cfg(test)]
+mod simulations;
