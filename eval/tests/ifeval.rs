@@ -27,14 +27,8 @@ fn followed(id: &str, kwargs: Value, response: &str) -> bool {
     one(id, kwargs, response).unwrap().strict[0]
 }
 
-/// Too short to tell their language, or in two: langdetect's draws and the sum over all n-grams end in different ones.
-const DIFFERENCES: [(&str, &str); 2] = [
-    ("change_case:english_capital", "AS TO HIS SH"),
-    (
-        "language:response_language",
-        "\"\"\"i am not so\"\" valeria:\nwell, then, farewell. ลบหลายอ\u{e47}อบเจ\u{e47}กต\u{e4c}",
-    ),
-];
+/// Too short to tell its language: langdetect's draws and the sum over all n-grams end in different ones.
+const DIFFERENCES: [(&str, &str); 1] = [("change_case:english_capital", "AS TO HIS SH")];
 
 #[test]
 fn verdicts_equal_those_of_lm_evaluation_harness() {

@@ -18,7 +18,7 @@ pub fn split(text: &str) -> Vec<&str> {
     let mut slices = Vec::new();
     let mut start = 0;
     for candidate in candidates(text) {
-        if ends_sentence(&candidate.context) {
+        if ends_sentence(candidate.context) {
             slices.push((start, candidate.end));
             start = candidate.next;
         }
@@ -41,15 +41,15 @@ pub fn split(text: &str) -> Vec<&str> {
 }
 
 /// A place where a sentence may end, in bytes.
-struct Candidate {
+struct Candidate<'a> {
     end: usize,
     /// Where the next sentence would start.
     next: usize,
     /// The word that ends there, with what follows it up to the end of the next word.
-    context: String,
+    context: &'a str,
 }
 
-fn candidates(text: &str) -> Vec<Candidate> {
+fn candidates(text: &str) -> Vec<Candidate<'_>> {
     let mut found = Vec::new();
     let mut previous: Option<(usize, Candidate)> = None;
     // The word before the previous end, as a range.
@@ -77,7 +77,7 @@ fn candidates(text: &str) -> Vec<Candidate> {
             found.push(candidate);
         }
         word = (start, at);
-        previous = Some((at, Candidate { end, next, context: text[start..context_end].to_owned() }));
+        previous = Some((at, Candidate { end, next, context: &text[start..context_end] }));
     }
     found.extend(previous.map(|(_, candidate)| candidate));
     found
