@@ -64,9 +64,13 @@ enum Ffn<B: Backend> {
     Moe { router: Arc<B::Linear>, experts: Vec<Mlp<B>>, moe: Moe },
 }
 
+/// Which of two linears, the own one or the donor's.
+type Choose<'a, B> =
+    dyn Fn(&Arc<<B as Backend>::Linear>, &Arc<<B as Backend>::Linear>) -> Arc<<B as Backend>::Linear> + 'a;
+
 impl<B: Backend> Ffn<B> {
     /// This part with each linear replaced by `choose(own, donor's)`; as it is where the donor's is of another kind.
-    fn graft(&self, donor: &Self, choose: &dyn Fn(&Arc<B::Linear>, &Arc<B::Linear>) -> Arc<B::Linear>) -> Self {
+    fn graft(&self, donor: &Self, choose: &Choose<'_, B>) -> Self {
         let mlp = |own: &Mlp<B>, other: &Mlp<B>| Mlp {
             gate: choose(&own.gate, &other.gate),
             up: choose(&own.up, &other.up),
