@@ -157,8 +157,8 @@ fn parquet(path: &Path) -> Result<Vec<Doc>, Error> {
 fn parquet(path: &Path) -> Result<Vec<Doc>, Error> {
     use ::parquet::file::reader::{FileReader, SerializedFileReader};
     let fail = |line: usize, e: String| Error::Data { file: path.display().to_string(), line, message: e };
-    let bytes = bytes::Bytes::from(files::read(path)?.into_owned());
-    let reader = SerializedFileReader::new(bytes).map_err(|e| fail(1, format!("not a Parquet file: {e}")))?;
+    let file = std::fs::File::open(path).map_err(|source| Error::Read { path: path.into(), source })?;
+    let reader = SerializedFileReader::new(file).map_err(|e| fail(1, format!("not a Parquet file: {e}")))?;
     let rows = reader.get_row_iter(None).map_err(|e| fail(1, e.to_string()))?;
     let object = |(i, row): (usize, Result<::parquet::record::Row, _>)| match row.map(|r| r.to_json_value()) {
         Ok(Value::Object(doc)) => Ok(doc),

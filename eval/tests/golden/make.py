@@ -117,7 +117,7 @@ def arguments(sample):
 
 
 golden = {"tasks": {}, "groups": {}, "resamples": RESAMPLES, "documents": DOCUMENTS}
-for folder, tasks in ((TASKS, SHIPPED), (HERE / "tasks", OWN)):
+for folder, tasks in ((HERE / "tasks", OWN), (TASKS, SHIPPED)):
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     manager = TaskManager(include_path=str(folder), include_defaults=False)
@@ -125,6 +125,8 @@ for folder, tasks in ((TASKS, SHIPPED), (HERE / "tasks", OWN)):
         entry = golden["tasks"][task] = {"modes": {}}
         for name, mode in MODES.items():
             if task in ("wikitext", "books", "lines") and name != "zero":
+                continue
+            if task == "several_targets" and mode["num_fewshot"] == 3:  # it has two examples
                 continue
             result = run([task], manager, 20 if task == "gsm8k" else DOCUMENTS, **mode)
             samples = result["samples"][task]
