@@ -227,7 +227,10 @@ fn answers_that_do_not_fit_the_requests_are_refused() {
     let task = load(&[("t.yaml", CHOICE), ("d.jsonl", DATA)], "t").unwrap();
     let instance = &task.instances(&Options::default(), None).unwrap()[1];
     let answer = Response::LogLikelihood { log_likelihood: -1.0, is_greedy: false };
-    has(&task.score(instance, &[answer.clone()]).unwrap_err().to_string(), &["document 1", "2 answers", "found 1"]);
+    has(
+        &task.score(instance, std::slice::from_ref(&answer)).unwrap_err().to_string(),
+        &["document 1", "2 answers", "found 1"],
+    );
     let rolling = Response::Rolling { log_likelihood: -1.0, tokens: None };
     has(&task.score(instance, &[answer, rolling]).unwrap_err().to_string(), &["LogLikelihood", "Rolling"]);
 }
