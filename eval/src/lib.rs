@@ -3,9 +3,6 @@
 //! Knows nothing of any engine: an engine implements [`LanguageModel`] (and [`TokenModel`] where it can); the crate itself
 //! implements it for any OpenAI-compatible server.
 
-// Errors of tasks name file, line and document, and are made once per run: their size costs nothing.
-#![allow(clippy::result_large_err, clippy::type_complexity, clippy::unit_arg)]
-
 pub mod compare;
 pub mod comparison;
 pub mod divergence;

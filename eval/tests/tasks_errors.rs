@@ -267,3 +267,27 @@ fn all_shipped_tasks_load_and_ask() {
         assert!(!task.instances(&Options::default(), None).unwrap().is_empty(), "{}", task.name());
     }
 }
+
+#[cfg(feature = "parquet")]
+#[test]
+fn a_parquet_file_holds_the_same_documents_as_its_json_lines() {
+    let golden = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let yaml = std::fs::read_to_string(golden.join("tasks/letters.yaml")).unwrap();
+    let folder =
+        folder(&[("t.yaml", &yaml.replace("path: json", "path: parquet").replace("letters.jsonl", "l.parquet"))]);
+    std::fs::copy(golden.join("letters.parquet"), folder.path().join("l.parquet")).unwrap();
+    let ask = |folder: &std::path::Path| {
+        let task = Library::new(&[folder.into()], None).unwrap().select(&["letters"]).unwrap().tasks.remove(0);
+        task.instances(&Options { num_fewshot: Some(2), ..Options::default() }, None).unwrap()
+    };
+    assert_eq!(ask(folder.path()), ask(&golden.join("tasks")));
+    std::fs::write(folder.path().join("l.parquet"), "no").unwrap();
+    let error = Library::new(&[folder.path().into()], None).unwrap().select(&["letters"]).unwrap_err().to_string();
+    has(&error, &["l.parquet", "not a Parquet file"]);
+}
+
+#[cfg(not(feature = "parquet"))]
+#[test]
+fn a_parquet_file_needs_a_feature_that_the_error_names() {
+    has(&mistake(&CHOICE.replace("path: json", "path: parquet"), DATA), &["d.jsonl", "feature `parquet`"]);
+}

@@ -406,9 +406,17 @@ fn pipelines(keys: &Keys) -> Result<Vec<Pipeline>, Error> {
     Ok(pipelines)
 }
 
+/// What filters there are.
+const FILTERS: [&str; 7] =
+    ["regex", "take_first", "take_first_k", "majority_vote", "remove_whitespace", "lowercase", "uppercase"];
+
 fn filter(step: &Entry) -> Result<Filter, Error> {
     let own = Keys::of(step, "a function of a filter")?;
     let function = own.required("function", "it names what the filter does")?;
+    if !FILTERS.contains(&function.as_str()) {
+        let nearest = nearest(&function, FILTERS);
+        return Err(step.bad(format!("there is no filter {function:?}; the nearest is {nearest:?}")));
+    }
     let known: &[&str] = match function.as_str() {
         "regex" => &["function", "regex_pattern", "group_select", "fallback"],
         "take_first_k" => &["function", "k"],
@@ -432,12 +440,6 @@ fn filter(step: &Entry) -> Result<Filter, Error> {
         "majority_vote" => Filter::MajorityVote,
         "remove_whitespace" => Filter::RemoveWhitespace,
         "lowercase" => Filter::Lowercase,
-        "uppercase" => Filter::Uppercase,
-        other => {
-            let known =
-                ["regex", "take_first", "take_first_k", "majority_vote", "remove_whitespace", "lowercase", "uppercase"];
-            let nearest = nearest(other, known);
-            return Err(step.bad(format!("there is no filter {other:?}; the nearest is {nearest:?}")));
-        }
+        _ => Filter::Uppercase,
     })
 }

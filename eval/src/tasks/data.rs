@@ -133,7 +133,7 @@ fn column(cells: Vec<&str>) -> Vec<Value> {
     };
     let string = |c: &str| Some(Value::String(c.to_owned()));
     // A gap makes floats of integers.
-    let typed = all(&integer, false).or_else(|| all(&float, true)).or_else(|| all(&boolean, false));
+    let typed = all(&integer, false).or_else(|| all(&float, true)).or_else(|| all(&boolean, true));
     typed.or_else(|| all(&string, true)).unwrap_or_default()
 }
 
@@ -157,8 +157,8 @@ fn parquet(path: &Path) -> Result<Vec<Doc>, Error> {
 fn parquet(path: &Path) -> Result<Vec<Doc>, Error> {
     use ::parquet::file::reader::{FileReader, SerializedFileReader};
     let fail = |line: usize, e: String| Error::Data { file: path.display().to_string(), line, message: e };
-    let bytes = bytes::Bytes::from(files::read(path)?.into_owned());
-    let reader = SerializedFileReader::new(bytes).map_err(|e| fail(1, format!("not a Parquet file: {e}")))?;
+    let file = std::fs::File::open(path).map_err(|source| Error::Read { path: path.into(), source })?;
+    let reader = SerializedFileReader::new(file).map_err(|e| fail(1, format!("not a Parquet file: {e}")))?;
     let rows = reader.get_row_iter(None).map_err(|e| fail(1, e.to_string()))?;
     let object = |(i, row): (usize, Result<::parquet::record::Row, _>)| match row.map(|r| r.to_json_value()) {
         Ok(Value::Object(doc)) => Ok(doc),
@@ -168,15 +168,21 @@ fn parquet(path: &Path) -> Result<Vec<Doc>, Error> {
     rows.enumerate().map(object).collect()
 }
 
-/// Gives all documents the same fields, as Arrow's columns do: what is missing is null, and integers beside floats are
-/// floats; down to the fields of objects in lists.
+/// Gives all documents the same fields, as the columns of `datasets` 5.2 do: what is missing is null, and integers beside
+/// floats are floats. Objects inside of documents share the order of their keys where all have the same keys; otherwise they
+/// stay as they are.
 fn unify(docs: Vec<Doc>) -> Result<Vec<Doc>, String> {
-    let mut shape = Shape::Unknown;
+    let mut columns: Vec<(String, Shape)> = Vec::new();
     for doc in &docs {
         for (key, value) in doc {
-            shape.field(key).see(value, key)?;
+            let at = columns.iter().position(|(known, _)| known == key).unwrap_or_else(|| {
+                columns.push((key.clone(), Shape::Unknown));
+                columns.len() - 1
+            });
+            columns[at].1.see(value, key)?;
         }
     }
+    let shape = Shape::Struct(columns);
     docs.into_iter()
         .map(|doc| match shape.apply(Value::Object(doc)) {
             Value::Object(doc) => Ok(doc),
@@ -193,22 +199,13 @@ enum Shape {
     Boolean,
     Text,
     List(Box<Shape>),
+    /// Objects with the same keys.
     Struct(Vec<(String, Shape)>),
+    /// Objects with keys of their own.
+    Free,
 }
 
 impl Shape {
-    fn field(&mut self, key: &str) -> &mut Self {
-        if !matches!(self, Self::Struct(_)) {
-            *self = Self::Struct(Vec::new());
-        }
-        let Self::Struct(fields) = self else { return self };
-        let at = fields.iter().position(|(k, _)| k == key).unwrap_or_else(|| {
-            fields.push((key.to_owned(), Self::Unknown));
-            fields.len() - 1
-        });
-        &mut fields[at].1
-    }
-
     fn see(&mut self, value: &Value, path: &str) -> Result<(), String> {
         let found = match value {
             Value::Null => return Ok(()),
@@ -217,11 +214,18 @@ impl Shape {
             Value::Number(_) => Self::Integer,
             Value::String(_) => Self::Text,
             Value::Array(_) => Self::List(Box::new(Self::Unknown)),
-            Value::Object(_) => Self::Struct(Vec::new()),
+            Value::Object(map) if map.is_empty() => Self::Free,
+            Value::Object(map) => Self::Struct(map.keys().map(|k| (k.clone(), Self::Unknown)).collect()),
         };
         match (&*self, &found) {
             (Self::Unknown, _) | (Self::Integer, Self::Float) => *self = found,
-            (Self::Float, Self::Integer) => {}
+            (Self::Float, Self::Integer) | (Self::Free, Self::Struct(_)) => {}
+            (Self::Struct(_), Self::Free) => *self = found,
+            (Self::Struct(known), Self::Struct(fields))
+                if known.len() != fields.len() || !fields.iter().all(|(k, _)| known.iter().any(|(l, _)| k == l)) =>
+            {
+                *self = Self::Free;
+            }
             (known, found) if std::mem::discriminant(known) == std::mem::discriminant(found) => {}
             (known, found) => {
                 return Err(format!(
@@ -233,9 +237,9 @@ impl Shape {
         }
         match (self, value) {
             (Self::List(inner), Value::Array(items)) => items.iter().try_for_each(|item| inner.see(item, path)),
-            (shape @ Self::Struct(_), Value::Object(map)) => {
-                map.iter().try_for_each(|(k, v)| shape.field(k).see(v, &format!("{path}.{k}")))
-            }
+            (Self::Struct(fields), Value::Object(map)) => fields
+                .iter_mut()
+                .try_for_each(|(k, shape)| map.get(k).map_or(Ok(()), |v| shape.see(v, &format!("{path}.{k}")))),
             _ => Ok(()),
         }
     }
@@ -259,7 +263,7 @@ impl Shape {
             Self::Boolean => "true or false",
             Self::Text => "a text",
             Self::List(_) => "a list",
-            Self::Struct(_) => "an object",
+            Self::Struct(_) | Self::Free => "an object",
         }
     }
 }
@@ -287,23 +291,53 @@ mod tests {
     }
 
     #[test]
-    fn documents_get_the_fields_that_arrow_would_give_them() {
-        // datasets.load_dataset("json", …) of the same lines.
-        let docs = json!([{"a": 1, "k": [{}, {"x": 1}]}, {"b": "t", "a": 2.5, "k": [{"y": null, "z": [1]}]}]);
-        let expected = json!([
-            {"a": 1.0, "k": [{"x": null, "y": null, "z": null}, {"x": 1, "y": null, "z": null}], "b": null},
-            {"a": 2.5, "k": [{"x": null, "y": null, "z": [1]}], "b": "t"}
-        ]);
-        assert_eq!(shaped(docs), Ok(expected));
+    fn documents_get_the_fields_that_the_datasets_library_gives_them() {
+        // datasets.load_dataset("json", …), version 5.2, of the same lines.
+        let cases = [
+            (
+                json!([{"a": 1, "k": [{}, {"x": 1}]}, {"b": "t", "a": 2.5, "k": [{"y": null, "z": [1]}]}]),
+                json!([{"a": 1.0, "k": [{}, {"x": 1}], "b": null}, {"a": 2.5, "k": [{"y": null, "z": [1]}], "b": "t"}]),
+            ),
+            (json!([{"a": {"b": 1}}, {"a": {"c": 2}}]), json!([{"a": {"b": 1}}, {"a": {"c": 2}}])),
+            (
+                json!([{"a": [{"b": 1, "c": 2}]}, {"a": [{"c": 2, "b": 1}]}]),
+                json!([{"a": [{"b": 1, "c": 2}]}, {"a": [{"b": 1, "c": 2}]}]),
+            ),
+            (json!([{"a": []}, {"a": [1.5, 2]}]), json!([{"a": []}, {"a": [1.5, 2.0]}])),
+            (json!([{"a": [{"b": 1}]}, {"a": [{"b": 2.5}]}]), json!([{"a": [{"b": 1.0}]}, {"a": [{"b": 2.5}]}])),
+            (
+                json!([{"a": [{"b": []}]}, {"a": [{"b": [{"c": 1}]}]}]),
+                json!([{"a": [{"b": []}]}, {"a": [{"b": [{"c": 1}]}]}]),
+            ),
+            (json!([{"a": [{"b": 1}, null]}]), json!([{"a": [{"b": 1}, null]}])),
+            (
+                json!([{"x": {"a": 1, "b": []}}, {"x": {"b": ["t"]}}]),
+                json!([{"x": {"a": 1, "b": []}}, {"x": {"b": ["t"]}}]),
+            ),
+            (json!([{"a": 1, "b": 2}, {"b": 3, "a": 4}]), json!([{"a": 1, "b": 2}, {"a": 4, "b": 3}])),
+        ];
+        for (given, expected) in cases {
+            // As texts: the order of keys counts.
+            assert_eq!(shaped(given).map(|v| v.to_string()), Ok(expected.to_string()));
+        }
+    }
+
+    #[test]
+    fn a_field_that_is_a_text_here_and_a_number_there_is_refused() {
         let mixed = shaped(json!([{"a": {"b": 1}}, {"a": {"b": "1"}}])).unwrap_err();
         assert!(mixed.contains("`a.b` is a number in some documents and a text in others"), "{mixed}");
     }
 
     #[test]
     fn csv_columns_are_typed_as_pandas_does() {
+        // datasets.load_dataset("csv", …), version 5.2.
         assert_eq!(json!(column(vec!["1", "2"])), json!([1, 2]));
         assert_eq!(json!(column(vec!["1", ""])), json!([1.0, null]));
         assert_eq!(json!(column(vec!["True", "False"])), json!([true, false]));
+        assert_eq!(json!(column(vec!["True", ""])), json!([true, null]));
         assert_eq!(json!(column(vec!["a", "NA", "3"])), json!(["a", null, "3"]));
+        assert_eq!(json!(column(vec![" 1", "01"])), json!([1, 1]));
+        assert_eq!(json!(column(vec!["1e3", "2"])), json!([1000.0, 2.0]));
+        assert_eq!(json!(column(vec!["", "NA"])), json!([null, null]));
     }
 }

@@ -17,9 +17,11 @@ mod python;
 mod random;
 mod regex;
 mod score;
+mod source;
 mod task;
 mod template;
 mod texts;
+mod turn;
 mod yaml;
 
 pub use aggregate::{BOOTSTRAP_RESAMPLES, Group, GroupMetric, GroupScore, standard_error};
@@ -27,5 +29,5 @@ pub use config::OutputType;
 pub use error::Error;
 pub use library::{Library, Listed, ListedKind, Selection};
 pub use score::Sample;
-pub use task::{Chat, Instance, Limit, Options, Task};
+pub use task::{Chat, Instance, Limit, Options, Render, Task};
 pub use texts::built_in_text;

@@ -248,17 +248,22 @@ impl Reader {
     fn escape(&mut self, out: &mut String) -> Result<(), String> {
         let c = self.next().ok_or("a string ends in a backslash")?;
         let width = match c {
-            'n' => return Ok(out.push('\n')),
-            't' => return Ok(out.push('\t')),
-            'r' => return Ok(out.push('\r')),
-            '0' => return Ok(out.push('\0')),
-            '\n' => return Ok(()),
-            '\\' | '\'' | '"' => return Ok(out.push(c)),
             'x' => 2,
             'u' => 4,
             'U' => 8,
-            // Python keeps the backslash of an escape that it does not know.
-            _ => return Ok(out.extend(['\\', c])),
+            '\n' => return Ok(()),
+            simple => {
+                match simple {
+                    'n' => out.push('\n'),
+                    't' => out.push('\t'),
+                    'r' => out.push('\r'),
+                    '0' => out.push('\0'),
+                    '\\' | '\'' | '"' => out.push(simple),
+                    // Python keeps the backslash of an escape that it does not know.
+                    _ => out.extend(['\\', simple]),
+                }
+                return Ok(());
+            }
         };
         let digits: String = (0..width).filter_map(|_| self.next()).collect();
         let decoded = u32::from_str_radix(&digits, 16).ok().and_then(char::from_u32);

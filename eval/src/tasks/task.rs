@@ -1,9 +1,6 @@
 //! A task with its documents: what it asks of a model, document by document.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{path::Path, sync::Arc};
 
 use serde_json::{Map, Value};
 
@@ -11,11 +8,13 @@ use crate::{GenerationOptions, Message, Request};
 
 use super::{
     Error,
-    config::{Config, DataSet, Expression, OutputType},
-    data::{self, Doc, Format},
-    files, python,
+    config::{Config, Expression, OutputType, Sampler},
+    data::Doc,
+    python,
     random::Random,
+    source::{no_split, read_split},
     template::Templates,
+    turn::{Turn, join, messages, single_turn, turn},
 };
 
 /// A loaded task.
@@ -63,11 +62,13 @@ pub enum Limit {
     Share(f64),
 }
 
+/// A chat template: messages to a prompt; with `true` the last message is left open, to be continued.
+pub type Render<'a> = &'a dyn Fn(&[Message], bool) -> Result<String, String>;
+
 /// Asking through a chat template.
 pub struct Chat<'a> {
-    /// Renders messages; with `true` the last one is left open, to be continued. See
-    /// [`LanguageModel::chat_prompt`](crate::LanguageModel::chat_prompt).
-    pub render: &'a dyn Fn(&[Message], bool) -> Result<String, String>,
+    /// See [`LanguageModel::chat_prompt`](crate::LanguageModel::chat_prompt).
+    pub render: Render<'a>,
     /// Few-shot examples as turns of their own; otherwise all in one user's message.
     pub fewshot_as_multiturn: bool,
 }
@@ -80,14 +81,6 @@ pub struct Instance {
     pub requests: Vec<Request>,
     /// The `generation_kwargs` that apply, as a log of samples shows them.
     pub(super) generation: Arc<Map<String, Value>>,
-}
-
-/// A turn, and what follows it where turns are joined to a text.
-#[derive(Clone, Debug)]
-struct Turn {
-    role: &'static str,
-    content: String,
-    delimiter: String,
 }
 
 impl Task {
@@ -110,10 +103,11 @@ impl Task {
             // lm-evaluation-harness's rule: training, else validation, else test documents.
             (pool, _) => match pool.or(training).or(validation).or(test) {
                 Some((_, name)) if name == split => docs.clone(),
-                // A pool that is not there matters only where examples are asked for.
-                Some((key, name)) if key == "training_split" => {
-                    read_split(&config, key, &name, data_dir).unwrap_or_default()
-                }
+                // A training split that is not there matters only where examples are asked for.
+                Some(("training_split", name)) => match read_split(&config, "training_split", &name, data_dir) {
+                    Err(Error::NoData { .. } | Error::NoSplit { .. }) => Vec::new(),
+                    read => read?,
+                },
                 Some((key, name)) => read_split(&config, key, &name, data_dir)?,
                 None => Vec::new(),
             },
@@ -349,7 +343,7 @@ impl Task {
             split: self.examples_split(),
             available,
         };
-        if own.sampler == super::config::Sampler::FirstN {
+        if own.sampler == Sampler::FirstN {
             let chosen: Vec<usize> = all.filter(|i| !excluded(i)).take(count).collect();
             return if chosen.len() < count { Err(few(chosen.len())) } else { Ok(chosen) };
         }
@@ -519,147 +513,10 @@ enum Evaluated {
     Rendered(String),
 }
 
-/// `maybe_delimit`: the delimiter stands only where there is no white space anyway.
-fn join(prefix: &str, suffix: &str, delimiter: &str) -> String {
-    let spaced = prefix.is_empty()
-        || suffix.is_empty()
-        || prefix.ends_with(char::is_whitespace)
-        || suffix.starts_with(char::is_whitespace);
-    if spaced { format!("{prefix}{suffix}") } else { format!("{prefix}{delimiter}{suffix}") }
-}
-
-/// `build_qa_turn`: a question, and its answer or the beginning of one.
-fn turn(question: String, answer: Option<String>, prefix: Option<String>, target: &str, after: &str) -> Vec<Turn> {
-    let answer = answer.filter(|a| !a.is_empty());
-    let prefix = prefix.filter(|p| !p.is_empty());
-    let delimiter = match (&answer, &prefix) {
-        (_, Some(p)) => {
-            let spaced =
-                question.is_empty() || question.ends_with(char::is_whitespace) || p.starts_with(char::is_whitespace);
-            if spaced { "" } else { target }
-        }
-        (Some(_), None) => target,
-        (None, None) => "",
-    };
-    let mut turns = vec![Turn { role: "user", content: question, delimiter: delimiter.into() }];
-    match (answer, prefix) {
-        (Some(answer), prefix) => turns.push(Turn {
-            role: "assistant",
-            content: join(prefix.as_deref().unwrap_or_default(), &answer, " "),
-            delimiter: after.into(),
-        }),
-        (None, Some(prefix)) => turns.push(Turn { role: "assistant", content: prefix, delimiter: String::new() }),
-        (None, None) => {}
-    }
-    turns
-}
-
-fn messages(turns: Vec<Turn>) -> Vec<Message> {
-    turns.into_iter().map(|t| Message { role: t.role.into(), content: t.content }).collect()
-}
-
-/// `multiturn_to_singleturn`: all in one user's message, but for the system's and an answer that is begun.
-fn single_turn(mut turns: Vec<Turn>) -> Vec<Message> {
-    let system = if turns.first().is_some_and(|t| t.role == "system") { Some(turns.remove(0)) } else { None };
-    let begun = if turns.last().is_some_and(|t| t.role == "assistant") { turns.pop() } else { None };
-    if let Some(last) = turns.last_mut() {
-        last.delimiter.clear();
-    }
-    let content = turns.into_iter().map(|t| t.content + &t.delimiter).collect();
-    let user = Turn { role: "user", content, delimiter: String::new() };
-    messages(system.into_iter().chain([user]).chain(begun).collect())
-}
-
 fn shorten(text: &str) -> String {
     const SHOWN: usize = 120;
     match text.char_indices().nth(SHOWN) {
         Some((at, _)) => format!("{}…", &text[..at]),
         None => text.to_owned(),
     }
-}
-
-fn no_split(config: &Config, key: &str, split: &str, known: &str) -> Error {
-    let (task, file) = (config.name.clone(), config.file.clone());
-    Error::NoSplit { task, file, key: key.into(), split: split.into(), known: known.into() }
-}
-
-fn read_split(config: &Config, key: &str, split: &str, data_dir: Option<&Path>) -> Result<Vec<Doc>, Error> {
-    let (paths, format) = match &config.data {
-        DataSet::Files { format, splits } => {
-            let Some((_, names)) = splits.iter().find(|(name, _)| name == split) else {
-                let known: Vec<&str> = splits.iter().map(|(name, _)| name.as_str()).collect();
-                return Err(no_split(config, key, split, &known.join(", ")));
-            };
-            let find = |name: &String| find_file(config, name, data_dir);
-            (names.iter().map(find).collect::<Result<Vec<_>, _>>()?, *format)
-        }
-        DataSet::Folder { path, name } => {
-            let path = find_in_folder(config, path, name.as_deref(), split, data_dir)?;
-            let format = Format::of(&path).unwrap_or(Format::Json);
-            (vec![path], format)
-        }
-    };
-    let docs = data::read(&paths, format)?;
-    if docs.is_empty() {
-        let file = paths.first().map(|p| p.display().to_string()).unwrap_or_default();
-        return Err(Error::NoDocuments { task: config.name.clone(), split: split.into(), file });
-    }
-    Ok(docs)
-}
-
-/// The data file of this name: in the folder for data, beside the task's file, or in a folder above up to the root.
-fn find_file(config: &Config, name: &str, data_dir: Option<&Path>) -> Result<PathBuf, Error> {
-    let relative = Path::new(name);
-    let mut looked: Vec<PathBuf> = Vec::new();
-    if let Some(folder) = data_dir {
-        looked.push(folder.join(name));
-        looked.extend(relative.file_name().map(|n| folder.join(n)));
-    }
-    looked.push(config.folder.join(name));
-    if relative.is_relative() {
-        let above = config.folder.ancestors().skip(1).take_while(|p| p.starts_with(&config.root));
-        looked.extend(above.map(|p| p.join(name)));
-    }
-    match looked.iter().find(|p| files::exists(p)) {
-        Some(path) => Ok(path.clone()),
-        None => {
-            let advice = format!("put `{name}` into a folder and name that as the data folder (--data-dir)");
-            Err(no_data(config, name, &looked, advice))
-        }
-    }
-}
-
-/// A split's file in a local copy of a data set of the hub.
-fn find_in_folder(
-    config: &Config,
-    path: &str,
-    name: Option<&str>,
-    split: &str,
-    data_dir: Option<&Path>,
-) -> Result<PathBuf, Error> {
-    let mut looked = Vec::new();
-    for base in data_dir.into_iter().chain([config.folder.as_path()]) {
-        let folder = base.join(path);
-        let folder = name.map_or(folder.clone(), |n| folder.join(n));
-        looked.extend(["jsonl", "json", "csv", "parquet"].map(|e| folder.join(format!("{split}.{e}"))));
-    }
-    match looked.iter().find(|p| files::exists(p)) {
-        Some(found) => Ok(found.clone()),
-        None => {
-            let part = name.map_or(String::new(), |n| format!("{n}/"));
-            let wanted = format!("{path}/{part}{split}.jsonl");
-            let advice = format!(
-                "`dataset_path: {path}` is a data set of the hub, which is not downloaded: save its split as \
-                 `{wanted}` (or .json, .csv, .parquet) below the data folder (--data-dir), or set `dataset_path: json` \
-                 with `dataset_kwargs.data_files`"
-            );
-            Err(no_data(config, &wanted, &looked, advice))
-        }
-    }
-}
-
-fn no_data(config: &Config, data: &str, looked: &[PathBuf], advice: String) -> Error {
-    let looked: Vec<String> = looked.iter().map(|p| p.display().to_string()).collect();
-    let (task, file) = (config.name.clone(), config.file.clone());
-    Error::NoData { task, file, data: data.into(), looked: looked.join(", "), advice }
 }

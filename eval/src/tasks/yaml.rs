@@ -165,7 +165,8 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// A plain scalar by YAML 1.1's rules, as PyYAML reads it: `yes` is true, `1e5` is a text, `010` is eight.
+/// A plain scalar by YAML 1.1's rules, as PyYAML reads it: `yes` is true, `1e5` is a text, `010` is eight. Dates
+/// and sexagesimal numbers, which no key takes, stay texts.
 fn plain(text: &str) -> Value {
     match text {
         "" | "~" | "null" | "Null" | "NULL" => return Value::Null,
@@ -200,7 +201,9 @@ fn float(text: &str) -> Option<Number> {
     let (mantissa, exponent) = body.split_once(['e', 'E']).map_or((body, None), |(m, e)| (m, Some(e)));
     let signed = exponent.is_none_or(|e| e.starts_with(['-', '+']));
     let plain = mantissa.chars().all(|c| c.is_ascii_digit() || c == '.' || c == '_');
-    if !mantissa.contains('.') || !plain || !signed || mantissa == "." {
+    // A sign before a bare point makes a text of it.
+    let bare = mantissa.starts_with('.') && (mantissa.len() == 1 || body != text);
+    if !mantissa.contains('.') || !plain || !signed || bare {
         return None;
     }
     Number::from_f64(text.replace('_', "").parse().ok()?)
@@ -219,10 +222,10 @@ mod tests {
 
     #[test]
     fn scalars_are_read_as_pyyaml_reads_them() {
-        let text = "a: yes\nb: 'yes'\nc: 010\nd: 1e5\ne: 1.0e+5\nf: 0.\ng: ~\nh:\ni: \"x\\n\\\n  y\"\nj: 1_000\nk: -.5\nl: 0x1F";
+        let text = "a: yes\nb: 'yes'\nc: 010\nd: 1e5\ne: 1.0e+5\nf: 0.\ng: ~\nh:\ni: \"x\\n\\\n  y\"\nj: 1_000\nk: -.5\nl: 0x1F\nm: .5\nn: 089\no: 1.5e3\np: +1.5";
         // yaml.safe_load of the same text.
         let expected = json!({"a": true, "b": "yes", "c": 8, "d": "1e5", "e": 100000.0, "f": 0.0, "g": null, "h": null,
-            "i": "x\ny", "j": 1000, "k": -0.5, "l": 31});
+            "i": "x\ny", "j": 1000, "k": "-.5", "l": 31, "m": 0.5, "n": "089", "o": "1.5e3", "p": 1.5});
         assert_eq!(values(text), expected);
         assert_eq!(values("a: &x [1, {b: c}]\nd: *x"), json!({"a": [1, {"b": "c"}], "d": [1, {"b": "c"}]}));
     }

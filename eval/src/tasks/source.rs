@@ -1,0 +1,102 @@
+//! Where a task's data files are.
+
+use std::path::{Path, PathBuf};
+
+use super::{
+    Error,
+    config::{Config, DataSet},
+    data::{self, Doc, Format},
+    files,
+};
+
+/// The error that the data set has no such split.
+#[must_use]
+pub fn no_split(config: &Config, key: &str, split: &str, known: &str) -> Error {
+    let (task, file) = (config.name.clone(), config.file.clone());
+    Error::NoSplit { task, file, key: key.into(), split: split.into(), known: known.into() }
+}
+
+/// Reads the documents of a split that the task's `key` names.
+///
+/// # Errors
+/// When there is no such split, a file of it is missing or wrong, or it has no documents.
+pub fn read_split(config: &Config, key: &str, split: &str, data_dir: Option<&Path>) -> Result<Vec<Doc>, Error> {
+    let (paths, format) = match &config.data {
+        DataSet::Files { format, splits } => {
+            let Some((_, names)) = splits.iter().find(|(name, _)| name == split) else {
+                let known: Vec<&str> = splits.iter().map(|(name, _)| name.as_str()).collect();
+                return Err(no_split(config, key, split, &known.join(", ")));
+            };
+            let find = |name: &String| find_file(config, name, data_dir);
+            (names.iter().map(find).collect::<Result<Vec<_>, _>>()?, *format)
+        }
+        DataSet::Folder { path, name } => {
+            let path = find_in_folder(config, path, name.as_deref(), split, data_dir)?;
+            let format = Format::of(&path).unwrap_or(Format::Json);
+            (vec![path], format)
+        }
+    };
+    let docs = data::read(&paths, format)?;
+    if docs.is_empty() {
+        let file = paths.first().map(|p| p.display().to_string()).unwrap_or_default();
+        return Err(Error::NoDocuments { task: config.name.clone(), split: split.into(), file });
+    }
+    Ok(docs)
+}
+
+/// The data file of this name: in the folder for data, beside the task's file, or in a folder above up to the root.
+fn find_file(config: &Config, name: &str, data_dir: Option<&Path>) -> Result<PathBuf, Error> {
+    let relative = Path::new(name);
+    let mut looked: Vec<PathBuf> = Vec::new();
+    if let Some(folder) = data_dir {
+        looked.push(folder.join(name));
+        looked.extend(relative.file_name().map(|n| folder.join(n)));
+    }
+    looked.push(config.folder.join(name));
+    if relative.is_relative() {
+        let above = config.folder.ancestors().skip(1).take_while(|p| p.starts_with(&config.root));
+        looked.extend(above.map(|p| p.join(name)));
+    }
+    match looked.iter().find(|p| files::exists(p)) {
+        Some(path) => Ok(path.clone()),
+        None => {
+            let advice = format!("put `{name}` into a folder and name that as the data folder (--data-dir)");
+            Err(no_data(config, name, &looked, advice))
+        }
+    }
+}
+
+/// A split's file in a local copy of a data set of the hub.
+fn find_in_folder(
+    config: &Config,
+    path: &str,
+    name: Option<&str>,
+    split: &str,
+    data_dir: Option<&Path>,
+) -> Result<PathBuf, Error> {
+    let mut looked = Vec::new();
+    for base in data_dir.into_iter().chain([config.folder.as_path()]) {
+        let folder = base.join(path);
+        let folder = name.map_or(folder.clone(), |n| folder.join(n));
+        looked.extend(["jsonl", "json", "csv", "parquet"].map(|e| folder.join(format!("{split}.{e}"))));
+    }
+    match looked.iter().find(|p| files::exists(p)) {
+        Some(found) => Ok(found.clone()),
+        None => {
+            let part = name.map_or(String::new(), |n| format!("{n}/"));
+            let wanted = format!("{path}/{part}{split}.jsonl");
+            let advice = format!(
+                "`dataset_path: {path}` is a data set of the hub, which is not downloaded: save its split as \
+                 `{wanted}` (or .json, .csv, .parquet) below the data folder (--data-dir), or set `dataset_path: json` \
+                 with `dataset_kwargs.data_files`"
+            );
+            Err(no_data(config, &wanted, &looked, advice))
+        }
+    }
+}
+
+fn no_data(config: &Config, data: &str, looked: &[PathBuf], advice: String) -> Error {
+    let looked: Vec<String> = looked.iter().map(|p| p.display().to_string()).collect();
+    let (task, file) = (config.name.clone(), config.file.clone());
+    Error::NoData { task, file, data: data.into(), looked: looked.join(", "), advice }
+}
