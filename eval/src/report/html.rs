@@ -82,7 +82,7 @@ fn figures(c: &Comparison, context: &ReportContext) -> String {
 
 fn draw(c: &Comparison, f: &Figure) -> String {
     let mut out = format!(
-        "<figure>\n<h3>{}</h3>\n{}<figcaption>{}</figcaption>\n",
+        "<div class=\"plot\">\n<figure>\n<h3>{}</h3>\n{}<figcaption>{}</figcaption>\n</figure>\n",
         escape(&f.title),
         f.drawing,
         escape(&f.caption)
@@ -93,7 +93,7 @@ fn draw(c: &Comparison, f: &Figure) -> String {
     if let Some(t) = &f.table {
         out.push_str(&fold("The numbers", &table(c, t, true)));
     }
-    out.push_str("</figure>\n");
+    out.push_str("</div>\n");
     out
 }
 
@@ -145,7 +145,7 @@ fn table(c: &Comparison, t: &Table, lead: bool) -> String {
     }
     let _ = write!(
         out,
-        "<div class=\"scroll\" role=\"region\" tabindex=\"0\" aria-label=\"{}\">\n<table>\n<thead>\n<tr>",
+        "<div class=\"scroll\" role=\"group\" tabindex=\"0\" aria-label=\"{}\">\n<table>\n<thead>\n<tr>",
         escape(&t.title)
     );
     let class = |right: bool| if right { " class=\"n\"" } else { "" };

@@ -146,7 +146,8 @@ impl Svg {
             self.line((*x, top), (*x, y), "grid");
             if i % every == 0 {
                 // Labels at the ends stay inside the drawing.
-                let at = x.clamp(half(text), (self.width - half(text)).max(half(text)));
+                let room = half(text) + 2.0;
+                let at = x.clamp(room, (self.width - room).max(room));
                 self.text((at, y + 15.0), text, Anchor::Middle, "tick");
             }
         }
