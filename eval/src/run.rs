@@ -24,11 +24,9 @@ const REPEATS: usize = 1 << 16;
 /// Scores.
 pub const RESULTS: &str = "results.json";
 
-/// Why a run could not be made or finished.
+/// Why a run could not be finished.
 #[derive(Debug, Error)]
 pub enum RunError<E: std::error::Error + 'static> {
-    #[error(transparent)]
-    Task(#[from] tasks::Error),
     #[error(transparent)]
     Journal(#[from] JournalError),
     #[error("{source}{}", kept(*.answered, .folder))]
