@@ -19,9 +19,10 @@ mod quantize;
 mod run;
 
 use std::io::IsTerminal as _;
+use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
 
 /// Run, quantize and check LLMs in NVFP4 and FP8, with the deployed numerics on any CPU.
@@ -97,6 +98,13 @@ fn is_broken_pipe(e: &anyhow::Error) -> bool {
 fn style(text: &str, code: &str) -> String {
     let plain = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty()) || !std::io::stderr().is_terminal();
     if plain { text.to_owned() } else { format!("\x1b[{code}m{text}\x1b[0m") }
+}
+
+/// A text file with its line ends as `\n`, as Python reads it: files that differ only there give the same tokens.
+fn read_text(file: &Path) -> Result<String> {
+    let text =
+        std::fs::read_to_string(file).with_context(|| format!("{}: cannot read as UTF-8 text", file.display()))?;
+    Ok(if text.contains('\r') { text.replace("\r\n", "\n").replace('\r', "\n") } else { text })
 }
 
 /// A progress bar on stderr; hidden where that is no terminal.

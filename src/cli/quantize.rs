@@ -110,9 +110,7 @@ fn sequences(args: &Args, checkpoint: &Checkpoint, folder: &Path) -> Result<(Vec
     let (text, name) = match &args.calibration {
         None => (BUILT_IN_TEXT.to_owned(), "built-in text".to_owned()),
         Some(file) => {
-            let text = std::fs::read_to_string(file)
-                .with_context(|| format!("{}: cannot read as UTF-8 text", file.display()))?;
-            (text, file.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()))
+            (super::read_text(file)?, file.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()))
         }
     };
     let tokenizer = Tokenizer::from_folder(folder).context(

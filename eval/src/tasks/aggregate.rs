@@ -50,15 +50,17 @@ impl Task {
 }
 
 /// The standard error that lm-evaluation-harness states: of a mean by formula, of LAMBADA's perplexity by `resamples`
-/// bootstrap draws (with its generator and seeds), of weighted scores none.
+/// bootstrap draws (with its generator and seeds), of weighted scores none. Several answers to a document are no
+/// independent documents: their mean counts once.
 #[must_use]
 pub fn standard_error(scores: &MetricScores, resamples: usize) -> Option<f64> {
     let documents = &scores.documents;
     let plain = documents.iter().all(|d| d.weight == 1.0);
-    if documents.len() < 2 || !plain || resamples == 0 {
+    let of_documents = documents.chunk_by(|a, b| a.doc_id == b.doc_id);
+    let values: Vec<f64> = of_documents.map(|d| d.iter().map(|d| d.value).sum::<f64>() / d.len() as f64).collect();
+    if values.len() < 2 || !plain || resamples == 0 {
         return None;
     }
-    let values: Vec<f64> = documents.iter().map(|d| d.value).collect();
     match scores.aggregation {
         Aggregation::Mean => Some(sample_deviation(&values) / (values.len() as f64).sqrt()),
         Aggregation::Perplexity => Some(bootstrap(&values, resamples)),

@@ -181,10 +181,8 @@ fn texts(args: &Args) -> Result<Vec<(String, String)>> {
         let text = if BUILT_IN_TEXTS.contains(&name.as_str()) && !Path::new(name).is_file() {
             recoup_eval::tasks::built_in_text(name)?
         } else {
-            let file = Path::new(name);
-            std::fs::read_to_string(file).with_context(|| {
-                format!("{name}: no shipped text ({}), and cannot be read", BUILT_IN_TEXTS.join(", "))
-            })?
+            super::super::read_text(Path::new(name))
+                .with_context(|| format!("{name} is no shipped text ({})", BUILT_IN_TEXTS.join(", ")))?
         };
         let short = Path::new(name).file_stem().map_or_else(|| name.clone(), |s| s.to_string_lossy().into_owned());
         out.push((short, text));

@@ -1,0 +1,269 @@
+//! `recoup eval` and `recoup compare` as their users run them: killed and resumed, in shards, with bad input.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+fn recoup(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_recoup"));
+    command.args(args).current_dir(env!("CARGO_MANIFEST_DIR"));
+    command
+}
+
+fn run(args: &[&str]) -> Output {
+    recoup(args).output().unwrap()
+}
+
+fn succeed(args: &[&str]) -> String {
+    let out = run(args);
+    assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).unwrap()
+}
+
+/// What stderr says of a run that must fail with 1.
+fn fail(args: &[&str]) -> String {
+    let out = run(args);
+    let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(1), "{args:?}: {stderr}");
+    stderr
+}
+
+/// Files of a folder by name.
+fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = std::fs::read_dir(folder).unwrap().map(Result::unwrap);
+    entries.map(|e| (e.file_name().into_string().unwrap(), std::fs::read(e.path()).unwrap())).collect()
+}
+
+fn assert_same_files(a: &Path, b: &Path) {
+    let (a, b) = (files(a), files(b));
+    assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
+    for (name, bytes) in &a {
+        assert!(*bytes == b[name], "{name} differs");
+    }
+}
+
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn lines(path: &Path) -> usize {
+    std::fs::read(path).map_or(0, |bytes| bytes.iter().filter(|b| **b == b'\n').count())
+}
+
+#[test]
+fn a_killed_run_goes_on_and_ends_with_the_same_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (whole, killed) = (at("whole"), at("killed"));
+    let args = |out: &str| {
+        let words = ["eval", "models/books-nvfp4", "--tasks", "hellaswag,lambada_openai,books_cloze", "--limit", "60"];
+        words.into_iter().chain(["-o", out]).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let strs = |args: &[String]| args.iter().map(|s| s.to_owned()).collect::<Vec<String>>();
+    let whole_args = strs(&args(&whole));
+    succeed(&whole_args.iter().map(String::as_str).collect::<Vec<_>>());
+    let all = lines(&Path::new(&whole).join("responses.jsonl"));
+
+    let killed_args = args(&killed);
+    let words: Vec<&str> = killed_args.iter().map(String::as_str).collect();
+    // Killed three times, each time when some more answers are there.
+    let journal = Path::new(&killed).join("responses.jsonl");
+    for _ in 0..3 {
+        let before = lines(&journal);
+        let mut process = Killed(recoup(&words).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+        let start = Instant::now();
+        while lines(&journal) <= before + 5 && process.0.try_wait().unwrap().is_none() {
+            assert!(start.elapsed() < Duration::from_secs(120), "no answer came");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        drop(process);
+    }
+    let kept = lines(&journal);
+    assert!(kept > 5 && kept < all, "{kept} of {all} lines when killed");
+    // A line that was cut in the middle is asked again.
+    let mut bytes = std::fs::read(&journal).unwrap();
+    bytes.truncate(bytes.len() - 3);
+    std::fs::write(&journal, bytes).unwrap();
+
+    let out = run(&words);
+    let stderr = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success() && stderr.contains("answers are there already"), "{stderr}");
+    assert_same_files(Path::new(&whole), Path::new(&killed));
+}
+
+#[test]
+fn shards_merge_to_the_bytes_of_one_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let base = ["eval", "models/books-bf16", "--tasks", "piqa,blimp_wh_island,gsm8k", "--limit", "7"];
+    let with = |more: &[&str]| succeed(&base.iter().chain(more).copied().collect::<Vec<_>>());
+    let whole = at("whole");
+    let table = with(&["-o", &whole]);
+    let parts: Vec<String> = (0..3).map(|i| at(&format!("part{i}"))).collect();
+    for (i, part) in parts.iter().enumerate() {
+        with(&["-o", part, "--shard", &format!("{i}/3")]);
+    }
+    let merged = at("merged");
+    assert_eq!(with(&["-o", &merged, "--merge", &parts.join(",")]), table);
+    assert_same_files(Path::new(&whole), Path::new(&merged));
+
+    // Not a shard twice, not one too few, not another run's.
+    let refuse = |more: &[&str]| fail(&base.iter().chain(more).copied().collect::<Vec<_>>());
+    let twice = [parts[0].as_str(), &parts[1], &parts[1]].join(",");
+    assert!(refuse(&["--merge", &twice]).contains("shard"));
+    assert!(refuse(&["--merge", &parts[..2].join(",")]).contains("shard"));
+    let other = fail(&["eval", "models/books-bf16", "--tasks", "piqa", "--limit", "7", "--merge", &parts.join(",")]);
+    assert!(other.contains("responses.jsonl") && other.contains("tasks"), "{other}");
+}
+
+#[test]
+fn an_output_folder_of_another_run_is_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().to_str().unwrap();
+    succeed(&["eval", "models/books-bf16", "--tasks", "piqa", "--limit", "3", "-o", out]);
+    let before = files(folder.path());
+    let message = fail(&["eval", "models/books-nvfp4", "--tasks", "piqa", "--limit", "3", "-o", out]);
+    assert!(message.contains("responses.jsonl") && message.contains("model"), "{message}");
+    assert!(before == files(folder.path()), "the other run's files changed");
+}
+
+/// A task of our own: a folder with `mine.yaml` and `mine.jsonl`.
+struct OwnTask(tempfile::TempDir);
+
+impl OwnTask {
+    fn new(yaml: &str, data: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("mine.yaml"), yaml).unwrap();
+        std::fs::write(folder.path().join("mine.jsonl"), data).unwrap();
+        Self(folder)
+    }
+
+    fn args(&self) -> [&str; 6] {
+        ["eval", "models/books-bf16", "--include-path", self.0.path().to_str().unwrap(), "--tasks", "mine"]
+    }
+}
+
+const YAML: &str = "task: mine
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: mine.jsonl
+test_split: test
+output_type: multiple_choice
+doc_to_text: \"{{question}}\"
+doc_to_choice: \"{{choices}}\"
+doc_to_target: answer
+";
+
+const ROWS: &str = r#"{"question": "It was a dark and stormy", "choices": ["night", "piano"], "answer": 0}
+{"question": "Once upon a", "choices": ["time", "the", "of"], "answer": 0}
+"#;
+
+#[test]
+fn a_task_of_ones_own_runs_and_its_faults_are_named() {
+    let good = OwnTask::new(YAML, ROWS);
+    let out: Value = serde_json::from_str(&succeed(&[&good.args()[..], &["--json"]].concat())).unwrap();
+    assert_eq!(out["n-samples"]["mine"]["effective"], 2);
+    assert!(out["results"]["mine"]["acc,none"].is_number(), "{out:#}");
+
+    let faults = [
+        (YAML.replace("answer\n", "answr\n"), ROWS.to_owned(), &["mine", "document 0", "answr"][..]),
+        (YAML.replace("answer\n", "\"{{solution}}\"\n"), ROWS.to_owned(), &["mine", "document 0", "solution"]),
+        (YAML.into(), String::new(), &["mine.jsonl", "no documents"]),
+        (YAML.into(), ROWS.replace("\"answer\": 0}\n{", "\"answer\": 9}\n{"), &["mine", "document 0", "9"]),
+        (YAML.into(), format!("{ROWS}{{\"question\": \"cut"), &["mine.jsonl:3"]),
+        (YAML.replace("doc_to_choice: \"", "doc_to_choice: [\""), ROWS.into(), &["mine.yaml:10", "YAML"]),
+        (YAML.replace("test_split: test", "test_split: dev"), ROWS.into(), &["mine.yaml", "dev", "test"]),
+        (YAML.replace("output_type", "ouput_type"), ROWS.into(), &["mine.yaml:7", "ouput_type", "output_type"]),
+        (YAML.replace("\"{{question}}\"", "!function code.f"), ROWS.into(), &["mine.yaml:8", "Python"]),
+    ];
+    for (yaml, rows, wanted) in faults {
+        let task = OwnTask::new(&yaml, &rows);
+        let message = fail(&task.args());
+        assert!(wanted.iter().all(|w| message.contains(w)), "{wanted:?}: {message}");
+        assert!(!message.contains("panicked"), "{message}");
+    }
+}
+
+#[test]
+fn long_contexts_lose_their_beginning_and_long_continuations_are_refused() {
+    let long = "word ".repeat(900);
+    let rows = |question: &str, choice: &str| {
+        format!("{}\n", serde_json::json!({"question": question, "choices": ["night", choice], "answer": 0}))
+    };
+    let task = OwnTask::new(YAML, &rows(&long, "day"));
+    let out = run(&task.args());
+    let stderr = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success() && stderr.contains("2 contexts were longer"), "{stderr}");
+
+    let task = OwnTask::new(YAML, &rows("It was", &long));
+    let message = fail(&task.args());
+    assert!(message.contains("512"), "{message}");
+}
+
+#[test]
+fn names_that_mean_nothing_are_answered_with_the_nearest() {
+    let message = fail(&["eval", "models/books-bf16", "--tasks", "helaswag"]);
+    assert!(message.contains("hellaswag"), "{message}");
+    let message = fail(&["eval", "models/books-bf16"]);
+    assert!(message.contains("--tasks"), "{message}");
+    let message = fail(&["eval", "models/none-such", "--tasks", "piqa"]);
+    assert!(message.contains("none-such"), "{message}");
+    // Nothing listens on port 1.
+    let message = fail(&["eval", "http://127.0.0.1:1/v1", "--tasks", "piqa", "--retries", "0"]);
+    assert!(message.contains("127.0.0.1:1"), "{message}");
+    assert_eq!(
+        run(&["eval", "models/books-bf16", "--tasks", "piqa", "--shard", "3/3", "-o", "x"]).status.code(),
+        Some(2)
+    );
+}
+
+/// A server that answers nothing.
+#[test]
+fn a_silent_server_is_given_up_on() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}/v1", listener.local_addr().unwrap());
+    let start = Instant::now();
+    let message = fail(&["eval", &address, "--tasks", "piqa", "--timeout", "1", "--retries", "0", "--limit", "1"]);
+    assert!(start.elapsed() < Duration::from_secs(30));
+    assert!(message.contains(&address) || message.contains(&listener.local_addr().unwrap().to_string()), "{message}");
+}
+
+#[test]
+fn a_comparison_reports_gates_and_repeats_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("report");
+    let args = |out: &PathBuf, more: &[&str]| {
+        let mut args: Vec<String> =
+            ["compare", "models/books-bf16", "models/books-nvfp4", "--no-speed"].map(String::from).into();
+        args.extend(
+            ["--tasks", "books_cloze,piqa", "--limit", "20", "--text", "books", "--window", "64"].map(String::from),
+        );
+        args.extend(["--windows", "6", "-o", out.to_str().unwrap()].map(String::from));
+        args.extend(more.iter().map(|s| (*s).to_owned()));
+        args
+    };
+    let go = |args: Vec<String>| run(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    let first = go(args(&out, &["--json", "--attribute", "--attribute-windows", "2"]));
+    assert!(first.status.success(), "{}", String::from_utf8_lossy(&first.stderr));
+    let comparison: Value = serde_json::from_slice(&first.stdout).unwrap();
+    assert!(comparison["divergences"][0]["kl"]["value"].as_f64().is_some_and(|kl| kl > 1e-4), "{comparison:#}");
+    assert!(!comparison["attributions"][0]["parts"].as_array().unwrap().is_empty());
+    let html = std::fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(html.contains("<svg") && !html.contains("<script src") && !html.contains("https://"), "not self-contained");
+    // Again from what is kept, and afresh.
+    let again = go(args(&out, &["--json", "--attribute", "--attribute-windows", "2"]));
+    let fresh = go(args(&folder.path().join("fresh"), &["--json", "--attribute", "--attribute-windows", "2"]));
+    assert!(first.stdout == again.stdout && first.stdout == fresh.stdout);
+    // The gate.
+    assert_eq!(go(args(&out, &["--require-recovery", "5"])).status.code(), Some(3));
+    assert_eq!(go(args(&out, &["--require-recovery", "0.01"])).status.code(), Some(0));
+}
