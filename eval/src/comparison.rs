@@ -127,7 +127,7 @@ pub struct Divergence {
     pub delta_p_percentiles: Vec<(f64, f64)>,
     /// Share of tokens where both hold the same token most probable.
     pub same_top: Estimate,
-    /// Counts of tokens by KL: bin i holds KL in [edges[i], edges[i+1]); logarithmic edges.
+    /// Counts of tokens by KL: bin i holds KL in `edges[i]..edges[i+1]`; logarithmic edges.
     pub kl_histogram: Histogram,
     /// Mean KL by class of the token to be predicted, and by its position in the window.
     pub by_class: Vec<GroupKl>,

@@ -97,7 +97,8 @@ pub enum Fault {
     EchoUnchecked,
     #[error(
         "no log-probability for `{token}`, which needs scoring: nothing stands before it; set the option `prefix` to \
-         the text of the model's BOS token"
+         the text of the model's BOS token. Where that is set, the server hides it (llama-cpp-python does): tasks with \
+         empty contexts, such as BLiMP, cannot be scored there"
     )]
     NothingBefore { token: String },
     #[error("the server's tokens do not add up: {0}")]
