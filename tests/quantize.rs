@@ -11,7 +11,8 @@ use recoup::checkpoint::dialect::Dialect;
 use recoup::checkpoint::tensors::TensorStore;
 use recoup::model::Decoder;
 use recoup::quantize::calibrate::{Calibration, calibrate};
-use recoup::quantize::{QuantizeError, Recipe, quantize};
+use recoup::quantize::{QuantizeError, Recipe, Scheme, quantize};
+use serde_json::Value;
 
 fn backend() -> CpuBackend {
     CpuBackend::new(Isa::detect(), 2).unwrap()
@@ -22,85 +23,112 @@ fn calibrated(source: &Checkpoint) -> Calibration {
     calibrate(source, backend(), &tokens, "test", &mut |_, _| {}).unwrap()
 }
 
-/// Quantizes the BF16 model in `source` and compares with what the dialect's tool exported to `theirs`. Activation
-/// scales depend on the calibration text, which fixtures do not hold; KV scales come from other recipes.
-fn compare(source: &Path, recipe: Recipe, dialect: Dialect, theirs: &Path) {
+/// Recipes, and the names of the tools' exports that they equal.
+const MODELOPT: [(&str, &str); 13] = [
+    ("nvfp4", "nvfp4"),
+    ("nvfp4_kv_fp8", "nvfp4_kv_fp8"),
+    ("nvfp4_mlp_only", "nvfp4_mlp_only"),
+    ("nvfp4_mse", "nvfp4_mse_sweep"),
+    ("w4a16_nvfp4", "nvfp4_w4a16"),
+    ("w4a8_nvfp4_fp8", "w4a8_nvfp4_fp8"),
+    ("mixed_fp8_attn_nvfp4_mlp", "mixed_fp8_attn_nvfp4_mlp"),
+    ("fp8", "fp8"),
+    ("fp8_kv_fp8", "fp8_kv_fp8"),
+    ("fp8_pc_pt", "fp8_pc_pt"),
+    ("fp8_block", "fp8_block"),
+    ("mxfp8", "mxfp8"),
+    ("mxfp4", "mxfp4"),
+];
+const COMPRESSED_TENSORS: [(&str, &str); 8] = [
+    ("nvfp4", "nvfp4"),
+    ("w4a16_nvfp4", "nvfp4a16"),
+    ("fp8", "fp8"),
+    ("fp8_pc_pt", "fp8_dynamic"),
+    ("fp8_block", "fp8_block"),
+    ("mxfp8", "mxfp8"),
+    ("mxfp4", "mxfp4"),
+    ("mxfp4a16", "mxfp4a16"),
+];
+
+fn recipe(name: &str) -> Recipe {
+    if name == "mxfp4a16" { Recipe::uniform(Scheme::Mxfp4a16) } else { Recipe::find(name).unwrap() }
+}
+
+/// The quantization that a checkpoint's configurations state, without who wrote it.
+fn stated(folder: &Path) -> [Option<Value>; 2] {
+    ["config.json", "hf_quant_config.json"].map(|file| {
+        let text = std::fs::read_to_string(folder.join(file)).ok()?;
+        let mut value: Value = serde_json::from_str(&text).unwrap();
+        let mut quantization = value
+            .get_mut("quantization_config")
+            .or(None)
+            .map(Value::take)
+            .unwrap_or_else(|| value["quantization"].take());
+        // What llm-compressor says of itself, and engines do not read.
+        for key in ["producer", "moe_sparsity_config"] {
+            quantization.as_object_mut().unwrap().remove(key);
+        }
+        Some(quantization)
+    })
+}
+
+/// Quantizes the BF16 model in `source` and compares with what the dialect's tool exported to `theirs`: weights, their
+/// scales, names, types and configurations. Activation and KV scales depend on the calibration text, which fixtures do not
+/// hold.
+fn compare(source: &Path, recipe: &Recipe, dialect: Dialect, theirs: &Path) {
     let source = Checkpoint::open(source).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("quantized");
-    quantize(&source, &calibrated(&source), recipe, dialect, &out).unwrap();
+    let at = theirs.display();
+    quantize(&source, &calibrated(&source), recipe, dialect, &Default::default(), &out).unwrap();
     let ours = Checkpoint::open(&out).unwrap();
-    let theirs = TensorStore::open(theirs).unwrap();
-    let mut weights = 0;
-    for name in theirs.names().filter(|n| !n.ends_with("k_scale") && !n.ends_with("v_scale")) {
-        let a = ours.tensors.peek(name).unwrap_or_else(|| panic!("{name} is missing"));
-        let b = theirs.peek(name).unwrap();
-        assert_eq!((a.dtype, a.shape), (b.dtype, b.shape), "{name}");
-        if !name.contains("input_") {
-            assert!(a.bytes == b.bytes, "{name} differs");
+    let exported = TensorStore::open(theirs).unwrap();
+    assert_eq!(ours.tensors.names().collect::<Vec<_>>(), exported.names().collect::<Vec<_>>(), "{at}");
+    let (mut weights, mut wrong) = (0, Vec::new());
+    for name in exported.names() {
+        let (a, b) = (ours.tensors.peek(name).unwrap(), exported.peek(name).unwrap());
+        assert_eq!((a.dtype, a.shape), (b.dtype, b.shape), "{at}: {name}");
+        if !name.contains("input_") && !name.ends_with("k_scale") && !name.ends_with("v_scale") {
+            let differing = a.bytes.iter().zip(b.bytes).filter(|(a, b)| a != b).count();
+            if differing > 0 {
+                wrong.push(format!("{name}: {differing} of {}", a.bytes.len()));
+            }
             weights += usize::from(name.contains("proj"));
         }
     }
+    assert!(wrong.is_empty(), "{at}: {} of {weights} differ: {:?}", wrong.len(), &wrong[..wrong.len().min(4)]);
     assert!(weights >= 14);
+    assert_eq!(stated(&out), stated(theirs), "{at}");
     Decoder::load(backend(), &ours).unwrap();
 }
 
-/// The models whose BF16 form and export are both at hand: the repository's own, and the full set where it is.
-fn compare_all(recipe: Recipe, dialect: Dialect, own: &[(&str, &str)]) {
-    let folder = own_folder();
-    for (source, theirs) in own {
-        compare(&folder.join(source), recipe, dialect, &folder.join(theirs));
-    }
-    let tool = match dialect {
-        Dialect::ModelOpt => "modelopt",
-        _ => "compressed-tensors",
-    };
+/// Every export of `dialect`'s tool whose BF16 form is at hand: the repository's own, and the full set where it is.
+fn compare_all(tool: &str, dialect: Dialect, recipes: &[(&str, &str)]) {
+    let mut compared = 0;
     for fixture in all_fixtures() {
         let mut parts = fixture.name.split('/');
-        let (Some(t), Some(architecture), Some(scheme)) = (parts.next(), parts.next(), parts.next()) else { continue };
+        let (Some(t), Some(architecture), Some(export)) = (parts.next(), parts.next(), parts.next()) else { continue };
         let root = fixture.folder.ancestors().nth(3).unwrap();
-        let source = root.join("modelopt").join(architecture).join("bf16");
-        if t == tool && scheme == recipe.to_string() && source.is_dir() {
-            compare(&source, recipe, dialect, &fixture.folder);
+        let sources = [root.to_path_buf(), own_folder()].map(|r| r.join("modelopt").join(architecture).join("bf16"));
+        let Some(source) = sources.into_iter().find(|s| s.is_dir()) else { continue };
+        if let Some((name, _)) = recipes.iter().find(|(_, e)| t == tool && *e == export) {
+            println!("{}", fixture.name);
+            compare(&source, &recipe(name), dialect, &fixture.folder);
+            compared += 1;
         }
     }
+    println!("{compared} exports of {tool}");
+    assert!(compared >= 5, "{compared}");
 }
 
 #[test]
-fn nvfp4_in_the_modelopt_dialect_equals_modelopts_own_export() {
-    let own = [
-        ("modelopt/llama/bf16", "modelopt/llama/nvfp4_kv_fp8"),
-        ("modelopt/qwen3_moe/bf16", "modelopt/qwen3_moe/nvfp4"),
-    ];
-    compare_all(Recipe::Nvfp4, Dialect::ModelOpt, &own);
+fn the_modelopt_dialect_equals_modelopts_own_exports() {
+    compare_all("modelopt", Dialect::ModelOpt, &MODELOPT);
 }
 
 #[test]
-fn fp8_in_the_modelopt_dialect_equals_modelopts_own_export() {
-    // Their export of the same model with FP8 in the attention only.
-    let source = Checkpoint::open(&own_folder().join("modelopt/llama/bf16")).unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    let out = folder.path().join("quantized");
-    quantize(&source, &calibrated(&source), Recipe::Fp8, Dialect::ModelOpt, &out).unwrap();
-    let ours = TensorStore::open(&out).unwrap();
-    let theirs = TensorStore::open(&own_folder().join("modelopt/llama/mixed_fp8_attn_nvfp4_mlp")).unwrap();
-    for part in ["q_proj", "k_proj", "v_proj", "o_proj"] {
-        for suffix in ["weight", "weight_scale"] {
-            let name = format!("model.layers.1.self_attn.{part}.{suffix}");
-            assert!(ours.peek(&name).unwrap().bytes == theirs.peek(&name).unwrap().bytes, "{name}");
-        }
-    }
-    compare_all(Recipe::Fp8, Dialect::ModelOpt, &[]);
-}
-
-#[test]
-fn the_compressed_tensors_dialect_equals_llm_compressors_exports() {
-    compare_all(
-        Recipe::Nvfp4,
-        Dialect::CompressedTensors,
-        &[("modelopt/llama/bf16", "compressed-tensors/llama/nvfp4")],
-    );
-    compare_all(Recipe::Fp8, Dialect::CompressedTensors, &[("modelopt/llama/bf16", "compressed-tensors/llama/fp8")]);
+fn the_compressed_tensors_dialect_equals_llm_compressors_own_exports() {
+    compare_all("compressed-tensors", Dialect::CompressedTensors, &COMPRESSED_TENSORS);
 }
 
 #[test]
@@ -130,11 +158,14 @@ fn what_cannot_be_quantized_is_refused_by_name_and_leaves_nothing_behind() {
 
     let mut unreached = good.clone();
     unreached.amax.retain(|m, _| !m.contains("layers.1.mlp.down_proj"));
-    let e = quantize(&source, &unreached, Recipe::Nvfp4, Dialect::ModelOpt, &out).unwrap_err();
+    let e =
+        quantize(&source, &unreached, &Recipe::uniform(Scheme::Nvfp4), Dialect::ModelOpt, &Default::default(), &out)
+            .unwrap_err();
     assert!(e.to_string().contains("model.layers.1.mlp.down_proj"), "{e}");
 
     let already = Checkpoint::open(&own_folder().join("compressed-tensors/llama/fp8")).unwrap();
-    let e = quantize(&already, &good, Recipe::Nvfp4, Dialect::ModelOpt, &out).unwrap_err();
+    let e = quantize(&already, &good, &Recipe::uniform(Scheme::Nvfp4), Dialect::ModelOpt, &Default::default(), &out)
+        .unwrap_err();
     assert!(e.to_string().contains("F8_E4M3") && e.to_string().contains("q_proj"), "{e}");
 
     let e = calibrate(&source, backend(), &[], "test", &mut |_, _| {}).unwrap_err();
@@ -144,7 +175,8 @@ fn what_cannot_be_quantized_is_refused_by_name_and_leaves_nothing_behind() {
 
     std::fs::create_dir(&out).unwrap();
     std::fs::write(out.join("precious"), "x").unwrap();
-    let e = quantize(&source, &good, Recipe::Nvfp4, Dialect::ModelOpt, &out).unwrap_err();
+    let e = quantize(&source, &good, &Recipe::uniform(Scheme::Nvfp4), Dialect::ModelOpt, &Default::default(), &out)
+        .unwrap_err();
     assert!(e.to_string().contains("not empty"), "{e}");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "a partial folder was left behind");
 }

@@ -12,7 +12,7 @@ use recoup::checkpoint::tensors::TensorStore;
 use recoup::checkpoint::{Checkpoint, gguf};
 use recoup::formats::kv::KvFormat;
 use recoup::model::{Decoder, Wanted};
-use recoup::quantize::{Recipe, calibrate::calibrate, quantize};
+use recoup::quantize::{Recipe, Scheme, calibrate::calibrate, quantize};
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/smollm2").join(name)
@@ -41,8 +41,17 @@ fn models() -> Option<&'static Models> {
         let source = Checkpoint::open(&bf16).unwrap();
         let tokens: Vec<u32> = (0..128).map(|i| (i * 379) % 49_152).collect();
         let calibration = calibrate(&source, backend(), &[tokens], "test", &mut |_, _| {}).unwrap();
-        quantize(&source, &calibration, Recipe::Nvfp4, Dialect::ModelOpt, &nvfp4).unwrap();
-        quantize(&source, &calibration, Recipe::Fp8, Dialect::ModelOpt, &fp8).unwrap();
+        quantize(
+            &source,
+            &calibration,
+            &Recipe::uniform(Scheme::Nvfp4),
+            Dialect::ModelOpt,
+            &Default::default(),
+            &nvfp4,
+        )
+        .unwrap();
+        quantize(&source, &calibration, &Recipe::uniform(Scheme::Fp8), Dialect::ModelOpt, &Default::default(), &fp8)
+            .unwrap();
         Some(Models { _folder: folder, bf16, nvfp4, fp8 })
     });
     if models.is_none() {

@@ -5,7 +5,32 @@ use std::sync::{Mutex, PoisonError};
 use super::{AttentionShape, Backend, Batch, CacheLayout, Result, RopeTable, Routing, Span, TokenScore};
 use crate::formats::linear::LinearTensors;
 
-/// Sees one linear's module name and its input, [tokens, K] row-major, before any quantization.
+/// Names under which a layer's keys (after RoPE) and values are shown: those of their scales' tensors.
+#[must_use]
+pub fn kv_names(layer: usize) -> [String; 2] {
+    let prefix = format!("model.layers.{layer}.self_attn");
+    [format!("{prefix}.k_proj.k_scale"), format!("{prefix}.v_proj.v_scale")]
+}
+
+/// `k` [tokens, heads · 2 · half] after RoPE.
+fn rotated(k: &[f32], rope: &RopeTable) -> Vec<f32> {
+    let half = rope.half;
+    let tokens = (rope.cos.len() / half.max(1)).max(1);
+    let mut out = k.to_vec();
+    for (t, row) in out.chunks_mut(k.len() / tokens).enumerate() {
+        let (cos, sin) = (&rope.cos[t * half..][..half], &rope.sin[t * half..][..half]);
+        for head in row.chunks_mut(2 * half) {
+            let (a, b) = head.split_at_mut(half);
+            for i in 0..half {
+                (a[i], b[i]) = (a[i] * cos[i] - b[i] * sin[i], b[i] * cos[i] + a[i] * sin[i]);
+            }
+        }
+    }
+    out
+}
+
+/// Sees one linear's module name and its input, [tokens, K] row-major, before any quantization; and each layer's keys and
+/// values under [`kv_names`].
 pub trait Observer {
     fn input(&mut self, module: &str, x: &[f32]);
 }
@@ -80,6 +105,12 @@ impl<B: Backend, O: Observer> Backend for Observed<B, O> {
         cache: &mut B::Cache,
         batch: &Batch,
     ) -> Result<B::Tensor> {
+        let (keys, values) = (rotated(&self.inner.to_host(&k)?, rope), self.inner.to_host(&v)?);
+        let [k_name, v_name] = kv_names(shape.layer);
+        self.with_observer(|o| {
+            o.input(&k_name, &keys);
+            o.input(&v_name, &values);
+        });
         self.inner.attention(q, k, v, shape, rope, cache, batch)
     }
 

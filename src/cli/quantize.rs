@@ -11,7 +11,7 @@ use super::options::{EngineOptions, model_folder};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Dialect;
 use crate::model::ModelConfig;
-use crate::quantize::{self, Recipe, calibrate::calibrate};
+use crate::quantize::{self, Recipe};
 use crate::text::Tokenizer;
 
 /// Public-domain prose for calibration where the user gives none: the opening of a novel (Standard Ebooks, CC0).
@@ -20,13 +20,17 @@ pub(super) const BUILT_IN_TEXT: &str = include_str!("calibration.txt");
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// BF16 checkpoint folder or hub id
-    model: String,
+    #[arg(required_unless_present = "list_recipes")]
+    model: Option<String>,
     /// Folder to write; must not exist or be empty
-    #[arg(short, long, value_name = "FOLDER")]
-    output: PathBuf,
-    /// What to quantize the blocks' linears to
-    #[arg(long, value_enum)]
-    recipe: RecipeName,
+    #[arg(short, long, value_name = "FOLDER", required_unless_present = "list_recipes")]
+    output: Option<PathBuf>,
+    /// What the blocks' linears become: a shipped recipe (--list-recipes) or a JSON file
+    #[arg(long, value_name = "NAME|FILE", required_unless_present = "list_recipes")]
+    recipe: Option<String>,
+    /// Print the shipped recipes
+    #[arg(long)]
+    list_recipes: bool,
     /// Whose conventions the output follows
     #[arg(long, value_enum, default_value_t = DialectName::Modelopt)]
     dialect: DialectName,
@@ -44,43 +48,55 @@ pub(super) struct Args {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum RecipeName {
-    /// W4A4: weights and activations in NVFP4
-    Nvfp4,
-    /// W8A8: weights and activations in FP8, one scale per tensor
-    Fp8,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
 enum DialectName {
     Modelopt,
     CompressedTensors,
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    if args.list_recipes {
+        for recipe in Recipe::shipped()? {
+            super::outln!("{:<26} {}", recipe.name, recipe.description);
+        }
+        return super::done();
+    }
+    let (Some(model), Some(output), Some(recipe)) = (&args.model, &args.output, &args.recipe) else {
+        bail!("MODEL, --output and --recipe are needed");
+    };
     let start = Instant::now();
-    let folder = model_folder(&args.model)?;
+    let recipe = Recipe::find(recipe)?;
+    let folder = model_folder(model)?;
     let checkpoint = Checkpoint::open(&folder)?;
     let (sequences, description) = sequences(args, &checkpoint, &folder)?;
-    let bar = super::progress(0, "calibrating");
-    let calibration = calibrate(&checkpoint, args.options.backend()?, &sequences, &description, &mut |done, all| {
-        bar.set_length(all as u64);
-        bar.set_position(done as u64);
-    })?;
-    bar.finish_and_clear();
-    let recipe = match args.recipe {
-        RecipeName::Nvfp4 => Recipe::Nvfp4,
-        RecipeName::Fp8 => Recipe::Fp8,
-    };
     let dialect = match args.dialect {
         DialectName::Modelopt => Dialect::ModelOpt,
         DialectName::CompressedTensors => Dialect::CompressedTensors,
     };
-    let report = quantize::quantize(&checkpoint, &calibration, recipe, dialect, &args.output)?;
+    let bar = super::progress(0, "");
+    let backend = args.options.backend()?;
+    let report = quantize::apply(
+        &checkpoint,
+        &backend,
+        &sequences,
+        &description,
+        &recipe,
+        dialect,
+        output,
+        &mut |what, done, all| {
+            if done == 0 {
+                bar.set_message(what);
+                bar.reset_eta();
+            }
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+        },
+    )?;
+    bar.finish_and_clear();
     eprintln!(
-        "{} linears to {recipe} ({dialect} dialect), calibrated on {} tokens: {} to {} in {:.1} s",
+        "{} linears by {} ({dialect} dialect), calibrated on {} tokens: {} to {} in {:.1} s",
         report.modules,
-        calibration.tokens,
+        recipe.name,
+        sequences.iter().map(Vec::len).sum::<usize>(),
         super::human_bytes(report.bytes_before),
         super::human_bytes(report.bytes_after),
         start.elapsed().as_secs_f64()
@@ -88,7 +104,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     for module in &report.unreached {
         eprintln!("note: no calibration token reached {module}; it shares the scale of its neighbours");
     }
-    eprintln!("wrote {}", args.output.display());
+    eprintln!("wrote {}", output.display());
     super::done()
 }
 

@@ -59,6 +59,21 @@ impl<B: Backend> Layer<B> {
     }
 }
 
+impl<B: Backend> Layer<B> {
+    fn linears_mut(&mut self) -> Vec<&mut Arc<B::Linear>> {
+        let mut all = vec![&mut self.q, &mut self.k, &mut self.v, &mut self.o];
+        let mlps = match &mut self.ffn {
+            Ffn::Dense(mlp) => std::slice::from_mut(mlp),
+            Ffn::Moe { router, experts, .. } => {
+                all.push(router);
+                &mut experts[..]
+            }
+        };
+        all.extend(mlps.iter_mut().flat_map(|m| [&mut m.gate, &mut m.up, &mut m.down]));
+        all
+    }
+}
+
 enum Ffn<B: Backend> {
     Dense(Mlp<B>),
     Moe { router: Arc<B::Linear>, experts: Vec<Mlp<B>>, moe: Moe },
@@ -242,18 +257,61 @@ impl<B: Backend> Decoder<B> {
     /// # Errors
     /// A token outside the vocabulary, a cache too small, or the backend's own failure.
     pub fn hidden(&self, batch: &Batch, cache: &mut B::Cache) -> backend::Result<B::Tensor> {
-        let b = &self.backend;
-        let rope = RopeTable::new(&self.frequencies, batch.positions());
-        let mut x = b.embed(&self.embedding, &batch.tokens)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            let h = b.rms_norm(&x, &layer.input_norm, self.config.rms_eps)?;
-            let attention = self.attention(index, layer, &h, &rope, cache, batch)?;
-            x = b.add(x, &attention)?;
-            let h = b.rms_norm(&x, &layer.post_norm, self.config.rms_eps)?;
-            let ffn = self.ffn(&layer.ffn, &h)?;
-            x = b.add(x, &ffn)?;
+        let rope = self.rope(batch);
+        let mut x = self.embed(batch)?;
+        for index in 0..self.layers.len() {
+            x = self.block(index, x, &rope, cache, batch)?;
         }
         Ok(x)
+    }
+
+    /// Rotations of a batch's positions.
+    #[must_use]
+    pub fn rope(&self, batch: &Batch) -> RopeTable {
+        RopeTable::new(&self.frequencies, batch.positions())
+    }
+
+    /// Embeddings of a batch's tokens, [tokens, hidden].
+    ///
+    /// # Errors
+    /// A token outside the vocabulary, or the backend's own failure.
+    pub fn embed(&self, batch: &Batch) -> backend::Result<B::Tensor> {
+        self.backend.embed(&self.embedding, &batch.tokens)
+    }
+
+    /// What leaves decoder layer `index` when `x` [tokens, hidden] enters it; `rope` is [`Self::rope`] of `batch`.
+    ///
+    /// # Errors
+    /// No such layer, a cache too small, or the backend's own failure.
+    pub fn block(
+        &self,
+        index: usize,
+        x: B::Tensor,
+        rope: &RopeTable,
+        cache: &mut B::Cache,
+        batch: &Batch,
+    ) -> backend::Result<B::Tensor> {
+        let b = &self.backend;
+        let layer = self.layers.get(index).ok_or_else(|| backend::BackendError::Failed {
+            context: "block",
+            message: format!("there is no layer {index} of {}", self.layers.len()),
+        })?;
+        let h = b.rms_norm(&x, &layer.input_norm, self.config.rms_eps)?;
+        let attention = self.attention(index, layer, &h, rope, cache, batch)?;
+        let x = b.add(x, &attention)?;
+        let h = b.rms_norm(&x, &layer.post_norm, self.config.rms_eps)?;
+        let ffn = self.ffn(&layer.ffn, &h)?;
+        b.add(x, &ffn)
+    }
+
+    /// Puts `linear` in the place of the one with the same module name; whether a decoder layer has one.
+    pub fn replace(&mut self, linear: B::Linear) -> bool {
+        let backend = &self.backend;
+        let name = backend.module(&linear);
+        let slot = self.layers.iter_mut().flat_map(Layer::linears_mut).find(|l| backend.module(l) == name);
+        let Some(slot) = slot else { return false };
+        *slot = Arc::new(linear);
+        true
     }
 
     fn attention(

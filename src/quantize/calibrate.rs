@@ -9,17 +9,34 @@ use crate::backend::{Batch, PAGE, Span};
 use crate::checkpoint::Checkpoint;
 use crate::formats::amax;
 use crate::formats::kv::KvFormat;
+use crate::model::modules::Module;
 use crate::model::{Decoder, Wanted};
 
 /// What calibration found.
 #[derive(Clone, Debug, Default)]
 pub struct Calibration {
-    /// Largest magnitude of each module's input; modules that saw no token are absent.
+    /// Largest magnitude of each module's input, and of each layer's keys and values by the name of their scale's tensor;
+    /// what saw no token is absent.
     pub amax: BTreeMap<String, f32>,
     /// Tokens seen.
     pub tokens: usize,
     /// Where the text came from, for the checkpoint's metadata.
     pub description: String,
+}
+
+impl Calibration {
+    /// Largest magnitude by [`Module::input_key`]: of the inputs that share a scale.
+    #[must_use]
+    pub fn shared(&self, modules: &[Module]) -> BTreeMap<String, f32> {
+        let mut out: BTreeMap<String, f32> = BTreeMap::new();
+        for m in modules {
+            if let Some(&amax) = self.amax.get(&m.name) {
+                let shared = out.entry(m.input_key()).or_default();
+                *shared = shared.max(amax);
+            }
+        }
+        out
+    }
 }
 
 /// Runs `sequences` of token ids through the model as it is, unquantized, one after the other.

@@ -3,40 +3,30 @@
 pub mod calibrate;
 mod encode;
 mod export;
+pub mod gptq;
+mod layerwise;
+mod linalg;
+pub mod recipe;
+pub mod scheme;
+pub mod smooth;
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
+use crate::backend::cpu::CpuBackend;
 use crate::checkpoint::dialect::Dialect;
 use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
 use crate::checkpoint::{Checkpoint, CheckpointError};
-use crate::formats::nvfp4;
+use crate::formats::e4m3;
 use crate::model::modules::Module;
 use crate::model::{LoadError, ModelConfig};
 use calibrate::Calibration;
-use encode::Encoded;
-
-/// What the block linears are quantized to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Recipe {
-    /// NVFP4 weights and activations (W4A4), static activation scale.
-    Nvfp4,
-    /// FP8 weights and activations, per tensor, static activation scale.
-    Fp8,
-}
-
-impl fmt::Display for Recipe {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Nvfp4 => "nvfp4",
-            Self::Fp8 => "fp8",
-        })
-    }
-}
+use encode::Peaks;
+pub use recipe::Recipe;
+pub use scheme::Scheme;
 
 /// Why a model could not be quantized.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +39,8 @@ pub enum QuantizeError {
     Backend(#[from] crate::backend::BackendError),
     #[error("calibration: {0}")]
     Calibration(String),
+    #[error("recipe `{file}`: {detail}")]
+    Recipe { file: String, detail: String },
     #[error("module `{module}`: {detail}")]
     Module { module: String, detail: String },
     #[error("quantization writes the modelopt or the compressed-tensors dialect, not {0}")]
@@ -66,18 +58,34 @@ pub struct Report {
     pub unreached: Vec<String>,
 }
 
-/// Quantizes every linear of the blocks (not embedding, head or routers) with max calibration and writes `out`.
+/// A weight that was rounded beforehand.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    /// E2M1 codes, two to a byte, row-major.
+    pub codes: Vec<u8>,
+    /// E4M3 codes, row-major.
+    pub block_scales: Vec<u8>,
+    /// A multiplier.
+    pub global_scale: f32,
+}
+
+/// Quantizes the linears of the blocks that `recipe` names and writes `out`.
+///
+/// `calibration` holds the largest magnitudes of inputs (and of keys and values); `prepared` weights are written as they
+/// are. Transformations that the recipe asks for (smoothing, calibrated rounding) are not done here: see [`apply`].
 ///
 /// Follows nvidia-modelopt 0.47 for the ModelOpt dialect and llm-compressor 0.14 with compressed-tensors 0.20 for the
 /// other, bit for bit in weights and weight scales on BF16 models.
 ///
 /// # Errors
-/// When the model is quantized already, holds a NaN, has a K that no block divides, or `out` cannot be written.
+/// When the model is quantized already, holds a NaN, has a K that no block divides, the dialect has no such format, or
+/// `out` cannot be written.
 pub fn quantize(
     checkpoint: &Checkpoint,
     calibration: &Calibration,
-    recipe: Recipe,
+    recipe: &Recipe,
     dialect: Dialect,
+    prepared: &BTreeMap<String, Prepared>,
     out: &Path,
 ) -> Result<Report, QuantizeError> {
     if !matches!(dialect, Dialect::ModelOpt | Dialect::CompressedTensors) {
@@ -86,15 +94,16 @@ pub fn quantize(
     let config = ModelConfig::read(&checkpoint.config)?;
     let modules: Vec<Module> = config.modules().into_iter().filter(Module::is_block_linear).collect();
     let plan = Plan::new(checkpoint, &modules, calibration, recipe, dialect)?;
+    let kv = kv_scales(&config, calibration, recipe)?;
 
     let writer = FolderWriter::create(out)?;
     let mut metadata = Map::new();
     metadata.insert("format".into(), "pt".into());
     metadata.insert("recoup_version".into(), env!("CARGO_PKG_VERSION").into());
-    metadata.insert("recoup_recipe".into(), recipe.to_string().into());
+    metadata.insert("recoup_recipe".into(), recipe.name.clone().into());
     metadata.insert("recoup_calibration".into(), calibration.description.clone().into());
-    let (specs, jobs) = plan.tensors(checkpoint);
-    let mut done: Option<(usize, Encoded)> = None;
+    let (specs, jobs) = plan.tensors(checkpoint, &kv);
+    let mut encoded: (usize, BTreeMap<&'static str, Vec<u8>>) = (usize::MAX, BTreeMap::new());
     let mut next = 0;
     writer.tensors(&specs, SHARD_BYTES, &metadata, |spec| -> Result<Vec<u8>, QuantizeError> {
         let job = &jobs[next];
@@ -102,50 +111,72 @@ pub fn quantize(
         match job {
             Job::Copy => Ok(checkpoint.tensors.require(&spec.name, "it is copied")?.bytes.to_vec()),
             Job::Bytes(bytes) => Ok(bytes.clone()),
-            Job::Weight(i) => {
-                let encoded = plan.encode(checkpoint, &modules[*i], *i)?;
-                let bytes = encoded.codes.clone();
-                done = Some((*i, encoded));
-                Ok(bytes)
+            Job::Part(i, suffix) => {
+                if encoded.0 != *i {
+                    let (m, scheme, peaks) = (&modules[*i], plan.schemes[*i], plan.peaks[*i]);
+                    let parts = match prepared.get(&m.name) {
+                        Some(p) if scheme.is_nvfp4_weight() => encode::prepared(p, scheme, dialect, peaks),
+                        _ => encode::encode(checkpoint, m, scheme, dialect, recipe.block_scales, peaks)?,
+                    };
+                    encoded = (*i, parts);
+                }
+                Ok(encoded.1.remove(suffix).unwrap_or_default())
             }
-            // Block scales follow their weight in the plan.
-            Job::BlockScales(i) => match &mut done {
-                Some((j, encoded)) if j == i => Ok(std::mem::take(&mut encoded.block_scales)),
-                _ => Ok(plan.encode(checkpoint, &modules[*i], *i)?.block_scales),
-            },
         }
     })?;
-    export::write_configs(&writer, checkpoint, &config, recipe, dialect)?;
+    let assigned: Vec<(&Module, Scheme)> = modules.iter().zip(plan.schemes.iter().copied()).collect();
+    export::write_configs(&writer, checkpoint, &config, &assigned, recipe.kv_cache, dialect)?;
+    writer.json("recoup_recipe.json", &serde_json::to_value(recipe).unwrap_or_default())?;
     writer.copy_text_files(checkpoint.tensors.folder())?;
     writer.commit()?;
 
-    let mut report = Report { modules: modules.len(), unreached: plan.unreached, ..Report::default() };
-    for (m, spec) in specs.iter().zip(&jobs) {
-        match spec {
-            Job::Copy => {}
-            _ => report.bytes_after += m.bytes(),
-        }
-    }
-    report.bytes_before = modules.iter().map(|m| 2 * (m.role.n * m.role.k) as u64).sum();
-    Ok(report)
+    let quantized = || modules.iter().zip(&plan.schemes).filter(|(_, s)| **s != Scheme::None);
+    Ok(Report {
+        modules: quantized().count(),
+        bytes_before: quantized().map(|(m, _)| 2 * (m.role.n * m.role.k) as u64).sum(),
+        bytes_after: specs.iter().zip(&jobs).filter(|(_, j)| !matches!(j, Job::Copy)).map(|(s, _)| s.bytes()).sum(),
+        unreached: plan.unreached,
+    })
 }
 
 /// Where one output tensor comes from.
 enum Job {
     Copy,
-    Weight(usize),
-    BlockScales(usize),
+    /// A part of a module's weight.
+    Part(usize, &'static str),
     Bytes(Vec<u8>),
 }
 
-/// The scales of every module, decided before anything is written.
+/// FP8 scales of keys and values by tensor name.
+fn kv_scales(
+    config: &ModelConfig,
+    calibration: &Calibration,
+    recipe: &Recipe,
+) -> Result<BTreeMap<String, f32>, QuantizeError> {
+    let mut out = BTreeMap::new();
+    if recipe.kv_cache.is_none() {
+        return Ok(out);
+    }
+    for layer in 0..config.layers {
+        for name in crate::backend::observe::kv_names(layer) {
+            let amax = calibration.amax.get(&name).copied().unwrap_or(0.0);
+            if amax == 0.0 {
+                return Err(QuantizeError::Calibration(format!(
+                    "`{name}` is unknown: no key or value other than zero was seen; use more or other text"
+                )));
+            }
+            out.insert(name, amax / e4m3::MAX);
+        }
+    }
+    Ok(out)
+}
+
+/// What every module becomes and what its scales come from, decided before anything is written.
 struct Plan<'a> {
-    recipe: Recipe,
     dialect: Dialect,
     modules: &'a [Module],
-    /// Global (NVFP4) or tensor (FP8) scale of each weight, in the dialect's own convention.
-    weight_scales: Vec<f32>,
-    input_scales: Vec<f32>,
+    schemes: Vec<Scheme>,
+    peaks: Vec<Peaks>,
     unreached: Vec<String>,
 }
 
@@ -154,57 +185,49 @@ impl<'a> Plan<'a> {
         checkpoint: &Checkpoint,
         modules: &'a [Module],
         calibration: &Calibration,
-        recipe: Recipe,
+        recipe: &Recipe,
         dialect: Dialect,
     ) -> Result<Self, QuantizeError> {
-        let mut inputs: BTreeMap<String, f32> = BTreeMap::new();
-        let mut unreached = Vec::new();
-        for m in modules {
-            match calibration.amax.get(&m.name) {
-                Some(&amax) => {
-                    let shared = inputs.entry(m.input_key()).or_default();
-                    *shared = shared.max(amax);
-                }
-                None => unreached.push(m.name.clone()),
-            }
+        let schemes = recipe.assign(modules)?;
+        let assigned = || modules.iter().zip(&schemes).filter(|(_, s)| **s != Scheme::None);
+        if let Some((m, scheme)) = assigned().find(|(_, s)| !s.is_in(dialect)) {
+            let detail = format!("the {dialect} dialect has no {scheme}; choose another dialect or recipe");
+            return Err(QuantizeError::Module { module: m.name.clone(), detail });
         }
-        let mut weights: BTreeMap<String, f32> = BTreeMap::new();
-        // FP8 engines keep one scale per projection; the experts' fused gate and up share theirs (ModelOpt).
-        let key = |m: &Module| match recipe {
-            Recipe::Nvfp4 => m.fusion_key(),
-            Recipe::Fp8 if m.expert.is_some() && dialect == Dialect::ModelOpt => m.fusion_key(),
-            Recipe::Fp8 => m.name.clone(),
-        };
-        for m in modules {
-            let amax = encode::weight_amax(checkpoint, m, recipe)?;
-            let shared = weights.entry(key(m)).or_default();
+        let inputs = calibration.shared(modules);
+        let unreached = assigned().filter(|(m, s)| s.has_input_scale() && !calibration.amax.contains_key(&m.name));
+        let unreached: Vec<String> = unreached.map(|(m, _)| m.name.clone()).collect();
+        let mut own = Vec::new();
+        let mut fused: BTreeMap<String, f32> = BTreeMap::new();
+        for (m, scheme) in modules.iter().zip(&schemes) {
+            let amax = if *scheme == Scheme::None { 0.0 } else { encode::weight_amax(checkpoint, m, *scheme)? };
+            own.push(amax);
+            let shared = fused.entry(Self::key(m, *scheme, dialect)).or_default();
             *shared = shared.max(amax);
         }
-        let mut plan =
-            Self { recipe, dialect, modules, weight_scales: Vec::new(), input_scales: Vec::new(), unreached };
-        for m in modules {
-            let input = inputs.get(&m.input_key()).copied().unwrap_or(0.0);
-            if input == 0.0 {
+        let mut peaks = Vec::new();
+        for ((m, scheme), own) in modules.iter().zip(&schemes).zip(own) {
+            let input = if scheme.has_input_scale() { inputs.get(&m.input_key()).copied().unwrap_or(0.0) } else { 0.0 };
+            if scheme.has_input_scale() && input == 0.0 {
                 return Err(QuantizeError::Calibration(format!(
                     "no token reached `{}` with a value other than zero, so its activation scale is unknown; use more or other text",
                     m.name
                 )));
             }
-            let weight = weights.get(&key(m)).copied().unwrap_or(0.0);
-            // An all-zero weight has no scale of its own; any will do.
-            let weight = if weight == 0.0 { 1.0 } else { weight };
-            plan.weight_scales.push(encode::tensor_scale(recipe, dialect, weight));
-            plan.input_scales.push(encode::tensor_scale(recipe, dialect, input));
+            let fused = fused.get(&Self::key(m, *scheme, dialect)).copied().unwrap_or(own);
+            peaks.push(Peaks { own, fused, input });
         }
-        Ok(plan)
+        Ok(Self { dialect, modules, schemes, peaks, unreached })
     }
 
-    fn encode(&self, checkpoint: &Checkpoint, m: &Module, index: usize) -> Result<Encoded, QuantizeError> {
-        encode::weight(checkpoint, m, self.recipe, self.dialect, self.weight_scales[index])
+    /// Modules with the same key share the scale of their weights.
+    fn key(m: &Module, scheme: Scheme, dialect: Dialect) -> String {
+        let key = if encode::shares_scale(m, scheme, dialect) { m.fusion_key() } else { m.name.clone() };
+        format!("{scheme} {key}")
     }
 
     /// Every tensor of the new checkpoint, and where it comes from.
-    fn tensors(&self, checkpoint: &Checkpoint) -> (Vec<TensorSpec>, Vec<Job>) {
+    fn tensors(&self, checkpoint: &Checkpoint, kv: &BTreeMap<String, f32>) -> (Vec<TensorSpec>, Vec<Job>) {
         let by_weight: BTreeMap<String, usize> =
             self.modules.iter().enumerate().map(|(i, m)| (format!("{}.weight", m.name), i)).collect();
         let (mut specs, mut jobs) = (Vec::new(), Vec::new());
@@ -213,43 +236,94 @@ impl<'a> Plan<'a> {
             jobs.push(job);
         };
         for name in checkpoint.tensors.names() {
-            let Some(&i) = by_weight.get(name) else {
-                if let Some(view) = checkpoint.tensors.peek(name) {
-                    push(name.into(), view.dtype, view.shape, Job::Copy);
+            match by_weight.get(name).filter(|i| self.schemes[**i] != Scheme::None) {
+                Some(&i) => {
+                    let m = &self.modules[i];
+                    for part in encode::parts(m, self.schemes[i], self.dialect) {
+                        let name = format!("{}.{}", m.name, part.suffix);
+                        push(name, part.dtype, &part.shape, Job::Part(i, part.suffix));
+                    }
                 }
-                continue;
-            };
-            let m = &self.modules[i];
-            let (n, k) = (m.role.n, m.role.k);
-            let tensor = |suffix: &str| format!("{}.{suffix}", m.name);
-            let scalar = |v: f32| Job::Bytes(v.to_le_bytes().to_vec());
-            let half = |v: f32| Job::Bytes(half::bf16::from_f32(v).to_le_bytes().to_vec());
-            match (self.recipe, self.dialect) {
-                (Recipe::Nvfp4, Dialect::CompressedTensors) => {
-                    push(tensor("weight_packed"), Dtype::U8, &[n, k / 2], Job::Weight(i));
-                    push(tensor("weight_scale"), Dtype::F8_E4M3, &[n, k / nvfp4::BLOCK], Job::BlockScales(i));
-                    push(tensor("weight_global_scale"), Dtype::F32, &[1], scalar(self.weight_scales[i]));
-                    push(tensor("input_global_scale"), Dtype::F32, &[1], scalar(self.input_scales[i]));
-                }
-                (Recipe::Nvfp4, _) => {
-                    push(tensor("weight"), Dtype::U8, &[n, k / 2], Job::Weight(i));
-                    push(tensor("weight_scale"), Dtype::F8_E4M3, &[n, k / nvfp4::BLOCK], Job::BlockScales(i));
-                    push(tensor("weight_scale_2"), Dtype::F32, &[], scalar(self.weight_scales[i]));
-                    push(tensor("input_scale"), Dtype::F32, &[], scalar(self.input_scales[i]));
-                }
-                (Recipe::Fp8, Dialect::CompressedTensors) => {
-                    push(tensor("weight"), Dtype::F8_E4M3, &[n, k], Job::Weight(i));
-                    push(tensor("weight_scale"), Dtype::BF16, &[1], half(self.weight_scales[i]));
-                    push(tensor("input_scale"), Dtype::BF16, &[1], half(self.input_scales[i]));
-                }
-                (Recipe::Fp8, _) => {
-                    push(tensor("weight"), Dtype::F8_E4M3, &[n, k], Job::Weight(i));
-                    push(tensor("weight_scale"), Dtype::F32, &[], scalar(self.weight_scales[i]));
-                    push(tensor("input_scale"), Dtype::F32, &[], scalar(self.input_scales[i]));
+                None => {
+                    if let Some(view) = checkpoint.tensors.peek(name) {
+                        push(name.into(), view.dtype, view.shape, Job::Copy);
+                    }
                 }
             }
         }
+        for (name, scale) in kv {
+            let shape: &[usize] = if self.dialect == Dialect::CompressedTensors { &[1] } else { &[] };
+            push(name.clone(), Dtype::F32, shape, Job::Bytes(scale.to_le_bytes().to_vec()));
+        }
         (specs, jobs)
+    }
+}
+
+/// Quantizes by a whole recipe: smooths, calibrates, rounds and writes, as it says.
+///
+/// The smoothed model lies in a folder beside `out` meanwhile.
+///
+/// # Errors
+/// As [`quantize`], [`calibrate::calibrate`], [`smooth::choose`] and [`gptq::gptq`].
+pub fn apply(
+    checkpoint: &Checkpoint,
+    backend: &CpuBackend,
+    sequences: &[Vec<u32>],
+    description: &str,
+    recipe: &Recipe,
+    dialect: Dialect,
+    out: &Path,
+    progress: &mut dyn FnMut(&'static str, usize, usize),
+) -> Result<Report, QuantizeError> {
+    let mut scratch = None;
+    let smoothed = if recipe.smooth {
+        let found = smooth::choose(checkpoint, backend, sequences, &mut |done, all| progress("smoothing", done, all))?;
+        let folder = Scratch::beside(out);
+        found.write(checkpoint, &folder.0)?;
+        let smoothed = Checkpoint::open(&folder.0)?;
+        scratch = Some(folder);
+        Some(smoothed)
+    } else {
+        None
+    };
+    let source = smoothed.as_ref().unwrap_or(checkpoint);
+    let calibration = calibrate::calibrate(source, backend.clone(), sequences, description, &mut |done, all| {
+        progress("calibrating", done, all);
+    })?;
+    let mut prepared = BTreeMap::new();
+    if let Some(options) = recipe.gptq {
+        let modules: Vec<Module> = ModelConfig::read(&source.config)?.modules();
+        let modules: Vec<Module> = modules.into_iter().filter(Module::is_block_linear).collect();
+        let inputs = calibration.shared(&modules);
+        let input = |m: &Module| inputs.get(&m.input_key()).copied().unwrap_or(0.0);
+        let schemes: BTreeMap<&str, Scheme> =
+            modules.iter().map(|m| m.name.as_str()).zip(recipe.assign(&modules)?).collect();
+        let target = |m: &Module| {
+            let scheme = schemes.get(m.name.as_str()).copied().filter(|s| s.is_nvfp4_weight())?;
+            Some(encode::activation(scheme, dialect, input(m)))
+        };
+        let all = &mut |done, all| progress("rounding", done, all);
+        prepared = gptq::gptq(source, backend, sequences, &target, dialect, options, all)?;
+    }
+    let report = quantize(source, &calibration, recipe, dialect, &prepared, out);
+    drop(smoothed);
+    drop(scratch);
+    report
+}
+
+/// A folder that goes with this value.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn beside(out: &Path) -> Self {
+        let name = out.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        Self(out.with_file_name(format!(".{name}.smoothed-{}", std::process::id())))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 

@@ -1,0 +1,229 @@
+//! Recipes: which modules are quantized to what, and how. JSON files, shipped or the user's own.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::QuantizeError;
+use super::scheme::Scheme;
+use crate::model::modules::Module;
+
+/// A recipe.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// What it is called; a file's own name where it does not say.
+    #[serde(default)]
+    pub name: String,
+    #[serde(default)]
+    pub description: String,
+    /// Which modules become what; of several rules that match, the last holds. Modules that none matches stay as they are.
+    /// Embedding, head and routers are never quantized.
+    pub rules: Vec<Rule>,
+    /// What the KV cache is stored in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_cache: Option<KvCache>,
+    /// How NVFP4 weights' block scales are chosen.
+    #[serde(default)]
+    pub block_scales: ScaleChoice,
+    /// Powers of two moved between norms and linears first, see [`super::smooth`].
+    #[serde(default)]
+    pub smooth: bool,
+    /// Calibrated rounding of NVFP4 weights, see [`super::gptq`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gptq: Option<super::gptq::Gptq>,
+}
+
+/// What some modules become.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rule {
+    /// Module names, `*` for any characters: `*.mlp.*`.
+    pub modules: String,
+    pub scheme: Scheme,
+}
+
+/// How a KV cache is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KvCache {
+    /// E4M3 under a calibrated scale for keys (after RoPE) and one for values in each layer.
+    Fp8,
+}
+
+/// How the scale of an NVFP4 block is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScaleChoice {
+    /// The block's largest value becomes the largest code.
+    #[default]
+    Max,
+    /// The E4M3 code with the least squared error.
+    Mse,
+}
+
+/// Recipes that ship, by name.
+const SHIPPED: [(&str, &str); 17] = [
+    ("nvfp4", include_str!("recipes/nvfp4.json")),
+    ("nvfp4_best", include_str!("recipes/nvfp4_best.json")),
+    ("nvfp4_smooth", include_str!("recipes/nvfp4_smooth.json")),
+    ("nvfp4_mse", include_str!("recipes/nvfp4_mse.json")),
+    ("nvfp4_gptq", include_str!("recipes/nvfp4_gptq.json")),
+    ("nvfp4_kv_fp8", include_str!("recipes/nvfp4_kv_fp8.json")),
+    ("nvfp4_mlp_only", include_str!("recipes/nvfp4_mlp_only.json")),
+    ("nvfp4_experts_only", include_str!("recipes/nvfp4_experts_only.json")),
+    ("w4a16_nvfp4", include_str!("recipes/w4a16_nvfp4.json")),
+    ("w4a8_nvfp4_fp8", include_str!("recipes/w4a8_nvfp4_fp8.json")),
+    ("mixed_fp8_attn_nvfp4_mlp", include_str!("recipes/mixed_fp8_attn_nvfp4_mlp.json")),
+    ("fp8", include_str!("recipes/fp8.json")),
+    ("fp8_kv_fp8", include_str!("recipes/fp8_kv_fp8.json")),
+    ("fp8_pc_pt", include_str!("recipes/fp8_pc_pt.json")),
+    ("fp8_block", include_str!("recipes/fp8_block.json")),
+    ("mxfp8", include_str!("recipes/mxfp8.json")),
+    ("mxfp4", include_str!("recipes/mxfp4.json")),
+];
+
+impl Recipe {
+    /// A recipe that makes every block linear `scheme`.
+    #[must_use]
+    pub fn uniform(scheme: Scheme) -> Self {
+        Self {
+            name: scheme.name().into(),
+            description: String::new(),
+            rules: vec![Rule { modules: "*".into(), scheme }],
+            kv_cache: None,
+            block_scales: ScaleChoice::Max,
+            smooth: false,
+            gptq: None,
+        }
+    }
+
+    /// Every shipped recipe.
+    ///
+    /// # Errors
+    /// None in a build that passes its tests.
+    pub fn shipped() -> Result<Vec<Self>, QuantizeError> {
+        SHIPPED.iter().map(|(name, text)| Self::parse(name, text)).collect()
+    }
+
+    /// The shipped recipe of this name, or else the file.
+    ///
+    /// # Errors
+    /// When it is neither, or the file is no recipe.
+    pub fn find(name: &str) -> Result<Self, QuantizeError> {
+        if let Some((name, text)) = SHIPPED.iter().find(|(n, _)| *n == name) {
+            return Self::parse(name, text);
+        }
+        let text = std::fs::read_to_string(name).map_err(|e| {
+            let known: Vec<&str> = SHIPPED.iter().map(|(n, _)| *n).collect();
+            QuantizeError::Recipe {
+                file: name.into(),
+                detail: format!("no shipped recipe ({}), and cannot be read: {e}", known.join(", ")),
+            }
+        })?;
+        let stem = Path::new(name).file_stem().map_or_else(|| name.to_owned(), |s| s.to_string_lossy().into_owned());
+        Self::parse(&stem, &text).map_err(|e| match e {
+            QuantizeError::Recipe { detail, .. } => QuantizeError::Recipe { file: name.into(), detail },
+            e => e,
+        })
+    }
+
+    fn parse(name: &str, text: &str) -> Result<Self, QuantizeError> {
+        let fail = |detail: String| QuantizeError::Recipe { file: name.into(), detail };
+        let mut recipe: Self = serde_json::from_str(text).map_err(|e| fail(e.to_string()))?;
+        if recipe.name.is_empty() {
+            recipe.name = name.into();
+        }
+        if recipe.rules.is_empty() {
+            return Err(fail("`rules` is empty: nothing would be quantized".into()));
+        }
+        if let Some(g) = recipe.gptq.filter(|g| !(g.damping.is_finite() && g.damping > 0.0)) {
+            return Err(fail(format!("`gptq.damping` must be a number above 0, such as 0.01, found {}", g.damping)));
+        }
+        Ok(recipe)
+    }
+
+    /// What each of `modules` becomes, in their order.
+    ///
+    /// # Errors
+    /// When a rule matches no module, or nothing is quantized.
+    pub fn assign(&self, modules: &[Module]) -> Result<Vec<Scheme>, QuantizeError> {
+        let fail = |detail: String| QuantizeError::Recipe { file: self.name.clone(), detail };
+        let mut out = vec![Scheme::None; modules.len()];
+        for rule in &self.rules {
+            let mut matched = false;
+            for (m, scheme) in modules.iter().zip(&mut out).filter(|(m, _)| glob(&rule.modules, &m.name)) {
+                *scheme = rule.scheme;
+                matched |= !m.name.is_empty();
+            }
+            if !matched {
+                let example = modules.first().map_or("", |m| m.name.as_str());
+                let pattern = &rule.modules;
+                return Err(fail(format!(
+                    "the rule for `{pattern}` matches no linear of the blocks, whose names are like `{example}`; mend or remove it"
+                )));
+            }
+        }
+        if out.iter().all(|s| *s == Scheme::None) {
+            return Err(fail("nothing would be quantized: every rule that holds says `none`".into()));
+        }
+        Ok(out)
+    }
+}
+
+/// Whether `pattern`, in which `*` stands for any characters, is all of `text`.
+fn glob(pattern: &str, text: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let first = parts.next().unwrap_or_default();
+    let Some(mut rest) = text.strip_prefix(first) else { return false };
+    let mut parts = parts.peekable();
+    if parts.peek().is_none() {
+        return rest.is_empty();
+    }
+    while let Some(part) = parts.next() {
+        if parts.peek().is_none() {
+            return rest.ends_with(part);
+        }
+        let Some(at) = rest.find(part) else { return false };
+        rest = &rest[at + part.len()..];
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_match_whole_names() {
+        for (pattern, text, expected) in [
+            ("*", "a.b", true),
+            ("a.b", "a.b", true),
+            ("a.b", "a.bc", false),
+            ("*.mlp.*", "model.layers.0.mlp.up_proj", true),
+            ("*.mlp.*", "model.layers.0.self_attn.q_proj", false),
+            ("model.*.3.*_proj", "model.layers.3.mlp.up_proj", true),
+            ("*proj", "a.proj.b", false),
+            ("a*a", "a", false),
+        ] {
+            assert_eq!(glob(pattern, text), expected, "{pattern} {text}");
+        }
+    }
+
+    #[test]
+    fn shipped_recipes_can_be_read_and_say_what_they_are() {
+        for recipe in Recipe::shipped().unwrap() {
+            assert!(!recipe.description.is_empty(), "{}", recipe.name);
+        }
+    }
+
+    #[test]
+    fn faults_of_a_recipe_are_named() {
+        let fault = |text: &str| Recipe::parse("mine", text).unwrap_err().to_string();
+        assert!(fault("{").contains("mine"));
+        assert!(fault(r#"{"rules": []}"#).contains("rules"));
+        assert!(fault(r#"{"rules": [{"modules": "*", "scheme": "nvfp5"}]}"#).contains("nvfp5"));
+        assert!(fault(r#"{"rulse": []}"#).contains("rulse"));
+        assert!(Recipe::find("no_such").unwrap_err().to_string().contains("nvfp4_best"));
+    }
+}
