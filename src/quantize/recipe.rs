@@ -60,14 +60,17 @@ pub enum ScaleChoice {
     Max,
     /// The E4M3 code with the least squared error.
     Mse,
+    /// The largest value becomes 6 or 4, whichever has the least squared error; the global scale leaves room for that.
+    FourOverSix,
 }
 
 /// Recipes that ship, by name.
-const SHIPPED: [(&str, &str); 17] = [
+const SHIPPED: [(&str, &str); 18] = [
     ("nvfp4", include_str!("recipes/nvfp4.json")),
     ("nvfp4_best", include_str!("recipes/nvfp4_best.json")),
     ("nvfp4_smooth", include_str!("recipes/nvfp4_smooth.json")),
     ("nvfp4_mse", include_str!("recipes/nvfp4_mse.json")),
+    ("nvfp4_four_over_six", include_str!("recipes/nvfp4_four_over_six.json")),
     ("nvfp4_gptq", include_str!("recipes/nvfp4_gptq.json")),
     ("nvfp4_kv_fp8", include_str!("recipes/nvfp4_kv_fp8.json")),
     ("nvfp4_mlp_only", include_str!("recipes/nvfp4_mlp_only.json")),
