@@ -12,7 +12,7 @@ use recoup::checkpoint::tensors::TensorStore;
 use recoup::model::Decoder;
 use recoup::quantize::calibrate::{Calibration, calibrate};
 use recoup::quantize::recipe::ScaleChoice;
-use recoup::quantize::{QuantizeError, Recipe, Scheme, quantize};
+use recoup::quantize::{CalibrationText, QuantizeError, Recipe, Scheme, apply, quantize, smooth};
 use serde_json::Value;
 
 fn backend() -> CpuBackend {
@@ -193,4 +193,105 @@ fn what_cannot_be_quantized_is_refused_by_name_and_leaves_nothing_behind() {
         .unwrap_err();
     assert!(e.to_string().contains("not empty"), "{e}");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "a partial folder was left behind");
+}
+
+/// Logits of a fixture's model on its reference's tokens.
+fn logits(folder: &Path) -> Vec<f32> {
+    let checkpoint = Checkpoint::open(folder).unwrap();
+    let model = Decoder::load(backend(), &checkpoint).unwrap();
+    common::logits(&model, &[(0..48u32).map(|i| (i * 31 + 7) % 384).collect()])
+}
+
+fn text() -> CalibrationText {
+    let sequences = (0..4).map(|s| (0..64).map(|i| (i * 37 + s * 101) % 384).collect()).collect();
+    CalibrationText { sequences, description: "test".into() }
+}
+
+#[test]
+fn smoothing_changes_no_bit_of_what_the_unquantized_model_computes() {
+    let mut smoothed = 0;
+    for fixture in all_fixtures().into_iter().filter(|f| f.name.ends_with("/bf16")) {
+        let source = fixture.checkpoint();
+        let found = smooth::choose(&source, &backend(), &text().sequences, &mut |_, _| {}).unwrap();
+        let chosen = found.chosen.iter().filter(|(_, strength, _)| strength.is_some()).count();
+        assert!(chosen > 0 && found.chosen.iter().all(|(_, _, share)| *share <= 1.0), "{}", fixture.name);
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("smoothed");
+        found.write(&source, &out).unwrap();
+        assert!(logits(&fixture.folder) == logits(&out), "{} computes something else", fixture.name);
+        smoothed += 1;
+    }
+    assert!(smoothed >= 2, "{smoothed}");
+}
+
+#[test]
+fn the_best_recipe_runs_on_every_architecture_and_both_dialects_and_leaves_no_scratch() {
+    let recipe = Recipe::find("nvfp4_best").unwrap();
+    for fixture in all_fixtures().into_iter().filter(|f| f.name.ends_with("/bf16")) {
+        for dialect in [Dialect::ModelOpt, Dialect::CompressedTensors] {
+            let folder = tempfile::tempdir().unwrap();
+            let out = folder.path().join("best");
+            let source = fixture.checkpoint();
+            apply(&source, &backend(), &text(), &recipe, dialect, &out, &mut |_, _, _| {}).unwrap();
+            let ours = Checkpoint::open(&out).unwrap();
+            Decoder::load(backend(), &ours).unwrap();
+            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "{}", fixture.name);
+        }
+    }
+}
+
+/// A trained model: on text that calibration has not seen.
+#[test]
+fn the_best_recipe_loses_less_than_the_largest_values_scales() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let recoup = |args: &[&str]| {
+        let out = std::process::Command::new(env!("CARGO_BIN_EXE_recoup"))
+            .args(args)
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .output()
+            .unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        out.stdout
+    };
+    let best = at("best");
+    recoup(&["quantize", "models/books-bf16", "-o", &best, "--recipe", "nvfp4_best"]);
+    let report =
+        recoup(
+            &[
+                &[
+                    "compare",
+                    "models/books-bf16",
+                    "models/books-nvfp4",
+                    &best,
+                    "--tasks",
+                    "none",
+                    "--no-speed",
+                    "--json",
+                ][..],
+                &["--text", "books", "--windows", "12", "--window", "256", "-o", &at("report")],
+            ]
+            .concat(),
+        );
+    let report: Value = serde_json::from_slice(&report).unwrap();
+    let kl = |i: usize| report["divergences"][i]["kl"]["value"].as_f64().unwrap();
+    println!("largest values {:.5}, best {:.5}", kl(0), kl(1));
+    assert!(kl(1) < 0.9 * kl(0), "{} against {}", kl(1), kl(0));
+}
+
+#[test]
+fn recipes_that_fit_no_module_and_formats_that_a_dialect_lacks_are_refused() {
+    let source = Checkpoint::open(&own_folder().join("modelopt/llama/bf16")).unwrap();
+    let good = calibrated(&source);
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let refuse = |recipe: &Recipe, dialect| {
+        quantize(&source, &good, recipe, dialect, &Default::default(), &out).unwrap_err().to_string()
+    };
+    let experts = Recipe::find("nvfp4_experts_only").unwrap();
+    assert!(refuse(&experts, Dialect::ModelOpt).contains("*.mlp.experts.*"));
+    let e = refuse(&Recipe::uniform(Scheme::W4a8Nvfp4Fp8), Dialect::CompressedTensors);
+    assert!(e.contains("w4a8_nvfp4_fp8") && e.contains("q_proj"), "{e}");
+    assert!(refuse(&Recipe::uniform(Scheme::None), Dialect::ModelOpt).contains("nothing"));
+    assert!(!out.exists());
 }

@@ -11,7 +11,7 @@ use super::options::{EngineOptions, model_folder};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Dialect;
 use crate::model::ModelConfig;
-use crate::quantize::{self, Recipe};
+use crate::quantize::{self, CalibrationText, Recipe};
 use crate::text::Tokenizer;
 
 /// Public-domain prose for calibration where the user gives none: the opening of a novel (Standard Ebooks, CC0).
@@ -37,9 +37,9 @@ pub(super) struct Args {
     /// Text to calibrate activation scales on (.txt), or token ids (.json) [default: a short built-in text]
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
-    /// Windows of the text to run
-    #[arg(long, default_value_t = 8)]
-    samples: usize,
+    /// Windows of the text to run [default: 8, and 16 where the recipe rounds weights by them]
+    #[arg(long)]
+    samples: Option<usize>,
     /// Tokens in a window
     #[arg(long, default_value_t = 512)]
     length: usize,
@@ -67,36 +67,28 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let recipe = Recipe::find(recipe)?;
     let folder = model_folder(model)?;
     let checkpoint = Checkpoint::open(&folder)?;
-    let (sequences, description) = sequences(args, &checkpoint, &folder)?;
+    let samples = args.samples.unwrap_or(if recipe.gptq.is_some() { 16 } else { 8 });
+    let text = sequences(args, samples, &checkpoint, &folder)?;
     let dialect = match args.dialect {
         DialectName::Modelopt => Dialect::ModelOpt,
         DialectName::CompressedTensors => Dialect::CompressedTensors,
     };
     let bar = super::progress(0, "");
     let backend = args.options.backend()?;
-    let report = quantize::apply(
-        &checkpoint,
-        &backend,
-        &sequences,
-        &description,
-        &recipe,
-        dialect,
-        output,
-        &mut |what, done, all| {
-            if done == 0 {
-                bar.set_message(what);
-                bar.reset_eta();
-            }
-            bar.set_length(all as u64);
-            bar.set_position(done as u64);
-        },
-    )?;
+    let report = quantize::apply(&checkpoint, &backend, &text, &recipe, dialect, output, &mut |what, done, all| {
+        if done == 0 {
+            bar.set_message(what);
+            bar.reset_eta();
+        }
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+    })?;
     bar.finish_and_clear();
     eprintln!(
         "{} linears by {} ({dialect} dialect), calibrated on {} tokens: {} to {} in {:.1} s",
         report.modules,
         recipe.name,
-        sequences.iter().map(Vec::len).sum::<usize>(),
+        text.sequences.iter().map(Vec::len).sum::<usize>(),
         super::human_bytes(report.bytes_before),
         super::human_bytes(report.bytes_after),
         start.elapsed().as_secs_f64()
@@ -109,8 +101,8 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 }
 
 /// Calibration windows and where they came from.
-fn sequences(args: &Args, checkpoint: &Checkpoint, folder: &Path) -> Result<(Vec<Vec<u32>>, String)> {
-    if args.samples == 0 || args.length == 0 {
+fn sequences(args: &Args, samples: usize, checkpoint: &Checkpoint, folder: &Path) -> Result<CalibrationText> {
+    if samples == 0 || args.length == 0 {
         bail!("--samples and --length must be at least 1");
     }
     let positions = ModelConfig::read(&checkpoint.config)?.max_positions;
@@ -121,7 +113,8 @@ fn sequences(args: &Args, checkpoint: &Checkpoint, folder: &Path) -> Result<(Vec
         if let Some(row) = rows.iter().find(|r| r.len() > positions) {
             bail!("{}: a row of {} tokens, but the model has {positions} positions", file.display(), row.len());
         }
-        return Ok((rows, file.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned())));
+        let description = file.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+        return Ok(CalibrationText { sequences: rows, description });
     }
     let (text, name) = match &args.calibration {
         None => (BUILT_IN_TEXT.to_owned(), "built-in text".to_owned()),
@@ -133,12 +126,12 @@ fn sequences(args: &Args, checkpoint: &Checkpoint, folder: &Path) -> Result<(Vec
         "calibration on text needs the model's tokenizer; give token ids with --calibration FILE.json instead",
     )?;
     let tokens = tokenizer.encode(&text, false)?;
-    let windows = windows(&tokens, args.samples, length);
+    let windows = windows(&tokens, samples, length);
     if windows.is_empty() {
         bail!("{name}: the calibration text is empty");
     }
     let description = format!("{name}, {} x {} tokens", windows.len(), windows[0].len());
-    Ok((windows, description))
+    Ok(CalibrationText { sequences: windows, description })
 }
 
 /// `samples` windows of `length` tokens, evenly spaced over the text; fewer or shorter where it is short.

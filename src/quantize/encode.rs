@@ -27,9 +27,7 @@ pub(super) struct Part {
 /// Largest magnitudes that a module's scales come from.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Peaks {
-    /// Of the weight itself.
-    pub own: f32,
-    /// Of the weights that deploying engines fuse it with, its own included.
+    /// Of the weight and of those that deploying engines fuse it with.
     pub fused: f32,
     /// Of the input; 0 where no scale of it is stored.
     pub input: f32,

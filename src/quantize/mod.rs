@@ -215,7 +215,7 @@ impl<'a> Plan<'a> {
                 )));
             }
             let fused = fused.get(&Self::key(m, *scheme, dialect)).copied().unwrap_or(own);
-            peaks.push(Peaks { own, fused, input });
+            peaks.push(Peaks { fused, input });
         }
         Ok(Self { dialect, modules, schemes, peaks, unreached })
     }
@@ -259,6 +259,15 @@ impl<'a> Plan<'a> {
     }
 }
 
+/// What a model is calibrated on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CalibrationText {
+    /// Token ids.
+    pub sequences: Vec<Vec<u32>>,
+    /// Where they came from, for the checkpoint's metadata.
+    pub description: String,
+}
+
 /// Quantizes by a whole recipe: smooths, calibrates, rounds and writes, as it says.
 ///
 /// The smoothed model lies in a folder beside `out` meanwhile.
@@ -268,8 +277,7 @@ impl<'a> Plan<'a> {
 pub fn apply(
     checkpoint: &Checkpoint,
     backend: &CpuBackend,
-    sequences: &[Vec<u32>],
-    description: &str,
+    text: &CalibrationText,
     recipe: &Recipe,
     dialect: Dialect,
     out: &Path,
@@ -277,7 +285,8 @@ pub fn apply(
 ) -> Result<Report, QuantizeError> {
     let mut scratch = None;
     let smoothed = if recipe.smooth {
-        let found = smooth::choose(checkpoint, backend, sequences, &mut |done, all| progress("smoothing", done, all))?;
+        let found =
+            smooth::choose(checkpoint, backend, &text.sequences, &mut |done, all| progress("smoothing", done, all))?;
         let folder = Scratch::beside(out);
         found.write(checkpoint, &folder.0)?;
         let smoothed = Checkpoint::open(&folder.0)?;
@@ -287,9 +296,10 @@ pub fn apply(
         None
     };
     let source = smoothed.as_ref().unwrap_or(checkpoint);
-    let calibration = calibrate::calibrate(source, backend.clone(), sequences, description, &mut |done, all| {
-        progress("calibrating", done, all);
-    })?;
+    let calibration =
+        calibrate::calibrate(source, backend.clone(), &text.sequences, &text.description, &mut |done, all| {
+            progress("calibrating", done, all);
+        })?;
     let mut prepared = BTreeMap::new();
     if let Some(options) = recipe.gptq {
         let modules: Vec<Module> = ModelConfig::read(&source.config)?.modules();
@@ -303,7 +313,7 @@ pub fn apply(
             Some(encode::activation(scheme, dialect, input(m)))
         };
         let all = &mut |done, all| progress("rounding", done, all);
-        prepared = gptq::gptq(source, backend, sequences, &target, dialect, options, all)?;
+        prepared = gptq::gptq(source, backend, &text.sequences, &target, dialect, options, all)?;
     }
     let report = quantize(source, &calibration, recipe, dialect, &prepared, out);
     drop(smoothed);
