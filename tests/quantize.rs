@@ -9,8 +9,10 @@ use recoup::backend::cpu::{CpuBackend, isa::Isa};
 use recoup::checkpoint::Checkpoint;
 use recoup::checkpoint::dialect::Dialect;
 use recoup::checkpoint::tensors::TensorStore;
-use recoup::model::Decoder;
+use recoup::formats::linear::Element;
+use recoup::model::{Decoder, ModelConfig};
 use recoup::quantize::calibrate::{Calibration, calibrate};
+use recoup::quantize::dequantize::dequantize;
 use recoup::quantize::recipe::ScaleChoice;
 use recoup::quantize::{CalibrationText, QuantizeError, Recipe, Scheme, apply, quantize, smooth};
 use serde_json::Value;
@@ -294,4 +296,33 @@ fn recipes_that_fit_no_module_and_formats_that_a_dialect_lacks_are_refused() {
     assert!(e.contains("w4a8_nvfp4_fp8") && e.contains("q_proj"), "{e}");
     assert!(refuse(&Recipe::uniform(Scheme::None), Dialect::ModelOpt).contains("nothing"));
     assert!(!out.exists());
+}
+
+#[test]
+fn dequantized_checkpoints_hold_the_decoded_weights() {
+    let mut compared = 0;
+    for fixture in all_fixtures() {
+        let source = fixture.checkpoint();
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("bf16");
+        if fixture.name.ends_with("bf16") || source.scheme.dialect == Dialect::Plain {
+            assert!(dequantize(&source, &out).unwrap_err().to_string().contains("plain"), "{}", fixture.name);
+            continue;
+        }
+        dequantize(&source, &out).unwrap();
+        let plain = Checkpoint::open(&out).unwrap();
+        Decoder::load(backend(), &plain).unwrap();
+        let config = ModelConfig::read(&source.config).unwrap().untied_where_stored(&source).unwrap();
+        for m in config.modules() {
+            let (a, b) = (source.linear(&m.name, m.role).unwrap(), plain.linear(&m.name, m.role).unwrap());
+            assert!(b.element == Element::Bf16 || a.element == b.element, "{}: {}", fixture.name, m.name);
+            let (a_scale, k) = (a.pre_quant_scale.clone(), m.role.k);
+            for (i, (a, b)) in a.decode().iter().zip(b.decode()).enumerate() {
+                let wanted = a_scale.as_ref().map_or(*a, |s| a * s[i % k]);
+                assert_eq!(half::bf16::from_f32(wanted).to_f32(), b, "{}: {} {i}", fixture.name, m.name);
+            }
+        }
+        compared += 1;
+    }
+    assert!(compared > 8, "{compared}");
 }

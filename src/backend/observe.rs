@@ -5,13 +5,6 @@ use std::sync::{Mutex, PoisonError};
 use super::{AttentionShape, Backend, Batch, CacheLayout, Result, RopeTable, Routing, Span, TokenScore};
 use crate::formats::linear::LinearTensors;
 
-/// Names under which a layer's keys (after RoPE) and values are shown: those of their scales' tensors.
-#[must_use]
-pub fn kv_names(layer: usize) -> [String; 2] {
-    let prefix = format!("model.layers.{layer}.self_attn");
-    [format!("{prefix}.k_proj.k_scale"), format!("{prefix}.v_proj.v_scale")]
-}
-
 /// `k` [tokens, heads · 2 · half] after RoPE.
 fn rotated(k: &[f32], rope: &RopeTable) -> Vec<f32> {
     let half = rope.half;
@@ -29,10 +22,18 @@ fn rotated(k: &[f32], rope: &RopeTable) -> Vec<f32> {
     out
 }
 
-/// Sees one linear's module name and its input, [tokens, K] row-major, before any quantization; and each layer's keys and
-/// values under [`kv_names`].
+/// What is shown on the way.
 pub trait Observer {
+    /// One linear's module name and its input, [tokens, K] row-major, before any quantization.
     fn input(&mut self, module: &str, x: &[f32]);
+
+    /// Whether [`Self::cached`] is to be called.
+    fn wants_cached(&self) -> bool {
+        false
+    }
+
+    /// A layer's keys (after RoPE) and values, [tokens, heads · head_dim] row-major, before the cache stores them.
+    fn cached(&mut self, _layer: usize, _keys: &[f32], _values: &[f32]) {}
 }
 
 impl<F: FnMut(&str, &[f32])> Observer for F {
@@ -105,12 +106,10 @@ impl<B: Backend, O: Observer> Backend for Observed<B, O> {
         cache: &mut B::Cache,
         batch: &Batch,
     ) -> Result<B::Tensor> {
-        let (keys, values) = (rotated(&self.inner.to_host(&k)?, rope), self.inner.to_host(&v)?);
-        let [k_name, v_name] = kv_names(shape.layer);
-        self.with_observer(|o| {
-            o.input(&k_name, &keys);
-            o.input(&v_name, &values);
-        });
+        if self.with_observer(|o| o.wants_cached()) {
+            let (keys, values) = (rotated(&self.inner.to_host(&k)?, rope), self.inner.to_host(&v)?);
+            self.with_observer(|o| o.cached(shape.layer, &keys, &values));
+        }
         self.inner.attention(q, k, v, shape, rope, cache, batch)
     }
 

@@ -1,13 +1,16 @@
-//! `recoup convert`: a GGUF file into a BF16 checkpoint folder.
+//! `recoup convert`: a GGUF file, or a quantized checkpoint, into a BF16 checkpoint folder.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 
+use crate::checkpoint::Checkpoint;
+use crate::quantize::dequantize::dequantize;
+
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// GGUF file
+    /// GGUF file, or quantized checkpoint folder
     model: PathBuf,
     /// Folder to write; must not exist or be empty
     #[arg(short, long, value_name = "FOLDER")]
@@ -15,8 +18,11 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    if args.model.is_dir() {
+        return dequantized(args);
+    }
     if !args.model.is_file() {
-        bail!("{}: no such file; convert reads GGUF files", args.model.display());
+        bail!("{}: no such file or folder; convert reads GGUF files and checkpoint folders", args.model.display());
     }
     let bar = super::progress(0, "converting");
     let report = crate::checkpoint::gguf::import(&args.model, &args.output, &mut |done, all, _| {
@@ -37,5 +43,20 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         eprintln!("note: {note}");
     }
     eprintln!("wrote {} ({} of BF16 weights)", args.output.display(), super::human_bytes(report.bytes));
+    super::done()
+}
+
+fn dequantized(args: &Args) -> Result<ExitCode> {
+    let checkpoint = Checkpoint::open(&args.model)?;
+    let report = dequantize(&checkpoint, &args.output)?;
+    eprintln!("{} linears dequantized from the {} dialect", report.modules, checkpoint.scheme.dialect);
+    if !report.dropped.is_empty() {
+        let n = report.dropped.len();
+        eprintln!(
+            "note: {n} scales of inputs or of the KV cache have no place in a BF16 model, such as {}",
+            report.dropped[0]
+        );
+    }
+    eprintln!("wrote {}", args.output.display());
     super::done()
 }

@@ -45,7 +45,7 @@ enum Verb {
     Compare(evaluation::compare::Args),
     /// Post-training quantization of a BF16 checkpoint
     Quantize(quantize::Args),
-    /// Import a GGUF file into a BF16 checkpoint folder
+    /// A GGUF file, or a quantized checkpoint, as a BF16 checkpoint folder
     Convert(convert::Args),
     /// What a checkpoint computes: logits of given token ids
     Logits(logits::Args),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::QuantizeError;
 use crate::backend::cpu::CpuBackend;
-use crate::backend::observe::Observed;
+use crate::backend::observe::{Observed, Observer};
 use crate::backend::{Batch, PAGE, Span};
 use crate::checkpoint::Checkpoint;
 use crate::formats::amax;
@@ -39,6 +39,40 @@ impl Calibration {
     }
 }
 
+/// Names of the tensors that hold the scales of a layer's cached keys and values.
+#[must_use]
+pub fn kv_names(layer: usize) -> [String; 2] {
+    let prefix = format!("model.layers.{layer}.self_attn");
+    [format!("{prefix}.k_proj.k_scale"), format!("{prefix}.v_proj.v_scale")]
+}
+
+/// Largest magnitudes so far by name; NaN once anything was not finite.
+#[derive(Default)]
+struct Peaks(BTreeMap<String, f32>);
+
+impl Observer for Peaks {
+    fn input(&mut self, name: &str, x: &[f32]) {
+        let seen = if x.iter().all(|v| v.is_finite()) { amax(x) } else { f32::NAN };
+        match self.0.get_mut(name) {
+            Some(max) if max.is_nan() || *max >= seen => {}
+            Some(max) => *max = seen,
+            None => {
+                self.0.insert(name.to_owned(), seen);
+            }
+        }
+    }
+
+    fn wants_cached(&self) -> bool {
+        true
+    }
+
+    fn cached(&mut self, layer: usize, keys: &[f32], values: &[f32]) {
+        for (name, x) in kv_names(layer).iter().zip([keys, values]) {
+            self.input(name, x);
+        }
+    }
+}
+
 /// Runs `sequences` of token ids through the model as it is, unquantized, one after the other.
 ///
 /// # Errors
@@ -54,21 +88,7 @@ pub fn calibrate(
     if longest == 0 {
         return Err(QuantizeError::Calibration("there is no text: not one token to run".into()));
     }
-    let observe = |map: &mut BTreeMap<String, f32>, module: &str, x: &[f32]| {
-        let seen = if x.iter().all(|v| v.is_finite()) { amax(x) } else { f32::NAN };
-        match map.get_mut(module) {
-            Some(max) if max.is_nan() || *max >= seen => {}
-            Some(max) => *max = seen,
-            None => {
-                map.insert(module.to_owned(), seen);
-            }
-        }
-    };
-    let found = std::sync::Arc::new(std::sync::Mutex::new(BTreeMap::new()));
-    let sink = found.clone();
-    let observed = Observed::new(backend, move |module: &str, x: &[f32]| {
-        observe(&mut sink.lock().unwrap_or_else(std::sync::PoisonError::into_inner), module, x);
-    });
+    let observed = Observed::new(backend, Peaks::default());
     let model = Decoder::load(observed, checkpoint)?;
     let mut cache = model.new_cache(longest.next_multiple_of(PAGE), KvFormat::F32)?;
     let pages: Vec<u32> = (0..longest.div_ceil(PAGE) as u32).collect();
@@ -80,8 +100,7 @@ pub fn calibrate(
         }
     }
     progress(sequences.len(), sequences.len());
-    drop(model);
-    let amax = std::mem::take(&mut *found.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+    let amax = model.backend().with_observer(|o| std::mem::take(&mut o.0));
     if let Some((module, _)) = amax.iter().find(|(_, v)| v.is_nan()) {
         return Err(QuantizeError::Calibration(format!("the input of `{module}` holds a NaN or an infinity")));
     }

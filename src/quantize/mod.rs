@@ -1,6 +1,7 @@
 //! Post-training quantization: calibrate, encode, export in a dialect that other engines load.
 
 pub mod calibrate;
+pub mod dequantize;
 mod encode;
 mod export;
 pub mod gptq;
@@ -43,6 +44,8 @@ pub enum QuantizeError {
     Recipe { file: String, detail: String },
     #[error("module `{module}`: {detail}")]
     Module { module: String, detail: String },
+    #[error("{0}: nothing in it is quantized, it is a plain model already")]
+    Nothing(PathBuf),
     #[error("quantization writes the modelopt or the compressed-tensors dialect, not {0}")]
     Dialect(Dialect),
 }
@@ -158,7 +161,7 @@ fn kv_scales(
         return Ok(out);
     }
     for layer in 0..config.layers {
-        for name in crate::backend::observe::kv_names(layer) {
+        for name in calibrate::kv_names(layer) {
             let amax = calibration.amax.get(&name).copied().unwrap_or(0.0);
             if amax == 0.0 {
                 return Err(QuantizeError::Calibration(format!(

@@ -1,0 +1,102 @@
+//! A quantized checkpoint back to BF16: what its weights are worth, for tools that read nothing else.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use half::bf16;
+use safetensors::Dtype;
+use serde_json::Map;
+
+use super::QuantizeError;
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
+use crate::model::ModelConfig;
+use crate::model::modules::Module;
+
+/// What writing the BF16 model did.
+#[derive(Clone, Debug, Default)]
+pub struct Dequantized {
+    /// Linears whose weights were dequantized.
+    pub modules: usize,
+    /// Tensors that have no place in a BF16 model: scales of inputs and of the KV cache.
+    pub dropped: Vec<String>,
+}
+
+/// Suffixes of the tensors that a quantized linear's weight takes the place of.
+const OWN: [&str; 9] = [
+    "weight",
+    "weight_packed",
+    "weight_scale",
+    "weight_scale_2",
+    "weight_scale_inv",
+    "weight_global_scale",
+    "input_scale",
+    "input_global_scale",
+    "pre_quant_scale",
+];
+
+/// Writes every weight as its codes times its scales, computed in f32 and rounded to BF16 once; a scale that AWQ left on
+/// the input goes into the weight's columns. How inputs were quantized is lost. One tensor is in memory at a time.
+///
+/// # Errors
+/// When nothing is quantized, the checkpoint is faulty, or `out` cannot be written.
+pub fn dequantize(checkpoint: &Checkpoint, out: &Path) -> Result<Dequantized, QuantizeError> {
+    let config = ModelConfig::read(&checkpoint.config)?.untied_where_stored(checkpoint)?;
+    let modules: BTreeMap<String, Module> = config.modules().into_iter().map(|m| (m.name.clone(), m)).collect();
+    let mut report = Dequantized::default();
+    let mut quantized = BTreeSet::new();
+    for (name, m) in &modules {
+        if !checkpoint.linear(name, m.role)?.element.is_float() {
+            quantized.insert(name.clone());
+        }
+    }
+    if quantized.is_empty() {
+        return Err(QuantizeError::Nothing(checkpoint.tensors.folder().into()));
+    }
+    report.modules = quantized.len();
+    let mut specs = Vec::new();
+    for tensor in checkpoint.tensors.names() {
+        let Some(view) = checkpoint.tensors.peek(tensor) else { continue };
+        let (owner, suffix) = tensor.rsplit_once('.').unwrap_or(("", tensor));
+        if quantized.contains(owner) && OWN.contains(&suffix) {
+            if matches!(suffix, "weight" | "weight_packed") {
+                let role = modules[owner].role;
+                let name = format!("{owner}.weight");
+                specs.push(TensorSpec { name, dtype: Dtype::BF16, shape: vec![role.n, role.k] });
+            } else if suffix.starts_with("input_") {
+                report.dropped.push(tensor.into());
+            }
+        } else if matches!(suffix, "k_scale" | "v_scale") {
+            report.dropped.push(tensor.into());
+        } else {
+            specs.push(TensorSpec { name: tensor.into(), dtype: view.dtype, shape: view.shape.to_vec() });
+        }
+    }
+    let writer = FolderWriter::create(out)?;
+    let mut metadata = Map::new();
+    metadata.insert("format".into(), "pt".into());
+    metadata.insert("recoup_version".into(), env!("CARGO_PKG_VERSION").into());
+    metadata.insert("recoup_dequantized_from".into(), checkpoint.scheme.dialect.to_string().into());
+    writer.tensors(&specs, SHARD_BYTES, &metadata, |spec| -> Result<Vec<u8>, QuantizeError> {
+        let owner = spec.name.strip_suffix(".weight").filter(|m| quantized.contains(*m));
+        let Some(m) = owner.and_then(|m| modules.get(m)) else {
+            return Ok(checkpoint.tensors.require(&spec.name, "it is copied")?.bytes.to_vec());
+        };
+        let linear = checkpoint.linear(&m.name, m.role)?;
+        let mut w = linear.decode();
+        if let Some(scale) = &linear.pre_quant_scale {
+            w.chunks_mut(m.role.k).for_each(|row| row.iter_mut().zip(scale).for_each(|(w, s)| *w *= s));
+        }
+        checkpoint.tensors.release_pages();
+        Ok(w.iter().flat_map(|w| bf16::from_f32(*w).to_le_bytes()).collect())
+    })?;
+    let mut plain = checkpoint.config.value().clone();
+    if let Some(map) = plain.as_object_mut() {
+        map.shift_remove("quantization_config");
+        map.shift_remove("compression_config");
+    }
+    writer.json("config.json", &plain)?;
+    writer.copy_text_files(checkpoint.tensors.folder())?;
+    writer.commit()?;
+    Ok(report)
+}
