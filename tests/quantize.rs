@@ -12,6 +12,7 @@ use recoup::checkpoint::tensors::TensorStore;
 use recoup::formats::linear::Element;
 use recoup::model::{Decoder, ModelConfig};
 use recoup::quantize::calibrate::{Calibration, calibrate};
+use recoup::quantize::convert::convert;
 use recoup::quantize::dequantize::dequantize;
 use recoup::quantize::recipe::ScaleChoice;
 use recoup::quantize::{CalibrationText, QuantizeError, Recipe, Scheme, apply, quantize, smooth};
@@ -325,4 +326,56 @@ fn dequantized_checkpoints_hold_the_decoded_weights() {
         compared += 1;
     }
     assert!(compared > 8, "{compared}");
+}
+
+/// There and back, every tensor and configuration is what it was, whichever tool wrote it; and in between the weights are.
+#[test]
+fn converting_to_the_other_dialect_and_back_gives_the_same_files() {
+    let (mut compared, mut refused) = (0, 0);
+    for fixture in all_fixtures() {
+        let source = fixture.checkpoint();
+        let (there, back) = match source.scheme.dialect {
+            Dialect::ModelOpt => (Dialect::CompressedTensors, Dialect::ModelOpt),
+            Dialect::CompressedTensors => (Dialect::ModelOpt, Dialect::CompressedTensors),
+            _ => continue,
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let (other, again) = (folder.path().join("other"), folder.path().join("again"));
+        let report = match convert(&source, there, &other) {
+            Ok(report) => report,
+            Err(QuantizeError::Module { detail, .. }) => {
+                assert!(detail.contains("no name") || detail.contains("pre_quant_scale"), "{}: {detail}", fixture.name);
+                refused += 1;
+                continue;
+            }
+            Err(QuantizeError::Nothing(_)) => continue,
+            Err(e) => panic!("{}: {e}", fixture.name),
+        };
+        let other = Checkpoint::open(&other).unwrap();
+        assert_eq!(other.scheme.dialect, there, "{}", fixture.name);
+        Decoder::load(backend(), &other).unwrap();
+        let config = ModelConfig::read(&source.config).unwrap().untied_where_stored(&source).unwrap();
+        for m in config.modules() {
+            let (a, b) = (source.linear(&m.name, m.role).unwrap(), other.linear(&m.name, m.role).unwrap());
+            assert!(a.data == b.data, "{}: {}", fixture.name, m.name);
+            for (a, b) in a.decode().iter().zip(b.decode()) {
+                assert!((a - b).abs() <= 2e-7 * a.abs(), "{}: {}: {a} {b}", fixture.name, m.name);
+            }
+        }
+        convert(&other, back, &again).unwrap();
+        let (again, stored) = (TensorStore::open(&again).unwrap(), &source.tensors);
+        for name in again.names() {
+            let (a, b) = (again.peek(name).unwrap(), stored.peek(name));
+            let b = b.unwrap_or_else(|| panic!("{}: {name} is new", fixture.name));
+            let is_global = name.ends_with("weight_scale_2") || name.ends_with("input_scale");
+            if report.inexact > 0 && is_global {
+                continue;
+            }
+            // A scale of one tensor may be [] or [1], in BF16 or f32.
+            let same = a.bytes == b.bytes || a.floats().ok() == b.floats().ok();
+            assert!(same, "{}: {name}", fixture.name);
+        }
+        compared += 1;
+    }
+    assert!(compared >= 8 && refused > 0, "{compared} {refused}");
 }

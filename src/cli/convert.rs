@@ -1,11 +1,14 @@
-//! `recoup convert`: a GGUF file, or a quantized checkpoint, into a BF16 checkpoint folder.
+//! `recoup convert`: a GGUF file into a BF16 checkpoint folder; a quantized checkpoint into BF16 or the other dialect.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
+use clap::ValueEnum;
 
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::dialect::Dialect;
+use crate::quantize::convert::convert;
 use crate::quantize::dequantize::dequantize;
 
 #[derive(clap::Args)]
@@ -15,14 +18,32 @@ pub(super) struct Args {
     /// Folder to write; must not exist or be empty
     #[arg(short, long, value_name = "FOLDER")]
     output: PathBuf,
+    /// What a quantized checkpoint becomes
+    #[arg(long, value_enum, default_value_t = Target::Bf16)]
+    to: Target,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Target {
+    Bf16,
+    Modelopt,
+    CompressedTensors,
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if args.model.is_dir() {
-        return dequantized(args);
+        let checkpoint = Checkpoint::open(&args.model)?;
+        return match args.to {
+            Target::Bf16 => dequantized(args, &checkpoint),
+            Target::Modelopt => restated(args, &checkpoint, Dialect::ModelOpt),
+            Target::CompressedTensors => restated(args, &checkpoint, Dialect::CompressedTensors),
+        };
     }
     if !args.model.is_file() {
         bail!("{}: no such file or folder; convert reads GGUF files and checkpoint folders", args.model.display());
+    }
+    if args.to != Target::Bf16 {
+        bail!("a GGUF file becomes BF16; `recoup quantize` the result");
     }
     let bar = super::progress(0, "converting");
     let report = crate::checkpoint::gguf::import(&args.model, &args.output, &mut |done, all, _| {
@@ -46,9 +67,21 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     super::done()
 }
 
-fn dequantized(args: &Args) -> Result<ExitCode> {
-    let checkpoint = Checkpoint::open(&args.model)?;
-    let report = dequantize(&checkpoint, &args.output)?;
+fn restated(args: &Args, checkpoint: &Checkpoint, dialect: Dialect) -> Result<ExitCode> {
+    let report = convert(checkpoint, dialect, &args.output)?;
+    eprintln!("{} linears from the {} dialect to {dialect}", report.modules, checkpoint.scheme.dialect);
+    if report.inexact > 0 {
+        eprintln!("note: {} global scales have no exact reciprocal and moved by one part in 2^24", report.inexact);
+    }
+    for note in &report.notes {
+        eprintln!("note: {note}");
+    }
+    eprintln!("wrote {}", args.output.display());
+    super::done()
+}
+
+fn dequantized(args: &Args, checkpoint: &Checkpoint) -> Result<ExitCode> {
+    let report = dequantize(checkpoint, &args.output)?;
     eprintln!("{} linears dequantized from the {} dialect", report.modules, checkpoint.scheme.dialect);
     if !report.dropped.is_empty() {
         let n = report.dropped.len();

@@ -8,6 +8,7 @@ use safetensors::Dtype;
 use serde_json::Map;
 
 use super::QuantizeError;
+use super::convert::OWN;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
 use crate::model::ModelConfig;
@@ -21,19 +22,6 @@ pub struct Dequantized {
     /// Tensors that have no place in a BF16 model: scales of inputs and of the KV cache.
     pub dropped: Vec<String>,
 }
-
-/// Suffixes of the tensors that a quantized linear's weight takes the place of.
-const OWN: [&str; 9] = [
-    "weight",
-    "weight_packed",
-    "weight_scale",
-    "weight_scale_2",
-    "weight_scale_inv",
-    "weight_global_scale",
-    "input_scale",
-    "input_global_scale",
-    "pre_quant_scale",
-];
 
 /// Writes every weight as its codes times its scales, computed in f32 and rounded to BF16 once; a scale that AWQ left on
 /// the input goes into the weight's columns. How inputs were quantized is lost. One tensor is in memory at a time.

@@ -72,7 +72,11 @@ pub(super) fn weight_amax(checkpoint: &Checkpoint, m: &Module, scheme: Scheme) -
 
 /// The tensors of a module, in the order in which they are written.
 pub(super) fn parts(m: &Module, scheme: Scheme, dialect: Dialect) -> Vec<Part> {
-    let (n, k) = (m.role.n, m.role.k);
+    parts_of(m.role.n, m.role.k, scheme, dialect)
+}
+
+/// As [`parts`], for a weight [n, k].
+pub(super) fn parts_of(n: usize, k: usize, scheme: Scheme, dialect: Dialect) -> Vec<Part> {
     let compressed = dialect == Dialect::CompressedTensors;
     let part = |suffix, dtype, shape: &[usize]| Part { suffix, dtype, shape: shape.to_vec() };
     let packed = if compressed { "weight_packed" } else { "weight" };
@@ -109,7 +113,7 @@ pub(super) fn parts(m: &Module, scheme: Scheme, dialect: Dialect) -> Vec<Part> {
         }
         Scheme::Fp8Block => {
             let (rows, columns) = (n.div_ceil(fp8::BLOCK), k.div_ceil(fp8::BLOCK));
-            let shape = match (compressed, is_one_block(m)) {
+            let shape = match (compressed, n <= fp8::BLOCK && k <= fp8::BLOCK) {
                 (true, _) => vec![rows, columns],
                 (false, true) => Vec::new(),
                 (false, false) => vec![rows, 1, columns, 1],
@@ -160,7 +164,7 @@ fn nvfp4_divisor(amax: f32) -> f32 {
     round_bf16(round_bf16(1.0 / some(amax)) * nvfp4::RANGE)
 }
 
-fn scalar(value: f32, dtype: Dtype) -> Vec<u8> {
+pub(super) fn scalar(value: f32, dtype: Dtype) -> Vec<u8> {
     match dtype {
         Dtype::BF16 => bf16::from_f32(value).to_le_bytes().to_vec(),
         _ => value.to_le_bytes().to_vec(),

@@ -1,6 +1,7 @@
 //! Post-training quantization: calibrate, encode, export in a dialect that other engines load.
 
 pub mod calibrate;
+pub mod convert;
 pub mod dequantize;
 mod encode;
 mod export;
