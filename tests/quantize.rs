@@ -4,17 +4,21 @@ mod common;
 
 use std::path::Path;
 
-use common::{all_fixtures, own_folder};
+use common::{all_fixtures, deviation, own_folder};
 use recoup::backend::cpu::{CpuBackend, isa::Isa};
-use recoup::checkpoint::Checkpoint;
 use recoup::checkpoint::dialect::Dialect;
 use recoup::checkpoint::tensors::TensorStore;
+use recoup::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
+use recoup::checkpoint::{Checkpoint, CheckpointError};
 use recoup::formats::linear::Element;
+use recoup::model::modules::Module;
 use recoup::model::{Decoder, ModelConfig};
 use recoup::quantize::calibrate::{Calibration, calibrate};
 use recoup::quantize::convert::convert;
 use recoup::quantize::dequantize::dequantize;
 use recoup::quantize::recipe::ScaleChoice;
+use recoup::quantize::rotate::{Rotate, rotate};
+use recoup::quantize::smooth::Smooth;
 use recoup::quantize::{CalibrationText, QuantizeError, Recipe, Scheme, apply, quantize, smooth};
 use serde_json::Value;
 
@@ -215,7 +219,8 @@ fn smoothing_changes_no_bit_of_what_the_unquantized_model_computes() {
     let mut smoothed = 0;
     for fixture in all_fixtures().into_iter().filter(|f| f.name.ends_with("/bf16")) {
         let source = fixture.checkpoint();
-        let found = smooth::choose(&source, &backend(), &text().sequences, &mut |_, _| {}).unwrap();
+        let (form, scheme) = (Smooth::PowerOfTwo, |_: &Module| Scheme::Nvfp4);
+        let found = smooth::choose(&source, &backend(), &text().sequences, form, &scheme, &mut |_, _| {}).unwrap();
         let chosen = found.chosen.iter().filter(|(_, strength, _)| strength.is_some()).count();
         assert!(chosen > 0 && found.chosen.iter().all(|(_, _, share)| *share <= 1.0), "{}", fixture.name);
         let folder = tempfile::tempdir().unwrap();
@@ -227,15 +232,64 @@ fn smoothing_changes_no_bit_of_what_the_unquantized_model_computes() {
     assert!(smoothed >= 2, "{smoothed}");
 }
 
+/// A copy in f32, in which folded factors and rotations cost no rounding.
+fn as_f32(source: &Checkpoint, out: &Path) {
+    let writer = FolderWriter::create(out).unwrap();
+    let spec = |name: &str| {
+        let shape = source.tensors.peek(name).unwrap().shape.to_vec();
+        TensorSpec { name: name.into(), dtype: safetensors::Dtype::F32, shape }
+    };
+    let specs: Vec<TensorSpec> = source.tensors.names().map(spec).collect();
+    let floats = |spec: &TensorSpec| source.tensors.peek(&spec.name).unwrap().floats().unwrap();
+    let bytes = |spec: &TensorSpec| Ok(floats(spec).iter().flat_map(|v| v.to_le_bytes()).collect());
+    writer.tensors::<CheckpointError>(&specs, SHARD_BYTES, &serde_json::Map::new(), bytes).unwrap();
+    writer.json("config.json", source.config.value()).unwrap();
+    writer.commit().unwrap();
+}
+
+#[test]
+fn exact_factors_and_rotations_change_the_unquantized_model_by_rounding_only() {
+    let mut seen = 0;
+    for fixture in all_fixtures().into_iter().filter(|f| f.name.ends_with("/bf16")) {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        as_f32(&fixture.checkpoint(), &at("f32"));
+        let (source, plain) = (Checkpoint::open(&at("f32")).unwrap(), logits(&at("f32")));
+        let apart = |name: &str| deviation(&logits(&at(name)), &plain);
+        for form in [Smooth::Awq, Smooth::Smoothquant] {
+            let name = format!("{form:?}");
+            let scheme = |_: &Module| Scheme::Nvfp4;
+            let found = smooth::choose(&source, &backend(), &text().sequences, form, &scheme, &mut |_, _| {}).unwrap();
+            assert!(found.chosen.iter().any(|(_, strength, _)| strength.is_some()), "{}: {name}", fixture.name);
+            found.write(&source, &at(&name)).unwrap();
+            assert!(apart(&name) < 1e-5, "{}, {name}: {:.1e}", fixture.name, apart(&name));
+        }
+        for what in [Rotate::Values, Rotate::All] {
+            let name = format!("{what:?}");
+            rotate(&source, what, &|m| m.is_block_linear(), &at(&name)).unwrap();
+            assert!(apart(&name) < 1e-5, "{}, {name}: {:.1e}", fixture.name, apart(&name));
+            let weight = |folder: &str| {
+                let tensors = TensorStore::open(&at(folder)).unwrap();
+                tensors.peek("model.layers.0.self_attn.v_proj.weight").unwrap().bytes.to_vec()
+            };
+            assert!(weight("f32") != weight(&name), "{}, {name}: nothing was rotated", fixture.name);
+        }
+        seen += 1;
+    }
+    assert!(seen >= 2, "{seen}");
+}
+
 #[test]
 fn the_best_recipe_runs_on_every_architecture_and_both_dialects_and_leaves_no_scratch() {
-    let recipe = Recipe::find("nvfp4_best").unwrap();
+    let mut everything = Recipe::find("nvfp4_best").unwrap();
+    (everything.rotate, everything.smooth) = (Some(Rotate::All), Some(Smooth::Awq));
+    let best = Recipe::find("nvfp4_best").unwrap();
     for fixture in all_fixtures().into_iter().filter(|f| f.name.ends_with("/bf16")) {
-        for dialect in [Dialect::ModelOpt, Dialect::CompressedTensors] {
+        for (dialect, recipe) in [(Dialect::ModelOpt, &best), (Dialect::CompressedTensors, &everything)] {
             let folder = tempfile::tempdir().unwrap();
             let out = folder.path().join("best");
             let source = fixture.checkpoint();
-            apply(&source, &backend(), &text(), &recipe, dialect, &out, &mut |_, _, _| {}).unwrap();
+            apply(&source, &backend(), &text(), recipe, dialect, &out, &mut |_, _, _| {}).unwrap();
             let ours = Checkpoint::open(&out).unwrap();
             Decoder::load(backend(), &ours).unwrap();
             assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "{}", fixture.name);

@@ -14,6 +14,7 @@ use super::{Prepared, QuantizeError};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Dialect;
 use crate::formats::e8m0::{self, ScaleRule};
+use crate::formats::linear::ActivationFormat;
 use crate::formats::{amax, e2m1, e4m3, fp8, mx, nvfp4};
 use crate::model::modules::Module;
 
@@ -341,14 +342,53 @@ pub(super) fn prepared(
     out
 }
 
-/// The input's quantization as the exported checkpoint will state it.
-pub(super) fn activation(scheme: Scheme, dialect: Dialect, amax: f32) -> crate::formats::linear::ActivationFormat {
-    match (scheme, dialect) {
-        (Scheme::Nvfp4, Dialect::CompressedTensors) => {
-            crate::formats::linear::ActivationFormat::Nvfp4 { global_scale: 1.0 / nvfp4_divisor(amax) }
-        }
-        _ => scheme.calibrated_input(some(amax)),
+/// The input's quantization as the exported checkpoint will state it; `amax` is the input's largest magnitude.
+pub(super) fn activation(scheme: Scheme, dialect: Dialect, amax: f32) -> ActivationFormat {
+    let compressed = dialect == Dialect::CompressedTensors;
+    match scheme {
+        Scheme::Nvfp4 if compressed => ActivationFormat::Nvfp4 { global_scale: 1.0 / nvfp4_divisor(amax) },
+        Scheme::Nvfp4 => ActivationFormat::Nvfp4 { global_scale: nvfp4::global_scale(some(amax)) },
+        Scheme::Fp8 | Scheme::W4a8Nvfp4Fp8 => ActivationFormat::Fp8Static { scale: some(amax) / e4m3::MAX },
+        Scheme::Fp8PcPt => ActivationFormat::Fp8Token,
+        Scheme::Fp8Block if compressed => ActivationFormat::Fp8Group,
+        Scheme::Mxfp8 => ActivationFormat::Mxfp8 { rule: mx_rule(dialect) },
+        Scheme::Mxfp4 => ActivationFormat::Mxfp4 { rule: mx_rule(dialect) },
+        Scheme::Fp8Block | Scheme::W4a16Nvfp4 | Scheme::Mxfp4a16 | Scheme::None => ActivationFormat::Float,
     }
+}
+
+/// Quantizes and dequantizes weights [.., k] in place by their largest values, for judging: `amax` is that of all weights
+/// that share a scale. FP8 in 128x128 blocks is taken per row.
+pub(super) fn fake_quantize(w: &mut [f32], k: usize, scheme: Scheme, amax_shared: f32) {
+    let fp8 =
+        |w: &mut [f32], scale: f32| w.iter_mut().for_each(|w| *w = e4m3::decode(e4m3::encode(*w / scale)) * scale);
+    let fp4 =
+        |w: &mut [f32], scale: f32| w.iter_mut().for_each(|w| *w = e2m1::decode(e2m1::encode(*w / scale)) * scale);
+    let rule = ScaleRule::Ceil;
+    w.par_chunks_mut(k).for_each(|row| match scheme {
+        Scheme::None => {}
+        Scheme::Nvfp4 | Scheme::W4a16Nvfp4 | Scheme::W4a8Nvfp4Fp8 => {
+            let eight = scheme == Scheme::W4a8Nvfp4Fp8;
+            let global = if eight { some(amax_shared) / e4m3::MAX } else { nvfp4::global_scale(some(amax_shared)) };
+            for block in row.chunks_mut(scheme.block().unwrap_or(nvfp4::BLOCK)) {
+                let scale = e4m3::decode(nvfp4::weight_block_scale(amax(block), global)) * global;
+                fp4(block, scale);
+            }
+        }
+        Scheme::Fp8 => fp8(row, some(amax_shared) / e4m3::MAX),
+        Scheme::Fp8PcPt | Scheme::Fp8Block => {
+            let scale = some(amax(row)) / e4m3::MAX;
+            fp8(row, scale);
+        }
+        Scheme::Mxfp8 => row.chunks_mut(mx::BLOCK).for_each(|b| {
+            let scale = e8m0::decode(mx::fp8_scale(b, rule));
+            fp8(b, scale);
+        }),
+        Scheme::Mxfp4 | Scheme::Mxfp4a16 => row.chunks_mut(mx::BLOCK).for_each(|b| {
+            let scale = e8m0::decode(mx::fp4_scale(b, rule));
+            fp4(b, scale);
+        }),
+    });
 }
 
 fn mx_rule(dialect: Dialect) -> ScaleRule {

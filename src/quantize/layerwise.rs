@@ -91,6 +91,21 @@ impl Walk {
         Ok((Stream(out), seen))
     }
 
+    /// For each token of `stream` 1 / RMS of its hidden state: what an error added to it is worth, as the next norm divides
+    /// by just that. Tokens of huge states (attention sinks) would otherwise outweigh all others.
+    pub fn worth(&self, stream: &Stream) -> Result<Vec<f32>, QuantizeError> {
+        let mut out = Vec::new();
+        for (x, (batch, _)) in stream.0.iter().zip(&self.batches) {
+            let host = self.decoder.backend().to_host(x)?;
+            let width = host.len() / batch.tokens.len();
+            out.extend(host.chunks(width).map(|h| {
+                let mean = h.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / width as f64;
+                if mean > 0.0 { (1.0 / mean.sqrt()) as f32 } else { 0.0 }
+            }));
+        }
+        Ok(out)
+    }
+
     /// Puts a linear in the place of the one with its name.
     pub fn replace(&mut self, linear: LinearTensors<'_>) -> Result<(), QuantizeError> {
         let module = linear.name.clone();

@@ -9,6 +9,7 @@ pub mod gptq;
 mod layerwise;
 mod linalg;
 pub mod recipe;
+pub mod rotate;
 pub mod scheme;
 pub mod smooth;
 
@@ -272,9 +273,9 @@ pub struct CalibrationText {
     pub description: String,
 }
 
-/// Quantizes by a whole recipe: smooths, calibrates, rounds and writes, as it says.
+/// Quantizes by a whole recipe: rotates, smooths, calibrates, rounds and writes, as it says.
 ///
-/// The smoothed model lies in a folder beside `out` meanwhile.
+/// A rotated or smoothed model lies in a folder beside `out` meanwhile.
 ///
 /// # Errors
 /// As [`quantize`], [`calibrate::calibrate`], [`smooth::choose`] and [`gptq::gptq`].
@@ -287,57 +288,81 @@ pub fn apply(
     out: &Path,
     progress: &mut dyn FnMut(&'static str, usize, usize),
 ) -> Result<Report, QuantizeError> {
-    let mut scratch = None;
-    let smoothed = if recipe.smooth {
-        let found =
-            smooth::choose(checkpoint, backend, &text.sequences, &mut |done, all| progress("smoothing", done, all))?;
-        let folder = Scratch::beside(out);
-        found.write(checkpoint, &folder.0)?;
-        let smoothed = Checkpoint::open(&folder.0)?;
-        scratch = Some(folder);
-        Some(smoothed)
-    } else {
-        None
-    };
-    let source = smoothed.as_ref().unwrap_or(checkpoint);
+    let modules: Vec<Module> = ModelConfig::read(&checkpoint.config)?.modules();
+    let modules: Vec<Module> = modules.into_iter().filter(Module::is_block_linear).collect();
+    let schemes: BTreeMap<&str, Scheme> =
+        modules.iter().map(|m| m.name.as_str()).zip(recipe.assign(&modules)?).collect();
+    let scheme = |m: &Module| schemes.get(m.name.as_str()).copied().unwrap_or(Scheme::None);
+    let mut rotated = None;
+    if let Some(what) = recipe.rotate {
+        progress("rotating", 0, 1);
+        rotated = Some(Scratch::of(out, "rotated", |folder| {
+            rotate::rotate(checkpoint, what, &|m| scheme(m) != Scheme::None, folder)
+        })?);
+    }
+    let source = rotated.as_ref().map_or(checkpoint, |s: &Scratch| &s.checkpoint);
+    let mut smoothed = None;
+    if let Some(form) = recipe.smooth {
+        let mut shown = |done, all| progress("smoothing", done, all);
+        let found = smooth::choose(source, backend, &text.sequences, form, &scheme, &mut shown)?;
+        smoothed = Some(Scratch::of(out, "smoothed", |folder| found.write(source, folder))?);
+    }
+    let source = smoothed.as_ref().map_or(source, |s: &Scratch| &s.checkpoint);
     let calibration =
         calibrate::calibrate(source, backend.clone(), &text.sequences, &text.description, &mut |done, all| {
             progress("calibrating", done, all);
         })?;
     let mut prepared = BTreeMap::new();
     if let Some(options) = recipe.gptq {
-        let modules: Vec<Module> = ModelConfig::read(&source.config)?.modules();
-        let modules: Vec<Module> = modules.into_iter().filter(Module::is_block_linear).collect();
         let inputs = calibration.shared(&modules);
         let input = |m: &Module| inputs.get(&m.input_key()).copied().unwrap_or(0.0);
-        let schemes: BTreeMap<&str, Scheme> =
-            modules.iter().map(|m| m.name.as_str()).zip(recipe.assign(&modules)?).collect();
         let target = |m: &Module| {
-            let scheme = schemes.get(m.name.as_str()).copied().filter(|s| s.is_nvfp4_weight())?;
+            let scheme = Some(scheme(m)).filter(|s| s.is_nvfp4_weight())?;
             Some(encode::activation(scheme, dialect, input(m)))
         };
         let all = &mut |done, all| progress("rounding", done, all);
         prepared = gptq::gptq(source, backend, &text.sequences, &target, dialect, options, all)?;
     }
-    let report = quantize(source, &calibration, recipe, dialect, &prepared, out);
-    drop(smoothed);
-    drop(scratch);
-    report
+    quantize(source, &calibration, recipe, dialect, &prepared, out)
 }
 
-/// A folder that goes with this value.
-struct Scratch(PathBuf);
+/// A checkpoint on the way, in a folder beside the output that goes with this value.
+struct Scratch {
+    checkpoint: Checkpoint,
+    folder: PathBuf,
+}
 
 impl Scratch {
-    fn beside(out: &Path) -> Self {
+    fn of(
+        out: &Path,
+        what: &str,
+        write: impl FnOnce(&Path) -> Result<(), QuantizeError>,
+    ) -> Result<Self, QuantizeError> {
         let name = out.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        Self(out.with_file_name(format!(".{name}.smoothed-{}", std::process::id())))
+        let folder = out.with_file_name(format!(".{name}.{what}-{}", std::process::id()));
+        let opened = write(&folder).and_then(|()| Ok(Checkpoint::open(&folder)?));
+        match opened {
+            Ok(checkpoint) => Ok(Self { checkpoint, folder }),
+            Err(e) => {
+                let _ = std::fs::remove_dir_all(&folder);
+                Err(e)
+            }
+        }
     }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// Floats as the bytes of a type, rounded to it.
+fn to_bytes(dtype: Dtype, values: &[f32]) -> Vec<u8> {
+    match dtype {
+        Dtype::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+        Dtype::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
+        _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
     }
 }
 

@@ -5,7 +5,9 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::QuantizeError;
+use super::rotate::Rotate;
 use super::scheme::Scheme;
+use super::smooth::Smooth;
 use crate::model::modules::Module;
 
 /// A recipe.
@@ -26,9 +28,12 @@ pub struct Recipe {
     /// How NVFP4 weights' block scales are chosen.
     #[serde(default)]
     pub block_scales: ScaleChoice,
-    /// Powers of two moved between norms and linears first, see [`super::smooth`].
-    #[serde(default)]
-    pub smooth: bool,
+    /// Rotations folded into the weights, before all else; see [`super::rotate`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rotate: Option<Rotate>,
+    /// Factors moved between norms and linears, see [`super::smooth`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub smooth: Option<Smooth>,
     /// Calibrated rounding of NVFP4 weights, see [`super::gptq`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gptq: Option<super::gptq::Gptq>,
@@ -65,10 +70,13 @@ pub enum ScaleChoice {
 }
 
 /// Recipes that ship, by name.
-const SHIPPED: [(&str, &str); 18] = [
+const SHIPPED: [(&str, &str); 22] = [
     ("nvfp4", include_str!("recipes/nvfp4.json")),
     ("nvfp4_best", include_str!("recipes/nvfp4_best.json")),
     ("nvfp4_smooth", include_str!("recipes/nvfp4_smooth.json")),
+    ("nvfp4_smoothquant", include_str!("recipes/nvfp4_smoothquant.json")),
+    ("nvfp4_awq", include_str!("recipes/nvfp4_awq.json")),
+    ("nvfp4_rotate", include_str!("recipes/nvfp4_rotate.json")),
     ("nvfp4_mse", include_str!("recipes/nvfp4_mse.json")),
     ("nvfp4_four_over_six", include_str!("recipes/nvfp4_four_over_six.json")),
     ("nvfp4_gptq", include_str!("recipes/nvfp4_gptq.json")),
@@ -76,6 +84,7 @@ const SHIPPED: [(&str, &str); 18] = [
     ("nvfp4_mlp_only", include_str!("recipes/nvfp4_mlp_only.json")),
     ("nvfp4_experts_only", include_str!("recipes/nvfp4_experts_only.json")),
     ("w4a16_nvfp4", include_str!("recipes/w4a16_nvfp4.json")),
+    ("w4a16_nvfp4_awq", include_str!("recipes/w4a16_nvfp4_awq.json")),
     ("w4a8_nvfp4_fp8", include_str!("recipes/w4a8_nvfp4_fp8.json")),
     ("mixed_fp8_attn_nvfp4_mlp", include_str!("recipes/mixed_fp8_attn_nvfp4_mlp.json")),
     ("fp8", include_str!("recipes/fp8.json")),
@@ -96,7 +105,8 @@ impl Recipe {
             rules: vec![Rule { modules: "*".into(), scheme }],
             kv_cache: None,
             block_scales: ScaleChoice::Max,
-            smooth: false,
+            rotate: None,
+            smooth: None,
             gptq: None,
         }
     }

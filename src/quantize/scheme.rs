@@ -5,8 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::dialect::Dialect;
-use crate::formats::linear::ActivationFormat;
-use crate::formats::{e4m3, fp8, mx, nvfp4};
+use crate::formats::{fp8, mx, nvfp4};
 
 /// A format of weight and input together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -123,15 +122,6 @@ impl Scheme {
             Self::Fp8 | Self::Fp8PcPt => 8.0,
             Self::Fp8Block => 8.0 + 32.0 / (fp8::BLOCK * fp8::BLOCK) as f64,
             Self::None => 16.0,
-        }
-    }
-
-    /// How inputs whose largest magnitude is `amax` are quantized, where that depends on no dialect.
-    pub(super) fn calibrated_input(self, amax: f32) -> ActivationFormat {
-        match self {
-            Self::Nvfp4 => ActivationFormat::Nvfp4 { global_scale: nvfp4::global_scale(amax) },
-            Self::Fp8 | Self::W4a8Nvfp4Fp8 => ActivationFormat::Fp8Static { scale: amax / e4m3::MAX },
-            _ => ActivationFormat::Float,
         }
     }
 }

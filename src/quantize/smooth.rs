@@ -1,40 +1,79 @@
-//! Smoothing by powers of two: outlying input channels are made smaller and the weights' columns larger, so that blocks of
-//! either lose less. The factors go into the norm, into up_proj's rows or into v_proj's rows before the linear. As powers
-//! of two they change no bit of the unquantized model's results and cost nothing when it runs.
+//! Smoothing: outlying input channels are made smaller and the weights' columns larger, so that blocks of either lose
+//! less. The factors go into the norm, into up_proj's rows or into v_proj's rows before the linear, and cost nothing when
+//! the model runs.
 //!
-//! s = amax_x^α / amax_w^(1-α) per channel (SmoothQuant), rounded to a power of two. α is chosen for each layer and place
-//! by the error of the quantized linears' outputs.
+//! s = x^α / w^(1-α) per channel, x and w what the input and the weight are like there. α is chosen for each layer and
+//! place by the error of the quantized linears' outputs. Factors that are powers of two change no bit of what the
+//! unquantized model computes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use rayon::prelude::*;
 use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
 use serde_json::Map;
 
 use super::layerwise::Walk;
 use super::linalg::product_transposed;
-use super::{QuantizeError, encode};
+use super::scheme::Scheme;
+use super::{QuantizeError, encode, to_bytes};
 use crate::backend::cpu::CpuBackend;
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::dialect::Dialect;
 use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
-use crate::formats::linear::ActivationFormat;
-use crate::formats::nvfp4::{self, BLOCK};
-use crate::formats::{amax, e2m1, e4m3};
+use crate::formats::amax;
+use crate::formats::nvfp4::BLOCK;
 use crate::model::ModelConfig;
 use crate::model::modules::{Module, Part};
 
-/// Strengths tried where the preceding factors go into a norm, and elsewhere. Doing nothing is always tried too.
-const STRENGTHS: [f32; 6] = [0.25, 0.5, 0.625, 0.75, 0.875, 1.0];
 /// Tokens on which strengths are judged.
 const JUDGED_TOKENS: usize = 256;
+
+/// Which factors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Smooth {
+    /// Of largest magnitudes, rounded to powers of two.
+    PowerOfTwo,
+    /// Of largest magnitudes (SmoothQuant).
+    Smoothquant,
+    /// Of mean magnitudes, strengths in tenths: AWQ's search as ModelOpt's `awq_lite` does it.
+    Awq,
+}
+
+impl Smooth {
+    /// Strengths tried. Doing nothing is always tried too.
+    fn strengths(self) -> &'static [f32] {
+        match self {
+            Self::PowerOfTwo | Self::Smoothquant => &[0.25, 0.5, 0.625, 0.75, 0.875, 1.0],
+            Self::Awq => &[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
+        }
+    }
+
+    /// The factor of each channel.
+    fn factors(self, input: &[f32], weight: &[f32], strength: f32) -> Vec<f32> {
+        let exponents = input.iter().zip(weight).map(|(&x, &w)| {
+            let says_nothing = x == 0.0 || w == 0.0;
+            (!says_nothing).then(|| strength * x.log2() - (1.0 - strength) * w.log2())
+        });
+        let exponents: Vec<Option<f32>> = exponents.collect();
+        if self == Self::PowerOfTwo {
+            return exponents.iter().map(|e| e.map_or(1.0, |e| e.round().clamp(-30.0, 30.0).exp2())).collect();
+        }
+        // Centred, so that what the factors go into keeps its size.
+        let known = || exponents.iter().flatten().copied();
+        let middle = 0.5 * (known().fold(f32::INFINITY, f32::min) + known().fold(f32::NEG_INFINITY, f32::max));
+        exponents.iter().map(|e| e.map_or(1.0, |e| (e - middle).clamp(-13.0, 13.0).exp2())).collect()
+    }
+}
 
 /// One place that can be smoothed: `into` read what `from` can be divided by.
 struct Place<'a> {
     /// Linears that read the smoothed input; their columns are multiplied.
     into: Vec<&'a Module>,
     /// Those of them that are quantized: their outputs are judged.
-    judged: Vec<&'a Module>,
+    judged: Vec<(&'a Module, Scheme)>,
     from: Source<'a>,
 }
 
@@ -49,8 +88,9 @@ enum Source<'a> {
 }
 
 /// The factors that were chosen.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Smoothing {
+    form: Smooth,
     /// What each linear's columns are multiplied by, by module.
     columns: BTreeMap<String, Vec<f32>>,
     /// What each tensor's rows (or elements) are divided by, by tensor.
@@ -60,7 +100,7 @@ pub struct Smoothing {
     pub chosen: Vec<(String, Option<f32>, f64)>,
 }
 
-/// Chooses factors for every place in the blocks on `sequences`.
+/// Chooses factors for every place in the blocks on `sequences`; `scheme` says what each linear will become.
 ///
 /// # Errors
 /// When the model cannot be run or holds what is not finite.
@@ -68,52 +108,66 @@ pub fn choose(
     checkpoint: &Checkpoint,
     backend: &CpuBackend,
     sequences: &[Vec<u32>],
+    form: Smooth,
+    scheme: &dyn Fn(&Module) -> Scheme,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Smoothing, QuantizeError> {
     let config = ModelConfig::read(&checkpoint.config)?;
     let modules = config.modules();
     let mut walk = Walk::new(checkpoint, backend, sequences)?;
     let mut stream = walk.start()?;
-    let mut out = Smoothing::default();
+    let mut out = Smoothing { form, columns: BTreeMap::new(), rows: BTreeMap::new(), chosen: Vec::new() };
     for layer in 0..walk.blocks() {
         progress(layer, walk.blocks());
         let own: Vec<&Module> = modules.iter().filter(|m| m.layer == Some(layer)).collect();
-        let places = places(layer, &own);
-        let wanted: Vec<String> = places.iter().flat_map(|p| &p.judged).map(|m| m.name.clone()).collect();
+        let places = places(layer, &own, form, scheme);
+        let wanted: Vec<String> = places.iter().flat_map(|p| &p.judged).map(|(m, _)| m.name.clone()).collect();
         let (after, inputs) = walk.block(layer, &stream, &wanted)?;
+        let worth = walk.worth(&after)?;
         stream = after;
         for place in &places {
             // Experts see different tokens; together they see all.
             let rows: Vec<&[f32]> =
-                place.judged.iter().filter_map(|m| inputs.get(&m.name)).map(Vec::as_slice).collect();
-            let rows = if place.judged.iter().all(|m| m.expert.is_some()) { &rows[..] } else { &rows[..1] };
+                place.judged.iter().filter_map(|(m, _)| inputs.get(&m.name)).map(Vec::as_slice).collect();
+            let rows = if place.judged.iter().all(|(m, _)| m.expert.is_some()) { &rows[..] } else { &rows[..1] };
             if rows.iter().all(|x| x.iter().all(|v| *v == 0.0)) {
                 continue;
             }
-            smooth_place(checkpoint, &config, place, &rows.concat(), &mut out)?;
+            smooth_place(checkpoint, &config, place, form, &rows.concat(), &worth, &mut out)?;
         }
     }
     progress(walk.blocks(), walk.blocks());
     Ok(out)
 }
 
-fn places<'a>(layer: usize, own: &[&'a Module]) -> Vec<Place<'a>> {
+/// The places of a layer that can be smoothed and are worth it.
+fn places<'a>(layer: usize, own: &[&'a Module], form: Smooth, scheme: &dyn Fn(&Module) -> Scheme) -> Vec<Place<'a>> {
     let prefix = format!("model.layers.{layer}");
     let of = |parts: &[Part]| -> Vec<&'a Module> { own.iter().copied().filter(|m| parts.contains(&m.part)).collect() };
-    let norm = |name: &str, parts: &[Part]| Place {
-        into: of(parts),
-        judged: of(parts).into_iter().filter(|m| m.is_block_linear()).collect(),
-        from: Source::Norm(format!("{prefix}.{name}.weight")),
+    let quantized = |m: &Module| m.is_block_linear() && scheme(m) != Scheme::None;
+    let place = |into: Vec<&'a Module>, from: Source<'a>| {
+        let judged = into.iter().filter(|m| quantized(m)).map(|m| (*m, scheme(m))).collect();
+        Place { into, judged, from }
     };
+    let norm = |name: &str, parts: &[Part]| place(of(parts), Source::Norm(format!("{prefix}.{name}.weight")));
     let mut places = vec![
         norm("input_layernorm", &[Part::Q, Part::K, Part::V]),
         norm("post_attention_layernorm", &[Part::Gate, Part::Up, Part::Router]),
     ];
-    let pair = |into: &'a Module, from| Place { into: vec![into], judged: vec![into], from };
     let (values, outputs) = (of(&[Part::V]), of(&[Part::O]));
-    places.extend(values.iter().zip(&outputs).map(|(v, o)| pair(o, Source::Values(v))));
+    places.extend(values.iter().zip(&outputs).map(|(v, o)| place(vec![o], Source::Values(v))));
     let (ups, downs) = (of(&[Part::Up]), of(&[Part::Down]));
-    places.extend(ups.iter().zip(&downs).map(|(up, down)| pair(down, Source::Rows(up))));
+    places.extend(ups.iter().zip(&downs).map(|(up, down)| place(vec![down], Source::Rows(up))));
+    places.retain(|p| {
+        // What is not quantized is stored in its own type, which holds powers of two times its values but no others.
+        let whole = form == Smooth::PowerOfTwo
+            || p.into.iter().all(|m| m.part == Part::Router || quantized(m))
+                && match p.from {
+                    Source::Norm(_) => true,
+                    Source::Rows(m) | Source::Values(m) => quantized(m),
+                };
+        !p.judged.is_empty() && whole
+    });
     places
 }
 
@@ -122,16 +176,27 @@ fn smooth_place(
     checkpoint: &Checkpoint,
     config: &ModelConfig,
     place: &Place<'_>,
+    form: Smooth,
     x: &[f32],
+    worth: &[f32],
     out: &mut Smoothing,
 ) -> Result<(), QuantizeError> {
     let k = place.into[0].role.k;
-    let weights: Vec<Vec<f32>> =
-        place.judged.iter().map(|m| encode::floats(checkpoint, m)).collect::<Result<_, _>>()?;
-    let mut input = channel_peaks(x, k);
+    let weights: Vec<(Vec<f32>, Scheme)> = place
+        .judged
+        .iter()
+        .map(|(m, s)| Ok((encode::floats(checkpoint, m)?, *s)))
+        .collect::<Result<_, QuantizeError>>()?;
+    let norm = match &place.from {
+        Source::Norm(name) => Some(checkpoint.tensors.require(name, "it is smoothed")?),
+        _ => None,
+    };
+    let peaks = channel_peaks(x, k);
+    let mut input = if form == Smooth::Awq { channel_means(x, k) } else { peaks.clone() };
     let mut weight = vec![0.0; k];
-    for w in &weights {
-        weight.iter_mut().zip(channel_peaks(w, k)).for_each(|(a, b)| *a = f32::max(*a, b));
+    for (w, _) in &weights {
+        let own = if form == Smooth::Awq { block_shares(w, k) } else { channel_peaks(w, k) };
+        weight.iter_mut().zip(own).for_each(|(a, b)| *a = f32::max(*a, b));
     }
     if let Source::Values(_) = place.from {
         share_heads(config, &mut input);
@@ -140,16 +205,20 @@ fn smooth_place(
     let rows = x.len() / k;
     let step = rows.div_ceil(JUDGED_TOKENS).max(1);
     let sample: Vec<f32> = x.chunks(k).step_by(step).flatten().copied().collect();
-    let peak = amax(x);
-    let error = |factors: &[f32]| output_error(&sample, peak, &input, &weights, factors, k);
+    let worth = if worth.len() == rows { worth } else { &vec![1.0; rows] };
+    let worth: Vec<f32> = worth.iter().step_by(step).copied().collect();
+    let error = |factors: &[f32]| output_error(&sample, &worth, &peaks, &weights, factors, k);
     let failed = |e: candle_core::Error| QuantizeError::Module {
         module: place.into[0].name.clone(),
         detail: format!("its outputs cannot be computed: {e}"),
     };
     let plain = error(&vec![1.0; k]).map_err(failed)?;
     let mut best: (Option<f32>, Vec<f32>, f64) = (None, vec![1.0; k], plain);
-    for strength in STRENGTHS {
-        let factors: Vec<f32> = input.iter().zip(&weight).map(|(x, w)| factor(*x, *w, strength)).collect();
+    for &strength in form.strengths() {
+        let mut factors = form.factors(&input, &weight, strength);
+        if let Some(norm) = &norm {
+            settle(&mut factors, &norm.floats()?, norm.dtype);
+        }
         let found = error(&factors).map_err(failed)?;
         if found < best.2 {
             best = (Some(strength), factors, found);
@@ -178,13 +247,20 @@ fn smooth_place(
     Ok(())
 }
 
-/// The power of two nearest to x^α / w^(1-α); 1 where a channel says nothing.
-fn factor(x: f32, w: f32, strength: f32) -> f32 {
-    if x == 0.0 || w == 0.0 {
-        return 1.0;
+/// Makes each factor what dividing the norm by it really does, as the norm's type rounds the quotient.
+fn settle(factors: &mut [f32], norm: &[f32], dtype: Dtype) {
+    for (f, g) in factors.iter_mut().zip(norm) {
+        let stored = round_to(dtype, g / *f);
+        *f = if stored == 0.0 || *g == 0.0 { 1.0 } else { g / stored };
     }
-    let exponent = strength * x.log2() - (1.0 - strength) * w.log2();
-    exponent.round().clamp(-30.0, 30.0).exp2()
+}
+
+fn round_to(dtype: Dtype, x: f32) -> f32 {
+    match dtype {
+        Dtype::BF16 => half::bf16::from_f32(x).to_f32(),
+        Dtype::F16 => half::f16::from_f32(x).to_f32(),
+        _ => x,
+    }
 }
 
 /// Makes all query heads of a group have their group's largest value in each channel, [heads · head_dim].
@@ -207,38 +283,65 @@ fn channel_peaks(rows: &[f32], k: usize) -> Vec<f32> {
     peaks
 }
 
-/// Mean squared error of the NVFP4 linears' outputs on `x` when inputs are divided and weights multiplied by `factors`.
+/// Mean magnitude of each column.
+fn channel_means(rows: &[f32], k: usize) -> Vec<f32> {
+    let mut sums = vec![0.0f64; k];
+    for row in rows.chunks(k) {
+        sums.iter_mut().zip(row).for_each(|(s, v)| *s += f64::from(v.abs()));
+    }
+    sums.iter().map(|s| (s * k as f64 / rows.len() as f64) as f32).collect()
+}
+
+/// Mean over the rows of |w| as a share of its block's largest magnitude, per column: AWQ's measure of a weight's channel.
+fn block_shares(w: &[f32], k: usize) -> Vec<f32> {
+    let mut sums = vec![0.0f64; k];
+    for row in w.chunks(k) {
+        for (block, sums) in row.chunks(BLOCK).zip(sums.chunks_mut(BLOCK)) {
+            let peak = amax(block).max(f32::MIN_POSITIVE);
+            sums.iter_mut().zip(block).for_each(|(s, v)| *s += f64::from(v.abs() / peak));
+        }
+    }
+    sums.iter().map(|s| (s * k as f64 / w.len() as f64) as f32).collect()
+}
+
+/// Squared error of the quantized linears' outputs on `x`, weighted by `worth`, when inputs are divided and weights
+/// multiplied by `factors`.
 fn output_error(
     x: &[f32],
-    peak: f32,
+    worth: &[f32],
     channel_peaks: &[f32],
-    weights: &[Vec<f32>],
+    weights: &[(Vec<f32>, Scheme)],
     factors: &[f32],
     k: usize,
 ) -> candle_core::Result<f64> {
-    let smoothed = channel_peaks.iter().zip(factors).map(|(p, f)| p / f).fold(0.0, f32::max);
-    let global = nvfp4::global_scale(if smoothed == 0.0 { peak } else { smoothed });
-    let activation = ActivationFormat::Nvfp4 { global_scale: global };
-    let mut q = x.to_vec();
-    q.par_chunks_mut(k).for_each(|row| {
-        row.iter_mut().zip(factors).for_each(|(x, f)| *x /= f);
-        activation.fake_quantize(row);
-    });
-    let mut rounded: Vec<Vec<f32>> = weights.to_vec();
+    let peak = channel_peaks.iter().zip(factors).map(|(p, f)| p / f).fold(0.0, f32::max);
+    let mut rounded: Vec<Vec<f32>> = weights.iter().map(|(w, _)| w.clone()).collect();
     for w in &mut rounded {
         w.par_chunks_mut(k).for_each(|row| row.iter_mut().zip(factors).for_each(|(w, f)| *w *= f));
     }
-    let largest = rounded.iter().map(|w| amax(w)).fold(f32::MIN_POSITIVE, f32::max);
-    let global = nvfp4::global_scale(largest);
+    let largest = rounded.iter().map(|w| amax(w)).fold(0.0, f32::max);
+    let mut inputs: Option<(Scheme, Vec<f32>)> = None;
     let mut sum = 0.0;
-    for (w, rounded) in weights.iter().zip(&mut rounded) {
-        rounded.par_chunks_mut(BLOCK).for_each(|block| {
-            let scale = e4m3::decode(nvfp4::weight_block_scale(amax(block), global)) * global;
-            block.iter_mut().for_each(|w| *w = e2m1::decode(e2m1::encode(*w / scale)) * scale);
-        });
-        let (exact, found) = (product_transposed(x, w, k)?, product_transposed(&q, rounded, k)?);
-        sum +=
-            exact.par_iter().zip(&found).map(|(a, b)| f64::from(a - b).powi(2)).collect::<Vec<_>>().iter().sum::<f64>();
+    for ((w, scheme), rounded) in weights.iter().zip(&mut rounded) {
+        let q = match &mut inputs {
+            Some((s, q)) if s == scheme => q,
+            other => {
+                let activation = encode::activation(*scheme, Dialect::ModelOpt, peak);
+                let mut q = x.to_vec();
+                q.par_chunks_mut(k).for_each(|row| {
+                    row.iter_mut().zip(factors).for_each(|(x, f)| *x /= f);
+                    activation.fake_quantize(row);
+                });
+                &mut other.insert((*scheme, q)).1
+            }
+        };
+        encode::fake_quantize(rounded, k, *scheme, largest);
+        let (exact, found) = (product_transposed(x, w, k)?, product_transposed(q, rounded, k)?);
+        let n = w.len() / k;
+        let rows = exact.par_chunks(n).zip(found.par_chunks(n)).zip(worth);
+        let errors =
+            rows.map(|((a, b), worth)| a.iter().zip(b).map(|(a, b)| f64::from(worth * (a - b)).powi(2)).sum::<f64>());
+        sum += errors.collect::<Vec<f64>>().iter().sum::<f64>();
     }
     Ok(sum)
 }
@@ -273,8 +376,9 @@ impl Smoothing {
         Ok(Some(values))
     }
 
-    /// Writes the smoothed model to `folder`, tensor by tensor. It computes bit for bit what `checkpoint` does; a tensor
-    /// whose type cannot hold the new values exactly (F16 with tiny ones) becomes F32.
+    /// Writes the smoothed model to `folder`, tensor by tensor. By powers of two it computes bit for bit what `checkpoint`
+    /// does, and a tensor whose type cannot hold the new values exactly (F16 with tiny ones) becomes F32; otherwise the
+    /// linears' weights become F32 and only biases are rounded.
     ///
     /// # Errors
     /// When a tensor cannot be read or the folder cannot be written.
@@ -282,10 +386,15 @@ impl Smoothing {
         let floats = |name: &str| -> Result<Vec<f32>, QuantizeError> {
             Ok(checkpoint.tensors.require(name, "it is smoothed")?.floats()?)
         };
+        let modules = ModelConfig::read(&checkpoint.config)?.modules();
+        let linears = modules.iter().filter(|m| m.is_block_linear()).map(|m| format!("{}.weight", m.name));
+        let linears: BTreeSet<String> = linears.collect();
         let mut specs = Vec::new();
         for name in checkpoint.tensors.names() {
             let Some(view) = checkpoint.tensors.peek(name) else { continue };
-            let exact = match self.apply(name, || floats(name))? {
+            // Biases of exact forms are rounded: only what is quantized next may need more than its type.
+            let may_grow = self.form == Smooth::PowerOfTwo || linears.contains(name);
+            let exact = match self.apply(name, || floats(name))?.filter(|_| may_grow) {
                 Some(values) => holds(view.dtype, &values),
                 None => true,
             };
@@ -314,27 +423,31 @@ fn holds(dtype: Dtype, values: &[f32]) -> bool {
     })
 }
 
-fn to_bytes(dtype: Dtype, values: &[f32]) -> Vec<u8> {
-    match dtype {
-        Dtype::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
-        Dtype::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
-        _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn factors_are_powers_of_two_between_input_and_weight() {
-        assert_eq!(factor(8.0, 0.5, 0.5), 4.0);
-        assert_eq!(factor(8.0, 0.5, 1.0), 8.0);
-        assert_eq!(factor(8.0, 0.5, 0.0), 2.0);
-        assert_eq!(factor(0.0, 0.5, 0.5), 1.0);
+    fn factors_lie_between_input_and_weight() {
+        let two = |x, w, strength| Smooth::PowerOfTwo.factors(&[x], &[w], strength)[0];
+        assert_eq!(two(8.0, 0.5, 0.5), 4.0);
+        assert_eq!(two(8.0, 0.5, 1.0), 8.0);
+        assert_eq!(two(8.0, 0.5, 0.0), 2.0);
+        assert_eq!(two(0.0, 0.5, 0.5), 1.0);
         for x in [1e-3f32, 0.7, 3.0, 900.0] {
-            assert_eq!(factor(x, 0.3, 0.75).to_bits() & 0x007f_ffff, 0);
+            assert_eq!(two(x, 0.3, 0.75).to_bits() & 0x007f_ffff, 0);
         }
+        let exact = Smooth::Awq.factors(&[2.0, 8.0, 0.0], &[1.0, 1.0, 1.0], 1.0);
+        assert_eq!(exact, [0.5, 2.0, 1.0]);
+    }
+
+    #[test]
+    fn a_norms_type_settles_what_a_factor_is() {
+        let mut factors = vec![3.0, 2.0, 5.0];
+        settle(&mut factors, &[1.0, 1.0, 0.0], Dtype::BF16);
+        assert_eq!(factors[1..], [2.0, 1.0]);
+        assert!(factors[0] != 3.0 && (factors[0] - 3.0).abs() < 0.02);
+        assert_eq!(1.0 / (1.0 / factors[0]), factors[0]);
     }
 
     #[test]

@@ -1,0 +1,221 @@
+//! Rotation by Hadamard matrices, folded into the weights: outliers spread over the channels of a block, and nothing is
+//! computed when the model runs.
+//!
+//! The residual stream's rotation R (QuaRot, SpinQuant's R1) goes into the embedding, the head, and every linear that reads
+//! or writes the stream; norms are folded into what reads them first, as RMSNorm commutes with a rotation only without
+//! weights. The values' rotation (R2) goes into v_proj's rows and o_proj's columns, head by head. R is the block-diagonal
+//! Hadamard matrix of the largest power of two that divides the width, with random signs.
+//!
+//! Unlike smoothing by powers of two this changes the unquantized model a little: the embedding and the head are stored
+//! in their own type, rounded.
+
+use std::path::Path;
+
+use rayon::prelude::*;
+use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::{QuantizeError, to_bytes};
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
+use crate::model::ModelConfig;
+use crate::model::modules::{Module, Part};
+
+/// What is rotated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rotate {
+    /// Values, head by head.
+    Values,
+    /// Values and the residual stream. A tied head becomes a tensor of its own.
+    All,
+}
+
+/// A block-diagonal Hadamard matrix with signs, scaled to be orthogonal.
+struct Rotation {
+    signs: Vec<f32>,
+    block: usize,
+}
+
+impl Rotation {
+    fn new(width: usize, mut seed: u64) -> Self {
+        let mut sign = || {
+            // SplitMix64 (public domain).
+            seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = seed;
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            if (z ^ (z >> 31)) & 1 == 0 { 1.0 } else { -1.0 }
+        };
+        Self { signs: (0..width).map(|_| sign()).collect(), block: 1 << width.trailing_zeros() }
+    }
+
+    /// x ← x·R for each row of `rows` [.., width].
+    fn rows(&self, rows: &mut [f32]) {
+        rows.par_chunks_mut(self.signs.len()).for_each(|row| self.row(row));
+    }
+
+    fn row(&self, row: &mut [f32]) {
+        row.iter_mut().zip(&self.signs).for_each(|(x, s)| *x *= s);
+        for block in row.chunks_mut(self.block) {
+            let mut half = 1;
+            while half < block.len() {
+                for pair in block.chunks_mut(2 * half) {
+                    let (a, b) = pair.split_at_mut(half);
+                    for (a, b) in a.iter_mut().zip(b) {
+                        (*a, *b) = (*a + *b, *a - *b);
+                    }
+                }
+                half *= 2;
+            }
+        }
+        let scale = 1.0 / (self.block as f32).sqrt();
+        row.iter_mut().for_each(|x| *x *= scale);
+    }
+
+    /// W ← Rᵀ·W for each run of `width` rows of W [.., columns].
+    fn outputs(&self, w: &mut [f32], columns: usize) {
+        let width = self.signs.len();
+        for group in w.chunks_mut(width * columns) {
+            let mut transposed: Vec<f32> = vec![0.0; group.len()];
+            for (r, row) in group.chunks(columns).enumerate() {
+                row.iter().enumerate().for_each(|(c, v)| transposed[c * width + r] = *v);
+            }
+            self.rows(&mut transposed);
+            for (r, row) in group.chunks_mut(columns).enumerate() {
+                row.iter_mut().enumerate().for_each(|(c, v)| *v = transposed[c * width + r]);
+            }
+        }
+    }
+}
+
+/// Writes the rotated model to `folder`: linears that `quantized` names in f32, all else in its own type.
+///
+/// # Errors
+/// When a tensor cannot be read or the folder cannot be written.
+pub fn rotate(
+    checkpoint: &Checkpoint,
+    what: Rotate,
+    quantized: &dyn Fn(&Module) -> bool,
+    folder: &Path,
+) -> Result<(), QuantizeError> {
+    let config = ModelConfig::read(&checkpoint.config)?;
+    let modules = config.modules();
+    let stream = (what == Rotate::All).then(|| Rotation::new(config.hidden, 1));
+    let head = Rotation::new(config.head_dim, 2);
+    let module_of = |tensor: &str| {
+        let (name, suffix) = tensor.rsplit_once('.')?;
+        Some((modules.iter().find(|m| m.name == name)?, suffix.to_owned()))
+    };
+    let untie = stream.is_some() && config.tied_embeddings;
+    let mut specs = Vec::new();
+    for name in checkpoint.tensors.names().filter(|name| !(untie && *name == "lm_head.weight")) {
+        let Some(view) = checkpoint.tensors.peek(name) else { continue };
+        let is_linear = module_of(name).is_some_and(|(m, suffix)| suffix == "weight" && quantized(m));
+        let dtype = if is_linear { Dtype::F32 } else { view.dtype };
+        specs.push(TensorSpec { name: name.into(), dtype, shape: view.shape.to_vec() });
+        if untie && name == "model.embed_tokens.weight" {
+            specs.push(TensorSpec { name: "lm_head.weight".into(), dtype: view.dtype, shape: view.shape.to_vec() });
+        }
+    }
+    let floats = |name: &str| -> Result<Vec<f32>, QuantizeError> {
+        Ok(checkpoint.tensors.require(name, "it is rotated")?.floats()?)
+    };
+    let writer = FolderWriter::create(folder)?;
+    writer.tensors(&specs, SHARD_BYTES, &Map::new(), |spec| -> Result<Vec<u8>, QuantizeError> {
+        let name = spec.name.as_str();
+        let stored = if untie && name == "lm_head.weight" { "model.embed_tokens.weight" } else { name };
+        let mut values = floats(stored)?;
+        if name == "lm_head.weight" {
+            read(&mut values, &floats("model.norm.weight")?, stream.as_ref());
+        } else if let Some((m, suffix)) = module_of(name) {
+            turn(m, &suffix, &mut values, &config, stream.as_ref(), &head, &floats)?;
+        } else if stream.is_some() && is_stream_norm(name) {
+            values.fill(1.0);
+        } else {
+            return Ok(checkpoint.tensors.require(name, "it is copied")?.bytes.to_vec());
+        }
+        checkpoint.tensors.release_pages();
+        Ok(to_bytes(spec.dtype, &values))
+    })?;
+    let mut json = checkpoint.config.value().clone();
+    if let Some(map) = json.as_object_mut().filter(|_| untie) {
+        map.insert("tie_word_embeddings".into(), Value::Bool(false));
+    }
+    writer.json("config.json", &json)?;
+    writer.copy_text_files(checkpoint.tensors.folder())?;
+    Ok(writer.commit()?)
+}
+
+/// Whether a norm's weights multiply the residual stream.
+fn is_stream_norm(name: &str) -> bool {
+    name == "model.norm.weight" || name.ends_with("layernorm.weight")
+}
+
+/// What reads the stream through a norm: its columns take the norm's weights and the rotation.
+fn read(w: &mut [f32], norm: &[f32], stream: Option<&Rotation>) {
+    let Some(stream) = stream else { return };
+    w.par_chunks_mut(norm.len()).for_each(|row| row.iter_mut().zip(norm).for_each(|(w, g)| *w *= g));
+    stream.rows(w);
+}
+
+/// One tensor of a module, turned as its place asks.
+fn turn(
+    m: &Module,
+    suffix: &str,
+    values: &mut [f32],
+    config: &ModelConfig,
+    stream: Option<&Rotation>,
+    head: &Rotation,
+    floats: &dyn Fn(&str) -> Result<Vec<f32>, QuantizeError>,
+) -> Result<(), QuantizeError> {
+    let bias = suffix == "bias";
+    let columns = if bias { 1 } else { m.role.k };
+    let layer = m.layer.unwrap_or(0);
+    let norm = |which: &str| floats(&format!("model.layers.{layer}.{which}.weight"));
+    match m.part {
+        Part::Embedding => {
+            if let Some(stream) = stream {
+                stream.rows(values);
+            }
+        }
+        Part::Q | Part::K | Part::V if !bias && stream.is_some() => read(values, &norm("input_layernorm")?, stream),
+        Part::Gate | Part::Up | Part::Router if !bias => read(values, &norm("post_attention_layernorm")?, stream),
+        _ => {}
+    }
+    match m.part {
+        Part::V => head.outputs(values, columns),
+        Part::O if !bias => {
+            debug_assert_eq!(m.role.k % config.head_dim, 0);
+            head.rows(values);
+        }
+        _ => {}
+    }
+    if let (Part::O | Part::Down, Some(stream)) = (m.part, stream) {
+        stream.outputs(values, columns);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rotations_are_orthogonal_and_their_transpose_undoes_them() {
+        let r = Rotation::new(48, 3);
+        assert_eq!(r.block, 16);
+        let mut identity = vec![0.0f32; 48 * 48];
+        (0..48).for_each(|i| identity[i * 49] = 1.0);
+        let mut forward = identity.clone();
+        r.rows(&mut forward);
+        assert!(forward.iter().filter(|v| **v != 0.0).count() == 48 * 16);
+        // Rᵀ·R = 1.
+        let mut back = forward.clone();
+        r.outputs(&mut back, 48);
+        for (a, b) in back.iter().zip(&identity) {
+            assert!((a - b).abs() < 1e-6);
+        }
+    }
+}
