@@ -97,7 +97,7 @@ fn compare(source: &Path, recipe: &Recipe, dialect: Dialect, theirs: &Path) {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("quantized");
     let at = theirs.display();
-    quantize(&source, &calibrated(&source), recipe, dialect, &Default::default(), &out).unwrap();
+    quantize(&source, &calibrated(&source), recipe, dialect, &Default::default(), None, &out).unwrap();
     let ours = Checkpoint::open(&out).unwrap();
     let exported = TensorStore::open(theirs).unwrap();
     assert_eq!(ours.tensors.names().collect::<Vec<_>>(), exported.names().collect::<Vec<_>>(), "{at}");
@@ -179,14 +179,22 @@ fn what_cannot_be_quantized_is_refused_by_name_and_leaves_nothing_behind() {
 
     let mut unreached = good.clone();
     unreached.amax.retain(|m, _| !m.contains("layers.1.mlp.down_proj"));
-    let e =
-        quantize(&source, &unreached, &Recipe::uniform(Scheme::Nvfp4), Dialect::ModelOpt, &Default::default(), &out)
-            .unwrap_err();
+    let e = quantize(
+        &source,
+        &unreached,
+        &Recipe::uniform(Scheme::Nvfp4),
+        Dialect::ModelOpt,
+        &Default::default(),
+        None,
+        &out,
+    )
+    .unwrap_err();
     assert!(e.to_string().contains("model.layers.1.mlp.down_proj"), "{e}");
 
     let already = Checkpoint::open(&own_folder().join("compressed-tensors/llama/fp8")).unwrap();
-    let e = quantize(&already, &good, &Recipe::uniform(Scheme::Nvfp4), Dialect::ModelOpt, &Default::default(), &out)
-        .unwrap_err();
+    let e =
+        quantize(&already, &good, &Recipe::uniform(Scheme::Nvfp4), Dialect::ModelOpt, &Default::default(), None, &out)
+            .unwrap_err();
     assert!(e.to_string().contains("F8_E4M3") && e.to_string().contains("q_proj"), "{e}");
 
     let e = calibrate(&source, backend(), &[], "test", &mut |_, _| {}).unwrap_err();
@@ -196,8 +204,9 @@ fn what_cannot_be_quantized_is_refused_by_name_and_leaves_nothing_behind() {
 
     std::fs::create_dir(&out).unwrap();
     std::fs::write(out.join("precious"), "x").unwrap();
-    let e = quantize(&source, &good, &Recipe::uniform(Scheme::Nvfp4), Dialect::ModelOpt, &Default::default(), &out)
-        .unwrap_err();
+    let e =
+        quantize(&source, &good, &Recipe::uniform(Scheme::Nvfp4), Dialect::ModelOpt, &Default::default(), None, &out)
+            .unwrap_err();
     assert!(e.to_string().contains("not empty"), "{e}");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "a partial folder was left behind");
 }
@@ -343,7 +352,7 @@ fn recipes_that_fit_no_module_and_formats_that_a_dialect_lacks_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
     let refuse = |recipe: &Recipe, dialect| {
-        quantize(&source, &good, recipe, dialect, &Default::default(), &out).unwrap_err().to_string()
+        quantize(&source, &good, recipe, dialect, &Default::default(), None, &out).unwrap_err().to_string()
     };
     let experts = Recipe::find("nvfp4_experts_only").unwrap();
     assert!(refuse(&experts, Dialect::ModelOpt).contains("*.mlp.experts.*"));

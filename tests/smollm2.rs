@@ -47,11 +47,20 @@ fn models() -> Option<&'static Models> {
             &Recipe::uniform(Scheme::Nvfp4),
             Dialect::ModelOpt,
             &Default::default(),
+            None,
             &nvfp4,
         )
         .unwrap();
-        quantize(&source, &calibration, &Recipe::uniform(Scheme::Fp8), Dialect::ModelOpt, &Default::default(), &fp8)
-            .unwrap();
+        quantize(
+            &source,
+            &calibration,
+            &Recipe::uniform(Scheme::Fp8),
+            Dialect::ModelOpt,
+            &Default::default(),
+            None,
+            &fp8,
+        )
+        .unwrap();
         Some(Models { _folder: folder, bf16, nvfp4, fp8 })
     });
     if models.is_none() {

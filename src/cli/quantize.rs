@@ -6,13 +6,15 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
+use serde_json::Value;
 
 use super::options::{EngineOptions, model_folder};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Dialect;
 use crate::model::ModelConfig;
-use crate::quantize::{self, CalibrationText, Recipe};
-use crate::text::Tokenizer;
+use crate::quantize::auto::Table;
+use crate::quantize::{self, CalibrationText, Recipe, Scheme};
+use crate::text::{ChatInput, ChatTemplate, Tokenizer};
 
 /// Public-domain prose for calibration where the user gives none: the opening of a novel (Standard Ebooks, CC0).
 pub(super) const BUILT_IN_TEXT: &str = include_str!("calibration.txt");
@@ -34,10 +36,17 @@ pub(super) struct Args {
     /// Whose conventions the output follows
     #[arg(long, value_enum, default_value_t = DialectName::Modelopt)]
     dialect: DialectName,
-    /// Text to calibrate activation scales on (.txt), or token ids (.json) [default: a short built-in text]
+    /// What to calibrate on: text, conversations or documents (.jsonl with `messages` or `text` in each line), or token
+    /// ids (.json) [default: a short built-in text]
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
-    /// Windows of the text to run [default: 8, and 16 where the recipe rounds weights by them]
+    /// Average bits per weight of the blocks' linears, for recipes that choose formats themselves
+    #[arg(long, value_name = "BITS")]
+    bits: Option<f64>,
+    /// Choose by the recoup_sensitivity.json of an earlier run instead of measuring again
+    #[arg(long, value_name = "FILE")]
+    sensitivity: Option<PathBuf>,
+    /// Windows of the text, or conversations, to run [default: 8, and 16 where the recipe rounds weights by them]
     #[arg(long)]
     samples: Option<usize>,
     /// Tokens in a window
@@ -64,11 +73,16 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         bail!("MODEL, --output and --recipe are needed");
     };
     let start = Instant::now();
-    let recipe = Recipe::find(recipe)?;
+    let mut recipe = Recipe::find(recipe)?;
+    choose_bits(args, &mut recipe)?;
     let folder = model_folder(model)?;
     let checkpoint = Checkpoint::open(&folder)?;
     let samples = args.samples.unwrap_or(if recipe.gptq.is_some() { 16 } else { 8 });
-    let text = sequences(args, samples, &checkpoint, &folder)?;
+    let text = if recipe.needs_text() {
+        sequences(args, samples, &checkpoint, &folder)?
+    } else {
+        CalibrationText { sequences: Vec::new(), description: "none needed".into() }
+    };
     let dialect = match args.dialect {
         DialectName::Modelopt => Dialect::ModelOpt,
         DialectName::CompressedTensors => Dialect::CompressedTensors,
@@ -84,11 +98,15 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         bar.set_position(done as u64);
     })?;
     bar.finish_and_clear();
+    if let Some(table) = &report.table {
+        print_table(table)?;
+    }
+    let tokens = text.sequences.iter().map(Vec::len).sum::<usize>();
     eprintln!(
-        "{} linears by {} ({dialect} dialect), calibrated on {} tokens: {} to {} in {:.1} s",
+        "{} linears by {} ({dialect} dialect), {}: {} to {} in {:.1} s",
         report.modules,
         recipe.name,
-        text.sequences.iter().map(Vec::len).sum::<usize>(),
+        if tokens > 0 { format!("calibrated on {tokens} tokens") } else { "without calibration".into() },
         super::human_bytes(report.bytes_before),
         super::human_bytes(report.bytes_after),
         start.elapsed().as_secs_f64()
@@ -97,7 +115,72 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         eprintln!("note: no calibration token reached {module}; it shares the scale of its neighbours");
     }
     eprintln!("wrote {}", output.display());
+    for folder in left_behind(output) {
+        eprintln!("note: {} was left by a run that was killed; it can be removed", folder.display());
+    }
     super::done()
+}
+
+/// Temporary folders of runs for the same output.
+fn left_behind(output: &Path) -> Vec<PathBuf> {
+    let Some(name) = output.file_name() else { return Vec::new() };
+    let prefix = format!(".{}.", name.to_string_lossy());
+    let parent = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
+    let ours = entries.filter(|e| {
+        let entry = e.file_name().to_string_lossy().into_owned();
+        let rest = entry.strip_prefix(&prefix).and_then(|rest| rest.rsplit_once('-'));
+        rest.is_some_and(|(_, pid)| !pid.is_empty() && pid.bytes().all(|b| b.is_ascii_digit()))
+    });
+    ours.map(|e| e.path()).collect()
+}
+
+/// Takes --bits and --sensitivity into the recipe.
+fn choose_bits(args: &Args, recipe: &mut Recipe) -> Result<()> {
+    let Some(auto) = &mut recipe.auto else {
+        if args.bits.is_some() || args.sensitivity.is_some() {
+            bail!(
+                "--bits and --sensitivity are for recipes that choose formats themselves, such as nvfp4_fp8_auto; {} does \
+                 not",
+                recipe.name
+            );
+        }
+        return Ok(());
+    };
+    if let Some(bits) = args.bits {
+        auto.bits = bits;
+    }
+    if let Some(file) = &args.sensitivity {
+        let text = std::fs::read_to_string(file).with_context(|| format!("{}: cannot be read", file.display()))?;
+        let table = serde_json::from_str(&text);
+        auto.measured = Some(table.with_context(|| format!("{}: no table of sensitivities", file.display()))?);
+    }
+    recipe.check()?;
+    Ok(())
+}
+
+/// What was measured of each group, and what it became.
+fn print_table(table: &Table) -> Result<()> {
+    let mut shown = comfy_table::Table::new();
+    shown.load_style(comfy_table::presets::NOTHING);
+    let schemes: Vec<_> = table.groups.first().map_or_else(Vec::new, |g| g.options.clone());
+    let header = ["group".to_owned(), "weights".to_owned()].into_iter();
+    let columns = schemes.iter().filter(|o| o.scheme != Scheme::None).map(|o| format!("KL as {}", o.scheme));
+    shown.set_header(header.chain(columns).chain(["becomes".to_owned()]));
+    for group in &table.groups {
+        let figures = group.options.iter().filter(|o| o.scheme != Scheme::None).map(|o| format!("{:.6}", o.kl));
+        let row = [group.name.clone(), group.weights.to_string()].into_iter();
+        shown.add_row(row.chain(figures).chain([group.scheme.to_string()]));
+    }
+    super::outln!("{shown}");
+    super::outln!(
+        "{:.3} of {} bits per weight; the parts' KL sums to {:.5} nats (measured on {} tokens)",
+        table.bits,
+        table.budget_bits,
+        table.kl_sum,
+        table.tokens
+    );
+    Ok(())
 }
 
 /// Calibration windows and where they came from.
@@ -116,6 +199,9 @@ fn sequences(args: &Args, samples: usize, checkpoint: &Checkpoint, folder: &Path
         let description = file.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
         return Ok(CalibrationText { sequences: rows, description });
     }
+    if let Some(file) = args.calibration.as_ref().filter(|f| f.extension().is_some_and(|e| e == "jsonl")) {
+        return documents(file, samples, length, folder);
+    }
     let (text, name) = match &args.calibration {
         None => (BUILT_IN_TEXT.to_owned(), "built-in text".to_owned()),
         Some(file) => {
@@ -132,6 +218,43 @@ fn sequences(args: &Args, samples: usize, checkpoint: &Checkpoint, folder: &Path
     }
     let description = format!("{name}, {} x {} tokens", windows.len(), windows[0].len());
     Ok(CalibrationText { sequences: windows, description })
+}
+
+/// Conversations, by the model's chat template, or documents: each at most `length` tokens, `samples` of them evenly
+/// spaced over the file.
+fn documents(file: &Path, samples: usize, length: usize, folder: &Path) -> Result<CalibrationText> {
+    let text = super::read_text(file)?;
+    let lines: Vec<(usize, &str)> = text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()).collect();
+    if lines.is_empty() {
+        bail!("{}: the calibration file is empty", file.display());
+    }
+    let tokenizer = Tokenizer::from_folder(folder)?;
+    let mut template = None;
+    let samples = samples.min(lines.len());
+    let mut sequences = Vec::new();
+    for i in 0..samples {
+        let (number, line) = lines[i * lines.len() / samples];
+        let place = || format!("{}, line {}", file.display(), number + 1);
+        let value: Value = serde_json::from_str(line).with_context(|| format!("{}: no JSON", place()))?;
+        let mut tokens = match (value.get("messages"), value.get("text")) {
+            (Some(Value::Array(messages)), _) => {
+                if template.is_none() {
+                    template = ChatTemplate::from_folder(folder)?;
+                }
+                let Some(template) = &template else {
+                    bail!("{}: `messages` need a chat template, and {} has none", place(), folder.display());
+                };
+                let input = ChatInput { messages, ..ChatInput::default() };
+                tokenizer.encode(&template.render(&input).with_context(place)?, false)?
+            }
+            (None, Some(Value::String(text))) => tokenizer.encode(text, false)?,
+            _ => bail!("{}: expected `messages` (a list of turns) or `text` (a string)", place()),
+        };
+        tokens.truncate(length);
+        sequences.push(tokens);
+    }
+    let name = file.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+    Ok(CalibrationText { description: format!("{name}, {samples} documents of {length} tokens at most"), sequences })
 }
 
 /// `samples` windows of `length` tokens, evenly spaced over the text; fewer or shorter where it is short.

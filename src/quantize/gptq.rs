@@ -82,7 +82,6 @@ pub fn gptq(
         }
         let firsts: Vec<String> = groups.iter().map(|g| g.modules[0].name.clone()).collect();
         let (after, clean) = walk.block(layer, &teacher, &firsts)?;
-        let worth = walk.worth(&after)?;
         for group in &groups {
             let first = &group.modules[0].name;
             let (_, mut seen) = walk.block(layer, &student, std::slice::from_ref(first))?;
@@ -90,7 +89,7 @@ pub fn gptq(
             // Routing may send other tokens to an expert than in the unquantized model.
             let clean = clean.get(first).filter(|c| group.modules[0].expert.is_none() && c.len() == inputs.len());
             for (module, prepared) in
-                round_group(checkpoint, group, &inputs, clean.map(Vec::as_slice), &worth, dialect, options)?
+                round_group(checkpoint, group, &inputs, clean.map(Vec::as_slice), dialect, options)?
             {
                 walk.replace(linear(module, &prepared, group.activation, checkpoint)?)?;
                 out.insert(module.name.clone(), prepared);
@@ -130,7 +129,6 @@ fn round_group<'m>(
     group: &Group<'m>,
     inputs: &[f32],
     target: Option<&[f32]>,
-    worth: &[f32],
     dialect: Dialect,
     options: Gptq,
 ) -> Result<Vec<(&'m Module, Prepared)>, QuantizeError> {
@@ -144,9 +142,6 @@ fn round_group<'m>(
     };
     let mut quantized = inputs.to_vec();
     quantized.par_chunks_mut(k).for_each(|row| group.activation.fake_quantize(row));
-    // Routing leaves an expert only some of the tokens.
-    let worth = if quantized.len() == worth.len() * k { worth } else { &[] };
-    quantized.chunks_mut(k).zip(worth).for_each(|(row, worth)| row.iter_mut().for_each(|x| *x *= worth));
     let gram = transposed_product(&quantized, k, &quantized, k).map_err(failed)?;
     let weights: Vec<Vec<f32>> =
         group.modules.iter().map(|m| encode::floats(checkpoint, m)).collect::<Result<_, _>>()?;
@@ -155,9 +150,7 @@ fn round_group<'m>(
         None => weights,
         Some(ridge) => {
             let l = factor(ridge);
-            let mut shift = target.unwrap_or(inputs).to_vec();
-            shift.chunks_mut(k).zip(worth).for_each(|(row, worth)| row.iter_mut().for_each(|x| *x *= worth));
-            shift.iter_mut().zip(&quantized).for_each(|(x, q)| *x -= q);
+            let shift: Vec<f32> = target.unwrap_or(inputs).iter().zip(&quantized).map(|(x, q)| x - q).collect();
             let cross = transposed_product(&quantized, k, &shift, k).map_err(failed)?;
             let regress = |w: &Vec<f32>| {
                 let pull = product_transposed(w, &cross, k)?;

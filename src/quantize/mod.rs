@@ -1,5 +1,6 @@
 //! Post-training quantization: calibrate, encode, export in a dialect that other engines load.
 
+pub mod auto;
 pub mod calibrate;
 pub mod convert;
 pub mod dequantize;
@@ -18,6 +19,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 use serde_json::{Map, Value};
+use sha2::{Digest as _, Sha256};
 
 use crate::backend::cpu::CpuBackend;
 use crate::checkpoint::dialect::Dialect;
@@ -26,9 +28,11 @@ use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::formats::e4m3;
 use crate::model::modules::Module;
 use crate::model::{LoadError, ModelConfig};
+use auto::Table;
 use calibrate::Calibration;
 use encode::Peaks;
 pub use recipe::Recipe;
+use recipe::Rule;
 pub use scheme::Scheme;
 
 /// Why a model could not be quantized.
@@ -61,6 +65,8 @@ pub struct Report {
     pub bytes_after: u64,
     /// Modules that no calibration token reached and that took their scale from the modules they share it with.
     pub unreached: Vec<String>,
+    /// What was measured and chosen, where the recipe chooses formats itself.
+    pub table: Option<Table>,
 }
 
 /// A weight that was rounded beforehand.
@@ -77,7 +83,7 @@ pub struct Prepared {
 /// Quantizes the linears of the blocks that `recipe` names and writes `out`.
 ///
 /// `calibration` holds the largest magnitudes of inputs (and of keys and values); `prepared` weights are written as they
-/// are. Transformations that the recipe asks for (smoothing, calibrated rounding) are not done here: see [`apply`].
+/// are; `table` is kept beside them. Transformations that the recipe asks for (smoothing, calibrated rounding) are not done here: see [`apply`].
 ///
 /// Follows nvidia-modelopt 0.47 for the ModelOpt dialect and llm-compressor 0.14 with compressed-tensors 0.20 for the
 /// other, bit for bit in weights and weight scales on BF16 models.
@@ -91,6 +97,7 @@ pub fn quantize(
     recipe: &Recipe,
     dialect: Dialect,
     prepared: &BTreeMap<String, Prepared>,
+    table: Option<&Table>,
     out: &Path,
 ) -> Result<Report, QuantizeError> {
     if !matches!(dialect, Dialect::ModelOpt | Dialect::CompressedTensors) {
@@ -132,6 +139,9 @@ pub fn quantize(
     let assigned: Vec<(&Module, Scheme)> = modules.iter().zip(plan.schemes.iter().copied()).collect();
     export::write_configs(&writer, checkpoint, &config, &assigned, recipe.kv_cache, dialect)?;
     writer.json("recoup_recipe.json", &serde_json::to_value(recipe).unwrap_or_default())?;
+    if let Some(table) = table {
+        writer.json(TABLE_FILE, &serde_json::to_value(table).unwrap_or_default())?;
+    }
     writer.copy_text_files(checkpoint.tensors.folder())?;
     writer.commit()?;
 
@@ -141,8 +151,12 @@ pub fn quantize(
         bytes_before: quantized().map(|(m, _)| 2 * (m.role.n * m.role.k) as u64).sum(),
         bytes_after: specs.iter().zip(&jobs).filter(|(_, j)| !matches!(j, Job::Copy)).map(|(s, _)| s.bytes()).sum(),
         unreached: plan.unreached,
+        table: table.cloned(),
     })
 }
+
+/// Where a checkpoint keeps the table that its formats were chosen by.
+pub const TABLE_FILE: &str = "recoup_sensitivity.json";
 
 /// Where one output tensor comes from.
 enum Job {
@@ -273,6 +287,19 @@ pub struct CalibrationText {
     pub description: String,
 }
 
+impl CalibrationText {
+    /// The description with a hash of the tokens.
+    fn described(&self) -> String {
+        let mut hash = Sha256::new();
+        for sequence in &self.sequences {
+            hash.update((sequence.len() as u64).to_le_bytes());
+            sequence.iter().for_each(|t| hash.update(t.to_le_bytes()));
+        }
+        let hex: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+        format!("{}; sha256 of the tokens {hex}", self.description)
+    }
+}
+
 /// Quantizes by a whole recipe: rotates, smooths, calibrates, rounds and writes, as it says.
 ///
 /// A rotated or smoothed model lies in a folder beside `out` meanwhile.
@@ -290,8 +317,13 @@ pub fn apply(
 ) -> Result<Report, QuantizeError> {
     let modules: Vec<Module> = ModelConfig::read(&checkpoint.config)?.modules();
     let modules: Vec<Module> = modules.into_iter().filter(Module::is_block_linear).collect();
-    let schemes: BTreeMap<&str, Scheme> =
-        modules.iter().map(|m| m.name.as_str()).zip(recipe.assign(&modules)?).collect();
+    let assigned = |recipe: &Recipe| -> Result<BTreeMap<String, Scheme>, QuantizeError> {
+        Ok(modules.iter().map(|m| m.name.clone()).zip(recipe.assign(&modules)?).collect())
+    };
+    let mut schemes = assigned(recipe)?;
+    if let Some(auto) = &recipe.auto {
+        schemes.values_mut().filter(|s| **s != Scheme::None).for_each(|s| *s = auto.smallest());
+    }
     let scheme = |m: &Module| schemes.get(m.name.as_str()).copied().unwrap_or(Scheme::None);
     let mut rotated = None;
     if let Some(what) = recipe.rotate {
@@ -308,10 +340,41 @@ pub fn apply(
         smoothed = Some(Scratch::of(out, "smoothed", |folder| found.write(source, folder))?);
     }
     let source = smoothed.as_ref().map_or(source, |s: &Scratch| &s.checkpoint);
-    let calibration =
-        calibrate::calibrate(source, backend.clone(), &text.sequences, &text.description, &mut |done, all| {
-            progress("calibrating", done, all);
-        })?;
+    let description = text.described();
+    let mut calibration = Calibration { description: description.clone(), ..Calibration::default() };
+    if recipe.calibrates() {
+        let mut shown = |done, all| progress("calibrating", done, all);
+        calibration = calibrate::calibrate(source, backend.clone(), &text.sequences, &description, &mut shown)?;
+    }
+    let table = match &recipe.auto {
+        None => None,
+        Some(auto) => Some(match &auto.measured {
+            Some(stored) => stored.again(auto, &modules, &|m| scheme(m) != Scheme::None)?,
+            None => {
+                let eligible = |m: &Module| scheme(m) != Scheme::None;
+                let mut donors = Vec::new();
+                for candidate in auto.schemes.iter().filter(|s| **s != Scheme::None) {
+                    let one = |folder: &Path| {
+                        let rule = |m: &Module| Rule { modules: m.name.clone(), scheme: *candidate };
+                        let rules = modules.iter().filter(|m| eligible(m)).map(rule).collect();
+                        let uniform = Recipe { rules, ..Recipe::uniform(*candidate) };
+                        quantize(source, &calibration, &uniform, dialect, &BTreeMap::new(), None, folder).map(|_| ())
+                    };
+                    donors.push((*candidate, Scratch::of(out, candidate.name(), one)?));
+                }
+                let opened: Vec<(Scheme, &Checkpoint)> = donors.iter().map(|(s, d)| (*s, &d.checkpoint)).collect();
+                let windows = &text.sequences[..auto.windows.min(text.sequences.len())];
+                let mut shown = |done, all| progress("measuring sensitivity", done, all);
+                let (groups, tokens) =
+                    auto::measure(source, &opened, backend, windows, &auto.schemes, &eligible, &mut shown)?;
+                auto::choose(groups, auto.bits, tokens)
+            }
+        }),
+    };
+    let decided = table.as_ref().map(|t| t.decided(recipe));
+    let recipe = decided.as_ref().unwrap_or(recipe);
+    let schemes = assigned(recipe)?;
+    let scheme = |m: &Module| schemes.get(m.name.as_str()).copied().unwrap_or(Scheme::None);
     let mut prepared = BTreeMap::new();
     if let Some(options) = recipe.gptq {
         let inputs = calibration.shared(&modules);
@@ -323,7 +386,7 @@ pub fn apply(
         let all = &mut |done, all| progress("rounding", done, all);
         prepared = gptq::gptq(source, backend, &text.sequences, &target, dialect, options, all)?;
     }
-    quantize(source, &calibration, recipe, dialect, &prepared, out)
+    quantize(source, &calibration, recipe, dialect, &prepared, table.as_ref(), out)
 }
 
 /// A checkpoint on the way, in a folder beside the output that goes with this value.

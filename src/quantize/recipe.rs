@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::QuantizeError;
+use super::auto::Auto;
 use super::rotate::Rotate;
 use super::scheme::Scheme;
 use super::smooth::Smooth;
@@ -34,6 +35,9 @@ pub struct Recipe {
     /// Factors moved between norms and linears, see [`super::smooth`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub smooth: Option<Smooth>,
+    /// Formats chosen by measurement among the modules that the rules quantize; see [`super::auto`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auto: Option<Auto>,
     /// Calibrated rounding of NVFP4 weights, see [`super::gptq`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gptq: Option<super::gptq::Gptq>,
@@ -70,7 +74,7 @@ pub enum ScaleChoice {
 }
 
 /// Recipes that ship, by name.
-const SHIPPED: [(&str, &str); 22] = [
+const SHIPPED: [(&str, &str); 23] = [
     ("nvfp4", include_str!("recipes/nvfp4.json")),
     ("nvfp4_best", include_str!("recipes/nvfp4_best.json")),
     ("nvfp4_smooth", include_str!("recipes/nvfp4_smooth.json")),
@@ -87,6 +91,7 @@ const SHIPPED: [(&str, &str); 22] = [
     ("w4a16_nvfp4_awq", include_str!("recipes/w4a16_nvfp4_awq.json")),
     ("w4a8_nvfp4_fp8", include_str!("recipes/w4a8_nvfp4_fp8.json")),
     ("mixed_fp8_attn_nvfp4_mlp", include_str!("recipes/mixed_fp8_attn_nvfp4_mlp.json")),
+    ("nvfp4_fp8_auto", include_str!("recipes/nvfp4_fp8_auto.json")),
     ("fp8", include_str!("recipes/fp8.json")),
     ("fp8_kv_fp8", include_str!("recipes/fp8_kv_fp8.json")),
     ("fp8_pc_pt", include_str!("recipes/fp8_pc_pt.json")),
@@ -107,6 +112,7 @@ impl Recipe {
             block_scales: ScaleChoice::Max,
             rotate: None,
             smooth: None,
+            auto: None,
             gptq: None,
         }
     }
@@ -147,13 +153,36 @@ impl Recipe {
         if recipe.name.is_empty() {
             recipe.name = name.into();
         }
-        if recipe.rules.is_empty() {
-            return Err(fail("`rules` is empty: nothing would be quantized".into()));
-        }
-        if let Some(g) = recipe.gptq.filter(|g| !(g.damping.is_finite() && g.damping > 0.0)) {
-            return Err(fail(format!("`gptq.damping` must be a number above 0, such as 0.01, found {}", g.damping)));
-        }
+        recipe.check()?;
         Ok(recipe)
+    }
+
+    /// Whether its numbers make sense.
+    ///
+    /// # Errors
+    /// Names the field that does not.
+    pub fn check(&self) -> Result<(), QuantizeError> {
+        let fail = |detail: String| Err(QuantizeError::Recipe { file: self.name.clone(), detail });
+        if self.rules.is_empty() {
+            return fail("`rules` is empty: nothing would be quantized".into());
+        }
+        if let Some(g) = self.gptq.filter(|g| !(g.damping.is_finite() && g.damping > 0.0)) {
+            return fail(format!("`gptq.damping` must be a number above 0, such as 0.01, found {}", g.damping));
+        }
+        self.auto.as_ref().and_then(Auto::fault).map_or(Ok(()), fail)
+    }
+
+    /// Whether scales of inputs or of the KV cache have to be found by running text.
+    #[must_use]
+    pub fn calibrates(&self) -> bool {
+        let candidates = self.auto.iter().flat_map(|a| &a.schemes);
+        self.kv_cache.is_some() || self.rules.iter().map(|r| &r.scheme).chain(candidates).any(|s| s.has_input_scale())
+    }
+
+    /// Whether anything in it runs text through the model.
+    #[must_use]
+    pub fn needs_text(&self) -> bool {
+        self.calibrates() || self.smooth.is_some() || self.gptq.is_some() || self.auto.is_some()
     }
 
     /// What each of `modules` becomes, in their order.
@@ -237,6 +266,10 @@ mod tests {
         assert!(fault(r#"{"rules": []}"#).contains("rules"));
         assert!(fault(r#"{"rules": [{"modules": "*", "scheme": "nvfp5"}]}"#).contains("nvfp5"));
         assert!(fault(r#"{"rulse": []}"#).contains("rulse"));
+        let auto =
+            |auto: &str| fault(&format!(r#"{{"rules": [{{"modules": "*", "scheme": "nvfp4"}}], "auto": {auto}}}"#));
+        assert!(auto(r#"{"bits": 4.0, "schemes": ["nvfp4", "fp8"]}"#).contains("4.5 to 16"));
+        assert!(auto(r#"{"bits": 6.0, "schemes": ["nvfp4"]}"#).contains("two or more"));
         assert!(Recipe::find("no_such").unwrap_err().to_string().contains("nvfp4_best"));
     }
 }

@@ -1,0 +1,305 @@
+//! `recoup quantize` and `recoup convert` as their users run them: formats by measurement, every kind of calibration file,
+//! killed runs, bad input.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use recoup::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
+use recoup::checkpoint::{Checkpoint, CheckpointError};
+use serde_json::Value;
+
+const MODEL: &str = "models/books-bf16";
+
+fn recoup(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_recoup"));
+    command.args(args).current_dir(env!("CARGO_MANIFEST_DIR"));
+    command
+}
+
+fn run(args: &[&str]) -> Output {
+    recoup(args).output().unwrap()
+}
+
+/// Standard output, then standard error.
+fn succeed(args: &[&str]) -> (String, String) {
+    let out = run(args);
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    (text(out.stdout), text(out.stderr))
+}
+
+/// What stderr says of a run that must fail with 1 and leave nothing under the name of the output.
+fn fail(out: &Path, args: &[&str]) -> String {
+    let output = run(args);
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{args:?}: {stderr}");
+    assert!(!out.exists(), "{args:?}");
+    stderr
+}
+
+fn json(file: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap()
+}
+
+/// The shipped model with its tensors changed.
+fn altered(out: &Path, change: impl Fn(&str, Vec<f32>) -> Vec<f32>) {
+    let source = Checkpoint::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join(MODEL)).unwrap();
+    let writer = FolderWriter::create(out).unwrap();
+    let view = |name: &str| source.tensors.peek(name).unwrap();
+    let spec =
+        |name: &str| TensorSpec { name: name.into(), dtype: safetensors::Dtype::F32, shape: view(name).shape.to_vec() };
+    let specs: Vec<TensorSpec> = source.tensors.names().map(spec).collect();
+    let bytes = |spec: &TensorSpec| {
+        let values = change(&spec.name, view(&spec.name).floats().unwrap());
+        Ok(values.iter().flat_map(|v| v.to_le_bytes()).collect())
+    };
+    writer.tensors::<CheckpointError>(&specs, SHARD_BYTES, &serde_json::Map::new(), bytes).unwrap();
+    writer.json("config.json", source.config.value()).unwrap();
+    writer.copy_text_files(source.tensors.folder()).unwrap();
+    writer.commit().unwrap();
+}
+
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn file(&self, name: &str, text: &str) -> String {
+        std::fs::write(self.at(name), text).unwrap();
+        self.text(name)
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.at(name).to_str().unwrap().to_owned()
+    }
+}
+
+#[test]
+fn formats_chosen_by_measurement_keep_the_budget_and_more_bits_lose_less() {
+    let folder = Folder::new();
+    let six = folder.text("six");
+    let (table, _) =
+        succeed(&["quantize", MODEL, "-o", &six, "--recipe", "nvfp4_fp8_auto", "--bits", "6", "--samples", "4"]);
+    let stored = json(&folder.at("six/recoup_sensitivity.json"));
+    let groups = stored["groups"].as_array().unwrap();
+    assert!(groups.len() > 4 && table.contains(groups[0]["name"].as_str().unwrap()), "{table}");
+    let scheme = |g: &Value| g["scheme"].as_str().unwrap().to_owned();
+    let chosen: std::collections::BTreeSet<String> = groups.iter().map(scheme).collect();
+    assert!(chosen.len() > 1, "{chosen:?}");
+    // What is stored is what was chosen.
+    let source = Checkpoint::open(&folder.at("six")).unwrap();
+    let (mut bits, mut weights) = (0.0, 0.0);
+    for group in groups {
+        for module in group["modules"].as_array().unwrap() {
+            let name = format!("{}.weight", module.as_str().unwrap());
+            let view = source.tensors.peek(&name).unwrap();
+            let (dtype, per_weight) = match scheme(group).as_str() {
+                "nvfp4" => (safetensors::Dtype::U8, 4.5),
+                "fp8" => (safetensors::Dtype::F8_E4M3, 8.0),
+                _ => (safetensors::Dtype::BF16, 16.0),
+            };
+            assert_eq!(view.dtype, dtype, "{name}");
+            let elements = view.shape.iter().product::<usize>() * if per_weight < 5.0 { 2 } else { 1 };
+            bits += elements as f64 * per_weight;
+            weights += elements as f64;
+        }
+    }
+    assert!(bits / weights <= 6.0 && (bits / weights - stored["bits"].as_f64().unwrap()).abs() < 1e-9);
+    for group in groups {
+        for option in group["options"].as_array().unwrap() {
+            let (kl, scheme) = (option["kl"].as_f64().unwrap(), option["scheme"].as_str().unwrap());
+            assert!(if scheme == "none" { kl == 0.0 } else { kl > 0.0 && kl < 1.0 }, "{option}");
+        }
+    }
+
+    // The same table under another budget, without measuring again; the model runs.
+    let (nine, stored_table) = (folder.text("nine"), folder.text("six/recoup_sensitivity.json"));
+    let auto = ["quantize", MODEL, "--recipe", "nvfp4_fp8_auto", "--samples", "4"];
+    succeed(&[&auto[..], &["-o", &nine, "--bits", "9", "--sensitivity", &stored_table]].concat());
+    let more = json(&folder.at("nine/recoup_sensitivity.json"));
+    assert!(more["kl_sum"].as_f64() < stored["kl_sum"].as_f64() && more["bits"].as_f64() > stored["bits"].as_f64());
+    succeed(&["run", &nine, "-p", "It was", "-n", "3"]);
+
+    let out = folder.at("out");
+    let to = ["-o", out.to_str().unwrap()];
+    assert!(fail(&out, &[&auto[..], &to, &["--bits", "3"]].concat()).contains("4.5 to 16"));
+    let other = ["quantize", "tests/fixtures/modelopt/llama/bf16", "--recipe", "nvfp4_fp8_auto"];
+    let ids = folder.file("ids.json", "[[1, 2, 3]]");
+    let error = fail(&out, &[&other[..], &to, &["--sensitivity", &stored_table, "--calibration", &ids]].concat());
+    assert!(error.contains("another model"), "{error}");
+    let error = fail(&out, &[&["quantize", MODEL, "--recipe", "fp8", "--bits", "6"][..], &to].concat());
+    assert!(error.contains("nvfp4_fp8_auto"), "{error}");
+}
+
+#[test]
+fn every_kind_of_calibration_file_is_read_and_bad_ones_are_refused() {
+    let folder = Folder::new();
+    let out = folder.at("out");
+    let calibrated = |file: &str| {
+        ["quantize", MODEL, "--recipe", "nvfp4", "-o", out.to_str().unwrap(), "--calibration", file].map(str::to_owned)
+    };
+    let strs = |args: &[String; 8]| -> Output { run(&args.iter().map(String::as_str).collect::<Vec<_>>()) };
+    let accept = |file: &str| {
+        let output = strs(&calibrated(file));
+        assert!(output.status.success(), "{file}: {}", String::from_utf8_lossy(&output.stderr));
+        let bytes = std::fs::read(out.join("model.safetensors")).unwrap();
+        std::fs::remove_dir_all(&out).unwrap();
+        (bytes, String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let refuse = |file: &str| {
+        let output = strs(&calibrated(file));
+        assert_eq!(output.status.code(), Some(1), "{file}");
+        assert!(!out.exists());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let story = "It was the best of times, it was the worst of times, it was the age of wisdom.";
+    let (plain, _) = accept(&folder.file("a.txt", story));
+    let (lines, _) = accept(&folder.file("a.jsonl", &serde_json::json!({"text": story}).to_string()));
+    // The same tokens, whose source is named in the header: all weights and scales are the same.
+    let data = |bytes: &[u8]| bytes[8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize..].to_vec();
+    assert!(data(&plain) == data(&lines));
+    let header = String::from_utf8_lossy(&lines[8..2000]).into_owned();
+    assert!(header.contains("a.jsonl") && header.contains("sha256"), "{header}");
+    let (one, _) = accept(&folder.file("one.json", "[[17]]"));
+    assert!(data(&one) != data(&plain), "scales do not depend on the text");
+
+    assert!(refuse(&folder.file("empty.txt", "")).contains("empty"));
+    assert!(refuse(&folder.file("empty.jsonl", "\n\n")).contains("empty"));
+    assert!(refuse(&folder.file("bad.jsonl", "{\"text\": \"a\"}\n{\"text\"")).contains("line 2"));
+    assert!(refuse(&folder.file("field.jsonl", "{\"prompt\": \"a\"}")).contains("`messages`"));
+    // This model has no chat template.
+    assert!(
+        refuse(&folder.file("chat.jsonl", "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}"))
+            .contains("template")
+    );
+    assert!(refuse(&folder.text("missing.txt")).contains("missing.txt"));
+}
+
+#[test]
+fn conversations_are_read_by_the_models_template() {
+    let folder = Folder::new();
+    let model = folder.text("model");
+    altered(&folder.at("model"), |_, values| values);
+    folder.file("model/chat_template.jinja", "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}");
+    let chat = folder.file(
+        "chat.jsonl",
+        r#"{"messages": [{"role": "user", "content": "Who was there?"}, {"role": "assistant", "content": "Nobody."}]}"#,
+    );
+    let text = folder.file("chat.txt", "user: Who was there?\nassistant: Nobody.\n");
+    let bytes = |out: &str, calibration: &str| {
+        succeed(&["quantize", &model, "-o", &folder.text(out), "--recipe", "nvfp4", "--calibration", calibration]);
+        let bytes = std::fs::read(folder.at(out).join("model.safetensors")).unwrap();
+        bytes[8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize..].to_vec()
+    };
+    assert!(bytes("chat", &chat) == bytes("text", &text));
+}
+
+#[test]
+fn weight_only_recipes_need_neither_text_nor_tokenizer() {
+    let folder = Folder::new();
+    altered(&folder.at("model"), |_, values| values);
+    std::fs::remove_file(folder.at("model/tokenizer.json")).unwrap();
+    let (model, out) = (folder.text("model"), folder.at("out"));
+    let quantize = |recipe: &str, name: &str| {
+        ["quantize", &model, "--recipe", recipe, "-o", &folder.text(name)].map(str::to_owned)
+    };
+    let args = quantize("w4a16_nvfp4", "weights");
+    let (_, said) = succeed(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(said.contains("without calibration"), "{said}");
+    let args = quantize("nvfp4", "out");
+    let error = fail(&out, &args.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(error.contains("tokenizer") && error.contains("--calibration"), "{error}");
+}
+
+#[test]
+fn zeros_are_quantized_and_what_is_no_number_is_refused_by_place() {
+    let folder = Folder::new();
+    let down = "model.layers.1.mlp.down_proj.weight";
+    altered(&folder.at("zero"), |name, values| if name == down { vec![0.0; values.len()] } else { values });
+    for recipe in [
+        "nvfp4_best",
+        "nvfp4_awq",
+        "nvfp4_mse",
+        "nvfp4_four_over_six",
+        "fp8",
+        "fp8_block",
+        "mxfp4",
+        "mxfp8",
+        "fp8_pc_pt",
+    ] {
+        let out = folder.text(recipe);
+        succeed(&["quantize", &folder.text("zero"), "--recipe", recipe, "-o", &out, "--samples", "2"]);
+        let source = Checkpoint::open(&folder.at(recipe)).unwrap();
+        let config = recoup::model::ModelConfig::read(&source.config).unwrap();
+        let m = config.modules().into_iter().find(|m| down.starts_with(&m.name)).unwrap();
+        assert!(source.linear(&m.name, m.role).unwrap().decode().iter().all(|w| *w == 0.0), "{recipe}");
+        succeed(&["run", &out, "-p", "It was", "-n", "2"]);
+    }
+    let out = folder.at("out");
+    let to = ["-o", out.to_str().unwrap()];
+    for (value, said) in [(f32::NAN, "NaN"), (f32::INFINITY, "inf")] {
+        let name = format!("bad{said}");
+        altered(&folder.at(&name), |name, mut values| {
+            if name == down {
+                values[3] = value;
+            }
+            values
+        });
+        for recipe in ["nvfp4", "w4a16_nvfp4", "nvfp4_best"] {
+            let error = fail(&out, &[&["quantize", &folder.text(&name), "--recipe", recipe][..], &to].concat());
+            assert!(error.contains(said) && error.contains("layers.1.mlp.down_proj"), "{recipe}: {error}");
+        }
+    }
+}
+
+#[test]
+fn a_run_that_is_killed_leaves_nothing_under_the_final_name_and_the_next_one_succeeds() {
+    let folder = Folder::new();
+    let out = folder.text("out");
+    let args = ["quantize", MODEL, "-o", &out, "--recipe", "nvfp4_best"];
+    let whole = folder.text("whole");
+    succeed(&["quantize", MODEL, "-o", &whole, "--recipe", "nvfp4_best"]);
+    for wait in [20, 150, 400, 800, 1200] {
+        let mut child = recoup(&args).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(wait));
+        let finished = child.try_wait().unwrap().is_some();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(folder.at("out").exists(), finished, "after {wait} ms");
+        if finished {
+            std::fs::remove_dir_all(folder.at("out")).unwrap();
+        }
+    }
+    let (_, said) = succeed(&args);
+    let left = std::fs::read_dir(folder.0.path())
+        .unwrap()
+        .filter(|e| e.as_ref().unwrap().file_name().to_string_lossy().starts_with(".out."));
+    assert_eq!(left.count() > 0, said.contains("killed"), "{said}");
+    for file in ["model.safetensors", "config.json", "recoup_recipe.json"] {
+        let read = |folder: PathBuf| std::fs::read(folder.join(file)).unwrap();
+        assert!(read(folder.at("out")) == read(folder.at("whole")), "{file}");
+    }
+    let error = run(&args);
+    assert!(String::from_utf8_lossy(&error.stderr).contains("not empty"));
+}
+
+#[test]
+fn convert_goes_between_dialects_and_to_bf16() {
+    let folder = Folder::new();
+    let (there, plain) = (folder.text("there"), folder.text("plain"));
+    succeed(&["convert", "models/books-nvfp4", "-o", &there, "--to", "compressed-tensors"]);
+    let answer = |model: &str| succeed(&["run", model, "-p", "It was a dark", "-n", "12", "--temperature", "0"]).0;
+    assert_eq!(answer("models/books-nvfp4"), answer(&there));
+    succeed(&["convert", &there, "-o", &plain]);
+    answer(&plain);
+    let out = folder.at("out");
+    let error = fail(&out, &["convert", MODEL, "-o", out.to_str().unwrap(), "--to", "modelopt"]);
+    assert!(error.contains("plain"), "{error}");
+}
