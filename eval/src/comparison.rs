@@ -167,6 +167,24 @@ pub struct Attribution {
     /// KL of the whole quantized model.
     pub whole: Estimate,
     pub parts: Vec<AttributedPart>,
+    /// Ways of taking the model apart that its weights do not allow ("kinds of modules"): they were rescaled or rotated
+    /// against each other, so that one of them among the original's computes something else.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub inseparable: Vec<String>,
+}
+
+impl Attribution {
+    /// Takes out of `parts` the layers, or the kinds, that cannot be swapped alone: one of them does several times the
+    /// damage of all together.
+    pub fn set_inseparable_aside(&mut self) {
+        for (name, layers) in [("layers", true), ("kinds of modules", false)] {
+            let alike = |p: &AttributedPart| p.layer.is_some() == layers;
+            if self.parts.iter().any(|p| alike(p) && p.kl.value > 2.0 * self.whole.value) {
+                self.parts.retain(|p| !alike(p));
+                self.inseparable.push(name.to_owned());
+            }
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -188,4 +206,33 @@ pub struct AttributedPart {
     pub kl: Estimate,
     /// What it does: `kl` itself, or `whole` minus `kl`.
     pub damage: f64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_that_do_more_damage_than_all_together_are_set_aside_with_their_kind() {
+        let part = |name: &str, layer, kl| AttributedPart {
+            part: name.into(),
+            layer,
+            kl: Estimate { value: kl, standard_error: 0.0 },
+            damage: kl,
+        };
+        let whole = Estimate { value: 0.4, standard_error: 0.0 };
+        let parts = vec![part("layer 0", Some(0), 0.3), part("v_proj", None, 9.0), part("q_proj", None, 0.1)];
+        let mut found = Attribution {
+            model: 1,
+            text: String::new(),
+            tokens: 1,
+            mode: AttributionMode::QuantizeOne,
+            whole,
+            parts,
+            inseparable: Vec::new(),
+        };
+        found.set_inseparable_aside();
+        assert_eq!(found.parts.iter().map(|p| &p.part[..]).collect::<Vec<_>>(), ["layer 0"]);
+        assert_eq!(found.inseparable, ["kinds of modules"]);
+    }
 }

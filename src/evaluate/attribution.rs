@@ -80,5 +80,8 @@ pub fn attribute(
         })
         .collect();
     ranked.sort_by(|a, b| b.damage.total_cmp(&a.damage));
-    Ok(Attribution { model: index, text: windows.name.clone(), tokens, mode, whole, parts: ranked })
+    let text = windows.name.clone();
+    let mut found = Attribution { model: index, text, tokens, mode, whole, parts: ranked, inseparable: Vec::new() };
+    found.set_inseparable_aside();
+    Ok(found)
 }

@@ -190,6 +190,7 @@ fn attribution(model: usize, text: &str, whole: f64) -> Attribution {
         mode: AttributionMode::QuantizeOne,
         whole: sure(whole, 0.011),
         parts,
+        inseparable: Vec::new(),
     }
 }
 

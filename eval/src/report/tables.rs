@@ -316,9 +316,17 @@ pub(super) fn attribution(c: &Comparison, a: &Attribution) -> Option<Table> {
             ("KL, this restored", "All but the part is quantized; damage is what KL falls by.")
         }
     };
+    let mut lead =
+        format!("{lead} Nats per token over {} tokens; the whole model: {}.", count(a.tokens), estimate(a.whole));
+    for what in &a.inseparable {
+        lead += &format!(
+            " No {what} here: this model's weights were rescaled or rotated against each other (smoothing, AWQ), so that \
+             one alone means nothing among the original's."
+        );
+    }
     let mut table = Table::new(
         attribution_title(c, a),
-        format!("{lead} Nats per token over {} tokens; the whole model: {}.", count(a.tokens), estimate(a.whole)),
+        lead,
         vec![left("Part"), right(head), right("Damage"), right("Of the whole")],
     );
     for p in &a.parts {
