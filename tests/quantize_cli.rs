@@ -42,20 +42,28 @@ fn json(file: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap()
 }
 
-/// The shipped model with its tensors changed.
+/// The shipped model with the values of its tensors changed.
 fn altered(out: &Path, change: impl Fn(&str, Vec<f32>) -> Vec<f32>) {
+    reshaped(out, |name, shape, values| (shape.to_vec(), change(name, values)), |_| {});
+}
+
+/// The shipped model with its tensors and its configuration changed.
+fn reshaped(
+    out: &Path,
+    change: impl Fn(&str, &[usize], Vec<f32>) -> (Vec<usize>, Vec<f32>),
+    configure: impl Fn(&mut Value),
+) {
     let source = Checkpoint::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join(MODEL)).unwrap();
     let writer = FolderWriter::create(out).unwrap();
     let view = |name: &str| source.tensors.peek(name).unwrap();
-    let spec =
-        |name: &str| TensorSpec { name: name.into(), dtype: safetensors::Dtype::F32, shape: view(name).shape.to_vec() };
+    let changed = |name: &str| change(name, view(name).shape, view(name).floats().unwrap());
+    let spec = |name: &str| TensorSpec { name: name.into(), dtype: safetensors::Dtype::F32, shape: changed(name).0 };
     let specs: Vec<TensorSpec> = source.tensors.names().map(spec).collect();
-    let bytes = |spec: &TensorSpec| {
-        let values = change(&spec.name, view(&spec.name).floats().unwrap());
-        Ok(values.iter().flat_map(|v| v.to_le_bytes()).collect())
-    };
+    let bytes = |spec: &TensorSpec| Ok(changed(&spec.name).1.iter().flat_map(|v| v.to_le_bytes()).collect());
     writer.tensors::<CheckpointError>(&specs, SHARD_BYTES, &serde_json::Map::new(), bytes).unwrap();
-    writer.json("config.json", source.config.value()).unwrap();
+    let mut config = source.config.value().clone();
+    configure(&mut config);
+    writer.json("config.json", &config).unwrap();
     writer.copy_text_files(source.tensors.folder()).unwrap();
     writer.commit().unwrap();
 }
@@ -256,6 +264,32 @@ fn zeros_are_quantized_and_what_is_no_number_is_refused_by_place() {
             let error = fail(&out, &[&["quantize", &folder.text(&name), "--recipe", recipe][..], &to].concat());
             assert!(error.contains(said) && error.contains("layers.1.mlp.down_proj"), "{recipe}: {error}");
         }
+    }
+}
+
+#[test]
+fn a_width_that_no_block_divides_is_refused_by_blocks_and_taken_by_fp8() {
+    let folder = Folder::new();
+    let width = 200;
+    let narrow = |name: &str, shape: &[usize], values: Vec<f32>| {
+        if name.ends_with("gate_proj.weight") || name.ends_with("up_proj.weight") {
+            (vec![width, shape[1]], values[..width * shape[1]].to_vec())
+        } else if name.ends_with("down_proj.weight") {
+            (vec![shape[0], width], values.chunks(shape[1]).flat_map(|row| &row[..width]).copied().collect())
+        } else {
+            (shape.to_vec(), values)
+        }
+    };
+    reshaped(&folder.at("model"), narrow, |config| config["intermediate_size"] = width.into());
+    let (model, out) = (folder.text("model"), folder.at("out"));
+    for recipe in ["nvfp4", "nvfp4_best", "mxfp8", "w4a16_nvfp4"] {
+        let error = fail(&out, &["quantize", &model, "--recipe", recipe, "-o", out.to_str().unwrap()]);
+        assert!(error.contains("K = 200") && error.contains("down_proj"), "{recipe}: {error}");
+    }
+    for recipe in ["fp8", "fp8_pc_pt", "fp8_block"] {
+        let out = folder.text(recipe);
+        succeed(&["quantize", &model, "--recipe", recipe, "-o", &out]);
+        succeed(&["run", &out, "-p", "It was", "-n", "2"]);
     }
 }
 

@@ -52,18 +52,27 @@ pub(super) fn floats(checkpoint: &Checkpoint, m: &Module) -> Result<Vec<f32>, Qu
     Ok(view.floats()?)
 }
 
+/// Refuses a weight whose K the scheme's block does not divide.
+pub(super) fn check_block(m: &Module, scheme: Scheme) -> Result<(), QuantizeError> {
+    match scheme.block().filter(|b| !m.role.k.is_multiple_of(*b)) {
+        None => Ok(()),
+        Some(block) => Err(QuantizeError::Module {
+            module: m.name.clone(),
+            detail: format!(
+                "has K = {} input features, no multiple of {scheme}'s block of {block}; exclude it or use fp8",
+                m.role.k
+            ),
+        }),
+    }
+}
+
 /// Largest magnitude of a module's weight.
 ///
 /// # Errors
 /// When the weight is missing, quantized already, not finite, or K is no multiple of the scheme's block.
 pub(super) fn weight_amax(checkpoint: &Checkpoint, m: &Module, scheme: Scheme) -> Result<f32, QuantizeError> {
     let fail = |detail: String| QuantizeError::Module { module: m.name.clone(), detail };
-    if let Some(block) = scheme.block().filter(|b| !m.role.k.is_multiple_of(*b)) {
-        return Err(fail(format!(
-            "has K = {} input features, no multiple of {scheme}'s block of {block}; exclude it or use fp8",
-            m.role.k,
-        )));
-    }
+    check_block(m, scheme)?;
     let w = floats(checkpoint, m)?;
     if let Some(i) = w.par_iter().position_any(|v| !v.is_finite()) {
         return Err(fail(format!("row {}, column {} of its weight is {}", i / m.role.k, i % m.role.k, w[i])));

@@ -95,6 +95,7 @@ pub fn gptq(
                 out.insert(module.name.clone(), prepared);
             }
         }
+        checkpoint.tensors.release_pages();
         student = walk.block(layer, &student, &[])?.0;
         teacher = after;
     }

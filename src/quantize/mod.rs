@@ -120,6 +120,7 @@ pub fn quantize(
     writer.tensors(&specs, SHARD_BYTES, &metadata, |spec| -> Result<Vec<u8>, QuantizeError> {
         let job = &jobs[next];
         next += 1;
+        checkpoint.tensors.release_pages();
         match job {
             Job::Copy => Ok(checkpoint.tensors.require(&spec.name, "it is copied")?.bytes.to_vec()),
             Job::Bytes(bytes) => Ok(bytes.clone()),
@@ -220,6 +221,7 @@ impl<'a> Plan<'a> {
         let mut fused: BTreeMap<String, f32> = BTreeMap::new();
         for (m, scheme) in modules.iter().zip(&schemes) {
             let amax = if *scheme == Scheme::None { 0.0 } else { encode::weight_amax(checkpoint, m, *scheme)? };
+            checkpoint.tensors.release_pages();
             own.push(amax);
             let shared = fused.entry(Self::key(m, *scheme, dialect)).or_default();
             *shared = shared.max(amax);
@@ -325,6 +327,10 @@ pub fn apply(
         schemes.values_mut().filter(|s| **s != Scheme::None).for_each(|s| *s = auto.smallest());
     }
     let scheme = |m: &Module| schemes.get(m.name.as_str()).copied().unwrap_or(Scheme::None);
+    for m in modules.iter().filter(|m| scheme(m) != Scheme::None) {
+        let candidates = recipe.auto.as_ref().map_or_else(|| vec![scheme(m)], |auto| auto.schemes.clone());
+        candidates.into_iter().try_for_each(|s| encode::check_block(m, s))?;
+    }
     let mut rotated = None;
     if let Some(what) = recipe.rotate {
         progress("rotating", 0, 1);

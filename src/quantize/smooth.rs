@@ -125,6 +125,7 @@ pub fn choose(
         let (after, inputs) = walk.block(layer, &stream, &wanted)?;
         let worth = walk.worth(&after)?;
         stream = after;
+        checkpoint.tensors.release_pages();
         for place in &places {
             // Experts see different tokens; together they see all.
             let rows: Vec<&[f32]> =
@@ -403,6 +404,7 @@ impl Smoothing {
         }
         let writer = FolderWriter::create(folder)?;
         writer.tensors(&specs, SHARD_BYTES, &Map::new(), |spec| -> Result<Vec<u8>, QuantizeError> {
+            checkpoint.tensors.release_pages();
             match self.apply(&spec.name, || floats(&spec.name))? {
                 Some(values) => Ok(to_bytes(spec.dtype, &values)),
                 None => Ok(checkpoint.tensors.require(&spec.name, "it is copied")?.bytes.to_vec()),
