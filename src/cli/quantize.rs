@@ -103,13 +103,14 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     }
     let tokens = text.sequences.iter().map(Vec::len).sum::<usize>();
     eprintln!(
-        "{} linears by {} ({dialect} dialect), {}: {} to {} in {:.1} s",
+        "{} linears by {} ({dialect} dialect), {}: {} to {} in {:.1} s{}",
         report.modules,
         recipe.name,
         if tokens > 0 { format!("calibrated on {tokens} tokens") } else { "without calibration".into() },
         super::human_bytes(report.bytes_before),
         super::human_bytes(report.bytes_after),
-        start.elapsed().as_secs_f64()
+        start.elapsed().as_secs_f64(),
+        peak_memory().map_or_else(String::new, |bytes| format!(", peak memory {}", super::human_bytes(bytes)))
     );
     for module in &report.unreached {
         eprintln!("note: no calibration token reached {module}; it shares the scale of its neighbours");
@@ -124,15 +125,23 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 /// Temporary folders of runs for the same output.
 fn left_behind(output: &Path) -> Vec<PathBuf> {
     let Some(name) = output.file_name() else { return Vec::new() };
-    let prefix = format!(".{}.", name.to_string_lossy());
+    let prefix = format!("{}.", name.to_string_lossy());
     let parent = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
     let ours = entries.filter(|e| {
         let entry = e.file_name().to_string_lossy().into_owned();
-        let rest = entry.strip_prefix(&prefix).and_then(|rest| rest.rsplit_once('-'));
+        let hidden = entry.starts_with('.').then(|| entry.trim_start_matches('.'));
+        let rest = hidden.and_then(|e| e.strip_prefix(&prefix)).and_then(|rest| rest.rsplit_once('-'));
         rest.is_some_and(|(_, pid)| !pid.is_empty() && pid.bytes().all(|b| b.is_ascii_digit()))
     });
     ours.map(|e| e.path()).collect()
+}
+
+/// Most memory that this process has held, where the system says so (Linux).
+fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
 /// Takes --bits and --sensitivity into the recipe.

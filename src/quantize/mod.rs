@@ -331,6 +331,8 @@ pub fn apply(
         let candidates = recipe.auto.as_ref().map_or_else(|| vec![scheme(m)], |auto| auto.schemes.clone());
         candidates.into_iter().try_for_each(|s| encode::check_block(m, s))?;
     }
+    // Refused now and not after minutes of work.
+    drop(FolderWriter::create(out)?);
     let mut rotated = None;
     if let Some(what) = recipe.rotate {
         progress("rotating", 0, 1);
