@@ -5,8 +5,10 @@
 //! the columns before it: the same as GPTQ's recursion over the inverse, without the inverse. A block's scale is chosen
 //! among the E4M3 codes near its largest value by that very error, with the rounding that each code leads to.
 //!
-//! Before that the weights move to the ridge regression of the unquantized model's outputs on X̂, so that they also make up
-//! for what quantizing the inputs, and the layers before, did.
+//! With `ridge` the weights first move to the ridge regression of the unquantized model's outputs on X̂, so that they also
+//! make up for what quantizing the inputs, and the layers before, did. It wins 1-2 % of the KL; recipes leave it out.
+//!
+//! An expert that no token reaches is rounded to nearest.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;

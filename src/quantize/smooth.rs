@@ -189,7 +189,8 @@ fn smooth_place(
         .map(|(m, s)| Ok((encode::floats(checkpoint, m)?, *s)))
         .collect::<Result<_, QuantizeError>>()?;
     let norm = match &place.from {
-        Source::Norm(name) => Some(checkpoint.tensors.require(name, "it is smoothed")?),
+        // Powers of two stay what they are: the norm's type changes where it cannot hold the quotient.
+        Source::Norm(name) if form != Smooth::PowerOfTwo => Some(checkpoint.tensors.require(name, "it is smoothed")?),
         _ => None,
     };
     let peaks = channel_peaks(x, k);
@@ -252,7 +253,7 @@ fn smooth_place(
 fn settle(factors: &mut [f32], norm: &[f32], dtype: Dtype) {
     for (f, g) in factors.iter_mut().zip(norm) {
         let stored = round_to(dtype, g / *f);
-        *f = if stored == 0.0 || *g == 0.0 { 1.0 } else { g / stored };
+        *f = if stored == 0.0 || *g == 0.0 || !stored.is_finite() { 1.0 } else { g / stored };
     }
 }
 
@@ -445,6 +446,9 @@ mod tests {
 
     #[test]
     fn a_norms_type_settles_what_a_factor_is() {
+        let mut factors = vec![1e-4];
+        settle(&mut factors, &[60.0], Dtype::F16);
+        assert_eq!(factors, [1.0], "an infinity divides nothing");
         let mut factors = vec![3.0, 2.0, 5.0];
         settle(&mut factors, &[1.0, 1.0, 0.0], Dtype::BF16);
         assert_eq!(factors[1..], [2.0, 1.0]);
