@@ -3,9 +3,11 @@
 mod activation;
 mod attention;
 mod buffer;
+pub mod dense;
 mod elementwise;
 pub mod isa;
 mod matmul;
+pub mod operand;
 pub mod packed;
 
 use std::sync::Arc;

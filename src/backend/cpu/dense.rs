@@ -1,0 +1,396 @@
+//! Dense matrix products for training: BF16 operands summed in f32, by AVX-512 BF16 where the CPU has it.
+//!
+//! Unlike the packed kernels these promise no bits across instruction sets: the same machine gives the same bits, for any
+//! number of threads. Rows of the result are shared out among the threads of the current rayon pool; nothing else is.
+
+use rayon::prelude::*;
+
+/// A matrix seen through strides, so that a transpose costs nothing.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a, T> {
+    data: &'a [T],
+    rows: usize,
+    columns: usize,
+    row_stride: usize,
+    column_stride: usize,
+}
+
+impl<'a, T> View<'a, T> {
+    /// Row-major `data` of the given shape.
+    ///
+    /// # Panics
+    /// When `data` has another length.
+    #[must_use]
+    pub fn new(data: &'a [T], rows: usize, columns: usize) -> Self {
+        assert_eq!(data.len(), rows * columns, "a view of {rows} x {columns}");
+        Self { data, rows, columns, row_stride: columns, column_stride: 1 }
+    }
+
+    /// Columns `from..from + columns` of every row.
+    ///
+    /// # Panics
+    /// When there are not as many.
+    #[must_use]
+    pub fn columns(self, from: usize, columns: usize) -> Self {
+        assert!(from + columns <= self.columns, "columns {from}..{} of {}", from + columns, self.columns);
+        Self { data: &self.data[(from * self.column_stride).min(self.data.len())..], columns, ..self }
+    }
+
+    /// Rows `from..from + rows`.
+    ///
+    /// # Panics
+    /// When there are not as many.
+    #[must_use]
+    pub fn rows(self, from: usize, rows: usize) -> Self {
+        assert!(from + rows <= self.rows, "rows {from}..{} of {}", from + rows, self.rows);
+        Self { data: &self.data[(from * self.row_stride).min(self.data.len())..], rows, ..self }
+    }
+
+    /// The transpose.
+    #[must_use]
+    pub fn t(self) -> Self {
+        Self {
+            rows: self.columns,
+            columns: self.rows,
+            row_stride: self.column_stride,
+            column_stride: self.row_stride,
+            ..self
+        }
+    }
+}
+
+/// `c = a · b`, or `c + a · b`, for BF16 bits; c row-major. All threads of the current pool work on it.
+///
+/// # Panics
+/// When the shapes do not fit.
+pub fn product_bf16(c: &mut [f32], accumulate: bool, a: View<'_, u16>, b: View<'_, u16>) {
+    assert_eq!(a.columns, b.rows, "inner dimensions");
+    assert_eq!(c.len(), a.rows * b.columns, "shape of the result");
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx512f") && std::arch::is_x86_feature_detected!("avx512bf16") {
+        // SAFETY: the features are there.
+        return unsafe { avx512bf16::product(c, accumulate, a, b) };
+    }
+    let wide = |v: View<'_, u16>| v.data.iter().map(|x| f32::from_bits(u32::from(*x) << 16)).collect::<Vec<f32>>();
+    let (wide_a, wide_b) = (wide(a), wide(b));
+    let view = |data, v: View<'_, u16>| View::<f32> {
+        data,
+        rows: v.rows,
+        columns: v.columns,
+        row_stride: v.row_stride,
+        column_stride: v.column_stride,
+    };
+    product_f32(c, accumulate, view(&wide_a, a), view(&wide_b, b));
+}
+
+/// Rows of the result that one thread takes at a time.
+const ROWS: usize = 64;
+
+/// As [`product_bf16`] for f32.
+///
+/// # Panics
+/// When the shapes do not fit.
+pub fn product_f32(c: &mut [f32], accumulate: bool, a: View<'_, f32>, b: View<'_, f32>) {
+    assert_eq!(a.columns, b.rows, "inner dimensions");
+    assert_eq!(c.len(), a.rows * b.columns, "shape of the result");
+    let n = b.columns;
+    if c.is_empty() {
+        return;
+    }
+    c.par_chunks_mut(ROWS * n).enumerate().for_each(|(i, c)| {
+        serial_f32(c, n, accumulate, 1.0, a.rows(i * ROWS, c.len() / n), b);
+    });
+}
+
+/// `c = alpha · a · b`, or that added to c, on this thread; c row-major with `stride` values from row to row.
+///
+/// # Panics
+/// When the shapes do not fit.
+pub fn serial_f32(c: &mut [f32], stride: usize, accumulate: bool, alpha: f32, a: View<'_, f32>, b: View<'_, f32>) {
+    assert_eq!(a.columns, b.rows, "inner dimensions");
+    if a.rows == 0 || b.columns == 0 {
+        return;
+    }
+    assert!(b.columns <= stride && c.len() >= (a.rows - 1) * stride + b.columns, "shape of the result");
+    let reach = |v: View<'_, f32>| (v.rows - 1) * v.row_stride + v.columns.saturating_sub(1) * v.column_stride;
+    assert!(a.columns == 0 || (reach(a) < a.data.len() && reach(b) < b.data.len()), "a view past its data");
+    // SAFETY: the asserts above keep every index within its slice; c is borrowed mutably, so it overlaps neither.
+    unsafe {
+        gemm::gemm(
+            a.rows,
+            b.columns,
+            a.columns,
+            c.as_mut_ptr(),
+            1,
+            stride as isize,
+            accumulate,
+            a.data.as_ptr(),
+            a.column_stride as isize,
+            a.row_stride as isize,
+            b.data.as_ptr(),
+            b.column_stride as isize,
+            b.row_stride as isize,
+            1.0,
+            alpha,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}
+
+/// BF16 bits of `x`, to the nearest, ties to even; a NaN stays one.
+#[inline(always)]
+#[must_use]
+pub fn to_bf16(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    if x.is_nan() { (bits >> 16 | 0x40) as u16 } else { rounded as u16 }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512bf16 {
+    use std::arch::x86_64::*;
+
+    use rayon::prelude::*;
+
+    use super::View;
+
+    /// Rows and columns of the result that are kept in registers: 8 x 3 accumulators of 16 lanes.
+    const TILE_ROWS: usize = 8;
+    const TILE_COLUMNS: usize = 48;
+    /// Pairs along the inner dimension between visits to the result: a panel of b then takes 36 KiB.
+    const DEPTH: usize = 192;
+
+    /// Pairs (element 2i low, 2i + 1 high) of `count` lines of `v` from line `first`, side by side: [pairs, width]. Lines
+    /// are rows if `v` is the left operand (as given) and columns of the right one (given transposed).
+    fn pack(v: View<'_, u16>, first: usize, width: usize, out: &mut [u32]) {
+        let count = width.min(v.rows - first);
+        let (pairs, odd) = (v.columns / 2, v.columns % 2 == 1);
+        let at = |line: usize, i: usize| v.data[(first + line) * v.row_stride + i * v.column_stride];
+        if v.column_stride == 1 {
+            // Blocks of pairs keep what is written within the nearest cache.
+            for (block, out) in out.chunks_mut(32 * width).enumerate() {
+                for line in 0..count {
+                    let start = (first + line) * v.row_stride + block * 64;
+                    let length = 64.min(2 * (pairs - (block * 32).min(pairs)));
+                    let row = &v.data[start.min(v.data.len())..][..length];
+                    for (pair, out) in row.chunks_exact(2).zip(out[line..].iter_mut().step_by(width)) {
+                        *out = u32::from(pair[0]) | u32::from(pair[1]) << 16;
+                    }
+                }
+            }
+        } else if v.row_stride == 1 {
+            for (i, out) in out.chunks_mut(width).enumerate().take(pairs) {
+                let low = &v.data[2 * i * v.column_stride + first..][..count];
+                let high = &v.data[(2 * i + 1) * v.column_stride + first..][..count];
+                for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
+                    *out = u32::from(*low) | u32::from(*high) << 16;
+                }
+            }
+        } else {
+            for (i, out) in out.chunks_mut(width).enumerate().take(pairs) {
+                for (line, out) in out[..count].iter_mut().enumerate() {
+                    *out = u32::from(at(line, 2 * i)) | u32::from(at(line, 2 * i + 1)) << 16;
+                }
+            }
+        }
+        if odd {
+            let last = &mut out[pairs * width..];
+            for (line, out) in last[..count].iter_mut().enumerate() {
+                *out = u32::from(at(line, 2 * pairs));
+            }
+        }
+    }
+
+    /// Every panel of `width` lines, one after the other.
+    fn pack_all(v: View<'_, u16>, width: usize) -> Vec<u32> {
+        let panel = v.columns.div_ceil(2) * width;
+        let mut out = vec![0; v.rows.div_ceil(width) * panel];
+        if panel > 0 {
+            out.par_chunks_mut(panel).enumerate().for_each(|(i, out)| pack(v, i * width, width, out));
+        }
+        out
+    }
+
+    /// See [`super::product_bf16`].
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(super) fn product(c: &mut [f32], accumulate: bool, a: View<'_, u16>, b: View<'_, u16>) {
+        let (n, pairs) = (b.columns, a.columns.div_ceil(2));
+        if c.is_empty() {
+            return;
+        }
+        if pairs == 0 {
+            if !accumulate {
+                c.fill(0.0);
+            }
+            return;
+        }
+        let left = pack_all(a, TILE_ROWS);
+        let right = pack_all(b.t(), TILE_COLUMNS);
+        c.par_chunks_mut(super::ROWS * n).enumerate().for_each(|(block, c)| {
+            let rows = c.len() / n;
+            for from in (0..pairs).step_by(DEPTH) {
+                let depth = DEPTH.min(pairs - from);
+                for (panel, right) in right.chunks_exact(pairs * TILE_COLUMNS).enumerate() {
+                    let right = &right[from * TILE_COLUMNS..][..depth * TILE_COLUMNS];
+                    let columns = TILE_COLUMNS.min(n - panel * TILE_COLUMNS);
+                    for tile in 0..rows.div_ceil(TILE_ROWS) {
+                        let index = block * (super::ROWS / TILE_ROWS) + tile;
+                        let left = &left[(index * pairs + from) * TILE_ROWS..][..depth * TILE_ROWS];
+                        let c = &mut c[tile * TILE_ROWS * n + panel * TILE_COLUMNS..];
+                        let rows = TILE_ROWS.min(rows - tile * TILE_ROWS);
+                        add_tile(left, right, c, n, rows, columns, accumulate || from > 0);
+                    }
+                }
+            }
+        });
+    }
+
+    /// c [rows, columns] (`stride` from row to row) plus, or set to, left · right over their pairs.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn add_tile(
+        left: &[u32],
+        right: &[u32],
+        c: &mut [f32],
+        stride: usize,
+        rows: usize,
+        columns: usize,
+        accumulate: bool,
+    ) {
+        let mask = |part: usize| -> __mmask16 {
+            let used = columns.saturating_sub(16 * part).min(16);
+            ((1u32 << used) - 1) as u16
+        };
+        let masks = [mask(0), mask(1), mask(2)];
+        assert!(rows <= TILE_ROWS && columns <= TILE_COLUMNS && c.len() >= (rows - 1) * stride + columns);
+        let mut sums = [[_mm512_setzero_ps(); 3]; TILE_ROWS];
+        if accumulate {
+            for (row, sums) in sums.iter_mut().enumerate().take(rows) {
+                for (part, sum) in sums.iter_mut().enumerate() {
+                    // SAFETY: masked lanes are not read; the others lie within c by the assert.
+                    *sum = unsafe {
+                        _mm512_maskz_loadu_ps(masks[part], c.as_ptr().wrapping_add(row * stride + 16 * part))
+                    };
+                }
+            }
+        }
+        for (l, r) in left.chunks_exact(TILE_ROWS).zip(right.chunks_exact(TILE_COLUMNS)) {
+            // SAFETY: r holds 48 values; a __m512bh is 32 BF16 values in the same 64 bytes.
+            let r: [__m512bh; 3] = unsafe {
+                std::array::from_fn(|part| std::mem::transmute(_mm512_loadu_si512(r.as_ptr().add(16 * part).cast())))
+            };
+            for (sums, l) in sums.iter_mut().zip(l) {
+                // SAFETY: as above.
+                let l: __m512bh = unsafe { std::mem::transmute(_mm512_set1_epi32(*l as i32)) };
+                for (sum, r) in sums.iter_mut().zip(r) {
+                    *sum = _mm512_dpbf16_ps(*sum, l, r);
+                }
+            }
+        }
+        for (row, sums) in sums.iter().enumerate().take(rows) {
+            for (part, sum) in sums.iter().enumerate() {
+                // SAFETY: as in loading.
+                unsafe {
+                    _mm512_mask_storeu_ps(c.as_mut_ptr().wrapping_add(row * stride + 16 * part), masks[part], *sum);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values(count: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..count).map(|_| next()).collect()
+    }
+
+    /// Shapes that are whole tiles, ragged in each direction, odd in the inner one, and tiny; both operands as they are
+    /// and transposed; set and added.
+    #[test]
+    fn products_equal_the_plain_sum_of_the_rounded_operands() {
+        for (m, k, n) in [(64, 128, 96), (70, 33, 50), (1, 1, 1), (9, 800, 49), (130, 2, 47), (3, 17, 200)] {
+            let round = |v: Vec<f32>| v.into_iter().map(to_bf16).collect::<Vec<u16>>();
+            let (a, b) = (round(values(m * k, 1)), round(values(k * n, 2)));
+            let wide = |v: &[u16]| v.iter().map(|x| f32::from_bits(u32::from(*x) << 16)).collect::<Vec<f32>>();
+            let (a_wide, b_wide) = (wide(&a), wide(&b));
+            let transposed = |v: &[u16], rows: usize, columns: usize| -> Vec<u16> {
+                (0..columns).flat_map(|c| (0..rows).map(move |r| v[r * columns + c])).collect()
+            };
+            let (a_t, b_t) = (transposed(&a, m, k), transposed(&b, k, n));
+            let start = values(m * n, 3);
+            for accumulate in [false, true] {
+                let exact = |i: usize| {
+                    let sum: f64 =
+                        (0..k).map(|j| f64::from(a_wide[i / n * k + j]) * f64::from(b_wide[j * n + i % n])).sum();
+                    sum + if accumulate { f64::from(start[i]) } else { 0.0 }
+                };
+                let check = |c: &[f32], what: &str| {
+                    for (i, c) in c.iter().enumerate() {
+                        let bound = 1e-6 * (k as f64).sqrt() + 1e-6;
+                        assert!(
+                            (f64::from(*c) - exact(i)).abs() < bound,
+                            "{what} {m}x{k}x{n} at {i}: {c}, {}",
+                            exact(i)
+                        );
+                    }
+                };
+                for (a, b, what) in [
+                    (View::new(&a, m, k), View::new(&b, k, n), "plain"),
+                    (View::new(&a_t, k, m).t(), View::new(&b, k, n), "left transposed"),
+                    (View::new(&a, m, k), View::new(&b_t, n, k).t(), "right transposed"),
+                ] {
+                    let mut c = start.clone();
+                    product_bf16(&mut c, accumulate, a, b);
+                    check(&c, what);
+                }
+                let mut c = start.clone();
+                product_f32(&mut c, accumulate, View::new(&a_wide, m, k), View::new(&b_wide, k, n));
+                check(&c, "f32");
+            }
+        }
+    }
+
+    #[test]
+    fn rounding_to_bf16_is_to_the_nearest_even() {
+        for bits in (0..=u32::MAX).step_by(65_521) {
+            let x = f32::from_bits(bits);
+            let expected = half::bf16::from_f32(x);
+            assert!(x.is_nan() || to_bf16(x) == expected.to_bits(), "{x}");
+            assert_eq!(x.is_nan(), half::bf16::from_bits(to_bf16(x)).is_nan());
+        }
+    }
+
+    /// Not a check but a figure: `cargo test --lib dense -- --ignored --nocapture`.
+    #[test]
+    #[ignore = "prints how fast the products are"]
+    fn speed() {
+        let (m, k, n) = (1024, 576, 1536);
+        let (x, w) = (values(m * k, 1), values(n * k, 2));
+        let bits = |v: &[f32]| v.iter().map(|v| to_bf16(*v)).collect::<Vec<u16>>();
+        let (xb, wb) = (bits(&x), bits(&w));
+        let g = bits(&values(m * n, 4));
+        let time = |what: &str, f: &mut dyn FnMut()| {
+            f();
+            let start = std::time::Instant::now();
+            (0..20).for_each(|_| f());
+            let s = start.elapsed().as_secs_f64() / 20.0;
+            println!("{what}: {:.0} GFLOP/s", 2e-9 * (m * k * n) as f64 / s);
+        };
+        let mut y = vec![0.0; m * n];
+        time("f32 forward", &mut || product_f32(&mut y, false, View::new(&x, m, k), View::new(&w, n, k).t()));
+        time("bf16 forward", &mut || product_bf16(&mut y, false, View::new(&xb, m, k), View::new(&wb, n, k).t()));
+        let mut dx = vec![0.0; m * k];
+        time("bf16 dX", &mut || product_bf16(&mut dx, false, View::new(&g, m, n), View::new(&wb, n, k)));
+        let mut dw = vec![0.0; n * k];
+        time("bf16 dW", &mut || product_bf16(&mut dw, true, View::new(&g, m, n).t(), View::new(&xb, m, k)));
+    }
+}
