@@ -1,37 +1,52 @@
-//! Causal grouped-query attention over a KV cache of one tensor per layer and sequence.
+//! Rotation, KV cache and causal grouped-query attention as one operation with its gradient.
+//!
+//! Scores are never kept: the backward pass makes them again from queries, keys and each row's log of the sum of
+//! exponentials. Queries go in tiles, so that what causality hides is not computed.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use candle_core::{Device, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
 
-use super::fake_quantize::FakeQuantize;
+use super::host;
+use crate::backend::cpu::dense::{View, serial_f32};
+use crate::backend::cpu::elementwise::exp;
+use crate::backend::cpu::isa::{Isa, multiversion};
 use crate::backend::{AttentionShape, Batch, CacheLayout, RopeTable, Span};
+use crate::formats::e4m3;
 use crate::formats::kv::KvFormat;
 
 /// Keys (rotated) and values of every layer and slot, rounded as the layer's format stores them.
 #[derive(Debug)]
 pub struct KvCache {
     layers: Vec<Layer>,
+    /// Values in a token's keys.
+    width: usize,
 }
 
 #[derive(Debug)]
 struct Layer {
     format: KvFormat,
     /// By slot: keys and values, both [tokens, kv_heads · head_dim].
-    slots: BTreeMap<usize, (Tensor, Tensor)>,
+    slots: BTreeMap<usize, Cached>,
 }
+
+type Cached = (Arc<Vec<f32>>, Arc<Vec<f32>>);
 
 impl KvCache {
     pub(super) fn new(layout: &CacheLayout) -> Self {
         let layer = |&format| Layer { format, slots: BTreeMap::new() };
-        Self { layers: layout.formats.iter().map(layer).collect() }
+        Self { layers: layout.formats.iter().map(layer).collect(), width: layout.kv_heads * layout.head_dim }
     }
 
     /// Slot `to` becomes the first `tokens` tokens of slot `from`.
-    pub(super) fn fork(&mut self, from: usize, to: usize, tokens: usize) -> candle_core::Result<()> {
+    pub(super) fn fork(&mut self, from: usize, to: usize, tokens: usize) -> Result<()> {
+        let length = tokens * self.width;
         for layer in &mut self.layers {
-            let Some((k, v)) = layer.slots.get(&from) else { bail!("slot {from} is empty") };
-            let part = (k.narrow(0, 0, tokens)?, v.narrow(0, 0, tokens)?);
+            let part = layer.slots.get(&from).map(|(k, v)| (k.get(..length), v.get(..length)));
+            let Some((Some(k), Some(v))) = part else { bail!("slot {from} holds fewer than {tokens} tokens") };
+            let part = (Arc::new(k.to_vec()), Arc::new(v.to_vec()));
             layer.slots.insert(to, part);
         }
         Ok(())
@@ -39,110 +54,306 @@ impl KvCache {
 }
 
 impl Layer {
-    /// Puts new keys and values after the first `span.start` rows of the slot and returns all of them.
-    fn extend(&mut self, span: &Span, k: &Tensor, v: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
-        let (mut k, mut v) = match self.format {
-            KvFormat::F32 => (k.clone(), v.clone()),
-            KvFormat::Bf16 => (k.apply_op1(FakeQuantize::Bf16)?, v.apply_op1(FakeQuantize::Bf16)?),
+    /// Rounds new keys and values, puts them after the first `span.start` rows of the slot and returns all of them.
+    fn extend(&mut self, span: &Span, mut k: Vec<f32>, mut v: Vec<f32>, width: usize) -> Result<Cached> {
+        let round = |x: &mut [f32], scale: f32| x.iter_mut().for_each(|x| *x = e4m3::round(*x / scale) * scale);
+        let to_bf16 = |x: &mut [f32]| x.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32());
+        match self.format {
+            KvFormat::F32 => {}
+            KvFormat::Bf16 => [&mut k, &mut v].into_iter().for_each(|x| to_bf16(x)),
             KvFormat::Fp8 { k_scale, v_scale } => {
-                (k.apply_op1(FakeQuantize::E4m3(k_scale))?, v.apply_op1(FakeQuantize::E4m3(v_scale))?)
+                round(&mut k, k_scale);
+                round(&mut v, v_scale);
             }
-        };
-        if span.start > 0 {
-            let Some((old_k, old_v)) = self.slots.get(&span.slot) else {
-                bail!("slot {} is empty; the span starts at token {}", span.slot, span.start)
-            };
-            k = Tensor::cat(&[&old_k.narrow(0, 0, span.start)?, &k], 0)?;
-            v = Tensor::cat(&[&old_v.narrow(0, 0, span.start)?, &v], 0)?;
         }
-        self.slots.insert(span.slot, (k.clone(), v.clone()));
-        Ok((k, v))
+        if span.start > 0 {
+            let before =
+                self.slots.get(&span.slot).map(|(k, v)| (k.get(..span.start * width), v.get(..span.start * width)));
+            let Some((Some(old_k), Some(old_v))) = before else {
+                bail!("slot {} holds fewer tokens than the {} that the span starts after", span.slot, span.start)
+            };
+            k = [old_k, &k].concat();
+            v = [old_v, &v].concat();
+        }
+        let cached = (Arc::new(k), Arc::new(v));
+        self.slots.insert(span.slot, cached.clone());
+        Ok(cached)
     }
 }
 
-/// Rotates every head of x [T, heads · d]: (a, b) → (a·cos - b·sin, b·cos + a·sin), a from the first half of the head.
-pub(super) fn rotate(x: &Tensor, heads: usize, rope: &RopeTable) -> candle_core::Result<Tensor> {
-    let (tokens, half) = (x.dim(0)?, rope.half);
-    let table = |values: &[f32]| Tensor::from_slice(values, (tokens, 1, half), x.device());
-    let (cos, sin) = (table(&rope.cos)?, table(&rope.sin)?);
-    let x_heads = x.reshape((tokens, heads, 2 * half))?;
-    let (a, b) = (x_heads.narrow(2, 0, half)?, x_heads.narrow(2, half, half)?);
-    let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
-    let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
-    Tensor::cat(&[first, second], 2)?.reshape(x.shape())
-}
-
-/// Writes k and v to the cache and attends: q [T, heads · d], k and v [T, kv_heads · d], q and k rotated.
+/// Writes k and v to the cache and attends: q [T, heads · d], k and v [T, kv_heads · d]. Gradients go to what is new in
+/// the batch; what was in the cache is constant, and rounding into the cache is passed straight through.
 pub(super) fn attend(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
     shape: &AttentionShape,
+    rope: &RopeTable,
     cache: &mut KvCache,
     batch: &Batch,
-) -> candle_core::Result<Tensor> {
-    let mut outputs = Vec::with_capacity(batch.spans.len());
+) -> Result<Tensor> {
+    let Some(layer) = cache.layers.get_mut(shape.layer) else { bail!("the cache has no layer {}", shape.layer) };
+    let width = shape.kv_heads * shape.head_dim;
+    let copy = |x: &Tensor| host::with(x, |x| Ok(x.to_vec()));
+    let (mut queries, mut keys, values) = (copy(q)?, copy(k)?, copy(v)?);
+    rotate(&mut queries, shape.heads, rope, 1.0);
+    rotate(&mut keys, shape.kv_heads, rope, 1.0);
+    let mut spans = Vec::with_capacity(batch.spans.len());
     let mut row = 0;
     for span in &batch.spans {
-        let rows = |x: &Tensor| x.narrow(0, row, span.len);
-        let (keys, values) = cache.layers[shape.layer].extend(span, &rows(k)?, &rows(v)?)?;
-        outputs.push(attend_span(&rows(q)?, &keys, &values, shape, span.start)?);
+        let rows = row * width..(row + span.len) * width;
+        let (keys, values) = layer.extend(span, keys[rows.clone()].to_vec(), values[rows].to_vec(), width)?;
+        spans.push(Sequence { row, start: span.start, len: span.len, keys, values });
         row += span.len;
     }
-    Tensor::cat(&outputs, 0)
+    let attention = Attention { shape: *shape, rope: rope.clone(), queries, spans };
+    q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, attention)
 }
 
-/// One sequence: q [L, heads · d], keys and values [S, kv_heads · d].
-fn attend_span(
-    q: &Tensor,
-    keys: &Tensor,
-    values: &Tensor,
-    shape: &AttentionShape,
+/// Rotates every head of every token of x: (a, b) → (a·cos - b·sin, b·cos + a·sin), a from the first half of the head.
+/// `direction` -1 turns back.
+fn rotate(x: &mut [f32], heads: usize, rope: &RopeTable, direction: f32) {
+    let half = rope.half;
+    let tokens = x.par_chunks_mut(heads * 2 * half).zip(rope.cos.par_chunks(half)).zip(rope.sin.par_chunks(half));
+    tokens.for_each(|((token, cos), sin)| {
+        for head in token.chunks_exact_mut(2 * half) {
+            let (first, second) = head.split_at_mut(half);
+            for (((a, b), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                let s = direction * s;
+                (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+            }
+        }
+    });
+}
+
+/// New tokens of one sequence with all of its keys and values.
+struct Sequence {
+    /// Its first row in the batch.
+    row: usize,
     start: usize,
-) -> candle_core::Result<Tensor> {
-    let (len, seen) = (q.dim(0)?, keys.dim(0)?);
-    let (kv_heads, d) = (shape.kv_heads, shape.head_dim);
-    let share = shape.heads / kv_heads;
-    // The query heads that share a KV head are rows of one product: [kv_heads, share · L, d].
-    let q = q.reshape((len, kv_heads, share, d))?.permute((1, 2, 0, 3))?.reshape((kv_heads, share * len, d))?;
-    let keys = keys.reshape((seen, kv_heads, d))?.permute((1, 2, 0))?.contiguous()?;
-    let values = values.reshape((seen, kv_heads, d))?.transpose(0, 1)?.contiguous()?;
-    let scores = (q.matmul(&keys)? * f64::from(shape.scale()))?.reshape((kv_heads, share, len, seen))?;
-    let scores = scores.broadcast_add(&mask(start, len, shape.window, q.device())?)?;
-    let mixed = super::softmax(&scores)?.reshape((kv_heads, share * len, seen))?.matmul(&values)?;
-    mixed.reshape((kv_heads, share, len, d))?.permute((2, 0, 1, 3))?.reshape((len, shape.heads * d))
+    len: usize,
+    keys: Arc<Vec<f32>>,
+    values: Arc<Vec<f32>>,
 }
 
-/// 0 where the query at `start + row` sees key `column`, -∞ where the key is later, or the window or more back.
-fn mask(start: usize, len: usize, window: Option<usize>, device: &Device) -> candle_core::Result<Tensor> {
-    let seen = |query: usize, key: usize| key <= query && window.is_none_or(|w| query - key < w);
-    let values: Vec<f32> = (start..start + len)
-        .flat_map(|query| (0..start + len).map(move |key| if seen(query, key) { 0.0 } else { f32::NEG_INFINITY }))
-        .collect();
-    Tensor::from_vec(values, (len, start + len), device)
+struct Attention {
+    shape: AttentionShape,
+    rope: RopeTable,
+    /// Rotated, [T, heads · d].
+    queries: Vec<f32>,
+    spans: Vec<Sequence>,
+}
+
+/// Queries in a tile.
+const TILE: usize = 64;
+
+/// Gradients of one KV head of one sequence: of its queries [heads that share it, len, d], keys and values [len, d].
+struct HeadGradient {
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+}
+
+impl Attention {
+    /// (sequence, KV head) of every independent piece of work.
+    fn pieces(&self) -> Vec<(usize, usize)> {
+        (0..self.spans.len()).flat_map(|s| (0..self.shape.kv_heads).map(move |h| (s, h))).collect()
+    }
+
+    fn tokens(&self) -> usize {
+        self.spans.iter().map(|s| s.len).sum()
+    }
+
+    /// Rotated queries of one head, [len, d] within rows of all heads.
+    fn queries_of<'a>(&self, all: &'a [f32], span: &Sequence, head: usize) -> View<'a, f32> {
+        let width = self.shape.heads * self.shape.head_dim;
+        View::new(all, all.len() / width, width)
+            .rows(span.row, span.len)
+            .columns(head * self.shape.head_dim, self.shape.head_dim)
+    }
+
+    /// Keys or values of one head, [start + len, d].
+    fn cached<'a>(&self, all: &'a [f32], kv_head: usize) -> View<'a, f32> {
+        let width = self.shape.kv_heads * self.shape.head_dim;
+        View::new(all, all.len() / width, width).columns(kv_head * self.shape.head_dim, self.shape.head_dim)
+    }
+
+    /// Keys that a tile of queries sees: from the first that the first query sees to the last query's own.
+    fn seen(&self, span: &Sequence, from: usize, rows: usize) -> (usize, usize) {
+        let first = self.shape.window.map_or(0, |w| (span.start + from + 1).saturating_sub(w));
+        (first, span.start + from + rows)
+    }
+
+    /// Probabilities [rows, seen] of queries `from..from + rows`.
+    fn probabilities(&self, span: &Sequence, kv_head: usize, head: usize, from: usize, rows: usize, p: &mut Vec<f32>) {
+        let (first, end) = self.seen(span, from, rows);
+        let seen = end - first;
+        p.clear();
+        p.resize(rows * seen, 0.0);
+        let q = self.queries_of(&self.queries, span, head).rows(from, rows);
+        let keys = self.cached(&span.keys, kv_head).rows(first, seen);
+        serial_f32(p, seen, false, self.shape.scale(), q, keys.t());
+        let window = self.shape.window.unwrap_or(usize::MAX);
+        for (row, p) in p.chunks_exact_mut(seen).enumerate() {
+            let query = span.start + from + row;
+            let own = query + 1 - first;
+            let hidden = (query + 1).saturating_sub(window).saturating_sub(first);
+            p[own..].fill(0.0);
+            p[..hidden].fill(0.0);
+            softmax(Isa::detect(), &mut p[hidden..own]);
+        }
+    }
+
+    /// Output of one KV head of one sequence, [heads that share it, len, d].
+    fn forward(&self, (s, kv_head): (usize, usize)) -> Vec<f32> {
+        let (span, d) = (&self.spans[s], self.shape.head_dim);
+        let share = self.shape.heads / self.shape.kv_heads;
+        let mut out = vec![0.0; share * span.len * d];
+        let mut p = Vec::new();
+        for (i, out) in out.chunks_exact_mut(span.len * d).enumerate() {
+            for (from, out) in (0..span.len).step_by(TILE).zip(out.chunks_mut(TILE * d)) {
+                let rows = out.len() / d;
+                self.probabilities(span, kv_head, kv_head * share + i, from, rows, &mut p);
+                let (first, end) = self.seen(span, from, rows);
+                let values = self.cached(&span.values, kv_head).rows(first, end - first);
+                serial_f32(out, d, false, 1.0, View::new(&p, rows, end - first), values);
+            }
+        }
+        out
+    }
+
+    fn backward(&self, (s, kv_head): (usize, usize), grad: &[f32], result: &[f32]) -> HeadGradient {
+        let (span, d) = (&self.spans[s], self.shape.head_dim);
+        let share = self.shape.heads / self.shape.kv_heads;
+        let all = span.start + span.len;
+        let mut out = HeadGradient { q: vec![0.0; share * span.len * d], k: vec![0.0; all * d], v: vec![0.0; all * d] };
+        let (mut p, mut dp) = (Vec::new(), Vec::new());
+        let width = self.shape.heads * d;
+        for i in 0..share {
+            let head = kv_head * share + i;
+            for from in (0..span.len).step_by(TILE) {
+                let rows = TILE.min(span.len - from);
+                let (first, end) = self.seen(span, from, rows);
+                let seen = end - first;
+                self.probabilities(span, kv_head, head, from, rows, &mut p);
+                let own_grad = self.queries_of(grad, span, head).rows(from, rows);
+                // dV += Pᵀ · dO, dP = dO · Vᵀ.
+                let weights = View::new(&p, rows, seen);
+                serial_f32(&mut out.v[first * d..end * d], d, true, 1.0, weights.t(), own_grad);
+                dp.clear();
+                dp.resize(rows * seen, 0.0);
+                let values = self.cached(&span.values, kv_head).rows(first, seen);
+                serial_f32(&mut dp, seen, false, 1.0, own_grad, values.t());
+                // dS = P · (dP - dO · O), row by row.
+                for (row, (dp, p)) in dp.chunks_exact_mut(seen).zip(p.chunks_exact(seen)).enumerate() {
+                    let at = (span.row + from + row) * width + head * d;
+                    let along: f32 = grad[at..at + d].iter().zip(&result[at..at + d]).map(|(g, o)| g * o).sum();
+                    dp.iter_mut().zip(p).for_each(|(dp, p)| *dp = p * (*dp - along));
+                }
+                let ds = View::new(&dp, rows, seen);
+                let q = self.queries_of(&self.queries, span, head).rows(from, rows);
+                let keys = self.cached(&span.keys, kv_head).rows(first, seen);
+                let dq = &mut out.q[(i * span.len + from) * d..][..rows * d];
+                serial_f32(dq, d, false, self.shape.scale(), ds, keys);
+                serial_f32(&mut out.k[first * d..end * d], d, true, self.shape.scale(), ds.t(), q);
+            }
+        }
+        out
+    }
+}
+
+impl CustomOp3 for Attention {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        layout: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (d, heads) = (self.shape.head_dim, self.shape.heads);
+        let share = heads / self.shape.kv_heads;
+        let pieces = self.pieces();
+        let parts: Vec<Vec<f32>> = pieces.par_iter().map(|piece| self.forward(*piece)).collect();
+        let mut out = vec![0.0; self.tokens() * heads * d];
+        for ((s, kv_head), part) in pieces.into_iter().zip(parts) {
+            let span = &self.spans[s];
+            scatter(&part, &mut out, span.row, span.len, heads, d, kv_head * share);
+        }
+        Ok((CpuStorage::F32(out), layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        result: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (d, heads, kv_heads) = (self.shape.head_dim, self.shape.heads, self.shape.kv_heads);
+        let pieces = self.pieces();
+        let parts: Vec<HeadGradient> = host::with(grad, |grad| {
+            host::with(result, |result| Ok(pieces.par_iter().map(|p| self.backward(*p, grad, result)).collect()))
+        })?;
+        let tokens = self.tokens();
+        let (mut dq, mut dk, mut dv) =
+            (vec![0.0; tokens * heads * d], vec![0.0; tokens * kv_heads * d], vec![0.0; tokens * kv_heads * d]);
+        for ((s, kv_head), part) in pieces.into_iter().zip(parts) {
+            let span = &self.spans[s];
+            scatter(&part.q, &mut dq, span.row, span.len, heads, d, kv_head * (heads / kv_heads));
+            scatter(&part.k[span.start * d..], &mut dk, span.row, span.len, kv_heads, d, kv_head);
+            scatter(&part.v[span.start * d..], &mut dv, span.row, span.len, kv_heads, d, kv_head);
+        }
+        rotate(&mut dq, heads, &self.rope, -1.0);
+        rotate(&mut dk, kv_heads, &self.rope, -1.0);
+        let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
+        Ok((Some(tensor(dq, q)?), Some(tensor(dk, k)?), Some(tensor(dv, v)?)))
+    }
+}
+
+/// Puts `part` [heads, len, d] into columns of `all` [T, all heads · d], from token `row` and head `head` on.
+fn scatter(part: &[f32], all: &mut [f32], row: usize, len: usize, heads: usize, d: usize, head: usize) {
+    for (i, part) in part.chunks_exact(len * d).enumerate() {
+        for (t, values) in part.chunks_exact(d).enumerate() {
+            let at = ((row + t) * heads + head + i) * d;
+            all[at..at + d].copy_from_slice(values);
+        }
+    }
+}
+
+multiversion! {
+    fn softmax(row: &mut [f32]) {
+        let max = row.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
+        let mut lanes = [0.0f32; 16];
+        for run in row.chunks_mut(16) {
+            for (v, lane) in run.iter_mut().zip(&mut lanes) {
+                *v = exp(*v - max);
+                *lane += *v;
+            }
+        }
+        let inverse = 1.0 / lanes.iter().sum::<f32>();
+        row.iter_mut().for_each(|v| *v *= inverse);
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::DType;
-
-    #[test]
-    fn a_key_the_window_or_more_back_is_not_seen() {
-        let mask = mask(2, 2, Some(2), &Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
-        let hidden = f32::NEG_INFINITY;
-        assert_eq!(mask, [[hidden, 0.0, 0.0, hidden], [hidden, hidden, 0.0, 0.0]]);
-    }
 
     #[test]
     fn a_span_that_starts_past_the_cache_is_an_error() {
-        let layout = CacheLayout { formats: vec![KvFormat::F32], kv_heads: 1, head_dim: 2, pages: 1 };
-        let mut cache = KvCache::new(&layout);
-        let x = Tensor::zeros((1, 2), DType::F32, &Device::Cpu).unwrap();
+        let mut layer = Layer { format: KvFormat::F32, slots: BTreeMap::new() };
         let span = |start| Span { slot: 3, start, len: 1, pages: vec![0] };
-        assert!(cache.layers[0].extend(&span(1), &x, &x).is_err());
-        assert!(cache.layers[0].extend(&span(0), &x, &x).is_ok());
-        assert!(cache.layers[0].extend(&span(2), &x, &x).is_err());
-        assert_eq!(cache.layers[0].extend(&span(1), &x, &x).unwrap().0.dim(0).unwrap(), 2);
+        let mut extend = |start| layer.extend(&span(start), vec![0.0; 2], vec![0.0; 2], 2);
+        assert!(extend(1).is_err());
+        assert!(extend(0).is_ok());
+        assert!(extend(2).is_err());
+        assert_eq!(extend(1).unwrap().0.len(), 4);
     }
 }

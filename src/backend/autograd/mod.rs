@@ -1,81 +1,60 @@
-//! The decoder's operations on candle tensors: the readable reference, and what training differentiates through.
+//! The decoder's operations on candle tensors with gradients: what training differentiates through.
 //!
-//! Weights are decoded to f32 [N, K] once, inputs are fake-quantized, and the rest is f32. Only candle operations that
-//! record their gradient are used: candle-nn's fused softmax, norm and rotation drop it without a word. candle-core's
-//! silu records its own.
+//! Each operation is one custom operation of candle with its own backward pass (candle-nn's fused ones drop the gradient
+//! without a word). Weights and inputs have the values they have when deployed; a weight's gradient is summed in its
+//! [`Linear`], not in candle's store, so that it is written once.
 
 mod attention;
-mod fake_quantize;
+mod elementwise;
+mod host;
+mod linear;
 
 pub use attention::KvCache;
-use candle_core::{D, Device, Tensor};
+use candle_core::{Device, Tensor, Var};
+pub use linear::Linear;
 
 use super::{AttentionShape, Backend, BackendError, Batch, CacheLayout, Result, RopeTable, Routing, Span, TokenScore};
-use crate::formats::linear::{ActivationFormat, LinearTensors};
-use fake_quantize::FakeQuantize;
+use crate::backend::cpu::operand::Precision;
+use crate::formats::linear::LinearTensors;
 
 /// Runs the decoder on candle tensors.
 #[derive(Clone, Debug)]
 pub struct AutogradBackend {
     device: Device,
+    precision: Precision,
+    /// Whether the weights of norms ask for gradients, and with them everything after the first norm.
+    trains_norms: bool,
 }
 
-/// A linear layer: y = quantized(x · pre_quant_scale) · Wᵀ + bias.
+/// The weight of a norm, [features].
 #[derive(Clone, Debug)]
-pub struct Linear {
-    name: String,
-    /// [N, K]
-    weight: Tensor,
-    /// [N]
-    bias: Option<Tensor>,
-    /// [K]
-    pre_quant_scale: Option<Vec<f32>>,
-    activation: ActivationFormat,
-}
+pub struct Norm(Var);
 
-impl Linear {
-    /// W in f32, [N, K].
+impl Norm {
+    /// The weight, which gets a gradient from a backend that trains norms.
     #[must_use]
-    pub fn weight(&self) -> &Tensor {
-        &self.weight
-    }
-
-    /// x [T, K] as this linear's kernel sees it when deployed.
-    fn quantize(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let scaled = match &self.pre_quant_scale {
-            None => x.clone(),
-            Some(s) => x.broadcast_mul(&Tensor::new(s.as_slice(), x.device())?)?,
-        };
-        match self.activation {
-            ActivationFormat::Float => Ok(scaled),
-            format => scaled.contiguous()?.apply_op1(FakeQuantize::Activation(format)),
-        }
-    }
-
-    fn same_input(&self, other: &Self) -> bool {
-        self.activation == other.activation && self.pre_quant_scale == other.pre_quant_scale
-    }
-
-    /// `x` is already quantized.
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let y = x.matmul(&self.weight.t()?)?;
-        match &self.bias {
-            None => Ok(y),
-            Some(bias) => y.broadcast_add(bias),
-        }
+    pub fn var(&self) -> &Var {
+        &self.0
     }
 }
 
 impl AutogradBackend {
-    /// A backend on the CPU.
+    /// A backend on the CPU in f32: the reference.
     #[must_use]
     pub fn new() -> Self {
-        Self { device: Device::Cpu }
+        Self::with_precision(Precision::F32)
     }
 
-    fn vector(&self, values: Vec<f32>) -> candle_core::Result<Tensor> {
-        let length = values.len();
-        Tensor::from_vec(values, length, &self.device)
+    /// A backend on the CPU whose products have operands of the given precision.
+    #[must_use]
+    pub fn with_precision(precision: Precision) -> Self {
+        Self { device: Device::Cpu, precision, trains_norms: false }
+    }
+
+    /// The same, with gradients for the weights of norms.
+    #[must_use]
+    pub fn training_norms(self) -> Self {
+        Self { trains_norms: true, ..self }
     }
 
     fn indices(&self, rows: impl Iterator<Item = usize>) -> candle_core::Result<Tensor> {
@@ -104,27 +83,19 @@ impl<T> Context<T> for candle_core::Result<T> {
 impl Backend for AutogradBackend {
     type Tensor = Tensor;
     type Linear = Linear;
-    type Norm = Tensor;
+    type Norm = Norm;
     type Cache = KvCache;
 
     fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<Linear> {
-        let weight = Tensor::from_vec(tensors.decode(), (tensors.n, tensors.k), &self.device).context("weight")?;
-        let bias = tensors.bias.map(|b| self.vector(b)).transpose().context("bias")?;
-        Ok(Linear {
-            name: tensors.name,
-            weight,
-            bias,
-            pre_quant_scale: tensors.pre_quant_scale,
-            activation: tensors.activation,
-        })
+        Ok(Linear::new(tensors, self.precision))
     }
 
     fn module<'a>(&self, linear: &'a Linear) -> &'a str {
-        &linear.name
+        linear.name()
     }
 
-    fn load_norm(&self, weight: Vec<f32>) -> Result<Tensor> {
-        self.vector(weight).context("norm weight")
+    fn load_norm(&self, weight: Vec<f32>) -> Result<Norm> {
+        Var::from_slice(&weight, weight.len(), &self.device).map(Norm).context("norm weight")
     }
 
     fn new_cache(&self, layout: &CacheLayout) -> Result<KvCache> {
@@ -132,28 +103,30 @@ impl Backend for AutogradBackend {
     }
 
     fn embed(&self, table: &Linear, tokens: &[u32]) -> Result<Tensor> {
-        let vocab = table.weight.dim(0).context("embed")?;
+        let (vocab, width) = (table.grid().n, table.grid().k);
         if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocab) {
             return Err(BackendError::TokenOutOfRange { token, vocab });
         }
-        let ids = Tensor::new(tokens, &self.device).context("embed")?;
-        table.weight.index_select(&ids, 0).context("embed")
+        let rows: Vec<f32> = tokens.iter().flat_map(|t| table.weight_row(*t as usize)).collect();
+        Tensor::from_vec(rows, (tokens.len(), width), &self.device).context("embed")
     }
 
-    fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
-        rms_norm(x, weight, eps).context("rms_norm")
+    fn rms_norm(&self, x: &Tensor, weight: &Norm, eps: f32) -> Result<Tensor> {
+        let weight = if self.trains_norms { weight.0.as_tensor().clone() } else { weight.0.as_detached_tensor() };
+        let norm = || x.contiguous()?.apply_op2(&weight, elementwise::RmsNorm { eps });
+        norm().context("rms_norm")
     }
 
     fn linears(&self, x: &Tensor, weights: &[&Linear]) -> Result<Vec<Tensor>> {
         let mut outputs = Vec::with_capacity(weights.len());
-        let mut input: Option<(&Linear, Tensor)> = None;
+        let mut last = None;
         for &w in weights {
-            let quantized = match &input {
-                Some((other, quantized)) if other.same_input(w) => quantized.clone(),
+            let input = match last {
+                Some((other, input)) if w.same_input(other) => input,
                 _ => w.quantize(x).context("quantizing the input of a linear")?,
             };
-            outputs.push(w.forward(&quantized).context("linear")?);
-            input = Some((w, quantized));
+            outputs.push(w.forward(x, input.clone()).context("linear")?);
+            last = Some((w, input));
         }
         Ok(outputs)
     }
@@ -168,10 +141,7 @@ impl Backend for AutogradBackend {
         cache: &mut KvCache,
         batch: &Batch,
     ) -> Result<Tensor> {
-        let rotate = |x: &Tensor, heads| attention::rotate(x, heads, rope);
-        let q = rotate(&q, shape.heads).context("rotating queries")?;
-        let k = rotate(&k, shape.kv_heads).context("rotating keys")?;
-        attention::attend(&q, &k, &v, shape, cache, batch).context("attention")
+        attention::attend(&q, &k, &v, shape, rope, cache, batch).context("attention")
     }
 
     fn fork(&self, cache: &mut KvCache, from: &Span, to: &Span) -> Result<()> {
@@ -188,7 +158,8 @@ impl Backend for AutogradBackend {
     }
 
     fn silu_mul(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
-        gate.silu().and_then(|g| g * up).context("silu_mul")
+        let apply = || gate.contiguous()?.apply_op2(&up.contiguous()?, elementwise::SiluMul);
+        apply().context("silu_mul")
     }
 
     /// On the host: a router's choice and its weights get no gradient yet.
@@ -216,19 +187,4 @@ impl Backend for AutogradBackend {
     fn to_host(&self, x: &Tensor) -> Result<Vec<f32>> {
         x.flatten_all().and_then(|x| x.to_vec1()).context("to_host")
     }
-}
-
-/// x / √(mean x² + eps) · weight over each run of `weight`'s length.
-fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> candle_core::Result<Tensor> {
-    let runs = x.reshape(((), weight.elem_count()))?;
-    let mean_square = runs.sqr()?.mean_keepdim(D::Minus1)?;
-    let root = (mean_square + f64::from(eps))?.sqrt()?;
-    runs.broadcast_div(&root)?.broadcast_mul(weight)?.reshape(x.shape())
-}
-
-/// Softmax over the last dimension. The maximum only keeps exp from overflowing, so it needs no gradient.
-fn softmax(x: &Tensor) -> candle_core::Result<Tensor> {
-    let max = x.max_keepdim(D::Minus1)?.detach();
-    let e = x.broadcast_sub(&max)?.exp()?;
-    e.broadcast_div(&e.sum_keepdim(D::Minus1)?)
 }

@@ -25,7 +25,7 @@ pub(super) fn tree_sum(mut lanes: [f32; LANES]) -> f32 {
 /// Range reduction by ln 2 in two parts and a polynomial of degree 6 (Cephes' expf), all in fused multiply-adds.
 #[inline(always)]
 #[must_use]
-pub(super) fn exp(x: f32) -> f32 {
+pub(in crate::backend) fn exp(x: f32) -> f32 {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;
     const LN2_HIGH: f32 = 0.693_359_4; // 355/512, exact in f32
     const LN2_LOW: f32 = -2.121_944_4e-4;
@@ -50,7 +50,7 @@ pub(super) fn exp(x: f32) -> f32 {
 
 multiversion! {
     /// RMS norm of each run of `weight.len()` values of `x` into `out`.
-    pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    pub(in crate::backend) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
         let n = weight.len();
         for (x, out) in x.chunks_exact(n).zip(out.chunks_exact_mut(n)) {
             let mut lanes = [0.0f32; LANES];
@@ -73,7 +73,7 @@ multiversion! {
 
 multiversion! {
     /// `gate = silu(gate) · up`.
-    pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
+    pub(in crate::backend) fn silu_mul(gate: &mut [f32], up: &[f32]) {
         for (g, u) in gate.iter_mut().zip(up) {
             *g = *g / (1.0 + exp(-*g)) * u;
         }

@@ -99,4 +99,4 @@ macro_rules! multiversion {
         }
     };
 }
-pub(super) use multiversion;
+pub(in crate::backend) use multiversion;

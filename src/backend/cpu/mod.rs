@@ -4,7 +4,7 @@ mod activation;
 mod attention;
 mod buffer;
 pub mod dense;
-mod elementwise;
+pub(super) mod elementwise;
 pub mod isa;
 mod matmul;
 pub mod operand;

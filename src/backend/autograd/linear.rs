@@ -1,0 +1,214 @@
+//! A linear layer with the deployed numerics and straight-through gradients.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::host;
+use crate::backend::cpu::operand::{Operand, Precision, Scaling, Side, WeightGrid, product, quantize_input};
+use crate::formats::linear::{ActivationFormat, LinearTensors, OutputScale};
+use crate::formats::{e4m3, nvfp4};
+
+/// A linear layer: y = quantized(x · pre_quant_scale) · Wᵀ + bias. Clones share the weight.
+#[derive(Clone, Debug)]
+pub struct Linear(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    name: String,
+    grid: WeightGrid,
+    precision: Precision,
+    weight: RwLock<Arc<Operand>>,
+    /// What is not in `weight`.
+    scale: OutputScale,
+    /// [N]
+    bias: Option<Vec<f32>>,
+    /// [K]
+    pre_quant_scale: Option<Vec<f32>>,
+    activation: ActivationFormat,
+    /// dL/dW [N, K] summed since [`Linear::take_gradient`]; `None` while the weight is not trained.
+    gradient: Mutex<Option<Vec<f32>>>,
+}
+
+impl Linear {
+    pub(super) fn new(tensors: LinearTensors<'_>, precision: Precision) -> Self {
+        let grid = WeightGrid::of(&tensors);
+        let weight = grid.operand(precision, &mut tensors.decode());
+        Self(Arc::new(Inner {
+            scale: grid.outer_scale(precision),
+            weight: RwLock::new(Arc::new(weight)),
+            grid,
+            precision,
+            name: tensors.name,
+            bias: tensors.bias,
+            pre_quant_scale: tensors.pre_quant_scale,
+            activation: tensors.activation,
+            gradient: Mutex::new(None),
+        }))
+    }
+
+    /// The module that it is.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// The values its weight can take.
+    #[must_use]
+    pub fn grid(&self) -> &WeightGrid {
+        &self.0.grid
+    }
+
+    /// Puts the values of the grid nearest to `master` [N, K] in, and moves `master` within reach of them.
+    pub fn set(&self, master: &mut [f32]) {
+        let weight = self.0.grid.operand(self.0.precision, master);
+        *self.0.weight.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(weight);
+    }
+
+    /// Row `row` of the weight as it takes part in products, in f32.
+    #[must_use]
+    pub fn weight_row(&self, row: usize) -> Vec<f32> {
+        let mut values = self.weight().row(row, self.0.grid.k);
+        let scale = self.0.scale.at(row);
+        values.iter_mut().for_each(|v| *v *= scale);
+        values
+    }
+
+    /// Sums the weight's gradient from now on, starting at zero.
+    pub fn train(&self) {
+        *self.gradient() = Some(vec![0.0; self.0.grid.n * self.0.grid.k]);
+    }
+
+    /// The summed gradient [N, K], `None` if the weight is not trained.
+    pub fn gradient(&self) -> MutexGuard<'_, Option<Vec<f32>>> {
+        self.0.gradient.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn weight(&self) -> Arc<Operand> {
+        self.0.weight.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether it sees the same quantized input as `other`.
+    pub(super) fn same_input(&self, other: &Self) -> bool {
+        self.0.activation == other.0.activation && self.0.pre_quant_scale == other.0.pre_quant_scale
+    }
+
+    /// x [T, K] as its kernel sees it when deployed.
+    pub(super) fn quantize(&self, x: &Tensor) -> Result<Arc<Input>> {
+        host::with(x, |x| {
+            let (k, format) = (self.0.grid.k, self.0.activation);
+            let (values, scale) = match &self.0.pre_quant_scale {
+                None => quantize_input(self.0.precision, format, x, k),
+                Some(s) => {
+                    let mut x = x.to_vec();
+                    x.par_chunks_mut(k).for_each(|row| row.iter_mut().zip(s).for_each(|(x, s)| *x *= s));
+                    quantize_input(self.0.precision, format, &x, k)
+                }
+            };
+            Ok(Arc::new(Input { values, scale, rows: x.len() / k }))
+        })
+    }
+
+    /// `input` is `x` by [`Self::quantize`].
+    pub(super) fn forward(&self, x: &Tensor, input: Arc<Input>) -> Result<Tensor> {
+        x.contiguous()?.apply_op1(Multiply { linear: self.clone(), input })
+    }
+
+    /// y [T, N] for an input, without a graph.
+    pub(super) fn multiply(&self, input: &Input) -> Vec<f32> {
+        let WeightGrid { n, k, .. } = self.0.grid;
+        let mut y = vec![0.0; input.rows * n];
+        let x = Side { operand: &input.values, rows: input.rows, columns: k, transposed: false };
+        product(&mut y, false, x, Side { operand: &self.weight(), rows: n, columns: k, transposed: true });
+        Scaling::Rows(&input.scale).apply(&mut y, n);
+        Scaling::Columns(&self.0.scale).apply(&mut y, n);
+        if let Some(bias) = &self.0.bias {
+            y.par_chunks_mut(n).for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
+        }
+        y
+    }
+
+    /// dL/d(quantized x) [T, K] of dL/dy [T, N].
+    pub(super) fn input_gradient(&self, grad: &[f32], rows: usize) -> Vec<f32> {
+        let WeightGrid { n, k, .. } = self.0.grid;
+        let grad = Operand::scaled(self.0.precision, grad, n, &Scaling::Columns(&self.0.scale));
+        let mut dx = vec![0.0; rows * k];
+        let grad = Side { operand: &grad, rows, columns: n, transposed: false };
+        product(&mut dx, false, grad, Side { operand: &self.weight(), rows: n, columns: k, transposed: false });
+        dx
+    }
+
+    /// Adds dL/dW of this call, if the weight is trained.
+    pub(super) fn add_gradient(&self, grad: &[f32], input: &Input) {
+        let WeightGrid { n, k, .. } = self.0.grid;
+        if let Some(sum) = self.gradient().as_mut() {
+            let grad = Operand::scaled(self.0.precision, grad, n, &Scaling::Rows(&input.scale));
+            let grad = Side { operand: &grad, rows: input.rows, columns: n, transposed: true };
+            let x = Side { operand: &input.values, rows: input.rows, columns: k, transposed: false };
+            product(sum, true, grad, x);
+        }
+    }
+
+    /// Turns dL/d(quantized x) into dL/dx: straight through, but nothing where |x| exceeds what the calibrated scale
+    /// reaches (ModelOpt's rule).
+    fn straight_through(&self, x: &[f32], dx: &mut [f32]) {
+        let reach = match self.0.activation {
+            ActivationFormat::Nvfp4 { global_scale } => nvfp4::RANGE * global_scale,
+            ActivationFormat::Fp8Static { scale } => e4m3::MAX * scale,
+            // Scales that follow x reach all of it.
+            _ => f32::INFINITY,
+        };
+        let k = self.0.grid.k;
+        let pre = self.0.pre_quant_scale.as_deref();
+        dx.par_chunks_mut(k).zip(x.par_chunks(k)).for_each(|(dx, x)| match pre {
+            None => dx.iter_mut().zip(x).for_each(|(d, x)| *d = if x.abs() <= reach { *d } else { 0.0 }),
+            Some(pre) => {
+                for ((d, x), s) in dx.iter_mut().zip(x).zip(pre) {
+                    *d = if (x * s).abs() <= reach { *d * s } else { 0.0 };
+                }
+            }
+        });
+    }
+}
+
+/// A quantized input, shared by the linears that read it.
+#[derive(Debug)]
+pub(super) struct Input {
+    values: Operand,
+    scale: OutputScale,
+    rows: usize,
+}
+
+struct Multiply {
+    linear: Linear,
+    input: Arc<Input>,
+}
+
+impl CustomOp1 for Multiply {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let y = self.linear.multiply(&self.input);
+        let mut shape = layout.dims().to_vec();
+        if let Some(last) = shape.last_mut() {
+            *last = self.linear.grid().n;
+        }
+        Ok((CpuStorage::F32(y), shape.into()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let dx = host::with(grad, |grad| {
+            self.linear.add_gradient(grad, &self.input);
+            let mut dx = self.linear.input_gradient(grad, self.input.rows);
+            host::with(x, |x| {
+                self.linear.straight_through(x, &mut dx);
+                Ok(())
+            })?;
+            Ok(dx)
+        })?;
+        Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
+    }
+}
