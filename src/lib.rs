@@ -13,4 +13,5 @@ pub mod evaluate;
 pub mod formats;
 pub mod model;
 pub mod quantize;
+pub mod recover;
 pub mod text;

@@ -3,16 +3,17 @@
 use std::path::{Path, PathBuf};
 
 /// What each layer may use of the others.
-const ALLOWED: [(&str, &[&str]); 10] = [
+const ALLOWED: [(&str, &[&str]); 11] = [
     ("formats", &[]),
     ("checkpoint", &["formats"]),
     ("backend", &["formats"]),
     ("model", &["formats", "checkpoint", "backend"]),
     ("text", &[]),
     ("quantize", &["formats", "checkpoint", "backend", "model"]),
+    ("recover", &["formats", "checkpoint", "backend", "model"]),
     ("engine", &["formats", "backend", "model", "text"]),
     ("evaluate", &["formats", "checkpoint", "backend", "model", "text", "engine"]),
-    ("cli", &["formats", "checkpoint", "backend", "model", "text", "quantize", "engine", "evaluate"]),
+    ("cli", &["formats", "checkpoint", "backend", "model", "text", "quantize", "recover", "engine", "evaluate"]),
     ("main", &["cli"]),
 ];
 

@@ -19,7 +19,7 @@ use recoup::quantize::dequantize::dequantize;
 use recoup::quantize::recipe::ScaleChoice;
 use recoup::quantize::rotate::{Rotate, rotate};
 use recoup::quantize::smooth::Smooth;
-use recoup::quantize::{CalibrationText, QuantizeError, Recipe, Scheme, apply, quantize, smooth};
+use recoup::quantize::{CalibrationText, Places, QuantizeError, Recipe, Scheme, apply, quantize, smooth};
 use serde_json::Value;
 
 fn backend() -> CpuBackend {
@@ -298,7 +298,16 @@ fn the_best_recipe_runs_on_every_architecture_and_both_dialects_and_leaves_no_sc
             let folder = tempfile::tempdir().unwrap();
             let out = folder.path().join("best");
             let source = fixture.checkpoint();
-            apply(&source, &backend(), &text(), recipe, dialect, &out, &mut |_, _, _| {}).unwrap();
+            apply(
+                &source,
+                &backend(),
+                &text(),
+                recipe,
+                dialect,
+                Places { out: &out, unrounded: None },
+                &mut |_, _, _| {},
+            )
+            .unwrap();
             let ours = Checkpoint::open(&out).unwrap();
             Decoder::load(backend(), &ours).unwrap();
             assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "{}", fixture.name);

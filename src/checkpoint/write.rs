@@ -81,12 +81,24 @@ impl FolderWriter {
         self.file(name, format!("{value:#}\n").as_bytes())
     }
 
+    /// Copies the configuration of model and quantization, and how the weights came to be, from another checkpoint folder.
+    ///
+    /// # Errors
+    /// When a file cannot be read or written.
+    pub fn copy_settings(&self, from: &Path) -> Result<()> {
+        self.copy(&["config.json", "hf_quant_config.json", "recoup_recipe.json", "recoup_sensitivity.json"], from)
+    }
+
     /// Copies tokenizer, templates and generation settings from another checkpoint folder.
     ///
     /// # Errors
     /// When a file cannot be read or written.
     pub fn copy_text_files(&self, from: &Path) -> Result<()> {
-        for name in TEXT_FILES {
+        self.copy(&TEXT_FILES, from)
+    }
+
+    fn copy(&self, names: &[&str], from: &Path) -> Result<()> {
+        for name in names {
             let source = from.join(name);
             if source.is_file() {
                 let io = |error| CheckpointError::Io { path: source.clone(), action: "read", source: error };

@@ -16,6 +16,7 @@ mod inspect;
 mod logits;
 mod options;
 mod quantize;
+mod recover;
 mod run;
 
 use std::io::IsTerminal as _;
@@ -45,6 +46,8 @@ enum Verb {
     Compare(evaluation::compare::Args),
     /// Post-training quantization of a BF16 checkpoint
     Quantize(quantize::Args),
+    /// Train a quantized model to give back what the rounding cost
+    Recover(recover::Args),
     /// A GGUF file, or a quantized checkpoint, as a BF16 checkpoint folder
     Convert(convert::Args),
     /// What a checkpoint computes: logits of given token ids
@@ -63,6 +66,7 @@ pub fn main() -> ExitCode {
         Verb::Eval(a) => evaluation::eval::run(&a),
         Verb::Compare(a) => evaluation::compare::run(&a),
         Verb::Quantize(a) => quantize::run(&a),
+        Verb::Recover(a) => recover::run(&a),
         Verb::Convert(a) => convert::run(&a),
         Verb::Logits(a) => logits::run(&a),
         Verb::Doctor(a) => doctor::run(&a),

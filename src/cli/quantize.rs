@@ -46,6 +46,10 @@ pub(super) struct Args {
     /// Choose by the recoup_sensitivity.json of an earlier run instead of measuring again
     #[arg(long, value_name = "FILE")]
     sensitivity: Option<PathBuf>,
+    /// Also keep the plain model that the weights were rounded from, after smoothing or rotation: what `recoup recover`
+    /// starts from
+    #[arg(long, value_name = "FOLDER")]
+    keep_unrounded: Option<PathBuf>,
     /// Windows of the text, or conversations, to run [default: 8, and 16 where the recipe rounds weights by them]
     #[arg(long)]
     samples: Option<usize>,
@@ -89,7 +93,8 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     };
     let bar = super::progress(0, "");
     let backend = args.options.backend()?;
-    let report = quantize::apply(&checkpoint, &backend, &text, &recipe, dialect, output, &mut |what, done, all| {
+    let places = quantize::Places { out: output, unrounded: args.keep_unrounded.as_deref() };
+    let report = quantize::apply(&checkpoint, &backend, &text, &recipe, dialect, places, &mut |what, done, all| {
         if done == 0 {
             bar.set_message(what);
             bar.reset_eta();
@@ -267,7 +272,7 @@ fn documents(file: &Path, samples: usize, length: usize, folder: &Path) -> Resul
 }
 
 /// `samples` windows of `length` tokens, evenly spaced over the text; fewer or shorter where it is short.
-fn windows(tokens: &[u32], samples: usize, length: usize) -> Vec<Vec<u32>> {
+pub(super) fn windows(tokens: &[u32], samples: usize, length: usize) -> Vec<Vec<u32>> {
     let length = length.min(tokens.len());
     if length == 0 {
         return Vec::new();

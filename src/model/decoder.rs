@@ -248,8 +248,21 @@ impl<B: Backend> Decoder<B> {
     /// # Errors
     /// The backend's own failure.
     pub fn logits(&self, hidden: &B::Tensor) -> backend::Result<B::Tensor> {
-        let x = self.backend.rms_norm(hidden, &self.norm, self.config.rms_eps)?;
-        one(self.backend.linears(&x, &[self.head.as_ref().unwrap_or(&self.embedding)])?)
+        one(self.backend.linears(&self.final_norm(hidden)?, &[self.head()])?)
+    }
+
+    /// What enters the head, [rows, hidden], of rows of [`Self::hidden`].
+    ///
+    /// # Errors
+    /// The backend's own failure.
+    pub fn final_norm(&self, hidden: &B::Tensor) -> backend::Result<B::Tensor> {
+        self.backend.rms_norm(hidden, &self.norm, self.config.rms_eps)
+    }
+
+    /// The head; the embedding, where the two are tied.
+    #[must_use]
+    pub fn head(&self) -> &B::Linear {
+        self.head.as_ref().unwrap_or(&self.embedding)
     }
 
     /// Runs `batch` and returns what leaves the last layer, [tokens, hidden], before the final norm.

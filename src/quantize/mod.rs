@@ -302,6 +302,15 @@ impl CalibrationText {
     }
 }
 
+/// Where a whole recipe writes.
+#[derive(Clone, Copy, Debug)]
+pub struct Places<'a> {
+    /// The quantized model.
+    pub out: &'a Path,
+    /// The plain model that it was rounded from, where it is to be kept.
+    pub unrounded: Option<&'a Path>,
+}
+
 /// Quantizes by a whole recipe: rotates, smooths, calibrates, rounds and writes, as it says.
 ///
 /// A rotated or smoothed model lies in a folder beside `out` meanwhile.
@@ -314,7 +323,7 @@ pub fn apply(
     text: &CalibrationText,
     recipe: &Recipe,
     dialect: Dialect,
-    out: &Path,
+    Places { out, unrounded }: Places<'_>,
     progress: &mut dyn FnMut(&'static str, usize, usize),
 ) -> Result<Report, QuantizeError> {
     let modules: Vec<Module> = ModelConfig::read(&checkpoint.config)?.modules();
@@ -332,7 +341,9 @@ pub fn apply(
         candidates.into_iter().try_for_each(|s| encode::check_block(m, s))?;
     }
     // Refused now and not after minutes of work.
-    drop(FolderWriter::create(out)?);
+    for folder in std::iter::once(out).chain(unrounded) {
+        drop(FolderWriter::create(folder)?);
+    }
     let mut rotated = None;
     if let Some(what) = recipe.rotate {
         progress("rotating", 0, 1);
@@ -348,6 +359,9 @@ pub fn apply(
         smoothed = Some(Scratch::of(out, "smoothed", |folder| found.write(source, folder))?);
     }
     let source = smoothed.as_ref().map_or(source, |s: &Scratch| &s.checkpoint);
+    if let Some(folder) = unrounded {
+        copy(source, folder)?;
+    }
     let description = text.described();
     let mut calibration = Calibration { description: description.clone(), ..Calibration::default() };
     if recipe.calibrates() {
@@ -395,6 +409,23 @@ pub fn apply(
         prepared = gptq::gptq(source, backend, &text.sequences, &target, dialect, options, all)?;
     }
     quantize(source, &calibration, recipe, dialect, &prepared, table.as_ref(), out)
+}
+
+/// Writes the same model to another folder.
+fn copy(source: &Checkpoint, out: &Path) -> Result<(), QuantizeError> {
+    let writer = FolderWriter::create(out)?;
+    let views = source.tensors.names().filter_map(|n| Some((n, source.tensors.peek(n)?)));
+    let specs: Vec<TensorSpec> =
+        views.map(|(n, v)| TensorSpec { name: n.into(), dtype: v.dtype, shape: v.shape.to_vec() }).collect();
+    let mut metadata = Map::new();
+    metadata.insert("format".into(), "pt".into());
+    writer.tensors(&specs, SHARD_BYTES, &metadata, |spec| -> Result<Vec<u8>, QuantizeError> {
+        source.tensors.release_pages();
+        Ok(source.tensors.peek(&spec.name).map_or_else(Vec::new, |v| v.bytes.to_vec()))
+    })?;
+    writer.copy_settings(source.tensors.folder())?;
+    writer.copy_text_files(source.tensors.folder())?;
+    Ok(writer.commit()?)
 }
 
 /// A checkpoint on the way, in a folder beside the output that goes with this value.

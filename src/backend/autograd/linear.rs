@@ -27,7 +27,7 @@ struct Inner {
     /// [K]
     pre_quant_scale: Option<Vec<f32>>,
     activation: ActivationFormat,
-    /// dL/dW [N, K] summed since [`Linear::take_gradient`]; `None` while the weight is not trained.
+    /// dL/dW [N, K] summed since [`Linear::train`]; `None` while the weight is not trained.
     gradient: Mutex<Option<Vec<f32>>>,
 }
 
@@ -80,6 +80,11 @@ impl Linear {
         *self.gradient() = Some(vec![0.0; self.0.grid.n * self.0.grid.k]);
     }
 
+    /// Sums no gradient any more.
+    pub fn freeze(&self) {
+        *self.gradient() = None;
+    }
+
     /// The summed gradient [N, K], `None` if the weight is not trained.
     pub fn gradient(&self) -> MutexGuard<'_, Option<Vec<f32>>> {
         self.0.gradient.lock().unwrap_or_else(PoisonError::into_inner)
@@ -96,18 +101,20 @@ impl Linear {
 
     /// x [T, K] as its kernel sees it when deployed.
     pub(super) fn quantize(&self, x: &Tensor) -> Result<Arc<Input>> {
-        host::with(x, |x| {
-            let (k, format) = (self.0.grid.k, self.0.activation);
-            let (values, scale) = match &self.0.pre_quant_scale {
-                None => quantize_input(self.0.precision, format, x, k),
-                Some(s) => {
-                    let mut x = x.to_vec();
-                    x.par_chunks_mut(k).for_each(|row| row.iter_mut().zip(s).for_each(|(x, s)| *x *= s));
-                    quantize_input(self.0.precision, format, &x, k)
-                }
-            };
-            Ok(Arc::new(Input { values, scale, rows: x.len() / k }))
-        })
+        host::with(x, |x| Ok(Arc::new(self.quantize_values(x))))
+    }
+
+    pub(super) fn quantize_values(&self, x: &[f32]) -> Input {
+        let (k, format) = (self.0.grid.k, self.0.activation);
+        let (values, scale) = match &self.0.pre_quant_scale {
+            None => quantize_input(self.0.precision, format, x, k),
+            Some(s) => {
+                let mut x = x.to_vec();
+                x.par_chunks_mut(k).for_each(|row| row.iter_mut().zip(s).for_each(|(x, s)| *x *= s));
+                quantize_input(self.0.precision, format, &x, k)
+            }
+        };
+        Input { values, scale, rows: x.len() / k }
     }
 
     /// `input` is `x` by [`Self::quantize`].
@@ -152,7 +159,7 @@ impl Linear {
 
     /// Turns dL/d(quantized x) into dL/dx: straight through, but nothing where |x| exceeds what the calibrated scale
     /// reaches (ModelOpt's rule).
-    fn straight_through(&self, x: &[f32], dx: &mut [f32]) {
+    pub(super) fn straight_through(&self, x: &[f32], dx: &mut [f32]) {
         let reach = match self.0.activation {
             ActivationFormat::Nvfp4 { global_scale } => nvfp4::RANGE * global_scale,
             ActivationFormat::Fp8Static { scale } => e4m3::MAX * scale,

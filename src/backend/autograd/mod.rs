@@ -8,6 +8,7 @@ mod attention;
 mod elementwise;
 mod host;
 mod linear;
+pub mod loss;
 
 pub use attention::KvCache;
 use candle_core::{Device, Tensor, Var};

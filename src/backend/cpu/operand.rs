@@ -215,6 +215,12 @@ impl WeightGrid {
         Self { n, k, element: linear.element, block, block_scales: scales, output_scale: linear.output_scale.clone() }
     }
 
+    /// Whether the weight is not quantized: the grid is as fine as its floats.
+    #[must_use]
+    pub fn is_float(&self) -> bool {
+        self.element.is_float()
+    }
+
     /// The scales that [`Self::operand`] leaves out in BF16.
     #[must_use]
     pub fn outer_scale(&self, precision: Precision) -> OutputScale {

@@ -1,0 +1,185 @@
+//! Block by block: each block of the student learns to give what the teacher's block gives, from the student's own input.
+//!
+//! Three streams of hidden states go through the model side by side: what enters the student's block, what enters the
+//! teacher's, and what leaves the teacher's. One block's masters have gradients at a time; no vocabulary is involved.
+
+use candle_core::{Device, Tensor, Var};
+use serde::{Deserialize, Serialize};
+
+use super::data::{Data, Order, batch};
+use super::optimizer::{AdamW, cosine};
+use super::student::Student;
+use super::{During as _, RecoverError, Result};
+use crate::backend::autograd::{AutogradBackend, loss};
+use crate::backend::{Backend as _, Batch, PAGE, RopeTable};
+use crate::formats::kv::KvFormat;
+use crate::model::Decoder;
+
+/// How blocks are trained.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Options {
+    pub learning_rate: f32,
+    /// Optimizer steps of each block.
+    pub steps: usize,
+    pub warmup: usize,
+    /// Sequences in a step.
+    pub sequences: usize,
+    pub seed: u64,
+    pub adam: AdamW,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { learning_rate: 3e-4, steps: 128, warmup: 5, sequences: 4, seed: 0, adam: AdamW::default() }
+    }
+}
+
+/// What training one block did: mean error before and after over all sequences, relative to the teacher's output.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct BlockReport {
+    pub block: usize,
+    pub before: f64,
+    pub after: f64,
+}
+
+/// Learning rates end at this share of their peak.
+const FLOOR: f32 = 0.1;
+
+/// Trains every block in order.
+///
+/// # Errors
+/// When the data is empty, or an error is no number.
+pub fn train(
+    student: &mut Student,
+    teacher: &Decoder<AutogradBackend>,
+    data: &Data,
+    options: &Options,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Vec<BlockReport>> {
+    let layers = student.decoder.config.layers;
+    let mut inputs = Stream::embed(&student.decoder, data)?;
+    let mut reference = Stream::embed(teacher, data)?;
+    let mut reports = Vec::new();
+    for block in 0..layers {
+        progress(block, layers);
+        let targets = reference.through(teacher, block, data)?;
+        student.train(|p| p.layer == block);
+        let weights = targets.worth();
+        let before = inputs.through(&student.decoder, block, data)?.distance(&targets, &weights);
+        let mut order = Order::new(data.sequences.len(), options.seed.wrapping_add(block as u64));
+        for step in 0..options.steps {
+            let chosen = order.take(options.sequences);
+            let (part, rope) = prepare(&student.decoder, data, &chosen);
+            let x = inputs.rows(&chosen)?;
+            let x = Var::from_tensor(&x).during("block")?;
+            let mut cache = cache(&student.decoder, &part)?;
+            let out = student.decoder.block(block, x.as_tensor().clone(), &rope, &mut cache, &part)?;
+            let wanted = targets.gather(&chosen);
+            let worth: Vec<f32> = chosen.iter().flat_map(|s| weights[*s].clone()).collect();
+            let (loss, value) = loss::squared_error(&out, &wanted, &worth).during("block loss")?;
+            if !value.is_finite() {
+                return Err(RecoverError::NotFinite { what: "block error", step, value, last_good: step });
+            }
+            loss.backward().during("block gradient")?;
+            let factor = options.adam.clipping(student.gradient_norm());
+            let rate = cosine(options.learning_rate, step, options.steps, options.warmup, FLOOR);
+            student.step(&options.adam, step + 1, rate, factor);
+        }
+        let outputs = inputs.through(&student.decoder, block, data)?;
+        reports.push(BlockReport { block, before, after: outputs.distance(&targets, &weights) });
+        inputs = outputs;
+        reference = targets;
+    }
+    student.train(|_| false);
+    progress(layers, layers);
+    Ok(reports)
+}
+
+/// Hidden states of every sequence, [tokens, hidden] each.
+struct Stream {
+    states: Vec<Vec<f32>>,
+    hidden: usize,
+}
+
+/// Tokens that go through a block at a time where no gradient is needed.
+const CHUNK: usize = 2048;
+
+impl Stream {
+    fn embed(decoder: &Decoder<AutogradBackend>, data: &Data) -> Result<Self> {
+        let mut states = Vec::new();
+        for tokens in &data.sequences {
+            let x = decoder.embed(&batch(&[tokens]))?;
+            states.push(decoder.backend().to_host(&x)?);
+        }
+        Ok(Self { states, hidden: decoder.config.hidden })
+    }
+
+    fn gather(&self, chosen: &[usize]) -> Vec<f32> {
+        chosen.iter().flat_map(|s| &self.states[*s]).copied().collect()
+    }
+
+    fn rows(&self, chosen: &[usize]) -> Result<Tensor> {
+        let values = self.gather(chosen);
+        let rows = values.len() / self.hidden;
+        Tensor::from_vec(values, (rows, self.hidden), &Device::Cpu).during("block input")
+    }
+
+    /// What leaves block `block` when this enters it.
+    fn through(&self, decoder: &Decoder<AutogradBackend>, block: usize, data: &Data) -> Result<Self> {
+        let mut states = Vec::with_capacity(self.states.len());
+        let mut next = 0;
+        while next < self.states.len() {
+            let mut chosen = vec![next];
+            let mut tokens = data.sequences[next].len();
+            while let Some(more) = data.sequences.get(next + chosen.len()).filter(|s| tokens + s.len() <= CHUNK) {
+                tokens += more.len();
+                chosen.push(next + chosen.len());
+            }
+            next += chosen.len();
+            let (part, rope) = prepare(decoder, data, &chosen);
+            let mut cache = cache(decoder, &part)?;
+            let out = decoder.block(block, self.rows(&chosen)?, &rope, &mut cache, &part)?;
+            let mut values = decoder.backend().to_host(&out)?;
+            for s in chosen {
+                let rest = values.split_off(data.sequences[s].len() * self.hidden);
+                states.push(std::mem::replace(&mut values, rest));
+            }
+        }
+        Ok(Self { states, hidden: self.hidden })
+    }
+
+    /// 1 / |x|² of every token: errors are then relative, and a token with a huge state (an attention sink) counts as any.
+    fn worth(&self) -> Vec<Vec<f32>> {
+        let one = |x: &[f32]| {
+            let square: f64 = x.iter().map(|v| f64::from(*v).powi(2)).sum();
+            if square > 0.0 { (1.0 / square) as f32 } else { 0.0 }
+        };
+        self.states.iter().map(|s| s.chunks_exact(self.hidden).map(one).collect()).collect()
+    }
+
+    /// Mean over tokens of weight · |self - other|².
+    fn distance(&self, other: &Self, weights: &[Vec<f32>]) -> f64 {
+        let (mut sum, mut tokens) = (0.0, 0);
+        for ((a, b), weights) in self.states.iter().zip(&other.states).zip(weights) {
+            for ((a, b), w) in a.chunks_exact(self.hidden).zip(b.chunks_exact(self.hidden)).zip(weights) {
+                sum += f64::from(*w) * a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+                tokens += 1;
+            }
+        }
+        sum / f64::from(tokens.max(1))
+    }
+}
+
+fn prepare(decoder: &Decoder<AutogradBackend>, data: &Data, chosen: &[usize]) -> (Batch, RopeTable) {
+    let sequences: Vec<&[u32]> = chosen.iter().map(|s| data.sequences[*s].as_slice()).collect();
+    let part = batch(&sequences);
+    let rope = decoder.rope(&part);
+    (part, rope)
+}
+
+/// A KV cache with room for a batch.
+pub(super) fn cache(decoder: &Decoder<AutogradBackend>, batch: &Batch) -> Result<crate::backend::autograd::KvCache> {
+    let pages: usize = batch.spans.iter().map(|s| s.pages.len()).sum();
+    Ok(decoder.new_cache(pages * PAGE, KvFormat::F32)?)
+}

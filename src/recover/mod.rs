@@ -1,0 +1,57 @@
+//! Recovery: training a quantized model so that it gets back what the rounding cost.
+//!
+//! The student runs with the numerics it is deployed with; its scales stay as they were calibrated. What moves is a
+//! *master* in f32 of each quantized weight, whose nearest codes are what the student computes with and what is written at
+//! the end. Gradients pass straight through the rounding.
+
+pub mod block;
+pub mod data;
+pub mod distill;
+pub mod optimizer;
+pub mod student;
+
+use std::path::PathBuf;
+
+use crate::backend::BackendError;
+use crate::checkpoint::CheckpointError;
+use crate::model::LoadError;
+
+/// Why a model could not be recovered.
+#[derive(Debug, thiserror::Error)]
+pub enum RecoverError {
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    #[error("{operation}: {source}")]
+    Candle { operation: &'static str, source: candle_core::Error },
+    #[error("{0}: no linear of its blocks is quantized, so there is nothing to recover; quantize it first")]
+    NotQuantized(PathBuf),
+    #[error(
+        "{student} and {teacher} are different models: {what} is {found} in the first and {expected} in the second"
+    )]
+    Mismatch { student: PathBuf, teacher: PathBuf, what: &'static str, found: usize, expected: usize },
+    #[error("training data: {0}")]
+    Data(String),
+    #[error(
+        "the {what} of step {step} is {value}: training has left what numbers can hold. Nothing after step {last_good} was \
+         kept; try a lower learning rate"
+    )]
+    NotFinite { what: &'static str, step: usize, value: f64, last_good: usize },
+}
+
+/// Result of recovery.
+pub type Result<T> = std::result::Result<T, RecoverError>;
+
+/// Says which operation candle failed in.
+trait During<T> {
+    fn during(self, operation: &'static str) -> Result<T>;
+}
+
+impl<T> During<T> for candle_core::Result<T> {
+    fn during(self, operation: &'static str) -> Result<T> {
+        self.map_err(|source| RecoverError::Candle { operation, source })
+    }
+}

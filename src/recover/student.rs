@@ -1,0 +1,169 @@
+//! The model that is trained: the decoder with its quantized weights, their masters, and how it is written.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::optimizer::{AdamW, Moments, sum_of_squares};
+use super::{RecoverError, Result};
+use crate::backend::autograd::{AutogradBackend, Linear};
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
+use crate::model::modules::Module;
+use crate::model::{Decoder, ModelConfig};
+
+/// A quantized weight on its way.
+pub struct Parameter {
+    pub linear: Linear,
+    /// The decoder layer it is in.
+    pub layer: usize,
+    /// [N, K].
+    pub master: Vec<f32>,
+    moments: Option<Moments>,
+}
+
+/// The model that is trained.
+pub struct Student {
+    pub decoder: Decoder<AutogradBackend>,
+    /// In the order of the forward pass.
+    pub parameters: Vec<Parameter>,
+}
+
+impl Student {
+    /// Loads a quantized model. Masters start at the weights of `unrounded`, a plain model that the student was rounded
+    /// from, or else at the student's own.
+    ///
+    /// # Errors
+    /// When nothing is quantized, the two are of different shapes, or something is wrong with either.
+    pub fn load(checkpoint: &Checkpoint, unrounded: Option<&Checkpoint>, backend: AutogradBackend) -> Result<Self> {
+        let decoder = Decoder::load(backend, checkpoint)?;
+        let modules: BTreeMap<String, Module> =
+            decoder.config.modules().into_iter().map(|m| (m.name.clone(), m)).collect();
+        if let Some(other) = unrounded {
+            same_shape(
+                &decoder.config,
+                checkpoint,
+                &ModelConfig::read(&other.config).map_err(crate::model::LoadError::from)?,
+                other,
+            )?;
+        }
+        let mut linears = Vec::new();
+        decoder.for_each_linear(|l| linears.push(l.clone()));
+        let mut parameters = Vec::new();
+        for linear in linears {
+            let Some(m) = modules.get(linear.name()).filter(|m| m.is_block_linear()) else { continue };
+            let Some(layer) = m.layer else { continue };
+            if linear.grid().is_float() {
+                continue;
+            }
+            let mut master = unrounded.unwrap_or(checkpoint).linear(&m.name, m.role)?.decode();
+            linear.set(&mut master);
+            checkpoint.tensors.release_pages();
+            if let Some(other) = unrounded {
+                other.tensors.release_pages();
+            }
+            parameters.push(Parameter { linear, layer, master, moments: None });
+        }
+        if parameters.is_empty() {
+            return Err(RecoverError::NotQuantized(checkpoint.tensors.folder().into()));
+        }
+        Ok(Self { decoder, parameters })
+    }
+
+    /// Sums gradients of the weights that `which` names from now on, and forgets the optimizer's state of all.
+    pub fn train(&mut self, which: impl Fn(&Parameter) -> bool) {
+        for p in &mut self.parameters {
+            let trained = which(p);
+            p.moments = trained.then(|| Moments::new(p.master.len()));
+            if trained {
+                p.linear.train();
+            } else {
+                p.linear.freeze();
+            }
+        }
+    }
+
+    /// Norm of all gradients together.
+    #[must_use]
+    pub fn gradient_norm(&self) -> f64 {
+        let square = |p: &Parameter| p.linear.gradient().as_deref().map_or(0.0, sum_of_squares);
+        self.parameters.iter().map(square).sum::<f64>().sqrt()
+    }
+
+    /// Moves every trained weight by step number `step` (from 1); gradients are zero afterwards.
+    pub fn step(&mut self, adam: &AdamW, step: usize, rate: f32, factor: f32) {
+        for p in &mut self.parameters {
+            let mut gradient = p.linear.gradient();
+            if let (Some(moments), Some(gradient)) = (&mut p.moments, gradient.as_mut()) {
+                adam.step(step, rate, factor, &mut p.master, gradient, moments);
+                p.linear.set(&mut p.master);
+            }
+        }
+    }
+
+    /// Writes the student: the checkpoint it came from with other codes, and `record` of how it was trained.
+    ///
+    /// # Errors
+    /// When `out` is in the way or cannot be written.
+    pub fn write(&self, from: &Checkpoint, record: &Value, out: &Path) -> Result<()> {
+        let writer = FolderWriter::create(out)?;
+        let trained: BTreeMap<&str, &Parameter> = self.parameters.iter().map(|p| (p.linear.name(), p)).collect();
+        let mut specs = Vec::new();
+        for name in from.tensors.names() {
+            if let Some(view) = from.tensors.peek(name) {
+                specs.push(TensorSpec { name: name.into(), dtype: view.dtype, shape: view.shape.to_vec() });
+            }
+        }
+        let mut metadata = serde_json::Map::new();
+        metadata.insert("format".into(), "pt".into());
+        metadata.insert("recoup_version".into(), env!("CARGO_PKG_VERSION").into());
+        writer.tensors(&specs, SHARD_BYTES, &metadata, |spec| -> Result<Vec<u8>> {
+            from.tensors.release_pages();
+            let codes = match spec.name.rsplit_once('.') {
+                Some((module, "weight" | "weight_packed")) => trained.get(module),
+                _ => None,
+            };
+            Ok(match codes {
+                Some(p) => p.linear.grid().encode(&p.master),
+                None => from.tensors.require(&spec.name, "it is copied")?.bytes.to_vec(),
+            })
+        })?;
+        writer.copy_settings(from.tensors.folder())?;
+        writer.json(RECORD_FILE, record)?;
+        writer.copy_text_files(from.tensors.folder())?;
+        writer.commit()?;
+        Ok(())
+    }
+}
+
+/// Where a checkpoint keeps how it was recovered.
+pub const RECORD_FILE: &str = "recoup_recovery.json";
+
+/// Whether two models have the same vocabulary and shapes.
+///
+/// # Errors
+/// Names the first number that differs.
+pub fn same_shape(a: &ModelConfig, student: &Checkpoint, b: &ModelConfig, teacher: &Checkpoint) -> Result<()> {
+    for (what, found, expected) in [
+        ("the vocabulary", a.vocab, b.vocab),
+        ("the number of layers", a.layers, b.layers),
+        ("the hidden size", a.hidden, b.hidden),
+        ("the width of the MLP", a.intermediate, b.intermediate),
+        ("the number of attention heads", a.heads, b.heads),
+        ("the number of KV heads", a.kv_heads, b.kv_heads),
+        ("the size of a head", a.head_dim, b.head_dim),
+    ] {
+        if found != expected {
+            let folder = |c: &Checkpoint| c.tensors.folder().into();
+            return Err(RecoverError::Mismatch {
+                student: folder(student),
+                teacher: folder(teacher),
+                what,
+                found,
+                expected,
+            });
+        }
+    }
+    Ok(())
+}
