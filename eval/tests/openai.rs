@@ -392,7 +392,10 @@ fn an_address_without_v1_gets_a_hint() {
 
 #[test]
 fn a_closed_port_is_a_refused_connection() {
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    // The near end of a connection: nobody else is given the port while it lives, and nobody listens at it.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let port = taken.local_addr().unwrap().port();
     let error =
         OpenAi::new(&format!("http://127.0.0.1:{port}/v1"), Options { model: None, ..options() }).err().unwrap();
     assert!(matches!(error.fault, Fault::Refused), "{error:?}");
