@@ -2,6 +2,11 @@
 
 use std::process::ExitCode;
 
+use recoup::backend::cpu::recycle::Recycling;
+
+#[global_allocator]
+static ALLOCATOR: Recycling = Recycling;
+
 fn main() -> ExitCode {
     recoup::cli::main()
 }

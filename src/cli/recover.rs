@@ -51,6 +51,9 @@ pub(super) struct Args {
     f32: bool,
 }
 
+/// Freed memory that a training step finds again in the next, bytes.
+const KEPT_MEMORY: usize = 4 << 30;
+
 /// One method with its settings.
 enum Stage {
     Block(block::Options),
@@ -91,6 +94,7 @@ impl Stage {
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    crate::backend::cpu::recycle::keep(KEPT_MEMORY);
     let stages: Vec<(Value, Stage)> = args.methods.iter().map(|m| Stage::parse(m)).collect::<Result<_>>()?;
     rayon::ThreadPoolBuilder::new().num_threads(args.threads).build()?.install(|| train(args, stages))
 }
@@ -136,7 +140,7 @@ fn train(args: &Args, stages: Vec<(Value, Stage)>) -> Result<ExitCode> {
                 bar.set_length(options.steps as u64);
                 let curve = distill::train(&mut student, Some(&teacher_model), &data, &options, &mut |point, _| {
                     bar.set_position(point.step as u64);
-                    eprintln!("{point:?}");
+                    eprintln!("{:.2} s {point:?}", began.elapsed().as_secs_f64());
                     Ok(())
                 })?;
                 serde_json::to_value(curve)?

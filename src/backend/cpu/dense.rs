@@ -67,7 +67,7 @@ pub fn product_bf16(c: &mut [f32], accumulate: bool, a: View<'_, u16>, b: View<'
     assert_eq!(a.columns, b.rows, "inner dimensions");
     assert_eq!(c.len(), a.rows * b.columns, "shape of the result");
     #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx512f") && std::arch::is_x86_feature_detected!("avx512bf16") {
+    if std::arch::is_x86_feature_detected!("avx512bw") && std::arch::is_x86_feature_detected!("avx512bf16") {
         // SAFETY: the features are there.
         return unsafe { avx512bf16::product(c, accumulate, a, b) };
     }
@@ -163,29 +163,45 @@ mod avx512bf16 {
     /// Pairs along the inner dimension between visits to the result: a panel of b then takes 36 KiB.
     const DEPTH: usize = 192;
 
-    /// Pairs (element 2i low, 2i + 1 high) of `count` lines of `v` from line `first`, side by side: [pairs, width]. Lines
-    /// are rows if `v` is the left operand (as given) and columns of the right one (given transposed).
-    fn pack(v: View<'_, u16>, first: usize, width: usize, out: &mut [u32]) {
+    /// Pairs (element 2i low, 2i + 1 high) of up to `width` lines of `v` from line `first`, side by side: [pairs, width].
+    /// Lines are rows if `v` is the left operand (as given) and columns of the right one (given transposed).
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn pack<const WIDTH: usize>(v: View<'_, u16>, first: usize, out: &mut [u32]) {
+        let width = WIDTH;
         let count = width.min(v.rows - first);
         let (pairs, odd) = (v.columns / 2, v.columns % 2 == 1);
         let at = |line: usize, i: usize| v.data[(first + line) * v.row_stride + i * v.column_stride];
         if v.column_stride == 1 {
-            // Blocks of pairs keep what is written within the nearest cache.
-            for (block, out) in out.chunks_mut(32 * width).enumerate() {
-                for line in 0..count {
-                    let start = (first + line) * v.row_stride + block * 64;
-                    let length = 64.min(2 * (pairs - (block * 32).min(pairs)));
-                    let row = &v.data[start.min(v.data.len())..][..length];
-                    for (pair, out) in row.chunks_exact(2).zip(out[line..].iter_mut().step_by(width)) {
-                        *out = u32::from(pair[0]) | u32::from(pair[1]) << 16;
-                    }
+            let mut done = 0;
+            // Whole squares of 16 pairs of 16 lines, then what is left.
+            while count == width && width.is_multiple_of(16) && done + 16 <= pairs {
+                for from in (0..width).step_by(16) {
+                    let rows: [&[u16]; 16] =
+                        std::array::from_fn(|line| &v.data[(first + from + line) * v.row_stride + 2 * done..][..32]);
+                    transpose(rows, &mut out[done * width + from..], width);
+                }
+                done += 16;
+            }
+            for line in 0..count {
+                let row = &v.data[(first + line) * v.row_stride..][2 * done..2 * pairs];
+                let pairs = out.iter_mut().skip(done * width + line).step_by(width);
+                for (pair, out) in row.chunks_exact(2).zip(pairs) {
+                    *out = u32::from(pair[0]) | u32::from(pair[1]) << 16;
                 }
             }
         } else if v.row_stride == 1 {
             for (i, out) in out.chunks_mut(width).enumerate().take(pairs) {
-                let low = &v.data[2 * i * v.column_stride + first..][..count];
-                let high = &v.data[(2 * i + 1) * v.column_stride + first..][..count];
-                for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
+                let low = &v.data[2 * i * v.column_stride + first..];
+                let high = &v.data[(2 * i + 1) * v.column_stride + first..];
+                if let (Some(out), Some(low), Some(high)) =
+                    (out.first_chunk_mut::<WIDTH>(), low.first_chunk::<WIDTH>(), high.first_chunk::<WIDTH>())
+                {
+                    for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
+                        *out = u32::from(*low) | u32::from(*high) << 16;
+                    }
+                    continue;
+                }
+                for ((out, low), high) in out[..count].iter_mut().zip(low).zip(high) {
                     *out = u32::from(*low) | u32::from(*high) << 16;
                 }
             }
@@ -204,18 +220,63 @@ mod avx512bf16 {
         }
     }
 
+    /// 16 pairs of each of 16 rows become 16 rows of `out`, `stride` values from row to row.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn transpose(rows: [&[u16]; 16], out: &mut [u32], stride: usize) {
+        assert!(rows.iter().all(|r| r.len() == 32) && out.len() >= 15 * stride + 16);
+        // SAFETY: each row has 32 values of 16 bits.
+        let x: [__m512i; 16] = rows.map(|r| unsafe { _mm512_loadu_si512(r.as_ptr().cast()) });
+        // Squares of 2, of 4, of 8 and of 16 pairs, one after the other.
+        let mut a = x;
+        for i in (0..16).step_by(2) {
+            (a[i], a[i + 1]) = (_mm512_unpacklo_epi32(x[i], x[i + 1]), _mm512_unpackhi_epi32(x[i], x[i + 1]));
+        }
+        let mut b = a;
+        for i in (0..16).step_by(4) {
+            for j in 0..2 {
+                (b[i + 2 * j], b[i + 2 * j + 1]) =
+                    (_mm512_unpacklo_epi64(a[i + j], a[i + j + 2]), _mm512_unpackhi_epi64(a[i + j], a[i + j + 2]));
+            }
+        }
+        let mut c = b;
+        for i in (0..16).step_by(8) {
+            for j in 0..4 {
+                c[i + j] = _mm512_shuffle_i32x4::<0x88>(b[i + j], b[i + j + 4]);
+                c[i + j + 4] = _mm512_shuffle_i32x4::<0xdd>(b[i + j], b[i + j + 4]);
+            }
+        }
+        for j in 0..8 {
+            let (low, high) =
+                (_mm512_shuffle_i32x4::<0x88>(c[j], c[j + 8]), _mm512_shuffle_i32x4::<0xdd>(c[j], c[j + 8]));
+            // SAFETY: the assert above.
+            unsafe {
+                _mm512_storeu_si512(out.as_mut_ptr().add(j * stride).cast(), low);
+                _mm512_storeu_si512(out.as_mut_ptr().add((j + 8) * stride).cast(), high);
+            }
+        }
+    }
+
     /// Every panel of `width` lines, one after the other.
-    fn pack_all(v: View<'_, u16>, width: usize) -> Vec<u32> {
-        let panel = v.columns.div_ceil(2) * width;
-        let mut out = vec![0; v.rows.div_ceil(width) * panel];
+    fn pack_all<const WIDTH: usize>(v: View<'_, u16>) -> Vec<u32> {
+        let panel = v.columns.div_ceil(2) * WIDTH;
+        let mut out = vec![0; v.rows.div_ceil(WIDTH) * panel];
         if panel > 0 {
-            out.par_chunks_mut(panel).enumerate().for_each(|(i, out)| pack(v, i * width, width, out));
+            // SAFETY: only `product` calls this, which has the features.
+            out.par_chunks_mut(panel).enumerate().for_each(|(i, out)| unsafe { pack::<WIDTH>(v, i * WIDTH, out) });
         }
         out
     }
 
+    /// Pairs of the left operand's rows: from row to row, and from pair to pair, in values of 16 bits.
+    #[derive(Clone, Copy)]
+    struct Left<'a> {
+        data: &'a [u16],
+        row: usize,
+        pair: usize,
+    }
+
     /// See [`super::product_bf16`].
-    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub(super) fn product(c: &mut [f32], accumulate: bool, a: View<'_, u16>, b: View<'_, u16>) {
         let (n, pairs) = (b.columns, a.columns.div_ceil(2));
         if c.is_empty() {
@@ -227,8 +288,12 @@ mod avx512bf16 {
             }
             return;
         }
-        let left = pack_all(a, TILE_ROWS);
-        let right = pack_all(b.t(), TILE_COLUMNS);
+        // Rows that lie one value after the other are read where they are.
+        let in_place = a.column_stride == 1 && a.columns.is_multiple_of(2);
+        let packed = if in_place { Vec::new() } else { pack_all::<TILE_ROWS>(a) };
+        // SAFETY: 32 bits are two values of 16.
+        let packed: &[u16] = unsafe { std::slice::from_raw_parts(packed.as_ptr().cast(), 2 * packed.len()) };
+        let right = pack_all::<TILE_COLUMNS>(b.t());
         c.par_chunks_mut(super::ROWS * n).enumerate().for_each(|(block, c)| {
             let rows = c.len() / n;
             for from in (0..pairs).step_by(DEPTH) {
@@ -238,7 +303,13 @@ mod avx512bf16 {
                     let columns = TILE_COLUMNS.min(n - panel * TILE_COLUMNS);
                     for tile in 0..rows.div_ceil(TILE_ROWS) {
                         let index = block * (super::ROWS / TILE_ROWS) + tile;
-                        let left = &left[(index * pairs + from) * TILE_ROWS..][..depth * TILE_ROWS];
+                        let left = if in_place {
+                            let start = index * TILE_ROWS * a.row_stride + 2 * from;
+                            Left { data: &a.data[start..], row: a.row_stride, pair: 2 }
+                        } else {
+                            let start = 2 * (index * pairs + from) * TILE_ROWS;
+                            Left { data: &packed[start..], row: 2, pair: 2 * TILE_ROWS }
+                        };
                         let c = &mut c[tile * TILE_ROWS * n + panel * TILE_COLUMNS..];
                         let rows = TILE_ROWS.min(rows - tile * TILE_ROWS);
                         add_tile(left, right, c, n, rows, columns, accumulate || from > 0);
@@ -251,7 +322,7 @@ mod avx512bf16 {
     /// c [rows, columns] (`stride` from row to row) plus, or set to, left · right over their pairs.
     #[target_feature(enable = "avx512f,avx512bf16")]
     fn add_tile(
-        left: &[u32],
+        left: Left<'_>,
         right: &[u32],
         c: &mut [f32],
         stride: usize,
@@ -264,7 +335,12 @@ mod avx512bf16 {
             ((1u32 << used) - 1) as u16
         };
         let masks = [mask(0), mask(1), mask(2)];
+        let depth = right.len() / TILE_COLUMNS;
         assert!(rows <= TILE_ROWS && columns <= TILE_COLUMNS && c.len() >= (rows - 1) * stride + columns);
+        assert!(depth > 0 && left.data.len() >= (rows - 1) * left.row + (depth - 1) * left.pair + 2);
+        // A row past the last is the last once more; nobody reads its sums.
+        let lines: [*const u16; TILE_ROWS] =
+            std::array::from_fn(|row| left.data.as_ptr().wrapping_add(row.min(rows - 1) * left.row));
         let mut sums = [[_mm512_setzero_ps(); 3]; TILE_ROWS];
         if accumulate {
             for (row, sums) in sums.iter_mut().enumerate().take(rows) {
@@ -276,18 +352,21 @@ mod avx512bf16 {
                 }
             }
         }
-        for (l, r) in left.chunks_exact(TILE_ROWS).zip(right.chunks_exact(TILE_COLUMNS)) {
+        let mut offset = 0;
+        for r in right.chunks_exact(TILE_COLUMNS) {
             // SAFETY: r holds 48 values; a __m512bh is 32 BF16 values in the same 64 bytes.
             let r: [__m512bh; 3] = unsafe {
                 std::array::from_fn(|part| std::mem::transmute(_mm512_loadu_si512(r.as_ptr().add(16 * part).cast())))
             };
-            for (sums, l) in sums.iter_mut().zip(l) {
-                // SAFETY: as above.
-                let l: __m512bh = unsafe { std::mem::transmute(_mm512_set1_epi32(*l as i32)) };
+            for (sums, line) in sums.iter_mut().zip(&lines) {
+                // SAFETY: as above; `offset` is below depth · pair, so the pair is in the data by the second assert.
+                let l: __m512bh =
+                    unsafe { std::mem::transmute(_mm512_set1_epi32(line.add(offset).cast::<i32>().read_unaligned())) };
                 for (sum, r) in sums.iter_mut().zip(r) {
                     *sum = _mm512_dpbf16_ps(*sum, l, r);
                 }
             }
+            offset += left.pair;
         }
         for (row, sums) in sums.iter().enumerate().take(rows) {
             for (part, sum) in sums.iter().enumerate() {
@@ -317,7 +396,9 @@ mod tests {
     /// and transposed; set and added.
     #[test]
     fn products_equal_the_plain_sum_of_the_rounded_operands() {
-        for (m, k, n) in [(64, 128, 96), (70, 33, 50), (1, 1, 1), (9, 800, 49), (130, 2, 47), (3, 17, 200)] {
+        for (m, k, n) in
+            [(64, 128, 96), (70, 34, 110), (70, 33, 50), (1, 1, 1), (9, 800, 49), (130, 2, 47), (3, 17, 200)]
+        {
             let round = |v: Vec<f32>| v.into_iter().map(to_bf16).collect::<Vec<u16>>();
             let (a, b) = (round(values(m * k, 1)), round(values(k * n, 2)));
             let wide = |v: &[u16]| v.iter().map(|x| f32::from_bits(u32::from(*x) << 16)).collect::<Vec<f32>>();

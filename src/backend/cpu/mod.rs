@@ -9,6 +9,7 @@ pub mod isa;
 mod matmul;
 pub mod operand;
 pub mod packed;
+pub mod recycle;
 
 use std::sync::Arc;
 

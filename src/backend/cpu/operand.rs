@@ -50,12 +50,22 @@ impl Operand {
     /// `values` times one scale per row or per column.
     #[must_use]
     pub fn scaled(precision: Precision, values: &[f32], columns: usize, by: &Scaling<'_>) -> Self {
-        let mut scaled = values.to_vec();
-        by.apply(&mut scaled, columns);
-        match precision {
-            Precision::F32 => Self::F32(scaled),
-            Precision::Bf16 => Self::new(precision, &scaled),
+        if let Scaling::Rows(OutputScale::One) | Scaling::Columns(OutputScale::One) = by {
+            return Self::new(precision, values);
         }
+        if precision == Precision::F32 {
+            let mut scaled = values.to_vec();
+            by.apply(&mut scaled, columns);
+            return Self::F32(scaled);
+        }
+        let mut bits = vec![0; values.len()];
+        let rows = bits.par_chunks_mut(columns).zip(values.par_chunks(columns)).with_min_len(8).enumerate();
+        rows.for_each(|(row, (bits, values))| match by {
+            Scaling::Columns(OutputScale::Row(scales)) => round_products(Isa::detect(), values, scales, bits),
+            Scaling::Rows(s) => round_scaled(Isa::detect(), values, s.at(row), bits),
+            Scaling::Columns(s) => round_scaled(Isa::detect(), values, s.at(0), bits),
+        });
+        Self::Bf16(bits)
     }
 
     /// Row `row` of a matrix of `columns` columns, in f32.
@@ -124,6 +134,22 @@ multiversion! {
     fn round_all(values: &[f32], bits: &mut [u16]) {
         for (b, v) in bits.iter_mut().zip(values) {
             *b = to_bf16(*v);
+        }
+    }
+}
+
+multiversion! {
+    fn round_scaled(values: &[f32], scale: f32, bits: &mut [u16]) {
+        for (b, v) in bits.iter_mut().zip(values) {
+            *b = to_bf16(*v * scale);
+        }
+    }
+}
+
+multiversion! {
+    fn round_products(values: &[f32], scales: &[f32], bits: &mut [u16]) {
+        for ((b, v), s) in bits.iter_mut().zip(values).zip(scales) {
+            *b = to_bf16(*v * s);
         }
     }
 }
