@@ -81,9 +81,9 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     choose_bits(args, &mut recipe)?;
     let folder = model_folder(model)?;
     let checkpoint = Checkpoint::open(&folder)?;
-    let samples = args.samples.unwrap_or(if recipe.gptq.is_some() { 16 } else { 8 });
+    let samples = args.samples.unwrap_or(default_samples(&recipe));
     let text = if recipe.needs_text() {
-        sequences(args, samples, &checkpoint, &folder)?
+        calibration_text(args.calibration.as_deref(), samples, args.length, &checkpoint, &folder)?
     } else {
         CalibrationText { sequences: Vec::new(), description: "none needed".into() }
     };
@@ -127,6 +127,11 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     super::done()
 }
 
+/// Windows of calibration text that a recipe is served well by.
+pub(super) fn default_samples(recipe: &Recipe) -> usize {
+    if recipe.gptq.is_some() { 16 } else { 8 }
+}
+
 /// Temporary folders of runs for the same output.
 fn left_behind(output: &Path) -> Vec<PathBuf> {
     let Some(name) = output.file_name() else { return Vec::new() };
@@ -143,7 +148,7 @@ fn left_behind(output: &Path) -> Vec<PathBuf> {
 }
 
 /// Most memory that this process has held, where the system says so (Linux).
-fn peak_memory() -> Option<u64> {
+pub(super) fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
@@ -197,14 +202,20 @@ fn print_table(table: &Table) -> Result<()> {
     Ok(())
 }
 
-/// Calibration windows and where they came from.
-fn sequences(args: &Args, samples: usize, checkpoint: &Checkpoint, folder: &Path) -> Result<CalibrationText> {
-    if samples == 0 || args.length == 0 {
+/// Windows of `calibration`, or of the built-in text, and where they came from; `folder` is that of the model.
+pub(super) fn calibration_text(
+    calibration: Option<&Path>,
+    samples: usize,
+    length: usize,
+    checkpoint: &Checkpoint,
+    folder: &Path,
+) -> Result<CalibrationText> {
+    if samples == 0 || length == 0 {
         bail!("--samples and --length must be at least 1");
     }
     let positions = ModelConfig::read(&checkpoint.config)?.max_positions;
-    let length = args.length.min(positions);
-    let json = args.calibration.as_ref().filter(|f| f.extension().is_some_and(|e| e == "json"));
+    let length = length.min(positions);
+    let json = calibration.filter(|f| f.extension().is_some_and(|e| e == "json"));
     if let Some(file) = json {
         let rows = super::logits::from_json(file)?;
         if let Some(row) = rows.iter().find(|r| r.len() > positions) {
@@ -213,10 +224,10 @@ fn sequences(args: &Args, samples: usize, checkpoint: &Checkpoint, folder: &Path
         let description = file.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
         return Ok(CalibrationText { sequences: rows, description });
     }
-    if let Some(file) = args.calibration.as_ref().filter(|f| f.extension().is_some_and(|e| e == "jsonl")) {
+    if let Some(file) = calibration.filter(|f| f.extension().is_some_and(|e| e == "jsonl")) {
         return documents(file, samples, length, folder);
     }
-    let (text, name) = match &args.calibration {
+    let (text, name) = match calibration {
         None => (BUILT_IN_TEXT.to_owned(), "built-in text".to_owned()),
         Some(file) => {
             (super::read_text(file)?, file.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()))
@@ -272,7 +283,7 @@ fn documents(file: &Path, samples: usize, length: usize, folder: &Path) -> Resul
 }
 
 /// `samples` windows of `length` tokens, evenly spaced over the text; fewer or shorter where it is short.
-pub(super) fn windows(tokens: &[u32], samples: usize, length: usize) -> Vec<Vec<u32>> {
+fn windows(tokens: &[u32], samples: usize, length: usize) -> Vec<Vec<u32>> {
     let length = length.min(tokens.len());
     if length == 0 {
         return Vec::new();

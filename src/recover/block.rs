@@ -6,7 +6,7 @@
 use candle_core::{Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
-use super::data::{Data, Order, batch};
+use super::data::{Data, Order, Row, batch};
 use super::optimizer::{AdamW, cosine};
 use super::student::Student;
 use super::{During as _, RecoverError, Result};
@@ -35,7 +35,8 @@ impl Default for Options {
     }
 }
 
-/// What training one block did: mean error before and after over all sequences, relative to the teacher's output.
+/// What training one block did: mean error, relative to the teacher's output, before over the first sequences, and after
+/// over all.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct BlockReport {
     pub block: usize,
@@ -46,28 +47,33 @@ pub struct BlockReport {
 /// Learning rates end at this share of their peak.
 const FLOOR: f32 = 0.1;
 
-/// Trains every block in order.
+/// Trains the blocks from block `from` on, in order; those before it have been trained. `each` sees every block once it is.
 ///
 /// # Errors
-/// When the data is empty, or an error is no number.
+/// When an error is no number, or from `each`.
 pub fn train(
     student: &mut Student,
     teacher: &Decoder<AutogradBackend>,
     data: &Data,
     options: &Options,
-    progress: &mut dyn FnMut(usize, usize),
-) -> Result<Vec<BlockReport>> {
+    from: usize,
+    each: &mut dyn FnMut(&BlockReport, &Student) -> Result<()>,
+) -> Result<()> {
     let layers = student.decoder.config.layers;
     let mut inputs = Stream::embed(&student.decoder, data)?;
     let mut reference = Stream::embed(teacher, data)?;
-    let mut reports = Vec::new();
     for block in 0..layers {
-        progress(block, layers);
         let targets = reference.through(teacher, block, data)?;
+        if block < from {
+            inputs = inputs.through(&student.decoder, block, data)?;
+            reference = targets;
+            continue;
+        }
         student.train(|p| p.layer == block);
         let weights = targets.worth();
-        let before = inputs.through(&student.decoder, block, data)?.distance(&targets, &weights);
-        let mut order = Order::new(data.sequences.len(), options.seed.wrapping_add(block as u64));
+        let first = data.first(CHUNK);
+        let before = inputs.through(&student.decoder, block, &first)?.distance(&targets, &weights);
+        let mut order = Order::new(data.rows.len(), options.seed.wrapping_add(block as u64));
         for step in 0..options.steps {
             let chosen = order.take(options.sequences);
             let (part, rope) = prepare(&student.decoder, data, &chosen);
@@ -79,7 +85,7 @@ pub fn train(
             let worth: Vec<f32> = chosen.iter().flat_map(|s| weights[*s].clone()).collect();
             let (loss, value) = loss::squared_error(&out, &wanted, &worth).during("block loss")?;
             if !value.is_finite() {
-                return Err(RecoverError::NotFinite { what: "block error", step, value, last_good: step });
+                return Err(RecoverError::NotFinite { what: format!("error of block {block}"), step, value });
             }
             loss.backward().during("block gradient")?;
             let factor = options.adam.clipping(student.gradient_norm());
@@ -87,13 +93,12 @@ pub fn train(
             student.step(&options.adam, step + 1, rate, factor);
         }
         let outputs = inputs.through(&student.decoder, block, data)?;
-        reports.push(BlockReport { block, before, after: outputs.distance(&targets, &weights) });
+        each(&BlockReport { block, before, after: outputs.distance(&targets, &weights) }, student)?;
         inputs = outputs;
         reference = targets;
     }
     student.train(|_| false);
-    progress(layers, layers);
-    Ok(reports)
+    Ok(())
 }
 
 /// Hidden states of every sequence, [tokens, hidden] each.
@@ -108,8 +113,8 @@ const CHUNK: usize = 2048;
 impl Stream {
     fn embed(decoder: &Decoder<AutogradBackend>, data: &Data) -> Result<Self> {
         let mut states = Vec::new();
-        for tokens in &data.sequences {
-            let x = decoder.embed(&batch(&[tokens]))?;
+        for row in &data.rows {
+            let x = decoder.embed(&batch(&[row]))?;
             states.push(decoder.backend().to_host(&x)?);
         }
         Ok(Self { states, hidden: decoder.config.hidden })
@@ -125,14 +130,14 @@ impl Stream {
         Tensor::from_vec(values, (rows, self.hidden), &Device::Cpu).during("block input")
     }
 
-    /// What leaves block `block` when this enters it.
+    /// What leaves block `block` when this enters it; of as many sequences as `data` has.
     fn through(&self, decoder: &Decoder<AutogradBackend>, block: usize, data: &Data) -> Result<Self> {
-        let mut states = Vec::with_capacity(self.states.len());
+        let mut states = Vec::with_capacity(data.rows.len());
         let mut next = 0;
-        while next < self.states.len() {
+        while next < data.rows.len() {
             let mut chosen = vec![next];
-            let mut tokens = data.sequences[next].len();
-            while let Some(more) = data.sequences.get(next + chosen.len()).filter(|s| tokens + s.len() <= CHUNK) {
+            let mut tokens = data.rows[next].len();
+            while let Some(more) = data.rows.get(next + chosen.len()).filter(|s| tokens + s.len() <= CHUNK) {
                 tokens += more.len();
                 chosen.push(next + chosen.len());
             }
@@ -142,7 +147,7 @@ impl Stream {
             let out = decoder.block(block, self.rows(&chosen)?, &rope, &mut cache, &part)?;
             let mut values = decoder.backend().to_host(&out)?;
             for s in chosen {
-                let rest = values.split_off(data.sequences[s].len() * self.hidden);
+                let rest = values.split_off(data.rows[s].len() * self.hidden);
                 states.push(std::mem::replace(&mut values, rest));
             }
         }
@@ -172,8 +177,8 @@ impl Stream {
 }
 
 fn prepare(decoder: &Decoder<AutogradBackend>, data: &Data, chosen: &[usize]) -> (Batch, RopeTable) {
-    let sequences: Vec<&[u32]> = chosen.iter().map(|s| data.sequences[*s].as_slice()).collect();
-    let part = batch(&sequences);
+    let rows: Vec<&Row> = chosen.iter().map(|s| &data.rows[*s]).collect();
+    let part = batch(&rows);
     let rope = decoder.rope(&part);
     (part, rope)
 }

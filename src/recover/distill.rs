@@ -4,11 +4,14 @@
 //! The graph is cut between blocks: each block's output is a leaf for the next, and gradients are handed back block by
 //! block. With recomputation a block's graph lives only while its gradient is taken.
 
+use std::ops::ControlFlow;
+
 use candle_core::{Tensor, Var};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::block::cache;
-use super::data::{Data, Order, batch};
+use super::data::{Data, Order, Row, batch, next_tokens};
 use super::optimizer::{AdamW, cosine};
 use super::student::Student;
 use super::{During as _, RecoverError, Result};
@@ -32,6 +35,8 @@ pub struct Options {
     pub kl: f32,
     /// Weight of the cross-entropy with the text.
     pub cross_entropy: f32,
+    /// Weight of the mean relative squared error of what leaves each block.
+    pub hidden: f32,
     pub temperature: f32,
     pub top_k: Option<usize>,
     /// Computes each block's forward pass twice instead of keeping its activations.
@@ -50,6 +55,7 @@ impl Default for Options {
             accumulate: 1,
             kl: 1.0,
             cross_entropy: 0.0,
+            hidden: 0.0,
             temperature: 1.0,
             top_k: None,
             recompute: false,
@@ -65,7 +71,7 @@ impl Options {
     }
 }
 
-/// One step as the curve records it; losses are means over its tokens, in nats.
+/// One step as the curve records it; losses are means over its learned tokens, in nats.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Point {
     pub step: usize,
@@ -78,31 +84,35 @@ pub struct Point {
 /// Learning rates end at this share of their peak.
 const FLOOR: f32 = 0.1;
 
-/// Trains all quantized weights for `options.steps` steps; `each` sees every step.
+/// Trains all quantized weights from step `from` (the first is 0) to `options.steps`; `each` sees every step, and ends
+/// the training with `Break`. The student's optimizer must be ready ([`Student::train`]).
 ///
 /// # Errors
-/// When there is no data, a KL is asked for without a teacher, or a loss is no number.
+/// When a KL is asked for without a teacher, a loss is no number, or from `each`.
 pub fn train(
     student: &mut Student,
     teacher: Option<&Decoder<AutogradBackend>>,
     data: &Data,
     options: &Options,
-    each: &mut dyn FnMut(&Point, &Student) -> Result<()>,
-) -> Result<Vec<Point>> {
-    student.train(|_| true);
-    let mut order = Order::new(data.sequences.len(), options.seed);
-    let mut curve = Vec::new();
-    for step in 0..options.steps {
+    from: usize,
+    each: &mut dyn FnMut(&Point, &Student) -> Result<ControlFlow<()>>,
+) -> Result<()> {
+    let batches = options.accumulate.max(1);
+    let mut order = Order::new(data.rows.len(), options.seed);
+    order.take(from * batches * options.sequences);
+    for step in from..options.steps {
+        let chosen: Vec<Vec<&Row>> =
+            (0..batches).map(|_| order.take(options.sequences).into_iter().map(|r| &data.rows[r]).collect()).collect();
+        let learned = |rows: &Vec<&Row>| next_tokens(rows).1.iter().map(|w| f64::from(*w)).sum::<f64>();
+        let total: f64 = chosen.iter().map(learned).sum();
         let mut sums = LossSums::default();
-        for _ in 0..options.accumulate.max(1) {
-            let chosen = order.take(options.sequences);
-            let sequences: Vec<&[u32]> = chosen.iter().map(|s| data.sequences[*s].as_slice()).collect();
-            let part = gradients(&student.decoder, teacher, &sequences, options)?;
+        for rows in &chosen {
+            let part = gradients(&student.decoder, teacher, rows, total, options)?;
             sums.weight += part.weight;
             sums.kl += part.kl;
             sums.cross_entropy += part.cross_entropy;
         }
-        let norm = student.gradient_norm() / options.accumulate.max(1) as f64;
+        let norm = student.gradient_norm();
         let rate = cosine(options.learning_rate, step, options.steps, options.warmup, FLOOR);
         let weight = sums.weight.max(1.0);
         let point = Point {
@@ -114,36 +124,44 @@ pub fn train(
         };
         for (what, value) in [("loss", point.kl + point.cross_entropy), ("gradient", norm)] {
             if !value.is_finite() {
-                return Err(RecoverError::NotFinite { what, step: step + 1, value, last_good: step });
+                return Err(RecoverError::NotFinite { what: what.into(), step: step + 1, value });
             }
         }
-        let factor = options.adam.clipping(norm) / options.accumulate.max(1) as f32;
-        student.step(&options.adam, step + 1, rate, factor);
-        curve.push(point);
-        each(&point, student)?;
+        student.step(&options.adam, step + 1, rate, options.adam.clipping(norm));
+        if each(&point, student)?.is_break() {
+            break;
+        }
     }
-    student.train(|_| false);
-    Ok(curve)
+    Ok(())
 }
 
-/// Adds the gradients of one batch to the student's weights: of the mean objective over its tokens.
+/// Adds one batch's gradients, of the sum over its learned tokens divided by `total`, to those of the student's weights.
 ///
 /// # Errors
 /// As [`train`].
 pub fn gradients(
     student: &Decoder<AutogradBackend>,
     teacher: Option<&Decoder<AutogradBackend>>,
-    sequences: &[&[u32]],
+    rows: &[&Row],
+    total: f64,
     options: &Options,
 ) -> Result<LossSums> {
-    let part = batch(sequences);
+    let part = batch(rows);
     let rope = student.rope(&part);
-    let (targets, weights) = next_tokens(sequences);
-    let reference = match teacher.filter(|_| options.kl != 0.0) {
+    let (targets, weights) = next_tokens(rows);
+    let mut states = Vec::new();
+    let reference = match teacher.filter(|_| options.kl != 0.0 || options.hidden != 0.0) {
         None => None,
         Some(t) => {
-            let hidden = t.hidden(&part, &mut cache(t, &part)?)?;
-            Some((t.backend().to_host(&t.final_norm(&hidden)?)?, t.head()))
+            let mut x = t.embed(&part)?;
+            let mut cache = cache(t, &part)?;
+            for index in 0..t.config.layers {
+                x = t.block(index, x, &rope, &mut cache, &part)?;
+                if options.hidden != 0.0 {
+                    states.push(t.backend().to_host(&x)?);
+                }
+            }
+            Some((t.backend().to_host(&t.final_norm(&x)?)?, t.head()))
         }
     };
     let reference = reference.as_ref().map(|(hidden, head)| Teacher { hidden, head });
@@ -159,9 +177,10 @@ pub fn gradients(
     }
     let leaf = Var::from_tensor(&x).during("head")?;
     let normed = student.final_norm(leaf.as_tensor())?;
-    let (total, sums) = loss::next_token(&normed, student.head(), reference, &targets, &weights, &options.objective())
-        .during("loss")?;
-    let mut gradient = taken(&total, &leaf)?;
+    let (loss, sums) =
+        loss::next_token(&normed, student.head(), reference, &targets, &weights, total, &options.objective())
+            .during("loss")?;
+    let mut gradient = taken(&loss, &leaf)?;
     while let Some((leaf, out)) = kept.pop() {
         let out = match out {
             Some(out) => out,
@@ -170,10 +189,27 @@ pub fn gradients(
                 student.block(index, leaf.as_tensor().clone(), &rope, &mut cache(student, &part)?, &part)?
             }
         };
-        let seed = loss::given(&out, 0.0, student.backend().to_host(&gradient)?).during("backward")?;
+        let mut values = student.backend().to_host(&gradient)?;
+        if let Some(target) = states.get(kept.len()) {
+            let share = f64::from(options.hidden) / (part.tokens.len() * options.accumulate * states.len()) as f64;
+            add_hidden_gradient(&mut values, &student.backend().to_host(&out)?, target, student.config.hidden, share);
+        }
+        let seed = loss::given(&out, 0.0, values).during("backward")?;
         gradient = taken(&seed, &leaf)?;
     }
     Ok(sums)
+}
+
+/// Adds the gradient of `share` · Σ |x - target|² / |target|² over tokens.
+fn add_hidden_gradient(gradient: &mut [f32], x: &[f32], target: &[f32], width: usize, share: f64) {
+    let tokens = gradient.par_chunks_mut(width).zip(x.par_chunks(width)).zip(target.par_chunks(width));
+    tokens.for_each(|((gradient, x), target)| {
+        let size: f64 = target.iter().map(|t| f64::from(*t).powi(2)).sum();
+        let factor = if size > 0.0 { (2.0 * share / size) as f32 } else { 0.0 };
+        for ((g, x), t) in gradient.iter_mut().zip(x).zip(target) {
+            *g += factor * (x - t);
+        }
+    });
 }
 
 /// dL/d(leaf).
@@ -185,41 +221,46 @@ fn taken(loss: &Tensor, leaf: &Var) -> Result<Tensor> {
     }
 }
 
-/// For every row the token that follows in its sequence, and 1; a sequence's last row has none, and 0.
-fn next_tokens(sequences: &[&[u32]]) -> (Vec<u32>, Vec<f32>) {
-    let (mut targets, mut weights) = (Vec::new(), Vec::new());
-    for s in sequences {
-        targets.extend(s.iter().skip(1).chain(s.first()));
-        weights.extend(std::iter::repeat_n(1.0, s.len().saturating_sub(1)).chain((!s.is_empty()).then_some(0.0)));
-    }
-    (targets, weights)
+/// Text that is watched while training: KL to the teacher is measured on it and never trained on.
+pub struct Watched {
+    pub name: String,
+    rows: Vec<Row>,
+    /// What enters the teacher's head, for every row.
+    reference: Vec<Vec<f32>>,
 }
 
-/// Mean KL and cross-entropy over sequences, without gradients.
-///
-/// # Errors
-/// The backend's own failure.
-pub fn evaluate(
-    student: &Decoder<AutogradBackend>,
-    teacher: &Decoder<AutogradBackend>,
-    sequences: &[Vec<u32>],
-) -> Result<LossSums> {
-    let objective = Objective { kl: 1.0, cross_entropy: 0.0, temperature: 1.0, top_k: None };
-    let mut sums = LossSums::default();
-    for s in sequences {
-        let part: Batch = batch(&[s]);
-        let (targets, weights) = next_tokens(&[s]);
-        let hidden = |d: &Decoder<AutogradBackend>| -> Result<Tensor> {
-            Ok(d.final_norm(&d.hidden(&part, &mut cache(d, &part)?)?)?)
-        };
-        let reference = teacher.backend().to_host(&hidden(teacher)?)?;
-        let reference = Teacher { hidden: &reference, head: teacher.head() };
-        let own = hidden(student)?;
-        let (_, part) = loss::next_token(&own, student.head(), Some(reference), &targets, &weights, &objective)
-            .during("evaluation")?;
-        sums.weight += part.weight;
-        sums.kl += part.kl;
-        sums.cross_entropy += part.cross_entropy;
+impl Watched {
+    /// Runs the teacher over `rows`.
+    ///
+    /// # Errors
+    /// The backend's own failure.
+    pub fn new(name: String, rows: Vec<Row>, teacher: &Decoder<AutogradBackend>) -> Result<Self> {
+        let one = |row: &Row| -> Result<Vec<f32>> { Ok(teacher.backend().to_host(&entering_head(teacher, row)?)?) };
+        let reference = rows.iter().map(one).collect::<Result<_>>()?;
+        Ok(Self { name, rows, reference })
     }
-    Ok(sums)
+
+    /// Mean KL(teacher ‖ student) per learned token, in nats.
+    ///
+    /// # Errors
+    /// The backend's own failure.
+    pub fn kl(&self, student: &Decoder<AutogradBackend>, teacher: &Decoder<AutogradBackend>) -> Result<f64> {
+        let objective = Objective { kl: 1.0, cross_entropy: 0.0, temperature: 1.0, top_k: None };
+        let mut sums = LossSums::default();
+        for (row, reference) in self.rows.iter().zip(&self.reference) {
+            let (targets, weights) = next_tokens(&[row]);
+            let reference = Some(Teacher { hidden: reference, head: teacher.head() });
+            let own = entering_head(student, row)?;
+            let part = loss::measure(&own, student.head(), reference, &targets, &weights, &objective);
+            let part = part.during("evaluation")?;
+            sums.weight += part.weight;
+            sums.kl += part.kl;
+        }
+        Ok(sums.kl / sums.weight.max(1.0))
+    }
+}
+
+fn entering_head(decoder: &Decoder<AutogradBackend>, row: &Row) -> Result<Tensor> {
+    let part: Batch = batch(&[row]);
+    Ok(decoder.final_norm(&decoder.hidden(&part, &mut cache(decoder, &part)?)?)?)
 }

@@ -8,7 +8,11 @@ pub mod block;
 pub mod data;
 pub mod distill;
 pub mod optimizer;
+pub mod run_folder;
+pub mod sources;
+pub mod stage;
 pub mod student;
+pub mod trainer;
 
 use std::path::PathBuf;
 
@@ -35,11 +39,18 @@ pub enum RecoverError {
     Mismatch { student: PathBuf, teacher: PathBuf, what: &'static str, found: usize, expected: usize },
     #[error("training data: {0}")]
     Data(String),
-    #[error(
-        "the {what} of step {step} is {value}: training has left what numbers can hold. Nothing after step {last_good} was \
-         kept; try a lower learning rate"
-    )]
-    NotFinite { what: &'static str, step: usize, value: f64, last_good: usize },
+    #[error("--method {text}: {detail}")]
+    Method { text: String, detail: String },
+    #[error("{}: a run was interrupted here: go on with --resume, or remove the folder", .0.display())]
+    Interrupted(PathBuf),
+    #[error("{}: {detail}", path.display())]
+    Run { path: PathBuf, detail: String },
+    #[error("the {what} of step {step} is {value}: training has left what numbers can hold; try a lower learning rate")]
+    NotFinite { what: String, step: usize, value: f64 },
+    #[error(transparent)]
+    Text(#[from] crate::text::TextError),
+    #[error("{}: {source}", path.display())]
+    Read { path: PathBuf, source: std::io::Error },
 }
 
 /// Result of recovery.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use serde_json::Value;
+use safetensors::Dtype;
 
 use super::optimizer::{AdamW, Moments, sum_of_squares};
 use super::{RecoverError, Result};
@@ -102,11 +102,66 @@ impl Student {
         }
     }
 
-    /// Writes the student: the checkpoint it came from with other codes, and `record` of how it was trained.
+    /// Tensors of [`super::run_folder`]: masters, of one layer or all, and if asked for the moments that there are.
+    pub(super) fn state_specs(&self, layer: Option<usize>, moments: bool) -> Vec<TensorSpec> {
+        let mut specs = Vec::new();
+        for p in self.parameters.iter().filter(|p| layer.is_none_or(|l| l == p.layer)) {
+            let shape = vec![p.linear.grid().n, p.linear.grid().k];
+            let kinds = if moments && p.moments.is_some() { &[MASTER, FIRST, SECOND][..] } else { &[MASTER] };
+            for kind in kinds {
+                let name = format!("{}.{kind}", p.linear.name());
+                specs.push(TensorSpec { name, dtype: Dtype::F32, shape: shape.clone() });
+            }
+        }
+        specs
+    }
+
+    pub(super) fn state_bytes(&self, name: &str) -> Option<Vec<u8>> {
+        let (module, kind) = name.rsplit_once('.')?;
+        let p = self.parameters.iter().find(|p| p.linear.name() == module)?;
+        let values = match kind {
+            MASTER => &p.master,
+            FIRST => &p.moments.as_ref()?.first,
+            _ => &p.moments.as_ref()?.second,
+        };
+        Some(values.iter().flat_map(|v| v.to_le_bytes()).collect())
+    }
+
+    /// Takes one tensor of a state over; whether there is such.
+    pub(super) fn set_state(&mut self, name: &str, values: Vec<f32>) -> bool {
+        let Some((module, kind)) = name.rsplit_once('.') else { return false };
+        let found = self.parameters.iter_mut().find(|p| p.linear.name() == module);
+        let Some(p) = found.filter(|p| p.master.len() == values.len()) else { return false };
+        let length = values.len();
+        match kind {
+            MASTER => p.master = values,
+            FIRST => p.moments.get_or_insert_with(|| Moments::new(length)).first = values,
+            SECOND => p.moments.get_or_insert_with(|| Moments::new(length)).second = values,
+            _ => return false,
+        }
+        true
+    }
+
+    /// Rounds all masters anew.
+    pub(super) fn refresh(&mut self) {
+        self.parameters.iter_mut().for_each(|p| p.linear.set(&mut p.master));
+    }
+
+    /// Sums gradients of all weights from now on; moments that a resumed run loaded stay.
+    pub(super) fn train_all(&mut self, resumed: bool) {
+        for p in &mut self.parameters {
+            if !resumed || p.moments.is_none() {
+                p.moments = Some(Moments::new(p.master.len()));
+            }
+            p.linear.train();
+        }
+    }
+
+    /// Writes the student: the checkpoint it came from with other codes, and `files` about how it was trained.
     ///
     /// # Errors
     /// When `out` is in the way or cannot be written.
-    pub fn write(&self, from: &Checkpoint, record: &Value, out: &Path) -> Result<()> {
+    pub fn write(&self, from: &Checkpoint, files: &[(&str, Vec<u8>)], out: &Path) -> Result<()> {
         let writer = FolderWriter::create(out)?;
         let trained: BTreeMap<&str, &Parameter> = self.parameters.iter().map(|p| (p.linear.name(), p)).collect();
         let mut specs = Vec::new();
@@ -130,7 +185,7 @@ impl Student {
             })
         })?;
         writer.copy_settings(from.tensors.folder())?;
-        writer.json(RECORD_FILE, record)?;
+        files.iter().try_for_each(|(name, contents)| writer.file(name, contents))?;
         writer.copy_text_files(from.tensors.folder())?;
         writer.commit()?;
         Ok(())
@@ -139,6 +194,44 @@ impl Student {
 
 /// Where a checkpoint keeps how it was recovered.
 pub const RECORD_FILE: &str = "recoup_recovery.json";
+/// And the curve of its training.
+pub const CURVE_FILE: &str = "recoup_curve.jsonl";
+
+const MASTER: &str = "master";
+const FIRST: &str = "first";
+const SECOND: &str = "second";
+
+/// Relative distance up to which a student's weights count as the rounded weights of a plain model. Four bits move
+/// weights by about a tenth; smoothing, by factors of two and more.
+const ROUNDED: f64 = 0.2;
+
+/// Whether the weights of `student` are those of `plain`, rounded, in every linear that is quantized.
+///
+/// # Errors
+/// When a tensor cannot be read.
+pub fn is_rounded_from(student: &Checkpoint, plain: &Checkpoint, config: &ModelConfig) -> Result<bool> {
+    for m in config.modules().iter().filter(|m| m.is_block_linear()) {
+        let own = student.linear(&m.name, m.role)?;
+        if own.element.is_float() {
+            continue;
+        }
+        if own.pre_quant_scale.is_some() {
+            return Ok(false);
+        }
+        let other = plain.linear(&m.name, m.role)?.decode();
+        let (mut apart, mut size) = (0.0f64, 0.0f64);
+        for (a, b) in own.decode().iter().zip(&other) {
+            apart += f64::from(a - b).powi(2);
+            size += f64::from(*b).powi(2);
+        }
+        student.tensors.release_pages();
+        plain.tensors.release_pages();
+        if apart > ROUNDED * ROUNDED * size {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
 
 /// Whether two models have the same vocabulary and shapes.
 ///

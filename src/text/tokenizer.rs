@@ -119,6 +119,19 @@ impl Tokenizer {
         })
     }
 
+    /// The token ids of `text` without added special tokens, and the byte of `text` at which each begins.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_with_starts(&self, text: &str) -> Result<(Vec<u32>, Vec<usize>), TextError> {
+        let inner = &*self.inner;
+        let encoding = inner
+            .hf
+            .encode(text, false)
+            .map_err(|error| TextError::Encode { path: inner.path.clone(), detail: error.to_string() })?;
+        Ok((encoding.get_ids().to_vec(), encoding.get_offsets().iter().map(|o| o.0).collect()))
+    }
+
     /// The text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary give nothing (models pad
     /// their vocabulary, so an untrained one may emit them).
     ///

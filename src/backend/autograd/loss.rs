@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::host;
-use super::linear::Linear;
+use super::linear::{Input, Linear};
 use crate::backend::cpu::elementwise::exp;
 use crate::backend::cpu::isa::{Isa, multiversion};
 
@@ -103,9 +103,9 @@ pub struct Teacher<'a> {
 /// Rows whose logits are in memory at a time.
 const ROWS: usize = 128;
 
-/// The weighted mean over rows of the objective; `hidden` [rows, features] enters `head`. `targets` are the next tokens,
-/// rows of weight 0 take no part. The head's own gradient is added if it is trained; the returned scalar's is that of
-/// `hidden`.
+/// The objective summed over rows by their weights and divided by `total`; `hidden` [rows, features] enters `head`.
+/// `targets` are the next tokens, rows of weight 0 take no part. The head's own gradient is added if it is trained; the
+/// returned scalar's is that of `hidden`.
 ///
 /// # Errors
 /// When shapes do not fit or a KL is asked for without a teacher.
@@ -115,8 +115,49 @@ pub fn next_token(
     teacher: Option<Teacher<'_>>,
     targets: &[u32],
     weights: &[f32],
+    total: f64,
     objective: &Objective,
 ) -> Result<(Tensor, LossSums)> {
+    let mut gradient = Vec::with_capacity(hidden.elem_count());
+    let scale = if total > 0.0 { (1.0 / total) as f32 } else { 0.0 };
+    let sums = each_chunk(hidden, head, teacher, targets, weights, scale, objective, &mut |x, input, logits| {
+        head.add_gradient(logits, input);
+        let mut dx = head.input_gradient(logits, x.len() / head.grid().k);
+        head.straight_through(x, &mut dx);
+        gradient.append(&mut dx);
+    })?;
+    let loss = f64::from(objective.kl) * sums.kl + f64::from(objective.cross_entropy) * sums.cross_entropy;
+    Ok((given(hidden, (loss * f64::from(scale)) as f32, gradient)?, sums))
+}
+
+/// The sums of [`next_token`] without gradients.
+///
+/// # Errors
+/// As [`next_token`].
+pub fn measure(
+    hidden: &Tensor,
+    head: &Linear,
+    teacher: Option<Teacher<'_>>,
+    targets: &[u32],
+    weights: &[f32],
+    objective: &Objective,
+) -> Result<LossSums> {
+    each_chunk(hidden, head, teacher, targets, weights, 0.0, objective, &mut |_, _, _| {})
+}
+
+/// Losses of all rows; calls `f` with what enters the head, that quantized, and `scale` times the gradient of the logits,
+/// a few rows at a time.
+#[allow(clippy::too_many_arguments)]
+fn each_chunk(
+    hidden: &Tensor,
+    head: &Linear,
+    teacher: Option<Teacher<'_>>,
+    targets: &[u32],
+    weights: &[f32],
+    scale: f32,
+    objective: &Objective,
+    f: &mut dyn FnMut(&[f32], &Input, &[f32]),
+) -> Result<LossSums> {
     let (rows, k) = hidden.dims2()?;
     let vocab = head.grid().n;
     if targets.len() != rows || weights.len() != rows {
@@ -129,9 +170,7 @@ pub fn next_token(
         bail!("target {t} is outside the vocabulary of {vocab}");
     }
     let total: f64 = weights.iter().map(|w| f64::from(*w)).sum();
-    let scale = if total > 0.0 { (1.0 / total) as f32 } else { 0.0 };
     let mut sums = LossSums { weight: total, ..LossSums::default() };
-    let mut gradient = Vec::with_capacity(rows * k);
     host::with(hidden, |hidden| {
         for (chunk, x) in hidden.chunks(ROWS * k).enumerate() {
             let from = chunk * ROWS;
@@ -155,16 +194,11 @@ pub fn next_token(
             let losses: Vec<(f64, f64)> = each.collect();
             sums.kl += losses.iter().map(|l| l.0).sum::<f64>();
             sums.cross_entropy += losses.iter().map(|l| l.1).sum::<f64>();
-            head.add_gradient(&logits, &input);
-            let mut dx = head.input_gradient(&logits, count);
-            head.straight_through(x, &mut dx);
-            gradient.append(&mut dx);
+            f(x, &input, &logits);
         }
         Ok(())
     })?;
-    let loss = f64::from(objective.kl) * sums.kl + f64::from(objective.cross_entropy) * sums.cross_entropy;
-    let loss = if total > 0.0 { loss / total } else { 0.0 };
-    Ok((given(hidden, loss as f32, gradient)?, sums))
+    Ok(sums)
 }
 
 /// KL (at the objective's temperature, times its square) and cross-entropy of one row of logits, which becomes `scale`

@@ -224,8 +224,11 @@ mod avx512bf16 {
     #[target_feature(enable = "avx512f,avx512bw")]
     fn transpose(rows: [&[u16]; 16], out: &mut [u32], stride: usize) {
         assert!(rows.iter().all(|r| r.len() == 32) && out.len() >= 15 * stride + 16);
-        // SAFETY: each row has 32 values of 16 bits.
-        let x: [__m512i; 16] = rows.map(|r| unsafe { _mm512_loadu_si512(r.as_ptr().cast()) });
+        let mut x = [_mm512_setzero_si512(); 16];
+        for (x, row) in x.iter_mut().zip(rows) {
+            // SAFETY: each row has 32 values of 16 bits.
+            *x = unsafe { _mm512_loadu_si512(row.as_ptr().cast()) };
+        }
         // Squares of 2, of 4, of 8 and of 16 pairs, one after the other.
         let mut a = x;
         for i in (0..16).step_by(2) {

@@ -1,0 +1,211 @@
+//! Stages one after the other: watched, kept, resumed, and undone where they did harm.
+
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::data::Data;
+use super::distill::{self, Point, Watched};
+use super::run_folder::RunFolder;
+use super::stage::{Method, Stage};
+use super::student::Student;
+use super::{RecoverError, Result, block};
+use crate::backend::autograd::AutogradBackend;
+use crate::model::Decoder;
+
+/// What is done when.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub stages: Vec<Stage>,
+    /// Steps between looks at the watched texts, in stages of steps.
+    pub evaluate_every: usize,
+    /// Ends a stage after so many looks without a new best.
+    pub patience: Option<usize>,
+    /// How often the state is kept on disk; it has no part in the result.
+    pub save_every: Duration,
+}
+
+/// A line of the curve.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// A block was trained: relative error of its output.
+    Block { stage: usize, block: usize, before: f64, after: f64 },
+    /// A step was made.
+    Step {
+        stage: usize,
+        #[serde(flatten)]
+        point: Point,
+    },
+    /// KL on the watched texts after so many steps of a stage (0: before it), and their mean relative to the beginning.
+    Watched { stage: usize, step: usize, kl: Map<String, Value>, score: f64 },
+    /// The stage ended with the weights that it had after `step`, the best by the watched texts.
+    Kept { stage: usize, step: usize },
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Every event, from the first on, whether or not the run was resumed.
+    pub events: Vec<Event>,
+    /// Why it ended early; the student then is the best until then.
+    pub stopped: Option<RecoverError>,
+}
+
+/// What is trained towards what.
+pub struct Run<'a> {
+    pub teacher: &'a Decoder<AutogradBackend>,
+    pub data: &'a Data,
+    pub watched: &'a [Watched],
+    pub plan: &'a Plan,
+    pub folder: &'a mut RunFolder,
+    /// Called with every event as it happens.
+    pub show: &'a mut dyn FnMut(&Event),
+}
+
+/// Best score so far, and looks since.
+#[derive(Clone, Copy, Debug)]
+struct Best {
+    score: f64,
+    step: usize,
+    since: usize,
+}
+
+impl Run<'_> {
+    /// Trains the student stage by stage; after each it has the weights that were best on the watched texts (the last
+    /// ones, where nothing is watched). Goes on where the folder says that the run stood.
+    ///
+    /// # Errors
+    /// Anything but numbers that leave their range: those end the run early with the best weights until then.
+    pub fn train(&mut self, student: &mut Student) -> Result<Outcome> {
+        let at = self.folder.load_state(student)?;
+        let mut events = Vec::new();
+        for line in self.folder.rewind(at.lines)? {
+            let event = serde_json::from_str(&line).map_err(|e| RecoverError::Run {
+                path: self.folder.path("curve.jsonl"),
+                detail: format!("is damaged ({e})"),
+            })?;
+            (self.show)(&event);
+            events.push(event);
+        }
+        for stage in at.stage..self.plan.stages.len() {
+            let from = if stage == at.stage { at.done } else { 0 };
+            match self.stage(student, stage, from, &mut events) {
+                Ok(()) => {}
+                Err(stopped @ RecoverError::NotFinite { .. }) => {
+                    self.keep_best(student, stage, &mut events)?;
+                    return Ok(Outcome { events, stopped: Some(stopped) });
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(Outcome { events, stopped: None })
+    }
+
+    fn record(&mut self, events: &mut Vec<Event>, event: Event) -> Result<()> {
+        self.folder.line(&serde_json::to_string(&event).unwrap_or_default())?;
+        (self.show)(&event);
+        events.push(event);
+        Ok(())
+    }
+
+    fn stage(&mut self, student: &mut Student, stage: usize, from: usize, events: &mut Vec<Event>) -> Result<()> {
+        let Stage { method, .. } = self.plan.stages[stage].clone();
+        if !events.iter().any(|e| matches!(e, Event::Watched { stage: s, .. } if *s == stage)) {
+            self.look(student, stage, 0, events)?;
+            self.folder.save_best(student, stage, 0)?;
+            self.folder.save_state(student, stage, 0)?;
+        }
+        let (teacher, data, plan) = (self.teacher, self.data, self.plan);
+        match method {
+            Method::Block(options) => {
+                block::train(student, teacher, data, &options, from, &mut |report, student| {
+                    let (block, before, after) = (report.block, report.before, report.after);
+                    self.record(events, Event::Block { stage, block, before, after })?;
+                    self.folder.save_block(student, stage, block)
+                })?;
+                let step = student.decoder.config.layers;
+                if self.look(student, stage, step, events)? {
+                    self.folder.save_best(student, stage, step)?;
+                }
+            }
+            Method::Distill(options) => {
+                student.train_all(from > 0);
+                let mut saved = Instant::now();
+                distill::train(student, Some(teacher), data, &options, from, &mut |point, student| {
+                    self.record(events, Event::Step { stage, point: *point })?;
+                    let mut flow = ControlFlow::Continue(());
+                    if point.step.is_multiple_of(plan.evaluate_every.max(1)) || point.step == options.steps {
+                        if self.look(student, stage, point.step, events)? {
+                            self.folder.save_best(student, stage, point.step)?;
+                        }
+                        let since = best_of(events, stage).map_or(0, |b| b.since);
+                        if plan.patience.is_some_and(|p| since >= p) {
+                            flow = ControlFlow::Break(());
+                        }
+                    }
+                    if saved.elapsed() >= plan.save_every && flow.is_continue() {
+                        self.folder.save_state(student, stage, point.step)?;
+                        saved = Instant::now();
+                    }
+                    Ok(flow)
+                })?;
+                student.train(|_| false);
+            }
+        }
+        self.keep_best(student, stage, events)?;
+        if stage + 1 == self.plan.stages.len() {
+            self.folder.save_state(student, stage + 1, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Measures the watched texts; whether they have never been better in this stage.
+    fn look(&mut self, student: &Student, stage: usize, step: usize, events: &mut Vec<Event>) -> Result<bool> {
+        let mut kl = Map::new();
+        for w in self.watched {
+            let value = w.kl(&student.decoder, self.teacher)?;
+            if !value.is_finite() {
+                return Err(RecoverError::NotFinite { what: format!("KL on {}", w.name), step, value });
+            }
+            kl.insert(w.name.clone(), Value::from(value));
+        }
+        let first = events.iter().find_map(|e| if let Event::Watched { kl, .. } = e { Some(kl.clone()) } else { None });
+        let first = first.unwrap_or_else(|| kl.clone());
+        let of = |map: &Map<String, Value>, name: &str| map.get(name).and_then(Value::as_f64).unwrap_or(0.0);
+        let ratio = |name: &String| {
+            let start = of(&first, name);
+            if start > 0.0 { of(&kl, name) / start } else { 1.0 + of(&kl, name) }
+        };
+        let score = kl.keys().map(ratio).sum::<f64>() / kl.len().max(1) as f64;
+        self.record(events, Event::Watched { stage, step, kl, score })?;
+        // Where nothing is watched, the last is the best.
+        Ok(self.watched.is_empty() || best_of(events, stage).is_some_and(|b| b.step == step))
+    }
+
+    /// Gives the student the best weights of a stage, where they are not those that it has.
+    fn keep_best(&mut self, student: &mut Student, stage: usize, events: &mut Vec<Event>) -> Result<()> {
+        if let Some(best) = self.folder.load_best(student)? {
+            self.record(events, Event::Kept { stage, step: best.done })?;
+        }
+        Ok(())
+    }
+}
+
+/// The best look of a stage so far.
+fn best_of(events: &[Event], stage: usize) -> Option<Best> {
+    let mut best: Option<Best> = None;
+    for event in events {
+        let Event::Watched { stage: s, step, score, .. } = event else { continue };
+        if *s != stage {
+            continue;
+        }
+        match &mut best {
+            Some(b) if *score >= b.score => b.since += 1,
+            _ => best = Some(Best { score: *score, step: *step, since: 0 }),
+        }
+    }
+    best
+}
