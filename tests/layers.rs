@@ -10,7 +10,7 @@ const ALLOWED: [(&str, &[&str]); 11] = [
     ("model", &["formats", "checkpoint", "backend"]),
     ("text", &[]),
     ("quantize", &["formats", "checkpoint", "backend", "model"]),
-    ("recover", &["formats", "checkpoint", "backend", "model"]),
+    ("recover", &["formats", "checkpoint", "backend", "model", "text"]),
     ("engine", &["formats", "backend", "model", "text"]),
     ("evaluate", &["formats", "checkpoint", "backend", "model", "text", "engine"]),
     ("cli", &["formats", "checkpoint", "backend", "model", "text", "quantize", "recover", "engine", "evaluate"]),

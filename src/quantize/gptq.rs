@@ -51,6 +51,15 @@ struct Group<'a> {
     activation: ActivationFormat,
 }
 
+/// What is rounded how, and what is kept of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Job {
+    pub dialect: Dialect,
+    pub options: Gptq,
+    /// Keeps [`Prepared::unrounded`]: two bytes per weight.
+    pub keep_unrounded: bool,
+}
+
 /// Rounds every NVFP4 linear of the blocks on `sequences`, block by block, each on the inputs that the quantized blocks
 /// before it give. `target` says of a module whether it is rounded, and then how its input is quantized.
 ///
@@ -61,8 +70,7 @@ pub fn gptq(
     backend: &CpuBackend,
     sequences: &[Vec<u32>],
     target: &dyn Fn(&Module) -> Option<ActivationFormat>,
-    dialect: Dialect,
-    options: Gptq,
+    Job { dialect, options, keep_unrounded }: Job,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<BTreeMap<String, Prepared>, QuantizeError> {
     let config = ModelConfig::read(&checkpoint.config)?;
@@ -90,10 +98,13 @@ pub fn gptq(
             let inputs = seen.remove(first).unwrap_or_default();
             // Routing may send other tokens to an expert than in the unquantized model.
             let clean = clean.get(first).filter(|c| group.modules[0].expert.is_none() && c.len() == inputs.len());
-            for (module, prepared) in
+            for (module, mut prepared) in
                 round_group(checkpoint, group, &inputs, clean.map(Vec::as_slice), dialect, options)?
             {
                 walk.replace(linear(module, &prepared, group.activation, checkpoint)?)?;
+                if !keep_unrounded {
+                    prepared.unrounded = Vec::new();
+                }
                 out.insert(module.name.clone(), prepared);
             }
         }
@@ -193,19 +204,24 @@ fn round(w: &[f32], k: usize, global: f32, l: &Cholesky) -> Prepared {
     let n = w.len() / k;
     let mut codes = vec![0u8; w.len() / 2];
     let mut block_scales = vec![0u8; n * (k / BLOCK)];
+    let mut wanted = vec![0.0; w.len()];
     let rows = codes.par_chunks_mut(k / 2).zip(block_scales.par_chunks_mut(k / BLOCK)).zip(w.par_chunks(k));
-    rows.for_each(|((codes, scales), row)| round_row(row, global, l, codes, scales));
-    Prepared { codes, block_scales, global_scale: global }
+    let rows = rows.zip(wanted.par_chunks_mut(k));
+    rows.for_each(|(((codes, scales), row), wanted)| round_row(row, global, l, codes, scales, wanted));
+    let unrounded = wanted.iter().map(|v| half::bf16::from_f32(*v)).collect();
+    Prepared { codes, block_scales, global_scale: global, unrounded }
 }
 
 /// A block rounded under one scale.
 struct Rounded {
     codes: [u8; BLOCK],
+    /// What was rounded: the weights with the errors of the columns behind made up for.
+    wanted: [f64; BLOCK],
     errors: [f64; BLOCK],
     cost: f64,
 }
 
-fn round_row(w: &[f32], global: f32, l: &Cholesky, codes: &mut [u8], scales: &mut [u8]) {
+fn round_row(w: &[f32], global: f32, l: &Cholesky, codes: &mut [u8], scales: &mut [u8], wanted: &mut [f32]) {
     // What the errors of the columns behind ask of each column.
     let mut asked = vec![0.0f64; w.len()];
     for b in (0..scales.len()).rev() {
@@ -225,6 +241,7 @@ fn round_row(w: &[f32], global: f32, l: &Cholesky, codes: &mut [u8], scales: &mu
         }
         let Some((code, rounded)) = best else { continue };
         scales[b] = code;
+        wanted[start..].iter_mut().zip(rounded.wanted).for_each(|(to, from)| *to = from as f32);
         for (i, pair) in rounded.codes.as_chunks::<2>().0.iter().enumerate() {
             codes[start / 2 + i] = e2m1::pack(pair[0], pair[1]);
         }
@@ -242,7 +259,7 @@ const HIGHEST: f32 = 1.6;
 /// Rounds one block, its last column first.
 fn round_block(w: &[f64; BLOCK], asked: &[f64; BLOCK], scale: f32, l: &Cholesky, start: usize) -> Rounded {
     let mut asked = *asked;
-    let mut out = Rounded { codes: [0; BLOCK], errors: [0.0; BLOCK], cost: 0.0 };
+    let mut out = Rounded { codes: [0; BLOCK], wanted: [0.0; BLOCK], errors: [0.0; BLOCK], cost: 0.0 };
     for j in (0..BLOCK).rev() {
         let row = l.row(start + j);
         let diagonal = row[start + j];
@@ -250,6 +267,7 @@ fn round_block(w: &[f64; BLOCK], asked: &[f64; BLOCK], scale: f32, l: &Cholesky,
         let code = e2m1::encode((wanted / f64::from(scale)) as f32);
         let value = f64::from(e2m1::decode(code) * scale);
         out.codes[j] = code;
+        out.wanted[j] = wanted;
         out.errors[j] = w[j] - value;
         out.cost += (diagonal * (wanted - value)).powi(2);
         let error = out.errors[j];

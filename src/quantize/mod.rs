@@ -78,6 +78,8 @@ pub struct Prepared {
     pub block_scales: Vec<u8>,
     /// A multiplier.
     pub global_scale: f32,
+    /// What was rounded, [N, K]: the weights, moved to make up for the rounding of others. Empty where it is not kept.
+    pub unrounded: Vec<half::bf16>,
 }
 
 /// Quantizes the linears of the blocks that `recipe` names and writes `out`.
@@ -359,9 +361,6 @@ pub fn apply(
         smoothed = Some(Scratch::of(out, "smoothed", |folder| found.write(source, folder))?);
     }
     let source = smoothed.as_ref().map_or(source, |s: &Scratch| &s.checkpoint);
-    if let Some(folder) = unrounded {
-        copy(source, folder)?;
-    }
     let description = text.described();
     let mut calibration = Calibration { description: description.clone(), ..Calibration::default() };
     if recipe.calibrates() {
@@ -406,13 +405,17 @@ pub fn apply(
             Some(encode::activation(scheme, dialect, input(m)))
         };
         let all = &mut |done, all| progress("rounding", done, all);
-        prepared = gptq::gptq(source, backend, &text.sequences, &target, dialect, options, all)?;
+        let job = gptq::Job { dialect, options, keep_unrounded: unrounded.is_some() };
+        prepared = gptq::gptq(source, backend, &text.sequences, &target, job, all)?;
+    }
+    if let Some(folder) = unrounded {
+        copy(source, &prepared, folder)?;
     }
     quantize(source, &calibration, recipe, dialect, &prepared, table.as_ref(), out)
 }
 
-/// Writes the same model to another folder.
-fn copy(source: &Checkpoint, out: &Path) -> Result<(), QuantizeError> {
+/// Writes the same model to another folder, with what was rounded of the weights in `prepared`.
+fn copy(source: &Checkpoint, prepared: &BTreeMap<String, Prepared>, out: &Path) -> Result<(), QuantizeError> {
     let writer = FolderWriter::create(out)?;
     let views = source.tensors.names().filter_map(|n| Some((n, source.tensors.peek(n)?)));
     let specs: Vec<TensorSpec> =
@@ -421,6 +424,11 @@ fn copy(source: &Checkpoint, out: &Path) -> Result<(), QuantizeError> {
     metadata.insert("format".into(), "pt".into());
     writer.tensors(&specs, SHARD_BYTES, &metadata, |spec| -> Result<Vec<u8>, QuantizeError> {
         source.tensors.release_pages();
+        let moved = spec.name.strip_suffix(".weight").and_then(|module| prepared.get(module));
+        if let Some(moved) = moved.filter(|p| !p.unrounded.is_empty()) {
+            let values: Vec<f32> = moved.unrounded.iter().map(|v| v.to_f32()).collect();
+            return Ok(to_bytes(spec.dtype, &values));
+        }
         Ok(source.tensors.peek(&spec.name).map_or_else(Vec::new, |v| v.bytes.to_vec()))
     })?;
     writer.copy_settings(source.tensors.folder())?;
