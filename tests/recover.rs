@@ -446,7 +446,7 @@ fn the_fake_quant_forward_and_the_packed_forward_agree_after_training() {
         let checkpoint = Fixture::own(name).checkpoint();
         let mut student = Student::load(&checkpoint, None, AutogradBackend::new()).unwrap();
         let before = logits(&student.decoder, &[data.rows[0].0[0].tokens.clone()]);
-        let options = block::Options { steps: 20, learning_rate: 3e-4, sequences: 2, ..block::Options::default() };
+        let options = block::Options { steps: 60, learning_rate: 2e-3, sequences: 2, ..block::Options::default() };
         let mut reports = Vec::new();
         block::train(&mut student, &teacher(Precision::F32), &data, &options, 0, &mut |r, _| {
             reports.push(*r);

@@ -1,0 +1,297 @@
+//! `recoup recover` as its users run it: the same bytes every time, killed and resumed, and what happens on bad input.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use serde_json::Value;
+
+const TEACHER: &str = "models/books-bf16";
+const STUDENT: &str = "models/books-nvfp4";
+const TEXT: &str = "src/cli/calibration.txt";
+
+fn run(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_recoup")).args(args).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap()
+}
+
+fn succeed(args: &[&str]) -> String {
+    let out = run(args);
+    let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.success(), "{args:?}: {stderr}");
+    stderr
+}
+
+fn fail(args: &[&str]) -> String {
+    let out = run(args);
+    let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(1), "{args:?}: {stderr}");
+    stderr
+}
+
+/// Every file of a folder with its contents.
+fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let files = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap());
+    files.map(|e| (e.file_name().into_string().unwrap(), std::fs::read(e.path()).unwrap())).collect()
+}
+
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.at(name).to_str().unwrap().to_owned()
+    }
+
+    fn write(&self, name: &str, text: &str) -> String {
+        std::fs::write(self.at(name), text).unwrap();
+        self.path(name)
+    }
+}
+
+const COMMON: [&str; 12] = [
+    "--teacher",
+    TEACHER,
+    "--data",
+    TEXT,
+    "--samples",
+    "24",
+    "--length",
+    "64",
+    "--watch-samples",
+    "2",
+    "--threads",
+    "2",
+];
+
+fn arguments<'a>(student: &[&'a str], out: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    ["recover"].iter().chain(student).chain(&COMMON).chain(&["-o", out]).chain(more).copied().collect()
+}
+
+#[test]
+fn a_recovered_model_is_better_and_says_how_it_came_to_be() {
+    let folder = Folder::new();
+    let out = folder.path("out");
+    let stderr = succeed(&arguments(
+        &[STUDENT],
+        &out,
+        &["--method", "block:steps=24", "--method", "qad:steps=10,lr=3e-5,hidden=0.1", "--evaluate-every", "5"],
+    ));
+    assert!(stderr.contains("masters from the teacher's weights"), "{stderr}");
+    assert!(!Path::new(&format!("{out}.training")).exists());
+    let record: Value = serde_json::from_slice(&std::fs::read(folder.at("out/recoup_recovery.json")).unwrap()).unwrap();
+    let kl = |when: &str, text: &str| record["watched_kl"][when][text].as_f64().unwrap();
+    for text in ["data, held out", "built-in text"] {
+        assert!(kl("after", text) < 0.97 * kl("before", text), "{record:#}");
+    }
+    assert_eq!(record["methods"][0]["settings"]["steps"], 24);
+    assert_eq!(record["methods"][1]["method"], "qad");
+    assert_eq!(record["data"]["sha256"].as_str().unwrap().len(), 64);
+    let curve = std::fs::read_to_string(folder.at("out/recoup_curve.jsonl")).unwrap();
+    let events: Vec<Value> = curve.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let count = |name: &str| events.iter().filter(|e| e["event"] == name).count();
+    assert_eq!((count("block"), count("step"), count("watched"), count("kept")), (4, 10, 5, 2));
+    assert!(events.iter().filter(|e| e["event"] == "step").all(|e| e["learning_rate"].as_f64().unwrap() > 0.0));
+    // It is a checkpoint like the student: packed, inspected, run.
+    succeed(&["inspect", &out]);
+    let size = |f: &Path| std::fs::metadata(f.join("model.safetensors")).unwrap().len() as f64;
+    assert!((size(&folder.at("out")) / size(&Path::new(env!("CARGO_MANIFEST_DIR")).join(STUDENT)) - 1.0).abs() < 0.01);
+}
+
+#[test]
+fn runs_give_the_same_bytes_whatever_the_threads_and_after_being_killed_anywhere() {
+    let folder = Folder::new();
+    let (first, second, third) = (folder.path("first"), folder.path("second"), folder.path("third"));
+    let more =
+        ["--method", "block:steps=6", "--method", "qad:steps=16,lr=1e-4", "--evaluate-every", "4", "--save-every", "0"];
+    let student = ["--recipe", "nvfp4_smooth"];
+    succeed(&arguments(&student, &first, &more));
+    let mut one = arguments(&student, &second, &more);
+    let threads = one.iter().position(|a| *a == "--threads").unwrap();
+    one[threads + 1] = "1";
+    succeed(&one);
+    assert_eq!(contents(&folder.at("first")), contents(&folder.at("second")));
+    let resume: Vec<&str> = more.iter().chain(&["--resume"]).copied().collect();
+    let arguments = arguments(&student, &third, &resume);
+    let mut killed = 0;
+    let mut patience = 200;
+    while !folder.at("third").exists() {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_recoup"))
+            .args(&arguments)
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        // A little longer each time, so that every machine comes through in the end.
+        std::thread::sleep(Duration::from_millis(patience));
+        patience += patience / 4;
+        if child.try_wait().unwrap().is_none() {
+            child.kill().unwrap();
+            killed += 1;
+        }
+        assert!(child.wait().is_ok());
+    }
+    assert!(killed >= 2, "it was killed only {killed} times");
+    assert_eq!(contents(&folder.at("first")), contents(&folder.at("third")));
+    assert!(!folder.at("third.training").exists());
+}
+
+#[test]
+fn an_interrupted_run_is_neither_overwritten_nor_mixed_with_another() {
+    let folder = Folder::new();
+    let out = folder.path("out");
+    let run = |samples: &str, more: &[&str]| {
+        let mut all = arguments(&[STUDENT], &out, &["--method", "qad:steps=400", "--save-every", "0"]);
+        all.extend(more);
+        let at = all.iter().position(|a| *a == "--samples").unwrap();
+        all[at + 1] = samples;
+        Command::new(env!("CARGO_BIN_EXE_recoup"))
+            .args(all)
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap()
+    };
+    let mut child = run("24", &[]);
+    while !folder.at("out.training/state.safetensors").exists() {
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(child.try_wait().unwrap().is_none());
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let again = run("24", &[]).wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&again.stderr).into_owned();
+    assert!(!again.status.success() && text.contains("out.training") && text.contains("--resume"), "{text}");
+    let other = run("20", &["--resume"]).wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&other.stderr).into_owned();
+    assert!(!other.status.success() && text.contains("data.") && text.contains("another run"), "{text}");
+}
+
+#[test]
+fn bad_input_is_named_and_nothing_is_left() {
+    let folder = Folder::new();
+    let out = folder.path("out");
+    let try_with = |args: &[&str]| {
+        let error = fail(args);
+        assert!(!Path::new(&out).exists() && !Path::new(&format!("{out}.training")).exists(), "{args:?}: {error}");
+        error
+    };
+    let method = ["--method", "qad:steps=2"];
+    let fixture = "tests/fixtures/modelopt/llama/bf16";
+    let mut args = arguments(&[STUDENT], &out, &method);
+    args[3] = fixture;
+    let error = try_with(&args);
+    assert!(error.contains("the vocabulary is 4096") && error.contains("384"), "{error}");
+    let error = try_with(&arguments(&[TEACHER], &out, &method));
+    assert!(error.contains("books-bf16") && error.contains("quantize it first"), "{error}");
+    let short = folder.write("short.txt", "A few words.");
+    let mut args = arguments(&[STUDENT], &out, &method);
+    args[5] = &short;
+    let error = try_with(&args);
+    assert!(error.contains("short.txt") && error.contains("one sequence of 64"), "{error}");
+    for (name, text, part) in [
+        ("empty.txt", "", "empty"),
+        ("bad.jsonl", "{\"text\": \"x\"}\n{\"text\": 3}\n", "line 2"),
+        ("worse.jsonl", "{\"text\"", "line 1"),
+        ("chat.jsonl", "{\"messages\": [{\"role\": \"user\", \"content\": \"hi\"}]}", "chat template"),
+        ("missing/none.txt", "", "none.txt"),
+    ] {
+        let file = if name.contains('/') { folder.path(name) } else { folder.write(name, text) };
+        let mut args = arguments(&[STUDENT], &out, &method);
+        args[5] = &file;
+        let error = try_with(&args);
+        assert!(error.contains(part), "{name}: {error}");
+    }
+    assert!(try_with(&arguments(&[STUDENT], &out, &["--method", "magic"])).contains("block, qad and qat"));
+    let mut args = arguments(&[STUDENT], &out, &method);
+    args[9] = "1000000";
+    assert!(try_with(&args).contains("positions"));
+    assert!(try_with(&arguments(&["--recipe", "nothing"], &out, &method)).contains("nothing"));
+}
+
+/// Numbers that leave their range end the run with the best weights until then, and say where.
+#[test]
+fn a_run_that_diverges_keeps_the_last_good_weights() {
+    let folder = Folder::new();
+    let out = folder.path("out");
+    // Logits beyond what a norm of f32 can hold: the loss is no number from the first step that uses them on.
+    let error = fail(&arguments(&[STUDENT], &out, &["--method", "qad:steps=5,lr=1e-4,temperature=1e-44"]));
+    assert!(error.contains("ended early") && error.contains("step 1"), "{error}");
+    let record: Value = serde_json::from_slice(&std::fs::read(folder.at("out/recoup_recovery.json")).unwrap()).unwrap();
+    assert!(record["stopped"].as_str().unwrap().contains("step 1"), "{record:#}");
+    succeed(&["inspect", &out]);
+}
+
+/// A full disk is an error that names the file; what was trained until the last save is still there.
+#[test]
+#[cfg(unix)]
+fn a_full_disk_is_told_and_the_run_can_go_on() {
+    let folder = Folder::new();
+    let (out, reference) = (folder.path("out"), folder.path("reference"));
+    let method = ["--method", "qad:steps=4", "--save-every", "0", "--resume"];
+    let args = arguments(&[STUDENT], &out, &method);
+    // Files of at most 8 MB (in blocks of 512 bytes): masters fit, masters with moments do not.
+    let shell = format!("trap '' XFSZ; ulimit -f 16000; exec {} {}", env!("CARGO_BIN_EXE_recoup"), args.join(" "));
+    let limited = Command::new("sh").args(["-c", &shell]).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
+    let error = String::from_utf8_lossy(&limited.stderr).into_owned();
+    assert_eq!(limited.status.code(), Some(1), "{error}");
+    assert!(error.contains("out.training") && error.contains("write"), "{error}");
+    assert!(!Path::new(&out).exists());
+    succeed(&args);
+    succeed(&arguments(&[STUDENT], &reference, &method));
+    assert_eq!(contents(&folder.at("out")), contents(&folder.at("reference")));
+}
+
+/// Conversations by the template, of which only the assistant's words are learned; data without text of its own.
+#[test]
+fn conversations_and_documents_are_trained_on() {
+    let folder = Folder::new();
+    let student = folder.at("student");
+    std::fs::create_dir(&student).unwrap();
+    for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(STUDENT)).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), student.join(entry.file_name())).unwrap();
+    }
+    let template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
+    std::fs::write(student.join("chat_template.jinja"), template).unwrap();
+    let turn = |role: &str, content: String| serde_json::json!({"role": role, "content": content});
+    let chat = |i: usize| {
+        let messages = [
+            turn("user", format!("What is {i}?")),
+            turn("assistant", format!("It is the number {i}, as everybody knows.")),
+        ];
+        serde_json::json!({"messages": messages}).to_string()
+    };
+    let chats = folder.write("chats.jsonl", &(0..40).map(chat).collect::<Vec<_>>().join("\n"));
+    let document = |i: usize| {
+        serde_json::json!({"text": format!("Chapter {i}. It was a dark night, and the road was long. ").repeat(i % 7 + 1)}).to_string()
+    };
+    let documents = folder.write("documents.jsonl", &(0..60).map(document).collect::<Vec<_>>().join("\n"));
+    let student = student.to_str().unwrap().to_owned();
+    let mut losses = Vec::new();
+    for (name, more) in [("all", &[][..]), ("assistant", &["--assistant-only"])] {
+        let out = folder.path(name);
+        let mut args = arguments(&[&student], &out, &["--method", "qat:steps=3,lr=1e-5", "--data"]);
+        args[5] = &chats;
+        let weighted = format!("{documents}=0.5");
+        args.push(&weighted);
+        args.extend(more);
+        let stderr = succeed(&args);
+        assert!(
+            stderr.contains("chats.jsonl: 16 sequences") && stderr.contains("documents.jsonl: 8 sequences"),
+            "{stderr}"
+        );
+        let curve = std::fs::read_to_string(folder.at(name).join("recoup_curve.jsonl")).unwrap();
+        let step =
+            curve.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()).find(|e| e["event"] == "step").unwrap();
+        losses.push(step["cross_entropy"].as_f64().unwrap());
+    }
+    assert!((losses[0] - losses[1]).abs() > 1e-3, "{losses:?}");
+}
