@@ -171,6 +171,24 @@ impl<B: Backend> Decoder<B> {
         self.head.iter().for_each(|l| f(l));
     }
 
+    /// Calls `f` with every norm, the name of its tensor and the decoder layer it is in (`None`: after the last).
+    pub fn for_each_norm(&self, mut f: impl FnMut(String, Option<usize>, &B::Norm)) {
+        for (index, layer) in self.layers.iter().enumerate() {
+            let mut one = |name: &str, norm| f(format!("model.layers.{index}.{name}.weight"), Some(index), norm);
+            one("input_layernorm", &layer.input_norm);
+            layer.q_norm.iter().for_each(|n| one("self_attn.q_norm", n));
+            layer.k_norm.iter().for_each(|n| one("self_attn.k_norm", n));
+            one("post_attention_layernorm", &layer.post_norm);
+        }
+        f("model.norm.weight".into(), None, &self.norm);
+    }
+
+    /// The embedding.
+    #[must_use]
+    pub fn embedding(&self) -> &B::Linear {
+        &self.embedding
+    }
+
     /// This model with some layers taken from `donor`, a model of the same shape (its quantized form, say): the linears
     /// whose module `swap` names, and the norms of decoder layers all of whose linears it names. Weights are shared, not
     /// copied.

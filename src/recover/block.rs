@@ -25,13 +25,15 @@ pub struct Options {
     pub warmup: usize,
     /// Sequences in a step.
     pub sequences: usize,
+    /// Trains the norms as well.
+    pub norms: bool,
     pub seed: u64,
     pub adam: AdamW,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { learning_rate: 3e-4, steps: 128, warmup: 5, sequences: 4, seed: 0, adam: AdamW::default() }
+        Self { learning_rate: 3e-4, steps: 128, warmup: 5, sequences: 4, norms: false, seed: 0, adam: AdamW::default() }
     }
 }
 
@@ -69,7 +71,7 @@ pub fn train(
             reference = targets;
             continue;
         }
-        student.train(|p| p.layer == block);
+        student.train(|p| p.layer == Some(block) && (p.is_quantized() || (options.norms && p.is_norm())));
         let weights = targets.worth();
         let first = data.first(CHUNK);
         let before = inputs.through(&student.decoder, block, &first)?.distance(&targets, &weights);

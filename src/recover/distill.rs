@@ -39,6 +39,8 @@ pub struct Options {
     pub hidden: f32,
     pub temperature: f32,
     pub top_k: Option<usize>,
+    /// Trains the norms as well.
+    pub norms: bool,
     /// Computes each block's forward pass twice instead of keeping its activations.
     pub recompute: bool,
     pub seed: u64,
@@ -58,6 +60,7 @@ impl Default for Options {
             hidden: 0.0,
             temperature: 1.0,
             top_k: None,
+            norms: false,
             recompute: false,
             seed: 0,
             adam: AdamW::default(),
@@ -196,6 +199,9 @@ pub fn gradients(
         }
         let seed = loss::given(&out, 0.0, values).during("backward")?;
         gradient = taken(&seed, &leaf)?;
+    }
+    if student.embedding().gradient().is_some() {
+        student.embedding().add_row_gradient(&part.tokens, &student.backend().to_host(&gradient)?);
     }
     Ok(sums)
 }

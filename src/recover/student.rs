@@ -2,31 +2,108 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::MutexGuard;
 
 use safetensors::Dtype;
 
 use super::optimizer::{AdamW, Moments, sum_of_squares};
 use super::{RecoverError, Result};
-use crate::backend::autograd::{AutogradBackend, Linear};
+use crate::backend::autograd::{AutogradBackend, Linear, Norm};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
 use crate::model::modules::Module;
 use crate::model::{Decoder, ModelConfig};
 
-/// A quantized weight on its way.
+/// What a weight belongs to.
+#[derive(Clone, Debug)]
+pub enum Weight {
+    Linear(Linear),
+    /// And the type that its checkpoint holds it in.
+    Norm(Norm, Dtype),
+}
+
+/// A weight on its way.
 pub struct Parameter {
-    pub linear: Linear,
+    /// The module of a linear, the tensor of a norm.
+    pub name: String,
+    pub weight: Weight,
     /// The decoder layer it is in.
-    pub layer: usize,
-    /// [N, K].
+    pub layer: Option<usize>,
+    /// [N, K], or [features].
     pub master: Vec<f32>,
     moments: Option<Moments>,
+}
+
+impl Parameter {
+    /// Whether it is quantized.
+    #[must_use]
+    pub fn is_quantized(&self) -> bool {
+        matches!(&self.weight, Weight::Linear(l) if !l.grid().is_float())
+    }
+
+    /// Whether it is the weight of a norm.
+    #[must_use]
+    pub fn is_norm(&self) -> bool {
+        matches!(&self.weight, Weight::Norm(..))
+    }
+
+    /// The summed gradient, `None` if it is not trained.
+    pub fn gradient(&self) -> MutexGuard<'_, Option<Vec<f32>>> {
+        match &self.weight {
+            Weight::Linear(l) => l.gradient(),
+            Weight::Norm(n, _) => n.gradient(),
+        }
+    }
+
+    fn train(&mut self, moments: Option<Moments>) {
+        let trained = moments.is_some();
+        self.moments = moments;
+        match &self.weight {
+            Weight::Linear(l) if trained => l.train(),
+            Weight::Linear(l) => l.freeze(),
+            Weight::Norm(n, _) if trained => n.train(),
+            Weight::Norm(n, _) => n.freeze(),
+        }
+    }
+
+    /// Gives the model the master, rounded.
+    fn round(&mut self) {
+        match &self.weight {
+            Weight::Linear(l) => l.set(&mut self.master),
+            Weight::Norm(n, dtype) => {
+                n.set(self.master.iter().map(|v| rounded(*v, *dtype)).collect());
+            }
+        }
+    }
+
+    /// The master as its checkpoint holds it.
+    fn bytes(&self) -> Vec<u8> {
+        match &self.weight {
+            Weight::Linear(l) => l.grid().encode(&self.master),
+            Weight::Norm(_, Dtype::BF16) => {
+                self.master.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect()
+            }
+            Weight::Norm(_, Dtype::F16) => {
+                self.master.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect()
+            }
+            Weight::Norm(..) => self.master.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        }
+    }
+}
+
+/// The nearest value of a float type.
+fn rounded(value: f32, dtype: Dtype) -> f32 {
+    match dtype {
+        Dtype::BF16 => half::bf16::from_f32(value).to_f32(),
+        Dtype::F16 => half::f16::from_f32(value).to_f32(),
+        _ => value,
+    }
 }
 
 /// The model that is trained.
 pub struct Student {
     pub decoder: Decoder<AutogradBackend>,
-    /// In the order of the forward pass.
+    /// Linears in the order of the forward pass, then norms.
     pub parameters: Vec<Parameter>,
 }
 
@@ -53,51 +130,68 @@ impl Student {
         let mut parameters = Vec::new();
         for linear in linears {
             let Some(m) = modules.get(linear.name()).filter(|m| m.is_block_linear()) else { continue };
-            let Some(layer) = m.layer else { continue };
             if linear.grid().is_float() {
                 continue;
             }
-            let mut master = unrounded.unwrap_or(checkpoint).linear(&m.name, m.role)?.decode();
-            linear.set(&mut master);
+            let master = unrounded.unwrap_or(checkpoint).linear(&m.name, m.role)?.decode();
             checkpoint.tensors.release_pages();
             if let Some(other) = unrounded {
                 other.tensors.release_pages();
             }
-            parameters.push(Parameter { linear, layer, master, moments: None });
+            parameters.push(parameter(linear, m, master));
         }
         if parameters.is_empty() {
             return Err(RecoverError::NotQuantized(checkpoint.tensors.folder().into()));
         }
+        parameters.extend(norms(&decoder, checkpoint));
+        Ok(Self { decoder, parameters })
+    }
+
+    /// Loads a model of floats, all of whose weights can be trained: the embedding, and a head of its own, too.
+    ///
+    /// # Errors
+    /// When something is wrong with it.
+    pub fn load_plain(checkpoint: &Checkpoint, backend: AutogradBackend) -> Result<Self> {
+        let decoder = Decoder::load(backend, checkpoint)?;
+        let mut linears = Vec::new();
+        decoder.for_each_linear(|l| linears.push(l.clone()));
+        let mut parameters = Vec::new();
+        for m in decoder.config.modules() {
+            if let Some(linear) = linears.iter().find(|l| l.name() == m.name) {
+                let master = checkpoint.linear(&m.name, m.role)?.decode();
+                parameters.push(parameter(linear.clone(), &m, master));
+            }
+        }
+        parameters.extend(norms(&decoder, checkpoint));
         Ok(Self { decoder, parameters })
     }
 
     /// Sums gradients of the weights that `which` names from now on, and forgets the optimizer's state of all.
     pub fn train(&mut self, which: impl Fn(&Parameter) -> bool) {
         for p in &mut self.parameters {
-            let trained = which(p);
-            p.moments = trained.then(|| Moments::new(p.master.len()));
-            if trained {
-                p.linear.train();
-            } else {
-                p.linear.freeze();
-            }
+            let moments = which(p).then(|| Moments::new(p.master.len()));
+            p.train(moments);
         }
     }
 
     /// Norm of all gradients together.
     #[must_use]
     pub fn gradient_norm(&self) -> f64 {
-        let square = |p: &Parameter| p.linear.gradient().as_deref().map_or(0.0, sum_of_squares);
+        let square = |p: &Parameter| p.gradient().as_deref().map_or(0.0, sum_of_squares);
         self.parameters.iter().map(square).sum::<f64>().sqrt()
     }
 
     /// Moves every trained weight by step number `step` (from 1); gradients are zero afterwards.
     pub fn step(&mut self, adam: &AdamW, step: usize, rate: f32, factor: f32) {
         for p in &mut self.parameters {
-            let mut gradient = p.linear.gradient();
+            let weight = p.weight.clone();
+            let mut gradient = match &weight {
+                Weight::Linear(l) => l.gradient(),
+                Weight::Norm(n, _) => n.gradient(),
+            };
             if let (Some(moments), Some(gradient)) = (&mut p.moments, gradient.as_mut()) {
                 adam.step(step, rate, factor, &mut p.master, gradient, moments);
-                p.linear.set(&mut p.master);
+                p.round();
             }
         }
     }
@@ -105,11 +199,11 @@ impl Student {
     /// Tensors of [`super::run_folder`]: masters, of one layer or all, and if asked for the moments that there are.
     pub(super) fn state_specs(&self, layer: Option<usize>, moments: bool) -> Vec<TensorSpec> {
         let mut specs = Vec::new();
-        for p in self.parameters.iter().filter(|p| layer.is_none_or(|l| l == p.layer)) {
-            let shape = vec![p.linear.grid().n, p.linear.grid().k];
+        for p in self.parameters.iter().filter(|p| layer.is_none() || layer == p.layer) {
+            let shape = vec![p.master.len()];
             let kinds = if moments && p.moments.is_some() { &[MASTER, FIRST, SECOND][..] } else { &[MASTER] };
             for kind in kinds {
-                let name = format!("{}.{kind}", p.linear.name());
+                let name = format!("{}.{kind}", p.name);
                 specs.push(TensorSpec { name, dtype: Dtype::F32, shape: shape.clone() });
             }
         }
@@ -118,7 +212,7 @@ impl Student {
 
     pub(super) fn state_bytes(&self, name: &str) -> Option<Vec<u8>> {
         let (module, kind) = name.rsplit_once('.')?;
-        let p = self.parameters.iter().find(|p| p.linear.name() == module)?;
+        let p = self.parameters.iter().find(|p| p.name == module)?;
         let values = match kind {
             MASTER => &p.master,
             FIRST => &p.moments.as_ref()?.first,
@@ -130,7 +224,7 @@ impl Student {
     /// Takes one tensor of a state over; whether there is such.
     pub(super) fn set_state(&mut self, name: &str, values: Vec<f32>) -> bool {
         let Some((module, kind)) = name.rsplit_once('.') else { return false };
-        let found = self.parameters.iter_mut().find(|p| p.linear.name() == module);
+        let found = self.parameters.iter_mut().find(|p| p.name == module);
         let Some(p) = found.filter(|p| p.master.len() == values.len()) else { return false };
         let length = values.len();
         match kind {
@@ -144,16 +238,15 @@ impl Student {
 
     /// Rounds all masters anew.
     pub(super) fn refresh(&mut self) {
-        self.parameters.iter_mut().for_each(|p| p.linear.set(&mut p.master));
+        self.parameters.iter_mut().for_each(Parameter::round);
     }
 
-    /// Sums gradients of all weights from now on; moments that a resumed run loaded stay.
-    pub(super) fn train_all(&mut self, resumed: bool) {
+    /// As [`Self::train`], but moments that a resumed run has loaded stay.
+    pub(super) fn go_on(&mut self, which: impl Fn(&Parameter) -> bool) {
         for p in &mut self.parameters {
-            if !resumed || p.moments.is_none() {
-                p.moments = Some(Moments::new(p.master.len()));
-            }
-            p.linear.train();
+            let moments = p.moments.take().unwrap_or_else(|| Moments::new(p.master.len()));
+            let moments = which(p).then_some(moments);
+            p.train(moments);
         }
     }
 
@@ -163,7 +256,7 @@ impl Student {
     /// When `out` is in the way or cannot be written.
     pub fn write(&self, from: &Checkpoint, files: &[(&str, Vec<u8>)], out: &Path) -> Result<()> {
         let writer = FolderWriter::create(out)?;
-        let trained: BTreeMap<&str, &Parameter> = self.parameters.iter().map(|p| (p.linear.name(), p)).collect();
+        let trained: BTreeMap<&str, &Parameter> = self.parameters.iter().map(|p| (p.name.as_str(), p)).collect();
         let mut specs = Vec::new();
         for name in from.tensors.names() {
             if let Some(view) = from.tensors.peek(name) {
@@ -175,12 +268,12 @@ impl Student {
         metadata.insert("recoup_version".into(), env!("CARGO_PKG_VERSION").into());
         writer.tensors(&specs, SHARD_BYTES, &metadata, |spec| -> Result<Vec<u8>> {
             from.tensors.release_pages();
-            let codes = match spec.name.rsplit_once('.') {
+            let own = match spec.name.rsplit_once('.') {
                 Some((module, "weight" | "weight_packed")) => trained.get(module),
                 _ => None,
             };
-            Ok(match codes {
-                Some(p) => p.linear.grid().encode(&p.master),
+            Ok(match own.or_else(|| trained.get(spec.name.as_str())) {
+                Some(p) => p.bytes(),
                 None => from.tensors.require(&spec.name, "it is copied")?.bytes.to_vec(),
             })
         })?;
@@ -190,6 +283,21 @@ impl Student {
         writer.commit()?;
         Ok(())
     }
+}
+
+fn parameter(linear: Linear, module: &Module, mut master: Vec<f32>) -> Parameter {
+    linear.set(&mut master);
+    Parameter { name: module.name.clone(), weight: Weight::Linear(linear), layer: module.layer, master, moments: None }
+}
+
+fn norms(decoder: &Decoder<AutogradBackend>, checkpoint: &Checkpoint) -> Vec<Parameter> {
+    let mut out = Vec::new();
+    decoder.for_each_norm(|name, layer, norm| {
+        let master = norm.weight().to_vec();
+        let dtype = checkpoint.tensors.peek(&name).map_or(Dtype::F32, |v| v.dtype);
+        out.push(Parameter { name, weight: Weight::Norm(norm.clone(), dtype), layer, master, moments: None });
+    });
+    out
 }
 
 /// Where a checkpoint keeps how it was recovered.

@@ -10,7 +10,7 @@ use super::data::Data;
 use super::distill::{self, Point, Watched};
 use super::run_folder::RunFolder;
 use super::stage::{Method, Stage};
-use super::student::Student;
+use super::student::{Parameter, Student};
 use super::{RecoverError, Result, block};
 use crate::backend::autograd::AutogradBackend;
 use crate::model::Decoder;
@@ -132,7 +132,12 @@ impl Run<'_> {
                 }
             }
             Method::Distill(options) => {
-                student.train_all(from > 0);
+                let trained = |p: &Parameter| p.is_quantized() || (options.norms && p.is_norm());
+                if from > 0 {
+                    student.go_on(trained)
+                } else {
+                    student.train(trained)
+                }
                 let mut saved = Instant::now();
                 distill::train(student, Some(teacher), data, &options, from, &mut |point, student| {
                     self.record(events, Event::Step { stage, point: *point })?;

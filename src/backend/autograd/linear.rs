@@ -90,6 +90,17 @@ impl Linear {
         self.0.gradient.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Adds the gradient of looking rows `tokens` up: dL/dx [tokens, K], if the weight is trained.
+    pub fn add_row_gradient(&self, tokens: &[u32], grad: &[f32]) {
+        let k = self.0.grid.k;
+        if let Some(sum) = self.gradient().as_mut() {
+            for (token, grad) in tokens.iter().zip(grad.chunks_exact(k)) {
+                let row = &mut sum[*token as usize * k..][..k];
+                row.iter_mut().zip(grad).for_each(|(s, g)| *s += g);
+            }
+        }
+    }
+
     pub(super) fn weight(&self) -> Arc<Operand> {
         self.0.weight.read().unwrap_or_else(PoisonError::into_inner).clone()
     }

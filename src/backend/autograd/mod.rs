@@ -2,17 +2,19 @@
 //!
 //! Each operation is one custom operation of candle with its own backward pass (candle-nn's fused ones drop the gradient
 //! without a word). Weights and inputs have the values they have when deployed; a weight's gradient is summed in its
-//! [`Linear`], not in candle's store, so that it is written once.
+//! [`Linear`] or [`Norm`], not in candle's store, so that it is written once.
 
 mod attention;
 mod elementwise;
 mod host;
 mod linear;
 pub mod loss;
+mod norm;
 
 pub use attention::KvCache;
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Device, Tensor};
 pub use linear::Linear;
+pub use norm::Norm;
 
 use super::{AttentionShape, Backend, BackendError, Batch, CacheLayout, Result, RopeTable, Routing, Span, TokenScore};
 use crate::backend::cpu::operand::Precision;
@@ -23,20 +25,6 @@ use crate::formats::linear::LinearTensors;
 pub struct AutogradBackend {
     device: Device,
     precision: Precision,
-    /// Whether the weights of norms ask for gradients, and with them everything after the first norm.
-    trains_norms: bool,
-}
-
-/// The weight of a norm, [features].
-#[derive(Clone, Debug)]
-pub struct Norm(Var);
-
-impl Norm {
-    /// The weight, which gets a gradient from a backend that trains norms.
-    #[must_use]
-    pub fn var(&self) -> &Var {
-        &self.0
-    }
 }
 
 impl AutogradBackend {
@@ -49,13 +37,7 @@ impl AutogradBackend {
     /// A backend on the CPU whose products have operands of the given precision.
     #[must_use]
     pub fn with_precision(precision: Precision) -> Self {
-        Self { device: Device::Cpu, precision, trains_norms: false }
-    }
-
-    /// The same, with gradients for the weights of norms.
-    #[must_use]
-    pub fn training_norms(self) -> Self {
-        Self { trains_norms: true, ..self }
+        Self { device: Device::Cpu, precision }
     }
 
     fn indices(&self, rows: impl Iterator<Item = usize>) -> candle_core::Result<Tensor> {
@@ -96,7 +78,7 @@ impl Backend for AutogradBackend {
     }
 
     fn load_norm(&self, weight: Vec<f32>) -> Result<Norm> {
-        Var::from_slice(&weight, weight.len(), &self.device).map(Norm).context("norm weight")
+        Ok(Norm::new(weight))
     }
 
     fn new_cache(&self, layout: &CacheLayout) -> Result<KvCache> {
@@ -113,9 +95,7 @@ impl Backend for AutogradBackend {
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Norm, eps: f32) -> Result<Tensor> {
-        let weight = if self.trains_norms { weight.0.as_tensor().clone() } else { weight.0.as_detached_tensor() };
-        let norm = || x.contiguous()?.apply_op2(&weight, elementwise::RmsNorm { eps });
-        norm().context("rms_norm")
+        norm::rms_norm(x, weight, eps).context("rms_norm")
     }
 
     fn linears(&self, x: &Tensor, weights: &[&Linear]) -> Result<Vec<Tensor>> {
