@@ -10,11 +10,14 @@ macro_rules! outln {
 use outln;
 
 mod convert;
+mod demo;
 mod doctor;
 mod evaluation;
+mod generated;
 mod inspect;
 mod logits;
 mod options;
+mod pretrain;
 mod quantize;
 mod recover;
 mod run;
@@ -36,6 +39,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
+    /// The whole loop on the shipped model, in minutes: quantize, recover, compare
+    Demo(demo::Args),
     /// What a checkpoint is, module by module, and what is wrong with it
     Inspect(inspect::Args),
     /// Generate text from a prompt, or chat at a terminal
@@ -48,6 +53,8 @@ enum Verb {
     Quantize(quantize::Args),
     /// Train a quantized model to give back what the rounding cost
     Recover(recover::Args),
+    /// Train a small model from scratch: how the shipped ones were made
+    Pretrain(pretrain::Args),
     /// A GGUF file, or a quantized checkpoint, as a BF16 checkpoint folder
     Convert(convert::Args),
     /// What a checkpoint computes: logits of given token ids
@@ -59,18 +66,7 @@ enum Verb {
 /// Exit codes: 0 ok, 1 error, 2 usage (clap's own), 3 gate not met.
 #[must_use]
 pub fn main() -> ExitCode {
-    let verb = Cli::parse().verb;
-    let result = match verb {
-        Verb::Inspect(a) => inspect::run(&a),
-        Verb::Run(a) => run::run(&a),
-        Verb::Eval(a) => evaluation::eval::run(&a),
-        Verb::Compare(a) => evaluation::compare::run(&a),
-        Verb::Quantize(a) => quantize::run(&a),
-        Verb::Recover(a) => recover::run(&a),
-        Verb::Convert(a) => convert::run(&a),
-        Verb::Logits(a) => logits::run(&a),
-        Verb::Doctor(a) => doctor::run(&a),
-    };
+    let result = run(Cli::parse().verb);
     match result {
         Ok(code) => code,
         // A reader that has seen enough (`recoup inspect … | head`) is no error.
@@ -79,6 +75,22 @@ pub fn main() -> ExitCode {
             eprintln!("{} {}", style("error:", "1;31"), message(&e));
             ExitCode::FAILURE
         }
+    }
+}
+
+fn run(verb: Verb) -> Result<ExitCode> {
+    match verb {
+        Verb::Demo(a) => demo::run(&a),
+        Verb::Inspect(a) => inspect::run(&a),
+        Verb::Run(a) => run::run(&a),
+        Verb::Eval(a) => evaluation::eval::run(&a),
+        Verb::Compare(a) => evaluation::compare::run(&a),
+        Verb::Quantize(a) => quantize::run(&a),
+        Verb::Recover(a) => recover::run(&a),
+        Verb::Pretrain(a) => pretrain::run(&a),
+        Verb::Convert(a) => convert::run(&a),
+        Verb::Logits(a) => logits::run(&a),
+        Verb::Doctor(a) => doctor::run(&a),
     }
 }
 

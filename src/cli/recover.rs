@@ -9,6 +9,7 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
+use super::generated::{self, Opening};
 use super::options::model_folder;
 use crate::backend::autograd::AutogradBackend;
 use crate::backend::cpu::operand::Precision;
@@ -43,8 +44,9 @@ pub(super) struct Args {
     /// How to train: block, qad or qat, with settings if wanted, `block:steps=96,lr=3e-4`. Several are done in order
     #[arg(long = "method", value_name = "METHOD[:KEY=VALUE,...]", required = true)]
     methods: Vec<String>,
-    /// What to train on: text, or conversations or documents (.jsonl with `messages` or `text` in each line). Several
-    /// files share the sequences equally, or as their weights say
+    /// What to train on: text, or conversations or documents (.jsonl with `messages` or `text` in each line); `teacher`
+    /// and `teacher-chat` are texts and conversations that the teacher writes itself, `built-in` is a short shipped text.
+    /// Several share the sequences equally, or as their weights say
     #[arg(long, value_name = "FILE[=WEIGHT]", required = true)]
     data: Vec<String>,
     /// Text to measure the KL on while training, best of another kind than the data; the weights that do best on it are
@@ -91,19 +93,31 @@ pub(super) struct Args {
     f32: bool,
 }
 
+/// The name of the shipped text as data.
+const BUILT_IN: &str = "built-in";
 /// Freed memory that a training step finds again in the next, bytes.
 const KEPT_MEMORY: usize = 4 << 30;
 /// Held-out sequences are at most this share of the data.
 const HELD_OUT: usize = 8;
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
-    recycle::keep(KEPT_MEMORY);
+    prepare();
     let stages: Vec<Stage> =
         args.methods.iter().map(|m| Stage::parse(m, args.seed)).collect::<std::result::Result<_, _>>()?;
     if args.length < 2 || args.samples == 0 {
         bail!("--length must be at least 2, and --samples at least 1");
     }
     rayon::ThreadPoolBuilder::new().num_threads(args.threads).build()?.install(|| train(args, stages))
+}
+
+/// Readies the process for training.
+pub(super) fn prepare() {
+    recycle::keep(KEPT_MEMORY);
+    // Candle's own threads would wait in a loop, on the cores that ours compute on.
+    if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
+        // SAFETY: called before any other thread is begun.
+        unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
+    }
 }
 
 fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
@@ -139,7 +153,7 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
     if args.length > config.max_positions {
         bail!("--length {}: the model has {} positions", args.length, config.max_positions);
     }
-    let (data, watched) = read_data(args, &folder)?;
+    let (data, watched) = read_data(args, &folder, &teacher, &training)?;
 
     let backend = AutogradBackend::with_precision(if args.f32 { Precision::F32 } else { Precision::Bf16 });
     let rounded_from_teacher = unrounded.is_none() && student::is_rounded_from(&checkpoint, &teacher, &config)?;
@@ -176,7 +190,7 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
     eprintln!("data: {}", data.description);
     let watched = watched
         .into_iter()
-        .map(|(name, data)| Watched::new(name, data.rows, &decoder))
+        .map(|(name, data)| Watched::new(name, data.rows, Some(&decoder)))
         .collect::<std::result::Result<Vec<_>, _>>()?;
 
     let plan = Plan {
@@ -185,9 +199,9 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
         patience: args.patience,
         save_every: Duration::from_secs(args.save_every),
     };
-    let mut display = Display::new(&plan, config.layers);
+    let mut display = Display::new(&plan, config.layers, "KL");
     let mut run = Run {
-        teacher: &decoder,
+        teacher: Some(&decoder),
         data: &data,
         watched: &watched,
         plan: &plan,
@@ -220,7 +234,7 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
 }
 
 /// Where a run keeps its state: beside the output.
-fn training_folder(output: &Path) -> Result<PathBuf> {
+pub(super) fn training_folder(output: &Path) -> Result<PathBuf> {
     let name = output.file_name().with_context(|| format!("{} is no name for an output", output.display()))?;
     Ok(output.with_file_name(format!("{}.training", name.to_string_lossy())))
 }
@@ -255,19 +269,34 @@ fn make_student(
 }
 
 /// The training data, and what is watched, by name.
-fn read_data(args: &Args, folder: &Path) -> Result<(Data, Vec<(String, Data)>)> {
+fn read_data(args: &Args, folder: &Path, teacher: &Checkpoint, training: &Path) -> Result<(Data, Vec<(String, Data)>)> {
     let reader = Reader::of(folder, args.assistant_only)?;
     let mut parts = Vec::new();
     let mut held_out = Vec::new();
-    for spec in &args.data {
-        let (file, share) = match spec.rsplit_once('=').map(|(f, w)| (f, w.parse::<f64>())) {
-            Some((file, Ok(share))) => (file, share),
-            _ => (spec.as_str(), 1.0),
+    let specs = args.data.iter().map(|spec| match spec.rsplit_once('=').map(|(f, w)| (f, w.parse::<f64>())) {
+        Some((file, Ok(share))) => (file, share),
+        _ => (spec.as_str(), 1.0),
+    });
+    let specs: Vec<(&str, f64)> = specs.collect();
+    let total: f64 = specs.iter().map(|s| s.1).sum();
+    for (source, share) in specs {
+        let opening = match source {
+            "teacher" => Some(Opening::Document),
+            "teacher-chat" => Some(Opening::Chat),
+            _ => None,
         };
-        let file = Path::new(file);
-        let mut rows = rows(&reader, file, args.length)?;
+        let file = Path::new(source);
+        let mut rows = match opening {
+            None if source == BUILT_IN => built_in(&reader, args.length)?,
+            None => rows(&reader, file, args.length)?,
+            Some(opening) => {
+                let count = (share / total * args.samples as f64).ceil().max(1.0) as usize;
+                let file = training.join(format!("{source}.json"));
+                generated::rows(teacher, opening, count, args.length, args.seed, args.threads, &file)?
+            }
+        };
         let name = file.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-        if args.watch.is_empty() {
+        if args.watch.is_empty() && opening.is_none() {
             let count = args.watch_samples.div_ceil(args.data.len()).min(rows.len() / HELD_OUT);
             held_out.extend(rows.split_off(rows.len() - count));
         }
@@ -283,8 +312,9 @@ fn read_data(args: &Args, folder: &Path) -> Result<(Data, Vec<(String, Data)>)> 
     };
     if args.watch.is_empty() {
         watch("data, held out", &held_out);
-        let text = reader.tokenizer.encode(super::quantize::BUILT_IN_TEXT, false)?;
-        watch("built-in text", &data::pack(&[Document::text(text)], args.length, false));
+        if !args.data.iter().any(|d| d.split('=').next() == Some(BUILT_IN)) {
+            watch("built-in text", &built_in(&reader, args.length)?);
+        }
     }
     for file in &args.watch {
         let name = file.file_stem().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
@@ -293,8 +323,14 @@ fn read_data(args: &Args, folder: &Path) -> Result<(Data, Vec<(String, Data)>)> 
     Ok((data, watched))
 }
 
+/// The shipped text as rows.
+fn built_in(reader: &Reader, length: usize) -> Result<Vec<Row>> {
+    let text = reader.tokenizer.encode(super::quantize::BUILT_IN_TEXT, false)?;
+    Ok(data::pack(&[Document::text(text)], length, false))
+}
+
 /// A file as rows of at most `length` tokens.
-fn rows(reader: &Reader, file: &Path, length: usize) -> Result<Vec<Row>> {
+pub(super) fn rows(reader: &Reader, file: &Path, length: usize) -> Result<Vec<Row>> {
     let source = reader.read(file)?;
     let tokens: usize = source.documents.iter().map(|d| d.tokens.len()).sum();
     if tokens == 0 {
@@ -326,7 +362,7 @@ fn weights_hash(checkpoint: &Checkpoint) -> Result<String> {
 fn summary(events: &[Event]) -> Value {
     let looks = || {
         events.iter().filter_map(|e| {
-            if let Event::Watched { stage, step, kl, .. } = e { Some((*stage, *step, kl)) } else { None }
+            if let Event::Watched { stage, step, loss, .. } = e { Some((*stage, *step, loss)) } else { None }
         })
     };
     let kept = events
@@ -338,8 +374,10 @@ fn summary(events: &[Event]) -> Value {
 }
 
 /// Events on the terminal.
-struct Display {
-    bar: ProgressBar,
+pub(super) struct Display {
+    pub bar: ProgressBar,
+    /// What is measured on the watched texts.
+    what: &'static str,
     stages: Vec<(String, usize)>,
     current: Option<usize>,
     last: Option<Event>,
@@ -347,9 +385,9 @@ struct Display {
 }
 
 impl Display {
-    fn new(plan: &Plan, layers: usize) -> Self {
+    pub(super) fn new(plan: &Plan, layers: usize, what: &'static str) -> Self {
         let stages = plan.stages.iter().map(|s| (s.name.clone(), s.length(layers))).collect();
-        Self { bar: super::progress(0, "training"), stages, current: None, last: None, began: Instant::now() }
+        Self { bar: super::progress(0, "training"), what, stages, current: None, last: None, began: Instant::now() }
     }
 
     fn enter(&mut self, stage: usize) {
@@ -365,7 +403,7 @@ impl Display {
         }
     }
 
-    fn show(&mut self, event: &Event) {
+    pub(super) fn show(&mut self, event: &Event) {
         let name = |stage: usize| self.stages.get(stage).map_or(String::new(), |s| s.0.clone());
         let clock = format!("{:>6.0} s", self.began.elapsed().as_secs_f64());
         let line = match event {
@@ -380,20 +418,20 @@ impl Display {
                 self.bar.set_position(point.step as u64);
                 None
             }
-            Event::Watched { stage, step, kl, score } => {
-                let loss = match &self.last {
+            Event::Watched { stage, step, loss, score } => {
+                let own = match &self.last {
                     Some(Event::Step { point: p, .. }) => {
                         format!(", loss on the data {:.4}", if p.kl > 0.0 { p.kl } else { p.cross_entropy })
                     }
                     _ => String::new(),
                 };
-                let kl: Vec<String> = kl.iter().map(|(n, v)| format!("{n} {:.4}", v.as_f64().unwrap_or(0.0))).collect();
-                let kl = if kl.is_empty() {
-                    "nothing is watched".into()
-                } else {
-                    format!("KL on {} ({:.1} %)", kl.join(", "), 100.0 * score)
+                let values: Vec<String> =
+                    loss.iter().map(|(n, v)| format!("{n} {:.4}", v.as_f64().unwrap_or(0.0))).collect();
+                let watched = match values.is_empty() {
+                    true => "nothing is watched".into(),
+                    false => format!("{} on {} ({:.1} %)", self.what, values.join(", "), 100.0 * score),
                 };
-                Some(format!("{clock}  {} step {step}: {kl}{loss}", name(*stage)))
+                Some(format!("{clock}  {} step {step}: {watched}{own}", name(*stage)))
             }
             Event::Kept { stage, step } => Some(format!("{clock}  {}: kept step {step}", name(*stage))),
         };

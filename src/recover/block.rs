@@ -6,7 +6,7 @@
 use candle_core::{Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
-use super::data::{Data, Order, Row, batch};
+use super::data::{Data, Order, Row, batch, spread};
 use super::optimizer::{AdamW, cosine};
 use super::student::Student;
 use super::{During as _, RecoverError, Result};
@@ -25,6 +25,8 @@ pub struct Options {
     pub warmup: usize,
     /// Sequences in a step.
     pub sequences: usize,
+    /// Uses so many of the data's sequences, evenly spaced; each costs a pass through every block. `None`: all.
+    pub samples: Option<usize>,
     /// Trains the norms as well.
     pub norms: bool,
     pub seed: u64,
@@ -33,7 +35,16 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { learning_rate: 3e-4, steps: 128, warmup: 5, sequences: 4, norms: false, seed: 0, adam: AdamW::default() }
+        Self {
+            learning_rate: 3e-4,
+            steps: 64,
+            warmup: 5,
+            sequences: 4,
+            samples: Some(128),
+            norms: false,
+            seed: 0,
+            adam: AdamW::default(),
+        }
     }
 }
 
@@ -62,6 +73,8 @@ pub fn train(
     each: &mut dyn FnMut(&BlockReport, &Student) -> Result<()>,
 ) -> Result<()> {
     let layers = student.decoder.config.layers;
+    let rows = spread(&data.rows, options.samples.unwrap_or(usize::MAX));
+    let data = &Data { rows, description: String::new() };
     let mut inputs = Stream::embed(&student.decoder, data)?;
     let mut reference = Stream::embed(teacher, data)?;
     for block in 0..layers {

@@ -227,40 +227,47 @@ fn taken(loss: &Tensor, leaf: &Var) -> Result<Tensor> {
     }
 }
 
-/// Text that is watched while training: KL to the teacher is measured on it and never trained on.
+/// Text that is watched while training, and never trained on.
 pub struct Watched {
     pub name: String,
     rows: Vec<Row>,
     /// What enters the teacher's head, for every row.
-    reference: Vec<Vec<f32>>,
+    reference: Option<Vec<Vec<f32>>>,
 }
 
 impl Watched {
-    /// Runs the teacher over `rows`.
+    /// Runs the teacher, if there is one, over `rows`.
     ///
     /// # Errors
     /// The backend's own failure.
-    pub fn new(name: String, rows: Vec<Row>, teacher: &Decoder<AutogradBackend>) -> Result<Self> {
-        let one = |row: &Row| -> Result<Vec<f32>> { Ok(teacher.backend().to_host(&entering_head(teacher, row)?)?) };
-        let reference = rows.iter().map(one).collect::<Result<_>>()?;
+    pub fn new(name: String, rows: Vec<Row>, teacher: Option<&Decoder<AutogradBackend>>) -> Result<Self> {
+        let reference = match teacher {
+            None => None,
+            Some(t) => {
+                let one = |row: &Row| -> Result<Vec<f32>> { Ok(t.backend().to_host(&entering_head(t, row)?)?) };
+                Some(rows.iter().map(one).collect::<Result<_>>()?)
+            }
+        };
         Ok(Self { name, rows, reference })
     }
 
-    /// Mean KL(teacher ‖ student) per learned token, in nats.
+    /// Mean per learned token, in nats: KL(teacher ‖ student), or without a teacher the cross-entropy with the text.
     ///
     /// # Errors
     /// The backend's own failure.
-    pub fn kl(&self, student: &Decoder<AutogradBackend>, teacher: &Decoder<AutogradBackend>) -> Result<f64> {
-        let objective = Objective { kl: 1.0, cross_entropy: 0.0, temperature: 1.0, top_k: None };
+    pub fn loss(&self, student: &Decoder<AutogradBackend>, teacher: Option<&Decoder<AutogradBackend>>) -> Result<f64> {
+        let kl = if teacher.is_some() { 1.0 } else { 0.0 };
+        let objective = Objective { kl, cross_entropy: 1.0 - kl, temperature: 1.0, top_k: None };
         let mut sums = LossSums::default();
-        for (row, reference) in self.rows.iter().zip(&self.reference) {
+        for (i, row) in self.rows.iter().enumerate() {
             let (targets, weights) = next_tokens(&[row]);
-            let reference = Some(Teacher { hidden: reference, head: teacher.head() });
+            let hidden = self.reference.as_ref().map(|r| r[i].as_slice());
+            let reference = teacher.zip(hidden).map(|(t, hidden)| Teacher { hidden, head: t.head() });
             let own = entering_head(student, row)?;
             let part = loss::measure(&own, student.head(), reference, &targets, &weights, &objective);
             let part = part.during("evaluation")?;
             sums.weight += part.weight;
-            sums.kl += part.kl;
+            sums.kl += if teacher.is_some() { part.kl } else { part.cross_entropy };
         }
         Ok(sums.kl / sums.weight.max(1.0))
     }

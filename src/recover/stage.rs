@@ -68,6 +68,9 @@ impl Stage {
         if !(0.0..1.0).contains(&adam.beta1) || !(0.0..1.0).contains(&adam.beta2) {
             return Err("beta1 and beta2 lie from 0 up to 1".into());
         }
+        if matches!(&self.method, Method::Block(o) if o.samples == Some(0)) {
+            return Err("samples must be at least 1".into());
+        }
         if let Method::Distill(o) = &self.method {
             if o.accumulate == 0 || o.top_k == Some(0) || !positive(o.temperature) {
                 return Err("accumulate, top_k and temperature must be above 0".into());

@@ -105,6 +105,8 @@ pub struct Student {
     pub decoder: Decoder<AutogradBackend>,
     /// Linears in the order of the forward pass, then norms.
     pub parameters: Vec<Parameter>,
+    /// Whether all weights are trained: a model of floats from scratch.
+    pub everything: bool,
 }
 
 impl Student {
@@ -144,7 +146,7 @@ impl Student {
             return Err(RecoverError::NotQuantized(checkpoint.tensors.folder().into()));
         }
         parameters.extend(norms(&decoder, checkpoint));
-        Ok(Self { decoder, parameters })
+        Ok(Self { decoder, parameters, everything: false })
     }
 
     /// Loads a model of floats, all of whose weights can be trained: the embedding, and a head of its own, too.
@@ -163,7 +165,7 @@ impl Student {
             }
         }
         parameters.extend(norms(&decoder, checkpoint));
-        Ok(Self { decoder, parameters })
+        Ok(Self { decoder, parameters, everything: true })
     }
 
     /// Sums gradients of the weights that `which` names from now on, and forgets the optimizer's state of all.

@@ -39,8 +39,9 @@ pub enum Event {
         #[serde(flatten)]
         point: Point,
     },
-    /// KL on the watched texts after so many steps of a stage (0: before it), and their mean relative to the beginning.
-    Watched { stage: usize, step: usize, kl: Map<String, Value>, score: f64 },
+    /// KL on the watched texts (cross-entropy, where there is no teacher) after so many steps of a stage (0: before it),
+    /// and their mean relative to the beginning.
+    Watched { stage: usize, step: usize, loss: Map<String, Value>, score: f64 },
     /// The stage ended with the weights that it had after `step`, the best by the watched texts.
     Kept { stage: usize, step: usize },
 }
@@ -56,7 +57,8 @@ pub struct Outcome {
 
 /// What is trained towards what.
 pub struct Run<'a> {
-    pub teacher: &'a Decoder<AutogradBackend>,
+    /// `None`: only the text is learned from.
+    pub teacher: Option<&'a Decoder<AutogradBackend>>,
     pub data: &'a Data,
     pub watched: &'a [Watched],
     pub plan: &'a Plan,
@@ -121,6 +123,9 @@ impl Run<'_> {
         let (teacher, data, plan) = (self.teacher, self.data, self.plan);
         match method {
             Method::Block(options) => {
+                let Some(teacher) = teacher else {
+                    return Err(RecoverError::Data("the method block needs a teacher".into()));
+                };
                 block::train(student, teacher, data, &options, from, &mut |report, student| {
                     let (block, before, after) = (report.block, report.before, report.after);
                     self.record(events, Event::Block { stage, block, before, after })?;
@@ -132,14 +137,15 @@ impl Run<'_> {
                 }
             }
             Method::Distill(options) => {
-                let trained = |p: &Parameter| p.is_quantized() || (options.norms && p.is_norm());
+                let all = student.everything;
+                let trained = |p: &Parameter| all || p.is_quantized() || (options.norms && p.is_norm());
                 if from > 0 {
                     student.go_on(trained)
                 } else {
                     student.train(trained)
                 }
                 let mut saved = Instant::now();
-                distill::train(student, Some(teacher), data, &options, from, &mut |point, student| {
+                distill::train(student, teacher, data, &options, from, &mut |point, student| {
                     self.record(events, Event::Step { stage, point: *point })?;
                     let mut flow = ControlFlow::Continue(());
                     if point.step.is_multiple_of(plan.evaluate_every.max(1)) || point.step == options.steps {
@@ -169,23 +175,24 @@ impl Run<'_> {
 
     /// Measures the watched texts; whether they have never been better in this stage.
     fn look(&mut self, student: &Student, stage: usize, step: usize, events: &mut Vec<Event>) -> Result<bool> {
-        let mut kl = Map::new();
+        let mut loss = Map::new();
         for w in self.watched {
-            let value = w.kl(&student.decoder, self.teacher)?;
+            let value = w.loss(&student.decoder, self.teacher)?;
             if !value.is_finite() {
-                return Err(RecoverError::NotFinite { what: format!("KL on {}", w.name), step, value });
+                return Err(RecoverError::NotFinite { what: format!("loss on {}", w.name), step, value });
             }
-            kl.insert(w.name.clone(), Value::from(value));
+            loss.insert(w.name.clone(), Value::from(value));
         }
-        let first = events.iter().find_map(|e| if let Event::Watched { kl, .. } = e { Some(kl.clone()) } else { None });
-        let first = first.unwrap_or_else(|| kl.clone());
+        let first =
+            events.iter().find_map(|e| if let Event::Watched { loss, .. } = e { Some(loss.clone()) } else { None });
+        let first = first.unwrap_or_else(|| loss.clone());
         let of = |map: &Map<String, Value>, name: &str| map.get(name).and_then(Value::as_f64).unwrap_or(0.0);
         let ratio = |name: &String| {
             let start = of(&first, name);
-            if start > 0.0 { of(&kl, name) / start } else { 1.0 + of(&kl, name) }
+            if start > 0.0 { of(&loss, name) / start } else { 1.0 + of(&loss, name) }
         };
-        let score = kl.keys().map(ratio).sum::<f64>() / kl.len().max(1) as f64;
-        self.record(events, Event::Watched { stage, step, kl, score })?;
+        let score = loss.keys().map(ratio).sum::<f64>() / loss.len().max(1) as f64;
+        self.record(events, Event::Watched { stage, step, loss, score })?;
         // Where nothing is watched, the last is the best.
         Ok(self.watched.is_empty() || best_of(events, stage).is_some_and(|b| b.step == step))
     }

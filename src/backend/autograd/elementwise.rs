@@ -1,4 +1,4 @@
-//! The activation function with its gradient, each one pass over memory.
+//! Sum and activation function with their gradients, each one pass over memory.
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -6,6 +6,27 @@ use rayon::prelude::*;
 use super::host;
 use crate::backend::cpu::elementwise::{self, exp};
 use crate::backend::cpu::isa::{Isa, multiversion};
+
+/// x + y.
+pub(super) struct Add;
+
+impl CustomOp2 for Add {
+    fn name(&self) -> &'static str {
+        "add"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, y: &CpuStorage, ly: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (x, y) = (host::values(x, lx)?, host::values(y, ly)?);
+        let mut out = x.to_vec();
+        let chunks = out.par_chunks_mut(CHUNK).zip(y.par_chunks(CHUNK));
+        chunks.for_each(|(out, y)| out.iter_mut().zip(y).for_each(|(x, y)| *x += y));
+        Ok((CpuStorage::F32(out), lx.shape().clone()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((Some(grad.clone()), Some(grad.clone())))
+    }
+}
 
 /// silu(gate) · up.
 pub(super) struct SiluMul;

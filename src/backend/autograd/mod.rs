@@ -135,7 +135,8 @@ impl Backend for AutogradBackend {
     }
 
     fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
-        (x + y).context("add")
+        let add = || x.contiguous()?.apply_op2(&y.contiguous()?, elementwise::Add);
+        add().context("add")
     }
 
     fn silu_mul(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {

@@ -1,0 +1,123 @@
+//! Text that a model writes by itself, for training without data of one's own.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::json;
+
+use crate::backend::cpu::{CpuBackend, isa::Isa};
+use crate::checkpoint::Checkpoint;
+use crate::engine::{Request, SamplingParams, generate_many};
+use crate::formats::kv::KvFormat;
+use crate::model::Decoder;
+use crate::recover::data::Row;
+use crate::text::{ChatInput, Tokenizer};
+
+/// What such text begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Opening {
+    /// The token that begins (or separates) documents.
+    Document,
+    /// A user's turn, which the model writes as well as the answer (as Magpie does).
+    Chat,
+}
+
+/// Sequences that are written side by side.
+const WIDTH: usize = 32;
+
+/// `count` sequences of `length` tokens as the model of `checkpoint` writes them, sampled at temperature 1; kept in `file`.
+pub(super) fn rows(
+    checkpoint: &Checkpoint,
+    opening: Opening,
+    count: usize,
+    length: usize,
+    seed: u64,
+    threads: usize,
+    file: &Path,
+) -> Result<Vec<Row>> {
+    let key = json!({"opening": format!("{opening:?}"), "count": count, "length": length, "seed": seed});
+    if let Some(rows) = kept(file, &key) {
+        return Ok(rows);
+    }
+    let folder = checkpoint.tensors.folder();
+    let tokenizer = Tokenizer::from_folder(folder)?;
+    let prompt = match opening {
+        Opening::Document => {
+            let configured = || {
+                let id =
+                    ["bos_token_id", "eos_token_id"].into_iter().find_map(|k| checkpoint.config.value()[k].as_u64());
+                id.and_then(|id| u32::try_from(id).ok())
+            };
+            let token = tokenizer.bos_id().or(tokenizer.eos_id()).or_else(configured);
+            let token = token.with_context(|| {
+                format!("{}: the tokenizer names no token that begins a text, so the teacher cannot", folder.display())
+            })?;
+            vec![token]
+        }
+        Opening::Chat => user_turn(folder, &tokenizer)?,
+    };
+    if prompt.len() + 2 > length {
+        bail!("--length {length} leaves no room after the {} tokens that open a conversation", prompt.len());
+    }
+    let decoder = Decoder::load(CpuBackend::new(Isa::detect(), threads)?, checkpoint)?;
+    let sampling: Vec<SamplingParams> = (0..count)
+        .map(|i| SamplingParams {
+            temperature: 1.0,
+            seed: Some(seed.wrapping_add(i as u64)),
+            ..SamplingParams::default()
+        })
+        .collect();
+    let requests: Vec<Request<'_>> = sampling
+        .iter()
+        .map(|sampling| Request {
+            prompt: &prompt,
+            max_tokens: length - prompt.len(),
+            sampling,
+            stop_tokens: &[],
+            stop: &[],
+        })
+        .collect();
+    let bar = super::progress(count as u64, "the teacher writes");
+    let mut out = vec![Row::default(); count];
+    generate_many(&decoder, &tokenizer, &requests, WIDTH.min(count), length, KvFormat::F32, &mut |index, answer| {
+        let tokens = prompt.iter().copied().chain(answer.tokens.iter().map(|t| t.token)).collect();
+        out[index] = Row::text(tokens);
+        bar.inc(1);
+        ControlFlow::Continue(())
+    })?;
+    bar.finish_and_clear();
+    let tokens: Vec<&Vec<u32>> = out.iter().flat_map(|r| r.0.iter().map(|d| &d.tokens)).collect();
+    if let Some(parent) = file.parent() {
+        std::fs::create_dir_all(parent).with_context(|| format!("{}: cannot be created", parent.display()))?;
+    }
+    recoup_eval::journal::write_atomically(file, json!({"key": key, "tokens": tokens}).to_string().as_bytes())?;
+    Ok(out)
+}
+
+/// What an earlier run of the same kind wrote.
+fn kept(file: &Path, key: &serde_json::Value) -> Option<Vec<Row>> {
+    let stored: serde_json::Value = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
+    let tokens: Vec<Vec<u32>> = serde_json::from_value(stored.get("tokens")?.clone()).ok()?;
+    (stored.get("key") == Some(key)).then(|| tokens.into_iter().map(Row::text).collect())
+}
+
+/// Tokens up to where a user begins to speak, in the model's template.
+fn user_turn(folder: &Path, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    const MARK: &str = "\u{1}the user speaks\u{1}";
+    let template = crate::text::ChatTemplate::from_folder(folder)?
+        .with_context(|| format!("{}: the teacher has no chat template", folder.display()))?;
+    let messages = [json!({"role": "user", "content": MARK})];
+    let text = template.render(&ChatInput { messages: &messages, ..ChatInput::default() })?;
+    let (opening, _) = text.split_once(MARK).with_context(|| {
+        format!("{}: the chat template does not write a user's words as they are", folder.display())
+    })?;
+    let tokens = tokenizer.encode(opening, false)?;
+    if tokens.is_empty() {
+        bail!(
+            "{}: the chat template begins with the user's words, so there is nothing to start from",
+            folder.display()
+        );
+    }
+    Ok(tokens)
+}

@@ -1,0 +1,150 @@
+//! `recoup pretrain`: trains a small model from scratch.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use serde_json::json;
+
+use super::recover::{Display, rows, training_folder};
+use crate::backend::autograd::AutogradBackend;
+use crate::backend::cpu::operand::Precision;
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::json::Object;
+use crate::checkpoint::write::FolderWriter;
+use crate::model::ModelConfig;
+use crate::recover::data::{self, Data, Part};
+use crate::recover::distill::Watched;
+use crate::recover::pretrain::initialize;
+use crate::recover::run_folder::RunFolder;
+use crate::recover::sources::Reader;
+use crate::recover::stage::Stage;
+use crate::recover::student::{CURVE_FILE, RECORD_FILE, Student};
+use crate::recover::trainer::{Plan, Run};
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// Folder with the config.json and tokenizer of the model to be
+    shape: PathBuf,
+    /// Folder to write; must not exist or be empty
+    #[arg(short, long, value_name = "FOLDER")]
+    output: PathBuf,
+    /// What to train on: text, or documents (.jsonl with `text` in each line)
+    #[arg(long, value_name = "FILE", required = true)]
+    data: Vec<PathBuf>,
+    /// Text to measure the cross-entropy on while training
+    #[arg(long, value_name = "FILE", required = true)]
+    watch: Vec<PathBuf>,
+    /// Settings of the training: `steps=2000,lr=2e-3,sequences=16,warmup=100`; those of `recoup recover --method qat`
+    #[arg(long, value_name = "KEY=VALUE,...", default_value = "steps=2000,lr=2e-3,sequences=16,warmup=100")]
+    settings: String,
+    /// Tokens in a sequence
+    #[arg(long, default_value_t = 256)]
+    length: usize,
+    /// Sequences of each watched text
+    #[arg(long, default_value_t = 32)]
+    watch_samples: usize,
+    /// Steps between looks at the watched texts
+    #[arg(long, value_name = "STEPS", default_value_t = 250)]
+    evaluate_every: usize,
+    /// Of the first weights and of the order of the data
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Go on with a run that was interrupted; the result is the same to the byte
+    #[arg(long)]
+    resume: bool,
+    /// Seconds between saves of the training state, which lies in FOLDER.training until the end
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    save_every: u64,
+    /// Threads; 0 is one per core
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+}
+
+pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    super::recover::prepare();
+    let stage = Stage::parse(&format!("qat:{}", args.settings), args.seed)?;
+    rayon::ThreadPoolBuilder::new().num_threads(args.threads).build()?.install(|| train(args, stage))
+}
+
+fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
+    let start = Instant::now();
+    drop(FolderWriter::create(&args.output)?);
+    let training = training_folder(&args.output)?;
+    if training.exists() && !args.resume {
+        bail!(
+            "{}: a run for the same output was interrupted; go on with --resume, or remove that folder",
+            training.display()
+        );
+    }
+    let reader = Reader::of(&args.shape, false)?;
+    let part = |file: &PathBuf| -> Result<Part> {
+        let name = file.file_stem().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+        Ok(Part { name, rows: rows(&reader, file, args.length)?, share: 1.0 })
+    };
+    let mut parts = args.data.iter().map(part).collect::<Result<Vec<_>>>()?;
+    let all: usize = parts.iter().map(|p| p.rows.len()).sum();
+    parts.iter_mut().for_each(|p| p.share = p.rows.len() as f64);
+    let data = Data::mix(&parts, all)?;
+    let watched = args.watch.iter().map(part).collect::<Result<Vec<_>>>()?;
+    let watched: Vec<(String, Data)> = watched
+        .into_iter()
+        .map(|p| (p.name.clone(), Data { rows: data::spread(&p.rows, args.watch_samples), description: p.name }))
+        .collect();
+
+    let text = std::fs::read_to_string(args.shape.join("config.json"))?;
+    let about = json!({
+        "recoup_version": env!("CARGO_PKG_VERSION"),
+        "config": serde_json::from_str::<serde_json::Value>(&text)?,
+        "seed": args.seed,
+        "methods": [stage.describe()],
+        "data": {"description": data.description, "sha256": data.hash(), "length": args.length},
+        "watched": watched.iter().map(|(name, d)| json!({"name": name, "sha256": d.hash()})).collect::<Vec<_>>(),
+        "evaluate_every": args.evaluate_every,
+    });
+    let resumed = if args.resume { RunFolder::resume(&training, &about)? } else { None };
+    let mut run_folder = match resumed {
+        Some(folder) => folder,
+        None => RunFolder::create(&training, &about)?,
+    };
+    let initial = training.join("initial");
+    if !initial.exists() {
+        let config = Object::read(&args.shape.join("config.json"))?;
+        initialize(&ModelConfig::read(&config)?, &args.shape, args.seed, &initial)?;
+    }
+    let checkpoint = Checkpoint::open(&initial)?;
+    let mut student = Student::load_plain(&checkpoint, AutogradBackend::with_precision(Precision::Bf16))?;
+    let weights: usize = student.parameters.iter().map(|p| p.master.len()).sum();
+    eprintln!("{weights} weights; data: {}", data.description);
+    let watched = watched
+        .into_iter()
+        .map(|(name, data)| Watched::new(name, data.rows, None))
+        .collect::<std::result::Result<Vec<_>, _>>()?;
+    let plan = Plan {
+        stages: vec![stage],
+        evaluate_every: args.evaluate_every,
+        patience: None,
+        save_every: Duration::from_secs(args.save_every),
+    };
+    let mut display = Display::new(&plan, student.decoder.config.layers, "cross-entropy");
+    let mut run = Run {
+        teacher: None,
+        data: &data,
+        watched: &watched,
+        plan: &plan,
+        folder: &mut run_folder,
+        show: &mut |event| display.show(event),
+    };
+    let outcome = run.train(&mut student)?;
+    display.bar.finish_and_clear();
+    let files = [(RECORD_FILE, format!("{about:#}\n").into_bytes()), (CURVE_FILE, run_folder.curve()?)];
+    student.write(&checkpoint, &files, &args.output)?;
+    drop((student, checkpoint));
+    run_folder.remove()?;
+    eprintln!("wrote {} in {:.1} s", args.output.display(), start.elapsed().as_secs_f64());
+    match outcome.stopped {
+        None => super::done(),
+        Some(error) => Err(error.into()),
+    }
+}
