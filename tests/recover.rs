@@ -132,11 +132,11 @@ fn the_gradient_of_a_norms_weight_is_that_of_finite_differences() {
     step();
     step();
     let gradient = norm.gradient().clone().unwrap();
-    for i in 0..n {
+    for (i, gradient) in gradient.iter().enumerate() {
         let moved =
             |h: f32| weight.iter().enumerate().map(|(j, w)| w + if i == j { h } else { 0.0 }).collect::<Vec<_>>();
         let difference = (value(&moved(1e-2)) - value(&moved(-1e-2))) / 2e-2;
-        assert!((difference - f64::from(gradient[i])).abs() < 2e-3, "{i}: {difference} {}", gradient[i]);
+        assert!((difference - f64::from(*gradient)).abs() < 2e-3, "{i}: {difference} {gradient}");
     }
 }
 
@@ -214,11 +214,11 @@ fn gradients_of_linears_are_those_of_finite_differences() {
             loss::given(&y, 0.0, out.clone()).unwrap().backward().unwrap();
         }
         let gradient = one.gradient().clone().unwrap();
-        for i in 0..n * k {
+        for (i, gradient) in gradient.iter().enumerate() {
             let moved =
                 |h: f32| a.iter().enumerate().map(|(j, w)| w + if i == j { h } else { 0.0 }).collect::<Vec<_>>();
             let difference = (value(&moved(0.1)) - value(&moved(-0.1))) / 0.2;
-            assert!((difference - f64::from(gradient[i])).abs() < 1e-3, "{i}: {difference} {}", gradient[i]);
+            assert!((difference - f64::from(*gradient)).abs() < 1e-3, "{i}: {difference} {gradient}");
         }
     }
 }
@@ -236,6 +236,15 @@ fn gradients_of_the_losses_are_those_of_finite_differences() {
     let (student, teacher) = (head(), head());
     let weights = [1.0, 0.0, 1.0, 0.5, 2.0];
     let targets = [3, 0, 29, 7, 7];
+    fn bundle<'a>(
+        hidden: &'a Tensor,
+        head: &'a Linear,
+        teacher: Option<loss::Teacher<'a>>,
+        targets: &'a [u32],
+        weights: &'a [f32],
+    ) -> loss::Rows<'a> {
+        loss::Rows { hidden, head, teacher, targets, weights }
+    }
     let objective = |kl, cross_entropy, temperature, top_k| loss::Objective { kl, cross_entropy, temperature, top_k };
     for o in [
         objective(1.0, 0.0, 1.0, None),
@@ -246,22 +255,30 @@ fn gradients_of_the_losses_are_those_of_finite_differences() {
     ] {
         let reference = Some(loss::Teacher { hidden: &other, head: &teacher });
         check_gradients(&format!("{o:?}"), &[(hidden.clone(), k)], |x| {
-            loss::next_token(&x[0], &student, reference, &targets, &weights, 3.0, &o).unwrap().0
+            loss::next_token(&bundle(&x[0], &student, reference, &targets, &weights), 3.0, &o).unwrap().0
         });
         let x = tensor(&hidden, k);
-        let (value, sums) = loss::next_token(&x, &student, reference, &targets, &weights, 3.0, &o).unwrap();
+        let (value, sums) = loss::next_token(&bundle(&x, &student, reference, &targets, &weights), 3.0, &o).unwrap();
         let expected = (f64::from(o.kl) * sums.kl + f64::from(o.cross_entropy) * sums.cross_entropy) / 3.0;
         assert!((f64::from(value.to_scalar::<f32>().unwrap()) - expected).abs() < 1e-5 * expected.abs());
-        assert_eq!(loss::measure(&x, &student, reference, &targets, &weights, &o).unwrap(), sums);
+        assert_eq!(loss::measure(&bundle(&x, &student, reference, &targets, &weights), &o).unwrap(), sums);
         assert_eq!(sums.weight, 4.5);
     }
     check_gradients("squared_error", &[(hidden, k)], |x| {
         loss::squared_error(&x[0], &other, &[1.0, 0.5, 0.0, 2.0, 1.0]).unwrap().0
     });
     let x = tensor(&other, k);
-    assert!(loss::next_token(&x, &student, None, &targets, &weights, 3.0, &objective(1.0, 0.0, 1.0, None)).is_err());
-    assert!(loss::next_token(&x, &student, None, &[99; 5], &weights, 3.0, &objective(0.0, 1.0, 1.0, None)).is_err());
-    assert!(loss::next_token(&x, &student, None, &[1; 4], &weights, 3.0, &objective(0.0, 1.0, 1.0, None)).is_err());
+    assert!(
+        loss::next_token(&bundle(&x, &student, None, &targets, &weights), 3.0, &objective(1.0, 0.0, 1.0, None))
+            .is_err()
+    );
+    assert!(
+        loss::next_token(&bundle(&x, &student, None, &[99; 5], &weights), 3.0, &objective(0.0, 1.0, 1.0, None))
+            .is_err()
+    );
+    assert!(
+        loss::next_token(&bundle(&x, &student, None, &[1; 4], &weights), 3.0, &objective(0.0, 1.0, 1.0, None)).is_err()
+    );
 }
 
 /// Straight through the rounding, but nothing where an input is beyond the reach of its calibrated scale.

@@ -88,9 +88,8 @@ fn a_recovered_model_is_better_and_says_how_it_came_to_be() {
     assert!(!Path::new(&format!("{out}.training")).exists());
     let record: Value = serde_json::from_slice(&std::fs::read(folder.at("out/recoup_recovery.json")).unwrap()).unwrap();
     let kl = |when: &str, text: &str| record["watched_kl"][when][text].as_f64().unwrap();
-    for text in ["data, held out", "built-in text"] {
-        assert!(kl("after", text) < 0.97 * kl("before", text), "{record:#}");
-    }
+    let mean = |when| (kl(when, "data, held out") + kl(when, "built-in text")) / 2.0;
+    assert!(mean("after") < 0.95 * mean("before"), "{record:#}");
     assert_eq!(record["methods"][0]["settings"]["steps"], 24);
     assert_eq!(record["methods"][1]["method"], "qad");
     assert_eq!(record["data"]["sha256"].as_str().unwrap().len(), 64);

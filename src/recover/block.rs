@@ -4,6 +4,7 @@
 //! teacher's, and what leaves the teacher's. One block's masters have gradients at a time; no vocabulary is involved.
 
 use candle_core::{Device, Tensor, Var};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::data::{Data, Order, Row, batch, spread};
@@ -85,9 +86,8 @@ pub fn train(
             continue;
         }
         student.train(|p| p.layer == Some(block) && (p.is_quantized() || (options.norms && p.is_norm())));
-        let weights = targets.worth();
         let first = data.first(CHUNK);
-        let before = inputs.through(&student.decoder, block, &first)?.distance(&targets, &weights);
+        let before = inputs.through(&student.decoder, block, &first)?.distance(&targets);
         let mut order = Order::new(data.rows.len(), options.seed.wrapping_add(block as u64));
         for step in 0..options.steps {
             let chosen = order.take(options.sequences);
@@ -97,7 +97,7 @@ pub fn train(
             let mut cache = cache(&student.decoder, &part)?;
             let out = student.decoder.block(block, x.as_tensor().clone(), &rope, &mut cache, &part)?;
             let wanted = targets.gather(&chosen);
-            let worth: Vec<f32> = chosen.iter().flat_map(|s| weights[*s].clone()).collect();
+            let worth = worth(&student.decoder.backend().to_host(&out)?, &wanted, inputs.hidden);
             let (loss, value) = loss::squared_error(&out, &wanted, &worth).during("block loss")?;
             if !value.is_finite() {
                 return Err(RecoverError::NotFinite { what: format!("error of block {block}"), step, value });
@@ -108,7 +108,7 @@ pub fn train(
             student.step(&options.adam, step + 1, rate, factor);
         }
         let outputs = inputs.through(&student.decoder, block, data)?;
-        each(&BlockReport { block, before, after: outputs.distance(&targets, &weights) }, student)?;
+        each(&BlockReport { block, before, after: outputs.distance(&targets) }, student)?;
         inputs = outputs;
         reference = targets;
     }
@@ -169,26 +169,30 @@ impl Stream {
         Ok(Self { states, hidden: self.hidden })
     }
 
-    /// 1 / |x|² of every token: errors are then relative, and a token with a huge state (an attention sink) counts as any.
-    fn worth(&self) -> Vec<Vec<f32>> {
-        let one = |x: &[f32]| {
-            let square: f64 = x.iter().map(|v| f64::from(*v).powi(2)).sum();
-            if square > 0.0 { (1.0 / square) as f32 } else { 0.0 }
-        };
-        self.states.iter().map(|s| s.chunks_exact(self.hidden).map(one).collect()).collect()
-    }
-
-    /// Mean over tokens of weight · |self - other|².
-    fn distance(&self, other: &Self, weights: &[Vec<f32>]) -> f64 {
+    /// Mean over tokens of [`worth`] · |self - other|².
+    fn distance(&self, other: &Self) -> f64 {
         let (mut sum, mut tokens) = (0.0, 0);
-        for ((a, b), weights) in self.states.iter().zip(&other.states).zip(weights) {
+        for (a, b) in self.states.iter().zip(&other.states) {
+            let weights = worth(a, b, self.hidden);
             for ((a, b), w) in a.chunks_exact(self.hidden).zip(b.chunks_exact(self.hidden)).zip(weights) {
-                sum += f64::from(*w) * a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+                sum += f64::from(w) * a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
                 tokens += 1;
             }
         }
         sum / f64::from(tokens.max(1))
     }
+}
+
+/// What the squared error of each token is multiplied by: 2 / (|x|² + |target|²), seen as a constant. Errors are then
+/// relative, so that a token with a huge state (an attention sink) counts as any; and at most 4, so that one whose state
+/// is huge in only one of the two models does not drown all others.
+fn worth(x: &[f32], target: &[f32], hidden: usize) -> Vec<f32> {
+    let square = |x: &[f32]| x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>();
+    let one = |(x, target): (&[f32], &[f32])| {
+        let size = square(x) + square(target);
+        if size > 0.0 { (2.0 / size) as f32 } else { 0.0 }
+    };
+    x.par_chunks_exact(hidden).zip(target.par_chunks_exact(hidden)).map(one).collect()
 }
 
 fn prepare(decoder: &Decoder<AutogradBackend>, data: &Data, chosen: &[usize]) -> (Batch, RopeTable) {

@@ -180,9 +180,9 @@ pub fn gradients(
     }
     let leaf = Var::from_tensor(&x).during("head")?;
     let normed = student.final_norm(leaf.as_tensor())?;
-    let (loss, sums) =
-        loss::next_token(&normed, student.head(), reference, &targets, &weights, total, &options.objective())
-            .during("loss")?;
+    let rows =
+        loss::Rows { hidden: &normed, head: student.head(), teacher: reference, targets: &targets, weights: &weights };
+    let (loss, sums) = loss::next_token(&rows, total, &options.objective()).during("loss")?;
     let mut gradient = taken(&loss, &leaf)?;
     while let Some((leaf, out)) = kept.pop() {
         let out = match out {
@@ -264,8 +264,14 @@ impl Watched {
             let hidden = self.reference.as_ref().map(|r| r[i].as_slice());
             let reference = teacher.zip(hidden).map(|(t, hidden)| Teacher { hidden, head: t.head() });
             let own = entering_head(student, row)?;
-            let part = loss::measure(&own, student.head(), reference, &targets, &weights, &objective);
-            let part = part.during("evaluation")?;
+            let rows = loss::Rows {
+                hidden: &own,
+                head: student.head(),
+                teacher: reference,
+                targets: &targets,
+                weights: &weights,
+            };
+            let part = loss::measure(&rows, &objective).during("evaluation")?;
             sums.weight += part.weight;
             sums.kl += if teacher.is_some() { part.kl } else { part.cross_entropy };
         }

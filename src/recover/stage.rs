@@ -122,7 +122,7 @@ mod tests {
             ("qad:steps=0", "at least 1"),
             ("qad:lr=0", "learning rate"),
             ("qad:kl=0", "above 0"),
-            ("block:lr=1e999", "learning rate"),
+            ("block:lr=1e999", "`1e999`"),
         ] {
             let error = Stage::parse(text, 0).unwrap_err().to_string();
             assert!(error.contains(text) && error.contains(part), "{text}: {error}");

@@ -103,24 +103,29 @@ pub struct Teacher<'a> {
 /// Rows whose logits are in memory at a time.
 const ROWS: usize = 128;
 
-/// The objective summed over rows by their weights and divided by `total`; `hidden` [rows, features] enters `head`.
-/// `targets` are the next tokens, rows of weight 0 take no part. The head's own gradient is added if it is trained; the
-/// returned scalar's is that of `hidden`.
+/// Rows of which the next token is predicted.
+#[derive(Clone, Copy)]
+pub struct Rows<'a> {
+    /// What enters `head`, [rows, features].
+    pub hidden: &'a Tensor,
+    pub head: &'a Linear,
+    pub teacher: Option<Teacher<'a>>,
+    /// The next tokens, [rows].
+    pub targets: &'a [u32],
+    /// [rows]; those of weight 0 take no part.
+    pub weights: &'a [f32],
+}
+
+/// The objective summed over rows by their weights and divided by `total`. The head's own gradient is added if it is
+/// trained; the returned scalar's is that of what enters it.
 ///
 /// # Errors
 /// When shapes do not fit or a KL is asked for without a teacher.
-pub fn next_token(
-    hidden: &Tensor,
-    head: &Linear,
-    teacher: Option<Teacher<'_>>,
-    targets: &[u32],
-    weights: &[f32],
-    total: f64,
-    objective: &Objective,
-) -> Result<(Tensor, LossSums)> {
+pub fn next_token(rows: &Rows<'_>, total: f64, objective: &Objective) -> Result<(Tensor, LossSums)> {
+    let Rows { hidden, head, .. } = *rows;
     let mut gradient = Vec::with_capacity(hidden.elem_count());
     let scale = if total > 0.0 { (1.0 / total) as f32 } else { 0.0 };
-    let sums = each_chunk(hidden, head, teacher, targets, weights, scale, objective, &mut |x, input, logits| {
+    let sums = each_chunk(rows, scale, objective, &mut |x, input, logits| {
         head.add_gradient(logits, input);
         let mut dx = head.input_gradient(logits, x.len() / head.grid().k);
         head.straight_through(x, &mut dx);
@@ -134,30 +139,16 @@ pub fn next_token(
 ///
 /// # Errors
 /// As [`next_token`].
-pub fn measure(
-    hidden: &Tensor,
-    head: &Linear,
-    teacher: Option<Teacher<'_>>,
-    targets: &[u32],
-    weights: &[f32],
-    objective: &Objective,
-) -> Result<LossSums> {
-    each_chunk(hidden, head, teacher, targets, weights, 0.0, objective, &mut |_, _, _| {})
+pub fn measure(rows: &Rows<'_>, objective: &Objective) -> Result<LossSums> {
+    each_chunk(rows, 0.0, objective, &mut |_, _, _| {})
 }
 
-/// Losses of all rows; calls `f` with what enters the head, that quantized, and `scale` times the gradient of the logits,
-/// a few rows at a time.
-#[allow(clippy::too_many_arguments)]
-fn each_chunk(
-    hidden: &Tensor,
-    head: &Linear,
-    teacher: Option<Teacher<'_>>,
-    targets: &[u32],
-    weights: &[f32],
-    scale: f32,
-    objective: &Objective,
-    f: &mut dyn FnMut(&[f32], &Input, &[f32]),
-) -> Result<LossSums> {
+/// What sees some rows: what enters the head, that quantized, and the gradient of the logits.
+type Chunk<'f> = dyn FnMut(&[f32], &Input, &[f32]) + 'f;
+
+/// Losses of all rows; calls `f` with a few rows at a time and `scale` times their gradient.
+fn each_chunk(rows: &Rows<'_>, scale: f32, objective: &Objective, f: &mut Chunk<'_>) -> Result<LossSums> {
+    let Rows { hidden, head, teacher, targets, weights } = *rows;
     let (rows, k) = hidden.dims2()?;
     let vocab = head.grid().n;
     if targets.len() != rows || weights.len() != rows {
