@@ -294,3 +294,84 @@ fn conversations_and_documents_are_trained_on() {
     }
     assert!((losses[0] - losses[1]).abs() > 1e-3, "{losses:?}");
 }
+
+/// Text that the teacher writes: the same for the same seed, and enough to recover by.
+#[test]
+fn the_teacher_writes_its_own_data() {
+    let folder = Folder::new();
+    let recover = |name: &str, seed: &str| {
+        let out = folder.path(name);
+        let mut args = arguments(&[STUDENT], &out, &["--method", "block:steps=8", "--seed", seed]);
+        args[5] = "teacher";
+        let stderr = succeed(&args);
+        assert!(stderr.contains("teacher: 24 sequences, 1536 tokens"), "{stderr}");
+        let record: Value =
+            serde_json::from_slice(&std::fs::read(folder.at(name).join("recoup_recovery.json")).unwrap()).unwrap();
+        (contents(&folder.at(name)), record)
+    };
+    let (first, record) = recover("first", "1");
+    assert_eq!(first, recover("second", "1").0);
+    let other = recover("third", "2").1;
+    assert_ne!(record["data"]["sha256"], other["data"]["sha256"]);
+    let out = folder.path("chat");
+    let mut args = arguments(&[STUDENT], &out, &["--method", "block:steps=8"]);
+    args[5] = "teacher-chat";
+    assert!(fail(&args).contains("no chat template"));
+}
+
+/// A model from scratch learns, is resumed to the byte, and is a BF16 checkpoint that can be quantized.
+#[test]
+fn a_model_is_trained_from_scratch() {
+    let folder = Folder::new();
+    let shape = folder.at("shape");
+    std::fs::create_dir(&shape).unwrap();
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join(TEACHER);
+    std::fs::copy(model.join("tokenizer.json"), shape.join("tokenizer.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&std::fs::read(model.join("config.json")).unwrap()).unwrap();
+    for (key, value) in [("hidden_size", 32), ("intermediate_size", 64), ("num_hidden_layers", 2), ("head_dim", 16)] {
+        config[key] = value.into();
+    }
+    config["num_attention_heads"] = 2.into();
+    std::fs::write(shape.join("config.json"), config.to_string()).unwrap();
+    let shape = shape.to_str().unwrap().to_owned();
+    let args = |out: &'static str| {
+        let out = folder.path(out);
+        let line = format!(
+            "pretrain {shape} -o {out} --data {TEXT} --watch {TEXT} --settings steps=60,lr=1e-2,sequences=4,warmup=5 \
+             --length 64 --evaluate-every 20 --watch-samples 4 --threads 2 --save-every 0"
+        );
+        line.split_whitespace().map(str::to_owned).collect::<Vec<String>>()
+    };
+    let run = |args: &[String]| succeed(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    let stderr = run(&args("whole"));
+    assert!(stderr.contains("cross-entropy on calibration"), "{stderr}");
+    let curve = std::fs::read_to_string(folder.at("whole/recoup_curve.jsonl")).unwrap();
+    let losses: Vec<f64> = curve
+        .lines()
+        .map(|l| serde_json::from_str::<Value>(l).unwrap())
+        .filter(|e| e["event"] == "watched")
+        .map(|e| e["loss"]["calibration"].as_f64().unwrap())
+        .collect();
+    assert!((losses[0] - 4096f64.ln()).abs() < 0.1, "it begins knowing nothing: {losses:?}");
+    assert!(losses.last().unwrap() + 1.0 < losses[0], "{losses:?}");
+    let mut parts = args("parts");
+    parts.push("--resume".into());
+    let mut child = Command::new(env!("CARGO_BIN_EXE_recoup"))
+        .args(&parts)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let begun =
+        || std::fs::read_to_string(folder.at("parts.training/curve.jsonl")).is_ok_and(|c| c.lines().count() > 12);
+    while !begun() && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let _ = child.kill();
+    child.wait().unwrap();
+    run(&parts);
+    assert_eq!(contents(&folder.at("whole")), contents(&folder.at("parts")));
+    let quantized = folder.path("quantized");
+    succeed(&["quantize", &folder.path("whole"), "-o", &quantized, "--recipe", "nvfp4"]);
+    succeed(&["inspect", &quantized]);
+}
