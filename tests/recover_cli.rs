@@ -108,8 +108,16 @@ fn a_recovered_model_is_better_and_says_how_it_came_to_be() {
 fn runs_give_the_same_bytes_whatever_the_threads_and_after_being_killed_anywhere() {
     let folder = Folder::new();
     let (first, second, third) = (folder.path("first"), folder.path("second"), folder.path("third"));
-    let more =
-        ["--method", "block:steps=6", "--method", "qad:steps=16,lr=1e-4", "--evaluate-every", "4", "--save-every", "0"];
+    let more = [
+        "--method",
+        "block:steps=6",
+        "--method",
+        "qad:steps=16,lr=1e-5,average=0.8",
+        "--evaluate-every",
+        "4",
+        "--save-every",
+        "0",
+    ];
     let student = ["--recipe", "nvfp4_smooth"];
     succeed(&arguments(&student, &first, &more));
     let mut one = arguments(&student, &second, &more);

@@ -39,6 +39,8 @@ pub struct Options {
     pub hidden: f32,
     pub temperature: f32,
     pub top_k: Option<usize>,
+    /// What is watched and kept is a running mean of the masters, of which this share stays at each step; 0: the masters.
+    pub average: f32,
     /// Trains the norms as well.
     pub norms: bool,
     /// Computes each block's forward pass twice instead of keeping its activations.
@@ -60,6 +62,7 @@ impl Default for Options {
             hidden: 0.0,
             temperature: 1.0,
             top_k: None,
+            average: 0.0,
             norms: false,
             recompute: false,
             seed: 0,
@@ -131,6 +134,9 @@ pub fn train(
             }
         }
         student.step(&options.adam, step + 1, rate, options.adam.clipping(norm));
+        if options.average > 0.0 {
+            student.average(options.average);
+        }
         if each(&point, student)?.is_break() {
             break;
         }

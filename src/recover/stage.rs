@@ -75,6 +75,9 @@ impl Stage {
             if o.accumulate == 0 || o.top_k == Some(0) || !positive(o.temperature) {
                 return Err("accumulate, top_k and temperature must be above 0".into());
             }
+            if !(0.0..1.0).contains(&o.average) {
+                return Err("average lies from 0 up to 1".into());
+            }
             if !(o.kl >= 0.0 && o.cross_entropy >= 0.0 && o.hidden >= 0.0 && o.kl + o.cross_entropy + o.hidden > 0.0) {
                 return Err("kl, cross_entropy and hidden are weights of the loss: one must be above 0".into());
             }

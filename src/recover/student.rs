@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::MutexGuard;
 
+use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::optimizer::{AdamW, Moments, sum_of_squares};
@@ -22,6 +23,16 @@ pub enum Weight {
     Norm(Norm, Dtype),
 }
 
+impl Weight {
+    /// Puts the values nearest to `values` into the model, and moves those within reach of them.
+    fn put(&self, values: &mut [f32]) {
+        match self {
+            Self::Linear(l) => l.set(values),
+            Self::Norm(n, dtype) => n.set(values.iter().map(|v| rounded(*v, *dtype)).collect()),
+        }
+    }
+}
+
 /// A weight on its way.
 pub struct Parameter {
     /// The module of a linear, the tensor of a norm.
@@ -32,6 +43,8 @@ pub struct Parameter {
     /// [N, K], or [features].
     pub master: Vec<f32>,
     moments: Option<Moments>,
+    /// Running mean of the master over the steps of a stage that asks for it.
+    average: Option<Vec<f32>>,
 }
 
 impl Parameter {
@@ -58,6 +71,7 @@ impl Parameter {
     fn train(&mut self, moments: Option<Moments>) {
         let trained = moments.is_some();
         self.moments = moments;
+        self.average = None;
         match &self.weight {
             Weight::Linear(l) if trained => l.train(),
             Weight::Linear(l) => l.freeze(),
@@ -68,12 +82,7 @@ impl Parameter {
 
     /// Gives the model the master, rounded.
     fn round(&mut self) {
-        match &self.weight {
-            Weight::Linear(l) => l.set(&mut self.master),
-            Weight::Norm(n, dtype) => {
-                n.set(self.master.iter().map(|v| rounded(*v, *dtype)).collect());
-            }
-        }
+        self.weight.put(&mut self.master);
     }
 
     /// The master as its checkpoint holds it.
@@ -198,12 +207,40 @@ impl Student {
         }
     }
 
+    /// Takes this step's masters into their running means, of which `decay` stays; the first step begins them.
+    pub(super) fn average(&mut self, decay: f32) {
+        for p in self.parameters.iter_mut().filter(|p| p.moments.is_some()) {
+            match &mut p.average {
+                None => p.average = Some(p.master.clone()),
+                Some(average) => {
+                    let pairs = average.par_iter_mut().with_min_len(1 << 14).zip(&p.master);
+                    pairs.for_each(|(a, m)| *a = decay * *a + (1.0 - decay) * m);
+                }
+            }
+        }
+    }
+
+    /// Calls `f` while the model computes with the running means, where there are such.
+    pub(super) fn averaged<T>(&self, f: impl FnOnce() -> T) -> T {
+        let with = || self.parameters.iter().filter_map(|p| Some((p, p.average.as_ref()?)));
+        with().for_each(|(p, average)| p.weight.put(&mut average.clone()));
+        let result = f();
+        with().for_each(|(p, _)| p.weight.put(&mut p.master.clone()));
+        result
+    }
+
     /// Tensors of [`super::run_folder`]: masters, of one layer or all, and if asked for the moments that there are.
     pub(super) fn state_specs(&self, layer: Option<usize>, moments: bool) -> Vec<TensorSpec> {
         let mut specs = Vec::new();
         for p in self.parameters.iter().filter(|p| layer.is_none() || layer == p.layer) {
             let shape = vec![p.master.len()];
-            let kinds = if moments && p.moments.is_some() { &[MASTER, FIRST, SECOND][..] } else { &[MASTER] };
+            let kinds = match (moments && p.moments.is_some(), p.average.is_some()) {
+                (true, true) => &[MASTER, FIRST, SECOND, AVERAGE][..],
+                (true, false) => &[MASTER, FIRST, SECOND],
+                // What is kept as the best is the mean.
+                (false, true) => &[AVERAGE],
+                (false, false) => &[MASTER],
+            };
             for kind in kinds {
                 let name = format!("{}.{kind}", p.name);
                 specs.push(TensorSpec { name, dtype: Dtype::F32, shape: shape.clone() });
@@ -218,6 +255,7 @@ impl Student {
         let values = match kind {
             MASTER => &p.master,
             FIRST => &p.moments.as_ref()?.first,
+            AVERAGE => p.average.as_ref()?,
             _ => &p.moments.as_ref()?.second,
         };
         Some(values.iter().flat_map(|v| v.to_le_bytes()).collect())
@@ -233,6 +271,7 @@ impl Student {
             MASTER => p.master = values,
             FIRST => p.moments.get_or_insert_with(|| Moments::new(length)).first = values,
             SECOND => p.moments.get_or_insert_with(|| Moments::new(length)).second = values,
+            AVERAGE => p.average = Some(values),
             _ => return false,
         }
         true
@@ -243,12 +282,24 @@ impl Student {
         self.parameters.iter_mut().for_each(Parameter::round);
     }
 
-    /// As [`Self::train`], but moments that a resumed run has loaded stay.
+    /// Masters become their running means, where there are such.
+    pub(super) fn settle(&mut self) {
+        for p in &mut self.parameters {
+            if let Some(average) = p.average.take() {
+                p.master = average;
+                p.round();
+            }
+        }
+    }
+
+    /// As [`Self::train`], but moments and means that a resumed run has loaded stay.
     pub(super) fn go_on(&mut self, which: impl Fn(&Parameter) -> bool) {
         for p in &mut self.parameters {
             let moments = p.moments.take().unwrap_or_else(|| Moments::new(p.master.len()));
+            let average = p.average.take();
             let moments = which(p).then_some(moments);
             p.train(moments);
+            p.average = average;
         }
     }
 
@@ -289,7 +340,14 @@ impl Student {
 
 fn parameter(linear: Linear, module: &Module, mut master: Vec<f32>) -> Parameter {
     linear.set(&mut master);
-    Parameter { name: module.name.clone(), weight: Weight::Linear(linear), layer: module.layer, master, moments: None }
+    Parameter {
+        name: module.name.clone(),
+        weight: Weight::Linear(linear),
+        layer: module.layer,
+        master,
+        moments: None,
+        average: None,
+    }
 }
 
 fn norms(decoder: &Decoder<AutogradBackend>, checkpoint: &Checkpoint) -> Vec<Parameter> {
@@ -297,7 +355,14 @@ fn norms(decoder: &Decoder<AutogradBackend>, checkpoint: &Checkpoint) -> Vec<Par
     decoder.for_each_norm(|name, layer, norm| {
         let master = norm.weight().to_vec();
         let dtype = checkpoint.tensors.peek(&name).map_or(Dtype::F32, |v| v.dtype);
-        out.push(Parameter { name, weight: Weight::Norm(norm.clone(), dtype), layer, master, moments: None });
+        out.push(Parameter {
+            name,
+            weight: Weight::Norm(norm.clone(), dtype),
+            layer,
+            master,
+            moments: None,
+            average: None,
+        });
     });
     out
 }
@@ -310,6 +375,7 @@ pub const CURVE_FILE: &str = "recoup_curve.jsonl";
 const MASTER: &str = "master";
 const FIRST: &str = "first";
 const SECOND: &str = "second";
+const AVERAGE: &str = "average";
 
 /// Relative distance up to which a student's weights count as the rounded weights of a plain model. Four bits move
 /// weights by about a tenth; smoothing, by factors of two and more.

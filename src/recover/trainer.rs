@@ -163,7 +163,6 @@ impl Run<'_> {
                     }
                     Ok(flow)
                 })?;
-                student.train(|_| false);
             }
         }
         self.keep_best(student, stage, events)?;
@@ -177,7 +176,7 @@ impl Run<'_> {
     fn look(&mut self, student: &Student, stage: usize, step: usize, events: &mut Vec<Event>) -> Result<bool> {
         let mut loss = Map::new();
         for w in self.watched {
-            let value = w.loss(&student.decoder, self.teacher)?;
+            let value = student.averaged(|| w.loss(&student.decoder, self.teacher))?;
             if !value.is_finite() {
                 return Err(RecoverError::NotFinite { what: format!("loss on {}", w.name), step, value });
             }
@@ -199,7 +198,9 @@ impl Run<'_> {
 
     /// Gives the student the best weights of a stage, where they are not those that it has.
     fn keep_best(&mut self, student: &mut Student, stage: usize, events: &mut Vec<Event>) -> Result<()> {
+        student.train(|_| false);
         if let Some(best) = self.folder.load_best(student)? {
+            student.settle();
             self.record(events, Event::Kept { stage, step: best.done })?;
         }
         Ok(())
