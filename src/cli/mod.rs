@@ -66,7 +66,14 @@ enum Verb {
 /// Exit codes: 0 ok, 1 error, 2 usage (clap's own), 3 gate not met.
 #[must_use]
 pub fn main() -> ExitCode {
-    let result = run(Cli::parse().verb);
+    let verb = Cli::parse().verb;
+    let trains = matches!(verb, Verb::Demo(_) | Verb::Recover(_) | Verb::Pretrain(_));
+    if trains && std::env::var_os("CANDLE_NUM_THREADS").is_none() {
+        // Candle's own threads would wait in a loop, on the cores that ours compute on.
+        // SAFETY: the process has begun no other thread yet.
+        unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
+    }
+    let result = run(verb);
     match result {
         Ok(code) => code,
         // A reader that has seen enough (`recoup inspect … | head`) is no error.

@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use serde_json::json;
 
-use super::recover::{Display, rows, training_folder};
+use super::recover::{Display, KEPT_MEMORY, rows, training_folder};
 use crate::backend::autograd::AutogradBackend;
 use crate::backend::cpu::operand::Precision;
+use crate::backend::cpu::recycle;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::json::Object;
 use crate::checkpoint::write::FolderWriter;
@@ -63,7 +64,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
-    super::recover::prepare();
+    recycle::keep(KEPT_MEMORY);
     let stage = Stage::parse(&format!("qat:{}", args.settings), args.seed)?;
     rayon::ThreadPoolBuilder::new().num_threads(args.threads).build()?.install(|| train(args, stage))
 }

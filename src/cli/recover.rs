@@ -96,28 +96,18 @@ pub(super) struct Args {
 /// The name of the shipped text as data.
 const BUILT_IN: &str = "built-in";
 /// Freed memory that a training step finds again in the next, bytes.
-const KEPT_MEMORY: usize = 4 << 30;
+pub(super) const KEPT_MEMORY: usize = 4 << 30;
 /// Held-out sequences are at most this share of the data.
 const HELD_OUT: usize = 8;
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
-    prepare();
+    recycle::keep(KEPT_MEMORY);
     let stages: Vec<Stage> =
         args.methods.iter().map(|m| Stage::parse(m, args.seed)).collect::<std::result::Result<_, _>>()?;
     if args.length < 2 || args.samples == 0 {
         bail!("--length must be at least 2, and --samples at least 1");
     }
     rayon::ThreadPoolBuilder::new().num_threads(args.threads).build()?.install(|| train(args, stages))
-}
-
-/// Readies the process for training.
-pub(super) fn prepare() {
-    recycle::keep(KEPT_MEMORY);
-    // Candle's own threads would wait in a loop, on the cores that ours compute on.
-    if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
-        // SAFETY: called before any other thread is begun.
-        unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
-    }
 }
 
 fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
@@ -135,7 +125,9 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
     let (folder, unrounded) = match &args.recipe {
         Some(recipe) => {
             let recipe = Recipe::find(recipe)?;
-            let (folder, unrounded) = (training.join("student"), training.join("unrounded"));
+            // By name, so that a run that goes on with another recipe does not take the first one's student.
+            let place = |what: &str| training.join(format!("{what}-{}", recipe.name));
+            let (folder, unrounded) = (place("student"), place("unrounded"));
             if !folder.exists() {
                 make_student(args, &recipe, &teacher, &teacher_folder, &folder, &unrounded)?;
             }
