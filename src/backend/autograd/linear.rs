@@ -1,12 +1,15 @@
 //! A linear layer with the deployed numerics and straight-through gradients.
 
+use std::borrow::Cow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::host;
-use crate::backend::cpu::operand::{Operand, Precision, Scaling, Side, WeightGrid, product, quantize_input};
+use crate::backend::cpu::operand::{
+    Operand, Precision, Scaling, Side, WeightGrid, add_product, product, quantize_input,
+};
 use crate::formats::linear::{ActivationFormat, LinearTensors, OutputScale};
 use crate::formats::{e4m3, nvfp4};
 
@@ -136,36 +139,42 @@ impl Linear {
     /// y [T, N] for an input, without a graph.
     pub(super) fn multiply(&self, input: &Input) -> Vec<f32> {
         let WeightGrid { n, k, .. } = self.0.grid;
-        let mut y = vec![0.0; input.rows * n];
         let x = Side { operand: &input.values, rows: input.rows, columns: k, transposed: false };
-        product(&mut y, false, x, Side { operand: &self.weight(), rows: n, columns: k, transposed: true });
-        Scaling::Rows(&input.scale).apply(&mut y, n);
-        Scaling::Columns(&self.0.scale).apply(&mut y, n);
+        let weight = self.weight();
+        let w = Side { operand: &weight, rows: n, columns: k, transposed: true };
+        let (rows, columns) = (Scaling::Rows(&input.scale), Scaling::Columns(&self.0.scale));
+        let mut y = product(rows.scalar().unwrap_or(1.0) * columns.scalar().unwrap_or(1.0), x, w);
+        for scaling in [rows, columns].into_iter().filter(|s| s.scalar().is_none()) {
+            scaling.apply(&mut y, n);
+        }
         if let Some(bias) = &self.0.bias {
             y.par_chunks_mut(n).for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
         }
         y
     }
 
-    /// dL/d(quantized x) [T, K] of dL/dy [T, N].
-    pub(super) fn input_gradient(&self, grad: &[f32], rows: usize) -> Vec<f32> {
+    /// dL/d(quantized x) [T, K] of dL/dy [T, N]; dL/dW is added to the sum, if the weight is trained.
+    pub(super) fn backward(&self, grad: &[f32], input: &Input) -> Vec<f32> {
         let WeightGrid { n, k, .. } = self.0.grid;
-        let grad = Operand::scaled(self.0.precision, grad, n, &Scaling::Columns(&self.0.scale));
-        let mut dx = vec![0.0; rows * k];
-        let grad = Side { operand: &grad, rows, columns: n, transposed: false };
-        product(&mut dx, false, grad, Side { operand: &self.weight(), rows: n, columns: k, transposed: false });
-        dx
-    }
-
-    /// Adds dL/dW of this call, if the weight is trained.
-    pub(super) fn add_gradient(&self, grad: &[f32], input: &Input) {
-        let WeightGrid { n, k, .. } = self.0.grid;
+        let (precision, rows) = (self.0.precision, input.rows);
+        let (by_row, by_column) = (Scaling::Rows(&input.scale), Scaling::Columns(&self.0.scale));
+        // Gradients are rounded once, and multiplied by what is one number in the product.
+        let shared = (by_row.scalar().is_some() || by_column.scalar().is_some()).then(|| Operand::new(precision, grad));
+        let operand = |scaling: &Scaling<'_>| match &shared {
+            Some(shared) if scaling.scalar().is_some() => Cow::Borrowed(shared),
+            _ => Cow::Owned(Operand::scaled(precision, grad, n, scaling)),
+        };
         if let Some(sum) = self.gradient().as_mut() {
-            let grad = Operand::scaled(self.0.precision, grad, n, &Scaling::Rows(&input.scale));
-            let grad = Side { operand: &grad, rows: input.rows, columns: n, transposed: true };
-            let x = Side { operand: &input.values, rows: input.rows, columns: k, transposed: false };
-            product(sum, true, grad, x);
+            let grad = operand(&by_row);
+            let grad = Side { operand: &grad, rows, columns: n, transposed: true };
+            let x = Side { operand: &input.values, rows, columns: k, transposed: false };
+            add_product(sum, by_row.scalar().unwrap_or(1.0), grad, x);
         }
+        let grad = operand(&by_column);
+        let grad = Side { operand: &grad, rows, columns: n, transposed: false };
+        let weight = self.weight();
+        let w = Side { operand: &weight, rows: n, columns: k, transposed: false };
+        product(by_column.scalar().unwrap_or(1.0), grad, w)
     }
 
     /// Turns dL/d(quantized x) into dL/dx: straight through, but nothing where |x| exceeds what the calibrated scale
@@ -219,8 +228,7 @@ impl CustomOp1 for Multiply {
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let dx = host::with(grad, |grad| {
-            self.linear.add_gradient(grad, &self.input);
-            let mut dx = self.linear.input_gradient(grad, self.input.rows);
+            let mut dx = self.linear.backward(grad, &self.input);
             host::with(x, |x| {
                 self.linear.straight_through(x, &mut dx);
                 Ok(())

@@ -126,8 +126,7 @@ pub fn next_token(rows: &Rows<'_>, total: f64, objective: &Objective) -> Result<
     let mut gradient = Vec::with_capacity(hidden.elem_count());
     let scale = if total > 0.0 { (1.0 / total) as f32 } else { 0.0 };
     let sums = each_chunk(rows, scale, objective, &mut |x, input, logits| {
-        head.add_gradient(logits, input);
-        let mut dx = head.input_gradient(logits, x.len() / head.grid().k);
+        let mut dx = head.backward(logits, input);
         head.straight_through(x, &mut dx);
         gradient.append(&mut dx);
     })?;

@@ -3,6 +3,8 @@
 //! Unlike the packed kernels these promise no bits across instruction sets: the same machine gives the same bits, for any
 //! number of threads. Rows of the result are shared out among the threads of the current rayon pool; nothing else is.
 
+use std::mem::MaybeUninit;
+
 use rayon::prelude::*;
 
 /// A matrix seen through strides, so that a transpose costs nothing.
@@ -59,17 +61,62 @@ impl<'a, T> View<'a, T> {
     }
 }
 
-/// `c = a · b`, or `c + a · b`, for BF16 bits; c row-major. All threads of the current pool work on it.
+/// `c = alpha · a · b`, or that added to c, for BF16 bits; c row-major. All threads of the current pool work on it.
 ///
 /// # Panics
 /// When the shapes do not fit.
-pub fn product_bf16(c: &mut [f32], accumulate: bool, a: View<'_, u16>, b: View<'_, u16>) {
+pub fn product_bf16(c: &mut [f32], accumulate: bool, alpha: f32, a: View<'_, u16>, b: View<'_, u16>) {
+    into_bf16(written(c), accumulate, alpha, a, b);
+}
+
+/// `alpha · a · b` for BF16 bits, row-major.
+///
+/// # Panics
+/// When the shapes do not fit.
+#[must_use]
+pub fn new_product_bf16(alpha: f32, a: View<'_, u16>, b: View<'_, u16>) -> Vec<f32> {
+    filled(a.rows * b.columns, |c| into_bf16(c, false, alpha, a, b))
+}
+
+/// As [`product_bf16`] for f32.
+///
+/// # Panics
+/// When the shapes do not fit.
+pub fn product_f32(c: &mut [f32], accumulate: bool, alpha: f32, a: View<'_, f32>, b: View<'_, f32>) {
+    into_f32(written(c), accumulate, alpha, a, b);
+}
+
+/// As [`new_product_bf16`] for f32.
+///
+/// # Panics
+/// When the shapes do not fit.
+#[must_use]
+pub fn new_product_f32(alpha: f32, a: View<'_, f32>, b: View<'_, f32>) -> Vec<f32> {
+    filled(a.rows * b.columns, |c| into_f32(c, false, alpha, a, b))
+}
+
+/// Memory that holds values, as memory that may hold none.
+fn written(c: &mut [f32]) -> &mut [MaybeUninit<f32>] {
+    // SAFETY: the two types are laid out alike, and the functions below write nothing but values.
+    unsafe { &mut *(std::ptr::from_mut(c) as *mut [MaybeUninit<f32>]) }
+}
+
+/// A result of `length` values that `f` writes without reading it.
+fn filled(length: usize, f: impl FnOnce(&mut [MaybeUninit<f32>])) -> Vec<f32> {
+    let mut c = Vec::with_capacity(length);
+    f(&mut c.spare_capacity_mut()[..length]);
+    // SAFETY: a product that does not accumulate writes every value of its result.
+    unsafe { c.set_len(length) };
+    c
+}
+
+fn into_bf16(c: &mut [MaybeUninit<f32>], accumulate: bool, alpha: f32, a: View<'_, u16>, b: View<'_, u16>) {
     assert_eq!(a.columns, b.rows, "inner dimensions");
     assert_eq!(c.len(), a.rows * b.columns, "shape of the result");
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx512bw") && std::arch::is_x86_feature_detected!("avx512bf16") {
         // SAFETY: the features are there.
-        return unsafe { avx512bf16::product(c, accumulate, a, b) };
+        return unsafe { avx512bf16::product(c, accumulate, alpha, a, b) };
     }
     let wide = |v: View<'_, u16>| v.data.iter().map(|x| f32::from_bits(u32::from(*x) << 16)).collect::<Vec<f32>>();
     let (wide_a, wide_b) = (wide(a), wide(b));
@@ -80,17 +127,13 @@ pub fn product_bf16(c: &mut [f32], accumulate: bool, a: View<'_, u16>, b: View<'
         row_stride: v.row_stride,
         column_stride: v.column_stride,
     };
-    product_f32(c, accumulate, view(&wide_a, a), view(&wide_b, b));
+    into_f32(c, accumulate, alpha, view(&wide_a, a), view(&wide_b, b));
 }
 
 /// Rows of the result that one thread takes at a time.
 const ROWS: usize = 64;
 
-/// As [`product_bf16`] for f32.
-///
-/// # Panics
-/// When the shapes do not fit.
-pub fn product_f32(c: &mut [f32], accumulate: bool, a: View<'_, f32>, b: View<'_, f32>) {
+fn into_f32(c: &mut [MaybeUninit<f32>], accumulate: bool, alpha: f32, a: View<'_, f32>, b: View<'_, f32>) {
     assert_eq!(a.columns, b.rows, "inner dimensions");
     assert_eq!(c.len(), a.rows * b.columns, "shape of the result");
     let n = b.columns;
@@ -98,7 +141,7 @@ pub fn product_f32(c: &mut [f32], accumulate: bool, a: View<'_, f32>, b: View<'_
         return;
     }
     c.par_chunks_mut(ROWS * n).enumerate().for_each(|(i, c)| {
-        serial_f32(c, n, accumulate, 1.0, a.rows(i * ROWS, c.len() / n), b);
+        serial(c, n, accumulate, alpha, a.rows(i * ROWS, c.len() / n), b);
     });
 }
 
@@ -107,20 +150,38 @@ pub fn product_f32(c: &mut [f32], accumulate: bool, a: View<'_, f32>, b: View<'_
 /// # Panics
 /// When the shapes do not fit.
 pub fn serial_f32(c: &mut [f32], stride: usize, accumulate: bool, alpha: f32, a: View<'_, f32>, b: View<'_, f32>) {
+    serial(written(c), stride, accumulate, alpha, a, b);
+}
+
+fn serial(
+    c: &mut [MaybeUninit<f32>],
+    stride: usize,
+    accumulate: bool,
+    alpha: f32,
+    a: View<'_, f32>,
+    b: View<'_, f32>,
+) {
     assert_eq!(a.columns, b.rows, "inner dimensions");
     if a.rows == 0 || b.columns == 0 {
         return;
     }
     assert!(b.columns <= stride && c.len() >= (a.rows - 1) * stride + b.columns, "shape of the result");
     let reach = |v: View<'_, f32>| (v.rows - 1) * v.row_stride + v.columns.saturating_sub(1) * v.column_stride;
-    assert!(a.columns == 0 || (reach(a) < a.data.len() && reach(b) < b.data.len()), "a view past its data");
-    // SAFETY: the asserts above keep every index within its slice; c is borrowed mutably, so it overlaps neither.
+    if a.columns == 0 {
+        if !accumulate {
+            c.chunks_mut(stride).for_each(|row| row[..b.columns].fill(MaybeUninit::new(0.0)));
+        }
+        return;
+    }
+    assert!(reach(a) < a.data.len() && reach(b) < b.data.len(), "a view past its data");
+    // SAFETY: the asserts above keep every index within its slice; c is borrowed mutably, so it overlaps neither, and is
+    // read only where it is added to.
     unsafe {
         gemm::gemm(
             a.rows,
             b.columns,
             a.columns,
-            c.as_mut_ptr(),
+            c.as_mut_ptr().cast::<f32>(),
             1,
             stride as isize,
             accumulate,
@@ -152,6 +213,7 @@ pub fn to_bf16(x: f32) -> u16 {
 #[cfg(target_arch = "x86_64")]
 mod avx512bf16 {
     use std::arch::x86_64::*;
+    use std::mem::MaybeUninit;
 
     use rayon::prelude::*;
 
@@ -280,14 +342,20 @@ mod avx512bf16 {
 
     /// See [`super::product_bf16`].
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    pub(super) fn product(c: &mut [f32], accumulate: bool, a: View<'_, u16>, b: View<'_, u16>) {
+    pub(super) fn product(
+        c: &mut [MaybeUninit<f32>],
+        accumulate: bool,
+        alpha: f32,
+        a: View<'_, u16>,
+        b: View<'_, u16>,
+    ) {
         let (n, pairs) = (b.columns, a.columns.div_ceil(2));
         if c.is_empty() {
             return;
         }
         if pairs == 0 {
             if !accumulate {
-                c.fill(0.0);
+                c.fill(MaybeUninit::new(0.0));
             }
             return;
         }
@@ -315,23 +383,25 @@ mod avx512bf16 {
                         };
                         let c = &mut c[tile * TILE_ROWS * n + panel * TILE_COLUMNS..];
                         let rows = TILE_ROWS.min(rows - tile * TILE_ROWS);
-                        add_tile(left, right, c, n, rows, columns, accumulate || from > 0);
+                        add_tile(left, right, c, n, rows, columns, accumulate || from > 0, alpha);
                     }
                 }
             }
         });
     }
 
-    /// c [rows, columns] (`stride` from row to row) plus, or set to, left · right over their pairs.
+    /// c [rows, columns] (`stride` from row to row) plus, or set to, alpha · left · right over their pairs.
     #[target_feature(enable = "avx512f,avx512bf16")]
+    #[expect(clippy::too_many_arguments, reason = "the innermost function; a struct would be taken apart again")]
     fn add_tile(
         left: Left<'_>,
         right: &[u32],
-        c: &mut [f32],
+        c: &mut [MaybeUninit<f32>],
         stride: usize,
         rows: usize,
         columns: usize,
         accumulate: bool,
+        alpha: f32,
     ) {
         let mask = |part: usize| -> __mmask16 {
             let used = columns.saturating_sub(16 * part).min(16);
@@ -345,16 +415,6 @@ mod avx512bf16 {
         let lines: [*const u16; TILE_ROWS] =
             std::array::from_fn(|row| left.data.as_ptr().wrapping_add(row.min(rows - 1) * left.row));
         let mut sums = [[_mm512_setzero_ps(); 3]; TILE_ROWS];
-        if accumulate {
-            for (row, sums) in sums.iter_mut().enumerate().take(rows) {
-                for (part, sum) in sums.iter_mut().enumerate() {
-                    // SAFETY: masked lanes are not read; the others lie within c by the assert.
-                    *sum = unsafe {
-                        _mm512_maskz_loadu_ps(masks[part], c.as_ptr().wrapping_add(row * stride + 16 * part))
-                    };
-                }
-            }
-        }
         let mut offset = 0;
         for r in right.chunks_exact(TILE_COLUMNS) {
             // SAFETY: r holds 48 values; a __m512bh is 32 BF16 values in the same 64 bytes.
@@ -371,11 +431,19 @@ mod avx512bf16 {
             }
             offset += left.pair;
         }
+        let alpha = _mm512_set1_ps(alpha);
         for (row, sums) in sums.iter().enumerate().take(rows) {
             for (part, sum) in sums.iter().enumerate() {
-                // SAFETY: as in loading.
+                let at = c.as_mut_ptr().cast::<f32>().wrapping_add(row * stride + 16 * part);
+                // SAFETY: masked lanes are neither read nor written; the others lie within c by the assert, and hold
+                // values where they are added to.
                 unsafe {
-                    _mm512_mask_storeu_ps(c.as_mut_ptr().wrapping_add(row * stride + 16 * part), masks[part], *sum);
+                    let sum = if accumulate {
+                        _mm512_fmadd_ps(*sum, alpha, _mm512_maskz_loadu_ps(masks[part], at))
+                    } else {
+                        _mm512_mul_ps(*sum, alpha)
+                    };
+                    _mm512_mask_storeu_ps(at, masks[part], sum);
                 }
             }
         }
@@ -411,11 +479,11 @@ mod tests {
             };
             let (a_t, b_t) = (transposed(&a, m, k), transposed(&b, k, n));
             let start = values(m * n, 3);
-            for accumulate in [false, true] {
+            for (accumulate, alpha) in [(false, 1.0), (true, 1.0), (false, -0.3), (true, 1.7)] {
                 let exact = |i: usize| {
                     let sum: f64 =
                         (0..k).map(|j| f64::from(a_wide[i / n * k + j]) * f64::from(b_wide[j * n + i % n])).sum();
-                    sum + if accumulate { f64::from(start[i]) } else { 0.0 }
+                    f64::from(alpha) * sum + if accumulate { f64::from(start[i]) } else { 0.0 }
                 };
                 let check = |c: &[f32], what: &str| {
                     for (i, c) in c.iter().enumerate() {
@@ -433,12 +501,16 @@ mod tests {
                     (View::new(&a, m, k), View::new(&b_t, n, k).t(), "right transposed"),
                 ] {
                     let mut c = start.clone();
-                    product_bf16(&mut c, accumulate, a, b);
+                    product_bf16(&mut c, accumulate, alpha, a, b);
                     check(&c, what);
                 }
                 let mut c = start.clone();
-                product_f32(&mut c, accumulate, View::new(&a_wide, m, k), View::new(&b_wide, k, n));
+                product_f32(&mut c, accumulate, alpha, View::new(&a_wide, m, k), View::new(&b_wide, k, n));
                 check(&c, "f32");
+                if !accumulate {
+                    check(&new_product_bf16(alpha, View::new(&a, m, k), View::new(&b, k, n)), "new");
+                    check(&new_product_f32(alpha, View::new(&a_wide, m, k), View::new(&b_wide, k, n)), "new f32");
+                }
             }
         }
     }
@@ -470,11 +542,11 @@ mod tests {
             println!("{what}: {:.0} GFLOP/s", 2e-9 * (m * k * n) as f64 / s);
         };
         let mut y = vec![0.0; m * n];
-        time("f32 forward", &mut || product_f32(&mut y, false, View::new(&x, m, k), View::new(&w, n, k).t()));
-        time("bf16 forward", &mut || product_bf16(&mut y, false, View::new(&xb, m, k), View::new(&wb, n, k).t()));
+        time("f32 forward", &mut || product_f32(&mut y, false, 1.0, View::new(&x, m, k), View::new(&w, n, k).t()));
+        time("bf16 forward", &mut || product_bf16(&mut y, false, 1.0, View::new(&xb, m, k), View::new(&wb, n, k).t()));
         let mut dx = vec![0.0; m * k];
-        time("bf16 dX", &mut || product_bf16(&mut dx, false, View::new(&g, m, n), View::new(&wb, n, k)));
+        time("bf16 dX", &mut || product_bf16(&mut dx, false, 1.0, View::new(&g, m, n), View::new(&wb, n, k)));
         let mut dw = vec![0.0; n * k];
-        time("bf16 dW", &mut || product_bf16(&mut dw, true, View::new(&g, m, n).t(), View::new(&xb, m, k)));
+        time("bf16 dW", &mut || product_bf16(&mut dw, true, 1.0, View::new(&g, m, n).t(), View::new(&xb, m, k)));
     }
 }

@@ -87,6 +87,16 @@ pub enum Scaling<'a> {
 }
 
 impl Scaling<'_> {
+    /// The one number that it is, unless it differs from row to row or column to column.
+    #[must_use]
+    pub fn scalar(&self) -> Option<f32> {
+        match self {
+            Self::Rows(OutputScale::One) | Self::Columns(OutputScale::One) => Some(1.0),
+            Self::Rows(OutputScale::Tensor(s)) | Self::Columns(OutputScale::Tensor(s)) => Some(*s),
+            Self::Rows(OutputScale::Row(_)) | Self::Columns(OutputScale::Row(_)) => None,
+        }
+    }
+
     /// Multiplies `values`, rows of `columns`.
     pub fn apply(&self, values: &mut [f32], columns: usize) {
         match self {
@@ -114,19 +124,35 @@ pub struct Side<'a> {
     pub transposed: bool,
 }
 
-/// `c = a · b`, or `c + a · b`. Both operands are of the same precision.
+/// `c + alpha · a · b` in place. Both operands are of the same precision.
 ///
 /// # Panics
 /// When shapes or precisions do not fit.
-pub fn product(c: &mut [f32], accumulate: bool, a: Side<'_>, b: Side<'_>) {
-    fn view<'a, T>(side: &Side<'_>, data: &'a [T]) -> View<'a, T> {
-        let view = View::new(data, side.rows, side.columns);
-        if side.transposed { view.t() } else { view }
-    }
+pub fn add_product(c: &mut [f32], alpha: f32, a: Side<'_>, b: Side<'_>) {
     match (a.operand, b.operand) {
-        (Operand::F32(x), Operand::F32(y)) => dense::product_f32(c, accumulate, view(&a, x), view(&b, y)),
-        (Operand::Bf16(x), Operand::Bf16(y)) => dense::product_bf16(c, accumulate, view(&a, x), view(&b, y)),
+        (Operand::F32(x), Operand::F32(y)) => dense::product_f32(c, true, alpha, a.view(x), b.view(y)),
+        (Operand::Bf16(x), Operand::Bf16(y)) => dense::product_bf16(c, true, alpha, a.view(x), b.view(y)),
         _ => unreachable!("operands of two precisions: one backend makes them all"),
+    }
+}
+
+/// `alpha · a · b`, row-major.
+///
+/// # Panics
+/// As [`add_product`].
+#[must_use]
+pub fn product(alpha: f32, a: Side<'_>, b: Side<'_>) -> Vec<f32> {
+    match (a.operand, b.operand) {
+        (Operand::F32(x), Operand::F32(y)) => dense::new_product_f32(alpha, a.view(x), b.view(y)),
+        (Operand::Bf16(x), Operand::Bf16(y)) => dense::new_product_bf16(alpha, a.view(x), b.view(y)),
+        _ => unreachable!("operands of two precisions: one backend makes them all"),
+    }
+}
+
+impl Side<'_> {
+    fn view<'a, T>(&self, data: &'a [T]) -> View<'a, T> {
+        let view = View::new(data, self.rows, self.columns);
+        if self.transposed { view.t() } else { view }
     }
 }
 

@@ -9,13 +9,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// Blocks smaller than this are the system's.
-const SMALLEST: usize = 1 << 20;
-/// Alignment of the others: that of the large pages of x86-64 and most AArch64 systems.
+const SMALLEST: usize = 1 << 16;
+/// Alignment of blocks that are at least as large: that of the large pages of x86-64 and most AArch64 systems.
 const PAGE: usize = 2 << 20;
+/// Alignment of the others.
+const SMALL_PAGE: usize = 1 << 12;
 /// Sizes are rounded up to one of this many in every doubling.
 const STEPS: usize = 8;
 /// Size classes: all doublings of a 64-bit address space.
-const CLASSES: usize = (64 - 20) * STEPS;
+const CLASSES: usize = (64 - SMALLEST.ilog2() as usize) * STEPS;
 
 static LIMIT: AtomicUsize = AtomicUsize::new(0);
 static FREE: Mutex<Free> = Mutex::new(Free { kept: 0, first: [0; CLASSES] });
@@ -42,7 +44,14 @@ fn class(size: usize) -> Option<(usize, usize)> {
     Some((doubling * STEPS + above, (SMALLEST << doubling) + above * step))
 }
 
-/// The system's allocator, which recycles blocks of a mebibyte and more.
+/// Size and alignment that a block of `bytes` bytes, of some class, is allocated with.
+fn place(bytes: usize) -> Layout {
+    let align = if bytes >= PAGE { PAGE } else { SMALL_PAGE };
+    // SAFETY: alignments are powers of two, and classes end far below the largest size.
+    unsafe { Layout::from_size_align_unchecked(bytes, align) }
+}
+
+/// The system's allocator, which recycles blocks of 64 KiB and more.
 #[derive(Debug)]
 pub struct Recycling;
 
@@ -58,10 +67,10 @@ impl Recycling {
             return (block, true);
         }
         drop(free);
-        // SAFETY: the size is not zero, and the alignment a power of two.
-        let block = unsafe { System.alloc(Layout::from_size_align_unchecked(bytes, PAGE)) };
+        // SAFETY: the size is not zero.
+        let block = unsafe { System.alloc(place(bytes)) };
         #[cfg(target_os = "linux")]
-        if !block.is_null() {
+        if !block.is_null() && bytes >= PAGE {
             // SAFETY: advice on memory that is ours; that the kernel may refuse it changes nothing.
             unsafe { libc::madvise(block.cast(), bytes, libc::MADV_HUGEPAGE) };
         }
@@ -73,7 +82,7 @@ impl Recycling {
 // its owner, or in one list under the lock.
 unsafe impl GlobalAlloc for Recycling {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        match class(layout.size()).filter(|_| layout.align() <= PAGE) {
+        match class(layout.size()).filter(|_| layout.align() <= SMALL_PAGE) {
             Some((index, bytes)) => Self::take(index, bytes).0,
             // SAFETY: the caller's promise.
             None => unsafe { System.alloc(layout) },
@@ -81,7 +90,7 @@ unsafe impl GlobalAlloc for Recycling {
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        let Some((index, bytes)) = class(layout.size()).filter(|_| layout.align() <= PAGE) else {
+        let Some((index, bytes)) = class(layout.size()).filter(|_| layout.align() <= SMALL_PAGE) else {
             // SAFETY: the caller's promise.
             return unsafe { System.alloc_zeroed(layout) };
         };
@@ -94,7 +103,7 @@ unsafe impl GlobalAlloc for Recycling {
     }
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
-        let Some((index, bytes)) = class(layout.size()).filter(|_| layout.align() <= PAGE) else {
+        let Some((index, bytes)) = class(layout.size()).filter(|_| layout.align() <= SMALL_PAGE) else {
             // SAFETY: the caller's promise.
             return unsafe { System.dealloc(block, layout) };
         };
@@ -109,12 +118,12 @@ unsafe impl GlobalAlloc for Recycling {
             }
         }
         // SAFETY: this is how `take` allocated it.
-        unsafe { System.dealloc(block, Layout::from_size_align_unchecked(bytes, PAGE)) }
+        unsafe { System.dealloc(block, place(bytes)) }
     }
 
     unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         let (old, new) = (class(layout.size()), class(size));
-        if layout.align() > PAGE || (old.is_none() && new.is_none()) {
+        if layout.align() > SMALL_PAGE || (old.is_none() && new.is_none()) {
             // SAFETY: the caller's promise.
             return unsafe { System.realloc(block, layout, size) };
         }
@@ -142,7 +151,7 @@ mod tests {
     fn classes_hold_what_is_in_them_and_little_more() {
         assert_eq!(class(SMALLEST - 1), None);
         let mut last = (0, 0);
-        for size in (SMALLEST..SMALLEST << 6).step_by(70_001) {
+        for size in (SMALLEST..SMALLEST << 10).step_by(70_001) {
             let (index, bytes) = class(size).unwrap();
             assert!(bytes >= size && bytes - size <= size / STEPS, "{size} {bytes}");
             assert!(index < CLASSES && (index, bytes) >= last, "{size} {index}");
