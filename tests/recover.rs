@@ -6,7 +6,7 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor, Var};
 use recoup::backend::autograd::{AutogradBackend, Linear, loss};
-use recoup::backend::cpu::operand::Precision;
+use recoup::backend::cpu::operand::{Precision, WeightGrid};
 use recoup::backend::cpu::{CpuBackend, isa::Isa};
 use recoup::backend::{AttentionShape, Backend, Batch, CacheLayout, PAGE, RopeTable, Span};
 use recoup::checkpoint::Checkpoint;
@@ -14,6 +14,7 @@ use recoup::formats::kv::KvFormat;
 use recoup::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
 use recoup::model::Decoder;
 use recoup::recover::data::{Data, Row};
+use recoup::recover::parameter::Learned;
 use recoup::recover::student::Student;
 use recoup::recover::{block, distill};
 
@@ -338,7 +339,7 @@ fn a_training_step_is_that_of_pytorch() {
         for (kl, ce) in [("1.0", "0.0"), ("0.0", "1.0"), ("0.7", "0.3")] {
             for recompute in [false, true] {
                 let mut student = student(name, Precision::F32);
-                student.train(|_| true);
+                student.train(|_| Learned::weight(true));
                 let options = distill::Options {
                     kl: kl.parse().unwrap(),
                     cross_entropy: ce.parse().unwrap(),
@@ -380,7 +381,7 @@ fn gradients_with_bf16_operands_are_near_those_in_f32() {
     let gradients = |precision| {
         let teacher = Decoder::load(AutogradBackend::with_precision(precision), &fixture("bf16")).unwrap();
         let mut student = student("nvfp4_w4a16", precision);
-        student.train(|_| true);
+        student.train(|_| Learned::weight(true));
         let options = distill::Options::default();
         let sums = distill::gradients(&student.decoder, Some(&teacher), &rows, 46.0, &options).unwrap();
         let all: Vec<Vec<f32>> = student.parameters.iter().map(|p| p.gradient().clone().unwrap()).collect();
@@ -429,7 +430,7 @@ fn every_trained_weight_receives_a_gradient() {
     for fixture in common::own_fixtures() {
         let checkpoint = fixture.checkpoint();
         let Ok(mut student) = Student::load(&checkpoint, None, AutogradBackend::new()) else { continue };
-        student.train(|_| true);
+        student.train(|_| Learned::weight(true));
         let vocab = student.decoder.config.vocab as u32;
         let row = Row::text((0..48).map(|t| (t * 29 + 5) % vocab).collect());
         let options = distill::Options { kl: 0.0, cross_entropy: 1.0, ..distill::Options::default() };
@@ -442,6 +443,28 @@ fn every_trained_weight_receives_a_gradient() {
         }
     }
     assert!(checked > 200, "{checked}");
+}
+
+/// The gradient of a block's scale: where values are rounded, straight through; where they are beyond reach, exactly.
+#[test]
+fn scales_get_the_gradient_of_learned_step_sizes() {
+    let grid = WeightGrid::of(&LinearTensors {
+        element: Element::E2m1,
+        data: vec![0; 16].into(),
+        block_scales: BlockScales::E4m3 { block: 16, codes: vec![0x38, 0x40].into() },
+        ..float_linear(&[0.0; 32], 1, OutputScale::Tensor(0.5), false, None)
+    });
+    // Scales 0.5 and 1: codes of .3 and 4 (beyond reach) in the first block, of -1.4 in the second.
+    let mut master = vec![0.0; 32];
+    (master[0], master[1], master[16]) = (0.3, 4.0, -1.4);
+    let mut gradient: Vec<f32> = (0..32).map(|i| 1.0 + i as f32).collect();
+    let scales = grid.scale_gradient(&master, &mut gradient);
+    let expected = [(0.25 - 0.3) + 2.0 * 3.0, 17.0 * (-1.5 + 1.4)];
+    assert!(scales.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-5), "{scales:?} {expected:?}");
+    assert_eq!((gradient[0], gradient[1], gradient[16]), (1.0, 0.0, 17.0));
+    let wider = grid.with_block_scales([2.1, 0.0].into_iter());
+    assert_eq!(wider.learnable_scales().unwrap(), [2.0, 0.001_953_125]);
+    assert_eq!(wider.scale_codes(), [0x40, 0x01]);
 }
 
 /// What training computes with and what the packed kernels compute after it was written are the same, in both dialects.
@@ -464,7 +487,15 @@ fn the_fake_quant_forward_and_the_packed_forward_agree_after_training() {
         let checkpoint = Fixture::own(name).checkpoint();
         let mut student = Student::load(&checkpoint, None, AutogradBackend::new()).unwrap();
         let before = logits(&student.decoder, &[data.rows[0].0[0].tokens.clone()]);
-        let options = block::Options { steps: 60, learning_rate: 2e-3, sequences: 2, ..block::Options::default() };
+        let options = block::Options {
+            steps: 60,
+            learning_rate: 2e-3,
+            sequences: 2,
+            scales: i % 2 == 0,
+            rounding: i % 3 == 1,
+            ..block::Options::default()
+        };
+        student.allow_scales();
         let mut reports = Vec::new();
         block::train(&mut student, &teacher(Precision::F32), &data, &options, 0, &mut |r, _| {
             reports.push(*r);
@@ -476,6 +507,10 @@ fn the_fake_quant_forward_and_the_packed_forward_agree_after_training() {
         student.write(&checkpoint, &[("note.txt", b"trained".to_vec())], &out).unwrap();
         assert_eq!(std::fs::read(out.join("note.txt")).unwrap(), b"trained");
         let written = Checkpoint::open(&out).unwrap();
+        let scales = "model.layers.0.self_attn.q_proj.weight_scale";
+        let of = |c: &Checkpoint| c.tensors.peek(scales).unwrap().bytes.to_vec();
+        let learned = options.scales && name.contains("nvfp4") && !name.contains("mixed");
+        assert_eq!(of(&written) != of(&checkpoint), learned, "{name}: scales");
         let packed = Decoder::load(CpuBackend::new(Isa::detect(), 0).unwrap(), &written).unwrap();
         let again = Student::load(&written, None, AutogradBackend::with_precision(Precision::Bf16)).unwrap();
         let tokens = [data.rows[0].0[0].tokens.clone()];

@@ -110,9 +110,9 @@ fn runs_give_the_same_bytes_whatever_the_threads_and_after_being_killed_anywhere
     let (first, second, third) = (folder.path("first"), folder.path("second"), folder.path("third"));
     let more = [
         "--method",
-        "block:steps=6",
+        "block:steps=6,rounding=true",
         "--method",
-        "qad:steps=16,lr=1e-5,average=0.8",
+        "qad:steps=16,lr=1e-5,average=0.8,scales=true",
         "--evaluate-every",
         "4",
         "--save-every",

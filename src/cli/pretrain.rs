@@ -116,7 +116,7 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
     }
     let checkpoint = Checkpoint::open(&initial)?;
     let mut student = Student::load_plain(&checkpoint, AutogradBackend::with_precision(Precision::Bf16))?;
-    let weights: usize = student.parameters.iter().map(|p| p.master.len()).sum();
+    let weights: usize = student.parameters.iter().map(|p| p.master().len()).sum();
     eprintln!("{weights} weights; data: {}", data.description);
     let watched = watched
         .into_iter()

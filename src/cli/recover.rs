@@ -176,7 +176,7 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
     eprintln!(
         "{} linears, {} weights; masters from {}",
         student.parameters.iter().filter(|p| p.is_quantized()).count(),
-        student.parameters.iter().filter(|p| p.is_quantized()).map(|p| p.master.len()).sum::<usize>(),
+        student.parameters.iter().filter(|p| p.is_quantized()).map(|p| p.master().len()).sum::<usize>(),
         about["masters"].as_str().unwrap_or_default()
     );
     eprintln!("data: {}", data.description);

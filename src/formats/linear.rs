@@ -36,6 +36,32 @@ impl Element {
             Self::E2m1 => k / 2,
         }
     }
+
+    /// The largest value of a quantized element; of a float, infinity.
+    #[must_use]
+    pub fn max(self) -> f32 {
+        match self {
+            Self::E2m1 => e2m1::MAX,
+            Self::E4m3 => e4m3::MAX,
+            Self::F32 | Self::F16 | Self::Bf16 => f32::INFINITY,
+        }
+    }
+
+    /// The values of a quantized element just below and above `x`, one of them `x` itself if it is such a value; beyond
+    /// the largest, the last two. A float is its own neighbour.
+    #[must_use]
+    pub fn neighbours(self, x: f32) -> (f32, f32) {
+        let (encode, decode, last): (fn(f32) -> u8, fn(u8) -> f32, u8) = match self {
+            Self::E2m1 => (e2m1::encode_magnitude, e2m1::decode, 7),
+            Self::E4m3 => (e4m3::encode, e4m3::decode, 0x7e),
+            Self::F32 | Self::F16 | Self::Bf16 => return (x, x),
+        };
+        let a = x.abs();
+        let nearest = encode(a).min(last);
+        let low = if decode(nearest) > a { nearest - 1 } else { nearest.min(last - 1) };
+        let (low, high) = (decode(low), decode(low + 1));
+        if x < 0.0 { (-high, -low) } else { (low, high) }
+    }
 }
 
 /// Scales below the level of a row.
@@ -281,6 +307,27 @@ pub fn decode_elements(element: Element, row: &[u8], out: &mut [f32]) {
                 v[0] = e2m1::decode(b);
                 v[1] = e2m1::decode(b >> 4);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_enclose_a_value_and_are_next_to_each_other() {
+        assert_eq!(Element::E2m1.neighbours(2.2), (2.0, 3.0));
+        assert_eq!(Element::E2m1.neighbours(-0.6), (-1.0, -0.5));
+        assert_eq!(Element::E2m1.neighbours(3.0), (3.0, 4.0));
+        assert_eq!(Element::E2m1.neighbours(9.0), (4.0, 6.0));
+        assert_eq!(Element::E2m1.neighbours(0.0), (0.0, 0.5));
+        for i in -20_000..20_000 {
+            let x = i as f32 * 0.021;
+            let (low, high) = Element::E4m3.neighbours(x);
+            assert!(low <= x && x <= high && low < high, "{low} {x} {high}");
+            let between = e4m3::round(0.5 * (low + high));
+            assert!(between == low || between == high, "{low} {between} {high}");
         }
     }
 }

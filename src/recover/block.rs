@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::data::{Data, Order, Row, batch, spread};
 use super::optimizer::{AdamW, cosine};
+use super::parameter::Learned;
 use super::student::Student;
 use super::{During as _, RecoverError, Result};
 use crate::backend::autograd::{AutogradBackend, loss};
@@ -30,6 +31,10 @@ pub struct Options {
     pub samples: Option<usize>,
     /// Trains the norms as well.
     pub norms: bool,
+    /// Trains block scales as well, where they are E4M3 codes.
+    pub scales: bool,
+    /// Learns which of the two codes beside it each weight goes to, instead of moving weights.
+    pub rounding: bool,
     pub seed: u64,
     pub adam: AdamW,
 }
@@ -43,6 +48,8 @@ impl Default for Options {
             sequences: 4,
             samples: Some(128),
             norms: false,
+            scales: false,
+            rounding: false,
             seed: 0,
             adam: AdamW::default(),
         }
@@ -85,7 +92,11 @@ pub fn train(
             reference = targets;
             continue;
         }
-        student.train(|p| p.layer == Some(block) && (p.is_quantized() || (options.norms && p.is_norm())));
+        student.train(|p| Learned {
+            weight: p.layer == Some(block) && (p.is_quantized() || (options.norms && p.is_norm())),
+            scales: options.scales,
+            rounding: options.rounding && p.is_quantized(),
+        });
         let first = data.first(CHUNK);
         let before = inputs.through(&student.decoder, block, &first)?.distance(&targets);
         let mut order = Order::new(data.rows.len(), options.seed.wrapping_add(block as u64));
@@ -105,14 +116,15 @@ pub fn train(
             loss.backward().during("block gradient")?;
             let factor = options.adam.clipping(student.gradient_norm());
             let rate = cosine(options.learning_rate, step, options.steps, options.warmup, FLOOR);
-            student.step(&options.adam, step + 1, rate, factor);
+            student.step(&options.adam, step + 1, options.steps, rate, factor);
         }
+        student.settle_rounding();
         let outputs = inputs.through(&student.decoder, block, data)?;
         each(&BlockReport { block, before, after: outputs.distance(&targets) }, student)?;
         inputs = outputs;
         reference = targets;
     }
-    student.train(|_| false);
+    student.train(|_| Learned::default());
     Ok(())
 }
 

@@ -43,6 +43,8 @@ pub struct Options {
     pub average: f32,
     /// Trains the norms as well.
     pub norms: bool,
+    /// Trains block scales as well, where they are E4M3 codes.
+    pub scales: bool,
     /// Computes each block's forward pass twice instead of keeping its activations.
     pub recompute: bool,
     pub seed: u64,
@@ -64,6 +66,7 @@ impl Default for Options {
             top_k: None,
             average: 0.0,
             norms: false,
+            scales: false,
             recompute: false,
             seed: 0,
             adam: AdamW::default(),
@@ -133,7 +136,7 @@ pub fn train(
                 return Err(RecoverError::NotFinite { what: what.into(), step: step + 1, value });
             }
         }
-        student.step(&options.adam, step + 1, rate, options.adam.clipping(norm));
+        student.step(&options.adam, step + 1, options.steps, rate, options.adam.clipping(norm));
         if options.average > 0.0 {
             student.average(options.average);
         }

@@ -8,6 +8,7 @@ pub mod block;
 pub mod data;
 pub mod distill;
 pub mod optimizer;
+pub mod parameter;
 pub mod pretrain;
 pub mod run_folder;
 pub mod sources;

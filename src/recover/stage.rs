@@ -71,6 +71,9 @@ impl Stage {
         if matches!(&self.method, Method::Block(o) if o.samples == Some(0)) {
             return Err("samples must be at least 1".into());
         }
+        if matches!(&self.method, Method::Block(o) if o.rounding && o.scales) {
+            return Err("rounding is learned under scales that stay: leave one of the two out".into());
+        }
         if let Method::Distill(o) = &self.method {
             if o.accumulate == 0 || o.top_k == Some(0) || !positive(o.temperature) {
                 return Err("accumulate, top_k and temperature must be above 0".into());
@@ -83,6 +86,15 @@ impl Stage {
             }
         }
         Ok(())
+    }
+
+    /// Whether it moves block scales.
+    #[must_use]
+    pub fn learns_scales(&self) -> bool {
+        match &self.method {
+            Method::Block(o) => o.scales,
+            Method::Distill(o) => o.scales,
+        }
     }
 
     /// All of its settings.

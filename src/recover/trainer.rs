@@ -10,7 +10,8 @@ use super::data::Data;
 use super::distill::{self, Point, Watched};
 use super::run_folder::RunFolder;
 use super::stage::{Method, Stage};
-use super::student::{Parameter, Student};
+use super::parameter::{Learned, Parameter};
+use super::student::Student;
 use super::{RecoverError, Result, block};
 use crate::backend::autograd::AutogradBackend;
 use crate::model::Decoder;
@@ -82,6 +83,9 @@ impl Run<'_> {
     /// # Errors
     /// Anything but numbers that leave their range: those end the run early with the best weights until then.
     pub fn train(&mut self, student: &mut Student) -> Result<Outcome> {
+        if self.plan.stages.iter().any(Stage::learns_scales) {
+            student.allow_scales();
+        }
         let at = self.folder.load_state(student)?;
         let mut events = Vec::new();
         for line in self.folder.rewind(at.lines)? {
@@ -138,7 +142,11 @@ impl Run<'_> {
             }
             Method::Distill(options) => {
                 let all = student.everything;
-                let trained = |p: &Parameter| all || p.is_quantized() || (options.norms && p.is_norm());
+                let trained = |p: &Parameter| Learned {
+                    weight: all || p.is_quantized() || (options.norms && p.is_norm()),
+                    scales: options.scales,
+                    rounding: false,
+                };
                 if from > 0 {
                     student.go_on(trained)
                 } else {
@@ -198,7 +206,7 @@ impl Run<'_> {
 
     /// Gives the student the best weights of a stage, where they are not those that it has.
     fn keep_best(&mut self, student: &mut Student, stage: usize, events: &mut Vec<Event>) -> Result<()> {
-        student.train(|_| false);
+        student.train(|_| Learned::default());
         if let Some(best) = self.folder.load_best(student)? {
             student.settle();
             self.record(events, Event::Kept { stage, step: best.done })?;

@@ -20,7 +20,9 @@ pub struct Linear(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     name: String,
-    grid: WeightGrid,
+    grid: RwLock<Arc<WeightGrid>>,
+    n: usize,
+    k: usize,
     precision: Precision,
     weight: RwLock<Arc<Operand>>,
     /// What is not in `weight`.
@@ -37,11 +39,13 @@ struct Inner {
 impl Linear {
     pub(super) fn new(tensors: LinearTensors<'_>, precision: Precision) -> Self {
         let grid = WeightGrid::of(&tensors);
-        let weight = grid.operand(precision, &mut tensors.decode());
+        let weight = grid.operand(precision, &tensors.decode());
         Self(Arc::new(Inner {
             scale: grid.outer_scale(precision),
             weight: RwLock::new(Arc::new(weight)),
-            grid,
+            n: grid.n,
+            k: grid.k,
+            grid: RwLock::new(Arc::new(grid)),
             precision,
             name: tensors.name,
             bias: tensors.bias,
@@ -57,22 +61,57 @@ impl Linear {
         &self.0.name
     }
 
+    /// Output features.
+    #[must_use]
+    pub fn n(&self) -> usize {
+        self.0.n
+    }
+
+    /// Input features.
+    #[must_use]
+    pub fn k(&self) -> usize {
+        self.0.k
+    }
+
     /// The values its weight can take.
     #[must_use]
-    pub fn grid(&self) -> &WeightGrid {
-        &self.0.grid
+    pub fn grid(&self) -> Arc<WeightGrid> {
+        self.0.grid.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Puts the values of the grid nearest to `master` [N, K] in, and moves `master` within reach of them.
     pub fn set(&self, master: &mut [f32]) {
-        let weight = self.0.grid.operand(self.0.precision, master);
+        let grid = self.grid();
+        grid.move_into_reach(master);
+        self.put(grid.operand(self.0.precision, master));
+    }
+
+    /// Puts other block scales [N, ⌈K/block⌉] in, rounded to E4M3, and the values nearest to `master` under them.
+    pub fn set_scaled(&self, master: &[f32], scales: impl Iterator<Item = f32>) {
+        let grid = Arc::new(self.grid().with_block_scales(scales));
+        self.put(grid.operand(self.0.precision, master));
+        *self.0.grid.write().unwrap_or_else(PoisonError::into_inner) = grid;
+    }
+
+    /// Puts `values` [N, K] in as they are, on the grid or not.
+    pub fn set_values(&self, mut values: Vec<f32>) {
+        let (n, k) = (self.n(), self.k());
+        assert_eq!(values.len(), n * k, "weights of a linear");
+        values.par_chunks_mut(k).enumerate().for_each(|(row, values)| {
+            let inverse = 1.0 / self.0.scale.at(row);
+            values.iter_mut().for_each(|v| *v *= inverse);
+        });
+        self.put(Operand::new(self.0.precision, &values));
+    }
+
+    fn put(&self, weight: Operand) {
         *self.0.weight.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(weight);
     }
 
     /// Row `row` of the weight as it takes part in products, in f32.
     #[must_use]
     pub fn weight_row(&self, row: usize) -> Vec<f32> {
-        let mut values = self.weight().row(row, self.0.grid.k);
+        let mut values = self.weight().row(row, self.0.k);
         let scale = self.0.scale.at(row);
         values.iter_mut().for_each(|v| *v *= scale);
         values
@@ -80,7 +119,7 @@ impl Linear {
 
     /// Sums the weight's gradient from now on, starting at zero.
     pub fn train(&self) {
-        *self.gradient() = Some(vec![0.0; self.0.grid.n * self.0.grid.k]);
+        *self.gradient() = Some(vec![0.0; self.0.n * self.0.k]);
     }
 
     /// Sums no gradient any more.
@@ -95,7 +134,7 @@ impl Linear {
 
     /// Adds the gradient of looking rows `tokens` up: dL/dx [tokens, K], if the weight is trained.
     pub fn add_row_gradient(&self, tokens: &[u32], grad: &[f32]) {
-        let k = self.0.grid.k;
+        let k = self.0.k;
         if let Some(sum) = self.gradient().as_mut() {
             for (token, grad) in tokens.iter().zip(grad.chunks_exact(k)) {
                 let row = &mut sum[*token as usize * k..][..k];
@@ -119,7 +158,7 @@ impl Linear {
     }
 
     pub(super) fn quantize_values(&self, x: &[f32]) -> Input {
-        let (k, format) = (self.0.grid.k, self.0.activation);
+        let (k, format) = (self.0.k, self.0.activation);
         let (values, scale) = match &self.0.pre_quant_scale {
             None => quantize_input(self.0.precision, format, x, k),
             Some(s) => {
@@ -138,7 +177,7 @@ impl Linear {
 
     /// y [T, N] for an input, without a graph.
     pub(super) fn multiply(&self, input: &Input) -> Vec<f32> {
-        let WeightGrid { n, k, .. } = self.0.grid;
+        let Inner { n, k, .. } = *self.0;
         let x = Side { operand: &input.values, rows: input.rows, columns: k, transposed: false };
         let weight = self.weight();
         let w = Side { operand: &weight, rows: n, columns: k, transposed: true };
@@ -155,7 +194,7 @@ impl Linear {
 
     /// dL/d(quantized x) [T, K] of dL/dy [T, N]; dL/dW is added to the sum, if the weight is trained.
     pub(super) fn backward(&self, grad: &[f32], input: &Input) -> Vec<f32> {
-        let WeightGrid { n, k, .. } = self.0.grid;
+        let Inner { n, k, .. } = *self.0;
         let (precision, rows) = (self.0.precision, input.rows);
         let (by_row, by_column) = (Scaling::Rows(&input.scale), Scaling::Columns(&self.0.scale));
         // Gradients are rounded once, and multiplied by what is one number in the product.
@@ -186,7 +225,7 @@ impl Linear {
             // Scales that follow x reach all of it.
             _ => f32::INFINITY,
         };
-        let k = self.0.grid.k;
+        let k = self.0.k;
         let pre = self.0.pre_quant_scale.as_deref();
         dx.par_chunks_mut(k).zip(x.par_chunks(k)).for_each(|(dx, x)| match pre {
             None => dx.iter_mut().zip(x).for_each(|(d, x)| *d = if x.abs() <= reach { *d } else { 0.0 }),
@@ -221,7 +260,7 @@ impl CustomOp1 for Multiply {
         let y = self.linear.multiply(&self.input);
         let mut shape = layout.dims().to_vec();
         if let Some(last) = shape.last_mut() {
-            *last = self.linear.grid().n;
+            *last = self.linear.n();
         }
         Ok((CpuStorage::F32(y), shape.into()))
     }

@@ -149,7 +149,7 @@ type Chunk<'f> = dyn FnMut(&[f32], &Input, &[f32]) + 'f;
 fn each_chunk(rows: &Rows<'_>, scale: f32, objective: &Objective, f: &mut Chunk<'_>) -> Result<LossSums> {
     let Rows { hidden, head, teacher, targets, weights } = *rows;
     let (rows, k) = hidden.dims2()?;
-    let vocab = head.grid().n;
+    let vocab = head.n();
     if targets.len() != rows || weights.len() != rows {
         bail!("{} targets and {} weights for {rows} rows", targets.len(), weights.len());
     }
@@ -168,7 +168,7 @@ fn each_chunk(rows: &Rows<'_>, scale: f32, objective: &Objective, f: &mut Chunk<
             let input = head.quantize_values(x);
             let mut logits = head.multiply(&input);
             let reference = teacher.map(|t| {
-                let width = t.head.grid().k;
+                let width = t.head.k();
                 t.head.multiply(&t.head.quantize_values(&t.hidden[from * width..(from + count) * width]))
             });
             let each = logits.par_chunks_mut(vocab).enumerate().map(|(i, row)| {

@@ -86,7 +86,7 @@ impl Backend for AutogradBackend {
     }
 
     fn embed(&self, table: &Linear, tokens: &[u32]) -> Result<Tensor> {
-        let (vocab, width) = (table.grid().n, table.grid().k);
+        let (vocab, width) = (table.n(), table.k());
         if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocab) {
             return Err(BackendError::TokenOutOfRange { token, vocab });
         }

@@ -251,6 +251,8 @@ pub struct WeightGrid {
     block: usize,
     /// [N, ⌈K/block⌉].
     block_scales: Vec<f32>,
+    /// Whether those are E4M3 codes.
+    e4m3_scales: bool,
     output_scale: OutputScale,
 }
 
@@ -264,7 +266,15 @@ impl WeightGrid {
             BlockScales::None => vec![1.0; n],
             some => (0..n).flat_map(|row| (0..k.div_ceil(block)).map(move |b| some.at(row, b, k))).collect(),
         };
-        Self { n, k, element: linear.element, block, block_scales: scales, output_scale: linear.output_scale.clone() }
+        Self {
+            n,
+            k,
+            element: linear.element,
+            block,
+            block_scales: scales,
+            e4m3_scales: matches!(linear.block_scales, BlockScales::E4m3 { .. }),
+            output_scale: linear.output_scale.clone(),
+        }
     }
 
     /// Whether the weight is not quantized: the grid is as fine as its floats.
@@ -282,21 +292,107 @@ impl WeightGrid {
         }
     }
 
-    /// Moves each of `master` [N, K] into the range of its scale, and gives the nearest values of the grid: in f32 all of
-    /// them, in BF16 without [`Self::outer_scale`].
-    pub fn operand(&self, precision: Precision, master: &mut [f32]) -> Operand {
+    /// Block scales [N, ⌈K/block⌉], where training may change them: E4M3 codes of NVFP4 and its like.
+    #[must_use]
+    pub fn learnable_scales(&self) -> Option<&[f32]> {
+        (self.e4m3_scales && self.element == Element::E2m1).then_some(&self.block_scales)
+    }
+
+    /// The same grid under other block scales, each rounded to a positive E4M3 code; scales of 0 stay.
+    #[must_use]
+    pub fn with_block_scales(&self, scales: impl Iterator<Item = f32>) -> Self {
+        let nearest = |(scale, old): (f32, &f32)| {
+            if *old == 0.0 { 0.0 } else { e4m3::round(scale.clamp(e4m3::MIN_POSITIVE, e4m3::MAX)) }
+        };
+        let block_scales: Vec<f32> = scales.zip(&self.block_scales).map(nearest).collect();
+        assert_eq!(block_scales.len(), self.block_scales.len(), "block scales of a grid");
+        Self { block_scales, output_scale: self.output_scale.clone(), ..*self }
+    }
+
+    /// Block scales as E4M3 codes, as the checkpoint holds them.
+    #[must_use]
+    pub fn scale_codes(&self) -> Vec<u8> {
+        self.block_scales.iter().map(|s| e4m3::encode(*s)).collect()
+    }
+
+    /// The whole scale of a block.
+    fn scale_at(&self, row: usize, block: usize) -> f32 {
+        self.block_scales[row * self.k.div_ceil(self.block) + block] * self.output_scale.at(row)
+    }
+
+    /// The gradient of the logarithms of block scales, [N, ⌈K/block⌉], of that of the weight, straight through the rounding
+    /// of both (Esser et al. 2020): Σ g · (value - master). Where a master is beyond its scale's reach, the value moves with
+    /// the scale alone, and `gradient` becomes 0.
+    #[must_use]
+    pub fn scale_gradient(&self, master: &[f32], gradient: &mut [f32]) -> Vec<f32> {
+        let isa = Isa::detect();
+        let blocks = self.k.div_ceil(self.block);
+        let mut out = vec![0.0; self.n * blocks];
+        let rows = out.par_chunks_mut(blocks).zip(master.par_chunks(self.k)).zip(gradient.par_chunks_mut(self.k));
+        rows.enumerate().for_each(|(row, ((out, master), gradient))| {
+            let mut values = vec![0.0; self.block];
+            let parts = master.chunks(self.block).zip(gradient.chunks_mut(self.block));
+            for (b, (out, (master, gradient))) in out.iter_mut().zip(parts).enumerate() {
+                let scale = self.scale_at(row, b);
+                let values = &mut values[..master.len()];
+                round_block(isa, self.element, scale, scale, master, values);
+                let most = self.element.max() * scale;
+                for ((g, w), v) in gradient.iter_mut().zip(master).zip(values.iter()) {
+                    if w.abs() > most {
+                        *out += *g * v;
+                        *g = 0.0;
+                    } else {
+                        *out += *g * (v - w);
+                    }
+                }
+            }
+        });
+        out
+    }
+
+    /// The values of the grid just below and above each of `master` [N, K]; a value that is on the grid is one of them.
+    #[must_use]
+    pub fn neighbours(&self, master: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let (mut low, mut high) = (vec![0.0; master.len()], vec![0.0; master.len()]);
+        let rows = low.par_chunks_mut(self.k).zip(high.par_chunks_mut(self.k)).zip(master.par_chunks(self.k));
+        rows.enumerate().for_each(|(row, ((low, high), master))| {
+            for (i, ((low, high), w)) in low.iter_mut().zip(high).zip(master).enumerate() {
+                let scale = self.scale_at(row, i / self.block);
+                let (l, h) = if scale > 0.0 { self.element.neighbours(w / scale) } else { (0.0, 0.0) };
+                (*low, *high) = (l * scale, h * scale);
+            }
+        });
+        (low, high)
+    }
+
+    /// Moves each of `master` [N, K] into the range of its scale.
+    pub fn move_into_reach(&self, master: &mut [f32]) {
+        if self.element.is_float() {
+            return;
+        }
+        master.par_chunks_mut(self.k).enumerate().for_each(|(row, master)| {
+            for (b, master) in master.chunks_mut(self.block).enumerate() {
+                let most = self.element.max() * self.scale_at(row, b);
+                master.iter_mut().for_each(|w| *w = w.clamp(-most, most));
+            }
+        });
+    }
+
+    /// The values of the grid nearest to `master` [N, K]: in f32 all of them, in BF16 without [`Self::outer_scale`].
+    #[must_use]
+    pub fn operand(&self, precision: Precision, master: &[f32]) -> Operand {
         assert_eq!(master.len(), self.n * self.k, "weights of a grid");
         let isa = Isa::detect();
         let blocks = self.k.div_ceil(self.block);
         match precision {
             Precision::F32 => {
                 let mut values = vec![0.0; master.len()];
-                let rows = values.par_chunks_mut(self.k).zip(master.par_chunks_mut(self.k)).enumerate();
+                let rows = values.par_chunks_mut(self.k).zip(master.par_chunks(self.k)).enumerate();
                 rows.for_each(|(row, (values, master))| {
                     for (b, (values, master)) in
-                        values.chunks_mut(self.block).zip(master.chunks_mut(self.block)).enumerate()
+                        values.chunks_mut(self.block).zip(master.chunks(self.block)).enumerate()
                     {
-                        let scale = self.block_scales[row * blocks + b] * self.output_scale.at(row);
+                        let scale = self.scale_at(row, b);
                         round_block(isa, self.element, scale, scale, master, values);
                     }
                 });
@@ -304,14 +400,14 @@ impl WeightGrid {
             }
             Precision::Bf16 => {
                 let mut bits = vec![0; master.len()];
-                let rows = bits.par_chunks_mut(self.k).zip(master.par_chunks_mut(self.k)).enumerate();
+                let rows = bits.par_chunks_mut(self.k).zip(master.par_chunks(self.k)).enumerate();
                 rows.for_each(|(row, (bits, master))| {
                     let mut values = vec![0.0; self.k];
                     for (b, (values, master)) in
-                        values.chunks_mut(self.block).zip(master.chunks_mut(self.block)).enumerate()
+                        values.chunks_mut(self.block).zip(master.chunks(self.block)).enumerate()
                     {
                         let inner = self.block_scales[row * blocks + b];
-                        round_block(isa, self.element, inner * self.output_scale.at(row), inner, master, values);
+                        round_block(isa, self.element, self.scale_at(row, b), inner, master, values);
                     }
                     round_all(isa, &values, bits);
                 });
@@ -345,17 +441,12 @@ impl WeightGrid {
 }
 
 multiversion! {
-    /// `values` = the codes nearest to `master` under `scale`, times `inner`; `master` is moved into reach of the codes.
-    fn round_block(element: Element, scale: f32, inner: f32, master: &mut [f32], values: &mut [f32]) {
+    /// `values` = the codes nearest to `master` under `scale`, times `inner`.
+    fn round_block(element: Element, scale: f32, inner: f32, master: &[f32], values: &mut [f32]) {
         match element {
-            _ if scale == 0.0 => {
-                master.fill(0.0);
-                values.fill(0.0);
-            }
+            _ if scale == 0.0 => values.fill(0.0),
             Element::E2m1 => {
-                let most = e2m1::MAX * scale;
                 for (v, w) in values.iter_mut().zip(master) {
-                    *w = w.clamp(-most, most);
                     let a = (*w / scale).abs();
                     let doubled = (a > 0.25) as i32
                         + (a >= 0.75) as i32
@@ -369,9 +460,7 @@ multiversion! {
                 }
             }
             Element::E4m3 => {
-                let most = e4m3::MAX * scale;
                 for (v, w) in values.iter_mut().zip(master) {
-                    *w = w.clamp(-most, most);
                     *v = e4m3::round(*w / scale) * inner;
                 }
             }
@@ -429,11 +518,11 @@ mod tests {
         ] {
             let grid = WeightGrid::of(&l);
             let exact = l.decode();
-            let mut master = exact.clone();
-            let Operand::F32(values) = grid.operand(Precision::F32, &mut master) else { unreachable!() };
+            let master = exact.clone();
+            let Operand::F32(values) = grid.operand(Precision::F32, &master) else { unreachable!() };
             assert_eq!(values, exact, "{}", l.weight_format());
             assert_eq!(master, exact);
-            let operand = grid.operand(Precision::Bf16, &mut master);
+            let operand = grid.operand(Precision::Bf16, &master);
             for row in 0..l.n {
                 let outer = grid.outer_scale(Precision::Bf16).at(row);
                 for (v, e) in operand.row(row, l.k).iter().zip(&exact[row * l.k..]) {
@@ -471,7 +560,9 @@ mod tests {
     fn masters_are_kept_within_reach_of_their_codes() {
         let l = linear(Element::E2m1, BlockScales::None, OutputScale::Tensor(0.5));
         let mut master = vec![100.0; 3 * 64];
-        let Operand::F32(values) = WeightGrid::of(&l).operand(Precision::F32, &mut master) else { unreachable!() };
+        let grid = WeightGrid::of(&l);
+        grid.move_into_reach(&mut master);
+        let Operand::F32(values) = grid.operand(Precision::F32, &master) else { unreachable!() };
         assert!(master.iter().chain(&values).all(|v| *v == 3.0));
     }
 }
