@@ -136,6 +136,7 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
         plan: &plan,
         folder: &mut run_folder,
         show: &mut |event| display.show(event),
+        after: &mut |_, _| Ok(()),
     };
     let outcome = run.train(&mut student)?;
     display.bar.finish_and_clear();

@@ -19,6 +19,7 @@ use crate::checkpoint::dialect::Dialect;
 use crate::checkpoint::write::FolderWriter;
 use crate::model::{Decoder, ModelConfig};
 use crate::quantize::{self, Recipe};
+use crate::recover::RecoverError;
 use crate::recover::data::{self, Data, Document, Part, Row};
 use crate::recover::distill::Watched;
 use crate::recover::run_folder::RunFolder;
@@ -76,6 +77,9 @@ pub(super) struct Args {
     /// End a stage after so many looks without a new best
     #[arg(long, value_name = "LOOKS")]
     patience: Option<usize>,
+    /// Write what each method but the last gives as well, to FOLDER-1-METHOD and so on
+    #[arg(long)]
+    keep_stages: bool,
     /// Order of the data
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -114,6 +118,11 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
     let start = Instant::now();
     drop(FolderWriter::create(&args.output)?);
     let training = training_folder(&args.output)?;
+    if args.keep_stages && !args.resume {
+        for (i, stage) in stages.iter().enumerate().take(stages.len() - 1) {
+            drop(FolderWriter::create(&stage_folder(&args.output, i, &stage.name))?);
+        }
+    }
     if training.exists() && !args.resume {
         bail!(
             "{}: a run for the same output was interrupted; go on with --resume, or remove that folder",
@@ -192,6 +201,21 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
         save_every: Duration::from_secs(args.save_every),
     };
     let mut display = Display::new(&plan, config.layers, "KL");
+    let mut after = |stage: usize, student: &Student| -> std::result::Result<(), RecoverError> {
+        if !args.keep_stages {
+            return Ok(());
+        }
+        let out = stage_folder(&args.output, stage, &plan.stages[stage].name);
+        if out.exists() {
+            // Of a run that was killed after this stage.
+            return Ok(());
+        }
+        let mut record = about.clone();
+        if let Some(methods) = record["methods"].as_array_mut() {
+            methods.truncate(stage + 1);
+        }
+        student.write(&checkpoint, &[(RECORD_FILE, format!("{record:#}\n").into_bytes())], &out)
+    };
     let mut run = Run {
         teacher: Some(&decoder),
         data: &data,
@@ -199,6 +223,7 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
         plan: &plan,
         folder: &mut run_folder,
         show: &mut |event| display.show(event),
+        after: &mut after,
     };
     let outcome = run.train(&mut student)?;
     display.bar.finish_and_clear();
@@ -229,6 +254,12 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
 pub(super) fn training_folder(output: &Path) -> Result<PathBuf> {
     let name = output.file_name().with_context(|| format!("{} is no name for an output", output.display()))?;
     Ok(output.with_file_name(format!("{}.training", name.to_string_lossy())))
+}
+
+/// Where the student goes after a stage that is not the last.
+fn stage_folder(output: &Path, stage: usize, method: &str) -> PathBuf {
+    let name = output.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+    output.with_file_name(format!("{name}-{}-{method}", stage + 1))
 }
 
 fn make_student(

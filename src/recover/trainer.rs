@@ -66,6 +66,8 @@ pub struct Run<'a> {
     pub folder: &'a mut RunFolder,
     /// Called with every event as it happens.
     pub show: &'a mut dyn FnMut(&Event),
+    /// Called after each stage but the last with its number and the student, which then has the stage's best weights.
+    pub after: &'a mut dyn FnMut(usize, &Student) -> Result<()>,
 }
 
 /// Best score so far, and looks since.
@@ -99,6 +101,7 @@ impl Run<'_> {
         for stage in at.stage..self.plan.stages.len() {
             let from = if stage == at.stage { at.done } else { 0 };
             match self.stage(student, stage, from, &mut events) {
+                Ok(()) if stage + 1 < self.plan.stages.len() => (self.after)(stage, student)?,
                 Ok(()) => {}
                 Err(stopped @ RecoverError::NotFinite { .. }) => {
                     self.keep_best(student, stage, &mut events)?;

@@ -446,6 +446,8 @@ fn context(args: &Args, comparison: &Comparison) -> ReportContext {
         args.seed, args.tasks.fewshot_seed
     ));
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let folders: Vec<Option<PathBuf>> = args.models.iter().map(|m| model_folder(m).ok()).collect();
+    let recovered = labels.iter().zip(&folders).filter_map(|(label, folder)| Some((*label, folder.as_deref()?)));
     ReportContext {
         title: labels.join(" / "),
         command: std::env::args().collect::<Vec<_>>().join(" "),
@@ -457,6 +459,6 @@ fn context(args: &Args, comparison: &Comparison) -> ReportContext {
             crate::backend::cpu::isa::Isa::detect()
         ),
         notes,
-        training_curves: Vec::new(),
+        training_curves: super::curves::training_curves(recovered),
     }
 }

@@ -1,6 +1,7 @@
 //! What `eval` and `compare` share: which tasks, how they are put, and running them on one model.
 
 pub(super) mod compare;
+mod curves;
 pub(super) mod eval;
 
 use std::path::{Path, PathBuf};
