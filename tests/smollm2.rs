@@ -163,3 +163,35 @@ fn it_answers_a_question() {
         assert!(out.status.success() && text.contains("Paris"), "{text}");
     }
 }
+
+/// Recovery of a real model, judged by the packed kernels on text of another kind than it was trained on.
+#[test]
+fn recovery_brings_a_real_model_nearer_to_its_teacher() {
+    let Some(models) = models() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let recoup = |args: &[&str]| {
+        let out = Command::new(env!("CARGO_BIN_EXE_recoup"))
+            .args(args)
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .output()
+            .unwrap();
+        assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+        out.stdout
+    };
+    let (bf16, ptq) = (models.bf16.to_str().unwrap(), models.nvfp4.to_str().unwrap());
+    let (out, report) = (at("recovered"), at("report"));
+    let (out, report) = (out.to_str().unwrap(), report.to_str().unwrap());
+    let method = ["--method", "block:steps=12,samples=24", "--method", "qad:steps=6,lr=3e-5"];
+    let data = ["--data", "src/cli/calibration.txt", "--length", "128", "--samples", "40", "--watch-samples", "4"];
+    recoup(&[&["recover", ptq, "--teacher", bf16, "-o", out, "--evaluate-every", "3"][..], &method, &data].concat());
+    let compare = ["compare", bf16, ptq, out, "--tasks", "none", "--no-speed", "--json", "-o", report];
+    let text = ["--text", "wikitext", "--windows", "4", "--window", "256"];
+    let found = recoup(&[&compare[..], &text].concat());
+    let found: serde_json::Value = serde_json::from_slice(&found).unwrap();
+    let kl = |i: usize| found["divergences"][i]["kl"]["value"].as_f64().unwrap();
+    println!("KL {:.4}, recovered {:.4}", kl(0), kl(1));
+    assert!(kl(1) < 0.9 * kl(0), "{} against {}", kl(1), kl(0));
+    let page = std::fs::read_to_string(Path::new(report).join("report.html")).unwrap();
+    assert!(page.contains("While training: KL on the data"), "the report shows how it was trained");
+}
