@@ -191,7 +191,7 @@ fn what_cannot_be_quantized_is_refused_by_name_and_leaves_nothing_behind() {
     .unwrap_err();
     assert!(e.to_string().contains("model.layers.1.mlp.down_proj"), "{e}");
 
-    let already = Checkpoint::open(&own_folder().join("compressed-tensors/llama/fp8")).unwrap();
+    let already = Checkpoint::open(&own_folder().join("compressed-tensors/llama/fp8_dynamic")).unwrap();
     let e =
         quantize(&already, &good, &Recipe::uniform(Scheme::Nvfp4), Dialect::ModelOpt, &Default::default(), None, &out)
             .unwrap_err();

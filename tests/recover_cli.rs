@@ -82,12 +82,20 @@ fn a_recovered_model_is_better_and_says_how_it_came_to_be() {
     let stderr = succeed(&arguments(
         &[STUDENT],
         &out,
-        &["--method", "block:steps=24", "--method", "qad:steps=10,lr=3e-5,hidden=0.1", "--evaluate-every", "5"],
+        &[
+            "--method",
+            "block:steps=24",
+            "--method",
+            "qad:steps=10,lr=3e-5,hidden=0.1",
+            "--evaluate-every",
+            "5",
+            "--keep-stages",
+        ],
     ));
     assert!(stderr.contains("masters from the teacher's weights"), "{stderr}");
     assert!(!Path::new(&format!("{out}.training")).exists());
     let record: Value = serde_json::from_slice(&std::fs::read(folder.at("out/recoup_recovery.json")).unwrap()).unwrap();
-    let kl = |when: &str, text: &str| record["watched_kl"][when][text].as_f64().unwrap();
+    let kl = |when: &str, text: &str| record["watched_loss"][when][text].as_f64().unwrap();
     let mean = |when| (kl(when, "data, held out") + kl(when, "built-in text")) / 2.0;
     assert!(mean("after") < 0.95 * mean("before"), "{record:#}");
     assert_eq!(record["methods"][0]["settings"]["steps"], 24);
@@ -96,8 +104,12 @@ fn a_recovered_model_is_better_and_says_how_it_came_to_be() {
     let curve = std::fs::read_to_string(folder.at("out/recoup_curve.jsonl")).unwrap();
     let events: Vec<Value> = curve.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     let count = |name: &str| events.iter().filter(|e| e["event"] == name).count();
-    assert_eq!((count("block"), count("step"), count("watched"), count("kept")), (4, 10, 5, 2));
+    assert_eq!((count("block"), count("step"), count("watched"), count("kept")), (12, 10, 5, 2));
     assert!(events.iter().filter(|e| e["event"] == "step").all(|e| e["learning_rate"].as_f64().unwrap() > 0.0));
+    // What the first method gave is there as well, and is another model.
+    let weights = |f: &str| std::fs::read(folder.at(f).join("model.safetensors")).unwrap();
+    assert!(weights("out-1-block") != weights("out"));
+    assert!(!folder.at("out-2-qad").exists());
     // It is a checkpoint like the student: packed, inspected, run.
     succeed(&["inspect", &out]);
     let size = |f: &Path| std::fs::metadata(f.join("model.safetensors")).unwrap().len() as f64;
@@ -299,6 +311,10 @@ fn conversations_and_documents_are_trained_on() {
         let step =
             curve.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()).find(|e| e["event"] == "step").unwrap();
         losses.push(step["cross_entropy"].as_f64().unwrap());
+        // Without a teacher in the loss, the text is what it is judged by.
+        let record = std::fs::read_to_string(folder.at(name).join("recoup_recovery.json")).unwrap();
+        let record: Value = serde_json::from_str(&record).unwrap();
+        assert_eq!(record["watched_loss"]["measure"], "cross_entropy");
     }
     assert!((losses[0] - losses[1]).abs() > 1e-3, "{losses:?}");
 }

@@ -345,7 +345,7 @@ fn tokenizer(tokenizer_json: &str, more: &[(&str, &str)]) -> Result<Tokenizer, T
 }
 
 fn books_json() -> String {
-    std::fs::read_to_string(data().join("books_tokenizer.json")).unwrap()
+    std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("models/books-bf16/tokenizer.json")).unwrap()
 }
 
 fn books() -> Tokenizer {

@@ -18,7 +18,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "MODEL")]
     model: Option<PathBuf>,
     /// Steps of each recovery
-    #[arg(long, default_value_t = 100)]
+    #[arg(long, default_value_t = 150)]
     steps: usize,
     /// Threads; 0 is one per core
     #[arg(long, default_value_t = 0)]
@@ -50,7 +50,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let (ptq, best, unrounded, qat, qad, report) =
         (at("ptq"), at("best-ptq"), at("unrounded"), at("qat"), at("qad"), at("report"));
     let recover = |method: &str, out: &str| -> Vec<String> {
-        let method = format!("{method}:steps={steps},lr=1e-4");
+        let method = format!("{method}:steps={steps},lr=4e-4,average=0.95");
         let args = [
             "recover",
             &best,
@@ -63,7 +63,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
             "--data",
             "teacher",
             "--samples",
-            "400",
+            "300",
             "--evaluate-every",
             "25",
             "-o",
@@ -95,9 +95,11 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
                 "--labels",
                 "BF16,PTQ,best PTQ,QAT,QAD",
                 "--tasks",
-                "books_cloze",
+                "books",
                 "--text",
                 "books",
+                "--window",
+                "256",
                 "-o",
                 &report,
             ]),

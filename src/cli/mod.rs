@@ -21,6 +21,8 @@ mod pretrain;
 mod quantize;
 mod recover;
 mod run;
+mod training;
+mod training_data;
 
 use std::io::IsTerminal as _;
 use std::path::Path;

@@ -4,21 +4,20 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use serde_json::json;
 
-use super::recover::{Display, KEPT_MEMORY, rows, training_folder};
+use super::training::{self, Display, KEPT_MEMORY};
+use super::training_data::rows;
 use crate::backend::autograd::AutogradBackend;
 use crate::backend::cpu::operand::Precision;
 use crate::backend::cpu::recycle;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::json::Object;
-use crate::checkpoint::write::FolderWriter;
 use crate::model::ModelConfig;
 use crate::recover::data::{self, Data, Part};
 use crate::recover::distill::Watched;
 use crate::recover::pretrain::initialize;
-use crate::recover::run_folder::RunFolder;
 use crate::recover::sources::Reader;
 use crate::recover::stage::Stage;
 use crate::recover::student::{CURVE_FILE, RECORD_FILE, Student};
@@ -71,14 +70,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 
 fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
     let start = Instant::now();
-    drop(FolderWriter::create(&args.output)?);
-    let training = training_folder(&args.output)?;
-    if training.exists() && !args.resume {
-        bail!(
-            "{}: a run for the same output was interrupted; go on with --resume, or remove that folder",
-            training.display()
-        );
-    }
+    let training = training::begin(&args.output, args.resume)?;
     let reader = Reader::of(&args.shape, false)?;
     let part = |file: &PathBuf| -> Result<Part> {
         let name = file.file_stem().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
@@ -104,11 +96,7 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
         "watched": watched.iter().map(|(name, d)| json!({"name": name, "sha256": d.hash()})).collect::<Vec<_>>(),
         "evaluate_every": args.evaluate_every,
     });
-    let resumed = if args.resume { RunFolder::resume(&training, &about)? } else { None };
-    let mut run_folder = match resumed {
-        Some(folder) => folder,
-        None => RunFolder::create(&training, &about)?,
-    };
+    let mut run_folder = training::run_folder(&training, args.resume, &about)?;
     let initial = training.join("initial");
     if !initial.exists() {
         let config = Object::read(&args.shape.join("config.json"))?;
@@ -128,7 +116,7 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
         patience: None,
         save_every: Duration::from_secs(args.save_every),
     };
-    let mut display = Display::new(&plan, student.decoder.config.layers, "cross-entropy");
+    let mut display = Display::new(&plan, student.decoder.config.layers);
     let mut run = Run {
         teacher: None,
         data: &data,

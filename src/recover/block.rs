@@ -27,7 +27,8 @@ pub struct Options {
     pub warmup: usize,
     /// Sequences in a step.
     pub sequences: usize,
-    /// Uses so many of the data's sequences, evenly spaced; each costs a pass through every block. `None`: all.
+    /// Uses so many of the data's sequences, evenly spaced; each costs a pass through every block. Fewer than steps ·
+    /// sequences are seen more than once, and learned by heart. `None`: all.
     pub samples: Option<usize>,
     /// Trains the norms as well.
     pub norms: bool,
@@ -46,7 +47,7 @@ impl Default for Options {
             steps: 64,
             warmup: 5,
             sequences: 4,
-            samples: Some(128),
+            samples: Some(256),
             norms: false,
             scales: false,
             rounding: false,
@@ -56,8 +57,8 @@ impl Default for Options {
     }
 }
 
-/// What training one block did: mean error, relative to the teacher's output, before over the first sequences, and after
-/// over all.
+/// What training one block did: mean error, relative to the teacher's output, over sequences that it is not trained on.
+/// A block that got worse there is as it was before.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct BlockReport {
     pub block: usize,
@@ -67,6 +68,11 @@ pub struct BlockReport {
 
 /// Learning rates end at this share of their peak.
 const FLOOR: f32 = 0.1;
+
+/// One sequence in so many is held out, where there are enough.
+const HELD_OUT: usize = 8;
+/// At most so many are.
+const MOST_HELD_OUT: usize = 32;
 
 /// Trains the blocks from block `from` on, in order; those before it have been trained. `each` sees every block once it is.
 ///
@@ -82,6 +88,17 @@ pub fn train(
 ) -> Result<()> {
     let layers = student.decoder.config.layers;
     let rows = spread(&data.rows, options.samples.unwrap_or(usize::MAX));
+    let held_out = (rows.len() / HELD_OUT).min(MOST_HELD_OUT);
+    let (mut rows, trained): (Vec<Row>, Vec<Row>) = {
+        let every = rows.len() / held_out.max(1);
+        let held = |i: usize| i.is_multiple_of(every.max(1)) && i / every.max(1) < held_out;
+        let (a, b): (Vec<_>, Vec<_>) = rows.into_iter().enumerate().partition(|(i, _)| held(*i));
+        (a.into_iter().map(|r| r.1).collect(), b.into_iter().map(|r| r.1).collect())
+    };
+    rows.extend(trained);
+    // Too few to hold any out: judged by all.
+    let judged = if held_out > 0 { held_out } else { rows.len() };
+    let first = Data { rows: rows[..judged].to_vec(), description: String::new() };
     let data = &Data { rows, description: String::new() };
     let mut inputs = Stream::embed(&student.decoder, data)?;
     let mut reference = Stream::embed(teacher, data)?;
@@ -97,11 +114,11 @@ pub fn train(
             scales: options.scales,
             rounding: options.rounding && p.is_quantized(),
         });
-        let first = data.first(CHUNK);
-        let before = inputs.through(&student.decoder, block, &first)?.distance(&targets);
-        let mut order = Order::new(data.rows.len(), options.seed.wrapping_add(block as u64));
+        let start = student.block_state(block);
+        let before = inputs.through(&student.decoder, block, &first)?.distance(&targets, judged);
+        let mut order = Order::new(data.rows.len() - held_out, options.seed.wrapping_add(block as u64));
         for step in 0..options.steps {
-            let chosen = order.take(options.sequences);
+            let chosen: Vec<usize> = order.take(options.sequences).into_iter().map(|r| held_out + r).collect();
             let (part, rope) = prepare(&student.decoder, data, &chosen);
             let x = inputs.rows(&chosen)?;
             let x = Var::from_tensor(&x).during("block")?;
@@ -119,8 +136,14 @@ pub fn train(
             student.step(&options.adam, step + 1, options.steps, rate, factor);
         }
         student.settle_rounding();
-        let outputs = inputs.through(&student.decoder, block, data)?;
-        each(&BlockReport { block, before, after: outputs.distance(&targets) }, student)?;
+        let mut outputs = inputs.through(&student.decoder, block, data)?;
+        let mut after = outputs.distance(&targets, judged);
+        if after > before {
+            student.put_back(start);
+            outputs = inputs.through(&student.decoder, block, data)?;
+            after = before;
+        }
+        each(&BlockReport { block, before, after }, student)?;
         inputs = outputs;
         reference = targets;
     }
@@ -181,10 +204,10 @@ impl Stream {
         Ok(Self { states, hidden: self.hidden })
     }
 
-    /// Mean over tokens of [`worth`] · |self - other|².
-    fn distance(&self, other: &Self) -> f64 {
+    /// Mean over the tokens of the first `rows` sequences of [`worth`] · |self - other|².
+    fn distance(&self, other: &Self, rows: usize) -> f64 {
         let (mut sum, mut tokens) = (0.0, 0);
-        for (a, b) in self.states.iter().zip(&other.states) {
+        for (a, b) in self.states.iter().zip(&other.states).take(rows) {
             let weights = worth(a, b, self.hidden);
             for ((a, b), w) in a.chunks_exact(self.hidden).zip(b.chunks_exact(self.hidden)).zip(weights) {
                 sum += f64::from(w) * a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();

@@ -88,6 +88,15 @@ impl Stage {
         Ok(())
     }
 
+    /// Whether a teacher is part of what it trains for.
+    #[must_use]
+    pub fn has_teacher(&self) -> bool {
+        match &self.method {
+            Method::Block(_) => true,
+            Method::Distill(o) => o.kl > 0.0 || o.hidden > 0.0,
+        }
+    }
+
     /// Whether it moves block scales.
     #[must_use]
     pub fn learns_scales(&self) -> bool {

@@ -148,6 +148,23 @@ impl Student {
         self.parameters.iter_mut().find(|p| p.name == module).is_some_and(|p| p.set_state(kind, values))
     }
 
+    /// What the weights of block `layer` are, for [`Self::put_back`].
+    pub(super) fn block_state(&self, layer: usize) -> Vec<(String, Vec<f32>)> {
+        let of = |p: &Parameter| -> Vec<(String, Vec<f32>)> {
+            let names = p.state(false).into_iter().map(|s| s.0);
+            names.filter_map(|n| p.state_values(n.rsplit_once('.')?.1).cloned().map(|v| (n, v))).collect()
+        };
+        self.parameters.iter().filter(|p| p.layer == Some(layer)).flat_map(of).collect()
+    }
+
+    /// Puts weights back to what they were.
+    pub(super) fn put_back(&mut self, state: Vec<(String, Vec<f32>)>) {
+        for (name, values) in state {
+            self.set_state(&name, values);
+        }
+        self.refresh();
+    }
+
     /// Rounds all masters anew.
     pub(super) fn refresh(&mut self) {
         self.parameters.iter_mut().for_each(Parameter::round);

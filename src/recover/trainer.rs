@@ -8,9 +8,9 @@ use serde_json::{Map, Value};
 
 use super::data::Data;
 use super::distill::{self, Point, Watched};
+use super::parameter::{Learned, Parameter};
 use super::run_folder::RunFolder;
 use super::stage::{Method, Stage};
-use super::parameter::{Learned, Parameter};
 use super::student::Student;
 use super::{RecoverError, Result, block};
 use crate::backend::autograd::AutogradBackend;
@@ -40,11 +40,30 @@ pub enum Event {
         #[serde(flatten)]
         point: Point,
     },
-    /// KL on the watched texts (cross-entropy, where there is no teacher) after so many steps of a stage (0: before it),
-    /// and their mean relative to the beginning.
-    Watched { stage: usize, step: usize, loss: Map<String, Value>, score: f64 },
+    /// The loss on the watched texts after so many steps of a stage (0: before it), and their mean relative to the first
+    /// time that the same was measured.
+    Watched { stage: usize, step: usize, measure: Measure, loss: Map<String, Value>, score: f64 },
     /// The stage ended with the weights that it had after `step`, the best by the watched texts.
     Kept { stage: usize, step: usize },
+}
+
+/// What is measured on texts that are not trained on, nats per token: what the stage trains for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Measure {
+    /// To the teacher.
+    Kl,
+    /// With the text: of a stage that has no teacher in its loss.
+    CrossEntropy,
+}
+
+impl std::fmt::Display for Measure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Kl => "KL",
+            Self::CrossEntropy => "cross-entropy",
+        })
+    }
 }
 
 /// How a run ended.
@@ -185,16 +204,20 @@ impl Run<'_> {
 
     /// Measures the watched texts; whether they have never been better in this stage.
     fn look(&mut self, student: &Student, stage: usize, step: usize, events: &mut Vec<Event>) -> Result<bool> {
+        let teacher = self.teacher.filter(|_| self.plan.stages[stage].has_teacher());
+        let measure = if teacher.is_some() { Measure::Kl } else { Measure::CrossEntropy };
         let mut loss = Map::new();
         for w in self.watched {
-            let value = student.averaged(|| w.loss(&student.decoder, self.teacher))?;
+            let value = student.averaged(|| w.loss(&student.decoder, teacher))?;
             if !value.is_finite() {
                 return Err(RecoverError::NotFinite { what: format!("loss on {}", w.name), step, value });
             }
             loss.insert(w.name.clone(), Value::from(value));
         }
-        let first =
-            events.iter().find_map(|e| if let Event::Watched { loss, .. } = e { Some(loss.clone()) } else { None });
+        let first = events.iter().find_map(|e| match e {
+            Event::Watched { loss, measure: m, .. } if *m == measure => Some(loss.clone()),
+            _ => None,
+        });
         let first = first.unwrap_or_else(|| loss.clone());
         let of = |map: &Map<String, Value>, name: &str| map.get(name).and_then(Value::as_f64).unwrap_or(0.0);
         let ratio = |name: &String| {
@@ -202,7 +225,7 @@ impl Run<'_> {
             if start > 0.0 { of(&loss, name) / start } else { 1.0 + of(&loss, name) }
         };
         let score = loss.keys().map(ratio).sum::<f64>() / loss.len().max(1) as f64;
-        self.record(events, Event::Watched { stage, step, loss, score })?;
+        self.record(events, Event::Watched { stage, step, measure, loss, score })?;
         // Where nothing is watched, the last is the best.
         Ok(self.watched.is_empty() || best_of(events, stage).is_some_and(|b| b.step == step))
     }

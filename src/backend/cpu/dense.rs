@@ -153,14 +153,7 @@ pub fn serial_f32(c: &mut [f32], stride: usize, accumulate: bool, alpha: f32, a:
     serial(written(c), stride, accumulate, alpha, a, b);
 }
 
-fn serial(
-    c: &mut [MaybeUninit<f32>],
-    stride: usize,
-    accumulate: bool,
-    alpha: f32,
-    a: View<'_, f32>,
-    b: View<'_, f32>,
-) {
+fn serial(c: &mut [MaybeUninit<f32>], stride: usize, accumulate: bool, alpha: f32, a: View<'_, f32>, b: View<'_, f32>) {
     assert_eq!(a.columns, b.rows, "inner dimensions");
     if a.rows == 0 || b.columns == 0 {
         return;

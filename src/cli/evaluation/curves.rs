@@ -6,7 +6,7 @@ use std::path::Path;
 use recoup_eval::report::{CurveLine, TrainingCurve};
 
 use crate::recover::student::CURVE_FILE;
-use crate::recover::trainer::Event;
+use crate::recover::trainer::{Event, Measure};
 
 /// Points of a line at most; training has more steps than a plot has room for.
 const POINTS: usize = 120;
@@ -15,7 +15,7 @@ const POINTS: usize = 120;
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
     /// On a text that was watched.
-    Watched(String),
+    Watched(String, Measure),
     Kl,
     CrossEntropy,
     LearningRate,
@@ -34,10 +34,16 @@ pub(super) fn training_curves<'a>(models: impl Iterator<Item = (&'a str, &'a Pat
     }
     let curve = |(kind, lines)| {
         let (title, quantity) = match kind {
-            Kind::Watched(text) => {
+            Kind::Watched(text, Measure::Kl) => {
                 (format!("While training: {text}"), "KL to the teacher on text that is not trained on, nats per token")
             }
-            Kind::Kl => ("While training: KL on the data".into(), "KL to the teacher, mean of nearby steps, nats per token"),
+            Kind::Watched(text, Measure::CrossEntropy) => (
+                format!("While training: {text}, cross-entropy"),
+                "Cross-entropy with text that is not trained on, nats per token",
+            ),
+            Kind::Kl => {
+                ("While training: KL on the data".into(), "KL to the teacher, mean of nearby steps, nats per token")
+            }
             Kind::CrossEntropy => (
                 "While training: cross-entropy on the data".into(),
                 "Cross-entropy with the text, mean of nearby steps, nats per token",
@@ -66,9 +72,9 @@ fn points(text: &str) -> BTreeMap<Kind, Vec<(u64, f64)>> {
         last = step;
         let mut add = |kind, value: f64| out.entry(kind).or_default().push((before + step, value));
         match event {
-            Event::Watched { loss, .. } => {
+            Event::Watched { loss, measure, .. } => {
                 for (name, value) in loss {
-                    add(Kind::Watched(name), value.as_f64().unwrap_or(f64::NAN));
+                    add(Kind::Watched(name, measure), value.as_f64().unwrap_or(f64::NAN));
                 }
             }
             Event::Step { point, .. } => {
@@ -101,10 +107,10 @@ mod tests {
     fn steps_are_counted_over_stages_and_long_lines_are_thinned() {
         let folder = tempfile::tempdir().unwrap();
         let mut text = String::from(
-            "{\"event\":\"watched\",\"stage\":0,\"step\":0,\"loss\":{\"a\":0.4},\"score\":1.0}\n\
+            "{\"event\":\"watched\",\"stage\":0,\"step\":0,\"measure\":\"kl\",\"loss\":{\"a\":0.4},\"score\":1.0}\n\
              {\"event\":\"block\",\"stage\":0,\"block\":0,\"before\":0.2,\"after\":0.1}\n\
              {\"event\":\"block\",\"stage\":0,\"block\":1,\"before\":0.2,\"after\":0.1}\n\
-             {\"event\":\"watched\",\"stage\":0,\"step\":2,\"loss\":{\"a\":0.3},\"score\":0.75}\n\
+             {\"event\":\"watched\",\"stage\":0,\"step\":2,\"measure\":\"kl\",\"loss\":{\"a\":0.3},\"score\":0.75}\n\
              {\"event\":\"kept\",\"stage\":0,\"step\":2}\n\
              of a later version\n",
         );
@@ -118,10 +124,7 @@ mod tests {
         let missing = folder.path().join("none");
         let curves = training_curves([("QAD", folder.path()), ("PTQ", missing.as_path())].into_iter());
         let titles: Vec<&str> = curves.iter().map(|c| c.title.as_str()).collect();
-        assert_eq!(
-            titles,
-            ["While training: a", "While training: KL on the data", "While training: learning rate"]
-        );
+        assert_eq!(titles, ["While training: a", "While training: KL on the data", "While training: learning rate"]);
         assert_eq!(curves[0].lines[0].points, [(0, 0.4), (2, 0.3)]);
         let points = &curves[1].lines[0].points;
         assert_eq!((points.len(), points[0], points[119]), (120, (2 + 2, 1.5), (2 + 240, 239.5)));

@@ -8,10 +8,15 @@ import json
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedTokenizerFast
 
 FILE = "tests/data/evaluate/books.jsonl"
 
-model = HFLM(pretrained="models/books-bf16", device="cpu", dtype="float32", batch_size=1)
+END = "<|endoftext|>"
+tokenizer = PreTrainedTokenizerFast(
+    tokenizer_file="models/books-bf16/tokenizer.json", bos_token=END, eos_token=END, pad_token=END
+)
+model = HFLM(pretrained="models/books-bf16", tokenizer=tokenizer, device="cpu", dtype="float32", batch_size=1)
 rows = [json.loads(line) for line in open(FILE)]
 requests = [Instance("loglikelihood", {}, (row["context"], row["continuation"]), i) for i, row in enumerate(rows)]
 for row, (log_likelihood, is_greedy) in zip(rows, model.loglikelihood(requests)):
