@@ -16,7 +16,7 @@ run quantize "$out/books-bf16" -o "$out/books-nvfp4" --recipe nvfp4
 run quantize "$out/books-bf16" -o "$out/books-nvfp4-best" --recipe nvfp4_best --keep-unrounded "$out/unrounded"
 recover() {
     run recover "$out/books-nvfp4-best" --teacher "$out/books-bf16" --unrounded "$out/unrounded" \
-        --data "$corpus/train.txt" --watch "$corpus/valid.txt" --samples 4000 --watch-samples 32 --evaluate-every 50 "$@"
+        --data "$corpus/train.txt" --watch "$corpus/valid.txt" --samples 8000 --watch-samples 64 --evaluate-every 100 "$@"
 }
-recover -o "$out/books-nvfp4-qat" --method qat:steps=500,lr=2e-4,sequences=8
-recover -o "$out/books-nvfp4-qad" --method qad:steps=500,lr=2e-4,sequences=8
+recover -o "$out/books-nvfp4-qat" --method qat:steps=800,lr=6e-4,sequences=8,average=0.98
+recover -o "$out/books-nvfp4-qad" --method qad:steps=800,lr=6e-4,sequences=8,average=0.98

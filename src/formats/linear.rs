@@ -51,7 +51,7 @@ impl Element {
     /// the largest, the last two. A float is its own neighbour.
     #[must_use]
     pub fn neighbours(self, x: f32) -> (f32, f32) {
-        let (encode, decode, last): (fn(f32) -> u8, fn(u8) -> f32, u8) = match self {
+        let (encode, decode, last): Codec = match self {
             Self::E2m1 => (e2m1::encode_magnitude, e2m1::decode, 7),
             Self::E4m3 => (e4m3::encode, e4m3::decode, 0x7e),
             Self::F32 | Self::F16 | Self::Bf16 => return (x, x),
@@ -63,6 +63,9 @@ impl Element {
         if x < 0.0 { (-high, -low) } else { (low, high) }
     }
 }
+
+/// Encoding, decoding, and the code of the largest magnitude.
+type Codec = (fn(f32) -> u8, fn(u8) -> f32, u8);
 
 /// Scales below the level of a row.
 #[derive(Clone, Debug, PartialEq)]
