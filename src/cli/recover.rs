@@ -166,15 +166,16 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
             return Ok(());
         }
         let out = stage_folder(&args.output, stage, &plan.stages[stage].name);
-        if out.exists() {
-            // Of a run that was killed after this stage.
-            return Ok(());
-        }
         let mut record = about.clone();
         if let Some(methods) = record["methods"].as_array_mut() {
             methods.truncate(stage + 1);
         }
-        student.write(&checkpoint, &[(RECORD_FILE, format!("{record:#}\n").into_bytes())], &out)
+        let record = format!("{record:#}\n").into_bytes();
+        // There already, if the run was killed after this stage.
+        if std::fs::read(out.join(RECORD_FILE)).is_ok_and(|found| found == record) {
+            return Ok(());
+        }
+        student.write(&checkpoint, &[(RECORD_FILE, record)], &out)
     };
     let mut run = Run {
         teacher: Some(&decoder),
