@@ -523,3 +523,27 @@ fn the_fake_quant_forward_and_the_packed_forward_agree_after_training() {
         assert!(deviation(&bf16, &trained) < bound, "{name}: {}", deviation(&bf16, &trained));
     }
 }
+
+/// Training that harms a block on sequences that it does not see is undone, to the byte.
+#[test]
+fn a_block_that_training_made_worse_is_put_back() {
+    let checkpoint = fixture("nvfp4_w4a16");
+    let teacher = Decoder::load(AutogradBackend::new(), &fixture("bf16")).unwrap();
+    let row = |s: u32| Row::text((0..24).map(|t| ((s * 24 + t) * 37 + 11) % 256).collect());
+    let data = Data { rows: (0..24).map(row).collect(), description: String::new() };
+    let masters = |s: &Student| s.parameters.iter().map(|p| p.master().to_vec()).collect::<Vec<_>>();
+    for (learning_rate, harmful) in [(5.0, true), (1e-3, false)] {
+        let mut student = Student::load(&checkpoint, None, AutogradBackend::new()).unwrap();
+        let before = masters(&student);
+        let options = block::Options { steps: 20, learning_rate, ..block::Options::default() };
+        let mut reports = Vec::new();
+        block::train(&mut student, &teacher, &data, &options, 0, &mut |r, _| {
+            reports.push(*r);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(reports.iter().all(|r| r.after == r.before), harmful, "{reports:?}");
+        assert!(reports.iter().all(|r| r.after <= r.before), "{reports:?}");
+        assert_eq!(masters(&student) == before, harmful);
+    }
+}
