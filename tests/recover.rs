@@ -497,7 +497,7 @@ fn the_fake_quant_forward_and_the_packed_forward_agree_after_training() {
         };
         student.allow_scales();
         let mut reports = Vec::new();
-        block::train(&mut student, &teacher(Precision::F32), &data, &options, 0, &mut |r, _| {
+        block::train(&mut student, &teacher(Precision::F32), &data, &options, 0, &std::env::temp_dir(), &mut |r, _| {
             reports.push(*r);
             Ok(())
         })
@@ -537,7 +537,7 @@ fn a_block_that_training_made_worse_is_put_back() {
         let before = masters(&student);
         let options = block::Options { steps: 20, learning_rate, ..block::Options::default() };
         let mut reports = Vec::new();
-        block::train(&mut student, &teacher, &data, &options, 0, &mut |r, _| {
+        block::train(&mut student, &teacher, &data, &options, 0, &std::env::temp_dir(), &mut |r, _| {
             reports.push(*r);
             Ok(())
         })

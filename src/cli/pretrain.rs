@@ -74,7 +74,7 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
     let reader = Reader::of(&args.shape, false)?;
     let part = |file: &PathBuf| -> Result<Part> {
         let name = file.file_stem().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-        Ok(Part { name, rows: rows(&reader, file, args.length)?, share: 1.0 })
+        Ok(Part { name, rows: rows(&reader, file, args.length, None)?, share: 1.0 })
     };
     let mut parts = args.data.iter().map(part).collect::<Result<Vec<_>>>()?;
     let all: usize = parts.iter().map(|p| p.rows.len()).sum();

@@ -162,6 +162,7 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
     };
     let mut display = Display::new(&plan, config.layers);
     let mut after = |stage: usize, student: &Student| -> std::result::Result<(), RecoverError> {
+        recycle::release();
         if !args.keep_stages {
             return Ok(());
         }

@@ -68,7 +68,10 @@ impl DataOptions {
             let file = Path::new(source);
             let mut rows = match opening {
                 None if source == BUILT_IN => built_in(&reader, self.length)?,
-                None => rows(&reader, file, self.length)?,
+                None => {
+                    let wanted = share / total * self.samples as f64 + self.watch_samples as f64;
+                    rows(&reader, file, self.length, Some(wanted.ceil() as usize))?
+                }
                 Some(opening) => {
                     let count = (share / total * self.samples as f64).ceil().max(1.0) as usize;
                     let file = training.join(format!("{source}.json"));
@@ -98,7 +101,7 @@ impl DataOptions {
         }
         for file in &self.watch {
             let name = file.file_stem().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-            watch(&name, &rows(&reader, file, self.length)?);
+            watch(&name, &rows(&reader, file, self.length, Some(self.watch_samples))?);
         }
         Ok((data, watched))
     }
@@ -110,9 +113,9 @@ fn built_in(reader: &Reader, length: usize) -> Result<Vec<Row>> {
     Ok(data::pack(&[Document::text(text)], length, false))
 }
 
-/// A file as rows of at most `length` tokens.
-pub(super) fn rows(reader: &Reader, file: &Path, length: usize) -> Result<Vec<Row>> {
-    let source = reader.read(file)?;
+/// A file as rows of at most `length` tokens; of a long text several times the rows that are `wanted` if only so many are.
+pub(super) fn rows(reader: &Reader, file: &Path, length: usize, wanted: Option<usize>) -> Result<Vec<Row>> {
+    let source = reader.read(file, wanted.map(|rows| rows.saturating_mul(length)))?;
     let tokens: usize = source.documents.iter().map(|d| d.tokens.len()).sum();
     if tokens == 0 {
         bail!("{}: the text is empty", file.display());

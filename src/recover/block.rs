@@ -1,9 +1,15 @@
 //! Block by block: each block of the student learns to give what the teacher's block gives, from the student's own input.
 //!
 //! Three streams of hidden states go through the model side by side: what enters the student's block, what enters the
-//! teacher's, and what leaves the teacher's. One block's masters have gradients at a time; no vocabulary is involved.
+//! teacher's, and what leaves the teacher's. They lie on disk, in BF16. One block's masters have gradients at a time; no
+//! vocabulary is involved.
+
+use std::fs::File;
+use std::io::{BufWriter, Read as _, Seek as _, SeekFrom, Write as _};
+use std::path::Path;
 
 use candle_core::{Device, Tensor, Var};
+use half::bf16;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +20,7 @@ use super::student::Student;
 use super::{During as _, RecoverError, Result};
 use crate::backend::autograd::{AutogradBackend, loss};
 use crate::backend::{Backend as _, Batch, PAGE, RopeTable};
+use crate::checkpoint::CheckpointError;
 use crate::formats::kv::KvFormat;
 use crate::model::Decoder;
 
@@ -75,15 +82,17 @@ const HELD_OUT: usize = 8;
 const MOST_HELD_OUT: usize = 32;
 
 /// Trains the blocks from block `from` on, in order; those before it have been trained. `each` sees every block once it is.
+/// Hidden states are kept in unnamed files in the folder `scratch`, at most four of 2 bytes · tokens · hidden size.
 ///
 /// # Errors
-/// When an error is no number, or from `each`.
+/// When an error is no number, a file cannot be written or read, or from `each`.
 pub fn train(
     student: &mut Student,
     teacher: &Decoder<AutogradBackend>,
     data: &Data,
     options: &Options,
     from: usize,
+    scratch: &Path,
     each: &mut dyn FnMut(&BlockReport, &Student) -> Result<()>,
 ) -> Result<()> {
     let layers = student.decoder.config.layers;
@@ -100,8 +109,8 @@ pub fn train(
     let judged = if held_out > 0 { held_out } else { rows.len() };
     let first = Data { rows: rows[..judged].to_vec(), description: String::new() };
     let data = &Data { rows, description: String::new() };
-    let mut inputs = Stream::embed(&student.decoder, data)?;
-    let mut reference = Stream::embed(teacher, data)?;
+    let mut inputs = Stream::embed(&student.decoder, data, scratch)?;
+    let mut reference = Stream::embed(teacher, data, scratch)?;
     for block in 0..layers {
         let targets = reference.through(teacher, block, data)?;
         if block < from {
@@ -115,7 +124,7 @@ pub fn train(
             rounding: options.rounding && p.is_quantized(),
         });
         let start = student.block_state(block);
-        let before = inputs.through(&student.decoder, block, &first)?.distance(&targets, judged);
+        let before = inputs.through(&student.decoder, block, &first)?.distance(&targets, judged)?;
         let mut order = Order::new(data.rows.len() - held_out, options.seed.wrapping_add(block as u64));
         for step in 0..options.steps {
             let chosen: Vec<usize> = order.take(options.sequences).into_iter().map(|r| held_out + r).collect();
@@ -124,7 +133,7 @@ pub fn train(
             let x = Var::from_tensor(&x).during("block")?;
             let mut cache = cache(&student.decoder, &part)?;
             let out = student.decoder.block(block, x.as_tensor().clone(), &rope, &mut cache, &part)?;
-            let wanted = targets.gather(&chosen);
+            let wanted = targets.gather(&chosen)?;
             let worth = worth(&student.decoder.backend().to_host(&out)?, &wanted, inputs.hidden);
             let (loss, value) = loss::squared_error(&out, &wanted, &worth).during("block loss")?;
             if !value.is_finite() {
@@ -137,7 +146,7 @@ pub fn train(
         }
         student.settle_rounding();
         let mut outputs = inputs.through(&student.decoder, block, data)?;
-        let mut after = outputs.distance(&targets, judged);
+        let mut after = outputs.distance(&targets, judged)?;
         if after > before {
             student.put_back(start);
             outputs = inputs.through(&student.decoder, block, data)?;
@@ -151,71 +160,111 @@ pub fn train(
     Ok(())
 }
 
-/// Hidden states of every sequence, [tokens, hidden] each.
-struct Stream {
-    states: Vec<Vec<f32>>,
+/// Hidden states of every sequence, [tokens, hidden] each, BF16, one after the other in a file without a name.
+struct Stream<'a> {
+    file: File,
+    /// Where each sequence begins, in values, and where the last ends.
+    starts: Vec<usize>,
     hidden: usize,
+    scratch: &'a Path,
 }
 
 /// Tokens that go through a block at a time where no gradient is needed.
 const CHUNK: usize = 2048;
 
-impl Stream {
-    fn embed(decoder: &Decoder<AutogradBackend>, data: &Data) -> Result<Self> {
-        let mut states = Vec::new();
-        for row in &data.rows {
-            let x = decoder.embed(&batch(&[row]))?;
-            states.push(decoder.backend().to_host(&x)?);
+impl<'a> Stream<'a> {
+    /// A stream of what `parts` gives, [tokens, hidden] of some sequences at a time, until there is none.
+    fn write(
+        scratch: &'a Path,
+        data: &Data,
+        hidden: usize,
+        mut part: impl FnMut(usize) -> Result<Option<Vec<f32>>>,
+    ) -> Result<Self> {
+        let file = tempfile::tempfile_in(scratch).map_err(io(scratch))?;
+        let mut writer = BufWriter::new(&file);
+        let mut index = 0;
+        while let Some(values) = part(index)? {
+            let bytes: Vec<u8> = values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
+            writer.write_all(&bytes).map_err(io(scratch))?;
+            index += 1;
         }
-        Ok(Self { states, hidden: decoder.config.hidden })
+        writer.flush().map_err(io(scratch))?;
+        drop(writer);
+        let mut starts = vec![0];
+        starts.extend(data.rows.iter().scan(0, |end, row| {
+            *end += row.len() * hidden;
+            Some(*end)
+        }));
+        Ok(Self { file, starts, hidden, scratch })
     }
 
-    fn gather(&self, chosen: &[usize]) -> Vec<f32> {
-        chosen.iter().flat_map(|s| &self.states[*s]).copied().collect()
+    fn embed(decoder: &Decoder<AutogradBackend>, data: &Data, scratch: &'a Path) -> Result<Self> {
+        Self::write(scratch, data, decoder.config.hidden, |i| {
+            let Some(row) = data.rows.get(i) else { return Ok(None) };
+            Ok(Some(decoder.backend().to_host(&decoder.embed(&batch(&[row]))?)?))
+        })
+    }
+
+    /// One sequence, [tokens, hidden].
+    fn sequence(&self, index: usize) -> Result<Vec<f32>> {
+        let (start, end) = (self.starts[index], self.starts[index + 1]);
+        let mut bytes = vec![0; 2 * (end - start)];
+        let mut file = &self.file;
+        file.seek(SeekFrom::Start(2 * start as u64)).map_err(io(self.scratch))?;
+        file.read_exact(&mut bytes).map_err(io(self.scratch))?;
+        Ok(bytes.as_chunks::<2>().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect())
+    }
+
+    fn gather(&self, chosen: &[usize]) -> Result<Vec<f32>> {
+        let parts: Vec<Vec<f32>> = chosen.iter().map(|s| self.sequence(*s)).collect::<Result<_>>()?;
+        Ok(parts.concat())
     }
 
     fn rows(&self, chosen: &[usize]) -> Result<Tensor> {
-        let values = self.gather(chosen);
+        let values = self.gather(chosen)?;
         let rows = values.len() / self.hidden;
         Tensor::from_vec(values, (rows, self.hidden), &Device::Cpu).during("block input")
     }
 
     /// What leaves block `block` when this enters it; of as many sequences as `data` has.
     fn through(&self, decoder: &Decoder<AutogradBackend>, block: usize, data: &Data) -> Result<Self> {
-        let mut states = Vec::with_capacity(data.rows.len());
         let mut next = 0;
-        while next < data.rows.len() {
-            let mut chosen = vec![next];
-            let mut tokens = data.rows[next].len();
-            while let Some(more) = data.rows.get(next + chosen.len()).filter(|s| tokens + s.len() <= CHUNK) {
-                tokens += more.len();
-                chosen.push(next + chosen.len());
+        Self::write(self.scratch, data, self.hidden, |_| {
+            let mut chosen = Vec::new();
+            let mut tokens = 0;
+            while let Some(row) = data.rows.get(next).filter(|r| chosen.is_empty() || tokens + r.len() <= CHUNK) {
+                tokens += row.len();
+                chosen.push(next);
+                next += 1;
             }
-            next += chosen.len();
+            if chosen.is_empty() {
+                return Ok(None);
+            }
             let (part, rope) = prepare(decoder, data, &chosen);
             let mut cache = cache(decoder, &part)?;
             let out = decoder.block(block, self.rows(&chosen)?, &rope, &mut cache, &part)?;
-            let mut values = decoder.backend().to_host(&out)?;
-            for s in chosen {
-                let rest = values.split_off(data.rows[s].len() * self.hidden);
-                states.push(std::mem::replace(&mut values, rest));
-            }
-        }
-        Ok(Self { states, hidden: self.hidden })
+            Ok(Some(decoder.backend().to_host(&out)?))
+        })
     }
 
     /// Mean over the tokens of the first `rows` sequences of [`worth`] · |self - other|².
-    fn distance(&self, other: &Self, rows: usize) -> f64 {
+    fn distance(&self, other: &Self, rows: usize) -> Result<f64> {
         let (mut sum, mut tokens) = (0.0, 0);
-        for (a, b) in self.states.iter().zip(&other.states).take(rows) {
-            let weights = worth(a, b, self.hidden);
+        for index in 0..rows {
+            let (a, b) = (self.sequence(index)?, other.sequence(index)?);
+            let weights = worth(&a, &b, self.hidden);
             for ((a, b), w) in a.chunks_exact(self.hidden).zip(b.chunks_exact(self.hidden)).zip(weights) {
                 sum += f64::from(w) * a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
                 tokens += 1;
             }
         }
-        sum / f64::from(tokens.max(1))
+        Ok(sum / f64::from(tokens.max(1)))
     }
+}
+
+/// A failure with the hidden states in `scratch`.
+fn io(scratch: &Path) -> impl Fn(std::io::Error) -> RecoverError + '_ {
+    |source| CheckpointError::io(scratch, "keep hidden states in", source).into()
 }
 
 /// What the squared error of each token is multiplied by: 2 / (|x|² + |target|²), seen as a constant. Errors are then

@@ -34,7 +34,7 @@ pub struct RunFolder {
 }
 
 fn io<'a>(path: &'a Path, action: &'static str) -> impl Fn(std::io::Error) -> RecoverError + 'a {
-    move |source| RecoverError::Checkpoint(CheckpointError::Io { path: path.into(), action, source })
+    move |source| CheckpointError::io(path, action, source).into()
 }
 
 impl RunFolder {
@@ -70,6 +70,12 @@ impl RunFolder {
         let path = folder.join(CURVE);
         let curve = OpenOptions::new().read(true).append(true).open(&path).map_err(io(&path, "open"))?;
         Ok(Some(Self { folder: folder.into(), curve, lines: 0 }))
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// A path within.

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use rayon::prelude::*;
 use serde_json::Value;
 
 use super::data::Document;
@@ -14,6 +15,36 @@ pub struct Documents {
     pub documents: Vec<Document>,
     /// Whether they are conversations, which are not to be cut.
     pub whole: bool,
+}
+
+/// Length of a document that a long text is cut into, bytes: the memory that a tokenizer takes is some hundred times that.
+const PIECE: usize = 1 << 14;
+/// Text that is read for each token that is wanted, bytes.
+const BYTES_PER_WANTED: usize = 16;
+
+/// Cuts a text after line ends into pieces of `size` bytes or somewhat more; within a line only where that is as long.
+fn pieces(text: &str, size: usize) -> Vec<&str> {
+    let mut pieces = Vec::new();
+    let mut rest = text;
+    while rest.len() > size {
+        let bytes = rest.as_bytes();
+        let near = &bytes[size..bytes.len().min(2 * size)];
+        // After all of the line ends there, so that no piece begins with one.
+        let line = near.iter().position(|b| *b == b'\n').map(|at| {
+            let end = size + at;
+            end + bytes[end..].iter().take_while(|b| **b == b'\n').count()
+        });
+        let word = || near.iter().position(|b| *b == b' ').map(|at| size + at);
+        let cut =
+            line.or_else(word).unwrap_or_else(|| (size..).find(|i| rest.is_char_boundary(*i)).unwrap_or(rest.len()));
+        let (piece, next) = rest.split_at(cut);
+        pieces.push(piece);
+        rest = next;
+    }
+    if !rest.is_empty() {
+        pieces.push(rest);
+    }
+    pieces
 }
 
 /// A model's tokenizer and, if it has one, its template.
@@ -37,39 +68,57 @@ impl Reader {
         })
     }
 
-    /// Reads a file: `.jsonl` has `messages` (a conversation) or `text` (a document) in each line, all else is one text.
+    /// Reads a file: `.jsonl` has `messages` (a conversation) or `text` (a document) in each line, all else is one text,
+    /// cut at line ends into documents of some 16 KiB. Where only so many tokens are `wanted`, evenly spaced documents of
+    /// the text that hold several times as many are enough.
     ///
     /// # Errors
     /// A file that cannot be read, or a line in it, by number.
-    pub fn read(&self, file: &Path) -> Result<Documents> {
+    pub fn read(&self, file: &Path, wanted: Option<usize>) -> Result<Documents> {
         let read = |source| RecoverError::Read { path: file.into(), source };
-        let text = std::fs::read_to_string(file).map_err(read)?;
+        let mut text = std::fs::read_to_string(file).map_err(read)?;
         if file.extension().is_none_or(|e| e != "jsonl") {
-            let text = text.replace("\r\n", "\n");
-            return Ok(Documents {
-                documents: vec![Document::text(self.tokenizer.encode(&text, false)?)],
-                whole: false,
-            });
-        }
-        let mut out = Documents::default();
-        for (number, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
-            let wrong =
-                |detail: String| RecoverError::Data(format!("{}, line {}: {detail}", file.display(), number + 1));
-            let value: Value = serde_json::from_str(line).map_err(|e| wrong(format!("no JSON ({e})")))?;
-            match (value.get("messages"), value.get("text")) {
-                (Some(Value::Array(messages)), _) => {
-                    out.whole = true;
-                    out.documents.push(self.conversation(messages).map_err(|e| wrong(e.to_string()))?);
-                }
-                (None, Some(Value::String(text))) => {
-                    let mut tokens = self.tokenizer.encode(text, false)?;
-                    tokens.extend(self.tokenizer.eos_id());
-                    out.documents.push(Document::text(tokens));
-                }
-                _ => return Err(wrong("expected `messages` (a list of turns) or `text` (a string)".into())),
+            if text.contains('\r') {
+                text = text.replace("\r\n", "\n");
             }
+            let pieces = pieces(&text, PIECE);
+            let enough =
+                wanted.map_or(pieces.len(), |w| (w.saturating_mul(BYTES_PER_WANTED) / PIECE + 1).min(pieces.len()));
+            let chosen: Vec<&str> = (0..enough).map(|i| pieces[i * pieces.len() / enough]).collect();
+            let one = |piece: &&str| Ok(Document::text(self.tokenizer.encode(piece, false)?));
+            let documents: Vec<Result<Document>> = chosen.par_iter().map(one).collect();
+            return Ok(Documents { documents: documents.into_iter().collect::<Result<_>>()?, whole: false });
+        }
+        let lines: Vec<(usize, &str)> = text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()).collect();
+        let read: Vec<Result<(Document, bool)>> = lines
+            .par_iter()
+            .map(|(number, line)| {
+                let wrong = |detail| RecoverError::Data(format!("{}, line {}: {detail}", file.display(), number + 1));
+                self.line(line).map_err(|e| wrong(e.to_string()))
+            })
+            .collect();
+        let mut out = Documents::default();
+        for one in read {
+            let (document, whole) = one?;
+            out.whole |= whole;
+            out.documents.push(document);
         }
         Ok(out)
+    }
+
+    /// A line of JSON, and whether it is a conversation.
+    fn line(&self, line: &str) -> Result<(Document, bool)> {
+        let wrong = |detail: String| RecoverError::Data(detail);
+        let value: Value = serde_json::from_str(line).map_err(|e| wrong(format!("no JSON ({e})")))?;
+        match (value.get("messages"), value.get("text")) {
+            (Some(Value::Array(messages)), _) => Ok((self.conversation(messages)?, true)),
+            (None, Some(Value::String(text))) => {
+                let mut tokens = self.tokenizer.encode(text, false)?;
+                tokens.extend(self.tokenizer.eos_id());
+                Ok((Document::text(tokens), false))
+            }
+            _ => Err(wrong("expected `messages` (a list of turns) or `text` (a string)".into())),
+        }
     }
 
     /// A conversation as the template writes it. What the assistant says is what a turn of its adds to the opening of it.
@@ -98,5 +147,28 @@ impl Reader {
             }
         }
         Ok(Document { tokens, learned })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_is_cut_after_lines_where_it_has_them_and_nothing_is_lost() {
+        let lines = "one\ntwo three\n\n\nfour\n".repeat(40);
+        let cut = pieces(&lines, 64);
+        assert!(cut.len() > 8);
+        assert_eq!(cut.concat(), lines);
+        assert!(cut.iter().all(|p| p.ends_with('\n') && !p.starts_with('\n') && p.len() < 128), "{cut:?}");
+        let words = "word ".repeat(100);
+        let cut = pieces(&words, 64);
+        assert_eq!(cut.concat(), words);
+        assert!(cut.iter().skip(1).all(|p| p.starts_with(" word")), "{cut:?}");
+        let one = "ä".repeat(100);
+        let cut = pieces(&one, 63);
+        assert_eq!((cut.concat(), cut[0].len()), (one, 64));
+        assert_eq!(pieces("short", 64), ["short"]);
+        assert!(pieces("", 64).is_empty());
     }
 }

@@ -152,7 +152,8 @@ impl Run<'_> {
                 let Some(teacher) = teacher else {
                     return Err(RecoverError::Data("the method block needs a teacher".into()));
                 };
-                block::train(student, teacher, data, &options, from, &mut |report, student| {
+                let scratch = self.folder.folder().to_owned();
+                block::train(student, teacher, data, &options, from, &scratch, &mut |report, student| {
                     let (block, before, after) = (report.block, report.before, report.after);
                     self.record(events, Event::Block { stage, block, before, after })?;
                     self.folder.save_block(student, stage, block)

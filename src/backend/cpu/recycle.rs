@@ -27,6 +27,22 @@ pub fn keep(bytes: usize) {
     LIMIT.store(bytes, Ordering::Relaxed);
 }
 
+/// Gives what is kept back to the system, where what comes next has blocks of other sizes.
+pub fn release() {
+    let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
+    for index in 0..CLASSES {
+        while free.first[index] != 0 {
+            let block = free.first[index] as *mut u8;
+            // SAFETY: a block in a list begins with the address of the next, is nobody's, and was allocated so.
+            unsafe {
+                free.first[index] = block.cast::<usize>().read();
+                System.dealloc(block, place(bytes_of(index)));
+            }
+        }
+    }
+    free.kept = 0;
+}
+
 /// Freed blocks by class: addresses of the first of each, which holds that of the next; 0 ends a list.
 struct Free {
     kept: usize,
@@ -40,8 +56,14 @@ fn class(size: usize) -> Option<(usize, usize)> {
     }
     let doubling = (size.ilog2() - SMALLEST.ilog2()) as usize;
     let step = (SMALLEST << doubling) / STEPS;
-    let above = (size - (SMALLEST << doubling)).div_ceil(step);
-    Some((doubling * STEPS + above, (SMALLEST << doubling) + above * step))
+    let index = doubling * STEPS + (size - (SMALLEST << doubling)).div_ceil(step);
+    Some((index, bytes_of(index)))
+}
+
+/// How many bytes blocks of a class have.
+fn bytes_of(index: usize) -> usize {
+    let doubling = SMALLEST << (index / STEPS);
+    doubling + index % STEPS * (doubling / STEPS)
 }
 
 /// Size and alignment that a block of `bytes` bytes, of some class, is allocated with.
@@ -187,7 +209,9 @@ mod tests {
             }
             a.dealloc(block, Layout::from_size_align(size, 64).unwrap());
         }
+        assert!((1..=64 << 20).contains(&FREE.lock().unwrap().kept));
+        release();
         let free = FREE.lock().unwrap();
-        assert!(free.kept <= 64 << 20, "{}", free.kept);
+        assert!(free.kept == 0 && free.first.iter().all(|f| *f == 0));
     }
 }
