@@ -275,4 +275,13 @@ fn a_comparison_reports_gates_and_repeats_itself() {
     // The gate.
     assert_eq!(go(args(&out, &["--require-recovery", "5"])).status.code(), Some(3));
     assert_eq!(go(args(&out, &["--require-recovery", "0.01"])).status.code(), Some(0));
+    // Windows longer than the models can see.
+    let long =
+        ["compare", "models/books-bf16", "models/books-nvfp4", "--no-speed", "--tasks", "none", "--text", "books"];
+    let out = folder.path().join("long");
+    let long = run(&[&long[..], &["--window", "4096", "--windows", "2", "-o", out.to_str().unwrap()]].concat());
+    assert!(long.status.success(), "{}", String::from_utf8_lossy(&long.stderr));
+    let note = "Windows of 256 tokens instead of 4096";
+    assert!(String::from_utf8_lossy(&long.stderr).contains(note));
+    assert!(std::fs::read_to_string(out.join("report.html")).unwrap().contains(note));
 }

@@ -478,7 +478,7 @@ fn the_fake_quant_forward_and_the_packed_forward_agree_after_training() {
         "modelopt/llama/nvfp4_w4a16",
         "compressed-tensors/llama/nvfp4",
         "compressed-tensors/llama/fp8_dynamic",
-        "compressed-tensors/llama/mxfp4",
+        "modelopt/llama/mxfp4",
         "modelopt/llama/mixed_fp8_attn_nvfp4_mlp",
     ]
     .into_iter()

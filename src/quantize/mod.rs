@@ -10,6 +10,7 @@ pub mod gptq;
 mod layerwise;
 mod linalg;
 pub mod recipe;
+mod refine;
 pub mod rotate;
 pub mod scheme;
 pub mod smooth;

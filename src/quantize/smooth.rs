@@ -16,6 +16,7 @@ use serde_json::Map;
 
 use super::layerwise::Walk;
 use super::linalg::product_transposed;
+use super::refine::{Inputs, refine};
 use super::scheme::Scheme;
 use super::{QuantizeError, encode, to_bytes};
 use crate::backend::cpu::CpuBackend;
@@ -29,6 +30,8 @@ use crate::model::modules::{Module, Part};
 
 /// Tokens on which strengths are judged.
 const JUDGED_TOKENS: usize = 256;
+/// And on which single channels are.
+const REFINED_TOKENS: usize = 1024;
 
 /// Which factors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -207,8 +210,8 @@ fn smooth_place(
     let rows = x.len() / k;
     let step = rows.div_ceil(JUDGED_TOKENS).max(1);
     let sample: Vec<f32> = x.chunks(k).step_by(step).flatten().copied().collect();
-    let worth = if worth.len() == rows { worth } else { &vec![1.0; rows] };
-    let worth: Vec<f32> = worth.iter().step_by(step).copied().collect();
+    let whole = if worth.len() == rows { worth } else { &vec![1.0; rows] };
+    let worth: Vec<f32> = whole.iter().step_by(step).copied().collect();
     let error = |factors: &[f32]| output_error(&sample, &worth, &peaks, &weights, factors, k);
     let failed = |e: candle_core::Error| QuantizeError::Module {
         module: place.into[0].name.clone(),
@@ -224,6 +227,19 @@ fn smooth_place(
         let found = error(&factors).map_err(failed)?;
         if found < best.2 {
             best = (Some(strength), factors, found);
+        }
+    }
+    if form == Smooth::PowerOfTwo && refinable(place) {
+        // More tokens than strengths are judged on: there is one choice for each channel.
+        let step = rows.div_ceil(REFINED_TOKENS).max(1);
+        let sample: Vec<f32> = x.chunks(k).step_by(step).flatten().copied().collect();
+        let worth: Vec<f32> = whole.iter().step_by(step).map(|w| w * w).collect();
+        let weights: Vec<&[f32]> = weights.iter().map(|(w, _)| w.as_slice()).collect();
+        let mut factors = best.1.clone();
+        refine(&Inputs { x: &sample, worth: &worth, peaks: &peaks, weights: &weights, k }, &mut factors);
+        let found = error(&factors).map_err(failed)?;
+        if found < best.2 {
+            best = (best.0.or(Some(0.0)), factors, found);
         }
     }
     let (strength, factors, found) = best;
@@ -247,6 +263,11 @@ fn smooth_place(
         columns.iter_mut().zip(&factors).for_each(|(c, f)| *c *= f);
     }
     Ok(())
+}
+
+/// Whether factors can be refined one by one: NVFP4 on both sides, and no factor shared between heads.
+fn refinable(place: &Place<'_>) -> bool {
+    !matches!(place.from, Source::Values(_)) && place.judged.iter().all(|(_, s)| *s == Scheme::Nvfp4)
 }
 
 /// Makes each factor what dividing the norm by it really does, as the norm's type rounds the quotient.

@@ -3,7 +3,8 @@
 //! One model beside the baseline is in memory at a time. Everything that took time is kept in the output folder as it
 //! comes: answers, each text's divergence, each attribution, speeds. The same command goes on from there.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -134,15 +135,24 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     std::fs::create_dir_all(&args.output).with_context(|| format!("{}: cannot create", args.output.display()))?;
 
     let baseline = load(args, &args.models[0])?;
-    let mut work =
-        Work { args, labels: &labels, selection: &selection, setup: &setup, baseline: &baseline, texts: &texts };
+    let mut work = Work {
+        args,
+        labels: &labels,
+        selection: &selection,
+        setup: &setup,
+        baseline: &baseline,
+        texts: &texts,
+        notes: RefCell::default(),
+    };
     let mut evaluated = vec![work.model(0, &baseline)?];
     for (index, model) in args.models.iter().enumerate().skip(1) {
         let loaded = load(args, model)?;
         evaluated.push(work.model(index, &loaded)?);
     }
+    let notes = work.notes.into_inner();
+    notes.iter().for_each(|n| eprintln!("note: {n}"));
     let comparison = summary(args, &labels, ptq, &selection, evaluated)?;
-    report(args, &comparison)
+    report(args, notes, &comparison)
 }
 
 fn labels(args: &Args) -> Result<Vec<String>> {
@@ -209,6 +219,8 @@ struct Work<'a> {
     setup: &'a Setup,
     baseline: &'a Loaded,
     texts: &'a [(String, String)],
+    /// What the report says about how it was measured.
+    notes: RefCell<BTreeSet<String>>,
 }
 
 impl Work<'_> {
@@ -269,6 +281,12 @@ impl Work<'_> {
         limit: usize,
     ) -> Result<Windows> {
         let context = models.iter().map(recoup_eval::TokenModel::context_length).min().unwrap_or(0);
+        if context < self.args.window {
+            self.notes.borrow_mut().insert(format!(
+                "Windows of {context} tokens instead of {}: one of the models has no more positions.",
+                self.args.window
+            ));
+        }
         Ok(Windows::cut(models, name, text, self.args.window.min(context), Some(limit))?)
     }
 
@@ -396,8 +414,8 @@ fn summary(
     })
 }
 
-fn report(args: &Args, comparison: &Comparison) -> Result<ExitCode> {
-    let context = context(args, comparison);
+fn report(args: &Args, notes: BTreeSet<String>, comparison: &Comparison) -> Result<ExitCode> {
+    let context = context(args, notes, comparison);
     let write = |name: &str, text: String| write_atomically(&args.output.join(name), text.as_bytes());
     let json = serde_json::to_string_pretty(comparison)? + "\n";
     write("comparison.json", json.clone())?;
@@ -432,7 +450,7 @@ fn report(args: &Args, comparison: &Comparison) -> Result<ExitCode> {
     Ok(if met { ExitCode::SUCCESS } else { ExitCode::from(GATE) })
 }
 
-fn context(args: &Args, comparison: &Comparison) -> ReportContext {
+fn context(args: &Args, measured: BTreeSet<String>, comparison: &Comparison) -> ReportContext {
     let labels: Vec<&str> = comparison.models.iter().map(|m| m.label.as_str()).collect();
     let mut notes = Vec::new();
     if let Some(limit) = args.tasks.limit {
@@ -441,6 +459,7 @@ fn context(args: &Args, comparison: &Comparison) -> ReportContext {
     if !comparison.divergences.is_empty() {
         notes.push(format!("Texts in disjoint windows of {} tokens, at most {}.", args.window, args.windows));
     }
+    notes.extend(measured);
     notes.push(format!(
         "Seed of bootstrap and permutations: {}; worked examples drawn with {}.",
         args.seed, args.tasks.fewshot_seed
