@@ -270,7 +270,7 @@ fn io(scratch: &Path) -> impl Fn(std::io::Error) -> RecoverError + '_ {
 /// What the squared error of each token is multiplied by: 2 / (|x|² + |target|²), seen as a constant. Errors are then
 /// relative, so that a token with a huge state (an attention sink) counts as any; and at most 4, so that one whose state
 /// is huge in only one of the two models does not drown all others.
-fn worth(x: &[f32], target: &[f32], hidden: usize) -> Vec<f32> {
+pub(super) fn worth(x: &[f32], target: &[f32], hidden: usize) -> Vec<f32> {
     let square = |x: &[f32]| x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>();
     let one = |(x, target): (&[f32], &[f32])| {
         let size = square(x) + square(target);

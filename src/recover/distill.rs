@@ -10,7 +10,7 @@ use candle_core::{Tensor, Var};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::block::cache;
+use super::block::{cache, worth};
 use super::data::{Data, Order, Row, batch, next_tokens};
 use super::optimizer::{AdamW, cosine};
 use super::student::Student;
@@ -87,6 +87,9 @@ pub struct Point {
     pub learning_rate: f32,
     pub kl: f64,
     pub cross_entropy: f64,
+    /// Mean relative squared error of what leaves each block, where that is part of the loss.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hidden: Option<f64>,
     pub gradient_norm: f64,
 }
 
@@ -114,9 +117,10 @@ pub fn train(
             (0..batches).map(|_| order.take(options.sequences).into_iter().map(|r| &data.rows[r]).collect()).collect();
         let learned = |rows: &Vec<&Row>| next_tokens(rows).1.iter().map(|w| f64::from(*w)).sum::<f64>();
         let total: f64 = chosen.iter().map(learned).sum();
-        let mut sums = LossSums::default();
+        let (mut sums, mut hidden) = (LossSums::default(), 0.0);
         for rows in &chosen {
-            let part = gradients(&student.decoder, teacher, rows, total, options)?;
+            let (part, errors) = gradients(&student.decoder, teacher, rows, total, options)?;
+            hidden += errors / batches as f64;
             sums.weight += part.weight;
             sums.kl += part.kl;
             sums.cross_entropy += part.cross_entropy;
@@ -129,9 +133,10 @@ pub fn train(
             learning_rate: rate,
             kl: sums.kl / weight,
             cross_entropy: sums.cross_entropy / weight,
+            hidden: (options.hidden > 0.0).then_some(hidden),
             gradient_norm: norm,
         };
-        for (what, value) in [("loss", point.kl + point.cross_entropy), ("gradient", norm)] {
+        for (what, value) in [("loss", point.kl + point.cross_entropy + hidden), ("gradient", norm)] {
             if !value.is_finite() {
                 return Err(RecoverError::NotFinite { what: what.into(), step: step + 1, value });
             }
@@ -148,6 +153,7 @@ pub fn train(
 }
 
 /// Adds one batch's gradients, of the sum over its learned tokens divided by `total`, to those of the student's weights.
+/// Gives the sums, and the mean relative squared error of what leaves each block (0 where that is not asked for).
 ///
 /// # Errors
 /// As [`train`].
@@ -157,7 +163,7 @@ pub fn gradients(
     rows: &[&Row],
     total: f64,
     options: &Options,
-) -> Result<LossSums> {
+) -> Result<(LossSums, f64)> {
     let part = batch(rows);
     let rope = student.rope(&part);
     let (targets, weights) = next_tokens(rows);
@@ -193,6 +199,7 @@ pub fn gradients(
         loss::Rows { hidden: &normed, head: student.head(), teacher: reference, targets: &targets, weights: &weights };
     let (loss, sums) = loss::next_token(&rows, total, &options.objective()).during("loss")?;
     let mut gradient = taken(&loss, &leaf)?;
+    let mut hidden = 0.0;
     while let Some((leaf, out)) = kept.pop() {
         let out = match out {
             Some(out) => out,
@@ -203,8 +210,10 @@ pub fn gradients(
         };
         let mut values = student.backend().to_host(&gradient)?;
         if let Some(target) = states.get(kept.len()) {
-            let share = f64::from(options.hidden) / (part.tokens.len() * options.accumulate * states.len()) as f64;
-            add_hidden_gradient(&mut values, &student.backend().to_host(&out)?, target, student.config.hidden, share);
+            let share = 1.0 / (part.tokens.len() * states.len()) as f64;
+            let weight = f64::from(options.hidden) / options.accumulate as f64;
+            let out = student.backend().to_host(&out)?;
+            hidden += share * add_hidden_gradient(&mut values, &out, target, student.config.hidden, weight * share);
         }
         let seed = loss::given(&out, 0.0, values).during("backward")?;
         gradient = taken(&seed, &leaf)?;
@@ -212,19 +221,25 @@ pub fn gradients(
     if student.embedding().gradient().is_some() {
         student.embedding().add_row_gradient(&part.tokens, &student.backend().to_host(&gradient)?);
     }
-    Ok(sums)
+    Ok((sums, hidden))
 }
 
-/// Adds the gradient of `share` · Σ |x - target|² / |target|² over tokens.
-fn add_hidden_gradient(gradient: &mut [f32], x: &[f32], target: &[f32], width: usize, share: f64) {
-    let tokens = gradient.par_chunks_mut(width).zip(x.par_chunks(width)).zip(target.par_chunks(width));
-    tokens.for_each(|((gradient, x), target)| {
-        let size: f64 = target.iter().map(|t| f64::from(*t).powi(2)).sum();
-        let factor = if size > 0.0 { (2.0 * share / size) as f32 } else { 0.0 };
+/// Adds the gradient of `share` · Σ |x - target|² · [`worth`] over tokens, the worth of each seen as a constant; gives the
+/// sum.
+fn add_hidden_gradient(gradient: &mut [f32], x: &[f32], target: &[f32], width: usize, share: f64) -> f64 {
+    let worth = worth(x, target, width);
+    let tokens = gradient.par_chunks_mut(width).zip(x.par_chunks(width)).zip(target.par_chunks(width)).zip(worth);
+    let sums = tokens.map(|(((gradient, x), target), worth)| {
+        let factor = (2.0 * share * f64::from(worth)) as f32;
+        let mut sum = 0.0;
         for ((g, x), t) in gradient.iter_mut().zip(x).zip(target) {
-            *g += factor * (x - t);
+            let error = x - t;
+            *g += factor * error;
+            sum += f64::from(error * error);
         }
+        sum * f64::from(worth)
     });
+    sums.collect::<Vec<f64>>().iter().sum()
 }
 
 /// dL/d(leaf).
@@ -291,4 +306,33 @@ impl Watched {
 fn entering_head(decoder: &Decoder<AutogradBackend>, row: &Row) -> Result<Tensor> {
     let part: Batch = batch(&[row]);
     Ok(decoder.final_norm(&decoder.hidden(&part, &mut cache(decoder, &part)?)?)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_gradient_of_hidden_states_is_that_of_finite_differences() {
+        let width = 3;
+        let (x, target) = (vec![1.0, -2.0, 0.5, 900.0, 3.0, 1.0], vec![1.5, -1.0, 0.25, 1.0, 2.0, 1.0]);
+        let mut gradient = vec![0.25; x.len()];
+        let sum = add_hidden_gradient(&mut gradient, &x, &target, width, 0.5);
+        let worth = worth(&x, &target, width);
+        let loss = |x: &[f32]| -> f64 {
+            let token = |t: usize| -> f64 {
+                (t * width..(t + 1) * width).map(|i| f64::from(x[i] - target[i]).powi(2)).sum::<f64>()
+                    * f64::from(worth[t])
+            };
+            (0..2).map(token).sum()
+        };
+        assert!((sum - loss(&x)).abs() < 1e-6 && (loss(&x[..]) < 4.3), "one token cannot drown the rest: {sum}");
+        for i in 0..x.len() {
+            let step = 1e-2f32;
+            let (mut more, mut less) = (x.clone(), x.clone());
+            (more[i], less[i]) = (more[i] + step, less[i] - step);
+            let slope = 0.5 * (loss(&more) - loss(&less)) / f64::from(more[i] - less[i]);
+            assert!((slope - f64::from(gradient[i] - 0.25)).abs() < 1e-4, "{i}: {slope} {}", gradient[i]);
+        }
+    }
 }
