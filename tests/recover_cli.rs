@@ -86,7 +86,7 @@ fn a_recovered_model_is_better_and_says_how_it_came_to_be() {
             "--method",
             "block:steps=24",
             "--method",
-            "qad:steps=10,lr=3e-5,hidden=0.1",
+            "qad:steps=10,lr=3e-5,hidden=10",
             "--evaluate-every",
             "5",
             "--keep-stages",
@@ -105,7 +105,10 @@ fn a_recovered_model_is_better_and_says_how_it_came_to_be() {
     let events: Vec<Value> = curve.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     let count = |name: &str| events.iter().filter(|e| e["event"] == name).count();
     assert_eq!((count("block"), count("step"), count("watched"), count("kept")), (12, 10, 5, 2));
-    assert!(events.iter().filter(|e| e["event"] == "step").all(|e| e["learning_rate"].as_f64().unwrap() > 0.0));
+    let steps = || events.iter().filter(|e| e["event"] == "step");
+    for what in ["learning_rate", "hidden"] {
+        assert!(steps().all(|e| e[what].as_f64().unwrap() > 0.0), "{what}");
+    }
     // What the first method gave is there as well, and is another model.
     let weights = |f: &str| std::fs::read(folder.at(f).join("model.safetensors")).unwrap();
     assert!(weights("out-1-block") != weights("out"));
