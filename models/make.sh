@@ -19,4 +19,4 @@ recover() {
         --data "$corpus/train.txt" --watch "$corpus/valid.txt" --samples 8000 --watch-samples 64 --evaluate-every 100 "$@"
 }
 recover -o "$out/books-nvfp4-qat" --method qat:steps=800,lr=6e-4,sequences=8,average=0.98
-recover -o "$out/books-nvfp4-qad" --method qad:steps=800,lr=6e-4,sequences=8,average=0.98,hidden=10
+recover -o "$out/books-nvfp4-qad" --method qad:steps=800,lr=6e-4,sequences=8,average=0.98

@@ -228,15 +228,20 @@ fn smoothing_changes_no_bit_of_what_the_unquantized_model_computes() {
     let mut smoothed = 0;
     for fixture in all_fixtures().into_iter().filter(|f| f.name.ends_with("/bf16")) {
         let source = fixture.checkpoint();
-        let (form, scheme) = (Smooth::PowerOfTwo, |_: &Module| Scheme::Nvfp4);
-        let found = smooth::choose(&source, &backend(), &text().sequences, form, &scheme, &mut |_, _| {}).unwrap();
-        let chosen = found.chosen.iter().filter(|(_, strength, _)| strength.is_some()).count();
-        assert!(chosen > 0 && found.chosen.iter().all(|(_, _, share)| *share <= 1.0), "{}", fixture.name);
-        let folder = tempfile::tempdir().unwrap();
-        let out = folder.path().join("smoothed");
-        found.write(&source, &out).unwrap();
-        assert!(logits(&fixture.folder) == logits(&out), "{} computes something else", fixture.name);
-        smoothed += 1;
+        let mut errors = Vec::new();
+        for form in [Smooth::PowerOfTwo, Smooth::PowerOfTwoChannels] {
+            let scheme = |_: &Module| Scheme::Nvfp4;
+            let found = smooth::choose(&source, &backend(), &text().sequences, form, &scheme, &mut |_, _| {}).unwrap();
+            let chosen = found.chosen.iter().filter(|(_, strength, _)| strength.is_some()).count();
+            assert!(chosen > 0 && found.chosen.iter().all(|(_, _, share)| *share <= 1.0), "{}", fixture.name);
+            errors.push(found.chosen.iter().map(|(_, _, share)| share).sum::<f64>());
+            let folder = tempfile::tempdir().unwrap();
+            let out = folder.path().join("smoothed");
+            found.write(&source, &out).unwrap();
+            assert!(logits(&fixture.folder) == logits(&out), "{} computes something else", fixture.name);
+            smoothed += 1;
+        }
+        assert!(errors[1] < errors[0], "{}: channels lose {errors:?}", fixture.name);
     }
     assert!(smoothed >= 2, "{smoothed}");
 }

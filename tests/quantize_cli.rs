@@ -233,6 +233,7 @@ fn zeros_are_quantized_and_what_is_no_number_is_refused_by_place() {
     altered(&folder.at("zero"), |name, values| if name == down { vec![0.0; values.len()] } else { values });
     for recipe in [
         "nvfp4_best",
+        "nvfp4_best_channels",
         "nvfp4_awq",
         "nvfp4_mse",
         "nvfp4_four_over_six",

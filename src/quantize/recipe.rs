@@ -74,9 +74,10 @@ pub enum ScaleChoice {
 }
 
 /// Recipes that ship, by name.
-const SHIPPED: [(&str, &str); 23] = [
+const SHIPPED: [(&str, &str); 24] = [
     ("nvfp4", include_str!("recipes/nvfp4.json")),
     ("nvfp4_best", include_str!("recipes/nvfp4_best.json")),
+    ("nvfp4_best_channels", include_str!("recipes/nvfp4_best_channels.json")),
     ("nvfp4_smooth", include_str!("recipes/nvfp4_smooth.json")),
     ("nvfp4_smoothquant", include_str!("recipes/nvfp4_smoothquant.json")),
     ("nvfp4_awq", include_str!("recipes/nvfp4_awq.json")),

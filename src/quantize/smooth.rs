@@ -39,6 +39,8 @@ const REFINED_TOKENS: usize = 1024;
 pub enum Smooth {
     /// Of largest magnitudes, rounded to powers of two.
     PowerOfTwo,
+    /// The same, and then each channel of an NVFP4 block doubled or halved where that helps, see [`super::refine`].
+    PowerOfTwoChannels,
     /// Of largest magnitudes (SmoothQuant).
     Smoothquant,
     /// Of mean magnitudes, strengths in tenths: AWQ's search as ModelOpt's `awq_lite` does it.
@@ -49,9 +51,14 @@ impl Smooth {
     /// Strengths tried. Doing nothing is always tried too.
     fn strengths(self) -> &'static [f32] {
         match self {
-            Self::PowerOfTwo | Self::Smoothquant => &[0.25, 0.5, 0.625, 0.75, 0.875, 1.0],
+            Self::PowerOfTwo | Self::PowerOfTwoChannels | Self::Smoothquant => &[0.25, 0.5, 0.625, 0.75, 0.875, 1.0],
             Self::Awq => &[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
         }
+    }
+
+    /// Whether factors are powers of two, which change no bit of what the unquantized model computes.
+    fn is_exact(self) -> bool {
+        matches!(self, Self::PowerOfTwo | Self::PowerOfTwoChannels)
     }
 
     /// The factor of each channel.
@@ -61,7 +68,7 @@ impl Smooth {
             (!says_nothing).then(|| strength * x.log2() - (1.0 - strength) * w.log2())
         });
         let exponents: Vec<Option<f32>> = exponents.collect();
-        if self == Self::PowerOfTwo {
+        if self.is_exact() {
             return exponents.iter().map(|e| e.map_or(1.0, |e| e.round().clamp(-30.0, 30.0).exp2())).collect();
         }
         // Centred, so that what the factors go into keeps its size.
@@ -164,7 +171,7 @@ fn places<'a>(layer: usize, own: &[&'a Module], form: Smooth, scheme: &dyn Fn(&M
     places.extend(ups.iter().zip(&downs).map(|(up, down)| place(vec![down], Source::Rows(up))));
     places.retain(|p| {
         // What is not quantized is stored in its own type, which holds powers of two times its values but no others.
-        let whole = form == Smooth::PowerOfTwo
+        let whole = form.is_exact()
             || p.into.iter().all(|m| m.part == Part::Router || quantized(m))
                 && match p.from {
                     Source::Norm(_) => true,
@@ -193,7 +200,7 @@ fn smooth_place(
         .collect::<Result<_, QuantizeError>>()?;
     let norm = match &place.from {
         // Powers of two stay what they are: the norm's type changes where it cannot hold the quotient.
-        Source::Norm(name) if form != Smooth::PowerOfTwo => Some(checkpoint.tensors.require(name, "it is smoothed")?),
+        Source::Norm(name) if !form.is_exact() => Some(checkpoint.tensors.require(name, "it is smoothed")?),
         _ => None,
     };
     let peaks = channel_peaks(x, k);
@@ -229,7 +236,7 @@ fn smooth_place(
             best = (Some(strength), factors, found);
         }
     }
-    if form == Smooth::PowerOfTwo && refinable(place) {
+    if form == Smooth::PowerOfTwoChannels && refinable(place) {
         // More tokens than strengths are judged on: there is one choice for each channel.
         let step = rows.div_ceil(REFINED_TOKENS).max(1);
         let sample: Vec<f32> = x.chunks(k).step_by(step).flatten().copied().collect();
@@ -416,7 +423,7 @@ impl Smoothing {
         for name in checkpoint.tensors.names() {
             let Some(view) = checkpoint.tensors.peek(name) else { continue };
             // Biases of exact forms are rounded: only what is quantized next may need more than its type.
-            let may_grow = self.form == Smooth::PowerOfTwo || linears.contains(name);
+            let may_grow = self.form.is_exact() || linears.contains(name);
             let exact = match self.apply(name, || floats(name))?.filter(|_| may_grow) {
                 Some(values) => holds(view.dtype, &values),
                 None => true,
