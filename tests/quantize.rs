@@ -290,7 +290,7 @@ fn exact_factors_and_rotations_change_the_unquantized_model_by_rounding_only() {
         }
         seen += 1;
     }
-    assert!(seen >= 2, "{seen}");
+    assert!(seen >= 1, "{seen}");
 }
 
 #[test]
