@@ -64,13 +64,13 @@ pub(super) fn refine(inputs: &Inputs<'_>, factors: &mut [f32]) {
         let mut least = block.loss();
         for _ in 0..SWEEPS {
             let before = least;
-            for channel in 0..BLOCK {
+            for (channel, factor) in factors.iter_mut().enumerate() {
                 for step in [2.0, 0.5] {
                     block.scale(channel, step);
                     let loss = block.loss();
                     if loss < least {
                         least = loss;
-                        factors[channel] *= step;
+                        *factor *= step;
                     } else {
                         block.scale(channel, 1.0 / step);
                     }
