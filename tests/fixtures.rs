@@ -75,7 +75,7 @@ fn the_given_inputs_quantize_to_the_given_values_in_every_element() {
         });
     }
     println!("{traced} linears");
-    assert!(traced >= 25);
+    assert!(traced >= 20);
 }
 
 #[test]

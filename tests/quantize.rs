@@ -4,7 +4,7 @@ mod common;
 
 use std::path::Path;
 
-use common::{all_fixtures, deviation, own_folder};
+use common::{all_fixtures, deviation, own_fixtures, own_folder};
 use recoup::backend::cpu::{CpuBackend, isa::Isa};
 use recoup::checkpoint::dialect::Dialect;
 use recoup::checkpoint::tensors::TensorStore;
@@ -454,5 +454,7 @@ fn converting_to_the_other_dialect_and_back_gives_the_same_files() {
         }
         compared += 1;
     }
-    assert!(compared >= 8 && refused > 0, "{compared} {refused}");
+    // What the other dialect lacks is in the full set only.
+    let full = all_fixtures().len() > own_fixtures().len();
+    assert!(compared >= 8 && (refused > 0 || !full), "{compared} {refused}");
 }
