@@ -39,7 +39,7 @@ const REFINED_TOKENS: usize = 1024;
 pub enum Smooth {
     /// Of largest magnitudes, rounded to powers of two.
     PowerOfTwo,
-    /// The same, and then each channel of an NVFP4 block doubled or halved where that helps, see [`super::refine`].
+    /// The same, and then each channel of an NVFP4 block doubled or halved where that helps (`refine.rs`).
     PowerOfTwoChannels,
     /// Of largest magnitudes (SmoothQuant).
     Smoothquant,

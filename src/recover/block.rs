@@ -173,7 +173,7 @@ struct Stream<'a> {
 const CHUNK: usize = 2048;
 
 impl<'a> Stream<'a> {
-    /// A stream of what `parts` gives, [tokens, hidden] of some sequences at a time, until there is none.
+    /// A stream of what `part` gives, [tokens, hidden] of the next sequences, until there is none.
     fn write(
         scratch: &'a Path,
         data: &Data,

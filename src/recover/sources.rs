@@ -93,8 +93,10 @@ impl Reader {
         let read: Vec<Result<(Document, bool)>> = lines
             .par_iter()
             .map(|(number, line)| {
-                let wrong = |detail| RecoverError::Data(format!("{}, line {}: {detail}", file.display(), number + 1));
-                self.line(line).map_err(|e| wrong(e.to_string()))
+                self.line(line).map_err(|e| {
+                    let detail = if let RecoverError::Data(detail) = e { detail } else { e.to_string() };
+                    RecoverError::Data(format!("{}, line {}: {detail}", file.display(), number + 1))
+                })
             })
             .collect();
         let mut out = Documents::default();
