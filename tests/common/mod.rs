@@ -102,6 +102,11 @@ pub fn all_fixtures() -> Vec<Fixture> {
     fixtures
 }
 
+/// Whether the full set is there.
+pub fn is_full() -> bool {
+    all_fixtures().len() > own_fixtures().len()
+}
+
 /// Folders TOOL/ARCH/CONFIG (or transformers/MODEL) with reference data below `root`.
 fn find(root: &Path) -> Vec<Fixture> {
     let mut found = Vec::new();
