@@ -1,9 +1,12 @@
-//! The same tokens give the same bits on a CPU, whatever runs beside them, on how many threads, and how.
+//! The same tokens give the same bits on a CPU, whatever runs beside them, on how many threads, and how; and this version
+//! gives the bits that its number stands for.
 
 mod common;
 
 use common::{Session, all_fixtures, bits, is_full};
+use recoup::backend::NUMERICS_VERSION;
 use recoup::backend::cpu::{CpuBackend, isa::Isa};
+use recoup::checkpoint::Checkpoint;
 use recoup::model::Decoder;
 
 /// One model per kernel and per kind of layer; some are in the full set of fixtures only.
@@ -93,4 +96,36 @@ fn logits_do_not_depend_on_batch_threads_instruction_set_or_chunking() {
         }
         assert!(expected.iter().flatten().all(|&b| f32::from_bits(b).is_finite()), "{name}");
     }
+}
+
+/// BLAKE3 of the logits' bits of each shipped model.
+const BITS: [(&str, &str); 5] = [
+    ("books-bf16", "f04f8bfa7e4d2247"),
+    ("books-nvfp4", "f40970551a07dcfc"),
+    ("books-nvfp4-best", "d1429298f6475e94"),
+    ("books-nvfp4-qat", "5ae58d708928d845"),
+    ("books-nvfp4-qad", "0c5118e9102d21d7"),
+];
+
+/// Kept results are given out again under [`NUMERICS_VERSION`]: with other bits under the same number, old results would
+/// pass as new ones.
+#[test]
+fn the_version_of_the_numerics_stands_for_these_bits() {
+    let mut found = Vec::new();
+    for (name, _) in BITS {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(name);
+        let model =
+            Decoder::load(CpuBackend::new(Isa::detect(), 2).unwrap(), &Checkpoint::open(&folder).unwrap()).unwrap();
+        let mut hash = blake3::Hasher::new();
+        for bits in alone(&model, &sequences(model.config.vocab)).into_iter().flatten() {
+            hash.update(&bits.to_le_bytes());
+        }
+        found.push((name, hash.finalize().to_hex()[..16].to_owned()));
+    }
+    let expected: Vec<(&str, String)> = BITS.iter().map(|(n, h)| (*n, (*h).to_owned())).collect();
+    assert_eq!(
+        (NUMERICS_VERSION, found),
+        (1, expected),
+        "the bits of logits have changed: if that is right, raise NUMERICS_VERSION, and write the new hashes here"
+    );
 }

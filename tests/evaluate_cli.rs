@@ -285,3 +285,82 @@ fn a_comparison_reports_gates_and_repeats_itself() {
     assert!(String::from_utf8_lossy(&long.stderr).contains(note));
     assert!(std::fs::read_to_string(out.join("report.html")).unwrap().contains(note));
 }
+
+/// A copy of a shipped model that may be changed.
+fn copy_of(model: &str, to: &Path) -> String {
+    std::fs::create_dir(to).unwrap();
+    for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(model)).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+    to.to_str().unwrap().to_owned()
+}
+
+/// Sets bytes in the middle of every down_proj to zero: names, shapes and both ends of each tensor stay.
+fn damage_the_middle_of_weights(folder: &Path) {
+    let path = folder.join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    for (name, tensor) in header.as_object().unwrap().iter().filter(|(n, _)| n.contains("down_proj")) {
+        let at = |i: usize| 8 + length + tensor["data_offsets"][i].as_u64().unwrap() as usize;
+        let quarter = (at(1) - at(0)) / 4;
+        assert!(quarter > 1024, "{name}");
+        bytes[at(0) + quarter..at(1) - quarter].fill(0);
+    }
+    std::fs::write(&path, bytes).unwrap();
+}
+
+#[test]
+fn answers_are_given_out_again_only_for_the_same_files_and_options() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = copy_of("books-bf16", &folder.path().join("model"));
+    let out = folder.path().join("out").to_str().unwrap().to_owned();
+    let base = ["eval", &model, "--tasks", "lambada_openai", "-L", "4", "-o", &out];
+    let again = |more: &[&str]| fail(&base.iter().chain(more).copied().collect::<Vec<_>>());
+    succeed(&base);
+    let same = run(&[&base[..], &["--threads", "1", "--isa", "scalar"]].concat());
+    let stderr = String::from_utf8_lossy(&same.stderr);
+    assert!(same.status.success() && stderr.contains("4 of 4 answers are there already"), "{stderr}");
+    for (options, key) in [
+        (&["--max-length", "16"][..], "`model.context` is 256 there and 16 here"),
+        (&["--kv-cache-dtype", "bf16"], "`model.computation.kv_cache_dtype` is \"f32\" there and \"bf16\" here"),
+    ] {
+        let refused = again(options);
+        assert!(refused.contains("answers of another run") && refused.contains(key), "{refused}");
+    }
+    let tokenizer = Path::new(&model).join("tokenizer.json");
+    let original = std::fs::read(&tokenizer).unwrap();
+    let mut value: Value = serde_json::from_slice(&original).unwrap();
+    value["model"]["merges"].as_array_mut().unwrap().truncate(200);
+    std::fs::write(&tokenizer, value.to_string()).unwrap();
+    let refused = again(&[]);
+    assert!(refused.contains("`model.files.tokenizer.json`"), "{refused}");
+    std::fs::write(&tokenizer, original).unwrap();
+    succeed(&base);
+    std::fs::write(Path::new(&model).join("generation_config.json"), r#"{"eos_token_id": 5}"#).unwrap();
+    let refused = again(&[]);
+    assert!(refused.contains("`model.files.generation_config.json`"), "{refused}");
+    std::fs::remove_file(Path::new(&model).join("generation_config.json")).unwrap();
+    damage_the_middle_of_weights(Path::new(&model));
+    let refused = again(&[]);
+    assert!(refused.contains("`model.files.weights`"), "{refused}");
+}
+
+#[test]
+fn a_divergence_is_computed_anew_when_the_middle_of_a_weight_changes() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = copy_of("books-bf16", &folder.path().join("model"));
+    let kl = |out: &str| -> f64 {
+        let out = folder.path().join(out);
+        let out = out.to_str().unwrap();
+        let args = ["compare", "models/books-bf16", &model, "--tasks", "none", "--text", "books", "--windows", "2"];
+        let found = succeed(&[&args[..], &["--no-speed", "--json", "-o", out]].concat());
+        serde_json::from_str::<Value>(&found).unwrap()["divergences"][0]["kl"]["value"].as_f64().unwrap()
+    };
+    assert_eq!(kl("kept"), 0.0);
+    damage_the_middle_of_weights(Path::new(&model));
+    let changed = kl("kept");
+    assert!(changed > 0.1, "{changed}");
+    assert_eq!(changed, kl("fresh"));
+}

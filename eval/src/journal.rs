@@ -184,18 +184,24 @@ fn read(path: &Path, text: &str, about: Option<&Value>) -> Result<BTreeMap<Key, 
     Ok(answers)
 }
 
-/// Names the first key in which two runs differ.
+/// Names the first key in which two runs differ, with the keys that it lies under.
 pub(crate) fn same(path: &Path, found: &Value, expected: &Value) -> Result<(), JournalError> {
-    let (Value::Object(found), Value::Object(expected)) = (found, expected) else {
-        return if found == expected { Ok(()) } else { Err(other(path, "run", found, expected)) };
-    };
-    for key in expected.keys().chain(found.keys()) {
-        let (a, b) = (found.get(key).unwrap_or(&Value::Null), expected.get(key).unwrap_or(&Value::Null));
-        if a != b {
-            return Err(other(path, key, a, b));
-        }
+    match difference(found, expected, "") {
+        None => Ok(()),
+        Some((key, found, expected)) => Err(other(path, &key, found, expected)),
     }
-    Ok(())
+}
+
+/// The first place where two descriptions differ, `model.files.config.json`, and what stands there.
+fn difference<'v>(found: &'v Value, expected: &'v Value, at: &str) -> Option<(String, &'v Value, &'v Value)> {
+    if let (Value::Object(a), Value::Object(b)) = (found, expected) {
+        let keys = b.keys().chain(a.keys().filter(|k| !b.contains_key(*k)));
+        return keys.into_iter().find_map(|key| {
+            let at = if at.is_empty() { key.clone() } else { format!("{at}.{key}") };
+            difference(a.get(key).unwrap_or(&Value::Null), b.get(key).unwrap_or(&Value::Null), &at)
+        });
+    }
+    (found != expected).then(|| (at.to_owned(), found, expected))
 }
 
 fn other(path: &Path, key: &str, found: &Value, expected: &Value) -> JournalError {
@@ -252,6 +258,11 @@ mod tests {
         drop(Journal::open(&path, &json!({"model": "a", "limit": 5})).unwrap());
         let error = Journal::open(&path, &json!({"model": "a", "limit": 6})).unwrap_err().to_string();
         assert!(error.contains("`limit` is 5 there and 6 here"), "{error}");
+        let path = folder.path().join("nested.jsonl");
+        drop(Journal::open(&path, &json!({"model": {"files": {"tokenizer.json": "a"}}})).unwrap());
+        let now = json!({"model": {"files": {"tokenizer.json": "b"}}});
+        let error = Journal::open(&path, &now).unwrap_err().to_string();
+        assert!(error.contains("`model.files.tokenizer.json` is \"a\" there and \"b\" here"), "{error}");
     }
 
     #[test]

@@ -99,6 +99,9 @@ pub trait TokenModel {
     /// Size of the vocabulary: the length of each row of logits.
     fn vocab(&self) -> usize;
 
+    /// Ids that the tokenizer can give are all below this; the vocabulary may be larger, padded for the hardware's sake.
+    fn tokens(&self) -> usize;
+
     /// Token ids of a text, without special tokens.
     ///
     /// # Errors

@@ -8,6 +8,7 @@ pub mod gguf;
 mod header;
 #[cfg(feature = "hub")]
 pub mod hub;
+pub mod identity;
 pub mod json;
 pub mod resolve;
 pub mod tensors;

@@ -205,6 +205,11 @@ impl TensorStore {
         Err(CheckpointError::Leftover { file: first.file.into(), first: first.name.into(), total: names.len() })
     }
 
+    /// The files that the tensors lie in.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.shards.iter().map(|s| s.path.as_path())
+    }
+
     /// Tells the kernel that the mapped pages are no longer needed, so that they stop counting as resident.
     pub fn release_pages(&self) {
         #[cfg(unix)]

@@ -56,7 +56,8 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     super::done()
 }
 
-fn cpu_name() -> String {
+/// The CPU as the system names it.
+pub(super) fn cpu_name() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = info.lines().find_map(|l| l.strip_prefix("model name")?.split_once(": ").map(|(_, n)| n.to_owned()));
     name.unwrap_or_else(|| "unknown".into())

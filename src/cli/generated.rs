@@ -4,8 +4,9 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
-use serde_json::json;
+use serde_json::{Value, json};
 
+use crate::backend::NUMERICS_VERSION;
 use crate::backend::cpu::{CpuBackend, isa::Isa};
 use crate::checkpoint::Checkpoint;
 use crate::engine::{Request, SamplingParams, generate_many};
@@ -26,17 +27,26 @@ pub(super) enum Opening {
 /// Sequences that are written side by side.
 const WIDTH: usize = 32;
 
-/// `count` sequences of `length` tokens as the model of `checkpoint` writes them, sampled at temperature 1; kept in `file`.
+/// What is to be written.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wanted {
+    pub opening: Opening,
+    /// Sequences.
+    pub count: usize,
+    /// Tokens in each.
+    pub length: usize,
+    pub seed: u64,
+}
+
+/// Sequences as the model of `checkpoint` writes them, sampled at temperature 1; kept in `file` for its `identity`.
 pub(super) fn rows(
-    checkpoint: &Checkpoint,
-    opening: Opening,
-    count: usize,
-    length: usize,
-    seed: u64,
+    (checkpoint, identity): (&Checkpoint, &Value),
+    Wanted { opening, count, length, seed }: Wanted,
     threads: usize,
     file: &Path,
 ) -> Result<Vec<Row>> {
-    let key = json!({"opening": format!("{opening:?}"), "count": count, "length": length, "seed": seed});
+    let key = json!({"opening": format!("{opening:?}"), "count": count, "length": length, "seed": seed,
+        "teacher": identity, "numerics": NUMERICS_VERSION});
     if let Some(rows) = kept(file, &key) {
         return Ok(rows);
     }
@@ -96,8 +106,8 @@ pub(super) fn rows(
 }
 
 /// What an earlier run of the same kind wrote.
-fn kept(file: &Path, key: &serde_json::Value) -> Option<Vec<Row>> {
-    let stored: serde_json::Value = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
+fn kept(file: &Path, key: &Value) -> Option<Vec<Row>> {
+    let stored: Value = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
     let tokens: Vec<Vec<u32>> = serde_json::from_value(stored.get("tokens")?.clone()).ok()?;
     (stored.get("key") == Some(key)).then(|| tokens.into_iter().map(Row::text).collect())
 }

@@ -4,9 +4,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
 
+use crate::backend::NUMERICS_VERSION;
 use crate::backend::cpu::{CpuBackend, isa::Isa};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{self, Checkpoint};
 use crate::formats::kv::KvFormat;
 use crate::model::Decoder;
 
@@ -49,6 +51,19 @@ impl EngineOptions {
         }
     }
 
+    /// What of these options decides what a model computes, for keys under which results are kept: not threads nor
+    /// instruction set, which change no bit.
+    pub(super) fn computation(&self) -> Value {
+        json!({"device": "cpu", "numerics": NUMERICS_VERSION, "kv_cache_dtype": format!("{:?}", self.kv_format()).to_lowercase()})
+    }
+
+    /// What of this machine and these options decides how fast a model is.
+    pub(super) fn speed_key(&self) -> Result<Value> {
+        let backend = self.backend()?;
+        Ok(json!({"cpu": super::doctor::cpu_name(), "threads": backend.threads(), "isa": backend.isa().to_string(),
+            "recoup_version": env!("CARGO_PKG_VERSION")}))
+    }
+
     /// Loads the model of `folder` onto packed CPU kernels.
     pub(super) fn load(&self, checkpoint: &Checkpoint) -> Result<Decoder<CpuBackend>> {
         let bar = super::progress(0, "loading");
@@ -59,6 +74,17 @@ impl EngineOptions {
         bar.finish_and_clear();
         Ok(model?)
     }
+}
+
+/// The identity of a checkpoint's files; large ones take a while the first time.
+pub(super) fn identity(checkpoint: &Checkpoint) -> Result<Value> {
+    let bar = super::progress(0, "hashing");
+    let found = checkpoint::identity::identity(&checkpoint.tensors, &mut |done, all| {
+        bar.set_length(all);
+        bar.set_position(done);
+    });
+    bar.finish_and_clear();
+    Ok(found?)
 }
 
 /// The folder that MODEL names: a folder, or a hub id downloaded into the Hugging Face cache.

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
-use sha2::{Digest as _, Sha256};
 
-use super::options::model_folder;
+use super::options::{identity, model_folder};
 use super::training::{self, Display, KEPT_MEMORY};
 use super::training_data::DataOptions;
+use crate::backend::NUMERICS_VERSION;
 use crate::backend::autograd::AutogradBackend;
 use crate::backend::cpu::operand::Precision;
 use crate::backend::cpu::{CpuBackend, isa::Isa, recycle};
@@ -18,7 +18,7 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Dialect;
 use crate::checkpoint::write::FolderWriter;
 use crate::model::{Decoder, ModelConfig};
-use crate::quantize::{self, Recipe};
+use crate::quantize::{self, CalibrationText, Recipe};
 use crate::recover::RecoverError;
 use crate::recover::distill::Watched;
 use crate::recover::stage::Stage;
@@ -95,14 +95,19 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
     }
     let teacher_folder = model_folder(&args.teacher)?;
     let teacher = Checkpoint::open(&teacher_folder)?;
+    let teacher_identity = identity(&teacher)?;
     let (folder, unrounded) = match &args.recipe {
         Some(recipe) => {
             let recipe = Recipe::find(recipe)?;
-            // By name, so that a run that goes on with another recipe does not take the first one's student.
-            let place = |what: &str| training.join(format!("{what}-{}", recipe.name));
+            let text = calibration(&recipe, &teacher, &teacher_folder)?;
+            // By all that decides it, so that a run that goes on never takes a student that something else gave.
+            let key = json!({"teacher": teacher_identity, "recipe": recipe, "text": text.sequences,
+                "numerics": NUMERICS_VERSION, "version": env!("CARGO_PKG_VERSION")});
+            let key = blake3::hash(key.to_string().as_bytes()).to_hex();
+            let place = |what: &str| training.join(format!("{what}-{}-{}", recipe.name, &key[..12]));
             let (folder, unrounded) = (place("student"), place("unrounded"));
             if !folder.exists() {
-                make_student(args, &recipe, &teacher, &teacher_folder, &folder, &unrounded)?;
+                make_student(args, &recipe, &teacher, &text, &folder, &unrounded)?;
             }
             (folder, Some(unrounded))
         }
@@ -118,7 +123,7 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
     if args.data.length > config.max_positions {
         bail!("--length {}: the model has {} positions", args.data.length, config.max_positions);
     }
-    let (data, watched) = args.data.read(&folder, &teacher, &training, args.seed, args.threads)?;
+    let (data, watched) = args.data.read(&folder, (&teacher, &teacher_identity), &training, args.seed, args.threads)?;
 
     let backend = AutogradBackend::with_precision(if args.f32 { Precision::F32 } else { Precision::Bf16 });
     let rounded_from_teacher = unrounded.is_none() && student::is_rounded_from(&checkpoint, &teacher, &config)?;
@@ -127,10 +132,11 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
     let decoder = Decoder::load(backend, &teacher)?;
     let about = json!({
         "recoup_version": env!("CARGO_PKG_VERSION"),
-        "student": {"sha256": weights_hash(&checkpoint)?, "recipe": args.recipe},
-        "teacher": {"sha256": weights_hash(&teacher)?},
+        "numerics": NUMERICS_VERSION,
+        "student": {"files": identity(&checkpoint)?, "recipe": args.recipe},
+        "teacher": {"files": teacher_identity},
         "masters": match (&unrounded, rounded_from_teacher) {
-            (Some(u), _) => format!("unrounded model, sha256 {}", weights_hash(u)?),
+            (Some(u), _) => format!("unrounded model, weights {}", identity(u)?["weights"].as_str().unwrap_or_default()),
             (None, true) => "the teacher's weights".into(),
             (None, false) => "the student's own weights".into(),
         },
@@ -218,16 +224,19 @@ fn stage_folder(output: &Path, stage: usize, method: &str) -> PathBuf {
     output.with_file_name(format!("{name}-{}-{method}", stage + 1))
 }
 
+/// What a recipe's student is calibrated on.
+fn calibration(recipe: &Recipe, teacher: &Checkpoint, folder: &Path) -> Result<CalibrationText> {
+    super::quantize::calibration_text(None, super::quantize::default_samples(recipe), 512, teacher, folder)
+}
+
 fn make_student(
     args: &Args,
     recipe: &Recipe,
     teacher: &Checkpoint,
-    teacher_folder: &Path,
+    text: &CalibrationText,
     folder: &Path,
     unrounded: &Path,
 ) -> Result<()> {
-    let samples = super::quantize::default_samples(recipe);
-    let text = super::quantize::calibration_text(None, samples, 512, teacher, teacher_folder)?;
     let backend = CpuBackend::new(Isa::detect(), args.threads)?;
     let bar = super::progress(0, "");
     // Of a run that was killed in between.
@@ -235,7 +244,7 @@ fn make_student(
         std::fs::remove_dir_all(unrounded).with_context(|| format!("{}: cannot be removed", unrounded.display()))?;
     }
     let places = quantize::Places { out: folder, unrounded: Some(unrounded) };
-    quantize::apply(teacher, &backend, &text, recipe, Dialect::ModelOpt, places, &mut |what, done, all| {
+    quantize::apply(teacher, &backend, text, recipe, Dialect::ModelOpt, places, &mut |what, done, all| {
         if done == 0 {
             bar.set_message(what);
             bar.reset_eta();
@@ -245,19 +254,6 @@ fn make_student(
     })?;
     bar.finish_and_clear();
     Ok(())
-}
-
-/// SHA-256 of all tensors with their names and types.
-fn weights_hash(checkpoint: &Checkpoint) -> Result<String> {
-    let mut hash = Sha256::new();
-    for name in checkpoint.tensors.names() {
-        let Some(view) = checkpoint.tensors.peek(name) else { continue };
-        hash.update(name.as_bytes());
-        hash.update(format!("{:?}{:?}", view.dtype, view.shape));
-        hash.update(view.bytes);
-        checkpoint.tensors.release_pages();
-    }
-    Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
 }
 
 /// The loss on the watched texts of what was kept at the end, and the first that was measured of the same kind.

@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
+use serde_json::Value;
 
-use super::generated::{self, Opening};
+use super::generated::{self, Opening, Wanted};
 use crate::checkpoint::Checkpoint;
 use crate::recover::data::{self, Data, Document, Part, Row};
 use crate::recover::sources::Reader;
@@ -40,12 +41,12 @@ const BUILT_IN: &str = "built-in";
 const HELD_OUT: usize = 8;
 
 impl DataOptions {
-    /// The training data, and what is watched, by name, for the student in `folder`; what the teacher writes is kept in
-    /// `training`.
+    /// The training data, and what is watched, by name, for the student in `folder`; what the teacher, of
+    /// that identity, writes is kept in `training`.
     pub(super) fn read(
         &self,
         folder: &Path,
-        teacher: &Checkpoint,
+        (teacher, identity): (&Checkpoint, &Value),
         training: &Path,
         seed: u64,
         threads: usize,
@@ -75,7 +76,8 @@ impl DataOptions {
                 Some(opening) => {
                     let count = (share / total * self.samples as f64).ceil().max(1.0) as usize;
                     let file = training.join(format!("{source}.json"));
-                    generated::rows(teacher, opening, count, self.length, seed, threads, &file)?
+                    let wanted = Wanted { opening, count, length: self.length, seed };
+                    generated::rows((teacher, identity), wanted, threads, &file)?
                 }
             };
             let name = file.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());

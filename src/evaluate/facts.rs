@@ -4,8 +4,6 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use recoup_eval::scores::ModelFacts;
-use serde_json::{Value, json};
-use sha2::{Digest as _, Sha256};
 
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{self, Batch, PAGE, Span};
@@ -48,26 +46,6 @@ pub fn facts(name: &str, checkpoint: &Checkpoint) -> Result<ModelFacts> {
         bits_per_weight: Some(8.0 * bytes as f64 / elements.max(1) as f64),
         ..ModelFacts::default()
     })
-}
-
-/// What tells this checkpoint's computation from another's, wherever it lies: hashes of its configuration and of names,
-/// types, shapes and a sample of the bytes of all tensors.
-///
-/// # Errors
-/// When the configuration cannot be written as JSON.
-pub fn identity(checkpoint: &Checkpoint) -> Result<Value> {
-    /// Of each end of each tensor.
-    const SAMPLE: usize = 512;
-    let mut hash = Sha256::new();
-    for name in checkpoint.tensors.names() {
-        if let Some(t) = checkpoint.tensors.peek(name) {
-            hash.update(format!("{name} {:?} {:?} ", t.dtype, t.shape));
-            hash.update(&t.bytes[..t.bytes.len().min(SAMPLE)]);
-            hash.update(&t.bytes[t.bytes.len().saturating_sub(SAMPLE)..]);
-        }
-    }
-    let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
-    Ok(json!({"weights": hex(&hash.finalize()), "config": hex(&Sha256::digest(checkpoint.config.value().to_string()))}))
 }
 
 /// Bytes of packed weights in memory.

@@ -345,6 +345,10 @@ impl<B: Backend> TokenModel for EvaluatedModel<'_, B> {
         self.model.config.vocab
     }
 
+    fn tokens(&self) -> usize {
+        self.text.tokenizer.vocab_size()
+    }
+
     fn encode(&self, text: &str) -> Result<Vec<u32>, EvaluateError> {
         Ok(self.text.tokenizer.encode(text, false)?)
     }

@@ -16,6 +16,11 @@ pub struct Windows {
     pub name: String,
     /// Token ids, the token that begins every text (where the tokenizer has one) included.
     pub windows: Vec<Vec<u32>>,
+    /// Tokens whose probabilities are compared: the vocabulary that all models have.
+    pub vocab: usize,
+    /// The vocabularies, the baseline's first, where some are padded: rows behind the tokenizer's last token, which are
+    /// left out where not all models have them.
+    pub padded: Option<Vec<usize>>,
 }
 
 /// Why models could not be compared on a text.
@@ -36,8 +41,11 @@ pub enum PassError<E: std::error::Error + 'static> {
         "model {model} cuts {text} into other tokens than the baseline (they part at token {at}): KL needs one tokenizer"
     )]
     Tokenizer { text: String, model: usize, at: usize },
-    #[error("model {model} has a vocabulary of {found}, the baseline of {expected}: KL needs one tokenizer")]
-    Vocab { model: usize, found: usize, expected: usize },
+    #[error(
+        "model {model} has a vocabulary of {found}, the baseline of {expected}, and a tokenizer with {tokens} tokens: more \
+         than padding is missing, and KL needs one tokenizer"
+    )]
+    Vocab { model: usize, found: usize, expected: usize, tokens: usize },
 }
 
 impl Windows {
@@ -58,12 +66,15 @@ impl Windows {
             return Err(PassError::Window { window: length, context });
         }
         let Some((baseline, others)) = models.split_first() else {
-            return Ok(Self { name: name.into(), windows: Vec::new() });
+            return Ok(Self { name: name.into(), windows: Vec::new(), vocab: 0, padded: None });
         };
         let tokens = baseline.encode(text).map_err(PassError::Model)?;
         for (i, other) in others.iter().enumerate() {
-            if other.vocab() != baseline.vocab() {
-                return Err(PassError::Vocab { model: i + 1, found: other.vocab(), expected: baseline.vocab() });
+            let shared = other.vocab().min(baseline.vocab());
+            let tokens_in_all = other.tokens().max(baseline.tokens());
+            if other.vocab() != baseline.vocab() && tokens_in_all > shared {
+                let (found, expected) = (other.vocab(), baseline.vocab());
+                return Err(PassError::Vocab { model: i + 1, found, expected, tokens: tokens_in_all });
             }
             let theirs = other.encode(text).map_err(PassError::Model)?;
             if theirs != tokens {
@@ -78,7 +89,10 @@ impl Windows {
         if windows.len() < 2 {
             return Err(PassError::TooShort { text: name.into(), tokens: tokens.len(), window: length });
         }
-        Ok(Self { name: name.into(), windows })
+        let vocabularies: Vec<usize> = models.iter().map(TokenModel::vocab).collect();
+        let vocab = vocabularies.iter().copied().min().unwrap_or(0);
+        let padded = vocabularies.iter().any(|v| *v != vocab).then_some(vocabularies);
+        Ok(Self { name: name.into(), windows, vocab, padded })
     }
 
     /// Tokens that are predicted.
@@ -99,7 +113,7 @@ impl Windows {
     ) -> Result<Vec<(Divergence, WindowSums)>, PassError<M::Error>> {
         let failed = |source| PassError::Divergence { text: self.name.clone(), source };
         let Some((baseline, others)) = models.split_first_mut() else { return Ok(Vec::new()) };
-        let vocab = baseline.vocab();
+        let vocab = self.vocab;
         let mut accumulators: Vec<Accumulator> = (1..=others.len())
             .map(|model| Accumulator::new(Options { model, text: self.name.clone(), vocab }))
             .collect();
@@ -111,7 +125,8 @@ impl Windows {
                 let expected = baseline.logits(start, &window[start..end]).map_err(PassError::Model)?;
                 for (other, accumulator) in others.iter_mut().zip(&mut accumulators) {
                     let found = other.logits(start, &window[start..end]).map_err(PassError::Model)?;
-                    let rows = Rows { index, start, window, classes: &classes, vocab };
+                    let widths = [baseline.vocab(), other.vocab()];
+                    let rows = Rows { index, start, window, classes: &classes, vocab, widths };
                     rows.push(&expected, &found, accumulator).map_err(failed)?;
                 }
             }
@@ -128,12 +143,14 @@ struct Rows<'a> {
     window: &'a [u32],
     classes: &'a [TokenClass],
     vocab: usize,
+    /// Length of the rows of both models, of which the first `vocab` logits count.
+    widths: [usize; 2],
 }
 
 impl Rows<'_> {
     /// Splits the rows over the machine's threads.
     fn push(&self, expected: &[f32], found: &[f32], into: &mut Accumulator) -> Result<(), DivergenceError> {
-        let rows = expected.len() / self.vocab;
+        let rows = expected.len() / self.widths[0];
         let threads = std::thread::available_parallelism().map_or(1, usize::from).min(rows.max(1));
         let share = rows.div_ceil(threads).max(1);
         let empty = into.fresh();
@@ -145,8 +162,8 @@ impl Rows<'_> {
                     scope.spawn(move || {
                         for row in first..rows.min(first + share) {
                             let at = self.start + row + 1;
-                            let range = row * self.vocab..(row + 1) * self.vocab;
-                            let (a, b) = (&expected[range.clone()], &found[range]);
+                            let a = &expected[row * self.widths[0]..][..self.vocab];
+                            let b = &found[row * self.widths[1]..][..self.vocab];
                             part.push(self.index, at, self.classes[at], a, b, self.window[at])?;
                         }
                         Ok(part)

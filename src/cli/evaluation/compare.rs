@@ -22,7 +22,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::super::options::{EngineOptions, model_folder};
+use super::super::options::{EngineOptions, identity, model_folder};
 use super::{TaskOptions, facts_config, model_name, run_plan, safe_name};
 use crate::backend::cpu::CpuBackend;
 use crate::checkpoint::Checkpoint;
@@ -205,7 +205,7 @@ fn load(args: &Args, model: &str) -> Result<Loaded> {
     let checkpoint = Checkpoint::open(&folder)?;
     let text = ModelText::from_folder(&folder, &checkpoint.config)?;
     let mut facts = facts::facts(&model_name(model), &checkpoint)?;
-    let identity = facts::identity(&checkpoint)?;
+    let identity = json!({"files": identity(&checkpoint)?, "computation": args.options.computation()});
     let decoder = args.options.load(&checkpoint)?;
     facts.resident_bytes = Some(facts::resident_bytes(&decoder));
     Ok(Loaded { decoder, text, identity, facts })
@@ -234,7 +234,7 @@ impl Work<'_> {
         std::fs::create_dir_all(&folder).with_context(|| format!("{}: cannot create", folder.display()))?;
         let mut facts = model.facts.clone();
         if !self.args.no_speed {
-            let key = json!({"model": model.identity});
+            let key = json!({"model": model.identity, "on": self.args.options.speed_key()?});
             let (prefill, decode) =
                 kept(&folder.join("speed.json"), &key, || Ok(facts::speed(&model.decoder, self.kv())?))?;
             (facts.prefill_speed, facts.decode_speed) = (Some(prefill), Some(decode));
@@ -251,7 +251,11 @@ impl Work<'_> {
                 );
             }
             if let Some(results) = &results {
-                results.write(&folder, &facts, &facts_config(&facts, self.args.tasks.describe(self.setup)))?;
+                results.write(
+                    &folder,
+                    &facts,
+                    &facts_config(&facts, &model.identity, self.args.tasks.describe(self.setup)),
+                )?;
             }
         }
         let mut divergences = Vec::new();
@@ -301,7 +305,7 @@ impl Work<'_> {
         let pair = [self.baseline, model];
         let mut models = pair.map(|m| EvaluatedModel::new(&m.decoder, &m.text, self.kv(), None));
         let windows = self.windows(&models, name, text, self.args.windows)?;
-        let key = json!({"baseline": self.baseline.identity, "model": model.identity, "windows": windows.windows, "kv": format!("{:?}", self.kv())});
+        let key = json!({"baseline": self.baseline.identity, "model": model.identity, "windows": windows.windows});
         let file = folder.join(format!("divergence_{}.json", safe_name(name)));
         let (mut divergence, sums) = kept(&file, &key, || {
             let bar = super::super::progress(windows.windows.len() as u64, "KL");

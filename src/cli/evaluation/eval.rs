@@ -13,10 +13,11 @@ use recoup_eval::tasks::{ListedKind, Selection};
 use recoup_eval::{LanguageModel, journal};
 use serde_json::{Value, json};
 
-use super::super::options::{EngineOptions, model_folder};
+use super::super::options::{EngineOptions, identity, model_folder};
 use super::{TaskOptions, facts_config, model_name, parse_shard, run_plan};
 use crate::checkpoint::Checkpoint;
 use crate::evaluate::{EvaluatedModel, ModelText, facts, kernel_check};
+use crate::model::ModelConfig;
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
@@ -94,14 +95,17 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     let folder = model_folder(model)?;
     let checkpoint = Checkpoint::open(&folder)?;
     let text = ModelText::from_folder(&folder, &checkpoint.config)?;
-    let subject =
-        Subject { facts: facts::facts(&model_name(model), &checkpoint)?, identity: facts::identity(&checkpoint)? };
+    let context = context_length(&checkpoint, args.max_length)?;
+    let subject = Subject {
+        facts: facts::facts(&model_name(model), &checkpoint)?,
+        identity: json!({"files": identity(&checkpoint)?, "computation": args.options.computation(), "context": context}),
+    };
     if args.check_kernels {
         check_kernels(args, &checkpoint, &text)?;
     }
     let decoder = args.options.load(&checkpoint)?;
     drop(checkpoint);
-    let mut evaluated = EvaluatedModel::new(&decoder, &text, args.options.kv_format(), args.max_length);
+    let mut evaluated = EvaluatedModel::new(&decoder, &text, args.options.kv_format(), Some(context));
     let code = evaluate(args, &mut evaluated, &subject, &selection, &setup)?;
     if evaluated.truncated() > 0 {
         let n = evaluated.truncated();
@@ -110,6 +114,12 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
         );
     }
     Ok(code)
+}
+
+/// Tokens of context: what is asked for, and no more than the model has positions for.
+fn context_length(checkpoint: &Checkpoint, asked: Option<usize>) -> Result<usize> {
+    let positions = ModelConfig::read(&checkpoint.config)?.max_positions;
+    Ok(asked.map_or(positions, |asked| asked.min(positions)))
 }
 
 fn url(args: &Args, address: &str, selection: &Selection, setup: &Setup) -> Result<ExitCode> {
@@ -140,7 +150,7 @@ fn evaluate<M: LanguageModel>(
     setup: &Setup,
 ) -> Result<ExitCode> {
     let plan = Plan::new(selection, setup, model)?;
-    let config = facts_config(&subject.facts, args.tasks.describe(setup));
+    let config = facts_config(&subject.facts, &subject.identity, args.tasks.describe(setup));
     if !args.merge.is_empty() {
         let answers = merge(&plan, &subject.identity, &args.merge)?;
         if let Some(folder) = &args.output {

@@ -167,8 +167,9 @@ fn model_name(model: &str) -> String {
     path.file_name().map_or_else(|| model.to_owned(), |n| n.to_string_lossy().into_owned())
 }
 
-fn facts_config(facts: &ModelFacts, tasks: Value) -> Value {
-    let mut config = json!({"model": "recoup", "model_args": {"pretrained": facts.name}});
+/// `config` of results.json: the model, all that its answers depend on, and how the tasks were put.
+fn facts_config(facts: &ModelFacts, identity: &Value, tasks: Value) -> Value {
+    let mut config = json!({"model": "recoup", "model_args": {"pretrained": facts.name}, "model_identity": identity});
     if let (Value::Object(config), Value::Object(tasks)) = (&mut config, tasks) {
         config.extend(tasks);
     }
