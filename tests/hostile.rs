@@ -218,6 +218,44 @@ fn an_empty_file_is_refused() {
     file(&[], &[FILE, "the file is empty"]);
 }
 
+const POINTER: &[u8] =
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0000000000000000000000000000000000000000000000000000000000000007\nsize 538090408\n";
+
+#[test]
+fn a_git_lfs_pointer_in_the_place_of_any_file_of_a_checkpoint_is_called_one() {
+    for name in [FILE, "config.json", INDEX] {
+        let folder = tempfile::tempdir().unwrap();
+        Tiny::new(Format::Nvfp4).write_sharded(folder.path(), 3);
+        if name == FILE {
+            Tiny::new(Format::Nvfp4).write_configs(folder.path());
+            std::fs::remove_file(folder.path().join(INDEX)).unwrap();
+        }
+        std::fs::write(folder.path().join(name), POINTER).unwrap();
+        refused(folder.path(), &[name, "Git LFS pointer to 538090408 bytes", "`git lfs pull`"]);
+    }
+}
+
+#[test]
+fn what_was_saved_instead_of_the_weights_is_named() {
+    file(b"<!DOCTYPE html>\n<html><title>huggingface</title></html>", &[FILE, "web page"]);
+    file(b"PK\x03\x04\0\0\0\0archive/data.pkl", &[FILE, "PyTorch"]);
+    file(b"\x1f\x8b\x08\0\0\0\0\0\0\x03payload", &[FILE, "gunzip"]);
+    file(&[0; 4096], &[FILE, "never finished"]);
+    file(b"GGUF\x03\0\0\0\x01\0\0\0", &[FILE, "GGUF", "recoup convert"]);
+}
+
+#[test]
+fn a_header_whose_length_looks_like_another_formats_first_bytes_is_a_header() {
+    // 0x8b1f bytes: the first two are gzip's.
+    let t = Tiny::new(Format::Nvfp4);
+    let header = Tiny::header(&t.tensors).to_string();
+    let padded = format!("{header:0$}", 0x8b1f);
+    let folder = tempfile::tempdir().unwrap();
+    t.write_configs(folder.path());
+    std::fs::write(folder.path().join(FILE), Tiny::file(&padded, &Tiny::data(&t.tensors))).unwrap();
+    load(folder.path()).unwrap();
+}
+
 #[test]
 fn bytes_after_the_last_tensor_are_refused() {
     let mut bytes = Tiny::new(Format::Nvfp4).bytes();
@@ -331,7 +369,7 @@ fn shapes_and_offsets_that_overflow_are_refused() {
 fn a_folder_that_is_none_or_holds_nothing_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     refused(&folder.path().join("absent"), &["absent", "no such folder"]);
-    refused(folder.path(), &["config.json", "cannot read"]);
+    refused(folder.path(), &["holds no config.json", "empty"]);
     Tiny::new(Format::Bf16).write_configs(folder.path());
     refused(folder.path(), &["holds neither model.safetensors nor model.safetensors.index.json"]);
     std::fs::write(folder.path().join("m.gguf"), b"GGUF").unwrap();
@@ -983,7 +1021,7 @@ fn a_config_that_is_an_array_deeply_nested_or_huge_is_refused() {
         refused(folder.path(), &["config.json", needle]);
     };
     text("[]", "expected an object");
-    text("", "EOF");
+    text("", "it is empty");
     text("{\"a\": 1,}", "trailing comma");
     text(&"{\"a\":".repeat(100_000), "recursion limit");
     text(&format!("{{\"a\": {}1{}}}", "[".repeat(5000), "]".repeat(5000)), "recursion limit");

@@ -558,6 +558,17 @@ fn tokens_only_the_configuration_lists_are_added_and_contradictions_refused() {
 }
 
 #[test]
+fn a_git_lfs_pointer_is_called_one_in_every_file_of_text() {
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:07\nsize 11\n";
+    for name in ["tokenizer_config.json", "chat_template.jinja"] {
+        let error = ChatTemplate::from_folder(folder(&[(name, pointer)]).path()).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains("Git LFS pointer to 11 bytes"), "{error}");
+    }
+    let error = Tokenizer::from_folder(folder(&[("tokenizer.json", pointer)]).path()).unwrap_err().to_string();
+    assert!(error.contains("tokenizer.json") && error.contains("`git lfs pull`"), "{error}");
+}
+
+#[test]
 fn broken_files_are_refused_by_name() {
     let missing = Tokenizer::from_folder(folder(&[]).path()).unwrap_err().to_string();
     assert!(missing.contains("tokenizer.json") && missing.contains("convert"), "{missing}");

@@ -6,6 +6,7 @@
 pub mod compare;
 pub mod comparison;
 pub mod divergence;
+pub mod foreign;
 pub mod ifeval;
 pub mod journal;
 pub mod model;

@@ -18,6 +18,9 @@ pub enum CheckpointError {
     /// A safetensors file whose header or length is wrong.
     #[error("{}: not a valid safetensors file: {detail}", file.display())]
     Header { file: PathBuf, detail: String },
+    /// A file that is something else than its name says.
+    #[error("{}: it is {what}", file.display())]
+    Foreign { file: PathBuf, what: String },
     /// A JSON file that does not parse.
     #[error("{}: not valid JSON: {detail}", file.display())]
     Json { file: PathBuf, detail: String },

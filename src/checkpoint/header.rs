@@ -3,6 +3,7 @@
 
 use std::fmt;
 
+use recoup_eval::foreign::foreign;
 use safetensors::Dtype;
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
@@ -33,6 +34,12 @@ pub(super) fn read(file: &[u8]) -> Result<Vec<Stored>, String> {
         n => format!("{n} bytes is too short for a header; the file is truncated: copy or download it again"),
     })?;
     let length = u64::from_le_bytes(*length);
+    // A header is an object. The first bytes alone prove nothing: a length may look like another format's magic number.
+    if !rest.starts_with(b"{")
+        && let Some(what) = foreign(file)
+    {
+        return Err(format!("it is {what}"));
+    }
     if length > MAX_HEADER || length > rest.len() as u64 {
         return Err(format!(
             "the header says it is {length} bytes long, and {} follow it; the file is truncated or no safetensors file",

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use recoup_eval::foreign::foreign;
 use serde_json::Value;
 
 use super::error::{CheckpointError, Result};
@@ -34,8 +35,10 @@ impl Object {
             });
         }
         let text = std::fs::read(file).map_err(io)?;
-        let value: Value = serde_json::from_slice(&text)
-            .map_err(|e| CheckpointError::Json { file: file.into(), detail: e.to_string() })?;
+        let value: Value = serde_json::from_slice(&text).map_err(|e| {
+            let detail = foreign(&text).map_or_else(|| e.to_string(), |what| format!("it is {what}"));
+            CheckpointError::Json { file: file.into(), detail }
+        })?;
         if !value.is_object() {
             return Err(CheckpointError::Json { file: file.into(), detail: "expected an object at the top".into() });
         }

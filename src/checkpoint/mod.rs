@@ -4,6 +4,7 @@
 
 pub mod dialect;
 pub mod error;
+mod folder;
 pub mod gguf;
 mod header;
 #[cfg(feature = "hub")]
@@ -36,18 +37,15 @@ impl Checkpoint {
     /// Anything wrong with the files themselves; see [`CheckpointError`].
     pub fn open(folder: &Path) -> Result<Self> {
         if folder.is_file() {
-            let gguf = folder.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
-            return Err(CheckpointError::NotACheckpoint {
-                path: folder.into(),
-                detail: if gguf {
-                    "is a GGUF file; import it first: recoup convert FILE.gguf -o FOLDER".into()
-                } else {
-                    "is a file; a checkpoint is a folder with config.json and model.safetensors".into()
-                },
-            });
+            let detail = folder::file_instead(folder);
+            return Err(CheckpointError::NotACheckpoint { path: folder.into(), detail });
         }
         if !folder.is_dir() {
             return Err(CheckpointError::NotACheckpoint { path: folder.into(), detail: "no such folder".into() });
+        }
+        if !folder.join("config.json").exists() {
+            let detail = format!("holds no config.json{}", folder::instead(folder));
+            return Err(CheckpointError::NotACheckpoint { path: folder.into(), detail });
         }
         let config = Object::read(&folder.join("config.json"))?;
         let scheme = Scheme::read(&config, folder)?;

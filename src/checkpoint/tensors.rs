@@ -62,7 +62,7 @@ impl TensorStore {
         } else {
             return Err(CheckpointError::NotACheckpoint {
                 path: folder.into(),
-                detail: format!("holds neither {SINGLE} nor {INDEX}"),
+                detail: format!("holds neither {SINGLE} nor {INDEX}{}", super::folder::instead(folder)),
             });
         };
         let mut store = Self {

@@ -102,7 +102,11 @@ impl FolderWriter {
             let source = from.join(name);
             if source.is_file() {
                 let io = |error| CheckpointError::Io { path: source.clone(), action: "read", source: error };
-                self.file(name, &fs::read(&source).map_err(io)?)?;
+                let bytes = fs::read(&source).map_err(io)?;
+                if let Some(what) = recoup_eval::foreign::pointer(&bytes) {
+                    return Err(CheckpointError::Foreign { file: source, what });
+                }
+                self.file(name, &bytes)?;
             }
         }
         Ok(())

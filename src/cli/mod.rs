@@ -129,6 +129,9 @@ fn style(text: &str, code: &str) -> String {
 fn read_text(file: &Path) -> Result<String> {
     let text =
         std::fs::read_to_string(file).with_context(|| format!("{}: cannot read as UTF-8 text", file.display()))?;
+    if let Some(what) = recoup_eval::foreign::pointer(text.as_bytes()) {
+        anyhow::bail!("{}: it is {what}", file.display());
+    }
     Ok(if text.contains('\r') { text.replace("\r\n", "\n").replace('\r', "\n") } else { text })
 }
 

@@ -291,7 +291,12 @@ fn text_bytes(value: &Json) -> u64 {
 /// Reads a text file; `None` when there is none.
 fn read_text(path: &Path) -> Result<Option<String>, TextError> {
     match std::fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
+        Ok(text) => match recoup_eval::foreign::pointer(text.as_bytes()) {
+            Some(what) => {
+                Err(TextError::Invalid { path: path.to_owned(), detail: format!("not a template: it is {what}") })
+            }
+            None => Ok(Some(text)),
+        },
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(source) => Err(TextError::Read { path: path.to_owned(), source, hint: "" }),
     }

@@ -104,7 +104,10 @@ pub(super) fn read_json_object(path: &Path) -> Result<Option<Map<String, Value>>
         }),
         Err(error) => Err(TextError::Invalid {
             path: path.to_owned(),
-            detail: format!("not valid JSON ({error}); copy the file again from its source"),
+            detail: recoup_eval::foreign::foreign(&bytes).map_or_else(
+                || format!("not valid JSON ({error}); copy the file again from its source"),
+                |what| format!("not valid JSON: it is {what}"),
+            ),
         }),
     }
 }

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use recoup_eval::foreign::foreign;
 use serde_json::{Map, Value};
 use tokenizers::{AddedToken, DecoderWrapper};
 
@@ -58,7 +59,10 @@ impl Tokenizer {
         })?;
         let mut hf = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| TextError::Invalid {
             path: path.clone(),
-            detail: format!("not a tokenizer that Recoup can load ({error}); copy the file again from its source"),
+            detail: foreign(&bytes).map_or_else(
+                || format!("not a tokenizer that Recoup can load ({error}); copy the file again from its source"),
+                |what| format!("not a tokenizer: it is {what}"),
+            ),
         })?;
         hf.with_padding(None);
         hf.with_truncation(None)

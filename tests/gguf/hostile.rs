@@ -59,7 +59,11 @@ fn corrupted_bytes_never_panic() {
 #[test]
 fn something_else_than_gguf_is_refused() {
     assert_says(&refused(|f| f.magic = *b"GGML"), &["GGUF", "GGML"]);
-    assert_says(&import_bytes(b"").error(), &["0 bytes"]);
+    assert_says(&import_bytes(b"").error(), &["empty"]);
+    let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:07\nsize 538090408\n";
+    assert_says(&import_bytes(pointer).error(), &["Git LFS pointer to 538090408 bytes", "git lfs pull"]);
+    assert_says(&import_bytes(b"<!DOCTYPE html><html>").error(), &["web page"]);
+    assert_says(&import_bytes(b"PK\x03\x04").error(), &["ZIP"]);
     assert_says(&refused(|f| f.version = 1), &["version 1"]);
     assert_says(&refused(|f| f.version = 4), &["version 4", "2 or 3"]);
     assert_says(&refused(|f| f.version = 3u32.swap_bytes()), &["big-endian"]);

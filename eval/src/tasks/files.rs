@@ -23,7 +23,13 @@ pub fn read(path: &Path) -> Result<Cow<'static, [u8]>, Error> {
             Err(_) => Err(Error::Read { path: path.into(), source: std::io::ErrorKind::NotFound.into() }),
         },
         None => match std::fs::read(path) {
-            Ok(bytes) => Ok(Cow::Owned(bytes)),
+            Ok(bytes) => match crate::foreign::pointer(&bytes) {
+                Some(what) => {
+                    let message = format!("it is {what}");
+                    Err(Error::Data { file: path.display().to_string(), line: 1, message })
+                }
+                None => Ok(Cow::Owned(bytes)),
+            },
             Err(source) => Err(Error::Read { path: path.into(), source }),
         },
     }

@@ -6,8 +6,10 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufReader, ErrorKind, Read as _};
+use std::io::{BufReader, ErrorKind, Read as _, Seek as _};
 use std::path::{Path, PathBuf};
+
+use recoup_eval::foreign;
 
 use super::blocks::BlockType;
 use super::error::{GgufError, Result};
@@ -99,6 +101,15 @@ impl Gguf {
             return Err(not_gguf("is no regular file; expected a .gguf file".into()));
         }
         let length = meta.len();
+        let mut beginning = Vec::new();
+        let mut head = (&file).take(foreign::LOOK as u64);
+        head.read_to_end(&mut beginning).map_err(|e| GgufError::io(path, "read", e))?;
+        if !beginning.starts_with(MAGIC)
+            && let Some(what) = foreign::foreign(&beginning)
+        {
+            return Err(not_gguf(format!("is no GGUF file but {what}")));
+        }
+        (&file).rewind().map_err(|e| GgufError::io(path, "read", e))?;
         let mut cursor = Cursor {
             path,
             reader: BufReader::with_capacity(1 << 16, &file),
