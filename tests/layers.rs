@@ -59,3 +59,24 @@ fn the_evaluator_knows_nothing_of_recoup() {
     let eval = Path::new(env!("CARGO_MANIFEST_DIR")).join("eval");
     assert!(!std::fs::read_to_string(eval.join("Cargo.toml")).unwrap().contains("path = \"..\""));
 }
+
+/// std's printing macros panic when nobody reads, which would end the work: the talk goes through `say!` and `outln!`.
+#[test]
+fn nothing_prints_with_a_macro_that_panics() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files = Vec::new();
+    rust_files(&root.join("src"), &mut files);
+    rust_files(&root.join("eval/src"), &mut files);
+    let mut seen = 0;
+    for file in files.iter().filter(|f| !f.ends_with("simulations.rs") && !f.ends_with("tests.rs")) {
+        let text = std::fs::read_to_string(file).unwrap();
+        let product = text.split("#[cfg(test)]").next().unwrap();
+        for line in product.lines().map(str::trim_start).filter(|l| !l.starts_with("//")) {
+            for name in ["print!", "println!", "eprint!", "eprintln!", "dbg!"] {
+                assert!(!line.contains(name), "{}: {line}", file.display());
+            }
+            seen += usize::from(line.contains("say!") || line.contains("outln!"));
+        }
+    }
+    assert!(seen > 30, "only {seen} lines print; does the test still read them?");
+}

@@ -50,9 +50,9 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     })?;
-    bar.finish_and_clear();
+    bar.finish();
     let types: Vec<String> = report.source_types.iter().map(|(name, count)| format!("{count} {name}")).collect();
-    eprintln!(
+    super::say!(
         "{} ({}): {} tensors of {:.1} M parameters from {}",
         report.name.as_deref().unwrap_or("unnamed model"),
         report.architecture,
@@ -61,35 +61,35 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         types.join(", ")
     );
     for note in &report.notes {
-        eprintln!("note: {note}");
+        super::say!("note: {note}");
     }
-    eprintln!("wrote {} ({} of BF16 weights)", args.output.display(), super::human_bytes(report.bytes));
+    super::say!("wrote {} ({} of BF16 weights)", args.output.display(), super::human_bytes(report.bytes));
     super::done()
 }
 
 fn restated(args: &Args, checkpoint: &Checkpoint, dialect: Dialect) -> Result<ExitCode> {
     let report = convert(checkpoint, dialect, &args.output)?;
-    eprintln!("{} linears from the {} dialect to {dialect}", report.modules, checkpoint.scheme.dialect);
+    super::say!("{} linears from the {} dialect to {dialect}", report.modules, checkpoint.scheme.dialect);
     if report.inexact > 0 {
-        eprintln!("note: {} global scales have no exact reciprocal and moved by one part in 2^24", report.inexact);
+        super::say!("note: {} global scales have no exact reciprocal and moved by one part in 2^24", report.inexact);
     }
     for note in &report.notes {
-        eprintln!("note: {note}");
+        super::say!("note: {note}");
     }
-    eprintln!("wrote {}", args.output.display());
+    super::say!("wrote {}", args.output.display());
     super::done()
 }
 
 fn dequantized(args: &Args, checkpoint: &Checkpoint) -> Result<ExitCode> {
     let report = dequantize(checkpoint, &args.output)?;
-    eprintln!("{} linears dequantized from the {} dialect", report.modules, checkpoint.scheme.dialect);
+    super::say!("{} linears dequantized from the {} dialect", report.modules, checkpoint.scheme.dialect);
     if !report.dropped.is_empty() {
         let n = report.dropped.len();
-        eprintln!(
+        super::say!(
             "note: {n} scales of inputs or of the KV cache have no place in a BF16 model, such as {}",
             report.dropped[0]
         );
     }
-    eprintln!("wrote {}", args.output.display());
+    super::say!("wrote {}", args.output.display());
     super::done()
 }

@@ -106,13 +106,13 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         ),
     ];
     for (title, command) in acts {
-        eprintln!("\n{}\n{}", style(title, "1"), style(&format!("$ recoup {}", shown(&command)), "2"));
+        super::say!("\n{}\n{}", style(title, "1"), style(&format!("$ recoup {}", shown(&command)), "2"));
         let line =
             ["recoup"].into_iter().map(str::to_owned).chain(command).chain(["--threads".into(), threads.clone()]);
         let cli = Cli::try_parse_from(line)?;
         super::run(cli.verb)?;
     }
-    eprintln!("\n{:.0} s. The report: {}", start.elapsed().as_secs_f64(), out.join("report/report.html").display());
+    super::say!("\n{:.0} s. The report: {}", start.elapsed().as_secs_f64(), out.join("report/report.html").display());
     super::done()
 }
 

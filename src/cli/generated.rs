@@ -96,7 +96,7 @@ pub(super) fn rows(
         bar.inc(1);
         ControlFlow::Continue(())
     })?;
-    bar.finish_and_clear();
+    bar.finish();
     let tokens: Vec<&Vec<u32>> = out.iter().flat_map(|r| r.0.iter().map(|d| &d.tokens)).collect();
     if let Some(parent) = file.parent() {
         std::fs::create_dir_all(parent).with_context(|| format!("{}: cannot be created", parent.display()))?;

@@ -56,7 +56,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
             write(&model, &ids, args.options.kv_format(), &args.output)?;
         }
     }
-    eprintln!("wrote logits [{}, {}, vocab] to {}", ids.len(), ids[0].len(), args.output.display());
+    super::say!("wrote logits [{}, {}, vocab] to {}", ids.len(), ids[0].len(), args.output.display());
     super::done()
 }
 
@@ -91,7 +91,7 @@ fn logits<B: Backend>(model: &Decoder<B>, ids: &[Vec<u32>], kv: KvFormat) -> Res
         all.extend(model.backend().to_host(&out)?);
         bar.inc(1);
     }
-    bar.finish_and_clear();
+    bar.finish();
     Ok(all)
 }
 

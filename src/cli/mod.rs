@@ -1,14 +1,5 @@
 //! The command line: one file per verb, and the only place that prints. stdout carries data, stderr the talk.
 
-/// Prints a line to stdout; unlike `println!`, a reader that has gone is an error to return, not a panic.
-macro_rules! outln {
-    ($($part:tt)*) => {{
-        use std::io::Write as _;
-        writeln!(std::io::stdout(), $($part)*)?
-    }};
-}
-use outln;
-
 mod convert;
 mod demo;
 mod doctor;
@@ -21,15 +12,16 @@ mod pretrain;
 mod quantize;
 mod recover;
 mod run;
+mod talk;
 mod training;
 mod training_data;
 
-use std::io::IsTerminal as _;
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
+use talk::{outln, progress, say, style};
 
 /// Run, quantize and check LLMs in NVFP4 and FP8, with the deployed numerics on any CPU.
 #[derive(Parser)]
@@ -75,13 +67,10 @@ pub fn main() -> ExitCode {
         // SAFETY: the process has begun no other thread yet.
         unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
     }
-    let result = run(verb);
-    match result {
+    match run(verb) {
         Ok(code) => code,
-        // A reader that has seen enough (`recoup inspect … | head`) is no error.
-        Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("{} {}", style("error:", "1;31"), message(&e));
+            say!("{} {}", style("error:", "1;31"), message(&e));
             ExitCode::FAILURE
         }
     }
@@ -115,16 +104,6 @@ fn message(e: &anyhow::Error) -> String {
     text
 }
 
-fn is_broken_pipe(e: &anyhow::Error) -> bool {
-    e.chain().filter_map(|c| c.downcast_ref::<std::io::Error>()).any(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
-}
-
-/// `text` in an ANSI style, if stderr is a terminal and NO_COLOR is unset.
-fn style(text: &str, code: &str) -> String {
-    let plain = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty()) || !std::io::stderr().is_terminal();
-    if plain { text.to_owned() } else { format!("\x1b[{code}m{text}\x1b[0m") }
-}
-
 /// A text file with its line ends as `\n`, as Python reads it: files that differ only there give the same tokens.
 fn read_text(file: &Path) -> Result<String> {
     let text =
@@ -133,16 +112,6 @@ fn read_text(file: &Path) -> Result<String> {
         anyhow::bail!("{}: it is {what}", file.display());
     }
     Ok(if text.contains('\r') { text.replace("\r\n", "\n").replace('\r', "\n") } else { text })
-}
-
-/// A progress bar on stderr; hidden where that is no terminal.
-fn progress(length: u64, what: &'static str) -> indicatif::ProgressBar {
-    let bar = indicatif::ProgressBar::new(length);
-    if let Ok(style) = indicatif::ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len} {eta}") {
-        bar.set_style(style.progress_chars("=> "));
-    }
-    bar.set_message(what);
-    bar
 }
 
 /// Bytes for people: 1.5 MiB.

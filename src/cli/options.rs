@@ -71,7 +71,7 @@ impl EngineOptions {
             bar.set_length(all as u64);
             bar.set_position(done as u64);
         });
-        bar.finish_and_clear();
+        bar.finish();
         Ok(model?)
     }
 }
@@ -108,7 +108,7 @@ fn download(id: &str) -> Result<PathBuf> {
         bar.set_position(done as u64);
     })
     .with_context(|| format!("{id}: no such folder, and the hub did not give it"))?;
-    bar.finish_and_clear();
+    bar.finish();
     Ok(folder)
 }
 

@@ -105,7 +105,7 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
     let checkpoint = Checkpoint::open(&initial)?;
     let mut student = Student::load_plain(&checkpoint, AutogradBackend::with_precision(Precision::Bf16))?;
     let weights: usize = student.parameters.iter().map(|p| p.master().len()).sum();
-    eprintln!("{weights} weights; data: {}", data.description);
+    super::say!("{weights} weights; data: {}", data.description);
     let watched = watched
         .into_iter()
         .map(|(name, data)| Watched::new(name, data.rows, None))
@@ -127,12 +127,12 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
         after: &mut |_, _| Ok(()),
     };
     let outcome = run.train(&mut student)?;
-    display.bar.finish_and_clear();
+    display.bar.finish();
     let files = [(RECORD_FILE, format!("{about:#}\n").into_bytes()), (CURVE_FILE, run_folder.curve()?)];
     student.write(&checkpoint, &files, &args.output)?;
     drop((student, checkpoint));
     run_folder.remove()?;
-    eprintln!("wrote {} in {:.1} s", args.output.display(), start.elapsed().as_secs_f64());
+    super::say!("wrote {} in {:.1} s", args.output.display(), start.elapsed().as_secs_f64());
     match outcome.stopped {
         None => super::done(),
         Some(error) => Err(error.into()),

@@ -96,18 +96,17 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let places = quantize::Places { out: output, unrounded: args.keep_unrounded.as_deref() };
     let report = quantize::apply(&checkpoint, &backend, &text, &recipe, dialect, places, &mut |what, done, all| {
         if done == 0 {
-            bar.set_message(what);
-            bar.reset_eta();
+            bar.begin(what);
         }
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     })?;
-    bar.finish_and_clear();
+    bar.finish();
     if let Some(table) = &report.table {
         print_table(table)?;
     }
     let tokens = text.sequences.iter().map(Vec::len).sum::<usize>();
-    eprintln!(
+    super::say!(
         "{} linears by {} ({dialect} dialect), {}: {} to {} in {:.1} s{}",
         report.modules,
         recipe.name,
@@ -118,11 +117,11 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         peak_memory().map_or_else(String::new, |bytes| format!(", peak memory {}", super::human_bytes(bytes)))
     );
     for module in &report.unreached {
-        eprintln!("note: no calibration token reached {module}; it shares the scale of its neighbours");
+        super::say!("note: no calibration token reached {module}; it shares the scale of its neighbours");
     }
-    eprintln!("wrote {}", output.display());
+    super::say!("wrote {}", output.display());
     for folder in left_behind(output) {
-        eprintln!("note: {} was left by a run that was killed; it can be removed", folder.display());
+        super::say!("note: {} was left by a run that was killed; it can be removed", folder.display());
     }
     super::done()
 }

@@ -148,13 +148,13 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
         "products": if args.f32 { "f32" } else { "bf16 operands, f32 sums" },
     });
     let mut run_folder = training::run_folder(&training, args.resume, &about)?;
-    eprintln!(
+    super::say!(
         "{} linears, {} weights; masters from {}",
         student.parameters.iter().filter(|p| p.is_quantized()).count(),
         student.parameters.iter().filter(|p| p.is_quantized()).map(|p| p.master().len()).sum::<usize>(),
         about["masters"].as_str().unwrap_or_default()
     );
-    eprintln!("data: {}", data.description);
+    super::say!("data: {}", data.description);
     let watched = watched
         .into_iter()
         .map(|(name, data)| Watched::new(name, data.rows, Some(&decoder)))
@@ -194,7 +194,7 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
         after: &mut after,
     };
     let outcome = run.train(&mut student)?;
-    display.bar.finish_and_clear();
+    display.bar.finish();
     let mut record = about;
     record["watched_loss"] = summary(&outcome.events);
     if let Some(error) = &outcome.stopped {
@@ -204,7 +204,7 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
     student.write(&checkpoint, &files, &args.output)?;
     drop((student, checkpoint, unrounded));
     run_folder.remove()?;
-    eprintln!(
+    super::say!(
         "wrote {} in {:.1} s{}",
         args.output.display(),
         start.elapsed().as_secs_f64(),
@@ -246,13 +246,12 @@ fn make_student(
     let places = quantize::Places { out: folder, unrounded: Some(unrounded) };
     quantize::apply(teacher, &backend, text, recipe, Dialect::ModelOpt, places, &mut |what, done, all| {
         if done == 0 {
-            bar.set_message(what);
-            bar.reset_eta();
+            bar.begin(what);
         }
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     })?;
-    bar.finish_and_clear();
+    bar.finish();
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! `recoup run`: generate from one prompt, or chat at a terminal; the text streams as it comes.
 
-use std::io::{IsTerminal as _, Read as _, Write as _};
+use std::io::{IsTerminal as _, Read as _};
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::process::ExitCode;
@@ -137,10 +137,10 @@ impl Chat<'_> {
 
     /// Turn by turn until the end of input. A base model without template continues each line by itself.
     fn talk(&mut self) -> Result<()> {
-        eprintln!("Type a message; an empty line or Ctrl-D ends.");
+        super::say!("Type a message; an empty line or Ctrl-D ends.");
         let mut messages = self.opening();
         loop {
-            eprint!("{} ", super::style(">", "1;32"));
+            super::talk::tell(format_args!("{} ", super::style(">", "1;32")));
             let mut line = String::new();
             if std::io::stdin().read_line(&mut line)? == 0 || line.trim().is_empty() {
                 return Ok(());
@@ -148,6 +148,9 @@ impl Chat<'_> {
             messages.push(json!({"role": "user", "content": line.trim_end()}));
             let generated = self.answer(&messages, line.trim_end())?;
             super::outln!();
+            if super::talk::unread() {
+                return Ok(());
+            }
             messages.push(json!({"role": "assistant", "content": generated.text}));
         }
     }
@@ -176,13 +179,13 @@ impl Chat<'_> {
             stop: &self.args.stop,
         };
         let quiet = self.args.json;
-        let mut out = std::io::stdout().lock();
         let mut failure = None;
         let generated = generate(&mut self.session, &self.tokenizer, request, &mut |text| {
             if quiet {
                 return ControlFlow::Continue(());
             }
-            match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+            match super::talk::out(format_args!("{text}")) {
+                Ok(()) if super::talk::unread() => ControlFlow::Break(()),
                 Ok(()) => ControlFlow::Continue(()),
                 Err(e) => {
                     failure = Some(e);
@@ -190,14 +193,13 @@ impl Chat<'_> {
                 }
             }
         })?;
-        drop(out);
         if let Some(e) = failure {
-            return Err(e.into());
+            return Err(e);
         }
         if !quiet && std::io::stderr().is_terminal() {
             let n = generated.tokens.len();
             let speed = (n.saturating_sub(1)) as f64 / generated.decode.as_secs_f64().max(1e-9);
-            eprint!(
+            super::talk::tell(format_args!(
                 "\n{}",
                 super::style(
                     &format!(
@@ -207,7 +209,7 @@ impl Chat<'_> {
                     ),
                     "2"
                 )
-            );
+            ));
         }
         Ok(generated)
     }

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
-use indicatif::ProgressBar;
 use serde_json::Value;
 
+use super::talk::Progress;
 use crate::checkpoint::write::FolderWriter;
 use crate::recover::run_folder::RunFolder;
 use crate::recover::trainer::{Event, Plan};
@@ -39,7 +39,7 @@ pub(super) fn run_folder(training: &Path, resume: bool, about: &Value) -> Result
 
 /// Events on the terminal.
 pub(super) struct Display {
-    pub bar: ProgressBar,
+    pub bar: Progress,
     stages: Vec<(String, usize)>,
     current: Option<usize>,
     last: Option<Event>,
@@ -58,10 +58,8 @@ impl Display {
         }
         self.current = Some(stage);
         if let Some((name, length)) = self.stages.get(stage) {
-            self.bar.set_message(name.clone());
             self.bar.set_length(*length as u64);
-            self.bar.set_position(0);
-            self.bar.reset_eta();
+            self.bar.begin(name.clone());
         }
     }
 
@@ -98,7 +96,7 @@ impl Display {
             Event::Kept { stage, step } => Some(format!("{clock}  {}: kept step {step}", name(*stage))),
         };
         if let Some(line) = line {
-            if self.bar.is_hidden() { eprintln!("{line}") } else { self.bar.println(line) }
+            self.bar.line(&line);
         }
         self.last = Some(event.clone());
     }

@@ -150,7 +150,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
         evaluated.push(work.model(index, &loaded)?);
     }
     let notes = work.notes.into_inner();
-    notes.iter().for_each(|n| eprintln!("note: {n}"));
+    notes.iter().for_each(|n| super::super::say!("note: {n}"));
     let comparison = summary(args, &labels, ptq, &selection, evaluated)?;
     report(args, notes, &comparison)
 }
@@ -245,7 +245,7 @@ impl Work<'_> {
             let plan = Plan::new(self.selection, self.setup, &evaluated)?;
             results = run_plan(&mut evaluated, &plan, &model.identity, &folder, Shard::ALL, label)?;
             if evaluated.truncated() > 0 {
-                eprintln!(
+                super::super::say!(
                     "warning: {label}: {} contexts were longer than the model's and lost their beginning",
                     evaluated.truncated()
                 );
@@ -308,10 +308,10 @@ impl Work<'_> {
         let key = json!({"baseline": self.baseline.identity, "model": model.identity, "windows": windows.windows});
         let file = folder.join(format!("divergence_{}.json", safe_name(name)));
         let (mut divergence, sums) = kept(&file, &key, || {
-            let bar = super::super::progress(windows.windows.len() as u64, "KL");
-            bar.set_message(format!("{}: KL on {name}", self.labels[index]));
+            let what = format!("{}: KL on {name}", self.labels[index]);
+            let bar = super::super::progress(windows.windows.len() as u64, what);
             let figures = windows.diverge(&mut models, &mut || bar.inc(1))?;
-            bar.finish_and_clear();
+            bar.finish();
             figures.into_iter().next().context("no figures of a comparison of two models")
         })?;
         divergence.model = index;
@@ -333,8 +333,8 @@ impl Work<'_> {
         let key = json!({"baseline": self.baseline.identity, "model": model.identity, "windows": windows.windows,
             "mode": format!("{mode:?}")});
         let mut found: Attribution = kept(&folder.join("attribution.json"), &key, || {
-            let bar = super::super::progress(windows.windows.len() as u64, "attributing");
-            bar.set_message(format!("{}: where the loss sits", self.labels[index]));
+            let what = format!("{}: where the loss sits", self.labels[index]);
+            let bar = super::super::progress(windows.windows.len() as u64, what);
             let (base, other) = (&self.baseline.decoder, &model.decoder);
             let found = attribution::attribute(
                 base,
@@ -346,7 +346,7 @@ impl Work<'_> {
                 index,
                 &mut || bar.inc(1),
             )?;
-            bar.finish_and_clear();
+            bar.finish();
             Ok(found)
         })?;
         found.model = index;
@@ -438,7 +438,7 @@ fn report(args: &Args, notes: BTreeSet<String>, comparison: &Comparison) -> Resu
             );
         }
     }
-    eprintln!("wrote {}", args.output.join("report.html").display());
+    super::super::say!("wrote {}", args.output.join("report.html").display());
     let Some(threshold) = args.require_recovery else { return super::super::done() };
     let mut met = true;
     for verdict in require_recovery(&comparison.overall, threshold) {
@@ -448,7 +448,7 @@ fn report(args: &Args, notes: BTreeSet<String>, comparison: &Comparison) -> Resu
             |r| format!("is {:.4} [{:.4}, {:.4}]", r.estimate, r.low, r.high),
         );
         let word = if verdict.met { "met" } else { "not met" };
-        eprintln!("required recovery {threshold} {word}: {label}'s {found}");
+        super::super::say!("required recovery {threshold} {word}: {label}'s {found}");
         met &= verdict.met;
     }
     Ok(if met { ExitCode::SUCCESS } else { ExitCode::from(GATE) })
@@ -473,7 +473,7 @@ fn context(args: &Args, measured: BTreeSet<String>, comparison: &Comparison) -> 
     let recovered = labels.iter().zip(&folders).filter_map(|(label, folder)| Some((*label, folder.as_deref()?)));
     ReportContext {
         title: labels.join(" / "),
-        command: std::env::args().collect::<Vec<_>>().join(" "),
+        command: std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" "),
         version: format!("recoup {}", env!("CARGO_PKG_VERSION")),
         machine: format!(
             "{} {}, {threads} threads, {}",

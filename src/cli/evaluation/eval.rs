@@ -109,7 +109,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     let code = evaluate(args, &mut evaluated, &subject, &selection, &setup)?;
     if evaluated.truncated() > 0 {
         let n = evaluated.truncated();
-        eprintln!(
+        super::super::say!(
             "warning: {n} contexts were longer than the model's; their beginning was cut, as lm-evaluation-harness cuts it"
         );
     }
@@ -166,12 +166,14 @@ fn evaluate<M: LanguageModel>(
     let shard = args.shard.unwrap_or(Shard::ALL);
     let start = Instant::now();
     let results = run_plan(model, &plan, &subject.identity, folder, shard, &subject.facts.name)?;
-    eprintln!("{} requests in {:.1} s", plan.len(shard), start.elapsed().as_secs_f64());
+    super::super::say!("{} requests in {:.1} s", plan.len(shard), start.elapsed().as_secs_f64());
     match results {
         Some(results) => finish(args, &results, &subject.facts, &config),
         None => {
             let (index, of) = (shard.index, shard.of);
-            eprintln!("shard {index}/{of} is complete; when all are: recoup eval … --merge DIR0,DIR1,… -o OUT");
+            super::super::say!(
+                "shard {index}/{of} is complete; when all are: recoup eval … --merge DIR0,DIR1,… -o OUT"
+            );
             super::super::done()
         }
     }
@@ -182,7 +184,7 @@ fn finish(args: &Args, results: &Results, facts: &ModelFacts, config: &Value) ->
     if let Some(folder) = &args.output {
         results.write(folder, facts, config)?;
         journal::write_atomically(&folder.join("report.md"), table.as_bytes())?;
-        eprintln!("wrote {}", folder.display());
+        super::super::say!("wrote {}", folder.display());
     }
     if args.json {
         super::super::outln!("{:#}", results.json(facts, config));
@@ -209,7 +211,7 @@ fn check_kernels(args: &Args, checkpoint: &Checkpoint, text: &ModelText) -> Resu
     let check = kernel_check::check(checkpoint, &args.options.backend()?, &tokens)?;
     let worst = check.modules.iter().max_by(|a, b| a.deviation.total_cmp(&b.deviation));
     if let Some(worst) = worst {
-        eprintln!(
+        super::super::say!(
             "kernels: {} modules, largest deviation from the plain definition {:.1e} ({}, {})",
             check.modules.len(),
             worst.deviation,
@@ -218,7 +220,11 @@ fn check_kernels(args: &Args, checkpoint: &Checkpoint, text: &ModelText) -> Resu
         );
     }
     if !check.unreached.is_empty() {
-        eprintln!("kernels: {} modules were given no token, such as {}", check.unreached.len(), check.unreached[0]);
+        super::super::say!(
+            "kernels: {} modules were given no token, such as {}",
+            check.unreached.len(),
+            check.unreached[0]
+        );
     }
     let failures: Vec<String> =
         check.failures().map(|f| format!("  {} ({}): {:.1e}", f.module, f.format, f.deviation)).collect();

@@ -137,14 +137,12 @@ fn run_plan<M: LanguageModel>(
     let mut journal = Journal::open(&folder.join(RESPONSES), &plan.about(identity, shard))?;
     let (all, before) = (plan.len(shard), journal.answers().len());
     if before > 0 {
-        eprintln!("{what}: {before} of {all} answers are there already");
+        super::say!("{what}: {before} of {all} answers are there already");
     }
-    let bar = super::progress(all as u64, "answering");
-    bar.set_message(what.to_owned());
-    bar.set_position(before as u64);
-    bar.reset_eta();
+    let bar = super::progress(all as u64, format!("{what}: answers"));
+    bar.start_at(before as u64);
     plan.answer(model, &mut journal, shard, folder, &mut |_: &Request| bar.inc(1))?;
-    bar.finish_and_clear();
+    bar.finish();
     let answers = journal.finish()?;
     if shard != Shard::ALL {
         return Ok(None);
