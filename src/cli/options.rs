@@ -83,7 +83,7 @@ pub(super) fn identity(checkpoint: &Checkpoint) -> Result<Value> {
         bar.set_length(all);
         bar.set_position(done);
     });
-    bar.finish_and_clear();
+    bar.finish();
     Ok(found?)
 }
 
