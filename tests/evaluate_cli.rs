@@ -364,3 +364,85 @@ fn a_divergence_is_computed_anew_when_the_middle_of_a_weight_changes() {
     assert!(changed > 0.1, "{changed}");
     assert_eq!(changed, kl("fresh"));
 }
+
+/// A copy of the shipped model with rows behind the tokenizer's last token, as vocabularies are padded for the hardware.
+fn padded_copy(to: &Path, rows: usize) -> String {
+    let model = copy_of("books-bf16", to);
+    let config = to.join("config.json");
+    let mut value: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+    let hidden = value["hidden_size"].as_u64().unwrap() as usize;
+    value["vocab_size"] = (value["vocab_size"].as_u64().unwrap() + rows as u64).into();
+    std::fs::write(&config, value.to_string()).unwrap();
+    let path = to.join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let mut header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let mut data = Vec::new();
+    for (name, tensor) in header.as_object_mut().unwrap().iter_mut().filter(|(n, _)| *n != "__metadata__") {
+        let at = |i: usize| 8 + length + tensor["data_offsets"][i].as_u64().unwrap() as usize;
+        let start = data.len();
+        data.extend_from_slice(&bytes[at(0)..at(1)]);
+        if name.contains("embed_tokens") || name.contains("lm_head") {
+            assert_eq!(tensor["dtype"], "BF16");
+            data.resize(data.len() + rows * hidden * 2, 0);
+            tensor["shape"][0] = (tensor["shape"][0].as_u64().unwrap() + rows as u64).into();
+        }
+        tensor["data_offsets"] = serde_json::json!([start, data.len()]);
+    }
+    let mut header = header.to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    std::fs::write(&path, [&(header.len() as u64).to_le_bytes()[..], &header, &data].concat()).unwrap();
+    model
+}
+
+#[test]
+fn a_vocabulary_that_is_only_padded_is_compared_with_a_note() {
+    let folder = tempfile::tempdir().unwrap();
+    let padded = padded_copy(&folder.path().join("padded"), 64);
+    let out = folder.path().join("out");
+    let out = out.to_str().unwrap();
+    for models in [["models/books-bf16", &padded], [&padded, "models/books-bf16"]] {
+        let args =
+            ["compare", models[0], models[1], "--tasks", "none", "--text", "books", "--windows", "2", "--no-speed"];
+        let found = run(&[&args[..], &["--json", "-o", out]].concat());
+        let stderr = String::from_utf8_lossy(&found.stderr);
+        assert!(found.status.success() && stderr.contains("one is padded"), "{stderr}");
+        let comparison: Value = serde_json::from_slice(&found.stdout).unwrap();
+        // The same model but for rows that no token has.
+        assert_eq!(comparison["divergences"][0]["kl"]["value"], 0.0);
+    }
+}
+
+#[test]
+fn what_a_comparison_lacks_is_said_before_it_begins() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let short = folder.path().join("short.txt");
+    std::fs::write(&short, "Too short for two windows.").unwrap();
+    let base = ["compare", "models/books-bf16", "models/books-nvfp4", "--no-speed", "-o", out.to_str().unwrap()];
+    let short = short.to_str().unwrap();
+    for (more, part) in [
+        (&["--tasks", "piqa", "-L", "1", "--text", "none"][..], "1 document to compare on"),
+        (&["--tasks", "none", "--text", "books", "--windows", "1"], "two windows"),
+        (&["--tasks", "none", "--text", "books", "--require-recovery", "0.9"], "--tasks names none"),
+        (&["--tasks", "piqa", "--text", short], "do not fill two windows"),
+        (&["--tasks", "piqa", "--text", "none", "--confidence", "1"], "--confidence 1"),
+    ] {
+        let said = fail(&[&base[..], more].concat());
+        assert!(said.contains(part), "{more:?}: {said}");
+        let answered = out.join("books-bf16/responses.jsonl");
+        assert!(!answered.exists(), "{more:?}");
+    }
+}
+
+#[test]
+fn identical_models_are_said_to_be_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let copy = copy_of("books-bf16", &folder.path().join("copy"));
+    let out = folder.path().join("out");
+    let args = ["compare", "models/books-bf16", &copy, "--tasks", "piqa,lambada_openai", "-L", "20", "--text", "books"];
+    let said = succeed(&[&args[..], &["--windows", "2", "--no-speed", "-o", out.to_str().unwrap()]].concat());
+    let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(said.contains("both score the same on every document"), "{said}");
+    assert!(said.contains("Mean KLD: 0.000000 ± 0.000000") && !said.contains("NaN"), "{said}");
+}

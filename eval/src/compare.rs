@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use thiserror::Error;
 
 use self::pairing::{Paired, Pool, direction, pair};
-use crate::comparison::{AgainstBaseline, GapClosed, Interval, Overall, TaskComparison, TaskScore};
+use crate::comparison::{AgainstBaseline, Counted, GapClosed, Interval, Overall, TaskComparison, TaskScore};
 use crate::scores::{Aggregation, MetricScores, ModelScores};
 use crate::statistics::{
     Random, Resamples, Smoothing, holm, interval, mcnemar, mean_and_standard_error, paired_permutation, resample,
@@ -373,6 +373,7 @@ impl Paired<'_> {
                     test: found.tests[i].0.to_owned(),
                     p_value: found.tests[i].1,
                     p_adjusted: adjusted[i],
+                    changed: pool.sample.column(0).zip(pool.sample.column(model)).filter(|(b, m)| b != m).count(),
                 }),
                 gap_closed: other.filter(|_| ptq.is_some_and(|p| p != model)).map(|i| {
                     found.gaps[i].filter(|_| gap_is_real).map_or(GapClosed::NoSignificantGap, GapClosed::Share)
@@ -419,9 +420,15 @@ fn overall_of(units: &[&UnitShares], other: usize, options: &Options) -> Option<
             (0..options.resamples).map(|r| found.iter().map(|(s, _)| s.resampled[r] + shift(s)).sum::<f64>() / n);
         interval(estimate, resampled.collect(), fewest, options.confidence)
     };
+    let count = |shares: &dyn Fn(&UnitShares) -> Option<&Share>| units.iter().filter(|u| shares(u).is_some()).count();
     Some(Overall {
         recovery: mean(&|u| u.recoveries[other].as_ref())?,
         recovery_above_chance: mean(&|u| u.above_chance[other].as_ref()),
+        counted: Counted {
+            recovery: count(&|u| u.recoveries[other].as_ref()),
+            above_chance: count(&|u| u.above_chance[other].as_ref()),
+            all: units.len(),
+        },
     })
 }
 

@@ -82,6 +82,9 @@ pub struct AgainstBaseline {
     pub p_value: f64,
     /// After correction for all comparisons made.
     pub p_adjusted: f64,
+    /// Documents whose value is another than the baseline's.
+    #[serde(default)]
+    pub changed: usize,
 }
 
 /// How much of PTQ's loss a model got back.
@@ -99,6 +102,18 @@ pub enum GapClosed {
 pub struct Overall {
     pub recovery: Interval,
     pub recovery_above_chance: Option<Interval>,
+    /// Over how many tasks (a group counts as one) each is the mean, and how many there are: those whose baseline does not
+    /// score clearly above zero, or above chance, give no share.
+    #[serde(default)]
+    pub counted: Counted,
+}
+
+/// Tasks that enter a mean; a group of tasks is one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counted {
+    pub recovery: usize,
+    pub above_chance: usize,
+    pub all: usize,
 }
 
 /// A model's distribution over next tokens against the baseline's on one text: llama-perplexity's figures.

@@ -57,6 +57,19 @@ impl EngineOptions {
         json!({"device": "cpu", "numerics": NUMERICS_VERSION, "kv_cache_dtype": format!("{:?}", self.kv_format()).to_lowercase()})
     }
 
+    /// The machine, for reports: system, CPU, threads and instruction set.
+    pub(super) fn machine(&self) -> Result<String> {
+        let backend = self.backend()?;
+        Ok(format!(
+            "{} {}, {}, {} threads, {}",
+            std::env::consts::OS,
+            std::env::consts::ARCH,
+            super::doctor::cpu_name(),
+            backend.threads(),
+            backend.isa()
+        ))
+    }
+
     /// What of this machine and these options decides how fast a model is.
     pub(super) fn speed_key(&self) -> Result<Value> {
         let backend = self.backend()?;

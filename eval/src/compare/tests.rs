@@ -250,8 +250,13 @@ fn lengths_of_answers_are_passed_on() {
 
 #[test]
 fn a_gate_looks_at_the_lower_end() {
-    let overall =
-        |low| Some(Overall { recovery: Interval { estimate: 0.99, low, high: 1.0 }, recovery_above_chance: None });
+    let overall = |low| {
+        Some(Overall {
+            recovery: Interval { estimate: 0.99, low, high: 1.0 },
+            recovery_above_chance: None,
+            counted: Counted::default(),
+        })
+    };
     let verdicts = require_recovery(&[None, overall(0.975), overall(0.98), None], 0.98);
     let met: Vec<(usize, bool)> = verdicts.iter().map(|v| (v.model, v.met)).collect();
     assert_eq!(met, [(1, false), (2, true), (3, false)]);

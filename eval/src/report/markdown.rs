@@ -23,12 +23,9 @@ pub(super) fn comparison(c: &Comparison, context: &ReportContext) -> String {
     push(&mut out, tables::summary(c));
     for (family, part) in tables::by_family(c) {
         let mut body = String::new();
-        for table in [
-            tables::scores(&part),
-            tables::differences(&part),
-            tables::recovery(&part, &c.tasks_text()),
-            tables::generation(&part),
-        ] {
+        for table in
+            [tables::scores(&part), tables::differences(&part), tables::recovery(&part, c), tables::generation(&part)]
+        {
             push(&mut body, table);
         }
         match family {

@@ -22,6 +22,9 @@ impl Random {
     }
 }
 
+/// The sample's tasks, all of which count.
+pub(super) const NINE: Counted = Counted { recovery: 9, above_chance: 9, all: 9 };
+
 pub(super) fn interval(estimate: f64, half: f64) -> Interval {
     Interval { estimate, low: estimate - half, high: estimate + half }
 }
@@ -80,6 +83,7 @@ pub(super) fn task(
                 test: if metric.contains("perplexity") { "paired permutation" } else { "McNemar (exact)" }.to_owned(),
                 p_value: p,
                 p_adjusted: (p * 4.0).min(1.0),
+                changed: documents / 9,
             }),
             gap_closed: (i > 0).then(|| match kept[0] {
                 ptq if gap_is_significant => {
@@ -233,7 +237,11 @@ pub(super) fn sample() -> Comparison {
     });
     tasks.insert(6, second);
     let overall = |raw: f64, above: f64| {
-        Some(Overall { recovery: interval(raw, 0.012), recovery_above_chance: Some(interval(above, 0.041)) })
+        Some(Overall {
+            recovery: interval(raw, 0.012),
+            recovery_above_chance: Some(interval(above, 0.041)),
+            counted: NINE,
+        })
     };
     let mut divergences = Vec::new();
     for (text, factor) in [("wikitext-2", 1.0), ("gsm8k questions", 0.82)] {
@@ -317,6 +325,8 @@ pub(super) fn many_tasks() -> Comparison {
         let name = format!("mmlu_{}", ["abstract_algebra", "high_school_government_and_politics", "virology"][i % 3]);
         c.tasks.push(task(&format!("{name}_{i}"), "acc", 0.3 + 0.3 * random.unit(), Some(0.25), 150, &kept));
     }
+    let all = c.tasks.len();
+    c.overall.iter_mut().flatten().for_each(|o| o.counted = Counted { recovery: all, above_chance: all, all });
     c
 }
 
@@ -340,7 +350,7 @@ pub(super) fn extremes() -> Comparison {
     against(&mut c.tasks[2], 1, interval(1.3, 0.9));
     against(&mut c.tasks[3], 1, Interval { estimate: f64::NAN, low: f64::NAN, high: f64::INFINITY });
     c.tasks[0].scores[2].gap_closed = Some(GapClosed::Share(interval(-0.4, 0.35)));
-    c.overall[1] = Some(Overall { recovery: interval(0.0, 0.02), recovery_above_chance: None });
-    c.overall[2] = Some(Overall { recovery: interval(1.05, 0.03), recovery_above_chance: None });
+    c.overall[1] = Some(Overall { recovery: interval(0.0, 0.02), recovery_above_chance: None, counted: NINE });
+    c.overall[2] = Some(Overall { recovery: interval(1.05, 0.03), recovery_above_chance: None, counted: NINE });
     c
 }

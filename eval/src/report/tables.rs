@@ -100,7 +100,7 @@ pub(super) fn differences(c: &Comparison) -> Option<Table> {
     let mut table = Table::new(
         format!("Differences to {}", c.baseline()),
         format!(
-            "Score minus {}'s on the same documents [{} interval]; p: how often a difference at least this large comes \
+            "Score minus {}'s on the same documents [{} interval], and in how many the value is another; p: how often a difference at least this large comes \
              about when the two score the same; the verdict looks at the adjusted p.",
             c.baseline(),
             c.confidence_text()
@@ -109,6 +109,7 @@ pub(super) fn differences(c: &Comparison) -> Option<Table> {
             left("Task"),
             left("Model"),
             right("Difference"),
+            right("Changed"),
             right("p"),
             right("p, adjusted"),
             left("Significant"),
@@ -129,6 +130,7 @@ pub(super) fn differences(c: &Comparison) -> Option<Table> {
                     task(c, t),
                     c.label(m).to_owned(),
                     difference(a.difference),
+                    count(a.changed),
                     p_value(a.p_value),
                     p_value(a.p_adjusted),
                     verdict.to_owned(),
@@ -141,8 +143,8 @@ pub(super) fn differences(c: &Comparison) -> Option<Table> {
 }
 
 /// Recovery, raw and above chance, and what was won back of PTQ's loss.
-/// `tasks` says what the overall recovery is the mean of.
-pub(super) fn recovery(c: &Comparison, tasks: &str) -> Option<Table> {
+/// `whole` is the comparison that `c` may be a part of: its tasks are what the overall recovery is the mean of.
+pub(super) fn recovery(c: &Comparison, whole: &Comparison) -> Option<Table> {
     let base = c.baseline();
     let ptq = c.ptq_model().map(|p| c.label(p));
     let gap = ptq.map_or(String::new(), |p| format!(" Gap closed: 0 % is {p}, 100 % is {base}."));
@@ -156,10 +158,14 @@ pub(super) fn recovery(c: &Comparison, tasks: &str) -> Option<Table> {
         table.row(
             Some(m),
             vec![
-                format!("Mean of {tasks}"),
+                format!("Mean of {}", whole.counted_text(o, |n| n.recovery)),
                 c.label(m).to_owned(),
                 percent_interval(o.recovery),
-                o.recovery_above_chance.map_or_else(missing, percent_interval),
+                o.recovery_above_chance.map_or_else(missing, |share| {
+                    let of = whole.counted_text(o, |n| n.above_chance);
+                    let same = o.counted.above_chance == o.counted.recovery;
+                    percent_interval(share) + &if same { String::new() } else { format!(" ({of})") }
+                }),
                 missing(),
             ],
         );

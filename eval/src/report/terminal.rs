@@ -37,7 +37,7 @@ pub(super) fn comparison(c: &Comparison, context: &ReportContext, width: usize) 
         match family {
             Some(name) => folded.push(name.clone()),
             None => {
-                for table in [tables::scores(part), tables::recovery(part, &c.tasks_text())].into_iter().flatten() {
+                for table in [tables::scores(part), tables::recovery(part, c)].into_iter().flatten() {
                     push(&mut out, &table, 2, width);
                 }
             }

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use super::sample::{context, extremes, interval, many_tasks, only, sample};
+use super::sample::{NINE, context, extremes, interval, many_tasks, only, sample};
 use super::*;
-use crate::comparison::{GapClosed, Histogram, Overall};
+use crate::comparison::{Counted, GapClosed, Histogram, Overall};
 
 /// Files to look at, where someone wants to: `RECOUP_REPORT_SAMPLES` names a folder.
 #[test]
@@ -60,7 +60,7 @@ fn without_tasks(models: &[usize]) -> Comparison {
 fn with_recoveries(models: &[usize], recoveries: &[(f64, f64)]) -> Comparison {
     let mut c = only(models);
     for (o, (estimate, half)) in c.overall.iter_mut().skip(1).zip(recoveries) {
-        *o = Some(Overall { recovery: interval(*estimate, *half), recovery_above_chance: None });
+        *o = Some(Overall { recovery: interval(*estimate, *half), recovery_above_chance: None, counted: NINE });
     }
     c
 }
@@ -122,6 +122,75 @@ fn models_that_the_tasks_do_not_tell_apart_are_told_apart_by_kl() {
     assert!(said.starts_with("QAT keeps 95.8 %") && said.ends_with("The tasks do not tell QAT from QAD."), "{said}");
 }
 
+/// A baseline that scores nothing: every model has its scores, and nobody a share of them.
+fn without_shares(models: &[usize]) -> Comparison {
+    let mut c = only(models);
+    c.overall = vec![None; models.len()];
+    for score in c.tasks.iter_mut().flat_map(|t| &mut t.scores) {
+        score.score = 0.0;
+        if let Some(against) = &mut score.against_baseline {
+            (against.recovery, against.recovery_above_chance) = (None, None);
+        }
+    }
+    c
+}
+
+#[test]
+fn tasks_that_give_no_share_were_scored_all_the_same() {
+    let mut c = without_shares(&[0, 1, 4]);
+    let said = headline(&c);
+    assert!(!said.contains("No tasks"), "{said}");
+    assert!(
+        said.starts_with(
+            "BF16 does not score clearly above zero on any of the 9 tasks, so that no share of its score can be given; by \
+             KL, QAD is nearest to BF16."
+        ),
+        "{said}"
+    );
+    c.divergences.clear();
+    assert!(headline(&c).ends_with("so that no share of its score can be given, and there is no verdict."));
+    c.tasks.truncate(1);
+    assert!(
+        headline(&c).starts_with("BF16 does not score clearly above zero on arc_challenge, so"),
+        "{}",
+        headline(&c)
+    );
+    assert!(markdown(&c, &ReportContext::default()).contains("Scores"));
+}
+
+#[test]
+fn a_mean_says_over_how_many_tasks_it_goes() {
+    let mut c = with_recoveries(&[0, 4], &[(0.9, 0.02)]);
+    let counted = |recovery, above_chance, all| Counted { recovery, above_chance, all };
+    let set = |c: &mut Comparison, n| {
+        let overall = c.overall[1].as_mut().unwrap();
+        overall.counted = n;
+        overall.recovery_above_chance = Some(interval(0.8, 0.05));
+    };
+    set(&mut c, counted(7, 4, 9));
+    assert!(headline(&c).contains("of BF16's score over 7 of 9 tasks"), "{}", headline(&c));
+    assert!(details(&c).contains("above chance (4 of 9 tasks): QAD 80.0 %"), "{}", details(&c));
+    let table = markdown(&c, &ReportContext::default());
+    assert!(table.contains("Mean of 7 of 9 tasks") && table.contains("(4 of 9 tasks)"), "{table}");
+    // Nine tasks in three groups.
+    set(&mut c, counted(3, 3, 3));
+    assert!(headline(&c).contains("over 3 tasks or groups"), "{}", headline(&c));
+}
+
+#[test]
+fn models_with_the_same_answers_are_said_to_have_them() {
+    let mut c = with_recoveries(&[0, 1, 4], &[(1.0, 0.0), (1.0, 0.0)]);
+    c.divergences.clear();
+    for against in c.tasks.iter_mut().flat_map(|t| &mut t.scores).filter_map(|s| s.against_baseline.as_mut()) {
+        against.changed = 0;
+    }
+    let said = headline(&c);
+    assert!(said.contains("over 9 tasks: both score the same on every document"), "{said}");
+    assert!(!said.contains("won back") && !said.contains("significantly"), "{said}");
+    let better = with_recoveries(&[0, 1, 4], &[(1.1, 0.05), (1.0, 0.02)]);
+    assert!(!headline(&better).contains("own loss is not significant"), "{}", headline(&better));
+}
+
 #[test]
 fn ptq_may_be_the_best() {
     let mut c = with_recoveries(&[0, 1, 3], &[(0.98, 0.01), (0.90, 0.01)]);
@@ -146,7 +215,7 @@ fn without_tasks_kl_decides_and_says_so() {
     let said = headline(&tied);
     assert!(said.contains("names no clear winner"), "{said}");
     tied.divergences.clear();
-    assert_eq!(headline(&tied), "The models share no task and no text: there is no verdict.");
+    assert_eq!(headline(&tied), "No tasks were scored, and no text was read: there is no verdict.");
 }
 
 #[test]
@@ -195,8 +264,9 @@ fn every_score_difference_and_recovery_stands_in_its_row() {
             };
             let difference = find("Differences to BF16");
             assert_eq!(difference[2], super::numbers::difference(a.difference));
-            assert_eq!(difference[4], super::numbers::p_value(a.p_adjusted));
-            assert_eq!(difference[5] != "no", a.p_adjusted < 0.05);
+            assert_eq!(difference[3], super::numbers::count(a.changed));
+            assert_eq!(difference[5], super::numbers::p_value(a.p_adjusted));
+            assert_eq!(difference[6] != "no", a.p_adjusted < 0.05);
             let recovery = find("Recovery");
             assert_eq!(recovery[2], super::numbers::percent_interval(a.recovery.unwrap()));
             match &t.scores[m].gap_closed {

@@ -33,8 +33,7 @@ pub(super) fn verdict(c: &Comparison) -> Verdict {
     let ranked = by_recovery(c);
     let headline = match ranked.first() {
         Some(&top) => headline_of_tasks(c, top, &ranked),
-        None if !c.divergences.is_empty() => headline_of_divergence(c),
-        None => "The models share no task and no text: there is no verdict.".to_owned(),
+        None => without_shares(c),
     };
     let mut details = Vec::new();
     if !ranked.is_empty() {
@@ -51,10 +50,17 @@ fn headline_of_tasks(c: &Comparison, top: usize, ranked: &[usize]) -> String {
     let base = c.baseline();
     let tied: Vec<usize> = ranked.iter().copied().filter(|&m| m == top || overlap(c, top, m)).collect();
     let subject = if tied.len() > 1 { clearly_nearest(c, &tied).unwrap_or(top) } else { top };
-    let Some(kept) = c.overall_of(subject).map(|o| o.recovery) else { return String::new() };
-    let mut first =
-        format!("{} keeps {} of {base}'s score over {}", c.label(subject), percent_interval(kept), c.tasks_text());
-    if kept.low > 1.0 {
+    let Some(overall) = c.overall_of(subject) else { return String::new() };
+    let kept = overall.recovery;
+    let mut first = format!(
+        "{} keeps {} of {base}'s score over {}",
+        c.label(subject),
+        percent_interval(kept),
+        c.counted_text(overall, |n| n.recovery)
+    );
+    if same_answers(c, subject) {
+        first.push_str(": both score the same on every document");
+    } else if kept.low > 1.0 {
         first.push_str(", significantly more than all of it");
     } else if kept.high >= 1.0 {
         first.push_str(", which is not significantly different from all of it");
@@ -107,6 +113,9 @@ fn second_sentence(c: &Comparison, subject: usize, tied: &[usize], ranked: &[usi
 fn won_back(c: &Comparison, subject: usize, ptq: usize) -> Option<String> {
     let (kept, lost) = (c.overall_of(subject)?.recovery, c.overall_of(ptq)?.recovery);
     let (s, p) = (c.label(subject), c.label(ptq));
+    if lost.low > 1.0 {
+        return Some(format!("{p} lost nothing by these tasks: there is no gap to win back."));
+    }
     if lost.high >= 1.0 {
         return Some(format!("{p}'s own loss is not significant: there is no gap to win back."));
     }
@@ -126,7 +135,35 @@ fn won_back(c: &Comparison, subject: usize, ptq: usize) -> Option<String> {
     })
 }
 
-fn headline_of_divergence(c: &Comparison) -> String {
+/// Where tasks give no share that is kept: none was scored, or the baseline scores nothing that there could be a share of.
+fn without_shares(c: &Comparison) -> String {
+    let base = c.baseline();
+    let why = match c.headline_tasks().as_slice() {
+        [] => "No tasks were scored".to_owned(),
+        [only] => format!(
+            "{base} does not score clearly above zero on {}, so that no share of its score can be given",
+            only.task
+        ),
+        tasks => format!(
+            "{base} does not score clearly above zero on any of the {} tasks, so that no share of its score can be given",
+            tasks.len()
+        ),
+    };
+    if c.divergences.is_empty() {
+        let end = if c.tasks.is_empty() { "no text was read: there is no verdict." } else { "there is no verdict." };
+        return format!("{why}, and {end}");
+    }
+    headline_of_divergence(c, &why)
+}
+
+/// Whether a model has the baseline's value in every document of every metric.
+fn same_answers(c: &Comparison, model: usize) -> bool {
+    let against = || c.tasks.iter().filter_map(|t| t.against(model));
+    against().count() > 0 && against().all(|a| a.changed == 0)
+}
+
+/// `why` says why there is nothing to say of tasks.
+fn headline_of_divergence(c: &Comparison, why: &str) -> String {
     let base = c.baseline();
     let all: Vec<usize> = c.others().filter(|&m| c.divergences.iter().any(|d| d.model == m)).collect();
     let on = |m: usize| -> String {
@@ -138,7 +175,7 @@ fn headline_of_divergence(c: &Comparison) -> String {
         format!("{} {}", c.label(m), listed(&each))
     };
     if let [only] = all[..] {
-        return format!("No tasks were scored. KL to {base}, in nats per token: {}.", on(only));
+        return format!("{why}. KL to {base}, in nats per token: {}.", on(only));
     }
     let rest = |subject: Option<usize>| {
         all.iter().filter(|&&m| Some(m) != subject).map(|&m| on(m)).collect::<Vec<_>>().join("; ")
@@ -151,14 +188,14 @@ fn headline_of_divergence(c: &Comparison) -> String {
                 _ => String::new(),
             };
             format!(
-                "No tasks were scored; by KL, {} is nearest to {base}.{gone} In nats per token: {}; {}.",
+                "{why}; by KL, {} is nearest to {base}.{gone} In nats per token: {}; {}.",
                 c.label(nearest),
                 on(nearest),
                 rest(Some(nearest))
             )
         }
         None => {
-            format!("No tasks were scored, and KL to {base} names no clear winner. In nats per token: {}.", rest(None))
+            format!("{why}, and KL to {base} names no clear winner. In nats per token: {}.", rest(None))
         }
     }
 }
@@ -168,7 +205,13 @@ fn above_chance(c: &Comparison, ranked: &[usize]) -> Option<String> {
         .iter()
         .filter_map(|&m| Some(format!("{} {}", c.label(m), percent_interval(c.overall_of(m)?.recovery_above_chance?))))
         .collect();
-    (!each.is_empty()).then(|| format!("Counting only what {} scores above chance: {}.", c.baseline(), each.join(", ")))
+    let first = ranked.iter().find_map(|&m| c.overall_of(m).filter(|o| o.recovery_above_chance.is_some()))?;
+    Some(format!(
+        "Counting only what {} scores above chance ({}): {}.",
+        c.baseline(),
+        c.counted_text(first, |n| n.above_chance),
+        each.join(", ")
+    ))
 }
 
 /// In how many tasks PTQ's loss is significant, and in how many of those each model got a part of it back.
@@ -189,7 +232,10 @@ fn won_back_by_task(c: &Comparison) -> Option<String> {
     let lost = models.iter().map(|&m| shares(m).len()).max()?;
     let p = c.label(ptq);
     if lost == 0 {
-        return Some(format!("{p}'s loss is significant in none of the {}.", c.tasks_text()));
+        return Some(match tasks.as_slice() {
+            [only] => format!("{p}'s loss in {} is not significant.", only.task),
+            _ => format!("{p}'s loss is significant in none of the {}.", c.tasks_text()),
+        });
     }
     let each: Vec<String> = models
         .iter()

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::comparison::{AgainstBaseline, Comparison, Divergence, Overall, TaskComparison, TaskScore};
+use crate::comparison::{AgainstBaseline, Comparison, Counted, Divergence, Overall, TaskComparison, TaskScore};
 
 /// From this many headline tasks on, tasks of one family are drawn and listed together.
 const MANY_TASKS: usize = 16;
@@ -61,12 +61,17 @@ impl Comparison {
         super::numbers::percent((self.confidence * 1e6).round() / 1e6).replace(".0 %", " %")
     }
 
-    /// `9 tasks`, of those that enter the overall recovery.
+    /// `9 tasks`: how many were scored.
     pub(super) fn tasks_text(&self) -> String {
-        match self.headline_tasks().len() {
-            1 => "1 task".to_owned(),
-            n => format!("{n} tasks"),
-        }
+        tasks_of(self.headline_tasks().len(), "task")
+    }
+
+    /// `9 tasks`, or `7 of 9 tasks` where not all give a share: what `count` says is in the overall recovery. Where tasks
+    /// stand in groups, each of which counts as one, `2 tasks or groups`.
+    pub(super) fn counted_text(&self, overall: &Overall, count: fn(&Counted) -> usize) -> String {
+        let (counted, all) = (count(&overall.counted), overall.counted.all);
+        let word = if all == self.headline_tasks().len() { "task" } else { "task or group" };
+        if counted == all { tasks_of(all, word) } else { format!("{counted} of {}", tasks_of(all, word)) }
     }
 
     /// Which colour a model has: 0 is the baseline's grey, 1 is PTQ's, and so on.
@@ -113,6 +118,12 @@ pub(super) fn families<'a>(
     families.retain(|name, members| !name.is_empty() && members.len() >= FAMILY);
     let alone = tasks.iter().copied().filter(|t| prefix(t).is_none_or(|p| !families.contains_key(&p))).collect();
     (alone, families.into_iter().collect())
+}
+
+/// `1 task`, `2 tasks`, `3 tasks or groups`.
+fn tasks_of(n: usize, word: &str) -> String {
+    let words = word.split(' ').map(|w| if n != 1 && w != "or" { format!("{w}s") } else { w.to_owned() });
+    format!("{n} {}", words.collect::<Vec<_>>().join(" "))
 }
 
 /// `a, b and c`.

@@ -62,6 +62,17 @@ pub enum Limit {
     Share(f64),
 }
 
+impl Limit {
+    /// How many of `documents` that are.
+    #[must_use]
+    pub fn of(self, documents: usize) -> usize {
+        match self {
+            Self::First(n) => n.min(documents),
+            Self::Share(share) => ((documents as f64 * share).ceil() as usize).min(documents),
+        }
+    }
+}
+
 /// A chat template: messages to a prompt; with `true` the last message is left open, to be continued.
 pub type Render<'a> = &'a dyn Fn(&[Message], bool) -> Result<String, String>;
 
@@ -172,11 +183,7 @@ impl Task {
     /// # Errors
     /// When a document does not suit the task's templates, there are too few examples, or the chat template refuses.
     pub fn instances(&self, options: &Options, chat: Option<&Chat>) -> Result<Vec<Instance>, Error> {
-        let count = match options.limit {
-            None => self.docs.len(),
-            Some(Limit::First(n)) => n.min(self.docs.len()),
-            Some(Limit::Share(share)) => ((self.docs.len() as f64 * share).ceil() as usize).min(self.docs.len()),
-        };
+        let count = options.limit.map_or(self.docs.len(), |l| l.of(self.docs.len()));
         let mut generation = self.config.generation.clone();
         if self.config.output == OutputType::Generate {
             generation.extend(options.generation.clone());

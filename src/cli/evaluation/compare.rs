@@ -129,9 +129,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     if selection.tasks.is_empty() && texts.is_empty() {
         bail!("nothing to compare: name --tasks or --text");
     }
-    if let Some(r) = args.require_recovery.filter(|r| !r.is_finite() || *r < 0.0) {
-        bail!("--require-recovery {r}: expected a share such as 0.98");
-    }
+    check_before(args, &setup, &selection, &texts)?;
     std::fs::create_dir_all(&args.output).with_context(|| format!("{}: cannot create", args.output.display()))?;
 
     let baseline = load(args, &args.models[0])?;
@@ -144,6 +142,11 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
         texts: &texts,
         notes: RefCell::default(),
     };
+    // A text that is too short is refused before any task is answered.
+    for (name, text) in &texts {
+        let alone = [EvaluatedModel::new(&baseline.decoder, &baseline.text, work.kv(), None)];
+        work.windows(&alone, name, text, args.windows)?;
+    }
     let mut evaluated = vec![work.model(0, &baseline)?];
     for (index, model) in args.models.iter().enumerate().skip(1) {
         let loaded = load(args, model)?;
@@ -153,6 +156,35 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     notes.iter().for_each(|n| super::super::say!("note: {n}"));
     let comparison = summary(args, &labels, ptq, &selection, evaluated)?;
     report(args, notes, &comparison)
+}
+
+/// What would only show when all is computed.
+fn check_before(args: &Args, setup: &Setup, selection: &Selection, texts: &[(String, String)]) -> Result<()> {
+    if let Some(r) = args.require_recovery {
+        if !r.is_finite() || r < 0.0 {
+            bail!("--require-recovery {r}: expected a share such as 0.98");
+        }
+        if selection.tasks.is_empty() {
+            bail!("--require-recovery {r} is about the score in tasks, and --tasks names none");
+        }
+    }
+    if !(0.5..1.0).contains(&args.confidence) {
+        bail!("--confidence {}: expected at least 0.5 and less than 1, such as 0.95", args.confidence);
+    }
+    if !texts.is_empty() && (args.windows < 2 || args.window < 2) {
+        bail!("--windows {} --window {}: an error needs two windows of two tokens at least", args.windows, args.window);
+    }
+    for task in &selection.tasks {
+        let documents = setup.options.limit.map_or(task.documents(), |l| l.of(task.documents()));
+        if documents < 2 {
+            bail!(
+                "{}: {documents} document{} to compare on; intervals and tests need two at least, give --limit 2 or more",
+                task.name(),
+                if documents == 1 { "" } else { "s" }
+            );
+        }
+    }
+    Ok(())
 }
 
 fn labels(args: &Args) -> Result<Vec<String>> {
@@ -291,7 +323,16 @@ impl Work<'_> {
                 self.args.window
             ));
         }
-        Ok(Windows::cut(models, name, text, self.args.window.min(context), Some(limit))?)
+        let windows = Windows::cut(models, name, text, self.args.window.min(context), Some(limit))?;
+        if let Some(padded) = &windows.padded {
+            let sizes: Vec<String> = padded.iter().map(usize::to_string).collect();
+            self.notes.borrow_mut().insert(format!(
+                "Vocabularies of {} tokens: one is padded. KL is over the {} that both have.",
+                sizes.join(" and "),
+                windows.vocab
+            ));
+        }
+        Ok(windows)
     }
 
     fn diverge(
@@ -461,26 +502,23 @@ fn context(args: &Args, measured: BTreeSet<String>, comparison: &Comparison) -> 
         notes.push(format!("Documents of each task: --limit {limit}."));
     }
     if !comparison.divergences.is_empty() {
-        notes.push(format!("Texts in disjoint windows of {} tokens, at most {}.", args.window, args.windows));
+        notes.push(format!(
+            "Texts in disjoint windows of at most {} tokens, at most {} windows.",
+            args.window, args.windows
+        ));
     }
     notes.extend(measured);
     notes.push(format!(
         "Seed of bootstrap and permutations: {}; worked examples drawn with {}.",
         args.seed, args.tasks.fewshot_seed
     ));
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let folders: Vec<Option<PathBuf>> = args.models.iter().map(|m| model_folder(m).ok()).collect();
     let recovered = labels.iter().zip(&folders).filter_map(|(label, folder)| Some((*label, folder.as_deref()?)));
     ReportContext {
         title: labels.join(" / "),
         command: std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" "),
         version: format!("recoup {}", env!("CARGO_PKG_VERSION")),
-        machine: format!(
-            "{} {}, {threads} threads, {}",
-            std::env::consts::OS,
-            std::env::consts::ARCH,
-            crate::backend::cpu::isa::Isa::detect()
-        ),
+        machine: args.options.machine().unwrap_or_default(),
         notes,
         training_curves: super::curves::training_curves(recovered),
     }

@@ -1,7 +1,7 @@
 //! Share of the baseline's score that each model keeps: dots with intervals, overall and task by task.
 
 use super::{Figure, both, is_narrow, legend, spoken};
-use crate::comparison::{Comparison, Interval, TaskComparison};
+use crate::comparison::{Comparison, Counted, Interval, TaskComparison};
 use crate::report::numbers::{difference, p_value, percent, percent_interval, value_and_error};
 use crate::report::scale::{Scale, range, rounded, tick_text};
 use crate::report::svg::{Anchor, SMALL, Svg, TEXT, shorten, shorten_name, width_of, width_of_name};
@@ -19,6 +19,11 @@ const REACH: f64 = 0.75;
 /// The least range of estimates that is drawn, as a share.
 const LEAST: f64 = 0.04;
 
+/// Tasks in the mean recovery.
+fn recovered(counted: &Counted) -> usize {
+    counted.recovery
+}
+
 pub(in crate::report) fn figure(c: &Comparison) -> Option<Figure> {
     let tasks = c.headline_tasks();
     let overall: Vec<usize> = c.others().filter(|&m| c.overall_of(m).is_some()).collect();
@@ -31,7 +36,7 @@ pub(in crate::report) fn figure(c: &Comparison) -> Option<Figure> {
     let description = format!(
         "Share of {base}'s score that is kept, with {} intervals. Mean over {}: {}. The table below has every task.",
         c.confidence_text(),
-        c.tasks_text(),
+        overall.first().and_then(|&m| c.overall_of(m)).map_or_else(|| c.tasks_text(), |o| c.counted_text(o, recovered)),
         spoken(
             overall
                 .iter()
@@ -58,7 +63,7 @@ pub(in crate::report) fn figure(c: &Comparison) -> Option<Figure> {
         title: "How much of the score is kept".to_owned(),
         caption,
         drawing,
-        table: tables::recovery(c, &c.tasks_text()),
+        table: tables::recovery(c, c),
         folded,
         half: false,
     })
@@ -99,7 +104,7 @@ fn draw(
         let name = shorten_name(c.label(m), right - width_of(&value, TEXT) - 14.0);
         rows.text((0.0, y + baseline), &name, Anchor::Start, &class);
         rows.text((right, y + baseline), &value, Anchor::End, "over");
-        let tip = format!("{}, mean of {}: {value}", c.label(m), c.tasks_text());
+        let tip = format!("{}, mean of {}: {value}", c.label(m), c.counted_text(o, recovered));
         let filled = o.recovery.high < 1.0 || o.recovery.low > 1.0;
         rows.tip(&tip, |svg| dot(svg, &scale, o.recovery, y + at, c.colour(m), filled, 5.0));
         y += if narrow { OVERALL + 14.0 } else { OVERALL };
