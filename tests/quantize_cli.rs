@@ -142,6 +142,11 @@ fn formats_chosen_by_measurement_keep_the_budget_and_more_bits_lose_less() {
     let ids = folder.file("ids.json", "[[1, 2, 3]]");
     let error = fail(&out, &[&other[..], &to, &["--sensitivity", &stored_table, "--calibration", &ids]].concat());
     assert!(error.contains("another model"), "{error}");
+    let mut retrained = stored.clone();
+    retrained["weights"] = "0123".into();
+    let retrained = folder.file("retrained.json", &retrained.to_string());
+    let error = fail(&out, &[&auto[..], &to, &["--sensitivity", &retrained]].concat());
+    assert!(error.contains("other weights"), "{error}");
     let error = fail(&out, &[&["quantize", MODEL, "--recipe", "fp8", "--bits", "6"][..], &to].concat());
     assert!(error.contains("nvfp4_fp8_auto"), "{error}");
 }

@@ -65,6 +65,9 @@ pub struct Table {
     pub bits: f64,
     /// Sum of the chosen options' KL: an estimate of the whole model's, were the parts' losses to add up.
     pub kl_sum: f64,
+    /// The hash of the weights that it was measured on, as in a checkpoint's identity.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights: Option<String>,
     pub groups: Vec<Group>,
 }
 
@@ -229,7 +232,7 @@ pub fn choose(mut groups: Vec<Group>, budget: f64, tokens: usize) -> Table {
             kl_sum += option.kl;
         }
     }
-    Table { tokens, budget_bits: budget, bits: used / total.max(1) as f64, kl_sum, groups }
+    Table { tokens, budget_bits: budget, bits: used / total.max(1) as f64, kl_sum, weights: None, groups }
 }
 
 /// The options worth having, from few bits to many: each wins KL over the one before, and less per bit than the last step.
@@ -271,6 +274,7 @@ impl Table {
         auto: &Auto,
         modules: &[Module],
         eligible: &dyn Fn(&Module) -> bool,
+        weights: &str,
     ) -> Result<Self, QuantizeError> {
         let own: BTreeMap<String, Vec<String>> =
             groups(modules, eligible).into_iter().map(|(_, g)| (g.name, g.modules)).collect();
@@ -281,6 +285,9 @@ impl Table {
         };
         if own != stored {
             return fail("is of another model, or of other modules, than this; measure anew");
+        }
+        if self.weights.as_ref().is_some_and(|of| of != weights) {
+            return fail("was measured on other weights than this model's; measure anew");
         }
         let mut groups = self.groups.clone();
         for group in &mut groups {

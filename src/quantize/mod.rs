@@ -24,6 +24,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::backend::cpu::CpuBackend;
 use crate::checkpoint::dialect::Dialect;
+use crate::checkpoint::identity::identity;
 use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::formats::e4m3;
@@ -368,10 +369,14 @@ pub fn apply(
         let mut shown = |done, all| progress("calibrating", done, all);
         calibration = calibrate::calibrate(source, backend.clone(), &text.sequences, &description, &mut shown)?;
     }
-    let table = match &recipe.auto {
+    let weights = match recipe.auto {
+        None => String::new(),
+        Some(_) => identity(&checkpoint.tensors, &mut |_, _| {})?["weights"].as_str().unwrap_or_default().to_owned(),
+    };
+    let mut table = match &recipe.auto {
         None => None,
         Some(auto) => Some(match &auto.measured {
-            Some(stored) => stored.again(auto, &modules, &|m| scheme(m) != Scheme::None)?,
+            Some(stored) => stored.again(auto, &modules, &|m| scheme(m) != Scheme::None, &weights)?,
             None => {
                 let eligible = |m: &Module| scheme(m) != Scheme::None;
                 let mut donors = Vec::new();
@@ -393,6 +398,9 @@ pub fn apply(
             }
         }),
     };
+    if let Some(table) = &mut table {
+        table.weights = Some(weights);
+    }
     let decided = table.as_ref().map(|t| t.decided(recipe));
     let recipe = decided.as_ref().unwrap_or(recipe);
     let schemes = assigned(recipe)?;
