@@ -27,6 +27,11 @@ pub enum JournalError {
     #[error("{path}, line {line}: {problem}; the file was changed or damaged, delete the folder to begin anew")]
     Damaged { path: PathBuf, line: usize, problem: String },
     #[error(
+        "task `{}`, document {}, request {}: the log-likelihood of the answer is {found}: the model or the server computes \
+         what is no number; nothing of it was kept, the answers before it are in {path}", key.task, key.doc_id, key.request
+    )]
+    NotANumber { path: PathBuf, key: Key, found: f64 },
+    #[error(
         "{path}: shard {shard} of {shards} is missing {missing} answers, the first to {first}; let it run to its end"
     )]
     Incomplete { path: PathBuf, shard: usize, shards: usize, missing: usize, first: String },
@@ -96,8 +101,11 @@ impl Journal {
     /// Adds an answer; it is with the operating system when this returns.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// When it cannot be written, or is no number: what stands in the file can be read back.
     pub fn add(&mut self, key: Key, response: Response) -> Result<(), JournalError> {
+        if let Some(found) = response.impossible() {
+            return Err(JournalError::NotANumber { path: self.path.clone(), key, found });
+        }
         let line = Line { key, response };
         let mut text =
             serde_json::to_vec(&line).map_err(|e| JournalError::Io { path: self.path.clone(), source: e.into() })?;
@@ -263,6 +271,36 @@ mod tests {
         let now = json!({"model": {"files": {"tokenizer.json": "b"}}});
         let error = Journal::open(&path, &now).unwrap_err().to_string();
         assert!(error.contains("`model.files.tokenizer.json` is \"a\" there and \"b\" here"), "{error}");
+    }
+
+    #[test]
+    fn what_is_no_number_is_refused_before_it_is_written_and_minus_infinity_is_read_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("r.jsonl");
+        let about = json!({"model": "m"});
+        let mut journal = Journal::open(&path, &about).unwrap();
+        journal.add(key(0), answer(f64::NEG_INFINITY)).unwrap();
+        journal.add(key(1), Response::Rolling { log_likelihood: f64::NEG_INFINITY, tokens: Some(3) }).unwrap();
+        for bad in [f64::NAN, f64::INFINITY] {
+            let error = journal.add(key(2), answer(bad)).unwrap_err().to_string();
+            assert!(error.contains("task `t`, document 2") && error.contains(&bad.to_string()), "{error}");
+        }
+        drop(journal);
+        let resumed = Journal::open(&path, &about).unwrap();
+        assert_eq!(resumed.answers().len(), 2);
+        assert_eq!(resumed.answers()[&key(0)], answer(f64::NEG_INFINITY));
+        let finished = resumed.finish().unwrap();
+        assert_eq!(load(&path).unwrap(), (about, finished));
+    }
+
+    #[test]
+    fn a_null_that_an_earlier_version_wrote_for_nan_is_explained() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("r.jsonl");
+        let line = r#"{"task":"t","doc_id":0,"request":0,"response":{"log_likelihood":{"log_likelihood":null,"is_greedy":false}}}"#;
+        std::fs::write(&path, format!("{{}}\n{line}\n")).unwrap();
+        let error = Journal::open(&path, &json!({})).unwrap_err().to_string();
+        assert!(error.contains("line 2") && error.contains("is null") && error.contains("no number"), "{error}");
     }
 
     #[test]

@@ -45,11 +45,68 @@ impl Default for GenerationOptions {
 #[serde(rename_all = "snake_case")]
 pub enum Response {
     /// Natural log; `is_greedy`: every token of the continuation is the most probable one.
-    LogLikelihood { log_likelihood: f64, is_greedy: bool },
+    LogLikelihood {
+        #[serde(with = "log_likelihood")]
+        log_likelihood: f64,
+        is_greedy: bool,
+    },
     /// Natural log over all tokens, and how many those are (where the model says).
-    Rolling { log_likelihood: f64, tokens: Option<usize> },
+    Rolling {
+        #[serde(with = "log_likelihood")]
+        log_likelihood: f64,
+        tokens: Option<usize>,
+    },
     /// `tokens` generated; `capped`: the limit on tokens (or the context's end) ended it, not the model.
     Generated { text: String, tokens: Option<usize>, capped: bool },
+}
+
+impl Response {
+    /// Its log-likelihood, where it is one that no probability has: NaN or +inf. -inf is that of a text which the model holds for impossible.
+    #[must_use]
+    pub fn impossible(&self) -> Option<f64> {
+        match self {
+            Self::LogLikelihood { log_likelihood, .. } | Self::Rolling { log_likelihood, .. } => {
+                Some(*log_likelihood).filter(|l| l.is_nan() || *l == f64::INFINITY)
+            }
+            Self::Generated { .. } => None,
+        }
+    }
+}
+
+/// A log-likelihood in JSON, which has no -inf: that is the text "-Infinity".
+mod log_likelihood {
+    use serde::de::{Deserialize, Deserializer, Error, Unexpected};
+    use serde::ser::{Error as _, Serializer};
+
+    const IMPOSSIBLE: &str = "-Infinity";
+
+    #[allow(clippy::trivially_copy_pass_by_ref)]
+    pub fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+        match *value {
+            f64::NEG_INFINITY => serializer.serialize_str(IMPOSSIBLE),
+            v if v.is_finite() => serializer.serialize_f64(v),
+            v => Err(S::Error::custom(format!("{v} is no log-likelihood"))),
+        }
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+        #[derive(serde::Deserialize)]
+        #[serde(untagged)]
+        enum Stored {
+            Number(f64),
+            Text(String),
+            Nothing(()),
+        }
+        match Stored::deserialize(deserializer)? {
+            Stored::Number(v) => Ok(v),
+            Stored::Text(t) if t == IMPOSSIBLE => Ok(f64::NEG_INFINITY),
+            Stored::Text(t) => Err(D::Error::invalid_value(Unexpected::Str(&t), &"a log-likelihood")),
+            Stored::Nothing(()) => Err(D::Error::custom(
+                "the log-likelihood is null, as an earlier version wrote what is no number: the model of that run computed \
+                 none, and its answers are worth nothing",
+            )),
+        }
+    }
 }
 
 /// A turn of a conversation.

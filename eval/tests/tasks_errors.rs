@@ -291,3 +291,20 @@ fn a_parquet_file_holds_the_same_documents_as_its_json_lines() {
 fn a_parquet_file_needs_a_feature_that_the_error_names() {
     has(&mistake(&CHOICE.replace("path: json", "path: parquet"), DATA), &["d.jsonl", "feature `parquet`"]);
 }
+
+#[test]
+fn an_answer_that_is_no_number_is_never_scored() {
+    let task = load(&[("t.yaml", CHOICE), ("d.jsonl", DATA)], "t").unwrap();
+    let instance = &task.instances(&Options::default(), None).unwrap()[1];
+    let answer = |log_likelihood| Response::LogLikelihood { log_likelihood, is_greedy: false };
+    for bad in [f64::NAN, f64::INFINITY] {
+        for answers in [[answer(bad), answer(-1.0)], [answer(-1.0), answer(bad)]] {
+            let error = task.score(instance, &answers).unwrap_err().to_string();
+            has(&error, &["document 1", "no number", &bad.to_string()]);
+        }
+    }
+    // An impossible choice is one that is not chosen.
+    let scored = task.score(instance, &[answer(f64::NEG_INFINITY), answer(-1.0)]).unwrap();
+    let other = task.score(instance, &[answer(-2.0), answer(-1.0)]).unwrap();
+    assert_eq!(scored[0].values, other[0].values);
+}

@@ -6,6 +6,9 @@ pub mod autograd;
 pub mod cpu;
 pub mod observe;
 
+use std::path::PathBuf;
+
+use crate::formats::all_finite;
 use crate::formats::kv::KvFormat;
 use crate::formats::linear::LinearTensors;
 
@@ -29,6 +32,13 @@ pub enum BackendError {
     /// The KV cache has fewer pages than the batch names.
     #[error("the KV cache holds {capacity} tokens; the batch needs {needed}")]
     CacheTooSmall { capacity: usize, needed: usize },
+    /// The model computes NaN or an infinity. Weights are finite (the loader sees to that) and nothing here masks logits, so
+    /// a number that is none, -inf included, always comes of an overflow or a wrong scale.
+    #[error(
+        "{}: the model computes what is no number: {place} is {value} (everything before it is finite); a weight or a \
+         scale there is wrong, or overflows", model.display()
+    )]
+    NotFinite { model: PathBuf, place: String, value: f32 },
     /// The backend's own library failed.
     #[error("{context}: {message}")]
     Failed { context: &'static str, message: String },
@@ -199,6 +209,11 @@ pub trait Backend {
 
     /// How probable token `picks[i].1` is under the softmax of row `picks[i].0` of `logits`.
     fn score(&self, logits: &Self::Tensor, picks: &[(usize, u32)]) -> Result<Vec<TokenScore>>;
+
+    /// Whether no value is NaN or infinite.
+    fn is_finite(&self, x: &Self::Tensor) -> Result<bool> {
+        Ok(all_finite(&self.to_host(x)?))
+    }
 
     /// Values, row-major.
     fn to_host(&self, x: &Self::Tensor) -> Result<Vec<f32>>;

@@ -1,6 +1,6 @@
 //! A backend that shows every linear's input to an observer on the way: calibration, per-layer checks.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{AttentionShape, Backend, Batch, CacheLayout, Result, RopeTable, Routing, Span, TokenScore};
 use crate::formats::linear::LinearTensors;
@@ -32,6 +32,14 @@ pub trait Observer {
         false
     }
 
+    /// Whether [`Self::output`] is to be called.
+    fn wants_outputs(&self) -> bool {
+        false
+    }
+
+    /// What a module gives, [tokens, N] row-major: a linear by its name, the embedding, a layer's attention.
+    fn output(&mut self, _module: &str, _y: &[f32]) {}
+
     /// A layer's keys (after RoPE) and values, [tokens, heads · head_dim] row-major, before the cache stores them.
     fn cached(&mut self, _layer: usize, _keys: &[f32], _values: &[f32]) {}
 }
@@ -42,21 +50,72 @@ impl<F: FnMut(&str, &[f32])> Observer for F {
     }
 }
 
+/// Finds the first module that does not compute finite numbers.
+#[derive(Default)]
+pub struct FirstBroken(Option<(String, f32)>);
+
+impl FirstBroken {
+    /// Where the numbers end, "what comes out of `model.layers.2.mlp.down_proj`", and the first value that is none.
+    #[must_use]
+    pub fn found(&self) -> Option<(String, f32)> {
+        self.0.clone()
+    }
+
+    fn look(&mut self, side: &str, module: &str, values: &[f32]) {
+        if self.0.is_none()
+            && let Some(value) = values.iter().find(|v| !v.is_finite())
+        {
+            self.0 = Some((format!("what {side} `{module}`"), *value));
+        }
+    }
+}
+
+impl Observer for FirstBroken {
+    fn input(&mut self, module: &str, x: &[f32]) {
+        self.look("enters", module, x);
+    }
+
+    fn wants_outputs(&self) -> bool {
+        true
+    }
+
+    fn output(&mut self, module: &str, y: &[f32]) {
+        self.look("comes out of", module, y);
+    }
+}
+
 /// `inner` with an observer.
 pub struct Observed<B, O> {
-    inner: B,
+    inner: Arc<B>,
     observer: Mutex<O>,
 }
 
 impl<B, O> Observed<B, O> {
     /// Wraps `inner`.
     pub fn new(inner: B, observer: O) -> Self {
+        Self::shared(Arc::new(inner), observer)
+    }
+
+    /// Wraps a backend that others use too.
+    pub fn shared(inner: Arc<B>, observer: O) -> Self {
         Self { inner, observer: Mutex::new(observer) }
     }
 
     /// Access to what was observed.
     pub fn with_observer<T>(&self, f: impl FnOnce(&mut O) -> T) -> T {
         f(&mut self.observer.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl<B: Backend, O: Observer> Observed<B, O> {
+    fn wants_outputs(&self) -> bool {
+        self.with_observer(|o| o.wants_outputs())
+    }
+
+    fn output(&self, module: &str, y: &B::Tensor) -> Result<()> {
+        let host = self.inner.to_host(y)?;
+        self.with_observer(|o| o.output(module, &host));
+        Ok(())
     }
 }
 
@@ -69,7 +128,13 @@ impl<B: Backend, O: Observer> Backend for Observed<B, O> {
     fn linears(&self, x: &B::Tensor, weights: &[&B::Linear]) -> Result<Vec<B::Tensor>> {
         let host = self.inner.to_host(x)?;
         self.with_observer(|o| weights.iter().for_each(|w| o.input(self.inner.module(w), &host)));
-        self.inner.linears(x, weights)
+        let outputs = self.inner.linears(x, weights)?;
+        if self.wants_outputs() {
+            for (w, y) in weights.iter().zip(&outputs) {
+                self.output(self.inner.module(w), y)?;
+            }
+        }
+        Ok(outputs)
     }
 
     fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<B::Linear> {
@@ -89,7 +154,11 @@ impl<B: Backend, O: Observer> Backend for Observed<B, O> {
     }
 
     fn embed(&self, table: &B::Linear, tokens: &[u32]) -> Result<B::Tensor> {
-        self.inner.embed(table, tokens)
+        let embedded = self.inner.embed(table, tokens)?;
+        if self.wants_outputs() {
+            self.output(self.inner.module(table), &embedded)?;
+        }
+        Ok(embedded)
     }
 
     fn rms_norm(&self, x: &B::Tensor, weight: &B::Norm, eps: f32) -> Result<B::Tensor> {
@@ -110,7 +179,11 @@ impl<B: Backend, O: Observer> Backend for Observed<B, O> {
             let (keys, values) = (rotated(&self.inner.to_host(&k)?, rope), self.inner.to_host(&v)?);
             self.with_observer(|o| o.cached(shape.layer, &keys, &values));
         }
-        self.inner.attention(q, k, v, shape, rope, cache, batch)
+        let mixed = self.inner.attention(q, k, v, shape, rope, cache, batch)?;
+        if self.wants_outputs() {
+            self.output(&format!("model.layers.{}.self_attn", shape.layer), &mixed)?;
+        }
+        Ok(mixed)
     }
 
     fn fork(&self, cache: &mut B::Cache, from: &Span, to: &Span) -> Result<()> {
@@ -143,6 +216,10 @@ impl<B: Backend, O: Observer> Backend for Observed<B, O> {
 
     fn zeros_like(&self, x: &B::Tensor) -> Result<B::Tensor> {
         self.inner.zeros_like(x)
+    }
+
+    fn is_finite(&self, x: &B::Tensor) -> Result<bool> {
+        self.inner.is_finite(x)
     }
 
     fn to_host(&self, x: &B::Tensor) -> Result<Vec<f32>> {

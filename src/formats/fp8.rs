@@ -13,11 +13,28 @@ pub fn scale(amax: f32) -> f32 {
     if s > 0.0 { s } else { 1.0 }
 }
 
-/// E4M3 values (as floats, without the scale) of `x / scale`.
+/// E4M3 value (as a float, without the scale) of `x / scale`; finite values saturate, an infinity, which E4M3 does not have,
+/// becomes NaN: what is no number must not come out as one.
+#[inline(always)]
+#[must_use]
+pub fn round(x: f32, scale: f32) -> f32 {
+    let value = e4m3::round(x / scale);
+    if x.is_finite() { value } else { f32::NAN }
+}
+
+/// The code of [`round`].
+#[inline(always)]
+#[must_use]
+pub fn encode(x: f32, scale: f32) -> u8 {
+    let code = e4m3::encode(x / scale);
+    if x.is_finite() { code } else { e4m3::NAN }
+}
+
+/// [`round`] of each element.
 #[inline(always)]
 pub fn quantize(x: &[f32], scale: f32, values: &mut [f32]) {
     for (v, &x) in values.iter_mut().zip(x) {
-        *v = e4m3::round(x / scale);
+        *v = round(x, scale);
     }
 }
 

@@ -12,6 +12,22 @@ pub mod linear;
 pub mod mx;
 pub mod nvfp4;
 
+/// Whether no element is NaN or infinite.
+#[inline(always)]
+#[must_use]
+pub fn all_finite(values: &[f32]) -> bool {
+    // Without branches within a piece, so that it vectorises.
+    const PIECE: usize = 1 << 10;
+    const INFINITY: u32 = 0x7f80_0000;
+    values.chunks(PIECE).all(|piece| {
+        let mut largest = 0u32;
+        for v in piece {
+            largest = largest.max(v.to_bits() & 0x7fff_ffff);
+        }
+        largest < INFINITY
+    })
+}
+
 /// Largest absolute value of `values`; 0 for an empty slice. NaN elements are passed over: check for them first.
 #[inline(always)]
 #[must_use]
@@ -22,4 +38,47 @@ pub fn amax(values: &[f32]) -> f32 {
         max = if a > max { a } else { max };
     }
     max
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use e8m0::ScaleRule;
+
+    #[test]
+    fn all_finite_sees_a_nan_or_an_infinity_anywhere() {
+        let mut values = vec![f32::MAX; 3000];
+        assert!(all_finite(&values) && all_finite(&[]) && all_finite(&[-0.0, f32::MIN, f32::MIN_POSITIVE]));
+        for at in [0, 1023, 1024, 2999] {
+            for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                values[at] = bad;
+                assert!(!all_finite(&values), "{bad} at {at}");
+                values[at] = 1.0;
+            }
+        }
+    }
+
+    #[test]
+    fn no_activation_format_makes_a_number_of_what_is_none() {
+        use linear::ActivationFormat as A;
+        let formats = [
+            A::Float,
+            A::Nvfp4 { global_scale: 0.01 },
+            A::Fp8Static { scale: 0.01 },
+            A::Fp8Token,
+            A::Fp8Group,
+            A::Mxfp4 { rule: ScaleRule::Ceil },
+            A::Mxfp8 { rule: ScaleRule::Even },
+        ];
+        for format in formats {
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let mut row = vec![0.5f32; 128];
+                row[37] = bad;
+                format.fake_quantize(&mut row);
+                assert!(!row[37].is_finite(), "{format} made {} of {bad}", row[37]);
+            }
+        }
+        assert_eq!(fp8::encode(f32::NEG_INFINITY, 1.0), e4m3::NAN);
+        assert_eq!(fp8::encode(1e9, 1.0), e4m3::encode(448.0));
+    }
 }

@@ -1,7 +1,7 @@
 //! OCP Microscaling: blocks of 32 along K with a power-of-two (E8M0) scale; elements E2M1 (MXFP4) or E4M3 (MXFP8).
 
 use super::e8m0::{self, ScaleRule};
-use super::{amax, e2m1, e4m3, nvfp4};
+use super::{all_finite, amax, e2m1, e4m3, nvfp4};
 
 /// Elements that share a scale.
 pub const BLOCK: usize = 32;
@@ -20,18 +20,20 @@ pub fn fp8_scale(block: &[f32], rule: ScaleRule) -> u8 {
     e8m0::scale_code(amax(block), e4m3::MAX, e4m3::EMAX, rule)
 }
 
-/// Quantizes one activation block to doubled E2M1 values and returns its scale.
+/// Quantizes one activation block to doubled E2M1 values and returns its scale: NaN where the block holds what is no
+/// finite number.
 #[inline(always)]
 pub fn quantize_fp4_block(block: &[f32], rule: ScaleRule, doubled: &mut [i8]) -> f32 {
-    let scale = e8m0::decode(fp4_scale(block, rule));
+    let scale = if all_finite(block) { e8m0::decode(fp4_scale(block, rule)) } else { f32::NAN };
     nvfp4::quantize_with_scale(block, scale, doubled);
     scale
 }
 
-/// Quantizes one activation block to E4M3 values (as floats, without the scale) and returns its scale.
+/// Quantizes one activation block to E4M3 values (as floats, without the scale) and returns its scale: NaN where the block
+/// holds what is no finite number.
 #[inline(always)]
 pub fn quantize_fp8_block(block: &[f32], rule: ScaleRule, values: &mut [f32]) -> f32 {
-    let scale = e8m0::decode(fp8_scale(block, rule));
+    let scale = if all_finite(block) { e8m0::decode(fp8_scale(block, rule)) } else { f32::NAN };
     for (v, &x) in values.iter_mut().zip(block) {
         *v = e4m3::round(x / scale);
     }

@@ -1,6 +1,6 @@
 //! NVFP4: E2M1 elements, one E4M3 scale per 16 along K, one f32 scale per tensor. Value = code · block · global.
 
-use super::{amax, e2m1, e4m3};
+use super::{all_finite, amax, e2m1, e4m3};
 
 /// Elements that share a block scale.
 pub const BLOCK: usize = 16;
@@ -42,10 +42,11 @@ pub fn activation_block_scale(block: &[f32], global_scale: f32) -> f32 {
 
 /// Quantizes one activation block to doubled E2M1 values (`2·value`, integers -12..=12) and returns its scale.
 ///
-/// A scale of 0 means the whole block is zero.
+/// A scale of 0 means the whole block is zero. E2M1 has neither NaN nor infinity, so a block that holds one gets the scale
+/// NaN: what is no number must not come out as one.
 #[inline(always)]
 pub fn quantize_activation_block(block: &[f32], global_scale: f32, doubled: &mut [i8]) -> f32 {
-    let scale = activation_block_scale(block, global_scale);
+    let scale = if all_finite(block) { activation_block_scale(block, global_scale) } else { f32::NAN };
     quantize_with_scale(block, scale * global_scale, doubled);
     scale
 }

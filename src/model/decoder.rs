@@ -1,9 +1,12 @@
 //! The decoder of Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE, written once over [`Backend`].
 
 use std::collections::HashMap;
+use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::config::{ModelConfig, Moe};
+use crate::backend::observe::{FirstBroken, Observed, Observer};
 use crate::backend::{self, AttentionShape, Backend, Batch, CacheLayout, PAGE, RopeTable};
 use crate::checkpoint::resolve::LinearRole;
 use crate::checkpoint::{Checkpoint, CheckpointError};
@@ -21,7 +24,9 @@ pub enum LoadError {
 /// A decoder on backend `B`.
 pub struct Decoder<B: Backend> {
     pub config: ModelConfig,
-    backend: B,
+    /// Where it was loaded from, for messages.
+    folder: PathBuf,
+    backend: Arc<B>,
     embedding: Arc<B::Linear>,
     layers: Vec<Layer<B>>,
     norm: Arc<B::Norm>,
@@ -155,7 +160,9 @@ impl<B: Backend> Decoder<B> {
         checkpoint.finish()?;
         checkpoint.tensors.release_pages();
         let frequencies = config.rope_frequencies();
-        Ok(Self { backend, embedding, layers, norm, head, frequencies, kv_formats, config })
+        let folder = checkpoint.tensors.folder().into();
+        let backend = Arc::new(backend);
+        Ok(Self { folder, backend, embedding, layers, norm, head, frequencies, kv_formats, config })
     }
 
     /// The backend it runs on.
@@ -193,10 +200,7 @@ impl<B: Backend> Decoder<B> {
     /// whose module `swap` names, and the norms of decoder layers all of whose linears it names. Weights are shared, not
     /// copied.
     #[must_use]
-    pub fn graft(&self, donor: &Self, swap: &dyn Fn(&str) -> bool) -> Self
-    where
-        B: Clone,
-    {
+    pub fn graft(&self, donor: &Self, swap: &dyn Fn(&str) -> bool) -> Self {
         let linear = |own: &Arc<B::Linear>, other: &Arc<B::Linear>| {
             Arc::clone(if swap(self.backend.module(own)) { other } else { own })
         };
@@ -219,6 +223,7 @@ impl<B: Backend> Decoder<B> {
         };
         Self {
             config: self.config.clone(),
+            folder: self.folder.clone(),
             backend: self.backend.clone(),
             embedding: linear(&self.embedding, &donor.embedding),
             layers: self.layers.iter().zip(&donor.layers).map(|(a, b)| layer(a, b)).collect(),
@@ -227,6 +232,39 @@ impl<B: Backend> Decoder<B> {
                 (Some(own), Some(other)) => Some(linear(own, other)),
                 (own, _) => own.clone(),
             },
+            frequencies: self.frequencies.clone(),
+            kv_formats: self.kv_formats.clone(),
+        }
+    }
+
+    /// This model, its weights shared, with an observer.
+    fn observed<O: Observer>(&self, observer: O) -> Decoder<Observed<B, O>> {
+        let mlp = |m: &Mlp<B>| Mlp { gate: m.gate.clone(), up: m.up.clone(), down: m.down.clone() };
+        let layer = |l: &Layer<B>| Layer {
+            input_norm: l.input_norm.clone(),
+            q: l.q.clone(),
+            k: l.k.clone(),
+            v: l.v.clone(),
+            o: l.o.clone(),
+            q_norm: l.q_norm.clone(),
+            k_norm: l.k_norm.clone(),
+            post_norm: l.post_norm.clone(),
+            ffn: match &l.ffn {
+                Ffn::Dense(m) => Ffn::Dense(mlp(m)),
+                Ffn::Moe { router, experts, moe } => {
+                    Ffn::Moe { router: router.clone(), experts: experts.iter().map(mlp).collect(), moe: *moe }
+                }
+            },
+            window: l.window,
+        };
+        Decoder {
+            config: self.config.clone(),
+            folder: self.folder.clone(),
+            backend: Arc::new(Observed::shared(self.backend.clone(), observer)),
+            embedding: self.embedding.clone(),
+            layers: self.layers.iter().map(layer).collect(),
+            norm: self.norm.clone(),
+            head: self.head.clone(),
             frequencies: self.frequencies.clone(),
             kv_formats: self.kv_formats.clone(),
         }
@@ -264,9 +302,21 @@ impl<B: Backend> Decoder<B> {
     /// Logits [rows, vocab] of rows of [`Self::hidden`].
     ///
     /// # Errors
-    /// The backend's own failure.
+    /// The backend's own failure, or logits that are not finite.
     pub fn logits(&self, hidden: &B::Tensor) -> backend::Result<B::Tensor> {
-        one(self.backend.linears(&self.final_norm(hidden)?, &[self.head()])?)
+        let normed = self.final_norm(hidden)?;
+        let logits = one(self.backend.linears(&normed, &[self.head()])?)?;
+        if self.backend.is_finite(&logits)? {
+            return Ok(logits);
+        }
+        let watch = Observed::shared(self.backend.clone(), FirstBroken::default());
+        watch.linears(&normed, &[self.head()])?;
+        Err(self.broken(watch.with_observer(|o| o.found()), "what comes out of the head"))
+    }
+
+    fn broken(&self, found: Option<(String, f32)>, otherwise: &str) -> backend::BackendError {
+        let (place, value) = found.unwrap_or_else(|| (otherwise.into(), f32::NAN));
+        backend::BackendError::NotFinite { model: self.folder.clone(), place, value }
     }
 
     /// What enters the head, [rows, hidden], of rows of [`Self::hidden`].
@@ -286,14 +336,46 @@ impl<B: Backend> Decoder<B> {
     /// Runs `batch` and returns what leaves the last layer, [tokens, hidden], before the final norm.
     ///
     /// # Errors
-    /// A token outside the vocabulary, a cache too small, or the backend's own failure.
+    /// A token outside the vocabulary, a cache too small, the backend's own failure, or states that are not finite.
     pub fn hidden(&self, batch: &Batch, cache: &mut B::Cache) -> backend::Result<B::Tensor> {
-        let rope = self.rope(batch);
-        let mut x = self.embed(batch)?;
-        for index in 0..self.layers.len() {
-            x = self.block(index, x, &rope, cache, batch)?;
+        self.blocks(0..self.layers.len(), &|| self.embed(batch), &self.rope(batch), cache, batch)
+    }
+
+    /// What leaves the last of the decoder layers `range` when what `enter` gives, [tokens, hidden], enters the first.
+    ///
+    /// A residual stream keeps what is no number, so it is looked at once, at the end; where something is, the layers run
+    /// again (over the same cache, which changes nothing in it) to find the first module that gives it.
+    ///
+    /// # Errors
+    /// As [`Self::block`], and when what leaves is not finite: with the first module to blame.
+    pub fn blocks(
+        &self,
+        range: Range<usize>,
+        enter: &dyn Fn() -> backend::Result<B::Tensor>,
+        rope: &RopeTable,
+        cache: &mut B::Cache,
+        batch: &Batch,
+    ) -> backend::Result<B::Tensor> {
+        let mut x = enter()?;
+        for index in range.clone() {
+            x = self.block(index, x, rope, cache, batch)?;
         }
-        Ok(x)
+        if self.backend.is_finite(&x)? {
+            return Ok(x);
+        }
+        let watched = self.observed(FirstBroken::default());
+        let found = || watched.backend.with_observer(|o| o.found());
+        if range.start == 0 {
+            watched.embed(batch)?;
+        }
+        let mut x = enter()?;
+        for index in range {
+            if found().is_some() {
+                break;
+            }
+            x = watched.block(index, x, rope, cache, batch)?;
+        }
+        Err(self.broken(found(), "what leaves the last layer"))
     }
 
     /// Rotations of a batch's positions.

@@ -153,17 +153,16 @@ pub(super) fn measure(
         let mut cache = base.new_cache(sequence.len().next_multiple_of(PAGE), KvFormat::F32)?;
         let mut states = vec![base.embed(&batch)?];
         for layer in 0..layers {
-            let next = base.block(layer, states[layer].clone(), &rope, &mut cache, &batch)?;
+            let enter = || Ok(states[layer].clone());
+            let next = base.blocks(layer..layer + 1, &enter, &rope, &mut cache, &batch)?;
             states.push(next);
         }
         let wanted = log_softmax(backend.to_host(&base.logits(&states[layers])?)?, sequence.len());
         for (layer, group) in &mut groups {
             for (scheme, donor) in &donors {
                 let variant = base.graft(donor, &|name| group.modules.iter().any(|m| m == name));
-                let mut x = states[*layer].clone();
-                for index in *layer..layers {
-                    x = variant.block(index, x, &rope, &mut cache, &batch)?;
-                }
+                let enter = || Ok(states[*layer].clone());
+                let x = variant.blocks(*layer..layers, &enter, &rope, &mut cache, &batch)?;
                 let found = log_softmax(backend.to_host(&variant.logits(&x)?)?, sequence.len());
                 let kl = divergence(&wanted, &found, sequence.len());
                 if !kl.is_finite() {

@@ -82,7 +82,7 @@ impl Walk {
             wanted.iter().map(|m| (m.clone(), Vec::new())).collect();
         let mut out = Vec::with_capacity(stream.0.len());
         for (x, (batch, rope)) in stream.0.iter().zip(&self.batches) {
-            out.push(self.decoder.block(index, x.clone(), rope, &mut self.cache, batch)?);
+            out.push(self.decoder.blocks(index..index + 1, &|| Ok(x.clone()), rope, &mut self.cache, batch)?);
         }
         let seen = std::mem::take(&mut *self.seen.lock().unwrap_or_else(PoisonError::into_inner));
         if let Some((module, _)) = seen.iter().find(|(_, x)| x.iter().any(|v| !v.is_finite())) {

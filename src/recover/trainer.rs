@@ -13,6 +13,7 @@ use super::run_folder::RunFolder;
 use super::stage::{Method, Stage};
 use super::student::Student;
 use super::{RecoverError, Result, block};
+use crate::backend::BackendError;
 use crate::backend::autograd::AutogradBackend;
 use crate::model::Decoder;
 
@@ -209,7 +210,14 @@ impl Run<'_> {
         let measure = if teacher.is_some() { Measure::Kl } else { Measure::CrossEntropy };
         let mut loss = Map::new();
         for w in self.watched {
-            let value = student.averaged(|| w.loss(&student.decoder, teacher))?;
+            let value = match student.averaged(|| w.loss(&student.decoder, teacher)) {
+                // A student that training broke; one that was broken from the start is an error of its own.
+                Err(RecoverError::Backend(BackendError::NotFinite { place, value, .. })) if step > 0 || stage > 0 => {
+                    let what = format!("loss on {} ({place})", w.name);
+                    return Err(RecoverError::NotFinite { what, step, value: value.into() });
+                }
+                value => value?,
+            };
             if !value.is_finite() {
                 return Err(RecoverError::NotFinite { what: format!("loss on {}", w.name), step, value });
             }

@@ -58,6 +58,16 @@ impl Task {
                 (request, response) => return Err(wrong(format!("an answer to {request:?}"), format!("{response:?}"))),
             }
         }
+        if let Some(found) = responses.iter().find_map(Response::impossible) {
+            return Err(wrong("a log-likelihood".into(), format!("{found}: the model computes what is no number")));
+        }
+        // A choice may be impossible, and then is not chosen; a mean of logarithms with one has no value.
+        let averaged =
+            |m: &Metric| matches!(m.measure, Measure::Perplexity) || self.config.output == OutputType::Rolling;
+        if self.config.metrics.iter().any(averaged) && responses.iter().any(|r| likelihood(r).0 == f64::NEG_INFINITY) {
+            let found = "-inf: a token of it has probability 0, so there is no perplexity";
+            return Err(wrong("a finite log-likelihood".into(), found.into()));
+        }
         let id = instance.doc_id.to_string();
         let doc = self
             .docs
@@ -300,13 +310,10 @@ fn float(value: f64) -> Value {
     serde_json::Number::from_f64(value).map_or_else(|| python::float(value).into(), Value::Number)
 }
 
-/// `numpy.argmax`: the first of the greatest; not-a-number counts as greatest.
+/// `numpy.argmax`: the first of the greatest. Not-a-number, which numpy takes for the greatest, was refused before.
 fn argmax(values: impl Iterator<Item = f64>) -> usize {
     let (mut best, mut at) = (f64::NEG_INFINITY, 0);
     for (i, value) in values.enumerate() {
-        if value.is_nan() {
-            return i;
-        }
         if value > best {
             (best, at) = (value, i);
         }

@@ -14,7 +14,7 @@ use crate::backend::cpu::dense::{View, serial_f32};
 use crate::backend::cpu::elementwise::exp;
 use crate::backend::cpu::isa::{Isa, multiversion};
 use crate::backend::{AttentionShape, Batch, CacheLayout, RopeTable, Span};
-use crate::formats::e4m3;
+use crate::formats::fp8;
 use crate::formats::kv::KvFormat;
 
 /// Keys (rotated) and values of every layer and slot, rounded as the layer's format stores them.
@@ -56,7 +56,7 @@ impl KvCache {
 impl Layer {
     /// Rounds new keys and values, puts them after the first `span.start` rows of the slot and returns all of them.
     fn extend(&mut self, span: &Span, mut k: Vec<f32>, mut v: Vec<f32>, width: usize) -> Result<Cached> {
-        let round = |x: &mut [f32], scale: f32| x.iter_mut().for_each(|x| *x = e4m3::round(*x / scale) * scale);
+        let round = |x: &mut [f32], scale: f32| x.iter_mut().for_each(|x| *x = fp8::round(*x, scale) * scale);
         let to_bf16 = |x: &mut [f32]| x.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32());
         match self.format {
             KvFormat::F32 => {}

@@ -10,8 +10,8 @@ use rayon::prelude::*;
 use super::elementwise::{LANES, exp, tree_sum};
 use super::isa::{Isa, multiversion};
 use crate::backend::{AttentionShape, Batch, CacheLayout, PAGE, Span};
-use crate::formats::e4m3;
 use crate::formats::kv::KvFormat;
+use crate::formats::{e4m3, fp8};
 
 /// Queries that share one pass over the pages.
 const QUERY_BLOCK: usize = 8;
@@ -56,7 +56,7 @@ impl Store {
         match self {
             Self::F32(v) => x.iter().enumerate().for_each(|(i, x)| v[to(i)] = *x),
             Self::Bf16(v) => x.iter().enumerate().for_each(|(i, x)| v[to(i)] = half::bf16::from_f32(*x).to_bits()),
-            Self::Fp8(v, scale) => x.iter().enumerate().for_each(|(i, x)| v[to(i)] = e4m3::encode(x / *scale)),
+            Self::Fp8(v, scale) => x.iter().enumerate().for_each(|(i, x)| v[to(i)] = fp8::encode(*x, *scale)),
         }
     }
 

@@ -21,6 +21,7 @@ use packed::PackedLinear;
 use super::{
     AttentionShape, Backend, BackendError, Batch, CacheLayout, PAGE, Result, RopeTable, Routing, Span, TokenScore,
 };
+use crate::formats::all_finite;
 use crate::formats::linear::LinearTensors;
 
 /// Runs the decoder on packed weights with a thread pool of its own. Clones share the pool.
@@ -269,6 +270,16 @@ impl Backend for CpuBackend {
 
     fn zeros_like(&self, x: &CpuTensor) -> Result<CpuTensor> {
         Ok(CpuTensor { data: self.buffers.zeros(x.data.len()), columns: x.columns })
+    }
+
+    fn is_finite(&self, x: &CpuTensor) -> Result<bool> {
+        use rayon::prelude::*;
+        // Below two pieces one thread is done before others have woken.
+        const PIECE: usize = 1 << 16;
+        if x.data.len() <= 2 * PIECE {
+            return Ok(all_finite(&x.data));
+        }
+        Ok(self.pool.install(|| x.data.par_chunks(PIECE).all(all_finite)))
     }
 
     fn to_host(&self, x: &CpuTensor) -> Result<Vec<f32>> {
