@@ -12,6 +12,7 @@ pub mod journal;
 pub mod model;
 pub mod openai;
 pub mod perplexity;
+pub mod records;
 pub mod report;
 pub mod run;
 pub mod scores;

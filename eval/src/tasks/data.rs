@@ -1,10 +1,11 @@
-//! Documents from data files: JSON, JSON lines, CSV, plain text, Parquet; typed column by column as the `datasets` library does.
+//! Documents of tasks from the records of data files, typed column by column as the `datasets` library does.
 
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
 use super::{Error, files};
+use crate::records::{self, Records, Table};
 
 /// One example of a data set: its fields in the order of the file.
 pub type Doc = Map<String, Value>;
@@ -31,13 +32,12 @@ impl Format {
     /// The format that a file's name tells.
     #[must_use]
     pub fn of(path: &Path) -> Option<Self> {
-        match path.extension()?.to_str()? {
-            "json" | "jsonl" => Some(Self::Json),
-            "csv" => Some(Self::Csv),
-            "txt" => Some(Self::Text(TextUnit::Line)),
-            "parquet" => Some(Self::Parquet),
-            _ => None,
-        }
+        Some(match records::Format::of(path)? {
+            records::Format::Json => Self::Json,
+            records::Format::Separated(_) => Self::Csv,
+            records::Format::Text => Self::Text(TextUnit::Line),
+            records::Format::Parquet => Self::Parquet,
+        })
     }
 }
 
@@ -49,10 +49,10 @@ pub fn read(paths: &[std::path::PathBuf], format: Format) -> Result<Vec<Doc>, Er
     let mut docs = Vec::new();
     for path in paths {
         docs.extend(match format {
-            Format::Json => json(path)?,
+            Format::Json => objects(&Records::json(path, files::read_text(path)?)?)?,
             Format::Csv => csv(path)?,
-            Format::Text(unit) => text(&files::read_text(path)?, unit),
-            Format::Parquet => parquet(path)?,
+            Format::Text(unit) => text(&records::plain_line_ends(files::read_text(path)?), unit),
+            Format::Parquet => objects(&Records::parquet(path)?)?,
         });
     }
     let fail = |message| {
@@ -62,44 +62,24 @@ pub fn read(paths: &[std::path::PathBuf], format: Format) -> Result<Vec<Doc>, Er
     unify(docs).map_err(fail)
 }
 
-fn json(path: &Path) -> Result<Vec<Doc>, Error> {
-    let text = files::read_text(path)?;
-    let fail = |line: usize, message: String| Error::Data { file: path.display().to_string(), line, message };
-    let object = |line: usize, value: Value| match value {
+fn objects(records: &Records) -> Result<Vec<Doc>, Error> {
+    let object = |i: usize| match records.get(i)?.into_owned() {
         Value::Object(doc) => Ok(doc),
-        other => Err(fail(line, format!("expected an object for each document, found {}", kind(&other)))),
+        other => {
+            let found = records::kind(&other);
+            Err(records.wrong(i, format!("expected an object for each document, found {found}")).into())
+        }
     };
-    let items = match serde_json::from_str::<Value>(&text) {
-        Ok(Value::Array(items)) => Some(items),
-        Ok(Value::Object(mut map)) => match map.remove("data") {
-            Some(Value::Array(items)) if items.iter().all(Value::is_object) => Some(items),
-            _ => None,
-        },
-        _ => None,
-    };
-    if let Some(items) = items {
-        return items.into_iter().enumerate().map(|(i, v)| object(i + 1, v)).collect();
-    }
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let parse = |(i, line): (usize, &str)| {
-        let value = serde_json::from_str(line).map_err(|e| {
-            fail(i + 1, format!("not a JSON document: {e} (one object per line, or one array of objects)"))
-        })?;
-        object(i + 1, value)
-    };
-    lines.map(parse).collect()
+    (0..records.len()).map(object).collect()
 }
 
 fn csv(path: &Path) -> Result<Vec<Doc>, Error> {
-    let bytes = files::read(path)?;
-    let fail = |e: ::csv::Error| {
-        let line = e.position().map_or(1, |p| p.line() as usize);
-        Error::Data { file: path.display().to_string(), line, message: format!("not a CSV file with a head: {e}") }
+    let separator = match records::Format::of(path) {
+        Some(records::Format::Separated(separator)) => separator,
+        _ => b',',
     };
-    let mut reader = ::csv::Reader::from_reader(bytes.as_ref());
-    let names: Vec<String> = reader.headers().map_err(fail)?.iter().map(str::to_owned).collect();
-    let rows = reader.into_records().collect::<Result<Vec<_>, _>>().map_err(fail)?;
-    let columns = (0..names.len()).map(|i| column(rows.iter().map(|row| row.get(i).unwrap_or_default()).collect()));
+    let Table { names, rows, .. } = Table::read(&path.display().to_string(), &files::read_text(path)?, separator)?;
+    let columns = (0..names.len()).map(|i| column(rows.iter().map(|row| row[i].as_str()).collect()));
     let mut docs = vec![Doc::new(); rows.len()];
     for (name, column) in names.iter().zip(columns) {
         for (doc, value) in docs.iter_mut().zip(column) {
@@ -146,28 +126,6 @@ fn text(text: &str, unit: TextUnit) -> Vec<Doc> {
     pieces.into_iter().map(|piece| Doc::from_iter([("text".to_owned(), piece.into())])).collect()
 }
 
-#[cfg(not(feature = "parquet"))]
-fn parquet(path: &Path) -> Result<Vec<Doc>, Error> {
-    let message =
-        "this program was built without the feature `parquet`; build it with that, or convert the file to JSON lines";
-    Err(Error::Data { file: path.display().to_string(), line: 1, message: message.into() })
-}
-
-#[cfg(feature = "parquet")]
-fn parquet(path: &Path) -> Result<Vec<Doc>, Error> {
-    use ::parquet::file::reader::{FileReader, SerializedFileReader};
-    let fail = |line: usize, e: String| Error::Data { file: path.display().to_string(), line, message: e };
-    let file = std::fs::File::open(path).map_err(|source| Error::Read { path: path.into(), source })?;
-    let reader = SerializedFileReader::new(file).map_err(|e| fail(1, format!("not a Parquet file: {e}")))?;
-    let rows = reader.get_row_iter(None).map_err(|e| fail(1, e.to_string()))?;
-    let object = |(i, row): (usize, Result<::parquet::record::Row, _>)| match row.map(|r| r.to_json_value()) {
-        Ok(Value::Object(doc)) => Ok(doc),
-        Ok(other) => Err(fail(i + 1, format!("expected a row, found {}", kind(&other)))),
-        Err(e) => Err(fail(i + 1, format!("row cannot be read: {e}"))),
-    };
-    rows.enumerate().map(object).collect()
-}
-
 /// Gives all documents the same fields, as the columns of `datasets` 5.2 do: what is missing is null, and integers beside
 /// floats are floats. Objects inside of documents share the order of their keys where all have the same keys; otherwise they
 /// stay as they are.
@@ -186,7 +144,7 @@ fn unify(docs: Vec<Doc>) -> Result<Vec<Doc>, String> {
     docs.into_iter()
         .map(|doc| match shape.apply(Value::Object(doc)) {
             Value::Object(doc) => Ok(doc),
-            other => Err(format!("expected an object, found {}", kind(&other))),
+            other => Err(format!("expected an object, found {}", records::kind(&other))),
         })
         .collect()
 }
@@ -265,17 +223,6 @@ impl Shape {
             Self::List(_) => "a list",
             Self::Struct(_) | Self::Free => "an object",
         }
-    }
-}
-
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "true or false",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a text",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
     }
 }
 

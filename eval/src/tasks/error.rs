@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::records::RecordsError;
+
 /// Why a task cannot be loaded, asked or scored.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -53,6 +55,9 @@ pub enum Error {
     /// A data file whose content is wrong.
     #[error("{file}:{line}: {message}")]
     Data { file: String, line: usize, message: String },
+    /// A data file that is something else.
+    #[error(transparent)]
+    Records(RecordsError),
     /// A data file without documents.
     #[error("task `{task}`: split `{split}` has no documents ({file} is empty)")]
     NoDocuments { task: String, split: String, file: String },
@@ -71,6 +76,16 @@ pub enum Error {
     /// Answers that do not fit what was asked.
     #[error("task `{task}`, document {doc_id}: expected {expected}, found {found}")]
     Responses { task: String, doc_id: usize, expected: String, found: String },
+}
+
+impl From<RecordsError> for Error {
+    fn from(e: RecordsError) -> Self {
+        match e {
+            RecordsError::Read { path, source } => Self::Read { path, source },
+            RecordsError::Wrong { file, line, message } => Self::Data { file, line, message },
+            other => Self::Records(other),
+        }
+    }
 }
 
 /// The known name with the fewest edits to `name`; the first of equals.

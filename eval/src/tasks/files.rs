@@ -6,13 +6,14 @@ use std::{
 };
 
 use super::Error;
+use crate::records;
 
 include!(concat!(env!("OUT_DIR"), "/tasks.rs"));
 
 /// What stands at the head of the paths of built-in files.
 pub const BUILT_IN: &str = "<built-in>";
 
-/// Reads a file.
+/// Reads a file, unpacked where it is compressed.
 ///
 /// # Errors
 /// When it cannot be read, or is not there.
@@ -22,29 +23,16 @@ pub fn read(path: &Path) -> Result<Cow<'static, [u8]>, Error> {
             Ok(at) => Ok(Cow::Borrowed(FILES[at].1)),
             Err(_) => Err(Error::Read { path: path.into(), source: std::io::ErrorKind::NotFound.into() }),
         },
-        None => match std::fs::read(path) {
-            Ok(bytes) => match crate::foreign::pointer(&bytes) {
-                Some(what) => {
-                    let message = format!("it is {what}");
-                    Err(Error::Data { file: path.display().to_string(), line: 1, message })
-                }
-                None => Ok(Cow::Owned(bytes)),
-            },
-            Err(source) => Err(Error::Read { path: path.into(), source }),
-        },
+        None => Ok(Cow::Owned(records::bytes(path)?)),
     }
 }
 
-/// Reads a file of UTF-8.
+/// Reads a file of UTF-8, without its byte order mark.
 ///
 /// # Errors
 /// When it cannot be read, or is not UTF-8.
 pub fn read_text(path: &Path) -> Result<String, Error> {
-    String::from_utf8(read(path)?.into_owned()).map_err(|e| {
-        let valid = &e.as_bytes()[..e.utf8_error().valid_up_to()];
-        let line = 1 + valid.iter().filter(|b| **b == b'\n').count();
-        Error::Data { file: path.display().to_string(), line, message: "not UTF-8; save the file as UTF-8".into() }
-    })
+    Ok(records::decode(&path.display().to_string(), read(path)?.into_owned())?)
 }
 
 /// Whether there is a file.
