@@ -11,7 +11,7 @@ const ALLOWED: [(&str, &[&str]); 11] = [
     ("text", &[]),
     ("quantize", &["formats", "checkpoint", "backend", "model"]),
     ("recover", &["formats", "checkpoint", "backend", "model", "text"]),
-    ("engine", &["formats", "backend", "model", "text"]),
+    ("engine", &["formats", "checkpoint", "backend", "model", "text"]),
     ("evaluate", &["formats", "checkpoint", "backend", "model", "text", "engine"]),
     ("cli", &["formats", "checkpoint", "backend", "model", "text", "quantize", "recover", "engine", "evaluate"]),
     ("main", &["cli"]),

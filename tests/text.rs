@@ -639,3 +639,22 @@ fn large_tokenizers_stream_the_text_of_all_ids() {
         });
     }
 }
+
+#[test]
+fn a_message_to_be_continued_keeps_its_white_space_as_transformers_keeps_it() {
+    // Right-hand sides: transformers 5.24, `apply_chat_template(…, continue_final_message=True)`.
+    let continued = |source: &str, content: &str| {
+        let messages = [json!({"role": "user", "content": "q"}), json!({"role": "assistant", "content": content})];
+        template(source).render_continued(&ChatInput { messages: &messages, ..ChatInput::default() })
+    };
+    let plain = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}";
+    assert_eq!(continued(plain, "The answer is: ").unwrap(), "<user>q</s>\n<assistant>The answer is: ");
+    assert_eq!(continued(plain, "</think>\n\n").unwrap(), "<user>q</s>\n<assistant></think>\n\n");
+    let trims = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>\n{% endfor %}";
+    assert_eq!(continued(trims, "The answer is: ").unwrap(), "<user>q</s>\n<assistant>The answer is:");
+    // The same words stand in the question: the end of the last message counts.
+    assert_eq!(continued(plain, "q").unwrap(), "<user>q</s>\n<assistant>q");
+    let drops = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}";
+    let error = continued(drops, "x").unwrap_err();
+    assert!(matches!(error, TextError::NotContinued { .. }), "{error}");
+}

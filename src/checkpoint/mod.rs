@@ -13,6 +13,7 @@ pub mod identity;
 pub mod json;
 pub mod resolve;
 pub mod tensors;
+pub mod text_files;
 pub mod write;
 
 use std::path::Path;

@@ -9,6 +9,7 @@ use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
 use super::error::{CheckpointError, Result};
+use super::text_files;
 
 /// Bytes of tensors in one shard, unless one tensor alone is larger.
 pub const SHARD_BYTES: u64 = 4 << 30;
@@ -66,7 +67,7 @@ impl FolderWriter {
     ///
     /// # Errors
     /// When the disk is full or the folder cannot be written.
-    pub fn file(&self, name: &str, contents: &[u8]) -> Result<()> {
+    pub fn file(&self, name: impl AsRef<Path>, contents: &[u8]) -> Result<()> {
         let path = self.partial.join(name);
         let io = |source| CheckpointError::io(&path, "write", source);
         let mut file = File::create(&path).map_err(io)?;
@@ -89,22 +90,26 @@ impl FolderWriter {
         self.copy(&["config.json", "hf_quant_config.json", "recoup_recipe.json", "recoup_sensitivity.json"], from)
     }
 
-    /// Copies tokenizer, templates and generation settings from another checkpoint folder.
+    /// Copies tokenizer, templates, generation settings and terms of use from another checkpoint folder.
     ///
     /// # Errors
     /// When a file cannot be read or written.
     pub fn copy_text_files(&self, from: &Path) -> Result<()> {
-        self.copy(&TEXT_FILES, from)
+        self.copy(&text_files::to_copy(from), from)
     }
 
-    fn copy(&self, names: &[&str], from: &Path) -> Result<()> {
+    fn copy<P: AsRef<Path>>(&self, names: &[P], from: &Path) -> Result<()> {
         for name in names {
+            let name = name.as_ref();
             let source = from.join(name);
             if source.is_file() {
                 let io = |error| CheckpointError::Io { path: source.clone(), action: "read", source: error };
                 let bytes = fs::read(&source).map_err(io)?;
                 if let Some(what) = recoup_eval::foreign::pointer(&bytes) {
                     return Err(CheckpointError::Foreign { file: source, what });
+                }
+                if let Some(folder) = name.parent().map(|p| self.partial.join(p)) {
+                    fs::create_dir_all(&folder).map_err(|e| CheckpointError::io(&folder, "create", e))?;
                 }
                 self.file(name, &bytes)?;
             }
@@ -253,21 +258,6 @@ pub fn atomically<E: From<CheckpointError>>(
     }
     written
 }
-
-/// Files that travel with a model and are no weights.
-const TEXT_FILES: [&str; 11] = [
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE",
-];
 
 /// Name, dtype and shape of a tensor to be written.
 #[derive(Clone, Debug, PartialEq)]

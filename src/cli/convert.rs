@@ -76,6 +76,7 @@ fn restated(args: &Args, checkpoint: &Checkpoint, dialect: Dialect) -> Result<Ex
     for note in &report.notes {
         super::say!("note: {note}");
     }
+    super::name_left_out(checkpoint.tensors.folder());
     super::say!("wrote {}", args.output.display());
     super::done()
 }
@@ -90,6 +91,7 @@ fn dequantized(args: &Args, checkpoint: &Checkpoint) -> Result<ExitCode> {
             report.dropped[0]
         );
     }
+    super::name_left_out(checkpoint.tensors.folder());
     super::say!("wrote {}", args.output.display());
     super::done()
 }

@@ -126,6 +126,18 @@ fn human_bytes(bytes: u64) -> String {
     if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
 }
 
+/// Names the small text files of a model that its copy lacks, because nothing here knows them.
+fn name_left_out(model: &std::path::Path) {
+    let names = crate::checkpoint::text_files::left_out(model);
+    if !names.is_empty() {
+        say!(
+            "note: of {} not copied, because nothing here knows what they are for: {}",
+            model.display(),
+            names.join(", ")
+        );
+    }
+}
+
 /// A result with exit code 0.
 fn done() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)

@@ -119,6 +119,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     for module in &report.unreached {
         super::say!("note: no calibration token reached {module}; it shares the scale of its neighbours");
     }
+    super::name_left_out(&folder);
     super::say!("wrote {}", output.display());
     for folder in left_behind(output) {
         super::say!("note: {} was left by a run that was killed; it can be removed", folder.display());

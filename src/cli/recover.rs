@@ -202,6 +202,7 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
     }
     let files = [(RECORD_FILE, format!("{record:#}\n").into_bytes()), (CURVE_FILE, run_folder.curve()?)];
     student.write(&checkpoint, &files, &args.output)?;
+    super::name_left_out(checkpoint.tensors.folder());
     drop((student, checkpoint, unrounded));
     run_folder.remove()?;
     super::say!(

@@ -2,7 +2,6 @@
 
 use std::io::{IsTerminal as _, Read as _};
 use std::ops::ControlFlow;
-use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
@@ -11,8 +10,7 @@ use serde_json::{Value, json};
 use super::options::{EngineOptions, model_folder};
 use crate::backend::cpu::CpuBackend;
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::json::Object;
-use crate::engine::{Finish, Generated, Request, SamplingParams, Session, generate};
+use crate::engine::{Finish, Generated, GenerationConfig, Request, SamplingParams, Session, generate};
 use crate::model::config::token_ids;
 use crate::text::{ChatInput, ChatTemplate, Tokenizer};
 
@@ -29,9 +27,9 @@ pub(super) struct Args {
     /// System message
     #[arg(long)]
     system: Option<String>,
-    /// Tokens to generate at most
-    #[arg(short = 'n', long, default_value_t = 512)]
-    max_tokens: usize,
+    /// Tokens to generate at most [default: generation_config.json's max_new_tokens, else 512 within its max_length]
+    #[arg(short = 'n', long)]
+    max_tokens: Option<usize>,
     /// 0 takes the most probable token always [default: generation_config.json's, else 0]
     #[arg(long)]
     temperature: Option<f32>,
@@ -72,6 +70,9 @@ pub(super) struct Args {
     options: EngineOptions,
 }
 
+/// Tokens of an answer at most where neither option nor model says.
+const DEFAULT_TOKENS: usize = 512;
+
 /// Without --context, more than this is not reserved.
 const DEFAULT_CONTEXT: usize = 8192;
 
@@ -82,6 +83,8 @@ struct Chat<'a> {
     template: Option<ChatTemplate>,
     sampling: SamplingParams,
     stop_tokens: Vec<u32>,
+    stop: Vec<String>,
+    generation: GenerationConfig,
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
@@ -96,9 +99,15 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
             if args.raw { " with --raw" } else { "" }
         );
     }
-    let (defaults, stop_tokens) = generation_config(&folder, &checkpoint, &tokenizer)?;
-    let sampling = sampling(args, defaults);
+    let generation = GenerationConfig::from_folder(&folder)?;
+    let stop_tokens = stop_tokens(&checkpoint, &generation, &tokenizer)?;
+    let sampling = sampling(args, generation.sampling.clone());
     sampling.validate()?;
+    let ignored: Vec<&str> = generation.ignored.iter().map(String::as_str).filter(|i| !overridden(args, i)).collect();
+    if !ignored.is_empty() {
+        super::say!("note: of generation_config.json not used: {}", ignored.join(", "));
+    }
+    let stop = args.stop.iter().chain(&generation.stop_strings).cloned().collect();
     let model = args.options.load(&checkpoint)?;
     drop(checkpoint);
     let positions = model.config.max_positions;
@@ -109,7 +118,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         None => positions.min(DEFAULT_CONTEXT),
     };
     let session = Session::new(model, context, args.options.kv_format())?;
-    let mut chat = Chat { args, session, tokenizer, template, sampling, stop_tokens };
+    let mut chat = Chat { args, session, tokenizer, template, sampling, stop_tokens, stop, generation };
     match &args.prompt {
         Some(prompt) => chat.one(prompt)?,
         None if std::io::stdin().is_terminal() => chat.talk()?,
@@ -171,12 +180,23 @@ impl Chat<'_> {
         if prompt.is_empty() {
             bail!("the prompt is empty");
         }
+        let max_tokens = match (self.args.max_tokens, self.generation.max_new_tokens) {
+            (Some(n), _) | (None, Some(n)) => n,
+            (None, None) => match self.generation.limit(prompt.len()) {
+                Some(0) => bail!(
+                    "the prompt has {} tokens, generation_config.json allows {} in all (max_length); -n sets another limit",
+                    prompt.len(),
+                    self.generation.max_length.unwrap_or_default()
+                ),
+                limit => limit.unwrap_or(usize::MAX).min(DEFAULT_TOKENS),
+            },
+        };
         let request = Request {
             prompt: &prompt,
-            max_tokens: self.args.max_tokens,
+            max_tokens,
             sampling: &self.sampling,
             stop_tokens: &self.stop_tokens,
-            stop: &self.args.stop,
+            stop: &self.stop,
         };
         let quiet = self.args.json;
         let mut failure = None;
@@ -239,29 +259,25 @@ fn report(tokenizer: &Tokenizer, g: &Generated) -> Value {
         "prefill_seconds": g.prefill.as_secs_f64(), "decode_seconds": g.decode.as_secs_f64()})
 }
 
-/// Sampling defaults and end tokens of a model: generation_config.json, config.json, the tokenizer's own.
-fn generation_config(
-    folder: &Path,
-    checkpoint: &Checkpoint,
-    tokenizer: &Tokenizer,
-) -> Result<(SamplingParams, Vec<u32>)> {
-    let mut params = SamplingParams::greedy();
+/// Tokens that end an answer: config.json's, generation_config.json's, the tokenizer's own.
+fn stop_tokens(checkpoint: &Checkpoint, generation: &GenerationConfig, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
     let mut stop = token_ids(&checkpoint.config, "eos_token_id")?;
-    let file = folder.join("generation_config.json");
-    if file.is_file() {
-        let c = Object::read(&file)?;
-        stop.extend(token_ids(&c, "eos_token_id")?);
-        if c.bool_or("do_sample", false)? {
-            params.temperature = c.positive("temperature")?.unwrap_or(1.0) as f32;
-            params.top_k = c.integer("top_k", 0..=usize::MAX)?.unwrap_or(0);
-            params.top_p = c.positive("top_p")?.unwrap_or(1.0) as f32;
-        }
-        params.repetition_penalty = c.positive("repetition_penalty")?.unwrap_or(1.0) as f32;
-    }
+    stop.extend(&generation.eos);
     stop.extend(tokenizer.eos_id());
     stop.sort_unstable();
     stop.dedup();
-    Ok((params, stop))
+    Ok(stop)
+}
+
+/// Whether an option stands in for a setting of the model that is not used.
+fn overridden(args: &Args, ignored: &str) -> bool {
+    let given = [
+        ("temperature ", args.temperature.is_some()),
+        ("top_k ", args.top_k.is_some()),
+        ("top_p ", args.top_p.is_some()),
+        ("min_p ", args.min_p.is_some()),
+    ];
+    given.iter().any(|(name, given)| *given && ignored.starts_with(name))
 }
 
 fn sampling(args: &Args, mut p: SamplingParams) -> SamplingParams {

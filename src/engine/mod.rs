@@ -2,6 +2,7 @@
 
 pub mod generate;
 mod generate_many;
+pub mod generation_config;
 mod pages;
 mod sampler;
 mod sampling_params;
@@ -10,6 +11,7 @@ pub mod session;
 
 pub use generate::{Finish, GenerateError, Generated, Request, generate};
 pub use generate_many::generate_many;
+pub use generation_config::GenerationConfig;
 pub use pages::PagePool;
 pub use sampler::{History, Sampled, Sampler, Scratch};
 pub use sampling_params::{SamplingError, SamplingParams};

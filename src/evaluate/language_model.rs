@@ -321,16 +321,11 @@ impl<B: Backend> LanguageModel for EvaluatedModel<'_, B> {
             .as_ref()
             .ok_or_else(|| EvaluateError::NoChatTemplate { folder: self.text.folder.clone() })?;
         let json: Vec<_> = messages.iter().map(|m| serde_json::json!({"role": m.role, "content": m.content})).collect();
-        let input = ChatInput { messages: &json, add_generation_prompt: !continue_last, ..ChatInput::default() };
-        let mut prompt = template.render(&input)?;
-        // As transformers' continue_final_message: the text ends where the last message does.
-        if let Some(last) = messages.last().filter(|_| continue_last) {
-            let content = last.content.trim();
-            if let Some(at) = prompt.rfind(content) {
-                prompt.truncate(at + content.len());
-            }
-        }
-        Ok(prompt)
+        Ok(if continue_last {
+            template.render_continued(&ChatInput { messages: &json, ..ChatInput::default() })?
+        } else {
+            template.render(&ChatInput { messages: &json, add_generation_prompt: true, ..ChatInput::default() })?
+        })
     }
 }
 

@@ -181,6 +181,30 @@ impl ChatTemplate {
         })
     }
 
+    /// The text up to the end of the last message, which the model is to continue: white space at its end stays, unless
+    /// the template trims messages. As transformers' `continue_final_message`.
+    ///
+    /// # Errors
+    /// As [`Self::render`]; [`TextError::NotContinued`] when the template does not write the message as it is.
+    pub fn render_continued(&self, input: &ChatInput) -> Result<String, TextError> {
+        /// Stands at the message's end to find it again; a template that trims takes the space only.
+        const MARK: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
+        let mut messages = input.messages.to_vec();
+        let content = messages.last().and_then(|m| m.get("content")?.as_str()).unwrap_or_default().to_owned();
+        if let Some(message) = messages.last_mut() {
+            message["content"] = Json::String(content.clone() + MARK);
+        }
+        let mut text = self.render(&ChatInput { messages: &messages, add_generation_prompt: false, ..*input })?;
+        match text.rfind(MARK.trim_end()).filter(|_| text.contains(content.trim())) {
+            Some(at) => {
+                let kept = text[at..].starts_with(MARK);
+                text.truncate(at);
+                Ok(if kept { text } else { text.trim_end().to_owned() })
+            }
+            None => Err(TextError::NotContinued { file: self.default.clone(), content }),
+        }
+    }
+
     fn new(sources: Vec<Source>, special_tokens: SpecialTokens) -> Result<ChatTemplate, TextError> {
         let mut env = Environment::new();
         // Without a loader, no template can include a file.

@@ -90,6 +90,18 @@ pub enum TextError {
         limit: String,
     },
 
+    /// The last message, which the model is to continue, is not in what the template wrote.
+    #[error(
+        "{file}: the last message is to be continued, but the chat template does not write it as it is: {content:?} \
+         (does it drop a part of the answer, such as its thinking?)"
+    )]
+    NotContinued {
+        /// Where the template was found.
+        file: String,
+        /// The message.
+        content: String,
+    },
+
     /// The caller passed a template argument that has a field of its own.
     #[error("chat template argument `{name}` cannot be passed as an extra one: it has its own field")]
     ReservedArgument {
