@@ -121,7 +121,7 @@ impl GenerationConfig {
             // At 0 only the most probable token is left, which is what the smallest positive value means here; -1 is off.
             own.sampling.top_p =
                 match number(c, "top_p", "from 0 to 1, or -1 for off", |p| (0.0..=1.0).contains(&p) || p == -1.0)? {
-                    Some(p) if p == 0.0 => f32::MIN_POSITIVE,
+                    Some(0.0) => f32::MIN_POSITIVE,
                     Some(p) if p < 0.0 => 1.0,
                     p => p.unwrap_or(1.0),
                 };
