@@ -446,3 +446,37 @@ fn identical_models_are_said_to_be_so() {
     assert!(said.contains("both score the same on every document"), "{said}");
     assert!(said.contains("Mean KLD: 0.000000 ± 0.000000") && !said.contains("NaN"), "{said}");
 }
+
+#[test]
+fn names_that_differ_in_signs_only_have_files_of_their_own() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("d.jsonl"), "{\"q\": \"x\"}\n").unwrap();
+    for (file, name) in [("one", "a b"), ("two", "a_b"), ("three", "a/b")] {
+        let task = format!(
+            "task: \"{name}\"\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: d.jsonl}}}}\ntest_split: test\n\
+             output_type: multiple_choice\ndoc_to_text: \"{name}\"\ndoc_to_choice: [\"yes\", \"no\"]\ndoc_to_target: 0\n"
+        );
+        std::fs::write(folder.path().join(format!("{file}.yaml")), task).unwrap();
+    }
+    let tasks = folder.path().to_str().unwrap();
+    let out = folder.path().join("out");
+    let to = out.to_str().unwrap();
+    succeed(&["eval", "models/books-bf16", "--tasks", "a b,a_b,a/b", "--include-path", tasks, "-o", to]);
+    for (file, name) in [("a%20b", "a b"), ("a_b", "a_b"), ("a%2Fb", "a/b")] {
+        let samples = std::fs::read_to_string(out.join(format!("samples_{file}.jsonl"))).unwrap();
+        assert!(samples.contains(&format!("\"{name}\"")), "{samples}");
+    }
+    let compare = |labels: &str, out: &Path| {
+        let models =
+            ["compare", "models/books-bf16", "models/books-nvfp4", "--labels", labels, "--tasks", "piqa", "-L", "3"];
+        run(&[&models[..], &["--text", "none", "--no-speed", "-o", out.to_str().unwrap()]].concat())
+    };
+    let both = folder.path().join("compared");
+    let found = compare("a b,a_b", &both);
+    assert!(found.status.success(), "{}", String::from_utf8_lossy(&found.stderr));
+    assert!(both.join("a%20b").is_dir() && both.join("a_b").is_dir());
+    let none = folder.path().join("none");
+    let same = compare("a,a", &none);
+    let stderr = String::from_utf8_lossy(&same.stderr);
+    assert!(stderr.contains("`a` stands for two models") && !none.exists(), "{stderr}");
+}

@@ -10,6 +10,7 @@ pub mod foreign;
 pub mod ifeval;
 pub mod journal;
 pub mod model;
+pub mod names;
 pub mod openai;
 pub mod perplexity;
 pub mod records;

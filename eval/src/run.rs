@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 use thiserror::Error;
 
 use crate::journal::{self, Journal, JournalError, Key, write_atomically};
+use crate::names::file_name;
 use crate::report::ScoreRow;
 use crate::scores::{GenerationLength, MetricScores, ModelFacts, ModelScores};
 use crate::tasks::{self, BOOTSTRAP_RESAMPLES, Chat, Instance, Options, OutputType, Sample, Selection, Task};
@@ -99,6 +100,25 @@ impl<'t> Plan<'t> {
             instances.push(seeds);
         }
         Ok(Self { selection, setup, instances })
+    }
+
+    /// What whoever reads the scores should know of the prompts: in how many the answer stands among the examples.
+    #[must_use]
+    pub fn notes(&self) -> Vec<String> {
+        let of = |(task, seeds): (&Task, &Vec<Vec<Instance>>)| {
+            let instances = seeds.first()?;
+            let count = instances.iter().filter(|i| i.holds_itself).count();
+            (count > 0).then(|| {
+                format!(
+                    "{}: in {count} of {} prompts the question itself, with its answer, is among the few-shot examples, \
+                     since they come from the documents that are evaluated; lm-evaluation-harness's prompts are the same, \
+                     and its score as much too high",
+                    task.name(),
+                    instances.len()
+                )
+            })
+        };
+        self.selection.tasks.iter().zip(&self.instances).filter_map(of).collect()
     }
 
     /// Every request with its key.
@@ -220,6 +240,7 @@ impl<'t> Plan<'t> {
                 samples,
                 scores,
                 generation,
+                hold_themselves: seeds.first().map_or(0, |s| s.iter().filter(|i| i.holds_itself).count()),
             });
         }
         let scores: Vec<MetricScores> = out.tasks.iter().flat_map(|t| t.scores.clone()).collect();
@@ -288,6 +309,8 @@ pub struct TaskResults {
     pub samples: Vec<Sample>,
     pub scores: Vec<MetricScores>,
     pub generation: Option<GenerationLength>,
+    /// Documents whose prompt has them among its own examples.
+    pub hold_themselves: usize,
 }
 
 /// All results of a run.
@@ -361,6 +384,9 @@ impl Results {
                 entry.insert("generated_tokens_mean".into(), json!(g.mean_tokens));
                 entry.insert("generated_capped_share".into(), json!(g.capped));
             }
+            if task.hold_themselves > 0 {
+                entry.insert("fewshot_own_document".into(), json!(task.hold_themselves));
+            }
             let effective: std::collections::BTreeSet<usize> = task.samples.iter().map(|s| s.doc_id).collect();
             samples.insert(task.name.clone(), json!({"original": task.documents, "effective": effective.len()}));
             results.insert(task.name.clone(), Value::Object(entry));
@@ -412,11 +438,10 @@ impl Results {
     }
 }
 
-/// Name of a task's samples; what cannot stand in a file name is replaced.
+/// Name of a task's samples; what cannot stand in a file name is written as `%XX`.
 #[must_use]
 pub fn samples_name(task: &str) -> String {
-    let safe: String = task.chars().map(|c| if c.is_alphanumeric() || "-_.".contains(c) { c } else { '_' }).collect();
-    format!("samples_{safe}.jsonl")
+    format!("samples_{}.jsonl", file_name(task))
 }
 
 fn digest(bytes: &[u8]) -> String {

@@ -308,3 +308,106 @@ fn an_answer_that_is_no_number_is_never_scored() {
     let other = task.score(instance, &[answer(-2.0), answer(-1.0)]).unwrap();
     assert_eq!(scored[0].values, other[0].values);
 }
+
+#[test]
+fn files_that_nobody_asks_for_stop_nobody() {
+    let good = CHOICE;
+    for (name, text) in [
+        ("twice.yaml", "include: t.yaml\ntask: other\nnum_fewshot: 1\nnum_fewshot: 0\n"),
+        ("null.yaml", "include: t.yaml\ntask: other\ndescription: !!null\n"),
+        ("base.yaml", "dataset_path: json\noutput_type: multiple_choice\n"),
+        ("ci.yaml", "name: CI\non: push\n"),
+        ("broken.yaml", "task: other\ndoc_to_text: [1, 2\n"),
+        ("function.yaml", "task: other\ndoc_to_text: !function utils.f\n"),
+        ("missing.yaml", "include: none_such.yaml\ntask: other\n"),
+        ("list.yaml", "- a\n- b\n"),
+        ("empty.yaml", ""),
+        ("python.yaml", "task: other\ngroup: set\nclass: !function task.Qasper\n"),
+        ("binary.yaml", "a: !!python/object:os.system x\n"),
+    ] {
+        assert!(load(&[("t.yaml", good), (name, text), ("d.jsonl", DATA)], "t").is_ok(), "{name}");
+    }
+    let group = "group: both\ntask: [t]\n";
+    let twice = [("t.yaml", good), ("x.yaml", group), ("y.yaml", group), ("d.jsonl", DATA)];
+    assert!(load(&twice, "t").is_ok());
+    has(&load(&twice, "both").unwrap_err(), &["`both` is defined twice", "x.yaml", "y.yaml"]);
+}
+
+#[test]
+fn what_is_wrong_with_a_file_is_said_to_who_asks_for_its_task() {
+    let of =
+        |text: &str, name: &str| load(&[("t.yaml", CHOICE), ("u.yaml", text), ("d.jsonl", DATA)], name).unwrap_err();
+    has(&of("task: other\ndoc_to_text: [1, 2\n", "other"), &["`other` cannot be used", "u.yaml"]);
+    has(&of("include: none.yaml\ntask: other # this\n", "other"), &["`other` cannot be used", "none.yaml"]);
+    has(&of("dataset_path: json\n", "u"), &["u.yaml has no `task`"]);
+    // A broken file of a shipped task's name does not bring the shipped one back.
+    has(&of("task: hellaswag\nx: [1\n", "hellaswag"), &["`hellaswag` cannot be used", "u.yaml"]);
+    has(&of("task: other\ngroup: set\nclass: !function task.Qasper\n", "other"), &["class", "Python"]);
+}
+
+#[test]
+fn what_is_strange_about_files_is_noted() {
+    let files = [
+        ("t.yaml", CHOICE),
+        ("u.yaml", "include: t.yaml\ntask: hellaswag\nnum_fewshot: 1\nnum_fewshot: 0\n"),
+        ("v.yaml", "task: [\n"),
+        ("w.yaml", "task: {\n"),
+        ("d.jsonl", DATA),
+    ];
+    let folder = folder(&files);
+    let mut library = Library::new(&[folder.path().into()], None).unwrap();
+    let selection = library.select(&["hellaswag"]).unwrap();
+    let notes = selection.notes.join("\n");
+    has(&notes, &["u.yaml:4: key `num_fewshot` is there twice (line 3 before); the last counts"]);
+    has(&notes, &["`hellaswag` is taken from", "not from <built-in>"]);
+    has(&notes, &["v.yaml cannot be read as a task and is left out", "one more file like it"]);
+    assert_eq!(selection.tasks[0].num_fewshot(&Options::default()), 0);
+    assert!(Library::new(&[], None).unwrap().select(&["hellaswag"]).unwrap().notes.is_empty());
+}
+
+#[test]
+fn a_file_that_has_the_name_of_a_task_that_was_asked_for_before_is_refused() {
+    let folder = folder(&[("my.yaml", &CHOICE.replace("task: t", "task: piqa")), ("d.jsonl", DATA)]);
+    let file = folder.path().join("my.yaml").to_str().unwrap().to_owned();
+    let error = Library::new(&[], None).unwrap().select(&["piqa", &file]).unwrap_err().to_string();
+    has(&error, &["`piqa` is defined twice", "my.yaml"]);
+    assert_eq!(Library::new(&[], None).unwrap().select(&[&file, &file]).unwrap().tasks.len(), 1);
+}
+
+#[cfg(unix)]
+#[test]
+fn links_that_lead_in_circles_are_followed_once() {
+    let folder = folder(&[("t.yaml", CHOICE), ("d.jsonl", DATA)]);
+    std::os::unix::fs::symlink(folder.path(), folder.path().join("again")).unwrap();
+    let mut library = Library::new(&[folder.path().into()], None).unwrap();
+    assert_eq!(library.select(&["t"]).unwrap().tasks.len(), 1);
+}
+
+/// How many of `t`'s prompts hold their own document, with one example each.
+fn holding_themselves(splits: &str, shots: usize) -> usize {
+    let yaml = format!(
+        "task: t\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: d.jsonl, validation: d.jsonl, train: e.jsonl}}\n\
+         {splits}output_type: generate_until\ndoc_to_text: \"Q: {{{{q}}}}\\nA:\"\ndoc_to_target: a\n"
+    );
+    let data = (0..6).map(|i| format!("{{\"q\": \"q{i}\", \"a\": \"{i}\"}}\n")).collect::<String>();
+    let other = (6..12).map(|i| format!("{{\"q\": \"q{i}\", \"a\": \"{i}\"}}\n")).collect::<String>();
+    let task = load(&[("t.yaml", &yaml), ("d.jsonl", &data), ("e.jsonl", &other)], "t").unwrap();
+    let instances = task.instances(&Options { num_fewshot: Some(shots), ..Options::default() }, None).unwrap();
+    for (i, instance) in instances.iter().enumerate() {
+        let recoup_eval::Request::Generate { context, .. } = &instance.requests[0] else { panic!("{instance:?}") };
+        assert_eq!(instance.holds_itself, context.contains(&format!("Q: q{i}\nA: {i}")), "{context}");
+    }
+    instances.iter().filter(|i| i.holds_itself).count()
+}
+
+#[test]
+fn prompts_that_hold_their_own_document_are_counted() {
+    // Examples from the split that is evaluated, which lm-evaluation-harness leaves out only if `fewshot_split` names it.
+    assert!(holding_themselves("test_split: test\n", 4) > 0);
+    assert!(holding_themselves("validation_split: validation\nfewshot_split: validation\n", 4) > 0);
+    assert_eq!(holding_themselves("test_split: test\nfewshot_split: test\n", 4), 0);
+    assert_eq!(holding_themselves("test_split: test\ntraining_split: train\n", 4), 0);
+    // The same documents under another split's name.
+    assert!(holding_themselves("test_split: test\nfewshot_split: validation\n", 4) > 0);
+    assert_eq!(holding_themselves("test_split: test\n", 0), 0);
+}

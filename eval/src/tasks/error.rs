@@ -43,6 +43,9 @@ pub enum Error {
     /// Two files that define the same task.
     #[error("task or group `{name}` is defined twice, in {first} and in {second}; rename one")]
     Duplicate { name: String, first: String, second: String },
+    /// A file that cannot be read, or not without doubt, and something in it was asked for.
+    #[error("`{name}` cannot be used: {why}")]
+    Broken { name: String, why: String },
     /// No task, group or tag of this name.
     #[error("there is no task, group or tag `{name}`; the nearest is `{nearest}`")]
     UnknownTask { name: String, nearest: String },

@@ -13,6 +13,9 @@ include!(concat!(env!("OUT_DIR"), "/tasks.rs"));
 /// What stands at the head of the paths of built-in files.
 pub const BUILT_IN: &str = "<built-in>";
 
+/// Folders that hold no tasks, as lm-evaluation-harness has it.
+const IGNORED: [&str; 2] = ["__pycache__", ".ipynb_checkpoints"];
+
 /// Reads a file, unpacked where it is compressed.
 ///
 /// # Errors
@@ -55,12 +58,24 @@ pub fn yaml_files(root: &Path) -> Result<Vec<PathBuf>, Error> {
         return Ok(names.map(|name| root.join(name)).collect());
     }
     let mut folders = vec![root.to_path_buf()];
+    // Links may lead round in circles.
+    let mut seen = std::collections::BTreeSet::new();
     while let Some(folder) = folders.pop() {
-        let fail = |source| Error::Read { path: folder.clone(), source };
-        for entry in std::fs::read_dir(&folder).map_err(fail)? {
-            let path = entry.map_err(fail)?.path();
+        let entries = match std::fs::read_dir(&folder) {
+            Ok(entries) => entries,
+            Err(source) if folder == root => return Err(Error::Read { path: folder, source }),
+            // A folder below that may not be read holds nothing that could be asked for.
+            Err(_) => continue,
+        };
+        if !seen.insert(std::fs::canonicalize(&folder).unwrap_or_else(|_| folder.clone())) {
+            continue;
+        }
+        for path in entries.flatten().map(|e| e.path()) {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
             if path.is_dir() {
-                folders.push(path);
+                if !IGNORED.contains(&&*name) {
+                    folders.push(path);
+                }
             } else if path.extension().is_some_and(|e| e == "yaml") {
                 found.push(path);
             }

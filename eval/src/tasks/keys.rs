@@ -19,6 +19,8 @@ pub struct Keys {
     /// What the mapping is, for errors.
     within: String,
     entries: Vec<Entry>,
+    /// What is strange in the files without being wrong.
+    pub notes: Vec<String>,
 }
 
 /// A value, and the file that it stands in.
@@ -45,7 +47,7 @@ impl Keys {
     pub fn of(entry: &Entry, within: &str) -> Result<Self, Error> {
         let Kind::Map(map) = &entry.node.kind else { return Err(entry.wrong("a mapping (`key: value`)")) };
         let entries = map.iter().map(|(k, n)| Entry { key: k.clone(), file: entry.file.clone(), node: n.clone() });
-        Ok(Self { file: entry.file.clone(), within: within.into(), entries: entries.collect() })
+        Ok(Self { file: entry.file.clone(), within: within.into(), entries: entries.collect(), notes: Vec::new() })
     }
 
     /// Whether the key is there at all.
@@ -214,9 +216,10 @@ fn load(path: &Path, open: &mut Vec<PathBuf>) -> Result<Keys, Error> {
         return Err(Error::IncludeCycle { chain: chain.join(" → ") });
     }
     let file = path.display().to_string();
-    let own = yaml::parse(&file, &files::read_text(path)?)?;
+    let yaml::Parsed { entries: own, mut notes } = yaml::parse(&file, &files::read_text(path)?)?;
     open.push(path.into());
     let own = Keys {
+        notes: Vec::new(),
         within: if own.iter().any(|(k, _)| k == "group") { "a group".into() } else { "a task".into() },
         entries: own.into_iter().map(|(key, node)| Entry { key, file: file.clone(), node }).collect(),
         file,
@@ -228,11 +231,13 @@ fn load(path: &Path, open: &mut Vec<PathBuf>) -> Result<Keys, Error> {
     };
     for included in own.texts("include")?.unwrap_or_default() {
         let folder = path.parent().unwrap_or(Path::new(""));
-        load(&lexical(&folder.join(included)), open)?.entries.into_iter().for_each(&mut put);
+        let included = load(&lexical(&folder.join(included)), open)?;
+        notes.extend(included.notes);
+        included.entries.into_iter().for_each(&mut put);
     }
     own.entries.into_iter().filter(|e| e.key != "include").for_each(&mut put);
     open.pop();
-    Ok(Keys { entries: merged, file: own.file, within: own.within })
+    Ok(Keys { entries: merged, file: own.file, within: own.within, notes })
 }
 
 /// The path without `a/..`, so that a file has one name.

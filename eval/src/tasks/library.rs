@@ -18,11 +18,18 @@ use super::{
     yaml::Kind,
 };
 
-/// Tasks, groups and tags by name.
+/// Tasks, groups and tags by name. A file that is wrong matters only to who asks for what is in it.
 #[derive(Debug)]
 pub struct Library {
     definitions: BTreeMap<String, Definition>,
     tags: BTreeMap<String, BTreeSet<String>>,
+    /// Names that cannot be used, and why.
+    broken: BTreeMap<String, String>,
+    /// Files of the folders given that cannot be read as tasks, and why; those without a name of their own (to be included,
+    /// or no tasks at all) are not among them.
+    unreadable: Vec<(String, String)>,
+    /// By the file's name: why it defines nothing.
+    nameless: BTreeMap<String, String>,
     data_dir: Option<PathBuf>,
 }
 
@@ -31,6 +38,8 @@ pub struct Library {
 pub struct Selection {
     pub tasks: Vec<Task>,
     pub groups: Vec<Group>,
+    /// What whoever asked for them should know.
+    pub notes: Vec<String>,
 }
 
 /// A name in the library.
@@ -57,6 +66,8 @@ struct Definition {
     folder: PathBuf,
     root: PathBuf,
     is_group: bool,
+    /// The file whose definition of the same name this one replaced.
+    instead_of: Option<String>,
 }
 
 const GROUP_KEYS: &[&str] = &["group", "group_alias", "task", "aggregate_metric_list", "tag", "include", "metadata"];
@@ -66,9 +77,16 @@ impl Library {
     /// `data_dir`: a folder whose data files are taken instead of those of the same name.
     ///
     /// # Errors
-    /// When a file is no YAML, or one folder has a name twice.
+    /// When a folder cannot be listed.
     pub fn new(folders: &[PathBuf], data_dir: Option<PathBuf>) -> Result<Self, Error> {
-        let mut library = Self { definitions: BTreeMap::new(), tags: BTreeMap::new(), data_dir };
+        let mut library = Self {
+            definitions: BTreeMap::new(),
+            tags: BTreeMap::new(),
+            broken: BTreeMap::new(),
+            unreadable: Vec::new(),
+            nameless: BTreeMap::new(),
+            data_dir,
+        };
         library.add_folder(Path::new(files::BUILT_IN))?;
         folders.iter().try_for_each(|folder| library.add_folder(folder))?;
         Ok(library)
@@ -98,6 +116,12 @@ impl Library {
             if path.extension().is_some_and(|e| e == "yaml" || e == "yml") && path.is_file() {
                 let folder = path.parent().unwrap_or(Path::new("")).to_path_buf();
                 let (name, definition) = define(path, &folder)?;
+                let file = definition.keys.file.clone();
+                let known =
+                    self.definitions.get(&name).map(|d| d.keys.file.clone()).filter(|known| !is_same(known, path));
+                if let Some(first) = known.filter(|_| wanted.has(&name)) {
+                    return Err(Error::Duplicate { name, first, second: file });
+                }
                 self.insert(name.clone(), definition)?;
                 self.collect(&name, &mut wanted, &mut Vec::new())?;
             } else if name.contains(['*', '?']) {
@@ -115,33 +139,89 @@ impl Library {
             let config = Config::new(&definition.keys, &definition.folder, &definition.root)?;
             Task::load(config, self.data_dir.as_deref())
         };
-        Ok(Selection { tasks: wanted.tasks.iter().map(load).collect::<Result<_, _>>()?, groups: wanted.groups })
+        let tasks = wanted.tasks.iter().map(load).collect::<Result<_, _>>()?;
+        let notes = self.notes(wanted.tasks.iter().chain(wanted.groups.iter().map(|g| &g.name)));
+        Ok(Selection { tasks, groups: wanted.groups, notes })
+    }
+
+    /// What is to be said of the files of `names`, and of those that nobody could ask for.
+    fn notes<'n>(&self, names: impl Iterator<Item = &'n String>) -> Vec<String> {
+        let mut out = Vec::new();
+        for definition in names.filter_map(|name| self.definitions.get(name).map(|d| (name, d))) {
+            let (name, Definition { keys, instead_of, .. }) = definition;
+            out.extend(keys.notes.iter().cloned());
+            out.extend(
+                instead_of.iter().map(|other| format!("`{name}` is taken from {}, not from {other}", keys.file)),
+            );
+        }
+        if let Some((file, why)) = self.unreadable.first() {
+            let more = match self.unreadable.len() - 1 {
+                0 => String::new(),
+                1 => "; one more file like it".into(),
+                n => format!("; {n} more files like it"),
+            };
+            let why = why.strip_prefix(&format!("{file}:")).unwrap_or(why).trim_start();
+            out.push(format!("{file} cannot be read as a task and is left out ({why}){more}"));
+        }
+        out.sort_by_key(|n| n.contains("is left out"));
+        out.dedup();
+        out
     }
 
     fn add_folder(&mut self, root: &Path) -> Result<(), Error> {
         let mut own: BTreeMap<String, String> = BTreeMap::new();
         for path in files::yaml_files(root)? {
-            let (name, definition) = define(&path, root)?;
-            let file = definition.keys.file.clone();
-            if let Some(first) = own.insert(name.clone(), file.clone()) {
-                return Err(Error::Duplicate { name, first, second: file });
+            let file = path.display().to_string();
+            let inserted = match define(&path, root) {
+                Ok((name, definition)) => match own.insert(name.clone(), file.clone()) {
+                    Some(first) => {
+                        let twice = Error::Duplicate { name: name.clone(), first, second: file.clone() };
+                        self.break_name(name, twice.to_string());
+                        Ok(())
+                    }
+                    None => self.insert(name, definition),
+                },
+                Err(Error::MissingKey { key, .. }) if key == "task" => {
+                    let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+                    self.nameless.insert(stem, format!("{file} has no `task`, so it defines none"));
+                    Ok(())
+                }
+                Err(error) => Err(error),
+            };
+            if let Err(error) = inserted {
+                let why = error.to_string();
+                for name in names_in(&path) {
+                    self.break_name(name, why.clone());
+                }
+                self.unreadable.push((file, why));
             }
-            self.insert(name, definition)?;
         }
         Ok(())
     }
 
-    fn insert(&mut self, name: String, definition: Definition) -> Result<(), Error> {
+    /// From here on `name` stands for nothing, whatever defined it before.
+    fn break_name(&mut self, name: String, why: String) {
+        self.definitions.remove(&name);
+        self.broken.insert(name, why);
+    }
+
+    fn insert(&mut self, name: String, mut definition: Definition) -> Result<(), Error> {
         if !definition.is_group {
             for tag in definition.keys.texts("tag")?.unwrap_or_default() {
                 self.tags.entry(tag).or_default().insert(name.clone());
             }
         }
+        self.broken.remove(&name);
+        let known = self.definitions.get(&name).map(|d| d.keys.file.clone());
+        definition.instead_of = known.filter(|file| *file != definition.keys.file);
         self.definitions.insert(name, definition);
         Ok(())
     }
 
     fn unknown(&self, name: &str) -> Error {
+        if let Some(why) = self.broken.get(name).or_else(|| self.nameless.get(name)) {
+            return Error::Broken { name: name.into(), why: why.clone() };
+        }
         let known = self.list();
         Error::UnknownTask { name: name.into(), nearest: nearest(name, known.iter().map(|l| l.name.as_str())) }
     }
@@ -222,12 +302,39 @@ struct Wanted {
     groups: Vec<Group>,
 }
 
+impl Wanted {
+    fn has(&self, name: &str) -> bool {
+        self.tasks.iter().chain(self.groups.iter().map(|g| &g.name)).any(|n| n == name)
+    }
+}
+
+/// Whether two paths are of one file.
+fn is_same(one: &str, other: &Path) -> bool {
+    match (std::fs::canonicalize(one), std::fs::canonicalize(other)) {
+        (Ok(a), Ok(b)) => a == b,
+        _ => Path::new(one) == other,
+    }
+}
+
+/// Names that a file which cannot be read as YAML seems to define, by its lines that begin with `task:` or `group:`.
+fn names_in(path: &Path) -> Vec<String> {
+    let bytes = files::read(path).unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    let value = |line: &str| {
+        let value = line.strip_prefix("task:").or_else(|| line.strip_prefix("group:"))?;
+        let value = value.split(" #").next()?.trim().trim_matches(['"', '\'']);
+        (!value.is_empty() && !value.starts_with(['[', '-', '{', '!'])).then(|| value.to_owned())
+    };
+    text.lines().filter_map(value).collect()
+}
+
 fn define(path: &Path, root: &Path) -> Result<(String, Definition), Error> {
     let keys = Keys::load(path)?;
-    let is_group = keys.has("group") && !keys.has("dataset_path");
+    // A task written in Python names its group as well.
+    let is_group = keys.has("group") && !keys.has("dataset_path") && !keys.has("class");
     let name = keys.required(if is_group { "group" } else { "task" }, "it is the name to ask for")?;
     let folder = path.parent().unwrap_or(Path::new("")).to_path_buf();
-    Ok((name, Definition { keys, folder, root: root.into(), is_group }))
+    Ok((name, Definition { keys, folder, root: root.into(), is_group, instead_of: None }))
 }
 
 fn aggregates(keys: &Keys) -> Result<Vec<GroupMetric>, Error> {

@@ -90,6 +90,9 @@ pub struct Instance {
     pub doc_id: usize,
     /// Each request as often as the task repeats it, next to each other.
     pub requests: Vec<Request>,
+    /// Whether the document's own question stands, with its answer, among its few-shot examples. The prompt is
+    /// lm-evaluation-harness's all the same.
+    pub holds_itself: bool,
     /// The `generation_kwargs` that apply, as a log of samples shows them.
     pub(super) generation: Arc<Map<String, Value>>,
 }
@@ -208,7 +211,7 @@ impl Task {
         generation: &Arc<Map<String, Value>>,
     ) -> Result<Instance, Error> {
         let id = doc_id.to_string();
-        let contexts = self.contexts(doc_id, doc, options, chat, random)?;
+        let (contexts, holds_itself) = self.contexts(doc_id, doc, options, chat, random)?;
         let continuation = |text: &str| match chat {
             // A template ends where the answer begins.
             Some(_) => match &self.config.prefix {
@@ -270,10 +273,11 @@ impl Task {
             })
         };
         let requests = requests.into_iter().flat_map(repeated).collect();
-        Ok(Instance { doc_id, requests, generation: generation.clone() })
+        Ok(Instance { doc_id, requests, holds_itself, generation: generation.clone() })
     }
 
-    /// The prompts: one, or one for each choice where the choices are contexts.
+    /// The prompts: one, or one for each choice where the choices are contexts; and whether they hold the document itself
+    /// as an example.
     fn contexts(
         &self,
         doc_id: usize,
@@ -281,8 +285,9 @@ impl Task {
         options: &Options,
         chat: Option<&Chat>,
         random: &mut Random,
-    ) -> Result<Vec<String>, Error> {
+    ) -> Result<(Vec<String>, bool), Error> {
         let (config, id) = (&self.config, doc_id.to_string());
+        let (mut holds_itself, mut example_questions) = (false, Vec::new());
         let mut turns = Vec::new();
         let description = self.field(&config.description, doc, "description", &id)?;
         let system = options.system.as_deref().unwrap_or_default();
@@ -308,6 +313,8 @@ impl Task {
             }
             let question = self.as_text(question, "doc_to_text", &id)?;
             let answer = self.as_text(answer, "doc_to_target", &id)?;
+            holds_itself |= *example == *doc;
+            example_questions.push(question.clone());
             turns.extend(turn(question, Some(answer), prefix, &own.target_delimiter, &own.delimiter));
         }
         let prefix = config.prefix.as_ref().map(|p| self.field(p, doc, "gen_prefix", &id)).transpose()?;
@@ -316,6 +323,7 @@ impl Task {
             (true, Some(choices)) => (self.choices(choices, doc, &id)?, ""),
             _ => (vec![self.as_text(question, "doc_to_text", &id)?], config.target_delimiter.as_str()),
         };
+        holds_itself |= questions.iter().any(|q| !q.trim().is_empty() && example_questions.contains(q));
         let render = |question: String| {
             let mut turns = turns.clone();
             turns.extend(turn(question, None, prefix.clone(), delimiter, ""));
@@ -332,7 +340,7 @@ impl Task {
                 }
             }
         };
-        questions.into_iter().map(render).collect()
+        Ok((questions.into_iter().map(render).collect::<Result<_, _>>()?, holds_itself))
     }
 
     /// Which examples, as lm-evaluation-harness's samplers choose them.

@@ -54,12 +54,22 @@ impl Node {
     }
 }
 
+/// A mapping at the top of a file, and what is strange in it without being wrong.
+#[derive(Debug)]
+pub struct Parsed {
+    pub entries: Vec<(String, Node)>,
+    /// Keys that are there twice: the last counts, as PyYAML has it.
+    pub notes: Vec<String>,
+}
+
 /// Reads a file's text; its top level is a mapping.
 ///
 /// # Errors
 /// [`Error::Yaml`] with the line.
-pub fn parse(file: &str, text: &str) -> Result<Vec<(String, Node)>, Error> {
-    let mut builder = Builder { file, parser: Parser::new_from_str(text), anchors: Vec::new() };
+pub fn parse(file: &str, text: &str) -> Result<Parsed, Error> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let parser = Parser::new_from_str(text);
+    let mut builder = Builder { file, parser, anchors: Vec::new(), notes: Vec::new() };
     let node = loop {
         match builder.next()? {
             (Event::StreamStart | Event::DocumentStart(..), _) => {}
@@ -76,7 +86,7 @@ pub fn parse(file: &str, text: &str) -> Result<Vec<(String, Node)>, Error> {
     }
     let line = node.line;
     match node.kind {
-        Kind::Map(entries) => Ok(entries),
+        Kind::Map(entries) => Ok(Parsed { entries, notes: builder.notes }),
         _ => Err(builder.error(line, "expected `key: value` lines")),
     }
 }
@@ -85,7 +95,11 @@ struct Builder<'a> {
     file: &'a str,
     parser: Parser<'a, granit_parser::StrInput<'a>>,
     anchors: Vec<(usize, Node)>,
+    notes: Vec<String>,
 }
+
+/// What the tags of YAML itself (`!!int`) stand for.
+const CORE: &str = "tag:yaml.org,2002:";
 
 impl<'a> Builder<'a> {
     fn error(&self, line: usize, message: impl Into<String>) -> Error {
@@ -109,14 +123,19 @@ impl<'a> Builder<'a> {
                     Some((handle, suffix)) if format!("{handle}{suffix}") == "!function" => {
                         Kind::Function(text.into_owned())
                     }
-                    Some((_, suffix)) if suffix == "str" => Kind::Scalar(Value::String(text.into_owned())),
-                    Some((handle, suffix)) => {
-                        return Err(self.error(line, format!("tag `{handle}{suffix}` is not known here")));
-                    }
+                    Some((handle, suffix)) => match tagged(&format!("{handle}{suffix}"), &text) {
+                        Some(value) => Kind::Scalar(value),
+                        None => {
+                            return Err(
+                                self.error(line, format!("`{text}` with the tag `{handle}{suffix}` is not known here"))
+                            );
+                        }
+                    },
                 };
                 (kind, anchor)
             }
-            Event::SequenceStart(_, anchor, _) => {
+            Event::SequenceStart(_, anchor, tag) => {
+                self.expect_tag(line, tag.as_deref(), "seq")?;
                 let mut items = Vec::new();
                 loop {
                     match self.next()? {
@@ -126,7 +145,10 @@ impl<'a> Builder<'a> {
                 }
                 (Kind::List(items), anchor)
             }
-            Event::MappingStart(_, anchor, _) => (Kind::Map(self.mapping()?), anchor),
+            Event::MappingStart(_, anchor, tag) => {
+                self.expect_tag(line, tag.as_deref(), "map")?;
+                (Kind::Map(self.mapping()?), anchor)
+            }
             Event::Alias(id) => {
                 let known = self.anchors.iter().find(|(anchor, _)| *anchor == id).map(|(_, node)| node.clone());
                 return known.ok_or_else(|| self.error(line, "an alias inside of what it stands for"));
@@ -140,28 +162,73 @@ impl<'a> Builder<'a> {
         Ok(node)
     }
 
+    fn expect_tag(&self, line: usize, tag: Option<&granit_parser::Tag>, expected: &str) -> Result<(), Error> {
+        let Some(tag) = tag.map(|t| format!("{}{}", t.handle(), t.suffix())) else { return Ok(()) };
+        if tag == format!("{CORE}{expected}") {
+            Ok(())
+        } else {
+            Err(self.error(line, format!("tag `{tag}` is not known here")))
+        }
+    }
+
     fn mapping(&mut self) -> Result<Vec<(String, Node)>, Error> {
         let mut entries: Vec<(String, Node)> = Vec::new();
+        let mut merged: Vec<(String, Node)> = Vec::new();
         loop {
             let (event, line) = self.next()?;
             if event == Event::MappingEnd {
+                // Own keys win over merged ones, and of those the first.
+                for (key, node) in merged {
+                    if !entries.iter().any(|(k, _)| *k == key) {
+                        entries.push((key, node));
+                    }
+                }
                 return Ok(entries);
             }
             let key = match self.node(event, line)?.kind {
                 Kind::Scalar(v) => super::python::str(&v),
                 _ => return Err(self.error(line, "a key must be a word")),
             };
-            if key == "<<" {
-                return Err(self.error(line, "merge keys (`<<`) are not supported; use `include`"));
-            }
-            if entries.iter().any(|(k, _)| *k == key) {
-                return Err(self.error(line, format!("key `{key}` is there twice")));
-            }
             let (event, value_line) = self.next()?;
             let value = self.node(event, value_line)?;
+            if key == "<<" {
+                let maps = match value.kind {
+                    Kind::List(items) => items.into_iter().map(|n| n.kind).collect(),
+                    one => vec![one],
+                };
+                for map in maps {
+                    let Kind::Map(own) = map else {
+                        return Err(self.error(line, "`<<` takes a mapping, or a list of mappings"));
+                    };
+                    merged.extend(own);
+                }
+                continue;
+            }
             // An error about a value that begins on a later line is still about this key.
-            entries.push((key, Node { line, ..value }));
+            let value = Node { line, ..value };
+            match entries.iter_mut().find(|(k, _)| *k == key) {
+                Some((_, known)) => {
+                    self.notes.push(format!(
+                        "{}:{line}: key `{key}` is there twice (line {} before); the last counts, as in lm-evaluation-harness",
+                        self.file, known.line
+                    ));
+                    *known = value;
+                }
+                None => entries.push((key, value)),
+            }
         }
+    }
+}
+
+/// A scalar with one of YAML's own tags, as PyYAML constructs it; `None` where it cannot, and for other tags.
+fn tagged(tag: &str, text: &str) -> Option<Value> {
+    match tag.strip_prefix(CORE)? {
+        "str" => Some(text.into()),
+        "null" => Some(Value::Null),
+        "bool" => Some(plain(&text.to_lowercase())).filter(Value::is_boolean),
+        "int" => integer(text).map(Value::from),
+        "float" => text.replace('_', "").parse().ok().and_then(Number::from_f64).map(Value::Number),
+        _ => None,
     }
 }
 
@@ -216,7 +283,7 @@ mod tests {
     use super::*;
 
     fn values(text: &str) -> Value {
-        let entries = parse("t.yaml", text).unwrap();
+        let entries = parse("t.yaml", text).unwrap().entries;
         Value::Object(entries.iter().map(|(k, n)| (k.clone(), n.value().unwrap())).collect())
     }
 
@@ -234,18 +301,38 @@ mod tests {
     fn mistakes_are_reported_with_their_line() {
         let message = |text: &str| parse("t.yaml", text).unwrap_err().to_string();
         assert!(message("a: 1\nb: [1, 2").starts_with("t.yaml:"));
-        assert!(
-            message("a: 1\nb: 2\na: 3").contains("t.yaml:3: not a YAML file that can be read: key `a` is there twice")
-        );
         assert!(message("- a\n- b").contains("t.yaml:1"));
         assert!(message("").contains("the file is empty"));
         assert!(message("a: !!python/object:os.system x").contains("is not known here"));
         assert!(message("a: 1\n---\nb: 2").contains("second document"));
+        assert!(message("a: !!int x").contains("!!int") || message("a: !!int x").contains("2002:int"));
+        assert!(message("a: !!set {x, y}").contains("set` is not known here"));
+        assert!(message("<<: 3").contains("takes a mapping"));
+    }
+
+    #[test]
+    fn of_a_key_that_is_there_twice_the_last_counts_and_it_is_noted() {
+        let parsed = parse("t.yaml", "a: 1\nb: {c: 1, c: 2}\na: 3").unwrap();
+        let value = |i: usize| parsed.entries[i].1.value().unwrap();
+        // yaml.safe_load: {'a': 3, 'b': {'c': 2}}
+        assert_eq!((parsed.entries.len(), value(0), value(1)), (2, json!(3), json!({"c": 2})));
+        assert_eq!(parsed.notes.len(), 2);
+        assert!(parsed.notes[1].contains("t.yaml:3: key `a` is there twice (line 1 before)"), "{:?}", parsed.notes);
+    }
+
+    #[test]
+    fn yamls_own_tags_and_merged_mappings_are_read_as_pyyaml_reads_them() {
+        let text = "a: !!null\nb: !!int \"3\"\nc: !!float 2\nd: !!bool yes\ne: !!str 5\nf: !!map {x: 1}\ng: !!seq [1]\n\
+                    h: !!null ''\nbase: &b {x: 1, y: 2}\nm: {<<: *b, y: 3}\nn: {<<: [*b, {z: 4, x: 9}]}";
+        // yaml.safe_load of the same text.
+        let expected = json!({"a": null, "b": 3, "c": 2.0, "d": true, "e": "5", "f": {"x": 1}, "g": [1], "h": null,
+            "base": {"x": 1, "y": 2}, "m": {"y": 3, "x": 1}, "n": {"x": 1, "y": 2, "z": 4}});
+        assert_eq!(values(text), expected);
     }
 
     #[test]
     fn functions_are_seen_but_have_no_value() {
-        let entries = parse("t.yaml", "a: !function utils.f").unwrap();
+        let entries = parse("t.yaml", "a: !function utils.f").unwrap().entries;
         assert!(matches!(&entries[0].1.kind, Kind::Function(f) if f == "utils.f"));
         assert!(entries[0].1.value().is_none());
     }

@@ -14,6 +14,7 @@ use recoup_eval::compare::{CORRECTION, Options as CompareOptions, compare, requi
 use recoup_eval::comparison::{Attribution, AttributionMode, ComparedModel, Comparison, Divergence};
 use recoup_eval::divergence::{WindowSums, Windows, kl_gone};
 use recoup_eval::journal::write_atomically;
+use recoup_eval::names::{clash, file_name};
 use recoup_eval::report::{ReportContext, html, markdown, terminal};
 use recoup_eval::run::{Plan, Results, Setup, Shard};
 use recoup_eval::scores::ModelScores;
@@ -23,7 +24,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::super::options::{EngineOptions, identity, model_folder};
-use super::{TaskOptions, facts_config, model_name, run_plan, safe_name};
+use super::{TaskOptions, facts_config, model_name, run_plan};
 use crate::backend::cpu::CpuBackend;
 use crate::checkpoint::Checkpoint;
 use crate::evaluate::{EvaluatedModel, ModelText, attribution, facts};
@@ -122,6 +123,7 @@ struct Evaluated {
 
 pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     let labels = labels(args)?;
+    check_labels(&labels)?;
     let ptq = ptq(args, &labels)?;
     let setup = args.tasks.setup()?;
     let selection = args.tasks.select(&DEFAULT_TASKS)?;
@@ -201,7 +203,23 @@ fn labels(args: &Args) -> Result<Vec<String>> {
     if args.labels.len() != args.models.len() {
         bail!("--labels names {}, but {} models are given", args.labels.len(), args.models.len());
     }
-    Ok(args.labels.clone())
+    Ok(args.labels.iter().map(|l| l.trim().to_owned()).collect())
+}
+
+/// Labels name rows, columns and folders.
+fn check_labels(labels: &[String]) -> Result<()> {
+    if let Some(at) = labels.iter().position(String::is_empty) {
+        bail!("--labels: the label of model {} is empty", at + 1);
+    }
+    if let Some((one, other)) = clash(&labels.iter().map(String::as_str).collect::<Vec<_>>()) {
+        let what = if one == other {
+            format!("`{one}` stands for two models")
+        } else {
+            format!("`{one}` and `{other}` differ by capitals only, which this system's files do not")
+        };
+        bail!("{what}; give each a label of its own: --labels BF16,PTQ,…");
+    }
+    Ok(())
 }
 
 fn ptq(args: &Args, labels: &[String]) -> Result<Option<usize>> {
@@ -262,7 +280,7 @@ impl Work<'_> {
 
     fn model(&mut self, index: usize, model: &Loaded) -> Result<Evaluated> {
         let label = &self.labels[index];
-        let folder = self.args.output.join(safe_name(label));
+        let folder = self.args.output.join(file_name(label));
         std::fs::create_dir_all(&folder).with_context(|| format!("{}: cannot create", folder.display()))?;
         let mut facts = model.facts.clone();
         if !self.args.no_speed {
@@ -275,6 +293,7 @@ impl Work<'_> {
         if !self.selection.tasks.is_empty() {
             let mut evaluated = EvaluatedModel::new(&model.decoder, &model.text, self.kv(), None);
             let plan = Plan::new(self.selection, self.setup, &evaluated)?;
+            self.notes.borrow_mut().extend(plan.notes());
             results = run_plan(&mut evaluated, &plan, &model.identity, &folder, Shard::ALL, label)?;
             if evaluated.truncated() > 0 {
                 super::super::say!(
@@ -347,7 +366,7 @@ impl Work<'_> {
         let mut models = pair.map(|m| EvaluatedModel::new(&m.decoder, &m.text, self.kv(), None));
         let windows = self.windows(&models, name, text, self.args.windows)?;
         let key = json!({"baseline": self.baseline.identity, "model": model.identity, "windows": windows.windows});
-        let file = folder.join(format!("divergence_{}.json", safe_name(name)));
+        let file = folder.join(format!("divergence_{}.json", file_name(name)));
         let (mut divergence, sums) = kept(&file, &key, || {
             let what = format!("{}: KL on {name}", self.labels[index]);
             let bar = super::super::progress(windows.windows.len() as u64, what);

@@ -150,6 +150,7 @@ fn evaluate<M: LanguageModel>(
     setup: &Setup,
 ) -> Result<ExitCode> {
     let plan = Plan::new(selection, setup, model)?;
+    plan.notes().iter().for_each(|note| super::super::say!("warning: {note}"));
     let config = facts_config(&subject.facts, &subject.identity, args.tasks.describe(setup));
     if !args.merge.is_empty() {
         let answers = merge(&plan, &subject.identity, &args.merge)?;

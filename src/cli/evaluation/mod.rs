@@ -60,11 +60,10 @@ impl TaskOptions {
     /// The tasks named, or `default` where none is.
     fn select(&self, default: &[&str]) -> Result<Selection> {
         let mut library = self.library()?;
-        if self.tasks.is_empty() {
-            return Ok(library.select(default)?);
-        }
-        let names: Vec<&str> = self.tasks.iter().map(|t| t.trim()).filter(|t| !t.is_empty() && *t != "none").collect();
-        Ok(library.select(&names)?)
+        let asked: Vec<&str> = self.tasks.iter().map(|t| t.trim()).filter(|t| !t.is_empty() && *t != "none").collect();
+        let selection = library.select(if self.tasks.is_empty() { default } else { &asked[..] })?;
+        selection.notes.iter().for_each(|note| super::say!("note: {note}"));
+        Ok(selection)
     }
 
     fn setup(&self) -> Result<Setup> {
@@ -148,12 +147,6 @@ fn run_plan<M: LanguageModel>(
         return Ok(None);
     }
     Ok(Some(plan.results(&answers)?))
-}
-
-/// A name for a folder that holds what belongs to `name`.
-fn safe_name(name: &str) -> String {
-    let safe: String = name.chars().map(|c| if c.is_alphanumeric() || "-_.".contains(c) { c } else { '_' }).collect();
-    safe.trim_matches('.').to_owned()
 }
 
 /// What a model is called: the last part of its path.
