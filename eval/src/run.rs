@@ -111,8 +111,8 @@ impl<'t> Plan<'t> {
             (count > 0).then(|| {
                 format!(
                     "{}: in {count} of {} prompts the question itself, with its answer, is among the few-shot examples, \
-                     since they come from the documents that are evaluated; lm-evaluation-harness's prompts are the same, \
-                     and its score as much too high",
+                     which helps the score by more than the \
+                     model knows; lm-evaluation-harness makes the same prompts",
                     task.name(),
                     instances.len()
                 )
