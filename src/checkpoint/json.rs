@@ -45,6 +45,17 @@ impl Object {
         Ok(Self { file: file.into(), prefix: String::new(), value })
     }
 
+    /// The object `value`, which was made from `file`.
+    ///
+    /// # Errors
+    /// When it is no object.
+    pub fn of(file: &Path, value: Value) -> Result<Self> {
+        if !value.is_object() {
+            return Err(CheckpointError::Json { file: file.into(), detail: "expected an object at the top".into() });
+        }
+        Ok(Self { file: file.into(), prefix: String::new(), value })
+    }
+
     /// The file this object came from.
     #[must_use]
     pub fn file(&self) -> &Path {

@@ -3,11 +3,13 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
-use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Dialect;
+use crate::checkpoint::json::Object;
+use crate::checkpoint::{Checkpoint, gguf};
+use crate::model::ModelConfig;
 use crate::quantize::convert::convert;
 use crate::quantize::dequantize::dequantize;
 
@@ -45,8 +47,11 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if args.to != Target::Bf16 {
         bail!("a GGUF file becomes BF16; `recoup quantize` the result");
     }
+    // Said now and not by the first verb that is given the result.
+    let config = Object::of(&args.model, gguf::configuration(&args.model)?)?;
+    ModelConfig::read(&config).context("Recoup could not run what this file becomes")?;
     let bar = super::progress(0, "converting");
-    let report = crate::checkpoint::gguf::import(&args.model, &args.output, &mut |done, all, _| {
+    let report = gguf::import(&args.model, &args.output, &mut |done, all, _| {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     })?;

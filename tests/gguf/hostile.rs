@@ -130,7 +130,11 @@ fn impossible_tensors_are_refused_by_name() {
     assert_says(&change(|t| t.offset = Some(u64::MAX - 31)), &[name, "end after the file"]);
     assert_says(&change(|t| t.offset = Some(33)), &[name, "alignment"]);
     assert_says(&change(|t| t.offset = Some(64)), &["overlaps tensor"]);
-    assert_says(&change(|t| t.tag = 20), &[name, "IQ4_NL", "Q4_K"]);
+    assert_says(&change(|t| t.tag = 41), &[name, "Q1_0", "Q4_K", "NVFP4"]);
+    assert_says(&change(|t| t.tag = 34), &[name, "TQ1_0"]);
+    assert_says(&change(|t| t.tag = 18), &[name, "IQ3_XXS"]);
+    assert_says(&change(|t| t.tag = 42), &[name, "number 42"]);
+    assert_says(&change(|t| t.tag = 40), &[name, "rows of 24 elements", "NVFP4 blocks of 64"]);
     assert_says(&change(|t| t.tag = 77), &[name, "number 77"]);
     assert_says(&change(|t| t.tag = 3), &[name, "rows of 24 elements", "Q4_1"]);
     assert_says(&change(|t| t.name = "blk.0.attn_k.weight".into()), &["`blk.0.attn_k.weight` appears twice"]);
@@ -154,7 +158,7 @@ fn what_is_not_supported_is_refused_by_name() {
     assert_says(&set("llama.logit_scale", Meta::F32(0.5)), &["`llama.logit_scale` = 0.5"]);
     assert_says(&set("llama.expert_count", Meta::U32(8)), &["llama.expert_count", "found 8"]);
     assert_says(&set("llama.rope.dimension_count", Meta::U32(4)), &["llama.rope.dimension_count", "head size, 8"]);
-    assert_says(&set("split.count", Meta::U32(3)), &["split.count", "--merge"]);
+    assert_says(&set("split.count", Meta::U32(3)), &["split.no", "found nothing"]);
     assert_says(
         &refused(|f| {
             f.remove("tokenizer.ggml.pre");

@@ -6,7 +6,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::support::{Model, Sizes, TINY, f32_bytes, import, path_from, tensors};
-use crate::writer::Meta;
+use crate::writer::{Gguf, Meta};
 
 fn assert_tensors(model: &Model) -> crate::support::Imported {
     let imported = import(&model.file);
@@ -130,6 +130,21 @@ fn linear_and_yarn_scaling_are_written_as_transformers_names_them() {
     model.file.set("qwen2.rope.scaling.original_context_length", Meta::U32(128));
     let expected = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128});
     assert_eq!(assert_tensors(&model).json("config.json")["rope_scaling"], expected);
+    // As convert_hf_to_gguf writes `attention_factor`, `beta_fast` and `beta_slow`.
+    for (name, value) in [("yarn_attn_factor", 1.25), ("yarn_beta_fast", 16.0), ("yarn_ext_factor", 1.0)] {
+        model.file.set(&format!("qwen2.rope.scaling.{name}"), Meta::F32(value));
+    }
+    let scaling = assert_tensors(&model).json("config.json")["rope_scaling"].clone();
+    assert_eq!((&scaling["attention_factor"], &scaling["beta_fast"]), (&json!(1.25), &json!(16.0)));
+    model.file.set("qwen2.rope.scaling.yarn_ext_factor", Meta::F32(0.5));
+    assert!(import(&model.file).error().contains("yarn_ext_factor"));
+    for name in ["yarn_attn_factor", "yarn_beta_fast", "yarn_ext_factor"] {
+        model.file.remove(&format!("qwen2.rope.scaling.{name}"));
+    }
+    model.file.set("qwen2.rope.scaling.attn_factor", Meta::F32(2.0));
+    let scaling = assert_tensors(&model).json("config.json")["rope_scaling"].clone();
+    assert_eq!(scaling["attention_factor"], json!(2.0 * (0.1 * 4f64.ln() + 1.0)));
+    model.file.remove("qwen2.rope.scaling.attn_factor");
     model.file.set("qwen2.rope.scaling.type", Meta::Str("linear".into()));
     let expected = json!({"rope_type": "linear", "factor": 4.0});
     assert_eq!(assert_tensors(&model).json("config.json")["rope_scaling"], expected);
@@ -253,4 +268,110 @@ fn smollm2_equals_a_conversion_by_other_tools_bit_for_bit() {
     ] {
         assert_eq!(ours[key], theirs[key], "{key}");
     }
+}
+
+/// NVFP4 blocks of 64 whose values a second scale multiplies; `codes` by formula.
+fn nvfp4_blocks(count: usize) -> Vec<u8> {
+    (0..count * 36).map(|i| if i % 36 < 4 { 0x38 + (i % 5) as u8 } else { (i * 29 % 251) as u8 }).collect()
+}
+
+/// The values of such blocks, by the format's definition.
+fn nvfp4_values(blocks: &[u8], scale: f32) -> Vec<f32> {
+    const E2M1: [f32; 16] = [0., 0.5, 1., 1.5, 2., 3., 4., 6., 0., -0.5, -1., -1.5, -2., -3., -4., -6.];
+    let mut out = Vec::new();
+    for block in blocks.chunks(36) {
+        for i in 0..64 {
+            let (group, at) = (i / 16, i % 16);
+            let byte = block[4 + group * 8 + at % 8];
+            let code = if at < 8 { byte & 15 } else { byte >> 4 };
+            // E4M3 codes 0x38 to 0x3c: 1 to 1.5 in eighths.
+            let own = 1.0 + f32::from(block[group] - 0x38) / 8.0;
+            out.push(own * E2M1[usize::from(code)] * scale);
+        }
+    }
+    out
+}
+
+#[test]
+fn nvfp4_weights_are_multiplied_by_their_second_scale_and_input_scales_are_left_out() {
+    let sizes = Sizes { layers: 1, hidden: 64, ffn: 64, heads: 8, kv_heads: 4, head_dim: 8, experts: 0 };
+    for name in ["blk.0.ffn_up.scale", "blk.0.ffn_up.weight.scale"] {
+        let mut model = Model::new("qwen3", sizes, false, true);
+        let blocks = nvfp4_blocks(64);
+        let tensor = model.file.tensor("blk.0.ffn_up.weight");
+        (tensor.tag, tensor.data) = (40, blocks.clone());
+        model.file.add(name, &[1], 0, f32_bytes(&[0.3]));
+        model.file.add("blk.0.ffn_up.input_scale", &[1], 0, f32_bytes(&[0.01]));
+        model.expected.insert("model.layers.0.mlp.up_proj.weight".into(), (vec![64, 64], nvfp4_values(&blocks, 0.3)));
+        let imported = assert_tensors(&model);
+        let report = imported.result.as_ref().unwrap();
+        assert_eq!(report.source_types["NVFP4"], 1);
+        let notes = report.notes.join("\n");
+        assert!(notes.contains("1 tensors have a second scale") && notes.contains("1 scales of inputs"), "{notes}");
+    }
+    let mut model = Model::new("qwen3", sizes, false, true);
+    for bad in [0.0, -1.0, f32::NAN] {
+        model.file.tensors.retain(|t| t.name != "blk.0.ffn_up.scale");
+        model.file.add("blk.0.ffn_up.scale", &[1], 0, f32_bytes(&[bad]));
+        let error = import(&model.file).error();
+        assert!(error.contains("`blk.0.ffn_up.scale`") && error.contains("positive"), "{error}");
+    }
+}
+
+#[test]
+fn experts_have_a_second_scale_each() {
+    let sizes = Sizes { experts: 4, ..TINY };
+    let mut model = Model::new("qwen3moe", sizes, false, true);
+    let scales = [0.5, 1.0, 2.0, 0.25];
+    model.file.add("blk.0.ffn_up_exps.scale", &[4], 0, f32_bytes(&scales));
+    for (expert, scale) in scales.iter().enumerate() {
+        let name = format!("model.layers.0.mlp.experts.{expert}.up_proj.weight");
+        model.expected.get_mut(&name).unwrap().1.iter_mut().for_each(|v| *v *= scale);
+    }
+    assert_tensors(&model);
+}
+
+/// The parts of a split model as llama-gguf-split writes them: metadata in the first, tensors in all.
+fn split(model: &Model, count: usize) -> Vec<Gguf> {
+    let total = model.file.tensors.len();
+    let parts = (0..count).map(|i| {
+        let mut part = if i == 0 { model.file.clone() } else { Gguf::new() };
+        part.tensors = model.file.tensors[total * i / count..total * (i + 1) / count].to_vec();
+        part.set("split.no", Meta::U32(i as u32)).set("split.count", Meta::U32(count as u32));
+        part.set("split.tensors.count", Meta::U32(total as u32));
+        part
+    });
+    parts.collect()
+}
+
+#[test]
+fn the_parts_of_a_split_model_are_joined_whichever_is_given() {
+    let model = Model::new("llama", TINY, false, true);
+    let folder = tempfile::TempDir::new().unwrap();
+    let path = |i: usize| folder.path().join(format!("tiny-{:05}-of-00003.gguf", i + 1));
+    for (i, part) in split(&model, 3).iter().enumerate() {
+        std::fs::write(path(i), part.bytes()).unwrap();
+    }
+    let whole = import(&model.file);
+    let expected = std::fs::read(whole.out().join("model.safetensors")).unwrap();
+    for given in 0..3 {
+        let out = folder.path().join(format!("out{given}"));
+        recoup::checkpoint::gguf::import(&path(given), &out, &mut |_, _, _| {}).unwrap();
+        assert!(std::fs::read(out.join("model.safetensors")).unwrap() == expected, "{given}");
+    }
+    let refused = |given: &std::path::Path| {
+        let out = folder.path().join("refused");
+        recoup::checkpoint::gguf::import(given, &out, &mut |_, _, _| {}).unwrap_err().to_string()
+    };
+    let renamed = folder.path().join("tiny.gguf");
+    std::fs::copy(path(0), &renamed).unwrap();
+    let error = refused(&renamed);
+    assert!(error.contains("part 1 of 3") && error.contains("-00001-of-00003.gguf"), "{error}");
+    // A part of another split under this one's name.
+    std::fs::write(path(1), split(&model, 2)[1].bytes()).unwrap();
+    assert!(refused(&path(0)).contains("split.count"));
+    std::fs::remove_file(path(2)).unwrap();
+    std::fs::write(path(1), split(&model, 3)[1].bytes()).unwrap();
+    let error = refused(&path(0));
+    assert!(error.contains("tiny-00003-of-00003.gguf") && error.contains("missing"), "{error}");
 }

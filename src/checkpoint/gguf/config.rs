@@ -121,12 +121,6 @@ impl ModelConfig {
         let architecture = Architecture::parse(gguf)?;
         let keys = Keys { gguf, prefix: architecture.prefix() };
         keys.refuse_unknown()?;
-        if let Some(parts) = gguf.integer("split.count", 0..=1 << 16)?
-            && parts > 1
-        {
-            return Err(gguf.key_error("split.count", "a whole model; join the parts with `llama-gguf-split --merge`"));
-        }
-
         let layers = keys.required("block_count", 1..=MAX_LAYERS)?;
         let hidden = keys.required("embedding_length", 1..=MAX_HIDDEN)?;
         let intermediate = keys.required("feed_forward_length", 1..=MAX_INTERMEDIATE)?;

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufReader, ErrorKind, Read as _, Seek as _};
+use std::io::{BufReader, ErrorKind, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use recoup_eval::foreign;
@@ -23,6 +23,8 @@ const MAX_ALIGNMENT: u64 = 1 << 20;
 const MAX_HEADER_BYTES: u64 = 256 << 20;
 /// Files in the wild carry 20 to 60 keys.
 const MAX_KEYS: u64 = 1 << 14;
+/// `split.no` and `split.count` are 16-bit numbers.
+const MAX_PARTS: u64 = u16::MAX as u64;
 /// A model of 1024 layers with 20 tensors each stays below this.
 const MAX_TENSORS: u64 = 1 << 16;
 /// Names are at most 64 bytes long by the specification; the margin is for what people write anyway.
@@ -75,24 +77,100 @@ pub(super) struct TensorInfo {
     pub kind: BlockType,
     /// Row-major, outermost dimension first (ggml stores the reverse).
     pub shape: Vec<u64>,
-    /// First byte, from the start of the file.
+    /// Which of the model's files it is in.
+    pub part: usize,
+    /// First byte, from the start of that file.
     pub start: u64,
     /// Length in bytes.
     pub bytes: u64,
 }
 
-/// An opened GGUF file: its metadata and where its tensors lie.
+/// An opened GGUF model: its metadata and where its tensors lie.
 pub(super) struct Gguf {
+    /// The file, or the first of those that the model is split into.
     pub path: PathBuf,
-    pub file: File,
+    files: Vec<(PathBuf, File)>,
     pub metadata: BTreeMap<String, Value>,
     /// By name.
     pub tensors: BTreeMap<String, TensorInfo>,
 }
 
 impl Gguf {
-    /// Opens a file and reads its header. No tensor data is read.
+    /// Opens a model and reads its header, or the headers of all its parts where `path` is one of several
+    /// (`-00001-of-00003.gguf`). No tensor data is read.
     pub fn open(path: &Path) -> Result<Self> {
+        let given = Self::read(path)?;
+        match given.integer("split.count", 0..=MAX_PARTS)? {
+            Some(count) if count > 1 => Self::join(given, count),
+            _ => Ok(given),
+        }
+    }
+
+    /// The model of which `given` is one of `count` parts: the first has the metadata, all have tensors.
+    fn join(given: Self, count: u64) -> Result<Self> {
+        let number = given
+            .integer("split.no", 0..=count - 1)?
+            .ok_or_else(|| given.key_error("split.no", "the number of this part"))?;
+        let name = given.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        let ending = |i: u64| format!("-{:05}-of-{count:05}.gguf", i + 1);
+        let Some(stem) = name.strip_suffix(&ending(number)) else {
+            return Err(GgufError::NotGguf {
+                file: given.path.clone(),
+                detail: format!(
+                    "is part {} of {count}, whose names must end in {} and so on, so that the others are found; rename \
+                     them, or join them with `llama-gguf-split --merge`",
+                    number + 1,
+                    ending(number)
+                ),
+            });
+        };
+        let part = |i: u64| {
+            let path = given.path.with_file_name(format!("{stem}{}", ending(i)));
+            if !path.is_file() {
+                let detail = format!("is missing: the model has {count} parts; download the others too");
+                return Err(GgufError::NotGguf { file: path, detail });
+            }
+            let part = Self::read(&path)?;
+            for (key, expected) in [("split.no", i), ("split.count", count)] {
+                if part.integer(key, 0..=MAX_PARTS)? != Some(expected) {
+                    return Err(part.key_error(key, format!("{expected}, as its name says")));
+                }
+            }
+            Ok(part)
+        };
+        let mut model = part(0)?;
+        for i in 1..count {
+            let other = part(i)?;
+            model.files.extend(other.files);
+            for (name, info) in other.tensors {
+                if model.tensors.insert(name.clone(), TensorInfo { part: i as usize, ..info }).is_some() {
+                    let detail = "is in two parts of the model".into();
+                    return Err(GgufError::Tensor { file: other.path, tensor: name, detail });
+                }
+            }
+        }
+        let total = model.tensors.len() as u64;
+        if model.integer("split.tensors.count", 0..=MAX_TENSORS)?.is_some_and(|n| n != total) {
+            return Err(model.key_error("split.tensors.count", format!("{total}, what the {count} parts hold")));
+        }
+        Ok(model)
+    }
+
+    /// Reads `buffer.len()` bytes of a tensor from its byte `skip` on.
+    pub fn tensor_bytes(&self, info: &TensorInfo, skip: u64, buffer: &mut [u8]) -> Result<()> {
+        let (path, mut file) = (&self.files[info.part].0, &self.files[info.part].1);
+        let start = info.start + skip;
+        file.seek(SeekFrom::Start(start)).and_then(|_| file.read_exact(buffer)).map_err(|e| {
+            if e.kind() == ErrorKind::UnexpectedEof {
+                let detail = "the file became shorter while it was read".into();
+                return GgufError::Header { file: path.clone(), at: start, detail };
+            }
+            GgufError::io(path, "read", e)
+        })
+    }
+
+    /// One file's header.
+    fn read(path: &Path) -> Result<Self> {
         let not_gguf = |detail: String| GgufError::NotGguf { file: path.into(), detail };
         let file = File::open(path).map_err(|e| GgufError::io(path, "open", e))?;
         let meta = file.metadata().map_err(|e| GgufError::io(path, "read its length", e))?;
@@ -174,7 +252,7 @@ impl Gguf {
         let data_start = cursor.at.next_multiple_of(alignment);
         drop(cursor);
         place_tensors(path, &mut tensors, data_start, length)?;
-        Ok(Self { path: path.into(), file, metadata, tensors })
+        Ok(Self { path: path.into(), files: vec![(path.into(), file)], metadata, tensors })
     }
 
     /// The error that says what `key` should have been.
@@ -461,7 +539,7 @@ impl Cursor<'_> {
             return Err(error(format!("offset {offset} is no multiple of the file's alignment, {alignment}")));
         }
         let bytes = elements / kind.elements() * kind.bytes();
-        Ok(TensorInfo { name, kind, shape, start: offset, bytes })
+        Ok(TensorInfo { name, kind, shape, part: 0, start: offset, bytes })
     }
 }
 

@@ -87,7 +87,7 @@ pub fn import_sharded(
 ) -> Result<ImportReport> {
     let gguf = Gguf::open(gguf)?;
     let config = ModelConfig::read(&gguf)?;
-    let outputs = tensors::plan(&gguf, &config)?;
+    let (outputs, mut notes) = tensors::plan(&gguf, &config)?;
     let tokenizer = Tokenizer::read(&gguf)?;
     let files = tokenizer.to_files(&gguf)?;
 
@@ -100,6 +100,7 @@ pub fn import_sharded(
     let (shards, bytes) = write_tensors(&gguf, &outputs, &writer, max_shard_bytes, progress)?;
     writer.commit()?;
 
+    notes.extend(files.notes);
     let mut source_types = BTreeMap::new();
     for info in gguf.tensors.values() {
         *source_types.entry(info.kind.name()).or_insert(0) += 1;
@@ -112,8 +113,17 @@ pub fn import_sharded(
         bytes,
         shards,
         source_types,
-        notes: files.notes,
+        notes,
     })
+}
+
+/// The config.json that an import writes, without importing: for whoever wants to know first whether the model can be run.
+///
+/// # Errors
+/// See [`GgufError`].
+pub fn configuration(gguf: &Path) -> Result<Json> {
+    let gguf = Gguf::open(gguf)?;
+    Ok(ModelConfig::read(&gguf)?.to_json(&Tokenizer::read(&gguf)?.special))
 }
 
 /// Writes `outputs` in BF16, one tensor after the other, so that memory does not grow with the model. Returns how many

@@ -5,13 +5,12 @@ use serde_json::{Value as Json, json};
 use super::blocks::Blocks;
 use super::error::{GgufError, Result};
 use super::header::Gguf;
-use super::tensors::read_exact_at;
 
 /// The table's name in a GGUF file.
 pub(super) const FACTORS: &str = "rope_freqs.weight";
 
 /// Keys that are read here, without the architecture's prefix.
-pub(super) const READ: [&str; 7] = [
+pub(super) const READ: [&str; 11] = [
     "rope.scale_linear",
     "rope.scaling.type",
     "rope.scaling.factor",
@@ -19,6 +18,10 @@ pub(super) const READ: [&str; 7] = [
     "rope.scaling.finetuned",
     "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.attn_factor",
+    "rope.scaling.yarn_ext_factor",
+    "rope.scaling.yarn_log_multiplier",
 ];
 
 /// Llama 3.1's `low_freq_factor` and `high_freq_factor`: every published model has these (config.json of Llama 3.1, 3.2).
@@ -41,6 +44,14 @@ pub(super) fn scaling(gguf: &Gguf, prefix: &str, head_dim: u64, theta: f64) -> R
     let factor = gguf.float(&key("rope.scaling.factor"), "a number of at least 0", |f| f >= 0.0)?.filter(|f| *f > 0.0);
     let linear = positive("rope.scale_linear")?.filter(|f| *f != 1.0);
     gguf.boolean(&key("rope.scaling.finetuned"))?;
+    // What transformers' YaRN has no name for is fine where it changes nothing.
+    let only = |name: &str, what: &str, value: f64| gguf.float(&key(name), what, |f| f == value).map(drop);
+    only("rope.scaling.yarn_ext_factor", "1: a partial extrapolation is not supported", 1.0)?;
+    only("rope.scaling.yarn_log_multiplier", "0: DeepSeek's scaling of attention is not supported", 0.0)?;
+    // convert_hf_to_gguf writes config.json's `attention_factor` here, the whole factor.
+    let whole = positive("rope.scaling.yarn_attn_factor")?;
+    // llama.cpp multiplies YaRN's own factor by this one.
+    let times = positive("rope.scaling.attn_factor")?.filter(|f| *f != 1.0);
 
     let kind = gguf.string(&key("rope.scaling.type"))?;
     let from_keys = match (kind, factor.or(linear)) {
@@ -56,6 +67,9 @@ pub(super) fn scaling(gguf: &Gguf, prefix: &str, head_dim: u64, theta: f64) -> R
                     yarn[name] = json!(beta);
                 }
             }
+            if let Some(attention) = whole.or(times.map(|t| t * (0.1 * factor.ln() + 1.0))) {
+                yarn["attention_factor"] = json!(attention);
+            }
             Some(yarn)
         }
         (Some("linear" | "yarn"), None) => {
@@ -70,6 +84,9 @@ pub(super) fn scaling(gguf: &Gguf, prefix: &str, head_dim: u64, theta: f64) -> R
             });
         }
     };
+    if times.is_some() && kind != Some("yarn") {
+        return Err(gguf.key_error(&key("rope.scaling.attn_factor"), "1, where the scaling is not yarn"));
+    }
     match (from_keys, llama3(gguf, head_dim, theta, original)?) {
         (Some(_), Some(_)) => Err(GgufError::Tensor {
             file: gguf.path.clone(),
@@ -94,7 +111,7 @@ fn llama3(gguf: &Gguf, head_dim: u64, theta: f64, original: Option<u64>) -> Resu
     }
     // head_dim is bounded, so this is small.
     let mut blocks = Blocks::new();
-    read_exact_at(gguf, info.start, blocks.resize(info.bytes as usize))?;
+    gguf.tensor_bytes(info, 0, blocks.resize(info.bytes as usize))?;
     let table: Vec<f64> = info.kind.decode(&blocks).map_err(error)?.into_iter().map(f64::from).collect();
     if table.iter().all(|f| *f == 1.0) {
         return Ok(None);

@@ -1,7 +1,6 @@
 //! Which GGUF tensor becomes which Hugging Face tensor, and its values row by row.
 
 use std::collections::BTreeSet;
-use std::io::{ErrorKind, Read as _, Seek as _, SeekFrom};
 
 use super::blocks::Blocks;
 use super::config::{Architecture, ModelConfig};
@@ -32,6 +31,8 @@ pub(super) struct Output<'a> {
     pub shape: Vec<u64>,
     source: &'a TensorInfo,
     layout: Layout,
+    /// The second scale of NVFP4, a multiplier.
+    scale: Option<f32>,
 }
 
 impl Output<'_> {
@@ -64,8 +65,12 @@ impl Output<'_> {
             let count = step.min(rows - row);
             let bytes = usize::try_from(count * row_bytes)
                 .map_err(|_| self.error(gguf, format!("a row of {columns} elements does not fit in memory")))?;
-            read_exact_at(gguf, self.source.start + self.source_row(row) * row_bytes, blocks.resize(bytes))?;
-            sink(&kind.decode(blocks).map_err(|detail| self.error(gguf, detail))?)?;
+            gguf.tensor_bytes(self.source, self.source_row(row) * row_bytes, blocks.resize(bytes))?;
+            let mut values = kind.decode(blocks).map_err(|detail| self.error(gguf, detail))?;
+            if let Some(scale) = self.scale {
+                values.iter_mut().for_each(|v| *v *= scale);
+            }
+            sink(&values)?;
             row += count;
         }
         Ok(())
@@ -87,24 +92,12 @@ impl Output<'_> {
     }
 }
 
-/// Reads `buffer.len()` bytes from byte `start` of the file.
-pub(super) fn read_exact_at(gguf: &Gguf, start: u64, buffer: &mut [u8]) -> Result<()> {
-    let mut file = &gguf.file;
-    file.seek(SeekFrom::Start(start)).and_then(|_| file.read_exact(buffer)).map_err(|e| {
-        if e.kind() == ErrorKind::UnexpectedEof {
-            let detail = "the file became shorter while it was read".into();
-            return GgufError::Header { file: gguf.path.clone(), at: start, detail };
-        }
-        GgufError::io(&gguf.path, "read", e)
-    })
-}
-
-/// Lists the tensors to write, in the order of the model.
+/// Lists the tensors to write, in the order of the model, and what a user should know of them.
 ///
 /// # Errors
 /// Names the tensor that is missing, of another shape, or that nothing uses.
-pub(super) fn plan<'a>(gguf: &'a Gguf, config: &ModelConfig) -> Result<Vec<Output<'a>>> {
-    let mut plan = Plan { gguf, outputs: Vec::new(), used: BTreeSet::from([rope::FACTORS]) };
+pub(super) fn plan<'a>(gguf: &'a Gguf, config: &ModelConfig) -> Result<(Vec<Output<'a>>, Vec<String>)> {
+    let mut plan = Plan { gguf, outputs: Vec::new(), used: BTreeSet::from([rope::FACTORS]), input_scales: 0 };
     let ModelConfig { hidden, intermediate, head_dim, vocab, .. } = *config;
     let (q_rows, kv_rows) = (config.heads * head_dim, config.kv_heads * head_dim);
     // Only the converter of `llama` models permutes (`undo_permute` in convert_hf_to_gguf.py).
@@ -164,6 +157,8 @@ struct Plan<'a> {
     gguf: &'a Gguf,
     outputs: Vec<Output<'a>>,
     used: BTreeSet<&'a str>,
+    /// Scales of inputs that are left out.
+    input_scales: usize,
 }
 
 impl<'a> Plan<'a> {
@@ -184,8 +179,39 @@ impl<'a> Plan<'a> {
 
     fn add(&mut self, from: &str, to: &str, shape: &[u64], layout: Layout) -> Result<()> {
         let source = self.take(from, shape)?;
-        self.outputs.push(Output { name: to.into(), shape: shape.into(), source, layout });
+        let scale = self.scales(from, 1)?.map(|s| s[0]);
+        self.outputs.push(Output { name: to.into(), shape: shape.into(), source, layout, scale });
         Ok(())
+    }
+
+    /// The second scales of the weight `from` (`blk.0.attn_q.weight`), one for each of its `count` matrices, where the file
+    /// has them: llama.cpp multiplies the product with `blk.0.attn_q.scale` by it; some write `blk.0.attn_q.weight.scale`.
+    /// The scales of inputs beside them are counted and left out: a BF16 model has no place for them.
+    fn scales(&mut self, from: &str, count: u64) -> Result<Option<Vec<f32>>> {
+        let Some(stem) = from.strip_suffix(".weight") else { return Ok(None) };
+        let gguf = self.gguf;
+        let mut read = |suffix: &str| -> Result<Option<Vec<f32>>> {
+            let found = [stem, from].into_iter().find_map(|s| gguf.tensors.get(&format!("{s}.{suffix}")));
+            let Some(info) = found else { return Ok(None) };
+            let error = |detail| GgufError::Tensor { file: gguf.path.clone(), tensor: info.name.clone(), detail };
+            let shape = [count];
+            if info.shape != shape {
+                let (expected, found) = (shape.to_vec(), info.shape.clone());
+                return Err(GgufError::Shape { file: gguf.path.clone(), tensor: info.name.clone(), expected, found });
+            }
+            let mut blocks = Blocks::new();
+            gguf.tensor_bytes(info, 0, blocks.resize(info.bytes as usize))?;
+            let values = info.kind.decode(&blocks).map_err(error)?;
+            if let Some(v) = values.iter().find(|v| !(v.is_finite() && **v > 0.0)) {
+                return Err(error(format!("holds {v}; a scale is positive and finite")));
+            }
+            self.used.insert(&info.name);
+            Ok(Some(values))
+        };
+        let inputs = read("input_scale")?.is_some();
+        let scales = read("scale")?;
+        self.input_scales += usize::from(inputs);
+        Ok(scales)
     }
 
     /// One fused tensor [experts, rows, columns] each for gate, up and down becomes one matrix per expert.
@@ -197,25 +223,39 @@ impl<'a> Plan<'a> {
             ("ffn_down_exps", "down_proj", [hidden, intermediate]),
         ] {
             let source = self.take(&format!("blk.{layer}.{from}.weight"), &[count, rows, columns])?;
-            sources.push((to, rows, columns, source));
+            let scales = self.scales(&source.name, count)?;
+            sources.push((to, rows, columns, source, scales));
         }
         for expert in 0..count {
-            for &(to, rows, columns, source) in &sources {
+            for &(to, rows, columns, source, ref scales) in &sources {
                 self.outputs.push(Output {
                     name: format!("model.layers.{layer}.mlp.experts.{expert}.{to}.weight"),
                     shape: vec![rows, columns],
                     source,
                     layout: Layout::Rows { first: expert * rows },
+                    scale: scales.as_ref().map(|s| s[expert as usize]),
                 });
             }
         }
         Ok(())
     }
 
-    fn finish(self, config: &ModelConfig) -> Result<Vec<Output<'a>>> {
+    fn finish(self, config: &ModelConfig) -> Result<(Vec<Output<'a>>, Vec<String>)> {
         let left: Vec<_> = self.gguf.tensors.keys().filter(|name| !self.used.contains(name.as_str())).collect();
         if left.is_empty() {
-            return Ok(self.outputs);
+            let mut notes = Vec::new();
+            let scaled = self.outputs.iter().filter(|o| o.scale.is_some()).count();
+            if scaled > 0 {
+                notes.push(format!(
+                    "{scaled} tensors have a second scale (NVFP4): what is written is their blocks' values times it, rounded \
+                     to BF16"
+                ));
+            }
+            if self.input_scales > 0 {
+                let n = self.input_scales;
+                notes.push(format!("{n} scales of inputs are left out: a BF16 model has no place for them"));
+            }
+            return Ok((self.outputs, notes));
         }
         Err(GgufError::Leftover {
             file: self.gguf.path.clone(),
