@@ -3,17 +3,27 @@
 use std::path::{Path, PathBuf};
 
 /// What each layer may use of the others.
-const ALLOWED: [(&str, &[&str]); 11] = [
+const ALLOWED: [(&str, &[&str]); 12] = [
     ("formats", &[]),
-    ("checkpoint", &["formats"]),
+    ("output", &[]),
+    ("checkpoint", &["formats", "output"]),
     ("backend", &["formats"]),
     ("model", &["formats", "checkpoint", "backend"]),
     ("text", &[]),
+<<<<<<< HEAD
     ("quantize", &["formats", "checkpoint", "backend", "model"]),
     ("recover", &["formats", "checkpoint", "backend", "model", "text"]),
     ("engine", &["formats", "checkpoint", "backend", "model", "text"]),
+=======
+    ("quantize", &["formats", "output", "checkpoint", "backend", "model"]),
+    ("recover", &["formats", "output", "checkpoint", "backend", "model", "text"]),
+    ("engine", &["formats", "backend", "model", "text"]),
+>>>>>>> 8cc44d8 (Outputs are claimed at the start; scratch in one hidden, locked folder; finished work is kept)
     ("evaluate", &["formats", "checkpoint", "backend", "model", "text", "engine"]),
-    ("cli", &["formats", "checkpoint", "backend", "model", "text", "quantize", "recover", "engine", "evaluate"]),
+    (
+        "cli",
+        &["formats", "output", "checkpoint", "backend", "model", "text", "quantize", "recover", "engine", "evaluate"],
+    ),
     ("main", &["cli"]),
 ];
 

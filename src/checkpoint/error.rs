@@ -3,6 +3,8 @@
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use crate::output::OutputError;
+
 /// Everything that can be wrong with a checkpoint on disk.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
@@ -12,6 +14,9 @@ pub enum CheckpointError {
     /// The volume or the quota of the output is exhausted; nothing is left behind.
     #[error("{}: no space left to {action} it; free some space or choose another output", path.display())]
     DiskFull { path: PathBuf, action: &'static str },
+    /// The output cannot be claimed, or the finished work not be given its name.
+    #[error(transparent)]
+    Output(#[from] OutputError),
     /// The path is no checkpoint folder.
     #[error("{}: {detail}", path.display())]
     NotACheckpoint { path: PathBuf, detail: String },

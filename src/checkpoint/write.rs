@@ -2,7 +2,7 @@
 //! it is whole.
 
 use std::fs::{self, File};
-use std::io::{BufWriter, ErrorKind, Write};
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
@@ -10,15 +10,15 @@ use serde_json::{Map, Value, json};
 
 use super::error::{CheckpointError, Result};
 use super::text_files;
+use crate::output::{self, Claim};
 
 /// Bytes of tensors in one shard, unless one tensor alone is larger.
 pub const SHARD_BYTES: u64 = 4 << 30;
 
 /// A folder that appears under its name only when [`FolderWriter::commit`] is called; dropped before, it vanishes.
 pub struct FolderWriter {
-    target: PathBuf,
-    parent: PathBuf,
     partial: PathBuf,
+    claim: Claim,
     committed: bool,
 }
 
@@ -26,35 +26,12 @@ impl FolderWriter {
     /// Starts the folder `target`, which must not exist, or be empty.
     ///
     /// # Errors
-    /// When it exists and is not empty, or its parent cannot be written.
+    /// When it exists and is not empty, cannot be written, or another run writes there.
     pub fn create(target: &Path) -> Result<Self> {
-        let refuse =
-            |path: &Path, detail: &str| CheckpointError::NotACheckpoint { path: path.into(), detail: detail.into() };
-        let name = target.file_name().ok_or_else(|| refuse(target, "is no name for an output folder"))?;
-        match fs::symlink_metadata(target) {
-            Err(e) if e.kind() == ErrorKind::NotFound => {}
-            Err(e) => return Err(CheckpointError::io(target, "look at", e)),
-            Ok(meta) if !meta.is_dir() => {
-                return Err(refuse(target, "exists and is no folder; choose another output folder"));
-            }
-            Ok(_) => {
-                let mut entries = fs::read_dir(target).map_err(|e| CheckpointError::io(target, "list", e))?;
-                if entries.next().is_some() {
-                    let detail = "exists and is not empty; nothing is overwritten, choose another output folder";
-                    return Err(refuse(target, detail));
-                }
-            }
-        }
-        let parent = target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        fs::create_dir_all(parent).map_err(|e| CheckpointError::io(parent, "create", e))?;
-        let partial = parent.join(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
-        match fs::create_dir(&partial) {
-            Ok(()) => Ok(Self { target: target.into(), parent: parent.into(), partial, committed: false }),
-            Err(e) if e.kind() == ErrorKind::AlreadyExists => {
-                Err(refuse(&partial, "is in the way: left by a run that was killed; remove it and try again"))
-            }
-            Err(e) => Err(CheckpointError::io(&partial, "create", e)),
-        }
+        let claim = output::folder(target)?;
+        let partial = claim.scratch("whole");
+        fs::create_dir(&partial).map_err(|e| CheckpointError::io(&partial, "create", e))?;
+        Ok(Self { partial, claim, committed: false })
     }
 
     /// Where files are written until the commit.
@@ -141,6 +118,8 @@ impl FolderWriter {
                 last.push(t);
             }
         }
+        let all: u64 = tensors.iter().map(TensorSpec::bytes).sum();
+        self.claim.room("the model", all).map_err(CheckpointError::from)?;
         let count = shards.len();
         let mut weight_map = Map::new();
         for (i, shard) in shards.iter().enumerate() {
@@ -152,9 +131,8 @@ impl FolderWriter {
             weight_map.extend(shard.iter().map(|t| (t.name.clone(), Value::from(name.clone()))));
         }
         if count > 1 {
-            let total: u64 = tensors.iter().map(TensorSpec::bytes).sum();
             weight_map.sort_keys();
-            let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
+            let index = json!({"metadata": {"total_size": all}, "weight_map": weight_map});
             self.json("model.safetensors.index.json", &index)?;
         }
         Ok(count)
@@ -163,32 +141,18 @@ impl FolderWriter {
     /// Gives the folder its name.
     ///
     /// # Errors
-    /// When the rename fails, e.g. because the target came into being meanwhile.
+    /// When it cannot be moved, e.g. because the target came into being meanwhile; it stays on disk then, and the error
+    /// says where.
     pub fn commit(mut self) -> Result<()> {
-        sync_folder(&self.partial)?;
-        // POSIX replaces an empty folder in the rename; Windows does not.
-        if cfg!(windows) && self.target.is_dir() {
-            fs::remove_dir(&self.target).map_err(|e| CheckpointError::io(&self.target, "replace", e))?;
-        }
-        fs::rename(&self.partial, &self.target)
-            .map_err(|e| CheckpointError::io(&self.target, "rename the finished folder to", e))?;
         self.committed = true;
-        sync_folder(&self.parent)
+        Ok(self.claim.finish(&self.partial)?)
     }
-}
-
-/// Makes the names in a folder durable. Only POSIX can open a folder to do that.
-fn sync_folder(folder: &Path) -> Result<()> {
-    if cfg!(unix) {
-        File::open(folder).and_then(|f| f.sync_all()).map_err(|e| CheckpointError::io(folder, "sync", e))?;
-    }
-    Ok(())
 }
 
 impl Drop for FolderWriter {
     fn drop(&mut self) {
         if !self.committed {
-            // Nothing can be done about a failure here; the name says that the folder is partial.
+            // Nothing can be done about a failure here; it lies with the scratch.
             let _ = fs::remove_dir_all(&self.partial);
         }
     }
@@ -246,17 +210,11 @@ pub fn atomically<E: From<CheckpointError>>(
     path: &Path,
     write: impl FnOnce(&Path) -> std::result::Result<(), E>,
 ) -> std::result::Result<(), E> {
-    let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    let partial = path.with_file_name(format!(".{name}.partial-{}", std::process::id()));
-    let written = write(&partial).and_then(|()| {
-        fs::rename(&partial, path).map_err(|source| {
-            CheckpointError::Io { path: path.into(), action: "rename the finished file to", source }.into()
-        })
-    });
-    if written.is_err() {
-        let _ = fs::remove_file(&partial);
-    }
-    written
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let partial = output::partial_in(folder).map_err(CheckpointError::from)?;
+    write(&partial)?;
+    partial.persist(path).map_err(|e| CheckpointError::io(path, "rename the finished file to", e.error))?;
+    Ok(())
 }
 
 /// Name, dtype and shape of a tensor to be written.

@@ -6,6 +6,7 @@ mod doctor;
 mod evaluation;
 mod generated;
 mod inspect;
+mod interrupt;
 mod logits;
 mod options;
 mod pretrain;
@@ -19,6 +20,7 @@ mod training_data;
 use std::path::Path;
 use std::process::ExitCode;
 
+use crate::output::space::human_bytes;
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
 use talk::{outln, progress, say, style};
@@ -67,6 +69,9 @@ pub fn main() -> ExitCode {
         // SAFETY: the process has begun no other thread yet.
         unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
     }
+    if !matches!(verb, Verb::Run(_) | Verb::Inspect(_) | Verb::Doctor(_)) {
+        interrupt::watch();
+    }
     match run(verb) {
         Ok(code) => code,
         Err(e) => {
@@ -112,18 +117,6 @@ fn read_text(file: &Path) -> Result<String> {
         anyhow::bail!("{}: it is {what}", file.display());
     }
     Ok(if text.contains('\r') { text.replace("\r\n", "\n").replace('\r', "\n") } else { text })
-}
-
-/// Bytes for people: 1.5 MiB.
-fn human_bytes(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit < UNITS.len() - 1 {
-        value /= 1024.0;
-        unit += 1;
-    }
-    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
 }
 
 /// Names the small text files of a model that its copy lacks, because nothing here knows them.

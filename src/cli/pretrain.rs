@@ -70,7 +70,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 
 fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
     let start = Instant::now();
-    let training = training::begin(&args.output, args.resume)?;
+    let (training, _claim) = training::begin(&args.output, args.resume)?;
     let reader = Reader::of(&args.shape, false)?;
     let part = |file: &PathBuf| -> Result<Part> {
         let name = file.file_stem().map_or_else(String::new, |n| n.to_string_lossy().into_owned());

@@ -12,6 +12,7 @@ use super::options::{EngineOptions, model_folder};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Dialect;
 use crate::model::ModelConfig;
+use crate::output;
 use crate::quantize::auto::Table;
 use crate::quantize::{self, CalibrationText, Recipe, Scheme};
 use crate::text::{ChatInput, ChatTemplate, Tokenizer};
@@ -73,10 +74,18 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         }
         return super::done();
     }
-    let (Some(model), Some(output), Some(recipe)) = (&args.model, &args.output, &args.recipe) else {
+    let (Some(model), Some(out), Some(recipe)) = (&args.model, &args.output, &args.recipe) else {
         bail!("MODEL, --output and --recipe are needed");
     };
     let start = Instant::now();
+    let claim = output::folder(out)?;
+    let kept = args.keep_unrounded.as_deref().map(output::folder).transpose()?;
+    if kept.is_some_and(|kept| kept.target() == claim.target()) {
+        bail!("--output and --keep-unrounded name the same folder");
+    }
+    if claim.cleared() {
+        super::say!("note: what a run for the same output had left when it was killed was removed");
+    }
     let mut recipe = Recipe::find(recipe)?;
     choose_bits(args, &mut recipe)?;
     let folder = model_folder(model)?;
@@ -93,7 +102,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     };
     let bar = super::progress(0, "");
     let backend = args.options.backend()?;
-    let places = quantize::Places { out: output, unrounded: args.keep_unrounded.as_deref() };
+    let places = quantize::Places { out, unrounded: args.keep_unrounded.as_deref() };
     let report = quantize::apply(&checkpoint, &backend, &text, &recipe, dialect, places, &mut |what, done, all| {
         if done == 0 {
             bar.begin(what);
@@ -120,31 +129,13 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         super::say!("note: no calibration token reached {module}; it shares the scale of its neighbours");
     }
     super::name_left_out(&folder);
-    super::say!("wrote {}", output.display());
-    for folder in left_behind(output) {
-        super::say!("note: {} was left by a run that was killed; it can be removed", folder.display());
-    }
+    super::say!("wrote {}", out.display());
     super::done()
 }
 
 /// Windows of calibration text that a recipe is served well by.
 pub(super) fn default_samples(recipe: &Recipe) -> usize {
     if recipe.gptq.is_some() { 16 } else { 8 }
-}
-
-/// Temporary folders of runs for the same output.
-fn left_behind(output: &Path) -> Vec<PathBuf> {
-    let Some(name) = output.file_name() else { return Vec::new() };
-    let prefix = format!("{}.", name.to_string_lossy());
-    let parent = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
-    let ours = entries.filter(|e| {
-        let entry = e.file_name().to_string_lossy().into_owned();
-        let hidden = entry.starts_with('.').then(|| entry.trim_start_matches('.'));
-        let rest = hidden.and_then(|e| e.strip_prefix(&prefix)).and_then(|rest| rest.rsplit_once('-'));
-        rest.is_some_and(|(_, pid)| !pid.is_empty() && pid.bytes().all(|b| b.is_ascii_digit()))
-    });
-    ours.map(|e| e.path()).collect()
 }
 
 /// Most memory that this process has held, where the system says so (Linux).

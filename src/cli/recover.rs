@@ -16,8 +16,9 @@ use crate::backend::cpu::operand::Precision;
 use crate::backend::cpu::{CpuBackend, isa::Isa, recycle};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Dialect;
-use crate::checkpoint::write::FolderWriter;
+use crate::checkpoint::write::TensorSpec;
 use crate::model::{Decoder, ModelConfig};
+use crate::output;
 use crate::quantize::{self, CalibrationText, Recipe};
 use crate::recover::RecoverError;
 use crate::recover::distill::Watched;
@@ -87,10 +88,15 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 
 fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
     let start = Instant::now();
-    let training = training::begin(&args.output, args.resume)?;
-    if args.keep_stages && !args.resume {
+    let (training, claim) = training::begin(&args.output, args.resume)?;
+    let mut claims = vec![claim];
+    if args.keep_stages {
         for (i, stage) in stages.iter().enumerate().take(stages.len() - 1) {
-            drop(FolderWriter::create(&stage_folder(&args.output, i, &stage.name))?);
+            let folder = stage_folder(claims[0].target(), i, &stage.name);
+            // There already, if the run was killed after this stage.
+            if !(args.resume && folder.exists()) {
+                claims.push(output::folder(&folder)?);
+            }
         }
     }
     let teacher_folder = model_folder(&args.teacher)?;
@@ -129,6 +135,8 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
     let rounded_from_teacher = unrounded.is_none() && student::is_rounded_from(&checkpoint, &teacher, &config)?;
     let masters = unrounded.as_ref().or(rounded_from_teacher.then_some(&teacher));
     let mut student = Student::load(&checkpoint, masters, backend.clone())?;
+    let state: u64 = student.state_specs(None, true).iter().map(TensorSpec::bytes).sum();
+    claims[0].room("the training's state with the result", state + checkpoint.tensors.file_bytes())?;
     let decoder = Decoder::load(backend, &teacher)?;
     let about = json!({
         "recoup_version": env!("CARGO_PKG_VERSION"),
@@ -172,7 +180,7 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
         if !args.keep_stages {
             return Ok(());
         }
-        let out = stage_folder(&args.output, stage, &plan.stages[stage].name);
+        let out = stage_folder(claims[0].target(), stage, &plan.stages[stage].name);
         let mut record = about.clone();
         if let Some(methods) = record["methods"].as_array_mut() {
             methods.truncate(stage + 1);
@@ -221,8 +229,9 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
 
 /// Where the student goes after a stage that is not the last.
 fn stage_folder(output: &Path, stage: usize, method: &str) -> PathBuf {
-    let name = output.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-    output.with_file_name(format!("{name}-{}-{method}", stage + 1))
+    let mut name = output.file_name().unwrap_or_default().to_os_string();
+    name.push(format!("-{}-{method}", stage + 1));
+    output.with_file_name(name)
 }
 
 /// What a recipe's student is calibrated on.

@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use serde_json::Value;
 
+use super::interrupt;
 use super::talk::Progress;
-use crate::checkpoint::write::FolderWriter;
+use crate::output::{self, Claim, sweep};
 use crate::recover::run_folder::RunFolder;
 use crate::recover::trainer::{Event, Plan};
 
@@ -15,17 +16,19 @@ use crate::recover::trainer::{Event, Plan};
 pub(super) const KEPT_MEMORY: usize = 4 << 30;
 /// Where a run keeps its state: beside the output, which must be free. A run that was interrupted there is gone on with,
 /// or refused.
-pub(super) fn begin(output: &Path, resume: bool) -> Result<PathBuf> {
-    drop(FolderWriter::create(output)?);
-    let name = output.file_name().with_context(|| format!("{} is no name for an output", output.display()))?;
-    let training = output.with_file_name(format!("{}.training", name.to_string_lossy()));
+pub(super) fn begin(output: &Path, resume: bool) -> Result<(PathBuf, Claim)> {
+    let claim = output::folder(output)?;
+    let training = claim.training();
     if training.exists() && !resume {
         bail!(
             "{}: a run for the same output was interrupted; go on with --resume, or remove that folder",
             training.display()
         );
     }
-    Ok(training)
+    sweep(&training);
+    let state = training.display();
+    interrupt::hint(format!("what was saved last is in {state}: the same command with --resume goes on from there"));
+    Ok((training, claim))
 }
 
 /// The state of a run that depends on `about`, new or as it was left.

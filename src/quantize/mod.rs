@@ -30,6 +30,7 @@ use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::formats::e4m3;
 use crate::model::modules::Module;
 use crate::model::{LoadError, ModelConfig};
+use crate::output::{self, Claim};
 use auto::Table;
 use calibrate::Calibration;
 use encode::Peaks;
@@ -344,14 +345,14 @@ pub fn apply(
         let candidates = recipe.auto.as_ref().map_or_else(|| vec![scheme(m)], |auto| auto.schemes.clone());
         candidates.into_iter().try_for_each(|s| encode::check_block(m, s))?;
     }
-    // Refused now and not after minutes of work.
-    for folder in std::iter::once(out).chain(unrounded) {
-        drop(FolderWriter::create(folder)?);
-    }
+    // Refused now and not after minutes of work; held until the end.
+    let claims = std::iter::once(out).chain(unrounded).map(output::folder);
+    let claims = claims.collect::<Result<Vec<Claim>, _>>().map_err(CheckpointError::from)?;
+    let claim = &claims[0];
     let mut rotated = None;
     if let Some(what) = recipe.rotate {
         progress("rotating", 0, 1);
-        rotated = Some(Scratch::of(out, "rotated", |folder| {
+        rotated = Some(Scratch::of(claim, "rotated", |folder| {
             rotate::rotate(checkpoint, what, &|m| scheme(m) != Scheme::None, folder)
         })?);
     }
@@ -360,7 +361,7 @@ pub fn apply(
     if let Some(form) = recipe.smooth {
         let mut shown = |done, all| progress("smoothing", done, all);
         let found = smooth::choose(source, backend, &text.sequences, form, &scheme, &mut shown)?;
-        smoothed = Some(Scratch::of(out, "smoothed", |folder| found.write(source, folder))?);
+        smoothed = Some(Scratch::of(claim, "smoothed", |folder| found.write(source, folder))?);
     }
     let source = smoothed.as_ref().map_or(source, |s: &Scratch| &s.checkpoint);
     let description = text.described();
@@ -387,7 +388,7 @@ pub fn apply(
                         let uniform = Recipe { rules, ..Recipe::uniform(*candidate) };
                         quantize(source, &calibration, &uniform, dialect, &BTreeMap::new(), None, folder).map(|_| ())
                     };
-                    donors.push((*candidate, Scratch::of(out, candidate.name(), one)?));
+                    donors.push((*candidate, Scratch::of(claim, candidate.name(), one)?));
                 }
                 let opened: Vec<(Scheme, &Checkpoint)> = donors.iter().map(|(s, d)| (*s, &d.checkpoint)).collect();
                 let windows = &text.sequences[..auto.windows.min(text.sequences.len())];
@@ -445,7 +446,7 @@ fn copy(source: &Checkpoint, prepared: &BTreeMap<String, Prepared>, out: &Path) 
     Ok(writer.commit()?)
 }
 
-/// A checkpoint on the way, in a folder beside the output that goes with this value.
+/// A checkpoint on the way, among the output's scratch; it goes with this value.
 struct Scratch {
     checkpoint: Checkpoint,
     folder: PathBuf,
@@ -453,12 +454,11 @@ struct Scratch {
 
 impl Scratch {
     fn of(
-        out: &Path,
+        claim: &Claim,
         what: &str,
         write: impl FnOnce(&Path) -> Result<(), QuantizeError>,
     ) -> Result<Self, QuantizeError> {
-        let name = out.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        let folder = out.with_file_name(format!(".{name}.{what}-{}", std::process::id()));
+        let folder = claim.scratch(what);
         let opened = write(&folder).and_then(|()| Ok(Checkpoint::open(&folder)?));
         match opened {
             Ok(checkpoint) => Ok(Self { checkpoint, folder }),

@@ -130,7 +130,9 @@ impl Student {
     }
 
     /// Tensors of [`super::run_folder`]: masters, of one layer or all, and if asked for the moments that there are.
-    pub(super) fn state_specs(&self, layer: Option<usize>, moments: bool) -> Vec<TensorSpec> {
+    /// What a saved state holds: of one layer or all, with the optimizer's moments or without.
+    #[must_use]
+    pub fn state_specs(&self, layer: Option<usize>, moments: bool) -> Vec<TensorSpec> {
         let chosen = self.parameters.iter().filter(|p| layer.is_none() || layer == p.layer);
         let spec = |(name, length)| TensorSpec { name, dtype: Dtype::F32, shape: vec![length] };
         chosen.flat_map(|p| p.state(moments)).map(spec).collect()

@@ -1,0 +1,43 @@
+//! What a signal does: Ctrl-C and SIGTERM end the run, its scratch goes, and it is said how to go on; a terminal that is
+//! closed (SIGHUP) ends the talk and not the work.
+
+use std::sync::{Mutex, PoisonError};
+
+/// What is told of a run that is ended from outside.
+static HINT: Mutex<String> = Mutex::new(String::new());
+
+/// From here on an interrupted run says this.
+pub(super) fn hint(text: impl Into<String>) {
+    *HINT.lock().unwrap_or_else(PoisonError::into_inner) = text.into();
+}
+
+/// Begins to listen. Signals that the process was told to ignore (nohup, a shell's background job) stay ignored.
+#[cfg(unix)]
+pub(super) fn watch() {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    let ignored = ignored();
+    let wanted = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|s| ignored & (1 << (s - 1)) == 0);
+    // Without it, signals do what they do to any program, and the next run clears up.
+    let Ok(mut signals) = signal_hook::iterator::Signals::new(wanted) else { return };
+    let listen = move || {
+        for signal in signals.forever().filter(|s| *s != SIGHUP) {
+            crate::output::abandon();
+            let hint = HINT.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            super::say!("interrupted{}{hint}", if hint.is_empty() { "" } else { "; " });
+            let _ = signal_hook::low_level::emulate_default_handler(signal);
+        }
+    };
+    let _ = std::thread::Builder::new().name("signals".into()).spawn(listen);
+}
+
+/// Nothing to listen to.
+#[cfg(not(unix))]
+pub(super) fn watch() {}
+
+/// The signals that are ignored, a bit each, where the system says so (Linux).
+#[cfg(unix)]
+fn ignored() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|l| l.strip_prefix("SigIgn:"));
+    mask.and_then(|m| u64::from_str_radix(m.trim(), 16).ok()).unwrap_or(0)
+}
