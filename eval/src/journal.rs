@@ -5,7 +5,7 @@
 //! them, so that the file's bytes do not depend on that order.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 
@@ -19,6 +19,8 @@ use crate::Response;
 pub enum JournalError {
     #[error("{path}: {source}{}", if source.kind() == std::io::ErrorKind::StorageFull { "; free some space and start the same command again: what was answered so far is kept" } else { "" })]
     Io { path: PathBuf, source: std::io::Error },
+    #[error("{path}: another process writes answers there; wait for its end, or choose another output folder")]
+    InUse { path: PathBuf },
     #[error(
         "{path} holds answers of another run: `{key}` is {found} there and {expected} here; \
          choose another output folder, or delete this one to begin anew"
@@ -78,6 +80,10 @@ impl Journal {
     pub fn open(path: &Path, about: &Value) -> Result<Self, JournalError> {
         let io = |source| JournalError::Io { path: path.into(), source };
         let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
+        // A file system without locks is taken at its word: the lock only keeps mistakes away.
+        if matches!(file.try_lock(), Err(TryLockError::WouldBlock)) {
+            return Err(JournalError::InUse { path: path.into() });
+        }
         let mut text = String::new();
         file.read_to_string(&mut text).map_err(io)?;
         let whole = text.rfind('\n').map_or(0, |end| end + 1);
@@ -161,14 +167,18 @@ pub fn write(path: &Path, about: &Value, answers: &BTreeMap<Key, Response>) -> R
 /// # Errors
 /// When it cannot be written; a file of that name is as it was then.
 pub fn write_atomically(path: &Path, contents: &[u8]) -> Result<(), JournalError> {
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(".tmp");
-    let temporary = path.with_file_name(name);
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let write = || {
-        let mut file = File::create(&temporary)?;
+        let mut builder = tempfile::Builder::new();
+        // The name says whose it is, so that it can be removed where a kill left it.
+        builder.prefix(".recoup-").suffix(".tmp");
+        // As any other file, by the user's umask.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let mut file = builder.tempfile_in(folder)?;
         file.write_all(contents)?;
-        file.sync_all()?;
-        std::fs::rename(&temporary, path)
+        file.as_file().sync_all()?;
+        file.persist(path).map(drop).map_err(|e| e.error)
     };
     write().map_err(|source| JournalError::Io { path: path.into(), source })
 }

@@ -198,8 +198,11 @@ pub fn write_safetensors<E: From<CheckpointError>>(
         out.write_all(&bytes).map_err(io)?;
     }
     let file = out.into_inner().map_err(|e| io(e.into_error()))?;
-    file.sync_all().map_err(io)?;
-    Ok(())
+    match file.sync_all() {
+        // A pipe.
+        Err(e) if e.kind() == std::io::ErrorKind::InvalidInput => Ok(()),
+        synced => Ok(synced.map_err(io)?),
+    }
 }
 
 /// Writes `path` by way of `write`, which gets a temporary name beside it; the file appears only when whole.

@@ -1,5 +1,6 @@
 //! `recoup demo`: quantize, recover and compare the shipped model, by the commands that a user would give.
 
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -27,6 +28,8 @@ pub(super) struct Args {
 
 /// A file that says that a folder is a demo's.
 const MARK: &str = "made-by-recoup-demo";
+/// What a demo makes there.
+const MADE: [&str; 6] = ["ptq", "best-ptq", "unrounded", "qat", "qad", "report"];
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let start = Instant::now();
@@ -39,76 +42,67 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         if !out.join(MARK).exists() {
             bail!("{}: exists and is not a demo's; choose another folder with --output", out.display());
         }
-        std::fs::remove_dir_all(out).with_context(|| format!("{}: cannot be removed", out.display()))?;
     }
-    std::fs::create_dir_all(out).with_context(|| format!("{}: cannot be created", out.display()))?;
+    let claim = crate::output::growing(out)?;
+    // What an earlier demo made goes, and nothing else that may lie there by now.
+    let source = std::fs::canonicalize(&model).unwrap_or_else(|_| model.clone());
+    for made in MADE.iter().flat_map(|m| [(*m).to_owned(), format!("{m}.training")]).map(|m| claim.target().join(m)) {
+        if source.starts_with(&made) {
+            bail!("{}: is the model, and would be replaced; choose another folder with --output", made.display());
+        }
+        if made.exists() {
+            std::fs::remove_dir_all(&made).with_context(|| format!("{}: cannot be removed", made.display()))?;
+        }
+    }
     std::fs::write(out.join(MARK), "").with_context(|| format!("{}: cannot be written", out.display()))?;
 
-    let text = |path: &Path| path.to_string_lossy().into_owned();
-    let (bf16, threads, steps) = (text(&model), args.threads.to_string(), args.steps);
-    let at = |name: &str| text(&out.join(name));
-    let (ptq, best, unrounded, qat, qad, report) =
-        (at("ptq"), at("best-ptq"), at("unrounded"), at("qat"), at("qad"), at("report"));
-    let recover = |method: &str, out: &str| -> Vec<String> {
+    let (bf16, threads, steps) = (model.into_os_string(), args.threads.to_string(), args.steps);
+    let [ptq, best, unrounded, qat, qad, report] = MADE.map(|name| out.join(name).into_os_string());
+    let recover = |method: &str, out: &OsStr| -> Vec<OsString> {
         let method = format!("{method}:steps={steps},lr=4e-4,average=0.95");
-        let args = [
-            "recover",
-            &best,
-            "--teacher",
-            &bf16,
-            "--unrounded",
-            &unrounded,
-            "--method",
-            &method,
-            "--data",
-            "teacher",
-            "--samples",
-            "300",
-            "--evaluate-every",
-            "25",
-            "-o",
-            out,
-        ];
-        args.map(str::to_owned).to_vec()
+        let models = [OsStr::new("recover"), &best, "--teacher".as_ref(), &bf16, "--unrounded".as_ref(), &unrounded];
+        let rest = ["--method", &method, "--data", "teacher", "--samples", "300", "--evaluate-every", "25", "-o"];
+        let words = models.into_iter().chain(rest.iter().map(OsStr::new)).chain([out]);
+        words.map(OsStr::to_owned).collect()
     };
-    let owned = |args: &[&str]| args.iter().map(|a| (*a).to_owned()).collect::<Vec<String>>();
+    let owned = |args: &[&dyn AsRef<OsStr>]| args.iter().map(|a| a.as_ref().to_owned()).collect::<Vec<OsString>>();
     let acts = [
         (
             "Four bits by calibrated maxima, as most tools do it",
-            owned(&["quantize", &bf16, "--recipe", "nvfp4", "-o", &ptq]),
+            owned(&[&"quantize", &bf16, &"--recipe", &"nvfp4", &"-o", &ptq]),
         ),
         (
             "The best four bits without training",
-            owned(&["quantize", &bf16, "--recipe", "nvfp4_best", "-o", &best, "--keep-unrounded", &unrounded]),
+            owned(&[&"quantize", &bf16, &"--recipe", &"nvfp4_best", &"-o", &best, &"--keep-unrounded", &unrounded]),
         ),
         ("Recovery by the text alone (QAT); the text is what the BF16 model writes", recover("qat", &qat)),
         ("Recovery by distillation (QAD), from the same start, on the same text, as many steps", recover("qad", &qad)),
         (
             "What each lost and won back, on books that none has seen",
             owned(&[
-                "compare",
+                &"compare",
                 &bf16,
                 &ptq,
                 &best,
                 &qat,
                 &qad,
-                "--labels",
-                "BF16,PTQ,best PTQ,QAT,QAD",
-                "--tasks",
-                "books",
-                "--text",
-                "books",
-                "--window",
-                "256",
-                "-o",
+                &"--labels",
+                &"BF16,PTQ,best PTQ,QAT,QAD",
+                &"--tasks",
+                &"books",
+                &"--text",
+                &"books",
+                &"--window",
+                &"256",
+                &"-o",
                 &report,
             ]),
         ),
     ];
     for (title, command) in acts {
         super::say!("\n{}\n{}", style(title, "1"), style(&format!("$ recoup {}", shown(&command)), "2"));
-        let line =
-            ["recoup"].into_iter().map(str::to_owned).chain(command).chain(["--threads".into(), threads.clone()]);
+        let line = [OsString::from("recoup")].into_iter().chain(command);
+        let line = line.chain(["--threads".into(), OsString::from(&threads)]);
         let cli = Cli::try_parse_from(line)?;
         super::run(cli.verb)?;
     }
@@ -117,9 +111,9 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 }
 
 /// A command as one would type it.
-fn shown(command: &[String]) -> String {
-    let quoted = |a: &String| if a.contains([' ', ':']) { format!("'{a}'") } else { a.clone() };
-    command.iter().map(quoted).collect::<Vec<_>>().join(" ")
+fn shown(command: &[OsString]) -> String {
+    let quoted = |a: String| if a.contains([' ', ':']) { format!("'{a}'") } else { a };
+    command.iter().map(|a| quoted(a.to_string_lossy().into_owned())).collect::<Vec<_>>().join(" ")
 }
 
 /// The shipped model: below the current folder, or where this was built.

@@ -70,7 +70,7 @@ pub(super) fn rows(
     if prompt.len() + 2 > length {
         bail!("--length {length} leaves no room after the {} tokens that open a conversation", prompt.len());
     }
-    let decoder = Decoder::load(CpuBackend::new(Isa::detect(), threads)?, checkpoint)?;
+    let decoder = Decoder::load(CpuBackend::new(Isa::detect(), super::options::threads(threads))?, checkpoint)?;
     let sampling: Vec<SamplingParams> = (0..count)
         .map(|i| SamplingParams {
             temperature: 1.0,

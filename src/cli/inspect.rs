@@ -1,6 +1,7 @@
 //! `recoup inspect`: what a checkpoint is, module by module, and everything that is wrong with it at once.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -13,7 +14,7 @@ use crate::model::ModelConfig;
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// Checkpoint folder or hub id
-    model: String,
+    model: PathBuf,
     /// Print JSON, every module by itself
     #[arg(long)]
     json: bool,

@@ -13,14 +13,15 @@ use crate::backend::autograd::AutogradBackend;
 use crate::backend::{Backend, Batch, PAGE, Span};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::tensors::TensorStore;
-use crate::checkpoint::write::{TensorSpec, atomically, write_safetensors};
+use crate::checkpoint::write::{TensorSpec, write_safetensors};
 use crate::formats::kv::KvFormat;
-use crate::model::{Decoder, Wanted};
+use crate::model::{Decoder, ModelConfig, Wanted};
+use crate::output::{self, Claim};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// Checkpoint folder or hub id
-    model: String,
+    model: PathBuf,
     /// Token ids: `input_ids` [B, T] of a safetensors file (I64, I32 or U32), or JSON: a list of lists, or an object
     /// with `input_ids`
     #[arg(long, value_name = "FILE")]
@@ -44,23 +45,24 @@ enum Engine {
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let ids = read_ids(&args.input_ids)?;
     let checkpoint = Checkpoint::open(&model_folder(&args.model)?)?;
+    let destination = Destination::claim(&args.output, &ids, &checkpoint)?;
     match args.engine {
         Engine::Cpu => {
             let model = args.options.load(&checkpoint)?;
             drop(checkpoint);
-            write(&model, &ids, args.options.kv_format(), &args.output)?;
+            write(&model, &ids, args.options.kv_format(), &destination)?;
         }
         Engine::Autograd => {
             let model = Decoder::load(AutogradBackend::new(), &checkpoint)?;
             drop(checkpoint);
-            write(&model, &ids, args.options.kv_format(), &args.output)?;
+            write(&model, &ids, args.options.kv_format(), &destination)?;
         }
     }
     super::say!("wrote logits [{}, {}, vocab] to {}", ids.len(), ids[0].len(), args.output.display());
     super::done()
 }
 
-fn write<B: Backend>(model: &Decoder<B>, ids: &[Vec<u32>], kv: KvFormat, output: &Path) -> Result<()> {
+fn write<B: Backend>(model: &Decoder<B>, ids: &[Vec<u32>], kv: KvFormat, output: &Destination) -> Result<()> {
     let (rows, length, vocab) = (ids.len(), ids[0].len(), model.config.vocab);
     if length > model.config.max_positions {
         bail!("{length} tokens per row, but the model has {} positions", model.config.max_positions);
@@ -68,7 +70,7 @@ fn write<B: Backend>(model: &Decoder<B>, ids: &[Vec<u32>], kv: KvFormat, output:
     let spec = |name: &str, dtype, shape: &[usize]| TensorSpec { name: name.into(), dtype, shape: shape.to_vec() };
     let specs = [spec("input_ids", Dtype::I64, &[rows, length]), spec("logits", Dtype::F32, &[rows, length, vocab])];
     let logits = logits(model, ids, kv)?;
-    atomically(output, |path| {
+    output.write(|path| {
         write_safetensors(path, &specs.each_ref(), &Map::new(), &mut |t| -> Result<Vec<u8>> {
             Ok(match t.name.as_str() {
                 "input_ids" => ids.iter().flatten().flat_map(|&i| i64::from(i).to_le_bytes()).collect(),
@@ -76,6 +78,36 @@ fn write<B: Backend>(model: &Decoder<B>, ids: &[Vec<u32>], kv: KvFormat, output:
             })
         })
     })
+}
+
+/// Where logits go: a file that is replaced when they are whole, or a stream (/dev/stdout, a pipe) as it is.
+enum Destination {
+    File(Claim),
+    Stream(PathBuf),
+}
+
+impl Destination {
+    fn claim(path: &Path, ids: &[Vec<u32>], checkpoint: &Checkpoint) -> Result<Self> {
+        if std::fs::metadata(path).is_ok_and(|m| !m.is_file() && !m.is_dir()) {
+            return Ok(Self::Stream(path.into()));
+        }
+        let claim = output::file(path)?;
+        let vocab = ModelConfig::read(&checkpoint.config)?.vocab;
+        let tokens: usize = ids.iter().map(Vec::len).sum();
+        claim.room("the file of logits", tokens as u64 * (8 + 4 * vocab as u64))?;
+        Ok(Self::File(claim))
+    }
+
+    fn write(&self, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        match self {
+            Self::Stream(path) => write(path),
+            Self::File(claim) => {
+                let partial = claim.scratch("whole");
+                write(&partial)?;
+                Ok(claim.finish(&partial)?)
+            }
+        }
+    }
 }
 
 /// Logits of every token, one sequence after the other.

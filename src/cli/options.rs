@@ -1,5 +1,6 @@
 //! Options that several verbs share: where the model is and what runs it.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
@@ -41,7 +42,7 @@ impl EngineOptions {
                 format!("--isa {name}: this CPU has {}", names.join(", "))
             })?,
         };
-        Ok(CpuBackend::new(isa, self.threads)?)
+        Ok(CpuBackend::new(isa, threads(self.threads))?)
     }
 
     pub(super) fn kv_format(&self) -> KvFormat {
@@ -100,12 +101,29 @@ pub(super) fn identity(checkpoint: &Checkpoint) -> Result<Value> {
     Ok(found?)
 }
 
+/// How many threads compute where `asked` were wanted (0: one per core). More than there are cores would only wait for
+/// each other, and the result does not depend on them. What is not the decoder's work runs on as many.
+pub(super) fn threads(asked: usize) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let from_environment = || std::env::var("RAYON_NUM_THREADS").ok().and_then(|v| v.parse().ok());
+    let wanted = if asked > 0 { Some(asked) } else { from_environment().filter(|n| *n > 0) };
+    let threads = wanted.unwrap_or(cores).min(cores);
+    // Made once; a second verb of the same process (demo) finds it there.
+    let first = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().is_ok();
+    if let Some(wanted) = wanted.filter(|w| first && *w > cores) {
+        super::say!("note: {threads} threads instead of {wanted}: this process may use no more cores");
+    }
+    threads
+}
+
 /// The folder that MODEL names: a folder, or a hub id downloaded into the Hugging Face cache.
-pub(super) fn model_folder(model: &str) -> Result<PathBuf> {
+pub(super) fn model_folder(model: impl AsRef<OsStr>) -> Result<PathBuf> {
+    let model = model.as_ref();
     let path = Path::new(model);
     if path.exists() {
         return Ok(path.into());
     }
+    let Some(model) = model.to_str() else { bail!("{}: no such folder", path.display()) };
     let looks_like_id = model.split('/').count() == 2 && !model.starts_with(['.', '/', '~']) && !model.ends_with('/');
     if !looks_like_id {
         bail!("{model}: no such folder");

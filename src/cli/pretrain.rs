@@ -65,7 +65,10 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     recycle::keep(KEPT_MEMORY);
     let stage = Stage::parse(&format!("qat:{}", args.settings), args.seed)?;
-    rayon::ThreadPoolBuilder::new().num_threads(args.threads).build()?.install(|| train(args, stage))
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(super::options::threads(args.threads))
+        .build()?
+        .install(|| train(args, stage))
 }
 
 fn train(args: &Args, stage: Stage) -> Result<ExitCode> {

@@ -24,7 +24,7 @@ pub(super) const BUILT_IN_TEXT: &str = include_str!("calibration.txt");
 pub(super) struct Args {
     /// BF16 checkpoint folder or hub id
     #[arg(required_unless_present = "list_recipes")]
-    model: Option<String>,
+    model: Option<PathBuf>,
     /// Folder to write; must not exist or be empty
     #[arg(short, long, value_name = "FOLDER", required_unless_present = "list_recipes")]
     output: Option<PathBuf>,

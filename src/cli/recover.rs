@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
 
-use super::options::{identity, model_folder};
+use super::options::{identity, model_folder, threads};
 use super::training::{self, Display, KEPT_MEMORY};
 use super::training_data::DataOptions;
 use crate::backend::NUMERICS_VERSION;
@@ -30,10 +30,10 @@ use crate::recover::trainer::{Event, Plan, Run};
 pub(super) struct Args {
     /// Quantized checkpoint folder or hub id; with --recipe, left out
     #[arg(required_unless_present = "recipe")]
-    student: Option<String>,
+    student: Option<PathBuf>,
     /// The model it was quantized from, in BF16 or packed
     #[arg(long, value_name = "MODEL")]
-    teacher: String,
+    teacher: PathBuf,
     /// Folder to write; must not exist or be empty
     #[arg(short, long, value_name = "FOLDER")]
     output: PathBuf,
@@ -49,7 +49,7 @@ pub(super) struct Args {
     /// (`recoup quantize --keep-unrounded`) [default: the teacher where the student is its rounded form, else the
     /// student's own weights]
     #[arg(long, value_name = "FOLDER", conflicts_with = "recipe")]
-    unrounded: Option<String>,
+    unrounded: Option<PathBuf>,
     /// Steps between looks at the watched texts
     #[arg(long, value_name = "STEPS", default_value_t = 25)]
     evaluate_every: usize,
@@ -83,7 +83,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if args.data.length < 2 || args.data.samples == 0 {
         bail!("--length must be at least 2, and --samples at least 1");
     }
-    rayon::ThreadPoolBuilder::new().num_threads(args.threads).build()?.install(|| train(args, stages))
+    rayon::ThreadPoolBuilder::new().num_threads(threads(args.threads)).build()?.install(|| train(args, stages))
 }
 
 fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
@@ -119,7 +119,7 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
         }
         None => {
             let unrounded = args.unrounded.as_deref().map(model_folder).transpose()?;
-            (model_folder(args.student.as_deref().unwrap_or_default())?, unrounded)
+            (model_folder(args.student.as_deref().unwrap_or(Path::new("")))?, unrounded)
         }
     };
     let checkpoint = Checkpoint::open(&folder)?;
@@ -247,7 +247,7 @@ fn make_student(
     folder: &Path,
     unrounded: &Path,
 ) -> Result<()> {
-    let backend = CpuBackend::new(Isa::detect(), args.threads)?;
+    let backend = CpuBackend::new(Isa::detect(), threads(args.threads))?;
     let bar = super::progress(0, "");
     // Of a run that was killed in between.
     if unrounded.exists() {

@@ -2,6 +2,7 @@
 
 use std::io::{IsTerminal as _, Read as _};
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
@@ -17,7 +18,7 @@ use crate::text::{ChatInput, ChatTemplate, Tokenizer};
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// Checkpoint folder or hub id
-    model: String,
+    model: PathBuf,
     /// Prompt [default: standard input, or a chat at a terminal]
     #[arg(short, long)]
     prompt: Option<String>,

@@ -14,6 +14,7 @@ mod refine;
 pub mod rotate;
 pub mod scheme;
 pub mod smooth;
+mod space;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -349,6 +350,10 @@ pub fn apply(
     let claims = std::iter::once(out).chain(unrounded).map(output::folder);
     let claims = claims.collect::<Result<Vec<Claim>, _>>().map_err(CheckpointError::from)?;
     let claim = &claims[0];
+    let space = space::needed(checkpoint, &modules, recipe, &scheme);
+    let room = |claim: &Claim, bytes| claim.room("the model with what lies on the way to it", bytes);
+    room(claim, space.out).map_err(CheckpointError::from)?;
+    claims.get(1).map_or(Ok(()), |kept| room(kept, space.unrounded)).map_err(CheckpointError::from)?;
     let mut rotated = None;
     if let Some(what) = recipe.rotate {
         progress("rotating", 0, 1);

@@ -5,6 +5,7 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -44,7 +45,7 @@ const WIDTH: usize = 110;
 pub(in crate::cli) struct Args {
     /// The original (BF16), then what was made of it: PTQ, QAT, QAD, …; checkpoint folders or hub ids
     #[arg(required = true, num_args = 2.., value_name = "MODEL")]
-    models: Vec<String>,
+    models: Vec<OsString>,
     /// What tables and plots call them, in the same order [default: the folders' names]
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     labels: Vec<String>,
@@ -132,7 +133,8 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
         bail!("nothing to compare: name --tasks or --text");
     }
     check_before(args, &setup, &selection, &texts)?;
-    std::fs::create_dir_all(&args.output).with_context(|| format!("{}: cannot create", args.output.display()))?;
+    args.models.iter().try_for_each(|m| model_folder(m).map(drop))?;
+    let _claim = super::claimed(Some(&args.output))?;
 
     let baseline = load(args, &args.models[0])?;
     let mut work = Work {
@@ -195,7 +197,7 @@ fn labels(args: &Args) -> Result<Vec<String>> {
         // Equal folder names: the path tells them apart.
         for i in 0..labels.len() {
             if labels.iter().filter(|l| **l == labels[i]).count() > 1 {
-                labels[i] = args.models[i].clone();
+                labels[i] = args.models[i].to_string_lossy().into_owned();
             }
         }
         return Ok(labels);
@@ -250,7 +252,7 @@ fn texts(args: &Args) -> Result<Vec<(String, String)>> {
     Ok(out)
 }
 
-fn load(args: &Args, model: &str) -> Result<Loaded> {
+fn load(args: &Args, model: &OsStr) -> Result<Loaded> {
     let folder = model_folder(model)?;
     let checkpoint = Checkpoint::open(&folder)?;
     let text = ModelText::from_folder(&folder, &checkpoint.config)?;

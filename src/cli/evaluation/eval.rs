@@ -1,5 +1,6 @@
 //! `recoup eval`: one model, ours or behind a URL, on tasks.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -18,12 +19,13 @@ use super::{TaskOptions, facts_config, model_name, parse_shard, run_plan};
 use crate::checkpoint::Checkpoint;
 use crate::evaluate::{EvaluatedModel, ModelText, facts, kernel_check};
 use crate::model::ModelConfig;
+use crate::output;
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
     /// Checkpoint folder, hub id, or the address of an OpenAI-compatible server (http://host:port/v1)
     #[arg(required_unless_present = "list_tasks")]
-    model: Option<String>,
+    model: Option<OsString>,
     #[command(flatten)]
     tasks: TaskOptions,
     /// Folder for results, samples and answers; the same command goes on from the answers there
@@ -89,11 +91,12 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
         bail!("--tasks is missing; --list-tasks prints what there is, such as --tasks hellaswag,lambada_openai");
     }
     let selection = args.tasks.select(&[])?;
-    if model.starts_with("http://") || model.starts_with("https://") {
-        return url(args, model, &selection, &setup);
+    if let Some(address) = model.to_str().filter(|m| m.starts_with("http://") || m.starts_with("https://")) {
+        return url(args, address, &selection, &setup);
     }
     let folder = model_folder(model)?;
     let checkpoint = Checkpoint::open(&folder)?;
+    let _claim = super::claimed(args.output.as_deref())?;
     let text = ModelText::from_folder(&folder, &checkpoint.config)?;
     let context = context_length(&checkpoint, args.max_length)?;
     let subject = Subject {
@@ -134,6 +137,7 @@ fn url(args: &Args, address: &str, selection: &Selection, setup: &Setup) -> Resu
         ..UrlOptions::default()
     };
     let mut server = OpenAi::new(address, options)?;
+    let _claim = super::claimed(args.output.as_deref())?;
     let name = format!("{} at {address}", server.model());
     let subject = Subject {
         identity: json!({"url": address, "served_model": server.model(), "prefix": args.url.prefix}),
@@ -155,15 +159,14 @@ fn evaluate<M: LanguageModel>(
     if !args.merge.is_empty() {
         let answers = merge(&plan, &subject.identity, &args.merge)?;
         if let Some(folder) = &args.output {
-            std::fs::create_dir_all(folder).with_context(|| format!("{}: cannot create", folder.display()))?;
             let path = folder.join(recoup_eval::run::RESPONSES);
             journal::write(&path, &plan.about(&subject.identity, Shard::ALL), &answers)?;
         }
         return finish(args, &plan.results(&answers)?, &subject.facts, &config);
     }
     // Without -o nothing is kept; the journal still needs a place.
-    let scratch = if args.output.is_none() { Some(Scratch::new()?) } else { None };
-    let folder = args.output.as_deref().or(scratch.as_ref().map(|s| s.0.as_path())).unwrap_or(Path::new("."));
+    let scratch = if args.output.is_none() { Some(output::temporary()?) } else { None };
+    let folder = args.output.as_deref().or(scratch.as_ref().map(|s| s.path())).unwrap_or(Path::new("."));
     let shard = args.shard.unwrap_or(Shard::ALL);
     let start = Instant::now();
     let results = run_plan(model, &plan, &subject.identity, folder, shard, &subject.facts.name)?;
@@ -239,21 +242,4 @@ fn check_kernels(args: &Args, checkpoint: &Checkpoint, text: &ModelText) -> Resu
         );
     }
     Ok(())
-}
-
-/// A folder that goes with the process.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> Result<Self> {
-        let path = std::env::temp_dir().join(format!("recoup-eval-{}", std::process::id()));
-        std::fs::create_dir_all(&path).with_context(|| format!("{}: cannot create", path.display()))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
 }

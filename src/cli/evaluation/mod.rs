@@ -4,6 +4,7 @@ pub(super) mod compare;
 mod curves;
 pub(super) mod eval;
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
@@ -13,6 +14,9 @@ use recoup_eval::scores::ModelFacts;
 use recoup_eval::tasks::{Library, Limit, Options, Selection};
 use recoup_eval::{LanguageModel, Request};
 use serde_json::{Map, Value, json};
+
+use super::interrupt;
+use crate::output::Claim;
 
 /// Which tasks, and how they are put.
 #[derive(clap::Args, Clone, Debug)]
@@ -123,6 +127,18 @@ fn parse_shard(text: &str) -> Result<Shard, String> {
     shard.filter(|s| s.index < s.of).ok_or_else(|| format!("`{text}`: expected i/n with i from 0 to n-1, such as 0/4"))
 }
 
+/// The folder for answers and reports, for this run alone; nothing where none is kept.
+fn claimed(output: Option<&Path>) -> Result<Option<Claim>> {
+    let Some(output) = output else {
+        interrupt::hint("no answer was kept, as no --output was given");
+        return Ok(None);
+    };
+    let claim = crate::output::growing(output)?;
+    let folder = output.display();
+    interrupt::hint(format!("what was answered is kept in {folder}: the same command goes on from there"));
+    Ok(Some(claim))
+}
+
 /// Asks `model` what the journal in `folder` lacks and shows how far it is; results when all is answered.
 fn run_plan<M: LanguageModel>(
     model: &mut M,
@@ -150,12 +166,9 @@ fn run_plan<M: LanguageModel>(
 }
 
 /// What a model is called: the last part of its path.
-fn model_name(model: &str) -> String {
-    if model.starts_with("http://") || model.starts_with("https://") {
-        return model.to_owned();
-    }
+fn model_name(model: &OsStr) -> String {
     let path = std::fs::canonicalize(model).unwrap_or_else(|_| model.into());
-    path.file_name().map_or_else(|| model.to_owned(), |n| n.to_string_lossy().into_owned())
+    path.file_name().unwrap_or(model).to_string_lossy().into_owned()
 }
 
 /// `config` of results.json: the model, all that its answers depend on, and how the tasks were put.

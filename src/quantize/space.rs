@@ -1,0 +1,46 @@
+//! How much disk a recipe needs, before anything is done.
+
+use std::collections::BTreeSet;
+
+use super::{Recipe, Scheme};
+use crate::checkpoint::Checkpoint;
+use crate::model::modules::Module;
+
+/// Bytes on disk, at least.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Space {
+    /// Beside the output while it works, and then the output.
+    pub out: u64,
+    /// The plain model that is kept.
+    pub unrounded: u64,
+}
+
+/// What `recipe` writes for the `modules` that it gives a format: a model for each transformation and for each format that
+/// is measured, then the result.
+pub(super) fn needed(
+    checkpoint: &Checkpoint,
+    modules: &[Module],
+    recipe: &Recipe,
+    scheme: &impl Fn(&Module) -> Scheme,
+) -> Space {
+    let stored = |name: &str| checkpoint.tensors.peek(name).map_or(0, |view| view.bytes.len() as u64);
+    let plain: u64 = checkpoint.tensors.names().map(stored).sum();
+    let weights: BTreeSet<String> = modules.iter().map(|m| format!("{}.weight", m.name)).collect();
+    let others: u64 = checkpoint.tensors.names().filter(|n| !weights.contains(*n)).map(stored).sum();
+    let model = |scheme: &dyn Fn(&Module) -> Scheme| {
+        let linear = |m: &Module| match scheme(m) {
+            Scheme::None => stored(&format!("{}.weight", m.name)),
+            s => ((m.role.n * m.role.k) as f64 * s.bits_per_weight() / 8.0) as u64,
+        };
+        others + modules.iter().map(linear).sum::<u64>()
+    };
+    let between = u64::from(recipe.rotate.is_some()) + u64::from(recipe.smooth.is_some());
+    let measured: u64 = match &recipe.auto {
+        Some(auto) if auto.measured.is_none() => {
+            let candidates = auto.schemes.iter().filter(|s| **s != Scheme::None);
+            candidates.map(|c| model(&|m| if scheme(m) == Scheme::None { Scheme::None } else { *c })).sum()
+        }
+        _ => 0,
+    };
+    Space { out: between * plain + measured.max(model(scheme)), unrounded: plain }
+}
