@@ -306,22 +306,35 @@ fn a_run_that_is_killed_leaves_nothing_under_the_final_name_and_the_next_one_suc
     let args = ["quantize", MODEL, "-o", &out, "--recipe", "nvfp4_best"];
     let whole = folder.text("whole");
     succeed(&["quantize", MODEL, "-o", &whole, "--recipe", "nvfp4_best"]);
-    for wait in [20, 150, 400, 800, 1200] {
+    let names = || {
+        let entries = std::fs::read_dir(folder.0.path()).unwrap();
+        let mut names: Vec<String> =
+            entries.map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).filter(|n| n != "whole").collect();
+        names.sort();
+        names
+    };
+    // Killed when it has come that far, whatever the machine.
+    let mut left = false;
+    for moment in ["lock", ".smoothed.recoup/whole", "smoothed/config.json", "whole/model.safetensors"] {
+        let there = folder.at(".out.recoup").join(moment);
         let mut child = recoup(&args).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
-        std::thread::sleep(Duration::from_millis(wait));
-        let finished = child.try_wait().unwrap().is_some();
+        while !there.exists() && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         child.kill().unwrap();
         child.wait().unwrap();
-        assert_eq!(folder.at("out").exists(), finished, "after {wait} ms");
-        if finished {
+        // Whole, if it came to its end before the kill; nothing otherwise.
+        if folder.at("out").exists() {
+            let weights = |f: &str| std::fs::read(folder.at(f).join("model.safetensors")).unwrap();
+            assert!(folder.at("out/config.json").is_file() && weights("out") == weights("whole"), "{moment}");
             std::fs::remove_dir_all(folder.at("out")).unwrap();
         }
+        left = !names().is_empty();
+        assert!(names().iter().all(|n| n == ".out.recoup"), "{moment}: {:?}", names());
     }
     let (_, said) = succeed(&args);
-    let left = std::fs::read_dir(folder.0.path())
-        .unwrap()
-        .filter(|e| e.as_ref().unwrap().file_name().to_string_lossy().starts_with(".out."));
-    assert_eq!(left.count() > 0, said.contains("killed"), "{said}");
+    assert_eq!(left, said.contains("had left when it was killed was removed"), "{said}");
+    assert_eq!(names(), ["out"]);
     for file in ["model.safetensors", "config.json", "recoup_recipe.json"] {
         let read = |folder: PathBuf| std::fs::read(folder.join(file)).unwrap();
         assert!(read(folder.at("out")) == read(folder.at("whole")), "{file}");

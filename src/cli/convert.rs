@@ -33,6 +33,7 @@ enum Target {
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    let _claim = crate::output::folder(&args.output)?;
     if args.model.is_dir() {
         let checkpoint = Checkpoint::open(&args.model)?;
         return match args.to {

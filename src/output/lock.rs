@@ -27,7 +27,11 @@ impl Lock {
         for _ in 0..100 {
             match fs::create_dir(hidden) {
                 Err(e) if e.kind() == ErrorKind::AlreadyExists && hidden.is_dir() => {}
-                made => made.map_err(fault(hidden, "create"))?,
+                Err(e) => {
+                    let detail = format!("cannot be written: {}: {e}; choose another output", hidden.display());
+                    return refused(target, &detail);
+                }
+                Ok(()) => {}
             }
             let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
             let mut file = match opened {

@@ -1,0 +1,273 @@
+//! Work that is not lost: outputs of every kind, readers and signals that come and go, two runs in one place.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+const MODEL: &str = "models/books-bf16";
+
+fn recoup<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_recoup"));
+    command.args(args).current_dir(env!("CARGO_MANIFEST_DIR"));
+    command
+}
+
+fn said(out: &Output) -> String {
+    String::from_utf8_lossy(&out.stderr).into_owned()
+}
+
+/// Names in a folder, hidden ones included.
+fn names(folder: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+fn quantize(out: &Path, recipe: &str) -> Command {
+    recoup(&["quantize".as_ref(), MODEL.as_ref(), "-o".as_ref(), out.as_os_str(), "--recipe".as_ref(), recipe.as_ref()])
+}
+
+/// Waits until `there`, or the process is over.
+fn until(child: &mut Child, there: impl Fn() -> bool) {
+    while !there() && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn quiet(mut command: Command) -> Child {
+    command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+}
+
+#[test]
+fn outputs_that_cannot_be_written_are_refused_before_the_model_is_looked_at() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    std::fs::write(at("file"), "x").unwrap();
+    std::fs::create_dir(at("full")).unwrap();
+    std::fs::write(at("full/precious"), "x").unwrap();
+    // The model does not exist: only what looks at the output first can complain of the output.
+    for verb in [
+        &["quantize", "no-model", "--recipe", "nvfp4"][..],
+        &["convert", "no-model"],
+        &["recover", "no-model", "--teacher", "no-model", "--method", "qad", "--data", "no-data"],
+        &["pretrain", "no-model", "--data", "no-data", "--watch", "no-data"],
+    ] {
+        for (output, part) in [("file", "no folder"), ("full", "not empty"), ("file/out", "file")] {
+            let output = at(output);
+            let out = recoup(&[verb, &["-o", &output]].concat()).output().unwrap();
+            assert_eq!(out.status.code(), Some(1), "{verb:?}: {}", said(&out));
+            assert!(said(&out).contains(&output) && said(&out).contains(part), "{verb:?}: {}", said(&out));
+        }
+    }
+    for verb in [&["eval", MODEL, "--tasks", "piqa", "-L", "2"][..], &["compare", MODEL, MODEL, "--tasks", "none"]] {
+        let out = recoup(&[verb, &["-o", &at("file")]].concat()).output().unwrap();
+        assert!(!out.status.success() && said(&out).contains("file: cannot create"), "{}", said(&out));
+    }
+    assert_eq!(names(folder.path()), ["file", "full"]);
+    assert_eq!(names(&folder.path().join("full")), ["precious"]);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_mounted_folder_is_filled() {
+    // A user's own name space, where one may mount.
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    std::fs::create_dir(&out).unwrap();
+    let line = format!(
+        "mount -t tmpfs tmpfs {out} || exit 77; {recoup} quantize {MODEL} -o {out} --recipe nvfp4_smooth || exit 1; \
+         {recoup} inspect {out} >{folder}/shown || exit 1; ls -A {out} >{folder}/listed",
+        out = out.display(),
+        recoup = env!("CARGO_BIN_EXE_recoup"),
+        folder = folder.path().display()
+    );
+    let ran = Command::new("unshare").args(["-rm", "sh", "-c", &line]).current_dir(env!("CARGO_MANIFEST_DIR")).output();
+    let Ok(ran) = ran else { return println!("skipped: no unshare here") };
+    if ran.status.code() == Some(77) || said(&ran).contains("unshare") {
+        return println!("skipped: nothing can be mounted here: {}", said(&ran));
+    }
+    assert!(ran.status.success(), "{}", said(&ran));
+    let listed = std::fs::read_to_string(folder.path().join("listed")).unwrap();
+    assert!(listed.contains("model.safetensors") && !listed.contains(".recoup"), "{listed}");
+    assert_eq!(names(folder.path()), ["listed", "out", "shown"]);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn talk_that_nobody_reads_ends_no_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let full = || std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let gone = || {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        writer
+    };
+    let student = "models/books-nvfp4";
+    let (q, r, e, c) = (at("q"), at("r"), at("e"), at("c"));
+    let recover = ["recover", student, "--teacher", MODEL, "--data", "built-in", "--samples", "4", "--length", "32"];
+    let method = ["--method", "qad:steps=2", "--evaluate-every", "1", "-o", &r];
+    let compare = ["compare", MODEL, student, "--tasks", "none", "--text", "books", "--windows", "2", "--no-speed"];
+    for (verb, made) in [
+        (["quantize", MODEL, "--recipe", "nvfp4", "-o", &q].to_vec(), "q/model.safetensors"),
+        ([&recover[..], &method].concat(), "r/model.safetensors"),
+        (["eval", MODEL, "--tasks", "piqa", "-L", "3", "-o", &e].to_vec(), "e/results.json"),
+        ([&compare[..], &["-o", &c]].concat(), "c/report.html"),
+    ] {
+        let status = recoup(&verb).stdout(gone()).stderr(full()).env("RECOUP_LOG_SECONDS", "0").status().unwrap();
+        assert_eq!(status.code(), Some(0), "{verb:?}");
+        assert!(folder.path().join(made).is_file(), "{verb:?}");
+    }
+    // A gate is not passed because nobody reads the table.
+    let again = [&compare[..], &["-o", &c, "--require-recovery", "5"]].concat();
+    let again: Vec<&str> = again.iter().map(|a| if *a == "none" { "piqa" } else { *a }).chain(["-L", "2"]).collect();
+    assert_eq!(recoup(&again).stdout(gone()).stderr(full()).status().unwrap().code(), Some(3));
+    // Data that cannot be written is an error, when everything else is done.
+    let e2 = at("e2");
+    let out = recoup(&["eval", MODEL, "--tasks", "piqa", "-L", "3", "-o", &e2]).stdout(full()).output().unwrap();
+    assert_eq!(out.status.code(), Some(1));
+    assert!(said(&out).contains("standard output cannot be written"), "{}", said(&out));
+    assert!(Path::new(&e2).join("results.json").is_file());
+}
+
+#[test]
+fn a_log_says_how_far_the_work_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let out = recoup(&["eval", MODEL, "--tasks", "piqa", "-L", "4", "-o", &at("e")])
+        .env("RECOUP_LOG_SECONDS", "0")
+        .output()
+        .unwrap();
+    assert!(said(&out).contains("books-bf16: answers: 8/8"), "{}", said(&out));
+    let out = quantize(Path::new(&at("q")), "nvfp4_best").env("RECOUP_LOG_SECONDS", "0").output().unwrap();
+    for what in ["loading", "smoothing: 1/", "rounding: 1/"].iter().skip(1) {
+        assert!(said(&out).contains(what), "{what}: {}", said(&out));
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_run_that_is_told_to_end_takes_its_scratch_away() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let hidden = folder.path().join(".out.recoup");
+    for (signal, code) in [("TERM", 15), ("INT", 2)] {
+        let mut command = quantize(&out, "nvfp4_best");
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        until(&mut child, || hidden.join("smoothed").exists());
+        let pid = child.id().to_string();
+        assert!(Command::new("kill").args([&format!("-{signal}"), &pid]).status().unwrap().success());
+        let ended = child.wait_with_output().unwrap();
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&ended.status), Some(code), "{}", said(&ended));
+        assert!(said(&ended).contains("interrupted"), "{}", said(&ended));
+        assert!(names(folder.path()).is_empty(), "{:?}", names(folder.path()));
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_terminal_that_closes_ends_no_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let mut child = quiet(quantize(&out, "nvfp4_best"));
+    until(&mut child, || folder.path().join(".out.recoup/smoothed").exists());
+    assert!(Command::new("kill").args(["-HUP", &child.id().to_string()]).status().unwrap().success());
+    assert!(child.wait().unwrap().success());
+    assert!(out.join("model.safetensors").is_file());
+}
+
+#[test]
+fn a_second_run_in_the_same_place_is_refused_and_the_first_is_not_disturbed() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let mut child = quiet(quantize(&out, "nvfp4_best"));
+    until(&mut child, || folder.path().join(".out.recoup/smoothed").exists());
+    let second = quantize(&out, "nvfp4").output().unwrap();
+    assert_eq!(second.status.code(), Some(1));
+    let pid = child.id().to_string();
+    assert!(said(&second).contains("another run writes there") && said(&second).contains(&pid), "{}", said(&second));
+    assert!(child.wait().unwrap().success());
+    assert_eq!(names(folder.path()), ["out"]);
+}
+
+#[test]
+fn answers_of_two_runs_never_go_into_one_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out").to_str().unwrap().to_owned();
+    let args = ["eval", MODEL, "--tasks", "hellaswag,piqa", "-L", "100", "-o", &out];
+    let mut child = quiet(recoup(&args));
+    until(&mut child, || Path::new(&out).join("responses.jsonl").exists());
+    let second = recoup(&args).output().unwrap();
+    let other = ["compare", MODEL, MODEL, "--labels", "a,b", "--tasks", "none", "-o", &out];
+    let third = recoup(&other).output().unwrap();
+    let running = child.try_wait().unwrap().is_none();
+    for refused in [second, third] {
+        assert!(!running || said(&refused).contains("another run writes there"), "{}", said(&refused));
+    }
+    assert!(child.wait().unwrap().success());
+    assert!(!names(Path::new(&out)).iter().any(|n| n.starts_with('.')), "{:?}", names(Path::new(&out)));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn names_that_are_no_text_are_names() {
+    use std::ffi::OsString;
+    use std::os::unix::ffi::OsStringExt as _;
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &[u8]| folder.path().join(OsString::from_vec(name.to_vec()));
+    let model = at(b"mod\xffel");
+    std::fs::create_dir(&model).unwrap();
+    for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(MODEL)).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), model.join(entry.file_name())).unwrap();
+    }
+    let run = |words: &[&str], rest: &[&PathBuf]| {
+        let words = words.iter().map(OsString::from).chain(rest.iter().map(|p| p.as_os_str().to_owned()));
+        let out = recoup(&words.collect::<Vec<_>>()).output().unwrap();
+        assert!(out.status.success(), "{words:?}: {}", said(&out), words = rest);
+    };
+    let (q, r, e, c, l) = (at(b"q\xff"), at(b"r\xff"), at(b"e\xff"), at(b"c\xff"), at(b"l\xff"));
+    run(&["inspect"], &[&model]);
+    run(&["quantize", "--recipe", "nvfp4", "-o"], &[&q, &model]);
+    let data = ["--data", "built-in", "--samples", "4", "--length", "32"];
+    let method = ["--method", "qad:steps=1", "--method", "qat:steps=1", "--keep-stages", "-o"];
+    let teacher = [&PathBuf::from("--teacher"), &model];
+    run(&[&["recover"][..], &data, &method].concat(), &[&r, &q, teacher[0], teacher[1]]);
+    assert!(at(b"r\xff-1-qad").join("config.json").is_file());
+    run(&["eval", "--tasks", "piqa", "-L", "2", "-o"], &[&e, &q]);
+    run(&["compare", "--tasks", "none", "--text", "books", "--windows", "2", "--no-speed", "-o"], &[&c, &model, &q]);
+    let ids = folder.path().join("ids.json");
+    std::fs::write(&ids, "[[1, 2, 3]]").unwrap();
+    run(&["logits", "--input-ids", ids.to_str().unwrap(), "-o"], &[&l, &q]);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn logits_go_into_a_stream_as_into_a_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let (ids, file) = (folder.path().join("ids.json"), folder.path().join("logits"));
+    std::fs::write(&ids, "[[1, 2, 3]]").unwrap();
+    let args =
+        |out: &str| ["logits", MODEL, "--input-ids", ids.to_str().unwrap(), "-o", out].map(str::to_owned).to_vec();
+    assert!(recoup(&args(file.to_str().unwrap())).output().unwrap().status.success());
+    let piped = recoup(&args("/dev/stdout")).output().unwrap();
+    assert!(piped.status.success(), "{}", said(&piped));
+    assert!(piped.stdout == std::fs::read(&file).unwrap());
+    assert!(recoup(&args("/dev/null")).output().unwrap().status.success());
+    assert!(std::os::unix::fs::FileTypeExt::is_char_device(&std::fs::metadata("/dev/null").unwrap().file_type()));
+    let here = recoup(&args(folder.path().to_str().unwrap())).output().unwrap();
+    assert!(said(&here).contains("is a folder"), "{}", said(&here));
+    assert_eq!(names(folder.path()), ["ids.json", "logits"]);
+}
+
+/// Whatever one asks for, no more threads compute than there are cores: the rest would wait for each other.
+#[test]
+fn a_thousand_threads_are_no_more_work_than_one_per_core() {
+    let args =
+        |threads: &'static str| ["run", MODEL, "-p", "It was", "-n", "8", "--temperature", "0", "--threads", threads];
+    let (one, many) = (recoup(&args("1")).output().unwrap(), recoup(&args("1000")).output().unwrap());
+    assert!(many.status.success() && one.stdout == many.stdout, "{}", said(&many));
+    let cores = std::thread::available_parallelism().unwrap();
+    assert!(said(&many).contains(&format!("{cores} threads instead of 1000")), "{}", said(&many));
+}
