@@ -10,15 +10,9 @@ const ALLOWED: [(&str, &[&str]); 12] = [
     ("backend", &["formats"]),
     ("model", &["formats", "checkpoint", "backend"]),
     ("text", &[]),
-<<<<<<< HEAD
-    ("quantize", &["formats", "checkpoint", "backend", "model"]),
-    ("recover", &["formats", "checkpoint", "backend", "model", "text"]),
-    ("engine", &["formats", "checkpoint", "backend", "model", "text"]),
-=======
     ("quantize", &["formats", "output", "checkpoint", "backend", "model"]),
     ("recover", &["formats", "output", "checkpoint", "backend", "model", "text"]),
-    ("engine", &["formats", "backend", "model", "text"]),
->>>>>>> 8cc44d8 (Outputs are claimed at the start; scratch in one hidden, locked folder; finished work is kept)
+    ("engine", &["formats", "checkpoint", "backend", "model", "text"]),
     ("evaluate", &["formats", "checkpoint", "backend", "model", "text", "engine"]),
     (
         "cli",
