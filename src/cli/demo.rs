@@ -38,10 +38,8 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         None => shipped()?,
     };
     let out = &args.output;
-    if out.exists() {
-        if !out.join(MARK).exists() {
-            bail!("{}: exists and is not a demo's; choose another folder with --output", out.display());
-        }
+    if out.exists() && !out.join(MARK).exists() {
+        bail!("{}: exists and is not a demo's; choose another folder with --output", out.display());
     }
     let claim = crate::output::growing(out)?;
     // What an earlier demo made goes, and nothing else that may lie there by now.
