@@ -129,6 +129,9 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         super::say!("note: no calibration token reached {module}; it shares the scale of its neighbours");
     }
     super::name_left_out(&folder);
+    for note in &report.notes {
+        super::say!("note: {note}");
+    }
     super::say!("wrote {}", out.display());
     super::done()
 }

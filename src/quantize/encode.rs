@@ -156,9 +156,14 @@ pub(super) fn shares_scale(m: &Module, scheme: Scheme, dialect: Dialect) -> bool
     }
 }
 
-/// What a scale of largest magnitude 0 is computed from: an all-zero weight has no scale of its own, any will do.
-fn some(amax: f32) -> f32 {
-    if amax == 0.0 { 1.0 } else { amax }
+/// The least largest magnitude that a scale is computed from: below it, quotients and products with the smallest block
+/// scale would leave f32's normal numbers, and a divisor (6·448 / amax, in BF16) its range. Smaller values become zeros.
+pub(super) const LEAST: f32 = f32::from_bits((127 - 96) << 23);
+
+/// What a scale of largest magnitude `amax` is computed from. An all-zero weight or input has no scale of its own and any
+/// will do: 1, which every loader takes.
+pub(super) fn some(amax: f32) -> f32 {
+    if amax == 0.0 { 1.0 } else { amax.max(LEAST) }
 }
 
 /// Global scale (a multiplier) of NVFP4 weights, after `dialect`'s rounding of what it stores.

@@ -24,7 +24,7 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Dialect;
 use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
 use crate::formats::nvfp4::BLOCK;
-use crate::formats::{amax, e2m1, e4m3};
+use crate::formats::{all_finite, amax, e2m1, e4m3};
 use crate::model::ModelConfig;
 use crate::model::modules::Module;
 
@@ -159,11 +159,18 @@ fn round_group<'m>(
     let gram = transposed_product(&quantized, k, &quantized, k).map_err(failed)?;
     let weights: Vec<Vec<f32>> =
         group.modules.iter().map(|m| encode::floats(checkpoint, m)).collect::<Result<_, _>>()?;
-    let factor = |damping: f64| factor(&gram, k, damping);
+    let factor = |damping: f64| {
+        factor(&gram, k, damping).ok_or_else(|| QuantizeError::Module {
+            module: group.modules[0].name.clone(),
+            detail: "the products of its inputs are larger than f32 holds; a weight before it is wrong, or it needs a \
+                     recipe without GPTQ"
+                .into(),
+        })
+    };
     let moved: Vec<Vec<f32>> = match options.ridge {
         None => weights,
         Some(ridge) => {
-            let l = factor(ridge);
+            let l = factor(ridge)?;
             let shift: Vec<f32> = target.unwrap_or(inputs).iter().zip(&quantized).map(|(x, q)| x - q).collect();
             let cross = transposed_product(&quantized, k, &shift, k).map_err(failed)?;
             let regress = |w: &Vec<f32>| {
@@ -181,19 +188,25 @@ fn round_group<'m>(
     };
     let largest = moved.iter().map(|w| amax(w)).fold(0.0, f32::max);
     let global = encode::nvfp4_multiplier(dialect, largest);
-    let l = factor(options.damping);
+    let l = factor(options.damping)?;
     Ok(group.modules.iter().zip(&moved).map(|(m, w)| (*m, round(w, k, global, &l))).collect())
 }
 
-/// Cholesky's factor of gram + damping · mean of its diagonal; more where that is not positive definite.
-fn factor(gram: &[f32], k: usize, damping: f64) -> Cholesky {
+/// Cholesky's factor of gram + damping · mean of its diagonal; more where that is not positive definite. `None` where no
+/// damping makes it so: a product is not finite.
+fn factor(gram: &[f32], k: usize, damping: f64) -> Option<Cholesky> {
+    if !all_finite(gram) {
+        return None;
+    }
     let mean = (0..k).map(|i| f64::from(gram[i * k + i])).sum::<f64>() / k as f64;
+    // Inputs so small that every product is zero: any factor will do, and none is asked for more than once.
+    let mean = if mean > 0.0 { mean } else { 1.0 };
     let mut share = damping.max(1e-6);
     loop {
         let mut a: Vec<f64> = gram.iter().map(|v| f64::from(*v)).collect();
         (0..k).for_each(|i| a[i * k + i] += share * mean);
         if let Some(l) = Cholesky::new(a, k) {
-            return l;
+            return Some(l);
         }
         share *= 10.0;
     }
@@ -325,7 +338,7 @@ mod tests {
             let w: Vec<f32> = (0..n * k).map(|_| r()).collect();
             let gram = transposed_product(&x, k, &x, k).unwrap();
             let global = nvfp4::global_scale(amax(&w));
-            let rounded = decode(&round(&w, k, global, &factor(&gram, k, 0.01)), k);
+            let rounded = decode(&round(&w, k, global, &factor(&gram, k, 0.01).unwrap()), k);
             let mut nearest = Vec::new();
             for block in w.chunks(BLOCK) {
                 let code = nvfp4::weight_block_scale(amax(block), global);
@@ -347,7 +360,7 @@ mod tests {
         let mut r = random(3);
         let w: Vec<f32> = (0..k).map(|_| r()).collect();
         let global = nvfp4::global_scale(1.0);
-        let p = round(&w, k, global, &factor(&gram, k, 1e-6));
+        let p = round(&w, k, global, &factor(&gram, k, 1e-6).unwrap());
         let weighted = |q: &[f32]| -> f64 {
             q.iter().zip(&w).enumerate().map(|(i, (q, w))| f64::from((1.0 + i as f32) * (w - q).powi(2))).sum()
         };

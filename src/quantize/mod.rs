@@ -29,7 +29,7 @@ use crate::checkpoint::identity::identity;
 use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::formats::e4m3;
-use crate::model::modules::Module;
+use crate::model::modules::{Module, Part};
 use crate::model::{LoadError, ModelConfig};
 use crate::output::{self, Claim};
 use auto::Table;
@@ -69,6 +69,8 @@ pub struct Report {
     pub bytes_after: u64,
     /// Modules that no calibration token reached and that took their scale from the modules they share it with.
     pub unreached: Vec<String>,
+    /// Places whose input or weight is always zero, or too small for a scale, and why.
+    pub notes: Vec<String>,
     /// What was measured and chosen, where the recipe chooses formats itself.
     pub table: Option<Table>,
 }
@@ -112,7 +114,7 @@ pub fn quantize(
     let config = ModelConfig::read(&checkpoint.config)?;
     let modules: Vec<Module> = config.modules().into_iter().filter(Module::is_block_linear).collect();
     let plan = Plan::new(checkpoint, &modules, calibration, recipe, dialect)?;
-    let kv = kv_scales(&config, calibration, recipe)?;
+    let (kv, kv_notes) = kv_scales(checkpoint, &config, calibration, recipe)?;
 
     let writer = FolderWriter::create(out)?;
     let mut metadata = Map::new();
@@ -128,7 +130,11 @@ pub fn quantize(
         next += 1;
         checkpoint.tensors.release_pages();
         match job {
-            Job::Copy => Ok(checkpoint.tensors.require(&spec.name, "it is copied")?.bytes.to_vec()),
+            Job::Copy => {
+                let view = checkpoint.tensors.require(&spec.name, "it is copied")?;
+                view.expect_finite()?;
+                Ok(view.bytes.to_vec())
+            }
             Job::Bytes(bytes) => Ok(bytes.clone()),
             Job::Part(i, suffix) => {
                 if encoded.0 != *i {
@@ -158,6 +164,7 @@ pub fn quantize(
         bytes_before: quantized().map(|(m, _)| 2 * (m.role.n * m.role.k) as u64).sum(),
         bytes_after: specs.iter().zip(&jobs).filter(|(_, j)| !matches!(j, Job::Copy)).map(|(s, _)| s.bytes()).sum(),
         unreached: plan.unreached,
+        notes: plan.notes.into_iter().chain(kv_notes).collect(),
         table: table.cloned(),
     })
 }
@@ -173,28 +180,66 @@ enum Job {
     Bytes(Vec<u8>),
 }
 
-/// FP8 scales of keys and values by tensor name.
+/// FP8 scales of keys and values by tensor name, and what is to be said of them.
 fn kv_scales(
+    checkpoint: &Checkpoint,
     config: &ModelConfig,
     calibration: &Calibration,
     recipe: &Recipe,
-) -> Result<BTreeMap<String, f32>, QuantizeError> {
-    let mut out = BTreeMap::new();
+) -> Result<(BTreeMap<String, f32>, Vec<String>), QuantizeError> {
+    let (mut out, mut notes) = (BTreeMap::new(), Vec::new());
     if recipe.kv_cache.is_none() {
-        return Ok(out);
+        return Ok((out, notes));
     }
     for layer in 0..config.layers {
         for name in calibrate::kv_names(layer) {
-            let amax = calibration.amax.get(&name).copied().unwrap_or(0.0);
-            if amax == 0.0 {
-                return Err(QuantizeError::Calibration(format!(
-                    "`{name}` is unknown: no key or value other than zero was seen; use more or other text"
-                )));
+            let Some(&amax) = calibration.amax.get(&name) else {
+                let detail = format!("`{name}` is unknown: no key or value was seen; use more or other text");
+                return Err(QuantizeError::Calibration(detail));
+            };
+            if amax < encode::LEAST {
+                let projection = name.rsplit_once('.').map_or("", |(module, _)| module);
+                let why = why_zero(checkpoint, &[format!("{projection}.weight")], amax);
+                notes.push(format!(
+                    "what {projection} gives {why}; `{name}` is that of a largest value of {}",
+                    encode::some(amax)
+                ));
             }
-            out.insert(name, amax / e4m3::MAX);
+            out.insert(name, encode::some(amax) / e4m3::MAX);
         }
     }
-    Ok(out)
+    Ok((out, notes))
+}
+
+/// Why a place is always zero, as the end of a sentence: one of `producers` (the tensors that it comes of) is all zero, or
+/// nothing known. `amax` is the largest magnitude that was seen there.
+fn why_zero(checkpoint: &Checkpoint, producers: &[String], amax: f32) -> String {
+    let zero = |name: &&String| {
+        let view = checkpoint.tensors.peek(name).filter(|v| v.is_float());
+        view.and_then(|v| v.floats().ok()).is_some_and(|values| values.iter().all(|v| *v == 0.0))
+    };
+    match producers.iter().find(zero) {
+        Some(name) => format!("is always zero: every value of `{name}` is zero"),
+        None if amax == 0.0 => "was zero on the whole calibration text".into(),
+        None => format!("was at most {amax:e} on the calibration text, too small for a scale, and becomes zero"),
+    }
+}
+
+/// The tensors whose being all zero makes the input of a module all zero.
+fn producers(m: &Module) -> Vec<String> {
+    let Some((parent, _)) = m.name.rsplit_once('.') else { return Vec::new() };
+    let layer = m.layer.map_or_else(String::new, |l| format!("model.layers.{l}"));
+    match m.part {
+        Part::Q | Part::K | Part::V => vec![format!("{layer}.input_layernorm.weight")],
+        Part::O => vec![format!("{parent}.v_proj.weight")],
+        Part::Gate | Part::Up => vec![format!("{layer}.post_attention_layernorm.weight")],
+        Part::Down => vec![
+            format!("{parent}.up_proj.weight"),
+            format!("{parent}.gate_proj.weight"),
+            format!("{layer}.post_attention_layernorm.weight"),
+        ],
+        Part::Embedding | Part::Router | Part::Head => Vec::new(),
+    }
 }
 
 /// What every module becomes and what its scales come from, decided before anything is written.
@@ -204,6 +249,7 @@ struct Plan<'a> {
     schemes: Vec<Scheme>,
     peaks: Vec<Peaks>,
     unreached: Vec<String>,
+    notes: Vec<String>,
 }
 
 impl<'a> Plan<'a> {
@@ -232,19 +278,40 @@ impl<'a> Plan<'a> {
             let shared = fused.entry(Self::key(m, *scheme, dialect)).or_default();
             *shared = shared.max(amax);
         }
-        let mut peaks = Vec::new();
+        let (mut peaks, mut notes) = (Vec::new(), Vec::new());
         for ((m, scheme), own) in modules.iter().zip(&schemes).zip(own) {
-            let input = if scheme.has_input_scale() { inputs.get(&m.input_key()).copied().unwrap_or(0.0) } else { 0.0 };
-            if scheme.has_input_scale() && input == 0.0 {
-                return Err(QuantizeError::Calibration(format!(
-                    "no token reached `{}` with a value other than zero, so its activation scale is unknown; use more or other text",
+            let input = match inputs.get(&m.input_key()) {
+                _ if !scheme.has_input_scale() => 0.0,
+                None => {
+                    let detail = format!(
+                        "no token reached `{}`, so the scale of its input is unknown; use more or other text",
+                        m.name
+                    );
+                    return Err(QuantizeError::Calibration(detail));
+                }
+                Some(&seen) => {
+                    if seen < encode::LEAST {
+                        let why = why_zero(checkpoint, &producers(m), seen);
+                        notes.push(format!(
+                            "the input of {} {why}; its scale is that of a largest value of {}",
+                            m.name,
+                            encode::some(seen)
+                        ));
+                    }
+                    // Zero is zero under any scale, and 1 is one that every loader takes.
+                    encode::some(seen)
+                }
+            };
+            if *scheme != Scheme::None && own > 0.0 && own < encode::LEAST {
+                notes.push(format!(
+                    "the weights of {} are at most {own:e}, too small for a scale of their own, and become zeros",
                     m.name
-                )));
+                ));
             }
             let fused = fused.get(&Self::key(m, *scheme, dialect)).copied().unwrap_or(own);
             peaks.push(Peaks { fused, input });
         }
-        Ok(Self { dialect, modules, schemes, peaks, unreached })
+        Ok(Self { dialect, modules, schemes, peaks, unreached, notes })
     }
 
     /// Modules with the same key share the scale of their weights.
