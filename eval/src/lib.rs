@@ -8,6 +8,7 @@ pub mod comparison;
 pub mod divergence;
 pub mod foreign;
 pub mod ifeval;
+pub mod jinja;
 pub mod journal;
 pub mod model;
 pub mod names;

@@ -4,25 +4,23 @@ use std::io;
 use std::path::Path;
 use std::time::SystemTime;
 
-use minijinja::syntax::SyntaxConfig;
-use minijinja::{AutoEscape, Environment, ErrorKind, UndefinedBehavior, Value};
+use recoup_eval::jinja::{Error, ErrorKind, Options, Settings, Template};
 use serde_json::{Map, Value as Json};
 
 use super::special_tokens::{kind, read_json_object};
-use super::{SpecialTokens, TextError, pycompat, python_json};
+use super::{SpecialTokens, TextError};
 
-/// Work that one rendering may do, in minijinja's unit: an instruction, or 64 bytes of data. This much takes about a
-/// tenth of a second.
+/// Work that one rendering may do: evaluations of an expression or statement, and 64 bytes of text each. This much takes
+/// about a tenth of a second.
 const FUEL: u64 = 1_000_000;
 /// More of it for each message of the conversation.
 const FUEL_PER_MESSAGE: u64 = 5_000;
 /// More of it for each byte of the conversation: 64 passes over it.
 const FUEL_PER_BYTE: u64 = 1;
 
-/// Stack of the thread that renders, in bytes; address space that costs no memory until it is used. minijinja walks
-/// nested values recursively, and a template can nest them once for every 1.7 units of fuel, at up to 640 bytes of
-/// stack a level (measured with minijinja 3.1, optimised): [`FUEL`] runs out before this does. On the stack of the
-/// caller a few hostile lines in a template would abort the process.
+/// Stack of the thread that renders, in bytes; address space that costs no memory until it is used. Values that a template
+/// nests in each other are dropped recursively, and it can nest them about once for every step: [`FUEL`] runs out before
+/// this does. On the stack of the caller a few hostile lines in a template would abort the process.
 const STACK: usize = 512 << 20;
 
 /// Text that one rendering may write, in bytes: some ten million tokens, more than any model's context.
@@ -41,11 +39,11 @@ const RESERVED: [&str; 4] = ["messages", "tools", "documents", "add_generation_p
 /// controls, and the helpers `raise_exception`, `strftime_now` and `tojson`. `{% generation %}` blocks are plain text.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    env: Environment<'static>,
-    /// Names in `env`, which are what errors call them.
-    default: String,
-    tool_use: Option<String>,
+    /// Each with what errors call it.
+    default: (String, Template),
+    tool_use: Option<(String, Template)>,
     special_tokens: SpecialTokens,
+    clock: Clock,
 }
 
 /// What a template renders. `Default` is an empty conversation.
@@ -117,7 +115,7 @@ impl ChatTemplate {
     /// The same template with another clock.
     #[must_use]
     pub fn with_clock(mut self, clock: Clock) -> ChatTemplate {
-        self.env.add_function("strftime_now", move |format: &str| strftime(clock, format));
+        self.clock = clock;
         self
     }
 
@@ -127,7 +125,7 @@ impl ChatTemplate {
     /// [`TextError::TemplateRefused`] when the template itself raises an exception, which is about the conversation;
     /// the other `Template…` errors are about the template.
     pub fn render(&self, input: &ChatInput) -> Result<String, TextError> {
-        let name = match (&self.tool_use, input.tools) {
+        let (name, template) = match (&self.tool_use, input.tools) {
             (Some(tool_use), Some(_)) => tool_use,
             _ => &self.default,
         };
@@ -138,47 +136,29 @@ impl ChatTemplate {
             }
             context.insert(name.clone(), value.clone());
         }
-        let list = |values: &[Json]| Value::from_iter(values.iter().map(template_value));
         // `tools` and `documents` are always there, as in transformers: templates ask whether they are none, not
         // whether they are defined.
-        let conversation = [
-            ("messages", list(input.messages)),
-            ("tools", input.tools.map_or(Value::from(()), list)),
-            ("documents", input.documents.map_or(Value::from(()), list)),
-            ("add_generation_prompt", Value::from(input.add_generation_prompt)),
-        ];
-        let context = Value::from_pairs(
-            (context.iter()).map(|(name, value)| (name.as_str(), template_value(value))).chain(conversation),
-        );
+        let list = |values: &[Json]| Json::Array(values.to_vec());
+        context.insert("messages".into(), Json::Array(input.messages.iter().map(normalized).collect()));
+        context.insert("tools".into(), input.tools.map_or(Json::Null, list));
+        context.insert("documents".into(), input.documents.map_or(Json::Null, list));
+        context.insert("add_generation_prompt".into(), input.add_generation_prompt.into());
 
-        let mut env = self.env.clone();
         let messages = input.messages.len() as u64;
         let given = [Some(input.messages), input.tools, input.documents];
         let bytes = given.into_iter().flatten().flatten().map(text_bytes).sum::<u64>();
-        let fuel = FUEL + messages * FUEL_PER_MESSAGE + bytes * FUEL_PER_BYTE;
-        env.set_fuel(Some(fuel));
-        let render = || {
-            let mut output = Bounded(Vec::new());
-            // The values that the template made, deep as they may be, are dropped here as well.
-            env.get_template(name)
-                .and_then(|template| template.render_captured_to(&context, &mut output).map(drop))
-                .map_err(|error| {
-                    explain(&error, name, env.get_template(name).as_ref().map_or("", |t| t.source()), fuel)
-                })?;
-            String::from_utf8(output.0).map_err(|error| TextError::TemplateFailed {
-                file: name.clone(),
-                line: 0,
-                detail: error.to_string(),
-            })
-        };
-        std::thread::scope(|scope| {
+        let steps = FUEL + messages * FUEL_PER_MESSAGE + bytes * FUEL_PER_BYTE;
+        let now = |format: &str| strftime(self.clock, format);
+        let render = || template.render(&context, &Options { steps, max_text: MAX_OUTPUT, now: Some(&now) });
+        let rendered = std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().name("chat template".to_owned()).stack_size(STACK);
             match thread.spawn_scoped(scope, render) {
                 Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
                 // No address space to spare (a strict limit): the caller's stack is enough for every honest template.
                 Err(_) => render(),
             }
-        })
+        });
+        rendered.map_err(|error| explain(error, name))
     }
 
     /// The text up to the end of the last message, which the model is to continue: white space at its end stays, unless
@@ -201,47 +181,35 @@ impl ChatTemplate {
                 text.truncate(at);
                 Ok(if kept { text } else { text.trim_end().to_owned() })
             }
-            None => Err(TextError::NotContinued { file: self.default.clone(), content }),
+            None => Err(TextError::NotContinued { file: self.default.0.clone(), content }),
         }
     }
 
     fn new(sources: Vec<Source>, special_tokens: SpecialTokens) -> Result<ChatTemplate, TextError> {
-        let mut env = Environment::new();
-        // Without a loader, no template can include a file.
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         let file = sources.first().map_or(String::new(), |source| source.file.clone());
-        env.set_syntax(syntax.map_err(|error| explain(&error, &file, "", FUEL))?);
-        env.set_auto_escape_callback(|_| AutoEscape::None);
-        env.set_undefined_behavior(UndefinedBehavior::Lenient);
-        env.set_fuel(Some(FUEL));
-        // So that errors name the variable that is undefined.
-        env.set_debug(true);
-        env.add_filter("tojson", python_json::tojson);
-        env.add_function("raise_exception", raise_exception);
-        pycompat::add_to(&mut env);
-
-        let name_of = |name: &str| sources.iter().find(|source| source.name == name).map(|source| source.file.clone());
-        let default = match (name_of(DEFAULT), sources.as_slice()) {
-            (Some(default), _) => default,
-            (None, [only]) => only.file.clone(),
-            (None, many) => {
-                let names: Vec<&str> = many.iter().map(|source| source.name.as_str()).collect();
-                return Err(TextError::Invalid {
-                    path: file.into(),
-                    detail: format!("of several templates one must be named `{DEFAULT}`, found: {}", names.join(", ")),
-                });
-            }
-        };
-        let tool_use = name_of(TOOL_USE);
-        for source in sources {
-            let text = without_generation_tags(&source.text);
-            env.add_template_owned(source.file.clone(), text.clone()).map_err(|error| TextError::TemplateSyntax {
-                line: error.line().unwrap_or(0),
-                detail: describe(&error, &text),
-                file: source.file,
+        let names: Vec<String> = sources.iter().map(|source| source.name.clone()).collect();
+        let only = sources.len() == 1;
+        let (mut default, mut tool_use) = (None, None);
+        for Source { name, file, text } in sources {
+            let slot = match name.as_str() {
+                TOOL_USE if !only => &mut tool_use,
+                DEFAULT => &mut default,
+                _ if only => &mut default,
+                // Another name is one that nothing asks for.
+                _ => continue,
+            };
+            let template = Template::parse(&text, Settings::CHAT).map_err(|error| TextError::TemplateSyntax {
+                line: error.line,
+                detail: error.message,
+                file: file.clone(),
             })?;
+            *slot = Some((file, template));
         }
-        Ok(ChatTemplate { env, default, tool_use, special_tokens }.with_clock(Clock::System))
+        let default = default.ok_or_else(|| TextError::Invalid {
+            path: file.into(),
+            detail: format!("of several templates one must be named `{DEFAULT}`, found: {}", names.join(", ")),
+        })?;
+        Ok(ChatTemplate { default, tool_use, special_tokens, clock: Clock::System })
     }
 }
 
@@ -285,21 +253,19 @@ fn sources_of_field(field: Json, path: &Path) -> Result<Vec<Source>, TextError> 
     }
 }
 
-/// A JSON value as templates see it; objects keep the order of their keys.
-fn template_value(value: &Json) -> Value {
-    match value {
-        Json::Null => Value::from(()),
-        Json::Bool(yes) => Value::from(*yes),
-        Json::Number(number) => match (number.as_i64(), number.as_u64(), number.as_f64()) {
-            (Some(n), _, _) => Value::from(n),
-            (None, Some(n), _) => Value::from(n),
-            (None, None, Some(n)) => Value::from(n),
-            (None, None, None) => Value::from(number.to_string()),
-        },
-        Json::String(text) => Value::from(text.as_str()),
-        Json::Array(items) => Value::from_iter(items.iter().map(template_value)),
-        Json::Object(map) => Value::from_pairs(map.iter().map(|(key, value)| (key.as_str(), template_value(value)))),
-    }
+/// Names of a message's reasoning; templates read the first, older ones the second.
+const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
+/// A message as transformers 5 hands it to templates: what is null is not there, and reasoning goes by both its names.
+/// Source: utils/chat_template_utils.py, `_normalize_chat_messages` and `_alias_reasoning_fields`.
+fn normalized(message: &Json) -> Json {
+    let Json::Object(fields) = message else { return message.clone() };
+    let reasoning = REASONING.iter().find_map(|name| fields.get(*name).filter(|v| !v.is_null()));
+    let mut out = Map::new();
+    out.extend(reasoning.map(|text| ("thinking".to_owned(), text.clone())));
+    out.extend(fields.iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.clone(), v.clone())));
+    out.extend(reasoning.map(|text| ("reasoning_content".to_owned(), text.clone())));
+    Json::Object(out)
 }
 
 /// Bytes of all strings in a value.
@@ -326,51 +292,10 @@ fn read_text(path: &Path) -> Result<Option<String>, TextError> {
     }
 }
 
-/// Turns `{% generation %}` and `{% endgeneration %}`, which mark the assistant's words for training, into a block that
-/// does nothing but open a scope, as theirs does. Delimiters stay as they are, and so do line numbers and the trimming
-/// of whitespace.
-fn without_generation_tags(source: &str) -> String {
-    let mut out = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(start) = rest.find("{%") {
-        let (before, tag) = rest.split_at(start + 2);
-        out.push_str(before);
-        let inside = tag.trim_start_matches(['-', '+']).trim_start();
-        let replaced = [("generation", "with"), ("endgeneration", "endwith")].into_iter().find_map(|(from, to)| {
-            let after = inside.strip_prefix(from)?;
-            let end = after.trim_start().trim_start_matches(['-', '+']);
-            end.starts_with("%}").then_some((to, after))
-        });
-        rest = match replaced {
-            Some((to, after)) => {
-                out.push_str(&tag[..tag.len() - inside.len()]);
-                out.push_str(to);
-                after
-            }
-            None => tag,
-        };
-    }
-    out.push_str(rest);
-    out
-}
-
-/// What `raise_exception` was called with.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct Raised(String);
-
-fn raise_exception(message: Value) -> Result<Value, minijinja::Error> {
-    let message = message.to_string();
-    let error = minijinja::Error::new(ErrorKind::InvalidOperation, message.clone());
-    Err(error.with_source(Raised(message)))
-}
-
 /// The time by a format of Python's `datetime.strftime`.
-fn strftime(clock: Clock, format: &str) -> Result<String, minijinja::Error> {
+fn strftime(clock: Clock, format: &str) -> Result<String, String> {
     use jiff::fmt::strtime::{BrokenDownTime, Config, PosixCustom};
-    let failed = |error: jiff::Error| {
-        minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now({format:?}): {error}"))
-    };
+    let failed = |error: jiff::Error| error.to_string();
     let now = match clock {
         Clock::System => jiff::Zoned::now(),
         Clock::Fixed(time) => jiff::Timestamp::try_from(time).map_err(failed)?.to_zoned(jiff::tz::TimeZone::UTC),
@@ -398,60 +323,12 @@ fn jiff_format(format: &str) -> String {
     out
 }
 
-/// Collects output up to [`MAX_OUTPUT`].
-struct Bounded(Vec<u8>);
-
-impl io::Write for Bounded {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.0.len() + bytes.len() > MAX_OUTPUT {
-            return Err(io::ErrorKind::FileTooLarge.into());
-        }
-        self.0.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// Says what a failed rendering means, where in the template it happened, and in whose words.
-fn explain(error: &minijinja::Error, file: &str, text: &str, fuel: u64) -> TextError {
-    let mut line = error.line().unwrap_or(0);
-    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    let (mut refused, mut limit) = (None, None);
-    while let Some(current) = source {
-        if let Some(Raised(message)) = current.downcast_ref() {
-            refused = Some(message.clone());
-        }
-        if let Some(inner) = current.downcast_ref::<minijinja::Error>() {
-            line = inner.line().unwrap_or(line);
-            match inner.kind() {
-                ErrorKind::OutOfFuel => limit = Some(format!("{fuel} steps")),
-                ErrorKind::WriteFailure => limit = Some(format!("{MAX_OUTPUT} bytes of text")),
-                _ => {}
-            }
-        }
-        source = current.source();
-    }
-    let file = file.to_owned();
-    match (refused, limit) {
-        (Some(message), _) => TextError::TemplateRefused { file, line, message },
-        (None, Some(limit)) => TextError::TemplateUnbounded { file, line, limit },
-        (None, None) => TextError::TemplateFailed { file, line, detail: describe(error, text) },
-    }
-}
-
-/// The engine's words, and the piece of the template's `text` that they are about.
-fn describe(error: &minijinja::Error, text: &str) -> String {
-    /// A longer piece is no help in finding the place.
-    const LONGEST_PIECE: usize = 200;
-    let mut words = error.kind().to_string();
-    if let Some(detail) = error.detail() {
-        words = format!("{words}: {detail}");
-    }
-    match error.range().and_then(|range| text.get(range)) {
-        Some(piece) if !piece.is_empty() && piece.len() <= LONGEST_PIECE => format!("{words}, at `{piece}`"),
-        _ => words,
+fn explain(error: Error, file: &str) -> TextError {
+    let (file, line, message) = (file.to_owned(), error.line, error.message);
+    match error.kind {
+        ErrorKind::Raised => TextError::TemplateRefused { file, line, message },
+        ErrorKind::Limit => TextError::TemplateUnbounded { file, line, limit: message },
+        _ => TextError::TemplateFailed { file, line, detail: message },
     }
 }

@@ -2,8 +2,6 @@
 
 mod chat_template;
 mod error;
-mod pycompat;
-mod python_json;
 mod special_tokens;
 mod stop;
 mod stream_decoder;

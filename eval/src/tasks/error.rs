@@ -73,8 +73,8 @@ pub enum Error {
     /// Fewer few-shot examples than asked for.
     #[error("task `{task}`: {wanted} few-shot examples asked for, its split `{split}` has {available} to draw from")]
     FewShot { task: String, wanted: usize, split: String, available: usize },
-    /// The model's chat template refused.
-    #[error("task `{task}`, document {document}: the chat template refuses these messages: {message}")]
+    /// The model's chat template refused these messages, or failed; `message` says which.
+    #[error("task `{task}`, document {document}: no prompt from the chat template: {message}")]
     Chat { task: String, document: String, message: String },
     /// Answers that do not fit what was asked.
     #[error("task `{task}`, document {doc_id}: expected {expected}, found {found}")]

@@ -15,7 +15,7 @@ mod library;
 mod metric;
 mod python;
 mod random;
-mod regex;
+pub(crate) mod regex;
 mod score;
 mod source;
 mod task;

@@ -1,42 +1,23 @@
-//! Jinja templates as lm-evaluation-harness renders them: undefined names are errors, values print as Python's do.
+//! Templates of tasks, as lm-evaluation-harness renders them.
 
-use minijinja::{Environment, Error, ErrorKind, State, UndefinedBehavior, Value as Jinja, value::ValueKind};
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
 use serde_json::{Map, Value};
 
-use super::{python, regex::PythonRegex};
+use crate::jinja::{Error, ErrorKind, Options, Settings, Template};
 
-/// Renders templates against documents.
+/// Renders templates against documents; parses each once.
+#[derive(Debug, Default)]
 pub struct Templates {
-    environment: Environment<'static>,
-}
-
-impl std::fmt::Debug for Templates {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Templates")
-    }
+    parsed: Mutex<HashMap<String, Template>>,
 }
 
 impl Templates {
     /// The environment of `lm_eval.utils.apply_template`.
     #[must_use]
     pub fn new() -> Self {
-        let mut environment = Environment::new();
-        environment.set_undefined_behavior(UndefinedBehavior::Strict);
-        if let Ok(syntax) = minijinja::syntax::SyntaxConfig::builder().keep_trailing_newline(true).build() {
-            environment.set_syntax(syntax);
-        }
-        environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        environment.set_unknown_method_callback(method);
-        environment.set_formatter(|out, _, value| {
-            let text = match value.as_str() {
-                Some(s) => s.to_owned(),
-                None if value.is_undefined() => return Err(ErrorKind::UndefinedError.into()),
-                None => python::str(&plain(value)?),
-            };
-            out.write_str(&text).map_err(Error::from)
-        });
-        environment.add_filter("regex_replace", regex_replace);
-        Self { environment }
+        Self::default()
     }
 
     /// Checks the syntax.
@@ -44,7 +25,10 @@ impl Templates {
     /// # Errors
     /// What is wrong with it.
     pub fn check(&self, template: &str) -> Result<(), String> {
-        self.environment.template_from_str(template).map(drop).map_err(|e| describe(&e))
+        self.parsed(template).map(drop).map_err(|e| match e.kind {
+            ErrorKind::Unsupported => describe(&e, template),
+            _ => format!("syntax error: {}", describe(&e, template)),
+        })
     }
 
     /// The text for one document.
@@ -52,44 +36,32 @@ impl Templates {
     /// # Errors
     /// What is wrong, and where it is a name that the document does not have, its fields.
     pub fn render(&self, template: &str, doc: &Map<String, Value>) -> Result<String, String> {
-        self.environment.render_str(template, Jinja::from(minijinja::value::Serde(doc))).map_err(|e| match e.kind() {
-            ErrorKind::UndefinedError => {
+        let rendered = self.parsed(template).and_then(|parsed| parsed.render(doc, &Options::default()));
+        rendered.map_err(|e| match e.kind {
+            ErrorKind::Undefined => {
                 let fields: Vec<&str> = doc.keys().map(String::as_str).collect();
-                format!("{} in {template:?}; the document's fields are: {}", describe(&e), fields.join(", "))
+                format!("{} in {template:?}; the document's fields are: {}", describe(&e, template), fields.join(", "))
             }
-            _ => format!("{} in {template:?}", describe(&e)),
+            _ => format!("{} in {template:?}", describe(&e, template)),
         })
     }
-}
 
-fn describe(error: &Error) -> String {
-    let mut text = error.kind().to_string();
-    if let Some(detail) = error.detail() {
-        text = format!("{text}: {detail}");
-    }
-    text
-}
-
-fn plain(value: &Jinja) -> Result<Value, Error> {
-    serde_json::to_value(value).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))
-}
-
-/// Methods of Python's `str` and `list` that templates call: those of minijinja-contrib, and `index`.
-fn method(state: &mut State, value: &Jinja, name: &str, args: &[Jinja]) -> Result<Jinja, Error> {
-    let missing = || Error::new(ErrorKind::InvalidOperation, "index: the value is not there");
-    match (name, value.kind(), args) {
-        ("index", ValueKind::Seq, [wanted]) => {
-            value.try_iter()?.position(|item| item == *wanted).map(Jinja::from).ok_or_else(missing)
+    fn parsed(&self, template: &str) -> Result<Template, Error> {
+        let mut parsed = self.parsed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = parsed.get(template) {
+            return Ok(known.clone());
         }
-        ("index", ValueKind::String, [wanted]) => {
-            let (text, wanted) = (value.as_str().unwrap_or_default(), wanted.as_str().unwrap_or_default());
-            text.find(wanted).map(|at| Jinja::from(text[..at].chars().count())).ok_or_else(missing)
-        }
-        _ => minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args),
+        let new = Template::parse(template, Settings::TASK)?;
+        parsed.insert(template.to_owned(), new.clone());
+        Ok(new)
     }
 }
 
-fn regex_replace(text: &str, pattern: &str, replacement: &str, count: Option<usize>) -> Result<String, Error> {
-    let fail = |e| Error::new(ErrorKind::InvalidOperation, e);
-    PythonRegex::new(pattern).and_then(|r| r.sub(replacement, text, count.unwrap_or(0))).map_err(fail)
+/// The error's words, with the line where there are several.
+fn describe(error: &Error, template: &str) -> String {
+    if error.line > 0 && template.trim_end().contains(['\n', '\r']) {
+        format!("{error} (line {} of the template)", error.line)
+    } else {
+        error.message.clone()
+    }
 }
