@@ -31,12 +31,39 @@ pub struct GenerationOptions {
     pub min_p: f64,
     /// Of the sampling, where there is any.
     pub seed: u64,
+    /// What ends the model's thinking: the answer is what follows, and strings end it only there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub think_end: Option<String>,
+}
+
+impl GenerationOptions {
+    /// The answer in a text: what follows the thinking, up to the first of `until`. A text without an end of thinking is
+    /// an answer as it is. Source: lm-eval 0.4.13, models/utils.py, `postprocess_generated_text`; unlike it, which ends
+    /// the generation at `until` wherever it stands, what stands in the thinking does not end it.
+    #[must_use]
+    pub fn answer(&self, text: String) -> String {
+        let Some(end) = self.think_end.as_deref().filter(|e| !e.is_empty()) else { return text };
+        let answer = text.rsplit_once(end).map_or(text.as_str(), |(_, after)| after);
+        // Python's white space.
+        let answer = answer.trim_start_matches(|c: char| c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c));
+        let cut = self.until.iter().filter(|u| !u.is_empty()).filter_map(|u| answer.find(u.as_str())).min();
+        answer[..cut.unwrap_or(answer.len())].to_owned()
+    }
 }
 
 impl Default for GenerationOptions {
     /// Greedy, 256 tokens at most, as in lm-evaluation-harness.
     fn default() -> Self {
-        Self { until: Vec::new(), max_tokens: 256, temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 0 }
+        Self {
+            until: Vec::new(),
+            max_tokens: 256,
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            seed: 0,
+            think_end: None,
+        }
     }
 }
 
@@ -177,4 +204,24 @@ pub trait TokenModel {
     /// # Errors
     /// When the sequence exceeds the context length, or the model fails.
     fn logits(&mut self, start: usize, tokens: &[u32]) -> Result<Vec<f32>, Self::Error>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thinking_is_no_part_of_the_answer() {
+        let options = |until: &[&str], think_end: Option<&str>| GenerationOptions {
+            until: until.iter().map(|u| (*u).to_owned()).collect(),
+            think_end: think_end.map(str::to_owned),
+            ..GenerationOptions::default()
+        };
+        // Right-hand sides: lm-eval 0.4.13's `postprocess_generated_text`.
+        let text = "<think>\n\nQ: 5?\n\n</think>\n\n 42 apples\n\nQ: next";
+        assert_eq!(options(&["\n\n", "Q:"], Some("</think>")).answer(text.into()), "42 apples");
+        assert_eq!(options(&[], Some("</think>")).answer("a</think>b</think>\tc".into()), "c");
+        assert_eq!(options(&["Q:"], Some("</think>")).answer("never closed Q: x".into()), "never closed ");
+        assert_eq!(options(&["Q:"], None).answer("x Q: y".into()), "x Q: y");
+    }
 }

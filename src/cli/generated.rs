@@ -86,6 +86,7 @@ pub(super) fn rows(
             sampling,
             stop_tokens: &[],
             stop: &[],
+            stop_after: None,
         })
         .collect();
     let bar = super::progress(count as u64, "the teacher writes");

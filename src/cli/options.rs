@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, ValueEnum};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::backend::NUMERICS_VERSION;
 use crate::backend::cpu::{CpuBackend, isa::Isa};
 use crate::checkpoint::{self, Checkpoint};
 use crate::formats::kv::KvFormat;
 use crate::model::Decoder;
+use crate::text::ChatTemplate;
 
 /// What runs the model.
 #[derive(Args, Clone, Debug)]
@@ -87,6 +88,55 @@ impl EngineOptions {
         });
         bar.finish();
         Ok(model?)
+    }
+}
+
+/// What the chat template is given beside the conversation.
+#[derive(Args, Clone, Debug, Default)]
+pub(super) struct TemplateOptions {
+    /// Arguments of the chat template as a JSON object: '{"enable_thinking": false}'
+    #[arg(long, value_name = "JSON", value_parser = json_object)]
+    pub chat_template_kwargs: Option<Map<String, Value>>,
+}
+
+impl TemplateOptions {
+    /// The arguments; none where the option is not given.
+    pub(super) fn arguments(&self) -> Map<String, Value> {
+        self.chat_template_kwargs.clone().unwrap_or_default()
+    }
+
+    /// The chat template of a model's folder with the arguments.
+    pub(super) fn template(&self, folder: &Path) -> Result<Option<ChatTemplate>> {
+        with_arguments(ChatTemplate::from_folder(folder)?, self.arguments(), folder)
+    }
+}
+
+/// A model's chat template with arguments; names those that it does not know.
+pub(super) fn with_arguments(
+    template: Option<ChatTemplate>,
+    arguments: Map<String, Value>,
+    folder: &Path,
+) -> Result<Option<ChatTemplate>> {
+    if arguments.is_empty() {
+        return Ok(template);
+    }
+    let Some(template) = template else {
+        bail!("--chat-template-kwargs: {} has no chat template", folder.display());
+    };
+    let template = template.with_arguments(arguments)?;
+    let unknown = template.unknown_arguments();
+    if !unknown.is_empty() {
+        super::say!("warning: the chat template of {} does not know {}", folder.display(), unknown.join(", "));
+    }
+    Ok(Some(template))
+}
+
+/// A JSON object on the command line.
+fn json_object(text: &str) -> Result<Map<String, Value>, String> {
+    match serde_json::from_str(text) {
+        Ok(Value::Object(map)) => Ok(map),
+        Ok(_) => Err("expected a JSON object, such as {\"enable_thinking\": false}".into()),
+        Err(e) => Err(format!("no JSON: {e}")),
     }
 }
 

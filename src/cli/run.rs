@@ -1,6 +1,6 @@
 //! `recoup run`: generate from one prompt, or chat at a terminal; the text streams as it comes.
 
-use std::io::{IsTerminal as _, Read as _};
+use std::io::{BufRead as _, IsTerminal as _, Read as _};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -8,11 +8,12 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
 
-use super::options::{EngineOptions, model_folder};
+use super::options::{EngineOptions, TemplateOptions, model_folder};
 use crate::backend::cpu::CpuBackend;
 use crate::checkpoint::Checkpoint;
 use crate::engine::{Finish, Generated, GenerationConfig, Request, SamplingParams, Session, generate};
 use crate::model::config::token_ids;
+use crate::text::conversation::fit;
 use crate::text::{ChatInput, ChatTemplate, Tokenizer};
 
 #[derive(clap::Args)]
@@ -68,6 +69,8 @@ pub(super) struct Args {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    template: TemplateOptions,
+    #[command(flatten)]
     options: EngineOptions,
 }
 
@@ -86,13 +89,15 @@ struct Chat<'a> {
     stop_tokens: Vec<u32>,
     stop: Vec<String>,
     generation: GenerationConfig,
+    /// What is generated can no longer be printed.
+    mute: bool,
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let folder = model_folder(&args.model)?;
     let checkpoint = Checkpoint::open(&folder)?;
     let tokenizer = Tokenizer::from_folder(&folder)?;
-    let template = if args.raw { None } else { ChatTemplate::from_folder(&folder)? };
+    let template = if args.raw { None } else { args.template.template(&folder)? };
     if args.system.is_some() && template.is_none() {
         bail!(
             "--system needs a chat template, and {} has none{}",
@@ -119,7 +124,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         None => positions.min(DEFAULT_CONTEXT),
     };
     let session = Session::new(model, context, args.options.kv_format())?;
-    let mut chat = Chat { args, session, tokenizer, template, sampling, stop_tokens, stop, generation };
+    let mut chat = Chat { args, session, tokenizer, template, sampling, stop_tokens, stop, generation, mute: false };
     match &args.prompt {
         Some(prompt) => chat.one(prompt)?,
         None if std::io::stdin().is_terminal() => chat.talk()?,
@@ -136,41 +141,74 @@ impl Chat<'_> {
     fn one(&mut self, prompt: &str) -> Result<()> {
         let mut messages = self.opening();
         messages.push(json!({"role": "user", "content": prompt}));
-        let generated = self.answer(&messages, prompt)?;
+        let tokens = self.tokens(&messages, prompt)?;
+        let generated = self.answer(&tokens)?;
         if self.args.json {
             super::outln!("{:#}", report(&self.tokenizer, &generated));
         } else {
             super::outln!();
         }
+        self.name_cut(&generated, tokens.len());
         Ok(())
     }
 
-    /// Turn by turn until the end of input. A base model without template continues each line by itself.
+    /// Turn by turn until the end of input; what goes wrong in one turn ends that turn only. A base model without template
+    /// continues each line by itself.
     fn talk(&mut self) -> Result<()> {
         super::say!("Type a message; an empty line or Ctrl-D ends.");
         let mut messages = self.opening();
         loop {
             super::talk::tell(format_args!("{} ", super::style(">", "1;32")));
-            let mut line = String::new();
-            if std::io::stdin().read_line(&mut line)? == 0 || line.trim().is_empty() {
+            let mut line = Vec::new();
+            let read = std::io::stdin().lock().read_until(b'\n', &mut line);
+            if read.context("standard input cannot be read")? == 0 || line.trim_ascii().is_empty() {
                 return Ok(());
             }
+            let Ok(line) = std::str::from_utf8(&line) else {
+                super::say!("error: this line is not UTF-8 text; the conversation goes on without it");
+                continue;
+            };
+            let before = messages.clone();
             messages.push(json!({"role": "user", "content": line.trim_end()}));
-            let generated = self.answer(&messages, line.trim_end())?;
-            super::outln!();
+            match self.turn(&mut messages, line.trim_end()) {
+                Ok(generated) => messages.push(json!({"role": "assistant", "content": generated.text})),
+                Err(e) if self.mute => return Err(e),
+                Err(e) => {
+                    super::say!("error: {e:#}; the conversation goes on without this message");
+                    messages = before;
+                }
+            }
             if super::talk::unread() {
                 return Ok(());
             }
-            messages.push(json!({"role": "assistant", "content": generated.text}));
         }
+    }
+
+    /// Answers the last message; where the conversation has become too long, its oldest turns go.
+    fn turn(&mut self, messages: &mut Vec<Value>, raw: &str) -> Result<Generated> {
+        let capacity = self.session.capacity();
+        // Room for an answer, but for most of the context the conversation's.
+        let room = self.args.max_tokens.unwrap_or(DEFAULT_TOKENS).min(capacity / 4);
+        let (dropped, tokens) = fit(messages, capacity - room, |messages| self.tokens(messages, raw))?;
+        if dropped > 0 {
+            super::say!(
+                "note: the conversation no longer fits into the context of {capacity} tokens; its {dropped} oldest messages \
+                 are forgotten"
+            );
+        }
+        let generated = self.answer(&tokens)?;
+        super::outln!();
+        self.name_cut(&generated, tokens.len());
+        Ok(generated)
     }
 
     fn opening(&self) -> Vec<Value> {
         self.args.system.iter().map(|s| json!({"role": "system", "content": s})).collect()
     }
 
-    fn answer(&mut self, messages: &[Value], raw: &str) -> Result<Generated> {
-        let prompt = match &self.template {
+    /// The prompt that a conversation is; without a template the line alone.
+    fn tokens(&self, messages: &[Value], raw: &str) -> Result<Vec<u32>> {
+        let tokens = match &self.template {
             Some(template) => {
                 let input = ChatInput { messages, add_generation_prompt: true, ..ChatInput::default() };
                 // The template writes the special tokens itself.
@@ -178,26 +216,46 @@ impl Chat<'_> {
             }
             None => self.tokenizer.encode(raw, true)?,
         };
-        if prompt.is_empty() {
+        if tokens.is_empty() {
             bail!("the prompt is empty");
         }
-        let max_tokens = match (self.args.max_tokens, self.generation.max_new_tokens) {
+        Ok(tokens)
+    }
+
+    /// Tokens of the answer at most, by option or generation_config.json.
+    fn max_tokens(&self, prompt: usize) -> Result<usize> {
+        Ok(match (self.args.max_tokens, self.generation.max_new_tokens) {
             (Some(n), _) | (None, Some(n)) => n,
-            (None, None) => match self.generation.limit(prompt.len()) {
+            (None, None) => match self.generation.limit(prompt) {
                 Some(0) => bail!(
-                    "the prompt has {} tokens, generation_config.json allows {} in all (max_length); -n sets another limit",
-                    prompt.len(),
+                    "the prompt has {prompt} tokens, generation_config.json allows {} in all (max_length); -n sets another \
+                     limit",
                     self.generation.max_length.unwrap_or_default()
                 ),
                 limit => limit.unwrap_or(usize::MAX).min(DEFAULT_TOKENS),
             },
-        };
+        })
+    }
+
+    /// Says that an answer ended where the context did.
+    fn name_cut(&self, generated: &Generated, prompt: usize) {
+        let limit = self.max_tokens(prompt).unwrap_or(usize::MAX);
+        if generated.finish == Finish::Length && generated.tokens.len() < limit {
+            super::say!(
+                "note: the answer is cut short: the context of {} tokens is full (--context sets another)",
+                self.session.capacity()
+            );
+        }
+    }
+
+    fn answer(&mut self, prompt: &[u32]) -> Result<Generated> {
         let request = Request {
-            prompt: &prompt,
-            max_tokens,
+            prompt,
+            max_tokens: self.max_tokens(prompt.len())?,
             sampling: &self.sampling,
             stop_tokens: &self.stop_tokens,
             stop: &self.stop,
+            stop_after: None,
         };
         let quiet = self.args.json;
         let mut failure = None;
@@ -215,6 +273,7 @@ impl Chat<'_> {
             }
         })?;
         if let Some(e) = failure {
+            self.mute = true;
             return Err(e);
         }
         if !quiet && std::io::stderr().is_terminal() {

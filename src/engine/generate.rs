@@ -35,6 +35,8 @@ pub struct Request<'a> {
     pub stop_tokens: &'a [u32],
     /// Strings that end the answer and are not part of its text.
     pub stop: &'a [String],
+    /// Strings end the answer only after this text: what comes before is thinking.
+    pub stop_after: Option<&'a str>,
 }
 
 /// Why an answer ended.
@@ -69,6 +71,8 @@ pub(super) struct Answer<'a> {
     limit: usize,
     sampler: Sampler,
     matcher: StopMatcher,
+    /// What was thought until now, while that goes on.
+    thinking: Option<String>,
     decoder: StreamDecoder,
     ids: Vec<u32>,
     out: Generated,
@@ -86,6 +90,7 @@ impl<'a> Answer<'a> {
             // The last token needs no room: nothing is computed after it.
             limit: request.max_tokens.min(room + 1),
             matcher: StopMatcher::new(request.stop)?,
+            thinking: request.stop_after.map(|_| String::new()),
             decoder: tokenizer.stream_decoder(true),
             ids: Vec::new(),
             out: Generated {
@@ -128,8 +133,10 @@ impl<'a> Answer<'a> {
             self.out.finish = Finish::Stop;
             return Ok(None);
         }
-        let step = self.matcher.push(&self.decoder.push(token)?.unwrap_or_default());
-        if emit(&mut self.out, &step.text, show).is_break() {
+        let piece = self.decoder.push(token)?.unwrap_or_default();
+        let (thought, piece) = self.thought(piece);
+        let step = self.matcher.push(&piece);
+        if emit(&mut self.out, &thought, show).is_break() || emit(&mut self.out, &step.text, show).is_break() {
             self.out.finish = Finish::Cancelled;
             return Ok(None);
         }
@@ -140,10 +147,24 @@ impl<'a> Answer<'a> {
         Ok((self.ids.len() < self.limit).then_some(token))
     }
 
+    /// Splits off what still belongs to the thinking, its end included.
+    fn thought(&mut self, piece: String) -> (String, String) {
+        let (Some(end), Some(thinking)) = (self.request.stop_after, &mut self.thinking) else {
+            return (String::new(), piece);
+        };
+        let before = thinking.len();
+        thinking.push_str(&piece);
+        let Some(at) = thinking.find(end) else { return (piece, String::new()) };
+        let cut = (at + end.len()).saturating_sub(before);
+        self.thinking = None;
+        (piece[..cut].to_owned(), piece[cut..].to_owned())
+    }
+
     /// The answer; what was held back for lack of certainty is text after all.
     pub(super) fn finish(mut self, show: &mut dyn FnMut(&str) -> ControlFlow<()>) -> Result<Generated, GenerateError> {
         // A matcher that stopped returns nothing.
-        let rest = self.matcher.push(&self.decoder.finish()?.unwrap_or_default()).text + &self.matcher.finish();
+        let (thought, piece) = self.decoder.finish()?.map_or_else(Default::default, |piece| self.thought(piece));
+        let rest = thought + &self.matcher.push(&piece).text + &self.matcher.finish();
         if self.out.finish != Finish::Cancelled {
             let _ = emit(&mut self.out, &rest, show);
         }

@@ -85,6 +85,27 @@ impl ModelText {
         Ok(Self { folder: folder.into(), tokenizer, template, prefix, stop_tokens })
     }
 
+    /// The same with another chat template, made of its own.
+    ///
+    /// # Errors
+    /// Those of `map`.
+    pub fn map_template<E>(
+        mut self,
+        map: impl FnOnce(Option<ChatTemplate>) -> Result<Option<ChatTemplate>, E>,
+    ) -> Result<Self, E> {
+        self.template = map(self.template.take())?;
+        Ok(self)
+    }
+
+    /// Whether `text` is a token that no answer shows, because it is a special one.
+    ///
+    /// # Errors
+    /// When it cannot be tokenized.
+    pub fn drops(&self, text: &str) -> Result<bool, EvaluateError> {
+        let ids = self.tokenizer.encode(text, false)?;
+        Ok(self.tokenizer.decode(&ids, true)?.trim() != text.trim())
+    }
+
     /// The tokenizer.
     #[must_use]
     pub fn tokenizer(&self) -> &Tokenizer {
@@ -274,6 +295,7 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
                 sampling: &p.sampling,
                 stop_tokens: &self.text.stop_tokens,
                 stop: &p.options.until,
+                stop_after: p.options.think_end.as_deref(),
             })
             .collect();
         if jobs.is_empty() {
@@ -283,7 +305,10 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
         generate_many(self.model, &self.text.tokenizer, &jobs, width, length, self.kv, &mut |i, answer| {
             let tokens = Some(answer.tokens.len());
             let capped = answer.finish == Finish::Length;
-            done(prepared[i].index, Response::Generated { text: answer.text, tokens, capped })
+            done(
+                prepared[i].index,
+                Response::Generated { text: prepared[i].options.answer(answer.text), tokens, capped },
+            )
         })?;
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! A conversation to the text the model was trained on, by the chat template that comes with the model.
 
+use std::collections::HashSet;
 use std::io;
 use std::path::Path;
 use std::time::SystemTime;
@@ -44,6 +45,10 @@ pub struct ChatTemplate {
     tool_use: Option<(String, Template)>,
     special_tokens: SpecialTokens,
     clock: Clock,
+    /// Given with every rendering.
+    arguments: Map<String, Json>,
+    /// Names in the templates' text.
+    names: HashSet<String>,
 }
 
 /// What a template renders. `Default` is an empty conversation.
@@ -119,6 +124,24 @@ impl ChatTemplate {
         self
     }
 
+    /// The same template with arguments for every rendering: `enable_thinking` and whatever else it knows.
+    ///
+    /// # Errors
+    /// [`TextError::ReservedArgument`] for those that have a field in [`ChatInput`].
+    pub fn with_arguments(mut self, arguments: Map<String, Json>) -> Result<ChatTemplate, TextError> {
+        if let Some(name) = arguments.keys().find(|name| RESERVED.contains(&name.as_str())) {
+            return Err(TextError::ReservedArgument { name: name.clone() });
+        }
+        self.arguments = arguments;
+        Ok(self)
+    }
+
+    /// The arguments whose names stand nowhere in the template: they change nothing.
+    #[must_use]
+    pub fn unknown_arguments(&self) -> Vec<&str> {
+        self.arguments.keys().map(String::as_str).filter(|name| !self.names.contains(*name)).collect()
+    }
+
     /// The text for the model. Encode it without adding special tokens: the template has written them.
     ///
     /// # Errors
@@ -130,6 +153,7 @@ impl ChatTemplate {
             _ => &self.default,
         };
         let mut context = self.special_tokens.named().clone();
+        context.extend(self.arguments.iter().map(|(name, value)| (name.clone(), value.clone())));
         for (name, value) in input.extra.into_iter().flatten() {
             if RESERVED.contains(&name.as_str()) {
                 return Err(TextError::ReservedArgument { name: name.clone() });
@@ -189,7 +213,7 @@ impl ChatTemplate {
         let file = sources.first().map_or(String::new(), |source| source.file.clone());
         let names: Vec<String> = sources.iter().map(|source| source.name.clone()).collect();
         let only = sources.len() == 1;
-        let (mut default, mut tool_use) = (None, None);
+        let (mut default, mut tool_use, mut words) = (None, None, HashSet::new());
         for Source { name, file, text } in sources {
             let slot = match name.as_str() {
                 TOOL_USE if !only => &mut tool_use,
@@ -198,6 +222,7 @@ impl ChatTemplate {
                 // Another name is one that nothing asks for.
                 _ => continue,
             };
+            words.extend(text.split(|c: char| !c.is_alphanumeric() && c != '_').map(str::to_owned));
             let template = Template::parse(&text, Settings::CHAT).map_err(|error| TextError::TemplateSyntax {
                 line: error.line,
                 detail: error.message,
@@ -209,7 +234,14 @@ impl ChatTemplate {
             path: file.into(),
             detail: format!("of several templates one must be named `{DEFAULT}`, found: {}", names.join(", ")),
         })?;
-        Ok(ChatTemplate { default, tool_use, special_tokens, clock: Clock::System })
+        Ok(ChatTemplate {
+            default,
+            tool_use,
+            special_tokens,
+            clock: Clock::System,
+            arguments: Map::new(),
+            names: words,
+        })
     }
 }
 

@@ -1,6 +1,7 @@
 //! Between people's text and the model's token ids: tokenizer, streaming decoder, chat template, stop strings.
 
 mod chat_template;
+pub mod conversation;
 mod error;
 mod special_tokens;
 mod stop;

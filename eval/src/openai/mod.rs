@@ -228,12 +228,19 @@ impl OpenAi {
             COMPLETIONS
         };
         body.extend(sampling(options));
+        if options.think_end.is_some() {
+            // The server would look for them in the thinking too.
+            body.remove("stop");
+        }
         body.extend(self.options.extra.clone());
         let answer = Answer::read(self.post(path, body, stop)?)?;
+        let tokens = answer.usage.map(|u| u.completion_tokens);
+        if options.think_end.is_some() {
+            return Ok(Response::Generated { text: options.answer(answer.text), tokens, capped: answer.capped });
+        }
         let until = options.until.iter().filter(|s| !s.is_empty());
         let end = until.filter_map(|s| answer.text.find(s.as_str())).min();
         let text = answer.text[..end.unwrap_or(answer.text.len())].to_owned();
-        let tokens = answer.usage.map(|u| u.completion_tokens);
         Ok(Response::Generated { text, tokens, capped: answer.capped && end.is_none() })
     }
 

@@ -44,13 +44,22 @@ pub struct Options {
     pub system: Option<String>,
     /// Over the task's `generation_kwargs`.
     pub generation: Map<String, Value>,
+    /// What ends a model's thinking, which is no part of its answer.
+    pub think_end: Option<String>,
 }
 
 impl Default for Options {
     fn default() -> Self {
         /// `lm_eval.defaults.DEFAULT_OTHER_SEED`.
         const FEW_SHOT_SEED: u32 = 1234;
-        Self { num_fewshot: None, seed: FEW_SHOT_SEED, limit: None, system: None, generation: Map::new() }
+        Self {
+            num_fewshot: None,
+            seed: FEW_SHOT_SEED,
+            limit: None,
+            system: None,
+            generation: Map::new(),
+            think_end: None,
+        }
     }
 }
 
@@ -257,7 +266,8 @@ impl Task {
                 }));
             }
             OutputType::Generate => {
-                let own = self.generation_options(generation, &id)?;
+                let mut own = self.generation_options(generation, &id)?;
+                own.think_end.clone_from(&options.think_end);
                 requests
                     .extend(contexts.into_iter().map(|context| Request::Generate { context, options: own.clone() }));
             }
@@ -519,6 +529,7 @@ impl Task {
             top_k: number("top_k", own.top_k as f64)?.max(0.0) as usize,
             min_p: number("min_p", own.min_p)?,
             seed: number("seed", own.seed as f64)? as u64,
+            think_end: None,
         })
     }
 }

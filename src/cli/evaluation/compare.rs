@@ -128,6 +128,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     let ptq = ptq(args, &labels)?;
     let setup = args.tasks.setup()?;
     let selection = args.tasks.select(&DEFAULT_TASKS)?;
+    args.tasks.check_thinking(&selection)?;
     let texts = texts(args)?;
     if selection.tasks.is_empty() && texts.is_empty() {
         bail!("nothing to compare: name --tasks or --text");
@@ -255,7 +256,7 @@ fn texts(args: &Args) -> Result<Vec<(String, String)>> {
 fn load(args: &Args, model: &OsStr) -> Result<Loaded> {
     let folder = model_folder(model)?;
     let checkpoint = Checkpoint::open(&folder)?;
-    let text = ModelText::from_folder(&folder, &checkpoint.config)?;
+    let text = args.tasks.text(&folder, &checkpoint.config)?;
     let mut facts = facts::facts(&model_name(model), &checkpoint)?;
     let identity = json!({"files": identity(&checkpoint)?, "computation": args.options.computation()});
     let decoder = args.options.load(&checkpoint)?;

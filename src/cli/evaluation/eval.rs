@@ -12,7 +12,7 @@ use recoup_eval::run::{Plan, Results, Setup, Shard, merge};
 use recoup_eval::scores::ModelFacts;
 use recoup_eval::tasks::{ListedKind, Selection};
 use recoup_eval::{LanguageModel, journal};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::super::options::{EngineOptions, identity, model_folder};
 use super::{TaskOptions, facts_config, model_name, parse_shard, run_plan};
@@ -91,13 +91,14 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
         bail!("--tasks is missing; --list-tasks prints what there is, such as --tasks hellaswag,lambada_openai");
     }
     let selection = args.tasks.select(&[])?;
+    args.tasks.check_thinking(&selection)?;
     if let Some(address) = model.to_str().filter(|m| m.starts_with("http://") || m.starts_with("https://")) {
         return url(args, address, &selection, &setup);
     }
     let folder = model_folder(model)?;
     let checkpoint = Checkpoint::open(&folder)?;
     let _claim = super::claimed(args.output.as_deref())?;
-    let text = ModelText::from_folder(&folder, &checkpoint.config)?;
+    let text = args.tasks.text(&folder, &checkpoint.config)?;
     let context = context_length(&checkpoint, args.max_length)?;
     let subject = Subject {
         facts: facts::facts(&model_name(model), &checkpoint)?,
@@ -126,7 +127,14 @@ fn context_length(checkpoint: &Checkpoint, asked: Option<usize>) -> Result<usize
 }
 
 fn url(args: &Args, address: &str, selection: &Selection, setup: &Setup) -> Result<ExitCode> {
+    let arguments = args.tasks.template_arguments();
+    let mut extra = Map::new();
+    if !arguments.is_empty() {
+        // vLLM's, SGLang's and llama.cpp's name for it.
+        extra.insert("chat_template_kwargs".into(), arguments.into());
+    }
     let options = UrlOptions {
+        extra: extra.clone(),
         model: args.url.served_model.clone(),
         api_key: ApiKey::from_env(),
         concurrency: args.url.concurrency.max(1),
@@ -140,7 +148,7 @@ fn url(args: &Args, address: &str, selection: &Selection, setup: &Setup) -> Resu
     let _claim = super::claimed(args.output.as_deref())?;
     let name = format!("{} at {address}", server.model());
     let subject = Subject {
-        identity: json!({"url": address, "served_model": server.model(), "prefix": args.url.prefix}),
+        identity: json!({"url": address, "served_model": server.model(), "prefix": args.url.prefix, "body": extra}),
         facts: ModelFacts { name, ..ModelFacts::default() },
     };
     evaluate(args, &mut server, &subject, selection, setup)

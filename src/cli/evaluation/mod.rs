@@ -11,11 +11,14 @@ use anyhow::{Context as _, Result, bail};
 use recoup_eval::journal::Journal;
 use recoup_eval::run::{Plan, RESPONSES, Results, Setup, Shard};
 use recoup_eval::scores::ModelFacts;
-use recoup_eval::tasks::{Library, Limit, Options, Selection};
+use recoup_eval::tasks::{Library, Limit, Options, OutputType, Selection};
 use recoup_eval::{LanguageModel, Request};
 use serde_json::{Map, Value, json};
 
 use super::interrupt;
+use super::options::{TemplateOptions, with_arguments};
+use crate::checkpoint::json::Object;
+use crate::evaluate::ModelText;
 use crate::output::Claim;
 
 /// Which tasks, and how they are put.
@@ -42,6 +45,14 @@ pub(super) struct TaskOptions {
     /// Worked examples as turns of the conversation
     #[arg(long, requires = "apply_chat_template")]
     fewshot_as_multiturn: bool,
+    #[command(flatten)]
+    template: TemplateOptions,
+    /// lm-evaluation-harness's name for the argument of that name of the chat template; true needs --think-end-token
+    #[arg(long, requires = "apply_chat_template", value_name = "BOOL")]
+    enable_thinking: Option<bool>,
+    /// What ends a model's thinking, such as '</think>': the answer is what follows, and only there texts end it
+    #[arg(long, value_name = "TEXT")]
+    think_end_token: Option<String>,
     /// System message, or text before the task's description
     #[arg(long, value_name = "TEXT")]
     system_instruction: Option<String>,
@@ -70,7 +81,56 @@ impl TaskOptions {
         Ok(selection)
     }
 
+    /// Arguments of the chat template.
+    fn template_arguments(&self) -> Map<String, Value> {
+        let mut arguments = self.template.arguments();
+        arguments.extend(self.enable_thinking.map(|yes| ("enable_thinking".to_owned(), yes.into())));
+        arguments
+    }
+
+    /// What texts of `folder` the tasks are put through.
+    fn text(&self, folder: &Path, config: &Object) -> Result<ModelText> {
+        let text = ModelText::from_folder(folder, config)?;
+        let arguments = self.template_arguments();
+        if let Some(end) = &self.think_end_token
+            && text.drops(end)?
+        {
+            bail!(
+                "--think-end-token {end}: {} has it as a special token, which no answer shows; its thinking cannot be \
+                 told from its answer",
+                folder.display()
+            );
+        }
+        text.map_template(|template| with_arguments(template, arguments, folder))
+    }
+
+    /// Refuses to measure what a model that thinks first has no probability for, as lm-evaluation-harness does.
+    fn check_thinking(&self, selection: &Selection) -> Result<()> {
+        let thinks = self.template_arguments().get("enable_thinking") == Some(&Value::Bool(true));
+        if !thinks {
+            return Ok(());
+        }
+        if self.think_end_token.is_none() {
+            bail!("thinking is enabled: --think-end-token says where it ends, such as --think-end-token '</think>'");
+        }
+        let scored = selection.tasks.iter().find(|t| t.output_type() != OutputType::Generate);
+        if let Some(task) = scored {
+            bail!(
+                "{}: thinking is enabled, and this task asks for probabilities of given texts, which come before any \
+                 thinking; ask for answers only, or disable thinking",
+                task.name()
+            );
+        }
+        Ok(())
+    }
+
     fn setup(&self) -> Result<Setup> {
+        if !self.apply_chat_template && self.template.chat_template_kwargs.is_some() {
+            bail!("--chat-template-kwargs is for the chat template: give --apply-chat-template too");
+        }
+        if self.think_end_token.as_deref() == Some("") {
+            bail!("--think-end-token is empty");
+        }
         let limit = match self.limit {
             None => None,
             Some(share) if share > 0.0 && share < 1.0 => Some(Limit::Share(share)),
@@ -86,6 +146,7 @@ impl TaskOptions {
                 seed: self.fewshot_seed,
                 limit,
                 system: self.system_instruction.clone(),
+                think_end: self.think_end_token.clone(),
                 generation: self.gen_kwargs.as_deref().map(gen_kwargs).transpose()?.unwrap_or_default(),
             },
             chat: self.apply_chat_template,
@@ -98,6 +159,7 @@ impl TaskOptions {
     fn describe(&self, setup: &Setup) -> Value {
         json!({"num_fewshot": self.num_fewshot, "limit": self.limit, "apply_chat_template": self.apply_chat_template,
             "fewshot_as_multiturn": self.fewshot_as_multiturn, "system_instruction": self.system_instruction,
+            "chat_template_kwargs": self.template_arguments(), "think_end_token": self.think_end_token,
             "gen_kwargs": setup.options.generation, "seeds": self.seeds, "fewshot_seed": self.fewshot_seed,
             "recoup_version": env!("CARGO_PKG_VERSION")})
     }
