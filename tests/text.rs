@@ -658,3 +658,41 @@ fn a_message_to_be_continued_keeps_its_white_space_as_transformers_keeps_it() {
     let error = continued(drops, "x").unwrap_err();
     assert!(matches!(error, TextError::NotContinued { .. }), "{error}");
 }
+
+#[test]
+fn line_ends_of_a_template_are_plain_wherever_it_is_kept() {
+    let source = "{% for m in messages %}\r\n<{{ m.role }}>\r\n{{ m.content }}\r{% endfor %}\r\n";
+    let json = serde_json::to_string(&json!({ "chat_template": source })).unwrap();
+    for file in [("chat_template.jinja", source), ("tokenizer_config.json", &json), ("chat_template.json", &json)] {
+        let folder = folder(&[file]);
+        let messages = [json!({"role": "user", "content": "a\r\nb"})];
+        let input = ChatInput { messages: &messages, ..ChatInput::default() };
+        let text = ChatTemplate::from_folder(folder.path()).unwrap().unwrap().render(&input).unwrap();
+        assert_eq!(text, "<user>\na\r\nb\n", "{}", file.0);
+    }
+}
+
+#[test]
+fn arguments_stay_with_a_template_and_those_it_does_not_know_are_named() {
+    let arguments = json!({"enable_thinking": false, "typo": 1});
+    let template = template("{{ enable_thinking }}").with_arguments(arguments.as_object().unwrap().clone()).unwrap();
+    assert_eq!(template.render(&ChatInput::default()).unwrap(), "False");
+    assert_eq!(template.unknown_arguments(), ["typo"]);
+    let reserved = json!({"messages": []});
+    let refused = render_with(reserved.as_object().unwrap().clone());
+    assert!(matches!(refused, Err(TextError::ReservedArgument { .. })), "{refused:?}");
+}
+
+fn render_with(arguments: Map<String, Value>) -> Result<ChatTemplate, TextError> {
+    template("").with_arguments(arguments)
+}
+
+#[test]
+fn null_fields_of_messages_are_not_there_and_reasoning_has_both_its_names() {
+    // As transformers 5.24's apply_chat_template hands messages to templates.
+    let messages = [json!({"role": "assistant", "content": null, "reasoning": "because", "tool_calls": null})];
+    let source = "{% for m in messages %}{{ m.content is defined }} {{ m.tool_calls is defined }} {{ m.thinking }} \
+                  {{ m.reasoning_content }}{% endfor %}";
+    let input = ChatInput { messages: &messages, ..ChatInput::default() };
+    assert_eq!(template(source).render(&input).unwrap(), "False False because because");
+}
