@@ -255,7 +255,7 @@ fn a_refusal_by_the_template_is_told_from_a_failure_of_the_template() {
     assert!(matches!(&in_macro, TextError::TemplateRefused { line: 2, .. }), "{in_macro:?}");
     let failed = render("\n{{ messages.x.y }}").unwrap_err();
     assert!(matches!(failed, TextError::TemplateFailed { line: 2, .. }), "{failed:?}");
-    assert!(failed.to_string().contains("`messages.x` is undefined"), "{failed}");
+    assert!(failed.to_string().contains("'list object' has no attribute 'x'"), "{failed}");
 }
 
 #[test]
