@@ -122,10 +122,7 @@ pub fn of(r: &mut Renderer, value: &Value, name: &str) -> Result<Option<Value>> 
             "list" => items.get(1).cloned(),
             _ => None,
         },
-        Value::Namespace(dict) => match dict.borrow().get(&Value::from(name).key()?) {
-            Some((_, value)) => Some(value.clone()),
-            None => None,
-        },
+        Value::Namespace(dict) => dict.borrow().get(&Value::from(name).key()?).map(|(_, value)| value.clone()),
         Value::Cycler(cycler) => match name {
             "current" => cycler.0.get(cycler.1.get()).cloned(),
             "pos" => Some(Value::Int(cycler.1.get() as i128)),

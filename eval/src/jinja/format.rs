@@ -320,8 +320,7 @@ fn number(r: &mut Renderer, spec: &Spec, negative: bool, prefix: &str, digits: &
 fn group(digits: &str, by: usize, separator: char, least: usize) -> String {
     let (mut out, mut count) = (Vec::new(), 0);
     let mut digits = digits.chars().rev();
-    loop {
-        let Some(digit) = digits.next().or_else(|| (out.len() < least).then_some('0')) else { break };
+    while let Some(digit) = digits.next().or_else(|| (out.len() < least).then_some('0')) {
         if count > 0 && count % by == 0 {
             out.push(separator);
         }

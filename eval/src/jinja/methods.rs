@@ -93,19 +93,8 @@ fn title_case(c: char) -> String {
         c => {
             let mut upper = c.to_uppercase();
             let first: String = upper.next().into_iter().collect();
-            first + &upper.as_str_lower()
+            first + &upper.flat_map(char::to_lowercase).collect::<String>()
         }
-    }
-}
-
-/// The rest of a letter's large form, small.
-trait Lower {
-    fn as_str_lower(self) -> String;
-}
-
-impl Lower for std::char::ToUppercase {
-    fn as_str_lower(self) -> String {
-        self.flat_map(char::to_lowercase).collect()
     }
 }
 
@@ -215,8 +204,8 @@ pub fn is_alphanumeric(c: char) -> bool {
 
 /// `str.islower` (or `isupper`): some letter has a case, and none the other.
 pub fn is_case(text: &str, lower: bool) -> bool {
-    let (own, other): (fn(char) -> bool, fn(char) -> bool) =
-        if lower { (char::is_lowercase, char::is_uppercase) } else { (char::is_uppercase, char::is_lowercase) };
+    let own = |c: char| if lower { c.is_lowercase() } else { c.is_uppercase() };
+    let other = |c: char| if lower { c.is_uppercase() } else { c.is_lowercase() };
     text.chars().any(own) && !text.chars().any(|c| other(c) || (is_cased(c) && !own(c)))
 }
 

@@ -72,6 +72,9 @@ impl Settings {
     };
 }
 
+/// The time in a format of Python's `strftime`, or what is wrong with the format.
+pub type Clock<'a> = &'a dyn Fn(&str) -> std::result::Result<String, String>;
+
 /// Bounds of one rendering, and its clock.
 #[derive(Clone, Copy)]
 pub struct Options<'a> {
@@ -80,7 +83,7 @@ pub struct Options<'a> {
     /// Bytes of text.
     pub max_text: usize,
     /// `strftime_now`: the time in a format of Python's `strftime`.
-    pub now: Option<&'a dyn Fn(&str) -> std::result::Result<String, String>>,
+    pub now: Option<Clock<'a>>,
 }
 
 impl Default for Options<'_> {

@@ -681,12 +681,12 @@ impl Parser {
             parts[0] = Some(first);
         }
         self.expect(":")?;
-        for part in 1..3 {
-            if part == 2 && !self.skip_operator(":") {
+        for (at, part) in parts.iter_mut().enumerate().skip(1) {
+            if at == 2 && !self.skip_operator(":") {
                 break;
             }
             if !self.is_operator(":") && !self.is_operator("]") && !self.is_operator(",") {
-                parts[part] = Some(self.expression()?);
+                *part = Some(self.expression()?);
             }
         }
         Ok(Expr { kind: ExprKind::Slice(Box::new(parts)), line })

@@ -102,11 +102,9 @@ pub fn call(r: &mut Renderer, name: &str, value: &Value, arguments: Arguments) -
         },
         "iterable" => {
             value.check_strict()?;
-            match value {
-                Value::Undefined(_) | Value::Text(_) | Value::List(_) | Value::Tuple(_) | Value::Group(_) => true,
-                Value::Dict(_) | Value::View(..) | Value::Range(..) | Value::Iterator(_) | Value::Loop(_) => true,
-                _ => false,
-            }
+            let once = matches!(value, Value::Undefined(_) | Value::Iterator(_) | Value::Loop(_) | Value::View(..));
+            let many = matches!(value, Value::Text(_) | Value::List(_) | Value::Tuple(_) | Value::Group(_));
+            once || many || matches!(value, Value::Dict(_) | Value::Range(..))
         }
         // An undefined value can be called: the call is the error.
         "callable" => matches!(
