@@ -133,8 +133,7 @@ fn url(args: &Args, address: &str, selection: &Selection, setup: &Setup) -> Resu
         // vLLM's, SGLang's and llama.cpp's name for it.
         extra.insert("chat_template_kwargs".into(), arguments.into());
     }
-    let options = UrlOptions {
-        extra: extra.clone(),
+    let mut options = UrlOptions {
         model: args.url.served_model.clone(),
         api_key: ApiKey::from_env(),
         concurrency: args.url.concurrency.max(1),
@@ -144,6 +143,7 @@ fn url(args: &Args, address: &str, selection: &Selection, setup: &Setup) -> Resu
         chat: setup.chat,
         ..UrlOptions::default()
     };
+    options.extra.extend(extra.clone());
     let mut server = OpenAi::new(address, options)?;
     let _claim = super::claimed(args.output.as_deref())?;
     let name = format!("{} at {address}", server.model());
