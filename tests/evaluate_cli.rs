@@ -479,3 +479,54 @@ fn names_that_differ_in_signs_only_have_files_of_their_own() {
     let stderr = String::from_utf8_lossy(&same.stderr);
     assert!(stderr.contains("`a` stands for two models") && !none.exists(), "{stderr}");
 }
+
+/// Two files of one name are two texts, and records are the texts that they hold.
+#[test]
+fn texts_of_one_name_are_told_apart_and_records_are_read_as_what_they_say() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    for name in ["prose", "digits"] {
+        std::fs::create_dir(at(name)).unwrap();
+    }
+    let prose = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cli/calibration.txt")).unwrap();
+    let prose = &prose[..8000];
+    let digits: String = (0..3000).map(|i| format!("{} ", i * i)).collect();
+    std::fs::write(at("prose/test.txt"), prose).unwrap();
+    std::fs::write(at("digits/test.txt"), &digits).unwrap();
+    std::fs::write(at("same.txt"), serde_json::json!([{"text": prose, "url": "x"}]).to_string()).unwrap();
+    std::fs::write(at("wikitext.txt"), &digits).unwrap();
+    let out = at("out");
+    let texts = ["prose/test.txt", "digits/test.txt", "same.txt", "wikitext.txt"].map(at).join(",");
+    let base =
+        ["compare", "models/books-bf16", "models/books-nvfp4", "--tasks", "none", "--windows", "2", "--no-speed"];
+    let json = succeed(&[&base[..], &["--json", "-o", &out, "--text", &texts]].concat());
+    let comparison: Value = serde_json::from_str(&json).unwrap();
+    let found: Vec<(&str, f64)> = comparison["divergences"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|d| (d["text"].as_str().unwrap(), d["kl"]["value"].as_f64().unwrap()))
+        .collect();
+    let names: Vec<&str> = found.iter().map(|f| f.0).collect();
+    assert_eq!(names, ["prose/test.txt", "digits/test.txt", "same", "wikitext.txt"]);
+    assert_ne!(found[0].1, found[1].1);
+    assert_eq!((found[2].1, found[3].1), (found[0].1, found[1].1));
+    let kept = files(&folder.path().join("out/books-nvfp4"));
+    assert_eq!(kept.keys().filter(|k| k.starts_with("divergence_")).count(), 4, "{:?}", kept.keys());
+
+    let other = at("other");
+    std::fs::write(at("ids.json"), "[[1, 2], [3]]").unwrap();
+    std::fs::write(at("chat.jsonl"), "{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}").unwrap();
+    let (prose, ids, chat, none) = (at("prose/test.txt"), at("ids.json"), at("chat.jsonl"), at("none.txt"));
+    for (texts, expected) in [
+        (format!("{prose},{prose}"), "are the same file; give it once"),
+        ("books,books".into(), "--text books: given twice"),
+        ("none,books".into(), "`none` stands alone"),
+        (ids, "token ids, where a text is needed"),
+        (chat, "needs a chat template"),
+        (none, "is no shipped text (wikitext, books)"),
+    ] {
+        let error = fail(&[&base[..], &["-o", &other, "--text", &texts]].concat());
+        assert!(error.contains(expected), "{texts}: {error}");
+    }
+}

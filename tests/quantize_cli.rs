@@ -180,12 +180,33 @@ fn every_kind_of_calibration_file_is_read_and_bad_ones_are_refused() {
     assert!(data(&plain) == data(&lines));
     let header = String::from_utf8_lossy(&lines[8..2000]).into_owned();
     assert!(header.contains("a.jsonl") && header.contains("sha256"), "{header}");
+    // Whatever the file is called, and however it is written.
+    let object = serde_json::json!({"text": story});
+    for (name, content) in [
+        ("list.json", format!("\u{feff}[{object}]\r\n")),
+        ("lines.NDJSON", format!("\r\n{object}\r\n")),
+        ("lines.txt", object.to_string()),
+        ("wrapped", serde_json::json!({"data": [object]}).to_string()),
+        ("table.csv", format!("text\n\"{story}\"\n")),
+        ("marked.txt", format!("\u{feff}{story}")),
+    ] {
+        let (bytes, _) = accept(&folder.file(name, &content));
+        assert!(data(&bytes) == data(&plain), "{name}");
+    }
+    let (_, said) = accept(&folder.file("more.jsonl", &serde_json::json!({"text": story, "url": "x"}).to_string()));
+    assert!(said.contains("fields that are not used, with the number of records: url (1)"), "{said}");
+    let (_, said) = accept(&folder.file("long.jsonl", &serde_json::json!({"text": story.repeat(90)}).to_string()));
+    assert!(said.contains("1 of 1 texts are longer than"), "{said}");
+    let (ids, _) = accept(&folder.file("ids.jsonl", "\u{feff}{\"input_ids\": [17]}\n"));
     let (one, _) = accept(&folder.file("one.json", "[[17]]"));
+    assert!(data(&one) == data(&ids));
     assert!(data(&one) != data(&plain), "scales do not depend on the text");
 
     assert!(refuse(&folder.file("empty.txt", "")).contains("empty"));
     assert!(refuse(&folder.file("empty.jsonl", "\n\n")).contains("empty"));
     assert!(refuse(&folder.file("bad.jsonl", "{\"text\": \"a\"}\n{\"text\"")).contains("line 2"));
+    assert!(refuse(&folder.file("cut.txt", "[{\"text\": \"a\"},\n{\"text\"")).contains("looks like JSON but is not"));
+    assert!(refuse(&folder.file("twice.csv", "text,text\na,b\n")).contains("names the column `text` twice"));
     assert!(refuse(&folder.file("field.jsonl", "{\"prompt\": \"a\"}")).contains("`messages`"));
     // This model has no chat template.
     assert!(

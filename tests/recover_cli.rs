@@ -402,3 +402,178 @@ fn a_model_is_trained_from_scratch() {
     succeed(&["quantize", &folder.path("whole"), "-o", &quantized, "--recipe", "nvfp4"]);
     succeed(&["inspect", &quantized]);
 }
+
+/// A copy of the shipped student with a chat template.
+fn chatting(folder: &Folder, template: &str) -> String {
+    let student = folder.at("chatting");
+    std::fs::create_dir(&student).unwrap();
+    for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(STUDENT)).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), student.join(entry.file_name())).unwrap();
+    }
+    std::fs::write(student.join("chat_template.jinja"), template).unwrap();
+    student.to_str().unwrap().to_owned()
+}
+
+/// With tools, as many templates write them.
+const TEMPLATE: &str = "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}\n\
+                        {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
+
+fn record(folder: &Folder, name: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(folder.at(name).join("recoup_recovery.json")).unwrap()).unwrap()
+}
+
+fn turns(user: &str, assistant: &str) -> Value {
+    serde_json::json!([{"role": "user", "content": user}, {"role": "assistant", "content": assistant}])
+}
+
+/// What is trained on is what the file means, whatever it is called and however it is written.
+#[test]
+fn conversations_are_the_same_data_in_every_kind_of_file() {
+    let folder = Folder::new();
+    let student = chatting(&folder, TEMPLATE);
+    let rows: Vec<Value> =
+        (0..24).map(|i| turns(&format!("What is {i}?"), &format!("It is {i}, as all know."))).collect();
+    let each = |make: &dyn Fn(&Value) -> Value| rows.iter().map(make).collect::<Vec<_>>();
+    let messages = each(&|t| serde_json::json!({"messages": t}));
+    let sharegpt = each(&|t| {
+        let turn = |i: usize, from: &str| serde_json::json!({"from": from, "value": t[i]["content"]});
+        serde_json::json!({"conversations": [turn(0, "human"), turn(1, "gpt")]})
+    });
+    let lines = |rows: &[Value], end: &str| rows.iter().map(|r| format!("{r}{end}")).collect::<String>();
+    let csv: String = rows.iter().map(|r| format!("\"{}\"\n", r.to_string().replace('"', "\"\""))).collect();
+    let mut hashes = Vec::new();
+    for (i, (name, content)) in [
+        ("a.jsonl", lines(&messages, "\n")),
+        ("b.json", Value::from(messages.clone()).to_string()),
+        ("c.ndjson", format!("\u{feff}{}", lines(&messages, "\r\n"))),
+        ("d.txt", lines(&sharegpt, "\n")),
+        ("e.csv", format!("messages\n{csv}")),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let (file, out) = (folder.write(name, &content), folder.path(&format!("out{i}")));
+        let mut args = arguments(&[&student], &out, &["--method", "qat:steps=1"]);
+        args[5] = &file;
+        succeed(&args);
+        let record = record(&folder, &format!("out{i}"));
+        assert_eq!(record["data"]["sources"][0]["read"]["conversations"], 24, "{name}: {record:#}");
+        hashes.push(record["data"]["sha256"].clone());
+    }
+    assert!(hashes.iter().all(|h| *h == hashes[0]), "{hashes:?}");
+}
+
+#[test]
+fn conversations_that_are_cut_and_fields_that_are_not_used_are_told_and_counted() {
+    let folder = Folder::new();
+    let student = chatting(&folder, TEMPLATE);
+    let long = "a long question of many words, ".repeat(20);
+    let line = |i: usize| {
+        let mut row =
+            serde_json::json!({"messages": turns(if i.is_multiple_of(4) { &long } else { "Who?" }, "Nobody at all.")});
+        row["source"] = "web".into();
+        if i.is_multiple_of(2) {
+            row["images"] = serde_json::json!(["a.png"]);
+        }
+        row.to_string()
+    };
+    let file = folder.write("chats.jsonl", &(0..16).map(line).collect::<Vec<_>>().join("\n"));
+    let out = folder.path("out");
+    let mut args = arguments(&[&student], &out, &["--method", "qat:steps=1", "--assistant-only"]);
+    args[5] = &file;
+    let said = succeed(&args);
+    assert!(
+        said.contains("chats.jsonl: 4 of 16 conversations are longer than 64 tokens (--length) and were cut"),
+        "{said}"
+    );
+    assert!(said.contains("4 of 16 conversations have nothing to learn from and were left out"), "{said}");
+    assert!(said.contains("not used, with the number of records: images (8), source (16)"), "{said}");
+    let read = &record(&folder, "out")["data"]["sources"][0]["read"];
+    assert_eq!((&read["cut"], &read["nothing_to_learn"]), (&4.into(), &4.into()), "{read:#}");
+    assert_eq!(read["unused_fields"], serde_json::json!({"images": 8, "source": 16}));
+
+    // Nothing at all is left: refused before anything is computed, wherever it is given.
+    let none =
+        folder.write("none.jsonl", &serde_json::json!({"messages": turns(&long, "Nobody.")}).to_string().repeat(3));
+    let silent =
+        folder.write("silent.jsonl", &serde_json::json!({"messages": [{"role": "user", "content": "Hi"}]}).to_string());
+    let out = folder.path("out2");
+    for (at, file, expected) in [
+        (5, &none, "3 of 3 conversations were cut at 64 tokens, before the assistant says anything"),
+        (5, &silent, "the assistant says nothing in any of the 1 conversations"),
+        (16, &none, "nothing is left to learn"),
+    ] {
+        let mut args = arguments(&[&student], &out, &["--method", "qat:steps=1", "--assistant-only", "--watch", TEXT]);
+        args.push("--seed");
+        args.push("0");
+        let at = if at == 16 { args.iter().position(|a| *a == "--watch").unwrap() + 1 } else { at };
+        args[at] = file;
+        let error = fail(&args);
+        assert!(error.contains(expected), "{error}");
+        assert!(!Path::new(&out).exists() && !Path::new(&format!("{out}.training")).exists());
+    }
+}
+
+#[test]
+fn tools_of_a_conversation_are_written_by_the_template_or_named() {
+    let folder = Folder::new();
+    let student = chatting(&folder, TEMPLATE);
+    let tools = serde_json::json!([{"type": "function", "function": {"name": "get_weather"}}]);
+    let file = |name: &str, tools: Value| {
+        let line = |i: usize| {
+            let mut row = serde_json::json!({"messages": turns(&format!("What is {i}?"), "A number.")});
+            if !tools.is_null() {
+                row["tools"] = tools.clone();
+            }
+            row.to_string()
+        };
+        folder.write(name, &(0..16).map(line).collect::<Vec<_>>().join("\n"))
+    };
+    let plain = file("plain.jsonl", Value::Null);
+    let listed = file("listed.jsonl", tools.clone());
+    let text = file("text.jsonl", tools.to_string().into());
+    let run = |name: &str, file: &str| {
+        let out = folder.path(name);
+        let mut args = arguments(&[&student], &out, &["--method", "qat:steps=1"]);
+        args[5] = file;
+        let said = succeed(&args);
+        (record(&folder, name)["data"]["sha256"].as_str().unwrap().to_owned(), said)
+    };
+    let (plain_hash, _) = run("plain", &plain);
+    let (listed_hash, _) = run("listed", &listed);
+    assert_ne!(plain_hash, listed_hash);
+    assert_eq!(run("text", &text).0, listed_hash);
+    // A template that knows nothing of tools.
+    std::fs::write(
+        folder.at("chatting/chat_template.jinja"),
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+    )
+    .unwrap();
+    let (_, said) = run("unwritten", &listed);
+    assert!(said.contains("tools, which the chat template does not write (16)"), "{said}");
+}
+
+/// Two files of one name are two texts, everywhere that a name stands for one.
+#[test]
+fn watched_texts_of_one_name_are_told_apart_and_one_given_twice_is_refused() {
+    let folder = Folder::new();
+    for name in ["prose", "digits"] {
+        std::fs::create_dir(folder.at(name)).unwrap();
+    }
+    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(TEXT)).unwrap();
+    let prose = folder.write("prose/test.txt", &text[..8000]);
+    let digits = folder.write("digits/test.txt", &(0..2000).map(|i| format!("{} ", i * i)).collect::<String>());
+    let out = folder.path("out");
+    let watch = ["--method", "qad:steps=1", "--watch", &prose, "--watch"];
+    succeed(&arguments(&[STUDENT], &out, &[&watch[..], &[&digits]].concat()));
+    let record = record(&folder, "out");
+    let before = record["watched_loss"]["before"].as_object().unwrap();
+    assert_eq!(before.keys().collect::<Vec<_>>(), ["prose/test.txt", "digits/test.txt"], "{record:#}");
+    assert_ne!(before["digits/test.txt"], before["prose/test.txt"]);
+    let out = folder.path("out2");
+    let error = fail(&arguments(&[STUDENT], &out, &[&watch[..], &[&prose]].concat()));
+    assert!(error.contains("are the same file; give it once"), "{error}");
+    let error = fail(&arguments(&[STUDENT], &out, &["--method", "qad:steps=1", "--data", TEXT]));
+    assert!(error.contains("given twice"), "{error}");
+}

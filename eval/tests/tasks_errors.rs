@@ -254,6 +254,23 @@ fn full_data_is_taken_instead_of_the_sample_by_name() {
 }
 
 #[test]
+fn data_files_may_be_patterns_and_marked_and_one_may_be_a_table() {
+    let line = |q: &str| format!("{{\"q\": \"{q}\", \"c\": [\"1\", \"2\"], \"a\": 0}}\r\n");
+    let yaml = CHOICE.replace("d.jsonl", "\"part-*.jsonl\"");
+    let files = [
+        ("t.yaml", yaml.clone()),
+        ("part-0.jsonl", format!("\u{feff}{}", line("x"))),
+        ("part-1.jsonl", line("y") + &line("z")),
+    ];
+    let files: Vec<(&str, &str)> = files.iter().map(|(n, t)| (*n, t.as_str())).collect();
+    assert_eq!(load(&files, "t").unwrap().documents(), 3);
+    has(&mistake(&yaml, DATA), &["part-*.jsonl", "in none of"]);
+    let csv = CHOICE.replace("path: json", "path: csv").replace("d.jsonl", "d.tsv");
+    let error = load(&[("t.yaml", &csv), ("d.tsv", "q\tq\n1\t2\n")], "t").unwrap_err();
+    has(&error, &["d.tsv:1", "names the column `q` twice"]);
+}
+
+#[test]
 fn all_shipped_tasks_load_and_ask() {
     let mut library = Library::new(&[], None).unwrap();
     let lacking = ["arc_challenge", "winogrande", "text"];

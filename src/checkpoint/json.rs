@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use recoup_eval::foreign::foreign;
+use recoup_eval::records::without_mark;
 use serde_json::Value;
 
 use super::error::{CheckpointError, Result};
@@ -35,7 +36,7 @@ impl Object {
             });
         }
         let text = std::fs::read(file).map_err(io)?;
-        let value: Value = serde_json::from_slice(&text).map_err(|e| {
+        let value: Value = serde_json::from_slice(without_mark(&text)).map_err(|e| {
             let detail = foreign(&text).map_or_else(|| e.to_string(), |what| format!("it is {what}"));
             CheckpointError::Json { file: file.into(), detail }
         })?;

@@ -168,7 +168,7 @@ fn from_safetensors(file: &Path) -> Result<Vec<Vec<u32>>> {
 }
 
 pub(super) fn from_json(file: &Path) -> Result<Vec<Vec<u32>>> {
-    let text = std::fs::read_to_string(file).with_context(|| format!("{}: cannot read", file.display()))?;
+    let text = recoup_eval::records::read_text(file)?;
     let value: Value = serde_json::from_str(&text).with_context(|| format!("{}: not valid JSON", file.display()))?;
     let ids = value.get("input_ids").unwrap_or(&value);
     let nested = if ids.get(0).is_some_and(Value::is_array) { ids.clone() } else { Value::Array(vec![ids.clone()]) };

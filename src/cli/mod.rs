@@ -17,11 +17,10 @@ mod talk;
 mod training;
 mod training_data;
 
-use std::path::Path;
 use std::process::ExitCode;
 
 use crate::output::space::human_bytes;
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use clap::{Parser, Subcommand};
 use talk::{outln, progress, say, style};
 
@@ -107,16 +106,6 @@ fn message(e: &anyhow::Error) -> String {
         }
     }
     text
-}
-
-/// A text file with its line ends as `\n`, as Python reads it: files that differ only there give the same tokens.
-fn read_text(file: &Path) -> Result<String> {
-    let text =
-        std::fs::read_to_string(file).with_context(|| format!("{}: cannot read as UTF-8 text", file.display()))?;
-    if let Some(what) = recoup_eval::foreign::pointer(text.as_bytes()) {
-        anyhow::bail!("{}: it is {what}", file.display());
-    }
-    Ok(if text.contains('\r') { text.replace("\r\n", "\n").replace('\r', "\n") } else { text })
 }
 
 /// Names the small text files of a model that its copy lacks, because nothing here knows them.

@@ -5,10 +5,11 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use serde_json::json;
+use recoup_eval::records;
+use serde_json::{Value, json};
 
 use super::training::{self, Display, KEPT_MEMORY};
-use super::training_data::rows;
+use super::training_data::told;
 use crate::backend::autograd::AutogradBackend;
 use crate::backend::cpu::operand::Precision;
 use crate::backend::cpu::recycle;
@@ -30,7 +31,7 @@ pub(super) struct Args {
     /// Folder to write; must not exist or be empty
     #[arg(short, long, value_name = "FOLDER")]
     output: PathBuf,
-    /// What to train on: text, or documents (.jsonl with `text` in each line)
+    /// What to train on: text, or records with `text`, as in `recoup recover --data`
     #[arg(long, value_name = "FILE", required = true)]
     data: Vec<PathBuf>,
     /// Text to measure the cross-entropy on while training
@@ -75,34 +76,39 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
     let start = Instant::now();
     let (training, _claim) = training::begin(&args.output, args.resume)?;
     let reader = Reader::of(&args.shape, false)?;
-    let part = |file: &PathBuf| -> Result<Part> {
-        let name = file.file_stem().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-        Ok(Part { name, rows: rows(&reader, file, args.length, None)?, share: 1.0 })
+    let read = |files: &[PathBuf]| -> Result<(Vec<Part>, Vec<Value>)> {
+        records::same_file_twice(files)?;
+        let one = |(file, name): (&PathBuf, String)| {
+            let (rows, counts) = told(&reader, file, &name, args.length, None)?;
+            let about = json!({"name": name, "read": counts});
+            Ok((Part { name, rows, share: 1.0 }, about))
+        };
+        let named = files.iter().zip(records::distinct_names(files, &[]));
+        Ok(named.map(one).collect::<Result<Vec<_>>>()?.into_iter().unzip())
     };
-    let mut parts = args.data.iter().map(part).collect::<Result<Vec<_>>>()?;
+    let (mut parts, sources) = read(&args.data)?;
     let all: usize = parts.iter().map(|p| p.rows.len()).sum();
     parts.iter_mut().for_each(|p| p.share = p.rows.len() as f64);
     let data = Data::mix(&parts, all)?;
-    let watched = args.watch.iter().map(part).collect::<Result<Vec<_>>>()?;
+    let (watched, _) = read(&args.watch)?;
     let watched: Vec<(String, Data)> = watched
         .into_iter()
         .map(|p| (p.name.clone(), Data { rows: data::spread(&p.rows, args.watch_samples), description: p.name }))
         .collect();
 
-    let text = std::fs::read_to_string(args.shape.join("config.json"))?;
+    let config = Object::read(&args.shape.join("config.json"))?;
     let about = json!({
         "recoup_version": env!("CARGO_PKG_VERSION"),
-        "config": serde_json::from_str::<serde_json::Value>(&text)?,
+        "config": config.value(),
         "seed": args.seed,
         "methods": [stage.describe()],
-        "data": {"description": data.description, "sha256": data.hash(), "length": args.length},
+        "data": {"description": data.description, "sha256": data.hash(), "length": args.length, "sources": sources},
         "watched": watched.iter().map(|(name, d)| json!({"name": name, "sha256": d.hash()})).collect::<Vec<_>>(),
         "evaluate_every": args.evaluate_every,
     });
     let mut run_folder = training::run_folder(&training, args.resume, &about)?;
     let initial = training.join("initial");
     if !initial.exists() {
-        let config = Object::read(&args.shape.join("config.json"))?;
         initialize(&ModelConfig::read(&config)?, &args.shape, args.seed, &initial)?;
     }
     let checkpoint = Checkpoint::open(&initial)?;

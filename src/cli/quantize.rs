@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
-use serde_json::Value;
+use recoup_eval::records;
 
 use super::options::{EngineOptions, model_folder};
 use crate::checkpoint::Checkpoint;
@@ -15,7 +15,7 @@ use crate::model::ModelConfig;
 use crate::output;
 use crate::quantize::auto::Table;
 use crate::quantize::{self, CalibrationText, Recipe, Scheme};
-use crate::text::{ChatInput, ChatTemplate, Tokenizer};
+use crate::recover::sources::{Documents, Enough, Opened, Reader};
 
 /// Public-domain prose for calibration where the user gives none: the opening of a novel (Standard Ebooks, CC0).
 pub(super) const BUILT_IN_TEXT: &str = include_str!("calibration.txt");
@@ -37,8 +37,9 @@ pub(super) struct Args {
     /// Whose conventions the output follows
     #[arg(long, value_enum, default_value_t = DialectName::Modelopt)]
     dialect: DialectName,
-    /// What to calibrate on: text, conversations or documents (.jsonl with `messages` or `text` in each line), or token
-    /// ids (.json) [default: a short built-in text]
+    /// What to calibrate on: text, or records (JSON lines or lists, CSV, TSV, Parquet; compressed by gzip or Zstandard)
+    /// with `messages`, `conversations`, `prompt` and `completion`, `text` or `input_ids`; a file, a folder, a pattern, or -
+    /// for standard input [default: a short built-in text]
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
     /// Average bits per weight of the blocks' linears, for recipes that choose formats themselves
@@ -209,29 +210,35 @@ pub(super) fn calibration_text(
     }
     let positions = ModelConfig::read(&checkpoint.config)?.max_positions;
     let length = length.min(positions);
-    let json = calibration.filter(|f| f.extension().is_some_and(|e| e == "json"));
-    if let Some(file) = json {
-        let rows = super::logits::from_json(file)?;
-        if let Some(row) = rows.iter().find(|r| r.len() > positions) {
-            bail!("{}: a row of {} tokens, but the model has {positions} positions", file.display(), row.len());
-        }
-        let description = file.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-        return Ok(CalibrationText { sequences: rows, description });
-    }
-    if let Some(file) = calibration.filter(|f| f.extension().is_some_and(|e| e == "jsonl")) {
-        return documents(file, samples, length, folder);
-    }
-    let (text, name) = match calibration {
-        None => (BUILT_IN_TEXT.to_owned(), "built-in text".to_owned()),
-        Some(file) => {
-            (super::read_text(file)?, file.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()))
-        }
+    let tokenizer = || {
+        Reader::of(folder, false).context(
+            "calibration on text needs the model's tokenizer; give token ids with --calibration FILE.json instead",
+        )
     };
-    let tokenizer = Tokenizer::from_folder(folder).context(
-        "calibration on text needs the model's tokenizer; give token ids with --calibration FILE.json instead",
-    )?;
-    let tokens = tokenizer.encode(&text, false)?;
-    let windows = windows(&tokens, samples, length);
+    let Some(source) = calibration else {
+        return of_windows("built-in text", &tokenizer()?.tokenizer.encode(BUILT_IN_TEXT, false)?, samples, length);
+    };
+    let name = records::distinct_file_names(&[source.into()], &[]).remove(0);
+    let opened = Opened::read(source)?;
+    if let Some(rows) = opened.token_ids()? {
+        if let Some(row) = rows.iter().find(|r| r.len() > positions) {
+            bail!("{}: a row of {} tokens, but the model has {positions} positions", source.display(), row.len());
+        }
+        return Ok(CalibrationText { sequences: rows, description: name });
+    }
+    match (opened.texts.is_empty(), opened.records.is_empty()) {
+        (true, _) => of_records(&name, &opened, &Reader { ends: false, ..tokenizer()? }, samples, length),
+        (false, true) => {
+            let text = opened.texts.join("\n\n");
+            of_windows(&name, &tokenizer()?.tokenizer.encode(&text, false)?, samples, length)
+        }
+        (false, false) => bail!("{}: texts and records side by side; calibrate on one kind of file", source.display()),
+    }
+}
+
+/// Evenly spaced windows of a text.
+fn of_windows(name: &str, tokens: &[u32], samples: usize, length: usize) -> Result<CalibrationText> {
+    let windows = windows(tokens, samples, length);
     if windows.is_empty() {
         bail!("{name}: the calibration text is empty");
     }
@@ -239,41 +246,34 @@ pub(super) fn calibration_text(
     Ok(CalibrationText { sequences: windows, description })
 }
 
-/// Conversations, by the model's chat template, or documents: each at most `length` tokens, `samples` of them evenly
-/// spaced over the file.
-fn documents(file: &Path, samples: usize, length: usize, folder: &Path) -> Result<CalibrationText> {
-    let text = super::read_text(file)?;
-    let lines: Vec<(usize, &str)> = text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()).collect();
-    if lines.is_empty() {
-        bail!("{}: the calibration file is empty", file.display());
-    }
-    let tokenizer = Tokenizer::from_folder(folder)?;
-    let mut template = None;
-    let samples = samples.min(lines.len());
+/// Documents, and conversations by the model's chat template: each at most `length` tokens, `samples` of them evenly spaced
+/// over the file.
+fn of_records(name: &str, opened: &Opened, reader: &Reader, samples: usize, length: usize) -> Result<CalibrationText> {
+    let Documents { texts, whole, ids, mut counts } =
+        reader.read(opened, Enough { records: Some(samples), tokens: None })?;
+    let documents = [texts, whole, ids].concat();
+    // Of several files each gave its share, rounded up.
+    let wanted = samples.min(documents.len());
+    let mut documents: Vec<_> = (0..wanted).map(|i| documents[i * documents.len() / wanted].clone()).collect();
+    let taken = documents.len();
+    documents.retain(|d| !d.tokens.is_empty());
+    counts.nothing_to_learn = taken - documents.len();
     let mut sequences = Vec::new();
-    for i in 0..samples {
-        let (number, line) = lines[i * lines.len() / samples];
-        let place = || format!("{}, line {}", file.display(), number + 1);
-        let value: Value = serde_json::from_str(line).with_context(|| format!("{}: no JSON", place()))?;
-        let mut tokens = match (value.get("messages"), value.get("text")) {
-            (Some(Value::Array(messages)), _) => {
-                if template.is_none() {
-                    template = ChatTemplate::from_folder(folder)?;
-                }
-                let Some(template) = &template else {
-                    bail!("{}: `messages` need a chat template, and {} has none", place(), folder.display());
-                };
-                let input = ChatInput { messages, ..ChatInput::default() };
-                tokenizer.encode(&template.render(&input).with_context(place)?, false)?
-            }
-            (None, Some(Value::String(text))) => tokenizer.encode(text, false)?,
-            _ => bail!("{}: expected `messages` (a list of turns) or `text` (a string)", place()),
-        };
-        tokens.truncate(length);
-        sequences.push(tokens);
+    for mut document in documents {
+        let lost = document.cut(length);
+        counts.tokens_cut += lost;
+        counts.cut += usize::from(lost > 0);
+        sequences.push(document.tokens);
     }
-    let name = file.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-    Ok(CalibrationText { description: format!("{name}, {samples} documents of {length} tokens at most"), sequences })
+    if sequences.is_empty() {
+        bail!("{name}: the calibration file is empty");
+    }
+    counts.notes(name, length).iter().for_each(|n| super::say!("{n}"));
+    let cut = if counts.cut > 0 { format!(", {} of them cut", counts.cut) } else { String::new() };
+    Ok(CalibrationText {
+        description: format!("{name}, {} documents of {length} tokens at most{cut}", sequences.len()),
+        sequences,
+    })
 }
 
 /// `samples` windows of `length` tokens, evenly spaced over the text; fewer or shorter where it is short.

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::options::{identity, model_folder, threads};
 use super::training::{self, Display, KEPT_MEMORY};
-use super::training_data::DataOptions;
+use super::training_data::{DataOptions, Prepared};
 use crate::backend::NUMERICS_VERSION;
 use crate::backend::autograd::AutogradBackend;
 use crate::backend::cpu::operand::Precision;
@@ -101,6 +101,18 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
     }
     let teacher_folder = model_folder(&args.teacher)?;
     let teacher = Checkpoint::open(&teacher_folder)?;
+    // By the teacher's tokenizer where the student is still to be made of it; all that can be wrong with data is found
+    // before anything takes time.
+    let made_from = match &args.student {
+        Some(student) if args.recipe.is_none() => Some(Checkpoint::open(&model_folder(student)?)?),
+        _ => None,
+    };
+    let made_from = made_from.as_ref().unwrap_or(&teacher);
+    let positions = ModelConfig::read(&made_from.config)?.max_positions;
+    if args.data.length > positions {
+        bail!("--length {}: the model has {positions} positions", args.data.length);
+    }
+    let sources = args.data.sources(made_from.tensors.folder())?;
     let teacher_identity = identity(&teacher)?;
     let (folder, unrounded) = match &args.recipe {
         Some(recipe) => {
@@ -126,10 +138,8 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
     let unrounded = unrounded.map(|f| Checkpoint::open(&f)).transpose()?;
     let config = ModelConfig::read(&checkpoint.config)?;
     student::same_shape(&config, &checkpoint, &ModelConfig::read(&teacher.config)?, &teacher)?;
-    if args.data.length > config.max_positions {
-        bail!("--length {}: the model has {} positions", args.data.length, config.max_positions);
-    }
-    let (data, watched) = args.data.read(&folder, (&teacher, &teacher_identity), &training, args.seed, args.threads)?;
+    let Prepared { data, watched, sources, watched_sources } =
+        args.data.prepare(sources, (&teacher, &teacher_identity), &training, args.seed, args.threads)?;
 
     let backend = AutogradBackend::with_precision(if args.f32 { Precision::F32 } else { Precision::Bf16 });
     let rounded_from_teacher = unrounded.is_none() && student::is_rounded_from(&checkpoint, &teacher, &config)?;
@@ -149,8 +159,9 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
             (None, false) => "the student's own weights".into(),
         },
         "methods": stages.iter().map(Stage::describe).collect::<Vec<_>>(),
-        "data": {"description": data.description, "sha256": data.hash(), "length": args.data.length},
-        "watched": watched.iter().map(|(name, d)| json!({"name": name, "sha256": d.hash()})).collect::<Vec<_>>(),
+        "data": {"description": data.description, "sha256": data.hash(), "length": args.data.length,
+            "assistant_only": args.data.assistant_only, "sources": sources},
+        "watched": watched_sources,
         "evaluate_every": args.evaluate_every,
         "patience": args.patience,
         "products": if args.f32 { "f32" } else { "bf16 operands, f32 sums" },

@@ -131,7 +131,8 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         None => {
             let mut prompt = String::new();
             std::io::stdin().read_to_string(&mut prompt).context("standard input is not UTF-8 text")?;
-            chat.one(prompt.trim_end_matches('\n'))?;
+            // What Windows' shells put around piped text.
+            chat.one(prompt.trim_start_matches('\u{feff}').trim_end_matches(['\n', '\r']))?;
         }
     }
     super::done()

@@ -3,27 +3,29 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
-use serde_json::Value;
+use recoup_eval::records;
+use serde_json::{Value, json};
 
 use super::generated::{self, Opening, Wanted};
 use crate::checkpoint::Checkpoint;
 use crate::recover::data::{self, Data, Document, Part, Row};
-use crate::recover::sources::Reader;
+use crate::recover::sources::{Counts, Reader};
 
 #[derive(clap::Args)]
 pub(super) struct DataOptions {
-    /// What to train on: text, or conversations or documents (.jsonl with `messages` or `text` in each line); `teacher`
-    /// and `teacher-chat` are texts and conversations that the teacher writes itself, `built-in` is a short shipped text.
-    /// Several share the sequences equally, or as their weights say
+    /// What to train on: text, or records (JSON lines or lists, CSV, TSV, Parquet; compressed by gzip or Zstandard) with
+    /// `messages`, `conversations`, `prompt` and `completion`, `text` or `input_ids`; a file, a folder, a pattern, or - for
+    /// standard input. `teacher` and `teacher-chat` are texts and conversations that the teacher writes itself, `built-in`
+    /// is a short shipped text. Several share the sequences equally, or as their weights say
     #[arg(long, value_name = "FILE[=WEIGHT]", required = true)]
     data: Vec<String>,
-    /// Text to measure the KL on while training, best of another kind than the data; the weights that do best on it are
+    /// Data to measure the KL on while training, read as --data, best of another kind than the data; the weights that do best on it are
     /// kept [default: a part of the data that is held out, and a short built-in text]
     #[arg(long, value_name = "FILE")]
     watch: Vec<PathBuf>,
     /// Of conversations, learn only what the assistant says
     #[arg(long)]
-    assistant_only: bool,
+    pub assistant_only: bool,
     /// Sequences to train on, in all
     #[arg(long, default_value_t = 512)]
     pub samples: usize,
@@ -37,75 +39,162 @@ pub(super) struct DataOptions {
 
 /// The name of the shipped text as data.
 const BUILT_IN: &str = "built-in";
+/// What is watched where nothing is named.
+const HELD_OUT_NAME: &str = "data, held out";
+const BUILT_IN_NAME: &str = "built-in text";
 /// Held-out sequences are at most this share of the data.
 const HELD_OUT: usize = 8;
 
+/// Data that is read, and what the teacher is to write: all that can be wrong with it before a model is loaded.
+pub(super) struct Sources {
+    sources: Vec<Source>,
+    watched: Vec<(String, Vec<Row>, Counts)>,
+    built_in: Vec<Row>,
+}
+
+struct Source {
+    name: String,
+    share: f64,
+    rows: Rows,
+}
+
+enum Rows {
+    Read(Vec<Row>, Option<Counts>),
+    Written(Opening),
+}
+
+/// What is trained on and watched, and what the record beside the model says of where it came from.
+pub(super) struct Prepared {
+    pub data: Data,
+    pub watched: Vec<(String, Data)>,
+    /// For each source its name and what was read of it.
+    pub sources: Value,
+    /// The same for each watched text, with its hash.
+    pub watched_sources: Value,
+}
+
+/// Words that stand for data that is no file.
+const WORDS: [&str; 3] = ["teacher", "teacher-chat", BUILT_IN];
+
 impl DataOptions {
-    /// The training data, and what is watched, by name, for the student in `folder`; what the teacher, of
-    /// that identity, writes is kept in `training`.
-    pub(super) fn read(
+    /// Reads all files for the tokenizer and the template in `folder`, and says what of them is not used.
+    pub(super) fn sources(&self, folder: &Path) -> Result<Sources> {
+        let reader = Reader::of(folder, self.assistant_only)?;
+        let specs: Vec<(&str, f64)> = self.data.iter().map(|spec| named_share(spec)).collect();
+        let total: f64 = specs.iter().map(|s| s.1).sum();
+        for (word, share) in &specs {
+            if *share <= 0.0 || !share.is_finite() {
+                bail!("--data {word}={share}: expected a weight above 0");
+            }
+            if WORDS.contains(word) && Path::new(word).exists() {
+                super::say!("note: --data {word} is what that word stands for; the file of this name is ./{word}");
+            }
+        }
+        if let Some(twice) = specs.iter().enumerate().find(|(i, s)| specs[..*i].iter().any(|t| t.0 == s.0)) {
+            bail!("--data {}: given twice; give it once, with a weight ({0}=2)", twice.1.0);
+        }
+        let files: Vec<PathBuf> = specs.iter().filter(|s| !WORDS.contains(&s.0)).map(|s| s.0.into()).collect();
+        records::same_file_twice(&files)?;
+        records::same_file_twice(&self.watch)?;
+        if self.watch_samples == 0 && !self.watch.is_empty() {
+            bail!("--watch with --watch-samples 0: nothing would be watched");
+        }
+        for file in &self.watch {
+            if records::same_file_twice(&[&files[..], std::slice::from_ref(file)].concat()).is_err() {
+                super::say!(
+                    "warning: {} is trained on and watched; what does best on it may have learned it by heart",
+                    file.display()
+                );
+            }
+        }
+        let mut names = records::distinct_file_names(&files, &WORDS).into_iter();
+        let mut sources = Vec::new();
+        for (word, share) in specs {
+            let (name, rows) = match word {
+                "teacher" => (word.into(), Rows::Written(Opening::Document)),
+                "teacher-chat" => (word.into(), Rows::Written(Opening::Chat)),
+                BUILT_IN => (word.into(), Rows::Read(built_in(&reader, self.length)?, None)),
+                file => {
+                    let name = names.next().unwrap_or_else(|| file.into());
+                    let wanted = share / total * self.samples as f64 + self.watch_samples as f64;
+                    let (rows, counts) =
+                        told(&reader, Path::new(file), &name, self.length, Some(wanted.ceil() as usize))?;
+                    (name, Rows::Read(rows, Some(counts)))
+                }
+            };
+            sources.push(Source { name, share, rows });
+        }
+        let names = records::distinct_names(&self.watch, &[HELD_OUT_NAME, BUILT_IN_NAME]);
+        let mut watched = Vec::new();
+        for (file, name) in self.watch.iter().zip(names) {
+            let (rows, counts) = told(&reader, file, &name, self.length, Some(self.watch_samples))?;
+            watched.push((name, rows, counts));
+        }
+        Ok(Sources { sources, watched, built_in: built_in(&reader, self.length)? })
+    }
+
+    /// The training data, and what is watched; what the teacher, of that identity, writes is kept in `training`.
+    pub(super) fn prepare(
         &self,
-        folder: &Path,
+        read: Sources,
         (teacher, identity): (&Checkpoint, &Value),
         training: &Path,
         seed: u64,
         threads: usize,
-    ) -> Result<(Data, Vec<(String, Data)>)> {
-        let reader = Reader::of(folder, self.assistant_only)?;
+    ) -> Result<Prepared> {
+        let total: f64 = read.sources.iter().map(|s| s.share).sum();
+        let count = read.sources.len();
         let mut parts = Vec::new();
         let mut held_out = Vec::new();
-        let specs = self.data.iter().map(|spec| match spec.rsplit_once('=').map(|(f, w)| (f, w.parse::<f64>())) {
-            Some((file, Ok(share))) => (file, share),
-            _ => (spec.as_str(), 1.0),
-        });
-        let specs: Vec<(&str, f64)> = specs.collect();
-        let total: f64 = specs.iter().map(|s| s.1).sum();
-        for (source, share) in specs {
-            let opening = match source {
-                "teacher" => Some(Opening::Document),
-                "teacher-chat" => Some(Opening::Chat),
-                _ => None,
-            };
-            let file = Path::new(source);
-            let mut rows = match opening {
-                None if source == BUILT_IN => built_in(&reader, self.length)?,
-                None => {
-                    let wanted = share / total * self.samples as f64 + self.watch_samples as f64;
-                    rows(&reader, file, self.length, Some(wanted.ceil() as usize))?
+        let mut sources = Vec::new();
+        for Source { name, share, rows } in read.sources {
+            let (rows, counts) = match rows {
+                Rows::Read(mut rows, counts) => {
+                    if self.watch.is_empty() {
+                        let count = self.watch_samples.div_ceil(count).min(rows.len() / HELD_OUT);
+                        held_out.extend(rows.split_off(rows.len() - count));
+                    }
+                    (rows, counts)
                 }
-                Some(opening) => {
+                Rows::Written(opening) => {
                     let count = (share / total * self.samples as f64).ceil().max(1.0) as usize;
-                    let file = training.join(format!("{source}.json"));
+                    let file = training.join(format!("{name}.json"));
                     let wanted = Wanted { opening, count, length: self.length, seed };
-                    generated::rows((teacher, identity), wanted, threads, &file)?
+                    (generated::rows((teacher, identity), wanted, threads, &file)?, None)
                 }
             };
-            let name = file.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-            if self.watch.is_empty() && opening.is_none() {
-                let count = self.watch_samples.div_ceil(self.data.len()).min(rows.len() / HELD_OUT);
-                held_out.extend(rows.split_off(rows.len() - count));
-            }
+            sources.push(json!({"name": name, "weight": share, "read": counts}));
             parts.push(Part { name, rows, share });
         }
         let data = Data::mix(&parts, self.samples)?;
         let mut watched = Vec::new();
-        let mut watch = |name: &str, rows: &[Row]| {
+        let mut watched_sources = Vec::new();
+        let mut watch = |name: &str, rows: &[Row], counts: Option<&Counts>| {
             let rows = data::spread(rows, self.watch_samples);
             if !rows.is_empty() {
-                watched.push((name.to_owned(), Data { rows, description: name.into() }));
+                let data = Data { rows, description: name.into() };
+                watched_sources.push(json!({"name": name, "sha256": data.hash(), "read": counts}));
+                watched.push((name.to_owned(), data));
             }
         };
         if self.watch.is_empty() {
-            watch("data, held out", &held_out);
-            if !self.data.iter().any(|d| d.split('=').next() == Some(BUILT_IN)) {
-                watch("built-in text", &built_in(&reader, self.length)?);
+            watch(HELD_OUT_NAME, &held_out, None);
+            if !parts.iter().any(|p| p.name == BUILT_IN) {
+                watch(BUILT_IN_NAME, &read.built_in, None);
             }
         }
-        for file in &self.watch {
-            let name = file.file_stem().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-            watch(&name, &rows(&reader, file, self.length, Some(self.watch_samples))?);
+        for (name, rows, counts) in &read.watched {
+            watch(name, rows, Some(counts));
         }
-        Ok((data, watched))
+        Ok(Prepared { data, watched, sources: sources.into(), watched_sources: watched_sources.into() })
+    }
+}
+
+/// A source and its weight; a file may have `=` in its name.
+fn named_share(spec: &str) -> (&str, f64) {
+    match spec.rsplit_once('=').map(|(f, w)| (f, w.parse::<f64>())) {
+        Some((file, Ok(share))) if !Path::new(spec).exists() => (file, share),
+        _ => (spec, 1.0),
     }
 }
 
@@ -116,17 +205,15 @@ fn built_in(reader: &Reader, length: usize) -> Result<Vec<Row>> {
 }
 
 /// A file as rows of at most `length` tokens; of a long text several times the rows that are `wanted` if only so many are.
-pub(super) fn rows(reader: &Reader, file: &Path, length: usize, wanted: Option<usize>) -> Result<Vec<Row>> {
-    let source = reader.read(file, wanted.map(|rows| rows.saturating_mul(length)))?;
-    let tokens: usize = source.documents.iter().map(|d| d.tokens.len()).sum();
-    if tokens == 0 {
-        bail!("{}: the text is empty", file.display());
-    }
-    if tokens < length && !source.whole {
-        bail!(
-            "{}: {tokens} tokens are less than one sequence of {length}; give more text, or --length {tokens}",
-            file.display()
-        );
-    }
-    Ok(data::pack(&source.documents, length, source.whole))
+/// What is not used of it is said, under its `name`.
+pub(super) fn told(
+    reader: &Reader,
+    file: &Path,
+    name: &str,
+    length: usize,
+    wanted: Option<usize>,
+) -> Result<(Vec<Row>, Counts)> {
+    let (rows, counts) = reader.rows(file, length, wanted)?;
+    counts.notes(name, length).iter().for_each(|n| super::say!("{n}"));
+    Ok((rows, counts))
 }

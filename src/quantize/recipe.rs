@@ -134,11 +134,11 @@ impl Recipe {
         if let Some((name, text)) = SHIPPED.iter().find(|(n, _)| *n == name) {
             return Self::parse(name, text);
         }
-        let text = std::fs::read_to_string(name).map_err(|e| {
+        let text = recoup_eval::records::read_text(Path::new(name)).map_err(|e| {
             let known: Vec<&str> = SHIPPED.iter().map(|(n, _)| *n).collect();
             QuantizeError::Recipe {
                 file: name.into(),
-                detail: format!("no shipped recipe ({}), and cannot be read: {e}", known.join(", ")),
+                detail: format!("no shipped recipe ({}), and no file of one: {e}", known.join(", ")),
             }
         })?;
         let stem = Path::new(name).file_stem().map_or_else(|| name.to_owned(), |s| s.to_string_lossy().into_owned());

@@ -20,6 +20,20 @@ impl Document {
         Self { learned: vec![true; tokens.len()], tokens }
     }
 
+    /// Whether a token of it is to be predicted from another.
+    #[must_use]
+    pub fn teaches(&self) -> bool {
+        self.learned.iter().skip(1).any(|l| *l)
+    }
+
+    /// Leaves its first `length` tokens, and says how many it loses.
+    pub fn cut(&mut self, length: usize) -> usize {
+        let lost = self.tokens.len().saturating_sub(length);
+        self.tokens.truncate(length);
+        self.learned.truncate(length);
+        lost
+    }
+
     fn part(&self, from: usize, to: usize) -> Self {
         Self { tokens: self.tokens[from..to].to_vec(), learned: self.learned[from..to].to_vec() }
     }

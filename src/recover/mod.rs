@@ -5,6 +5,7 @@
 //! the end. Gradients pass straight through the rounding.
 
 pub mod block;
+pub mod conversation;
 pub mod data;
 pub mod distill;
 pub mod optimizer;
@@ -51,12 +52,14 @@ pub enum RecoverError {
     NotFinite { what: String, step: usize, value: f64 },
     #[error(transparent)]
     Text(#[from] crate::text::TextError),
+    #[error("training data: {0}")]
+    Records(#[from] recoup_eval::records::RecordsError),
     #[error("{}: {source}", path.display())]
     Read { path: PathBuf, source: std::io::Error },
 }
 
 /// Result of recovery.
-pub type Result<T> = std::result::Result<T, RecoverError>;
+pub type Result<T, E = RecoverError> = std::result::Result<T, E>;
 
 /// Says which operation candle failed in.
 trait During<T> {

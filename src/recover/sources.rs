@@ -1,20 +1,99 @@
-//! Files as documents of tokens: plain text, and lines of JSON with documents or conversations.
+//! Files as documents of tokens: texts, and records of documents, conversations or token ids; and the count of what was not
+//! taken.
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
+use recoup_eval::records::{self, Content, Records};
+use serde::Serialize;
 use serde_json::Value;
 
-use super::data::Document;
+use super::conversation::{self, Meaning, Meant};
+use super::data::{self, Document, Row};
 use super::{RecoverError, Result};
-use crate::text::{ChatInput, ChatTemplate, Tokenizer};
+use crate::text::{ChatTemplate, Tokenizer};
 
-/// What a file holds.
+/// What a file, or the files of a folder or pattern, hold.
 #[derive(Clone, Debug, Default)]
 pub struct Documents {
-    pub documents: Vec<Document>,
-    /// Whether they are conversations, which are not to be cut.
-    pub whole: bool,
+    /// They go on in the next row where one is full.
+    pub texts: Vec<Document>,
+    /// Conversations and prompts with their answers, which are not to be cut.
+    pub whole: Vec<Document>,
+    /// Sequences that were given as token ids.
+    pub ids: Vec<Document>,
+    pub counts: Counts,
+}
+
+/// What was read, and what of it is not used: told to the user, and kept beside the model.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Counts {
+    pub texts: usize,
+    pub conversations: usize,
+    pub token_sequences: usize,
+    /// Conversations that were longer than a row and lost their ends.
+    pub cut: usize,
+    pub tokens: usize,
+    pub tokens_cut: usize,
+    /// What has no token left to predict: empty texts, conversations without a word of the assistant.
+    pub nothing_to_learn: usize,
+    /// Fields that no part of what was read was made from, with the number of records that have them.
+    pub unused_fields: BTreeMap<String, usize>,
+    /// Files of a folder whose names tell no format.
+    pub files_not_read: Vec<String>,
+}
+
+/// Fields and files that are named at most.
+const NAMED: usize = 8;
+
+impl Counts {
+    /// What there is to say of the data called `name`, where a row has `length` tokens, with the word that says how much it
+    /// matters.
+    #[must_use]
+    pub fn notes(&self, name: &str, length: usize) -> Vec<String> {
+        let mut notes = Vec::new();
+        let of = |n: usize, what: &str| (n > 0).then(|| format!("{n} {what}"));
+        let all =
+            [of(self.conversations, "conversations"), of(self.texts, "texts"), of(self.token_sequences, "sequences")];
+        let all = all.into_iter().flatten().collect::<Vec<_>>().join(" and ");
+        let several = |names: Vec<String>| {
+            let more = names.len().saturating_sub(NAMED);
+            let more = if more == 0 { String::new() } else { format!(" and {more} more") };
+            names.into_iter().take(NAMED).collect::<Vec<_>>().join(", ") + &more
+        };
+        if self.cut > 0 {
+            notes.push(format!(
+                "warning: {name}: {} of {all} are longer than {length} tokens (--length) and were cut: {} of {} tokens are lost",
+                self.cut, self.tokens_cut, self.tokens
+            ));
+        }
+        if self.nothing_to_learn > 0 {
+            notes.push(format!(
+                "warning: {name}: {} of {all} have nothing to learn from and were left out",
+                self.nothing_to_learn
+            ));
+        }
+        if !self.unused_fields.is_empty() {
+            let fields = self.unused_fields.iter().map(|(field, n)| format!("{field} ({n})")).collect();
+            notes.push(format!(
+                "note: {name}: fields that are not used, with the number of records: {}",
+                several(fields)
+            ));
+        }
+        if !self.files_not_read.is_empty() {
+            let files = self.files_not_read.clone();
+            notes.push(format!(
+                "note: {name}: files that are not read, as their names tell no format: {}",
+                several(files)
+            ));
+        }
+        notes
+    }
+
+    fn unused(&mut self, fields: Vec<String>) {
+        fields.into_iter().for_each(|f| *self.unused_fields.entry(f).or_default() += 1);
+    }
 }
 
 /// Length of a document that a long text is cut into, bytes: the memory that a tokenizer takes is some hundred times that.
@@ -47,12 +126,79 @@ fn pieces(text: &str, size: usize) -> Vec<&str> {
     pieces
 }
 
+/// A source as it was read, before any of it is tokens.
+#[derive(Clone, Debug, Default)]
+pub struct Opened {
+    pub texts: Vec<String>,
+    pub records: Vec<Records>,
+    /// Files of a folder whose names tell no format.
+    pub files_not_read: Vec<String>,
+}
+
+impl Opened {
+    /// Reads a file, the files of a folder, those that a pattern fits, or standard input (`-`).
+    ///
+    /// # Errors
+    /// A file that cannot be read, or is not what it seems to be.
+    pub fn read(source: &Path) -> Result<Self> {
+        let found = records::expand(source)?;
+        let name = |p: PathBuf| p.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let files_not_read = found.others.into_iter().map(name).collect();
+        let mut out = Self { files_not_read, ..Self::default() };
+        for file in found.files {
+            match records::read(&file)? {
+                Content::Text(text) => out.texts.push(text),
+                Content::Records(records) => out.records.push(records),
+            }
+        }
+        Ok(out)
+    }
+
+    /// The sequences, where all that it holds is token ids, which need no tokenizer.
+    ///
+    /// # Errors
+    /// What is wrong with a record, with its line.
+    pub fn token_ids(&self) -> Result<Option<Vec<Vec<u32>>>> {
+        let mut all = Vec::new();
+        for records in &self.records {
+            for i in 0..records.len() {
+                let meant = placed(records, i, |v| conversation::meaning(v).map_err(RecoverError::Data))?;
+                match meant.meaning {
+                    Meaning::Tokens(rows) => all.extend(rows),
+                    _ => return Ok(None),
+                }
+            }
+        }
+        Ok(self.texts.iter().all(String::is_empty).then_some(all).filter(|a| !a.is_empty()))
+    }
+}
+
+/// How much of the data is needed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Enough {
+    /// So many tokens: evenly spaced pieces of a long text that hold several times as many are read.
+    pub tokens: Option<usize>,
+    /// So many records, evenly spaced.
+    pub records: Option<usize>,
+}
+
 /// A model's tokenizer and, if it has one, its template.
 pub struct Reader {
     pub tokenizer: Tokenizer,
     pub template: Option<ChatTemplate>,
     /// Of conversations, only what the assistant says is learned.
     pub assistant_only: bool,
+    /// Whether the token that ends a text is written after each document.
+    pub ends: bool,
+}
+
+/// What one record gave.
+#[derive(Default)]
+struct One {
+    texts: Vec<Document>,
+    whole: Vec<Document>,
+    ids: Vec<Document>,
+    unused: Vec<String>,
 }
 
 impl Reader {
@@ -65,91 +211,202 @@ impl Reader {
             tokenizer: Tokenizer::from_folder(folder)?,
             template: ChatTemplate::from_folder(folder)?,
             assistant_only,
+            ends: true,
         })
     }
 
-    /// Reads a file: `.jsonl` has `messages` (a conversation) or `text` (a document) in each line, all else is one text,
-    /// cut at line ends into documents of some 16 KiB. Where only so many tokens are `wanted`, evenly spaced documents of
-    /// the text that hold several times as many are enough.
+    /// What files hold as tokens: records are documents, conversations or token ids, see [`conversation::meaning`]; a
+    /// text is cut at line ends into documents of some 16 KiB.
     ///
     /// # Errors
-    /// A file that cannot be read, or a line in it, by number.
-    pub fn read(&self, file: &Path, wanted: Option<usize>) -> Result<Documents> {
-        let read = |source| RecoverError::Read { path: file.into(), source };
-        let mut text = std::fs::read_to_string(file).map_err(read)?;
-        if file.extension().is_none_or(|e| e != "jsonl") {
-            if text.contains('\r') {
-                text = text.replace("\r\n", "\n");
-            }
-            let pieces = pieces(&text, PIECE);
-            let enough =
-                wanted.map_or(pieces.len(), |w| (w.saturating_mul(BYTES_PER_WANTED) / PIECE + 1).min(pieces.len()));
-            let chosen: Vec<&str> = (0..enough).map(|i| pieces[i * pieces.len() / enough]).collect();
-            let one = |piece: &&str| Ok(Document::text(self.tokenizer.encode(piece, false)?));
-            let documents: Vec<Result<Document>> = chosen.par_iter().map(one).collect();
-            return Ok(Documents { documents: documents.into_iter().collect::<Result<_>>()?, whole: false });
-        }
-        let lines: Vec<(usize, &str)> = text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()).collect();
-        let read: Vec<Result<(Document, bool)>> = lines
-            .par_iter()
-            .map(|(number, line)| {
-                self.line(line).map_err(|e| {
-                    let detail = if let RecoverError::Data(detail) = e { detail } else { e.to_string() };
-                    RecoverError::Data(format!("{}, line {}: {detail}", file.display(), number + 1))
-                })
-            })
-            .collect();
+    /// What is wrong with a record, with its line.
+    pub fn read(&self, opened: &Opened, enough: Enough) -> Result<Documents> {
         let mut out = Documents::default();
-        for one in read {
-            let (document, whole) = one?;
-            out.whole |= whole;
-            out.documents.push(document);
+        for text in &opened.texts {
+            out.texts.extend(self.text(text, enough.tokens)?);
         }
+        for records in &opened.records {
+            let share = |n: usize| n.div_ceil(opened.records.len());
+            self.records(records, enough.records.map(share), &mut out)?;
+        }
+        out.counts.files_not_read.clone_from(&opened.files_not_read);
+        out.counts.texts = out.texts.len();
+        out.counts.conversations = out.whole.len();
+        out.counts.token_sequences = out.ids.len();
+        out.counts.tokens = [&out.texts, &out.whole, &out.ids].into_iter().flatten().map(|d| d.tokens.len()).sum();
         Ok(out)
     }
 
-    /// A line of JSON, and whether it is a conversation.
-    fn line(&self, line: &str) -> Result<(Document, bool)> {
-        let wrong = |detail: String| RecoverError::Data(detail);
-        let value: Value = serde_json::from_str(line).map_err(|e| wrong(format!("no JSON ({e})")))?;
-        match (value.get("messages"), value.get("text")) {
-            (Some(Value::Array(messages)), _) => Ok((self.conversation(messages)?, true)),
-            (None, Some(Value::String(text))) => {
-                let mut tokens = self.tokenizer.encode(text, false)?;
-                tokens.extend(self.tokenizer.eos_id());
-                Ok((Document::text(tokens), false))
-            }
-            _ => Err(wrong("expected `messages` (a list of turns) or `text` (a string)".into())),
-        }
+    fn text(&self, text: &str, wanted: Option<usize>) -> Result<Vec<Document>> {
+        let pieces = pieces(text, PIECE);
+        let enough =
+            wanted.map_or(pieces.len(), |w| (w.saturating_mul(BYTES_PER_WANTED) / PIECE + 1).min(pieces.len()));
+        let chosen: Vec<&str> = (0..enough).map(|i| pieces[i * pieces.len() / enough]).collect();
+        chosen.par_iter().map(|piece| Ok(Document::text(self.tokenizer.encode(piece, false)?))).collect()
     }
 
-    /// A conversation as the template writes it. What the assistant says is what a turn of its adds to the opening of it.
-    fn conversation(&self, messages: &[Value]) -> Result<Document> {
-        let Some(template) = &self.template else {
-            return Err(RecoverError::Data("`messages` need a chat template, and the student has none".into()));
-        };
-        let render = |messages, add_generation_prompt| {
-            template.render(&ChatInput { messages, add_generation_prompt, ..ChatInput::default() })
-        };
-        let text = render(messages, false)?;
-        let (tokens, starts) = self.tokenizer.encode_with_starts(&text)?;
-        if !self.assistant_only {
-            return Ok(Document::text(tokens));
+    fn records(&self, records: &Records, wanted: Option<usize>, out: &mut Documents) -> Result<()> {
+        let enough = wanted.unwrap_or(usize::MAX).min(records.len());
+        let chosen: Vec<usize> = (0..enough).map(|i| i * records.len() / enough).collect();
+        let one = |i: &usize| placed(records, *i, |value| self.record(value));
+        let read: Vec<Result<One>> = chosen.par_iter().map(one).collect();
+        for one in read {
+            let one = one?;
+            out.texts.extend(one.texts);
+            out.whole.extend(one.whole);
+            out.ids.extend(one.ids);
+            out.counts.unused(one.unused);
         }
-        let mut learned = vec![false; tokens.len()];
-        for (i, _) in messages.iter().enumerate().filter(|(_, m)| m["role"] == "assistant") {
-            let (opening, whole) = (render(&messages[..i], true)?, render(&messages[..=i], false)?);
-            if !text.starts_with(&whole) || !whole.starts_with(&opening) {
-                let detail = "the chat template writes earlier turns differently later on, so what the assistant said cannot \
-                              be told apart; leave --assistant-only out";
-                return Err(RecoverError::Data(detail.into()));
-            }
-            for (learned, start) in learned.iter_mut().zip(&starts) {
-                *learned |= (opening.len()..whole.len()).contains(start);
-            }
-        }
-        Ok(Document { tokens, learned })
+        Ok(())
     }
+
+    fn record(&self, value: &Value) -> Result<One> {
+        let Meant { meaning, unused } = conversation::meaning(value).map_err(RecoverError::Data)?;
+        let mut one = One { unused, ..One::default() };
+        let end = || self.tokenizer.eos_id().filter(|_| self.ends);
+        match meaning {
+            Meaning::Text(text) => {
+                let mut tokens = self.tokenizer.encode(&text, false)?;
+                tokens.extend(end());
+                one.texts.push(Document::text(tokens));
+            }
+            Meaning::Completion { prompt, completion } => {
+                let learned = if self.assistant_only { prompt.len()..usize::MAX } else { 0..usize::MAX };
+                let mut document = conversation::document(&self.tokenizer, &(prompt + &completion), &[learned])?;
+                document.tokens.extend(end());
+                document.learned.resize(document.tokens.len(), true);
+                one.whole.push(document);
+            }
+            Meaning::Conversation(conversation) => {
+                let (text, said) = conversation.render(needed(self.template.as_ref())?, self.assistant_only)?;
+                one.unused.extend(unwritten(&conversation, self.template.as_ref(), &text)?);
+                let all = 0..usize::MAX;
+                let said = if self.assistant_only { said } else { vec![all] };
+                one.whole.push(conversation::document(&self.tokenizer, &text, &said)?);
+            }
+            Meaning::Tokens(rows) => one.ids.extend(rows.into_iter().map(Document::text)),
+        }
+        Ok(one)
+    }
+
+    /// What `source` holds as rows of at most `length` tokens; of a long text several times the rows that are `wanted` if
+    /// only so many are. What has nothing to learn is left out, and counted.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read); data of less than one row, or without anything to learn.
+    pub fn rows(&self, source: &Path, length: usize, wanted: Option<usize>) -> Result<(Vec<Row>, Counts)> {
+        let tokens = wanted.map(|rows| rows.saturating_mul(length));
+        let Documents { texts, mut whole, ids, mut counts } =
+            self.read(&Opened::read(source)?, Enough { tokens, records: None })?;
+        let wrong = |detail: String| RecoverError::Data(format!("{}: {detail}", source.display()));
+        if counts.tokens == 0 {
+            return Err(wrong("the text is empty".into()));
+        }
+        let nothing_said = whole.iter().filter(|d| !d.teaches()).count();
+        let longest = whole.iter().map(|d| d.tokens.len()).max().unwrap_or(0);
+        for document in &mut whole {
+            let lost = document.cut(length);
+            counts.tokens_cut += lost;
+            counts.cut += usize::from(lost > 0);
+        }
+        let before = texts.len() + whole.len() + ids.len();
+        let taught = |d: Vec<Document>| d.into_iter().filter(Document::teaches).collect::<Vec<_>>();
+        let (texts, whole, ids) = (taught(texts), taught(whole), taught(ids));
+        counts.nothing_to_learn = before - texts.len() - whole.len() - ids.len();
+        if counts.nothing_to_learn == before {
+            let because = match (nothing_said == counts.conversations, self.assistant_only) {
+                (false, true) => format!(
+                    "{} of {} conversations were cut at {length} tokens, before the assistant says anything; give a larger \
+                     --length (the longest has {longest} tokens), or leave --assistant-only out",
+                    counts.cut, counts.conversations
+                ),
+                (true, true) if counts.conversations > 0 => {
+                    format!("the assistant says nothing in any of the {} conversations", counts.conversations)
+                }
+                _ => "no text in it has two tokens".into(),
+            };
+            return Err(wrong(format!("nothing is left to learn: {because}")));
+        }
+        let running: usize = texts.iter().chain(&ids).map(|d| d.tokens.len()).sum();
+        if running < length && whole.is_empty() {
+            return Err(wrong(format!(
+                "{running} tokens are less than one sequence of {length}; give more text, or --length {running}"
+            )));
+        }
+        let mut rows = data::pack(&whole, length, true);
+        rows.extend(data::pack(&[texts, ids].concat(), length, false));
+        Ok((rows, counts))
+    }
+}
+
+/// What `read` makes of record `i`; what is wrong with it is told with its place.
+fn placed<T>(records: &Records, i: usize, read: impl FnOnce(&Value) -> Result<T>) -> Result<T> {
+    read(&*records.get(i)?).map_err(|e| {
+        let detail = if let RecoverError::Data(detail) = e { detail } else { e.to_string() };
+        RecoverError::Data(records.wrong(i, detail).to_string())
+    })
+}
+
+fn needed(template: Option<&ChatTemplate>) -> Result<&ChatTemplate> {
+    template.ok_or_else(|| {
+        RecoverError::Data("a conversation (`messages`) needs a chat template, and the model has none".into())
+    })
+}
+
+/// Tools that the template does not write are not used.
+fn unwritten(
+    conversation: &conversation::Conversation,
+    template: Option<&ChatTemplate>,
+    text: &str,
+) -> Result<Option<String>> {
+    let (Some(template), Some(_)) = (template, &conversation.tools) else { return Ok(None) };
+    let written = conversation.tools_are_written(template, text)?;
+    Ok((!written).then(|| "tools, which the chat template does not write".into()))
+}
+
+/// What files hold as one text: documents with an empty line between them, conversations as the template writes them.
+///
+/// # Errors
+/// What is wrong with a record, with its line; token ids.
+pub fn text_of(opened: &Opened, template: Option<&ChatTemplate>) -> Result<(String, Counts)> {
+    let mut counts = Counts { files_not_read: opened.files_not_read.clone(), ..Counts::default() };
+    let mut all = String::new();
+    // After a text an empty line; conversations end as the template ends them.
+    let mut gap = "";
+    let mut add = |text: &str, chat: bool| {
+        all += gap;
+        all += text;
+        gap = if chat { "" } else { "\n\n" };
+    };
+    for text in &opened.texts {
+        counts.texts += 1;
+        add(text, false);
+    }
+    let one = |value: &Value| -> Result<(String, bool, Vec<String>)> {
+        let Meant { meaning, mut unused } = conversation::meaning(value).map_err(RecoverError::Data)?;
+        let (text, chat) = match meaning {
+            Meaning::Text(text) => (text, false),
+            Meaning::Completion { prompt, completion } => (prompt + &completion, false),
+            Meaning::Conversation(conversation) => {
+                let (text, _) = conversation.render(needed(template)?, false)?;
+                unused.extend(unwritten(&conversation, template, &text)?);
+                (text, true)
+            }
+            Meaning::Tokens(_) => return Err(RecoverError::Data("token ids, where a text is needed".into())),
+        };
+        Ok((text, chat, unused))
+    };
+    for records in &opened.records {
+        let read: Vec<Result<_>> = (0..records.len()).into_par_iter().map(|i| placed(records, i, one)).collect();
+        for read in read {
+            let (text, chat, unused) = read?;
+            counts.conversations += usize::from(chat);
+            counts.texts += usize::from(!chat);
+            counts.unused(unused);
+            add(&text, chat);
+        }
+    }
+    Ok((all, counts))
 }
 
 #[cfg(test)]

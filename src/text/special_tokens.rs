@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use recoup_eval::records::without_mark;
 use serde_json::{Map, Value};
 
 use super::TextError;
@@ -96,7 +97,7 @@ pub(super) fn read_json_object(path: &Path) -> Result<Option<Map<String, Value>>
             return Err(TextError::Read { path: path.to_owned(), source, hint: "" });
         }
     };
-    match serde_json::from_slice::<Value>(&bytes) {
+    match serde_json::from_slice::<Value>(without_mark(&bytes)) {
         Ok(Value::Object(map)) => Ok(Some(map)),
         Ok(other) => Err(TextError::Invalid {
             path: path.to_owned(),

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use recoup_eval::foreign::foreign;
+use recoup_eval::records::without_mark;
 use serde_json::{Map, Value};
 use tokenizers::{AddedToken, DecoderWrapper};
 
@@ -57,7 +58,7 @@ impl Tokenizer {
             hint: "; Recoup needs the model's tokenizer.json (a sentencepiece tokenizer.model alone is not enough: \
                    convert it with transformers' AutoTokenizer(...).save_pretrained)",
         })?;
-        let mut hf = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| TextError::Invalid {
+        let mut hf = tokenizers::Tokenizer::from_bytes(without_mark(&bytes)).map_err(|error| TextError::Invalid {
             path: path.clone(),
             detail: foreign(&bytes).map_or_else(
                 || format!("not a tokenizer that Recoup can load ({error}); copy the file again from its source"),

@@ -93,14 +93,31 @@ fn last(path: &Path) -> String {
 /// its ending, or with as many of the folders before it as are needed. `taken` are names that are others' already.
 #[must_use]
 pub fn distinct_names(paths: &[PathBuf], taken: &[&str]) -> Vec<String> {
-    let forms: Vec<Vec<String>> = paths.iter().map(|p| forms(p)).collect();
-    let mut level = vec![0; paths.len()];
+    tell_apart(&paths.iter().map(|p| forms(p)).collect::<Vec<_>>(), taken)
+}
+
+/// As [`distinct_names`], with the ending always.
+#[must_use]
+pub fn distinct_file_names(paths: &[PathBuf], taken: &[&str]) -> Vec<String> {
+    let named = |p: &PathBuf| {
+        let mut forms = forms(p);
+        if forms.len() > 1 && forms[0] != last(p) {
+            forms.remove(0);
+        }
+        forms
+    };
+    tell_apart(&paths.iter().map(named).collect::<Vec<_>>(), taken)
+}
+
+/// The first of the `forms` of each that no other has.
+fn tell_apart(forms: &[Vec<String>], taken: &[&str]) -> Vec<String> {
+    let mut level = vec![0; forms.len()];
     let name = |i: usize, level: &[usize]| forms[i][level[i].min(forms[i].len() - 1)].clone();
     let taken: HashSet<String> = taken.iter().map(|t| plain(t)).collect();
     loop {
-        let keys: Vec<String> = (0..paths.len()).map(|i| plain(&name(i, &level))).collect();
+        let keys: Vec<String> = (0..forms.len()).map(|i| plain(&name(i, &level))).collect();
         let clash = |i: usize| taken.contains(&keys[i]) || keys.iter().filter(|k| **k == keys[i]).count() > 1;
-        let longer: Vec<usize> = (0..paths.len()).filter(|i| clash(*i) && level[*i] + 1 < forms[*i].len()).collect();
+        let longer: Vec<usize> = (0..forms.len()).filter(|i| clash(*i) && level[*i] + 1 < forms[*i].len()).collect();
         if longer.is_empty() {
             let mut seen = taken.clone();
             let number = |i: usize| {
@@ -109,7 +126,7 @@ pub fn distinct_names(paths: &[PathBuf], taken: &[&str]) -> Vec<String> {
                 // There is always one more.
                 numbered.into_iter().find(|n| seen.insert(plain(n))).unwrap_or(name)
             };
-            return (0..paths.len()).map(number).collect();
+            return (0..forms.len()).map(number).collect();
         }
         longer.into_iter().for_each(|i| level[i] += 1);
     }
@@ -117,6 +134,9 @@ pub fn distinct_names(paths: &[PathBuf], taken: &[&str]) -> Vec<String> {
 
 /// Names of a path from the shortest on.
 fn forms(path: &Path) -> Vec<String> {
+    if path == Path::new(STDIN) {
+        return vec![short_name(path)];
+    }
     let mut forms = vec![short_name(path), last(path)];
     let parts: Vec<String> = path.components().map(|c| c.as_os_str().to_string_lossy().into_owned()).collect();
     for from in (0..parts.len().saturating_sub(1)).rev() {

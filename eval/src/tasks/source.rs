@@ -8,6 +8,7 @@ use super::{
     data::{self, Doc, Format},
     files,
 };
+use crate::records;
 
 /// The error that the data set has no such split.
 #[must_use]
@@ -28,7 +29,7 @@ pub fn read_split(config: &Config, key: &str, split: &str, data_dir: Option<&Pat
                 return Err(no_split(config, key, split, &known.join(", ")));
             };
             let find = |name: &String| find_file(config, name, data_dir);
-            (names.iter().map(find).collect::<Result<Vec<_>, _>>()?, *format)
+            (names.iter().map(find).collect::<Result<Vec<_>, _>>()?.concat(), *format)
         }
         DataSet::Folder { path, name } => {
             let path = find_in_folder(config, path, name.as_deref(), split, data_dir)?;
@@ -44,8 +45,8 @@ pub fn read_split(config: &Config, key: &str, split: &str, data_dir: Option<&Pat
     Ok(docs)
 }
 
-/// The data file of this name: in the folder for data, beside the task's file, or in a folder above up to the root.
-fn find_file(config: &Config, name: &str, data_dir: Option<&Path>) -> Result<PathBuf, Error> {
+/// The data file of this name, or those that it fits as a pattern: in the folder for data, beside the task's file, or in a folder above up to the root.
+fn find_file(config: &Config, name: &str, data_dir: Option<&Path>) -> Result<Vec<PathBuf>, Error> {
     let relative = Path::new(name);
     let mut looked: Vec<PathBuf> = Vec::new();
     if let Some(folder) = data_dir {
@@ -58,7 +59,11 @@ fn find_file(config: &Config, name: &str, data_dir: Option<&Path>) -> Result<Pat
         looked.extend(above.map(|p| p.join(name)));
     }
     match looked.iter().find(|p| files::exists(p)) {
-        Some(path) => Ok(path.clone()),
+        Some(path) => Ok(vec![path.clone()]),
+        None if name.contains(['*', '?', '[']) && looked.iter().any(|p| records::expand(p).is_ok()) => {
+            let found = looked.iter().find_map(|p| records::expand(p).ok());
+            Ok(found.map(|f| f.files).unwrap_or_default())
+        }
         None => {
             let advice = format!("put `{name}` into a folder and name that as the data folder (--data-dir)");
             Err(no_data(config, name, &looked, advice))
@@ -78,7 +83,9 @@ fn find_in_folder(
     for base in data_dir.into_iter().chain([config.folder.as_path()]) {
         let folder = base.join(path);
         let folder = name.map_or(folder.clone(), |n| folder.join(n));
-        looked.extend(["jsonl", "json", "csv", "parquet"].map(|e| folder.join(format!("{split}.{e}"))));
+        for (ending, _) in records::ENDINGS.iter().filter(|(_, format)| *format != records::Format::Text) {
+            looked.extend(["", ".gz", ".zst"].map(|packed| folder.join(format!("{split}.{ending}{packed}"))));
+        }
     }
     match looked.iter().find(|p| files::exists(p)) {
         Some(found) => Ok(found.clone()),
@@ -90,6 +97,7 @@ fn find_in_folder(
                  `{wanted}` (or .json, .csv, .parquet) below the data folder (--data-dir), or set `dataset_path: json` \
                  with `dataset_kwargs.data_files`"
             );
+            looked.retain(|p| p.extension().is_none_or(|e| e != "gz" && e != "zst"));
             Err(no_data(config, &wanted, &looked, advice))
         }
     }

@@ -25,6 +25,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::super::options::{EngineOptions, identity, model_folder};
+use super::texts::{Texts, texts};
 use super::{TaskOptions, facts_config, model_name, run_plan};
 use crate::backend::cpu::CpuBackend;
 use crate::checkpoint::Checkpoint;
@@ -34,8 +35,6 @@ use crate::model::Decoder;
 
 /// Tasks where none are named: shipped, quick, and of different kinds.
 const DEFAULT_TASKS: [&str; 4] = ["hellaswag", "piqa", "arc_easy", "lambada_openai"];
-/// Texts that ship with the project.
-const BUILT_IN_TEXTS: [&str; 2] = ["wikitext", "books"];
 /// Exit code where a gate is not met.
 const GATE: u8 = 3;
 /// Columns of the terminal's tables.
@@ -54,7 +53,8 @@ pub(in crate::cli) struct Args {
     ptq: Option<String>,
     #[command(flatten)]
     tasks: TaskOptions,
-    /// Texts for KL and perplexity: wikitext and books (shipped), or text files; `none` for none
+    /// Texts for KL and perplexity: wikitext and books (shipped), or files of text or records, folders, patterns, or - for
+    /// standard input; conversations are written by the baseline's chat template; `none` for none
     #[arg(long, value_delimiter = ',', default_value = "wikitext,books", value_name = "TEXTS")]
     text: Vec<String>,
     /// Tokens in a window of text
@@ -129,7 +129,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     let setup = args.tasks.setup()?;
     let selection = args.tasks.select(&DEFAULT_TASKS)?;
     args.tasks.check_thinking(&selection)?;
-    let texts = texts(args)?;
+    let Texts { named: texts, notes: text_notes } = texts(&args.text, &model_folder(&args.models[0])?)?;
     if selection.tasks.is_empty() && texts.is_empty() {
         bail!("nothing to compare: name --tasks or --text");
     }
@@ -145,7 +145,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
         setup: &setup,
         baseline: &baseline,
         texts: &texts,
-        notes: RefCell::default(),
+        notes: RefCell::new(text_notes.into_iter().collect()),
     };
     // A text that is too short is refused before any task is answered.
     for (name, text) in &texts {
@@ -235,22 +235,6 @@ fn ptq(args: &Args, labels: &[String]) -> Result<Option<usize>> {
         }
         None => Ok((labels.len() > 2).then_some(1)),
     }
-}
-
-/// The texts by name.
-fn texts(args: &Args) -> Result<Vec<(String, String)>> {
-    let mut out = Vec::new();
-    for name in args.text.iter().filter(|n| !n.is_empty() && *n != "none") {
-        let text = if BUILT_IN_TEXTS.contains(&name.as_str()) && !Path::new(name).is_file() {
-            recoup_eval::tasks::built_in_text(name)?
-        } else {
-            super::super::read_text(Path::new(name))
-                .with_context(|| format!("{name} is no shipped text ({})", BUILT_IN_TEXTS.join(", ")))?
-        };
-        let short = Path::new(name).file_stem().map_or_else(|| name.clone(), |s| s.to_string_lossy().into_owned());
-        out.push((short, text));
-    }
-    Ok(out)
 }
 
 fn load(args: &Args, model: &OsStr) -> Result<Loaded> {

@@ -3,6 +3,7 @@
 pub(super) mod compare;
 mod curves;
 pub(super) mod eval;
+mod texts;
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};

@@ -1,0 +1,65 @@
+//! Texts to measure on: shipped ones and files, by names that tell them apart.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+use recoup_eval::records;
+
+use crate::recover::sources::{self, Opened};
+use crate::text::ChatTemplate;
+
+/// Texts that ship with the project.
+const BUILT_IN_TEXTS: [&str; 2] = ["wikitext", "books"];
+
+/// Texts by name, and what there is to say of them.
+#[derive(Default)]
+pub(super) struct Texts {
+    pub named: Vec<(String, String)>,
+    pub notes: Vec<String>,
+}
+
+/// The texts that `arguments` mean; conversations are written by the chat template in `folder`.
+pub(super) fn texts(arguments: &[String], folder: &Path) -> Result<Texts> {
+    let arguments: Vec<&str> = arguments.iter().map(|n| n.trim()).filter(|n| !n.is_empty()).collect();
+    if arguments.contains(&"none") {
+        if let Some(other) = arguments.iter().find(|n| **n != "none") {
+            bail!("--text none beside {other}: `none` stands alone; a file of that name is ./none");
+        }
+        return Ok(Texts::default());
+    }
+    let mut notes = Vec::new();
+    let shipped = |name: &str| BUILT_IN_TEXTS.contains(&name);
+    for (i, name) in arguments.iter().enumerate().filter(|(_, n)| shipped(n)) {
+        if arguments[..i].contains(name) {
+            bail!("--text {name}: given twice");
+        }
+        if Path::new(name).is_file() {
+            notes.push(format!("--text {name} is the shipped text; the file of this name is ./{name}"));
+        }
+    }
+    let files: Vec<PathBuf> = arguments.iter().filter(|n| !shipped(n)).map(PathBuf::from).collect();
+    records::same_file_twice(&files)?;
+    // The shipped texts' names mean them everywhere, also where they are not measured on.
+    let mut names = records::distinct_names(&files, &BUILT_IN_TEXTS).into_iter();
+    let mut out = Vec::new();
+    for argument in arguments {
+        if shipped(argument) {
+            out.push((argument.to_owned(), recoup_eval::tasks::built_in_text(argument)?));
+            continue;
+        }
+        let name = names.next().unwrap_or_else(|| argument.to_owned());
+        let opened = Opened::read(Path::new(argument))
+            .with_context(|| format!("--text {argument} is no shipped text ({})", BUILT_IN_TEXTS.join(", ")))?;
+        let template = if opened.records.is_empty() { None } else { ChatTemplate::from_folder(folder)? };
+        let (text, counts) = sources::text_of(&opened, template.as_ref())?;
+        notes.extend(counts.notes(&name, 0).iter().map(|n| n.trim_start_matches("note: ").to_owned()));
+        if counts.conversations > 0 {
+            notes.push(format!(
+                "{name}: {} conversations, as the chat template of the baseline writes them",
+                counts.conversations
+            ));
+        }
+        out.push((name, text));
+    }
+    Ok(Texts { named: out, notes })
+}
