@@ -155,7 +155,7 @@ fn gradients_of_attention_are_those_of_finite_differences() {
             page += len.div_ceil(PAGE) as u32;
             batch.spans.push(Span { slot, start: 0, len: *len, pages });
         }
-        let rope = RopeTable::new(&[1.0, 0.3, 0.1, 0.03], batch.positions());
+        let rope = RopeTable::new(&[1.0, 0.3, 0.1, 0.03], 1.3, batch.positions());
         let backend = AutogradBackend::new();
         let layout = CacheLayout { formats: vec![KvFormat::F32], kv_heads, head_dim: 8, pages: page as usize };
         check_gradients(&format!("attention {lengths:?}"), &attention_inputs(tokens, &shape), |x| {

@@ -83,15 +83,16 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
-    /// Angles `position · frequency` rounded to f32 as transformers has them; their cosine and sine correctly rounded.
+    /// Angles `position · frequency` rounded to f32 as transformers has them; their cosine and sine correctly rounded,
+    /// then times `factor` (YaRN's, else 1).
     #[must_use]
-    pub fn new(frequencies: &[f32], positions: impl Iterator<Item = usize>) -> Self {
+    pub fn new(frequencies: &[f32], factor: f32, positions: impl Iterator<Item = usize>) -> Self {
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
         for position in positions {
             for &f in frequencies {
                 let (s, c) = libm::sincos(f64::from(position as f32 * f));
-                cos.push(c as f32);
-                sin.push(s as f32);
+                cos.push(c as f32 * factor);
+                sin.push(s as f32 * factor);
             }
         }
         Self { half: frequencies.len(), cos, sin }

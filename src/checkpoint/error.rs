@@ -54,8 +54,8 @@ pub enum CheckpointError {
     #[error("{}: module `{module}`: {detail}", file.display())]
     Conflict { file: PathBuf, module: String, detail: String },
     /// Tensors that nothing in the model uses: loading on would silently drop weights.
-    #[error("{}: {total} tensor(s) that this model does not use, the first of them `{first}`; the checkpoint is of another architecture or format than its config.json says", file.display())]
-    Leftover { file: PathBuf, first: String, total: usize },
+    #[error("{}: {total} tensor(s) that this model does not use, the first of them `{first}`; the checkpoint is of another architecture or format than its config.json says{hint}", file.display())]
+    Leftover { file: PathBuf, first: String, total: usize, hint: String },
 }
 
 /// Result of reading a checkpoint.

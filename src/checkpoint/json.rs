@@ -36,7 +36,7 @@ impl Object {
             });
         }
         let text = std::fs::read(file).map_err(io)?;
-        let value: Value = serde_json::from_slice(without_mark(&text)).map_err(|e| {
+        let value = parse(&text).map_err(|e| {
             let detail = foreign(&text).map_or_else(|| e.to_string(), |what| format!("it is {what}"));
             CheckpointError::Json { file: file.into(), detail }
         })?;
@@ -89,6 +89,12 @@ impl Object {
     #[must_use]
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.value.get(key).filter(|v| !v.is_null())
+    }
+
+    /// Whether `key` is there, if only as null.
+    #[must_use]
+    pub fn has(&self, key: &str) -> bool {
+        self.value.get(key).is_some()
     }
 
     /// An object under `key`, if there is one.
@@ -162,7 +168,7 @@ impl Object {
     /// When the key holds something else or a number outside the range.
     pub fn integer(&self, key: &str, range: std::ops::RangeInclusive<usize>) -> Result<Option<usize>> {
         let Some(v) = self.get(key) else { return Ok(None) };
-        v.as_u64()
+        whole(v)
             .and_then(|v| usize::try_from(v).ok())
             .filter(|v| range.contains(v))
             .map(Some)
@@ -202,7 +208,75 @@ impl Object {
     }
 }
 
+/// The whole number that `v` is, written as an integer or as a float: 32.0 is what some tools make of 32.
+#[must_use]
+pub fn whole(v: &Value) -> Option<u64> {
+    // Above 2^53 a float is no longer one whole number.
+    let float = |f: f64| (f.fract() == 0.0 && (0.0..=9_007_199_254_740_992.0).contains(&f)).then_some(f as u64);
+    v.as_u64().or_else(|| v.as_f64().and_then(float))
+}
+
+/// Parses JSON as Python writes it: a bare `Infinity`, `-Infinity` or `NaN`, which JSON does not have, becomes
+/// `{"__float__": "Infinity"}`, transformers 5's own spelling of the same.
+///
+/// # Errors
+/// Where and why the text is no JSON.
+pub fn parse(text: &[u8]) -> serde_json::Result<Value> {
+    let text = without_mark(text);
+    serde_json::from_slice(text).or_else(|e| match without_bare_floats(text) {
+        Some(text) => serde_json::from_slice(&text),
+        None => Err(e),
+    })
+}
+
+/// `text` with the numbers that only Python writes respelled; `None` where it holds none.
+fn without_bare_floats(text: &[u8]) -> Option<Vec<u8>> {
+    let mut out = Vec::with_capacity(text.len());
+    let (mut at, mut in_string, mut found) = (0, false, false);
+    while let Some(&byte) = text.get(at) {
+        let rest = &text[at..];
+        if !in_string
+            && let Some(name) = ["-Infinity", "Infinity", "NaN"].iter().find(|n| rest.starts_with(n.as_bytes()))
+        {
+            out.extend_from_slice(format!("{{\"__float__\": \"{name}\"}}").as_bytes());
+            (at, found) = (at + name.len(), true);
+            continue;
+        }
+        if in_string && byte == b'\\' {
+            out.extend_from_slice(&rest[..rest.len().min(2)]);
+            at += 2;
+            continue;
+        }
+        in_string ^= byte == b'"';
+        out.push(byte);
+        at += 1;
+    }
+    found.then_some(out)
+}
+
 fn shorten(text: &str) -> String {
     const MOST: usize = 120;
     if text.chars().count() <= MOST { text.into() } else { text.chars().take(MOST).chain(['…']).collect() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn floats_that_only_python_writes_become_transformers_own_spelling_outside_of_strings() {
+        let text = br#"{"limit": [0.0, Infinity], "low": -Infinity, "a": NaN, "s": "NaN \" Infinity"}"#;
+        let inf = |s: &str| json!({"__float__": s});
+        let expected = json!({"limit": [0.0, inf("Infinity")], "low": inf("-Infinity"), "a": inf("NaN"),
+            "s": "NaN \" Infinity"});
+        assert_eq!(parse(text).unwrap(), expected);
+        assert!(parse(b"{\"a\": Infinit}").is_err() && parse(b"{\"a\": \"NaN").is_err());
+    }
+
+    #[test]
+    fn a_whole_number_may_be_written_as_a_float_and_nothing_else_is_one() {
+        assert_eq!([json!(32), json!(32.0), json!(3.2e1)].map(|v| whole(&v)), [Some(32); 3]);
+        assert_eq!([json!(32.5), json!(-1.0), json!("32"), json!(1e300)].map(|v| whole(&v)), [None; 4]);
+    }
 }

@@ -29,6 +29,10 @@ pub struct Checkpoint {
     pub config: Object,
     pub scheme: Scheme,
     pub tensors: TensorStore,
+    /// What its files say twice, or in a way that has to be told, and how it was taken.
+    pub notes: Vec<String>,
+    /// An FP8 KV cache is announced and not one scale of it is stored: all are 1.
+    pub unit_kv_scales: bool,
 }
 
 impl Checkpoint {
@@ -50,8 +54,24 @@ impl Checkpoint {
         }
         let config = Object::read(&folder.join("config.json"))?;
         let scheme = Scheme::read(&config, folder)?;
-        let tensors = TensorStore::open(folder)?;
-        Ok(Self { config, scheme, tensors })
+        let mut tensors = TensorStore::open(folder)?;
+        let mut notes = tensors.notes().to_vec();
+        if let Some(note) = tied_head(&config, &mut tensors)? {
+            notes.push(note);
+        }
+        notes.extend_from_slice(&scheme.notes);
+        let unit_kv_scales = scheme.fp8_kv_cache && !tensors.names().any(resolve::is_kv_scale);
+        if unit_kv_scales {
+            if let Some(error) = scheme.kv_cache_in_doubt() {
+                return Err(error);
+            }
+            notes.push(format!(
+                "{}: an FP8 KV cache is announced and no scale of it is stored: keys and values are rounded to E4M3 as \
+                 they are, under scales of 1.0",
+                folder.display()
+            ));
+        }
+        Ok(Self { config, scheme, tensors, notes, unit_kv_scales })
     }
 
     /// Checks that every tensor was used, but for those that follow from the configuration (old Llama files store the
@@ -61,10 +81,35 @@ impl Checkpoint {
     /// Names the tensors that nothing used.
     pub fn finish(&self) -> Result<()> {
         for name in self.tensors.unused() {
-            if name.ends_with(".rotary_emb.inv_freq") {
+            if [".inv_freq", ".cos_cached", ".sin_cached"].iter().any(|b| name.ends_with(&format!("rotary_emb{b}"))) {
                 self.tensors.take(&name);
             }
         }
-        self.tensors.finish()
+        let layers = self.config.get("num_hidden_layers").and_then(json::whole);
+        self.tensors.finish(|name| {
+            if resolve::is_kv_scale(name) {
+                return Some("it is a scale of a quantized KV cache, and no configuration announces one".into());
+            }
+            let layer: u64 = name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()?;
+            let layers = layers.filter(|&n| layer >= n)?;
+            Some(format!("it is of layer {layer}, and `num_hidden_layers` is {layers}"))
+        })
     }
+}
+
+/// A tied model that holds its one table only under the head's name, as safetensors' `save_model` may leave it.
+fn tied_head(config: &Object, tensors: &mut TensorStore) -> Result<Option<String>> {
+    const HEAD: &str = "lm_head.weight";
+    const EMBEDDING: &str = "model.embed_tokens.weight";
+    let tied = config.bool_or("tie_word_embeddings", false)?;
+    let alone =
+        |t: &TensorStore| t.peek(HEAD).is_some_and(|h| h.is_float()) && !t.names().any(|n| n.contains("embed_tokens"));
+    if !tied || !alone(tensors) {
+        return Ok(None);
+    }
+    tensors.rename(HEAD, EMBEDDING);
+    Ok(Some(format!(
+        "{}: `{EMBEDDING}` is not stored; config.json ties it to `{HEAD}` (tie_word_embeddings), which is read as both",
+        tensors.folder().display()
+    )))
 }

@@ -62,22 +62,44 @@ impl Checkpoint {
     /// KV-cache scales of attention module `module` (`model.layers.0.self_attn`); `None` where the cache is not FP8.
     ///
     /// # Errors
-    /// When the configuration announces an FP8 cache and a scale is missing or bad: it is never assumed to be 1.
+    /// When the configuration announces an FP8 cache and a scale is bad, or missing while others are stored. With none
+    /// stored at all each is 1: what ModelOpt's `kv_fp8_cast` means by that, and what engines take.
     pub fn kv_scales(&self, module: &str) -> Result<Option<KvScales>> {
         if !self.scheme.fp8_kv_cache {
             return Ok(None);
         }
-        let one = |owner: &str, which: &str| {
-            let nested = format!("{module}.{owner}.{which}");
-            let flat = format!("{module}.{which}");
-            let name = if self.tensors.contains(&flat) { flat } else { nested };
+        if self.unit_kv_scales {
+            return Ok(Some(KvScales { k: 1.0, v: 1.0 }));
+        }
+        let one = |which: char| {
+            let names = kv_scale_names(module, which);
+            let name = names.iter().find(|n| self.tensors.contains(n)).unwrap_or(&names[0]);
             let view = self
                 .tensors
-                .require(&name, "the configuration announces an FP8 KV cache; its scale is never assumed")?;
+                .require(name, "the configuration announces an FP8 KV cache, and other scales of it are stored")?;
             scalar_scale(&view)
         };
-        Ok(Some(KvScales { k: one("k_proj", "k_scale")?, v: one("v_proj", "v_scale")? }))
+        Ok(Some(KvScales { k: one('k')?, v: one('v')? }))
     }
+}
+
+/// Names under which tools store the scale of keys (`which` = k) or values (v): ModelOpt's, compressed-tensors', its old
+/// one, and the one that older files have for both.
+fn kv_scale_names(module: &str, which: char) -> [String; 4] {
+    [
+        format!("{module}.{which}_proj.{which}_scale"),
+        format!("{module}.{which}_scale"),
+        format!("{module}.{which}_proj.output_scale"),
+        format!("{module}.kv_scale"),
+    ]
+}
+
+/// Whether `tensor` is a scale of the KV cache, of whichever layer.
+#[must_use]
+pub fn is_kv_scale(tensor: &str) -> bool {
+    let Some((module, _)) = tensor.split_once(".self_attn.") else { return false };
+    let module = format!("{module}.self_attn");
+    ['k', 'v'].iter().any(|&which| kv_scale_names(&module, which).iter().any(|n| n == tensor))
 }
 
 struct Resolver<'a, 'm> {
@@ -277,7 +299,7 @@ impl<'a> Resolver<'a, '_> {
         let view = self.require(name, "it holds the scale of the FP8 weight")?;
         let LinearRole { n, k, .. } = self.role;
         let (rows, columns) = (n.div_ceil(fp8::BLOCK), k.div_ceil(fp8::BLOCK));
-        let values = scale_values(&view)?;
+        let values = self.fp8_scale_values(&view)?;
         let grid = |values| (BlockScales::Grid { values }, OutputScale::One);
         match *view.shape {
             [] | [1] if name == "weight_scale" => Ok((BlockScales::None, OutputScale::Tensor(values[0]))),
@@ -286,6 +308,26 @@ impl<'a> Resolver<'a, '_> {
             [r] | [r, 1] if r == n => Ok((BlockScales::None, OutputScale::Row(values))),
             [r, c] if (r, c) == (rows, columns) => Ok(grid(values)),
             _ => Err(view.wrong_shape(format!("[] or [1] (per tensor), [{n}] or [{n}, 1] (per channel), or [{rows}, {columns}] or [{rows}, 1, {columns}, 1] (128x128 blocks)"))),
+        }
+    }
+
+    /// In f32; E8M0 exponents, and the check that scales are powers of two where the configuration says so.
+    fn fp8_scale_values(&self, view: &TensorView<'_>) -> Result<Vec<f32>> {
+        let powers = self.checkpoint.scheme.power_of_two_scales;
+        if view.dtype == Dtype::F8_E8M0 || (view.dtype == Dtype::U8 && powers) {
+            return match view.bytes.iter().position(|&b| b == e8m0::NAN) {
+                Some(i) => Err(view.bad_value(format!("element {i} is NaN (0xff)"))),
+                None => Ok(view.bytes.iter().map(|&b| e8m0::decode(b)).collect()),
+            };
+        }
+        let values = scale_values(view)?;
+        match values.iter().position(|v| powers && v.to_bits() & 0x007f_ffff != 0) {
+            None => Ok(values),
+            Some(i) => Err(view.bad_value(format!(
+                "element {i} is {}, no power of two, but the configuration says that scales are (`scale_fmt` ue8m0); one \
+                 of the two is of another export",
+                values[i]
+            ))),
         }
     }
 

@@ -44,32 +44,51 @@ pub struct TensorStore {
     shards: Vec<Shard>,
     entries: BTreeMap<String, Entry>,
     used: Mutex<BTreeSet<String>>,
+    /// What the folder says twice or in another way than usual, and how it was taken.
+    notes: Vec<String>,
 }
 
+/// Where the decoder's tensors may stand instead of under `model.`: saved without its head, or out of a wrapper.
+const PREFIXES: [&str; 3] = ["", "model.language_model.", "language_model.model."];
+/// What the decoder consists of.
+const PARTS: [&str; 4] = ["layers.", "embed_tokens.", "norm.", "rotary_emb."];
+
 impl TensorStore {
-    /// Maps `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+    /// Maps `model.safetensors`, or the shards that `model.safetensors.index.json` lists; where both are there the first,
+    /// as transformers does.
     ///
     /// # Errors
     /// Names the file that is missing, truncated or inconsistent, and the tensor where one is to blame.
     pub fn open(folder: &Path) -> Result<Self> {
         let index = folder.join(INDEX);
-        let (files, listed) = if index.is_file() {
-            let listed = read_index(&index)?;
-            let files: BTreeSet<&str> = listed.values().map(String::as_str).collect();
-            (files.into_iter().map(|f| folder.join(f)).collect(), Some(listed))
-        } else if folder.join(SINGLE).is_file() {
-            (vec![folder.join(SINGLE)], None)
+        let mut notes = Vec::new();
+        let single = folder.join(SINGLE).is_file();
+        let mut listed = index.is_file().then(|| read_index(&index)).transpose()?;
+        if single && let Some(other) = listed.take_if(|l| l.values().any(|f| Path::new(f) != Path::new(SINGLE))) {
+            let shards = other.values().collect::<BTreeSet<_>>().len();
+            notes.push(format!(
+                "{}: {SINGLE} lies beside it and is read, as transformers does, and not the {shards} shards that the index \
+                 lists; remove the one that is not meant",
+                index.display()
+            ));
+        }
+        let files: Vec<PathBuf> = if let Some(listed) = &listed {
+            listed.values().collect::<BTreeSet<_>>().into_iter().map(|f| folder.join(f)).collect()
+        } else if single {
+            vec![folder.join(SINGLE)]
         } else {
             return Err(CheckpointError::NotACheckpoint {
                 path: folder.into(),
                 detail: format!("holds neither {SINGLE} nor {INDEX}{}", super::folder::instead(folder)),
             });
         };
+        notes.extend(unread(folder, &files));
         let mut store = Self {
             folder: folder.into(),
             shards: Vec::new(),
             entries: BTreeMap::new(),
             used: Mutex::new(BTreeSet::new()),
+            notes,
         };
         for (name, file) in listed.iter().flatten() {
             // A folder or a pipe of that name would be as bad as nothing.
@@ -95,7 +114,50 @@ impl TensorStore {
                 });
             }
         }
+        store.canonical_names();
         Ok(store)
+    }
+
+    /// Names the decoder's tensors `model.…` where they stand under one of [`PREFIXES`].
+    fn canonical_names(&mut self) {
+        let decoder = |name: &str, prefix: &str| {
+            name.strip_prefix(prefix)
+                .filter(|rest| PARTS.iter().any(|p| rest.starts_with(p)))
+                .map(|r| format!("model.{r}"))
+        };
+        if self.entries.keys().any(|n| decoder(n, "model.").is_some()) {
+            return;
+        }
+        for prefix in PREFIXES {
+            let mut renames: Vec<(String, String)> =
+                self.entries.keys().filter_map(|n| Some((n.clone(), decoder(n, prefix)?))).collect();
+            let Some((first, to)) = renames.first().cloned() else { continue };
+            self.notes.push(format!(
+                "{}: the decoder's tensors are not under `model.`: `{first}` is read as `{to}`, and so on",
+                self.folder.display()
+            ));
+            let head = |n: &String| {
+                Some((n.clone(), n.strip_prefix("language_model.").filter(|r| r.starts_with("lm_head."))?.to_owned()))
+            };
+            renames.extend(self.entries.keys().filter_map(head));
+            renames.iter().for_each(|(from, to)| self.rename(from, to));
+            return;
+        }
+    }
+
+    /// Gives tensor `from` the name `to`, if that is free.
+    pub(super) fn rename(&mut self, from: &str, to: &str) {
+        if !self.entries.contains_key(to)
+            && let Some(entry) = self.entries.remove(from)
+        {
+            self.entries.insert(to.to_owned(), entry);
+        }
+    }
+
+    /// What the folder says twice or in another way than usual, and how it was taken.
+    #[must_use]
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// Maps one safetensors file on its own, whatever it is called.
@@ -108,6 +170,7 @@ impl TensorStore {
             shards: Vec::new(),
             entries: BTreeMap::new(),
             used: Mutex::new(BTreeSet::new()),
+            notes: Vec::new(),
         };
         store.add_shard(file)?;
         Ok(store)
@@ -126,13 +189,21 @@ impl TensorStore {
         let map = unsafe { Mmap::map(&file) }.map_err(io("map"))?;
         let shard = self.shards.len();
         for Stored { name, dtype, shape, start, end } in header::read(&map).map_err(refuse)? {
-            if let Some(other) = self.entries.insert(name.clone(), Entry { shard, dtype, shape, start, end }) {
-                let second = match self.shards.get(other.shard) {
-                    Some(first) => format!("is also in {}; remove one of them", first.path.display()),
-                    None => "is there twice".into(),
-                };
-                return Err(refuse(format!("tensor `{name}` {second}")));
+            let Some(other) = self.entries.get(&name) else {
+                self.entries.insert(name, Entry { shard, dtype, shape, start, end });
+                continue;
+            };
+            let Some(first) = self.shards.get(other.shard) else {
+                return Err(refuse(format!("tensor `{name}` is there twice")));
+            };
+            let same =
+                (other.dtype, &other.shape) == (dtype, &shape) && first.map[other.start..other.end] == map[start..end];
+            let also = format!("tensor `{name}` is also in {}", first.path.display());
+            if !same {
+                let detail = format!("{also}, with other contents; remove the one that is not meant");
+                return Err(CheckpointError::Index { file: path.into(), detail });
             }
+            self.notes.push(format!("{}: {also}, the same in every byte", path.display()));
         }
         self.shards.push(Shard { path: path.into(), map });
         Ok(())
@@ -195,14 +266,15 @@ impl TensorStore {
         self.entries.keys().filter(|n| !used.contains(*n)).cloned().collect()
     }
 
-    /// Checks that every tensor was used.
+    /// Checks that every tensor was used; `hint` may say more of the first that was not.
     ///
     /// # Errors
     /// Names the first of those that were not.
-    pub fn finish(&self) -> Result<()> {
+    pub fn finish(&self, hint: impl Fn(&str) -> Option<String>) -> Result<()> {
         let names = self.unused();
         let Some(first) = names.first().and_then(|n| self.peek(n)) else { return Ok(()) };
-        Err(CheckpointError::Leftover { file: first.file.into(), first: first.name.into(), total: names.len() })
+        let hint = hint(first.name).map(|h| format!(": {h}")).unwrap_or_default();
+        Err(CheckpointError::Leftover { file: first.file.into(), first: first.name.into(), total: names.len(), hint })
     }
 
     /// The files that the tensors lie in.
@@ -300,6 +372,22 @@ impl<'a> TensorView<'a> {
     }
 }
 
+/// Files of the folder that are called like a model's and are not among `files`, as a note.
+fn unread(folder: &Path, files: &[PathBuf]) -> Option<String> {
+    let mut others: Vec<String> = std::fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|p| p.extension().is_some_and(|e| e == "safetensors") && p.is_file() && !files.contains(p))
+        .filter_map(|p| Some(p.file_name()?.to_string_lossy().into_owned()))
+        .filter(|name| name.starts_with("model"))
+        .collect();
+    others.sort();
+    let first = others.first()?;
+    let rest = if others.len() > 1 { format!(" and {} more", others.len() - 1) } else { String::new() };
+    Some(format!("{}: {first}{rest} not read: not among the files of this checkpoint", folder.display()))
+}
+
 /// Reads `weight_map`, tensor name to file name; file names may not leave the folder.
 fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
     let object = Object::read(index)?;
@@ -307,18 +395,19 @@ fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
     let mut listed = BTreeMap::new();
     for (name, file) in map.value().as_object().into_iter().flatten() {
         let file = file.as_str().ok_or_else(|| map.error(name, "a file name"))?;
-        // One plain component; a backslash separates elsewhere, so it is none here either.
-        let mut parts = Path::new(file).components();
-        let plain = matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == file)
-            && !file.contains(['\\', '\0']);
-        if !plain {
+        // A backslash separates elsewhere, so it is in no name here either.
+        let inside = |part: &Component<'_>| matches!(part, Component::Normal(_) | Component::CurDir);
+        let parts: PathBuf = Path::new(file).components().filter(|part| !matches!(part, Component::CurDir)).collect();
+        let plain = Path::new(file).components().all(|part| inside(&part)) && !file.contains(['\\', '\0']);
+        let Some(file) = parts.to_str().filter(|p| plain && !p.is_empty() && !file.ends_with(['/', '.'])) else {
             return Err(CheckpointError::Index {
                 file: index.into(),
                 detail: format!(
-                    "tensor `{name}` is said to be in {file:?}; only plain names of files beside the index are allowed"
+                    "tensor `{name}` is said to be in {file:?}; only names of files beside the index or in folders there \
+                     are allowed"
                 ),
             });
-        }
+        };
         listed.insert(name.clone(), file.to_owned());
     }
     if listed.is_empty() {

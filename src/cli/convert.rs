@@ -35,7 +35,7 @@ enum Target {
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let _claim = crate::output::folder(&args.output)?;
     if args.model.is_dir() {
-        let checkpoint = Checkpoint::open(&args.model)?;
+        let checkpoint = super::options::open_model(&args.model)?;
         return match args.to {
             Target::Bf16 => dequantized(args, &checkpoint),
             Target::Modelopt => restated(args, &checkpoint, Dialect::ModelOpt),

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::options::model_folder;
 use crate::checkpoint::Checkpoint;
 use crate::model::ModelConfig;
+use crate::model::consistency::{self, Notes};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -43,12 +44,20 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
             None
         }
     };
+    let notes = match config.as_ref().map(|c| consistency::notes(&checkpoint, c)) {
+        Some(Ok(Notes { important, minor })) => [important, minor].concat(),
+        Some(Err(e)) => {
+            problems.push(e.to_string());
+            Vec::new()
+        }
+        None => checkpoint.notes.clone(),
+    };
     let rows = config.as_ref().map(|c| resolve(&checkpoint, c, &mut problems)).unwrap_or_default();
     let failed = !problems.is_empty();
     if args.json {
-        print_json(&checkpoint, config.as_ref(), &rows, &problems)?;
+        print_json(&checkpoint, config.as_ref(), &rows, &notes, &problems)?;
     } else {
-        print_text(&checkpoint, config.as_ref(), &rows, &problems, args.modules)?;
+        print_text(&checkpoint, config.as_ref(), &rows, [&notes, &problems], args.modules)?;
     }
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
@@ -97,7 +106,13 @@ fn resolve(checkpoint: &Checkpoint, config: &ModelConfig, problems: &mut Vec<Str
     rows
 }
 
-fn print_json(checkpoint: &Checkpoint, config: Option<&ModelConfig>, rows: &[Row], problems: &[String]) -> Result<()> {
+fn print_json(
+    checkpoint: &Checkpoint,
+    config: Option<&ModelConfig>,
+    rows: &[Row],
+    notes: &[String],
+    problems: &[String],
+) -> Result<()> {
     let modules: Vec<Value> = rows
         .iter()
         .map(|r| {
@@ -111,6 +126,7 @@ fn print_json(checkpoint: &Checkpoint, config: Option<&ModelConfig>, rows: &[Row
         "dialect": checkpoint.scheme.dialect.to_string(),
         "algorithm": checkpoint.scheme.algorithm,
         "kv_cache": if checkpoint.scheme.fp8_kv_cache { "fp8" } else { "unquantized" },
+        "kv_cache_scales": checkpoint.scheme.fp8_kv_cache.then_some(if checkpoint.unit_kv_scales { "1.0" } else { "stored" }),
         "layers": config.map(|c| c.layers),
         "hidden_size": config.map(|c| c.hidden),
         "vocab_size": config.map(|c| c.vocab),
@@ -119,6 +135,7 @@ fn print_json(checkpoint: &Checkpoint, config: Option<&ModelConfig>, rows: &[Row
         "parameters": rows.iter().map(|r| r.shape[0] * r.shape[1]).sum::<usize>(),
         "file_bytes": checkpoint.tensors.file_bytes(),
         "modules": modules,
+        "notes": notes,
         "problems": problems,
     });
     super::outln!("{report:#}");
@@ -129,7 +146,7 @@ fn print_text(
     checkpoint: &Checkpoint,
     config: Option<&ModelConfig>,
     rows: &[Row],
-    problems: &[String],
+    [notes, problems]: [&[String]; 2],
     all: bool,
 ) -> Result<()> {
     super::outln!("{}", checkpoint.tensors.folder().display());
@@ -152,12 +169,7 @@ fn print_text(
         );
     }
     let s = &checkpoint.scheme;
-    super::outln!(
-        "scheme    {} ({}); KV cache {}",
-        s.dialect,
-        s.algorithm,
-        if s.fp8_kv_cache { "fp8, calibrated" } else { "unquantized" }
-    );
+    super::outln!("scheme    {} ({}); KV cache {}", s.dialect, s.algorithm, kv_cache(checkpoint));
     let parameters: usize = rows.iter().map(|r| r.shape[0] * r.shape[1]).sum();
     let bytes: usize = rows.iter().map(|r| r.bytes).sum();
     super::outln!(
@@ -174,6 +186,9 @@ fn print_text(
         table.add_row([module, count.to_string(), weight, activation, shape, super::human_bytes(bytes as u64), notes]);
     }
     super::outln!("{table}");
+    for n in notes {
+        super::outln!("note      {n}");
+    }
     if problems.is_empty() {
         super::outln!("no problems: every tensor is accounted for");
     }
@@ -181,6 +196,14 @@ fn print_text(
         super::outln!("problem   {p}");
     }
     Ok(())
+}
+
+fn kv_cache(checkpoint: &Checkpoint) -> &'static str {
+    match (checkpoint.scheme.fp8_kv_cache, checkpoint.unit_kv_scales) {
+        (false, _) => "unquantized",
+        (true, false) => "fp8, calibrated",
+        (true, true) => "fp8, no scales stored: 1.0",
+    }
 }
 
 /// Rows with layer and expert numbers starred out, and how many fell together.

@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-use super::options::{EngineOptions, model_folder};
+use super::options::{EngineOptions, model_folder, open_model};
 use crate::backend::autograd::AutogradBackend;
 use crate::backend::{Backend, Batch, PAGE, Span};
 use crate::checkpoint::Checkpoint;
@@ -44,7 +44,7 @@ enum Engine {
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let ids = read_ids(&args.input_ids)?;
-    let checkpoint = Checkpoint::open(&model_folder(&args.model)?)?;
+    let checkpoint = open_model(&model_folder(&args.model)?)?;
     let destination = Destination::claim(&args.output, &ids, &checkpoint)?;
     match args.engine {
         Engine::Cpu => {

@@ -11,7 +11,7 @@ use crate::backend::NUMERICS_VERSION;
 use crate::backend::cpu::{CpuBackend, isa::Isa};
 use crate::checkpoint::{self, Checkpoint};
 use crate::formats::kv::KvFormat;
-use crate::model::Decoder;
+use crate::model::{Decoder, ModelConfig, consistency};
 use crate::text::ChatTemplate;
 
 /// What runs the model.
@@ -138,6 +138,15 @@ fn json_object(text: &str) -> Result<Map<String, Value>, String> {
         Ok(_) => Err("expected a JSON object, such as {\"enable_thinking\": false}".into()),
         Err(e) => Err(format!("no JSON: {e}")),
     }
+}
+
+/// Opens a checkpoint whose model is to be computed, and says what its files contradict each other in.
+pub(super) fn open_model(folder: &Path) -> Result<Checkpoint> {
+    let checkpoint = Checkpoint::open(folder)?;
+    let config = ModelConfig::read(&checkpoint.config)?.untied_where_stored(&checkpoint)?;
+    let notes = consistency::notes(&checkpoint, &config)?;
+    notes.important.iter().for_each(|n| super::say!("note: {n}"));
+    Ok(checkpoint)
 }
 
 /// The identity of a checkpoint's files; large ones take a while the first time.

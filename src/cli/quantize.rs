@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 use recoup_eval::records;
 
-use super::options::{EngineOptions, model_folder};
+use super::options::{EngineOptions, model_folder, open_model};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Dialect;
 use crate::model::ModelConfig;
@@ -90,7 +90,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let mut recipe = Recipe::find(recipe)?;
     choose_bits(args, &mut recipe)?;
     let folder = model_folder(model)?;
-    let checkpoint = Checkpoint::open(&folder)?;
+    let checkpoint = open_model(&folder)?;
     let samples = args.samples.unwrap_or(default_samples(&recipe));
     let text = if recipe.needs_text() {
         calibration_text(args.calibration.as_deref(), samples, args.length, &checkpoint, &folder)?

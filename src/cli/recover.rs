@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
 
-use super::options::{identity, model_folder, threads};
+use super::options::{identity, model_folder, open_model, threads};
 use super::training::{self, Display, KEPT_MEMORY};
 use super::training_data::{DataOptions, Prepared};
 use crate::backend::NUMERICS_VERSION;
@@ -100,7 +100,7 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
         }
     }
     let teacher_folder = model_folder(&args.teacher)?;
-    let teacher = Checkpoint::open(&teacher_folder)?;
+    let teacher = open_model(&teacher_folder)?;
     // By the teacher's tokenizer where the student is still to be made of it; all that can be wrong with data is found
     // before anything takes time.
     let made_from = match &args.student {
@@ -134,7 +134,7 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
             (model_folder(args.student.as_deref().unwrap_or(Path::new("")))?, unrounded)
         }
     };
-    let checkpoint = Checkpoint::open(&folder)?;
+    let checkpoint = open_model(&folder)?;
     let unrounded = unrounded.map(|f| Checkpoint::open(&f)).transpose()?;
     let config = ModelConfig::read(&checkpoint.config)?;
     student::same_shape(&config, &checkpoint, &ModelConfig::read(&teacher.config)?, &teacher)?;

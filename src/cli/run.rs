@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
 
-use super::options::{EngineOptions, TemplateOptions, model_folder};
+use super::options::{EngineOptions, TemplateOptions, model_folder, open_model};
 use crate::backend::cpu::CpuBackend;
 use crate::checkpoint::Checkpoint;
 use crate::engine::{Finish, Generated, GenerationConfig, Request, SamplingParams, Session, generate};
@@ -95,7 +95,7 @@ struct Chat<'a> {
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let folder = model_folder(&args.model)?;
-    let checkpoint = Checkpoint::open(&folder)?;
+    let checkpoint = open_model(&folder)?;
     let tokenizer = Tokenizer::from_folder(&folder)?;
     let template = if args.raw { None } else { args.template.template(&folder)? };
     if args.system.is_some() && template.is_none() {

@@ -2,7 +2,9 @@
 
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::error::{CheckpointError, Result};
-use crate::checkpoint::json::Object;
+use crate::checkpoint::json::{Object, whole};
+
+use super::rope::Rope;
 
 /// Bounds on what a configuration may ask for, checked before anything is allocated. The largest dense models known
 /// stay well below each of them.
@@ -30,22 +32,6 @@ pub enum Architecture {
     Qwen3Moe,
 }
 
-/// How rotary frequencies are stretched for long contexts.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum RopeScaling {
-    None,
-    Linear {
-        factor: f32,
-    },
-    /// Llama 3.1: low frequencies divided by `factor`, high ones kept, a ramp between.
-    Llama3 {
-        factor: f32,
-        low_freq_factor: f32,
-        high_freq_factor: f32,
-        original_max_position: f32,
-    },
-}
-
 /// The mixture of experts of one layer kind.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Moe {
@@ -71,8 +57,7 @@ pub struct ModelConfig {
     pub vocab: usize,
     pub max_positions: usize,
     pub rms_eps: f32,
-    pub rope_theta: f64,
-    pub rope_scaling: RopeScaling,
+    pub rope: Rope,
     /// Per layer: keys farther back than this many positions (the query's own included) are not attended to.
     pub windows: Vec<Option<usize>>,
     /// Biases on q, k and v.
@@ -100,12 +85,19 @@ impl ModelConfig {
         let architecture = architecture(c)?;
         let hidden = c.required_integer("hidden_size", 1..=limit::WIDTH)?;
         let heads = c.required_integer("num_attention_heads", 1..=limit::HEADS)?;
-        let kv_heads = c.integer("num_key_value_heads", 1..=limit::HEADS)?.unwrap_or(heads);
+        let defaults = Defaults::of(architecture);
+        let kv_heads = match c.integer("num_key_value_heads", 1..=limit::HEADS)? {
+            Some(n) => n,
+            // Absent is the class's default; null is one for each head.
+            None if c.has("num_key_value_heads") => heads,
+            None => defaults.kv_heads.unwrap_or(heads),
+        };
         if heads % kv_heads != 0 {
             return Err(c.error("num_key_value_heads", format!("a divisor of num_attention_heads = {heads}")));
         }
         let head_dim = match c.integer("head_dim", 1..=4096)? {
             Some(d) => d,
+            None if defaults.head_dim.is_some() && !c.has("head_dim") => defaults.head_dim.unwrap_or_default(),
             None if hidden % heads == 0 => hidden / heads,
             None => return Err(c.error("num_attention_heads", format!("a divisor of hidden_size = {hidden}"))),
         };
@@ -116,7 +108,9 @@ impl ModelConfig {
             return Err(c.error("hidden_act", "\"silu\""));
         }
         let layers = c.required_integer("num_hidden_layers", 1..=limit::LAYERS)?;
-        let (rope_theta, rope_scaling) = rope(c)?;
+        let max_positions =
+            c.integer("max_position_embeddings", 1..=limit::POSITIONS)?.unwrap_or(defaults.max_positions);
+        let (rope, _) = Rope::read(c, max_positions)?;
         let qwen3 = matches!(architecture, Architecture::Qwen3 | Architecture::Qwen3Moe);
         let attention_bias = c.bool_or("attention_bias", architecture == Architecture::Qwen2)?;
         let (moe, dense_layers) = experts(c, architecture, layers)?;
@@ -129,10 +123,9 @@ impl ModelConfig {
             kv_heads,
             head_dim,
             vocab: c.required_integer("vocab_size", 1..=limit::VOCAB)?,
-            max_positions: c.integer("max_position_embeddings", 1..=limit::POSITIONS)?.unwrap_or(2048),
+            max_positions,
             rms_eps: c.positive_f32("rms_norm_eps")?.unwrap_or(1e-6),
-            rope_theta,
-            rope_scaling,
+            rope,
             windows: windows(c, architecture, layers)?,
             // Qwen2 always has biases on q, k and v and none on the output; the key is not in its configuration.
             qkv_bias: architecture == Architecture::Qwen2 || attention_bias,
@@ -149,8 +142,19 @@ impl ModelConfig {
     /// The same model with a head of its own where a tied checkpoint stores a quantized one.
     ///
     /// # Errors
-    /// When a tied checkpoint stores an unquantized head that differs from the embedding.
+    /// When a tied checkpoint stores an unquantized head that differs from the embedding, one that is not tied stores
+    /// none, or the tensors are of fewer layers.
     pub fn untied_where_stored(mut self, checkpoint: &Checkpoint) -> Result<Self> {
+        self.check_layers(checkpoint)?;
+        if !self.tied_embeddings && !checkpoint.has_linear("lm_head") && checkpoint.has_linear("model.embed_tokens") {
+            return Err(CheckpointError::MissingTensor {
+                folder: checkpoint.tensors.folder().into(),
+                tensor: "lm_head.weight".into(),
+                why:
+                    "config.json does not tie it to the embedding; set tie_word_embeddings to true if the model is tied"
+                        .into(),
+            });
+        }
         if !self.tied_embeddings || !checkpoint.has_linear("lm_head") {
             return Ok(self);
         }
@@ -179,40 +183,22 @@ impl ModelConfig {
         Ok(self)
     }
 
+    fn check_layers(&self, checkpoint: &Checkpoint) -> Result<()> {
+        let layer = |name: &str| name.strip_prefix("model.layers.")?.split('.').next()?.parse::<usize>().ok();
+        match checkpoint.tensors.names().filter_map(layer).max().map(|last| last.saturating_add(1)) {
+            // More than that are left over, and named as such.
+            Some(stored) if stored < self.layers => Err(checkpoint.config.error(
+                "num_hidden_layers",
+                format!("{stored}, the number of layers that tensors are stored of (`model.layers.{}`)", stored - 1),
+            )),
+            _ => Ok(()),
+        }
+    }
+
     /// Whether layer `index` routes to experts.
     #[must_use]
     pub fn is_moe(&self, index: usize) -> bool {
         self.moe.is_some() && !self.dense_layers.contains(&index)
-    }
-
-    /// Frequency of each rotated pair, radians per position, [head_dim / 2].
-    ///
-    /// Computed as transformers does, in f32: the deployed model's rounding is part of the model.
-    #[must_use]
-    pub fn rope_frequencies(&self) -> Vec<f32> {
-        let half = self.head_dim / 2;
-        let base = (0..half).map(|i| {
-            let exponent = (2 * i) as f32 / self.head_dim as f32;
-            1.0 / libm::pow(self.rope_theta, f64::from(exponent)) as f32
-        });
-        match self.rope_scaling {
-            RopeScaling::None => base.collect(),
-            RopeScaling::Linear { factor } => base.map(|f| f / factor).collect(),
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => base
-                .map(|f| {
-                    let wavelength = 2.0 * std::f32::consts::PI / f;
-                    if wavelength < original_max_position / high_freq_factor {
-                        f
-                    } else if wavelength > original_max_position / low_freq_factor {
-                        f / factor
-                    } else {
-                        let smooth = (original_max_position / wavelength - low_freq_factor)
-                            / (high_freq_factor - low_freq_factor);
-                        (1.0 - smooth) * f / factor + smooth * f
-                    }
-                })
-                .collect(),
-        }
     }
 }
 
@@ -221,7 +207,7 @@ impl ModelConfig {
 /// # Errors
 /// When the key holds something else.
 pub fn token_ids(c: &Object, key: &str) -> Result<Vec<u32>> {
-    let id = |v: &serde_json::Value| v.as_u64().and_then(|v| u32::try_from(v).ok());
+    let id = |v: &serde_json::Value| whole(v).and_then(|v| u32::try_from(v).ok());
     match c.get(key) {
         None => Ok(Vec::new()),
         Some(serde_json::Value::Array(a)) => {
@@ -231,89 +217,93 @@ pub fn token_ids(c: &Object, key: &str) -> Result<Vec<u32>> {
     }
 }
 
+impl Architecture {
+    const ALL: [(Self, &str, &str); 5] = [
+        (Self::Llama, "Llama", "llama"),
+        (Self::Mistral, "Mistral", "mistral"),
+        (Self::Qwen2, "Qwen2", "qwen2"),
+        (Self::Qwen3, "Qwen3", "qwen3"),
+        (Self::Qwen3Moe, "Qwen3Moe", "qwen3_moe"),
+    ];
+
+    /// `LlamaForCausalLM`, or `LlamaModel` as the decoder without a head is saved.
+    fn by_class(name: &str) -> Option<Self> {
+        let family = name.strip_suffix("ForCausalLM").or_else(|| name.strip_suffix("Model"))?;
+        Self::ALL.iter().find(|a| a.1 == family).map(|a| a.0)
+    }
+
+    pub(super) fn by_type(name: &str) -> Option<Self> {
+        Self::ALL.iter().find(|a| a.2 == name).map(|a| a.0)
+    }
+}
+
+/// What transformers 5.24's configuration class takes where a key is absent, as far as it differs between classes.
+struct Defaults {
+    /// `None`: one for each head.
+    kv_heads: Option<usize>,
+    /// `None`: hidden_size / num_attention_heads.
+    head_dim: Option<usize>,
+    max_positions: usize,
+}
+
+impl Defaults {
+    fn of(architecture: Architecture) -> Self {
+        let (kv_heads, head_dim, max_positions) = match architecture {
+            Architecture::Llama => (None, None, 2048),
+            Architecture::Mistral => (Some(8), None, 131_072),
+            Architecture::Qwen2 => (Some(32), None, 32_768),
+            Architecture::Qwen3 => (Some(32), Some(128), 32_768),
+            Architecture::Qwen3Moe => (Some(4), None, 32_768),
+        };
+        Self { kv_heads, head_dim, max_positions }
+    }
+}
+
+/// Window of Mistral and Qwen where the key is absent; null is none.
+const DEFAULT_WINDOW: usize = 4096;
+/// Qwen's first layers that attend fully, where the key is absent.
+const DEFAULT_FULL_LAYERS: usize = 28;
+
+/// `architectures` and `model_type` must name the same: transformers goes by the second, vLLM by the first.
 fn architecture(c: &Object) -> Result<Architecture> {
-    let unknown = |found: String| CheckpointError::Unknown {
+    let unknown = |found: &str| CheckpointError::Unknown {
         file: c.file().into(),
         what: "architecture",
-        found,
+        found: found.into(),
         known: ARCHITECTURES,
     };
     let names = c.strings("architectures")?;
     let by_type = c.string("model_type")?.unwrap_or_default();
-    match (names.first().map(String::as_str), by_type) {
-        (Some("LlamaForCausalLM"), _) | (None, "llama") => Ok(Architecture::Llama),
-        (Some("MistralForCausalLM"), _) | (None, "mistral") => Ok(Architecture::Mistral),
-        (Some("Qwen2ForCausalLM"), _) | (None, "qwen2") => Ok(Architecture::Qwen2),
-        (Some("Qwen3ForCausalLM"), _) | (None, "qwen3") => Ok(Architecture::Qwen3),
-        (Some("Qwen3MoeForCausalLM"), _) | (None, "qwen3_moe") => Ok(Architecture::Qwen3Moe),
-        (Some(name), _) => Err(unknown(name.into())),
-        (None, name) => Err(unknown(name.into())),
+    let Some(first) = names.first() else { return Architecture::by_type(by_type).ok_or_else(|| unknown(by_type)) };
+    let named = Architecture::by_class(first).ok_or_else(|| unknown(first))?;
+    if Architecture::by_type(by_type).is_some_and(|t| t != named) {
+        let expected = format!("the type of {first}, which `architectures` names; correct the one that is wrong");
+        return Err(c.error("model_type", expected));
     }
-}
-
-/// RoPE base and scaling: transformers 5 keeps both in `rope_parameters`, 4 has `rope_theta` and `rope_scaling`.
-fn rope(c: &Object) -> Result<(f64, RopeScaling)> {
-    let parameters = match c.object("rope_parameters")? {
-        Some(p) => Some(p),
-        None => c.object("rope_scaling")?,
-    };
-    let nested_theta = parameters.as_ref().map(|p| p.positive("rope_theta")).transpose()?.flatten();
-    let theta = match nested_theta {
-        Some(t) => t,
-        None => c.positive("rope_theta")?.unwrap_or(10_000.0),
-    };
-    for o in std::iter::once(c).chain(&parameters) {
-        if o.positive("partial_rotary_factor")?.is_some_and(|f| f != 1.0) {
-            return Err(o.error("partial_rotary_factor", "1"));
-        }
+    if let Some(other) = names.iter().find(|n| Architecture::by_class(n) != Some(named)) {
+        return Err(c.error("architectures", format!("one architecture; {first} and {other} compute different things")));
     }
-    let Some(p) = parameters else { return Ok((theta, RopeScaling::None)) };
-    let kind = match p.string("rope_type")? {
-        Some(k) => k,
-        None => match p.string("type")? {
-            Some(k) => k,
-            // Parameters without a type, `{"rope_theta": …}`, scale nothing; a factor without one would be guesswork.
-            None if p.get("factor").is_none() => "default",
-            None => return Err(p.error("rope_type", "the kind of scaling that `factor` belongs to")),
-        },
-    };
-    let number =
-        |key: &str| -> Result<f32> { p.positive_f32(key)?.ok_or_else(|| p.error(key, "a positive finite number")) };
-    let scaling = match kind {
-        "default" => RopeScaling::None,
-        "linear" => RopeScaling::Linear { factor: number("factor")? },
-        "llama3" => {
-            let s = RopeScaling::Llama3 {
-                factor: number("factor")?,
-                low_freq_factor: number("low_freq_factor")?,
-                high_freq_factor: number("high_freq_factor")?,
-                original_max_position: number("original_max_position_embeddings")?,
-            };
-            if number("low_freq_factor")? >= number("high_freq_factor")? {
-                return Err(p.error("low_freq_factor", "less than high_freq_factor"));
-            }
-            s
-        }
-        other => {
-            return Err(CheckpointError::Unknown {
-                file: c.file().into(),
-                what: "rope type",
-                found: other.into(),
-                known: "default, linear and llama3",
-            });
-        }
-    };
-    Ok((theta, scaling))
+    Ok(named)
 }
 
 fn windows(c: &Object, architecture: Architecture, layers: usize) -> Result<Vec<Option<usize>>> {
-    let window = c.integer("sliding_window", 1..=limit::POSITIONS)?;
+    use Architecture as A;
     let used = match architecture {
-        Architecture::Mistral => true,
-        Architecture::Llama => false,
+        A::Mistral => true,
+        A::Llama => false,
         _ => c.bool_or("use_sliding_window", false)?,
     };
-    let Some(window) = window.filter(|_| used) else { return Ok(vec![None; layers]) };
+    // Only where it is used: 0 beside `use_sliding_window` false is how some write that there is none.
+    let window = match c.has("sliding_window") {
+        _ if !used => None,
+        false => Some(DEFAULT_WINDOW),
+        true => c.integer("sliding_window", 1..=limit::POSITIONS)?,
+    };
+    let all = |window| Ok(vec![window; layers]);
+    // In these classes every layer is alike, whatever `layer_types` says.
+    if matches!(architecture, A::Llama | A::Qwen3Moe) {
+        return all(window);
+    }
     let kinds = c.strings("layer_types")?;
     if !kinds.is_empty() {
         if kinds.len() != layers {
@@ -321,17 +311,23 @@ fn windows(c: &Object, architecture: Architecture, layers: usize) -> Result<Vec<
         }
         return kinds
             .iter()
-            .map(|k| match k.as_str() {
-                "full_attention" => Ok(None),
-                "sliding_attention" => Ok(Some(window)),
+            .map(|k| match (k.as_str(), window) {
+                ("full_attention", _) => Ok(None),
+                ("sliding_attention", Some(window)) => Ok(Some(window)),
+                ("sliding_attention", None) => Err(c.error(
+                    "layer_types",
+                    "full_attention everywhere, since there is no window (sliding_window null, or use_sliding_window \
+                     not true)",
+                )),
                 _ => Err(c.error("layer_types", "full_attention or sliding_attention")),
             })
             .collect();
     }
+    let Some(window) = window else { return all(None) };
     // Qwen: the first `max_window_layers` layers attend fully.
     let full = match architecture {
-        Architecture::Mistral => 0,
-        _ => c.integer("max_window_layers", 0..=limit::LAYERS)?.unwrap_or(layers),
+        A::Mistral => 0,
+        _ => c.integer("max_window_layers", 0..=limit::LAYERS)?.unwrap_or(DEFAULT_FULL_LAYERS),
     };
     Ok((0..layers).map(|i| (i >= full).then_some(window)).collect())
 }

@@ -159,7 +159,7 @@ impl<B: Backend> Decoder<B> {
         let head = (!config.tied_embeddings).then(|| loader.linear("lm_head")).transpose()?;
         checkpoint.finish()?;
         checkpoint.tensors.release_pages();
-        let frequencies = config.rope_frequencies();
+        let frequencies = config.rope.frequencies(config.head_dim);
         let folder = checkpoint.tensors.folder().into();
         let backend = Arc::new(backend);
         Ok(Self { folder, backend, embedding, layers, norm, head, frequencies, kv_formats, config })
@@ -347,7 +347,8 @@ impl<B: Backend> Decoder<B> {
     /// again (over the same cache, which changes nothing in it) to find the first module that gives it.
     ///
     /// # Errors
-    /// As [`Self::block`], and when what leaves is not finite: with the first module to blame.
+    /// As [`Self::block`]; a sequence longer than dynamic RoPE is computed for; and when what leaves is not finite: with the
+    /// first module to blame.
     pub fn blocks(
         &self,
         range: Range<usize>,
@@ -356,6 +357,16 @@ impl<B: Backend> Decoder<B> {
         cache: &mut B::Cache,
         batch: &Batch,
     ) -> backend::Result<B::Tensor> {
+        if let Some(bound) = self.config.rope.bound()
+            && let Some(longest) = batch.spans.iter().map(|s| s.start + s.len).max().filter(|&l| l > bound)
+        {
+            return Err(backend::BackendError::Failed {
+                context: "RoPE",
+                message: format!(
+                    "a sequence of {longest} tokens, but this model's dynamic scaling is computed for {bound} at most"
+                ),
+            });
+        }
         let mut x = enter()?;
         for index in range.clone() {
             x = self.block(index, x, rope, cache, batch)?;
@@ -381,7 +392,7 @@ impl<B: Backend> Decoder<B> {
     /// Rotations of a batch's positions.
     #[must_use]
     pub fn rope(&self, batch: &Batch) -> RopeTable {
-        RopeTable::new(&self.frequencies, batch.positions())
+        RopeTable::new(&self.frequencies, self.config.rope.attention_factor(), batch.positions())
     }
 
     /// Embeddings of a batch's tokens, [tokens, hidden].

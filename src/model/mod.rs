@@ -1,8 +1,10 @@
 //! The decoder: one for every supported architecture, generic over the backend.
 
 pub mod config;
+pub mod consistency;
 pub mod decoder;
 pub mod modules;
+pub mod rope;
 
 pub use config::ModelConfig;
 pub use decoder::{Decoder, LoadError, Wanted};

@@ -7,6 +7,7 @@ pub const FILE: &str = "model.safetensors";
 pub const INDEX: &str = "model.safetensors.index.json";
 
 /// What the block linears are stored as, and in whose words.
+#[allow(dead_code)] // Each user needs its own part of this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     F32,
@@ -33,6 +34,7 @@ pub enum Format {
     DeepSeek,
 }
 
+#[allow(dead_code)]
 impl Format {
     pub const ALL: [Self; 13] = [
         Self::F32,

@@ -26,7 +26,7 @@ pub(super) fn read(q: &Object) -> Result<Scheme> {
     // compressed-tensors looks for an exact name first, then expressions, then the class (match_targets).
     for expressions in [false, true] {
         for (_, group) in &groups {
-            let declared = declare(group)?;
+            let Some(declared) = declare(group)? else { continue };
             for target in group.strings("targets")? {
                 if target == "Linear" {
                     all_linears.get_or_insert(declared);
@@ -37,16 +37,28 @@ pub(super) fn read(q: &Object) -> Result<Scheme> {
             }
         }
     }
-    if rules.is_empty() && all_linears.is_none() {
-        return Err(q.error("config_groups", "at least one group with targets"));
-    }
     let mut excluded = PatternSet::default();
     for text in q.strings("ignore")? {
         excluded.push(Pattern::compressed_tensors(&text, q, "ignore")?, q, "ignore")?;
     }
-    let algorithm = q.string("format")?.unwrap_or("unnamed format").to_owned();
-    let fp8_kv_cache = fp8_kv_cache(q)?;
-    Ok(Scheme { dialect: Dialect::CompressedTensors, algorithm, rules, targets, all_linears, excluded, fp8_kv_cache })
+    let nothing = rules.is_empty() && all_linears.is_none();
+    let algorithm = match q.string("format")? {
+        _ if nothing => "no weights".into(),
+        Some(format) => format.to_owned(),
+        None => "unnamed format".into(),
+    };
+    let mut scheme = Scheme::new(Dialect::CompressedTensors, algorithm);
+    scheme.fp8_kv_cache = fp8_kv_cache(q)?;
+    if nothing && !scheme.fp8_kv_cache {
+        scheme.notes.push(format!(
+            "{}: `{}` announces neither weights nor a KV cache: the model is read as plain",
+            q.file().display(),
+            q.path("config_groups")
+        ));
+        scheme.dialect = Dialect::Plain;
+    }
+    (scheme.rules, scheme.targets, scheme.all_linears, scheme.excluded) = (rules, targets, all_linears, excluded);
+    Ok(scheme)
 }
 
 /// Whether `kv_cache_scheme` asks for E4M3 under static per-tensor scales, the only kind there is support for.
@@ -59,9 +71,14 @@ pub(super) fn fp8_kv_cache(q: &Object) -> Result<bool> {
     if fp8 { Ok(true) } else { Err(q.error("kv_cache_scheme", "8-bit float, static, per tensor")) }
 }
 
-fn declare(group: &Object) -> Result<Declared> {
-    let weights =
-        group.object("weights")?.ok_or_else(|| group.error("weights", "what the weights are quantized to"))?;
+/// What a group announces; nothing where its weights are null, as in a scheme of the KV cache only.
+fn declare(group: &Object) -> Result<Option<Declared>> {
+    let Some(weights) = group.object("weights")? else {
+        return match group.get("input_activations") {
+            None => Ok(None),
+            Some(_) => Err(group.error("weights", "a format of weights: inputs alone are never quantized")),
+        };
+    };
     let weight = match (kind(&weights)?, weights.string("strategy")?.unwrap_or("tensor")) {
         ((4, Some(32), true), _) => DeclaredWeight::Mxfp4,
         ((8, Some(32), true), _) => DeclaredWeight::Mxfp8,
@@ -71,11 +88,13 @@ fn declare(group: &Object) -> Result<Declared> {
     };
     if let Some(structure) = weights.get("block_structure")
         && *structure != serde_json::json!([128, 128])
+        // Before lists, it was a string.
+        && *structure != "128x128"
     {
         return Err(weights.error("block_structure", "[128, 128]"));
     }
     let Some(input) = group.object("input_activations")? else {
-        return Ok(Declared { weight, activation: DeclaredActivation::Float });
+        return Ok(Some(Declared { weight, activation: DeclaredActivation::Float }));
     };
     let dynamic = match input.get("dynamic") {
         None => false,
@@ -95,7 +114,7 @@ fn declare(group: &Object) -> Result<Declared> {
             ));
         }
     };
-    Ok(Declared { weight, activation })
+    Ok(Some(Declared { weight, activation }))
 }
 
 /// Bits, group size, and whether scales are powers of two; refuses integers and asymmetric schemes.

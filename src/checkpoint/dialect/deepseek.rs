@@ -16,18 +16,28 @@ pub(super) fn read(q: &Object) -> Result<Scheme> {
     if q.string("fmt")?.is_some_and(|s| s != "e4m3") {
         return Err(q.error("fmt", "\"e4m3\""));
     }
+    let power_of_two_scales = match q.string("scale_fmt")? {
+        None | Some("float") => false,
+        Some("ue8m0") => true,
+        Some(_) => return Err(q.error("scale_fmt", "\"float\" or \"ue8m0\"")),
+    };
+    // MiniMax's name for it counts where the usual one is absent, as in transformers.
+    let key = if q.get("modules_to_not_convert").is_some() { "modules_to_not_convert" } else { "ignored_layers" };
     let mut excluded = PatternSet::default();
-    for text in q.strings("modules_to_not_convert")? {
-        excluded.push(Pattern::modelopt(&text, q, "modules_to_not_convert")?, q, "modules_to_not_convert")?;
+    for text in q.strings(key)? {
+        excluded.push(Pattern::modelopt(&text, q, key)?, q, key)?;
     }
-    let declared = Declared { weight: DeclaredWeight::Fp8, activation: DeclaredActivation::Fp8Group };
-    Ok(Scheme {
-        dialect: Dialect::DeepSeek,
-        algorithm: "FP8 128x128".into(),
-        rules: Vec::new(),
-        targets: PatternSet::default(),
-        all_linears: Some(declared),
-        excluded,
-        fp8_kv_cache: false,
-    })
+    let mut scheme = Scheme::new(Dialect::DeepSeek, "FP8 128x128".into());
+    scheme.all_linears = Some(Declared { weight: DeclaredWeight::Fp8, activation: DeclaredActivation::Fp8Group });
+    scheme.excluded = excluded;
+    scheme.power_of_two_scales = power_of_two_scales;
+    if power_of_two_scales {
+        scheme.notes.push(format!(
+            "{}: `{}` ue8m0 is taken for the weights' scales; activations are quantized under f32 scales (amax / 448), as \
+             with `float` (DeepGEMM rounds those to powers of two as well on some GPUs)",
+            q.file().display(),
+            q.path("scale_fmt")
+        ));
+    }
+    Ok(scheme)
 }

@@ -6,7 +6,7 @@ mod modelopt;
 mod pattern;
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::error::{CheckpointError, Result};
 use super::json::Object;
@@ -92,6 +92,12 @@ pub struct Scheme {
     excluded: PatternSet,
     /// K and V are stored as E4M3 under calibrated per-tensor scales.
     pub fp8_kv_cache: bool,
+    /// The key that lacks the FP8 cache, where one of two sources announces it and the other does not.
+    kv_cache_missing: Option<(PathBuf, String)>,
+    /// Block scales of FP8 weights are powers of two (DeepSeek's `scale_fmt` ue8m0).
+    pub power_of_two_scales: bool,
+    /// Where sources differ, and which of them counts; what else has to be told.
+    pub notes: Vec<String>,
 }
 
 impl Scheme {
@@ -100,23 +106,39 @@ impl Scheme {
     /// # Errors
     /// Names an unknown method, algorithm or setting.
     pub fn read(config: &Object, folder: &Path) -> Result<Self> {
-        let embedded = match config.object("quantization_config")? {
-            Some(q) => Some(q),
-            None => config.object("compression_config")?,
-        };
+        let embedded = embedded(config)?;
         let separate = folder.join("hf_quant_config.json");
         let separate = if separate.is_file() { Some(Object::read(&separate)?) } else { None };
         let Some(q) = embedded else {
             return match separate {
                 Some(s) => modelopt::read(&s, None),
-                None => Ok(Self::plain()),
+                None => Ok(Self::new(Dialect::Plain, "none".into())),
             };
         };
-        match q.string("quant_method")? {
-            Some("modelopt" | "modelopt_fp4" | "modelopt_mixed" | "modelopt_mxfp8") => {
-                modelopt::read(&q, separate.as_ref())
-            }
-            None if q.get("quant_algo").is_some() => modelopt::read(&q, separate.as_ref()),
+        let method = q.string("quant_method")?;
+        let modelopt = match method {
+            Some("modelopt" | "modelopt_fp4" | "modelopt_mixed" | "modelopt_mxfp8") => true,
+            None => q.has("quant_algo") || q.get("quantization").is_some(),
+            Some(_) => false,
+        };
+        if modelopt {
+            return modelopt::read(&q, separate.as_ref());
+        }
+        if let Some(other) = &separate
+            && modelopt::announces(other)?
+        {
+            return Err(CheckpointError::Config {
+                file: other.file().into(),
+                key: "quantization".into(),
+                expected: format!(
+                    "none, since {} says that {} quantized this model; one of the two is of another export",
+                    config.file().display(),
+                    method.unwrap_or("another tool")
+                ),
+                found: "ModelOpt's".into(),
+            });
+        }
+        match method {
             Some("compressed-tensors") => compressed_tensors::read(&q),
             Some("fp8") => deepseek::read(&q),
             Some(other) => Err(CheckpointError::Unknown {
@@ -129,16 +151,33 @@ impl Scheme {
         }
     }
 
-    fn plain() -> Self {
+    /// A scheme that announces nothing yet.
+    fn new(dialect: Dialect, algorithm: String) -> Self {
         Self {
-            dialect: Dialect::Plain,
-            algorithm: "none".into(),
+            dialect,
+            algorithm,
             rules: Vec::new(),
             targets: PatternSet::default(),
             all_linears: None,
             excluded: PatternSet::default(),
             fp8_kv_cache: false,
+            kv_cache_missing: None,
+            power_of_two_scales: false,
+            notes: Vec::new(),
         }
+    }
+
+    /// The error where only one of two sources announces an FP8 cache: with no scale stored, nothing decides between them.
+    pub(super) fn kv_cache_in_doubt(&self) -> Option<CheckpointError> {
+        let (file, key) = self.kv_cache_missing.clone()?;
+        Some(CheckpointError::Config {
+            file,
+            key,
+            expected: "an FP8 KV cache, as the other configuration file announces, or none in both: no scale of it is \
+                       stored, so that the two mean different models"
+                .into(),
+            found: "none".into(),
+        })
     }
 
     /// What is announced for linear `module`, a dotted name like `model.layers.0.mlp.up_proj`; `None` = unquantized.
@@ -151,6 +190,17 @@ impl Scheme {
         }
         Ok(self.targets.first_match(module)?.map(|i| self.rules[i]).or(self.all_linears))
     }
+}
+
+/// config.json's own description, under its name of today or compressed-tensors' first one.
+fn embedded(config: &Object) -> Result<Option<Object>> {
+    let (new, old) = (config.object("quantization_config")?, config.object("compression_config")?);
+    if let (Some(new), Some(old)) = (&new, &old)
+        && new.value() != old.value()
+    {
+        return Err(config.error("compression_config", "the same as `quantization_config`; keep the one that is meant"));
+    }
+    Ok(new.or(old))
 }
 
 #[cfg(test)]

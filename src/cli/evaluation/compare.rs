@@ -24,11 +24,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::super::options::{EngineOptions, identity, model_folder};
+use super::super::options::{EngineOptions, identity, model_folder, open_model};
 use super::texts::{Texts, texts};
 use super::{TaskOptions, facts_config, model_name, run_plan};
 use crate::backend::cpu::CpuBackend;
-use crate::checkpoint::Checkpoint;
 use crate::evaluate::{EvaluatedModel, ModelText, attribution, facts};
 use crate::formats::kv::KvFormat;
 use crate::model::Decoder;
@@ -239,7 +238,7 @@ fn ptq(args: &Args, labels: &[String]) -> Result<Option<usize>> {
 
 fn load(args: &Args, model: &OsStr) -> Result<Loaded> {
     let folder = model_folder(model)?;
-    let checkpoint = Checkpoint::open(&folder)?;
+    let checkpoint = open_model(&folder)?;
     let text = args.tasks.text(&folder, &checkpoint.config)?;
     let mut facts = facts::facts(&model_name(model), &checkpoint)?;
     let identity = json!({"files": identity(&checkpoint)?, "computation": args.options.computation()});

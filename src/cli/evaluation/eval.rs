@@ -14,7 +14,7 @@ use recoup_eval::tasks::{ListedKind, Selection};
 use recoup_eval::{LanguageModel, journal};
 use serde_json::{Map, Value, json};
 
-use super::super::options::{EngineOptions, identity, model_folder};
+use super::super::options::{EngineOptions, identity, model_folder, open_model};
 use super::{TaskOptions, facts_config, model_name, parse_shard, run_plan};
 use crate::checkpoint::Checkpoint;
 use crate::evaluate::{EvaluatedModel, ModelText, facts, kernel_check};
@@ -96,7 +96,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
         return url(args, address, &selection, &setup);
     }
     let folder = model_folder(model)?;
-    let checkpoint = Checkpoint::open(&folder)?;
+    let checkpoint = open_model(&folder)?;
     let _claim = super::claimed(args.output.as_deref())?;
     let text = args.tasks.text(&folder, &checkpoint.config)?;
     let context = context_length(&checkpoint, args.max_length)?;
