@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 use recoup_eval::records;
 
-use super::options::{EngineOptions, model_folder, open_model};
+use super::options::{EngineOptions, TemplateOptions, model_folder, open_model, with_arguments};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Dialect;
 use crate::model::ModelConfig;
@@ -59,6 +59,8 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 512)]
     length: usize,
     #[command(flatten)]
+    template: TemplateOptions,
+    #[command(flatten)]
     options: EngineOptions,
 }
 
@@ -93,7 +95,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let checkpoint = open_model(&folder)?;
     let samples = args.samples.unwrap_or(default_samples(&recipe));
     let text = if recipe.needs_text() {
-        calibration_text(args.calibration.as_deref(), samples, args.length, &checkpoint, &folder)?
+        calibration_text(args.calibration.as_deref(), samples, args.length, &checkpoint, &folder, Some(&args.template))?
     } else {
         CalibrationText { sequences: Vec::new(), description: "none needed".into() }
     };
@@ -204,6 +206,7 @@ pub(super) fn calibration_text(
     length: usize,
     checkpoint: &Checkpoint,
     folder: &Path,
+    template: Option<&TemplateOptions>,
 ) -> Result<CalibrationText> {
     if samples == 0 || length == 0 {
         bail!("--samples and --length must be at least 1");
@@ -211,9 +214,12 @@ pub(super) fn calibration_text(
     let positions = ModelConfig::read(&checkpoint.config)?.max_positions;
     let length = length.min(positions);
     let tokenizer = || {
-        Reader::of(folder, false).context(
+        let mut reader = Reader::of(folder, false).context(
             "calibration on text needs the model's tokenizer; give token ids with --calibration FILE.json instead",
-        )
+        )?;
+        reader.template =
+            with_arguments(reader.template, template.map(TemplateOptions::arguments).unwrap_or_default(), folder)?;
+        anyhow::Ok(reader)
     };
     let Some(source) = calibration else {
         return of_windows("built-in text", &tokenizer()?.tokenizer.encode(BUILT_IN_TEXT, false)?, samples, length);

@@ -159,6 +159,7 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
             (None, false) => "the student's own weights".into(),
         },
         "methods": stages.iter().map(Stage::describe).collect::<Vec<_>>(),
+        "chat_template_kwargs": args.data.template.chat_template_kwargs,
         "data": {"description": data.description, "sha256": data.hash(), "length": args.data.length,
             "assistant_only": args.data.assistant_only, "sources": sources},
         "watched": watched_sources,
@@ -247,7 +248,7 @@ fn stage_folder(output: &Path, stage: usize, method: &str) -> PathBuf {
 
 /// What a recipe's student is calibrated on.
 fn calibration(recipe: &Recipe, teacher: &Checkpoint, folder: &Path) -> Result<CalibrationText> {
-    super::quantize::calibration_text(None, super::quantize::default_samples(recipe), 512, teacher, folder)
+    super::quantize::calibration_text(None, super::quantize::default_samples(recipe), 512, teacher, folder, None)
 }
 
 fn make_student(

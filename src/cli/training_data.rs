@@ -7,6 +7,7 @@ use recoup_eval::records;
 use serde_json::{Value, json};
 
 use super::generated::{self, Opening, Wanted};
+use super::options::{TemplateOptions, with_arguments};
 use crate::checkpoint::Checkpoint;
 use crate::recover::data::{self, Data, Document, Part, Row};
 use crate::recover::sources::{Counts, Reader};
@@ -26,6 +27,8 @@ pub(super) struct DataOptions {
     /// Of conversations, learn only what the assistant says
     #[arg(long)]
     pub assistant_only: bool,
+    #[command(flatten)]
+    pub template: TemplateOptions,
     /// Sequences to train on, in all
     #[arg(long, default_value_t = 512)]
     pub samples: usize,
@@ -79,7 +82,11 @@ const WORDS: [&str; 3] = ["teacher", "teacher-chat", BUILT_IN];
 impl DataOptions {
     /// Reads all files for the tokenizer and the template in `folder`, and says what of them is not used.
     pub(super) fn sources(&self, folder: &Path) -> Result<Sources> {
-        let reader = Reader::of(folder, self.assistant_only)?;
+        let mut reader = Reader::of(folder, self.assistant_only)?;
+        reader.template = with_arguments(reader.template.take(), self.template.arguments(), folder)?;
+        if self.template.chat_template_kwargs.is_some() && self.data.iter().any(|d| d.starts_with("teacher-chat")) {
+            super::say!("note: --chat-template-kwargs is not used for conversations that the teacher writes itself");
+        }
         let specs: Vec<(&str, f64)> = self.data.iter().map(|spec| named_share(spec)).collect();
         let total: f64 = specs.iter().map(|s| s.1).sum();
         for (word, share) in &specs {

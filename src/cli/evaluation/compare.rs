@@ -128,7 +128,8 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     let setup = args.tasks.setup()?;
     let selection = args.tasks.select(&DEFAULT_TASKS)?;
     args.tasks.check_thinking(&selection)?;
-    let Texts { named: texts, notes: text_notes } = texts(&args.text, &model_folder(&args.models[0])?)?;
+    let Texts { named: texts, notes: text_notes } =
+        texts(&args.text, &model_folder(&args.models[0])?, &args.tasks.template_arguments())?;
     if selection.tasks.is_empty() && texts.is_empty() {
         bail!("nothing to compare: name --tasks or --text");
     }

@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use recoup_eval::records;
+use serde_json::{Map, Value};
 
+use super::super::options::with_arguments;
 use crate::recover::sources::{self, Opened};
 use crate::text::ChatTemplate;
 
@@ -18,8 +20,9 @@ pub(super) struct Texts {
     pub notes: Vec<String>,
 }
 
-/// The texts that `arguments` mean; conversations are written by the chat template in `folder`.
-pub(super) fn texts(arguments: &[String], folder: &Path) -> Result<Texts> {
+/// The texts that `arguments` mean; conversations are written by the chat template in `folder`, given
+/// the arguments `template`.
+pub(super) fn texts(arguments: &[String], folder: &Path, template: &Map<String, Value>) -> Result<Texts> {
     let arguments: Vec<&str> = arguments.iter().map(|n| n.trim()).filter(|n| !n.is_empty()).collect();
     if arguments.contains(&"none") {
         if let Some(other) = arguments.iter().find(|n| **n != "none") {
@@ -50,8 +53,12 @@ pub(super) fn texts(arguments: &[String], folder: &Path) -> Result<Texts> {
         let name = names.next().unwrap_or_else(|| argument.to_owned());
         let opened = Opened::read(Path::new(argument))
             .with_context(|| format!("--text {argument} is no shipped text ({})", BUILT_IN_TEXTS.join(", ")))?;
-        let template = if opened.records.is_empty() { None } else { ChatTemplate::from_folder(folder)? };
-        let (text, counts) = sources::text_of(&opened, template.as_ref())?;
+        let own = if opened.records.is_empty() {
+            None
+        } else {
+            with_arguments(ChatTemplate::from_folder(folder)?, template.clone(), folder)?
+        };
+        let (text, counts) = sources::text_of(&opened, own.as_ref())?;
         notes.extend(counts.notes(&name, 0).iter().map(|n| n.trim_start_matches("note: ").to_owned()));
         if counts.conversations > 0 {
             notes.push(format!(
