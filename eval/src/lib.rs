@@ -18,7 +18,8 @@ pub mod records;
 pub mod report;
 pub mod run;
 pub mod scores;
+mod settings;
 pub mod statistics;
 pub mod tasks;
 
-pub use model::{GenerationOptions, LanguageModel, Message, Request, Response, TokenModel};
+pub use model::{GenerationDefaults, GenerationOptions, LanguageModel, Message, Request, Response, TokenModel};

@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 /// One thing to ask of a model. Texts, not tokens: who tokenizes is the model's affair (a server does it itself).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -29,6 +30,15 @@ pub struct GenerationOptions {
     /// 0: all.
     pub top_k: usize,
     pub min_p: f64,
+    /// Divides the positive logits, and multiplies the negative ones, of tokens of the prompt and the answer; 1: off.
+    #[serde(default = "off_at_one", skip_serializing_if = "is_one")]
+    pub repetition_penalty: f64,
+    /// Subtracted from the logits of tokens of the answer; 0: off.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub presence_penalty: f64,
+    /// Subtracted once for each time that a token occurs in the answer; 0: off.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub frequency_penalty: f64,
     /// Of the sampling, where there is any.
     pub seed: u64,
     /// What ends the model's thinking: the answer is what follows, and strings end it only there.
@@ -51,6 +61,29 @@ impl GenerationOptions {
     }
 }
 
+fn off_at_one() -> f64 {
+    1.0
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_one(value: &f64) -> bool {
+    *value == 1.0
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_zero(value: &f64) -> bool {
+    *value == 0.0
+}
+
+/// What a model's maker set for the generation of answers (generation_config.json).
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GenerationDefaults {
+    /// `top_p`, `top_k`, `min_p` and `repetition_penalty`: they count where neither task nor command says otherwise.
+    pub settings: Map<String, Value>,
+    /// What would change answers and is not used, each with its value and the reason.
+    pub unused: Vec<String>,
+}
+
 impl Default for GenerationOptions {
     /// Greedy, 256 tokens at most, as in lm-evaluation-harness.
     fn default() -> Self {
@@ -61,6 +94,9 @@ impl Default for GenerationOptions {
             top_p: 1.0,
             top_k: 0,
             min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
             seed: 0,
             think_end: None,
         }
@@ -169,6 +205,11 @@ pub trait LanguageModel {
     /// # Errors
     /// When the model has no chat template, or the template refuses.
     fn chat_prompt(&self, messages: &[Message], continue_last: bool) -> Result<String, Self::Error>;
+
+    /// How the model's maker wants answers generated, where the evaluation has to see to that; a server has its own.
+    fn generation_defaults(&self) -> GenerationDefaults {
+        GenerationDefaults::default()
+    }
 }
 
 /// Token-by-token scores and full distributions: what perplexity over windows and KL divergence need, and what a remote

@@ -15,6 +15,7 @@ use crate::journal::{self, Journal, JournalError, Key, write_atomically};
 use crate::names::file_name;
 use crate::report::ScoreRow;
 use crate::scores::{GenerationLength, MetricScores, ModelFacts, ModelScores};
+use crate::settings::{self, Generations};
 use crate::tasks::{self, BOOTSTRAP_RESAMPLES, Chat, Instance, Options, OutputType, Sample, Selection, Task};
 use crate::{LanguageModel, Message, Request, Response};
 
@@ -75,6 +76,9 @@ pub struct Plan<'t> {
     setup: &'t Setup,
     /// For each task, what is asked with each seed.
     instances: Vec<Vec<Vec<Instance>>>,
+    generations: Generations,
+    /// Settings without effect.
+    unused: Vec<String>,
 }
 
 impl<'t> Plan<'t> {
@@ -85,24 +89,30 @@ impl<'t> Plan<'t> {
     pub fn new<M: LanguageModel>(selection: &'t Selection, setup: &'t Setup, model: &M) -> Result<Self, tasks::Error> {
         let render = |messages: &[Message], open: bool| model.chat_prompt(messages, open).map_err(|e| e.to_string());
         let chat = setup.chat.then_some(Chat { render: &render, fewshot_as_multiturn: setup.fewshot_as_multiturn });
+        let of_model = model.generation_defaults();
+        let options = Options { of_model: of_model.settings.clone(), ..setup.options.clone() };
+        tasks::check_generation(&options.generation)?;
+        let generations = settings::generations(&selection.tasks, &options)?;
+        let unused = settings::without_effect(&selection.tasks, setup, &generations, &of_model);
         let mut instances = Vec::new();
         for task in &selection.tasks {
-            let mut seeds = vec![task.instances(&setup.options, chat.as_ref())?];
+            let mut seeds = vec![task.instances(&options, chat.as_ref())?];
             let sampled = seeds[0].iter().flat_map(|i| &i.requests).find_map(|r| match r {
                 Request::Generate { options, .. } if options.temperature > 0.0 => Some(options.seed),
                 _ => None,
             });
             for seed in sampled.into_iter().flat_map(|first| (1..setup.seeds as u64).map(move |i| first + i)) {
-                let mut options = setup.options.clone();
+                let mut options = options.clone();
                 options.generation.insert("seed".into(), seed.into());
                 seeds.push(task.instances(&options, chat.as_ref())?);
             }
             instances.push(seeds);
         }
-        Ok(Self { selection, setup, instances })
+        Ok(Self { selection, setup, instances, generations, unused })
     }
 
-    /// What whoever reads the scores should know of the prompts: in how many the answer stands among the examples.
+    /// What whoever reads the scores should know: settings that change nothing, and of the prompts, in how many the answer
+    /// stands among the examples.
     #[must_use]
     pub fn notes(&self) -> Vec<String> {
         let of = |(task, seeds): (&Task, &Vec<Vec<Instance>>)| {
@@ -118,7 +128,8 @@ impl<'t> Plan<'t> {
                 )
             })
         };
-        self.selection.tasks.iter().zip(&self.instances).filter_map(of).collect()
+        let own = self.selection.tasks.iter().zip(&self.instances).filter_map(of);
+        self.unused.iter().cloned().chain(own).collect()
     }
 
     /// Every request with its key.
@@ -202,7 +213,13 @@ impl<'t> Plan<'t> {
     /// # Errors
     /// When an answer is missing or is not one to its request.
     pub fn results(&self, answers: &BTreeMap<Key, Response>) -> Result<Results, tasks::Error> {
-        let mut out = Results { tasks: Vec::new(), setup: self.setup.clone(), groups: Vec::new() };
+        let mut out = Results {
+            tasks: Vec::new(),
+            setup: self.setup.clone(),
+            groups: Vec::new(),
+            generation: settings::record(&self.generations),
+            notes: self.notes(),
+        };
         for (task, seeds) in self.selection.tasks.iter().zip(&self.instances) {
             let mut samples = Vec::new();
             let (mut tokens, mut capped, mut generated) = (0, 0, 0usize);
@@ -236,6 +253,7 @@ impl<'t> Plan<'t> {
                 shots: task.num_fewshot(&self.setup.options),
                 documents: task.documents(),
                 output: task.output_type(),
+                data: task.data_files().to_vec(),
                 headline: (metric.into(), filter.into()),
                 samples,
                 scores,
@@ -304,6 +322,8 @@ pub struct TaskResults {
     /// That the task has, of which the limit may have left some out.
     pub documents: usize,
     pub output: OutputType,
+    /// What the documents and examples were read from.
+    pub data: Vec<tasks::DataFile>,
     /// Metric and filter that stand for the task.
     pub headline: (String, String),
     pub samples: Vec<Sample>,
@@ -319,6 +339,9 @@ pub struct Results {
     pub tasks: Vec<TaskResults>,
     pub groups: Vec<(tasks::Group, Vec<tasks::GroupScore>)>,
     setup: Setup,
+    /// By task: how answers were generated, and which settings had no effect.
+    generation: Map<String, Value>,
+    notes: Vec<String>,
 }
 
 impl Results {
@@ -414,6 +437,13 @@ impl Results {
             "fewshot_as_multiturn": self.setup.fewshot_as_multiturn,
             "system_instruction": self.setup.options.system,
         });
+        out["data"] = self.tasks.iter().map(|t| (t.name.clone(), json!(t.data))).collect::<Map<_, _>>().into();
+        if !self.generation.is_empty() {
+            out["generation"] = self.generation.clone().into();
+        }
+        if !self.notes.is_empty() {
+            out["notes"] = json!(self.notes);
+        }
         if !group_results.is_empty() {
             out["groups"] = Value::Object(group_results);
         }

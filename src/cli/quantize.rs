@@ -97,6 +97,12 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let text = if recipe.needs_text() {
         calibration_text(args.calibration.as_deref(), samples, args.length, &checkpoint, &folder, Some(&args.template))?
     } else {
+        if args.calibration.is_some() || args.samples.is_some() {
+            super::say!(
+                "note: recipe {} looks at no text; --calibration and --samples are without effect",
+                recipe.name
+            );
+        }
         CalibrationText { sequences: Vec::new(), description: "none needed".into() }
     };
     let dialect = match args.dialect {

@@ -109,6 +109,16 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let stop_tokens = stop_tokens(&checkpoint, &generation, &tokenizer)?;
     let sampling = sampling(args, generation.sampling.clone());
     sampling.validate()?;
+    let drawing = [
+        ("--top-k", args.top_k.is_some()),
+        ("--top-p", args.top_p.is_some()),
+        ("--min-p", args.min_p.is_some()),
+        ("--seed", args.seed.is_some()),
+    ];
+    let drawing: Vec<&str> = drawing.iter().filter(|(_, given)| *given).map(|(name, _)| *name).collect();
+    if sampling.temperature == 0.0 && !drawing.is_empty() {
+        super::say!("note: without effect, as the temperature is 0: {}", drawing.join(", "));
+    }
     let ignored: Vec<&str> = generation.ignored.iter().map(String::as_str).filter(|i| !overridden(args, i)).collect();
     if !ignored.is_empty() {
         super::say!("note: of generation_config.json not used: {}", ignored.join(", "));

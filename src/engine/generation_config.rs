@@ -18,6 +18,8 @@ pub const FILE: &str = "generation_config.json";
 pub struct GenerationConfig {
     /// How tokens are drawn; greedy where `do_sample` is not true.
     pub sampling: SamplingParams,
+    /// How tokens are drawn where the caller draws, whatever `do_sample` says.
+    pub drawn: SamplingParams,
     /// Tokens that end the answer (`eos_token_id`).
     pub eos: Vec<u32>,
     /// Strings that end the answer (`stop_strings`).
@@ -34,6 +36,7 @@ impl Default for GenerationConfig {
     fn default() -> Self {
         Self {
             sampling: SamplingParams::greedy(),
+            drawn: SamplingParams::default(),
             eos: Vec::new(),
             stop_strings: Vec::new(),
             max_new_tokens: None,
@@ -102,32 +105,34 @@ impl GenerationConfig {
         own.max_new_tokens = limit(c, "max_new_tokens")?;
         own.max_length = limit(c, "max_length")?;
         // transformers: off at 1; what is not positive has no meaning.
-        own.sampling.repetition_penalty = c.positive_f32("repetition_penalty")?.unwrap_or(1.0);
+        own.drawn.repetition_penalty = c.positive_f32("repetition_penalty")?.unwrap_or(1.0);
         let sampled = c.bool_or("do_sample", false)?;
-        if sampled {
-            own.sampling.temperature = number(c, "temperature", "0 or more", |t| t >= 0.0)?.unwrap_or(1.0);
-            // 0 is off in transformers, -1 in vLLM; its default, where the file says nothing, is taken as off too.
-            own.sampling.top_k = match number(c, "top_k", "a whole number, or 0 or -1 for off", |k| k >= -1.0)? {
-                Some(k) if k.fract() == 0.0 => {
-                    if k < 1.0 {
-                        0
-                    } else {
-                        k as usize
-                    }
+        own.drawn.temperature = number(c, "temperature", "0 or more", |t| t >= 0.0)?.unwrap_or(1.0);
+        // 0 is off in transformers, -1 in vLLM; its default, where the file says nothing, is taken as off too.
+        own.drawn.top_k = match number(c, "top_k", "a whole number, or 0 or -1 for off", |k| k >= -1.0)? {
+            Some(k) if k.fract() == 0.0 => {
+                if k < 1.0 {
+                    0
+                } else {
+                    k as usize
                 }
-                Some(_) => return Err(c.error("top_k", "a whole number, or 0 or -1 for off")),
-                None => 0,
+            }
+            Some(_) => return Err(c.error("top_k", "a whole number, or 0 or -1 for off")),
+            None => 0,
+        };
+        // At 0 only the most probable token is left, which is what the smallest positive value means here; -1 is off.
+        own.drawn.top_p =
+            match number(c, "top_p", "from 0 to 1, or -1 for off", |p| (0.0..=1.0).contains(&p) || p == -1.0)? {
+                Some(0.0) => f32::MIN_POSITIVE,
+                Some(p) if p < 0.0 => 1.0,
+                p => p.unwrap_or(1.0),
             };
-            // At 0 only the most probable token is left, which is what the smallest positive value means here; -1 is off.
-            own.sampling.top_p =
-                match number(c, "top_p", "from 0 to 1, or -1 for off", |p| (0.0..=1.0).contains(&p) || p == -1.0)? {
-                    Some(0.0) => f32::MIN_POSITIVE,
-                    Some(p) if p < 0.0 => 1.0,
-                    p => p.unwrap_or(1.0),
-                };
-            let min_p = number(c, "min_p", "from 0 to 1, or -1 for off", |p| (0.0..=1.0).contains(&p) || p == -1.0)?;
-            own.sampling.min_p = min_p.unwrap_or(0.0).max(0.0);
-        }
+        let min_p = number(c, "min_p", "from 0 to 1, or -1 for off", |p| (0.0..=1.0).contains(&p) || p == -1.0)?;
+        own.drawn.min_p = min_p.unwrap_or(0.0).max(0.0);
+        own.sampling = match sampled {
+            true => own.drawn.clone(),
+            false => SamplingParams { repetition_penalty: own.drawn.repetition_penalty, ..SamplingParams::greedy() },
+        };
         for (key, value) in c.value().as_object().into_iter().flatten() {
             let key = key.as_str();
             if key.starts_with('_') || WITHOUT_EFFECT.contains(&key) || is_off(key, value) {

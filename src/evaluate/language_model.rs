@@ -7,12 +7,12 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use recoup_eval::perplexity::windows;
-use recoup_eval::{GenerationOptions, LanguageModel, Message, Request, Response, TokenModel};
+use recoup_eval::{GenerationDefaults, GenerationOptions, LanguageModel, Message, Request, Response, TokenModel};
 
 use crate::backend::{Backend, BackendError, Batch, PAGE, Span};
 use crate::checkpoint::error::CheckpointError;
 use crate::checkpoint::json::Object;
-use crate::engine::{self, Finish, GenerateError, SamplingParams, Scorer, Sequence, generate_many};
+use crate::engine::{self, Finish, GenerateError, GenerationConfig, SamplingParams, Scorer, Sequence, generate_many};
 use crate::formats::kv::KvFormat;
 use crate::model::config::token_ids;
 use crate::model::{Decoder, Wanted};
@@ -60,6 +60,7 @@ pub struct ModelText {
     template: Option<ChatTemplate>,
     prefix: u32,
     stop_tokens: Vec<u32>,
+    generation: GenerationConfig,
 }
 
 impl ModelText {
@@ -74,15 +75,13 @@ impl ModelText {
         let prefix =
             tokenizer.bos_id().or(tokenizer.eos_id()).or(bos.first().copied()).or(stop_tokens.first().copied());
         let prefix = prefix.ok_or_else(|| EvaluateError::NoPrefixToken { folder: folder.into() })?;
-        let generation = folder.join("generation_config.json");
-        if generation.is_file() {
-            stop_tokens.extend(token_ids(&Object::read(&generation)?, "eos_token_id")?);
-        }
+        let generation = GenerationConfig::from_folder(folder)?;
+        stop_tokens.extend(&generation.eos);
         stop_tokens.extend(tokenizer.eos_id());
         stop_tokens.sort_unstable();
         stop_tokens.dedup();
         let template = ChatTemplate::from_folder(folder)?;
-        Ok(Self { folder: folder.into(), tokenizer, template, prefix, stop_tokens })
+        Ok(Self { folder: folder.into(), tokenizer, template, prefix, stop_tokens, generation })
     }
 
     /// The same with another chat template, made of its own.
@@ -270,6 +269,7 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
             prompt: Vec<u32>,
             sampling: SamplingParams,
             options: &'a GenerationOptions,
+            stop: Vec<String>,
         }
         let mut prepared = Vec::new();
         for (index, request) in requests.iter().enumerate() {
@@ -285,7 +285,8 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
                 self.truncated += 1;
                 prompt.drain(..prompt.len() - room);
             }
-            prepared.push(Prepared { index, prompt, sampling: sampling(options), options });
+            let stop = options.until.iter().chain(&self.text.generation.stop_strings).cloned().collect();
+            prepared.push(Prepared { index, prompt, sampling: sampling(options), options, stop });
         }
         let jobs: Vec<engine::Request> = prepared
             .iter()
@@ -294,7 +295,7 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
                 max_tokens: p.options.max_tokens,
                 sampling: &p.sampling,
                 stop_tokens: &self.text.stop_tokens,
-                stop: &p.options.until,
+                stop: &p.stop,
                 stop_after: p.options.think_end.as_deref(),
             })
             .collect();
@@ -320,6 +321,9 @@ fn sampling(options: &GenerationOptions) -> SamplingParams {
         top_p: options.top_p as f32,
         top_k: options.top_k,
         min_p: options.min_p as f32,
+        repetition_penalty: options.repetition_penalty as f32,
+        presence_penalty: options.presence_penalty as f32,
+        frequency_penalty: options.frequency_penalty as f32,
         seed: Some(options.seed),
         ..SamplingParams::greedy()
     }
@@ -339,6 +343,10 @@ impl<B: Backend> LanguageModel for EvaluatedModel<'_, B> {
         Ok(())
     }
 
+    fn generation_defaults(&self) -> GenerationDefaults {
+        generation_defaults(&self.text.generation)
+    }
+
     fn chat_prompt(&self, messages: &[Message], continue_last: bool) -> Result<String, EvaluateError> {
         let template = self
             .text
@@ -352,6 +360,37 @@ impl<B: Backend> LanguageModel for EvaluatedModel<'_, B> {
             template.render(&ChatInput { messages: &json, add_generation_prompt: true, ..ChatInput::default() })?
         })
     }
+}
+
+/// What lm-evaluation-harness's `hf` model takes of generation_config.json: transformers applies what the call does not say,
+/// the temperature, which it always says, excepted.
+fn generation_defaults(config: &GenerationConfig) -> GenerationDefaults {
+    let drawn = &config.drawn;
+    // The shortest decimal number of each f32, so that a file's 0.95 stays one.
+    let decimal = |value: f32| value.to_string().parse::<f64>().unwrap_or(f64::from(value));
+    let mut settings = serde_json::Map::new();
+    for (name, value, is_set) in [
+        ("top_p", decimal(drawn.top_p), drawn.top_p != 1.0),
+        ("top_k", drawn.top_k as f64, drawn.top_k > 0),
+        ("min_p", decimal(drawn.min_p), drawn.min_p > 0.0),
+        ("repetition_penalty", decimal(drawn.repetition_penalty), drawn.repetition_penalty != 1.0),
+    ] {
+        if is_set {
+            settings.insert(name.into(), value.into());
+        }
+    }
+    let counted = ["temperature ", "top_p ", "top_k ", "min_p "];
+    let mut unused: Vec<String> =
+        config.ignored.iter().filter(|i| !counted.iter().any(|name| i.starts_with(name))).cloned().collect();
+    if drawn.temperature != 1.0 {
+        unused.push(format!("temperature {} (the task's counts)", drawn.temperature));
+    }
+    if let Some(tokens) = config.max_new_tokens {
+        unused.push(format!(
+            "max_new_tokens {tokens} (the task's limit counts; lm-evaluation-harness would stop at this one)"
+        ));
+    }
+    GenerationDefaults { settings, unused }
 }
 
 impl<B: Backend> TokenModel for EvaluatedModel<'_, B> {

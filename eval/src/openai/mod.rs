@@ -296,9 +296,8 @@ impl OpenAi {
     /// Posts `body`, without the neutral fields that the server turns out to refuse.
     fn post(&self, path: &str, mut body: Map<String, Value>, stop: &AtomicBool) -> Result<Value, Fault> {
         loop {
-            for name in locked(&self.refused).iter() {
-                body.remove(*name);
-            }
+            let refused = locked(&self.refused).clone();
+            body.retain(|name, value| !refused.contains(name.as_str()) || *value != json!(1.0));
             let value = Value::Object(body);
             let fault = match self.http.call(path, Some(&value), stop) {
                 Err(fault @ Fault::Status { status: 400 | 422, .. }) => fault,
@@ -307,7 +306,7 @@ impl OpenAi {
             let Value::Object(sent) = value else { return Err(fault) };
             body = sent;
             let message = fault.to_string();
-            let named = NEUTRAL.iter().find(|name| body.contains_key(**name) && message.contains(**name));
+            let named = NEUTRAL.iter().find(|n| body.get(**n) == Some(&json!(1.0)) && message.contains(**n));
             let Some(name) = named else { return Err(fault) };
             locked(&self.refused).insert(name);
         }
@@ -401,7 +400,14 @@ fn sampling(options: &GenerationOptions) -> Map<String, Value> {
     let mut body = Map::new();
     body.insert("max_tokens".into(), json!(options.max_tokens));
     body.insert("temperature".into(), json!(options.temperature));
-    body.extend(NEUTRAL.map(|name| (name.to_owned(), json!(1.0))));
+    body.extend(NEUTRAL.map(|name| (name.to_owned(), json!(options.repetition_penalty))));
+    for (name, value) in
+        [("presence_penalty", options.presence_penalty), ("frequency_penalty", options.frequency_penalty)]
+    {
+        if value != 0.0 {
+            body.insert(name.into(), json!(value));
+        }
+    }
     let stops: Vec<_> = options.until.iter().filter(|s| !s.is_empty()).take(MOST_STOPS).collect();
     if !stops.is_empty() {
         body.insert("stop".into(), json!(stops));

@@ -360,7 +360,13 @@ fn data_set(keys: &Keys) -> Result<DataSet, Error> {
 /// lm-evaluation-harness's defaults: until the delimiter between examples, greedy, 256 tokens.
 fn generation(keys: &Keys, output: OutputType, delimiter: &str) -> Result<Map<String, Value>, Error> {
     let mut map = match keys.get("generation_kwargs") {
-        Some(entry) => entry.object()?,
+        // Not used, and so not looked at.
+        Some(entry) if output != OutputType::Generate => return entry.object(),
+        Some(entry) => {
+            let own = Keys::of(entry, "`generation_kwargs`")?;
+            let at = |key: &str| own.entries().iter().find(|e| e.key == key).unwrap_or(entry).clone();
+            super::generation::checked(&entry.object()?).map_err(|wrong| at(&wrong.key).bad(wrong.problem))?
+        }
         None if output != OutputType::Generate => return Ok(Map::new()),
         None => Map::from_iter([
             ("temperature".to_owned(), 0.0.into()),
@@ -368,14 +374,8 @@ fn generation(keys: &Keys, output: OutputType, delimiter: &str) -> Result<Map<St
             ("max_gen_toks".to_owned(), crate::GenerationOptions::default().max_tokens.into()),
         ]),
     };
-    if let Some(value) = map.get_mut("temperature") {
-        let number = value.as_f64().or_else(|| value.as_str().and_then(|s| s.parse().ok()));
-        let entry = keys.get("generation_kwargs");
-        *value = match (number, entry) {
-            (Some(number), _) => number.into(),
-            (None, Some(entry)) => return Err(entry.bad("`temperature` is no number")),
-            (None, None) => 0.0.into(),
-        };
+    if let Some(number) = map.get("temperature").and_then(|v| v.as_f64().or_else(|| v.as_str()?.parse().ok())) {
+        map.insert("temperature".into(), number.into());
     }
     if !map.contains_key("until") {
         map.insert("until".into(), vec![delimiter].into());

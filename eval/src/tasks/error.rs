@@ -52,6 +52,9 @@ pub enum Error {
     /// A data file that is not where it should be.
     #[error("task `{task}` ({file}) needs the data file `{data}`, which is in none of: {looked}; {advice}")]
     NoData { task: String, file: String, data: String, looked: String, advice: String },
+    /// A folder for data that is none.
+    #[error("--data-dir {path}: {problem}; name the folder that the data files are in")]
+    DataFolder { path: PathBuf, problem: String },
     /// A split that `data_files` does not have.
     #[error("task `{task}` ({file}): `{key}: {split}`, but the data set has only: {known}")]
     NoSplit { task: String, file: String, key: String, split: String, known: String },
@@ -70,9 +73,15 @@ pub enum Error {
     /// A document that the task can make nothing of.
     #[error("task `{task}`, document {document}: {message}")]
     Document { task: String, document: String, message: String },
+    /// A setting of generation that the command gives.
+    #[error("--gen-kwargs: {0}")]
+    Generation(#[from] super::generation::Wrong),
     /// Fewer few-shot examples than asked for.
     #[error("task `{task}`: {wanted} few-shot examples asked for, its split `{split}` has {available} to draw from")]
     FewShot { task: String, wanted: usize, split: String, available: usize },
+    /// Few-shot examples whose file is not there.
+    #[error("{wanted} few-shot examples asked for, but {why}")]
+    NoExamples { wanted: usize, why: String },
     /// The model's chat template refused these messages, or failed; `message` says which.
     #[error("task `{task}`, document {document}: no prompt from the chat template: {message}")]
     Chat { task: String, document: String, message: String },

@@ -30,6 +30,32 @@ pub fn read(path: &Path) -> Result<Cow<'static, [u8]>, Error> {
     }
 }
 
+/// SHA-256 of a file as it lies there, in hexadecimal.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn digest(path: &Path) -> Result<String, Error> {
+    use sha2::Digest as _;
+    use std::io::BufRead as _;
+    let fail = |source| Error::Read { path: path.into(), source };
+    let mut hash = sha2::Sha256::new();
+    if built_in(path).is_some() {
+        hash.update(read(path)?);
+    } else {
+        let mut file = std::io::BufReader::with_capacity(1 << 20, std::fs::File::open(path).map_err(fail)?);
+        loop {
+            let bytes = file.fill_buf().map_err(fail)?;
+            if bytes.is_empty() {
+                break;
+            }
+            hash.update(bytes);
+            let read = bytes.len();
+            file.consume(read);
+        }
+    }
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
 /// Reads a file of UTF-8, without its byte order mark.
 ///
 /// # Errors

@@ -79,6 +79,10 @@ impl Library {
     /// # Errors
     /// When a folder cannot be listed.
     pub fn new(folders: &[PathBuf], data_dir: Option<PathBuf>) -> Result<Self, Error> {
+        if let Some(path) = data_dir.as_ref().filter(|path| !path.is_dir()) {
+            let problem = if path.exists() { "it is a file, not a folder" } else { "there is no such folder" };
+            return Err(Error::DataFolder { path: path.clone(), problem: problem.into() });
+        }
         let mut library = Self {
             definitions: BTreeMap::new(),
             tags: BTreeMap::new(),
@@ -139,8 +143,9 @@ impl Library {
             let config = Config::new(&definition.keys, &definition.folder, &definition.root)?;
             Task::load(config, self.data_dir.as_deref())
         };
-        let tasks = wanted.tasks.iter().map(load).collect::<Result<_, _>>()?;
-        let notes = self.notes(wanted.tasks.iter().chain(wanted.groups.iter().map(|g| &g.name)));
+        let tasks = wanted.tasks.iter().map(load).collect::<Result<Vec<_>, _>>()?;
+        let mut notes: Vec<String> = tasks.iter().flat_map(|t| t.notes.iter().cloned()).collect();
+        notes.extend(self.notes(wanted.tasks.iter().chain(wanted.groups.iter().map(|g| &g.name))));
         Ok(Selection { tasks, groups: wanted.groups, notes })
     }
 

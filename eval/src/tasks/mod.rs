@@ -10,6 +10,7 @@ mod data;
 mod error;
 mod files;
 mod filter;
+mod generation;
 mod keys;
 mod library;
 mod metric;
@@ -27,7 +28,17 @@ mod yaml;
 pub use aggregate::{BOOTSTRAP_RESAMPLES, Group, GroupMetric, GroupScore, standard_error};
 pub use config::OutputType;
 pub use error::Error;
+pub use generation::{Generation, Wrong};
 pub use library::{Library, Listed, ListedKind, Selection};
 pub use score::Sample;
+pub use source::DataFile;
 pub use task::{Chat, Instance, Limit, Options, Render, Task};
 pub use texts::built_in_text;
+
+/// Refuses settings of generation that cannot be used, whichever tasks there are.
+///
+/// # Errors
+/// The first of them.
+pub fn check_generation(settings: &serde_json::Map<String, serde_json::Value>) -> Result<(), Error> {
+    Ok(generation::checked(settings).map(drop)?)
+}

@@ -17,11 +17,29 @@ pub fn no_split(config: &Config, key: &str, split: &str, known: &str) -> Error {
     Error::NoSplit { task, file, key: key.into(), split: split.into(), known: known.into() }
 }
 
+/// A file that documents were read from.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct DataFile {
+    pub split: String,
+    pub file: String,
+    /// Of the file as it lies there, in hexadecimal.
+    pub sha256: String,
+}
+
+/// The documents of a split.
+#[derive(Debug)]
+pub struct Split {
+    pub docs: Vec<Doc>,
+    pub files: Vec<DataFile>,
+    /// Files that are not in the data folder, where there is one, and where they are instead.
+    pub notes: Vec<String>,
+}
+
 /// Reads the documents of a split that the task's `key` names.
 ///
 /// # Errors
 /// When there is no such split, a file of it is missing or wrong, or it has no documents.
-pub fn read_split(config: &Config, key: &str, split: &str, data_dir: Option<&Path>) -> Result<Vec<Doc>, Error> {
+pub fn read_split(config: &Config, key: &str, split: &str, data_dir: Option<&Path>) -> Result<Split, Error> {
     let (paths, format) = match &config.data {
         DataSet::Files { format, splits } => {
             let Some((_, names)) = splits.iter().find(|(name, _)| name == split) else {
@@ -42,7 +60,19 @@ pub fn read_split(config: &Config, key: &str, split: &str, data_dir: Option<&Pat
         let file = paths.first().map(|p| p.display().to_string()).unwrap_or_default();
         return Err(Error::NoDocuments { task: config.name.clone(), split: split.into(), file });
     }
-    Ok(docs)
+    let elsewhere = |p: &&PathBuf| data_dir.is_some_and(|folder| !p.starts_with(folder));
+    let note = |p: &PathBuf| {
+        let folder = data_dir.unwrap_or(Path::new("")).display();
+        let name = p.file_name().unwrap_or_default().to_string_lossy();
+        format!("{}: {name} is not in the data folder {folder}; taken from {}", config.name, p.display())
+    };
+    let notes = paths.iter().filter(elsewhere).map(note).collect();
+    let file = |p: &PathBuf| {
+        let sha256 = files::digest(p)?;
+        Ok(DataFile { split: split.into(), file: p.display().to_string(), sha256 })
+    };
+    let files = paths.iter().map(file).collect::<Result<_, Error>>()?;
+    Ok(Split { docs, files, notes })
 }
 
 /// The data file of this name, or those that it fits as a pattern: in the folder for data, beside the task's file, or in a folder above up to the root.
@@ -52,6 +82,12 @@ fn find_file(config: &Config, name: &str, data_dir: Option<&Path>) -> Result<Vec
     if let Some(folder) = data_dir {
         looked.push(folder.join(name));
         looked.extend(relative.file_name().map(|n| folder.join(n)));
+        // A sample in the place of the data that was named would be another benchmark.
+        if config.root == Path::new(files::BUILT_IN) && !looked.iter().any(|p| files::exists(p)) {
+            let advice = "the shipped sample is not taken in its place: put the file there, or evaluate this task without \
+                          --data-dir";
+            return Err(no_data(config, name, &looked, advice.into()));
+        }
     }
     looked.push(config.folder.join(name));
     if relative.is_relative() {

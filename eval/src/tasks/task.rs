@@ -10,9 +10,10 @@ use super::{
     Error,
     config::{Config, Expression, OutputType, Sampler},
     data::Doc,
+    generation::{self, Generation},
     python,
     random::Random,
-    source::{no_split, read_split},
+    source::{DataFile, Split, no_split, read_split},
     template::Templates,
     turn::{Turn, join, messages, single_turn, turn},
 };
@@ -25,6 +26,11 @@ pub struct Task {
     pub(super) docs: Vec<Doc>,
     /// What few-shot examples are drawn from.
     pub(super) examples: Vec<Doc>,
+    /// Why there are no examples to draw from, which matters only where some are asked for.
+    no_examples: Option<String>,
+    files: Vec<DataFile>,
+    /// What whoever asked for the task should know of its data.
+    pub(super) notes: Vec<String>,
     /// The choices are contexts (Winogrande); `doc_to_text` says which is right.
     pub(super) multiple_input: bool,
     /// Several targets are right.
@@ -46,6 +52,8 @@ pub struct Options {
     pub generation: Map<String, Value>,
     /// What ends a model's thinking, which is no part of its answer.
     pub think_end: Option<String>,
+    /// What the model's maker set for generation, for what neither says.
+    pub of_model: Map<String, Value>,
 }
 
 impl Default for Options {
@@ -59,6 +67,7 @@ impl Default for Options {
             system: None,
             generation: Map::new(),
             think_end: None,
+            of_model: Map::new(),
         }
     }
 }
@@ -119,24 +128,38 @@ impl Task {
         let Some((key, split)) = test.clone().or_else(|| validation.clone()) else {
             return Err(no_split(&config, "test_split", "", ""));
         };
-        let docs = read_split(&config, key, &split, data_dir)?;
+        let Split { docs, mut files, mut notes } = read_split(&config, key, &split, data_dir)?;
         let pool = config.few_shot.split.clone().map(|s| ("fewshot_split", s));
+        let mut no_examples = None;
         let examples = match (pool, &config.few_shot.samples) {
             (None, Some(samples)) => samples.clone(),
             // lm-evaluation-harness's rule: training, else validation, else test documents.
             (pool, _) => match pool.or(training).or(validation).or(test) {
                 Some((_, name)) if name == split => docs.clone(),
-                // A training split that is not there matters only where examples are asked for.
-                Some(("training_split", name)) => match read_split(&config, "training_split", &name, data_dir) {
-                    Err(Error::NoData { .. } | Error::NoSplit { .. }) => Vec::new(),
-                    read => read?,
+                Some((key, name)) => match read_split(&config, key, &name, data_dir) {
+                    Ok(pool) => {
+                        files.extend(pool.files);
+                        notes.extend(pool.notes);
+                        pool.docs
+                    }
+                    // A pool that is not there matters only where examples are asked for.
+                    Err(e @ Error::NoData { .. }) => {
+                        no_examples = Some(e.to_string());
+                        Vec::new()
+                    }
+                    Err(e @ Error::NoSplit { .. }) if key == "training_split" => {
+                        no_examples = Some(e.to_string());
+                        Vec::new()
+                    }
+                    Err(e) => return Err(e),
                 },
-                Some((key, name)) => read_split(&config, key, &name, data_dir)?,
                 None => Vec::new(),
             },
         };
+        let templates = Templates::new();
+        let (multiple_input, multiple_target) = (false, false);
         let mut task =
-            Self { config, templates: Templates::new(), docs, examples, multiple_input: false, multiple_target: false };
+            Self { config, templates, docs, examples, no_examples, files, notes, multiple_input, multiple_target };
         // As lm-evaluation-harness: the first document shows what kind of task it is.
         let (first, expressions) = (&task.docs[0], &task.config);
         let has_choices = match &expressions.choices {
@@ -180,6 +203,12 @@ impl Task {
         self.docs.len()
     }
 
+    /// The files that documents and examples were read from.
+    #[must_use]
+    pub fn data_files(&self) -> &[DataFile] {
+        &self.files
+    }
+
     /// How many few-shot examples these options lead to.
     #[must_use]
     pub fn num_fewshot(&self, options: &Options) -> usize {
@@ -190,23 +219,41 @@ impl Task {
         }
     }
 
+    /// The `generation_kwargs` that apply.
+    fn generation_kwargs(&self, options: &Options) -> Result<Map<String, Value>, Error> {
+        let mut map = self.config.generation.clone();
+        if self.config.output == OutputType::Generate {
+            map.extend(generation::checked(&options.generation)?);
+        }
+        Ok(map)
+    }
+
+    /// How answers are generated, where the task has any.
+    ///
+    /// # Errors
+    /// When a setting of the options cannot be used.
+    pub fn generation(&self, options: &Options) -> Result<Option<Generation>, Error> {
+        if self.config.output != OutputType::Generate {
+            return Ok(None);
+        }
+        Ok(Some(generation::generation(&self.generation_kwargs(options)?, &options.of_model)))
+    }
+
     /// What to ask, in the order of the documents.
     ///
     /// # Errors
     /// When a document does not suit the task's templates, there are too few examples, or the chat template refuses.
     pub fn instances(&self, options: &Options, chat: Option<&Chat>) -> Result<Vec<Instance>, Error> {
         let count = options.limit.map_or(self.docs.len(), |l| l.of(self.docs.len()));
-        let mut generation = self.config.generation.clone();
-        if self.config.output == OutputType::Generate {
-            generation.extend(options.generation.clone());
-        }
-        let generation = Arc::new(generation);
+        let generation = Arc::new(self.generation_kwargs(options)?);
+        let meaning = generation::generation(&generation, &options.of_model).options;
+        let generation = (&meaning, &generation);
         // One generator for all documents: each continues where the one before stopped.
         let mut random = Random::new(options.seed);
         self.docs[..count]
             .iter()
             .enumerate()
-            .map(|(doc_id, doc)| self.instance(doc_id, doc, options, chat, &mut random, &generation))
+            .map(|(doc_id, doc)| self.instance(doc_id, doc, options, chat, &mut random, generation))
             .collect()
     }
 
@@ -217,7 +264,7 @@ impl Task {
         options: &Options,
         chat: Option<&Chat>,
         random: &mut Random,
-        generation: &Arc<Map<String, Value>>,
+        (meaning, generation): (&GenerationOptions, &Arc<Map<String, Value>>),
     ) -> Result<Instance, Error> {
         let id = doc_id.to_string();
         let (contexts, holds_itself) = self.contexts(doc_id, doc, options, chat, random)?;
@@ -266,8 +313,7 @@ impl Task {
                 }));
             }
             OutputType::Generate => {
-                let mut own = self.generation_options(generation, &id)?;
-                own.think_end.clone_from(&options.think_end);
+                let own = GenerationOptions { think_end: options.think_end.clone(), ..meaning.clone() };
                 requests
                     .extend(contexts.into_iter().map(|context| Request::Generate { context, options: own.clone() }));
             }
@@ -357,6 +403,9 @@ impl Task {
     fn draw(&self, count: usize, doc: &Doc, random: &mut Random) -> Result<Vec<usize>, Error> {
         if count == 0 {
             return Ok(Vec::new());
+        }
+        if let (Some(why), true) = (&self.no_examples, self.examples.is_empty()) {
+            return Err(Error::NoExamples { wanted: count, why: why.clone() });
         }
         let own = &self.config.few_shot;
         // The document itself is no example; it can only be one where the splits are the same.
@@ -499,38 +548,6 @@ impl Task {
 
     fn template_error(&self, key: &str, id: &str, message: String) -> Error {
         Error::Template { task: self.config.name.clone(), document: id.into(), key: key.into(), message }
-    }
-
-    /// `normalize_gen_kwargs`: names of the limit on tokens by priority; no temperature without sampling.
-    fn generation_options(&self, map: &Map<String, Value>, id: &str) -> Result<GenerationOptions, Error> {
-        let wrong = |key: &str, value: &Value| {
-            self.document(id, format!("`generation_kwargs`: `{key}` cannot be {}", python::repr(value)))
-        };
-        let number = |key: &str| map.get(key).filter(|v| !v.is_null()).map(|v| v.as_f64().ok_or_else(|| wrong(key, v)));
-        let number = |key: &str, default: f64| number(key).unwrap_or(Ok(default));
-        let own = GenerationOptions::default();
-        let limit = ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"];
-        let limit = limit.into_iter().find(|k| map.get(*k).is_some_and(|v| !v.is_null())).unwrap_or("max_gen_toks");
-        let until = match map.get("until") {
-            None | Some(Value::Null) => Vec::new(),
-            Some(Value::String(s)) => vec![s.clone()],
-            Some(v @ Value::Array(items)) => {
-                let text = |i: &Value| i.as_str().map(str::to_owned).ok_or_else(|| wrong("until", v));
-                items.iter().map(text).collect::<Result<_, _>>()?
-            }
-            Some(v) => return Err(wrong("until", v)),
-        };
-        let greedy = map.get("do_sample") == Some(&Value::Bool(false));
-        Ok(GenerationOptions {
-            until,
-            max_tokens: number(limit, own.max_tokens as f64)? as usize,
-            temperature: if greedy { 0.0 } else { number("temperature", own.temperature)? },
-            top_p: number("top_p", own.top_p)?,
-            top_k: number("top_k", own.top_k as f64)?.max(0.0) as usize,
-            min_p: number("min_p", own.min_p)?,
-            seed: number("seed", own.seed as f64)? as u64,
-            think_end: None,
-        })
     }
 }
 

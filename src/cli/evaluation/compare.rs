@@ -66,7 +66,7 @@ pub(in crate::cli) struct Args {
     #[arg(long, value_name = "MODE", num_args = 0..=1, default_missing_value = "quantize")]
     attribute: Option<Attribute>,
     /// Windows of the first text that --attribute runs for each part
-    #[arg(long, default_value_t = 4, value_name = "N")]
+    #[arg(long, default_value_t = 4, value_name = "N", requires = "attribute")]
     attribute_windows: usize,
     /// Exit with 3 unless every model's mean recovery is at least this with confidence (its interval's lower bound)
     #[arg(long, value_name = "SHARE")]
@@ -175,6 +175,15 @@ fn check_before(args: &Args, setup: &Setup, selection: &Selection, texts: &[(Str
     }
     if !(0.5..1.0).contains(&args.confidence) {
         bail!("--confidence {}: expected at least 0.5 and less than 1, such as 0.95", args.confidence);
+    }
+    if texts.is_empty() && args.attribute.is_some() {
+        bail!("--attribute ranks parts of the model by KL on the first text, and --text names none");
+    }
+    if selection.tasks.is_empty() {
+        let of_tasks = args.tasks.given();
+        if !of_tasks.is_empty() {
+            super::super::say!("warning: without effect, as there is no task: {}", of_tasks.join(", "));
+        }
     }
     if !texts.is_empty() && (args.windows < 2 || args.window < 2) {
         bail!("--windows {} --window {}: an error needs two windows of two tokens at least", args.windows, args.window);

@@ -57,7 +57,7 @@ pub(super) struct TaskOptions {
     /// System message, or text before the task's description
     #[arg(long, value_name = "TEXT")]
     system_instruction: Option<String>,
-    /// Over the tasks' own: temperature=0.7,top_p=0.9,max_gen_toks=512
+    /// Over the tasks' own: temperature=0.7,top_p=0.9,max_gen_toks=512,until=["a","b"], or a JSON object
     #[arg(long, value_name = "KEY=VALUE,…")]
     gen_kwargs: Option<String>,
     /// Draw sampled answers this often, each time with another seed
@@ -149,11 +149,27 @@ impl TaskOptions {
                 system: self.system_instruction.clone(),
                 think_end: self.think_end_token.clone(),
                 generation: self.gen_kwargs.as_deref().map(gen_kwargs).transpose()?.unwrap_or_default(),
+                ..Options::default()
             },
             chat: self.apply_chat_template,
             fewshot_as_multiturn: self.fewshot_as_multiturn,
             seeds: self.seeds,
         })
+    }
+
+    /// Options given that say how tasks are put.
+    fn given(&self) -> Vec<&'static str> {
+        let all = [
+            ("--data-dir", self.data_dir.is_some()),
+            ("--num-fewshot", self.num_fewshot.is_some()),
+            ("--limit", self.limit.is_some()),
+            ("--apply-chat-template", self.apply_chat_template),
+            ("--system-instruction", self.system_instruction.is_some()),
+            ("--gen-kwargs", self.gen_kwargs.is_some()),
+            ("--seeds", self.seeds != 1),
+            ("--fewshot-seed", self.fewshot_seed != Options::default().seed),
+        ];
+        all.iter().filter(|(_, given)| *given).map(|(name, _)| *name).collect()
     }
 
     /// How the tasks are put, for results.json.
@@ -166,21 +182,50 @@ impl TaskOptions {
     }
 }
 
-/// `key=value,key=value`; values are JSON where they can be, text otherwise.
+/// `key=value,key=value`, where a value is JSON if it begins as a list, an object or a quoted text; or one JSON object.
 fn gen_kwargs(text: &str) -> Result<Map<String, Value>> {
+    let mut rest = text.trim();
+    if rest.starts_with('{') {
+        return serde_json::from_str(rest).with_context(|| format!("--gen-kwargs: `{rest}` is no JSON object"));
+    }
     let mut out = Map::new();
-    for pair in text.split(',').filter(|p| !p.trim().is_empty()) {
-        let (key, value) =
-            pair.split_once('=').with_context(|| format!("--gen-kwargs: `{pair}` is not of the form key=value"))?;
-        let value = value.trim();
-        let parsed = match value {
-            "True" => true.into(),
-            "False" => false.into(),
-            _ => serde_json::from_str(value).unwrap_or_else(|_| value.into()),
+    while !rest.is_empty() {
+        let (key, after) = rest.split_once('=').filter(|(key, _)| !key.contains(',')).with_context(|| {
+            format!("--gen-kwargs: `{rest}` is not of the form key=value; a list is written until=[\"a\",\"b\"]")
+        })?;
+        let (key, after) = (key.trim(), after.trim_start());
+        let (value, end) = if after.starts_with(['[', '{', '"']) {
+            let mut values = serde_json::Deserializer::from_str(after).into_iter::<Value>();
+            let value = values.next().context("no value")?.with_context(|| {
+                format!("--gen-kwargs: `{key}` begins as JSON and is none: {after}; write a text as {key}=\"…\"")
+            })?;
+            (value, values.byte_offset())
+        } else {
+            let end = after.find(',').unwrap_or(after.len());
+            (word(after[..end].trim()), end)
         };
-        out.insert(key.trim().into(), parsed);
+        rest = after[end..].trim_start();
+        if !rest.is_empty() {
+            rest = rest
+                .strip_prefix(',')
+                .with_context(|| format!("--gen-kwargs: expected a comma after the value of `{key}`, found `{rest}`"))?
+                .trim_start();
+        }
+        if out.insert(key.to_owned(), value).is_some() {
+            bail!("--gen-kwargs: `{key}` is there twice");
+        }
     }
     Ok(out)
+}
+
+/// A value that is not written as JSON: a number, a truth, nothing, or else a text.
+fn word(text: &str) -> Value {
+    match text {
+        "True" => true.into(),
+        "False" => false.into(),
+        "None" => Value::Null,
+        _ => serde_json::from_str(text).unwrap_or_else(|_| text.into()),
+    }
 }
 
 /// `i/n`, i from 0.
@@ -241,4 +286,34 @@ fn facts_config(facts: &ModelFacts, identity: &Value, tasks: Value) -> Value {
         config.extend(tasks);
     }
     config
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gen_kwargs_are_pairs_or_an_object_and_commas_in_values_are_theirs() {
+        let read = |text: &str| Value::Object(gen_kwargs(text).unwrap());
+        assert_eq!(
+            read("temperature=0.7, top_k=5,do_sample=True"),
+            json!({"temperature": 0.7, "top_k": 5, "do_sample": true})
+        );
+        assert_eq!(read(r#"until=["a","b"],max_gen_toks=3"#), json!({"until": ["a", "b"], "max_gen_toks": 3}));
+        assert_eq!(read(r#"until="a,\nb" , seed=None"#), json!({"until": "a,\nb", "seed": null}));
+        assert_eq!(read(r#"{"until": ["x"], "top_p": 0.5}"#), json!({"until": ["x"], "top_p": 0.5}));
+        assert_eq!(read("stop=e"), json!({"stop": "e"}));
+        assert_eq!(read(""), json!({}));
+        for (text, message) in [
+            ("temperature", "not of the form key=value"),
+            ("top_p=1,b", "not of the form key=value"),
+            ("until=[a]", "begins as JSON and is none"),
+            (r#"until=["a"]x"#, "expected a comma"),
+            ("top_k=1,top_k=2", "is there twice"),
+            ("{x}", "no JSON object"),
+        ] {
+            let error = format!("{:#}", gen_kwargs(text).unwrap_err());
+            assert!(error.contains(message), "{text}: {error}");
+        }
+    }
 }

@@ -1,0 +1,362 @@
+//! `generation_kwargs`: how answers are generated. Every setting is used, refused, or named as having no effect.
+
+use serde_json::{Map, Value};
+
+use super::{error::nearest, python};
+use crate::GenerationOptions;
+
+/// Settings as they count together.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Generation {
+    pub options: GenerationOptions,
+    /// Settings that were asked for and change nothing, each with its value and the reason.
+    pub unused: Vec<String>,
+}
+
+/// A setting that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{key}` {problem}")]
+pub struct Wrong {
+    pub key: String,
+    pub problem: String,
+}
+
+/// Names of the limit on tokens, by their priority in lm-evaluation-harness (`normalize_gen_kwargs`).
+const LIMITS: [&str; 4] = ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"];
+/// Names of the strings that end an answer: lm-evaluation-harness's, OpenAI's, transformers'.
+const STOPS: [&str; 3] = ["until", "stop", "stop_strings"];
+/// What else is used, and which numbers it takes.
+const NUMBERS: [(&str, &str, fn(f64) -> bool); 8] = [
+    ("temperature", "0 (greedy) or more", |v| v >= 0.0),
+    ("top_p", "from 0 to 1 (1, or -1, is off)", |v| (0.0..=1.0).contains(&v) || v == -1.0),
+    ("top_k", "a whole number (0, or -1, is off)", |v| v >= -1.0 && v.fract() == 0.0),
+    ("min_p", "from 0 to 1 (0 is off)", |v| (0.0..=1.0).contains(&v) || v == -1.0),
+    ("repetition_penalty", "above 0 (1 is off)", |v| v > 0.0),
+    ("presence_penalty", "from -2 to 2 (0 is off)", |v| (-2.0..=2.0).contains(&v)),
+    ("frequency_penalty", "from -2 to 2 (0 is off)", |v| (-2.0..=2.0).contains(&v)),
+    ("seed", "a whole number", |v| v >= 0.0 && v.fract() == 0.0),
+];
+/// Settings of sampling only.
+const SAMPLING: [&str; 4] = ["top_p", "top_k", "min_p", "seed"];
+/// What of a model's own settings counts where nothing else is said, as transformers has it.
+pub const OF_THE_MODEL: [&str; 4] = ["top_p", "top_k", "min_p", "repetition_penalty"];
+/// Settings of transformers and vLLM that are not supported, with the number at which they are off. Null, false and nothing
+/// in a list are off, too.
+const OFF: [(&str, f64); 31] = [
+    ("num_beams", 1.0),
+    ("num_beam_groups", 1.0),
+    ("num_return_sequences", 1.0),
+    ("n", 1.0),
+    ("best_of", 1.0),
+    ("beam_width", 1.0),
+    ("no_repeat_ngram_size", 0.0),
+    ("encoder_no_repeat_ngram_size", 0.0),
+    ("encoder_repetition_penalty", 1.0),
+    ("min_length", 0.0),
+    ("min_new_tokens", 0.0),
+    ("min_tokens", 0.0),
+    ("typical_p", 1.0),
+    ("epsilon_cutoff", 0.0),
+    ("eta_cutoff", 0.0),
+    ("penalty_alpha", 0.0),
+    ("diversity_penalty", 0.0),
+    ("guidance_scale", 1.0),
+    ("bad_words_ids", 0.0),
+    ("force_words_ids", 0.0),
+    ("suppress_tokens", 0.0),
+    ("begin_suppress_tokens", 0.0),
+    ("forced_bos_token_id", -1.0),
+    ("forced_eos_token_id", -1.0),
+    ("eos_token_id", -1.0),
+    ("stop_token_ids", -1.0),
+    ("sequence_bias", 0.0),
+    ("logit_bias", 0.0),
+    ("exponential_decay_length_penalty", 0.0),
+    ("ignore_eos", 0.0),
+    ("prompt_lookup_num_tokens", 0.0),
+];
+/// Settings that change no answer here, and why.
+const NO_EFFECT: [(&str, &str); 7] = [
+    ("length_penalty", "without beams it has none"),
+    ("early_stopping", "without beams it has none"),
+    ("use_cache", "answers are the same with and without"),
+    ("pad_token_id", "nothing is padded"),
+    ("return_dict_in_generate", "answers are texts"),
+    ("output_scores", "answers are texts"),
+    ("remove_invalid_values", "a logit that is no number ends the run"),
+];
+
+/// Checks the settings of one place (a task, the command); the names of stop strings become `until`.
+///
+/// # Errors
+/// The first setting that is not known, not supported or of no possible value.
+pub fn checked(map: &Map<String, Value>) -> Result<Map<String, Value>, Wrong> {
+    let mut out = Map::new();
+    for (key, value) in map {
+        let wrong = |problem: String| Wrong { key: key.clone(), problem };
+        let expected = |what: &str| wrong(format!("must be {what}, found {}", python::repr(value)));
+        let name = key.as_str();
+        if STOPS.contains(&name) {
+            stops(value).ok_or_else(|| expected("a text or a list of texts"))?;
+            if STOPS.iter().any(|other| *other != name && map.contains_key(*other)) {
+                return Err(wrong(format!("is there beside another of {}; give one", STOPS.join(", "))));
+            }
+            out.insert("until".into(), value.clone());
+            continue;
+        }
+        if LIMITS.contains(&name) {
+            if !value.is_null() && number(value).is_none_or(|n| n < 1.0 || n.fract() != 0.0) {
+                return Err(expected("a count of tokens, 1 or more"));
+            }
+        } else if name == "do_sample" {
+            if !value.is_null() && !value.is_boolean() {
+                return Err(expected("true or false"));
+            }
+        } else if let Some((_, what, valid)) = NUMBERS.iter().find(|(known, ..)| *known == name) {
+            if !value.is_null() && number(value).is_none_or(|n| !valid(n)) {
+                return Err(expected(what));
+            }
+        } else if name == "max_length" {
+            return Err(wrong(format!(
+                "counts the prompt's tokens too and is not supported; set `max_gen_toks`, which counts the answer's (found {})",
+                python::repr(value)
+            )));
+        } else if let Some((_, off)) = OFF.iter().find(|(known, _)| *known == name) {
+            if !is_off(value, *off) {
+                return Err(wrong(format!("cannot be {}: it is not supported; leave it out", python::repr(value))));
+            }
+        } else if !NO_EFFECT.iter().any(|(known, _)| *known == name) {
+            let names = NUMBERS.iter().map(|(n, ..)| *n).chain(OFF.iter().map(|(n, _)| *n));
+            let names = names.chain(LIMITS).chain(STOPS).chain(["do_sample"]);
+            return Err(wrong(format!(
+                "is no setting of generation that is known; the nearest is `{}`",
+                nearest(name, names)
+            )));
+        }
+        out.insert(key.clone(), value.clone());
+    }
+    Ok(out)
+}
+
+/// What checked settings mean together, by lm-evaluation-harness's rules (`normalize_gen_kwargs`). `of_model` counts where
+/// they say nothing.
+#[must_use]
+pub fn generation(map: &Map<String, Value>, of_model: &Map<String, Value>) -> Generation {
+    let own = GenerationOptions::default();
+    let mut unused = Vec::new();
+    let mut name = |key: &str, value: &Value, why: &str| unused.push(format!("{key} {value} ({why})"));
+    let given = |key: &str| map.get(key).filter(|v| !v.is_null());
+
+    let limits: Vec<(&str, &Value)> = LIMITS.iter().filter_map(|key| Some((*key, given(key)?))).collect();
+    for (key, value) in limits.iter().skip(1).filter(|(_, v)| number(v) != number(limits[0].1)) {
+        name(key, value, &format!("{} {} counts, as in lm-evaluation-harness", limits[0].0, limits[0].1));
+    }
+    let asked = given("temperature").and_then(number).unwrap_or(own.temperature);
+    let do_sample = given("do_sample").and_then(Value::as_bool);
+    let temperature = if do_sample == Some(false) { 0.0 } else { asked };
+    if let (Some(false), Some(value), true) = (do_sample, given("temperature"), asked > 0.0) {
+        name("temperature", value, "do_sample is false; set it to true");
+    }
+    if do_sample == Some(true) && asked == 0.0 {
+        name("do_sample", &Value::Bool(true), "temperature is 0, so answers are greedy");
+    }
+    let sampled = temperature > 0.0;
+    for key in SAMPLING.iter().filter(|_| !sampled) {
+        if let Some(value) = given(key).filter(|v| *key == "seed" || is_neutral(key, v) == Some(false)) {
+            name(key, value, "answers are greedy");
+        }
+    }
+    for (key, why) in NO_EFFECT {
+        if let Some(value) = given(key).filter(|v| **v != Value::Bool(false)) {
+            name(key, value, why);
+        }
+    }
+    let value = |key: &str, default: f64| {
+        let counts = OF_THE_MODEL.contains(&key) && (sampled || !SAMPLING.contains(&key));
+        given(key).or(of_model.get(key).filter(|_| counts)).and_then(number).unwrap_or(default)
+    };
+    let options = GenerationOptions {
+        until: map.get("until").and_then(stops).unwrap_or_default(),
+        max_tokens: limits.first().and_then(|(_, v)| number(v)).map_or(own.max_tokens, |n| n as usize),
+        temperature,
+        top_p: match value("top_p", own.top_p) {
+            // Only the most probable token is left, as with the smallest positive share.
+            0.0 => f64::from(f32::MIN_POSITIVE),
+            off if off < 0.0 => 1.0,
+            p => p,
+        },
+        top_k: value("top_k", own.top_k as f64).max(0.0) as usize,
+        min_p: value("min_p", own.min_p).max(0.0),
+        repetition_penalty: value("repetition_penalty", own.repetition_penalty),
+        presence_penalty: value("presence_penalty", own.presence_penalty),
+        frequency_penalty: value("frequency_penalty", own.frequency_penalty),
+        seed: value("seed", own.seed as f64) as u64,
+        think_end: None,
+    };
+    Generation { options, unused }
+}
+
+/// A number, or a text that is one: YAML 1.1 takes `1e-5` for a text.
+fn number(value: &Value) -> Option<f64> {
+    value.as_f64().or_else(|| value.as_str()?.trim().parse().ok()).filter(|n| n.is_finite())
+}
+
+fn stops(value: &Value) -> Option<Vec<String>> {
+    match value {
+        Value::Null => Some(Vec::new()),
+        Value::String(s) => Some(vec![s.clone()]),
+        Value::Array(items) => items.iter().map(|i| i.as_str().map(str::to_owned)).collect(),
+        _ => None,
+    }
+}
+
+fn is_off(value: &Value, off: f64) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(items) => items.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        value => number(value) == Some(off),
+    }
+}
+
+/// Whether a setting of sampling has the value at which it does nothing.
+fn is_neutral(key: &str, value: &Value) -> Option<bool> {
+    let value = number(value)?;
+    Some(match key {
+        "top_p" => value == 1.0 || value < 0.0,
+        _ => value <= 0.0,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn map(value: Value) -> Map<String, Value> {
+        value.as_object().unwrap().clone()
+    }
+
+    fn read(value: Value) -> Generation {
+        generation(&checked(&map(value)).unwrap(), &Map::new())
+    }
+
+    #[test]
+    fn every_setting_that_is_used_arrives() {
+        let found = read(json!({"until": ["a", "b"], "max_gen_toks": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 3,
+            "min_p": 0.1, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": -0.5, "seed": 4}));
+        let expected = GenerationOptions {
+            until: vec!["a".into(), "b".into()],
+            max_tokens: 7,
+            temperature: 0.5,
+            top_p: 0.9,
+            top_k: 3,
+            min_p: 0.1,
+            repetition_penalty: 1.3,
+            presence_penalty: 0.5,
+            frequency_penalty: -0.5,
+            seed: 4,
+            think_end: None,
+        };
+        assert_eq!(found, Generation { options: expected, unused: vec![] });
+    }
+
+    #[test]
+    fn what_is_not_known_or_not_supported_is_refused_by_name() {
+        for (setting, message) in [
+            (
+                json!({"temprature": 1.5}),
+                "`temprature` is no setting of generation that is known; the nearest is `temperature`",
+            ),
+            (
+                json!({"repeat_penalty": 1.5}),
+                "`repeat_penalty` is no setting of generation that is known; the nearest is `repetition_penalty`",
+            ),
+            (json!({"num_beams": 4}), "`num_beams` cannot be 4: it is not supported; leave it out"),
+            (
+                json!({"no_repeat_ngram_size": 2}),
+                "`no_repeat_ngram_size` cannot be 2: it is not supported; leave it out",
+            ),
+            (json!({"bad_words_ids": [[1]]}), "`bad_words_ids` cannot be [[1]]: it is not supported; leave it out"),
+            (json!({"max_gen_toks": 0}), "`max_gen_toks` must be a count of tokens, 1 or more, found 0"),
+            (json!({"max_tokens": 1.5}), "`max_tokens` must be a count of tokens, 1 or more, found 1.5"),
+            (json!({"do_sample": "yes"}), "`do_sample` must be true or false, found 'yes'"),
+            (json!({"temperature": -1}), "`temperature` must be 0 (greedy) or more, found -1"),
+            (json!({"temperature": "NaN"}), "`temperature` must be 0 (greedy) or more, found 'NaN'"),
+            (json!({"top_p": 1.5}), "`top_p` must be from 0 to 1 (1, or -1, is off), found 1.5"),
+            (json!({"top_k": 2.5}), "`top_k` must be a whole number (0, or -1, is off), found 2.5"),
+            (json!({"top_k": -2}), "`top_k` must be a whole number (0, or -1, is off), found -2"),
+            (json!({"repetition_penalty": 0}), "`repetition_penalty` must be above 0 (1 is off), found 0"),
+            (json!({"until": 3}), "`until` must be a text or a list of texts, found 3"),
+            (json!({"until": [1]}), "`until` must be a text or a list of texts, found [1]"),
+            (
+                json!({"until": "a", "stop": "b"}),
+                "`until` is there beside another of until, stop, stop_strings; give one",
+            ),
+            (json!({"seed": -1}), "`seed` must be a whole number, found -1"),
+        ] {
+            assert_eq!(checked(&map(setting)).unwrap_err().to_string(), message);
+        }
+        assert!(checked(&map(json!({"max_length": 9}))).unwrap_err().to_string().contains("set `max_gen_toks`"));
+    }
+
+    #[test]
+    fn what_means_off_is_off() {
+        for off in [
+            json!({"top_k": 0}),
+            json!({"top_k": -1, "temperature": null}),
+            json!({"top_p": 1, "min_p": 0, "repetition_penalty": 1.0}),
+            json!({"top_p": -1, "presence_penalty": 0}),
+            json!({"num_beams": 1, "no_repeat_ngram_size": 0, "typical_p": 1.0, "bad_words_ids": null, "use_cache": false}),
+            json!({"until": null, "max_tokens": null, "do_sample": null}),
+        ] {
+            assert_eq!(
+                read(off.clone()),
+                Generation { options: GenerationOptions::default(), unused: vec![] },
+                "{off}"
+            );
+        }
+    }
+
+    #[test]
+    fn stop_is_until_and_limits_have_lm_evals_priority() {
+        assert_eq!(read(json!({"stop": "e"})).options.until, ["e"]);
+        assert_eq!(read(json!({"stop_strings": ["e", "f"]})).options.until, ["e", "f"]);
+        assert_eq!(read(json!({"max_completion_tokens": "9"})).options.max_tokens, 9);
+        let found = read(json!({"max_new_tokens": 3, "max_gen_toks": 12}));
+        assert_eq!(found.options.max_tokens, 12);
+        assert_eq!(found.unused, ["max_new_tokens 3 (max_gen_toks 12 counts, as in lm-evaluation-harness)"]);
+        assert_eq!(read(json!({"max_new_tokens": 12, "max_gen_toks": 12})).unused, Vec::<String>::new());
+    }
+
+    #[test]
+    fn what_changes_nothing_is_named() {
+        let found = read(json!({"do_sample": false, "temperature": 1.5, "top_p": 0.9, "seed": 1, "length_penalty": 2}));
+        assert_eq!(found.options, GenerationOptions::default());
+        let expected = [
+            "temperature 1.5 (do_sample is false; set it to true)",
+            "top_p 0.9 (answers are greedy)",
+            "seed 1 (answers are greedy)",
+            "length_penalty 2 (without beams it has none)",
+        ];
+        assert_eq!(found.unused, expected);
+        assert_eq!(
+            read(json!({"do_sample": true})).unused,
+            ["do_sample true (temperature is 0, so answers are greedy)"]
+        );
+        assert_eq!(read(json!({"do_sample": false, "temperature": 0})).unused, Vec::<String>::new());
+    }
+
+    #[test]
+    fn the_models_own_settings_count_where_nothing_else_is_said() {
+        let of_model = map(json!({"top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1, "temperature": 0.7}));
+        let of = |own: Value| generation(&checked(&map(own)).unwrap(), &of_model).options;
+        let greedy = of(json!({}));
+        assert_eq!(greedy, GenerationOptions { repetition_penalty: 1.1, ..GenerationOptions::default() });
+        let sampled = of(json!({"temperature": 0.5, "top_k": 0}));
+        let expected = GenerationOptions { temperature: 0.5, top_p: 0.9, ..greedy };
+        assert_eq!(sampled, expected);
+        assert_eq!(of(json!({"repetition_penalty": 1})), GenerationOptions::default());
+    }
+}
