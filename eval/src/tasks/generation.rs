@@ -39,7 +39,7 @@ const NUMBERS: [(&str, &str, fn(f64) -> bool); 8] = [
 /// Settings of sampling only.
 const SAMPLING: [&str; 4] = ["top_p", "top_k", "min_p", "seed"];
 /// What of a model's own settings counts where nothing else is said, as transformers has it.
-pub const OF_THE_MODEL: [&str; 4] = ["top_p", "top_k", "min_p", "repetition_penalty"];
+const OF_THE_MODEL: [&str; 4] = ["top_p", "top_k", "min_p", "repetition_penalty"];
 /// Settings of transformers and vLLM that are not supported, with the number at which they are off. Null, false and nothing
 /// in a list are off, too.
 const OFF: [(&str, f64); 31] = [
@@ -172,8 +172,11 @@ pub fn generation(map: &Map<String, Value>, of_model: &Map<String, Value>) -> Ge
         }
     }
     let value = |key: &str, default: f64| {
-        let counts = OF_THE_MODEL.contains(&key) && (sampled || !SAMPLING.contains(&key));
-        given(key).or(of_model.get(key).filter(|_| counts)).and_then(number).unwrap_or(default)
+        if SAMPLING.contains(&key) && !sampled {
+            return default;
+        }
+        let of_model = of_model.get(key).filter(|_| OF_THE_MODEL.contains(&key));
+        given(key).or(of_model).and_then(number).unwrap_or(default)
     };
     let options = GenerationOptions {
         until: map.get("until").and_then(stops).unwrap_or_default(),
