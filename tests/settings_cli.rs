@@ -112,7 +112,9 @@ fn a_models_own_repetition_penalty_counts_unless_the_command_says_otherwise() {
     let sampled = Place::new(TASK, Some(json!({"eos_token_id": 0, "top_k": 1})));
     assert_eq!(sampled.answers(&["--gen-kwargs", "do_sample=True,temperature=5"]).0, PLAIN);
     let stopped = Place::new(TASK, Some(json!({"eos_token_id": 0, "stop_strings": ["afraid"]})));
-    assert_eq!(stopped.answers(&[]).0[0], ", I was not at all ");
+    let (answers, _, results) = stopped.answers(&[]);
+    assert_eq!(answers[0], ", I was not at all ");
+    assert_eq!(results["generation"]["gen"]["settings"]["until"], json!(["afraid"]));
 }
 
 #[test]

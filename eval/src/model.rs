@@ -78,7 +78,8 @@ fn is_zero(value: &f64) -> bool {
 /// What a model's maker set for the generation of answers (generation_config.json).
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GenerationDefaults {
-    /// `top_p`, `top_k`, `min_p` and `repetition_penalty`: they count where neither task nor command says otherwise.
+    /// `top_p`, `top_k`, `min_p` and `repetition_penalty`, which count where neither task nor command says otherwise;
+    /// `stop_strings`, which end answers beside the task's.
     pub settings: Map<String, Value>,
     /// What would change answers and is not used, each with its value and the reason.
     pub unused: Vec<String>,

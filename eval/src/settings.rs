@@ -40,7 +40,8 @@ pub(crate) fn without_effect(
     if !generations.is_empty() {
         let mut unused = of_model.unused.clone();
         if sampled.is_empty() {
-            let greedy = of_model.settings.iter().filter(|(key, _)| *key != "repetition_penalty");
+            let greedy =
+                of_model.settings.iter().filter(|(key, _)| ["top_p", "top_k", "min_p"].contains(&key.as_str()));
             unused.extend(greedy.map(|(key, value)| format!("{key} {value} (answers are greedy)")));
         }
         if !unused.is_empty() {

@@ -269,7 +269,6 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
             prompt: Vec<u32>,
             sampling: SamplingParams,
             options: &'a GenerationOptions,
-            stop: Vec<String>,
         }
         let mut prepared = Vec::new();
         for (index, request) in requests.iter().enumerate() {
@@ -285,8 +284,7 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
                 self.truncated += 1;
                 prompt.drain(..prompt.len() - room);
             }
-            let stop = options.until.iter().chain(&self.text.generation.stop_strings).cloned().collect();
-            prepared.push(Prepared { index, prompt, sampling: sampling(options), options, stop });
+            prepared.push(Prepared { index, prompt, sampling: sampling(options), options });
         }
         let jobs: Vec<engine::Request> = prepared
             .iter()
@@ -295,7 +293,7 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
                 max_tokens: p.options.max_tokens,
                 sampling: &p.sampling,
                 stop_tokens: &self.text.stop_tokens,
-                stop: &p.stop,
+                stop: &p.options.until,
                 stop_after: p.options.think_end.as_deref(),
             })
             .collect();
@@ -378,6 +376,9 @@ fn generation_defaults(config: &GenerationConfig) -> GenerationDefaults {
         if is_set {
             settings.insert(name.into(), value.into());
         }
+    }
+    if !config.stop_strings.is_empty() {
+        settings.insert("stop_strings".into(), config.stop_strings.clone().into());
     }
     let counted = ["temperature ", "top_p ", "top_k ", "min_p "];
     let mut unused: Vec<String> =

@@ -178,8 +178,11 @@ pub fn generation(map: &Map<String, Value>, of_model: &Map<String, Value>) -> Ge
         let of_model = of_model.get(key).filter(|_| OF_THE_MODEL.contains(&key));
         given(key).or(of_model).and_then(number).unwrap_or(default)
     };
+    let mut until = map.get("until").and_then(stops).unwrap_or_default();
+    // The model's own end its answers beside the task's.
+    until.extend(of_model.get("stop_strings").and_then(stops).unwrap_or_default());
     let options = GenerationOptions {
-        until: map.get("until").and_then(stops).unwrap_or_default(),
+        until,
         max_tokens: limits.first().and_then(|(_, v)| number(v)).map_or(own.max_tokens, |n| n as usize),
         temperature,
         top_p: match value("top_p", own.top_p) {
@@ -361,5 +364,7 @@ mod tests {
         let expected = GenerationOptions { temperature: 0.5, top_p: 0.9, ..greedy };
         assert_eq!(sampled, expected);
         assert_eq!(of(json!({"repetition_penalty": 1})), GenerationOptions::default());
+        let stops = generation(&map(json!({"until": ["a"]})), &map(json!({"stop_strings": ["b"]}))).options.until;
+        assert_eq!(stops, ["a", "b"]);
     }
 }
