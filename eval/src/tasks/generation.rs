@@ -25,8 +25,10 @@ pub struct Wrong {
 const LIMITS: [&str; 4] = ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"];
 /// Names of the strings that end an answer: lm-evaluation-harness's, OpenAI's, transformers'.
 const STOPS: [&str; 3] = ["until", "stop", "stop_strings"];
-/// What else is used, and which numbers it takes.
-const NUMBERS: [(&str, &str, fn(f64) -> bool); 8] = [
+/// A setting's name, the numbers that it takes in words, and whether a number is one of them.
+type Number = (&'static str, &'static str, fn(f64) -> bool);
+/// What else is used.
+const NUMBERS: [Number; 8] = [
     ("temperature", "0 (greedy) or more", |v| v >= 0.0),
     ("top_p", "from 0 to 1 (1, or -1, is off)", |v| (0.0..=1.0).contains(&v) || v == -1.0),
     ("top_k", "a whole number (0, or -1, is off)", |v| v >= -1.0 && v.fract() == 0.0),
