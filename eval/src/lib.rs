@@ -7,6 +7,7 @@ pub mod compare;
 pub mod comparison;
 pub mod divergence;
 pub mod foreign;
+pub mod http;
 pub mod ifeval;
 pub mod jinja;
 pub mod journal;

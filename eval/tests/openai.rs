@@ -6,7 +6,8 @@ use std::ops::ControlFlow;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use recoup_eval::openai::{ApiKey, Asked, Error, Fault, OpenAi, Options};
+use recoup_eval::http::Broken;
+use recoup_eval::openai::{ApiKey, Asked, Error, Fault, Fields, OpenAi, Options, Tally};
 use recoup_eval::{GenerationOptions, LanguageModel, Message, Request, Response};
 use serde_json::json;
 use support::{Echo, Quirks, Reply, Server, bigram, expected, greedy, tokenize};
@@ -39,6 +40,12 @@ fn ask(model: &mut OpenAi, requests: &[Request]) -> (Vec<Option<Response>>, Resu
         ControlFlow::Continue(())
     });
     (responses, result)
+}
+
+fn ask_all(model: &mut OpenAi, requests: &[Request]) -> Vec<Response> {
+    let (responses, result) = ask(model, requests);
+    result.unwrap();
+    responses.into_iter().map(Option::unwrap).collect()
 }
 
 fn one(server: &Server, options: Options, request: Request) -> Result<Response, Error> {
@@ -257,7 +264,12 @@ fn sampling_is_asked_for_only_where_there_is_any() {
     };
     let requests = [generate("a", GenerationOptions { max_tokens: 2, ..Default::default() }), generate("a", sampled)];
     let extra = json!({"min_tokens": 1}).as_object().unwrap().clone();
-    ask(&mut model(&server, Options { concurrency: 1, extra, ..options() }), &requests).1.unwrap();
+    ask(
+        &mut model(&server, Options { concurrency: 1, fields: Fields { extra, ..Fields::default() }, ..options() }),
+        &requests,
+    )
+    .1
+    .unwrap();
     let bodies: Vec<_> = server.seen().into_iter().map(|s| s.body).collect();
     let neutral = json!({"model": "bigram", "prompt": "a", "max_tokens": 2, "temperature": 0.0, "repeat_penalty": 1.0,
         "repetition_penalty": 1.0, "min_tokens": 1});
@@ -364,8 +376,8 @@ fn each_way_to_fail_has_its_own_words() {
         (|| Reply::Json(200, json!({"data": 1})), |f| matches!(f, Fault::Unexpected(_)), "choices"),
         (
             || Reply::Json(200, json!({"error": "no model loaded"})),
-            |f| matches!(f, Fault::Status { .. }),
-            "no model loaded",
+            |f| matches!(f, Fault::Said { .. }),
+            "the server says: no model loaded",
         ),
         (|| Reply::Json(404, json!({"detail": "Not Found"})), |f| matches!(f, Fault::NotFound { .. }), "Not Found"),
         (
@@ -373,8 +385,8 @@ fn each_way_to_fail_has_its_own_words() {
             |f| matches!(f, Fault::Status { status: 307, .. }),
             "307",
         ),
-        (|| Reply::Truncated, |f| matches!(f, Fault::Broken(_)), "the connection broke"),
-        (|| Reply::Hangup, |f| matches!(f, Fault::Broken(_)), "did the server die?"),
+        (|| Reply::Truncated, |f| matches!(f, Fault::Transport(Broken::Connection(_))), "the connection broke"),
+        (|| Reply::Hangup, |f| matches!(f, Fault::Transport(Broken::Connection(_))), "did the server die?"),
     ];
     for (reply, is, words) in cases {
         let fault = fault(&Server::start(move |_, _| reply()), request());
@@ -398,18 +410,24 @@ fn a_closed_port_is_a_refused_connection() {
     let port = taken.local_addr().unwrap().port();
     let error =
         OpenAi::new(&format!("http://127.0.0.1:{port}/v1"), Options { model: None, ..options() }).err().unwrap();
-    assert!(matches!(error.fault, Fault::Refused), "{error:?}");
+    assert!(matches!(error.fault, Fault::Transport(Broken::Refused)), "{error:?}");
 }
 
 #[test]
-fn silence_ends_with_the_time_out_and_is_not_tried_again() {
-    let server = Server::start(|_, _| Reply::Silence(Duration::from_secs(5)));
+fn silence_ends_with_the_time_out_and_is_tried_again_while_tries_are_left() {
+    let silent = Server::start(|_, _| Reply::Silence(Duration::from_secs(20)));
     let timeout = Duration::from_millis(200);
-    let start = Instant::now();
-    let error =
-        one(&server, Options { timeout, retries: 5, ..options() }, generate("a", Default::default())).unwrap_err();
-    assert!(matches!(error.fault, Fault::TimedOut(t) if t == timeout), "{error:?}");
-    assert!(start.elapsed() < Duration::from_secs(4));
+    let ask = || generate("a", GenerationOptions::default());
+    let error = one(&silent, Options { timeout, retries: 1, ..options() }, ask()).unwrap_err();
+    assert!(matches!(error.fault, Fault::Transport(Broken::TimedOut(t)) if t == timeout), "{error:?}");
+    assert_eq!(silent.seen().len(), 2);
+    let once = Server::start(|number, request| match number {
+        1 => Reply::Silence(Duration::from_secs(20)),
+        _ => bigram(request, &Quirks::default()),
+    });
+    let mut model = model(&once, Options { timeout: Duration::from_secs(2), retries: 1, concurrency: 1, ..options() });
+    ask_all(&mut model, &[ask(), ask()]);
+    assert_eq!(model.tally().retries, [("a time-out".to_owned(), 1)].into());
 }
 
 #[test]
@@ -431,7 +449,7 @@ fn what_may_pass_is_tried_again_when_the_server_says() {
 fn tries_end() {
     let server = Server::start(|_, _| Reply::Raw(500, "retry-after: 0\r\n", "worker died".into()));
     let error = one(&server, Options { retries: 2, ..options() }, generate("a", Default::default())).unwrap_err();
-    assert!(matches!(error.fault, Fault::Status { status: 500, ref message } if message == "worker died"));
+    assert!(matches!(error.fault, Fault::Status { status: 500, ref message, .. } if message == "worker died"));
     assert_eq!(server.seen().len(), 3);
 }
 
@@ -444,7 +462,10 @@ fn what_was_answered_before_the_server_died_is_not_lost() {
     let requests: Vec<_> = (0..40).map(|n| generate(&format!("The {n}"), Default::default())).collect();
     let (responses, result) = ask(&mut model(&server, options()), &requests);
     assert_eq!(responses.iter().flatten().count(), 6);
-    assert!(matches!(result.unwrap_err(), Error { asked: Asked::Request(_), fault: Fault::Broken(_), .. }));
+    assert!(matches!(
+        result.unwrap_err(),
+        Error { asked: Asked::Request(_), fault: Fault::Transport(Broken::Connection(_)), .. }
+    ));
     // It stops instead of asking a dead server for all the rest.
     assert!(server.seen().len() <= 6 + Options::default().concurrency);
 }
@@ -478,4 +499,213 @@ fn nothing_asked_is_nothing_sent() {
     let server = Server::bigram(Quirks::default());
     assert!(ask(&mut model(&server, options()), &[]).1.is_ok());
     assert!(server.seen().is_empty());
+}
+
+/// An answer as most servers give it.
+fn completion(text: &str) -> serde_json::Value {
+    json!({"choices": [{"text": text, "finish_reason": "stop"}], "usage": {"prompt_tokens": 5, "completion_tokens": 3}})
+}
+
+fn plain() -> Request {
+    generate("a", GenerationOptions::default())
+}
+
+/// The text that comes of one request to a server whose first answer is `first`, and what was counted.
+fn after(first: impl Fn() -> Reply + Send + Sync + 'static) -> (Result<Response, Error>, Tally, usize) {
+    let server =
+        Server::start(move |number, _| if number == 0 { first() } else { Reply::Json(200, completion(" 42")) });
+    let mut model = model(&server, Options { retries: 1, ..options() });
+    let (mut responses, result) = ask(&mut model, &[plain()]);
+    let response = result.map(|()| responses.pop().flatten().unwrap());
+    (response, model.tally(), server.seen().len())
+}
+
+#[test]
+fn the_status_decides_before_the_words() {
+    for (status, message) in [
+        (429, "Rate limit reached on tokens per min. Shorten the context length or wait 1 s."),
+        (503, "model 'echo-7b' is loading, logprobs and all"),
+        (520, ""),
+        (524, "<html>A timeout occurred</html>"),
+        (529, "overloaded"),
+        (408, "maximum context length"),
+    ] {
+        let (response, tally, asked) = after(move || Reply::Raw(status, "retry-after: 0\r\n", message.into()));
+        assert!(matches!(response.unwrap(), Response::Generated { text, .. } if text == " 42"), "{status}");
+        assert_eq!((asked, tally.retries), (2, [(format!("HTTP {status}"), 1)].into()));
+    }
+    for status in [400, 402, 404, 422, 501] {
+        let (response, tally, asked) = after(move || Reply::Json(status, json!({"error": "echo"})));
+        assert!(response.unwrap_err().to_string().contains("echo") && tally.retries.is_empty());
+        assert_eq!(asked, 1, "{status}");
+    }
+}
+
+#[test]
+fn a_rate_limit_does_not_change_a_rolling_log_likelihood() {
+    let text = "The cat sat on the mat";
+    let busy = json!({"error": {"message": "Rate limit: shorten the context length"}});
+    let server = Server::start(move |number, request| match number {
+        3 => Reply::Raw(429, "retry-after: 0\r\n", busy.to_string()),
+        _ => bigram(request, &Quirks::default()),
+    });
+    let mut asked = model(&server, Options { retries: 1, concurrency: 1, ..options() });
+    let responses = ask_all(&mut asked, &[rolling(text), rolling(text)]);
+    assert_eq!(responses[0], responses[1]);
+    assert_eq!((asked.tally().cut_texts, asked.tally().retries["HTTP 429"]), (0, 1));
+    // Where a text is really cut, that is counted.
+    let short = Server::bigram(Quirks { context: Some(80), ..Quirks::default() });
+    let mut cut = model(&short, options());
+    ask_all(&mut cut, &[rolling(&"ab".repeat(120)), rolling("The cat")]);
+    assert_eq!(cut.tally().cut_texts, 1);
+    assert!(cut.tally().sentences()[0].starts_with("warning: 1 text was longer than the server's context"));
+}
+
+#[test]
+fn an_error_inside_of_an_answer_is_an_error() {
+    let broken = json!({"choices": [{"text": "", "finish_reason": "error",
+        "error": {"code": 502, "message": "Upstream error from provider"}}]});
+    for first in [
+        broken.clone(),
+        json!({"choices": [{"text": "4", "finish_reason": "abort"}]}),
+        json!({"object": "error", "message": "The model is overloaded", "code": 50001}),
+        json!({"detail": "Model is still loading"}),
+        json!({"message": "slow down", "statusCode": 429}),
+        json!({"error": {"message": "no worker", "type": "server_error"}, "choices": null}),
+    ] {
+        let (response, tally, asked) = after(move || Reply::Json(200, first.clone()));
+        assert!(matches!(response.unwrap(), Response::Generated { text, .. } if text == " 42"));
+        assert_eq!((asked, tally.retries.values().sum::<u64>()), (2, 1));
+    }
+    let server = Server::start(move |_, _| Reply::Json(200, broken.clone()));
+    let error = one(&server, options(), plain()).unwrap_err().to_string();
+    assert!(error.ends_with("the server says: Upstream error from provider"), "{error}");
+    // One that will not pass is not tried again.
+    let (response, _, asked) = after(|| Reply::Json(200, json!({"error": {"message": "bad key", "code": 401}})));
+    assert!(response.unwrap_err().to_string().contains("the server says: bad key"));
+    assert_eq!(asked, 1);
+    let (response, ..) = after(|| Reply::Json(200, json!({"error": null, "choices": [{"text": "x", "error": {}}]})));
+    assert!(matches!(response.unwrap(), Response::Generated { text, .. } if text == "x"));
+}
+
+#[test]
+fn answers_that_are_no_answers_are_counted() {
+    let server = Server::start(|number, request| {
+        assert_eq!(request.path, "/v1/chat/completions");
+        let choice = match number {
+            0 => json!({"message": {"content": null, "reasoning_content": "thinking…"}, "finish_reason": "length"}),
+            1 => json!({"message": {"content": ""}, "finish_reason": "content_filter"}),
+            2 => json!({"message": {"content": null, "refusal": "I cannot"}, "finish_reason": "stop"}),
+            _ => json!({"message": {"content": "42", "reasoning_content": "so"}, "finish_reason": "stop"}),
+        };
+        Reply::Json(200, json!({"choices": [choice]}))
+    });
+    let mut chat = model(&server, Options { chat: true, concurrency: 1, ..options() });
+    let prompt = chat.chat_prompt(&[Message { role: "user".into(), content: "q".into() }], false).unwrap();
+    let requests: Vec<_> = (0..4).map(|_| generate(&prompt, GenerationOptions::default())).collect();
+    let responses = ask_all(&mut chat, &requests);
+    assert_eq!(responses[0], Response::Generated { text: String::new(), tokens: None, capped: true });
+    assert_eq!(responses[3], Response::Generated { text: "42".into(), tokens: None, capped: false });
+    let tally = chat.tally();
+    assert_eq!((tally.only_reasoning, tally.filtered, tally.declined), (1, 1, 1));
+    assert_eq!(tally.sentences().len(), 3);
+}
+
+#[test]
+fn a_limit_is_sent_by_the_name_that_the_server_wants() {
+    let server = Server::start(|_, request| match request.body.get("max_tokens") {
+        Some(_) => Reply::Json(
+            400,
+            json!({"error": {"message": "Unsupported parameter: 'max_tokens' is not supported with this model. Use \
+                'max_completion_tokens' instead.", "code": "unsupported_parameter", "param": "max_tokens"}}),
+        ),
+        None => Reply::Json(200, completion(&format!("{}", request.body["max_completion_tokens"]))),
+    });
+    let eight = || generate("a", GenerationOptions { max_tokens: 8, ..GenerationOptions::default() });
+    let mut asked = model(&server, Options { concurrency: 1, ..options() });
+    let responses = ask_all(&mut asked, &[eight(), eight()]);
+    assert!(responses.iter().all(|r| matches!(r, Response::Generated { text, .. } if text == "8")));
+    assert_eq!(server.seen().len(), 3);
+    assert_eq!(asked.tally().renamed["max_tokens"], "max_completion_tokens");
+    // One that is only too large is not.
+    let small = Server::start(|_, _| Reply::Json(400, json!({"error": "max_tokens is too large: 8, at most 4"})));
+    assert!(matches!(fault(&small, eight()), Fault::Status { status: 400, .. }));
+}
+
+#[test]
+fn a_server_without_greedy_answers_is_used_and_that_is_said() {
+    let server = Server::start(|_, request| match request.body.get("temperature") {
+        Some(t) if *t != json!(1.0) => Reply::Json(
+            400,
+            json!({"error": {"message": "Unsupported value: 'temperature' does not support 0 with this model. Only the \
+                default (1) value is supported."}}),
+        ),
+        _ if request.body.get("stop").is_some() => {
+            Reply::Json(400, json!({"error": {"message": "Unsupported parameter: 'stop'"}}))
+        }
+        _ => Reply::Json(200, completion("4\n2")),
+    });
+    let until = vec!["\n".to_owned()];
+    let request = generate("a", GenerationOptions { until, ..GenerationOptions::default() });
+    let mut asked = model(&server, options());
+    let responses = ask_all(&mut asked, &[request]);
+    assert!(matches!(&responses[0], Response::Generated { text, .. } if text == "4"));
+    let tally = asked.tally();
+    assert_eq!(tally.temperature_not_sent, 1);
+    assert_eq!(tally.left_out, ["stop".to_owned(), "temperature".to_owned()].into());
+    assert!(tally.sentences()[0].contains("sampled as it does by default"));
+    // What was asked for is never left out.
+    let sampled = GenerationOptions { temperature: 0.7, ..GenerationOptions::default() };
+    assert!(matches!(fault(&server, generate("a", sampled)), Fault::Status { status: 400, .. }));
+}
+
+#[test]
+fn options_add_rename_and_leave_out_fields() {
+    let server = Server::start(|_, _| Reply::Json(200, completion("4")));
+    let fields = Fields {
+        extra: json!({"provider": {"order": ["x"]}}).as_object().unwrap().clone(),
+        rename: [("max_tokens".to_owned(), "max_completion_tokens".to_owned())].into(),
+        omit: ["temperature", "repeat_penalty", "repetition_penalty"].map(str::to_owned).into(),
+    };
+    let mut asked = model(&server, Options { fields, ..options() });
+    ask_all(&mut asked, &[generate("a", GenerationOptions { max_tokens: 8, ..GenerationOptions::default() })]);
+    let body = json!({"model": "bigram", "prompt": "a", "max_completion_tokens": 8, "provider": {"order": ["x"]}});
+    assert_eq!(server.seen()[0].body, body);
+    assert_eq!(asked.tally().temperature_not_sent, 1);
+    let wrong = Fields { omit: ["prompt".to_owned()].into(), ..Fields::default() };
+    let error = OpenAi::new(&server.url, Options { fields: wrong, ..options() }).err().unwrap();
+    assert_eq!(error.asked, Asked::Settings);
+}
+
+#[test]
+fn a_query_and_a_password_of_the_address_are_sent_and_the_password_is_never_shown() {
+    let server = Server::start(|number, request| match number {
+        0 => Reply::Json(200, completion("4")),
+        _ => Reply::Json(403, json!({"error": format!("no s3cret dXNlcjpzM2NyZXQ= at {}", request.path)})),
+    });
+    let host = server.url.strip_prefix("http://").unwrap();
+    let address = format!("HTTP://user:s3cret@{host}/completions?api-version=2024-02-01&sig=k3yk3y");
+    let mut asked = OpenAi::new(&address, Options { concurrency: 1, ..options() }).unwrap();
+    ask_all(&mut asked, &[plain()]);
+    let seen = &server.seen()[0];
+    assert_eq!(seen.path, "/v1/completions?api-version=2024-02-01&sig=k3yk3y");
+    assert_eq!(seen.authorization.as_deref(), Some("Basic dXNlcjpzM2NyZXQ="));
+    let error = ask(&mut asked, &[plain()]).1.unwrap_err();
+    for text in [error.to_string(), format!("{error:?}"), asked.address()] {
+        assert!(!text.contains("s3cret") && !text.contains("dXNl") && !text.contains("k3y"), "{text}");
+    }
+    assert!(error.to_string().contains("/v1/completions?api-version=2024-02-01&sig=(hidden)"), "{error}");
+    let error = OpenAi::new("http://user:s3cret@h h/v1", options()).err().unwrap().to_string();
+    assert!(!error.contains("s3cret"), "{error}");
+}
+
+#[test]
+fn a_wait_beyond_ten_minutes_is_not_waited_for() {
+    let (response, _, asked) = after(|| Reply::Raw(429, "retry-after: 86400\r\n", "daily quota".into()));
+    let error = response.unwrap_err().to_string();
+    assert!(
+        asked == 1
+            && error.ends_with("the server asks to wait 86400 s, which is too long: start the same command again then"),
+        "{error}"
+    );
 }

@@ -1,16 +1,21 @@
 //! What can go wrong between an evaluation and a server, and what to do about it.
 
 use std::fmt;
-use std::time::Duration;
 
 use thiserror::Error;
 
-/// A failure: what was asked, where, and what came of it. Never holds the API key.
+use super::said::Said;
+use crate::http::address::NoAddress;
+use crate::http::{Broken, ClientError};
+
+/// A failure: what was asked, where, and what came of it. Never holds the API key, or a user or password of the address.
 #[derive(Debug, Error)]
-#[error("{asked} ({url}): {fault}")]
+#[error("{asked} ({url}{}): {fault}", via.as_ref().map_or_else(String::new, |v| format!(", {v}")))]
 pub struct Error {
     pub asked: Asked,
     pub url: String,
+    /// The proxy that was asked.
+    pub via: Option<String>,
     pub fault: Fault,
 }
 
@@ -45,22 +50,25 @@ impl fmt::Display for Asked {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum Fault {
-    #[error("not a server's address: {0}; expected http://host:port/v1")]
-    Url(String),
-    #[error("https needs a build with the cargo feature `tls`; this one has none")]
-    NoTls,
+    #[error("not a server's address: {0}; expected http://host:port/v1 or https://host/v1")]
+    Url(#[from] NoAddress),
+    #[error(transparent)]
+    Client(#[from] ClientError),
     #[error("the API key has characters that no HTTP header can hold")]
     Key,
-    #[error("connection refused; does the server run, and on this port?")]
-    Refused,
-    #[error("no such host; is the name right?")]
-    HostNotFound,
-    #[error("no answer within {0:?}; raise the time-out, or lower the concurrency")]
-    TimedOut(Duration),
-    #[error("the connection broke: {0}; did the server die?")]
-    Broken(String),
+    #[error("field `{field}`: {problem}")]
+    Field { field: String, problem: &'static str },
+    #[error(transparent)]
+    Transport(#[from] Broken),
     #[error("HTTP {status}: {message}")]
-    Status { status: u16, message: String },
+    #[expect(private_interfaces, reason = "read where requests are sent again without a field")]
+    Status { status: u16, message: String, said: Said },
+    /// Inside of an answer of success; `status` is what it stands for.
+    #[error("the server says: {message}")]
+    #[expect(private_interfaces, reason = "read where requests are sent again without a field")]
+    Said { status: u16, message: String, said: Said },
+    #[error("{fault}; the server asks to wait {seconds} s, which is too long: start the same command again then")]
+    AsksToWait { fault: Box<Fault>, seconds: u64 },
     #[error("HTTP {status}: {message}; set OPENAI_API_KEY to a key that this server accepts")]
     Unauthorized { status: u16, message: String },
     #[error("HTTP 404: {message}; {hint}")]
@@ -115,10 +123,26 @@ impl Fault {
     /// Whether another try of the same request may succeed.
     pub(super) fn is_transient(&self) -> bool {
         match self {
-            Self::Refused | Self::Broken(_) => true,
-            // Request Timeout, Too Many Requests, and the server's own troubles.
-            Self::Status { status, .. } => matches!(status, 408 | 429 | 500 | 502 | 503 | 504),
+            Self::Transport(broken) => {
+                matches!(broken, Broken::Refused | Broken::Connection(_) | Broken::TimedOut(_) | Broken::Proxy(_))
+            }
+            // Request Timeout, a lock that is held, Too Early, Too Many Requests; and the server's or a gateway's own
+            // troubles (Cloudflare's 520 to 530, 529 of overload), but not what it does not implement.
+            Self::Status { status, .. } | Self::Said { status, .. } => {
+                matches!(status, 408 | 409 | 425 | 429 | 500 | 502..=504 | 506..=599)
+            }
             _ => false,
+        }
+    }
+
+    /// What to count a further try under.
+    pub(super) fn cause(&self) -> String {
+        match self {
+            Self::Transport(Broken::TimedOut(_)) => "a time-out".to_owned(),
+            Self::Transport(_) => "a broken connection".to_owned(),
+            Self::Status { status, .. } => format!("HTTP {status}"),
+            Self::Said { .. } => "an error inside of an answer".to_owned(),
+            _ => "another fault".to_owned(),
         }
     }
 }

@@ -1,21 +1,23 @@
-//! JSON over HTTP: addresses, keys, time-outs, retries, and faults out of whatever came back.
+//! Calls of one server's API: keys, tries again, and faults out of whatever came back.
 
 use std::fmt;
-use std::io;
+use std::path::PathBuf;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde_json::Value;
-use ureq::Agent;
 
 use super::error::Fault;
+use super::said::Said;
+use super::tally::Tally;
+use crate::http::address::{Address, HIDDEN};
+use crate::http::{Broken, Client, Settings, retry};
 
-/// First wait between two tries; doubles with each.
-const BACKOFF: Duration = Duration::from_millis(500);
-/// Longest wait between two tries, even if the server asks for more.
-const LONGEST_WAIT: Duration = Duration::from_secs(60);
 /// A wait looks this often whether the evaluation has been stopped.
 const NAP: Duration = Duration::from_millis(50);
+/// A longer wait is told to who watches.
+const LONG_WAIT: Duration = Duration::from_secs(8);
 /// Bytes of an answer at most: log-probabilities of a context of 128 k tokens fit many times over.
 const LARGEST_ANSWER: u64 = 1 << 28;
 /// Characters of a server's message that go into an error.
@@ -44,176 +46,191 @@ impl fmt::Debug for ApiKey {
     }
 }
 
+/// How to reach a server.
+pub(super) struct Reach<'a> {
+    pub key: Option<&'a ApiKey>,
+    pub timeout: Duration,
+    pub retries: usize,
+    pub ca_file: Option<PathBuf>,
+    /// Told of long waits.
+    pub notice: Option<fn(&str)>,
+}
+
 /// One server's API.
 pub(super) struct Http {
-    agent: Agent,
-    base: String,
-    key: Option<ApiKey>,
-    timeout: Duration,
+    client: Client,
+    address: Address,
+    /// The value of the `Authorization` header.
+    authorization: Option<String>,
+    /// Longest first.
+    secrets: Vec<String>,
     retries: usize,
+    notice: Option<fn(&str)>,
+    /// Whether the server has ever said anything: one that is not there at all is not waited for.
+    heard: AtomicBool,
 }
 
 impl Http {
-    /// `base` as OpenAI's clients take it, up to and with `/v1`; a trailing `/completions` is forgiven.
-    pub fn new(base: &str, key: Option<ApiKey>, timeout: Duration, retries: usize) -> Result<Self, Fault> {
-        let base = base.trim().trim_end_matches('/');
-        let base = base.strip_suffix("/completions").unwrap_or(base);
-        let base = base.strip_suffix("/chat").unwrap_or(base);
-        let uri: ureq::http::Uri = base.parse().map_err(|_| Fault::Url(format!("`{base}`")))?;
-        let host = match (uri.scheme_str(), uri.host()) {
-            (Some("https"), Some(_)) if !cfg!(feature = "tls") => return Err(Fault::NoTls),
-            (Some("http" | "https"), Some(host)) => host,
-            _ => return Err(Fault::Url(format!("`{base}`"))),
-        };
-        if key.as_ref().is_some_and(|k| ureq::http::HeaderValue::from_str(&k.0).is_err()) {
+    /// `base` as OpenAI's clients take it, up to and with `/v1`; a trailing `/completions` is forgiven. A user and password
+    /// in it are sent instead of the key.
+    pub fn new(base: &str, reach: &Reach) -> Result<Self, Fault> {
+        let address = Address::parse(base)?.without(&["/chat/completions", "/completions"]);
+        let key = reach.key.map(|k| k.0.clone());
+        if key.as_ref().is_some_and(|k| ureq::http::HeaderValue::from_str(k).is_err()) {
             return Err(Fault::Key);
         }
-        let loopback = host == "localhost" || host == "[::1]" || host.starts_with("127.");
-        let config = Agent::config_builder()
-            .http_status_as_error(false)
-            // A redirected POST would arrive as a GET.
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .timeout_global(Some(timeout));
-        // A proxy cannot reach this machine's own loopback.
-        let config = if loopback { config.proxy(None) } else { config };
-        Ok(Self { agent: config.build().into(), base: base.to_owned(), key, timeout, retries })
+        let settings = Settings { whole: Some(reach.timeout), silence: reach.timeout, ca_file: reach.ca_file.clone() };
+        let client = Client::new(&address, &settings, &|name| std::env::var(name).ok())?;
+        let mut secrets = address.secrets();
+        secrets.extend(key.clone());
+        secrets.sort_by_key(|s| std::cmp::Reverse(s.len()));
+        let authorization = address.basic().or_else(|| key.map(|k| format!("Bearer {k}")));
+        let heard = AtomicBool::new(false);
+        let (retries, notice) = (reach.retries, reach.notice);
+        Ok(Self { client, address, authorization, secrets, retries, notice, heard })
     }
 
-    pub fn url(&self, path: &str) -> String {
-        format!("{}{path}", self.base)
+    /// What `path` is asked at, for messages and files: without secrets.
+    pub fn shown(&self, path: &str) -> String {
+        self.address.shown(path)
     }
 
-    /// The answer to a GET, or to a POST of `body`. Tries again while the fault may pass and `stop` is not set.
-    pub fn call(&self, path: &str, body: Option<&Value>, stop: &AtomicBool) -> Result<Value, Fault> {
-        let mut backoff = BACKOFF;
+    /// The proxy that is asked, in words.
+    pub fn via(&self) -> Option<String> {
+        self.client.via().map(ToString::to_string)
+    }
+
+    /// The answer to a GET, or to a POST of `body`. Tries again while the fault may pass and `stop` is not set, and counts
+    /// that in `tally`.
+    pub fn call(
+        &self,
+        path: &str,
+        body: Option<&Value>,
+        stop: &AtomicBool,
+        tally: &Mutex<Tally>,
+    ) -> Result<Value, Fault> {
         let mut tries = 0;
         loop {
-            let (fault, asked_to_wait) = match self.try_once(path, body) {
+            let (fault, asked) = match self.try_once(path, body) {
                 Ok(value) => return Ok(value),
                 Err(failed) => failed,
             };
-            if tries == self.retries || !fault.is_transient() || stop.load(Ordering::Relaxed) {
+            if asked.is_some_and(|wait| wait > retry::LONGEST_ASKED) && fault.is_transient() {
+                return Err(Fault::AsksToWait { fault: Box::new(fault), seconds: asked.unwrap_or_default().as_secs() });
+            }
+            let is_there = self.heard.load(Ordering::Relaxed) || !matches!(fault, Fault::Transport(Broken::Refused));
+            if tries == self.retries || !fault.is_transient() || !is_there || stop.load(Ordering::Relaxed) {
                 return Err(fault);
             }
+            *super::locked(tally).retries.entry(fault.cause()).or_default() += 1;
+            let wait = asked.unwrap_or_else(|| retry::backoff(tries));
             tries += 1;
-            let mut left = asked_to_wait.unwrap_or(backoff).min(LONGEST_WAIT);
+            if let Some(notice) = self.notice.filter(|_| wait >= LONG_WAIT) {
+                let left = self.retries - tries + 1;
+                notice(&format!("{fault}; waiting {:.0} s, tries left: {left}", wait.as_secs_f64()));
+            }
+            let mut left = wait;
             while !left.is_zero() && !stop.load(Ordering::Relaxed) {
                 std::thread::sleep(left.min(NAP));
                 left = left.saturating_sub(NAP);
             }
-            backoff *= 2;
         }
     }
 
     /// One try; with a fault the time that the server asks to wait.
     fn try_once(&self, path: &str, body: Option<&Value>) -> Result<Value, (Fault, Option<Duration>)> {
-        let transport = |e| (self.transport(e), None);
-        let url = self.url(path);
-        let key = self.key.as_ref().map(|k| format!("Bearer {}", k.0));
-        let mut answer = match body {
-            Some(body) => {
-                let request = self.agent.post(url).content_type("application/json");
-                let request = key.iter().fold(request, |r, key| r.header("authorization", key));
-                request.send(body.to_string())
-            }
-            None => key.iter().fold(self.agent.get(url), |r, key| r.header("authorization", key)).call(),
-        }
-        .map_err(transport)?;
-        let status = answer.status().as_u16();
-        let header = |name| answer.headers().get(name).and_then(|v| v.to_str().ok());
-        let wait = header("retry-after").and_then(|v| v.trim().parse().ok()).map(Duration::from_secs);
-        let bytes = answer.body_mut().with_config().limit(LARGEST_ANSWER).read_to_vec().map_err(transport)?;
-        let parsed = serde_json::from_slice::<Value>(&bytes);
+        let transport = |broken: Broken| (Fault::Transport(self.clean(broken)), None);
+        let authorization = self.authorization.as_deref().map(|v| ("authorization", v));
+        let headers: Vec<_> = authorization.into_iter().collect();
+        let text = body.map(Value::to_string);
+        let url = self.address.url(path);
+        let mut reply = self.client.ask(&url, &headers, text.as_deref()).map_err(transport)?;
+        self.heard.store(true, Ordering::Relaxed);
+        let status = reply.status;
+        let wait = retry::asked(|name| reply.header(name), SystemTime::now());
+        let bytes = self.client.bytes(&mut reply, LARGEST_ANSWER).map_err(transport)?;
+        let scores = body.is_some_and(|b| b.get("echo").is_some() || b.get("logprobs").is_some());
         if !(200..300).contains(&status) {
-            let message = match &parsed {
-                Ok(value) => server_message(value),
-                Err(_) => String::from_utf8_lossy(&bytes).into_owned(),
-            };
-            return Err((self.status(status, &message), wait));
+            return Err((self.fault(status, Said::refusal(&bytes), scores), wait));
         }
-        let value = parsed.map_err(|e| (self.not_json(&bytes, &e), None))?;
-        // Some servers report an error with status 200.
-        match value.get("error").filter(|e| !e.is_null()) {
-            Some(_) => Err((self.status(status, &server_message(&value)), wait)),
+        let value: Value = serde_json::from_slice(&bytes).map_err(|e| (self.not_json(&bytes, &e), None))?;
+        // Some servers report a failure with status 200.
+        match Said::within(&value) {
+            Some(said) => Err((self.fault(status, said, scores), wait)),
             None => Ok(value),
         }
     }
 
-    fn transport(&self, error: ureq::Error) -> Fault {
-        match error {
-            ureq::Error::HostNotFound => Fault::HostNotFound,
-            ureq::Error::Timeout(_) => Fault::TimedOut(self.timeout),
-            ureq::Error::Io(e) => match e.kind() {
-                io::ErrorKind::ConnectionRefused => Fault::Refused,
-                io::ErrorKind::TimedOut => Fault::TimedOut(self.timeout),
-                _ => Fault::Broken(e.to_string()),
-            },
-            other => Fault::Broken(other.to_string()),
+    /// A transport's words may hold the address.
+    fn clean(&self, broken: Broken) -> Broken {
+        match broken {
+            Broken::Connection(words) => Broken::Connection(self.excerpt(&words)),
+            Broken::Proxy(words) => Broken::Proxy(self.excerpt(&words)),
+            other => other,
         }
     }
 
-    fn status(&self, status: u16, message: &str) -> Fault {
-        let message = self.excerpt(message);
+    /// The status decides, then the words. `scores`: what scoring needs was asked for.
+    fn fault(&self, answered: u16, mut said: Said, scores: bool) -> Fault {
+        said.message = self.without_secrets(&said.message);
+        let is_within = (200..300).contains(&answered);
+        let status = if is_within { said.status() } else { answered };
+        let message = shorten(said.message.trim(), LONGEST_MESSAGE);
+        if said.is_too_long(status) {
+            return Fault::TooLong { message };
+        }
+        // Refusals of what scoring needs come as 400, 500 or 501 too, and no further try will change them.
+        if scores && matches!(status, 400 | 422 | 500 | 501) {
+            if said.names("echo") {
+                return Fault::NoEcho { found: message };
+            }
+            if said.names("logprobs") {
+                return Fault::NoPromptLogProbs { found: message };
+            }
+        }
         match status {
-            _ if is_too_long(&message) => Fault::TooLong { message },
-            // Refusals of what scoring needs come as 400, 500 or 501, and no further try will change them.
-            _ if message.contains("echo") => Fault::NoEcho { found: message },
-            _ if message.contains("logprobs") => Fault::NoPromptLogProbs { found: message },
+            _ if is_within => Fault::Said { status, message, said },
             401 | 403 => Fault::Unauthorized { status, message },
             404 => {
-                let hint = if self.base.ends_with("/v1") {
+                let hint = if self.address.path().ends_with("/v1") {
                     "does the server have this model and this endpoint?"
                 } else {
                     "the address has no /v1 at its end: is it missing?"
                 };
                 Fault::NotFound { message, hint }
             }
-            _ => Fault::Status { status, message },
+            _ => Fault::Status { status, message, said },
         }
     }
 
     fn not_json(&self, bytes: &[u8], error: &serde_json::Error) -> Fault {
-        let start = self.excerpt(&String::from_utf8_lossy(bytes));
-        if start.starts_with('<') { Fault::Html { start } } else { Fault::NotJson { reason: error.to_string(), start } }
+        let text = String::from_utf8_lossy(bytes);
+        let start = self.excerpt(&text);
+        let trimmed = text.trim_start().to_lowercase();
+        if trimmed.starts_with("<!doctype html") || trimmed.starts_with("<html") {
+            Fault::Html { start }
+        } else {
+            Fault::NotJson { reason: error.to_string(), start }
+        }
     }
 
-    /// A message short enough for an error, without the key that some servers repeat in it.
+    /// The start of what a server sent.
     fn excerpt(&self, message: &str) -> String {
-        let message = match &self.key {
-            Some(key) => message.replace(&key.0, "(hidden)"),
-            None => message.to_owned(),
-        };
-        shorten(message.trim(), LONGEST_MESSAGE)
+        shorten(self.without_secrets(message).trim(), LONGEST_MESSAGE)
+    }
+
+    /// Some servers repeat what is secret.
+    fn without_secrets(&self, message: &str) -> String {
+        self.secrets.iter().fold(message.to_owned(), |text, secret| text.replace(secret.as_str(), HIDDEN))
     }
 }
 
-/// At most `longest` characters.
-pub(super) fn shorten(text: &str, longest: usize) -> String {
-    match text.char_indices().nth(longest) {
-        Some((end, _)) => format!("{}…", &text[..end]),
+/// At most `limit` characters, and a sign that there were more.
+pub(super) fn shorten(text: &str, limit: usize) -> String {
+    match text.char_indices().nth(limit) {
+        Some((at, _)) => format!("{}…", &text[..at]),
         None => text.to_owned(),
     }
-}
-
-/// What the servers' dialects call their message: `error.message` (OpenAI, vLLM, llama.cpp), `error` (Ollama, TGI),
-/// `detail` (FastAPI), `message`.
-fn server_message(value: &Value) -> String {
-    let error = value.get("error").unwrap_or(value);
-    let message = ["message", "detail"].iter().find_map(|key| error.get(key)).unwrap_or(error);
-    let text = message.as_str().map_or_else(|| message.to_string(), str::to_owned);
-    match error.get("code").and_then(Value::as_str) {
-        Some(code) => format!("{text} ({code})"),
-        None => text,
-    }
-}
-
-/// Whether a refusal is about length. Wordings of OpenAI and llama-cpp-python ("maximum context length"), vLLM ("maximum
-/// model length"), SGLang ("context length"), llama.cpp ("context size"), TGI ("`inputs` must have less than").
-fn is_too_long(message: &str) -> bool {
-    let message = message.to_lowercase();
-    let known = ["context length", "context_length", "context size", "context window", "maximum model length"];
-    known.iter().any(|wording| message.contains(wording)) || message.contains("`inputs` must have less than")
 }
 
 #[cfg(test)]
@@ -221,54 +238,50 @@ mod tests {
     use super::*;
 
     fn http(base: &str) -> Result<Http, Fault> {
-        Http::new(base, Some(ApiKey::new("sk-secret")), Duration::from_secs(1), 0)
+        let key = ApiKey::new("sk-secret");
+        let reach = Reach { key: Some(&key), timeout: Duration::from_secs(1), retries: 0, ca_file: None, notice: None };
+        Http::new(base, &reach)
     }
 
     #[test]
     fn an_address_may_end_as_other_clients_want_it() {
         for base in ["http://h:1/v1", "http://h:1/v1/", "http://h:1/v1/completions", "http://h:1/v1/chat/completions"] {
-            assert_eq!(http(base).unwrap().url("/models"), "http://h:1/v1/models");
+            assert_eq!(http(base).unwrap().shown("/models"), "http://h:1/v1/models");
         }
-    }
-
-    #[test]
-    fn addresses_that_are_none_are_refused() {
-        for base in ["", "localhost:8000", "ftp://h/v1", "http://", "/v1"] {
-            assert!(matches!(http(base), Err(Fault::Url(_))), "{base}");
-        }
-    }
-
-    #[test]
-    #[cfg(not(feature = "tls"))]
-    fn https_without_the_feature_says_so() {
-        let fault = http("https://api.example.com/v1").err().unwrap();
-        assert!(matches!(fault, Fault::NoTls) && fault.to_string().contains("feature `tls`"));
     }
 
     #[test]
     fn a_key_that_is_no_header_is_refused_unprinted() {
-        let fault = Http::new("http://h/v1", Some(ApiKey::new("a\nb")), BACKOFF, 0).err().unwrap();
+        let key = ApiKey::new("a\nb");
+        let reach = Reach { key: Some(&key), timeout: NAP, retries: 0, ca_file: None, notice: None };
+        let fault = Http::new("http://h/v1", &reach).err().unwrap();
         assert!(matches!(fault, Fault::Key));
         assert!(!format!("{:?}", ApiKey::new("sk-secret")).contains("secret"));
     }
 
     #[test]
-    fn a_host_that_cannot_be_resolved_is_named_as_such() {
-        assert!(matches!(http("http://h/v1").unwrap().transport(ureq::Error::HostNotFound), Fault::HostNotFound));
+    fn a_file_of_certificates_without_any_is_refused_before_anything_is_asked() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = Some(file.path().to_owned());
+        let reach = Reach { key: None, timeout: NAP, retries: 0, ca_file: path, notice: None };
+        let error = Http::new("https://h/v1", &reach).err().unwrap().to_string();
+        assert!(error.contains("no certificate in PEM form"), "{error}");
+        let reach = Reach { ca_file: Some("/no/such/file".into()), ..reach };
+        assert!(Http::new("https://h/v1", &reach).err().unwrap().to_string().starts_with("/no/such/file: "));
     }
 
     #[test]
-    fn refusals_for_length_are_recognised_in_every_dialect() {
-        for message in [
-            "This model's maximum context length is 2048 tokens, however you requested 3000 tokens",
-            "The decoder prompt (length 3000) is longer than the maximum model length of 2048.",
-            "The input (3000 tokens) is longer than the model's context length (2048 tokens).",
-            "the request exceeds the available context size",
-            "Requested tokens (3000) exceed context window of 2048",
-            "Input validation error: `inputs` must have less than 1024 tokens. Given: 3000",
-        ] {
-            assert!(is_too_long(message), "{message}");
-        }
-        assert!(!is_too_long("Unsupported param: echo"));
+    fn words_are_looked_at_only_where_the_status_can_mean_them() {
+        let http = http("http://h:1/v1").unwrap();
+        let fault = |status, message: &str, scores| {
+            http.fault(status, Said { message: message.into(), ..Said::default() }, scores)
+        };
+        assert!(matches!(fault(429, "shorten the context length", false), Fault::Status { status: 429, .. }));
+        assert!(matches!(fault(400, "maximum context length is 8", false), Fault::TooLong { .. }));
+        assert!(matches!(fault(503, "model 'echo' is loading", true), Fault::Status { status: 503, .. }));
+        assert!(matches!(fault(400, "unsupported param: echo", true), Fault::NoEcho { .. }));
+        assert!(matches!(fault(400, "unsupported param: echo", false), Fault::Status { status: 400, .. }));
+        assert!(matches!(fault(500, "logprobs is not supported", true), Fault::NoPromptLogProbs { .. }));
+        assert!(matches!(fault(401, "echo", true), Fault::Unauthorized { .. }));
     }
 }

@@ -38,12 +38,16 @@
 
 mod chat;
 mod error;
+mod fields;
 mod http;
 mod protocol;
+mod said;
 mod scoring;
+mod tally;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
@@ -51,12 +55,16 @@ use std::time::Duration;
 use serde_json::{Map, Value, json};
 
 pub use error::{Asked, Error, Fault};
+pub use fields::Fields;
 pub use http::ApiKey;
+pub use tally::Tally;
 
+use crate::http::address::mask;
 use crate::model::{GenerationOptions, LanguageModel, Message, Request, Response};
 use chat::Chat;
-use http::Http;
-use protocol::{Answer, Models};
+use fields::Learned;
+use http::{Http, Reach};
+use protocol::{Answer, Echo};
 use scoring::Scored;
 
 const COMPLETIONS: &str = "/completions";
@@ -64,9 +72,6 @@ const CHAT_COMPLETIONS: &str = "/chat/completions";
 /// Stop strings that the API permits (<https://platform.openai.com/docs/api-reference/completions/create>); the rest is cut
 /// here.
 const MOST_STOPS: usize = 4;
-/// Penalties on repetition by the names that servers know, beyond OpenAI's own. Some apply one unless told otherwise, also
-/// when greedy; a server that refuses a name has no such penalty.
-const NEUTRAL: [&str; 2] = ["repeat_penalty", "repetition_penalty"];
 /// What the check of `echo` generates from: mid-sentence, so that no model ends here.
 const PROBES: [&str; 2] =
     ["The quick brown fox jumps over the lazy dog. The quick brown fox", "1 2 3 4 5 6 7 8 9 10 11 12"];
@@ -83,29 +88,35 @@ pub struct Options {
     pub concurrency: usize,
     /// For one try of one request, answer included.
     pub timeout: Duration,
-    /// Tries after the first, of requests that failed for a reason that may pass; waits of 0.5 s, 1 s, 2 s, … between them,
-    /// or what the server's `Retry-After` says, 60 s at most.
+    /// Tries after the first, of requests that failed for a reason that may pass; waits of 0.5 s, 1 s, 2 s, … 60 s between
+    /// them, or what the server's `Retry-After` says, up to ten minutes.
     pub retries: usize,
     /// Text put before everything that is scored: the model's BOS token, for servers that do not add it themselves.
     pub prefix: String,
     /// Generate through the chat API, with the server's template. No scoring then.
     pub chat: bool,
-    /// Further fields of generation requests, such as `top_k` for a server whose own default is not "all".
-    pub extra: Map<String, Value>,
+    /// What is added to requests, renamed in them and left out.
+    pub fields: Fields,
+    /// Certificates in PEM form to be trusted instead of the public authorities'.
+    pub ca_file: Option<PathBuf>,
+    /// Told of long waits, for who watches.
+    pub notice: Option<fn(&str)>,
 }
 
 impl Default for Options {
-    /// No key, 4 requests at once, 5 minutes each, 5 further tries, completions.
+    /// No key, 4 requests at once, 5 minutes each, 8 further tries (two minutes of waiting), completions.
     fn default() -> Self {
         Self {
             model: None,
             api_key: None,
             concurrency: 4,
             timeout: Duration::from_secs(300),
-            retries: 5,
+            retries: 8,
             prefix: String::new(),
             chat: false,
-            extra: Map::new(),
+            fields: Fields::default(),
+            ca_file: None,
+            notice: None,
         }
     }
 }
@@ -118,8 +129,9 @@ pub struct OpenAi {
     echo_checked: bool,
     /// Tokens of contexts that had to be counted.
     lengths: Mutex<BTreeMap<String, usize>>,
-    /// Those of [`NEUTRAL`] that the server refuses.
-    refused: Mutex<BTreeSet<&'static str>>,
+    /// What the server turned out to refuse.
+    learned: Mutex<Learned>,
+    tally: Mutex<Tally>,
 }
 
 impl OpenAi {
@@ -128,15 +140,37 @@ impl OpenAi {
     /// # Errors
     /// When the address or key cannot be one, or the model is not clear.
     pub fn new(base_url: &str, options: Options) -> Result<Self, Error> {
-        let failed = |asked, url: String| move |fault| Error { asked, url, fault };
-        let http = Http::new(base_url, options.api_key.clone(), options.timeout, options.retries)
-            .map_err(failed(Asked::Settings, base_url.to_owned()))?;
+        let failed = |asked, url: String, via| move |fault| Error { asked, url, via, fault };
+        let reach = Reach {
+            key: options.api_key.as_ref(),
+            timeout: options.timeout,
+            retries: options.retries,
+            ca_file: options.ca_file.clone(),
+            notice: options.notice,
+        };
+        let http = options.fields.check().and_then(|()| Http::new(base_url, &reach));
+        let http = http.map_err(failed(Asked::Settings, mask(base_url), None))?;
+        let tally = Mutex::default();
         let model = match &options.model {
             Some(model) => model.clone(),
-            None => only_model(&http).map_err(failed(Asked::Models, http.url("/models")))?,
+            None => only_model(&http, &tally).map_err(failed(Asked::Models, http.shown("/models"), http.via()))?,
         };
-        let (lengths, refused) = Default::default();
-        Ok(Self { http, model, options, echo_checked: false, lengths, refused })
+        let (lengths, learned) = Default::default();
+        Ok(Self { http, model, options, echo_checked: false, lengths, learned, tally })
+    }
+
+    /// The server's address without what is secret in it.
+    #[must_use]
+    pub fn address(&self) -> String {
+        self.http.shown("")
+    }
+
+    /// What happened so far that a reader of the scores has to know.
+    #[must_use]
+    pub fn tally(&self) -> Tally {
+        let mut tally = locked(&self.tally).clone();
+        locked(&self.learned).describe(&mut tally);
+        tally
     }
 
     /// The model's name on the server.
@@ -147,7 +181,7 @@ impl OpenAi {
 
     fn error(&self, asked: Asked, fault: Fault) -> Error {
         let path = if self.options.chat { CHAT_COMPLETIONS } else { COMPLETIONS };
-        Error { asked, url: self.http.url(path), fault }
+        Error { asked, url: self.http.shown(path), via: self.http.via(), fault }
     }
 
     fn one(&self, request: &Request, stop: &AtomicBool) -> Result<Response, Fault> {
@@ -159,7 +193,9 @@ impl OpenAi {
                 Ok(Response::LogLikelihood { log_likelihood, is_greedy })
             }
             Request::Rolling { text } => {
-                let Scored { log_likelihood, tokens, .. } = self.rolling("", text, stop)?;
+                let mut cut = false;
+                let Scored { log_likelihood, tokens, .. } = self.rolling("", text, &mut cut, stop)?;
+                locked(&self.tally).cut_texts += u64::from(cut);
                 Ok(Response::Rolling { log_likelihood, tokens: Some(tokens) })
             }
         }
@@ -190,7 +226,7 @@ impl OpenAi {
 
     fn scored_tokens<'a>(
         &self,
-        answer: &'a Answer,
+        answer: &'a Echo,
         prompt: &str,
         boundary: usize,
         stop: &AtomicBool,
@@ -202,14 +238,16 @@ impl OpenAi {
         }
     }
 
-    fn rolling(&self, context: &str, text: &str, stop: &AtomicBool) -> Result<Scored, Fault> {
+    /// `cut`: set where the text was scored in pieces.
+    fn rolling(&self, context: &str, text: &str, cut: &mut bool, stop: &AtomicBool) -> Result<Scored, Fault> {
         let too_long = match self.score(context, text, true, stop) {
             Err(fault @ Fault::TooLong { .. }) => fault,
             scored => return scored,
         };
         let Some((first, second)) = scoring::cut(text).map(|at| text.split_at(at)) else { return Err(too_long) };
-        let scored = self.rolling(context, first, stop)?;
-        Ok(scored.and(self.rolling(scoring::last_word(first), second, stop)?))
+        *cut = true;
+        let scored = self.rolling(context, first, cut, stop)?;
+        Ok(scored.and(self.rolling(scoring::last_word(first), second, cut, stop)?))
     }
 
     fn generate(&self, context: &str, options: &GenerationOptions, stop: &AtomicBool) -> Result<Response, Fault> {
@@ -232,9 +270,16 @@ impl OpenAi {
             // The server would look for them in the thinking too.
             body.remove("stop");
         }
-        body.extend(self.options.extra.clone());
-        let answer = Answer::read(self.post(path, body, stop)?)?;
-        let tokens = answer.usage.map(|u| u.completion_tokens);
+        let (value, sent) = self.post(path, body, stop)?;
+        let answer = Answer::read(value)?;
+        {
+            let mut tally = locked(&self.tally);
+            tally.filtered += u64::from(answer.filtered);
+            tally.declined += u64::from(answer.declined);
+            tally.only_reasoning += u64::from(answer.reasoning && answer.text.trim().is_empty());
+            tally.temperature_not_sent += u64::from(options.temperature == 0.0 && !sent.contains_key("temperature"));
+        }
+        let tokens = answer.usage.generated;
         if options.think_end.is_some() {
             return Ok(Response::Generated { text: options.answer(answer.text), tokens, capped: answer.capped });
         }
@@ -244,14 +289,14 @@ impl OpenAi {
         Ok(Response::Generated { text, tokens, capped: answer.capped && end.is_none() })
     }
 
-    fn echo(&self, prompt: &str, stop: &AtomicBool) -> Result<Answer, Fault> {
+    fn echo(&self, prompt: &str, stop: &AtomicBool) -> Result<Echo, Fault> {
         let mut body = self.body();
         body.insert("prompt".into(), json!(prompt));
         body.insert("max_tokens".into(), json!(1));
         body.insert("temperature".into(), json!(0));
         body.insert("logprobs".into(), json!(1));
         body.insert("echo".into(), json!(true));
-        Answer::read(self.post(COMPLETIONS, body, stop)?)
+        Answer::read(self.post(COMPLETIONS, body, stop)?.0)?.with_tokens()
     }
 
     /// How many tokens the server makes of `text`, BOS included.
@@ -263,8 +308,8 @@ impl OpenAi {
         body.insert("prompt".into(), json!(text));
         body.insert("max_tokens".into(), json!(1));
         body.insert("temperature".into(), json!(0));
-        let usage = Answer::read(self.post(COMPLETIONS, body, stop)?)?.usage;
-        let tokens = usage.ok_or_else(|| Fault::Misaligned("`usage` is absent".into()))?.prompt_tokens;
+        let usage = Answer::read(self.post(COMPLETIONS, body, stop)?.0)?.usage;
+        let tokens = usage.prompt.ok_or_else(|| Fault::Misaligned("`usage.prompt_tokens` is absent".into()))?;
         locked(&self.lengths).insert(text.to_owned(), tokens);
         Ok(tokens)
     }
@@ -278,7 +323,7 @@ impl OpenAi {
             body.insert("prompt".into(), json!(prompt));
             body.insert("logprobs".into(), json!(1));
             body.extend(sampling(&GenerationOptions { max_tokens: PROBE_TOKENS, ..Default::default() }));
-            let generated = Answer::read(self.post(COMPLETIONS, body, &never)?)?;
+            let generated = Answer::read(self.post(COMPLETIONS, body, &never)?.0)?.with_tokens()?;
             if generated.text.is_empty() || generated.tokens.is_empty() {
                 continue;
             }
@@ -293,22 +338,27 @@ impl OpenAi {
         Map::from_iter([("model".to_owned(), json!(self.model))])
     }
 
-    /// Posts `body`, without the neutral fields that the server turns out to refuse.
-    fn post(&self, path: &str, mut body: Map<String, Value>, stop: &AtomicBool) -> Result<Value, Fault> {
+    /// Posts `body` with the options' changes and as the server turned out to want it; the answer and what was sent last.
+    fn post(
+        &self,
+        path: &str,
+        body: Map<String, Value>,
+        stop: &AtomicBool,
+    ) -> Result<(Value, Map<String, Value>), Fault> {
+        let body = self.options.fields.apply(body);
         loop {
-            let refused = locked(&self.refused).clone();
-            body.retain(|name, value| !refused.contains(name.as_str()) || *value != json!(1.0));
-            let value = Value::Object(body);
-            let fault = match self.http.call(path, Some(&value), stop) {
-                Err(fault @ Fault::Status { status: 400 | 422, .. }) => fault,
-                other => return other,
+            let sent = locked(&self.learned).apply(body.clone());
+            let fault = match self.http.call(path, Some(&Value::Object(sent.clone())), stop, &self.tally) {
+                Ok(value) => return Ok((value, sent)),
+                Err(fault) => fault,
             };
-            let Value::Object(sent) = value else { return Err(fault) };
-            body = sent;
-            let message = fault.to_string();
-            let named = NEUTRAL.iter().find(|n| body.get(**n) == Some(&json!(1.0)) && message.contains(**n));
-            let Some(name) = named else { return Err(fault) };
-            locked(&self.refused).insert(name);
+            let (Fault::Status { status: 400 | 422, said, .. } | Fault::Said { status: 400 | 422, said, .. }) = &fault
+            else {
+                return Err(fault);
+            };
+            if !locked(&self.learned).learn(&sent, said) {
+                return Err(fault);
+            }
         }
     }
 }
@@ -383,10 +433,8 @@ impl LanguageModel for OpenAi {
     }
 }
 
-fn only_model(http: &Http) -> Result<String, Fault> {
-    let value = http.call("/models", None, &AtomicBool::new(false))?;
-    let models: Models = serde_json::from_value(value).map_err(|e| Fault::Unexpected(format!("/v1/models: {e}")))?;
-    let mut ids: Vec<String> = models.data.into_iter().map(|m| m.id).collect();
+fn only_model(http: &Http, tally: &Mutex<Tally>) -> Result<String, Fault> {
+    let mut ids = protocol::models(&http.call("/models", None, &AtomicBool::new(false), tally)?)?;
     match ids.pop() {
         None => Err(Fault::NoModel),
         Some(id) if ids.is_empty() => Ok(id),
@@ -400,7 +448,7 @@ fn sampling(options: &GenerationOptions) -> Map<String, Value> {
     let mut body = Map::new();
     body.insert("max_tokens".into(), json!(options.max_tokens));
     body.insert("temperature".into(), json!(options.temperature));
-    body.extend(NEUTRAL.map(|name| (name.to_owned(), json!(options.repetition_penalty))));
+    body.extend(fields::NEUTRAL.map(|name| (name.to_owned(), json!(options.repetition_penalty))));
     for (name, value) in
         [("presence_penalty", options.presence_penalty), ("frequency_penalty", options.frequency_penalty)]
     {

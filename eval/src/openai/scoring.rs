@@ -2,7 +2,7 @@
 
 use super::error::Fault;
 use super::http::shorten;
-use super::protocol::{Answer, Token};
+use super::protocol::{Echo, Token};
 
 /// Characters of a server's text that go into an error.
 const EXCERPT: usize = 60;
@@ -57,7 +57,7 @@ pub(super) fn boundary(context: &str) -> usize {
 ///
 /// Works from the prompt's end, so whatever stands at its start (a BOS token, listed or not, special tokens whose text a
 /// server hides) does not matter. Offsets are not used: SGLang gives -1, vLLM miscounts after a broken character.
-pub(super) fn by_text<'a>(answer: &'a Answer, prompt: &str, boundary: usize) -> Result<Option<&'a [Token]>, Fault> {
+pub(super) fn by_text<'a>(answer: &'a Echo, prompt: &str, boundary: usize) -> Result<Option<&'a [Token]>, Fault> {
     if !answer.text.starts_with(prompt) {
         let found = format!("its text is `{}`", shorten(&answer.text, EXCERPT));
         return Err(Fault::NoEcho { found });
@@ -67,7 +67,7 @@ pub(super) fn by_text<'a>(answer: &'a Answer, prompt: &str, boundary: usize) -> 
         return Err(Fault::NoPromptLogProbs { found: "`logprobs` is empty".to_owned() });
     }
     // The one token that had to be generated is the last, unless the model ended the text or the server left it out.
-    let generated = answer.usage.map_or(1, |u| u.completion_tokens);
+    let generated = answer.usage.generated.unwrap_or(1);
     let ends = [all.len().checked_sub(generated), Some(all.len())];
     let start_of = |end: usize| {
         let (mut position, mut start) = (prompt.len(), end);
@@ -82,17 +82,17 @@ pub(super) fn by_text<'a>(answer: &'a Answer, prompt: &str, boundary: usize) -> 
 
 /// The tokens of a prompt beyond its first `context_tokens`, found by counting, as lm-evaluation-harness does.
 /// `context_tokens`: what the server says the context alone has; 0 for all of the prompt.
-pub(super) fn by_count(answer: &Answer, context_tokens: usize) -> Result<&[Token], Fault> {
+pub(super) fn by_count(answer: &Echo, context_tokens: usize) -> Result<&[Token], Fault> {
     let listed = answer.tokens.len();
-    let usage =
-        answer.usage.ok_or_else(|| Fault::Misaligned("their texts are unclear and `usage` is absent".into()))?;
-    let Some(end) = listed.checked_sub(usage.completion_tokens).filter(|end| end + 1 >= usage.prompt_tokens) else {
-        return Err(Fault::NoPromptLogProbs { found: format!("{listed} of them for {} tokens", usage.prompt_tokens) });
+    let (Some(prompt), Some(generated)) = (answer.usage.prompt, answer.usage.generated) else {
+        return Err(Fault::Misaligned("their texts are unclear and `usage` does not count both sides".into()));
+    };
+    let Some(end) = listed.checked_sub(generated).filter(|end| end + 1 >= prompt) else {
+        return Err(Fault::NoPromptLogProbs { found: format!("{listed} of them for {prompt} tokens") });
     };
     // A server that adds a BOS token counts it on both sides, whether it lists it or not.
-    let count = if context_tokens == 0 { Some(end) } else { usage.prompt_tokens.checked_sub(context_tokens) };
+    let count = if context_tokens == 0 { Some(end) } else { prompt.checked_sub(context_tokens) };
     count.filter(|n| *n > 0).and_then(|n| answer.tokens.get(end.checked_sub(n)?..end)).ok_or_else(|| {
-        let prompt = usage.prompt_tokens;
         Fault::Misaligned(format!("{listed} listed, {prompt} in the prompt, {context_tokens} in its context"))
     })
 }
@@ -150,10 +150,10 @@ mod tests {
         Token { text: text.to_owned(), logprob: Some(logprob), best: Some(logprob.max(-0.5)) }
     }
 
-    fn answer(text: &str, tokens: &[&str], prompt_tokens: usize) -> Answer {
+    fn answer(text: &str, tokens: &[&str], prompt_tokens: usize) -> Echo {
         let tokens = tokens.iter().enumerate().map(|(i, t)| token(t, -(i as f64))).collect();
-        let usage = Some(Usage { prompt_tokens, completion_tokens: 1 });
-        Answer { text: text.to_owned(), capped: true, tokens, usage }
+        let usage = Usage { prompt: Some(prompt_tokens), generated: Some(1) };
+        Echo { text: text.to_owned(), tokens, usage }
     }
 
     fn texts(tokens: &[Token]) -> Vec<&str> {
@@ -200,8 +200,10 @@ mod tests {
         assert!(matches!(by_count(&a, 9), Err(Fault::Misaligned(_))));
         let only_generated = answer("n o!", &["!"], 2);
         assert!(matches!(by_count(&only_generated, 1), Err(Fault::NoPromptLogProbs { .. })));
-        let no_usage = Answer { usage: None, ..a };
-        assert!(matches!(by_count(&no_usage, 1), Err(Fault::Misaligned(_))));
+        for usage in [Usage::default(), Usage { generated: None, ..a.usage }, Usage { prompt: None, ..a.usage }] {
+            let unclear = Echo { usage, ..a.clone() };
+            assert!(matches!(by_count(&unclear, 1), Err(Fault::Misaligned(_))));
+        }
     }
 
     #[test]
