@@ -222,15 +222,17 @@ impl<'t> Plan<'t> {
         };
         for (task, seeds) in self.selection.tasks.iter().zip(&self.instances) {
             let mut samples = Vec::new();
-            let (mut tokens, mut capped, mut generated) = (0, 0, 0usize);
+            let (mut tokens, mut counted, mut capped, mut empty, mut generated) = (0, 0usize, 0, 0, 0usize);
             for (seed, instance) in seeds.iter().enumerate().flat_map(|(s, i)| i.iter().map(move |i| (s, i))) {
                 let key = |request| Key { task: task.name().into(), doc_id: instance.doc_id, seed, request };
                 let responses: Vec<Response> =
                     (0..instance.requests.len()).filter_map(|i| answers.get(&key(i)).cloned()).collect();
                 for response in &responses {
-                    if let Response::Generated { tokens: n, capped: c, .. } = response {
+                    if let Response::Generated { text, tokens: n, capped: c } = response {
                         tokens += n.unwrap_or(0);
+                        counted += usize::from(n.is_some());
                         capped += usize::from(*c);
+                        empty += usize::from(text.trim().is_empty());
                         generated += 1;
                     }
                 }
@@ -241,8 +243,9 @@ impl<'t> Plan<'t> {
             }
             samples.sort_by_key(|s| s.doc_id);
             let generation = (generated > 0).then(|| GenerationLength {
-                mean_tokens: tokens as f64 / generated as f64,
+                mean_tokens: (counted > 0).then(|| tokens as f64 / counted as f64),
                 capped: capped as f64 / generated as f64,
+                empty: empty as f64 / generated as f64,
             });
             let scores = task.aggregate(&samples);
             let (metric, filter) = task.headline();
@@ -355,7 +358,24 @@ impl Results {
         }
     }
 
-    /// Rows of the table that lm-evaluation-harness prints: groups first, each task once.
+    /// What a reader of the scores has to know of the answers: one sentence for each task that has such.
+    #[must_use]
+    pub fn notes(&self) -> Vec<String> {
+        let empty = self.tasks.iter().filter_map(|t| Some((t, t.generation.filter(|g| g.empty > 0.0)?)));
+        let percent = |share: f64| format!("{:.1} %", 100.0 * share);
+        empty
+            .map(|(task, g)| {
+                let capped = match g.capped {
+                    0.0 => String::new(),
+                    share => format!("; the limit on tokens ended {}", percent(share)),
+                };
+                format!("warning: {}: {} of the answers are empty{capped}", task.name, percent(g.empty))
+            })
+            .collect()
+    }
+
+    /// Rows of the table that lm-evaluation-harness prints: groups first, each task once; then, where there are such, the
+    /// shares of a task's answers that are empty and that the limit on tokens ended.
     #[must_use]
     pub fn rows(&self) -> Vec<ScoreRow> {
         let mut rows = Vec::new();
@@ -382,6 +402,19 @@ impl Results {
                 stderr: tasks::standard_error(s, BOOTSTRAP_RESAMPLES),
                 higher_is_better: s.higher_is_better,
             }));
+            let shares = task.generation.map(|g| [("empty_answers", g.empty), ("capped_answers", g.capped)]);
+            rows.extend(shares.into_iter().flatten().filter(|(_, share)| *share > 0.0).map(|(metric, value)| {
+                ScoreRow {
+                    task: task.alias.clone(),
+                    version: task.version.clone(),
+                    filter: "none".into(),
+                    n_shot: Some(task.shots),
+                    metric: metric.into(),
+                    value,
+                    stderr: None,
+                    higher_is_better: false,
+                }
+            }));
         }
         rows
     }
@@ -406,6 +439,7 @@ impl Results {
             if let Some(g) = task.generation {
                 entry.insert("generated_tokens_mean".into(), json!(g.mean_tokens));
                 entry.insert("generated_capped_share".into(), json!(g.capped));
+                entry.insert("generated_empty_share".into(), json!(g.empty));
             }
             if task.hold_themselves > 0 {
                 entry.insert("fewshot_own_document".into(), json!(task.hold_themselves));

@@ -69,9 +69,13 @@ impl MetricScores {
 /// Length of what a model generated in one task.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GenerationLength {
-    pub mean_tokens: f64,
+    /// Over the answers whose tokens the model counted; `None`: of none.
+    pub mean_tokens: Option<f64>,
     /// Share of answers that the limit on tokens ended.
     pub capped: f64,
+    /// Share of answers that are nothing but white space.
+    #[serde(default)]
+    pub empty: f64,
 }
 
 /// One model's evaluation.

@@ -7,7 +7,6 @@ pub mod error;
 mod folder;
 pub mod gguf;
 mod header;
-#[cfg(feature = "hub")]
 pub mod hub;
 pub mod identity;
 pub mod json;

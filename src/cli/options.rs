@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, ValueEnum};
+use recoup_eval::http::address::{is_address, mask};
 use serde_json::{Map, Value, json};
 
 use crate::backend::NUMERICS_VERSION;
 use crate::backend::cpu::{CpuBackend, isa::Isa};
+use crate::checkpoint::hub::{Hub, Id};
 use crate::checkpoint::{self, Checkpoint};
 use crate::formats::kv::KvFormat;
 use crate::model::{Decoder, ModelConfig, consistency};
@@ -28,7 +30,7 @@ pub(super) struct EngineOptions {
     pub kv_cache_dtype: KvDtype,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum KvDtype {
     F32,
     Bf16,
@@ -175,7 +177,8 @@ pub(super) fn threads(asked: usize) -> usize {
     threads
 }
 
-/// The folder that MODEL names: a folder, or a hub id downloaded into the Hugging Face cache.
+/// The folder that MODEL names: a folder, or a hub id (`org/name`, `org/name@revision`) downloaded into the Hugging Face
+/// cache.
 pub(super) fn model_folder(model: impl AsRef<OsStr>) -> Result<PathBuf> {
     let model = model.as_ref();
     let path = Path::new(model);
@@ -183,26 +186,26 @@ pub(super) fn model_folder(model: impl AsRef<OsStr>) -> Result<PathBuf> {
         return Ok(path.into());
     }
     let Some(model) = model.to_str() else { bail!("{}: no such folder", path.display()) };
-    let looks_like_id = model.split('/').count() == 2 && !model.starts_with(['.', '/', '~']) && !model.ends_with('/');
+    if is_address(model) {
+        bail!("{}: the address of a server; only `recoup eval` asks servers", mask(model));
+    }
+    let looks_like_id = model.split('@').next().is_some_and(|name| name.split('/').count() == 2)
+        && !model.starts_with(['.', '/', '~'])
+        && !model.ends_with('/');
     if !looks_like_id {
         bail!("{model}: no such folder");
     }
-    download(model)
-}
-
-#[cfg(feature = "hub")]
-fn download(id: &str) -> Result<PathBuf> {
-    let bar = super::progress(0, "downloading");
-    let folder = crate::checkpoint::hub::download(id, &mut |done, all| {
-        bar.set_length(all as u64);
-        bar.set_position(done as u64);
-    })
-    .with_context(|| format!("{id}: no such folder, and the hub did not give it"))?;
+    let id = Id::parse(model).with_context(|| format!("{model}: no such folder"))?;
+    let bar = super::progress(0, format!("{model}: bytes"));
+    let hub = Hub::from_env(|name| std::env::var(name).ok())?;
+    let found = hub.folder(
+        &id,
+        &mut |done, all| {
+            bar.set_length(all);
+            bar.set_position(done);
+        },
+        &mut |note| super::say!("{note}"),
+    );
     bar.finish();
-    Ok(folder)
-}
-
-#[cfg(not(feature = "hub"))]
-fn download(id: &str) -> Result<PathBuf> {
-    bail!("{id}: no such folder; if it is a Hugging Face id, build with --features hub to download it")
+    found.with_context(|| format!("{model}: no such folder, and the hub did not give it"))
 }

@@ -241,7 +241,7 @@ fn the_headline_is_the_first_metric_or_the_one_asked_for() {
 #[test]
 fn lengths_of_answers_are_passed_on() {
     let mut models = three([600, 500, 580]);
-    let length = GenerationLength { mean_tokens: 12.5, capped: 0.1 };
+    let length = GenerationLength { mean_tokens: Some(12.5), capped: 0.1, empty: 0.0 };
     models[1].generation.push(("arc".into(), length));
     let (tasks, _) = run(&models).unwrap();
     let found: Vec<_> = tasks[0].scores.iter().map(|s| s.generation).collect();

@@ -225,7 +225,7 @@ pub(super) fn sample() -> Comparison {
         (98.2, 0.0152),
         (115.3, 0.0243),
     ]) {
-        score.generation = Some(GenerationLength { mean_tokens: tokens, capped });
+        score.generation = Some(GenerationLength { mean_tokens: Some(tokens), capped, empty: 0.0 });
     }
     tasks[3].filter = "strict-match".to_owned();
     let mut second = task("lambada_openai", "perplexity", 0.5, None, 5153, &[0.5, 0.6, 0.4, 0.8]);

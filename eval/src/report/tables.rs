@@ -197,13 +197,15 @@ pub(super) fn recovery(c: &Comparison, whole: &Comparison) -> Option<Table> {
 pub(super) fn generation(c: &Comparison) -> Option<Table> {
     let mut table = Table::new(
         "Generated answers",
-        "Mean length in tokens, and the share of answers that the limit on tokens ended.",
-        vec![left("Task"), left("Model"), right("Tokens"), right("Cut by the limit")],
+        "Mean length in tokens, and the shares of answers that the limit on tokens ended and that are empty.",
+        vec![left("Task"), left("Model"), right("Tokens"), right("Cut by the limit"), right("Empty")],
     );
     for t in &c.tasks {
         for m in 0..c.models.len() {
             let Some(g) = t.score_of(m).and_then(|s| s.generation) else { continue };
-            table.row(Some(m), vec![task(c, t), c.label(m).to_owned(), fixed(g.mean_tokens, 1), percent(g.capped)]);
+            let tokens = g.mean_tokens.map_or_else(missing, |n| fixed(n, 1));
+            let row = vec![task(c, t), c.label(m).to_owned(), tokens, percent(g.capped), percent(g.empty)];
+            table.row(Some(m), row);
         }
     }
     table.filled(2)

@@ -1,5 +1,8 @@
 //! An OpenAI-compatible server in this process: a bigram model over a few words and all bytes, and every way to misbehave.
 
+// Each test that includes this uses a part of it.
+#![allow(dead_code)]
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
@@ -25,6 +28,7 @@ pub enum Reply {
 pub struct Seen {
     pub path: String,
     pub authorization: Option<String>,
+    pub proxy_authorization: Option<String>,
     pub body: Value,
 }
 
@@ -64,7 +68,7 @@ fn serve(stream: &TcpStream, reply: &dyn Fn(usize, &Seen) -> Reply, record: &Mut
     let mut line = String::new();
     reader.read_line(&mut line).unwrap();
     let Some(path) = line.split(' ').nth(1).map(str::to_owned) else { return };
-    let (mut length, mut authorization) = (0, None);
+    let (mut length, mut authorization, mut proxy_authorization) = (0, None, None);
     loop {
         line.clear();
         reader.read_line(&mut line).unwrap();
@@ -72,12 +76,14 @@ fn serve(stream: &TcpStream, reply: &dyn Fn(usize, &Seen) -> Reply, record: &Mut
         match name.to_lowercase().as_str() {
             "content-length" => length = value.parse().unwrap(),
             "authorization" => authorization = Some(value.to_owned()),
+            "proxy-authorization" => proxy_authorization = Some(value.to_owned()),
             _ => {}
         }
     }
     let mut body = vec![0; length];
     reader.read_exact(&mut body).unwrap();
-    let request = Seen { path, authorization, body: serde_json::from_slice(&body).unwrap_or_default() };
+    let request =
+        Seen { path, authorization, proxy_authorization, body: serde_json::from_slice(&body).unwrap_or_default() };
     let number = {
         let mut record = record.lock().unwrap();
         record.push(request.clone());

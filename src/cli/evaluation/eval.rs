@@ -6,15 +6,16 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use recoup_eval::openai::{ApiKey, OpenAi, Options as UrlOptions};
+use recoup_eval::http::address::is_address;
+use recoup_eval::openai::{ApiKey, Fields, OpenAi, Options as UrlOptions, Tally};
 use recoup_eval::report::evaluation_markdown;
 use recoup_eval::run::{Plan, Results, Setup, Shard, merge};
 use recoup_eval::scores::ModelFacts;
 use recoup_eval::tasks::{ListedKind, Selection};
 use recoup_eval::{LanguageModel, journal};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
-use super::super::options::{EngineOptions, identity, model_folder, open_model};
+use super::super::options::{EngineOptions, KvDtype, identity, model_folder, open_model};
 use super::{TaskOptions, facts_config, model_name, parse_shard, run_plan};
 use crate::checkpoint::Checkpoint;
 use crate::evaluate::{EvaluatedModel, ModelText, facts, kernel_check};
@@ -61,18 +62,72 @@ struct UrlArgs {
     /// Model name on the server [default: its only one]
     #[arg(long, value_name = "NAME")]
     served_model: Option<String>,
-    /// Requests under way at once
-    #[arg(long, default_value_t = UrlOptions::default().concurrency, value_name = "N")]
-    concurrency: usize,
-    /// Seconds that one request may take
-    #[arg(long, default_value_t = UrlOptions::default().timeout.as_secs(), value_name = "SECONDS")]
-    timeout: u64,
-    /// Further tries of a request that failed for a reason that may pass
-    #[arg(long, default_value_t = UrlOptions::default().retries, value_name = "N")]
-    retries: usize,
+    /// Requests under way at once [default: 4]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    concurrency: Option<u64>,
+    /// Seconds that one request may take [default: 300]
+    #[arg(long, value_name = "SECONDS", value_parser = at_least_one)]
+    timeout: Option<u64>,
+    /// Further tries of a request that failed for a reason that may pass, with waits of 0.5 s, 1 s, 2 s, … 60 s or what the
+    /// server asks for [default: 8]
+    #[arg(long, value_name = "N")]
+    retries: Option<usize>,
     /// Text before everything that is scored: the model's BOS token, for servers that do not add it
-    #[arg(long, default_value = "", value_name = "TEXT")]
-    prefix: String,
+    #[arg(long, value_name = "TEXT")]
+    prefix: Option<String>,
+    /// Further fields of every request, as JSON: '{"provider": {"order": ["x"]}}'
+    #[arg(long, value_name = "JSON")]
+    extra_body: Option<String>,
+    /// Fields to leave out of every request, such as temperature
+    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+    omit_field: Vec<String>,
+    /// Fields to send by another name, such as max_tokens=max_completion_tokens
+    #[arg(long, value_delimiter = ',', value_name = "OLD=NEW")]
+    rename_field: Vec<String>,
+    /// Certificates (PEM) to trust instead of the public authorities', for https
+    #[arg(long, value_name = "FILE")]
+    ca_file: Option<PathBuf>,
+}
+
+fn at_least_one(text: &str) -> Result<u64, String> {
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "expected a whole number from 1 on".to_owned())
+}
+
+impl UrlArgs {
+    /// Those given, which mean nothing for a model that runs here.
+    fn given(&self) -> Vec<&'static str> {
+        let all = [
+            ("--served-model", self.served_model.is_some()),
+            ("--concurrency", self.concurrency.is_some()),
+            ("--timeout", self.timeout.is_some()),
+            ("--retries", self.retries.is_some()),
+            ("--prefix", self.prefix.is_some()),
+            ("--extra-body", self.extra_body.is_some()),
+            ("--omit-field", !self.omit_field.is_empty()),
+            ("--rename-field", !self.rename_field.is_empty()),
+            ("--ca-file", self.ca_file.is_some()),
+        ];
+        all.iter().filter(|(_, given)| *given).map(|(name, _)| *name).collect()
+    }
+
+    fn fields(&self) -> Result<Fields> {
+        let extra = match &self.extra_body {
+            None => serde_json::Map::new(),
+            Some(text) => match serde_json::from_str(text) {
+                Ok(Value::Object(fields)) => fields,
+                Ok(other) => bail!("--extra-body: expected a JSON object, such as {{\"top_k\": 5}}, found {other}"),
+                Err(e) => bail!("--extra-body: no JSON: {e}"),
+            },
+        };
+        let rename = self.rename_field.iter().map(|pair| match pair.split_once('=') {
+            Some((old, new)) if !old.trim().is_empty() && !new.trim().is_empty() => {
+                Ok((old.trim().to_owned(), new.trim().to_owned()))
+            }
+            _ => bail!("--rename-field {pair}: expected OLD=NEW"),
+        });
+        let omit = self.omit_field.iter().map(|name| name.trim().to_owned()).collect();
+        Ok(Fields { extra, rename: rename.collect::<Result<_>>()?, omit })
+    }
 }
 
 /// What an evaluation is of: what reports say of the model, and what tells it from others.
@@ -92,8 +147,11 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     }
     let selection = args.tasks.select(&[])?;
     args.tasks.check_thinking(&selection)?;
-    if let Some(address) = model.to_str().filter(|m| m.starts_with("http://") || m.starts_with("https://")) {
+    if let Some(address) = model.to_str().filter(|m| is_address(m)) {
         return url(args, address, &selection, &setup);
+    }
+    if let Some(name) = args.url.given().first() {
+        bail!("{name} is of a server; {} is a model that runs here", Path::new(model).display());
     }
     let folder = model_folder(model)?;
     let checkpoint = open_model(&folder)?;
@@ -110,7 +168,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     let decoder = args.options.load(&checkpoint)?;
     drop(checkpoint);
     let mut evaluated = EvaluatedModel::new(&decoder, &text, args.options.kv_format(), Some(context));
-    let code = evaluate(args, &mut evaluated, &subject, &selection, &setup)?;
+    let code = evaluate(args, &mut evaluated, &subject, &selection, &setup, |_| Tally::default())?;
     if evaluated.truncated() > 0 {
         let n = evaluated.truncated();
         super::super::say!(
@@ -127,39 +185,75 @@ fn context_length(checkpoint: &Checkpoint, asked: Option<usize>) -> Result<usize
 }
 
 fn url(args: &Args, address: &str, selection: &Selection, setup: &Setup) -> Result<ExitCode> {
+    let local = [
+        ("--max-length", args.max_length.is_some()),
+        ("--check-kernels", args.check_kernels),
+        ("--threads", args.options.threads != 0),
+        ("--isa", args.options.isa.is_some()),
+        ("--kv-cache-dtype", args.options.kv_cache_dtype != KvDtype::F32),
+    ];
+    if let Some((name, _)) = local.iter().find(|(_, given)| *given) {
+        bail!("{name} is of a model that runs here; a server has settings of its own");
+    }
+    let (given, default) = (&args.url, UrlOptions::default());
+    let mut fields = given.fields()?;
     let arguments = args.tasks.template_arguments();
-    let mut extra = Map::new();
     if !arguments.is_empty() {
         // vLLM's, SGLang's and llama.cpp's name for it.
-        extra.insert("chat_template_kwargs".into(), arguments.into());
+        if fields.extra.insert("chat_template_kwargs".into(), arguments.into()).is_some() {
+            bail!("chat_template_kwargs: given by --extra-body and by options of their own");
+        }
     }
-    let mut options = UrlOptions {
-        model: args.url.served_model.clone(),
+    let options = UrlOptions {
+        model: given.served_model.clone(),
         api_key: ApiKey::from_env(),
-        concurrency: args.url.concurrency.max(1),
-        timeout: Duration::from_secs(args.url.timeout),
-        retries: args.url.retries,
-        prefix: args.url.prefix.clone(),
+        concurrency: given.concurrency.map_or(default.concurrency, |n| n.try_into().unwrap_or(usize::MAX)),
+        timeout: given.timeout.map_or(default.timeout, Duration::from_secs),
+        retries: given.retries.unwrap_or(default.retries),
+        prefix: given.prefix.clone().unwrap_or_default(),
         chat: setup.chat,
-        ..UrlOptions::default()
+        fields: fields.clone(),
+        ca_file: given.ca_file.clone(),
+        notice: Some(|text| super::super::say!("{text}")),
     };
-    options.extra.extend(extra.clone());
     let mut server = OpenAi::new(address, options)?;
     let _claim = super::claimed(args.output.as_deref())?;
+    let address = server.address();
     let name = format!("{} at {address}", server.model());
+    // Null where nothing is asked for: answers of runs before there were such options go on.
+    let some = |value: Value| if value.as_object().is_some_and(|o| o.is_empty()) { Value::Null } else { value };
+    let omitted: Vec<&String> = fields.omit.iter().collect();
     let subject = Subject {
-        identity: json!({"url": address, "served_model": server.model(), "prefix": args.url.prefix, "body": extra}),
+        identity: json!({"url": address, "served_model": server.model(), "prefix": given.prefix.as_deref().unwrap_or(""),
+            "extra_body": some(json!(fields.extra)), "rename_field": some(json!(fields.rename)),
+            "omit_field": if omitted.is_empty() { Value::Null } else { json!(omitted) }}),
         facts: ModelFacts { name, ..ModelFacts::default() },
     };
-    evaluate(args, &mut server, &subject, selection, setup)
+    evaluate(args, &mut server, &subject, selection, setup, OpenAi::tally)
 }
 
+/// What happened between the evaluation and a server, kept beside the answers.
+const SERVER: &str = "server.json";
+
+fn kept_tally(folder: &Path) -> Result<Tally> {
+    let path = folder.join(SERVER);
+    match std::fs::read(&path) {
+        Ok(text) => serde_json::from_slice(&text).with_context(|| {
+            format!("{}: not what an evaluation wrote; delete the folder to begin anew", path.display())
+        }),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Tally::default()),
+        Err(e) => Err(e).with_context(|| path.display().to_string()),
+    }
+}
+
+/// `tally`: what `model` counted.
 fn evaluate<M: LanguageModel>(
     args: &Args,
     model: &mut M,
     subject: &Subject,
     selection: &Selection,
     setup: &Setup,
+    tally: fn(&M) -> Tally,
 ) -> Result<ExitCode> {
     let plan = Plan::new(selection, setup, model)?;
     plan.notes().iter().for_each(|note| super::super::say!("warning: {note}"));
@@ -170,17 +264,27 @@ fn evaluate<M: LanguageModel>(
             let path = folder.join(recoup_eval::run::RESPONSES);
             journal::write(&path, &plan.about(&subject.identity, Shard::ALL), &answers)?;
         }
-        return finish(args, &plan.results(&answers)?, &subject.facts, &config);
+        let mut counted = Tally::default();
+        for folder in &args.merge {
+            counted.add(&kept_tally(folder)?);
+        }
+        return finish(args, &plan.results(&answers)?, &subject.facts, config, &counted);
     }
     // Without -o nothing is kept; the journal still needs a place.
     let scratch = if args.output.is_none() { Some(output::temporary()?) } else { None };
     let folder = args.output.as_deref().or(scratch.as_ref().map(|s| s.path())).unwrap_or(Path::new("."));
     let shard = args.shard.unwrap_or(Shard::ALL);
     let start = Instant::now();
-    let results = run_plan(model, &plan, &subject.identity, folder, shard, &subject.facts.name)?;
+    let mut counted = kept_tally(folder)?;
+    let results = run_plan(model, &plan, &subject.identity, folder, shard, &subject.facts.name);
+    counted.add(&tally(model));
+    if counted != Tally::default() {
+        journal::write_atomically(&folder.join(SERVER), json!(counted).to_string().as_bytes())?;
+    }
+    let results = results?;
     super::super::say!("{} requests in {:.1} s", plan.len(shard), start.elapsed().as_secs_f64());
     match results {
-        Some(results) => finish(args, &results, &subject.facts, &config),
+        Some(results) => finish(args, &results, &subject.facts, config, &counted),
         None => {
             let (index, of) = (shard.index, shard.of);
             super::super::say!(
@@ -191,15 +295,24 @@ fn evaluate<M: LanguageModel>(
     }
 }
 
-fn finish(args: &Args, results: &Results, facts: &ModelFacts, config: &Value) -> Result<ExitCode> {
+fn finish(args: &Args, results: &Results, facts: &ModelFacts, mut config: Value, counted: &Tally) -> Result<ExitCode> {
+    if *counted != Tally::default() {
+        config["server"] = json!(counted);
+    }
     let table = evaluation_markdown(&results.rows());
+    let notes: Vec<String> = results.notes().into_iter().chain(counted.sentences()).collect();
+    for note in &notes {
+        super::super::say!("{note}");
+    }
     if let Some(folder) = &args.output {
-        results.write(folder, facts, config)?;
-        journal::write_atomically(&folder.join("report.md"), table.as_bytes())?;
+        results.write(folder, facts, &config)?;
+        let listed: String = notes.iter().map(|note| format!("- {note}\n")).collect();
+        let report = if listed.is_empty() { table.clone() } else { format!("{}\n\n{listed}", table.trim_end()) };
+        journal::write_atomically(&folder.join("report.md"), report.as_bytes())?;
         super::super::say!("wrote {}", folder.display());
     }
     if args.json {
-        super::super::outln!("{:#}", results.json(facts, config));
+        super::super::outln!("{:#}", results.json(facts, &config));
     } else {
         super::super::outln!("{}", table.trim_end());
     }
