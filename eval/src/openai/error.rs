@@ -62,11 +62,11 @@ pub enum Fault {
     Transport(#[from] Broken),
     #[error("HTTP {status}: {message}")]
     #[expect(private_interfaces, reason = "read where requests are sent again without a field")]
-    Status { status: u16, message: String, said: Said },
+    Status { status: u16, message: String, said: Box<Said> },
     /// Inside of an answer of success; `status` is what it stands for.
     #[error("the server says: {message}")]
     #[expect(private_interfaces, reason = "read where requests are sent again without a field")]
-    Said { status: u16, message: String, said: Said },
+    Said { status: u16, message: String, said: Box<Said> },
     #[error("{fault}; the server asks to wait {seconds} s, which is too long: start the same command again then")]
     AsksToWait { fault: Box<Fault>, seconds: u64 },
     #[error("HTTP {status}: {message}; set OPENAI_API_KEY to a key that this server accepts")]

@@ -189,7 +189,7 @@ impl Http {
             }
         }
         match status {
-            _ if is_within => Fault::Said { status, message, said },
+            _ if is_within => Fault::Said { status, message, said: Box::new(said) },
             401 | 403 => Fault::Unauthorized { status, message },
             404 => {
                 let hint = if self.address.path().ends_with("/v1") {
@@ -199,7 +199,7 @@ impl Http {
                 };
                 Fault::NotFound { message, hint }
             }
-            _ => Fault::Status { status, message, said },
+            _ => Fault::Status { status, message, said: Box::new(said) },
         }
     }
 
