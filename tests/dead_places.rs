@@ -160,3 +160,16 @@ fn a_tensor_that_is_only_copied_is_refused_where_it_holds_what_is_no_number() {
     let error = quantized(&t, "fp8_pc_pt", Dialect::ModelOpt, folder.path()).unwrap_err();
     assert!(error.contains("model.layers.1.input_layernorm.weight") && error.contains("NaN or infinite"), "{error}");
 }
+
+#[test]
+fn a_state_whose_square_overflows_is_not_taken_for_a_dead_place() {
+    // One large weight: what it adds to the residual stream is finite, its square is not, and the next norm would give zeros.
+    let mut t = model();
+    let one = t.tensor("model.layers.0.mlp.down_proj.weight");
+    one.bytes[..2].copy_from_slice(&(((1e30f32).to_bits() >> 16) as u16).to_le_bytes());
+    for recipe in ["nvfp4", "nvfp4_best", "fp8", "nvfp4_fp8_auto"] {
+        let folder = tempfile::tempdir().unwrap();
+        let error = quantized(&t, recipe, Dialect::ModelOpt, folder.path()).unwrap_err();
+        assert!(error.contains("the square of what leaves `model.layers.0` is inf"), "{recipe}: {error}");
+    }
+}

@@ -8,9 +8,9 @@ pub mod observe;
 
 use std::path::PathBuf;
 
-use crate::formats::all_finite;
 use crate::formats::kv::KvFormat;
 use crate::formats::linear::LinearTensors;
+use crate::formats::{all_finite, squares_finite};
 
 /// Tokens of KV cache in one page. A page's keys are stored with the 16 tokens side by side, one per SIMD lane.
 pub const PAGE: usize = 16;
@@ -214,6 +214,11 @@ pub trait Backend {
     /// Whether no value is NaN or infinite.
     fn is_finite(&self, x: &Self::Tensor) -> Result<bool> {
         Ok(all_finite(&self.to_host(x)?))
+    }
+
+    /// Whether a norm over each row of `width` values divides by a finite number.
+    fn squares_finite(&self, x: &Self::Tensor, width: usize) -> Result<bool> {
+        Ok(squares_finite(&self.to_host(x)?, width))
     }
 
     /// Values, row-major.

@@ -222,6 +222,10 @@ impl<B: Backend, O: Observer> Backend for Observed<B, O> {
         self.inner.is_finite(x)
     }
 
+    fn squares_finite(&self, x: &B::Tensor, width: usize) -> Result<bool> {
+        self.inner.squares_finite(x, width)
+    }
+
     fn to_host(&self, x: &B::Tensor) -> Result<Vec<f32>> {
         self.inner.to_host(x)
     }

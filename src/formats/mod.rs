@@ -28,6 +28,21 @@ pub fn all_finite(values: &[f32]) -> bool {
     })
 }
 
+/// Whether the sum of squares of each row of `width` values is a finite f32: what a norm divides by its root. A row for which
+/// it is not would come out of the norm as zeros, NaN or infinite as its values may be.
+#[must_use]
+pub fn squares_finite(values: &[f32], width: usize) -> bool {
+    const LANES: usize = 16;
+    values.chunks(width.max(1)).all(|row| {
+        let mut sums = [0.0f32; LANES];
+        let (whole, rest) = row.as_chunks::<LANES>();
+        for chunk in whole {
+            sums.iter_mut().zip(chunk).for_each(|(s, v)| *s += v * v);
+        }
+        (sums.iter().sum::<f32>() + rest.iter().map(|v| v * v).sum::<f32>()).is_finite()
+    })
+}
+
 /// Largest absolute value of `values`; 0 for an empty slice. NaN elements are passed over: check for them first.
 #[inline(always)]
 #[must_use]
@@ -54,6 +69,18 @@ mod tests {
                 values[at] = bad;
                 assert!(!all_finite(&values), "{bad} at {at}");
                 values[at] = 1.0;
+            }
+        }
+    }
+
+    #[test]
+    fn squares_that_overflow_are_seen_in_any_row_and_place() {
+        assert!(squares_finite(&[1e18; 200], 100) && squares_finite(&[], 7));
+        for at in [0, 15, 99, 100, 199] {
+            for bad in [2e19, -3e38, f32::NAN, f32::INFINITY] {
+                let mut values = [1.0; 200];
+                values[at] = bad;
+                assert!(!squares_finite(&values, 100), "{bad} at {at}");
             }
         }
     }

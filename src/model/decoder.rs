@@ -311,11 +311,11 @@ impl<B: Backend> Decoder<B> {
         }
         let watch = Observed::shared(self.backend.clone(), FirstBroken::default());
         watch.linears(&normed, &[self.head()])?;
-        Err(self.broken(watch.with_observer(|o| o.found()), "what comes out of the head"))
+        Err(self.broken(watch.with_observer(|o| o.found())))
     }
 
-    fn broken(&self, found: Option<(String, f32)>, otherwise: &str) -> backend::BackendError {
-        let (place, value) = found.unwrap_or_else(|| (otherwise.into(), f32::NAN));
+    fn broken(&self, found: Option<(String, f32)>) -> backend::BackendError {
+        let (place, value) = found.unwrap_or_else(|| ("what comes out of the head".into(), f32::NAN));
         backend::BackendError::NotFinite { model: self.folder.clone(), place, value }
     }
 
@@ -343,8 +343,9 @@ impl<B: Backend> Decoder<B> {
 
     /// What leaves the last of the decoder layers `range` when what `enter` gives, [tokens, hidden], enters the first.
     ///
-    /// A residual stream keeps what is no number, so it is looked at once, at the end; where something is, the layers run
-    /// again (over the same cache, which changes nothing in it) to find the first module that gives it.
+    /// A residual stream keeps what is no number, and what is so large that its square is none and a norm makes zeros of it,
+    /// so it is looked at once, at the end; where something is, the layers run again (over the same cache, which changes
+    /// nothing in it) to find the first module that gives it.
     ///
     /// # Errors
     /// As [`Self::block`]; a sequence longer than dynamic RoPE is computed for; and when what leaves is not finite: with the
@@ -371,7 +372,8 @@ impl<B: Backend> Decoder<B> {
         for index in range.clone() {
             x = self.block(index, x, rope, cache, batch)?;
         }
-        if self.backend.is_finite(&x)? {
+        let width = self.config.hidden;
+        if self.backend.squares_finite(&x, width)? {
             return Ok(x);
         }
         let watched = self.observed(FirstBroken::default());
@@ -380,13 +382,15 @@ impl<B: Backend> Decoder<B> {
             watched.embed(batch)?;
         }
         let mut x = enter()?;
+        let mut place = format!("the square of what enters `model.layers.{}`", range.start);
         for index in range {
-            if found().is_some() {
+            if found().is_some() || !self.backend.squares_finite(&x, width)? {
                 break;
             }
             x = watched.block(index, x, rope, cache, batch)?;
+            place = format!("the square of what leaves `model.layers.{index}`");
         }
-        Err(self.broken(found(), "what leaves the last layer"))
+        Err(self.broken(found().or(Some((place, f32::INFINITY)))))
     }
 
     /// Rotations of a batch's positions.

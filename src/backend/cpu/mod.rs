@@ -21,8 +21,8 @@ use packed::PackedLinear;
 use super::{
     AttentionShape, Backend, BackendError, Batch, CacheLayout, PAGE, Result, RopeTable, Routing, Span, TokenScore,
 };
-use crate::formats::all_finite;
 use crate::formats::linear::LinearTensors;
+use crate::formats::{all_finite, squares_finite};
 
 /// Runs the decoder on packed weights with a thread pool of its own. Clones share the pool.
 #[derive(Clone)]
@@ -280,6 +280,15 @@ impl Backend for CpuBackend {
             return Ok(all_finite(&x.data));
         }
         Ok(self.pool.install(|| x.data.par_chunks(PIECE).all(all_finite)))
+    }
+
+    fn squares_finite(&self, x: &CpuTensor, width: usize) -> Result<bool> {
+        use rayon::prelude::*;
+        let piece = ((1 << 16) / width.max(1)).max(1) * width;
+        if x.data.len() <= 2 * piece {
+            return Ok(squares_finite(&x.data, width));
+        }
+        Ok(self.pool.install(|| x.data.par_chunks(piece).all(|rows| squares_finite(rows, width))))
     }
 
     fn to_host(&self, x: &CpuTensor) -> Result<Vec<f32>> {
