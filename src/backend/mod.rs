@@ -15,9 +15,9 @@ use crate::formats::{all_finite, squares_finite};
 /// Tokens of KV cache in one page. A page's keys are stored with the 16 tokens side by side, one per SIMD lane.
 pub const PAGE: usize = 16;
 
-/// Version of what the backends compute: to be raised with every change that changes a bit of any logits. Results that are
-/// kept on disk are kept under it, so that another version's are never given out as this one's; `tests/determinism.rs`
-/// fails when bits change and this does not.
+/// Version of what is computed: to be raised with every change that changes a bit of any logits, or the tokens that a text
+/// becomes. Results that are kept on disk are kept under it, so that another version's are never given out as this one's;
+/// `tests/determinism.rs` fails when bits change and this does not.
 pub const NUMERICS_VERSION: u32 = 1;
 
 /// Why a backend could not do what it was asked.

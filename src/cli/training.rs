@@ -10,7 +10,7 @@ use super::interrupt;
 use super::talk::Progress;
 use crate::output::{self, Claim, sweep};
 use crate::recover::run_folder::RunFolder;
-use crate::recover::trainer::{Event, Plan};
+use crate::recover::trainer::{Event, Measure, Plan};
 
 /// Freed memory that a training step finds again in the next, bytes.
 pub(super) const KEPT_MEMORY: usize = 4 << 30;
@@ -84,7 +84,8 @@ impl Display {
             Event::Watched { stage, step, measure, loss, score } => {
                 let own = match &self.last {
                     Some(Event::Step { point: p, .. }) => {
-                        format!(", loss on the data {:.4}", if p.kl > 0.0 { p.kl } else { p.cross_entropy })
+                        let on_data = if *measure == Measure::Kl { p.kl } else { p.cross_entropy };
+                        format!(", {measure} on the data {on_data:.4}")
                     }
                     _ => String::new(),
                 };
