@@ -314,7 +314,7 @@ fn templates_see_the_special_tokens_and_extra_arguments_may_overrule_them() {
         ("special_tokens_map.json", r#"{"eos_token": "other", "unk_token": {"content": "<unk>"}}"#),
     ]);
     let template = ChatTemplate::from_folder(folder.path()).unwrap().unwrap();
-    assert_eq!(template.render(&ChatInput::default()).unwrap(), "<s></s><unk>False");
+    assert_eq!(template.render(&ChatInput::default()).unwrap(), "<s>other<unk>False");
     let extra = Map::from_iter([("think".to_owned(), json!(true)), ("eos_token".to_owned(), json!("E"))]);
     let input = ChatInput { extra: Some(&extra), ..ChatInput::default() };
     assert_eq!(template.render(&input).unwrap(), "<s>E<unk>TrueFalse");
@@ -509,17 +509,159 @@ fn bos_is_added_once_and_only_when_asked_for() {
         // What a chat template wrote: its bos is the only one.
         assert_eq!(encoded(config, "<s>a", false), [1, a], "{config}");
     }
-    assert_eq!(encoded(r#"{"bos_token": "<s>", "add_bos_token": false}"#, "a", true), [a]);
-    // A bos that the text itself has is not the tokenizer's to remove.
-    assert_eq!(encoded(r#"{"bos_token": "<s>", "add_bos_token": false}"#, "<s>a", true), [1, a]);
+}
 
-    // Without a post-processor that adds it, the configuration alone decides.
+#[test]
+fn switches_of_the_configuration_do_what_they_do_in_transformers_or_are_named() {
     let books = |config: &str| tokenizer(&books_json(), &[("tokenizer_config.json", config)]).unwrap();
-    let config = r#"{"bos_token": "<|im_start|>", "add_bos_token": true}"#;
-    let bos = books(config).bos_id().unwrap();
-    assert_eq!(books(config).encode("", true).unwrap(), [bos]);
-    assert_eq!(books(config).encode("", false).unwrap(), [0u32; 0]);
-    assert_eq!(books(r#"{"bos_token": "<|im_start|>"}"#).encode("", true).unwrap(), [0u32; 0]);
+    // Beside a tokenizer.json, transformers 5.24 takes these two out before anything reads them.
+    for key in ["add_bos_token", "add_eos_token"] {
+        let one = books(&format!(
+            r#"{{"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "{key}": true, "tokenizer_class": "X"}}"#
+        ));
+        assert_eq!(one.encode("the and", true).unwrap(), [845, 277]);
+        assert!(one.notes().len() == 1 && one.notes()[0].contains(key), "{:?}", one.notes());
+    }
+    let json = sentencepiece_json(&llama_2_decoder());
+    let without = [("tokenizer_config.json", r#"{"bos_token": "<s>", "add_bos_token": false}"#)];
+    let without = tokenizer(&json, &without).unwrap();
+    assert_eq!(without.encode("a", true).unwrap(), llama_2().encode("a", true).unwrap());
+    assert!(without.notes()[0].contains("`add_bos_token` is false"), "{:?}", without.notes());
+    assert!(books(r#"{"bos_token": "<|im_start|>", "add_bos_token": false}"#).notes().is_empty());
+
+    // Ids of transformers 5.24.
+    let split = books(r#"{"split_special_tokens": true}"#).encode("the and<|im_end|> a", false).unwrap();
+    assert_eq!(split, [845, 277, 31, 95, 323, 66, 601, 95, 33, 262]);
+}
+
+/// books-bf16's tokenizer.json, in whose `added_tokens` `<|im_end|>` is missing: only its vocabulary has it, as id 2.
+fn books_without_im_end() -> String {
+    let mut json: Value = serde_json::from_str(&books_json()).unwrap();
+    json["added_tokens"].as_array_mut().unwrap().retain(|token| token["content"] != "<|im_end|>");
+    json.to_string()
+}
+
+#[test]
+fn tokens_that_only_the_configuration_names_are_tokens() {
+    let (config, map) = ("tokenizer_config.json", "special_tokens_map.json");
+    let object = r#"{"__type": "AddedToken", "content": "<|im_end|>", "lstrip": false, "normalized": false,
+                     "rstrip": false, "single_word": false}"#;
+    // Ids and text of transformers 5.24.
+    let named: [(&str, String); 9] = [
+        (config, r#"{"eos_token": "<|im_end|>"}"#.into()),
+        (config, format!(r#"{{"pad_token": {object}}}"#)),
+        (config, r#"{"image_token": "<|im_end|>"}"#.into()),
+        (config, r#"{"additional_special_tokens": ["<|im_end|>"]}"#.into()),
+        (config, r#"{"additional_special_tokens": ["<|im_end|>"], "extra_special_tokens": []}"#.into()),
+        (config, r#"{"extra_special_tokens": ["<|im_end|>"]}"#.into()),
+        (config, r#"{"extra_special_tokens": {"boi_token": "<|im_end|>"}}"#.into()),
+        (map, r#"{"eos_token": "<|im_end|>"}"#.into()),
+        (map, format!(r#"{{"extra_special_tokens": [{object}]}}"#)),
+    ];
+    let json = books_without_im_end();
+    for (name, text) in named {
+        let tokenizer = tokenizer(&json, &[(name, &text)]).unwrap();
+        let ids = tokenizer.encode("the and<|im_end|> a", false).unwrap();
+        assert_eq!(ids, [845, 277, 2, 262], "{name} {text}");
+        assert_eq!(tokenizer.decode(&ids, true).unwrap(), "the and a", "{name} {text}");
+        assert_eq!(streamed(&tokenizer, &ids, true), "the and a", "{name} {text}");
+        assert!(tokenizer.notes().is_empty(), "{:?}", tokenizer.notes());
+    }
+    // Not read: the old name beside the new one, and the map where the configuration lists tokens.
+    for files in [
+        &[(config, r#"{"additional_special_tokens": ["<|im_end|>"], "extra_special_tokens": ["zzz"]}"#)][..],
+        &[(config, r#"{"added_tokens_decoder": {}}"#), (map, r#"{"eos_token": "<|im_end|>"}"#)][..],
+    ] {
+        let ids = tokenizer(&json, files).unwrap().encode("the and<|im_end|> a", false).unwrap();
+        assert_eq!(ids, [845, 277, 31, 95, 323, 66, 601, 95, 33, 262], "{files:?}");
+    }
+}
+
+#[test]
+fn the_map_of_special_tokens_overrules_the_configuration_as_in_transformers() {
+    let files = [
+        ("tokenizer_config.json", r#"{"eos_token": "<|endoftext|>"}"#),
+        ("special_tokens_map.json", r#"{"eos_token": "<|im_end|>", "additional_special_tokens": ["the"]}"#),
+    ];
+    let tokenizer = tokenizer(&books_json(), &files).unwrap();
+    assert_eq!(tokenizer.eos_id(), Some(2));
+    let ids = tokenizer.encode("the and<|im_end|> a", false).unwrap();
+    assert_eq!((tokenizer.decode(&ids, true).unwrap().as_str(), ids), (" and a", vec![845, 277, 2, 262]));
+}
+
+#[test]
+fn flags_of_listed_tokens_count_where_tokenizer_json_says_otherwise() {
+    let files = |flag: &str| {
+        format!(
+            r#"{{"added_tokens_decoder": {{"2": {{"content": "<|im_end|>", "special": true, "normalized": false,
+                "{flag}": true}}}}}}"#
+        )
+    };
+    let ids = |flag: &str, text: &str| {
+        let tokenizer = tokenizer(&books_json(), &[("tokenizer_config.json", &files(flag))]).unwrap();
+        tokenizer.encode(text, false).unwrap()
+    };
+    assert_eq!(ids("lstrip", "the and  <|im_end|> a"), [845, 277, 2, 262]);
+    assert_eq!(ids("rstrip", "the and<|im_end|>  a"), [845, 277, 2, 68]);
+    assert_eq!(ids("single_word", "the and<|im_end|>a").len(), 10);
+}
+
+#[test]
+fn tokens_of_added_tokens_json_are_tokens_with_the_ids_it_gives_them() {
+    let load = |text: &str| tokenizer(&books_json(), &[("added_tokens.json", text)]);
+    // Ids of transformers 5.24: in the order of ids, not of the file.
+    let tokenizer = load(r#"{"<|my2|>": 4097, "<|my|>": 4096}"#).unwrap();
+    assert_eq!(tokenizer.encode("the and<|my|> a<|my2|>", false).unwrap(), [845, 277, 4096, 262, 4097]);
+    assert!(!tokenizer.is_special(4096));
+    let error = load(r#"{"<|my|>": 5000}"#).unwrap_err().to_string();
+    assert!(error.contains("added_tokens.json") && error.contains("4096"), "{error}");
+}
+
+#[test]
+fn a_named_token_that_is_new_to_the_vocabulary_is_noted() {
+    let config = [("tokenizer_config.json", r#"{"pad_token": "[PAD]"}"#)];
+    let tokenizer = tokenizer(&books_json(), &config).unwrap();
+    // As transformers 5.24.
+    assert_eq!(tokenizer.encode("a[PAD]", false).unwrap(), [68, 4096]);
+    let notes = tokenizer.notes();
+    assert!(notes.len() == 1 && notes[0].contains("`pad_token` is `[PAD]`"), "{notes:?}");
+}
+
+#[test]
+fn expressions_of_pre_tokenizers_mean_what_oniguruma_means() {
+    // Places of tokenizers 0.23 for Python, which has Oniguruma, at which a text is cut.
+    let cuts = |regex: &str, text: &str| {
+        let vocab = json!({"<unk>": 0});
+        let json = json!({"version": "1.0", "truncation": null, "padding": null, "normalizer": null,
+            "added_tokens": [], "post_processor": null, "decoder": null,
+            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false},
+            "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}});
+        tokenizer(&json.to_string(), &[]).unwrap().encode_with_starts(text).unwrap().1
+    };
+    for (regex, text, starts) in [
+        // `{3}+` is "threes, repeatedly", not a possessive `{3}`.
+        (r"\A\p{Nd}{1,2}(?=\p{Nd}{3}+\z)", "1234567", &[0, 1][..]),
+        (r"\p{N}{1,3}+", "1234567", &[0]),
+        (r"\w+", "a²b½ ①x", &[0, 6, 10]),
+        (r"\b", "ab² c\u{200d}d", &[0, 4, 5, 6, 9]),
+        (r"[[:alpha:]]+", "aéb ñ1", &[0, 4, 5, 7]),
+        (r"(?m)a.b", "a\nb a-b", &[0, 3, 4]),
+        (r"^b", "a\nb", &[0, 2]),
+        (r"a$", "a\nb", &[0, 1]),
+        (r"\h+", "xyzff09", &[0, 3]),
+        (r"\R", "a\r\nb\nc", &[0, 1, 3, 4, 5]),
+        (r"\X", "e\u{301}a", &[0, 3]),
+        (r"\p{^L}+", "ab12cd", &[0, 2, 4]),
+        (r"[a-z&&[^b]]+", "abcab", &[0, 1, 2, 4]),
+        (r"(?i:A)b", "abABAb", &[0, 2, 4]),
+        (r"\d+", "1٣2", &[0]),
+        (r"\s", "a\u{85}b\u{a0}c", &[0, 1, 3, 4, 6]),
+        (r"a\Kb", "abab", &[0, 1, 2, 3]),
+        (r"(?<x>a|b)\k<x>", "aabba", &[0, 2, 4]),
+        (r"x{,2}y", "xxxy", &[0, 1]),
+    ] {
+        assert_eq!(cuts(regex, text), starts, "{regex} {text}");
+    }
 }
 
 #[test]
@@ -581,8 +723,10 @@ fn broken_files_are_refused_by_name() {
         ("tokenizer_config.json", "[]"),
         ("tokenizer_config.json", r#"{"eos_token": 7}"#),
         ("tokenizer_config.json", r#"{"add_bos_token": "yes"}"#),
-        ("tokenizer_config.json", r#"{"add_bos_token": true}"#),
-        ("tokenizer_config.json", r#"{"add_bos_token": true, "bos_token": "<nowhere>"}"#),
+        ("tokenizer_config.json", r#"{"split_special_tokens": 1}"#),
+        ("tokenizer_config.json", r#"{"extra_special_tokens": "<x>"}"#),
+        ("tokenizer_config.json", r#"{"added_tokens_decoder": []}"#),
+        ("added_tokens.json", r#"{"<x>": "one"}"#),
         ("tokenizer_config.json", r#"{"added_tokens_decoder": {"x": {}}}"#),
         ("tokenizer_config.json", r#"{"added_tokens_decoder": {"7": {}}}"#),
         ("special_tokens_map.json", "nothing"),

@@ -124,3 +124,10 @@ fn name_left_out(model: &std::path::Path) {
 fn done() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
+
+/// Says what a reader of files noted about them, a line each.
+fn say_notes(notes: &[String]) {
+    for note in notes {
+        say!("note: {note}");
+    }
+}

@@ -97,6 +97,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let folder = model_folder(&args.model)?;
     let checkpoint = open_model(&folder)?;
     let tokenizer = Tokenizer::from_folder(&folder)?;
+    super::say_notes(tokenizer.notes());
     let template = if args.raw { None } else { args.template.template(&folder)? };
     if args.system.is_some() && template.is_none() {
         bail!(

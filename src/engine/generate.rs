@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::{History, Sampled, Sampler, SamplingError, SamplingParams, Scratch, Session};
 use crate::backend::{Backend, BackendError};
-use crate::text::{StopMatcher, StreamDecoder, TextError, Tokenizer};
+use crate::text::{StopDecoder, TextError, Tokenizer};
 
 /// Why generation failed.
 #[derive(Debug, thiserror::Error)]
@@ -33,7 +33,7 @@ pub struct Request<'a> {
     pub sampling: &'a SamplingParams,
     /// Tokens that end the answer and are not part of its text.
     pub stop_tokens: &'a [u32],
-    /// Strings that end the answer and are not part of its text.
+    /// Strings that end the answer and are not part of its text; special tokens count by their names.
     pub stop: &'a [String],
     /// Strings end the answer only after this text: what comes before is thinking.
     pub stop_after: Option<&'a str>,
@@ -70,10 +70,7 @@ pub(super) struct Answer<'a> {
     /// Tokens at most: the request's limit, or what the context has room for.
     limit: usize,
     sampler: Sampler,
-    matcher: StopMatcher,
-    /// What was thought until now, while that goes on.
-    thinking: Option<String>,
-    decoder: StreamDecoder,
+    decoder: StopDecoder,
     ids: Vec<u32>,
     out: Generated,
     start: Instant,
@@ -89,9 +86,7 @@ impl<'a> Answer<'a> {
         Ok(Self {
             // The last token needs no room: nothing is computed after it.
             limit: request.max_tokens.min(room + 1),
-            matcher: StopMatcher::new(request.stop)?,
-            thinking: request.stop_after.map(|_| String::new()),
-            decoder: tokenizer.stream_decoder(true),
+            decoder: StopDecoder::new(tokenizer, request.stop, request.stop_after)?,
             ids: Vec::new(),
             out: Generated {
                 tokens: Vec::new(),
@@ -133,10 +128,8 @@ impl<'a> Answer<'a> {
             self.out.finish = Finish::Stop;
             return Ok(None);
         }
-        let piece = self.decoder.push(token)?.unwrap_or_default();
-        let (thought, piece) = self.thought(piece);
-        let step = self.matcher.push(&piece);
-        if emit(&mut self.out, &thought, show).is_break() || emit(&mut self.out, &step.text, show).is_break() {
+        let step = self.decoder.push(token)?;
+        if emit(&mut self.out, &step.text, show).is_break() {
             self.out.finish = Finish::Cancelled;
             return Ok(None);
         }
@@ -147,24 +140,9 @@ impl<'a> Answer<'a> {
         Ok((self.ids.len() < self.limit).then_some(token))
     }
 
-    /// Splits off what still belongs to the thinking, its end included.
-    fn thought(&mut self, piece: String) -> (String, String) {
-        let (Some(end), Some(thinking)) = (self.request.stop_after, &mut self.thinking) else {
-            return (String::new(), piece);
-        };
-        let before = thinking.len();
-        thinking.push_str(&piece);
-        let Some(at) = thinking.find(end) else { return (piece, String::new()) };
-        let cut = (at + end.len()).saturating_sub(before);
-        self.thinking = None;
-        (piece[..cut].to_owned(), piece[cut..].to_owned())
-    }
-
     /// The answer; what was held back for lack of certainty is text after all.
     pub(super) fn finish(mut self, show: &mut dyn FnMut(&str) -> ControlFlow<()>) -> Result<Generated, GenerateError> {
-        // A matcher that stopped returns nothing.
-        let (thought, piece) = self.decoder.finish()?.map_or_else(Default::default, |piece| self.thought(piece));
-        let rest = thought + &self.matcher.push(&piece).text + &self.matcher.finish();
+        let rest = self.decoder.finish()?;
         if self.out.finish != Finish::Cancelled {
             let _ = emit(&mut self.out, &rest, show);
         }

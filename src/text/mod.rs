@@ -11,6 +11,6 @@ mod tokenizer;
 pub use chat_template::{ChatInput, ChatTemplate, Clock};
 pub use error::TextError;
 pub use special_tokens::SpecialTokens;
-pub use stop::{StopMatcher, StopStep};
+pub use stop::{StopDecoder, StopStep};
 pub use stream_decoder::StreamDecoder;
 pub use tokenizer::Tokenizer;

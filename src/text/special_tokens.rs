@@ -1,41 +1,38 @@
-//! The named special tokens of a model (bos, eos, …): which strings its configuration files give them.
+//! The tokens that a model's configuration files name (bos, eos, …) and list, read as transformers 5 reads them.
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use recoup_eval::records::without_mark;
 use serde_json::{Map, Value};
+use tokenizers::AddedToken;
 
 use super::TextError;
 
-/// The names that may hold one token.
-/// Source: transformers, `SpecialTokensMixin.SPECIAL_TOKENS_ATTRIBUTES`.
+/// The names that may hold one token, in the order in which new ones get their ids.
+/// Source: transformers, `PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES`.
 const NAMES: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
-/// The name that holds a list of tokens; transformers 5 calls it `extra_special_tokens`.
-const LIST_NAME: &str = "additional_special_tokens";
+/// The name that holds a list of tokens, or names of the model's own (`image_token`) with a token each.
+pub(super) const EXTRA: &str = "extra_special_tokens";
+
+/// What [`EXTRA`] was called before transformers 5; counts only where that is missing or empty.
+const ADDITIONAL: &str = "additional_special_tokens";
 
 /// Named special tokens, as `tokenizer_config.json` and `special_tokens_map.json` give them.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct SpecialTokens {
     named: Map<String, Value>,
-    add_bos_token: Option<bool>,
 }
 
 impl SpecialTokens {
-    /// Reads the two files of `folder`; either may be missing. `tokenizer_config.json` wins where both name a token.
+    /// Reads the files of `folder` that name tokens; each may be missing.
     ///
     /// # Errors
     /// A file that is there but cannot be read, is not JSON, or names a token by something other than a string or an
     /// object with a string `content`.
     pub fn from_folder(folder: &Path) -> Result<SpecialTokens, TextError> {
-        let mut tokens = SpecialTokens::default();
-        for name in ["tokenizer_config.json", "special_tokens_map.json"] {
-            let path = folder.join(name);
-            if let Some(config) = read_json_object(&path)? {
-                tokens.merge(&config, &path)?;
-            }
-        }
-        Ok(tokens)
+        Ok(Configured::from_folder(folder)?.names())
     }
 
     /// The string of a named token, for example `eos_token`; `None` when the model has none.
@@ -48,43 +45,223 @@ impl SpecialTokens {
         self.named.insert(name.to_owned(), token.into());
     }
 
-    /// Whether encoding should begin with bos (`add_bos_token`); `None` leaves it to `tokenizer.json`.
-    pub fn add_bos_token(&self) -> Option<bool> {
-        self.add_bos_token
-    }
-
     /// Name and value, as a chat template sees them.
     pub(super) fn named(&self) -> &Map<String, Value> {
         &self.named
     }
+}
 
-    fn merge(&mut self, config: &Map<String, Value>, path: &Path) -> Result<(), TextError> {
-        for name in NAMES {
-            if let Some(token) = config.get(name)
-                && !token.is_null()
-                && !self.named.contains_key(name)
-            {
-                self.named.insert(name.to_owned(), token_string(token, name, path)?.into());
+/// A token with what a file says about it.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Token {
+    pub content: String,
+    pub special: bool,
+    single_word: bool,
+    lstrip: bool,
+    rstrip: bool,
+    /// Where no file says, what is special is not normalized, all else is.
+    normalized: Option<bool>,
+}
+
+impl Token {
+    fn special(content: &str) -> Token {
+        Token {
+            content: content.to_owned(),
+            special: true,
+            single_word: false,
+            lstrip: false,
+            rstrip: false,
+            normalized: None,
+        }
+    }
+
+    pub(super) fn added(&self) -> AddedToken {
+        AddedToken::from(self.content.clone(), self.special)
+            .single_word(self.single_word)
+            .lstrip(self.lstrip)
+            .rstrip(self.rstrip)
+            .normalized(self.normalized.unwrap_or(!self.special))
+    }
+}
+
+/// All that the configuration files beside `tokenizer.json` say about tokens.
+#[derive(Debug, Default)]
+pub(super) struct Configured {
+    /// Tokens with a name, the seven common names first.
+    pub named: Vec<(String, Token)>,
+    /// Special tokens without one.
+    pub extra: Vec<Token>,
+    /// Tokens listed with their ids, by `added_tokens_decoder` or else by `added_tokens.json`.
+    pub listed: BTreeMap<u32, Token>,
+    /// Where `listed` was read, and by which key, for messages.
+    pub listed_in: (PathBuf, &'static str),
+}
+
+impl Configured {
+    /// Reads the files as transformers 5 does: where `tokenizer_config.json` has `added_tokens_decoder`, it is all there
+    /// is; else `special_tokens_map.json` overrules it, and `added_tokens.json` lists tokens.
+    /// Source: transformers 5.24, tokenization_utils_base.py, `_from_pretrained` and `__init__`.
+    ///
+    /// # Errors
+    /// As [`SpecialTokens::from_folder`]; a list of tokens that is none.
+    pub(super) fn from_folder(folder: &Path) -> Result<Configured, TextError> {
+        let path = folder.join("tokenizer_config.json");
+        let config = read_json_object(&path)?.unwrap_or_default();
+        let mut named: Map<String, Value> = Map::new();
+        let mut own = Configured::default();
+
+        // Names of the model's own may be anything that ends in `_token`; switches such as `add_bos_token` are no strings.
+        let is_object = |value: &Value| value.get("__type").is_some_and(|t| t == "AddedToken");
+        for (name, value) in &config {
+            let own_name = name.ends_with("_token") && (value.is_string() || is_object(value));
+            if !value.is_null() && (NAMES.contains(&name.as_str()) || own_name) {
+                named.insert(name.clone(), token(value, name, &path)?.0);
             }
         }
-        if let Some(Value::Array(list)) = config.get(LIST_NAME)
-            && !self.named.contains_key(LIST_NAME)
-        {
-            let tokens: Result<Vec<Value>, TextError> =
-                list.iter().map(|token| Ok(token_string(token, LIST_NAME, path)?.into())).collect();
-            self.named.insert(LIST_NAME.to_owned(), Value::Array(tokens?));
+        let is_empty = |value: &Value| match value {
+            Value::Null => true,
+            Value::Array(list) => list.is_empty(),
+            Value::Object(map) => map.is_empty(),
+            _ => false,
+        };
+        let old = config.get(ADDITIONAL).filter(|_| config.get(EXTRA).is_none_or(is_empty));
+        let key = if old.is_some() { ADDITIONAL } else { EXTRA };
+        let mut has_extra = true;
+        match old.or(config.get(EXTRA)) {
+            Some(Value::Object(map)) => {
+                has_extra = false;
+                for (name, value) in map {
+                    named.insert(name.clone(), token(value, name, &path)?.0);
+                }
+            }
+            Some(value) => own.extra = list(value, key, &path)?,
+            None => has_extra = false,
         }
-        match config.get("add_bos_token") {
-            None | Some(Value::Null) => {}
-            Some(Value::Bool(yes)) => self.add_bos_token = self.add_bos_token.or(Some(*yes)),
-            Some(other) => {
-                return Err(TextError::Invalid {
-                    path: path.to_owned(),
-                    detail: format!("`add_bos_token` must be true, false or null, found {other}"),
-                });
+
+        if let Some(listed) = config.get("added_tokens_decoder") {
+            own.listed_in = (path.clone(), "added_tokens_decoder");
+            let Value::Object(listed) = listed else {
+                return Err(invalid(
+                    &path,
+                    format!("`added_tokens_decoder` must be an object, found {}", kind(listed)),
+                ));
+            };
+            for (id, value) in listed {
+                let number = id.parse().map_err(|_| {
+                    invalid(&path, format!("`added_tokens_decoder` has the key `{id}`, expected a token id"))
+                })?;
+                if !value.is_object() {
+                    let detail = format!("`added_tokens_decoder`, entry {id} is not an added token: {value}");
+                    return Err(invalid(&path, detail));
+                }
+                own.listed.insert(number, token(value, &format!("added_tokens_decoder, entry {id}"), &path)?.1);
+            }
+        } else {
+            let map_path = folder.join("special_tokens_map.json");
+            for (name, value) in read_json_object(&map_path)?.unwrap_or_default() {
+                if value.is_null() {
+                    named.remove(&name);
+                } else if name == EXTRA {
+                    match &value {
+                        Value::Object(map) => {
+                            for (name, value) in map {
+                                named.insert(name.clone(), token(value, name, &map_path)?.0);
+                            }
+                        }
+                        _ => {
+                            let mut more = list(&value, EXTRA, &map_path)?;
+                            more.iter_mut().for_each(|token| token.special = true);
+                            own.extra.retain(|token| !more.contains(token));
+                            own.extra.extend(more);
+                            has_extra = true;
+                        }
+                    }
+                } else if name == ADDITIONAL {
+                    if !has_extra {
+                        own.extra = list(&value, ADDITIONAL, &map_path)?;
+                    }
+                } else if NAMES.contains(&name.as_str()) || name.ends_with("_token") {
+                    let mut value = token(&value, &name, &map_path)?.0;
+                    if let Value::Object(fields) = &mut value {
+                        fields.insert("special".to_owned(), Value::Bool(true));
+                    }
+                    named.insert(name, value);
+                }
+            }
+            own.listed_in = (folder.join("added_tokens.json"), "added_tokens.json");
+            for (content, id) in read_json_object(&own.listed_in.0)?.unwrap_or_default() {
+                let id = id.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| {
+                    invalid(&own.listed_in.0, format!("`{content}` must have a token id, found {id}"))
+                })?;
+                let is_special =
+                    NAMES.iter().filter_map(|name| named.get(*name)).any(|v| content_of(v) == Some(&content))
+                        || own.extra.iter().any(|token| token.content == content);
+                let token = Token { special: is_special, ..Token::special(&content) };
+                own.listed.insert(id, token);
             }
         }
-        Ok(())
+
+        // The common names first, then the model's own in the order of the files.
+        let first = NAMES.iter().filter_map(|name| Some((*name, named.get(*name)?)));
+        let rest = named.iter().filter(|(name, _)| !NAMES.contains(&name.as_str())).map(|(n, v)| (n.as_str(), v));
+        for (name, value) in first.chain(rest) {
+            let token = token(value, name, &path)?.1;
+            // Flags of a listed token count for its name.
+            let listed = own.listed.values().find(|l| NAMES.contains(&name) && l.content == token.content);
+            own.named.push((name.to_owned(), listed.cloned().unwrap_or(token)));
+        }
+        Ok(own)
+    }
+
+    /// The strings of the named tokens.
+    pub(super) fn names(&self) -> SpecialTokens {
+        let mut named: Map<String, Value> =
+            self.named.iter().map(|(name, token)| (name.clone(), token.content.clone().into())).collect();
+        if !self.extra.is_empty() {
+            // The name that templates of transformers 4 know.
+            named.insert(ADDITIONAL.to_owned(), self.extra.iter().map(|t| Value::from(t.content.clone())).collect());
+        }
+        SpecialTokens { named }
+    }
+}
+
+fn invalid(path: &Path, detail: String) -> TextError {
+    TextError::Invalid { path: path.to_owned(), detail }
+}
+
+/// The string of a token's value.
+fn content_of(value: &Value) -> Option<&str> {
+    value.as_str().or_else(|| value.get("content")?.as_str())
+}
+
+/// A token is written as its string, or as an AddedToken object whose `content` is the string; returns the value and the
+/// token.
+fn token(value: &Value, name: &str, path: &Path) -> Result<(Value, Token), TextError> {
+    let content = content_of(value).ok_or_else(|| {
+        invalid(path, format!("`{name}` must be a string or an object with a string `content`, found {}", kind(value)))
+    })?;
+    let flag = |key: &str| match value.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Bool(flag)) => Ok(Some(*flag)),
+        Some(other) => Err(invalid(path, format!("`{name}`: `{key}` must be true or false, found {}", kind(other)))),
+    };
+    let token = Token {
+        content: content.to_owned(),
+        special: flag("special")?.unwrap_or(value.is_string()),
+        single_word: flag("single_word")?.unwrap_or(false),
+        lstrip: flag("lstrip")?.unwrap_or(false),
+        rstrip: flag("rstrip")?.unwrap_or(false),
+        normalized: flag("normalized")?,
+    };
+    Ok((value.clone(), token))
+}
+
+/// A list of special tokens.
+fn list(value: &Value, name: &str, path: &Path) -> Result<Vec<Token>, TextError> {
+    match value {
+        Value::Null => Ok(Vec::new()),
+        Value::Array(list) => list.iter().map(|value| Ok(token(value, name, path)?.1)).collect(),
+        other => Err(invalid(path, format!("`{name}` must be a list of tokens, found {}", kind(other)))),
     }
 }
 
@@ -123,12 +300,4 @@ pub(super) fn kind(value: &Value) -> &'static str {
         Value::Array(_) => "a list",
         Value::Object(_) => "an object",
     }
-}
-
-/// A token is written as its string, or as an AddedToken object whose `content` is the string.
-fn token_string(token: &Value, name: &str, path: &Path) -> Result<String, TextError> {
-    token.as_str().or_else(|| token.get("content")?.as_str()).map(str::to_owned).ok_or_else(|| TextError::Invalid {
-        path: path.to_owned(),
-        detail: format!("`{name}` must be a string or an object with a string `content`, found {}", kind(token)),
-    })
 }

@@ -1,119 +1,138 @@
-//! Stop strings in text that arrives in pieces: what may be shown already, and where generation ends.
+//! Stop strings: where an answer ends, and what of it may be shown before that.
 
-use super::TextError;
+use super::{StreamDecoder, TextError, Tokenizer};
 
-/// Watches a text for stop strings.
+/// Decodes an answer token by token and watches for stop strings.
 ///
-/// The first stop string to be *complete* ends the text; of several that end at the same character the longest counts.
-/// So the result depends on the text alone, not on how it was cut into pieces. The text shown is what comes before the
-/// stop string.
-///
-/// Each byte costs one step of each stop string's Knuth-Morris-Pratt automaton, whatever the strings are.
+/// An answer ends with the token after which its text has a stop string, special tokens written out: so `<|im_end|>`
+/// stops although it is never shown. The text is then the answer's without special tokens, cut at the first place of each
+/// stop string in the order of their list. A token counts as a whole: of "b" and "abc" in a last token `abc`, the first
+/// of the list decides.
+/// Source: lm-evaluation-harness 0.4.13, `MultiTokenEOSCriteria` and `postprocess_generated_text`.
 #[derive(Debug, Clone)]
-pub struct StopMatcher {
-    stops: Vec<Automaton>,
-    /// Text not shown yet: the longest suffix of all text that begins some stop string.
+pub struct StopDecoder {
+    stops: Vec<String>,
+    /// The text as it is shown.
+    shown: StreamDecoder,
+    /// The text with special tokens.
+    whole: StreamDecoder,
+    /// Certain text that is not shown yet: the longest end of the text that begins some stop string.
     held: String,
+    /// The end of the whole text, too short to hold a stop string.
+    tail: String,
+    /// The text after which stop strings count, if not from the start, and what was written until now.
+    after: Option<(String, String)>,
+    /// `after` of a new answer.
+    after_at_first: Option<String>,
     stopped: bool,
 }
 
-/// What one piece of text led to.
+/// What one token led to.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct StopStep {
-    /// Text that certainly belongs to no stop string, to be shown now.
+    /// Text that certainly stays, to be shown now.
     pub text: String,
-    /// The stop string that is complete now, by its place in the list; the text has ended.
+    /// The stop string that is there now, by its place in the list; the answer has ended.
     pub stop: Option<usize>,
 }
 
-impl StopMatcher {
-    /// A matcher for these stop strings; with none, all text passes at once.
+impl StopDecoder {
+    /// A decoder that ends at these stop strings; with none, all text passes as soon as it is certain. They count only
+    /// after the text `after`, where there is one: what comes before is thinking.
     ///
     /// # Errors
     /// When one of them is empty.
-    pub fn new<S: AsRef<str>>(stops: &[S]) -> Result<StopMatcher, TextError> {
+    pub fn new<S: AsRef<str>>(
+        tokenizer: &Tokenizer,
+        stops: &[S],
+        after: Option<&str>,
+    ) -> Result<StopDecoder, TextError> {
         if let Some(index) = stops.iter().position(|stop| stop.as_ref().is_empty()) {
             return Err(TextError::EmptyStop { index });
         }
-        Ok(StopMatcher {
-            stops: stops.iter().map(|stop| Automaton::new(stop.as_ref())).collect(),
+        Ok(StopDecoder {
+            stops: stops.iter().map(|stop| stop.as_ref().to_owned()).collect(),
+            shown: tokenizer.stream_decoder(true),
+            whole: tokenizer.stream_decoder(false),
             held: String::new(),
+            tail: String::new(),
+            after: after.map(|after| (after.to_owned(), String::new())),
+            after_at_first: after.map(str::to_owned),
             stopped: false,
         })
     }
 
-    /// Takes the next piece of text. After a stop string was found, everything further is ignored.
-    pub fn push(&mut self, piece: &str) -> StopStep {
+    /// Takes the next id. After a stop string was found, everything further is ignored.
+    ///
+    /// # Errors
+    /// When the tokenizer's decoder fails.
+    pub fn push(&mut self, id: u32) -> Result<StopStep, TextError> {
         if self.stopped {
-            return StopStep::default();
+            return Ok(StopStep::default());
         }
-        let before = self.held.len();
-        self.held.push_str(piece);
-        for (at, byte) in piece.bytes().enumerate() {
-            for stop in &mut self.stops {
-                stop.step(byte);
-            }
-            let complete = (0..self.stops.len()).filter(|&i| self.stops[i].is_complete());
-            // `rev`: of equal ones the first in the list.
-            let found = complete.rev().max_by_key(|&i| self.stops[i].text.len());
-            if let Some(index) = found {
-                self.stopped = true;
-                // A stop string begins with the first byte of a character, so this is a boundary of characters.
-                self.held.truncate(before + at + 1 - self.stops[index].text.len());
-                return StopStep { text: std::mem::take(&mut self.held), stop: Some(index) };
-            }
+        let piece = self.shown.push(id)?.unwrap_or_default();
+        if self.stops.is_empty() {
+            return Ok(StopStep { text: piece, stop: None });
         }
-        let keep = self.stops.iter().map(|stop| stop.matched).max().unwrap_or(0);
-        let text = self.held.drain(..self.held.len() - keep).collect();
-        StopStep { text, stop: None }
+        let whole = self.whole.push(id)?.unwrap_or_default();
+        let (thought, piece, whole) = match self.thought(&piece) {
+            None => (String::new(), piece, whole),
+            Some(end) if self.after.is_some() => return Ok(StopStep { text: piece[..end].to_owned(), stop: None }),
+            Some(end) => (piece[..end].to_owned(), piece[end..].to_owned(), piece[end..].to_owned()),
+        };
+        self.held += &piece;
+        self.tail += &whole;
+        // What the decoders wait for counts as if the answer ended here: a byte token is a line end whatever follows.
+        let text = self.held.clone() + &self.shown.pending()?;
+        let whole = self.tail.clone() + &self.whole.pending()?;
+        if let Some(index) = self.stops.iter().position(|stop| whole.contains(stop) || text.contains(stop)) {
+            self.stopped = true;
+            self.held.clear();
+            return Ok(StopStep { text: thought + cut(&text, &self.stops), stop: Some(index) });
+        }
+        let longest = self.stops.iter().map(String::len).max().unwrap_or(0);
+        let surplus = self.tail.len().saturating_sub(longest);
+        let surplus = (surplus..=self.tail.len()).find(|&at| self.tail.is_char_boundary(at)).unwrap_or(0);
+        self.tail.drain(..surplus);
+        let keep = self.stops.iter().map(|stop| begun(&self.held, stop)).max().unwrap_or(0);
+        let certain: String = self.held.drain(..self.held.len() - keep).collect();
+        Ok(StopStep { text: thought + &certain, stop: None })
     }
 
-    /// Ends the text: what was held back belongs to no stop string after all. The matcher is as new afterwards.
-    pub fn finish(&mut self) -> String {
-        self.stopped = false;
-        for stop in &mut self.stops {
-            stop.matched = 0;
-        }
-        std::mem::take(&mut self.held)
+    /// Bytes of `piece` that belong to the thinking, its end included; `None` when there is none to end.
+    fn thought(&mut self, piece: &str) -> Option<usize> {
+        let (end, thinking) = self.after.as_mut()?;
+        let before = thinking.len();
+        thinking.push_str(piece);
+        let Some(at) = thinking.find(end.as_str()) else { return Some(piece.len()) };
+        let length = at + end.len() - before;
+        self.after = None;
+        Some(length)
+    }
+
+    /// Ends the text: what was held back belongs to no stop string after all. The decoder is as new afterwards.
+    ///
+    /// # Errors
+    /// When the tokenizer's decoder fails.
+    pub fn finish(&mut self) -> Result<String, TextError> {
+        let rest = self.shown.finish()?.unwrap_or_default();
+        self.whole.finish()?;
+        self.tail.clear();
+        self.after = self.after_at_first.clone().map(|after| (after, String::new()));
+        let held = std::mem::take(&mut self.held);
+        Ok(if std::mem::take(&mut self.stopped) { String::new() } else { held + &rest })
     }
 }
 
-/// One stop string and how much of it the text ends with.
-#[derive(Debug, Clone)]
-struct Automaton {
-    text: Vec<u8>,
-    /// `borders[n]`: length of the longest proper prefix of `text[..=n]` that is also its suffix.
-    borders: Vec<usize>,
-    /// Bytes matched so far; `text.len()` when complete.
-    matched: usize,
+/// The text before the stop strings: cut at the first place of each, one after the other.
+fn cut<'a>(text: &'a str, stops: &[String]) -> &'a str {
+    stops.iter().fold(text, |text, stop| text.split(stop.as_str()).next().unwrap_or(text))
 }
 
-impl Automaton {
-    fn new(text: &str) -> Automaton {
-        let text = text.as_bytes().to_vec();
-        let mut borders = vec![0; text.len()];
-        let mut border = 0;
-        for at in 1..text.len() {
-            while border > 0 && text[at] != text[border] {
-                border = borders[border - 1];
-            }
-            border += usize::from(text[at] == text[border]);
-            borders[at] = border;
-        }
-        Automaton { text, borders, matched: 0 }
-    }
-
-    fn step(&mut self, byte: u8) {
-        // Never called when complete: the matcher has stopped then.
-        while self.matched > 0 && self.text[self.matched] != byte {
-            self.matched = self.borders[self.matched - 1];
-        }
-        self.matched += usize::from(self.text[self.matched] == byte);
-    }
-
-    fn is_complete(&self) -> bool {
-        self.matched == self.text.len()
-    }
+/// Bytes at the end of `text` that begin `stop`, at most; never all of `stop`.
+fn begun(text: &str, stop: &str) -> usize {
+    let lengths = stop.char_indices().map(|(at, _)| at).filter(|at| *at <= text.len());
+    lengths.filter(|&length| text.as_bytes().ends_with(&stop.as_bytes()[..length])).max().unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -121,78 +140,118 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The definition, on the whole text: (text shown, index of the stop string).
-    fn naive(text: &str, stops: &[String]) -> (String, Option<usize>) {
-        for end in 1..=text.len() {
-            let longest = stops
-                .iter()
-                .enumerate()
-                .filter(|(_, stop)| text.as_bytes()[..end].ends_with(stop.as_bytes()))
-                .min_by_key(|(_, stop)| std::cmp::Reverse(stop.len()));
-            if let Some((index, stop)) = longest {
-                return (text[..end - stop.len()].to_owned(), Some(index));
-            }
-        }
-        (text.to_owned(), None)
+    /// Each token is one of these strings; the last is special.
+    const TOKENS: [&str; 9] = ["a", "b", "ab", "ba", "abc", "c", "€", "₭a", "<end>"];
+
+    fn tokenizer() -> Tokenizer {
+        let vocab: serde_json::Map<_, _> =
+            TOKENS.iter().enumerate().map(|(id, t)| ((*t).to_owned(), id.into())).collect();
+        let json = serde_json::json!({
+            "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "pre_tokenizer": null,
+            "post_processor": null, "decoder": {"type": "Fuse"},
+            "added_tokens": [{"id": TOKENS.len() - 1, "content": "<end>", "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false, "special": true}],
+            "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "a"},
+        });
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
+        Tokenizer::from_folder(folder.path()).unwrap()
     }
 
-    fn streamed(pieces: &[String], stops: &[String]) -> (String, Option<usize>) {
-        let mut matcher = StopMatcher::new(stops).unwrap();
-        let mut shown = String::new();
-        let mut stop = None;
-        for piece in pieces {
-            let step = matcher.push(piece);
-            shown += &step.text;
-            stop = stop.or(step.stop);
+    /// The definition, with all text before us: (text, whether stopped, tokens used).
+    fn naive(ids: &[usize], stops: &[String]) -> (String, bool, usize) {
+        let text = |ids: &[usize], special: bool| -> String {
+            ids.iter().map(|&id| TOKENS[id]).filter(|t| special || *t != "<end>").collect()
+        };
+        for n in 1..=ids.len() {
+            let (whole, shown) = (text(&ids[..n], true), text(&ids[..n], false));
+            if stops.iter().any(|stop| whole.contains(stop) || shown.contains(stop)) {
+                return (cut(&shown, stops).to_owned(), true, n);
+            }
         }
-        shown += &matcher.finish();
-        (shown, stop)
+        (text(ids, false), false, ids.len())
+    }
+
+    fn streamed(tokenizer: &Tokenizer, ids: &[usize], stops: &[String]) -> (String, bool, usize) {
+        let mut decoder = StopDecoder::new(tokenizer, stops, None).unwrap();
+        let mut shown = String::new();
+        for (n, &id) in ids.iter().enumerate() {
+            let step = decoder.push(id as u32).unwrap();
+            shown += &step.text;
+            if step.stop.is_some() {
+                assert_eq!(decoder.finish().unwrap(), "");
+                return (shown, true, n + 1);
+            }
+        }
+        shown += &decoder.finish().unwrap();
+        (shown, false, ids.len())
     }
 
     proptest! {
-        // Few letters, one of them of three bytes and one sharing its first byte, so that strings overlap often.
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
         #[test]
-        fn any_cutting_of_the_text_gives_what_the_naive_search_of_the_whole_gives(
-            pieces in prop::collection::vec("[ab€₭]{0,5}", 0..12),
-            stops in prop::collection::vec("[ab€₭]{1,6}", 0..4),
+        fn a_stream_gives_what_the_definition_gives_for_the_whole_text(
+            ids in prop::collection::vec(0..TOKENS.len(), 0..12),
+            stops in prop::collection::vec("[abc€₭]{1,4}|[ab]{0,2}<end>[ab]{0,1}", 0..4),
         ) {
-            prop_assert_eq!(streamed(&pieces, &stops), naive(&pieces.concat(), &stops));
+            thread_local!(static TOKENIZER: Tokenizer = tokenizer());
+            TOKENIZER.with(|tokenizer| {
+                prop_assert_eq!(streamed(tokenizer, &ids, &stops), naive(&ids, &stops));
+                Ok(())
+            })?;
         }
+    }
 
-        #[test]
-        fn nothing_is_held_back_that_cannot_begin_a_stop_string(
-            pieces in prop::collection::vec("[ab€₭]{0,5}", 0..12),
-            stops in prop::collection::vec("[ab€₭]{1,6}", 1..4),
-        ) {
-            let mut matcher = StopMatcher::new(&stops).unwrap();
-            for piece in &pieces {
-                if matcher.push(piece).stop.is_some() {
-                    break;
-                }
-                let held = &matcher.held;
-                prop_assert!(held.is_empty() || stops.iter().any(|stop| stop.starts_with(held)));
-            }
+    /// Text, whether it stopped, tokens used; tokens by their strings.
+    fn answer(tokens: &[&str], stops: &[&str]) -> (String, bool, usize) {
+        let ids: Vec<usize> = tokens.iter().map(|t| TOKENS.iter().position(|known| known == t).unwrap()).collect();
+        streamed(&tokenizer(), &ids, &stops.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn stops_are_found_and_cut_as_lm_evaluation_harness_does() {
+        let is = |text: &str, stopped, tokens| (text.to_owned(), stopped, tokens);
+        // A special token stops, and stands in no text; text before it stays, though the stop string began there.
+        assert_eq!(answer(&["a", "<end>", "b"], &["<end>"]), is("a", true, 2));
+        assert_eq!(answer(&["a", "b", "<end>", "b"], &["b<end>"]), is("ab", true, 3));
+        // At the very start, and over the border of tokens.
+        assert_eq!(answer(&["ab", "c"], &["ab"]), is("", true, 1));
+        assert_eq!(answer(&["c", "a", "b"], &["ab"]), is("c", true, 3));
+        // Prefixes of each other, in one token: the list's order decides where it is cut.
+        assert_eq!(answer(&["abc"], &["bc", "ab"]), is("a", true, 1));
+        assert_eq!(answer(&["abc"], &["ab", "bc"]), is("", true, 1));
+        assert_eq!(answer(&["c", "a", "b", "c"], &["abc", "ab"]), is("c", true, 3));
+        // Text that only looks like one before its token is skipped.
+        assert_eq!(answer(&["a", "<end>", "b", "c"], &["ab"]), is("", true, 3));
+        assert_eq!(answer(&["a", "b"], &["abc"]), is("ab", false, 2));
+    }
+
+    #[test]
+    fn stop_strings_count_only_after_the_thinking() {
+        let mut decoder = StopDecoder::new(&tokenizer(), &["b"], Some("c€")).unwrap();
+        let mut shown = String::new();
+        for (n, token) in ["ab", "c", "€", "a", "<end>", "ab", "a"].iter().enumerate() {
+            let id = TOKENS.iter().position(|known| known == token).unwrap();
+            let step = decoder.push(id as u32).unwrap();
+            shown += &step.text;
+            assert_eq!(step.stop.is_some(), n == 5, "{token}");
         }
+        assert_eq!(shown + &decoder.finish().unwrap(), "abc€aa");
     }
 
     #[test]
     fn an_empty_stop_string_is_refused() {
-        let error = StopMatcher::new(&["a", ""]).unwrap_err();
+        let error = StopDecoder::new(&tokenizer(), &["a", ""], None).unwrap_err();
         assert!(error.to_string().contains("number 1"), "{error}");
     }
 
     #[test]
-    fn without_stop_strings_text_passes_at_once() {
-        let mut matcher = StopMatcher::new::<&str>(&[]).unwrap();
-        assert_eq!(matcher.push("all of it").text, "all of it");
-    }
-
-    #[test]
-    fn text_after_the_stop_string_is_ignored() {
-        let mut matcher = StopMatcher::new(&["END"]).unwrap();
-        assert_eq!(matcher.push("one EN").text, "one ");
-        let step = matcher.push("D two");
-        assert_eq!((step.text.as_str(), step.stop), ("", Some(0)));
-        assert_eq!(matcher.push("three"), StopStep::default());
+    fn only_what_may_begin_a_stop_string_is_held_back() {
+        let mut decoder = StopDecoder::new(&tokenizer(), &["abb"], None).unwrap();
+        let mut push = |token: &str| {
+            let id = TOKENS.iter().position(|known| *known == token).unwrap();
+            decoder.push(id as u32).unwrap().text
+        };
+        assert_eq!([push("c"), push("ab"), push("a"), push("c")], ["c", "", "ab", "ac"]);
     }
 }

@@ -92,6 +92,20 @@ impl StreamDecoder {
         Ok(Some(text).filter(|text| !text.is_empty()))
     }
 
+    /// The text held back: what would follow if the sequence ended here.
+    ///
+    /// # Errors
+    /// When the tokenizer's decoder fails.
+    pub(super) fn pending(&self) -> Result<String, TextError> {
+        match &self.state {
+            State::Bytes(pending) => Ok(String::from_utf8_lossy(pending).into_owned()),
+            State::Window { ids, shown, .. } if ids.len() == *shown => Ok(String::new()),
+            State::Window { ids, shown_text, .. } => {
+                Ok(new_text(shown_text, &self.tokenizer.decode(ids, self.skip_special)?).to_owned())
+            }
+        }
+    }
+
     /// Ends the sequence; returns the text held back, if there is any. The decoder is as new afterwards.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use recoup_eval::records::without_mark;
 use serde_json::{Map, Value};
 use tokenizers::{AddedToken, DecoderWrapper};
 
-use super::special_tokens::read_json_object;
+use super::special_tokens::{Configured, EXTRA, Token, read_json_object};
 use super::{SpecialTokens, StreamDecoder, TextError};
 
 /// A tokenizer with its named special tokens. A clone is cheap and shares everything.
@@ -27,6 +27,7 @@ struct Inner {
     special_ids: HashSet<u32>,
     vocab_size: usize,
     decoding: Decoding,
+    notes: Vec<String>,
 }
 
 /// How the strings of tokens become text: decides what a streaming decoder may already give out.
@@ -41,8 +42,8 @@ pub(super) enum Decoding {
 }
 
 impl Tokenizer {
-    /// Loads `tokenizer.json` of a model's folder, and `tokenizer_config.json` and `special_tokens_map.json` if they
-    /// are there.
+    /// Loads `tokenizer.json` of a model's folder, and the files beside it that name tokens (`tokenizer_config.json`,
+    /// `special_tokens_map.json`, `added_tokens.json`) if they are there: text and ids are those of transformers 5.
     ///
     /// Truncation and padding that `tokenizer.json` may ask for are switched off: they belong to training, and would
     /// silently cut or fill prompts here. `clean_up_tokenization_spaces` is not applied: it is lossy ("a ." becomes
@@ -69,38 +70,40 @@ impl Tokenizer {
         hf.with_truncation(None)
             .map_err(|error| TextError::Invalid { path: path.clone(), detail: error.to_string() })?;
 
-        let config_path = folder.join("tokenizer_config.json");
-        if let Some(config) = read_json_object(&config_path)? {
-            add_missing_tokens(&mut hf, &config, &config_path)?;
-        }
-        let special_tokens = SpecialTokens::from_folder(folder)?;
+        let mut notes = Vec::new();
+        let configured = Configured::from_folder(folder)?;
+        add_tokens(&mut hf, &configured, &path, &mut notes)?;
+        let special_tokens = configured.names();
         let id_of = |name: &str| special_tokens.get(name).and_then(|token| hf.token_to_id(token));
         let (bos_id, eos_id) = (id_of("bos_token"), id_of("eos_token"));
-        if special_tokens.add_bos_token() == Some(true) && bos_id.is_none() {
-            return Err(TextError::Invalid {
-                path: config_path,
-                detail: match special_tokens.get("bos_token") {
-                    Some(token) => format!(
-                        "`add_bos_token` is true, but bos_token `{token}` is not in the vocabulary of {}",
-                        path.display()
-                    ),
-                    None => "`add_bos_token` is true, but no `bos_token` is given".to_owned(),
-                },
-            });
-        }
+        let config_path = folder.join("tokenizer_config.json");
+        let config = read_json_object(&config_path)?.unwrap_or_default();
+        apply_switches(&mut hf, &Switches { config: &config, path: &config_path, bos_id, eos_id }, &mut notes)?;
+        // Not the flag: a token that was special once stays so for the decoder when another file says it is none.
+        let is_special = |token: &AddedToken| hf.get_added_vocabulary().is_special_token(&token.content);
         let special_ids =
-            hf.get_added_tokens_decoder().iter().filter(|(_, token)| token.special).map(|(&id, _)| id).collect();
+            hf.get_added_tokens_decoder().iter().filter(|(_, token)| is_special(token)).map(|(&id, _)| id).collect();
         let vocab_size = hf.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
         let decoding = hf.get_decoder().map_or(Decoding::Strings, decoding_of);
         Ok(Tokenizer {
-            inner: Arc::new(Inner { hf, path, special_tokens, bos_id, eos_id, special_ids, vocab_size, decoding }),
+            inner: Arc::new(Inner {
+                hf,
+                path,
+                special_tokens,
+                bos_id,
+                eos_id,
+                special_ids,
+                vocab_size,
+                decoding,
+                notes,
+            }),
         })
     }
 
     /// The token ids of `text`. Special tokens written out in the text (`<|im_end|>`) become their ids.
     ///
-    /// `add_special_tokens` adds what the tokenizer puts around plain text (for many models a leading bos; the
-    /// configuration's `add_bos_token` overrules `tokenizer.json`). Pass `false` for text that a chat template wrote:
+    /// `add_special_tokens` adds what the tokenizer puts around plain text (for many models a leading bos, by
+    /// `tokenizer.json`'s post-processor). Pass `false` for text that a chat template wrote:
     /// the template has already written them, and a second bos costs accuracy.
     ///
     /// # Errors
@@ -111,17 +114,7 @@ impl Tokenizer {
             .hf
             .encode_fast(text, add_special_tokens)
             .map_err(|error| TextError::Encode { path: inner.path.clone(), detail: error.to_string() })?;
-        let ids = encoding.get_ids();
-        let (Some(bos), true) = (inner.bos_id, add_special_tokens) else {
-            return Ok(ids.to_vec());
-        };
-        // The mask is 1 on tokens that the post-processor added, 0 on tokens that came from the text.
-        let bos_was_added = ids.first() == Some(&bos) && encoding.get_special_tokens_mask().first() == Some(&1);
-        Ok(match (inner.special_tokens.add_bos_token(), bos_was_added) {
-            (Some(true), false) => std::iter::once(bos).chain(ids.iter().copied()).collect(),
-            (Some(false), true) => ids[1..].to_vec(),
-            _ => ids.to_vec(),
-        })
+        Ok(encoding.get_ids().to_vec())
     }
 
     /// The token ids of `text` without added special tokens, and the byte of `text` at which each begins.
@@ -180,6 +173,11 @@ impl Tokenizer {
         self.inner.special_ids.contains(&id)
     }
 
+    /// What a person should know about these files: settings that are not applied, tokens that are new to the model.
+    pub fn notes(&self) -> &[String] {
+        &self.inner.notes
+    }
+
     /// The named special tokens.
     pub fn special_tokens(&self) -> &SpecialTokens {
         &self.inner.special_tokens
@@ -220,50 +218,122 @@ impl std::fmt::Debug for Tokenizer {
     }
 }
 
-/// Adds the tokens that `tokenizer_config.json` lists in `added_tokens_decoder` and `tokenizer.json` lacks, as
-/// transformers does on loading.
-fn add_missing_tokens(
+/// Adds the tokens that the configuration lists or names and `tokenizer.json` lacks or flags otherwise, in transformers'
+/// order, on which the ids of new ones depend.
+/// Source: transformers 5.24, tokenization_utils_tokenizers.py, `TokenizersBackend.__init__`.
+fn add_tokens(
     hf: &mut tokenizers::Tokenizer,
-    config: &Map<String, Value>,
+    configured: &Configured,
     path: &Path,
+    notes: &mut Vec<String>,
 ) -> Result<(), TextError> {
-    let invalid = |detail: String| TextError::Invalid { path: path.to_owned(), detail };
-    let Some(Value::Object(listed)) = config.get("added_tokens_decoder") else {
-        return Ok(());
-    };
-    let mut entries = Vec::with_capacity(listed.len());
-    for (id, entry) in listed {
-        let number: u32 = id
-            .parse()
-            .map_err(|_| invalid(format!("`added_tokens_decoder` has the key `{id}`, expected a token id")))?;
-        let token: AddedToken = serde_json::from_value(entry.clone())
-            .map_err(|error| invalid(format!("`added_tokens_decoder`, entry {id} is not an added token: {error}")))?;
-        entries.push((number, token));
-    }
-    // A new token gets the next free id, so they must come in the order of their ids.
-    entries.sort_by_key(|(id, _)| *id);
+    let (listed_in, key) = &configured.listed_in;
+    let invalid = |detail: String| TextError::Invalid { path: listed_in.clone(), detail };
     let known = hf.get_added_tokens_decoder();
-    for (id, token) in entries {
-        let content = token.content.clone();
-        if let Some(known) = known.get(&id) {
-            if known.content == content {
-                continue;
+    let is_name = |token: &Token| configured.named.iter().any(|(_, named)| named.content == token.content);
+    let mut tokens: Vec<Token> = Vec::new();
+    for (id, token) in &configured.listed {
+        match known.get(id) {
+            Some(known) if known.content != token.content => {
+                return Err(invalid(format!(
+                    "`{key}` calls id {id} `{}`, but tokenizer.json calls it `{}`; the two files are not of the same \
+                     model, or one was edited without the other",
+                    token.content, known.content
+                )));
             }
-            return Err(invalid(format!(
-                "`added_tokens_decoder` calls id {id} `{content}`, but tokenizer.json calls it `{}`; the two files \
-                 are not of the same model, or one was edited without the other",
-                known.content
-            )));
+            // Older files list ids only: tokenizer.json has the flags.
+            Some(_) if *key == "added_tokens.json" => {}
+            _ if known.values().any(|known| *known == token.added()) => {}
+            _ => tokens.push(token.clone()),
         }
-        let added = if token.special { hf.add_special_tokens([token]) } else { hf.add_tokens([token]) };
-        added.map_err(|error| invalid(format!("cannot add `{content}` of `added_tokens_decoder`: {error}")))?;
-        let got = hf.token_to_id(&content);
-        if got != Some(id) {
+    }
+    let nameless = configured.extra.iter().map(|token| (EXTRA, token));
+    for (name, token) in configured.named.iter().map(|(name, token)| (name.as_str(), token)).chain(nameless) {
+        let is_known = known.values().any(|known| known.content == token.content)
+            || tokens.iter().any(|other| other.content == token.content);
+        if is_known || token.content.is_empty() {
+            continue;
+        }
+        if hf.token_to_id(&token.content).is_none() {
+            notes.push(format!(
+                "`{name}` is `{}`, which is not in the vocabulary of {}: it is added with a new id, which the model \
+                 has not learned",
+                token.content,
+                path.display()
+            ));
+        }
+        tokens.push(token.clone());
+    }
+    for token in &mut tokens {
+        token.special |= is_name(token);
+    }
+    hf.add_tokens(tokens.iter().map(Token::added))
+        .map_err(|error| invalid(format!("cannot add tokens of the configuration: {error}")))?;
+    for (id, token) in &configured.listed {
+        let got = hf.token_to_id(&token.content);
+        if got != Some(*id) {
             return Err(invalid(format!(
-                "`added_tokens_decoder` gives `{content}` the id {id}, but with this tokenizer.json it would be {}; \
-                 the two files are not of the same model",
+                "`{key}` gives `{}` the id {id}, but with this tokenizer.json it would be {}; the two files are not of \
+                 the same model",
+                token.content,
                 got.map_or("none".to_owned(), |id| id.to_string())
             )));
+        }
+    }
+    Ok(())
+}
+
+/// What `tokenizer_config.json` says beside tokens.
+struct Switches<'a> {
+    config: &'a Map<String, Value>,
+    path: &'a Path,
+    bos_id: Option<u32>,
+    eos_id: Option<u32>,
+}
+
+/// Applies the switches of `tokenizer_config.json` as transformers 5 does beside a `tokenizer.json`: most change nothing
+/// there, and are named where they say otherwise than that file.
+/// Source: transformers 5.24, `_from_pretrained` (takes `add_bos_token` and `add_eos_token` out), `TokenizersBackend`.
+fn apply_switches(
+    hf: &mut tokenizers::Tokenizer,
+    switches: &Switches<'_>,
+    notes: &mut Vec<String>,
+) -> Result<(), TextError> {
+    let Switches { config, path, bos_id, eos_id } = switches;
+    let invalid = |detail: String| TextError::Invalid { path: path.to_path_buf(), detail };
+    let switch = |key: &str| match config.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Bool(on)) => Ok(Some(*on)),
+        Some(other) => Err(invalid(format!("`{key}` must be true, false or null, found {other}"))),
+    };
+    let added = hf.encode_fast("", true).map(|e| e.get_ids().to_vec()).unwrap_or_default();
+    for (key, id) in [("add_bos_token", bos_id), ("add_eos_token", eos_id)] {
+        let does =
+            id.is_some_and(
+                |id| if key == "add_bos_token" { added.first() == Some(&id) } else { added.last() == Some(&id) },
+            );
+        // The same token at both ends cannot be told apart without text.
+        let one_for_both = added.len() < 2 && bos_id == eos_id && !added.is_empty();
+        if let Some(says) = switch(key)?.filter(|says| *says != does && !one_for_both) {
+            notes.push(format!(
+                "{}: `{key}` is {says}, but tokenizer.json's post-processor {} that token; tokenizer.json counts, as in \
+                 transformers 5",
+                path.display(),
+                if does { "adds" } else { "does not add" }
+            ));
+        }
+    }
+    if switch("split_special_tokens")? == Some(true) {
+        hf.set_encode_special_tokens(true);
+    }
+    let bpe = matches!(hf.get_model(), tokenizers::ModelWrapper::BPE(_));
+    for (key, applies) in [
+        ("clean_up_tokenization_spaces", !bpe),
+        ("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", bpe),
+        ("fix_mistral_regex", true),
+    ] {
+        if applies && switch(key)? == Some(true) {
+            notes.push(format!("{}: `{key}` is true, which is not applied here", path.display()));
         }
     }
     Ok(())

@@ -92,6 +92,7 @@ impl TaskOptions {
     /// What texts of `folder` the tasks are put through.
     fn text(&self, folder: &Path, config: &Object) -> Result<ModelText> {
         let text = ModelText::from_folder(folder, config)?;
+        super::say_notes(text.tokenizer().notes());
         let arguments = self.template_arguments();
         if let Some(end) = &self.think_end_token
             && text.drops(end)?
