@@ -665,6 +665,18 @@ fn expressions_of_pre_tokenizers_mean_what_oniguruma_means() {
 }
 
 #[test]
+fn an_expression_that_cannot_be_matched_in_reasonable_time_is_an_error() {
+    let json = json!({"version": "1.0", "truncation": null, "padding": null, "normalizer": null, "added_tokens": [],
+        "post_processor": null, "decoder": null,
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": false},
+        "model": {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"}});
+    let tokenizer = tokenizer(&json.to_string(), &[]).unwrap();
+    let error = tokenizer.encode(&("a".repeat(40) + "b"), false).unwrap_err().to_string();
+    assert!(error.contains("cannot be matched"), "{error}");
+    assert!(tokenizer.encode("aaa", false).is_ok());
+}
+
+#[test]
 fn named_tokens_are_strings_or_objects_and_have_ids() {
     let config = r#"{"bos_token": {"content": "<|im_start|>", "lstrip": false}, "eos_token": "<|im_end|>"}"#;
     let tokenizer = tokenizer(&books_json(), &[("tokenizer_config.json", config)]).unwrap();

@@ -1,6 +1,8 @@
 //! Checkpoints by their Hugging Face id, downloaded into the cache that the Python tools use too.
 //!
-//! The cache's layout is huggingface_hub's: `models--org--name/{refs/REVISION, snapshots/COMMIT/FILE → blobs/HASH}`. A file
+//! The cache is hf-hub's, whose layout is huggingface_hub's: `models--org--name/{refs/REVISION, snapshots/COMMIT/FILE →
+//! blobs/HASH}`. Its downloads are not used: they read neither HF_TOKEN nor HF_HUB_OFFLINE, check no hash and know no proxies
+//! or authorities of one's own. A file
 //! is whole before it has its name: bytes go to `HASH.incomplete`, are resumed there, and where the hub gives a SHA-256 it
 //! must be theirs.
 
@@ -9,6 +11,7 @@ use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 use recoup_eval::http::address::{Address, NoAddress};
 use recoup_eval::http::{Broken, Client, ClientError, Reply, Settings, retry};
 use serde::Deserialize;
@@ -181,8 +184,10 @@ impl Hub {
         progress: &mut dyn FnMut(u64, u64),
         note: &mut dyn FnMut(&str),
     ) -> Result<PathBuf, HubError> {
-        let place = self.cache.join(format!("models--{}", id.name.replace('/', "--")));
-        let cached = cached(&place, &id.revision);
+        let repo = Repo::with_revision(id.name.clone(), RepoType::Model, id.revision.clone());
+        let place = self.cache.join(repo.folder_name());
+        let cache = Cache::new(self.cache.clone()).repo(repo);
+        let cached = cached(&cache, &id.revision);
         if self.offline {
             return cached.ok_or_else(|| HubError::Offline {
                 id: id.name.clone(),
@@ -206,7 +211,7 @@ impl Hub {
         if !files.iter().any(|f| f.rfilename.ends_with(".safetensors")) {
             return Err(HubError::NoWeights(id.name.clone()));
         }
-        let snapshot = place.join("snapshots").join(&listing.sha);
+        let snapshot = cache.pointer_path(&listing.sha);
         let all: u64 = files.iter().filter_map(Listed::size).sum();
         let mut done = 0;
         for file in &files {
@@ -217,9 +222,7 @@ impl Hub {
             progress(done, all);
         }
         if id.revision != listing.sha {
-            let reference = place.join("refs").join(&id.revision);
-            parent(&reference)?;
-            std::fs::write(&reference, &listing.sha).map_err(|source| HubError::Io { path: reference, source })?;
+            cache.create_ref(&listing.sha).map_err(|source| HubError::Io { path: place.clone(), source })?;
         }
         Ok(snapshot)
     }
@@ -411,10 +414,12 @@ fn is_transient(error: &HubError) -> bool {
 }
 
 /// The snapshot that the cache has of a revision, if it is whole.
-fn cached(place: &Path, revision: &str) -> Option<PathBuf> {
-    let commit = std::fs::read_to_string(place.join("refs").join(revision)).ok();
-    let commit = commit.map_or_else(|| revision.to_owned(), |c| c.trim().to_owned());
-    let folder = place.join("snapshots").join(commit);
+fn cached(cache: &CacheRepo, revision: &str) -> Option<PathBuf> {
+    // By a branch or tag that the cache knows, or by a commit.
+    let folder = match cache.get("config.json") {
+        Some(file) => file.parent()?.to_owned(),
+        None => cache.pointer_path(revision),
+    };
     is_whole(&folder).then_some(folder)
 }
 

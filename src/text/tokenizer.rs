@@ -109,12 +109,22 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer cannot represent the text (a vocabulary without an unknown token).
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TextError> {
-        let inner = &*self.inner;
-        let encoding = inner
-            .hf
-            .encode_fast(text, add_special_tokens)
-            .map_err(|error| TextError::Encode { path: inner.path.clone(), detail: error.to_string() })?;
+        let encoding = self.guarded(|| self.inner.hf.encode_fast(text, add_special_tokens))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// What `encode` gives. Oniguruma's binding panics where an expression tries too many ways to match (`(a+)+$` on a long
+    /// row of a's), which is an error like others.
+    fn guarded<T>(&self, encode: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, TextError> {
+        let failed = |detail: String| TextError::Encode { path: self.inner.path.clone(), detail };
+        match std::panic::catch_unwind(std::panic::AssertUnwindSafe(encode)) {
+            Ok(encoded) => encoded.map_err(|error| failed(error.to_string())),
+            Err(panic) => {
+                let said = panic.downcast_ref::<String>().map(String::as_str);
+                let said = said.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no reason given");
+                Err(failed(format!("an expression of the tokenizer cannot be matched on this text ({said})")))
+            }
+        }
     }
 
     /// The token ids of `text` without added special tokens, and the byte of `text` at which each begins.
@@ -122,11 +132,7 @@ impl Tokenizer {
     /// # Errors
     /// As [`encode`](Self::encode).
     pub fn encode_with_starts(&self, text: &str) -> Result<(Vec<u32>, Vec<usize>), TextError> {
-        let inner = &*self.inner;
-        let encoding = inner
-            .hf
-            .encode(text, false)
-            .map_err(|error| TextError::Encode { path: inner.path.clone(), detail: error.to_string() })?;
+        let encoding = self.guarded(|| self.inner.hf.encode(text, false))?;
         Ok((encoding.get_ids().to_vec(), encoding.get_offsets().iter().map(|o| o.0).collect()))
     }
 
