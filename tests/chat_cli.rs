@@ -150,3 +150,29 @@ fn a_quantized_model_has_all_templates_of_its_source() {
     assert!(stderr.contains("not copied") && stderr.contains("strange.json"), "{stderr}");
     assert!(!out.join("strange.json").exists());
 }
+
+#[test]
+fn worked_examples_are_turns_of_the_conversation_unless_they_are_to_be_one_message() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(&folder.path().join("model"), &[("chat_template.jinja", THINKING)]);
+    let tasks = folder.path().join("tasks");
+    std::fs::create_dir(&tasks).unwrap();
+    let task = TASK.replace("test_split: test", "test_split: test\nfewshot_split: test\nnum_fewshot: 1");
+    std::fs::write(tasks.join("ask.yaml"), task).unwrap();
+    std::fs::write(tasks.join("d.jsonl"), "{\"q\": \"one\", \"a\": \"1\"}\n{\"q\": \"two\", \"a\": \"2\"}\n").unwrap();
+    let ask = |more: &[&str]| {
+        let out = tempfile::tempdir().unwrap();
+        let to = out.path().join("out");
+        let args =
+            ["eval", &model, "--tasks", "ask", "--include-path", tasks.to_str().unwrap(), "--apply-chat-template"];
+        succeed(&[&args[..], &["-L", "1", "-o", to.to_str().unwrap()], more].concat());
+        prompt(&to)
+    };
+    // lm_eval 0.4.13 --apply_chat_template, with its default and with --fewshot_as_multiturn false.
+    let turns = "<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n<|im_start|>user\none<|im_end|>\n\
+                 <|im_start|>assistant\n";
+    let one = "<|im_start|>user\ntwo 2\n\none<|im_end|>\n<|im_start|>assistant\n";
+    assert_eq!(ask(&[]), turns);
+    assert_eq!(ask(&["--fewshot-as-multiturn"]), turns);
+    assert_eq!(ask(&["--fewshot-as-multiturn", "false"]), one);
+}

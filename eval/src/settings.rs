@@ -79,13 +79,9 @@ pub(crate) fn without_effect(
     if let (false, Some(names)) = (asked.is_empty(), names(&rolling)) {
         notes.push(format!("{names}: without effect: {} (texts are scored as they are)", asked.join(", ")));
     }
-    if !tasks.is_empty() && tasks.iter().all(|t| rolling(t) || t.num_fewshot(options) == 0) {
-        if setup.fewshot_as_multiturn {
-            notes.push("--fewshot-as-multiturn is without effect: no prompt has worked examples".into());
-        }
-        if options.seed != Options::default().seed {
-            notes.push(format!("--fewshot-seed {} is without effect: no prompt has worked examples", options.seed));
-        }
+    let no_examples = !tasks.is_empty() && tasks.iter().all(|t| rolling(t) || t.num_fewshot(options) == 0);
+    if no_examples && options.seed != Options::default().seed {
+        notes.push(format!("--fewshot-seed {} is without effect: no prompt has worked examples", options.seed));
     }
     notes
 }

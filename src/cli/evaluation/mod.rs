@@ -43,9 +43,10 @@ pub(super) struct TaskOptions {
     /// Put questions through the model's chat template
     #[arg(long)]
     apply_chat_template: bool,
-    /// Worked examples as turns of the conversation
-    #[arg(long, requires = "apply_chat_template")]
-    fewshot_as_multiturn: bool,
+    /// Worked examples as turns of the conversation, or all in one user's message (false) [default: as turns, which is
+    /// lm-evaluation-harness's]
+    #[arg(long, requires = "apply_chat_template", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    fewshot_as_multiturn: Option<bool>,
     #[command(flatten)]
     template: TemplateOptions,
     /// lm-evaluation-harness's name for the argument of that name of the chat template; true needs --think-end-token
@@ -153,7 +154,7 @@ impl TaskOptions {
                 ..Options::default()
             },
             chat: self.apply_chat_template,
-            fewshot_as_multiturn: self.fewshot_as_multiturn,
+            fewshot_as_multiturn: self.fewshot_as_multiturn.unwrap_or(self.apply_chat_template),
             seeds: self.seeds,
         })
     }
@@ -176,7 +177,7 @@ impl TaskOptions {
     /// How the tasks are put, for results.json.
     fn describe(&self, setup: &Setup) -> Value {
         json!({"num_fewshot": self.num_fewshot, "limit": self.limit, "apply_chat_template": self.apply_chat_template,
-            "fewshot_as_multiturn": self.fewshot_as_multiturn, "system_instruction": self.system_instruction,
+            "fewshot_as_multiturn": setup.fewshot_as_multiturn, "system_instruction": self.system_instruction,
             "chat_template_kwargs": self.template_arguments(), "think_end_token": self.think_end_token,
             "gen_kwargs": setup.options.generation, "seeds": self.seeds, "fewshot_seed": self.fewshot_seed,
             "recoup_version": env!("CARGO_PKG_VERSION")})
