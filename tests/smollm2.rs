@@ -195,3 +195,33 @@ fn recovery_brings_a_real_model_nearer_to_its_teacher() {
     let page = std::fs::read_to_string(Path::new(report).join("report.html")).unwrap();
     assert!(page.contains("While training: KL on the data"), "the report shows how it was trained");
 }
+
+/// Answers of lm-evaluation-harness 0.4.13 (`--model hf`, transformers 5.24, f32) to the first documents of the shipped GSM8K
+/// under the model's chat template: `lm_eval --model hf --model_args pretrained=BF16,dtype=float32 --tasks gsm8k
+/// --apply_chat_template --gen_kwargs max_gen_toks=96`, with the shipped data. `<|im_end|>`, one of the task's stop strings
+/// and a special token, ends them.
+#[test]
+fn gsm8k_is_answered_as_in_lm_evaluation_harness() {
+    let Some(models) = models() else { return };
+    let out = tempfile::tempdir().unwrap();
+    let to = out.path().join("out");
+    let run = Command::new(env!("CARGO_BIN_EXE_recoup"))
+        .arg("eval")
+        .arg(&models.bf16)
+        .args(["--tasks", "gsm8k", "--apply-chat-template", "--gen-kwargs", "max_gen_toks=96", "-L", "2", "-o"])
+        .arg(&to)
+        .output()
+        .unwrap();
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    let samples = std::fs::read_to_string(to.join("samples_gsm8k.jsonl")).unwrap();
+    let samples: Vec<serde_json::Value> = samples.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let expected = [
+        "She makes 16*3 = <<16*3=54>>54 cents per duck egg\nShe sells the remainder at the farmers' market for $2*5 = <<2*5=10>>10 cents per duck egg\n#### 10",
+        "The robe takes 2 x 2 = <<2*2=4>>4 bolts of blue fiber.\nThe robe takes 4 x 2 = <<4*2=8>>8 bolts of white fiber.\n#### 8",
+    ];
+    for (document, text) in expected.into_iter().enumerate() {
+        let of_document = samples.iter().filter(|s| s["doc_id"] == document);
+        let answers: Vec<&str> = of_document.map(|s| s["resps"][0][0].as_str().unwrap()).collect();
+        assert!(!answers.is_empty() && answers.iter().all(|a| *a == text), "{answers:?}");
+    }
+}
