@@ -476,6 +476,24 @@ fn a_checkpoint_may_quantize_its_kv_cache_only() {
 }
 
 #[test]
+fn a_quantized_kv_cache_alone_is_taken_away_by_convert_and_refused_by_quantize() {
+    let recoup = |args: &[&str]| {
+        let run = std::process::Command::new(env!("CARGO_BIN_EXE_recoup")).args(args).output().unwrap();
+        (run.status.success(), String::from_utf8(run.stderr).unwrap())
+    };
+    for names in [NESTED, FLAT] {
+        let folder = kv_only(Some(names), compressed(json!({})));
+        let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+        let (model, plain, out) = (folder.path().to_str().unwrap(), at("plain"), at("out"));
+        let (ok, said) = recoup(&["quantize", model, "-o", &out, "--recipe", "fp8_pc_pt"]);
+        assert!(!ok && said.contains("KV cache is quantized;"), "{said}");
+        let (ok, said) = recoup(&["convert", model, "-o", &plain]);
+        assert!(ok, "{said}");
+        assert_eq!(few(Path::new(&plain)), few(written(&Tiny::new(Format::Bf16)).path()));
+    }
+}
+
+#[test]
 fn an_fp8_cache_without_any_scale_has_scales_of_one_and_says_so() {
     let without = |keep: fn(&str) -> bool| {
         changed(Format::Fp8, |t| {

@@ -13,6 +13,7 @@ use super::scheme::Scheme;
 use super::{QuantizeError, export};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Dialect;
+use crate::checkpoint::resolve::is_kv_scale;
 use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
 use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
 use crate::formats::{fp8, mx, nvfp4};
@@ -78,6 +79,7 @@ pub fn convert(checkpoint: &Checkpoint, dialect: Dialect, out: &Path) -> Result<
         owned.extend(OWN.iter().map(|suffix| format!("{}.{suffix}", m.name)));
     }
     if report.modules == 0 {
+        super::plain_cache(checkpoint)?;
         return Err(QuantizeError::Nothing(checkpoint.tensors.folder().into()));
     }
     let mut kv = BTreeMap::new();
@@ -92,8 +94,7 @@ pub fn convert(checkpoint: &Checkpoint, dialect: Dialect, out: &Path) -> Result<
         jobs.push(None);
     }
     for name in checkpoint.tensors.names() {
-        let is_kv_scale = matches!(name.rsplit('.').next(), Some("k_scale" | "v_scale"));
-        if let Some(view) = checkpoint.tensors.peek(name).filter(|_| !owned.contains(name) && !is_kv_scale) {
+        if let Some(view) = checkpoint.tensors.peek(name).filter(|_| !owned.contains(name) && !is_kv_scale(name)) {
             specs.push(TensorSpec { name: name.into(), dtype: view.dtype, shape: view.shape.to_vec() });
             jobs.push(None);
         }

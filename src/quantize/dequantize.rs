@@ -10,6 +10,7 @@ use serde_json::Map;
 use super::QuantizeError;
 use super::convert::OWN;
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::resolve::is_kv_scale;
 use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
 use crate::model::ModelConfig;
 use crate::model::modules::Module;
@@ -38,7 +39,7 @@ pub fn dequantize(checkpoint: &Checkpoint, out: &Path) -> Result<Dequantized, Qu
             quantized.insert(name.clone());
         }
     }
-    if quantized.is_empty() {
+    if quantized.is_empty() && !checkpoint.scheme.fp8_kv_cache {
         return Err(QuantizeError::Nothing(checkpoint.tensors.folder().into()));
     }
     report.modules = quantized.len();
@@ -54,7 +55,7 @@ pub fn dequantize(checkpoint: &Checkpoint, out: &Path) -> Result<Dequantized, Qu
             } else if suffix.starts_with("input_") {
                 report.dropped.push(tensor.into());
             }
-        } else if matches!(suffix, "k_scale" | "v_scale") {
+        } else if is_kv_scale(tensor) {
             report.dropped.push(tensor.into());
         } else {
             specs.push(TensorSpec { name: tensor.into(), dtype: view.dtype, shape: view.shape.to_vec() });

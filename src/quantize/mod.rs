@@ -56,6 +56,8 @@ pub enum QuantizeError {
     Module { module: String, detail: String },
     #[error("{0}: nothing in it is quantized, it is a plain model already")]
     Nothing(PathBuf),
+    #[error("{0}: its KV cache is quantized; `recoup convert` it to BF16 first")]
+    KvCache(PathBuf),
     #[error("quantization writes the modelopt or the compressed-tensors dialect, not {0}")]
     Dialect(Dialect),
 }
@@ -111,6 +113,7 @@ pub fn quantize(
     if !matches!(dialect, Dialect::ModelOpt | Dialect::CompressedTensors) {
         return Err(QuantizeError::Dialect(dialect));
     }
+    plain_cache(checkpoint)?;
     let config = ModelConfig::read(&checkpoint.config)?;
     let modules: Vec<Module> = config.modules().into_iter().filter(Module::is_block_linear).collect();
     let plan = Plan::new(checkpoint, &modules, calibration, recipe, dialect)?;
@@ -167,6 +170,14 @@ pub fn quantize(
         notes: plan.notes.into_iter().chain(kv_notes).collect(),
         table: table.cloned(),
     })
+}
+
+/// Scales of a KV cache are calibrated for the weights that they lie beside, and no recipe takes them over.
+fn plain_cache(checkpoint: &Checkpoint) -> Result<(), QuantizeError> {
+    if checkpoint.scheme.fp8_kv_cache {
+        return Err(QuantizeError::KvCache(checkpoint.tensors.folder().into()));
+    }
+    Ok(())
 }
 
 /// Where a checkpoint keeps the table that its formats were chosen by.
@@ -399,6 +410,7 @@ pub fn apply(
     Places { out, unrounded }: Places<'_>,
     progress: &mut dyn FnMut(&'static str, usize, usize),
 ) -> Result<Report, QuantizeError> {
+    plain_cache(checkpoint)?;
     let modules: Vec<Module> = ModelConfig::read(&checkpoint.config)?.modules();
     let modules: Vec<Module> = modules.into_iter().filter(Module::is_block_linear).collect();
     let assigned = |recipe: &Recipe| -> Result<BTreeMap<String, Scheme>, QuantizeError> {
