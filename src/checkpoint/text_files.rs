@@ -44,15 +44,8 @@ const TERMS: [&str; 3] = ["LICENSE", "USE_POLICY", "Notice"];
 const TEMPLATES: &str = "additional_chat_templates";
 
 /// Files of which a changed model has its own, or that describe the model as it was.
-const OWN: [&str; 7] = [
-    "config.json",
-    "hf_quant_config.json",
-    "recoup_recipe.json",
-    "recoup_sensitivity.json",
-    "quantize_config.json",
-    "quantization_config.json",
-    "README.md",
-];
+const OWN: [&str; 5] =
+    ["config.json", "hf_quant_config.json", "quantize_config.json", "quantization_config.json", "README.md"];
 
 /// A file that is larger is no text that a tokenizer or a processor reads.
 const SMALL: u64 = 4 << 20;
@@ -75,11 +68,16 @@ pub fn left_out(folder: &Path) -> Vec<String> {
         let text = [".json", ".txt", ".model", ".yaml", ".yml"].iter().any(|ending| name.ends_with(ending));
         let index = name.ends_with(".index.json");
         let small = fs::metadata(folder.join(name)).is_ok_and(|m| m.len() <= SMALL);
-        text && small && !index && !name.starts_with('.') && !travels(name) && !OWN.contains(&name.as_str())
+        text && small && !index && !name.starts_with('.') && !travels(name) && !is_own(name)
     };
     let mut names: Vec<String> = files(folder).into_iter().filter(unknown).collect();
     names.sort_unstable();
     names
+}
+
+/// What whoever writes a checkpoint writes anew: configurations, and Recoup's own records of how weights came to be.
+fn is_own(name: &str) -> bool {
+    OWN.contains(&name) || name.starts_with("recoup_")
 }
 
 fn travels(name: &str) -> bool {
