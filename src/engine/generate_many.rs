@@ -4,7 +4,7 @@
 use std::ops::ControlFlow;
 
 use super::generate::{Answer, GenerateError, Generated, Request};
-use super::pages::PagePool;
+use super::page_pool::PagePool;
 use super::sampler::Scratch;
 use crate::backend::{Backend, Batch, PAGE, Span};
 use crate::formats::kv::KvFormat;

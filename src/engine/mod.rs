@@ -3,17 +3,22 @@
 pub mod generate;
 mod generate_many;
 pub mod generation_config;
-mod pages;
+mod page_pool;
+pub mod pages;
 mod sampler;
 mod sampling_params;
+pub mod scheduler;
 pub mod scoring;
+mod sequence;
 pub mod session;
 
 pub use generate::{Finish, GenerateError, Generated, Request, generate};
 pub use generate_many::generate_many;
 pub use generation_config::GenerationConfig;
-pub use pages::PagePool;
+pub use page_pool::PagePool;
 pub use sampler::{History, Sampled, Sampler, Scratch};
 pub use sampling_params::{SamplingError, SamplingParams};
+pub use scheduler::{Limits, Plan, Scheduler};
 pub use scoring::{Scorer, Sequence};
+pub use sequence::Id;
 pub use session::Session;

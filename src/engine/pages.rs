@@ -1,87 +1,313 @@
-//! Which pages of the KV cache are free, and who shares the others.
+//! Which pages of the KV cache are in use, and what they hold: pages are counted, and those of earlier tokens stay in a
+//! tree until their room is wanted, so that a sequence that begins alike does not compute them again.
+//!
+//! Nodes of the tree are pages, each below the page that holds the tokens before it. A node is full ([`PAGE`] tokens) and
+//! never written again, or it is the last of a sequence that has ended. Whole pages are shared as they are; the beginning
+//! of a page is shared by a copy. A user of a page uses all above it too, so what nobody uses is whole subtrees, which are
+//! taken leaf by leaf, the one that was used longest ago first.
+//!
+//! Pure: numbers of pages, not their contents. State that a recurrent layer has after the tokens of a node would stand
+//! beside the node's page.
 
-use crate::backend::{BackendError, PAGE, Result};
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 
-/// Hands out pages and counts their users.
+use crate::backend::PAGE;
+
+/// Nodes below a node by their tokens.
+type Children = BTreeMap<Box<[u32]>, u32>;
+
+/// Counts pages and keeps the tree.
 #[derive(Debug)]
-pub struct PagePool {
+pub struct Pages {
+    limit: usize,
+    kept: usize,
+    /// Every page that was ever handed out.
+    all: Vec<Page>,
     free: Vec<u32>,
-    users: Vec<u32>,
+    /// Nodes that hold the first tokens of a sequence.
+    roots: Children,
+    /// Leaves of the tree that nobody uses, by when they were used last.
+    leaves: BTreeSet<(u64, u32)>,
+    /// Nodes that nobody uses.
+    idle: usize,
+    clock: u64,
 }
 
-impl PagePool {
-    /// A pool of the pages 0 to `pages` - 1, all free.
+#[derive(Debug, Default)]
+struct Page {
+    users: u32,
+    node: Option<Node>,
+}
+
+#[derive(Debug)]
+struct Node {
+    parent: Option<u32>,
+    tokens: Box<[u32]>,
+    children: Children,
+    last_use: u64,
+}
+
+/// What the tree holds of a sequence's beginning.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// Whole pages, in order.
+    pub pages: Vec<u32>,
+    /// The page that holds most of what follows, and how many tokens of it.
+    pub partial: Option<(u32, usize)>,
+}
+
+impl Held {
+    /// Tokens in all.
     #[must_use]
-    pub fn new(pages: usize) -> Self {
-        Self { free: (0..pages as u32).rev().collect(), users: vec![0; pages] }
+    pub fn tokens(&self) -> usize {
+        self.pages.len() * PAGE + self.partial.map_or(0, |p| p.1)
+    }
+}
+
+impl Pages {
+    /// At most `limit` pages. Of pages that nobody uses `kept` stay while the cache could still grow; beyond that the
+    /// oldest of them is taken before a new page is.
+    #[must_use]
+    pub fn new(limit: usize, kept: usize) -> Self {
+        Self {
+            limit,
+            kept,
+            all: Vec::new(),
+            free: Vec::new(),
+            roots: Children::new(),
+            leaves: BTreeSet::new(),
+            idle: 0,
+            clock: 0,
+        }
     }
 
-    /// Pages that nobody uses.
+    /// Pages that may be in use at once.
     #[must_use]
-    pub fn free(&self) -> usize {
-        self.free.len()
+    pub fn limit(&self) -> usize {
+        self.limit
     }
 
-    /// `count` pages, each with one user.
-    ///
-    /// # Errors
-    /// When fewer are free.
-    pub fn allocate(&mut self, count: usize) -> Result<Vec<u32>> {
-        let Some(rest) = self.free.len().checked_sub(count) else {
-            let used = self.users.len() - self.free.len();
-            return Err(BackendError::CacheTooSmall {
-                capacity: self.users.len() * PAGE,
-                needed: (used + count) * PAGE,
-            });
+    /// Pages that the cache must have: numbers handed out so far are below this.
+    #[must_use]
+    pub fn made(&self) -> usize {
+        self.all.len()
+    }
+
+    /// Pages that can be taken now.
+    #[must_use]
+    pub fn available(&self) -> usize {
+        self.limit - self.all.len() + self.free.len() + self.idle
+    }
+
+    /// How many use a page.
+    #[must_use]
+    pub fn users(&self, page: u32) -> u32 {
+        self.all[page as usize].users
+    }
+
+    /// A page for one user, its contents undefined; `None` when all are in use.
+    pub fn take(&mut self) -> Option<u32> {
+        let can_grow = self.all.len() < self.limit;
+        let page = match self.free.pop() {
+            Some(page) => page,
+            None if can_grow && self.idle <= self.kept => self.make(),
+            None => match self.evict() {
+                Some(page) => page,
+                None if can_grow => self.make(),
+                None => return None,
+            },
         };
-        let pages = self.free.split_off(rest);
-        self.retain(&pages);
-        Ok(pages)
+        self.all[page as usize].users = 1;
+        Some(page)
     }
 
-    /// Adds a user to each of `pages`.
-    pub fn retain(&mut self, pages: &[u32]) {
-        pages.iter().for_each(|&p| self.users[p as usize] += 1);
+    fn make(&mut self) -> u32 {
+        self.all.push(Page::default());
+        (self.all.len() - 1) as u32
     }
 
-    /// Takes a user from each of `pages`; those without any are free.
+    /// Takes the leaf that was used longest ago out of the tree.
+    fn evict(&mut self) -> Option<u32> {
+        let (_, page) = self.leaves.pop_first()?;
+        let node = self.all[page as usize].node.take()?;
+        self.idle -= 1;
+        self.children_mut(node.parent).remove(&node.tokens);
+        if let Some(parent) = node.parent {
+            self.enter_leaf(parent);
+        }
+        Some(page)
+    }
+
+    /// Lists a node that nobody uses and that has nothing below it among the leaves.
+    fn enter_leaf(&mut self, page: u32) {
+        let p = &self.all[page as usize];
+        if let Some(node) = &p.node
+            && p.users == 0
+            && node.children.is_empty()
+        {
+            self.leaves.insert((node.last_use, page));
+        }
+    }
+
+    /// Adds a user to a page and, where it is a node, to none above it.
+    pub fn retain(&mut self, page: u32) {
+        let p = &mut self.all[page as usize];
+        p.users += 1;
+        if p.users == 1
+            && let Some(node) = &p.node
+        {
+            self.idle -= 1;
+            self.leaves.remove(&(node.last_use, page));
+        }
+    }
+
+    /// Takes a user from each of a sequence's pages. Those without any are free, or stay in the tree.
     pub fn release(&mut self, pages: &[u32]) {
+        self.clock += 1;
         for &page in pages.iter().rev() {
-            self.users[page as usize] -= 1;
-            if self.users[page as usize] == 0 {
-                self.free.push(page);
+            let p = &mut self.all[page as usize];
+            p.users -= 1;
+            if p.users > 0 {
+                continue;
+            }
+            match &mut p.node {
+                None => self.free.push(page),
+                Some(node) => {
+                    node.last_use = self.clock;
+                    self.idle += 1;
+                    self.enter_leaf(page);
+                }
             }
         }
     }
 
-    /// The page list of a sequence that begins with the first `shared` tokens of the sequence on `pages` and has room
-    /// for `length` tokens: whole pages are shared, the rest is new.
-    ///
-    /// # Errors
-    /// When too few pages are free; nothing is retained then.
-    pub fn branch(&mut self, pages: &[u32], shared: usize, length: usize) -> Result<Vec<u32>> {
-        let whole = &pages[..shared / PAGE];
-        let new = self.allocate(length.div_ceil(PAGE) - whole.len())?;
-        self.retain(whole);
-        Ok([whole, &new].concat())
+    /// What is held of the beginning of `tokens`.
+    #[must_use]
+    pub fn find(&self, tokens: &[u32]) -> Held {
+        let mut held = Held::default();
+        let mut children = &self.roots;
+        loop {
+            let rest = &tokens[held.pages.len() * PAGE..];
+            let whole = rest.get(..PAGE).and_then(|t| children.get(t));
+            if let Some(&page) = whole
+                && let Some(node) = &self.all[page as usize].node
+            {
+                held.pages.push(page);
+                children = &node.children;
+                continue;
+            }
+            // In the order of tokens, what has most in common with `rest` stands next to it.
+            let before = children.range::<[u32], _>((Bound::Unbounded, Bound::Excluded(rest))).next_back();
+            let after = children.range::<[u32], _>((Bound::Included(rest), Bound::Unbounded)).next();
+            let shared = [before, after].into_iter().flatten().map(|(key, &page)| (page, common(key, rest)));
+            held.partial = shared.max_by_key(|s| s.1).filter(|s| s.1 > 0);
+            return held;
+        }
     }
+
+    /// Enters `page`, which its one user has filled with `tokens` (those of one page at most), into the tree below that
+    /// user's page before it. Where another page holds the same there, that page is the user's from now on and `page` is
+    /// free. Returns the user's page.
+    pub fn keep(&mut self, parent: Option<u32>, page: u32, tokens: &[u32]) -> u32 {
+        let (own, siblings) = (page, self.children_mut(parent));
+        let same = siblings.range::<[u32], _>((Bound::Included(tokens), Bound::Unbounded)).next();
+        if let Some((key, &page)) = same
+            && key.starts_with(tokens)
+        {
+            if page != own {
+                self.retain(page);
+                self.release(&[own]);
+            }
+            return page;
+        }
+        siblings.insert(tokens.into(), page);
+        let node = Node { parent, tokens: tokens.into(), children: Children::new(), last_use: self.clock };
+        self.all[page as usize].node = Some(node);
+        page
+    }
+
+    fn children_mut(&mut self, parent: Option<u32>) -> &mut Children {
+        match parent.and_then(|p| self.all[p as usize].node.as_mut()) {
+            Some(node) => &mut node.children,
+            None => &mut self.roots,
+        }
+    }
+}
+
+/// Length of the common beginning.
+pub(super) fn common(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn tokens(n: usize) -> Vec<u32> {
+        (0..n as u32).collect()
+    }
+
+    /// Pages of a sequence that computed `tokens` and has ended.
+    fn computed(pages: &mut Pages, tokens: &[u32]) -> Vec<u32> {
+        let mut table: Vec<u32> = Vec::new();
+        for part in tokens.chunks(PAGE) {
+            let page = pages.take().unwrap();
+            table.push(pages.keep(table.last().copied(), page, part));
+        }
+        pages.release(&table);
+        table
+    }
+
     #[test]
-    fn a_shared_page_is_free_when_its_last_user_has_gone() {
-        let mut pool = PagePool::new(4);
-        let first = pool.allocate(2).unwrap();
-        let second = pool.branch(&first, PAGE + 3, 2 * PAGE).unwrap();
-        assert_eq!((first[0], pool.free()), (second[0], 1));
-        assert_ne!(first[1], second[1]);
-        pool.release(&first);
-        assert_eq!(pool.free(), 2);
-        assert!(matches!(pool.branch(&second, PAGE, 5 * PAGE), Err(BackendError::CacheTooSmall { .. })));
-        pool.release(&second);
-        assert_eq!(pool.free(), 4);
+    fn what_begins_alike_is_found_in_whole_pages_and_the_best_part_of_one() {
+        let mut pages = Pages::new(16, 16);
+        let first = computed(&mut pages, &tokens(40));
+        let other = [&tokens(37)[..], &[99; 7]].concat();
+        let second = computed(&mut pages, &other);
+        assert_eq!(second[..2], first[..2]);
+        assert_eq!((pages.made(), pages.available()), (4, 16));
+        assert_eq!(pages.find(&tokens(32)), Held { pages: first[..2].into(), partial: None });
+        assert_eq!(pages.find(&tokens(39)).partial, Some((first[2], 7)));
+        assert_eq!(pages.find(&other[..41]).partial, Some((second[2], 9)));
+        assert_eq!(pages.find(&tokens(10)), Held { pages: vec![], partial: Some((first[0], 10)) });
+        assert_eq!(pages.find(&[5]), Held::default());
+    }
+
+    #[test]
+    fn equal_contents_are_held_once() {
+        let mut pages = Pages::new(8, 8);
+        let first = computed(&mut pages, &tokens(20));
+        assert_eq!(computed(&mut pages, &tokens(20)), first);
+        assert_eq!(computed(&mut pages, &tokens(18)), first, "a shorter end of the same");
+        // Two were needed beside them, and are free again.
+        assert_eq!((pages.made(), pages.free.len(), pages.idle), (3, 1, 2));
+    }
+
+    #[test]
+    fn the_oldest_leaf_goes_first_and_what_is_in_use_stays() {
+        let mut pages = Pages::new(4, 4);
+        let old = computed(&mut pages, &tokens(2 * PAGE));
+        let new = computed(&mut pages, &[7; 2 * PAGE]);
+        pages.retain(old[0]);
+        assert_eq!(pages.available(), 3);
+        let taken: Vec<u32> = std::iter::from_fn(|| pages.take()).collect();
+        assert_eq!(taken, [old[1], new[1], new[0]]);
+        assert_eq!(pages.find(&tokens(2 * PAGE)).pages, [old[0]]);
+        assert_eq!(pages.available(), 0);
+    }
+
+    #[test]
+    fn beyond_what_is_to_be_kept_old_pages_are_taken_before_the_cache_grows() {
+        let mut pages = Pages::new(100, 3);
+        for i in 0..20 {
+            computed(&mut pages, &[i; PAGE]);
+        }
+        assert_eq!(pages.made(), 4);
+        assert!(pages.find(&[19; PAGE]).pages.len() == 1 && pages.find(&[0; PAGE]).pages.is_empty());
+        let busy: Vec<u32> = (0..100).map(|_| pages.take().unwrap()).collect();
+        assert_eq!((pages.take(), pages.made()), (None, 100));
+        pages.release(&busy);
+        assert_eq!(pages.available(), 100);
     }
 }

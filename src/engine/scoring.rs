@@ -6,7 +6,7 @@
 
 use std::ops::{ControlFlow, Range};
 
-use super::pages::PagePool;
+use super::page_pool::PagePool;
 use crate::backend::{Backend, Batch, PAGE, Result, Span, TokenScore};
 use crate::formats::kv::KvFormat;
 use crate::model::Decoder;

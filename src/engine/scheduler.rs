@@ -1,0 +1,266 @@
+//! What the next pass through the model computes: which tokens of which sequences, in which pages of the cache.
+//!
+//! A sequence waits, runs (holds pages) and ends. A pass has a budget of tokens. It goes first to the sequences that need
+//! one token, which are those that choose their next, then to prompts that have begun, in pieces if need be, then to those
+//! that wait, in order of arrival. Pages are taken as tokens need them. When there are none left, the newest sequence gives
+//! its pages back and waits again: what it had computed is computed again, unless it is still in the cache. So the oldest
+//! always goes on, and all end.
+//!
+//! A sequence that begins like one whose beginning is being computed waits until it can share that. Others overtake it
+//! meanwhile, which is the only overtaking there is.
+//!
+//! Pure: a state in, a plan out; [`super::Engine`] carries plans out.
+
+use std::collections::BTreeMap;
+use std::ops::{Bound, Range};
+
+use super::pages::{Pages, common};
+use super::sequence::{Id, Sequence};
+use crate::backend::PAGE;
+
+/// A beginning is waited for if it has at least this many tokens more than what the cache holds: fewer are computed anew.
+const MIN_SHARED: usize = 16;
+
+/// Waiting sequences that are looked at for one pass, beside those that are admitted.
+const LOOK_AHEAD: usize = 256;
+
+/// Bounds of an engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Tokens of one sequence at most.
+    pub context: usize,
+    /// Pages of [`PAGE`] tokens of the KV cache, which grows as they are needed; at least those of one sequence.
+    pub pages: usize,
+    /// Pages that nobody uses and that are kept for sequences to come before the cache grows.
+    pub kept: usize,
+    /// Sequences that run side by side.
+    pub sequences: usize,
+    /// Tokens of one pass: bounds the memory of activations, changes no result.
+    pub pass: usize,
+}
+
+impl Limits {
+    /// For `sequences` of at most `context` tokens side by side, none of which ever has to give way.
+    #[must_use]
+    pub fn new(context: usize, sequences: usize) -> Self {
+        // A partly filled page, and a page that one is copied from.
+        let pages = sequences.saturating_mul(context.div_ceil(PAGE) + 2);
+        Self { context, pages, kept: 128, sequences, pass: 512 }
+    }
+}
+
+/// Part of a sequence that a pass computes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    pub id: Id,
+    /// Positions in the sequence.
+    pub range: Range<usize>,
+    /// Position from which on something is to be known after each token.
+    pub wanted: usize,
+    /// Pages for all tokens up to the range's end.
+    pub pages: Vec<u32>,
+}
+
+/// A sequence that begins with tokens of another that end within a page: the page is copied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Copy {
+    pub from: u32,
+    pub to: u32,
+    /// Whole pages before it.
+    pub before: Vec<u32>,
+    /// Tokens of the page that are shared.
+    pub tokens: usize,
+}
+
+/// One pass: first the copies, in order, then all parts at once.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    pub copies: Vec<Copy>,
+    pub parts: Vec<Part>,
+    /// Pages that the cache must have.
+    pub pages: usize,
+}
+
+/// The sequences and their pages.
+#[derive(Debug)]
+pub struct Scheduler {
+    limits: Limits,
+    pages: Pages,
+    waiting: BTreeMap<Id, Sequence>,
+    running: BTreeMap<Id, Sequence>,
+    next: u64,
+}
+
+impl Scheduler {
+    /// No sequences yet. Limits that would leave no sequence any room are raised.
+    #[must_use]
+    pub fn new(limits: Limits) -> Self {
+        let limits = Limits {
+            pages: limits.pages.max(limits.context.div_ceil(PAGE)).max(1),
+            sequences: limits.sequences.max(1),
+            pass: limits.pass.max(1),
+            ..limits
+        };
+        let pages = Pages::new(limits.pages, limits.kept);
+        Self { limits, pages, waiting: BTreeMap::new(), running: BTreeMap::new(), next: 0 }
+    }
+
+    /// The bounds.
+    #[must_use]
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// Sequences that wait or run.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.waiting.len() + self.running.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Tokens of a sequence that has not ended.
+    #[must_use]
+    pub fn tokens(&self, id: Id) -> &[u32] {
+        self.running.get(&id).or_else(|| self.waiting.get(&id)).map_or(&[], |s| &s.tokens)
+    }
+
+    /// Adds a sequence, after whose tokens from position `wanted` on something is to be known. `tokens` has at least one
+    /// token and at most the context's.
+    pub fn add(&mut self, tokens: Vec<u32>, wanted: usize) -> Id {
+        debug_assert!(!tokens.is_empty() && tokens.len() <= self.limits.context);
+        let id = Id(self.next);
+        self.next += 1;
+        self.waiting.insert(id, Sequence::new(tokens, wanted));
+        id
+    }
+
+    /// Appends a token to a sequence, after which something is to be known. Only while the context has room.
+    pub fn push(&mut self, id: Id, token: u32) {
+        let sequence = self.running.get_mut(&id).or_else(|| self.waiting.get_mut(&id));
+        if let Some(s) = sequence {
+            debug_assert!(s.tokens.len() < self.limits.context);
+            s.wanted = s.tokens.len();
+            s.tokens.push(token);
+        }
+    }
+
+    /// Takes a sequence away, wherever it is; what is computed of it stays in the cache while there is room. Plans made
+    /// before hold no longer.
+    pub fn remove(&mut self, id: Id) {
+        self.waiting.remove(&id);
+        if let Some(mut sequence) = self.running.remove(&id) {
+            sequence.retire(&mut self.pages);
+        }
+    }
+
+    /// The next pass; without parts when nothing is to be computed.
+    pub fn plan(&mut self) -> Plan {
+        let mut plan = Plan::default();
+        let mut budget = self.limits.pass;
+        self.go_on(&mut plan, &mut budget);
+        self.admit(&mut plan, &mut budget);
+        plan.pages = self.pages.made();
+        plan
+    }
+
+    /// The parts of a plan have been computed.
+    pub fn computed(&mut self, plan: &Plan) {
+        for part in &plan.parts {
+            if let Some(sequence) = self.running.get_mut(&part.id) {
+                sequence.advance(part.range.end, &mut self.pages);
+            }
+        }
+    }
+
+    /// Plans parts of the sequences that run. Where pages run out, the newest gives way.
+    fn go_on(&mut self, plan: &mut Plan, budget: &mut usize) {
+        let mut order: Vec<(bool, Id)> =
+            self.running.iter().filter(|(_, s)| s.remaining() > 0).map(|(id, s)| (s.remaining() > 1, *id)).collect();
+        order.sort_unstable();
+        for (_, id) in order {
+            while let Some(sequence) = self.running.get_mut(&id).filter(|_| *budget > 0) {
+                if let Some(part) = part(id, sequence, &mut self.pages, *budget) {
+                    *budget -= part.range.len();
+                    plan.parts.push(part);
+                    break;
+                }
+                let Some((newest, mut sequence)) = self.running.pop_last() else { break };
+                sequence.retire(&mut self.pages);
+                self.waiting.insert(newest, sequence);
+                if let Some(at) = plan.parts.iter().position(|p| p.id == newest) {
+                    *budget += plan.parts.remove(at).range.len();
+                }
+            }
+        }
+    }
+
+    /// Plans parts of sequences that have waited, in order of arrival, until one does not fit.
+    fn admit(&mut self, plan: &mut Plan, budget: &mut usize) {
+        let mut put_off = 0;
+        let mut after = None;
+        while *budget > 0 && self.running.len() < self.limits.sequences && put_off < LOOK_AHEAD {
+            let next = self.waiting.range((after.map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded)).next();
+            let Some((&id, sequence)) = next else { break };
+            after = Some(id);
+            let reusable = sequence.reusable();
+            let held = self.pages.find(reusable);
+            let begun = self.running.values().filter(|s| s.remaining() > 1);
+            let coming = begun.map(|s| common(&s.tokens, reusable)).max().unwrap_or(0);
+            if coming >= held.tokens() + MIN_SHARED {
+                put_off += 1;
+                continue;
+            }
+            let mut pages = held.pages;
+            pages.iter().for_each(|&page| self.pages.retain(page));
+            if sequence.tokens.len().div_ceil(PAGE) - pages.len() > self.pages.available() {
+                self.pages.release(&pages);
+                break;
+            }
+            let Some(mut sequence) = self.waiting.remove(&id) else { break };
+            let whole = pages.len();
+            let mut computed = whole * PAGE;
+            if let Some((from, tokens)) = held.partial
+                && let Some(to) = self.take_beside(from)
+            {
+                plan.copies.push(Copy { from, to, before: pages.clone(), tokens });
+                pages.push(to);
+                computed += tokens;
+            }
+            sequence.begin(pages, whole, computed);
+            if let Some(part) = part(id, &mut sequence, &mut self.pages, *budget) {
+                *budget -= part.range.len();
+                plan.parts.push(part);
+            }
+            self.running.insert(id, sequence);
+        }
+    }
+
+    /// A page that is not `page`, which stays what it is meanwhile.
+    fn take_beside(&mut self, page: u32) -> Option<u32> {
+        self.pages.retain(page);
+        let taken = self.pages.take();
+        self.pages.release(&[page]);
+        taken
+    }
+}
+
+/// As much of a sequence as there are tokens in the budget and pages; none if there is no page.
+fn part(id: Id, sequence: &mut Sequence, pages: &mut Pages, budget: usize) -> Option<Part> {
+    let start = sequence.computed;
+    let needed = (start + sequence.remaining().min(budget)).div_ceil(PAGE);
+    while sequence.pages.len() < needed {
+        let Some(page) = pages.take() else { break };
+        sequence.pages.push(page);
+    }
+    let end = (start + sequence.remaining().min(budget)).min(sequence.pages.len() * PAGE);
+    let held = sequence.pages[..end.div_ceil(PAGE)].to_vec();
+    (end > start).then_some(Part { id, range: start..end, wanted: sequence.wanted, pages: held })
+}
+
+#[cfg(test)]
+mod tests;

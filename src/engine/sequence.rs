@@ -1,0 +1,70 @@
+//! One sequence on its way through the model: its tokens, how many of them are computed, and where.
+
+use super::pages::Pages;
+use crate::backend::PAGE;
+
+/// Names a sequence; later ones have larger numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Id(pub u64);
+
+/// A sequence. State that recurrent layers keep of it would stand beside `pages`.
+#[derive(Clone, Debug)]
+pub(super) struct Sequence {
+    /// Given and chosen ones.
+    pub tokens: Vec<u32>,
+    /// Tokens whose keys and values the cache holds.
+    pub computed: usize,
+    /// Position of the first token after which something is still to be known: the model has to run from there on, even
+    /// where the cache holds the tokens.
+    pub wanted: usize,
+    /// Pages of the cache that hold the tokens, in order.
+    pub pages: Vec<u32>,
+    /// How many of them are in the tree of [`Pages`]: whole ones.
+    kept: usize,
+}
+
+impl Sequence {
+    pub fn new(tokens: Vec<u32>, wanted: usize) -> Self {
+        Self { tokens, computed: 0, wanted, pages: Vec::new(), kept: 0 }
+    }
+
+    /// Tokens to compute.
+    pub fn remaining(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// Beginning that need not be computed where the cache holds it.
+    pub fn reusable(&self) -> &[u32] {
+        &self.tokens[..self.wanted.min(self.tokens.len().saturating_sub(1))]
+    }
+
+    /// Goes on after `computed` tokens that `pages` hold, the first `kept` of which are in the tree.
+    pub fn begin(&mut self, pages: Vec<u32>, kept: usize, computed: usize) {
+        (self.pages, self.kept, self.computed) = (pages, kept, computed);
+    }
+
+    /// Tokens up to `end` are computed; whole pages become everyone's.
+    pub fn advance(&mut self, end: usize, pages: &mut Pages) {
+        self.computed = end;
+        self.wanted = self.wanted.max(end);
+        while (self.kept + 1) * PAGE <= end {
+            self.keep_page(pages, (self.kept + 1) * PAGE);
+        }
+    }
+
+    /// Gives the pages back; what is computed stays in the tree while there is room.
+    pub fn retire(&mut self, pages: &mut Pages) {
+        if self.computed > self.kept * PAGE {
+            self.keep_page(pages, self.computed);
+        }
+        pages.release(&std::mem::take(&mut self.pages));
+        (self.computed, self.kept) = (0, 0);
+    }
+
+    fn keep_page(&mut self, pages: &mut Pages, end: usize) {
+        let at = self.kept;
+        let parent = at.checked_sub(1).map(|before| self.pages[before]);
+        self.pages[at] = pages.keep(parent, self.pages[at], &self.tokens[at * PAGE..end]);
+        self.kept += 1;
+    }
+}
