@@ -3,6 +3,8 @@
 mod convert;
 mod demo;
 mod doctor;
+#[cfg(test)]
+mod documents;
 mod evaluation;
 mod generated;
 mod inspect;
