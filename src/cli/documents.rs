@@ -107,6 +107,40 @@ fn every_setting_of_a_method_in_the_documents_is_one() {
     assert!(seen > 0, "no method with settings was found; does the test still read the documents?");
 }
 
+/// The Rust files below a folder, from there.
+fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+#[test]
+fn every_source_file_that_the_map_names_exists() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files = Vec::new();
+    for folder in ["src", "eval", "tests", "benches", "fuzz/src"] {
+        sources(&root.join(folder), &mut files);
+    }
+    let mut seen = 0;
+    let names = |(path, _): &(PathBuf, String)| {
+        let of_root = ["ARCHITECTURE.md", "CONTRIBUTING.md", "README.md"].iter().any(|name| *path == root.join(name));
+        of_root || path.starts_with(root.join("docs"))
+    };
+    for (path, text) in documents().into_iter().filter(names) {
+        let words = text.split(|c: char| !(c.is_ascii_alphanumeric() || "_/.".contains(c)));
+        for name in words.filter(|w| w.ends_with(".rs") && w.len() > 3 && !w.contains("VERB")) {
+            assert!(files.iter().any(|f| f.ends_with(name)), "{}: there is no {name}", path.display());
+            seen += 1;
+        }
+    }
+    assert!(seen > 20, "only {seen} files are named; does the test still read the documents?");
+}
+
 /// The text without what stands between backticks.
 fn without_code(text: &str) -> String {
     let mut fenced = false;
