@@ -129,14 +129,14 @@ const OTHERS: &str = "AlbertTokenizer BartTokenizer BarthezTokenizer BartphoToke
     TapasTokenizer Tipsv2Tokenizer UdopTokenizer VideoPrismTokenizer VitsTokenizer Wav2Vec2CTCTokenizer \
     Wav2Vec2PhonemeCTCTokenizer WhisperTokenizer XGLMTokenizer XLMRobertaTokenizer XLMTokenizer XLNetTokenizer";
 
-/// Finds the class by `tokenizer_config.json`, `config.json` (`model`, with its path) and `tokenizer.json`, and notes what stands in the way of knowing it.
+/// Finds the class by `tokenizer_config.json`, `config.json` (`model`, with its path) and whether [`is_byte_level`], and notes what stands in the way of knowing it.
 ///
 /// # Errors
 /// A file that names a class or a type of model by something other than a string.
 pub(super) fn class_of(
     flags: &Flags<'_>,
     (path, model): (&Path, Option<&Map<String, Value>>),
-    tokenizer_json: &[u8],
+    is_byte_level: impl FnOnce() -> bool,
     notes: &mut Vec<String>,
 ) -> Result<Class, TextError> {
     let none = Map::new();
@@ -152,8 +152,23 @@ pub(super) fn class_of(
             _ => false,
         },
     };
-    let byte_level = || tokenizer_json.windows(BYTE_LEVEL.len()).any(|window| window == BYTE_LEVEL);
-    let name = files.class_name(byte_level);
+    let name = files.class_name(is_byte_level);
+    let folder = flags.path.parent().unwrap_or(Path::new("."));
+    if files.model_type.as_deref().is_some_and(|t| is_in(MISTRALS, t)) && folder.join("tekken.json").exists() {
+        notes.push(format!(
+            "{}: transformers 5 takes tekken.json for the tokenizer where mistral-common is installed; Recoup takes \
+             tokenizer.json, as transformers does without it",
+            folder.display()
+        ));
+    }
+    if let Some(Value::Array(others)) = flags.config.get("fast_tokenizer_files")
+        && let Some(other) = others.iter().filter_map(Value::as_str).find(|name| *name != "tokenizer.json")
+    {
+        notes.push(format!(
+            "{}: `fast_tokenizer_files` names {other} for some versions of transformers; Recoup takes tokenizer.json",
+            flags.path.display()
+        ));
+    }
     if files.own_code && !files.is_wrong() {
         notes.push(format!(
             "{}: `auto_map` names code of the model's maker for the tokenizer, which is not run; what it does otherwise than \
@@ -192,8 +207,14 @@ struct Files {
     own_code: bool,
 }
 
-/// What a `tokenizer.json` has somewhere when its vocabulary is byte-level.
-const BYTE_LEVEL: &[u8] = br#""ByteLevel""#;
+/// Types of models of which mistral-common has the tokenizers.
+const MISTRALS: &str = "ministral ministral3 mistral mistral3 mistral_large4 mixtral pixtral voxtral voxtral_realtime";
+
+/// Whether a `tokenizer.json` has something byte-level, as transformers asks: by a word in the text.
+pub(super) fn is_byte_level(tokenizer_json: &[u8]) -> bool {
+    const WORD: &[u8] = br#""ByteLevel""#;
+    tokenizer_json.windows(WORD.len()).any(|window| window == WORD)
+}
 
 /// What takes `tokenizer.json` as it stands.
 const BACKEND: &str = "TokenizersBackend";
@@ -205,12 +226,12 @@ impl Files {
     }
 
     /// The class by name, without the `Fast` of older versions. The order of the questions is transformers'.
-    fn class_name(&self, byte_level: impl FnOnce() -> bool) -> String {
+    fn class_name(&self, is_byte_level: impl FnOnce() -> bool) -> String {
         let registered = self.model_type.as_deref().and_then(registered);
         let named = self.class.as_ref().or(self.model_class.as_ref()).map(|name| without_fast(name));
         if let Some(named) = named.filter(|_| !self.own_code) {
             // Llama 3 and others write this class beside byte-level vocabularies, which it is not made for.
-            if named == "LlamaTokenizer" && !self.is_wrong() && byte_level() {
+            if named == "LlamaTokenizer" && !self.is_wrong() && is_byte_level() {
                 return BACKEND.to_owned();
             }
             if let Some(registered) = registered.filter(|registered| *registered != named) {

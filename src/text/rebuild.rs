@@ -62,7 +62,7 @@ enum PostProcessor {
 
 impl Rebuilt {
     /// Names of tokens that the class has where no file says otherwise, null included.
-    fn default_tokens(self) -> &'static [(&'static str, &'static str)] {
+    pub fn default_tokens(self) -> &'static [(&'static str, &'static str)] {
         const END: &str = "<|endoftext|>";
         match self {
             Self::Llama => &[("unk_token", "<unk>"), ("bos_token", "<s>"), ("eos_token", "</s>")],
@@ -74,7 +74,7 @@ impl Rebuilt {
                 ("middle_token", "▁<MID>"),
                 ("suffix_token", "▁<SUF>"),
                 ("eot_token", "▁<EOT>"),
-                ("fill_token", FILL),
+                ("fill_token", "<FILL_ME>"),
             ],
             Self::Gemma => &[
                 ("unk_token", "<unk>"),
@@ -188,9 +188,6 @@ impl Rebuilt {
     }
 }
 
-/// The text at which CodeLlama's class cuts a prompt in two and puts the pieces in another order.
-const FILL: &str = "<FILL_ME>";
-
 /// Builds the tokenizer of this class from `file`, the tokenizer as its `tokenizer.json` has it; `None` where the class
 /// cannot be built from such a file. Adds the class's own names of tokens and the file's added tokens to `configured`; the
 /// caller adds the tokens, then calls [`finish`].
@@ -226,9 +223,6 @@ pub(super) fn rebuild(
         configured.list_more(added()?);
     }
     configured.set_defaults(class.default_tokens());
-    if class == Rebuilt::CodeLlama {
-        notes.push(format!("{name} of transformers rearranges a text with `{FILL}` in it; that is not done here"));
-    }
     if matches!(class, Rebuilt::Gpt2 | Rebuilt::CodeGen | Rebuilt::GptNeoX | Rebuilt::Cohere)
         && flags.config.get("add_prefix_space") == Some(&Value::Null)
     {

@@ -8,6 +8,8 @@ use serde_json::{Map, Value};
 use tokenizers::AddedToken;
 
 use super::TextError;
+use super::classes::{Class, class_of, is_byte_level};
+use super::rebuild::Flags;
 
 /// The names that may hold one token, in the order in which new ones get their ids.
 /// Source: transformers, `PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES`.
@@ -26,13 +28,25 @@ pub struct SpecialTokens {
 }
 
 impl SpecialTokens {
-    /// Reads the files of `folder` that name tokens; each may be missing.
+    /// Reads the files of `folder` that name tokens; each may be missing. Where none names a token, the name that the class
+    /// of the tokenizer gives it counts.
     ///
     /// # Errors
     /// A file that is there but cannot be read, is not JSON, or names a token by something other than a string or an
     /// object with a string `content`.
     pub fn from_folder(folder: &Path) -> Result<SpecialTokens, TextError> {
-        Ok(Configured::from_folder(folder)?.names())
+        let mut configured = Configured::from_folder(folder)?;
+        let path = folder.join("tokenizer_config.json");
+        let config = read_json_object(&path)?.unwrap_or_default();
+        let model_path = folder.join("config.json");
+        let model = read_json_object(&model_path)?;
+        let byte_level = || std::fs::read(folder.join("tokenizer.json")).is_ok_and(|bytes| is_byte_level(&bytes));
+        let flags = Flags { config: &config, path: &path };
+        // What is to be said about the class, the tokenizer says.
+        if let Class::Rebuilt(class) = class_of(&flags, (&model_path, model.as_ref()), byte_level, &mut Vec::new())? {
+            configured.set_defaults(class.default_tokens());
+        }
+        Ok(configured.names())
     }
 
     /// The string of a named token, for example `eos_token`; `None` when the model has none.
@@ -257,6 +271,11 @@ impl Configured {
             let default = tokens.iter().find(|(default, _)| *default == name && !self.given.contains(name));
             let token = token.or_else(|| default.map(|(_, content)| Token::special(content)));
             self.named.extend(token.map(|token| (name.to_owned(), token)));
+        }
+        // A class's tokens of its own are special ones without a name as well, where no file lists such.
+        if !self.given.contains(EXTRA) && !self.given.contains(ADDITIONAL) {
+            let own = tokens.iter().filter(|(name, _)| !NAMES.contains(name));
+            self.extra.extend(own.map(|(_, content)| Token::special(content)));
         }
         let rest = given.into_iter().filter(|(name, _)| !self.named.iter().any(|(known, _)| known == name));
         self.named.extend(rest.collect::<Vec<_>>());

@@ -11,7 +11,7 @@ use tokenizers::{
     PreTokenizer,
 };
 
-use super::classes::{Class, Rebuilt, class_of};
+use super::classes::{Class, Rebuilt, class_of, is_byte_level};
 use super::clean_up::clean_up;
 use super::rebuild::{Flags, finish, fix_mistral_regex, rebuild};
 use super::special_tokens::{Configured, EXTRA, Token, read_json_object};
@@ -33,6 +33,8 @@ struct Inner {
     vocab_size: usize,
     decoding: Decoding,
     cleans_up: bool,
+    /// The text at which CodeLlama's class of transformers rearranges a prompt.
+    fill: Option<String>,
     notes: Vec<String>,
 }
 
@@ -82,9 +84,10 @@ impl Tokenizer {
         let mut configured = Configured::from_folder(folder)?;
         let config_path = folder.join("tokenizer_config.json");
         let config = read_json_object(&config_path)?.unwrap_or_default();
-        let model = read_json_object(&folder.join("config.json"))?;
+        let model_path = folder.join("config.json");
+        let model = read_json_object(&model_path)?;
         let flags = Flags { config: &config, path: &config_path };
-        let class = class_of(&flags, (&folder.join("config.json"), model.as_ref()), &bytes, &mut notes)?;
+        let class = class_of(&flags, (&model_path, model.as_ref()), || is_byte_level(&bytes), &mut notes)?;
         let rebuilt = match &class {
             Class::Rebuilt(class) => {
                 let added = || added_tokens(&bytes, &path);
@@ -115,6 +118,7 @@ impl Tokenizer {
             finish(class, &mut hf, &configured)
                 .map_err(|detail| TextError::Invalid { path: config_path.clone(), detail })?;
         }
+        let fill = configured.content("fill_token").filter(|_| class == Some(Rebuilt::CodeLlama)).map(str::to_owned);
         let special_tokens = configured.names();
         let id_of = |name: &str| special_tokens.get(name).and_then(|token| hf.token_to_id(token));
         let (bos_id, eos_id) = (id_of("bos_token"), id_of("eos_token"));
@@ -136,6 +140,7 @@ impl Tokenizer {
                 vocab_size,
                 decoding,
                 cleans_up,
+                fill,
                 notes,
             }),
         })
@@ -148,8 +153,18 @@ impl Tokenizer {
     /// the template has already written them, and a second bos costs accuracy.
     ///
     /// # Errors
-    /// When the tokenizer cannot represent the text (a vocabulary without an unknown token).
+    /// When the tokenizer cannot represent the text (a vocabulary without an unknown token), or the text is one that
+    /// CodeLlama's class would rearrange.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TextError> {
+        if let Some(fill) = self.inner.fill.as_ref().filter(|fill| text.contains(fill.as_str())) {
+            return Err(TextError::Encode {
+                path: self.inner.path.clone(),
+                detail: format!(
+                    "CodeLlamaTokenizer of transformers puts a text with `{fill}` in it into another order, which is not done \
+                     here; write the tokens `▁<PRE>`, `▁<SUF>` and `▁<MID>` themselves"
+                ),
+            });
+        }
         let encoding = self.guarded(|| self.inner.hf.encode_fast(text, add_special_tokens))?;
         Ok(encoding.get_ids().to_vec())
     }

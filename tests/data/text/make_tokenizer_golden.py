@@ -4,8 +4,8 @@
     python3 make_tokenizer_golden.py --more OUT FOLDER... more texts, for the test to read by RECOUP_TOKENIZER_GOLDEN, and also the
                                                           tokenizer in each FOLDER, as it stands and under each class that fits it
 
-A line of the golden file is a case: {tokenizer, config, model, class, tokens, around, rows, ids}. `tokenizer` names the file,
-`config` and `model` are what stands in tokenizer_config.json and config.json beside it; `tokens` are the named tokens;
+A line of the golden file is a case: {tokenizer, config, model, class, tokens, around, rows, ids}. `tokenizer` names the file
+("+100000": with that many more tokens in its vocabulary, `<0>` as id 1000 and so on), `config` and `model` are what stands in tokenizer_config.json and config.json beside it; `tokens` are the named tokens;
 `around` are the ids of "a b" with special tokens. A row is [ids, text, skipped]: the ids of one of the texts without added
 special tokens, and their text with and without special tokens, null where it is the text itself. `ids` has lists of random ids
 as [ids, text, skipped]. Both are a number where they are those of an earlier case: of the case with that many other pairs of them
@@ -83,6 +83,8 @@ def make_tokenizers(folder):
     raw["pre_tokenizer"] = None
     raw["added_tokens"] = [special(0, "<unk>"), special(1, "<s>"), special(2, "</s>")]
     (folder / "pieces.json").write_text(json.dumps(raw, ensure_ascii=False, separators=(",", ":")))
+    raw |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}}
+    (folder / "pieces_new.json").write_text(json.dumps(raw, ensure_ascii=False, separators=(",", ":")))
     unigram = tk.Tokenizer(models.Unigram())
     unigram.pre_tokenizer = pre_tokenizers.Metaspace()
     unigram.decoder = decoders.Metaspace()
@@ -150,9 +152,32 @@ def piece_cases():
     yield {"tokenizer_class": "GPT2Tokenizer"}, llama
 
 
+def new_piece_cases():
+    for model in ["llama", "mistral"]:
+        for legacy in [True, False]:
+            yield {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_prefix_space": True}, {"model_type": model}
+
+
 def other_cases():
     for clean in [None, False, True]:
         yield {"clean_up_tokenization_spaces": clean, "tokenizer_class": "PreTrainedTokenizerFast"}, {"model_type": "llama"}
+
+
+def mistral_cases():
+    """Old Mistral tokenizers, whose regular expression transformers replaces where it is asked to."""
+    for fix, model_type, version in [(True, "mistral", "4.50.0"), (None, "mistral", "4.50.0"), (True, "mistral3", "5.0.0rc1"),
+                                     (True, "ministral", "5.0.0"), (True, "llama", "4.50.0"), (True, "pixtral", None)]:
+        model = {"model_type": model_type, "transformers_version": version}
+        yield {"tokenizer_class": "LlamaTokenizerFast", "fix_mistral_regex": fix}, {k: v for k, v in model.items() if v}
+
+
+def large(file, folder):
+    """The tokenizer with a vocabulary so large that transformers looks for that expression."""
+    raw = json.loads(file.read_text())
+    raw["model"]["vocab"].update({f"<{i}>": 1000 + i for i in range(100_000)})
+    path = folder / f"{file.stem}+100000.json"
+    path.write_text(json.dumps(raw))
+    return path
 
 
 def fitting_cases(path):
@@ -169,8 +194,8 @@ def fitting_cases(path):
         return
     if len(file["model"]["vocab"]) > 100000:
         # Large enough that transformers looks for the regular expression of old Mistral tokenizers.
-        for fix, model_type, version in [(True, "mistral", "4.50.0"), (None, "mistral", "4.50.0"), (True, "mistral3", "5.0.0rc1"), (True, "ministral", "5.0.0"), (True, "llama", "4.50.0")]:
-            yield {**(config or {}), "tokenizer_class": "LlamaTokenizerFast", "fix_mistral_regex": fix}, {"model_type": model_type, "transformers_version": version}
+        for c, m in mistral_cases():
+            yield {**(config or {}), **c}, m
     byte = '"ByteLevel"' in (path / "tokenizer.json").read_text()
     names = ["GPT2Tokenizer", "Qwen2Tokenizer", "Qwen3_5Tokenizer", "GPTNeoXTokenizer", "CohereTokenizer"] if byte else ["LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer"]
     for name in ["PreTrainedTokenizerFast"] + names:
@@ -187,7 +212,7 @@ def case(file, config, model, texts, seed):
         (folder / "config.json").write_text(json.dumps(model))
     t = AutoTokenizer.from_pretrained(str(folder))
     shutil.rmtree(folder)
-    row = {"tokenizer": Path(file).stem if Path(file).parent.name == "tokenizers" else str(file)}
+    row = {"tokenizer": Path(file).stem if Path(file).name != "tokenizer.json" else str(file)}
     row |= {k: v for k, v in [("config", config), ("model", model)] if v is not None}
     row["class"] = type(t).__name__
     row["tokens"] = {k: str(v) for k, v in t._special_tokens_map.items() if v is not None}
@@ -210,10 +235,14 @@ def main():
         out, texts, folders = Path(sys.argv[2]), MORE_TEXTS, [Path(f) for f in sys.argv[3:]]
     else:
         out, texts, folders = HERE / "tokenizer_golden.jsonl", TEXTS, []
-        (HERE / "tokenizers").mkdir(exist_ok=True)
-        make_tokenizers(HERE / "tokenizers")
-    kinds = [("byte", byte_level_cases), ("byte_around", byte_level_cases), ("pieces", piece_cases), ("unigram", other_cases), ("words", other_cases)]
+        # Training is not the same twice: to be made anew, they have to be removed.
+        if not (HERE / "tokenizers").exists():
+            (HERE / "tokenizers").mkdir()
+            make_tokenizers(HERE / "tokenizers")
+    kinds = [("byte", byte_level_cases), ("byte_around", byte_level_cases), ("pieces", piece_cases), ("pieces_new", new_piece_cases), ("unigram", other_cases), ("words", other_cases)]
     todo = [(HERE / "tokenizers" / f"{name}.json", *c) for name, cases in kinds for c in cases()]
+    scratch = Path(tempfile.mkdtemp())
+    todo += [(large(HERE / "tokenizers" / f"{name}.json", scratch), *c) for name in ["byte", "pieces_new"] for c in mistral_cases()]
     todo += [(folder / "tokenizer.json", *c) for folder in folders for c in fitting_cases(folder)]
     known = {}
     with open(out, "w") as file:
@@ -230,6 +259,7 @@ def main():
             else:
                 known[rows] = len(known)
             file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
+    shutil.rmtree(scratch)
 
 
 main()
