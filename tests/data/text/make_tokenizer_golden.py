@@ -249,7 +249,7 @@ def main():
         file.write(json.dumps(texts, ensure_ascii=False) + "\n")
         for n, (path, config, model) in enumerate(todo):
             try:
-                row = case(path, config, model, texts, str(path))
+                row = case(path, config, model, texts, path.name)
             except Exception as error:
                 print(f"left out: {path} {config} {model}: {error!r}"[:300], file=sys.stderr)
                 continue
