@@ -5,7 +5,7 @@
 
 use super::numbers::{estimate, percent, percent_estimate_of, percent_interval, plain};
 use super::view::listed;
-use crate::comparison::{Comparison, Divergence, GapClosed, Interval};
+use crate::comparison::{Comparison, Divergence, GapClosed, Interval, TaskComparison};
 
 /// Models named in the first sentence beside the first; more only make it unreadable.
 const NAMED: usize = 4;
@@ -128,6 +128,14 @@ fn won_back(c: &Comparison, subject: usize, ptq: usize) -> Option<String> {
         });
     }
     let gone = kl_gone(c, subject);
+    if gaps_closed(c, subject).iter().any(|i| i.low > 0.0) {
+        // Pairing documents shows what the models' own intervals do not.
+        let by_kl = if gone.is_empty() { String::new() } else { format!("; {}", of_ptq(p, &gone)) };
+        return Some(format!(
+            "{s} won something back in single tasks, but the intervals of what the two keep overlap: how much is \
+             open{by_kl}."
+        ));
+    }
     Some(if gone.is_empty() {
         format!("Their intervals overlap: these tasks do not show that {s} won anything back.")
     } else {
@@ -214,19 +222,20 @@ fn above_chance(c: &Comparison, ranked: &[usize]) -> Option<String> {
     ))
 }
 
+/// What a model closed of PTQ's gap in each task in which that is significant, by pairs of answers to one document.
+fn gaps_closed(c: &Comparison, model: usize) -> Vec<Interval> {
+    let of_task = |t: &&TaskComparison| match t.score_of(model)?.gap_closed.as_ref()? {
+        GapClosed::Share(i) => Some(*i),
+        GapClosed::NoSignificantGap => None,
+    };
+    c.headline_tasks().iter().filter_map(of_task).collect()
+}
+
 /// In how many tasks PTQ's loss is significant, and in how many of those each model got a part of it back.
 fn won_back_by_task(c: &Comparison) -> Option<String> {
     let ptq = c.ptq_model()?;
     let tasks = c.headline_tasks();
-    let shares = |m: usize| -> Vec<Interval> {
-        tasks
-            .iter()
-            .filter_map(|t| match t.score_of(m)?.gap_closed.as_ref()? {
-                GapClosed::Share(i) => Some(*i),
-                GapClosed::NoSignificantGap => None,
-            })
-            .collect()
-    };
+    let shares = |m: usize| gaps_closed(c, m);
     let known = |m: usize| tasks.iter().any(|t| t.score_of(m).is_some_and(|s| s.gap_closed.is_some()));
     let models: Vec<usize> = c.others().filter(|&m| m != ptq && known(m)).collect();
     let lost = models.iter().map(|&m| shares(m).len()).max()?;
