@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Output};
 
 use serde_json::Value;
+
+#[cfg(unix)]
+#[path = "common/held.rs"]
+mod held;
 
 fn recoup(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_recoup"));
@@ -45,19 +48,12 @@ fn assert_same_files(a: &Path, b: &Path) {
     }
 }
 
-struct Killed(Child);
-
-impl Drop for Killed {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
+#[cfg(unix)]
 fn lines(path: &Path) -> usize {
     std::fs::read(path).map_or(0, |bytes| bytes.iter().filter(|b| **b == b'\n').count())
 }
 
+#[cfg(unix)]
 #[test]
 fn a_killed_run_goes_on_and_ends_with_the_same_bytes() {
     let folder = tempfile::tempdir().unwrap();
@@ -67,8 +63,7 @@ fn a_killed_run_goes_on_and_ends_with_the_same_bytes() {
         let words = ["eval", "models/books-nvfp4", "--tasks", "hellaswag,lambada_openai,books_cloze", "--limit", "60"];
         words.into_iter().chain(["-o", out]).map(str::to_owned).collect::<Vec<_>>()
     };
-    let strs = |args: &[String]| args.iter().map(|s| s.to_owned()).collect::<Vec<String>>();
-    let whole_args = strs(&args(&whole));
+    let whole_args = args(&whole);
     succeed(&whole_args.iter().map(String::as_str).collect::<Vec<_>>());
     let all = lines(&Path::new(&whole).join("responses.jsonl"));
 
@@ -78,13 +73,9 @@ fn a_killed_run_goes_on_and_ends_with_the_same_bytes() {
     let journal = Path::new(&killed).join("responses.jsonl");
     for _ in 0..3 {
         let before = lines(&journal);
-        let mut process = Killed(recoup(&words).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
-        let start = Instant::now();
-        while lines(&journal) <= before + 5 && process.0.try_wait().unwrap().is_none() {
-            assert!(start.elapsed() < Duration::from_secs(900), "no answer came");
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        drop(process);
+        let mut run = held::Held::start(recoup(&words));
+        run.until(|| lines(&journal) > before + 5);
+        run.kill();
     }
     let kept = lines(&journal);
     assert!(kept > 5 && kept < all, "{kept} of {all} lines when killed");

@@ -4,7 +4,6 @@
 mod tiny;
 
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use recoup::backend::cpu::{CpuBackend, isa::Isa};
 use recoup::backend::{Backend, Batch, PAGE, Span};
@@ -27,24 +26,20 @@ fn load_on(isa: Isa, folder: &Path) -> Result<Vec<f32>, String> {
     let backend = CpuBackend::new(isa, 1).unwrap();
     let decoder = Decoder::load(backend, &checkpoint).map_err(|e| e.to_string())?;
     let tokens = vec![3, 1, 4, 1, 5];
-    let spans = vec![Span { start: 0, len: tokens.len(), pages: vec![0] }];
+    let spans = vec![Span { slot: 0, start: 0, len: tokens.len(), pages: vec![0] }];
     let mut cache = decoder.new_cache(PAGE, KvFormat::F32).unwrap();
     let logits = decoder.forward(&Batch { tokens, spans }, &mut cache, Wanted::All).unwrap();
     Ok(decoder.backend().to_host(&logits).unwrap())
 }
 
-/// What takes milliseconds takes no longer on the busiest machine; what loops or allocates without bound, far longer.
-const HANGING: Duration = Duration::from_secs(300);
-
-/// The message with which a folder is refused; it must hold all of `needles`, and must not take long.
+/// The message with which a folder is refused; it must hold all of `needles`. What loops or allocates without bound never
+/// comes to its end here: no clock is needed to see that.
 fn refused(folder: &Path, needles: &[&str]) {
-    let start = Instant::now();
     let message = load(folder).map(|_| ()).expect_err("the checkpoint loaded");
     for needle in needles {
         assert!(message.contains(needle), "`{needle}` is not in: {message}");
     }
     assert!(message.starts_with(folder.to_str().unwrap()), "does not start with the file: {message}");
-    assert!(start.elapsed() < HANGING, "took {:?}", start.elapsed());
 }
 
 /// Breaks a good checkpoint and expects the message.
@@ -1053,9 +1048,7 @@ fn a_hundred_thousand_names_are_looked_up_and_as_many_expressions_refused() {
     names.push("lm_head".into());
     t.config["quantization_config"]["ignore"] = json!(names);
     t.write(folder.path());
-    let start = Instant::now();
     load(folder.path()).unwrap();
-    assert!(start.elapsed() < HANGING, "took {:?}", start.elapsed());
     let expressions: Vec<String> = (0..100_000).map(|i| format!("re:model.layers.{i}.*")).collect();
     let change = |t: &mut Tiny| t.config["quantization_config"]["ignore"] = json!(expressions);
     breaking(Format::CtNvfp4, change, &["config.json", "quantization_config.ignore", "at most 2048 expressions"]);

@@ -4,7 +4,7 @@
 //! variable RECOUP_SHARED names, and their tests say so and pass when it is unset.
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use proptest::prelude::*;
 use recoup::text::{ChatInput, ChatTemplate, Clock, SpecialTokens, TextError, Tokenizer};
@@ -188,10 +188,8 @@ fn endless_and_exploding_templates_end_with_an_error_that_says_where() {
         "{% set ns = namespace(l=[1]) %}{% for i in range(99) %}{% set ns.l = (ns.l + ns.l) | list %}{% endfor %}";
     let indented = "{{ [[[[1]]]] | tojson(indent=60000000000) }}";
     for source in [nested, text, doubling, recursion, repeated, replaced, padded, listed, indented] {
-        let start = Instant::now();
+        // Each would take days, or more memory than there is.
         let error = render(source).unwrap_err();
-        eprintln!("{:?} {error}", start.elapsed());
-        assert!(start.elapsed() < Duration::from_secs(600), "{source}");
         assert!(error.to_string().contains("t.jinja, line"), "{error}");
     }
     assert!(matches!(render(nested), Err(TextError::TemplateUnbounded { .. })));
@@ -469,11 +467,9 @@ fn decoding_a_stream_takes_time_linear_in_its_length() {
         let bad = tokenizer.token_to_id("<0x80>").or(tokenizer.token_to_id("Ģ")).unwrap();
         let good = tokenizer.token_to_id("a").unwrap();
         for id in [bad, good] {
-            let start = Instant::now();
-            let text = streamed(&tokenizer, &vec![id; 50_000], false);
-            assert!(text.len() >= 50_000);
-            // Quadratic would be many minutes; a busy machine is none.
-            assert!(start.elapsed() < Duration::from_secs(600), "{name}: {:?}", start.elapsed());
+            // Quadratic would take days, on which no test run waits.
+            let text = streamed(&tokenizer, &vec![id; 1_000_000], false);
+            assert!(text.len() >= 1_000_000, "{name}");
         }
     }
 }

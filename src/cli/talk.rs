@@ -54,10 +54,19 @@ pub(super) fn out(text: Arguments<'_>) -> Result<()> {
     }
 }
 
-/// Writes talk to stderr, where that is possible.
+/// Writes talk to stderr, where that is possible; in one piece, so that lines of processes that share a log stay whole.
 pub(super) fn tell(text: Arguments<'_>) {
-    let mut stderr = std::io::stderr().lock();
-    let _ = stderr.write_fmt(text).and_then(|()| stderr.flush());
+    let _ = std::io::stderr().lock().write_all(text.to_string().as_bytes());
+}
+
+/// Whether a line to stderr would be taken at once: a pipe that nobody empties is full at some time, and writing to it
+/// waits for ever.
+#[cfg(unix)]
+pub(super) fn heard() -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let stderr = std::io::stderr();
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], Some(&now)) != Ok(0)
 }
 
 /// `text` in an ANSI style, if stderr is a terminal and NO_COLOR is unset.

@@ -6,7 +6,6 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
@@ -19,8 +18,8 @@ pub enum Reply {
     Truncated,
     /// The connection ends without an answer.
     Hangup,
-    /// No answer for this long.
-    Silence(Duration),
+    /// No answer as long as the client waits.
+    Silence,
 }
 
 /// A request as it arrived.
@@ -105,7 +104,8 @@ fn serve(stream: &TcpStream, reply: &dyn Fn(usize, &Seen) -> Reply, record: &Mut
         Reply::Raw(status, headers, text) => send(status, headers, text.len(), &text),
         Reply::Truncated => send(200, "", 1000, "{\"choices\": ["),
         Reply::Hangup => {}
-        Reply::Silence(time) => std::thread::sleep(time),
+        // Until the client closes the connection.
+        Reply::Silence => drop(reader.read(&mut [0])),
     }
 }
 
