@@ -52,8 +52,9 @@ impl Checkpoint {
             return Err(CheckpointError::NotACheckpoint { path: folder.into(), detail });
         }
         let config = Object::read(&folder.join("config.json"))?;
-        let scheme = Scheme::read(&config, folder)?;
+        let mut scheme = Scheme::read(&config, folder)?;
         let mut tensors = TensorStore::open(folder)?;
+        scheme.wrapped = tensors.wrapped();
         let mut notes = tensors.notes().to_vec();
         if let Some(note) = tied_head(&config, &mut tensors)? {
             notes.push(note);

@@ -46,6 +46,8 @@ pub struct TensorStore {
     used: Mutex<BTreeSet<String>>,
     /// What the folder says twice or in another way than usual, and how it was taken.
     notes: Vec<String>,
+    /// The decoder's tensors stood under a wrapper's name.
+    wrapped: bool,
 }
 
 /// Where the decoder's tensors may stand instead of under `model.`: saved without its head, or out of a wrapper.
@@ -89,6 +91,7 @@ impl TensorStore {
             entries: BTreeMap::new(),
             used: Mutex::new(BTreeSet::new()),
             notes,
+            wrapped: false,
         };
         for (name, file) in listed.iter().flatten() {
             // A folder or a pipe of that name would be as bad as nothing.
@@ -141,6 +144,7 @@ impl TensorStore {
             };
             renames.extend(self.entries.keys().filter_map(head));
             renames.iter().for_each(|(from, to)| self.rename(from, to));
+            self.wrapped = !prefix.is_empty();
             return;
         }
     }
@@ -152,6 +156,12 @@ impl TensorStore {
         {
             self.entries.insert(to.to_owned(), entry);
         }
+    }
+
+    /// Whether the decoder's tensors are stored under the name of a wrapper, such as `model.language_model.`.
+    #[must_use]
+    pub fn wrapped(&self) -> bool {
+        self.wrapped
     }
 
     /// What the folder says twice or in another way than usual, and how it was taken.
@@ -171,6 +181,7 @@ impl TensorStore {
             entries: BTreeMap::new(),
             used: Mutex::new(BTreeSet::new()),
             notes: Vec::new(),
+            wrapped: false,
         };
         store.add_shard(file)?;
         Ok(store)

@@ -96,6 +96,8 @@ pub struct Scheme {
     kv_cache_missing: Option<(PathBuf, String)>,
     /// Block scales of FP8 weights are powers of two (DeepSeek's `scale_fmt` ue8m0).
     pub power_of_two_scales: bool,
+    /// The tensors stand under a wrapper's name, and so do the patterns.
+    pub wrapped: bool,
     /// Where sources differ, and which of them counts; what else has to be told.
     pub notes: Vec<String>,
 }
@@ -163,6 +165,7 @@ impl Scheme {
             fp8_kv_cache: false,
             kv_cache_missing: None,
             power_of_two_scales: false,
+            wrapped: false,
             notes: Vec::new(),
         }
     }
@@ -185,10 +188,10 @@ impl Scheme {
     /// # Errors
     /// Names an expression that takes too long to match.
     pub fn declared(&self, module: &str) -> Result<Option<Declared>> {
-        if self.excluded.first_match(module)?.is_some() {
+        if self.excluded.first_match(module, self.wrapped)?.is_some() {
             return Ok(None);
         }
-        Ok(self.targets.first_match(module)?.map(|i| self.rules[i]).or(self.all_linears))
+        Ok(self.targets.first_match(module, self.wrapped)?.map(|i| self.rules[i]).or(self.all_linears))
     }
 }
 
@@ -246,6 +249,32 @@ mod tests {
         assert!(s.declared("model.layers.1.mlp.gate_proj").unwrap().is_some());
         assert!(s.declared("model.layers.10.self_attn.q_proj").unwrap().is_some());
         assert!(s.declared("model.layers.30.mlp.up_proj").unwrap().is_some());
+    }
+
+    #[test]
+    fn patterns_of_a_model_in_a_wrapper_are_about_its_text_model() {
+        let fp4 =
+            json!({"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": false});
+        let compressed_tensors = json!({"quantization_config": {"quant_method": "compressed-tensors",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": fp4}},
+            "ignore": ["model.language_model.layers.0.mlp.up_proj", "language_model.model.layers.1.mlp.up_proj",
+                "language_model.lm_head", "re:.*language_model.layers\\.2\\..*", "model.visual.blocks.0.attn.proj"]}});
+        let modelopt = json!({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4",
+            "exclude_modules": ["model.language_model.layers.0.mlp.up_proj", "language_model.model.layers.1.mlp*",
+                "language_model.lm_head", "*language_model.layers.2*", "vision_tower*"]}});
+        for config in [compressed_tensors, modelopt] {
+            let mut s = scheme(config).unwrap();
+            s.wrapped = true;
+            let excluded = |m: &str| s.declared(m).unwrap().is_none();
+            for layer in 0..3 {
+                assert!(excluded(&format!("model.layers.{layer}.mlp.up_proj")), "{layer}");
+            }
+            assert!(excluded("lm_head") && !excluded("model.layers.3.mlp.up_proj"));
+            // Of a model without a wrapper only an exact name is known to mean the same.
+            s.wrapped = false;
+            assert!(s.declared("model.layers.0.mlp.up_proj").unwrap().is_none());
+            assert!(s.declared("model.layers.2.mlp.up_proj").unwrap().is_some());
+        }
     }
 
     #[test]

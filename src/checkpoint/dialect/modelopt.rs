@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use super::pattern::Pattern;
+use super::pattern::{self, Pattern};
 use super::{Declared, DeclaredActivation, DeclaredWeight, Dialect, Scheme};
 use crate::checkpoint::error::{CheckpointError, Result};
 use crate::checkpoint::json::Object;
@@ -155,7 +155,7 @@ fn different_excludes(sources: &[&Object]) -> Result<Option<String>> {
     let [a, b] = sources else { return Ok(None) };
     let names = |o: &Object| -> Result<BTreeSet<String>> {
         let both = [o.strings("ignore")?, o.strings("exclude_modules")?].concat();
-        Ok(both.iter().map(|n| n.strip_prefix("model.").unwrap_or(n).to_owned()).collect())
+        Ok(both.iter().map(|n| pattern::bare(n).to_owned()).collect())
     };
     let said = |o: &Object| o.has("ignore") || o.has("exclude_modules");
     let (in_a, in_b) = (names(a)?, names(b)?);

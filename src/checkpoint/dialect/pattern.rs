@@ -109,26 +109,49 @@ impl PatternSet {
         Ok(())
     }
 
-    /// Position of the first pattern that is about `module`.
+    /// Position of the first pattern that is about `module`, whose tensors are stored under the name of a wrapper if
+    /// `wrapped`. An exact name may have a wrapper's spelling in any case; an expression is asked what it says of the
+    /// spellings that the checkpoint has.
     ///
     /// # Errors
     /// When an expression takes longer than [`BACKTRACK_LIMIT`]: neither answer would be known to be right.
-    pub(super) fn first_match(&self, module: &str) -> Result<Option<usize>> {
+    pub(super) fn first_match(&self, module: &str, wrapped: bool) -> Result<Option<usize>> {
+        let spelled = in_wrappers(module);
         // A name matches itself and what it contains, with or without the prefix: look up every dotted beginning.
-        let starts = [Some(module), module.strip_prefix("model.")];
-        let beginnings = starts.iter().flatten().flat_map(|m| {
+        let starts = [Some(module), module.strip_prefix("model.")].into_iter().flatten();
+        let beginnings = starts.chain(spelled.iter().map(String::as_str)).flat_map(|m| {
             let ends = m.match_indices('.').map(|(at, _)| at).chain([m.len()]);
             ends.map(|end| &m[..end])
         });
         let named = beginnings.filter_map(|b| self.names.get(b)).min().copied();
+        let spelled = if wrapped { &spelled[..] } else { &[] };
         for (position, expression) in &self.expressions {
             if named.is_some_and(|n| n < *position) {
                 break;
             }
-            if expression.is_match(module)? {
-                return Ok(Some(*position));
+            for name in std::iter::once(module).chain(spelled.iter().map(String::as_str)) {
+                if expression.is_match(name)? {
+                    return Ok(Some(*position));
+                }
             }
         }
         Ok(named)
     }
+}
+
+/// Where the text model stands inside of one that sees or hears as well: transformers' module names of today, and those
+/// before 4.52, which files keep; the last is the head's there, and the first as ModelOpt may shorten it.
+const WRAPPERS: [&str; 3] = ["model.language_model.", "language_model.model.", "language_model."];
+
+/// A module's names inside of the wrappers.
+fn in_wrappers(module: &str) -> Vec<String> {
+    match module.strip_prefix("model.") {
+        Some(rest) => WRAPPERS.iter().map(|w| format!("{w}{rest}")).collect(),
+        None => vec![format!("{}{module}", WRAPPERS[2])],
+    }
+}
+
+/// A module's name without `model.` and without wrappers.
+pub(super) fn bare(name: &str) -> &str {
+    WRAPPERS.iter().chain(&["model."]).find_map(|w| name.strip_prefix(w)).unwrap_or(name)
 }
