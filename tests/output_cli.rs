@@ -1,8 +1,12 @@
 //! Work that is not lost: outputs of every kind, readers and signals that come and go, two runs in one place.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::time::Duration;
+use std::process::{Command, Output, Stdio};
+
+#[cfg(unix)]
+#[path = "common/held.rs"]
+mod held;
 
 const MODEL: &str = "models/books-bf16";
 
@@ -26,17 +30,6 @@ fn names(folder: &Path) -> Vec<String> {
 
 fn quantize(out: &Path, recipe: &str) -> Command {
     recoup(&["quantize".as_ref(), MODEL.as_ref(), "-o".as_ref(), out.as_os_str(), "--recipe".as_ref(), recipe.as_ref()])
-}
-
-/// Waits until `there`, or the process is over.
-fn until(child: &mut Child, there: impl Fn() -> bool) {
-    while !there() && child.try_wait().unwrap().is_none() {
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-fn quiet(mut command: Command) -> Child {
-    command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
 }
 
 #[test]
@@ -95,6 +88,32 @@ fn a_mounted_folder_is_filled() {
 
 #[cfg(target_os = "linux")]
 #[test]
+fn answers_that_would_not_fit_are_refused_before_the_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let (out, comparison) = (folder.path().join("out"), folder.path().join("comparison"));
+    [&out, &comparison].iter().for_each(|f| std::fs::create_dir(f).unwrap());
+    let line = format!(
+        "mount -t tmpfs -o size=64k tmpfs {out} || exit 77; mount -t tmpfs -o size=64k tmpfs {comparison} || exit 77; \
+         {recoup} eval {MODEL} --tasks hellaswag,arc_easy -L 100 -o {out}; echo $?; ls {out}; \
+         {recoup} compare {MODEL} models/books-nvfp4 --tasks hellaswag -L 50 --text none --no-speed -o {comparison}; echo $?",
+        out = out.display(),
+        comparison = comparison.display(),
+        recoup = env!("CARGO_BIN_EXE_recoup"),
+    );
+    let ran = Command::new("unshare").args(["-rm", "sh", "-c", &line]).current_dir(env!("CARGO_MANIFEST_DIR")).output();
+    let Ok(ran) = ran else { return println!("skipped: no unshare here") };
+    if ran.status.code() == Some(77) || said(&ran).contains("unshare") {
+        return println!("skipped: nothing can be mounted here: {}", said(&ran));
+    }
+    let said = said(&ran);
+    assert_eq!(said.matches("what is asked and answered needs about").count(), 2, "{said}");
+    assert!(said.contains("free some space"), "{said}");
+    let shown = String::from_utf8_lossy(&ran.stdout).into_owned();
+    assert_eq!(shown.split_whitespace().filter(|w| *w == "1").count(), 2, "{shown}{said}");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
 fn talk_that_nobody_reads_ends_no_work() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
@@ -147,19 +166,32 @@ fn a_log_says_how_far_the_work_is() {
 }
 
 #[cfg(unix)]
+fn signal(name: &str, process: u32) {
+    assert!(Command::new("kill").args([&format!("-{name}"), &process.to_string()]).status().unwrap().success());
+}
+
+/// What ended the process.
+#[cfg(unix)]
+fn signal_of(status: std::process::ExitStatus) -> Option<i32> {
+    std::os::unix::process::ExitStatusExt::signal(&status)
+}
+
+#[cfg(unix)]
 #[test]
-fn a_run_that_is_told_to_end_takes_its_scratch_away() {
+fn a_run_that_is_told_to_end_says_so_and_takes_its_scratch_away() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
-    let hidden = folder.path().join(".out.recoup");
-    for (signal, code) in [("TERM", 15), ("INT", 2)] {
+    for (name, code) in [("TERM", 15), ("INT", 2)] {
+        // It reads a text that never ends.
         let mut command = quantize(&out, "nvfp4_best");
-        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        until(&mut child, || hidden.join("smoothed").exists());
-        let pid = child.id().to_string();
-        assert!(Command::new("kill").args([&format!("-{signal}"), &pid]).status().unwrap().success());
+        command.args(["--calibration", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut text = child.stdin.take().unwrap();
+        text.write_all(&vec![b' '; 1 << 20]).unwrap();
+        assert!(folder.path().join(".out.recoup").exists());
+        signal(name, child.id());
         let ended = child.wait_with_output().unwrap();
-        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&ended.status), Some(code), "{}", said(&ended));
+        assert_eq!(signal_of(ended.status), Some(code), "{}", said(&ended));
         assert!(said(&ended).contains("interrupted"), "{}", said(&ended));
         assert!(names(folder.path()).is_empty(), "{:?}", names(folder.path()));
     }
@@ -167,45 +199,60 @@ fn a_run_that_is_told_to_end_takes_its_scratch_away() {
 
 #[cfg(unix)]
 #[test]
+fn a_run_that_is_told_to_end_ends_though_nobody_reads_what_it_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut run = held::Held::start(quantize(&folder.path().join("out"), "nvfp4_best"));
+    run.until(|| folder.path().join(".out.recoup/smoothed").exists());
+    signal("TERM", run.id());
+    assert_eq!(signal_of(run.wait_unheard()), Some(15));
+    assert!(names(folder.path()).is_empty(), "{:?}", names(folder.path()));
+}
+
+#[cfg(unix)]
+#[test]
 fn a_terminal_that_closes_ends_no_work() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
-    let mut child = quiet(quantize(&out, "nvfp4_best"));
-    until(&mut child, || folder.path().join(".out.recoup/smoothed").exists());
-    assert!(Command::new("kill").args(["-HUP", &child.id().to_string()]).status().unwrap().success());
-    assert!(child.wait().unwrap().success());
+    let mut run = held::Held::start(quantize(&out, "nvfp4_best"));
+    run.until(|| folder.path().join(".out.recoup/smoothed").exists());
+    signal("HUP", run.id());
+    let (status, said) = run.let_go();
+    assert!(status.success(), "{said}");
     assert!(out.join("model.safetensors").is_file());
 }
 
+#[cfg(unix)]
 #[test]
 fn a_second_run_in_the_same_place_is_refused_and_the_first_is_not_disturbed() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
-    let mut child = quiet(quantize(&out, "nvfp4_best"));
-    until(&mut child, || folder.path().join(".out.recoup/smoothed").exists());
+    let mut run = held::Held::start(quantize(&out, "nvfp4_best"));
+    run.until(|| folder.path().join(".out.recoup/smoothed").exists());
     let second = quantize(&out, "nvfp4").output().unwrap();
     assert_eq!(second.status.code(), Some(1));
-    let pid = child.id().to_string();
+    let pid = run.id().to_string();
     assert!(said(&second).contains("another run writes there") && said(&second).contains(&pid), "{}", said(&second));
-    assert!(child.wait().unwrap().success());
+    let (status, said) = run.let_go();
+    assert!(status.success(), "{said}");
     assert_eq!(names(folder.path()), ["out"]);
 }
 
+#[cfg(unix)]
 #[test]
 fn answers_of_two_runs_never_go_into_one_file() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out").to_str().unwrap().to_owned();
     let args = ["eval", MODEL, "--tasks", "hellaswag,piqa", "-L", "100", "-o", &out];
-    let mut child = quiet(recoup(&args));
-    until(&mut child, || Path::new(&out).join("responses.jsonl").exists());
+    let mut run = held::Held::start(recoup(&args));
+    run.until(|| Path::new(&out).join("responses.jsonl").exists());
     let second = recoup(&args).output().unwrap();
     let other = ["compare", MODEL, MODEL, "--labels", "a,b", "--tasks", "none", "-o", &out];
     let third = recoup(&other).output().unwrap();
-    let running = child.try_wait().unwrap().is_none();
     for refused in [second, third] {
-        assert!(!running || said(&refused).contains("another run writes there"), "{}", said(&refused));
+        assert!(said(&refused).contains("another run writes there"), "{}", said(&refused));
     }
-    assert!(child.wait().unwrap().success());
+    let (status, said) = run.let_go();
+    assert!(status.success(), "{said}");
     assert!(!names(Path::new(&out)).iter().any(|n| n.starts_with('.')), "{:?}", names(Path::new(&out)));
 }
 
@@ -237,6 +284,21 @@ fn names_that_are_no_text_are_names() {
     assert!(at(b"r\xff-1-qad").join("config.json").is_file());
     run(&["eval", "--tasks", "piqa", "-L", "2", "-o"], &[&e, &q]);
     run(&["compare", "--tasks", "none", "--text", "books", "--windows", "2", "--no-speed", "-o"], &[&c, &model, &q]);
+    let (recipe, text, tasks) = (at(b"rec\xffipe.json"), at(b"te\xffxt.txt"), at(b"ta\xffsk.yaml"));
+    std::fs::write(&recipe, r#"{"rules": [{"modules": "*", "scheme": "fp8"}]}"#).unwrap();
+    std::fs::write(&text, "It was a dark and stormy night, and the rain fell in torrents. ".repeat(20)).unwrap();
+    std::fs::write(at(b"d.jsonl"), "{\"q\": \"It was\"}\n{\"q\": \"The\"}\n").unwrap();
+    let task = "task: t\ndataset_path: json\ndataset_kwargs: {data_files: {test: d.jsonl}}\ntest_split: test\n\
+                output_type: multiple_choice\ndoc_to_text: \"{{q}}\"\ndoc_to_target: 0\ndoc_to_choice: [a, b]\n\
+                metric_list: [{metric: acc}]\n";
+    std::fs::write(&tasks, task).unwrap();
+    let option = |name: &str| PathBuf::from(name);
+    run(&["quantize", "-o"], &[&at(b"o\xff"), &model, &option("--recipe"), &recipe]);
+    run(&["eval", "-o"], &[&at(b"f\xff"), &q, &option("--tasks"), &tasks]);
+    run(
+        &["compare", "--no-speed", "--window", "32", "--windows", "2", "-o"],
+        &[&at(b"g\xff"), &model, &q, &option("--tasks"), &tasks, &option("--text"), &text],
+    );
     let ids = folder.path().join("ids.json");
     std::fs::write(&ids, "[[1, 2, 3]]").unwrap();
     run(&["logits", "--input-ids", ids.to_str().unwrap(), "-o"], &[&l, &q]);

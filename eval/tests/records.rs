@@ -255,3 +255,16 @@ fn a_file_that_is_given_twice_is_refused() {
         same_file_twice(&[a, link]).unwrap_err();
     }
 }
+
+#[test]
+fn parquet_is_read_as_a_file_of_its_own_only_and_what_is_none_is_named() {
+    let folder = Folder::new();
+    // printf PAR1aaaaPAR1 | gzip
+    let packed = hex("1f8b08000000000002030b700c324c048200200d00676abfe10c000000");
+    for name in ["a.parquet.gz", "a.parquet", "b.gz"] {
+        let said = folder.refused(name, &packed);
+        assert!(said.contains(name) && said.contains("not read out of gzip or Zstandard; unpack it"), "{said}");
+    }
+    let said = folder.refused("c.parquet", "<!DOCTYPE html><title>Sign in</title>");
+    assert!(said.contains("c.parquet: not a Parquet file: it is a web page"), "{said}");
+}

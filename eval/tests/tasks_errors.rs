@@ -306,7 +306,9 @@ fn a_parquet_file_holds_the_same_documents_as_its_json_lines() {
 #[cfg(not(feature = "parquet"))]
 #[test]
 fn a_parquet_file_needs_a_feature_that_the_error_names() {
-    has(&mistake(&CHOICE.replace("path: json", "path: parquet"), DATA), &["d.jsonl", "feature `parquet`"]);
+    has(&mistake(&CHOICE.replace("path: json", "path: parquet"), "PAR1"), &["d.jsonl", "feature `parquet`"]);
+    let none = mistake(&CHOICE.replace("path: json", "path: parquet"), DATA);
+    has(&none, &["d.jsonl", "not a Parquet file"]);
 }
 
 #[test]

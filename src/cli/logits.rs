@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use super::options::{EngineOptions, model_folder, open_model};
 use crate::backend::autograd::AutogradBackend;
-use crate::backend::{Backend, Batch, PAGE};
+use crate::backend::{Backend, Batch, PAGE, Span};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::tensors::TensorStore;
 use crate::checkpoint::write::{TensorSpec, write_safetensors};
@@ -114,10 +114,12 @@ impl Destination {
 fn logits<B: Backend>(model: &Decoder<B>, ids: &[Vec<u32>], kv: KvFormat) -> Result<Vec<f32>> {
     let length = ids[0].len();
     let mut cache = model.new_cache(length.next_multiple_of(PAGE), kv)?;
+    let pages: Vec<u32> = (0..length.div_ceil(PAGE) as u32).collect();
     let mut all = Vec::new();
     let bar = super::progress(ids.len() as u64, "computing");
     for row in ids {
-        let out = model.forward(&Batch::alone(row.clone()), &mut cache, Wanted::All)?;
+        let span = Span { slot: 0, start: 0, len: length, pages: pages.clone() };
+        let out = model.forward(&Batch { tokens: row.clone(), spans: vec![span] }, &mut cache, Wanted::All)?;
         all.extend(model.backend().to_host(&out)?);
         bar.inc(1);
     }
@@ -166,8 +168,7 @@ fn from_safetensors(file: &Path) -> Result<Vec<Vec<u32>>> {
 }
 
 pub(super) fn from_json(file: &Path) -> Result<Vec<Vec<u32>>> {
-    let text = recoup_eval::records::read_text(file)?;
-    let value: Value = serde_json::from_str(&text).with_context(|| format!("{}: not valid JSON", file.display()))?;
+    let value: Value = recoup_eval::records::read_json(file).context("token ids are neither safetensors nor JSON")?;
     let ids = value.get("input_ids").unwrap_or(&value);
     let nested = if ids.get(0).is_some_and(Value::is_array) { ids.clone() } else { Value::Array(vec![ids.clone()]) };
     serde_json::from_value(nested).with_context(|| {

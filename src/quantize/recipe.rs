@@ -1,5 +1,6 @@
 //! Recipes: which modules are quantized to what, and how. JSON files, shipped or the user's own.
 
+use std::ffi::OsStr;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -130,27 +131,29 @@ impl Recipe {
     ///
     /// # Errors
     /// When it is neither, or the file is no recipe.
-    pub fn find(name: &str) -> Result<Self, QuantizeError> {
-        if let Some((name, text)) = SHIPPED.iter().find(|(n, _)| *n == name) {
+    pub fn find(name: impl AsRef<OsStr>) -> Result<Self, QuantizeError> {
+        let path = Path::new(&name);
+        if let Some((name, text)) = SHIPPED.iter().find(|(n, _)| Path::new(n) == path) {
             return Self::parse(name, text);
         }
-        let text = recoup_eval::records::read_text(Path::new(name)).map_err(|e| {
+        let file = path.display().to_string();
+        let text = recoup_eval::records::read_text(path).map_err(|e| {
             let known: Vec<&str> = SHIPPED.iter().map(|(n, _)| *n).collect();
             QuantizeError::Recipe {
-                file: name.into(),
+                file: file.clone(),
                 detail: format!("no shipped recipe ({}), and no file of one: {e}", known.join(", ")),
             }
         })?;
-        let stem = Path::new(name).file_stem().map_or_else(|| name.to_owned(), |s| s.to_string_lossy().into_owned());
+        let stem = path.file_stem().map_or_else(|| file.clone(), |s| s.to_string_lossy().into_owned());
         Self::parse(&stem, &text).map_err(|e| match e {
-            QuantizeError::Recipe { detail, .. } => QuantizeError::Recipe { file: name.into(), detail },
+            QuantizeError::Recipe { detail, .. } => QuantizeError::Recipe { file, detail },
             e => e,
         })
     }
 
     fn parse(name: &str, text: &str) -> Result<Self, QuantizeError> {
         let fail = |detail: String| QuantizeError::Recipe { file: name.into(), detail };
-        let mut recipe: Self = serde_json::from_str(text).map_err(|e| fail(e.to_string()))?;
+        let mut recipe: Self = recoup_eval::records::parse_json(text).map_err(fail)?;
         if recipe.name.is_empty() {
             recipe.name = name.into();
         }

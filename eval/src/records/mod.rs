@@ -19,7 +19,9 @@ use serde_json::Value;
 pub use self::csv::Table;
 pub use self::error::RecordsError;
 pub use self::paths::{Files, distinct_file_names, distinct_names, expand, same_file_twice, short_name};
-pub use self::raw::{STDIN, bytes, decode, plain_line_ends, read_text, text_of, unpack, without_mark};
+pub use self::raw::{
+    STDIN, bytes, decode, parse_json, plain_line_ends, read_json, read_text, text_of, unpack, without_mark,
+};
 
 /// What a file holds.
 #[derive(Clone, Debug)]

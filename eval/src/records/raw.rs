@@ -4,6 +4,8 @@ use std::io::Read as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use serde::de::DeserializeOwned;
+
 use super::RecordsError;
 use crate::foreign;
 
@@ -161,4 +163,24 @@ pub fn text_of(file: &str, bytes: Vec<u8>) -> Result<String, RecordsError> {
 /// As [`bytes`] and [`decode`].
 pub fn read_text(path: &Path) -> Result<String, RecordsError> {
     Ok(plain_line_ends(decode(&path.display().to_string(), bytes(path)?)?))
+}
+
+/// A file that is one value in JSON.
+///
+/// # Errors
+/// As [`read_text`]; with what the file is instead, where its beginning tells that, or else where it is no such value.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, RecordsError> {
+    let text = read_text(path)?;
+    parse_json(&text).map_err(|message| RecordsError::Unreadable { file: path.display().to_string(), message })
+}
+
+/// A text that is one value in JSON.
+///
+/// # Errors
+/// What the text is instead, where its beginning tells that, or else what is wrong where.
+pub fn parse_json<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_str(text).map_err(|e| match foreign::foreign(text.as_bytes()) {
+        Some(what) => format!("it is {what}"),
+        None => e.to_string(),
+    })
 }

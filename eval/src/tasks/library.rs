@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ffi::OsStr,
     path::{Path, PathBuf},
 };
 
@@ -113,10 +114,11 @@ impl Library {
     ///
     /// # Errors
     /// When there is nothing of a name, or a task cannot be loaded.
-    pub fn select(&mut self, names: &[impl AsRef<str>]) -> Result<Selection, Error> {
+    pub fn select(&mut self, names: &[impl AsRef<OsStr>]) -> Result<Selection, Error> {
         let mut wanted = Wanted::default();
-        for name in names.iter().map(AsRef::as_ref) {
-            let path = Path::new(name);
+        for path in names.iter().map(Path::new) {
+            // Only a file can have a name that is no text.
+            let name = &*path.to_string_lossy();
             if path.extension().is_some_and(|e| e == "yaml" || e == "yml") && path.is_file() {
                 let folder = path.parent().unwrap_or(Path::new("")).to_path_buf();
                 let (name, definition) = define(path, &folder)?;

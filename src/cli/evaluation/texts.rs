@@ -1,5 +1,6 @@
 //! Texts to measure on: shipped ones and files, by names that tell them apart.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
@@ -7,6 +8,7 @@ use recoup_eval::records;
 use serde_json::{Map, Value};
 
 use super::super::options::with_arguments;
+use super::listed;
 use crate::recover::sources::{self, Opened};
 use crate::text::ChatTemplate;
 
@@ -22,37 +24,38 @@ pub(super) struct Texts {
 
 /// The texts that `arguments` mean; conversations are written by the chat template in `folder`, given
 /// the arguments `template`.
-pub(super) fn texts(arguments: &[String], folder: &Path, template: &Map<String, Value>) -> Result<Texts> {
-    let arguments: Vec<&str> = arguments.iter().map(|n| n.trim()).filter(|n| !n.is_empty()).collect();
-    if arguments.contains(&"none") {
-        if let Some(other) = arguments.iter().find(|n| **n != "none") {
-            bail!("--text none beside {other}: `none` stands alone; a file of that name is ./none");
+pub(super) fn texts(arguments: &[OsString], folder: &Path, template: &Map<String, Value>) -> Result<Texts> {
+    let arguments: Vec<&Path> = listed(arguments);
+    if arguments.contains(&Path::new("none")) {
+        if let Some(other) = arguments.iter().find(|n| **n != Path::new("none")) {
+            bail!("--text none beside {}: `none` stands alone; a file of that name is ./none", other.display());
         }
         return Ok(Texts::default());
     }
     let mut notes = Vec::new();
-    let shipped = |name: &str| BUILT_IN_TEXTS.contains(&name);
-    for (i, name) in arguments.iter().enumerate().filter(|(_, n)| shipped(n)) {
-        if arguments[..i].contains(name) {
+    let shipped = |name: &Path| BUILT_IN_TEXTS.into_iter().find(|text| Path::new(text) == name);
+    for (i, name) in arguments.iter().enumerate().filter_map(|(i, n)| Some((i, shipped(n)?))) {
+        if arguments[..i].contains(&Path::new(name)) {
             bail!("--text {name}: given twice");
         }
         if Path::new(name).is_file() {
             notes.push(format!("--text {name} is the shipped text; the file of this name is ./{name}"));
         }
     }
-    let files: Vec<PathBuf> = arguments.iter().filter(|n| !shipped(n)).map(PathBuf::from).collect();
+    let files: Vec<PathBuf> = arguments.iter().filter(|n| shipped(n).is_none()).map(PathBuf::from).collect();
     records::same_file_twice(&files)?;
     // The shipped texts' names mean them everywhere, also where they are not measured on.
     let mut names = records::distinct_names(&files, &BUILT_IN_TEXTS).into_iter();
     let mut out = Vec::new();
     for argument in arguments {
-        if shipped(argument) {
-            out.push((argument.to_owned(), recoup_eval::tasks::built_in_text(argument)?));
+        if let Some(name) = shipped(argument) {
+            out.push((name.to_owned(), recoup_eval::tasks::built_in_text(name)?));
             continue;
         }
-        let name = names.next().unwrap_or_else(|| argument.to_owned());
-        let opened = Opened::read(Path::new(argument))
-            .with_context(|| format!("--text {argument} is no shipped text ({})", BUILT_IN_TEXTS.join(", ")))?;
+        let name = names.next().unwrap_or_else(|| argument.display().to_string());
+        let opened = Opened::read(argument).with_context(|| {
+            format!("--text {} is no shipped text ({})", argument.display(), BUILT_IN_TEXTS.join(", "))
+        })?;
         let own = if opened.records.is_empty() {
             None
         } else {
