@@ -3,33 +3,20 @@
 use std::path::{Path, PathBuf};
 
 /// What each layer may use of the others.
-const ALLOWED: [(&str, &[&str]); 13] = [
+const ALLOWED: [(&str, &[&str]); 12] = [
     ("formats", &[]),
-    ("logits", &[]),
     ("output", &[]),
     ("checkpoint", &["formats", "output"]),
-    ("backend", &["formats", "logits"]),
+    ("backend", &["formats"]),
     ("model", &["formats", "checkpoint", "backend"]),
     ("text", &[]),
     ("quantize", &["formats", "output", "checkpoint", "backend", "model"]),
     ("recover", &["formats", "output", "checkpoint", "backend", "model", "text"]),
-    ("engine", &["formats", "logits", "checkpoint", "backend", "model", "text"]),
-    ("evaluate", &["formats", "logits", "checkpoint", "backend", "model", "text", "engine"]),
+    ("engine", &["formats", "checkpoint", "backend", "model", "text"]),
+    ("evaluate", &["formats", "checkpoint", "backend", "model", "text", "engine"]),
     (
         "cli",
-        &[
-            "formats",
-            "logits",
-            "output",
-            "checkpoint",
-            "backend",
-            "model",
-            "text",
-            "quantize",
-            "recover",
-            "engine",
-            "evaluate",
-        ],
+        &["formats", "output", "checkpoint", "backend", "model", "text", "quantize", "recover", "engine", "evaluate"],
     ),
     ("main", &["cli"]),
 ];

@@ -3,16 +3,31 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::time::Duration;
 
 use serde_json::Value;
+
+#[cfg(unix)]
+#[path = "common/held.rs"]
+mod held;
 
 const TEACHER: &str = "models/books-bf16";
 const STUDENT: &str = "models/books-nvfp4";
 const TEXT: &str = "src/cli/calibration.txt";
 
+fn recoup(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_recoup"));
+    command.args(args).current_dir(env!("CARGO_MANIFEST_DIR"));
+    command
+}
+
 fn run(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_recoup")).args(args).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap()
+    recoup(args).output().unwrap()
+}
+
+/// Whole lines of a file that may not be there yet.
+#[cfg(unix)]
+fn lines(path: &Path) -> usize {
+    std::fs::read(path).map_or(0, |bytes| bytes.iter().filter(|b| **b == b'\n').count())
 }
 
 fn succeed(args: &[&str]) -> String {
@@ -119,6 +134,7 @@ fn a_recovered_model_is_better_and_says_how_it_came_to_be() {
     assert!((size(&folder.at("out")) / size(&Path::new(env!("CARGO_MANIFEST_DIR")).join(STUDENT)) - 1.0).abs() < 0.01);
 }
 
+#[cfg(unix)]
 #[test]
 fn runs_give_the_same_bytes_whatever_the_threads_and_after_being_killed_anywhere() {
     let folder = Folder::new();
@@ -142,56 +158,37 @@ fn runs_give_the_same_bytes_whatever_the_threads_and_after_being_killed_anywhere
     assert_eq!(contents(&folder.at("first")), contents(&folder.at("second")));
     let resume: Vec<&str> = more.iter().chain(&["--resume"]).copied().collect();
     let arguments = arguments(&student, &third, &resume);
-    let mut killed = 0;
-    let mut patience = 200;
-    while !folder.at("third").exists() {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_recoup"))
-            .args(&arguments)
-            .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .stderr(std::process::Stdio::null())
-            .spawn()
-            .unwrap();
-        // A little longer each time, so that every machine comes through in the end.
-        std::thread::sleep(Duration::from_millis(patience));
-        patience += patience / 4;
-        if child.try_wait().unwrap().is_none() {
-            child.kill().unwrap();
-            killed += 1;
-        }
-        assert!(child.wait().is_ok());
+    // Killed among the blocks, and again among the steps.
+    for events in [6, 18] {
+        let mut run = held::Held::start(recoup(&arguments));
+        run.until(|| lines(&folder.at("third.training/curve.jsonl")) >= events);
+        run.kill();
+        assert!(!folder.at("third").exists());
     }
-    assert!(killed >= 2, "it was killed only {killed} times");
+    succeed(&arguments);
     assert_eq!(contents(&folder.at("first")), contents(&folder.at("third")));
     assert!(!folder.at("third.training").exists());
 }
 
+#[cfg(unix)]
 #[test]
 fn an_interrupted_run_is_neither_overwritten_nor_mixed_with_another() {
     let folder = Folder::new();
     let out = folder.path("out");
-    let run = |samples: &str, more: &[&str]| {
+    let command = |samples: &str, more: &[&str]| {
         let mut all = arguments(&[STUDENT], &out, &["--method", "qad:steps=400", "--save-every", "0"]);
         all.extend(more);
         let at = all.iter().position(|a| *a == "--samples").unwrap();
         all[at + 1] = samples;
-        Command::new(env!("CARGO_BIN_EXE_recoup"))
-            .args(all)
-            .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .stderr(std::process::Stdio::piped())
-            .spawn()
-            .unwrap()
+        recoup(&all)
     };
-    let mut child = run("24", &[]);
-    while !folder.at("out.training/state.safetensors").exists() {
-        std::thread::sleep(Duration::from_millis(20));
-        assert!(child.try_wait().unwrap().is_none());
-    }
-    child.kill().unwrap();
-    child.wait().unwrap();
-    let again = run("24", &[]).wait_with_output().unwrap();
+    let mut run = held::Held::start(command("24", &[]));
+    run.until(|| folder.at("out.training/state.safetensors").exists());
+    run.kill();
+    let again = command("24", &[]).output().unwrap();
     let text = String::from_utf8_lossy(&again.stderr).into_owned();
     assert!(!again.status.success() && text.contains("out.training") && text.contains("--resume"), "{text}");
-    let other = run("20", &["--resume"]).wait_with_output().unwrap();
+    let other = command("20", &["--resume"]).output().unwrap();
     let text = String::from_utf8_lossy(&other.stderr).into_owned();
     assert!(!other.status.success() && text.contains("data.") && text.contains("another run"), "{text}");
 }
@@ -347,6 +344,7 @@ fn the_teacher_writes_its_own_data() {
 }
 
 /// A model from scratch learns, is resumed to the byte, and is a BF16 checkpoint that can be quantized.
+#[cfg(unix)]
 #[test]
 fn a_model_is_trained_from_scratch() {
     let folder = Folder::new();
@@ -383,19 +381,10 @@ fn a_model_is_trained_from_scratch() {
     assert!(losses.last().unwrap() + 1.0 < losses[0], "{losses:?}");
     let mut parts = args("parts");
     parts.push("--resume".into());
-    let mut child = Command::new(env!("CARGO_BIN_EXE_recoup"))
-        .args(&parts)
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .stderr(std::process::Stdio::null())
-        .spawn()
-        .unwrap();
-    let begun =
-        || std::fs::read_to_string(folder.at("parts.training/curve.jsonl")).is_ok_and(|c| c.lines().count() > 12);
-    while !begun() && child.try_wait().unwrap().is_none() {
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let _ = child.kill();
-    child.wait().unwrap();
+    let words: Vec<&str> = parts.iter().map(String::as_str).collect();
+    let mut killed = held::Held::start(recoup(&words));
+    killed.until(|| lines(&folder.at("parts.training/curve.jsonl")) > 12);
+    killed.kill();
     run(&parts);
     assert_eq!(contents(&folder.at("whole")), contents(&folder.at("parts")));
     let quantized = folder.path("quantized");
@@ -413,6 +402,69 @@ fn chatting(folder: &Folder, template: &str) -> String {
     }
     std::fs::write(student.join("chat_template.jinja"), template).unwrap();
     student.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn options_of_recover_are_used_refused_or_named() {
+    let folder = Folder::new();
+    let out = folder.path("out");
+    let with = |more: &[&str]| {
+        let _ = std::fs::remove_dir_all(folder.at("out"));
+        arguments(&[STUDENT], &out, &[&["--method", "block:steps=8"], more].concat())
+            .iter()
+            .map(|s| (*s).to_owned())
+            .collect()
+    };
+    let say = |more: &[&str]| {
+        let args: Vec<String> = with(more);
+        succeed(&args.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    let named = say(&["--patience", "2", "--keep-stages", "--assistant-only"]);
+    for option in
+        ["--patience is without effect", "--keep-stages is without effect", "--assistant-only is without effect"]
+    {
+        assert!(named.contains(option), "{option}: {named}");
+    }
+    assert!(!say(&[]).contains("without effect"));
+    for more in [["--patience", "0"], ["--evaluate-every", "0"]] {
+        assert_eq!(
+            run(&with(&more).iter().map(|s: &String| s.as_str()).collect::<Vec<_>>()).status.code(),
+            Some(2),
+            "{more:?}"
+        );
+    }
+    let mut args: Vec<String> = with(&["--patience", "1"]);
+    let at = args.iter().position(|a| a == "--watch-samples").unwrap();
+    args[at + 1] = "0".into();
+    assert!(fail(&args.iter().map(String::as_str).collect::<Vec<_>>()).contains("nothing is watched"));
+}
+
+#[test]
+fn conversations_that_the_teacher_writes_begin_as_its_template_does_with_its_arguments() {
+    let folder = Folder::new();
+    let template = "{% if not think %}Be brief. {% endif %}user: {{ messages[0].content }}\n{% if late %}x{% endif %}";
+    let teacher = chatting(&folder, template);
+    let recovered = |name: &str, more: &[&str]| {
+        let out = folder.path(name);
+        let mut args = arguments(&[STUDENT], &out, &[&["--method", "block:steps=8"], more].concat());
+        (args[3], args[5]) = (&teacher, "teacher-chat");
+        let said = succeed(&args);
+        let file = folder.at(name).join("recoup_recovery.json");
+        let record: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+        (said, record["data"]["sha256"].clone())
+    };
+    let (said, plain) = recovered("plain", &["--assistant-only"]);
+    assert!(
+        said.contains("--assistant-only is not for what the teacher writes itself")
+            || said.contains("--assistant-only is without effect"),
+        "{said}"
+    );
+    let (said, thinking) = recovered("thinking", &["--chat-template-kwargs", r#"{"think": true}"#]);
+    assert!(!said.contains("--chat-template-kwargs changes nothing"), "{said}");
+    assert_ne!(plain, thinking);
+    let (said, late) = recovered("late", &["--chat-template-kwargs", r#"{"late": true}"#]);
+    assert!(said.contains("--chat-template-kwargs changes nothing"), "{said}");
+    assert_eq!(plain, late);
 }
 
 /// With tools, as many templates write them.

@@ -1,7 +1,8 @@
 //! Settings of an evaluation as their users give them: each is used, refused by name, or named as without effect.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use serde_json::{Value, json};
 
@@ -156,6 +157,141 @@ fn settings_without_effect_are_named_and_recorded() {
     let out = place.run(&["--tasks", "wikitext", "-L", "1", "--gen-kwargs", "top_k=1", "--num-fewshot", "2"]);
     let said = String::from_utf8_lossy(&out.stderr);
     assert!(said.contains("--gen-kwargs is without effect") && said.contains("wikitext: without effect"), "{said}");
+}
+
+/// Success, and what is said.
+fn recoup(args: &[&str]) -> (bool, String, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_recoup"));
+    let out = command.args(args).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (out.status.success(), text(&out.stdout), text(&out.stderr))
+}
+
+#[test]
+fn settings_of_tasks_that_do_not_matter_to_them_are_named() {
+    let place = Place::new(TASK, None);
+    let choice = TASK
+        .replace("task: gen", "task: choice")
+        .replace("output_type: generate_until", "output_type: multiple_choice\ndoc_to_choice: [a, b]")
+        .replace("doc_to_target: \"x\"", "doc_to_target: 0")
+        .replace("exact_match", "acc");
+    std::fs::write(place.folder.path().join("tasks/choice.yaml"), &choice).unwrap();
+    let hub = choice
+        .replace("task: choice", "task: hub")
+        .replace("dataset_path: json", "dataset_path: org/set")
+        .replace("{data_files: {test: gen.jsonl}}", "{trust_remote_code: true, revision: abc, data_dir: en}");
+    std::fs::write(place.folder.path().join("tasks/hub.yaml"), &hub).unwrap();
+    std::fs::create_dir_all(place.folder.path().join("tasks/org/set")).unwrap();
+    std::fs::write(place.folder.path().join("tasks/org/set/test.jsonl"), PROMPTS).unwrap();
+    let out = place.run(&["--tasks", "choice,hub"]);
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success(), "{said}");
+    for named in [
+        "choice, hub: without effect: `generation_kwargs`",
+        "hub: of `dataset_kwargs` not used",
+        "revision \"abc\"",
+        "data_dir \"en\"",
+    ] {
+        assert!(said.contains(named), "{named}: {said}");
+    }
+    assert!(!said.contains("trust_remote_code"), "{said}");
+}
+
+#[test]
+fn sampled_answers_have_transformers_top_k_where_nobody_sets_one_and_that_is_said() {
+    // As lm-evaluation-harness 0.4.13's `hf` model with transformers 5.24 (GenerationConfig: 50).
+    let sampled = |config: Value, more: &str| {
+        let place = Place::new(TASK, Some(config));
+        let (_, said, results) = place.answers(&["--gen-kwargs", &format!("temperature=0.7{more}")]);
+        (results["generation"]["gen"]["settings"]["top_k"].clone(), said.contains("top_k is transformers' default"))
+    };
+    assert_eq!(sampled(json!({"eos_token_id": 0}), ""), (json!(50), true));
+    assert_eq!(sampled(json!({"eos_token_id": 0}), ",top_k=0"), (json!(0), false));
+    assert_eq!(sampled(json!({"eos_token_id": 0, "top_k": 0}), ""), (json!(0), false));
+    assert_eq!(sampled(json!({"eos_token_id": 0, "top_k": 20}), ""), (json!(20), false));
+    let (_, said, results) = Place::new(TASK, None).answers(&[]);
+    assert_eq!(results["generation"]["gen"]["settings"]["top_k"], 0);
+    assert!(!said.contains("top_k"), "{said}");
+}
+
+#[test]
+fn windows_without_a_text_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().to_str().unwrap();
+    let pair = ["compare", "models/books-bf16", "models/books-nvfp4", "--no-speed", "-o", out];
+    let none = ["--tasks", "piqa", "-L", "2", "--text", "none", "--window", "64", "--windows", "3"];
+    let (ok, _, said) = recoup(&[&pair[..], &none].concat());
+    assert!(ok && said.contains("without effect, as --text names none: --window, --windows"), "{said}");
+    let one = ["--tasks", "none", "--text", "books", "--attribute", "--attribute-windows", "1"];
+    let (ok, _, said) = recoup(&[&pair[..], &one].concat());
+    assert!(!ok && said.contains("--attribute-windows 1: an error needs two windows"), "{said}");
+}
+
+#[test]
+fn what_files_of_a_model_contradict_each_other_in_is_said_by_every_verb_and_stands_in_the_results() {
+    let place = Place::new(TASK, None);
+    let model = place.model.to_str().unwrap();
+    std::fs::write(place.model.join("tokenizer_config.json"), r#"{"pad_token": "<|nowhere|>"}"#).unwrap();
+    let at = |name: &str| place.folder.path().join(name).to_str().unwrap().to_owned();
+    let (q, p, r, c) = (at("q"), at("p"), at("r"), at("c"));
+    let data = ["--data", "built-in", "--samples", "4", "--length", "32", "--method", "qad:steps=1"];
+    for args in [
+        &["inspect", model][..],
+        &["run", model, "-p", "It was", "-n", "1"],
+        // One recipe looks at text, the other at none.
+        &["quantize", model, "--recipe", "nvfp4", "-o", &q],
+        &["quantize", model, "--recipe", "fp8_pc_pt", "-o", &p],
+        &[&["recover", &q, "--teacher", model, "-o", &r][..], &data].concat(),
+        &["compare", model, &q, "--tasks", "piqa", "-L", "2", "--text", "none", "--no-speed", "-o", &c],
+    ] {
+        let (ok, shown, said) = recoup(args);
+        assert!(ok && (shown + &said).contains("`pad_token` is `<|nowhere|>`"), "{args:?}: {said}");
+    }
+    let (.., results) = place.answers(&[]);
+    assert!(results["config"]["model_notes"].to_string().contains("<|nowhere|>"), "{results:#}");
+    let report = std::fs::read_to_string(place.folder.path().join("c/report.md")).unwrap();
+    assert!(report.contains(r"model: \`pad_token\` is"), "{report}");
+}
+
+#[test]
+fn a_file_that_is_something_else_is_named_as_that_by_every_option() {
+    let folder = tempfile::tempdir().unwrap();
+    let page = folder.path().join("page.json");
+    std::fs::write(&page, "<!DOCTYPE html><title>Sign in</title>").unwrap();
+    let (page, out) = (page.to_str().unwrap(), folder.path().join("out"));
+    let out = out.to_str().unwrap();
+    let model = "models/books-bf16";
+    for args in [
+        &["quantize", model, "-o", out, "--recipe", page][..],
+        &["quantize", model, "-o", out, "--recipe", "nvfp4_fp8_auto", "--sensitivity", page],
+        &["logits", model, "-o", out, "--input-ids", page],
+    ] {
+        let (ok, _, said) = recoup(args);
+        assert!(!ok && said.contains(page) && said.contains("it is a web page"), "{args:?}: {said}");
+    }
+    let mut command = Command::new(env!("CARGO_BIN_EXE_recoup"));
+    command.args(["quantize", model, "-o", out, "--recipe", "nvfp4", "--calibration", "-"]);
+    command.stdin(Stdio::piped()).stderr(Stdio::piped()).current_dir(env!("CARGO_MANIFEST_DIR"));
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"PAR1aaaaPAR1").unwrap();
+    let said = child.wait_with_output().unwrap().stderr;
+    let said = String::from_utf8_lossy(&said);
+    assert!(said.contains("Parquet cannot be read from standard input; give it as a file"), "{said}");
+}
+
+#[test]
+fn a_refused_configuration_has_no_parameters() {
+    let place = Place::new(TASK, None);
+    let model = place.model.to_str().unwrap();
+    let file = place.model.join("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    config["hidden_act"] = "relu".into();
+    std::fs::write(&file, config.to_string()).unwrap();
+    let (ok, shown, _) = recoup(&["inspect", model]);
+    assert!(!ok && shown.contains("problem") && shown.contains("on disk"), "{shown}");
+    assert!(!shown.contains("parameters") && !shown.contains("module"), "{shown}");
+    let report: Value = serde_json::from_str(&recoup(&["inspect", model, "--json"]).1).unwrap();
+    assert_eq!(report["parameters"], Value::Null);
 }
 
 #[test]

@@ -6,8 +6,9 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::io::{ErrorKind, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -62,11 +63,16 @@ struct Line {
     response: Response,
 }
 
+/// Seconds of answers that a power cut takes at most. A kill takes none.
+const UNSYNCED: Duration = Duration::from_secs(10);
+
 /// A run's answers, in memory and on disk.
 #[derive(Debug)]
 pub struct Journal {
     path: PathBuf,
     file: File,
+    /// When the file last went to the disk itself.
+    synced: Instant,
     header: Value,
     answers: BTreeMap<Key, Response>,
 }
@@ -90,7 +96,7 @@ impl Journal {
         let answers = read(path, &text[..whole], Some(about))?;
         file.set_len(whole as u64).map_err(io)?;
         file.seek(SeekFrom::Start(whole as u64)).map_err(io)?;
-        let mut journal = Self { path: path.into(), file, header: about.clone(), answers };
+        let mut journal = Self { path: path.into(), file, synced: Instant::now(), header: about.clone(), answers };
         if whole == 0 {
             let line = about.to_string() + "\n";
             journal.write(line.as_bytes())?;
@@ -104,7 +110,7 @@ impl Journal {
         &self.answers
     }
 
-    /// Adds an answer; it is with the operating system when this returns.
+    /// Adds an answer; it is with the operating system when this returns, and on the disk some seconds later.
     ///
     /// # Errors
     /// When it cannot be written, or is no number: what stands in the file can be read back.
@@ -131,7 +137,16 @@ impl Journal {
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), JournalError> {
-        self.file.write_all(bytes).map_err(|source| JournalError::Io { path: self.path.clone(), source })
+        let io = |source| JournalError::Io { path: self.path.clone(), source };
+        self.file.write_all(bytes).map_err(io)?;
+        if self.synced.elapsed() >= UNSYNCED {
+            // Some file systems cannot; then it is as without.
+            match self.file.sync_data() {
+                Err(e) if !matches!(e.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => return Err(io(e)),
+                _ => self.synced = Instant::now(),
+            }
+        }
+        Ok(())
     }
 }
 

@@ -41,6 +41,9 @@ pub struct GenerationOptions {
     pub frequency_penalty: f64,
     /// Of the sampling, where there is any.
     pub seed: u64,
+    /// `top_k` and `min_p` where they were set to what means off: a server with a default of its own has to be told.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub off: Vec<String>,
     /// What ends the model's thinking: the answer is what follows, and strings end it only there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub think_end: Option<String>,
@@ -83,6 +86,8 @@ pub struct GenerationDefaults {
     pub settings: Map<String, Value>,
     /// What would change answers and is not used, each with its value and the reason.
     pub unused: Vec<String>,
+    /// `top_k` of sampled answers where neither its maker, nor the task, nor the command says one.
+    pub top_k: Option<usize>,
 }
 
 impl Default for GenerationOptions {
@@ -99,6 +104,7 @@ impl Default for GenerationOptions {
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
             seed: 0,
+            off: Vec::new(),
             think_end: None,
         }
     }

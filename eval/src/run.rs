@@ -90,7 +90,7 @@ impl<'t> Plan<'t> {
         let render = |messages: &[Message], open: bool| model.chat_prompt(messages, open).map_err(|e| e.to_string());
         let chat = setup.chat.then_some(Chat { render: &render, fewshot_as_multiturn: setup.fewshot_as_multiturn });
         let of_model = model.generation_defaults();
-        let options = Options { of_model: of_model.settings.clone(), ..setup.options.clone() };
+        let options = Options { of_model: of_model.clone(), ..setup.options.clone() };
         tasks::check_generation(&options.generation)?;
         let generations = settings::generations(&selection.tasks, &options)?;
         let unused = settings::without_effect(&selection.tasks, setup, &generations, &of_model);
@@ -148,6 +148,30 @@ impl<'t> Plan<'t> {
     #[must_use]
     pub fn len(&self, shard: Shard) -> usize {
         self.requests().filter(|(k, _)| shard.has(k.doc_id)).count()
+    }
+
+    /// Bytes that the answers of a shard and what is written of them take at least: the journal, and each document with what
+    /// was asked and answered (`samples_*.jsonl`).
+    #[must_use]
+    pub fn bytes(&self, shard: Shard) -> u64 {
+        /// Key, numbers and names of a line.
+        const LINE: u64 = 120;
+        /// Of an answer, which is seldom as long as it may be.
+        const ANSWER: u64 = 64;
+        let asked: u64 = (self.requests().filter(|(key, _)| shard.has(key.doc_id)))
+            .map(|(key, request)| {
+                let (text, answer) = match request {
+                    Request::LogLikelihood { context, continuation } => (context.len() + continuation.len(), 0),
+                    Request::Rolling { text } => (text.len(), 0),
+                    Request::Generate { context, .. } => (context.len(), ANSWER),
+                };
+                2 * (LINE + answer) + (key.task.len() + text) as u64
+            })
+            .sum();
+        let documents: u64 = (self.selection.tasks.iter().zip(&self.instances))
+            .map(|(task, seeds)| seeds.iter().flatten().map(|i| task.document_bytes(i.doc_id)).sum::<u64>())
+            .sum();
+        asked + documents
     }
 
     /// What a journal of this plan is about: the same of two runs exactly if the same is asked of the same model.

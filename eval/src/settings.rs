@@ -48,6 +48,14 @@ pub(crate) fn without_effect(
             notes.push(format!("of the model's generation_config.json not used: {}", unused.join(", ")));
         }
     }
+    if let Some(top_k) = of_model.top_k
+        && sampled.iter().any(|g| g.top_k_by_default)
+    {
+        notes.push(format!(
+            "answers are sampled from the {top_k} most probable tokens: top_k is transformers' default where nobody sets it, \
+             as in lm-evaluation-harness (--gen-kwargs top_k=0: from all)"
+        ));
+    }
     let options = &setup.options;
     if !options.generation.is_empty() && generations.is_empty() && !tasks.is_empty() {
         notes.push("--gen-kwargs is without effect: none of the tasks generates".into());
@@ -62,6 +70,9 @@ pub(crate) fn without_effect(
         let names: Vec<&str> = tasks.iter().filter(|t| which(t)).map(Task::name).collect();
         (!names.is_empty()).then(|| names.join(", "))
     };
+    if let Some(names) = names(&Task::has_idle_generation_kwargs) {
+        notes.push(format!("{names}: without effect: `generation_kwargs` of the task, which generates nothing"));
+    }
     let rolling = |t: &Task| t.output_type() == OutputType::Rolling;
     if let (Some(wanted), Some(names)) =
         (options.num_fewshot.filter(|n| *n > 0), names(&|t| !rolling(t) && t.num_fewshot(options) == 0))

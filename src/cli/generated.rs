@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::backend::NUMERICS_VERSION;
 use crate::backend::cpu::{CpuBackend, isa::Isa};
@@ -29,8 +29,9 @@ const WIDTH: usize = 32;
 
 /// What is to be written.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Wanted {
-    pub opening: Opening,
+pub(super) struct Wanted<'a> {
+    /// The tokens that each sequence begins with.
+    pub prompt: &'a [u32],
     /// Sequences.
     pub count: usize,
     /// Tokens in each.
@@ -38,18 +39,14 @@ pub(super) struct Wanted {
     pub seed: u64,
 }
 
-/// Sequences as the model of `checkpoint` writes them, sampled at temperature 1; kept in `file` for its `identity`.
-pub(super) fn rows(
-    (checkpoint, identity): (&Checkpoint, &Value),
-    Wanted { opening, count, length, seed }: Wanted,
-    threads: usize,
-    file: &Path,
-) -> Result<Vec<Row>> {
-    let key = json!({"opening": format!("{opening:?}"), "count": count, "length": length, "seed": seed,
-        "teacher": identity, "numerics": NUMERICS_VERSION});
-    if let Some(rows) = kept(file, &key) {
-        return Ok(rows);
-    }
+/// What sequences of `opening` begin with, of `length` tokens each by the model of `checkpoint`; `arguments` are its chat
+/// template's.
+pub(super) fn prompt(
+    checkpoint: &Checkpoint,
+    opening: Opening,
+    arguments: &Map<String, Value>,
+    length: usize,
+) -> Result<Vec<u32>> {
     let folder = checkpoint.tensors.folder();
     let tokenizer = Tokenizer::from_folder(folder)?;
     let prompt = match opening {
@@ -65,11 +62,36 @@ pub(super) fn rows(
             })?;
             vec![token]
         }
-        Opening::Chat => user_turn(folder, &tokenizer)?,
+        Opening::Chat => {
+            let turn = user_turn(folder, &tokenizer, arguments)?;
+            if !arguments.is_empty() && turn == user_turn(folder, &tokenizer, &Map::new())? {
+                super::say!(
+                    "note: --chat-template-kwargs changes nothing of the conversations that the teacher writes itself: up \
+                     to the user's words its template writes the same, and the rest is the teacher's"
+                );
+            }
+            turn
+        }
     };
     if prompt.len() + 2 > length {
         bail!("--length {length} leaves no room after the {} tokens that open a conversation", prompt.len());
     }
+    Ok(prompt)
+}
+
+/// Sequences as the model of `checkpoint` writes them, sampled at temperature 1; kept in `file` for its `identity`.
+pub(super) fn rows(
+    (checkpoint, identity): (&Checkpoint, &Value),
+    Wanted { prompt, count, length, seed }: Wanted<'_>,
+    threads: usize,
+    file: &Path,
+) -> Result<Vec<Row>> {
+    let key = json!({"prompt": prompt, "count": count, "length": length, "seed": seed, "teacher": identity,
+        "numerics": NUMERICS_VERSION});
+    if let Some(rows) = kept(file, &key) {
+        return Ok(rows);
+    }
+    let tokenizer = Tokenizer::from_folder(checkpoint.tensors.folder())?;
     let decoder = Decoder::load(CpuBackend::new(Isa::detect(), super::options::threads(threads))?, checkpoint)?;
     let sampling: Vec<SamplingParams> = (0..count)
         .map(|i| SamplingParams {
@@ -81,7 +103,7 @@ pub(super) fn rows(
     let requests: Vec<Request<'_>> = sampling
         .iter()
         .map(|sampling| Request {
-            prompt: &prompt,
+            prompt,
             max_tokens: length - prompt.len(),
             sampling,
             stop_tokens: &[],
@@ -114,10 +136,11 @@ fn kept(file: &Path, key: &Value) -> Option<Vec<Row>> {
 }
 
 /// Tokens up to where a user begins to speak, in the model's template.
-fn user_turn(folder: &Path, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+fn user_turn(folder: &Path, tokenizer: &Tokenizer, arguments: &Map<String, Value>) -> Result<Vec<u32>> {
     const MARK: &str = "\u{1}the user speaks\u{1}";
     let template = crate::text::ChatTemplate::from_folder(folder)?
         .with_context(|| format!("{}: the teacher has no chat template", folder.display()))?;
+    let template = if arguments.is_empty() { template } else { template.with_arguments(arguments.clone())? };
     let messages = [json!({"role": "user", "content": MARK})];
     let text = template.render(&ChatInput { messages: &messages, ..ChatInput::default() })?;
     let (opening, _) = text.split_once(MARK).with_context(|| {

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use super::options::model_folder;
+use super::options::{model_folder, text_notes};
 use crate::checkpoint::Checkpoint;
 use crate::model::ModelConfig;
 use crate::model::consistency::{self, Notes};
@@ -51,6 +51,13 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
             Vec::new()
         }
         None => checkpoint.notes.clone(),
+    };
+    let notes = match text_notes(checkpoint.tensors.folder()) {
+        Ok(more) => [notes, more].concat(),
+        Err(e) => {
+            problems.push(e.to_string());
+            notes
+        }
     };
     let rows = config.as_ref().map(|c| resolve(&checkpoint, c, &mut problems)).unwrap_or_default();
     let failed = !problems.is_empty();
@@ -132,7 +139,7 @@ fn print_json(
         "vocab_size": config.map(|c| c.vocab),
         "max_positions": config.map(|c| c.max_positions),
         "tied_embeddings": config.map(|c| c.tied_embeddings),
-        "parameters": rows.iter().map(|r| r.shape[0] * r.shape[1]).sum::<usize>(),
+        "parameters": parameters(rows),
         "file_bytes": checkpoint.tensors.file_bytes(),
         "modules": modules,
         "notes": notes,
@@ -170,22 +177,21 @@ fn print_text(
     }
     let s = &checkpoint.scheme;
     super::outln!("scheme    {} ({}); KV cache {}", s.dialect, s.algorithm, kv_cache(checkpoint));
-    let parameters: usize = rows.iter().map(|r| r.shape[0] * r.shape[1]).sum();
-    let bytes: usize = rows.iter().map(|r| r.bytes).sum();
-    super::outln!(
-        "size      {} on disk; {:.1} M parameters in linears, {:.2} bits each",
-        super::human_bytes(checkpoint.tensors.file_bytes()),
-        parameters as f64 / 1e6,
-        8.0 * bytes as f64 / parameters.max(1) as f64
-    );
-    let mut table = comfy_table::Table::new();
-    table.load_style(comfy_table::presets::NOTHING);
-    table.set_header(["module", "count", "weight", "activation", "N x K", "bytes", "notes"]);
-    for (key, (count, bytes)) in grouped(rows, all) {
-        let [module, weight, activation, shape, notes] = key;
-        table.add_row([module, count.to_string(), weight, activation, shape, super::human_bytes(bytes as u64), notes]);
+    let size = super::human_bytes(checkpoint.tensors.file_bytes());
+    // Which tensors are linears, a refused configuration does not say; and one that none belongs to has no bits.
+    match parameters(rows) {
+        None => super::outln!("size      {size} on disk"),
+        Some(n) => {
+            let bits = 8.0 * rows.iter().map(|r| r.bytes).sum::<usize>() as f64 / n as f64;
+            super::outln!(
+                "size      {size} on disk; {:.1} M parameters in linears, {bits:.2} bits each",
+                n as f64 / 1e6
+            );
+        }
     }
-    super::outln!("{table}");
+    if !rows.is_empty() {
+        super::outln!("{}", table(rows, all));
+    }
     for n in notes {
         super::outln!("note      {n}");
     }
@@ -196,6 +202,22 @@ fn print_text(
         super::outln!("problem   {p}");
     }
     Ok(())
+}
+
+/// Parameters of the linears that were resolved; nothing where none was.
+fn parameters(rows: &[Row]) -> Option<usize> {
+    Some(rows.iter().map(|r| r.shape[0] * r.shape[1]).sum()).filter(|n| *n > 0)
+}
+
+fn table(rows: &[Row], all: bool) -> comfy_table::Table {
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::NOTHING);
+    table.set_header(["module", "count", "weight", "activation", "N x K", "bytes", "notes"]);
+    for (key, (count, bytes)) in grouped(rows, all) {
+        let [module, weight, activation, shape, notes] = key;
+        table.add_row([module, count.to_string(), weight, activation, shape, super::human_bytes(bytes as u64), notes]);
+    }
+    table
 }
 
 fn kv_cache(checkpoint: &Checkpoint) -> &'static str {

@@ -73,9 +73,7 @@ pub fn main() -> ExitCode {
     if !matches!(verb, Verb::Run(_) | Verb::Inspect(_) | Verb::Doctor(_)) {
         interrupt::watch();
     }
-    let result = run(verb);
-    interrupt::let_end();
-    match result {
+    match run(verb) {
         Ok(code) => code,
         Err(e) => {
             say!("{} {}", style("error:", "1;31"), message(&e));

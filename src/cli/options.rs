@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, ValueEnum};
@@ -14,7 +15,8 @@ use crate::checkpoint::hub::{Hub, Id};
 use crate::checkpoint::{self, Checkpoint};
 use crate::formats::kv::KvFormat;
 use crate::model::{Decoder, ModelConfig, consistency};
-use crate::text::ChatTemplate;
+use crate::recover::sources::Reader;
+use crate::text::{ChatTemplate, TextError, Tokenizer};
 
 /// What runs the model.
 #[derive(Args, Clone, Debug)]
@@ -133,6 +135,11 @@ pub(super) fn with_arguments(
     Ok(Some(template))
 }
 
+/// A number of things of which there has to be one.
+pub(super) fn at_least_one<T: FromStr + PartialOrd + From<u8>>(text: &str) -> Result<T, String> {
+    text.parse().ok().filter(|n| *n >= T::from(1)).ok_or_else(|| "expected a whole number from 1 on".to_owned())
+}
+
 /// A JSON object on the command line.
 fn json_object(text: &str) -> Result<Map<String, Value>, String> {
     match serde_json::from_str(text) {
@@ -144,11 +151,33 @@ fn json_object(text: &str) -> Result<Map<String, Value>, String> {
 
 /// Opens a checkpoint whose model is to be computed, and says what its files contradict each other in.
 pub(super) fn open_model(folder: &Path) -> Result<Checkpoint> {
+    Ok(open_noted(folder)?.0)
+}
+
+/// The same, with what was said, for reports.
+pub(super) fn open_noted(folder: &Path) -> Result<(Checkpoint, Vec<String>)> {
     let checkpoint = Checkpoint::open(folder)?;
     let config = ModelConfig::read(&checkpoint.config)?.untied_where_stored(&checkpoint)?;
-    let notes = consistency::notes(&checkpoint, &config)?;
-    notes.important.iter().for_each(|n| super::say!("note: {n}"));
-    Ok(checkpoint)
+    let notes = consistency::notes(&checkpoint, &config)?.important;
+    super::say_notes(&notes);
+    Ok((checkpoint, notes))
+}
+
+/// What reads data for the model of `folder`; says what of its text files is not applied as it stands there.
+pub(super) fn reader(folder: &Path, assistant_only: bool, template: Option<&TemplateOptions>) -> Result<Reader> {
+    let mut reader = Reader::of(folder, assistant_only)?;
+    super::say_notes(reader.tokenizer.notes());
+    let arguments = template.map(TemplateOptions::arguments).unwrap_or_default();
+    reader.template = with_arguments(reader.template, arguments, folder)?;
+    Ok(reader)
+}
+
+/// What is not applied as a model's tokenizer files have it; nothing where there is no tokenizer.
+pub(super) fn text_notes(folder: &Path) -> Result<Vec<String>, TextError> {
+    if !folder.join("tokenizer.json").exists() {
+        return Ok(Vec::new());
+    }
+    Ok(Tokenizer::from_folder(folder)?.notes().to_vec())
 }
 
 /// The identity of a checkpoint's files; large ones take a while the first time.

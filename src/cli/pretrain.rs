@@ -4,10 +4,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use recoup_eval::records;
 use serde_json::{Value, json};
 
+use super::options::{at_least_one, reader};
 use super::training::{self, Display, KEPT_MEMORY};
 use super::training_data::told;
 use crate::backend::autograd::AutogradBackend;
@@ -19,7 +20,6 @@ use crate::model::ModelConfig;
 use crate::recover::data::{self, Data, Part};
 use crate::recover::distill::Watched;
 use crate::recover::pretrain::initialize;
-use crate::recover::sources::Reader;
 use crate::recover::stage::Stage;
 use crate::recover::student::{CURVE_FILE, RECORD_FILE, Student};
 use crate::recover::trainer::{Plan, Run};
@@ -44,10 +44,10 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 256)]
     length: usize,
     /// Sequences of each watched text
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = 32, value_parser = at_least_one::<usize>)]
     watch_samples: usize,
     /// Steps between looks at the watched texts
-    #[arg(long, value_name = "STEPS", default_value_t = 250)]
+    #[arg(long, value_name = "STEPS", default_value_t = 250, value_parser = at_least_one::<usize>)]
     evaluate_every: usize,
     /// Of the first weights and of the order of the data
     #[arg(long, default_value_t = 0)]
@@ -75,7 +75,12 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
     let start = Instant::now();
     let (training, _claim) = training::begin(&args.output, args.resume)?;
-    let reader = Reader::of(&args.shape, false)?;
+    let config = Object::read(&args.shape.join("config.json"))?;
+    let shape = ModelConfig::read(&config)?;
+    if args.length < 2 || args.length > shape.max_positions {
+        bail!("--length {}: expected 2 to {}, the positions of the model", args.length, shape.max_positions);
+    }
+    let reader = reader(&args.shape, false, None)?;
     let read = |files: &[PathBuf]| -> Result<(Vec<Part>, Vec<Value>)> {
         records::same_file_twice(files)?;
         let one = |(file, name): (&PathBuf, String)| {
@@ -96,7 +101,6 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
         .map(|p| (p.name.clone(), Data { rows: data::spread(&p.rows, args.watch_samples), description: p.name }))
         .collect();
 
-    let config = Object::read(&args.shape.join("config.json"))?;
     let about = json!({
         "recoup_version": env!("CARGO_PKG_VERSION"),
         "config": config.value(),
@@ -109,7 +113,7 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
     let mut run_folder = training::run_folder(&training, args.resume, &about)?;
     let initial = training.join("initial");
     if !initial.exists() {
-        initialize(&ModelConfig::read(&config)?, &args.shape, args.seed, &initial)?;
+        initialize(&shape, &args.shape, args.seed, &initial)?;
     }
     let checkpoint = Checkpoint::open(&initial)?;
     let mut student = Student::load_plain(&checkpoint, AutogradBackend::with_precision(Precision::Bf16))?;

@@ -1,5 +1,6 @@
 //! `recoup quantize`: post-training quantization of a BF16 checkpoint.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -8,7 +9,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 use recoup_eval::records;
 
-use super::options::{EngineOptions, TemplateOptions, model_folder, open_model, with_arguments};
+use super::options::{EngineOptions, TemplateOptions, model_folder, open_model, reader, text_notes};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Dialect;
 use crate::model::ModelConfig;
@@ -30,7 +31,7 @@ pub(super) struct Args {
     output: Option<PathBuf>,
     /// What the blocks' linears become: a shipped recipe (--list-recipes) or a JSON file
     #[arg(long, value_name = "NAME|FILE", required_unless_present = "list_recipes")]
-    recipe: Option<String>,
+    recipe: Option<OsString>,
     /// Print the shipped recipes
     #[arg(long)]
     list_recipes: bool,
@@ -103,6 +104,8 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
                 recipe.name
             );
         }
+        // The copy has the same tokenizer; one that cannot be read is no reason not to quantize.
+        super::say_notes(&text_notes(&folder).unwrap_or_else(|e| vec![e.to_string()]));
         CalibrationText { sequences: Vec::new(), description: "none needed".into() }
     };
     let dialect = match args.dialect {
@@ -173,9 +176,7 @@ fn choose_bits(args: &Args, recipe: &mut Recipe) -> Result<()> {
         auto.bits = bits;
     }
     if let Some(file) = &args.sensitivity {
-        let text = std::fs::read_to_string(file).with_context(|| format!("{}: cannot be read", file.display()))?;
-        let table = serde_json::from_str(&text);
-        auto.measured = Some(table.with_context(|| format!("{}: no table of sensitivities", file.display()))?);
+        auto.measured = Some(records::read_json(file).context("--sensitivity: no table of sensitivities")?);
     }
     recipe.check()?;
     Ok(())
@@ -220,12 +221,9 @@ pub(super) fn calibration_text(
     let positions = ModelConfig::read(&checkpoint.config)?.max_positions;
     let length = length.min(positions);
     let tokenizer = || {
-        let mut reader = Reader::of(folder, false).context(
+        reader(folder, false, template).context(
             "calibration on text needs the model's tokenizer; give token ids with --calibration FILE.json instead",
-        )?;
-        reader.template =
-            with_arguments(reader.template, template.map(TemplateOptions::arguments).unwrap_or_default(), folder)?;
-        anyhow::Ok(reader)
+        )
     };
     let Some(source) = calibration else {
         return of_windows("built-in text", &tokenizer()?.tokenizer.encode(BUILT_IN_TEXT, false)?, samples, length);

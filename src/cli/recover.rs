@@ -1,5 +1,6 @@
 //! `recoup recover`: trains a quantized checkpoint against the model it was made from.
 
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -7,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
 
-use super::options::{identity, model_folder, open_model, threads};
+use super::options::{at_least_one, identity, model_folder, open_model, threads};
 use super::training::{self, Display, KEPT_MEMORY};
 use super::training_data::{DataOptions, Prepared};
 use crate::backend::NUMERICS_VERSION;
@@ -22,7 +23,7 @@ use crate::output;
 use crate::quantize::{self, CalibrationText, Recipe};
 use crate::recover::RecoverError;
 use crate::recover::distill::Watched;
-use crate::recover::stage::Stage;
+use crate::recover::stage::{Method, Stage};
 use crate::recover::student::{self, CURVE_FILE, RECORD_FILE, Student};
 use crate::recover::trainer::{Event, Plan, Run};
 
@@ -39,7 +40,7 @@ pub(super) struct Args {
     output: PathBuf,
     /// Quantize the teacher by this recipe first, and train that
     #[arg(long, value_name = "NAME|FILE", conflicts_with = "student")]
-    recipe: Option<String>,
+    recipe: Option<OsString>,
     /// How to train: block, qad or qat, with settings if wanted, `block:steps=96,lr=3e-4`. Several are done in order
     #[arg(long = "method", value_name = "METHOD[:KEY=VALUE,...]", required = true)]
     methods: Vec<String>,
@@ -51,10 +52,10 @@ pub(super) struct Args {
     #[arg(long, value_name = "FOLDER", conflicts_with = "recipe")]
     unrounded: Option<PathBuf>,
     /// Steps between looks at the watched texts
-    #[arg(long, value_name = "STEPS", default_value_t = 25)]
+    #[arg(long, value_name = "STEPS", default_value_t = 25, value_parser = at_least_one::<usize>)]
     evaluate_every: usize,
     /// End a stage after so many looks without a new best
-    #[arg(long, value_name = "LOOKS")]
+    #[arg(long, value_name = "LOOKS", value_parser = at_least_one::<usize>)]
     patience: Option<usize>,
     /// Write what each method but the last gives as well, to FOLDER-1-METHOD and so on
     #[arg(long)]
@@ -82,6 +83,15 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         args.methods.iter().map(|m| Stage::parse(m, args.seed)).collect::<std::result::Result<_, _>>()?;
     if args.data.length < 2 || args.data.samples == 0 {
         bail!("--length must be at least 2, and --samples at least 1");
+    }
+    if args.patience.is_some() && args.data.watches_nothing() {
+        bail!("--patience: with --watch-samples 0 nothing is watched that could tell a new best");
+    }
+    if args.patience.is_some() && stages.iter().all(|s| matches!(s.method, Method::Block(_))) {
+        super::say!("note: --patience is without effect: block training has a look at its end only");
+    }
+    if args.keep_stages && stages.len() == 1 {
+        super::say!("note: --keep-stages is without effect: there is one method, and what it gives is the output");
     }
     rayon::ThreadPoolBuilder::new().num_threads(threads(args.threads)).build()?.install(|| train(args, stages))
 }
@@ -112,7 +122,7 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
     if args.data.length > positions {
         bail!("--length {}: the model has {positions} positions", args.data.length);
     }
-    let sources = args.data.sources(made_from.tensors.folder())?;
+    let sources = args.data.sources(made_from.tensors.folder(), &teacher)?;
     let teacher_identity = identity(&teacher)?;
     let (folder, unrounded) = match &args.recipe {
         Some(recipe) => {
@@ -151,7 +161,7 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
     let about = json!({
         "recoup_version": env!("CARGO_PKG_VERSION"),
         "numerics": NUMERICS_VERSION,
-        "student": {"files": identity(&checkpoint)?, "recipe": args.recipe},
+        "student": {"files": identity(&checkpoint)?, "recipe": args.recipe.as_deref().map(OsStr::to_string_lossy)},
         "teacher": {"files": teacher_identity},
         "masters": match (&unrounded, rounded_from_teacher) {
             (Some(u), _) => format!("unrounded model, weights {}", identity(u)?["weights"].as_str().unwrap_or_default()),

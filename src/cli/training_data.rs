@@ -7,7 +7,7 @@ use recoup_eval::records;
 use serde_json::{Value, json};
 
 use super::generated::{self, Opening, Wanted};
-use super::options::{TemplateOptions, with_arguments};
+use super::options::{TemplateOptions, reader};
 use crate::checkpoint::Checkpoint;
 use crate::recover::data::{self, Data, Document, Part, Row};
 use crate::recover::sources::{Counts, Reader};
@@ -63,7 +63,8 @@ struct Source {
 
 enum Rows {
     Read(Vec<Row>, Option<Counts>),
-    Written(Opening),
+    /// By the teacher, from these tokens on.
+    Written(Vec<u32>),
 }
 
 /// What is trained on and watched, and what the record beside the model says of where it came from.
@@ -80,13 +81,19 @@ pub(super) struct Prepared {
 const WORDS: [&str; 3] = ["teacher", "teacher-chat", BUILT_IN];
 
 impl DataOptions {
+    /// Whether no text is looked at while training.
+    pub(super) fn watches_nothing(&self) -> bool {
+        self.watch_samples == 0
+    }
+
     /// Reads all files for the tokenizer and the template in `folder`, and says what of them is not used.
-    pub(super) fn sources(&self, folder: &Path) -> Result<Sources> {
-        let mut reader = Reader::of(folder, self.assistant_only)?;
-        reader.template = with_arguments(reader.template.take(), self.template.arguments(), folder)?;
-        if self.template.chat_template_kwargs.is_some() && self.data.iter().any(|d| d.starts_with("teacher-chat")) {
-            super::say!("note: --chat-template-kwargs is not used for conversations that the teacher writes itself");
-        }
+    pub(super) fn sources(&self, folder: &Path, teacher: &Checkpoint) -> Result<Sources> {
+        // The student's template is for files; what the teacher writes begins by its own.
+        let reads = !self.watch.is_empty() || self.data.iter().any(|spec| !WORDS.contains(&named_share(spec).0));
+        let reader = reader(folder, self.assistant_only, reads.then_some(&self.template))?;
+        let written = |opening| {
+            anyhow::Ok(Rows::Written(generated::prompt(teacher, opening, &self.template.arguments(), self.length)?))
+        };
         let specs: Vec<(&str, f64)> = self.data.iter().map(|spec| named_share(spec)).collect();
         let total: f64 = specs.iter().map(|s| s.1).sum();
         for (word, share) in &specs {
@@ -118,8 +125,8 @@ impl DataOptions {
         let mut sources = Vec::new();
         for (word, share) in specs {
             let (name, rows) = match word {
-                "teacher" => (word.into(), Rows::Written(Opening::Document)),
-                "teacher-chat" => (word.into(), Rows::Written(Opening::Chat)),
+                "teacher" => (word.into(), written(Opening::Document)?),
+                "teacher-chat" => (word.into(), written(Opening::Chat)?),
                 BUILT_IN => (word.into(), Rows::Read(built_in(&reader, self.length)?, None)),
                 file => {
                     let name = names.next().unwrap_or_else(|| file.into());
@@ -136,6 +143,18 @@ impl DataOptions {
         for (file, name) in self.watch.iter().zip(names) {
             let (rows, counts) = told(&reader, file, &name, self.length, Some(self.watch_samples))?;
             watched.push((name, rows, counts));
+        }
+        let read =
+            sources.iter().filter_map(|s| if let Rows::Read(_, counts) = &s.rows { counts.as_ref() } else { None });
+        let conversations: usize = read.chain(watched.iter().map(|w| &w.2)).map(|c| c.conversations).sum();
+        let writes = |word: &str| sources.iter().any(|s| s.name == word && matches!(s.rows, Rows::Written(_)));
+        if self.assistant_only && conversations == 0 {
+            super::say!("note: --assistant-only is without effect: no data is conversations of others");
+        } else if self.assistant_only && writes("teacher-chat") {
+            super::say!("note: --assistant-only is not for what the teacher writes itself: all of that is learned");
+        }
+        if self.template.chat_template_kwargs.is_some() && conversations == 0 && !writes("teacher-chat") {
+            super::say!("note: --chat-template-kwargs is without effect: no data is conversations");
         }
         Ok(Sources { sources, watched, built_in: built_in(&reader, self.length)? })
     }
@@ -163,10 +182,10 @@ impl DataOptions {
                     }
                     (rows, counts)
                 }
-                Rows::Written(opening) => {
+                Rows::Written(prompt) => {
                     let count = (share / total * self.samples as f64).ceil().max(1.0) as usize;
                     let file = training.join(format!("{name}.json"));
-                    let wanted = Wanted { opening, count, length: self.length, seed };
+                    let wanted = Wanted { prompt: &prompt, count, length: self.length, seed };
                     (generated::rows((teacher, identity), wanted, threads, &file)?, None)
                 }
             };

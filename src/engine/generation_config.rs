@@ -20,6 +20,8 @@ pub struct GenerationConfig {
     pub sampling: SamplingParams,
     /// How tokens are drawn where the caller draws, whatever `do_sample` says.
     pub drawn: SamplingParams,
+    /// The file says a `top_k`, if only that it is off.
+    pub names_top_k: bool,
     /// Tokens that end the answer (`eos_token_id`).
     pub eos: Vec<u32>,
     /// Strings that end the answer (`stop_strings`).
@@ -37,6 +39,7 @@ impl Default for GenerationConfig {
         Self {
             sampling: SamplingParams::greedy(),
             drawn: SamplingParams::default(),
+            names_top_k: false,
             eos: Vec::new(),
             stop_strings: Vec::new(),
             max_new_tokens: None,
@@ -108,6 +111,7 @@ impl GenerationConfig {
         own.drawn.repetition_penalty = c.positive_f32("repetition_penalty")?.unwrap_or(1.0);
         let sampled = c.bool_or("do_sample", false)?;
         own.drawn.temperature = number(c, "temperature", "0 or more", |t| t >= 0.0)?.unwrap_or(1.0);
+        own.names_top_k = c.get("top_k").is_some();
         // 0 is off in transformers, -1 in vLLM; its default, where the file says nothing, is taken as off too.
         own.drawn.top_k = match number(c, "top_k", "a whole number, or 0 or -1 for off", |k| k >= -1.0)? {
             Some(k) if k.fract() == 0.0 => {
@@ -224,7 +228,9 @@ mod tests {
             r#""max_new_tokens": -1, "max_length": null, "bad_words_ids": [], "penalty_alpha": 0"#,
         ] {
             let c = read(&format!(r#"{{"do_sample": true, {off}}}"#)).unwrap();
-            assert_eq!(c, GenerationConfig { sampling: SamplingParams::default(), ..Default::default() }, "{off}");
+            let names_top_k = off.starts_with(r#""top_k": 0"#) || off.starts_with(r#""top_k": -1"#);
+            let expected = GenerationConfig { sampling: SamplingParams::default(), names_top_k, ..Default::default() };
+            assert_eq!(c, expected, "{off}");
             c.sampling.validate().unwrap();
         }
     }

@@ -360,6 +360,10 @@ impl<B: Backend> LanguageModel for EvaluatedModel<'_, B> {
     }
 }
 
+/// transformers' `top_k` where nobody sets one. Source: 5.24, generation/configuration_utils.py,
+/// `_get_default_generation_params`.
+const TOP_K: usize = 50;
+
 /// What lm-evaluation-harness's `hf` model takes of generation_config.json: transformers applies what the call does not say,
 /// the temperature, which it always says, excepted.
 fn generation_defaults(config: &GenerationConfig) -> GenerationDefaults {
@@ -391,7 +395,7 @@ fn generation_defaults(config: &GenerationConfig) -> GenerationDefaults {
             "max_new_tokens {tokens} (the task's limit counts; lm-evaluation-harness would stop at this one)"
         ));
     }
-    GenerationDefaults { settings, unused }
+    GenerationDefaults { settings, unused, top_k: (!config.names_top_k).then_some(TOP_K) }
 }
 
 impl<B: Backend> TokenModel for EvaluatedModel<'_, B> {
@@ -433,7 +437,7 @@ impl<B: Backend> TokenModel for EvaluatedModel<'_, B> {
             None => self.model.new_cache(self.context_length.next_multiple_of(PAGE), self.kv)?,
         };
         let pages = (0..end.div_ceil(PAGE) as u32).collect();
-        let span = Span { start, len: tokens.len(), pages };
+        let span = Span { slot: 0, start, len: tokens.len(), pages };
         let batch = Batch { tokens: tokens.to_vec(), spans: vec![span] };
         let logits = self.model.forward(&batch, &mut cache, Wanted::All)?;
         self.cache = Some(cache);

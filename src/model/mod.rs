@@ -3,8 +3,6 @@
 pub mod config;
 pub mod consistency;
 pub mod decoder;
-pub mod layer;
-mod load;
 pub mod modules;
 pub mod rope;
 

@@ -23,7 +23,7 @@ use safetensors::Dtype;
 use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
 
-use crate::backend::Backend;
+use crate::backend::cpu::CpuBackend;
 use crate::checkpoint::dialect::Dialect;
 use crate::checkpoint::identity::identity;
 use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
@@ -401,9 +401,9 @@ pub struct Places<'a> {
 ///
 /// # Errors
 /// As [`quantize`], [`calibrate::calibrate`], [`smooth::choose`] and [`gptq::gptq`].
-pub fn apply<B: Backend + Clone>(
+pub fn apply(
     checkpoint: &Checkpoint,
-    backend: &B,
+    backend: &CpuBackend,
     text: &CalibrationText,
     recipe: &Recipe,
     dialect: Dialect,

@@ -469,6 +469,12 @@ fn sampling(options: &GenerationOptions) -> Map<String, Value> {
         if options.min_p > 0.0 {
             body.insert("min_p".into(), json!(options.min_p));
         }
+        // Off by name: -1 is off for llama.cpp, SGLang and every vLLM; not all of them take 0.
+        for (name, value) in [("top_k", json!(-1)), ("min_p", json!(0.0))] {
+            if options.off.iter().any(|off| off == name) {
+                body.insert(name.into(), value);
+            }
+        }
     }
     body
 }

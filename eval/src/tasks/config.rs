@@ -51,7 +51,12 @@ pub enum DataSet {
     /// `dataset_path` names a format, `data_files` the files of each split.
     Files { format: Format, splits: Vec<(String, Vec<String>)> },
     /// `dataset_path` names a folder or an id of the hub, with `dataset_name` in it.
-    Folder { path: String, name: Option<String> },
+    Folder {
+        path: String,
+        name: Option<String>,
+        /// Of `dataset_kwargs`, what would choose documents of the hub's data set.
+        unused: Vec<String>,
+    },
 }
 
 /// How examples are chosen.
@@ -326,7 +331,23 @@ fn data_set(keys: &Keys) -> Result<DataSet, Error> {
     let path = keys.required("dataset_path", "it names the data's format (json, csv, text, parquet) or its folder")?;
     let name = keys.text("dataset_name")?;
     let Some((_, format)) = FORMATS.iter().find(|(known, _)| *known == path) else {
-        return Ok(DataSet::Folder { path, name });
+        // Of a copy that lies here, these change no document.
+        const IDLE: [&str; 10] = [
+            "trust_remote_code",
+            "streaming",
+            "token",
+            "use_auth_token",
+            "cache_dir",
+            "download_mode",
+            "keep_in_memory",
+            "num_proc",
+            "verification_mode",
+            "save_infos",
+        ];
+        let own = keys.get("dataset_kwargs").map(Entry::object).transpose()?.unwrap_or_default();
+        let own = own.into_iter().filter(|(key, value)| !value.is_null() && !IDLE.contains(&key.as_str()));
+        let unused = own.map(|(key, value)| format!("{key} {value}")).collect();
+        return Ok(DataSet::Folder { path, name, unused });
     };
     let missing = || Error::MissingKey {
         file: keys.file.clone(),

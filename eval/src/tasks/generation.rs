@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::{error::nearest, python};
-use crate::GenerationOptions;
+use crate::{GenerationDefaults, GenerationOptions};
 
 /// Settings as they count together.
 #[derive(Clone, Debug, PartialEq)]
@@ -11,6 +11,8 @@ pub struct Generation {
     pub options: GenerationOptions,
     /// Settings that were asked for and change nothing, each with its value and the reason.
     pub unused: Vec<String>,
+    /// Its `top_k` is what the library takes where nobody says one.
+    pub top_k_by_default: bool,
 }
 
 /// A setting that cannot be used.
@@ -40,6 +42,8 @@ const NUMBERS: [Number; 8] = [
 ];
 /// Settings of sampling only.
 const SAMPLING: [&str; 4] = ["top_p", "top_k", "min_p", "seed"];
+/// Settings of which servers have defaults that are not off.
+const CAN_BE_OFF: [&str; 2] = ["top_k", "min_p"];
 /// What of a model's own settings counts where nothing else is said, as transformers has it.
 const OF_THE_MODEL: [&str; 4] = ["top_p", "top_k", "min_p", "repetition_penalty"];
 /// Settings of transformers and vLLM that are not supported, with the number at which they are off. Null, false and nothing
@@ -140,10 +144,11 @@ pub fn checked(map: &Map<String, Value>) -> Result<Map<String, Value>, Wrong> {
     Ok(out)
 }
 
-/// What checked settings mean together, by lm-evaluation-harness's rules (`normalize_gen_kwargs`). `of_model` counts where
-/// they say nothing.
+/// What checked settings mean together, by lm-evaluation-harness's rules (`normalize_gen_kwargs`). What the model's maker
+/// set counts where they say nothing.
 #[must_use]
-pub fn generation(map: &Map<String, Value>, of_model: &Map<String, Value>) -> Generation {
+pub fn generation(map: &Map<String, Value>, of_model: &GenerationDefaults) -> Generation {
+    let (of_model, default_top_k) = (&of_model.settings, of_model.top_k);
     let own = GenerationOptions::default();
     let mut unused = Vec::new();
     let mut name = |key: &str, value: &Value, why: &str| unused.push(format!("{key} {value} ({why})"));
@@ -181,6 +186,7 @@ pub fn generation(map: &Map<String, Value>, of_model: &Map<String, Value>) -> Ge
         given(key).or(of_model).and_then(number).unwrap_or(default)
     };
     let mut until = map.get("until").and_then(stops).unwrap_or_default();
+    let off = |value: &Value| number(value).is_some_and(|n| n <= 0.0);
     // The model's own end its answers beside the task's.
     until.extend(of_model.get("stop_strings").and_then(stops).unwrap_or_default());
     let options = GenerationOptions {
@@ -193,15 +199,17 @@ pub fn generation(map: &Map<String, Value>, of_model: &Map<String, Value>) -> Ge
             off if off < 0.0 => 1.0,
             p => p,
         },
-        top_k: value("top_k", own.top_k as f64).max(0.0) as usize,
+        top_k: value("top_k", default_top_k.filter(|_| sampled).unwrap_or(own.top_k) as f64).max(0.0) as usize,
         min_p: value("min_p", own.min_p).max(0.0),
         repetition_penalty: value("repetition_penalty", own.repetition_penalty),
         presence_penalty: value("presence_penalty", own.presence_penalty),
         frequency_penalty: value("frequency_penalty", own.frequency_penalty),
         seed: value("seed", own.seed as f64) as u64,
+        off: CAN_BE_OFF.into_iter().filter(|key| sampled && given(key).is_some_and(off)).map(str::to_owned).collect(),
         think_end: None,
     };
-    Generation { options, unused }
+    let said = given("top_k").is_some() || of_model.contains_key("top_k");
+    Generation { options, unused, top_k_by_default: sampled && !said && default_top_k.is_some() }
 }
 
 /// A number, or a text that is one: YAML 1.1 takes `1e-5` for a text.
@@ -247,7 +255,7 @@ mod tests {
     }
 
     fn read(value: Value) -> Generation {
-        generation(&checked(&map(value)).unwrap(), &Map::new())
+        generation(&checked(&map(value)).unwrap(), &GenerationDefaults::default())
     }
 
     #[test]
@@ -265,9 +273,10 @@ mod tests {
             presence_penalty: 0.5,
             frequency_penalty: -0.5,
             seed: 4,
+            off: vec![],
             think_end: None,
         };
-        assert_eq!(found, Generation { options: expected, unused: vec![] });
+        assert_eq!(found, Generation { options: expected, unused: vec![], top_k_by_default: false });
     }
 
     #[test]
@@ -321,7 +330,7 @@ mod tests {
         ] {
             assert_eq!(
                 read(off.clone()),
-                Generation { options: GenerationOptions::default(), unused: vec![] },
+                Generation { options: GenerationOptions::default(), unused: vec![], top_k_by_default: false },
                 "{off}"
             );
         }
@@ -358,15 +367,32 @@ mod tests {
 
     #[test]
     fn the_models_own_settings_count_where_nothing_else_is_said() {
-        let of_model = map(json!({"top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1, "temperature": 0.7}));
+        let settings = map(json!({"top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1, "temperature": 0.7}));
+        let of_model = GenerationDefaults { settings, ..GenerationDefaults::default() };
         let of = |own: Value| generation(&checked(&map(own)).unwrap(), &of_model).options;
         let greedy = of(json!({}));
         assert_eq!(greedy, GenerationOptions { repetition_penalty: 1.1, ..GenerationOptions::default() });
         let sampled = of(json!({"temperature": 0.5, "top_k": 0}));
-        let expected = GenerationOptions { temperature: 0.5, top_p: 0.9, ..greedy };
+        let expected = GenerationOptions { temperature: 0.5, top_p: 0.9, off: vec!["top_k".into()], ..greedy };
         assert_eq!(sampled, expected);
         assert_eq!(of(json!({"repetition_penalty": 1})), GenerationOptions::default());
-        let stops = generation(&map(json!({"until": ["a"]})), &map(json!({"stop_strings": ["b"]}))).options.until;
-        assert_eq!(stops, ["a", "b"]);
+        let ends =
+            GenerationDefaults { settings: map(json!({"stop_strings": ["b"]})), ..GenerationDefaults::default() };
+        assert_eq!(generation(&map(json!({"until": ["a"]})), &ends).options.until, ["a", "b"]);
+    }
+
+    #[test]
+    fn the_librarys_top_k_counts_of_sampled_answers_for_which_nobody_says_one() {
+        let top_k = |own: Value, settings: Value| {
+            let of_model =
+                GenerationDefaults { settings: map(settings), top_k: Some(50), ..GenerationDefaults::default() };
+            generation(&checked(&map(own)).unwrap(), &of_model).options.top_k
+        };
+        assert_eq!(top_k(json!({"temperature": 1}), json!({})), 50);
+        assert_eq!(top_k(json!({}), json!({})), 0);
+        assert_eq!(top_k(json!({"temperature": 1}), json!({"top_k": 20})), 20);
+        for off in [json!(0), json!(-1)] {
+            assert_eq!(top_k(json!({"temperature": 1, "top_k": off}), json!({"top_k": 20})), 0);
+        }
     }
 }

@@ -49,7 +49,7 @@ pub fn read_split(config: &Config, key: &str, split: &str, data_dir: Option<&Pat
             let find = |name: &String| find_file(config, name, data_dir);
             (names.iter().map(find).collect::<Result<Vec<_>, _>>()?.concat(), *format)
         }
-        DataSet::Folder { path, name } => {
+        DataSet::Folder { path, name, .. } => {
             let path = find_in_folder(config, path, name.as_deref(), split, data_dir)?;
             let format = Format::of(&path).unwrap_or(Format::Json);
             (vec![path], format)

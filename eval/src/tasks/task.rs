@@ -4,11 +4,11 @@ use std::{path::Path, sync::Arc};
 
 use serde_json::{Map, Value};
 
-use crate::{GenerationOptions, Message, Request};
+use crate::{GenerationDefaults, GenerationOptions, Message, Request};
 
 use super::{
     Error,
-    config::{Config, Expression, OutputType, Sampler},
+    config::{Config, DataSet, Expression, OutputType, Sampler},
     data::Doc,
     generation::{self, Generation},
     python,
@@ -53,7 +53,7 @@ pub struct Options {
     /// What ends a model's thinking, which is no part of its answer.
     pub think_end: Option<String>,
     /// What the model's maker set for generation, for what neither says.
-    pub of_model: Map<String, Value>,
+    pub of_model: GenerationDefaults,
 }
 
 impl Default for Options {
@@ -67,7 +67,7 @@ impl Default for Options {
             system: None,
             generation: Map::new(),
             think_end: None,
-            of_model: Map::new(),
+            of_model: GenerationDefaults::default(),
         }
     }
 }
@@ -129,6 +129,15 @@ impl Task {
             return Err(no_split(&config, "test_split", "", ""));
         };
         let Split { docs, mut files, mut notes } = read_split(&config, key, &split, data_dir)?;
+        if let DataSet::Folder { path, unused, .. } = &config.data
+            && !unused.is_empty()
+        {
+            notes.push(format!(
+                "{}: of `dataset_kwargs` not used, as the copy of {path} is read as it lies there: {}",
+                config.name,
+                unused.join(", ")
+            ));
+        }
         let pool = config.few_shot.split.clone().map(|s| ("fewshot_split", s));
         let mut no_examples = None;
         let examples = match (pool, &config.few_shot.samples) {
@@ -217,6 +226,24 @@ impl Task {
             (Some(wanted), _) => wanted,
             (None, own) => own.unwrap_or(0),
         }
+    }
+
+    /// Bytes of a document as JSON, or near it.
+    pub(crate) fn document_bytes(&self, doc_id: usize) -> u64 {
+        fn of(value: &Value) -> u64 {
+            match value {
+                Value::String(text) => text.len() as u64 + 2,
+                Value::Array(items) => items.iter().map(|i| of(i) + 1).sum(),
+                Value::Object(map) => map.iter().map(|(key, v)| key.len() as u64 + 4 + of(v)).sum(),
+                _ => 4,
+            }
+        }
+        self.docs.get(doc_id).map_or(0, |doc| doc.iter().map(|(key, v)| key.len() as u64 + 4 + of(v)).sum())
+    }
+
+    /// Whether it has settings of generation and generates nothing.
+    pub(crate) fn has_idle_generation_kwargs(&self) -> bool {
+        self.config.output != OutputType::Generate && !self.config.generation.is_empty()
     }
 
     /// The `generation_kwargs` that apply.

@@ -24,13 +24,14 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::super::options::{EngineOptions, identity, model_folder, open_model};
+use super::super::options::{EngineOptions, identity, model_folder, open_noted};
 use super::texts::{Texts, texts};
-use super::{TaskOptions, facts_config, model_name, run_plan};
+use super::{TaskOptions, facts_config, model_name, room, run_plan};
 use crate::backend::cpu::CpuBackend;
 use crate::evaluate::{EvaluatedModel, ModelText, attribution, facts};
 use crate::formats::kv::KvFormat;
 use crate::model::Decoder;
+use crate::output::Claim;
 
 /// Tasks where none are named: shipped, quick, and of different kinds.
 const DEFAULT_TASKS: [&str; 4] = ["hellaswag", "piqa", "arc_easy", "lambada_openai"];
@@ -55,13 +56,13 @@ pub(in crate::cli) struct Args {
     /// Texts for KL and perplexity: wikitext and books (shipped), or files of text or records, folders, patterns, or - for
     /// standard input; conversations are written by the baseline's chat template; `none` for none
     #[arg(long, value_delimiter = ',', default_value = "wikitext,books", value_name = "TEXTS")]
-    text: Vec<String>,
-    /// Tokens in a window of text
-    #[arg(long, default_value_t = 512, value_name = "N")]
-    window: usize,
-    /// Windows of each text at most
-    #[arg(long, default_value_t = 24, value_name = "N")]
-    windows: usize,
+    text: Vec<OsString>,
+    /// Tokens in a window of text [default: 512]
+    #[arg(long, value_name = "N")]
+    window: Option<usize>,
+    /// Windows of each text at most [default: 24]
+    #[arg(long, value_name = "N")]
+    windows: Option<usize>,
     /// Where the loss sits: quantize, or restore, one layer and one kind of module at a time, and rank them by KL
     #[arg(long, value_name = "MODE", num_args = 0..=1, default_missing_value = "quantize")]
     attribute: Option<Attribute>,
@@ -105,12 +106,26 @@ impl Attribute {
     }
 }
 
+impl Args {
+    /// Tokens in a window of text.
+    fn window(&self) -> usize {
+        self.window.unwrap_or(512)
+    }
+
+    /// Windows of each text at most.
+    fn windows(&self) -> usize {
+        self.windows.unwrap_or(24)
+    }
+}
+
 /// A loaded model.
 struct Loaded {
     decoder: Decoder<CpuBackend>,
     text: ModelText,
     identity: Value,
     facts: recoup_eval::scores::ModelFacts,
+    /// What its files contradict each other in.
+    notes: Vec<String>,
 }
 
 /// What one model's part of the work gave.
@@ -135,7 +150,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     }
     check_before(args, &setup, &selection, &texts)?;
     args.models.iter().try_for_each(|m| model_folder(m).map(drop))?;
-    let _claim = super::claimed(Some(&args.output))?;
+    let claim = super::claimed(Some(&args.output))?;
 
     let baseline = load(args, &args.models[0])?;
     let mut work = Work {
@@ -146,19 +161,26 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
         baseline: &baseline,
         texts: &texts,
         notes: RefCell::new(text_notes.into_iter().collect()),
+        claim: claim.as_ref(),
     };
     // A text that is too short is refused before any task is answered.
     for (name, text) in &texts {
         let alone = [EvaluatedModel::new(&baseline.decoder, &baseline.text, work.kv(), None)];
-        work.windows(&alone, name, text, args.windows)?;
+        work.windows(&alone, name, text, args.windows())?;
     }
+    let of_files =
+        |label: &String, model: &Loaded| model.notes.iter().map(|n| format!("{label}: {n}")).collect::<Vec<_>>();
+    let mut in_files = of_files(&labels[0], &baseline);
     let mut evaluated = vec![work.model(0, &baseline)?];
     for (index, model) in args.models.iter().enumerate().skip(1) {
         let loaded = load(args, model)?;
+        in_files.extend(of_files(&labels[index], &loaded));
         evaluated.push(work.model(index, &loaded)?);
     }
-    let notes = work.notes.into_inner();
+    let mut notes = work.notes.into_inner();
     notes.iter().for_each(|n| super::super::say!("note: {n}"));
+    // Said when the models were opened.
+    notes.extend(in_files);
     let comparison = summary(args, &labels, ptq, &selection, evaluated)?;
     report(args, notes, &comparison)
 }
@@ -185,8 +207,17 @@ fn check_before(args: &Args, setup: &Setup, selection: &Selection, texts: &[(Str
             super::super::say!("warning: without effect, as there is no task: {}", of_tasks.join(", "));
         }
     }
-    if !texts.is_empty() && (args.windows < 2 || args.window < 2) {
-        bail!("--windows {} --window {}: an error needs two windows of two tokens at least", args.windows, args.window);
+    let (windows, window) = (args.windows(), args.window());
+    if !texts.is_empty() && (windows < 2 || window < 2) {
+        bail!("--windows {windows} --window {window}: an error needs two windows of two tokens at least");
+    }
+    if args.attribute.is_some() && args.attribute_windows < 2 {
+        bail!("--attribute-windows {}: an error needs two windows at least", args.attribute_windows);
+    }
+    let given = [("--window", args.window.is_some()), ("--windows", args.windows.is_some())];
+    let given: Vec<&str> = given.iter().filter(|(_, given)| *given).map(|(name, _)| *name).collect();
+    if texts.is_empty() && !given.is_empty() {
+        super::super::say!("warning: without effect, as --text names none: {}", given.join(", "));
     }
     for task in &selection.tasks {
         let documents = setup.options.limit.map_or(task.documents(), |l| l.of(task.documents()));
@@ -248,13 +279,14 @@ fn ptq(args: &Args, labels: &[String]) -> Result<Option<usize>> {
 
 fn load(args: &Args, model: &OsStr) -> Result<Loaded> {
     let folder = model_folder(model)?;
-    let checkpoint = open_model(&folder)?;
+    let (checkpoint, notes) = open_noted(&folder)?;
     let text = args.tasks.text(&folder, &checkpoint.config)?;
+    let notes = [&notes, text.tokenizer().notes()].concat();
     let mut facts = facts::facts(&model_name(model), &checkpoint)?;
     let identity = json!({"files": identity(&checkpoint)?, "computation": args.options.computation()});
     let decoder = args.options.load(&checkpoint)?;
     facts.resident_bytes = Some(facts::resident_bytes(&decoder));
-    Ok(Loaded { decoder, text, identity, facts })
+    Ok(Loaded { decoder, text, identity, facts, notes })
 }
 
 /// What is done with each model.
@@ -267,6 +299,7 @@ struct Work<'a> {
     texts: &'a [(String, String)],
     /// What the report says about how it was measured.
     notes: RefCell<BTreeSet<String>>,
+    claim: Option<&'a Claim>,
 }
 
 impl Work<'_> {
@@ -290,7 +323,10 @@ impl Work<'_> {
             let mut evaluated = EvaluatedModel::new(&model.decoder, &model.text, self.kv(), None);
             let plan = Plan::new(self.selection, self.setup, &evaluated)?;
             self.notes.borrow_mut().extend(plan.notes());
-            results = run_plan(&mut evaluated, &plan, &model.identity, &folder, Shard::ALL, label)?;
+            results = run_plan(&mut evaluated, &plan, &model.identity, &folder, Shard::ALL, label, &|bytes| {
+                // All models are asked the same; those before this one have theirs already.
+                room(self.claim, bytes * (self.labels.len() - index) as u64)
+            })?;
             if evaluated.truncated() > 0 {
                 super::super::say!(
                     "warning: {label}: {} contexts were longer than the model's and lost their beginning",
@@ -301,7 +337,7 @@ impl Work<'_> {
                 results.write(
                     &folder,
                     &facts,
-                    &facts_config(&facts, &model.identity, self.args.tasks.describe(self.setup)),
+                    &facts_config(&facts, &model.identity, &model.notes, self.args.tasks.describe(self.setup)),
                 )?;
             }
         }
@@ -332,13 +368,13 @@ impl Work<'_> {
         limit: usize,
     ) -> Result<Windows> {
         let context = models.iter().map(recoup_eval::TokenModel::context_length).min().unwrap_or(0);
-        if context < self.args.window {
+        let window = self.args.window();
+        if context < window {
             self.notes.borrow_mut().insert(format!(
-                "Windows of {context} tokens instead of {}: one of the models has no more positions.",
-                self.args.window
+                "Windows of {context} tokens instead of {window}: one of the models has no more positions."
             ));
         }
-        let windows = Windows::cut(models, name, text, self.args.window.min(context), Some(limit))?;
+        let windows = Windows::cut(models, name, text, window.min(context), Some(limit))?;
         if let Some(padded) = &windows.padded {
             let sizes: Vec<String> = padded.iter().map(usize::to_string).collect();
             self.notes.borrow_mut().insert(format!(
@@ -360,7 +396,7 @@ impl Work<'_> {
     ) -> Result<(Divergence, WindowSums)> {
         let pair = [self.baseline, model];
         let mut models = pair.map(|m| EvaluatedModel::new(&m.decoder, &m.text, self.kv(), None));
-        let windows = self.windows(&models, name, text, self.args.windows)?;
+        let windows = self.windows(&models, name, text, self.args.windows())?;
         let key = json!({"baseline": self.baseline.identity, "model": model.identity, "windows": windows.windows});
         let file = folder.join(format!("divergence_{}.json", file_name(name)));
         let (mut divergence, sums) = kept(&file, &key, || {
@@ -385,7 +421,7 @@ impl Work<'_> {
     ) -> Result<Attribution> {
         let pair = [self.baseline, model];
         let models = pair.map(|m| EvaluatedModel::new(&m.decoder, &m.text, self.kv(), None));
-        let windows = self.windows(&models, name, text, self.args.attribute_windows.max(2))?;
+        let windows = self.windows(&models, name, text, self.args.attribute_windows)?;
         let key = json!({"baseline": self.baseline.identity, "model": model.identity, "windows": windows.windows,
             "mode": format!("{mode:?}")});
         let mut found: Attribution = kept(&folder.join("attribution.json"), &key, || {
@@ -519,7 +555,8 @@ fn context(args: &Args, measured: BTreeSet<String>, comparison: &Comparison) -> 
     if !comparison.divergences.is_empty() {
         notes.push(format!(
             "Texts in disjoint windows of at most {} tokens, at most {} windows.",
-            args.window, args.windows
+            args.window(),
+            args.windows()
         ));
     }
     notes.extend(measured);

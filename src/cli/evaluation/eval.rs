@@ -15,12 +15,12 @@ use recoup_eval::tasks::{ListedKind, Selection};
 use recoup_eval::{LanguageModel, journal};
 use serde_json::{Value, json};
 
-use super::super::options::{EngineOptions, KvDtype, identity, model_folder, open_model};
-use super::{TaskOptions, facts_config, model_name, parse_shard, run_plan};
+use super::super::options::{EngineOptions, KvDtype, at_least_one, identity, model_folder, open_noted};
+use super::{TaskOptions, facts_config, model_name, parse_shard, room, run_plan};
 use crate::checkpoint::Checkpoint;
 use crate::evaluate::{EvaluatedModel, ModelText, facts, kernel_check};
 use crate::model::ModelConfig;
-use crate::output;
+use crate::output::{self, Claim};
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
@@ -63,10 +63,10 @@ struct UrlArgs {
     #[arg(long, value_name = "NAME")]
     served_model: Option<String>,
     /// Requests under way at once [default: 4]
-    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    #[arg(long, value_name = "N", value_parser = at_least_one::<u64>)]
     concurrency: Option<u64>,
     /// Seconds that one request may take [default: 300]
-    #[arg(long, value_name = "SECONDS", value_parser = at_least_one)]
+    #[arg(long, value_name = "SECONDS", value_parser = at_least_one::<u64>)]
     timeout: Option<u64>,
     /// Further tries of a request that failed for a reason that may pass, with waits of 0.5 s, 1 s, 2 s, … 60 s or what the
     /// server asks for [default: 8]
@@ -87,10 +87,6 @@ struct UrlArgs {
     /// Certificates (PEM) to trust instead of the public authorities', for https
     #[arg(long, value_name = "FILE")]
     ca_file: Option<PathBuf>,
-}
-
-fn at_least_one(text: &str) -> Result<u64, String> {
-    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "expected a whole number from 1 on".to_owned())
 }
 
 impl UrlArgs {
@@ -134,6 +130,10 @@ impl UrlArgs {
 struct Subject {
     facts: ModelFacts,
     identity: Value,
+    /// What its files contradict each other in.
+    notes: Vec<String>,
+    /// Of the folder that keeps the answers.
+    claim: Option<Claim>,
 }
 
 pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
@@ -154,13 +154,15 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
         bail!("{name} is of a server; {} is a model that runs here", Path::new(model).display());
     }
     let folder = model_folder(model)?;
-    let checkpoint = open_model(&folder)?;
-    let _claim = super::claimed(args.output.as_deref())?;
+    let (checkpoint, notes) = open_noted(&folder)?;
+    let claim = super::claimed(args.output.as_deref())?;
     let text = args.tasks.text(&folder, &checkpoint.config)?;
     let context = context_length(&checkpoint, args.max_length)?;
     let subject = Subject {
         facts: facts::facts(&model_name(model), &checkpoint)?,
         identity: json!({"files": identity(&checkpoint)?, "computation": args.options.computation(), "context": context}),
+        notes: [&notes, text.tokenizer().notes()].concat(),
+        claim,
     };
     if args.check_kernels {
         check_kernels(args, &checkpoint, &text)?;
@@ -217,7 +219,7 @@ fn url(args: &Args, address: &str, selection: &Selection, setup: &Setup) -> Resu
         notice: Some(|text| super::super::say!("{text}")),
     };
     let mut server = OpenAi::new(address, options)?;
-    let _claim = super::claimed(args.output.as_deref())?;
+    let claim = super::claimed(args.output.as_deref())?;
     let address = server.address();
     let name = format!("{} at {address}", server.model());
     // Null where nothing is asked for: answers of runs before there were such options go on.
@@ -228,6 +230,8 @@ fn url(args: &Args, address: &str, selection: &Selection, setup: &Setup) -> Resu
             "extra_body": some(json!(fields.extra)), "rename_field": some(json!(fields.rename)),
             "omit_field": if omitted.is_empty() { Value::Null } else { json!(omitted) }}),
         facts: ModelFacts { name, ..ModelFacts::default() },
+        notes: Vec::new(),
+        claim,
     };
     evaluate(args, &mut server, &subject, selection, setup, OpenAi::tally)
 }
@@ -257,7 +261,7 @@ fn evaluate<M: LanguageModel>(
 ) -> Result<ExitCode> {
     let plan = Plan::new(selection, setup, model)?;
     plan.notes().iter().for_each(|note| super::super::say!("warning: {note}"));
-    let config = facts_config(&subject.facts, &subject.identity, args.tasks.describe(setup));
+    let config = facts_config(&subject.facts, &subject.identity, &subject.notes, args.tasks.describe(setup));
     if !args.merge.is_empty() {
         let answers = merge(&plan, &subject.identity, &args.merge)?;
         if let Some(folder) = &args.output {
@@ -276,7 +280,9 @@ fn evaluate<M: LanguageModel>(
     let shard = args.shard.unwrap_or(Shard::ALL);
     let start = Instant::now();
     let mut counted = kept_tally(folder)?;
-    let results = run_plan(model, &plan, &subject.identity, folder, shard, &subject.facts.name);
+    let results = run_plan(model, &plan, &subject.identity, folder, shard, &subject.facts.name, &|bytes| {
+        room(subject.claim.as_ref(), bytes)
+    });
     counted.add(&tally(model));
     if counted != Tally::default() {
         journal::write_atomically(&folder.join(SERVER), json!(counted).to_string().as_bytes())?;

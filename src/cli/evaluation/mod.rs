@@ -5,7 +5,7 @@ mod curves;
 pub(super) mod eval;
 mod texts;
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
@@ -27,7 +27,7 @@ use crate::output::Claim;
 pub(super) struct TaskOptions {
     /// Tasks, groups, tags or patterns, by name or as YAML files, separated by commas (`recoup eval --list-tasks`)
     #[arg(long, value_delimiter = ',', value_name = "TASKS")]
-    tasks: Vec<String>,
+    tasks: Vec<OsString>,
     /// Folder with more task files in lm-evaluation-harness's form; may be given several times
     #[arg(long, value_name = "DIR")]
     include_path: Vec<PathBuf>,
@@ -77,8 +77,12 @@ impl TaskOptions {
     /// The tasks named, or `default` where none is.
     fn select(&self, default: &[&str]) -> Result<Selection> {
         let mut library = self.library()?;
-        let asked: Vec<&str> = self.tasks.iter().map(|t| t.trim()).filter(|t| !t.is_empty() && *t != "none").collect();
-        let selection = library.select(if self.tasks.is_empty() { default } else { &asked[..] })?;
+        let selection = if self.tasks.is_empty() {
+            library.select(default)?
+        } else {
+            let asked = listed(&self.tasks).into_iter().filter(|task| *task != Path::new("none"));
+            library.select(&asked.collect::<Vec<_>>())?
+        };
         selection.notes.iter().for_each(|note| super::say!("note: {note}"));
         Ok(selection)
     }
@@ -230,6 +234,12 @@ fn word(text: &str) -> Value {
     }
 }
 
+/// What stands between commas, without the blanks around it; names that are no text are as they are.
+fn listed(items: &[OsString]) -> Vec<&Path> {
+    let items = items.iter().map(|item| item.to_str().map_or(Path::new(item), |text| Path::new(text.trim())));
+    items.filter(|item| !item.as_os_str().is_empty()).collect()
+}
+
 /// `i/n`, i from 0.
 fn parse_shard(text: &str) -> Result<Shard, String> {
     let shard =
@@ -249,7 +259,13 @@ fn claimed(output: Option<&Path>) -> Result<Option<Claim>> {
     Ok(Some(claim))
 }
 
-/// Asks `model` what the journal in `folder` lacks and shows how far it is; results when all is answered.
+/// Whether so many bytes of answers fit where they go; nothing is asked of a run that keeps none.
+fn room(claim: Option<&Claim>, bytes: u64) -> Result<()> {
+    Ok(claim.map_or(Ok(()), |claim| claim.room("what is asked and answered", bytes))?)
+}
+
+/// Asks `model` what the journal in `folder` lacks and shows how far it is; results when all is answered. `room` is asked
+/// before whether the disk has so many bytes.
 fn run_plan<M: LanguageModel>(
     model: &mut M,
     plan: &Plan<'_>,
@@ -257,6 +273,7 @@ fn run_plan<M: LanguageModel>(
     folder: &Path,
     shard: Shard,
     what: &str,
+    room: &dyn Fn(u64) -> Result<()>,
 ) -> Result<Option<Results>> {
     std::fs::create_dir_all(folder).with_context(|| format!("{}: cannot create", folder.display()))?;
     let mut journal = Journal::open(&folder.join(RESPONSES), &plan.about(identity, shard))?;
@@ -264,6 +281,8 @@ fn run_plan<M: LanguageModel>(
     if before > 0 {
         super::say!("{what}: {before} of {all} answers are there already");
     }
+    let there = std::fs::metadata(folder.join(RESPONSES)).map_or(0, |m| m.len());
+    room(plan.bytes(shard).saturating_sub(there))?;
     let bar = super::progress(all as u64, format!("{what}: answers"));
     bar.start_at(before as u64);
     plan.answer(model, &mut journal, shard, folder, &mut |_: &Request| bar.inc(1))?;
@@ -281,9 +300,13 @@ fn model_name(model: &OsStr) -> String {
     path.file_name().unwrap_or(model).to_string_lossy().into_owned()
 }
 
-/// `config` of results.json: the model, all that its answers depend on, and how the tasks were put.
-fn facts_config(facts: &ModelFacts, identity: &Value, tasks: Value) -> Value {
+/// `config` of results.json: the model, all that its answers depend on, what its files contradict each other in, and how the
+/// tasks were put.
+fn facts_config(facts: &ModelFacts, identity: &Value, notes: &[String], tasks: Value) -> Value {
     let mut config = json!({"model": "recoup", "model_args": {"pretrained": facts.name}, "model_identity": identity});
+    if !notes.is_empty() {
+        config["model_notes"] = json!(notes);
+    }
     if let (Value::Object(config), Value::Object(tasks)) = (&mut config, tasks) {
         config.extend(tasks);
     }
