@@ -46,7 +46,7 @@ fn quantized(t: &Tiny, recipe: &str, dialect: Dialect, folder: &Path) -> Result<
 fn logits(folder: &Path) -> Vec<f32> {
     let model = Decoder::load(backend(), &Checkpoint::open(&folder.join("out")).unwrap()).unwrap();
     let mut cache = model.new_cache(PAGE, KvFormat::F32).unwrap();
-    let spans = vec![Span { slot: 0, start: 0, len: 3, pages: vec![0] }];
+    let spans = vec![Span { start: 0, len: 3, pages: vec![0] }];
     let out = model.forward(&Batch { tokens: vec![1, 2, 3], spans }, &mut cache, Wanted::Last).unwrap();
     model.backend().to_host(&out).unwrap()
 }

@@ -26,7 +26,7 @@ fn load_on(isa: Isa, folder: &Path) -> Result<Vec<f32>, String> {
     let backend = CpuBackend::new(isa, 1).unwrap();
     let decoder = Decoder::load(backend, &checkpoint).map_err(|e| e.to_string())?;
     let tokens = vec![3, 1, 4, 1, 5];
-    let spans = vec![Span { slot: 0, start: 0, len: tokens.len(), pages: vec![0] }];
+    let spans = vec![Span { start: 0, len: tokens.len(), pages: vec![0] }];
     let mut cache = decoder.new_cache(PAGE, KvFormat::F32).unwrap();
     let logits = decoder.forward(&Batch { tokens, spans }, &mut cache, Wanted::All).unwrap();
     Ok(decoder.backend().to_host(&logits).unwrap())

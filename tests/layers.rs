@@ -3,20 +3,33 @@
 use std::path::{Path, PathBuf};
 
 /// What each layer may use of the others.
-const ALLOWED: [(&str, &[&str]); 12] = [
+const ALLOWED: [(&str, &[&str]); 13] = [
     ("formats", &[]),
+    ("logits", &[]),
     ("output", &[]),
     ("checkpoint", &["formats", "output"]),
-    ("backend", &["formats"]),
+    ("backend", &["formats", "logits"]),
     ("model", &["formats", "checkpoint", "backend"]),
     ("text", &[]),
     ("quantize", &["formats", "output", "checkpoint", "backend", "model"]),
     ("recover", &["formats", "output", "checkpoint", "backend", "model", "text"]),
-    ("engine", &["formats", "checkpoint", "backend", "model", "text"]),
-    ("evaluate", &["formats", "checkpoint", "backend", "model", "text", "engine"]),
+    ("engine", &["formats", "logits", "checkpoint", "backend", "model", "text"]),
+    ("evaluate", &["formats", "logits", "checkpoint", "backend", "model", "text", "engine"]),
     (
         "cli",
-        &["formats", "output", "checkpoint", "backend", "model", "text", "quantize", "recover", "engine", "evaluate"],
+        &[
+            "formats",
+            "logits",
+            "output",
+            "checkpoint",
+            "backend",
+            "model",
+            "text",
+            "quantize",
+            "recover",
+            "engine",
+            "evaluate",
+        ],
     ),
     ("main", &["cli"]),
 ];

@@ -36,7 +36,7 @@ fn fill(t: &mut Tiny, name: &str, value: f32) {
 fn forward<B: Backend>(backend: B, checkpoint: &Checkpoint) -> Result<Vec<f32>, BackendError> {
     let decoder = Decoder::load(backend, checkpoint).unwrap();
     let mut cache = decoder.new_cache(PAGE, KvFormat::F32).unwrap();
-    let spans = vec![Span { slot: 0, start: 0, len: TOKENS.len(), pages: vec![0] }];
+    let spans = vec![Span { start: 0, len: TOKENS.len(), pages: vec![0] }];
     let logits = decoder.forward(&Batch { tokens: TOKENS.into(), spans }, &mut cache, Wanted::Last)?;
     decoder.backend().to_host(&logits)
 }

@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor, Var};
 use recoup::backend::autograd::{AutogradBackend, Linear, loss};
 use recoup::backend::cpu::operand::{Precision, WeightGrid};
 use recoup::backend::cpu::{CpuBackend, isa::Isa};
-use recoup::backend::{AttentionShape, Backend, Batch, CacheLayout, PAGE, RopeTable, Span};
+use recoup::backend::{AttentionShape, Backend, Batch, CacheLayout, LayerCache, PAGE, Rotation, Span};
 use recoup::checkpoint::Checkpoint;
 use recoup::formats::kv::KvFormat;
 use recoup::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
@@ -143,25 +143,34 @@ fn the_gradient_of_a_norms_weight_is_that_of_finite_differences() {
 
 #[test]
 fn gradients_of_attention_are_those_of_finite_differences() {
-    for (heads, kv_heads, window, lengths) in
-        [(2, 2, None, &[7][..]), (4, 2, None, &[5, 1, 9]), (3, 1, Some(4), &[11, 3]), (2, 1, None, &[150])]
-    {
-        let shape = AttentionShape { layer: 0, heads, kv_heads, head_dim: 8, window };
+    for (heads, kv_heads, window, lengths, rope, kept) in [
+        (2, 2, None, &[7][..], Some(1), true),
+        (4, 2, None, &[5, 1, 9], Some(1), false),
+        (3, 1, Some(4), &[11, 3], None, true),
+        (2, 1, None, &[150], Some(1), true),
+    ] {
+        let shape = AttentionShape { layer: 0, heads, kv_heads, head_dim: 8, window, rope };
         let tokens: usize = lengths.iter().sum();
         let mut batch = Batch { tokens: vec![0; tokens], spans: Vec::new() };
         let mut page = 0;
-        for (slot, len) in lengths.iter().enumerate() {
-            let pages = (page..page + len.div_ceil(PAGE) as u32).collect();
-            page += len.div_ceil(PAGE) as u32;
-            batch.spans.push(Span { slot, start: 0, len: *len, pages });
+        for len in lengths {
+            // What is not kept is computed all the same.
+            let count = if kept { len.div_ceil(PAGE) as u32 } else { 0 };
+            let pages = (page..page + count).collect();
+            page += count;
+            batch.spans.push(Span { start: 0, len: *len, pages });
         }
-        let rope = RopeTable::new(&[1.0, 0.3, 0.1, 0.03], 1.3, batch.positions());
         let backend = AutogradBackend::new();
-        let layout = CacheLayout { formats: vec![KvFormat::F32], kv_heads, head_dim: 8, pages: page as usize };
+        let rotation = |frequencies: &[f32]| Rotation { frequencies: frequencies.to_vec(), factor: 1.3 };
+        let ropes = [rotation(&[0.9, 0.8, 0.7, 0.6]), rotation(&[1.0, 0.3, 0.1, 0.03])];
+        let ropes = ropes.map(|r| backend.load_rope(r).unwrap());
+        let pass = backend.prepare(&batch, &ropes).unwrap();
+        let layer = LayerCache { format: KvFormat::F32, kv_heads, head_dim: 8 };
+        let layout = CacheLayout { layers: vec![layer], pages: page as usize };
         check_gradients(&format!("attention {lengths:?}"), &attention_inputs(tokens, &shape), |x| {
             let mut cache = backend.new_cache(&layout).unwrap();
             let (q, k, v) = (x[0].clone(), x[1].clone(), x[2].clone());
-            backend.attention(q, k, v, &shape, &rope, &mut cache, &batch).unwrap()
+            backend.attention(q, k, v, &shape, &pass, &mut cache).unwrap()
         });
     }
 }
@@ -400,8 +409,7 @@ fn gradients_with_bf16_operands_are_near_those_in_f32() {
 fn distillation_from_itself_finds_nothing_to_do() {
     let teacher = Decoder::load(AutogradBackend::new(), &fixture("bf16")).unwrap();
     let own = Decoder::load(AutogradBackend::new(), &fixture("bf16")).unwrap();
-    let mut linears: Vec<Linear> = Vec::new();
-    own.for_each_linear(|l| linears.push(l.clone()));
+    let linears: Vec<Linear> = own.linears().map(|l| (*l.linear).clone()).collect();
     linears.iter().for_each(Linear::train);
     let rows = rows();
     let rows: Vec<&Row> = rows.iter().collect();

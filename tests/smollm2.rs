@@ -72,7 +72,7 @@ fn models() -> Option<&'static Models> {
 fn logits(model: &Decoder<CpuBackend>, tokens: &[u32]) -> Vec<f32> {
     let mut cache = model.new_cache(tokens.len().next_multiple_of(PAGE), KvFormat::F32).unwrap();
     let pages = (0..tokens.len().div_ceil(PAGE) as u32).collect();
-    let span = Span { slot: 0, start: 0, len: tokens.len(), pages };
+    let span = Span { start: 0, len: tokens.len(), pages };
     let out = model.forward(&Batch { tokens: tokens.to_vec(), spans: vec![span] }, &mut cache, Wanted::All).unwrap();
     model.backend().to_host(&out).unwrap()
 }
@@ -129,7 +129,7 @@ fn packed_weights_are_as_large_as_their_file() {
         let checkpoint = Checkpoint::open(folder).unwrap();
         let model = Decoder::load(backend(), &checkpoint).unwrap();
         let mut resident = 0;
-        model.for_each_linear(|l| resident += l.resident_bytes() as u64);
+        model.linears().for_each(|l| resident += l.linear.resident_bytes() as u64);
         let file = checkpoint.tensors.file_bytes();
         assert!(resident * 10 <= file * 11, "{resident} bytes held for a file of {file}");
     }

@@ -20,9 +20,9 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use self::pass::{PassError, Windows};
+pub use self::row::{Pair, RowError, compare_rows};
 pub use self::token_class::TokenClass;
 
-use self::row::{Pair, RowError};
 use crate::comparison::{Divergence, Estimate, GroupKl, Histogram, Interval};
 use crate::statistics::{Random, Sample, Smoothing, interval, mean_and_standard_error, resample};
 
@@ -147,7 +147,7 @@ impl Accumulator {
         if target as usize >= vocab {
             return Err(DivergenceError::Target { window, position, target, vocab });
         }
-        let pair = row::compare(baseline_logits, logits, target as usize).map_err(|e| match e {
+        let pair = compare_rows(baseline_logits, logits, target as usize).map_err(|e| match e {
             RowError::NotFinite { which, token, value } => {
                 DivergenceError::NotFinite { window, position, which, token, value }
             }

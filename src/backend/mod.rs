@@ -1,24 +1,27 @@
-//! The seam between the decoder and what computes it: about twelve fused operations.
+//! The seam between a model and what computes it. What a device could do in one kernel is one operation here; those that
+//! are made of others have that as their default, which defines what the fused kernel gives.
 //!
 //! `cpu` runs packed weights, `autograd` runs candle tensors; a CUDA backend implements the same trait.
 
 pub mod autograd;
 pub mod cpu;
 pub mod observe;
+mod pass;
 
 use std::path::PathBuf;
 
+use recoup_eval::divergence::{Pair, RowError, compare_rows};
+
+pub use self::pass::{Batch, HostPass, PAGE, RopeRows, RopeTable, Rotation, Span};
 use crate::formats::kv::KvFormat;
 use crate::formats::linear::LinearTensors;
 use crate::formats::{all_finite, squares_finite};
-
-/// Tokens of KV cache in one page. A page's keys are stored with the 16 tokens side by side, one per SIMD lane.
-pub const PAGE: usize = 16;
+use crate::logits::{Draw, Routing, Sampled, SamplingError, Scratch, TokenScore};
 
 /// Version of what is computed: to be raised with every change that changes a bit of any logits, or the tokens that a text
 /// becomes. Results that are kept on disk are kept under it, so that another version's are never given out as this one's;
 /// `tests/determinism.rs` fails when bits change and this does not.
-pub const NUMERICS_VERSION: u32 = 1;
+pub const NUMERICS_VERSION: u32 = 2;
 
 /// Why a backend could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -47,60 +50,8 @@ pub enum BackendError {
 /// Result of a backend operation.
 pub type Result<T> = std::result::Result<T, BackendError>;
 
-/// New tokens of one sequence within a batch.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Span {
-    /// Which sequence, for backends that keep state per sequence.
-    pub slot: usize,
-    /// Position of the first new token, i.e. how many are already in the cache.
-    pub start: usize,
-    /// New tokens.
-    pub len: usize,
-    /// Pages of the cache that hold this sequence's tokens, in order; enough for `start + len`.
-    pub pages: Vec<u32>,
-}
-
-/// One forward pass: the new tokens of some sequences, one span after the other.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Batch {
-    pub tokens: Vec<u32>,
-    pub spans: Vec<Span>,
-}
-
-impl Batch {
-    /// Position of every token in its sequence.
-    pub fn positions(&self) -> impl Iterator<Item = usize> {
-        self.spans.iter().flat_map(|s| s.start..s.start + s.len)
-    }
-}
-
-/// Rotations of one forward pass, each [tokens, head_dim / 2].
-#[derive(Clone, Debug)]
-pub struct RopeTable {
-    pub half: usize,
-    pub cos: Vec<f32>,
-    pub sin: Vec<f32>,
-}
-
-impl RopeTable {
-    /// Angles `position · frequency` rounded to f32 as transformers has them; their cosine and sine correctly rounded,
-    /// then times `factor` (YaRN's, else 1).
-    #[must_use]
-    pub fn new(frequencies: &[f32], factor: f32, positions: impl Iterator<Item = usize>) -> Self {
-        let (mut cos, mut sin) = (Vec::new(), Vec::new());
-        for position in positions {
-            for &f in frequencies {
-                let (s, c) = libm::sincos(f64::from(position as f32 * f));
-                cos.push(c as f32 * factor);
-                sin.push(s as f32 * factor);
-            }
-        }
-        Self { half: frequencies.len(), cos, sin }
-    }
-}
-
 /// Shape of one attention layer.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionShape {
     /// Index of the layer in the cache.
     pub layer: usize,
@@ -109,6 +60,8 @@ pub struct AttentionShape {
     pub head_dim: usize,
     /// Keys at least this many positions back are not seen.
     pub window: Option<usize>,
+    /// Which of the model's rotations turns queries and keys; `None`: positions are not told.
+    pub rope: Option<usize>,
 }
 
 impl AttentionShape {
@@ -119,35 +72,69 @@ impl AttentionShape {
     }
 }
 
-/// What a KV cache must hold.
-#[derive(Clone, Debug)]
-pub struct CacheLayout {
-    /// One format per layer.
-    pub formats: Vec<KvFormat>,
+/// RMS norms over each head's queries and keys, before they turn.
+pub struct HeadNorms<'a, B: Backend> {
+    pub q: &'a B::Norm,
+    pub k: &'a B::Norm,
+    pub eps: f32,
+}
+
+/// What one layer keeps of every token.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LayerCache {
+    pub format: KvFormat,
     pub kv_heads: usize,
     pub head_dim: usize,
+}
+
+/// What a KV cache must hold.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CacheLayout {
+    pub layers: Vec<LayerCache>,
     /// Pages of [`PAGE`] tokens.
     pub pages: usize,
 }
 
-/// How probable a token is where it stands.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct TokenScore {
-    /// Natural log of its probability.
-    pub log_prob: f64,
-    /// Whether no token is more probable, and none as probable has a lower id.
-    pub is_greedy: bool,
+/// One expert of a mixture: down(silu(gate x) · up x).
+#[derive(Clone, Copy, Debug)]
+pub struct Expert<'a, L> {
+    pub gate: &'a L,
+    pub up: &'a L,
+    pub down: &'a L,
 }
 
-/// Experts chosen for one token: (expert, weight), ascending by expert, so that sums do not depend on the batch.
-pub type Routing = Vec<(usize, f32)>;
+/// How a mixture's router chooses.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Choice {
+    /// Experts a token.
+    pub top_k: usize,
+    /// Whether their weights are rescaled to one.
+    pub normalize: bool,
+}
+
+/// What is to be added to the residual stream.
+pub enum Update<'a, B: Backend> {
+    /// The product of a mixer's last linear, not computed yet.
+    Product { input: B::Tensor, weight: &'a B::Linear },
+    /// A sum that is ready.
+    Ready(B::Tensor),
+}
 
 /// The operations a decoder is made of. Activations are [tokens, features], f32 in value whatever the storage.
-pub trait Backend {
-    type Tensor;
-    type Linear;
-    type Norm;
-    type Cache;
+///
+/// Where weights are spread over ranks, [`Backend::residual`] and [`Backend::mixture`] are where their partial sums are
+/// added up; nothing else is split along what is summed over.
+pub trait Backend: Send + Sync + Sized {
+    type Tensor: Clone + Send;
+    type Linear: Send + Sync;
+    type Norm: Send + Sync;
+    type Cache: Send;
+    /// A rotation, ready for every position.
+    type Rope: Send + Sync;
+    /// What a forward pass needs in every layer.
+    type Pass: Send + Sync;
+
+    // What happens at load.
 
     /// Takes a linear layer's tensors over, in whatever layout the kernels want.
     ///
@@ -155,17 +142,29 @@ pub trait Backend {
     /// When there is no kernel for the combination of formats.
     fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<Self::Linear>;
 
-    /// The module that `linear` is, `model.layers.0.mlp.up_proj`.
-    fn module<'a>(&self, linear: &'a Self::Linear) -> &'a str;
+    /// Bytes that a linear's weight takes in memory.
+    fn resident_bytes(&self, linear: &Self::Linear) -> usize;
 
     /// Takes a norm's weight over, [features].
     fn load_norm(&self, weight: Vec<f32>) -> Result<Self::Norm>;
 
+    /// Takes a rotation over.
+    fn load_rope(&self, rotation: Rotation) -> Result<Self::Rope>;
+
     /// An empty KV cache.
     fn new_cache(&self, layout: &CacheLayout) -> Result<Self::Cache>;
 
-    /// Rows `tokens` of `table`, a linear's weight [vocab, features].
-    fn embed(&self, table: &Self::Linear, tokens: &[u32]) -> Result<Self::Tensor>;
+    /// Makes the sequence `to` begin with the first `to.start` tokens of the sequence `from`. Their whole pages are in
+    /// both lists; the page in which the two part is copied.
+    fn fork(&self, cache: &mut Self::Cache, from: &Span, to: &Span) -> Result<()>;
+
+    // What happens in a pass.
+
+    /// Gets what every layer needs of `batch` to where it computes, once for the pass; `ropes` are the model's rotations.
+    fn prepare(&self, batch: &Batch, ropes: &[Self::Rope]) -> Result<Self::Pass>;
+
+    /// Rows of `table`, a linear's weight [vocab, features]: one for each of the pass's tokens.
+    fn embed(&self, table: &Self::Linear, pass: &Self::Pass) -> Result<Self::Tensor>;
 
     /// RMS norm over each run of `weight`'s length: whole tokens, or single heads.
     fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Norm, eps: f32) -> Result<Self::Tensor>;
@@ -174,21 +173,18 @@ pub trait Backend {
     fn linears(&self, x: &Self::Tensor, weights: &[&Self::Linear]) -> Result<Vec<Self::Tensor>>;
 
     /// Rotates q and k, writes k and v to the cache, and attends causally: q [T, heads·d], k and v [T, kv_heads·d].
-    #[allow(clippy::too_many_arguments)]
     fn attention(
         &self,
         q: Self::Tensor,
         k: Self::Tensor,
         v: Self::Tensor,
         shape: &AttentionShape,
-        rope: &RopeTable,
+        pass: &Self::Pass,
         cache: &mut Self::Cache,
-        batch: &Batch,
     ) -> Result<Self::Tensor>;
 
-    /// Makes the sequence `to` begin with the first `to.start` tokens of the sequence `from`. Their whole pages are in
-    /// both lists; the page in which the two part is copied.
-    fn fork(&self, cache: &mut Self::Cache, from: &Span, to: &Span) -> Result<()>;
+    /// Keys [T, kv_heads·d] as [`Self::attention`] gives them to the cache, rotated; on the host, for observers.
+    fn rotated(&self, k: &Self::Tensor, shape: &AttentionShape, pass: &Self::Pass) -> Result<Vec<f32>>;
 
     /// x + y.
     fn add(&self, x: Self::Tensor, y: &Self::Tensor) -> Result<Self::Tensor>;
@@ -196,8 +192,8 @@ pub trait Backend {
     /// silu(gate) · up.
     fn silu_mul(&self, gate: Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor>;
 
-    /// Softmax over each row's router logits and its `top_k` experts, their weights rescaled to one if `normalize`.
-    fn route(&self, logits: &Self::Tensor, top_k: usize, normalize: bool) -> Result<Vec<Routing>>;
+    /// The experts of each row's router logits.
+    fn route(&self, logits: &Self::Tensor, choice: &Choice) -> Result<Vec<Routing>>;
 
     /// The given rows of x, in the given order.
     fn select_rows(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor>;
@@ -208,8 +204,113 @@ pub trait Backend {
     /// A tensor of zeros of the shape of x.
     fn zeros_like(&self, x: &Self::Tensor) -> Result<Self::Tensor>;
 
-    /// How probable token `picks[i].1` is under the softmax of row `picks[i].0` of `logits`.
+    // What a kernel may do at once.
+
+    /// `x` with `update` added.
+    fn residual(&self, x: Self::Tensor, update: Update<'_, Self>) -> Result<Self::Tensor> {
+        let y = match update {
+            Update::Product { input, weight } => one(self.linears(&input, &[weight])?)?,
+            Update::Ready(y) => y,
+        };
+        self.add(x, &y)
+    }
+
+    /// `x` with `update` added, and the norm of that, which `readers` are going to read: it may be quantized for them
+    /// already.
+    #[allow(unused_variables)]
+    fn residual_norm(
+        &self,
+        x: Self::Tensor,
+        update: Update<'_, Self>,
+        norm: &Self::Norm,
+        eps: f32,
+        readers: &[&Self::Linear],
+    ) -> Result<(Self::Tensor, Self::Tensor)> {
+        let x = self.residual(x, update)?;
+        let normed = self.rms_norm(&x, norm, eps)?;
+        Ok((x, normed))
+    }
+
+    /// [`Self::attention`] of queries and keys that are normed first, head by head.
+    #[allow(clippy::too_many_arguments)]
+    fn normed_attention(
+        &self,
+        mut q: Self::Tensor,
+        mut k: Self::Tensor,
+        v: Self::Tensor,
+        norms: Option<HeadNorms<'_, Self>>,
+        shape: &AttentionShape,
+        pass: &Self::Pass,
+        cache: &mut Self::Cache,
+    ) -> Result<Self::Tensor> {
+        if let Some(norms) = norms {
+            q = self.rms_norm(&q, norms.q, norms.eps)?;
+            k = self.rms_norm(&k, norms.k, norms.eps)?;
+        }
+        self.attention(q, k, v, shape, pass, cache)
+    }
+
+    /// silu(gate x) · up x.
+    fn gated(&self, x: &Self::Tensor, gate: &Self::Linear, up: &Self::Linear) -> Result<Self::Tensor> {
+        let [gate, up] = exactly(self.linears(x, &[gate, up])?)?;
+        self.silu_mul(gate, &up)
+    }
+
+    /// The weighted sum of what each token's experts make of it, added in the order of experts.
+    fn mixture(
+        &self,
+        x: &Self::Tensor,
+        router: &Self::Linear,
+        experts: &[Expert<'_, Self::Linear>],
+        choice: &Choice,
+    ) -> Result<Self::Tensor> {
+        let routing = self.route(&one(self.linears(x, &[router])?)?, choice)?;
+        let mut takers: Vec<(Vec<usize>, Vec<f32>)> = vec![Default::default(); experts.len()];
+        for (row, chosen) in routing.iter().enumerate() {
+            for &(expert, weight) in chosen {
+                takers[expert].0.push(row);
+                takers[expert].1.push(weight);
+            }
+        }
+        let mut sum = self.zeros_like(x)?;
+        for (expert, (rows, weights)) in experts.iter().zip(&takers).filter(|(_, (rows, _))| !rows.is_empty()) {
+            let h = self.gated(&self.select_rows(x, rows)?, expert.gate, expert.up)?;
+            let y = one(self.linears(&h, &[expert.down])?)?;
+            sum = self.add_rows(sum, &y, rows, weights)?;
+        }
+        Ok(sum)
+    }
+
+    // What is read off logits [rows, vocab].
+
+    /// How probable token `picks[i].1` is under the softmax of row `picks[i].0`.
     fn score(&self, logits: &Self::Tensor, picks: &[(usize, u32)]) -> Result<Vec<TokenScore>>;
+
+    /// The token that `draws[i]` chooses from row `i`.
+    fn sample(
+        &self,
+        logits: &Self::Tensor,
+        draws: &[Draw<'_>],
+        scratch: &mut Scratch,
+    ) -> Result<Vec<std::result::Result<Sampled, SamplingError>>> {
+        let host = self.to_host(logits)?;
+        Ok(sample_rows(&host, draws, scratch))
+    }
+
+    /// Losses and divergence of row `i` of `model` from row `i` of `baseline`, where `targets[i]` is the right token; of
+    /// each row the first `vocab` logits count.
+    fn compare(
+        &self,
+        baseline: &Self::Tensor,
+        model: &Self::Tensor,
+        vocab: usize,
+        targets: &[u32],
+    ) -> Result<Vec<std::result::Result<Pair, RowError>>> {
+        let (baseline, model) = (self.to_host(baseline)?, self.to_host(model)?);
+        let rows = targets.len().max(1);
+        let rows = baseline.chunks(baseline.len() / rows).zip(model.chunks(model.len() / rows));
+        Ok(rows.zip(targets).map(|((a, b), t)| compare_rows(&a[..vocab], &b[..vocab], *t as usize)).collect())
+    }
 
     /// Whether no value is NaN or infinite.
     fn is_finite(&self, x: &Self::Tensor) -> Result<bool> {
@@ -221,31 +322,38 @@ pub trait Backend {
         Ok(squares_finite(&self.to_host(x)?, width))
     }
 
+    // To and from the host.
+
+    /// A tensor of `data`, row-major in rows of `columns`.
+    ///
+    /// # Errors
+    /// When `data` is not a whole number of rows.
+    fn tensor(&self, data: Vec<f32>, columns: usize) -> Result<Self::Tensor>;
+
     /// Values, row-major.
     fn to_host(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
 }
 
-/// What [`Backend::score`] is of one row, in f64.
-pub(crate) fn score_row(logits: &[f32], token: u32) -> TokenScore {
-    let target = logits[token as usize];
-    let max = logits.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
-    let total: f64 = logits.iter().map(|&v| f64::from(v - max).exp()).sum();
-    let is_greedy = logits.iter().position(|&v| v == max) == Some(token as usize);
-    TokenScore { log_prob: f64::from(target - max) - total.ln(), is_greedy }
+/// [`Backend::sample`] of logits on the host.
+fn sample_rows(
+    logits: &[f32],
+    draws: &[Draw<'_>],
+    scratch: &mut Scratch,
+) -> Vec<std::result::Result<Sampled, SamplingError>> {
+    let vocab = logits.len() / draws.len().max(1);
+    let rows = logits.chunks(vocab.max(1)).zip(draws);
+    rows.map(|(row, draw)| draw.sampler.sample(row, draw.history, scratch)).collect()
 }
 
-/// Softmax over one row of router logits and its `top_k` experts (ties go to the lower index), ascending by expert.
-pub(crate) fn route_row(logits: &[f32], top_k: usize, normalize: bool) -> Routing {
-    let max = logits.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
-    let weights: Vec<f32> = logits.iter().map(|&v| libm::expf(v - max)).collect();
-    let total: f32 = weights.iter().sum();
-    let mut chosen: Routing = weights.iter().map(|w| w / total).enumerate().collect();
-    chosen.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-    chosen.truncate(top_k);
-    if normalize {
-        let kept: f32 = chosen.iter().map(|c| c.1).sum();
-        chosen.iter_mut().for_each(|c| c.1 /= kept);
-    }
-    chosen.sort_by_key(|c| c.0);
-    chosen
+/// The only one of the tensors that a backend gave for one weight.
+pub(crate) fn one<T>(tensors: Vec<T>) -> Result<T> {
+    exactly::<T, 1>(tensors).map(|[t]| t)
+}
+
+/// The tensors that a backend gave for `N` weights.
+pub(crate) fn exactly<T, const N: usize>(tensors: Vec<T>) -> Result<[T; N]> {
+    tensors.try_into().map_err(|t: Vec<T>| BackendError::Failed {
+        context: "linears",
+        message: format!("the backend returned {} tensors for {N} weights", t.len()),
+    })
 }

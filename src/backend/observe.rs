@@ -1,26 +1,14 @@
 //! A backend that shows every linear's input to an observer on the way: calibration, per-layer checks.
+//!
+//! Operations that are made of others run as these, so that everything is seen.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{AttentionShape, Backend, Batch, CacheLayout, Result, RopeTable, Routing, Span, TokenScore};
-use crate::formats::linear::LinearTensors;
+use recoup_eval::divergence::{Pair, RowError};
 
-/// `k` [tokens, heads · 2 · half] after RoPE.
-fn rotated(k: &[f32], rope: &RopeTable) -> Vec<f32> {
-    let half = rope.half;
-    let tokens = (rope.cos.len() / half.max(1)).max(1);
-    let mut out = k.to_vec();
-    for (t, row) in out.chunks_mut(k.len() / tokens).enumerate() {
-        let (cos, sin) = (&rope.cos[t * half..][..half], &rope.sin[t * half..][..half]);
-        for head in row.chunks_mut(2 * half) {
-            let (a, b) = head.split_at_mut(half);
-            for i in 0..half {
-                (a[i], b[i]) = (a[i] * cos[i] - b[i] * sin[i], b[i] * cos[i] + a[i] * sin[i]);
-            }
-        }
-    }
-    out
-}
+use super::{AttentionShape, Backend, Batch, CacheLayout, Choice, Result, Rotation, Span};
+use crate::formats::linear::LinearTensors;
+use crate::logits::{Draw, Routing, Sampled, SamplingError, Scratch, TokenScore};
 
 /// What is shown on the way.
 pub trait Observer {
@@ -32,13 +20,16 @@ pub trait Observer {
         false
     }
 
-    /// Whether [`Self::output`] is to be called.
+    /// Whether [`Self::output`] and [`Self::attended`] are to be called.
     fn wants_outputs(&self) -> bool {
         false
     }
 
-    /// What a module gives, [tokens, N] row-major: a linear by its name, the embedding, a layer's attention.
+    /// What a linear or the embedding gives, [tokens, N] row-major.
     fn output(&mut self, _module: &str, _y: &[f32]) {}
+
+    /// What a layer's attention gives, before its output projection, [tokens, heads · head_dim] row-major.
+    fn attended(&mut self, _layer: usize, _y: &[f32]) {}
 
     /// A layer's keys (after RoPE) and values, [tokens, heads · head_dim] row-major, before the cache stores them.
     fn cached(&mut self, _layer: usize, _keys: &[f32], _values: &[f32]) {}
@@ -65,14 +56,14 @@ impl FirstBroken {
         if self.0.is_none()
             && let Some(value) = values.iter().find(|v| !v.is_finite())
         {
-            self.0 = Some((format!("what {side} `{module}`"), *value));
+            self.0 = Some((format!("what {side} {module}"), *value));
         }
     }
 }
 
 impl Observer for FirstBroken {
     fn input(&mut self, module: &str, x: &[f32]) {
-        self.look("enters", module, x);
+        self.look("enters", &format!("`{module}`"), x);
     }
 
     fn wants_outputs(&self) -> bool {
@@ -80,7 +71,11 @@ impl Observer for FirstBroken {
     }
 
     fn output(&mut self, module: &str, y: &[f32]) {
-        self.look("comes out of", module, y);
+        self.look("comes out of", &format!("`{module}`"), y);
+    }
+
+    fn attended(&mut self, layer: usize, y: &[f32]) {
+        self.look("comes out of", &format!("the attention of layer {layer}"), y);
     }
 }
 
@@ -107,6 +102,20 @@ impl<B, O> Observed<B, O> {
     }
 }
 
+/// A linear and the name of its module.
+pub struct Named<L> {
+    name: Arc<str>,
+    linear: Arc<L>,
+}
+
+impl<L> Named<L> {
+    /// `linear` as the module `name`.
+    #[must_use]
+    pub fn new(name: Arc<str>, linear: Arc<L>) -> Self {
+        Self { name, linear }
+    }
+}
+
 impl<B: Backend, O: Observer> Observed<B, O> {
     fn wants_outputs(&self) -> bool {
         self.with_observer(|o| o.wants_outputs())
@@ -119,44 +128,60 @@ impl<B: Backend, O: Observer> Observed<B, O> {
     }
 }
 
-impl<B: Backend, O: Observer> Backend for Observed<B, O> {
+impl<B: Backend, O: Observer + Send> Backend for Observed<B, O> {
     type Tensor = B::Tensor;
-    type Linear = B::Linear;
+    type Linear = Named<B::Linear>;
     type Norm = B::Norm;
     type Cache = B::Cache;
+    type Rope = B::Rope;
+    type Pass = B::Pass;
 
-    fn linears(&self, x: &B::Tensor, weights: &[&B::Linear]) -> Result<Vec<B::Tensor>> {
+    fn linears(&self, x: &B::Tensor, weights: &[&Named<B::Linear>]) -> Result<Vec<B::Tensor>> {
         let host = self.inner.to_host(x)?;
-        self.with_observer(|o| weights.iter().for_each(|w| o.input(self.inner.module(w), &host)));
-        let outputs = self.inner.linears(x, weights)?;
+        self.with_observer(|o| weights.iter().for_each(|w| o.input(&w.name, &host)));
+        let inner: Vec<&B::Linear> = weights.iter().map(|w| &*w.linear).collect();
+        let outputs = self.inner.linears(x, &inner)?;
         if self.wants_outputs() {
             for (w, y) in weights.iter().zip(&outputs) {
-                self.output(self.inner.module(w), y)?;
+                self.output(&w.name, y)?;
             }
         }
         Ok(outputs)
     }
 
-    fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<B::Linear> {
-        self.inner.load_linear(tensors)
+    fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<Named<B::Linear>> {
+        let name = tensors.name.as_str().into();
+        Ok(Named::new(name, Arc::new(self.inner.load_linear(tensors)?)))
     }
 
-    fn module<'a>(&self, linear: &'a B::Linear) -> &'a str {
-        self.inner.module(linear)
+    fn resident_bytes(&self, linear: &Named<B::Linear>) -> usize {
+        self.inner.resident_bytes(&linear.linear)
     }
 
     fn load_norm(&self, weight: Vec<f32>) -> Result<B::Norm> {
         self.inner.load_norm(weight)
     }
 
+    fn load_rope(&self, rotation: Rotation) -> Result<B::Rope> {
+        self.inner.load_rope(rotation)
+    }
+
     fn new_cache(&self, layout: &CacheLayout) -> Result<B::Cache> {
         self.inner.new_cache(layout)
     }
 
-    fn embed(&self, table: &B::Linear, tokens: &[u32]) -> Result<B::Tensor> {
-        let embedded = self.inner.embed(table, tokens)?;
+    fn fork(&self, cache: &mut B::Cache, from: &Span, to: &Span) -> Result<()> {
+        self.inner.fork(cache, from, to)
+    }
+
+    fn prepare(&self, batch: &Batch, ropes: &[B::Rope]) -> Result<B::Pass> {
+        self.inner.prepare(batch, ropes)
+    }
+
+    fn embed(&self, table: &Named<B::Linear>, pass: &B::Pass) -> Result<B::Tensor> {
+        let embedded = self.inner.embed(&table.linear, pass)?;
         if self.wants_outputs() {
-            self.output(self.inner.module(table), &embedded)?;
+            self.output(&table.name, &embedded)?;
         }
         Ok(embedded)
     }
@@ -171,27 +196,23 @@ impl<B: Backend, O: Observer> Backend for Observed<B, O> {
         k: B::Tensor,
         v: B::Tensor,
         shape: &AttentionShape,
-        rope: &RopeTable,
+        pass: &B::Pass,
         cache: &mut B::Cache,
-        batch: &Batch,
     ) -> Result<B::Tensor> {
         if self.with_observer(|o| o.wants_cached()) {
-            let (keys, values) = (rotated(&self.inner.to_host(&k)?, rope), self.inner.to_host(&v)?);
+            let (keys, values) = (self.inner.rotated(&k, shape, pass)?, self.inner.to_host(&v)?);
             self.with_observer(|o| o.cached(shape.layer, &keys, &values));
         }
-        let mixed = self.inner.attention(q, k, v, shape, rope, cache, batch)?;
+        let mixed = self.inner.attention(q, k, v, shape, pass, cache)?;
         if self.wants_outputs() {
-            self.output(&format!("model.layers.{}.self_attn", shape.layer), &mixed)?;
+            let host = self.inner.to_host(&mixed)?;
+            self.with_observer(|o| o.attended(shape.layer, &host));
         }
         Ok(mixed)
     }
 
-    fn fork(&self, cache: &mut B::Cache, from: &Span, to: &Span) -> Result<()> {
-        self.inner.fork(cache, from, to)
-    }
-
-    fn score(&self, logits: &B::Tensor, picks: &[(usize, u32)]) -> Result<Vec<TokenScore>> {
-        self.inner.score(logits, picks)
+    fn rotated(&self, k: &B::Tensor, shape: &AttentionShape, pass: &B::Pass) -> Result<Vec<f32>> {
+        self.inner.rotated(k, shape, pass)
     }
 
     fn add(&self, x: B::Tensor, y: &B::Tensor) -> Result<B::Tensor> {
@@ -202,8 +223,8 @@ impl<B: Backend, O: Observer> Backend for Observed<B, O> {
         self.inner.silu_mul(gate, up)
     }
 
-    fn route(&self, logits: &B::Tensor, top_k: usize, normalize: bool) -> Result<Vec<Routing>> {
-        self.inner.route(logits, top_k, normalize)
+    fn route(&self, logits: &B::Tensor, choice: &Choice) -> Result<Vec<Routing>> {
+        self.inner.route(logits, choice)
     }
 
     fn select_rows(&self, x: &B::Tensor, rows: &[usize]) -> Result<B::Tensor> {
@@ -218,12 +239,39 @@ impl<B: Backend, O: Observer> Backend for Observed<B, O> {
         self.inner.zeros_like(x)
     }
 
+    fn score(&self, logits: &B::Tensor, picks: &[(usize, u32)]) -> Result<Vec<TokenScore>> {
+        self.inner.score(logits, picks)
+    }
+
+    fn sample(
+        &self,
+        logits: &B::Tensor,
+        draws: &[Draw<'_>],
+        scratch: &mut Scratch,
+    ) -> Result<Vec<std::result::Result<Sampled, SamplingError>>> {
+        self.inner.sample(logits, draws, scratch)
+    }
+
+    fn compare(
+        &self,
+        baseline: &B::Tensor,
+        model: &B::Tensor,
+        vocab: usize,
+        targets: &[u32],
+    ) -> Result<Vec<std::result::Result<Pair, RowError>>> {
+        self.inner.compare(baseline, model, vocab, targets)
+    }
+
     fn is_finite(&self, x: &B::Tensor) -> Result<bool> {
         self.inner.is_finite(x)
     }
 
     fn squares_finite(&self, x: &B::Tensor, width: usize) -> Result<bool> {
         self.inner.squares_finite(x, width)
+    }
+
+    fn tensor(&self, data: Vec<f32>, columns: usize) -> Result<B::Tensor> {
+        self.inner.tensor(data, columns)
     }
 
     fn to_host(&self, x: &B::Tensor) -> Result<Vec<f32>> {

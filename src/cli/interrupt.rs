@@ -1,10 +1,21 @@
 //! What a signal does: Ctrl-C and SIGTERM end the run, its scratch goes, and it is said how to go on; a terminal that is
 //! closed (SIGHUP) ends the talk and not the work.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// What is told of a run that is ended from outside.
 static HINT: Mutex<String> = Mutex::new(String::new());
+
+/// A signal is ending this process.
+static ENDING: AtomicBool = AtomicBool::new(false);
+
+/// Where a signal is ending this process, waits for that: what failed meanwhile failed because its scratch is going.
+pub(super) fn let_end() {
+    while ENDING.load(Ordering::Acquire) {
+        std::thread::park();
+    }
+}
 
 /// From here on an interrupted run says this.
 pub(super) fn hint(text: impl Into<String>) {
@@ -21,6 +32,7 @@ pub(super) fn watch() {
     let Ok(mut signals) = signal_hook::iterator::Signals::new(wanted) else { return };
     let listen = move || {
         for signal in signals.forever().filter(|s| *s != SIGHUP) {
+            ENDING.store(true, Ordering::Release);
             crate::output::abandon();
             let hint = HINT.lock().unwrap_or_else(PoisonError::into_inner).clone();
             // The work may be waiting for a reader that is not there; its end does not.

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use super::options::{EngineOptions, model_folder, open_model};
 use crate::backend::autograd::AutogradBackend;
-use crate::backend::{Backend, Batch, PAGE, Span};
+use crate::backend::{Backend, Batch, PAGE};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::tensors::TensorStore;
 use crate::checkpoint::write::{TensorSpec, write_safetensors};
@@ -114,12 +114,10 @@ impl Destination {
 fn logits<B: Backend>(model: &Decoder<B>, ids: &[Vec<u32>], kv: KvFormat) -> Result<Vec<f32>> {
     let length = ids[0].len();
     let mut cache = model.new_cache(length.next_multiple_of(PAGE), kv)?;
-    let pages: Vec<u32> = (0..length.div_ceil(PAGE) as u32).collect();
     let mut all = Vec::new();
     let bar = super::progress(ids.len() as u64, "computing");
     for row in ids {
-        let span = Span { slot: 0, start: 0, len: length, pages: pages.clone() };
-        let out = model.forward(&Batch { tokens: row.clone(), spans: vec![span] }, &mut cache, Wanted::All)?;
+        let out = model.forward(&Batch::alone(row.clone()), &mut cache, Wanted::All)?;
         all.extend(model.backend().to_host(&out)?);
         bar.inc(1);
     }

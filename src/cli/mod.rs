@@ -73,7 +73,9 @@ pub fn main() -> ExitCode {
     if !matches!(verb, Verb::Run(_) | Verb::Inspect(_) | Verb::Doctor(_)) {
         interrupt::watch();
     }
-    match run(verb) {
+    let result = run(verb);
+    interrupt::let_end();
+    match result {
         Ok(code) => code,
         Err(e) => {
             say!("{} {}", style("error:", "1;31"), message(&e));

@@ -3,9 +3,9 @@
 
 use std::ops::ControlFlow;
 
+use super::Scratch;
 use super::generate::{Answer, GenerateError, Generated, Request};
 use super::page_pool::PagePool;
-use super::sampler::Scratch;
 use crate::backend::{Backend, Batch, PAGE, Span};
 use crate::formats::kv::KvFormat;
 use crate::model::{Decoder, Wanted};
@@ -17,7 +17,6 @@ const PREFILL_CHUNK: usize = 512;
 struct Running<'a> {
     index: usize,
     answer: Answer<'a>,
-    slot: usize,
     pages: Vec<u32>,
     /// Tokens in the cache.
     length: usize,
@@ -30,8 +29,7 @@ struct Many<'m, B: Backend> {
     cache: B::Cache,
     pool: PagePool,
     /// The prompt before, whose beginning the next one may share.
-    last: Option<(Vec<u32>, usize, Vec<u32>)>,
-    slots: usize,
+    last: Option<(Vec<u32>, Vec<u32>)>,
     scratch: Scratch,
 }
 
@@ -56,7 +54,7 @@ pub fn generate_many<B: Backend>(
     // One more than run: the prompt before keeps its pages.
     let pages = (width + 1) * (longest.div_ceil(PAGE) + 1);
     let cache = model.new_cache(pages * PAGE, kv)?;
-    let mut many = Many { model, cache, pool: PagePool::new(pages), last: None, slots: 0, scratch: Scratch::default() };
+    let mut many = Many { model, cache, pool: PagePool::new(pages), last: None, scratch: Scratch::default() };
     let mut running: Vec<Running> = Vec::new();
     let mut waiting = order.into_iter();
     loop {
@@ -92,16 +90,14 @@ impl<B: Backend> Many<'_, B> {
         mut answer: Answer<'a>,
     ) -> Result<Result<Running<'a>, Answer<'a>>, GenerateError> {
         let Some(before_last) = prompt.len().checked_sub(1) else { return Err(GenerateError::EmptyPrompt) };
-        self.slots += 1;
-        let slot = self.slots;
         let room = prompt.len() + answer.limit();
         let (mut start, pages) = match self.last.take() {
             None => (0, self.pool.allocate(room.div_ceil(PAGE))?),
-            Some((tokens, from, old)) => {
+            Some((tokens, old)) => {
                 let shared = tokens.iter().zip(&prompt[..before_last]).take_while(|(a, b)| a == b).count();
                 let pages = self.pool.branch(&old, shared, room)?;
-                let from = Span { slot: from, start: tokens.len(), len: 0, pages: old.clone() };
-                let to = Span { slot, start: shared, len: 0, pages };
+                let from = Span { start: tokens.len(), len: 0, pages: old.clone() };
+                let to = Span { start: shared, len: 0, pages };
                 if shared > 0 {
                     self.model.backend().fork(&mut self.cache, &from, &to)?;
                 }
@@ -112,7 +108,7 @@ impl<B: Backend> Many<'_, B> {
         let mut logits = Vec::new();
         while start < prompt.len() {
             let len = PREFILL_CHUNK.min(prompt.len() - start);
-            let span = Span { slot, start, len, pages: pages[..(start + len).div_ceil(PAGE)].to_vec() };
+            let span = Span { start, len, pages: pages[..(start + len).div_ceil(PAGE)].to_vec() };
             let batch = Batch { tokens: prompt[start..start + len].to_vec(), spans: vec![span] };
             let out = self.model.forward(&batch, &mut self.cache, Wanted::Last)?;
             logits = self.model.backend().to_host(&out)?;
@@ -120,9 +116,9 @@ impl<B: Backend> Many<'_, B> {
         }
         let kept = pages[..prompt.len().div_ceil(PAGE)].to_vec();
         self.pool.retain(&kept);
-        self.last = Some((prompt.to_vec(), slot, kept));
+        self.last = Some((prompt.to_vec(), kept));
         match answer.advance(&logits, &mut self.scratch, &mut |_| ControlFlow::Continue(()))? {
-            Some(next) => Ok(Ok(Running { index, answer, slot, pages, length: prompt.len(), next })),
+            Some(next) => Ok(Ok(Running { index, answer, pages, length: prompt.len(), next })),
             None => {
                 self.pool.release(&pages);
                 Ok(Err(answer))
@@ -136,7 +132,7 @@ impl<B: Backend> Many<'_, B> {
         for r in running.iter() {
             batch.tokens.push(r.next);
             let pages = r.pages[..(r.length + 1).div_ceil(PAGE)].to_vec();
-            batch.spans.push(Span { slot: r.slot, start: r.length, len: 1, pages });
+            batch.spans.push(Span { start: r.length, len: 1, pages });
         }
         let out = self.model.forward(&batch, &mut self.cache, Wanted::Last)?;
         let logits = self.model.backend().to_host(&out)?;

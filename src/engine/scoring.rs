@@ -7,8 +7,9 @@
 use std::ops::{ControlFlow, Range};
 
 use super::page_pool::PagePool;
-use crate::backend::{Backend, Batch, PAGE, Result, Span, TokenScore};
+use crate::backend::{Backend, Batch, PAGE, Result, Span};
 use crate::formats::kv::KvFormat;
+use crate::logits::TokenScore;
 use crate::model::Decoder;
 
 /// Tokens that a round computes, at least; a longer sequence makes a round of its own.
@@ -47,7 +48,6 @@ pub struct Scorer<'m, B: Backend> {
     /// The beginning kept from the round before: tokens and pages, whole ones.
     kept: Vec<u32>,
     kept_pages: Vec<u32>,
-    next_slot: usize,
 }
 
 /// Tokens `range` of the sequences `members` (of the sorted order), which agree up to the range's end.
@@ -56,7 +56,6 @@ struct Segment {
     range: Range<usize>,
     members: Range<usize>,
     depth: usize,
-    slot: usize,
     pages: Vec<u32>,
 }
 
@@ -71,7 +70,7 @@ impl<'m, B: Backend> Scorer<'m, B> {
         let tokens = ROUND_TOKENS + 2 * longest + 4 * ROUND_SEQUENCES * PAGE;
         let pages = tokens.div_ceil(PAGE);
         let cache = model.new_cache(pages * PAGE, kv)?;
-        Ok(Self { model, cache, pages: PagePool::new(pages), kept: Vec::new(), kept_pages: Vec::new(), next_slot: 0 })
+        Ok(Self { model, cache, pages: PagePool::new(pages), kept: Vec::new(), kept_pages: Vec::new() })
     }
 
     /// Scores each sequence's tokens from its `first` on and hands them to `done` with the sequence's index, in no
@@ -149,7 +148,7 @@ impl<'m, B: Backend> Scorer<'m, B> {
         }
         let pages = self.kept_pages[..whole].to_vec();
         self.pages.retain(&pages);
-        Some(Segment { parent: None, range: 0..whole * PAGE, members: 0..sorted.len(), depth: 0, slot: 0, pages })
+        Some(Segment { parent: None, range: 0..whole * PAGE, members: 0..sorted.len(), depth: 0, pages })
     }
 
     /// Keeps the whole pages of the last sequence's beginning for the next round.
@@ -201,15 +200,13 @@ impl<'m, B: Backend> Scorer<'m, B> {
     /// Gives a segment its pages, the beginning shared with its parent.
     fn open(&mut self, segments: &mut [Segment], index: usize) -> Result<()> {
         let (start, end) = (segments[index].range.start, segments[index].range.end);
-        self.next_slot += 1;
-        segments[index].slot = self.next_slot;
         let Some(parent) = segments[index].parent.map(|p| &segments[p]) else {
             segments[index].pages = self.pages.allocate(end.div_ceil(PAGE))?;
             return Ok(());
         };
         let pages = self.pages.branch(&parent.pages, start, end)?;
-        let from = Span { slot: parent.slot, start: parent.range.end, len: 0, pages: parent.pages.clone() };
-        let to = Span { slot: self.next_slot, start, len: 0, pages };
+        let from = Span { start: parent.range.end, len: 0, pages: parent.pages.clone() };
+        let to = Span { start, len: 0, pages };
         self.model.backend().fork(&mut self.cache, &from, &to)?;
         segments[index].pages = to.pages;
         Ok(())
@@ -239,7 +236,6 @@ impl<'m, B: Backend> Scorer<'m, B> {
                 }
             }
             batch.spans.push(Span {
-                slot: segment.slot,
                 start: range.start,
                 len: range.len(),
                 pages: segment.pages[..range.end.div_ceil(PAGE)].to_vec(),
@@ -273,7 +269,7 @@ fn grow(sorted: &[&Sequence], members: Range<usize>, start: usize, parent: Optio
     let (mut start, mut parent) = (start, parent);
     if shared > start && (members.len() == 1 || shared - start >= MIN_SHARED) {
         let depth = parent.map_or(0, |p| out[p].depth) + 1;
-        out.push(Segment { parent, range: start..shared, members: members.clone(), depth, slot: 0, pages: Vec::new() });
+        out.push(Segment { parent, range: start..shared, members: members.clone(), depth, pages: Vec::new() });
         (start, parent) = (shared, Some(out.len() - 1));
     }
     // What ends here is done if a segment brought it here; the others part by their next token.
@@ -288,7 +284,7 @@ fn grow(sorted: &[&Sequence], members: Range<usize>, start: usize, parent: Optio
                 None => {
                     let depth = parent.map_or(0, |p| out[p].depth) + 1;
                     let members = at..at + same;
-                    out.push(Segment { parent, range: start..shared, members, depth, slot: 0, pages: Vec::new() });
+                    out.push(Segment { parent, range: start..shared, members, depth, pages: Vec::new() });
                 }
             }
         }

@@ -71,7 +71,7 @@ impl<B: Backend> Session<B> {
             return Err(BackendError::CacheTooSmall { capacity: self.capacity(), needed });
         }
         let pages = self.pages[..needed.div_ceil(PAGE)].to_vec();
-        let span = Span { slot: 0, start: self.held.len(), len: tokens.len(), pages };
+        let span = Span { start: self.held.len(), len: tokens.len(), pages };
         let batch = Batch { tokens: tokens.to_vec(), spans: vec![span] };
         let logits = self.model.forward(&batch, &mut self.cache, Wanted::Last)?;
         self.held.extend_from_slice(tokens);

@@ -6,7 +6,7 @@ use recoup_eval::comparison::{AttributedPart, Attribution, AttributionMode, Esti
 use recoup_eval::divergence::{PassError, Windows};
 
 use super::{EvaluateError, EvaluatedModel, ModelText};
-use crate::backend::cpu::CpuBackend;
+use crate::backend::Backend;
 use crate::formats::kv::KvFormat;
 use crate::model::Decoder;
 
@@ -18,7 +18,7 @@ struct Part {
 }
 
 /// Layers, then kinds of modules over all layers.
-fn parts(model: &Decoder<CpuBackend>) -> Vec<Part> {
+fn parts<B: Backend>(model: &Decoder<B>) -> Vec<Part> {
     let modules: Vec<_> = model.config.modules().into_iter().filter(|m| m.is_block_linear()).collect();
     let mut layers: BTreeMap<usize, Part> = BTreeMap::new();
     let mut kinds: Vec<Part> = Vec::new();
@@ -41,9 +41,9 @@ fn parts(model: &Decoder<CpuBackend>) -> Vec<Part> {
 /// # Errors
 /// When a model fails, or computes something that is no number.
 #[allow(clippy::too_many_arguments)]
-pub fn attribute(
-    baseline: &Decoder<CpuBackend>,
-    quantized: &Decoder<CpuBackend>,
+pub fn attribute<B: Backend>(
+    baseline: &Decoder<B>,
+    quantized: &Decoder<B>,
     text: &ModelText,
     kv: KvFormat,
     windows: &Windows,
@@ -59,7 +59,7 @@ pub fn attribute(
             AttributionMode::RestoreOne => quantized.graft(baseline, &has),
         }
     });
-    let decoders: Vec<Decoder<CpuBackend>> = swapped.collect();
+    let decoders: Vec<Decoder<B>> = swapped.collect();
     let length = windows.windows.iter().map(Vec::len).max();
     let evaluated = [baseline, quantized].into_iter().chain(&decoders);
     let mut models: Vec<_> = evaluated.map(|model| EvaluatedModel::new(model, text, kv, length)).collect();

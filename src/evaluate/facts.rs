@@ -5,8 +5,7 @@ use std::time::Instant;
 
 use recoup_eval::scores::ModelFacts;
 
-use crate::backend::cpu::CpuBackend;
-use crate::backend::{self, Batch, PAGE, Span};
+use crate::backend::{self, Backend, Batch, PAGE, Span};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::error::Result;
 use crate::formats::kv::KvFormat;
@@ -50,24 +49,22 @@ pub fn facts(name: &str, checkpoint: &Checkpoint) -> Result<ModelFacts> {
 
 /// Bytes of packed weights in memory.
 #[must_use]
-pub fn resident_bytes(model: &Decoder<CpuBackend>) -> u64 {
-    let mut bytes = 0;
-    model.for_each_linear(|l| bytes += l.resident_bytes() as u64);
-    bytes
+pub fn resident_bytes<B: Backend>(model: &Decoder<B>) -> u64 {
+    model.linears().map(|l| model.backend().resident_bytes(&l.linear) as u64).sum()
 }
 
 /// Tokens per second of a prompt, and of generating one by one after it; one sequence.
 ///
 /// # Errors
 /// The backend's own.
-pub fn speed(model: &Decoder<CpuBackend>, kv: KvFormat) -> backend::Result<(f64, f64)> {
+pub fn speed<B: Backend>(model: &Decoder<B>, kv: KvFormat) -> backend::Result<(f64, f64)> {
     let length = PREFILL_TOKENS.min(model.config.max_positions.saturating_sub(DECODE_TOKENS)).max(1);
     let token = |i: usize| ((i * 7919 + 13) % model.config.vocab) as u32;
     let mut cache = model.new_cache(length + DECODE_TOKENS, kv)?;
     let mut forward = |start: usize, len: usize| {
         let pages = (0..(start + len).div_ceil(PAGE) as u32).collect();
         let tokens = (start..start + len).map(token).collect();
-        model.forward(&Batch { tokens, spans: vec![Span { slot: 0, start, len, pages }] }, &mut cache, Wanted::Last)
+        model.forward(&Batch { tokens, spans: vec![Span { start, len, pages }] }, &mut cache, Wanted::Last)
     };
     // The first pass pays for fresh memory.
     forward(0, length)?;

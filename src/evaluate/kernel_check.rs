@@ -4,9 +4,8 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::backend::cpu::CpuBackend;
 use crate::backend::observe::Observed;
-use crate::backend::{Backend, BackendError, Batch, PAGE, Span};
+use crate::backend::{Backend, BackendError, Batch, PAGE};
 use crate::checkpoint::Checkpoint;
 use crate::formats::kv::KvFormat;
 use crate::formats::linear::LinearTensors;
@@ -49,7 +48,11 @@ impl KernelCheck {
 ///
 /// # Errors
 /// Anything wrong with the checkpoint or the backend.
-pub fn check(checkpoint: &Checkpoint, backend: &CpuBackend, tokens: &[u32]) -> Result<KernelCheck, LoadError> {
+pub fn check<B: Backend + Clone>(
+    checkpoint: &Checkpoint,
+    backend: &B,
+    tokens: &[u32],
+) -> Result<KernelCheck, LoadError> {
     let inputs = Arc::new(Mutex::new(BTreeMap::<String, Vec<f32>>::new()));
     let sink = inputs.clone();
     let observed = Observed::new(backend.clone(), move |module: &str, x: &[f32]| {
@@ -59,9 +62,7 @@ pub fn check(checkpoint: &Checkpoint, backend: &CpuBackend, tokens: &[u32]) -> R
     let model = Decoder::load(observed, checkpoint)?;
     let tokens = &tokens[..tokens.len().min(TOKENS)];
     let mut cache = model.new_cache(tokens.len().next_multiple_of(PAGE), KvFormat::F32)?;
-    let pages = (0..tokens.len().div_ceil(PAGE) as u32).collect();
-    let span = Span { slot: 0, start: 0, len: tokens.len(), pages };
-    model.forward(&Batch { tokens: tokens.to_vec(), spans: vec![span] }, &mut cache, Wanted::All)?;
+    model.forward(&Batch::alone(tokens.to_vec()), &mut cache, Wanted::All)?;
     let config = model.config.clone();
     drop(model);
     let inputs = std::mem::take(&mut *inputs.lock().unwrap_or_else(PoisonError::into_inner));
@@ -85,7 +86,7 @@ pub fn check(checkpoint: &Checkpoint, backend: &CpuBackend, tokens: &[u32]) -> R
     Ok(out)
 }
 
-fn deviation(backend: &CpuBackend, linear: LinearTensors<'_>, input: &[f32]) -> Result<f64, BackendError> {
+fn deviation<B: Backend>(backend: &B, linear: LinearTensors<'_>, input: &[f32]) -> Result<f64, BackendError> {
     let packed = backend.load_linear(linear.clone())?;
     let x = backend.tensor(input.to_vec(), linear.k)?;
     let outputs = backend.linears(&x, &[&packed])?;

@@ -437,7 +437,7 @@ impl<B: Backend> TokenModel for EvaluatedModel<'_, B> {
             None => self.model.new_cache(self.context_length.next_multiple_of(PAGE), self.kv)?,
         };
         let pages = (0..end.div_ceil(PAGE) as u32).collect();
-        let span = Span { slot: 0, start, len: tokens.len(), pages };
+        let span = Span { start, len: tokens.len(), pages };
         let batch = Batch { tokens: tokens.to_vec(), spans: vec![span] };
         let logits = self.model.forward(&batch, &mut cache, Wanted::All)?;
         self.cache = Some(cache);

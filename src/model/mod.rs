@@ -3,6 +3,8 @@
 pub mod config;
 pub mod consistency;
 pub mod decoder;
+pub mod layer;
+mod load;
 pub mod modules;
 pub mod rope;
 

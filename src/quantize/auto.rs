@@ -9,8 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::recipe::Rule;
 use super::scheme::Scheme;
 use super::{QuantizeError, Recipe};
-use crate::backend::cpu::CpuBackend;
-use crate::backend::{Backend as _, Batch, PAGE, Span};
+use crate::backend::{Backend, Batch, PAGE};
 use crate::checkpoint::Checkpoint;
 use crate::formats::kv::KvFormat;
 use crate::model::modules::Module;
@@ -122,17 +121,17 @@ fn groups(modules: &[Module], eligible: &dyn Fn(&Module) -> bool) -> Vec<(usize,
 ///
 /// # Errors
 /// When a model cannot be run, or computes something that is no number.
-pub(super) fn measure(
+pub(super) fn measure<B: Backend + Clone>(
     checkpoint: &Checkpoint,
     donors: &[(Scheme, &Checkpoint)],
-    backend: &CpuBackend,
+    backend: &B,
     sequences: &[Vec<u32>],
     schemes: &[Scheme],
     eligible: &dyn Fn(&Module) -> bool,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<(Vec<Group>, usize), QuantizeError> {
     let base = Decoder::load(backend.clone(), checkpoint)?;
-    let donors: Vec<(Scheme, Decoder<CpuBackend>)> = donors
+    let donors: Vec<(Scheme, Decoder<B>)> = donors
         .iter()
         .map(|(s, c)| Ok((*s, Decoder::load(backend.clone(), c)?)))
         .collect::<Result<_, QuantizeError>>()?;
@@ -146,15 +145,12 @@ pub(super) fn measure(
     let (layers, mut done) = (base.config.layers, 0);
     let all = sequences.len() * groups.len() * donors.len();
     for sequence in sequences {
-        let pages: Vec<u32> = (0..sequence.len().div_ceil(PAGE) as u32).collect();
-        let span = Span { slot: 0, start: 0, len: sequence.len(), pages };
-        let batch = Batch { tokens: sequence.clone(), spans: vec![span] };
-        let rope = base.rope(&batch);
+        let pass = base.pass(&Batch::alone(sequence.clone()))?;
         let mut cache = base.new_cache(sequence.len().next_multiple_of(PAGE), KvFormat::F32)?;
-        let mut states = vec![base.embed(&batch)?];
+        let mut states = vec![base.embed(&pass)?];
         for layer in 0..layers {
             let enter = || Ok(states[layer].clone());
-            let next = base.blocks(layer..layer + 1, &enter, &rope, &mut cache, &batch)?;
+            let next = base.blocks(layer..layer + 1, &enter, &pass, &mut cache)?;
             states.push(next);
         }
         let wanted = log_softmax(backend.to_host(&base.logits(&states[layers])?)?, sequence.len());
@@ -162,7 +158,7 @@ pub(super) fn measure(
             for (scheme, donor) in &donors {
                 let variant = base.graft(donor, &|name| group.modules.iter().any(|m| m == name));
                 let enter = || Ok(states[*layer].clone());
-                let x = variant.blocks(*layer..layers, &enter, &rope, &mut cache, &batch)?;
+                let x = variant.blocks(*layer..layers, &enter, &pass, &mut cache)?;
                 let found = log_softmax(backend.to_host(&variant.logits(&x)?)?, sequence.len());
                 let kl = divergence(&wanted, &found, sequence.len());
                 if !kl.is_finite() {

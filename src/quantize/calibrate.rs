@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 
 use super::QuantizeError;
-use crate::backend::cpu::CpuBackend;
 use crate::backend::observe::{Observed, Observer};
-use crate::backend::{Batch, PAGE, Span};
+use crate::backend::{Backend, Batch, PAGE};
 use crate::checkpoint::Checkpoint;
 use crate::formats::amax;
 use crate::formats::kv::KvFormat;
@@ -77,9 +76,9 @@ impl Observer for Peaks {
 ///
 /// # Errors
 /// When there is nothing to run, a token is outside the vocabulary, or an activation is not finite.
-pub fn calibrate(
+pub fn calibrate<B: Backend>(
     checkpoint: &Checkpoint,
-    backend: CpuBackend,
+    backend: B,
     sequences: &[Vec<u32>],
     description: &str,
     progress: &mut dyn FnMut(usize, usize),
@@ -91,12 +90,10 @@ pub fn calibrate(
     let observed = Observed::new(backend, Peaks::default());
     let model = Decoder::load(observed, checkpoint)?;
     let mut cache = model.new_cache(longest.next_multiple_of(PAGE), KvFormat::F32)?;
-    let pages: Vec<u32> = (0..longest.div_ceil(PAGE) as u32).collect();
     for (i, tokens) in sequences.iter().enumerate() {
         progress(i, sequences.len());
-        let span = Span { slot: 0, start: 0, len: tokens.len(), pages: pages.clone() };
         if !tokens.is_empty() {
-            model.forward(&Batch { tokens: tokens.clone(), spans: vec![span] }, &mut cache, Wanted::Last)?;
+            model.forward(&Batch::alone(tokens.clone()), &mut cache, Wanted::Last)?;
         }
     }
     progress(sequences.len(), sequences.len());

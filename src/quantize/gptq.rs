@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::layerwise::Walk;
 use super::linalg::{Cholesky, product_transposed, transposed_product};
 use super::{Prepared, QuantizeError, encode};
-use crate::backend::cpu::CpuBackend;
+use crate::backend::Backend;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Dialect;
 use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
@@ -65,9 +65,9 @@ pub struct Job {
 ///
 /// # Errors
 /// When the model cannot be run, or an activation is not finite.
-pub fn gptq(
+pub fn gptq<B: Backend + Clone>(
     checkpoint: &Checkpoint,
-    backend: &CpuBackend,
+    backend: &B,
     sequences: &[Vec<u32>],
     target: &dyn Fn(&Module) -> Option<ActivationFormat>,
     Job { dialect, options, keep_unrounded }: Job,

@@ -5,35 +5,37 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::QuantizeError;
-use crate::backend::cpu::{CpuBackend, CpuTensor};
 use crate::backend::observe::Observed;
-use crate::backend::{Backend as _, Batch, PAGE, RopeTable, Span};
+use crate::backend::{Backend, Batch, PAGE};
 use crate::checkpoint::Checkpoint;
 use crate::formats::kv::KvFormat;
 use crate::formats::linear::LinearTensors;
 use crate::model::Decoder;
 
 type Observe = Box<dyn FnMut(&str, &[f32]) + Send>;
-type Watched = Observed<CpuBackend, Observe>;
+type Watched<B> = Observed<B, Observe>;
 
 /// Inputs by module, [tokens, K] row-major, of the modules that are asked for.
 type Seen = Arc<Mutex<BTreeMap<String, Vec<f32>>>>;
 
 /// A model on its way through its own blocks.
-pub(super) struct Walk {
-    decoder: Decoder<Watched>,
-    cache: <Watched as crate::backend::Backend>::Cache,
-    batches: Vec<(Batch, RopeTable)>,
+pub(super) struct Walk<B: Backend> {
+    decoder: Decoder<Watched<B>>,
+    cache: B::Cache,
+    passes: Vec<B::Pass>,
     seen: Seen,
 }
 
+/// What leaves a block, and inputs of its modules.
+type Looked<T> = (Stream<T>, BTreeMap<String, Vec<f32>>);
+
 /// Hidden states of every sequence before some block.
 #[derive(Clone)]
-pub(super) struct Stream(Vec<CpuTensor>);
+pub(super) struct Stream<T>(Vec<T>);
 
-impl Walk {
+impl<B: Backend + Clone> Walk<B> {
     /// Loads the model and gets ready for `sequences`.
-    pub fn new(checkpoint: &Checkpoint, backend: &CpuBackend, sequences: &[Vec<u32>]) -> Result<Self, QuantizeError> {
+    pub fn new(checkpoint: &Checkpoint, backend: &B, sequences: &[Vec<u32>]) -> Result<Self, QuantizeError> {
         let sequences: Vec<&Vec<u32>> = sequences.iter().filter(|s| !s.is_empty()).collect();
         let longest = sequences.iter().map(|s| s.len()).max().unwrap_or(0);
         if longest == 0 {
@@ -48,15 +50,9 @@ impl Walk {
         });
         let decoder = Decoder::load(Observed::new(backend.clone(), observe), checkpoint)?;
         let cache = decoder.new_cache(longest.next_multiple_of(PAGE), KvFormat::F32)?;
-        let batch = |tokens: &Vec<u32>| {
-            let pages = (0..tokens.len().div_ceil(PAGE) as u32).collect();
-            let span = Span { slot: 0, start: 0, len: tokens.len(), pages };
-            let batch = Batch { tokens: tokens.clone(), spans: vec![span] };
-            let rope = decoder.rope(&batch);
-            (batch, rope)
-        };
-        let batches = sequences.into_iter().map(batch).collect();
-        Ok(Self { decoder, cache, batches, seen })
+        let pass = |tokens: &Vec<u32>| decoder.pass(&Batch::alone(tokens.clone()));
+        let passes = sequences.into_iter().map(pass).collect::<Result<_, _>>()?;
+        Ok(Self { decoder, cache, passes, seen })
     }
 
     /// Number of blocks.
@@ -65,8 +61,8 @@ impl Walk {
     }
 
     /// The embedded sequences: what enters the first block.
-    pub fn start(&self) -> Result<Stream, QuantizeError> {
-        let embedded = self.batches.iter().map(|(batch, _)| self.decoder.embed(batch));
+    pub fn start(&self) -> Result<Stream<B::Tensor>, QuantizeError> {
+        let embedded = self.passes.iter().map(|pass| self.decoder.embed(pass));
         Ok(Stream(embedded.collect::<Result<_, _>>()?))
     }
 
@@ -75,14 +71,14 @@ impl Walk {
     pub fn block(
         &mut self,
         index: usize,
-        stream: &Stream,
+        stream: &Stream<B::Tensor>,
         wanted: &[String],
-    ) -> Result<(Stream, BTreeMap<String, Vec<f32>>), QuantizeError> {
+    ) -> Result<Looked<B::Tensor>, QuantizeError> {
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner) =
             wanted.iter().map(|m| (m.clone(), Vec::new())).collect();
         let mut out = Vec::with_capacity(stream.0.len());
-        for (x, (batch, rope)) in stream.0.iter().zip(&self.batches) {
-            out.push(self.decoder.blocks(index..index + 1, &|| Ok(x.clone()), rope, &mut self.cache, batch)?);
+        for (x, pass) in stream.0.iter().zip(&self.passes) {
+            out.push(self.decoder.blocks(index..index + 1, &|| Ok(x.clone()), pass, &mut self.cache)?);
         }
         let seen = std::mem::take(&mut *self.seen.lock().unwrap_or_else(PoisonError::into_inner));
         if let Some((module, _)) = seen.iter().find(|(_, x)| x.iter().any(|v| !v.is_finite())) {
@@ -93,11 +89,11 @@ impl Walk {
 
     /// For each token of `stream` 1 / RMS of its hidden state: what an error added to it is worth, as the next norm divides
     /// by just that. Tokens of huge states (attention sinks) would otherwise outweigh all others.
-    pub fn worth(&self, stream: &Stream) -> Result<Vec<f32>, QuantizeError> {
+    pub fn worth(&self, stream: &Stream<B::Tensor>) -> Result<Vec<f32>, QuantizeError> {
         let mut out = Vec::new();
-        for (x, (batch, _)) in stream.0.iter().zip(&self.batches) {
+        let width = self.decoder.config.hidden;
+        for x in &stream.0 {
             let host = self.decoder.backend().to_host(x)?;
-            let width = host.len() / batch.tokens.len();
             out.extend(host.chunks(width).map(|h| {
                 let mean = h.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / width as f64;
                 if mean > 0.0 { (1.0 / mean.sqrt()) as f32 } else { 0.0 }
@@ -110,7 +106,7 @@ impl Walk {
     pub fn replace(&mut self, linear: LinearTensors<'_>) -> Result<(), QuantizeError> {
         let module = linear.name.clone();
         let linear = self.decoder.backend().load_linear(linear)?;
-        if self.decoder.replace(linear) {
+        if self.decoder.replace(&module, linear) {
             return Ok(());
         }
         Err(QuantizeError::Module { module, detail: "is no linear of a block".into() })

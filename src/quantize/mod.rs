@@ -23,7 +23,7 @@ use safetensors::Dtype;
 use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
 
-use crate::backend::cpu::CpuBackend;
+use crate::backend::Backend;
 use crate::checkpoint::dialect::Dialect;
 use crate::checkpoint::identity::identity;
 use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
@@ -401,9 +401,9 @@ pub struct Places<'a> {
 ///
 /// # Errors
 /// As [`quantize`], [`calibrate::calibrate`], [`smooth::choose`] and [`gptq::gptq`].
-pub fn apply(
+pub fn apply<B: Backend + Clone>(
     checkpoint: &Checkpoint,
-    backend: &CpuBackend,
+    backend: &B,
     text: &CalibrationText,
     recipe: &Recipe,
     dialect: Dialect,

@@ -19,7 +19,7 @@ use super::linalg::product_transposed;
 use super::refine::{Inputs, refine};
 use super::scheme::Scheme;
 use super::{QuantizeError, encode, to_bytes};
-use crate::backend::cpu::CpuBackend;
+use crate::backend::Backend;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Dialect;
 use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
@@ -114,9 +114,9 @@ pub struct Smoothing {
 ///
 /// # Errors
 /// When the model cannot be run or holds what is not finite.
-pub fn choose(
+pub fn choose<B: Backend + Clone>(
     checkpoint: &Checkpoint,
-    backend: &CpuBackend,
+    backend: &B,
     sequences: &[Vec<u32>],
     form: Smooth,
     scheme: &dyn Fn(&Module) -> Scheme,

@@ -19,7 +19,7 @@ use super::parameter::Learned;
 use super::student::Student;
 use super::{During as _, RecoverError, Result};
 use crate::backend::autograd::{AutogradBackend, loss};
-use crate::backend::{Backend as _, Batch, PAGE, RopeTable};
+use crate::backend::{Backend as _, HostPass};
 use crate::checkpoint::CheckpointError;
 use crate::formats::kv::KvFormat;
 use crate::model::Decoder;
@@ -128,11 +128,11 @@ pub fn train(
         let mut order = Order::new(data.rows.len() - held_out, options.seed.wrapping_add(block as u64));
         for step in 0..options.steps {
             let chosen: Vec<usize> = order.take(options.sequences).into_iter().map(|r| held_out + r).collect();
-            let (part, rope) = prepare(&student.decoder, data, &chosen);
+            let pass = prepare(&student.decoder, data, &chosen)?;
             let x = inputs.rows(&chosen)?;
             let x = Var::from_tensor(&x).during("block")?;
-            let mut cache = cache(&student.decoder, &part)?;
-            let out = student.decoder.block(block, x.as_tensor().clone(), &rope, &mut cache, &part)?;
+            let mut cache = cache(&student.decoder)?;
+            let out = student.decoder.block(block, x.as_tensor().clone(), &pass, &mut cache)?;
             let wanted = targets.gather(&chosen)?;
             let worth = worth(&student.decoder.backend().to_host(&out)?, &wanted, inputs.hidden);
             let (loss, value) = loss::squared_error(&out, &wanted, &worth).during("block loss")?;
@@ -201,7 +201,7 @@ impl<'a> Stream<'a> {
     fn embed(decoder: &Decoder<AutogradBackend>, data: &Data, scratch: &'a Path) -> Result<Self> {
         Self::write(scratch, data, decoder.config.hidden, |i| {
             let Some(row) = data.rows.get(i) else { return Ok(None) };
-            Ok(Some(decoder.backend().to_host(&decoder.embed(&batch(&[row]))?)?))
+            Ok(Some(decoder.backend().to_host(&decoder.embed(&decoder.pass(&batch(&[row]))?)?)?))
         })
     }
 
@@ -240,9 +240,8 @@ impl<'a> Stream<'a> {
             if chosen.is_empty() {
                 return Ok(None);
             }
-            let (part, rope) = prepare(decoder, data, &chosen);
-            let mut cache = cache(decoder, &part)?;
-            let out = decoder.block(block, self.rows(&chosen)?, &rope, &mut cache, &part)?;
+            let pass = prepare(decoder, data, &chosen)?;
+            let out = decoder.block(block, self.rows(&chosen)?, &pass, &mut cache(decoder)?)?;
             Ok(Some(decoder.backend().to_host(&out)?))
         })
     }
@@ -279,15 +278,12 @@ pub(super) fn worth(x: &[f32], target: &[f32], hidden: usize) -> Vec<f32> {
     x.par_chunks_exact(hidden).zip(target.par_chunks_exact(hidden)).map(one).collect()
 }
 
-fn prepare(decoder: &Decoder<AutogradBackend>, data: &Data, chosen: &[usize]) -> (Batch, RopeTable) {
+fn prepare(decoder: &Decoder<AutogradBackend>, data: &Data, chosen: &[usize]) -> Result<HostPass> {
     let rows: Vec<&Row> = chosen.iter().map(|s| &data.rows[*s]).collect();
-    let part = batch(&rows);
-    let rope = decoder.rope(&part);
-    (part, rope)
+    Ok(decoder.pass(&batch(&rows))?)
 }
 
-/// A KV cache with room for a batch.
-pub(super) fn cache(decoder: &Decoder<AutogradBackend>, batch: &Batch) -> Result<crate::backend::autograd::KvCache> {
-    let pages: usize = batch.spans.iter().map(|s| s.pages.len()).sum();
-    Ok(decoder.new_cache(pages * PAGE, KvFormat::F32)?)
+/// A KV cache without a page: what is trained on is computed whole, and nothing of it is read again.
+pub(super) fn cache(decoder: &Decoder<AutogradBackend>) -> Result<crate::backend::autograd::KvCache> {
+    Ok(decoder.new_cache(0, KvFormat::F32)?)
 }

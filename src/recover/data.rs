@@ -3,7 +3,7 @@
 use sha2::{Digest as _, Sha256};
 
 use super::{RecoverError, Result};
-use crate::backend::{Batch, PAGE, Span};
+use crate::backend::{Batch, Span};
 
 /// One text, conversation or piece of one: it begins at position 0 and sees nothing but itself.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -162,16 +162,13 @@ impl Data {
     }
 }
 
-/// One batch of rows; each of their documents is a sequence of its own.
+/// One batch of rows; each of their documents is a sequence of its own, and nothing of it is kept in a cache.
 #[must_use]
 pub fn batch(rows: &[&Row]) -> Batch {
     let mut out = Batch::default();
-    let mut page = 0u32;
-    for (slot, d) in rows.iter().flat_map(|r| &r.0).enumerate() {
-        let pages = d.tokens.len().div_ceil(PAGE) as u32;
+    for d in rows.iter().flat_map(|r| &r.0) {
         out.tokens.extend_from_slice(&d.tokens);
-        out.spans.push(Span { slot, start: 0, len: d.tokens.len(), pages: (page..page + pages).collect() });
-        page += pages;
+        out.spans.push(Span { start: 0, len: d.tokens.len(), pages: Vec::new() });
     }
     out
 }
@@ -291,7 +288,7 @@ mod tests {
         assert_eq!(targets, [2, 3, 1, 6, 7, 8, 5]);
         assert_eq!(weights, [1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]);
         let batch = batch(&[&row, &row]);
-        assert_eq!(batch.spans.iter().map(|s| (s.slot, s.len)).collect::<Vec<_>>(), [(0, 3), (1, 4), (2, 3), (3, 4)]);
+        assert_eq!(batch.spans.iter().map(|s| s.len).collect::<Vec<_>>(), [3, 4, 3, 4]);
         assert!(batch.spans.iter().all(|s| s.start == 0));
     }
 

@@ -165,16 +165,17 @@ pub fn gradients(
     options: &Options,
 ) -> Result<(LossSums, f64)> {
     let part = batch(rows);
-    let rope = student.rope(&part);
+    let pass = student.pass(&part)?;
     let (targets, weights) = next_tokens(rows);
     let mut states = Vec::new();
     let reference = match teacher.filter(|_| options.kl != 0.0 || options.hidden != 0.0) {
         None => None,
         Some(t) => {
-            let mut x = t.embed(&part)?;
-            let mut cache = cache(t, &part)?;
+            let own = t.pass(&part)?;
+            let mut x = t.embed(&own)?;
+            let mut cache = cache(t)?;
             for index in 0..t.config.layers {
-                x = t.block(index, x, &rope, &mut cache, &part)?;
+                x = t.block(index, x, &own, &mut cache)?;
                 if options.hidden != 0.0 {
                     states.push(t.backend().to_host(&x)?);
                 }
@@ -188,12 +189,12 @@ pub fn gradients(
     };
     let reference = reference.as_ref().map(|(hidden, head)| Teacher { hidden, head });
     let mut kept: Vec<(Var, Option<Tensor>)> = Vec::new();
-    let mut x = student.embed(&part)?;
+    let mut x = student.embed(&pass)?;
     for index in 0..student.config.layers {
         let leaf = Var::from_tensor(&x).during("forward")?;
         // A detached tensor records nothing.
         let input = if options.recompute { leaf.as_detached_tensor() } else { leaf.as_tensor().clone() };
-        let out = student.block(index, input, &rope, &mut cache(student, &part)?, &part)?;
+        let out = student.block(index, input, &pass, &mut cache(student)?)?;
         x = out.detach();
         kept.push((leaf, (!options.recompute).then_some(out)));
     }
@@ -209,7 +210,7 @@ pub fn gradients(
             Some(out) => out,
             None => {
                 let index = kept.len();
-                student.block(index, leaf.as_tensor().clone(), &rope, &mut cache(student, &part)?, &part)?
+                student.block(index, leaf.as_tensor().clone(), &pass, &mut cache(student)?)?
             }
         };
         let mut values = student.backend().to_host(&gradient)?;
@@ -309,7 +310,7 @@ impl Watched {
 
 fn entering_head(decoder: &Decoder<AutogradBackend>, row: &Row) -> Result<Tensor> {
     let part: Batch = batch(&[row]);
-    Ok(decoder.final_norm(&decoder.hidden(&part, &mut cache(decoder, &part)?)?)?)
+    Ok(decoder.final_norm(&decoder.hidden(&part, &mut cache(decoder)?)?)?)
 }
 
 #[cfg(test)]

@@ -8,9 +8,10 @@ use safetensors::Dtype;
 use super::optimizer::{AdamW, sum_of_squares};
 use super::parameter::{Learned, Parameter, Weight};
 use super::{RecoverError, Result};
-use crate::backend::autograd::{AutogradBackend, Linear};
+use crate::backend::autograd::{AutogradBackend, Linear, Norm};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
+use crate::model::layer::NamedNorm;
 use crate::model::modules::Module;
 use crate::model::{Decoder, ModelConfig};
 
@@ -41,8 +42,7 @@ impl Student {
                 other,
             )?;
         }
-        let mut linears = Vec::new();
-        decoder.for_each_linear(|l| linears.push(l.clone()));
+        let linears: Vec<Linear> = decoder.linears().map(|l| (*l.linear).clone()).collect();
         let mut parameters = Vec::new();
         for linear in linears {
             let Some(m) = modules.get(linear.name()).filter(|m| m.is_block_linear()) else { continue };
@@ -69,8 +69,7 @@ impl Student {
     /// When something is wrong with it.
     pub fn load_plain(checkpoint: &Checkpoint, backend: AutogradBackend) -> Result<Self> {
         let decoder = Decoder::load(backend, checkpoint)?;
-        let mut linears = Vec::new();
-        decoder.for_each_linear(|l| linears.push(l.clone()));
+        let linears: Vec<Linear> = decoder.linears().map(|l| (*l.linear).clone()).collect();
         let mut parameters = Vec::new();
         for m in decoder.config.modules() {
             if let Some(linear) = linears.iter().find(|l| l.name() == m.name) {
@@ -224,13 +223,13 @@ fn parameter(linear: Linear, module: &Module, mut master: Vec<f32>) -> Parameter
 }
 
 fn norms(decoder: &Decoder<AutogradBackend>, checkpoint: &Checkpoint) -> Vec<Parameter> {
-    let mut out = Vec::new();
-    decoder.for_each_norm(|name, layer, norm| {
-        let dtype = checkpoint.tensors.peek(&name).map_or(Dtype::F32, |v| v.dtype);
+    let parameter = |(layer, named): (Option<usize>, &NamedNorm<AutogradBackend>)| {
+        let dtype = checkpoint.tensors.peek(&named.name).map_or(Dtype::F32, |v| v.dtype);
+        let norm = Norm::clone(&named.norm);
         let master = norm.weight().to_vec();
-        out.push(Parameter::new(name, Weight::Norm(norm.clone(), dtype), layer, master));
-    });
-    out
+        Parameter::new(named.name.to_string(), Weight::Norm(norm, dtype), layer, master)
+    };
+    decoder.norms().map(parameter).collect()
 }
 
 /// Where a checkpoint keeps how it was recovered.

@@ -1,8 +1,11 @@
 //! Between people's text and the model's token ids: tokenizer, streaming decoder, chat template, stop strings.
 
 mod chat_template;
+mod classes;
+mod clean_up;
 pub mod conversation;
 mod error;
+mod rebuild;
 mod special_tokens;
 mod stop;
 mod stream_decoder;

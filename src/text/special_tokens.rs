@@ -1,6 +1,6 @@
 //! The tokens that a model's configuration files name (bos, eos, …) and list, read as transformers 5 reads them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use recoup_eval::records::without_mark;
@@ -8,6 +8,8 @@ use serde_json::{Map, Value};
 use tokenizers::AddedToken;
 
 use super::TextError;
+use super::classes::{Class, class_of, is_byte_level};
+use super::rebuild::Flags;
 
 /// The names that may hold one token, in the order in which new ones get their ids.
 /// Source: transformers, `PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES`.
@@ -26,13 +28,25 @@ pub struct SpecialTokens {
 }
 
 impl SpecialTokens {
-    /// Reads the files of `folder` that name tokens; each may be missing.
+    /// Reads the files of `folder` that name tokens; each may be missing. Where none names a token, the name that the class
+    /// of the tokenizer gives it counts.
     ///
     /// # Errors
     /// A file that is there but cannot be read, is not JSON, or names a token by something other than a string or an
     /// object with a string `content`.
     pub fn from_folder(folder: &Path) -> Result<SpecialTokens, TextError> {
-        Ok(Configured::from_folder(folder)?.names())
+        let mut configured = Configured::from_folder(folder)?;
+        let path = folder.join("tokenizer_config.json");
+        let config = read_json_object(&path)?.unwrap_or_default();
+        let model_path = folder.join("config.json");
+        let model = read_json_object(&model_path)?;
+        let byte_level = || std::fs::read(folder.join("tokenizer.json")).is_ok_and(|bytes| is_byte_level(&bytes));
+        let flags = Flags { config: &config, path: &path };
+        // What is to be said about the class, the tokenizer says.
+        if let Class::Rebuilt(class) = class_of(&flags, (&model_path, model.as_ref()), byte_level, &mut Vec::new())? {
+            configured.set_defaults(class.default_tokens());
+        }
+        Ok(configured.names())
     }
 
     /// The string of a named token, for example `eos_token`; `None` when the model has none.
@@ -84,6 +98,19 @@ impl Token {
     }
 }
 
+impl From<AddedToken> for Token {
+    fn from(token: AddedToken) -> Token {
+        Token {
+            content: token.content,
+            special: token.special,
+            single_word: token.single_word,
+            lstrip: token.lstrip,
+            rstrip: token.rstrip,
+            normalized: Some(token.normalized),
+        }
+    }
+}
+
 /// All that the configuration files beside `tokenizer.json` say about tokens.
 #[derive(Debug, Default)]
 pub(super) struct Configured {
@@ -95,6 +122,8 @@ pub(super) struct Configured {
     pub listed: BTreeMap<u32, Token>,
     /// Where `listed` was read, and by which key, for messages.
     pub listed_in: (PathBuf, &'static str),
+    /// Names that a file gives, those that it gives as null included.
+    given: BTreeSet<String>,
 }
 
 impl Configured {
@@ -108,7 +137,7 @@ impl Configured {
         let path = folder.join("tokenizer_config.json");
         let config = read_json_object(&path)?.unwrap_or_default();
         let mut named: Map<String, Value> = Map::new();
-        let mut own = Configured::default();
+        let mut own = Configured { given: config.keys().cloned().collect(), ..Configured::default() };
 
         // Names of the model's own may be anything that ends in `_token`; switches such as `add_bos_token` are no strings.
         let is_object = |value: &Value| value.get("__type").is_some_and(|t| t == "AddedToken");
@@ -159,6 +188,7 @@ impl Configured {
         } else {
             let map_path = folder.join("special_tokens_map.json");
             for (name, value) in read_json_object(&map_path)?.unwrap_or_default() {
+                own.given.insert(name.clone());
                 if value.is_null() {
                     named.remove(&name);
                 } else if name == EXTRA {
@@ -205,12 +235,60 @@ impl Configured {
         let first = NAMES.iter().filter_map(|name| Some((*name, named.get(*name)?)));
         let rest = named.iter().filter(|(name, _)| !NAMES.contains(&name.as_str())).map(|(n, v)| (n.as_str(), v));
         for (name, value) in first.chain(rest) {
-            let token = token(value, name, &path)?.1;
-            // Flags of a listed token count for its name.
-            let listed = own.listed.values().find(|l| NAMES.contains(&name) && l.content == token.content);
-            own.named.push((name.to_owned(), listed.cloned().unwrap_or(token)));
+            own.named.push((name.to_owned(), token(value, name, &path)?.1));
         }
+        own.take_listed_flags();
         Ok(own)
+    }
+
+    /// Flags of a listed token count for its name, if it is one of the common ones.
+    fn take_listed_flags(&mut self) {
+        for (name, token) in &mut self.named {
+            let listed = self.listed.values().find(|l| NAMES.contains(&name.as_str()) && l.content == token.content);
+            if let Some(listed) = listed {
+                token.clone_from(listed);
+            }
+        }
+    }
+
+    /// Whether `tokenizer_config.json` lists the added tokens, so that no other file is asked for them.
+    pub(super) fn lists_all(&self) -> bool {
+        self.listed_in.1 == "added_tokens_decoder"
+    }
+
+    /// Lists the added tokens of `tokenizer.json` as well, by their ids there; they overrule `added_tokens.json`.
+    pub(super) fn list_more(&mut self, added: Vec<(u32, AddedToken)>) {
+        self.listed.extend(added.into_iter().map(|(id, token)| (id, Token::from(token))));
+        self.take_listed_flags();
+    }
+
+    /// Names tokens where no file does, as a class of transformers does; null in a file stays none.
+    pub(super) fn set_defaults(&mut self, tokens: &[(&str, &str)]) {
+        let given = std::mem::take(&mut self.named);
+        let own = tokens.iter().map(|(name, _)| *name).filter(|name| !NAMES.contains(name));
+        for name in NAMES.into_iter().chain(own) {
+            let token = given.iter().find(|(given, _)| given == name).map(|(_, token)| token.clone());
+            let default = tokens.iter().find(|(default, _)| *default == name && !self.given.contains(name));
+            let token = token.or_else(|| default.map(|(_, content)| Token::special(content)));
+            self.named.extend(token.map(|token| (name.to_owned(), token)));
+        }
+        // A class's tokens of its own are special ones without a name as well, where no file lists such.
+        if !self.given.contains(EXTRA) && !self.given.contains(ADDITIONAL) {
+            let own = tokens.iter().filter(|(name, _)| !NAMES.contains(name));
+            self.extra.extend(own.map(|(_, content)| Token::special(content)));
+        }
+        let rest = given.into_iter().filter(|(name, _)| !self.named.iter().any(|(known, _)| known == name));
+        self.named.extend(rest.collect::<Vec<_>>());
+    }
+
+    /// The string of a named token.
+    pub(super) fn content(&self, name: &str) -> Option<&str> {
+        self.named.iter().find(|(known, _)| known == name).map(|(_, token)| token.content.as_str())
+    }
+
+    /// All tokens with a name, then the special ones without.
+    pub(super) fn special(&self) -> impl Iterator<Item = &Token> {
+        self.named.iter().map(|(_, token)| token).chain(&self.extra)
     }
 
     /// The strings of the named tokens.

@@ -2,6 +2,7 @@
 
 use std::sync::LazyLock;
 
+use super::clean_up::CleanUp;
 use super::tokenizer::Decoding;
 use super::{TextError, Tokenizer};
 
@@ -22,6 +23,8 @@ pub struct StreamDecoder {
     tokenizer: Tokenizer,
     skip_special: bool,
     state: State,
+    /// Where the tokenizer cleans up spaces.
+    clean_up: Option<CleanUp>,
 }
 
 #[derive(Debug, Clone)]
@@ -47,7 +50,8 @@ impl StreamDecoder {
                 State::Window { ids: Vec::new(), shown: 0, shown_text: String::new() }
             }
         };
-        StreamDecoder { tokenizer, skip_special, state }
+        let clean_up = tokenizer.cleans_up().then(CleanUp::default);
+        StreamDecoder { tokenizer, skip_special, state, clean_up }
     }
 
     /// Takes the next id; returns the text that is now certain, if there is any.
@@ -74,7 +78,7 @@ impl StreamDecoder {
                 if self.tokenizer.decoding() == Decoding::ByteRuns && is_byte_token(&token) {
                     return Ok(None);
                 }
-                let text = self.tokenizer.decode(ids, self.skip_special)?;
+                let text = self.tokenizer.decode_as_is(ids, self.skip_special)?;
                 // Only a decoder of bytes somewhere inside a sequence of decoders can leave half a character.
                 let unfinished = self.tokenizer.decoding() == Decoding::Strings
                     && text.ends_with(REPLACEMENT)
@@ -85,9 +89,13 @@ impl StreamDecoder {
                 let new = new_text(shown_text, &text).to_owned();
                 ids.drain(..*shown);
                 *shown = ids.len();
-                *shown_text = self.tokenizer.decode(ids, self.skip_special)?;
+                *shown_text = self.tokenizer.decode_as_is(ids, self.skip_special)?;
                 new
             }
+        };
+        let text = match &mut self.clean_up {
+            Some(clean_up) => clean_up.push(&text),
+            None => text,
         };
         Ok(Some(text).filter(|text| !text.is_empty()))
     }
@@ -97,13 +105,17 @@ impl StreamDecoder {
     /// # Errors
     /// When the tokenizer's decoder fails.
     pub(super) fn pending(&self) -> Result<String, TextError> {
-        match &self.state {
-            State::Bytes(pending) => Ok(String::from_utf8_lossy(pending).into_owned()),
-            State::Window { ids, shown, .. } if ids.len() == *shown => Ok(String::new()),
+        let text = match &self.state {
+            State::Bytes(pending) => String::from_utf8_lossy(pending).into_owned(),
+            State::Window { ids, shown, .. } if ids.len() == *shown => String::new(),
             State::Window { ids, shown_text, .. } => {
-                Ok(new_text(shown_text, &self.tokenizer.decode(ids, self.skip_special)?).to_owned())
+                new_text(shown_text, &self.tokenizer.decode_as_is(ids, self.skip_special)?).to_owned()
             }
-        }
+        };
+        Ok(match &self.clean_up {
+            Some(clean_up) => clean_up.pending(&text),
+            None => text,
+        })
     }
 
     /// Ends the sequence; returns the text held back, if there is any. The decoder is as new afterwards.
@@ -118,13 +130,17 @@ impl StreamDecoder {
                 text
             }
             State::Window { ids, shown, shown_text } => {
-                let text = self.tokenizer.decode(ids, self.skip_special)?;
+                let text = self.tokenizer.decode_as_is(ids, self.skip_special)?;
                 let new = new_text(shown_text, &text).to_owned();
                 ids.clear();
                 *shown = 0;
                 shown_text.clear();
                 new
             }
+        };
+        let text = match &mut self.clean_up {
+            Some(clean_up) => clean_up.finish(&text),
+            None => text,
         };
         Ok(Some(text).filter(|text| !text.is_empty()))
     }

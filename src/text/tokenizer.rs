@@ -6,9 +6,14 @@ use std::sync::Arc;
 
 use recoup_eval::foreign::foreign;
 use recoup_eval::records::without_mark;
-use serde_json::{Map, Value};
-use tokenizers::{AddedToken, DecoderWrapper};
+use tokenizers::{
+    AddedToken, DecoderWrapper, NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString,
+    PreTokenizer,
+};
 
+use super::classes::{Class, Rebuilt, class_of, is_byte_level};
+use super::clean_up::clean_up;
+use super::rebuild::{Flags, finish, fix_mistral_regex, rebuild};
 use super::special_tokens::{Configured, EXTRA, Token, read_json_object};
 use super::{SpecialTokens, StreamDecoder, TextError};
 
@@ -27,6 +32,9 @@ struct Inner {
     special_ids: HashSet<u32>,
     vocab_size: usize,
     decoding: Decoding,
+    cleans_up: bool,
+    /// The text at which CodeLlama's class of transformers rearranges a prompt.
+    fill: Option<String>,
     notes: Vec<String>,
 }
 
@@ -42,12 +50,13 @@ pub(super) enum Decoding {
 }
 
 impl Tokenizer {
-    /// Loads `tokenizer.json` of a model's folder, and the files beside it that name tokens (`tokenizer_config.json`,
-    /// `special_tokens_map.json`, `added_tokens.json`) if they are there: text and ids are those of transformers 5.
+    /// Loads `tokenizer.json` of a model's folder, and the files beside it that name tokens, flags and the class
+    /// (`tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`, `config.json`) if they are there: text and
+    /// ids are those of transformers 5 (5.24 is followed), which takes some files as they stand and builds others anew by
+    /// the class; what is not followed is among the [`notes`](Self::notes).
     ///
     /// Truncation and padding that `tokenizer.json` may ask for are switched off: they belong to training, and would
-    /// silently cut or fill prompts here. `clean_up_tokenization_spaces` is not applied: it is lossy ("a ." becomes
-    /// "a."), and vLLM leaves it out of streamed text as well.
+    /// silently cut or fill prompts here.
     ///
     /// # Errors
     /// A file that is missing (`tokenizer.json` only), cannot be read or is not what its name says.
@@ -66,19 +75,54 @@ impl Tokenizer {
                 |what| format!("not a tokenizer: it is {what}"),
             ),
         })?;
+        let padding = hf.get_padding().map(|padding| padding.pad_token.clone());
         hf.with_padding(None);
         hf.with_truncation(None)
             .map_err(|error| TextError::Invalid { path: path.clone(), detail: error.to_string() })?;
 
         let mut notes = Vec::new();
-        let configured = Configured::from_folder(folder)?;
-        add_tokens(&mut hf, &configured, &path, &mut notes)?;
+        let mut configured = Configured::from_folder(folder)?;
+        let config_path = folder.join("tokenizer_config.json");
+        let config = read_json_object(&config_path)?.unwrap_or_default();
+        let model_path = folder.join("config.json");
+        let model = read_json_object(&model_path)?;
+        let flags = Flags { config: &config, path: &config_path };
+        let class = class_of(&flags, (&model_path, model.as_ref()), || is_byte_level(&bytes), &mut notes)?;
+        let rebuilt = match &class {
+            Class::Rebuilt(class) => {
+                let added = || added_tokens(&bytes, &path);
+                rebuild(*class, &hf, &flags, &mut configured, added, &mut notes)?.map(|hf| (*class, hf))
+            }
+            Class::File => None,
+            Class::Other(name) => {
+                notes.push(format!(
+                    "transformers 5 loads this tokenizer as {name}, which does not take tokenizer.json as it stands; Recoup \
+                     does, so that texts may become other tokens. Set `tokenizer_class` in {} to PreTrainedTokenizerFast for \
+                     both to do the same",
+                    config_path.display()
+                ));
+                None
+            }
+        };
+        let no_pad = matches!(rebuilt, Some((Rebuilt::Gpt2 | Rebuilt::CodeGen, _)));
+        if let Some(pad) = padding.filter(|_| !no_pad) {
+            configured.set_defaults(&[("pad_token", &pad)]);
+        }
+        let class = rebuilt.as_ref().map(|(class, _)| *class);
+        if let Some((_, rebuilt)) = rebuilt {
+            hf = rebuilt;
+        }
+        add_tokens(&mut hf, &configured, class, &path, &mut notes)?;
+        fix_mistral_regex(&mut hf, &flags, model.as_ref(), &mut notes)?;
+        if let Some(class) = class {
+            finish(class, &mut hf, &configured)
+                .map_err(|detail| TextError::Invalid { path: config_path.clone(), detail })?;
+        }
+        let fill = configured.content("fill_token").filter(|_| class == Some(Rebuilt::CodeLlama)).map(str::to_owned);
         let special_tokens = configured.names();
         let id_of = |name: &str| special_tokens.get(name).and_then(|token| hf.token_to_id(token));
         let (bos_id, eos_id) = (id_of("bos_token"), id_of("eos_token"));
-        let config_path = folder.join("tokenizer_config.json");
-        let config = read_json_object(&config_path)?.unwrap_or_default();
-        apply_switches(&mut hf, &Switches { config: &config, path: &config_path, bos_id, eos_id }, &mut notes)?;
+        let cleans_up = apply_switches(&mut hf, &flags, class, [bos_id, eos_id], &mut notes)?;
         // Not the flag: a token that was special once stays so for the decoder when another file says it is none.
         let is_special = |token: &AddedToken| hf.get_added_vocabulary().is_special_token(&token.content);
         let special_ids =
@@ -95,6 +139,8 @@ impl Tokenizer {
                 special_ids,
                 vocab_size,
                 decoding,
+                cleans_up,
+                fill,
                 notes,
             }),
         })
@@ -107,8 +153,18 @@ impl Tokenizer {
     /// the template has already written them, and a second bos costs accuracy.
     ///
     /// # Errors
-    /// When the tokenizer cannot represent the text (a vocabulary without an unknown token).
+    /// When the tokenizer cannot represent the text (a vocabulary without an unknown token), or the text is one that
+    /// CodeLlama's class would rearrange.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TextError> {
+        if let Some(fill) = self.inner.fill.as_ref().filter(|fill| text.contains(fill.as_str())) {
+            return Err(TextError::Encode {
+                path: self.inner.path.clone(),
+                detail: format!(
+                    "CodeLlamaTokenizer of transformers puts a text with `{fill}` in it into another order, which is not done \
+                     here; write the tokens `▁<PRE>`, `▁<SUF>` and `▁<MID>` themselves"
+                ),
+            });
+        }
         let encoding = self.guarded(|| self.inner.hf.encode_fast(text, add_special_tokens))?;
         Ok(encoding.get_ids().to_vec())
     }
@@ -142,6 +198,12 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer's decoder fails.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TextError> {
+        let text = self.decode_as_is(ids, skip_special)?;
+        Ok(if self.cleans_up() { clean_up(&text) } else { text })
+    }
+
+    /// The text of `ids` before spaces are cleaned up.
+    pub(super) fn decode_as_is(&self, ids: &[u32], skip_special: bool) -> Result<String, TextError> {
         // Some decoders of tokenizers 0.23 panic on an empty list.
         let has_text = |&id: &u32| !(skip_special && self.is_special(id)) && self.id_to_token(id).is_some();
         if !ids.iter().any(has_text) {
@@ -213,6 +275,11 @@ impl Tokenizer {
     pub(super) fn decoding(&self) -> Decoding {
         self.inner.decoding
     }
+
+    /// Whether `clean_up_tokenization_spaces` counts: not for BPE, unless a second switch says so.
+    pub(super) fn cleans_up(&self) -> bool {
+        self.inner.cleans_up
+    }
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -230,6 +297,7 @@ impl std::fmt::Debug for Tokenizer {
 fn add_tokens(
     hf: &mut tokenizers::Tokenizer,
     configured: &Configured,
+    class: Option<Rebuilt>,
     path: &Path,
     notes: &mut Vec<String>,
 ) -> Result<(), TextError> {
@@ -277,7 +345,17 @@ fn add_tokens(
         .map_err(|error| invalid(format!("cannot add tokens of the configuration: {error}")))?;
     for (id, token) in &configured.listed {
         let got = hf.token_to_id(&token.content);
-        if got != Some(*id) {
+        if got == Some(*id) {
+            continue;
+        }
+        if let (Some(class), Some(got)) = (class, got) {
+            notes.push(format!(
+                "`{}` has the id {id} in `{key}` or tokenizer.json, but {got} as {} of transformers 5 numbers tokens, which is \
+                 followed",
+                token.content,
+                class.name()
+            ));
+        } else {
             return Err(invalid(format!(
                 "`{key}` gives `{}` the id {id}, but with this tokenizer.json it would be {}; the two files are not of \
                  the same model",
@@ -289,29 +367,35 @@ fn add_tokens(
     Ok(())
 }
 
-/// What `tokenizer_config.json` says beside tokens.
-struct Switches<'a> {
-    config: &'a Map<String, Value>,
-    path: &'a Path,
-    bos_id: Option<u32>,
-    eos_id: Option<u32>,
+/// The added tokens of a `tokenizer.json` with their ids.
+fn added_tokens(tokenizer_json: &[u8], path: &Path) -> Result<Vec<(u32, AddedToken)>, TextError> {
+    #[derive(serde::Deserialize)]
+    struct Added {
+        id: u32,
+        #[serde(flatten)]
+        token: AddedToken,
+    }
+    #[derive(serde::Deserialize)]
+    struct File {
+        #[serde(default)]
+        added_tokens: Vec<Added>,
+    }
+    let file: File = serde_json::from_slice(without_mark(tokenizer_json))
+        .map_err(|error| TextError::Invalid { path: path.to_owned(), detail: format!("`added_tokens`: {error}") })?;
+    Ok(file.added_tokens.into_iter().map(|added| (added.id, added.token)).collect())
 }
 
-/// Applies the switches of `tokenizer_config.json` as transformers 5 does beside a `tokenizer.json`: most change nothing
-/// there, and are named where they say otherwise than that file.
+/// Applies the switches of `tokenizer_config.json` as transformers 5 does beside a `tokenizer.json`: some change nothing
+/// there, and are named where they say otherwise than the tokenizer does. Returns whether decoded text is cleaned up.
 /// Source: transformers 5.24, `_from_pretrained` (takes `add_bos_token` and `add_eos_token` out), `TokenizersBackend`.
 fn apply_switches(
     hf: &mut tokenizers::Tokenizer,
-    switches: &Switches<'_>,
+    flags: &Flags<'_>,
+    class: Option<Rebuilt>,
+    [bos_id, eos_id]: [Option<u32>; 2],
     notes: &mut Vec<String>,
-) -> Result<(), TextError> {
-    let Switches { config, path, bos_id, eos_id } = switches;
-    let invalid = |detail: String| TextError::Invalid { path: path.to_path_buf(), detail };
-    let switch = |key: &str| match config.get(key) {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::Bool(on)) => Ok(Some(*on)),
-        Some(other) => Err(invalid(format!("`{key}` must be true, false or null, found {other}"))),
-    };
+) -> Result<bool, TextError> {
+    let path = flags.path;
     let added = hf.encode_fast("", true).map(|e| e.get_ids().to_vec()).unwrap_or_default();
     for (key, id) in [("add_bos_token", bos_id), ("add_eos_token", eos_id)] {
         let does =
@@ -320,29 +404,49 @@ fn apply_switches(
             );
         // The same token at both ends cannot be told apart without text.
         let one_for_both = added.len() < 2 && bos_id == eos_id && !added.is_empty();
-        if let Some(says) = switch(key)?.filter(|says| *says != does && !one_for_both) {
+        if let Some(says) = flags.switch(key)?.filter(|says| *says != does && !one_for_both) {
+            let who = class.map_or("tokenizer.json's post-processor", Rebuilt::name);
             notes.push(format!(
-                "{}: `{key}` is {says}, but tokenizer.json's post-processor {} that token; tokenizer.json counts, as in \
-                 transformers 5",
+                "{}: `{key}` is {says}, but {who} {} that token, which counts, as in transformers 5",
                 path.display(),
                 if does { "adds" } else { "does not add" }
             ));
         }
     }
-    if switch("split_special_tokens")? == Some(true) {
+    if class.is_none()
+        && let Some(says) = flags.switch("add_prefix_space")?
+        && let Some(does) = adds_prefix_space(hf)
+        && says != does
+    {
+        notes.push(format!(
+            "{}: `add_prefix_space` is {says}, but tokenizer.json {} a space at the start of a text, which counts, as in \
+             transformers 5",
+            path.display(),
+            if does { "adds" } else { "does not add" }
+        ));
+    }
+    if flags.switch("split_special_tokens")? == Some(true) {
         hf.set_encode_special_tokens(true);
     }
+    let for_bpe = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output";
+    let cleans_bpe = flags.switch(for_bpe)? == Some(true);
     let bpe = matches!(hf.get_model(), tokenizers::ModelWrapper::BPE(_));
-    for (key, applies) in [
-        ("clean_up_tokenization_spaces", !bpe),
-        ("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", bpe),
-        ("fix_mistral_regex", true),
-    ] {
-        if applies && switch(key)? == Some(true) {
-            notes.push(format!("{}: `{key}` is true, which is not applied here", path.display()));
-        }
+    Ok(flags.switch("clean_up_tokenization_spaces")? == Some(true) && (cleans_bpe || !bpe))
+}
+
+/// Whether a text gets a space before its first character; `None` where the tokenizer does not show spaces.
+fn adds_prefix_space(hf: &tokenizers::Tokenizer) -> Option<bool> {
+    let mut text = NormalizedString::from("a");
+    if let Some(normalizer) = hf.get_normalizer() {
+        normalizer.normalize(&mut text).ok()?;
     }
-    Ok(())
+    let mut text = PreTokenizedString::from(text);
+    if let Some(pre_tokenizer) = hf.get_pre_tokenizer() {
+        pre_tokenizer.pre_tokenize(&mut text).ok()?;
+    }
+    let splits = text.get_splits(OffsetReferential::Normalized, OffsetType::Byte);
+    let first = splits.first()?.0;
+    first.ends_with(['a', 'A']).then(|| first.starts_with(['▁', 'Ġ', ' ']))
 }
 
 fn decoding_of(decoder: &DecoderWrapper) -> Decoding {

@@ -169,7 +169,6 @@ impl<'a, B: Backend> Session<'a, B> {
     /// Runs (sequence, tokens already in the cache, new tokens) in one batch; logits of each, [tokens · vocab].
     pub fn forward(&mut self, new: &[(usize, usize, &[u32])]) -> Vec<Vec<f32>> {
         let span = |&(slot, start, tokens): &(usize, usize, &[u32])| Span {
-            slot,
             start,
             len: tokens.len(),
             pages: (slot * self.pages_each..(slot + 1) * self.pages_each).map(|p| p as u32).collect(),

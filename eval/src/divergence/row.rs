@@ -6,7 +6,7 @@
 
 /// What is known of one predicted token.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Pair {
+pub struct Pair {
     /// -ln of the right token's probability.
     pub loss: f64,
     pub baseline_loss: f64,
@@ -18,8 +18,9 @@ pub(super) struct Pair {
     pub same_top: bool,
 }
 
+/// Why two rows have no divergence; see the head of `divergence.rs`.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum RowError {
+pub enum RowError {
     NotFinite { which: &'static str, token: usize, value: f32 },
     RuledOut { which: &'static str, token: usize },
 }
@@ -34,7 +35,10 @@ const BLOCK: usize = 256;
 const ROUNDING: f64 = 1e-12;
 
 /// Compares two rows of the same length that holds `target`.
-pub(super) fn compare(baseline: &[f32], model: &[f32], target: usize) -> Result<Pair, RowError> {
+///
+/// # Errors
+/// What is neither finite nor ruled out in both.
+pub fn compare_rows(baseline: &[f32], model: &[f32], target: usize) -> Result<Pair, RowError> {
     let (base_finite, base_max) = finite_and_max(baseline);
     let (finite, max) = finite_and_max(model);
     let all_finite = base_finite && finite;
@@ -211,7 +215,7 @@ mod tests {
         //     log_target=True, reduction="sum"); -m.log_softmax(-1)[3], -b.log_softmax(-1)[3]; difference of softmax at 3
         let baseline: Vec<f32> = (0..37i16).map(|i| f32::from(i * i % 37) * 0.25 - 3.0).collect();
         let model: Vec<f32> = (0..37i16).map(|i| f32::from(i * i % 37) * 0.25 + f32::from(i % 5) * 0.125).collect();
-        let got = compare(&baseline, &model, 3).unwrap();
+        let got = compare_rows(&baseline, &model, 3).unwrap();
         for (got, expected) in [got.kl, got.loss, got.baseline_loss, got.delta_p].into_iter().zip(TORCH) {
             assert!((got - expected).abs() < 1e-14, "{got} {expected}");
         }
@@ -224,7 +228,7 @@ mod tests {
         let mut random = Random::new(2);
         for vocab in [1, 7, 8, 49, 1000] {
             let row = row(&mut random, vocab, 4.0);
-            let got = compare(&row, &row, vocab / 2).unwrap();
+            let got = compare_rows(&row, &row, vocab / 2).unwrap();
             assert_eq!((got.kl, got.delta_p, got.same_top), (0.0, 0.0, true));
         }
     }
@@ -234,7 +238,7 @@ mod tests {
         let a = row(&mut Random::new(3), 1000, 4.0);
         let b: Vec<f32> = a.iter().map(|x| (x * 1024.0).round() / 1024.0).collect();
         let c: Vec<f32> = b.iter().map(|x| x + 64.0).collect();
-        assert_eq!(compare(&b, &c, 1).unwrap().kl, 0.0);
+        assert_eq!(compare_rows(&b, &c, 1).unwrap().kl, 0.0);
     }
 
     #[test]
@@ -244,7 +248,7 @@ mod tests {
             let a = row(&mut random, 500, 3.0);
             let noise = 10f64.powi(-(i % 8));
             let b: Vec<f32> = row(&mut random, 500, noise).iter().zip(&a).map(|(n, a)| a + n).collect();
-            assert!(compare(&a, &b, 0).unwrap().kl >= 0.0);
+            assert!(compare_rows(&a, &b, 0).unwrap().kl >= 0.0);
         }
     }
 
@@ -252,16 +256,16 @@ mod tests {
     fn ruled_out_tokens_add_nothing_where_the_baseline_rules_them_out() {
         let a = row(&mut Random::new(5), 100, 2.0);
         let b = row(&mut Random::new(6), 100, 2.0);
-        let expected = compare(&a[..90], &b[..90], 7).unwrap();
+        let expected = compare_rows(&a[..90], &b[..90], 7).unwrap();
         let ruled_out = |row: &[f32]| -> Vec<f32> {
             row.iter().enumerate().map(|(i, x)| if i < 90 { *x } else { f32::NEG_INFINITY }).collect()
         };
-        let got = compare(&ruled_out(&a), &ruled_out(&b), 7).unwrap();
+        let got = compare_rows(&ruled_out(&a), &ruled_out(&b), 7).unwrap();
         assert!((got.kl - expected.kl).abs() < 1e-14 && (got.loss - expected.loss).abs() < 1e-14);
-        assert!(compare(&ruled_out(&a), &b, 7).unwrap().kl.is_finite());
-        assert_eq!(compare(&a, &ruled_out(&b), 7).unwrap_err(), RowError::RuledOut { which: "model", token: 90 });
+        assert!(compare_rows(&ruled_out(&a), &b, 7).unwrap().kl.is_finite());
+        assert_eq!(compare_rows(&a, &ruled_out(&b), 7).unwrap_err(), RowError::RuledOut { which: "model", token: 90 });
         assert_eq!(
-            compare(&ruled_out(&a), &ruled_out(&b), 95).unwrap_err(),
+            compare_rows(&ruled_out(&a), &ruled_out(&b), 95).unwrap_err(),
             RowError::RuledOut { which: "baseline", token: 95 }
         );
     }
@@ -274,10 +278,13 @@ mod tests {
                 let mut bad = good.clone();
                 bad[token] = value;
                 assert!(matches!(
-                    compare(&good, &bad, 1).unwrap_err(),
+                    compare_rows(&good, &bad, 1).unwrap_err(),
                     RowError::NotFinite { which: "model", token: t, .. } if t == token
                 ));
-                assert!(matches!(compare(&bad, &good, 1).unwrap_err(), RowError::NotFinite { which: "baseline", .. }));
+                assert!(matches!(
+                    compare_rows(&bad, &good, 1).unwrap_err(),
+                    RowError::NotFinite { which: "baseline", .. }
+                ));
             }
         }
     }
@@ -290,7 +297,7 @@ mod tests {
         let (a, b) = (row(&mut random, 49_152, 3.0), row(&mut random, 49_152, 3.0));
         let time = || {
             let start = std::time::Instant::now();
-            std::hint::black_box(compare(std::hint::black_box(&a), &b, 1)).unwrap();
+            std::hint::black_box(compare_rows(std::hint::black_box(&a), &b, 1)).unwrap();
             start.elapsed()
         };
         println!("a pair of rows of 49,152 logits: {:.0?} (best of 200)", (0..200).map(|_| time()).min().unwrap());

@@ -13,52 +13,64 @@ use super::host;
 use crate::backend::cpu::dense::{View, serial_f32};
 use crate::backend::cpu::elementwise::exp;
 use crate::backend::cpu::isa::{Isa, multiversion};
-use crate::backend::{AttentionShape, Batch, CacheLayout, RopeTable, Span};
+use crate::backend::{AttentionShape, CacheLayout, HostPass, LayerCache, PAGE, Span};
 use crate::formats::fp8;
 use crate::formats::kv::KvFormat;
 
-/// Keys (rotated) and values of every layer and slot, rounded as the layer's format stores them.
+/// Keys (rotated) and values of every layer, rounded as the layer's format stores them.
 #[derive(Debug)]
 pub struct KvCache {
     layers: Vec<Layer>,
-    /// Values in a token's keys.
-    width: usize,
+    pages: usize,
 }
 
 #[derive(Debug)]
 struct Layer {
-    format: KvFormat,
-    /// By slot: keys and values, both [tokens, kv_heads · head_dim].
-    slots: BTreeMap<usize, Cached>,
+    shape: LayerCache,
+    /// Only the pages that were written.
+    pages: BTreeMap<u32, Page>,
+}
+
+#[derive(Clone, Debug)]
+struct Page {
+    /// Both [tokens, kv_heads · head_dim].
+    keys: Vec<f32>,
+    values: Vec<f32>,
 }
 
 type Cached = (Arc<Vec<f32>>, Arc<Vec<f32>>);
 
 impl KvCache {
     pub(super) fn new(layout: &CacheLayout) -> Self {
-        let layer = |&format| Layer { format, slots: BTreeMap::new() };
-        Self { layers: layout.formats.iter().map(layer).collect(), width: layout.kv_heads * layout.head_dim }
+        let layer = |&shape| Layer { shape, pages: BTreeMap::new() };
+        Self { layers: layout.layers.iter().map(layer).collect(), pages: layout.pages }
     }
 
-    /// Slot `to` becomes the first `tokens` tokens of slot `from`.
-    pub(super) fn fork(&mut self, from: usize, to: usize, tokens: usize) -> Result<()> {
-        let length = tokens * self.width;
+    /// Copies the page in which `to` parts from `from`.
+    pub(super) fn fork(&mut self, from: &Span, to: &Span) -> Result<()> {
+        if to.start.is_multiple_of(PAGE) {
+            return Ok(());
+        }
+        let at = to.start / PAGE;
+        let (Some(from), Some(to)) = (from.pages.get(at), to.pages.get(at)) else {
+            bail!("the page in which the sequences part is in neither list")
+        };
         for layer in &mut self.layers {
-            let part = layer.slots.get(&from).map(|(k, v)| (k.get(..length), v.get(..length)));
-            let Some((Some(k), Some(v))) = part else { bail!("slot {from} holds fewer than {tokens} tokens") };
-            let part = (Arc::new(k.to_vec()), Arc::new(v.to_vec()));
-            layer.slots.insert(to, part);
+            let Some(page) = layer.pages.get(from).cloned() else { bail!("page {from} holds nothing") };
+            layer.pages.insert(*to, page);
         }
         Ok(())
     }
 }
 
 impl Layer {
-    /// Rounds new keys and values, puts them after the first `span.start` rows of the slot and returns all of them.
-    fn extend(&mut self, span: &Span, mut k: Vec<f32>, mut v: Vec<f32>, width: usize) -> Result<Cached> {
+    /// Rounds new keys and values, keeps them after the first `span.start` tokens of the sequence and returns all of them.
+    /// A span without pages, which must begin its sequence, is not kept: training never reads it again.
+    fn extend(&mut self, span: &Span, mut k: Vec<f32>, mut v: Vec<f32>) -> Result<Cached> {
+        let width = self.shape.kv_heads * self.shape.head_dim;
         let round = |x: &mut [f32], scale: f32| x.iter_mut().for_each(|x| *x = fp8::round(*x, scale) * scale);
         let to_bf16 = |x: &mut [f32]| x.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32());
-        match self.format {
+        match self.shape.format {
             KvFormat::F32 => {}
             KvFormat::Bf16 => [&mut k, &mut v].into_iter().for_each(|x| to_bf16(x)),
             KvFormat::Fp8 { k_scale, v_scale } => {
@@ -66,18 +78,30 @@ impl Layer {
                 round(&mut v, v_scale);
             }
         }
-        if span.start > 0 {
-            let before =
-                self.slots.get(&span.slot).map(|(k, v)| (k.get(..span.start * width), v.get(..span.start * width)));
-            let Some((Some(old_k), Some(old_v))) = before else {
-                bail!("slot {} holds fewer tokens than the {} that the span starts after", span.slot, span.start)
-            };
-            k = [old_k, &k].concat();
-            v = [old_v, &v].concat();
+        if span.pages.is_empty() && span.start == 0 {
+            return Ok((Arc::new(k), Arc::new(v)));
         }
-        let cached = (Arc::new(k), Arc::new(v));
-        self.slots.insert(span.slot, cached.clone());
-        Ok(cached)
+        let (mut all_k, mut all_v) = (Vec::new(), Vec::new());
+        for (i, page) in span.pages[..span.start.div_ceil(PAGE)].iter().enumerate() {
+            let wanted = (span.start - i * PAGE).min(PAGE) * width;
+            let Some(page) = self.pages.get(page).filter(|p| p.keys.len() >= wanted) else {
+                bail!("page {page} holds fewer tokens than the {} that the span starts after", span.start)
+            };
+            all_k.extend_from_slice(&page.keys[..wanted]);
+            all_v.extend_from_slice(&page.values[..wanted]);
+        }
+        for (i, (k, v)) in k.chunks_exact(width).zip(v.chunks_exact(width)).enumerate() {
+            let position = span.start + i;
+            let empty = || Page { keys: Vec::new(), values: Vec::new() };
+            let page = self.pages.entry(span.pages[position / PAGE]).or_insert_with(empty);
+            page.keys.truncate(position % PAGE * width);
+            page.values.truncate(position % PAGE * width);
+            page.keys.extend_from_slice(k);
+            page.values.extend_from_slice(v);
+        }
+        all_k.append(&mut k);
+        all_v.append(&mut v);
+        Ok((Arc::new(all_k), Arc::new(all_v)))
     }
 }
 
@@ -88,42 +112,39 @@ pub(super) fn attend(
     k: &Tensor,
     v: &Tensor,
     shape: &AttentionShape,
-    rope: &RopeTable,
+    pass: &HostPass,
     cache: &mut KvCache,
-    batch: &Batch,
 ) -> Result<Tensor> {
+    let capacity = cache.pages;
     let Some(layer) = cache.layers.get_mut(shape.layer) else { bail!("the cache has no layer {}", shape.layer) };
     let width = shape.kv_heads * shape.head_dim;
     let copy = |x: &Tensor| host::with(x, |x| Ok(x.to_vec()));
     let (mut queries, mut keys, values) = (copy(q)?, copy(k)?, copy(v)?);
-    rotate(&mut queries, shape.heads, rope, 1.0);
-    rotate(&mut keys, shape.kv_heads, rope, 1.0);
-    let mut spans = Vec::with_capacity(batch.spans.len());
+    rotate(&mut queries, shape, pass, 1.0);
+    rotate(&mut keys, shape, pass, 1.0);
+    let mut spans = Vec::with_capacity(pass.batch.spans.len());
     let mut row = 0;
-    for span in &batch.spans {
+    for span in &pass.batch.spans {
+        let room = span.pages.len() * PAGE;
+        let kept = span.start > 0 || !span.pages.is_empty();
+        if (kept && room < span.start + span.len) || span.pages.iter().any(|p| *p as usize >= capacity) {
+            bail!("the KV cache has {capacity} pages; a sequence of {} tokens needs others", span.start + span.len)
+        }
         let rows = row * width..(row + span.len) * width;
-        let (keys, values) = layer.extend(span, keys[rows.clone()].to_vec(), values[rows].to_vec(), width)?;
+        let (keys, values) = layer.extend(span, keys[rows.clone()].to_vec(), values[rows].to_vec())?;
         spans.push(Sequence { row, start: span.start, len: span.len, keys, values });
         row += span.len;
     }
-    let attention = Attention { shape: *shape, rope: rope.clone(), queries, spans };
+    let attention = Attention { shape: *shape, pass: pass.clone(), queries, spans };
     q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, attention)
 }
 
-/// Rotates every head of every token of x: (a, b) → (a·cos - b·sin, b·cos + a·sin), a from the first half of the head.
-/// `direction` -1 turns back.
-fn rotate(x: &mut [f32], heads: usize, rope: &RopeTable, direction: f32) {
-    let half = rope.half;
-    let tokens = x.par_chunks_mut(heads * 2 * half).zip(rope.cos.par_chunks(half)).zip(rope.sin.par_chunks(half));
-    tokens.for_each(|((token, cos), sin)| {
-        for head in token.chunks_exact_mut(2 * half) {
-            let (first, second) = head.split_at_mut(half);
-            for (((a, b), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-                let s = direction * s;
-                (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
-            }
-        }
-    });
+/// Turns every head of every token of x [T, heads · head_dim]; `direction` -1 turns back.
+pub(super) fn rotate(x: &mut [f32], shape: &AttentionShape, pass: &HostPass, direction: f32) {
+    let Some(rope) = shape.rope.map(|r| &pass.ropes[r]) else { return };
+    let width = x.len() / pass.positions.len().max(1);
+    let tokens = x.par_chunks_mut(width.max(1)).zip(&pass.positions);
+    tokens.for_each(|(token, &position)| rope.turn(token, position, direction));
 }
 
 /// New tokens of one sequence with all of its keys and values.
@@ -138,7 +159,7 @@ struct Sequence {
 
 struct Attention {
     shape: AttentionShape,
-    rope: RopeTable,
+    pass: HostPass,
     /// Rotated, [T, heads · d].
     queries: Vec<f32>,
     spans: Vec<Sequence>,
@@ -310,8 +331,8 @@ impl CustomOp3 for Attention {
             scatter(&part.k[span.start * d..], &mut dk, span.row, span.len, kv_heads, d, kv_head);
             scatter(&part.v[span.start * d..], &mut dv, span.row, span.len, kv_heads, d, kv_head);
         }
-        rotate(&mut dq, heads, &self.rope, -1.0);
-        rotate(&mut dk, kv_heads, &self.rope, -1.0);
+        rotate(&mut dq, &self.shape, &self.pass, -1.0);
+        rotate(&mut dk, &self.shape, &self.pass, -1.0);
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
         Ok((Some(tensor(dq, q)?), Some(tensor(dk, k)?), Some(tensor(dv, v)?)))
     }
@@ -348,9 +369,10 @@ mod tests {
 
     #[test]
     fn a_span_that_starts_past_the_cache_is_an_error() {
-        let mut layer = Layer { format: KvFormat::F32, slots: BTreeMap::new() };
-        let span = |start| Span { slot: 3, start, len: 1, pages: vec![0] };
-        let mut extend = |start| layer.extend(&span(start), vec![0.0; 2], vec![0.0; 2], 2);
+        let shape = LayerCache { format: KvFormat::F32, kv_heads: 1, head_dim: 2 };
+        let mut layer = Layer { shape, pages: BTreeMap::new() };
+        let span = |start| Span { start, len: 1, pages: vec![0] };
+        let mut extend = |start| layer.extend(&span(start), vec![0.0; 2], vec![0.0; 2]);
         assert!(extend(1).is_err());
         assert!(extend(0).is_ok());
         assert!(extend(2).is_err());

@@ -16,9 +16,12 @@ use candle_core::{Device, Tensor};
 pub use linear::Linear;
 pub use norm::Norm;
 
-use super::{AttentionShape, Backend, BackendError, Batch, CacheLayout, Result, RopeTable, Routing, Span, TokenScore};
+use super::{
+    AttentionShape, Backend, BackendError, Batch, CacheLayout, Choice, HostPass, Result, RopeTable, Rotation, Span,
+};
 use crate::backend::cpu::operand::Precision;
 use crate::formats::linear::LinearTensors;
+use crate::logits::{Routing, TokenScore, route_row, score_row};
 
 /// Runs the decoder on candle tensors.
 #[derive(Clone, Debug)]
@@ -68,24 +71,39 @@ impl Backend for AutogradBackend {
     type Linear = Linear;
     type Norm = Norm;
     type Cache = KvCache;
+    type Rope = RopeTable;
+    type Pass = HostPass;
 
     fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<Linear> {
         Ok(Linear::new(tensors, self.precision))
     }
 
-    fn module<'a>(&self, linear: &'a Linear) -> &'a str {
-        linear.name()
+    fn resident_bytes(&self, linear: &Linear) -> usize {
+        4 * linear.n() * linear.k()
     }
 
     fn load_norm(&self, weight: Vec<f32>) -> Result<Norm> {
         Ok(Norm::new(weight))
     }
 
+    fn load_rope(&self, rotation: Rotation) -> Result<RopeTable> {
+        Ok(RopeTable::new(rotation))
+    }
+
     fn new_cache(&self, layout: &CacheLayout) -> Result<KvCache> {
         Ok(KvCache::new(layout))
     }
 
-    fn embed(&self, table: &Linear, tokens: &[u32]) -> Result<Tensor> {
+    fn fork(&self, cache: &mut KvCache, from: &Span, to: &Span) -> Result<()> {
+        cache.fork(from, to).context("fork")
+    }
+
+    fn prepare(&self, batch: &Batch, ropes: &[RopeTable]) -> Result<HostPass> {
+        Ok(HostPass::new(batch, ropes))
+    }
+
+    fn embed(&self, table: &Linear, pass: &HostPass) -> Result<Tensor> {
+        let tokens = &pass.batch.tokens;
         let (vocab, width) = (table.n(), table.k());
         if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocab) {
             return Err(BackendError::TokenOutOfRange { token, vocab });
@@ -118,20 +136,21 @@ impl Backend for AutogradBackend {
         k: Tensor,
         v: Tensor,
         shape: &AttentionShape,
-        rope: &RopeTable,
+        pass: &HostPass,
         cache: &mut KvCache,
-        batch: &Batch,
     ) -> Result<Tensor> {
-        attention::attend(&q, &k, &v, shape, rope, cache, batch).context("attention")
+        attention::attend(&q, &k, &v, shape, pass, cache).context("attention")
     }
 
-    fn fork(&self, cache: &mut KvCache, from: &Span, to: &Span) -> Result<()> {
-        cache.fork(from.slot, to.slot, to.start).context("fork")
+    fn rotated(&self, k: &Tensor, shape: &AttentionShape, pass: &HostPass) -> Result<Vec<f32>> {
+        let mut k = self.to_host(k)?;
+        attention::rotate(&mut k, shape, pass, 1.0);
+        Ok(k)
     }
 
     fn score(&self, logits: &Tensor, picks: &[(usize, u32)]) -> Result<Vec<TokenScore>> {
         let rows = logits.to_vec2::<f32>().context("score")?;
-        Ok(picks.iter().map(|&(row, token)| super::score_row(&rows[row], token)).collect())
+        Ok(picks.iter().map(|&(row, token)| score_row(&rows[row], token)).collect())
     }
 
     fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
@@ -145,9 +164,9 @@ impl Backend for AutogradBackend {
     }
 
     /// On the host: a router's choice and its weights get no gradient yet.
-    fn route(&self, logits: &Tensor, top_k: usize, normalize: bool) -> Result<Vec<Routing>> {
+    fn route(&self, logits: &Tensor, choice: &Choice) -> Result<Vec<Routing>> {
         let rows = logits.to_vec2::<f32>().context("route")?;
-        Ok(rows.iter().map(|row| super::route_row(row, top_k, normalize)).collect())
+        Ok(rows.iter().map(|row| route_row(row, choice.top_k, choice.normalize)).collect())
     }
 
     fn select_rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
@@ -164,6 +183,11 @@ impl Backend for AutogradBackend {
 
     fn zeros_like(&self, x: &Tensor) -> Result<Tensor> {
         x.zeros_like().context("zeros_like")
+    }
+
+    fn tensor(&self, data: Vec<f32>, columns: usize) -> Result<Tensor> {
+        let rows = data.len() / columns.max(1);
+        Tensor::from_vec(data, (rows, columns), &self.device).context("tensor")
     }
 
     fn to_host(&self, x: &Tensor) -> Result<Vec<f32>> {

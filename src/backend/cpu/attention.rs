@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::elementwise::{LANES, exp, tree_sum};
 use super::isa::{Isa, multiversion};
-use crate::backend::{AttentionShape, Batch, CacheLayout, PAGE, Span};
+use crate::backend::{AttentionShape, Batch, CacheLayout, LayerCache, PAGE, Span};
 use crate::formats::kv::KvFormat;
 use crate::formats::{e4m3, fp8};
 
@@ -20,18 +20,25 @@ const QUERY_BLOCK: usize = 8;
 #[derive(Debug)]
 pub struct KvCache {
     layers: Vec<Layer>,
-    /// Elements of one page's keys (or values) of one KV head.
-    tile: usize,
-    kv_heads: usize,
-    head_dim: usize,
     pages: usize,
 }
 
 #[derive(Debug)]
 struct Layer {
-    format: KvFormat,
+    shape: LayerCache,
     keys: Store,
     values: Store,
+}
+
+impl Layer {
+    /// Elements of one page's keys (or values) of one KV head.
+    fn tile(&self) -> usize {
+        PAGE * self.shape.head_dim
+    }
+
+    fn offset(&self, page: u32, kv_head: usize) -> usize {
+        (page as usize * self.shape.kv_heads + kv_head) * self.tile()
+    }
 }
 
 #[derive(Debug)]
@@ -93,20 +100,12 @@ impl KvCache {
     /// An empty cache.
     #[must_use]
     pub fn new(layout: &CacheLayout) -> Self {
-        let tile = PAGE * layout.head_dim;
-        let elements = layout.pages * layout.kv_heads * tile;
-        let layers = layout.formats.iter().map(|&format| Layer {
-            format,
-            keys: Store::new(format, elements, false),
-            values: Store::new(format, elements, true),
-        });
-        Self {
-            layers: layers.collect(),
-            tile,
-            kv_heads: layout.kv_heads,
-            head_dim: layout.head_dim,
-            pages: layout.pages,
-        }
+        let layer = |&shape: &LayerCache| {
+            let elements = layout.pages * shape.kv_heads * PAGE * shape.head_dim;
+            let store = |value| Store::new(shape.format, elements, value);
+            Layer { shape, keys: store(false), values: store(true) }
+        };
+        Self { layers: layout.layers.iter().map(layer).collect(), pages: layout.pages }
     }
 
     /// Tokens it can hold.
@@ -117,18 +116,14 @@ impl KvCache {
 
     /// Format of each layer.
     pub fn formats(&self) -> impl Iterator<Item = KvFormat> {
-        self.layers.iter().map(|l| l.format)
-    }
-
-    fn offset(&self, page: u32, kv_head: usize) -> usize {
-        (page as usize * self.kv_heads + kv_head) * self.tile
+        self.layers.iter().map(|l| l.shape.format)
     }
 
     /// Copies a page's keys and values, of all layers, onto another page.
     pub(super) fn copy_page(&mut self, from: u32, to: u32) {
-        let count = self.kv_heads * self.tile;
-        let (from, to) = (self.offset(from, 0), self.offset(to, 0));
         for layer in &mut self.layers {
+            let count = layer.shape.kv_heads * layer.tile();
+            let (from, to) = (layer.offset(from, 0), layer.offset(to, 0));
             layer.keys.copy(from, to, count);
             layer.values.copy(from, to, count);
         }
@@ -136,14 +131,15 @@ impl KvCache {
 
     /// Writes the new tokens of `batch`: k (already rotated) and v, [T, kv_heads · head_dim].
     pub(super) fn write(&mut self, layer: usize, batch: &Batch, k: &[f32], v: &[f32]) {
-        let (d, width) = (self.head_dim, self.kv_heads * self.head_dim);
+        let layer = &mut self.layers[layer];
+        let LayerCache { kv_heads, head_dim: d, .. } = layer.shape;
+        let width = kv_heads * d;
         let mut row = 0;
         for span in &batch.spans {
             for position in span.start..span.start + span.len {
                 let (page, lane) = (span.pages[position / PAGE], position % PAGE);
-                for head in 0..self.kv_heads {
-                    let at = self.offset(page, head);
-                    let layer = &mut self.layers[layer];
+                for head in 0..kv_heads {
+                    let at = layer.offset(page, head);
                     let part = row * width + head * d..row * width + (head + 1) * d;
                     layer.keys.write(&k[part.clone()], |i| at + i * PAGE + lane);
                     layer.values.write(&v[part], |i| at + lane * d + i);
@@ -225,14 +221,14 @@ multiversion! {
         let first_page = range(0).0 / PAGE;
         let last_page = (range(t.count - 1).1 - 1) / PAGE;
         let length = (last_page + 1 - first_page) * PAGE;
-        let tile = t.cache.tile;
+        let tile = layer.tile();
         scratch.clear();
         scratch.resize(t.count * share * length + tile, 0.0);
         let (scores, decoded) = scratch.split_at_mut(t.count * share * length);
         let scale = t.shape.scale();
 
         for page in first_page..=last_page {
-            let keys = layer.keys.read(t.cache.offset(t.span.pages[page], t.head), decoded);
+            let keys = layer.keys.read(layer.offset(t.span.pages[page], t.head), decoded);
             let keys = keys.as_chunks::<PAGE>().0;
             for (i, query) in queries.iter().enumerate() {
                 for (h, query) in query.chunks_exact(d).enumerate() {
@@ -269,7 +265,7 @@ multiversion! {
 
         results.fill(0.0);
         for page in first_page..=last_page {
-            let values = layer.values.read(t.cache.offset(t.span.pages[page], t.head), decoded);
+            let values = layer.values.read(layer.offset(t.span.pages[page], t.head), decoded);
             for row in 0..t.count * share {
                 let (from, to) = range(row / share);
                 let result = &mut results[row * d..][..d];

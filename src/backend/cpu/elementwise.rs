@@ -191,7 +191,7 @@ mod tests {
                 let mut total = (0.0, 0.0);
                 softmax_total(isa, &row, &mut total);
                 let ours = token_score(&row, token, total);
-                let exact = crate::backend::score_row(&row, token);
+                let exact = crate::logits::score_row(&row, token);
                 assert!((ours.log_prob - exact.log_prob).abs() < 1e-6, "{ours:?} {exact:?}");
                 assert_eq!(ours.is_greedy, exact.is_greedy);
                 assert_eq!(*reference.get_or_insert(ours), ours, "{isa} differs");

@@ -18,11 +18,15 @@ use buffer::{Buffer, BufferPool};
 use isa::Isa;
 use packed::PackedLinear;
 
+use recoup_eval::divergence::{Pair, RowError, compare_rows};
+
 use super::{
-    AttentionShape, Backend, BackendError, Batch, CacheLayout, PAGE, Result, RopeTable, Routing, Span, TokenScore,
+    AttentionShape, Backend, BackendError, Batch, CacheLayout, Choice, HostPass, PAGE, Result, RopeTable, Rotation,
+    Span, sample_rows,
 };
 use crate::formats::linear::LinearTensors;
 use crate::formats::{all_finite, squares_finite};
+use crate::logits::{Draw, Routing, Sampled, SamplingError, Scratch, TokenScore, route_row};
 
 /// Runs the decoder on packed weights with a thread pool of its own. Clones share the pool.
 #[derive(Clone)]
@@ -71,23 +75,23 @@ impl CpuBackend {
         self.pool.current_num_threads()
     }
 
-    /// A tensor of `data`, row-major in rows of `columns`.
-    ///
-    /// # Errors
-    /// When `data` is not a whole number of rows.
-    pub fn tensor(&self, data: Vec<f32>, columns: usize) -> Result<CpuTensor> {
-        if columns == 0 || !data.len().is_multiple_of(columns) {
-            let message = format!("{} values do not make rows of {columns}", data.len());
-            return Err(BackendError::Failed { context: "tensor", message });
-        }
-        Ok(CpuTensor { data: self.buffers.adopt(data), columns })
-    }
-
     /// A row's maximum, and the sum of exp(x - maximum).
     fn softmax_total(&self, row: &[f32]) -> (f32, f64) {
         let mut out = (0.0, 0.0);
         elementwise::softmax_total(self.isa, row, &mut out);
         out
+    }
+
+    /// Turns every head of queries or keys [tokens, heads · head_dim].
+    fn rotate(&self, x: &mut CpuTensor, shape: &AttentionShape, pass: &HostPass) {
+        let Some(rope) = shape.rope.map(|r| &pass.ropes[r]) else { return };
+        let columns = x.columns;
+        self.by_rows(&mut x.data, columns, |first, rows| {
+            for (token, &position) in rows.chunks_exact_mut(columns).zip(&pass.positions[first..]) {
+                let (cos, sin) = rope.at(position);
+                elementwise::rotate(self.isa, token, cos, sin);
+            }
+        });
     }
 
     /// Splits rows of `columns` values over the threads.
@@ -111,24 +115,35 @@ impl Backend for CpuBackend {
     type Linear = PackedLinear;
     type Norm = Vec<f32>;
     type Cache = KvCache;
+    type Rope = RopeTable;
+    type Pass = HostPass;
 
     fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<PackedLinear> {
         PackedLinear::pack(&tensors)
     }
 
-    fn module<'a>(&self, linear: &'a PackedLinear) -> &'a str {
-        &linear.name
+    fn resident_bytes(&self, linear: &PackedLinear) -> usize {
+        linear.resident_bytes()
     }
 
     fn load_norm(&self, weight: Vec<f32>) -> Result<Vec<f32>> {
         Ok(weight)
     }
 
+    fn load_rope(&self, rotation: Rotation) -> Result<RopeTable> {
+        Ok(RopeTable::new(rotation))
+    }
+
     fn new_cache(&self, layout: &CacheLayout) -> Result<KvCache> {
         Ok(KvCache::new(layout))
     }
 
-    fn embed(&self, table: &PackedLinear, tokens: &[u32]) -> Result<CpuTensor> {
+    fn prepare(&self, batch: &Batch, ropes: &[RopeTable]) -> Result<HostPass> {
+        Ok(HostPass::new(batch, ropes))
+    }
+
+    fn embed(&self, table: &PackedLinear, pass: &HostPass) -> Result<CpuTensor> {
+        let tokens = &pass.batch.tokens;
         // Rows of E4M3 or BF16 are decoded with K padded; one spare row takes the padding.
         let mut row = vec![0.0; table.k_padded];
         let mut data = self.buffers.take(tokens.len() * table.k);
@@ -186,31 +201,28 @@ impl Backend for CpuBackend {
         mut k: CpuTensor,
         v: CpuTensor,
         shape: &AttentionShape,
-        rope: &RopeTable,
+        pass: &HostPass,
         cache: &mut KvCache,
-        batch: &Batch,
     ) -> Result<CpuTensor> {
-        for span in &batch.spans {
+        for span in &pass.batch.spans {
             let needed = span.start + span.len;
             let pages_fit = span.pages.iter().all(|&p| (p as usize + 1) * PAGE <= cache.capacity());
             if span.pages.len() * PAGE < needed || !pages_fit {
                 return Err(BackendError::CacheTooSmall { capacity: cache.capacity(), needed });
             }
         }
-        for t in [&mut q, &mut k] {
-            let columns = t.columns;
-            self.by_rows(&mut t.data, columns, |first, rows| {
-                for (i, token) in rows.chunks_exact_mut(columns).enumerate() {
-                    let at = (first + i) * rope.half;
-                    let (cos, sin) = (&rope.cos[at..][..rope.half], &rope.sin[at..][..rope.half]);
-                    elementwise::rotate(self.isa, token, cos, sin);
-                }
-            });
-        }
-        cache.write(shape.layer, batch, &k.data, &v.data);
+        self.rotate(&mut q, shape, pass);
+        self.rotate(&mut k, shape, pass);
+        cache.write(shape.layer, &pass.batch, &k.data, &v.data);
         let mut data = self.buffers.take(q.data.len());
-        self.pool.install(|| attention::attend(self.isa, cache, shape, batch, &q.data, &mut data));
+        self.pool.install(|| attention::attend(self.isa, cache, shape, &pass.batch, &q.data, &mut data));
         Ok(CpuTensor { data, columns: q.columns })
+    }
+
+    fn rotated(&self, k: &CpuTensor, shape: &AttentionShape, pass: &HostPass) -> Result<Vec<f32>> {
+        let mut k = k.clone();
+        self.rotate(&mut k, shape, pass);
+        self.to_host(&k)
     }
 
     fn fork(&self, cache: &mut KvCache, from: &Span, to: &Span) -> Result<()> {
@@ -248,8 +260,32 @@ impl Backend for CpuBackend {
         Ok(gate)
     }
 
-    fn route(&self, logits: &CpuTensor, top_k: usize, normalize: bool) -> Result<Vec<Routing>> {
-        Ok(logits.data.chunks_exact(logits.columns).map(|row| super::route_row(row, top_k, normalize)).collect())
+    fn route(&self, logits: &CpuTensor, choice: &Choice) -> Result<Vec<Routing>> {
+        let rows = logits.data.chunks_exact(logits.columns);
+        Ok(rows.map(|row| route_row(row, choice.top_k, choice.normalize)).collect())
+    }
+
+    fn sample(
+        &self,
+        logits: &CpuTensor,
+        draws: &[Draw<'_>],
+        scratch: &mut Scratch,
+    ) -> Result<Vec<std::result::Result<Sampled, SamplingError>>> {
+        Ok(sample_rows(&logits.data, draws, scratch))
+    }
+
+    fn compare(
+        &self,
+        baseline: &CpuTensor,
+        model: &CpuTensor,
+        vocab: usize,
+        targets: &[u32],
+    ) -> Result<Vec<std::result::Result<Pair, RowError>>> {
+        use rayon::prelude::*;
+        let rows = baseline.data.par_chunks(baseline.columns).zip(model.data.par_chunks(model.columns));
+        let compare =
+            |((a, b), target): ((&[f32], &[f32]), &u32)| compare_rows(&a[..vocab], &b[..vocab], *target as usize);
+        Ok(self.pool.install(|| rows.zip(targets).map(compare).collect()))
     }
 
     fn select_rows(&self, x: &CpuTensor, rows: &[usize]) -> Result<CpuTensor> {
@@ -289,6 +325,14 @@ impl Backend for CpuBackend {
             return Ok(squares_finite(&x.data, width));
         }
         Ok(self.pool.install(|| x.data.par_chunks(piece).all(|rows| squares_finite(rows, width))))
+    }
+
+    fn tensor(&self, data: Vec<f32>, columns: usize) -> Result<CpuTensor> {
+        if columns == 0 || !data.len().is_multiple_of(columns) {
+            let message = format!("{} values do not make rows of {columns}", data.len());
+            return Err(BackendError::Failed { context: "tensor", message });
+        }
+        Ok(CpuTensor { data: self.buffers.adopt(data), columns })
     }
 
     fn to_host(&self, x: &CpuTensor) -> Result<Vec<f32>> {

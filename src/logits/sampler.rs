@@ -9,7 +9,7 @@
 
 use std::hash::{BuildHasher, RandomState};
 
-use super::sampling_params::{SamplingError, SamplingParams};
+use super::params::{SamplingError, SamplingParams};
 
 /// Chooses tokens for one sequence.
 ///
@@ -28,6 +28,13 @@ pub struct History<'a> {
     pub prompt: &'a [u32],
     /// Ids generated since.
     pub generated: &'a [u32],
+}
+
+/// One choice to be made: by whom, and after which tokens.
+#[derive(Debug, Clone, Copy)]
+pub struct Draw<'a> {
+    pub sampler: &'a Sampler,
+    pub history: History<'a>,
 }
 
 /// A chosen token.

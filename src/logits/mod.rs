@@ -1,0 +1,11 @@
+//! What is computed from a row of logits, on the host: the definitions that every backend's own kernels must equal.
+
+mod params;
+mod routing;
+mod sampler;
+mod score;
+
+pub use params::{SamplingError, SamplingParams};
+pub use routing::{Routing, route_row};
+pub use sampler::{Draw, History, Sampled, Sampler, Scratch};
+pub use score::{TokenScore, score_row};
