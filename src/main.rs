@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use recoup::backend::cpu::recycle::Recycling;
+use recoup::backend::autograd::recycle::Recycling;
 
 #[global_allocator]
 static ALLOCATOR: Recycling = Recycling;

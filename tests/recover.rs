@@ -5,8 +5,8 @@ mod common;
 use std::path::Path;
 
 use candle_core::{Device, Tensor, Var};
+use recoup::backend::autograd::operand::{Precision, WeightGrid};
 use recoup::backend::autograd::{AutogradBackend, Linear, loss};
-use recoup::backend::cpu::operand::{Precision, WeightGrid};
 use recoup::backend::cpu::{CpuBackend, isa::Isa};
 use recoup::backend::{AttentionShape, Backend, Batch, CacheLayout, LayerCache, PAGE, Rotation, Span};
 use recoup::checkpoint::Checkpoint;

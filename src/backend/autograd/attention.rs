@@ -10,7 +10,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::host;
-use crate::backend::cpu::dense::{View, serial_f32};
+use crate::backend::autograd::dense::{View, serial_f32};
 use crate::backend::cpu::elementwise::exp;
 use crate::backend::cpu::isa::{Isa, multiversion};
 use crate::backend::{AttentionShape, CacheLayout, HostPass, LayerCache, PAGE, Span};

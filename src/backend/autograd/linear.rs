@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::host;
-use crate::backend::cpu::operand::{
+use crate::backend::autograd::operand::{
     Operand, Precision, Scaling, Side, WeightGrid, add_product, product, quantize_input,
 };
 use crate::formats::linear::{ActivationFormat, LinearTensors, OutputScale};

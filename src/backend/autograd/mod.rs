@@ -5,21 +5,24 @@
 //! [`Linear`] or [`Norm`], not in candle's store, so that it is written once.
 
 mod attention;
+pub mod dense;
 mod elementwise;
 mod host;
 mod linear;
 pub mod loss;
 mod norm;
+pub mod operand;
+pub mod recycle;
 
 pub use attention::KvCache;
 use candle_core::{Device, Tensor};
 pub use linear::Linear;
 pub use norm::Norm;
 
+use self::operand::Precision;
 use super::{
     AttentionShape, Backend, BackendError, Batch, CacheLayout, Choice, HostPass, Result, RopeTable, Rotation, Span,
 };
-use crate::backend::cpu::operand::Precision;
 use crate::formats::linear::LinearTensors;
 use crate::logits::{Routing, TokenScore, route_row, score_row};
 

@@ -3,13 +3,10 @@
 mod activation;
 mod attention;
 mod buffer;
-pub mod dense;
 pub(super) mod elementwise;
 pub mod isa;
 mod matmul;
-pub mod operand;
 pub mod packed;
-pub mod recycle;
 
 use std::sync::Arc;
 

@@ -8,7 +8,7 @@
 use rayon::prelude::*;
 
 use super::dense::{self, View, to_bf16};
-use super::isa::{Isa, multiversion};
+use crate::backend::cpu::isa::{Isa, multiversion};
 use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
 use crate::formats::{e2m1, e4m3, fp8, nvfp4};
 
