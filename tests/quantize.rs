@@ -8,7 +8,7 @@ use common::{all_fixtures, deviation, is_full, own_folder};
 use recoup::backend::cpu::{CpuBackend, isa::Isa};
 use recoup::checkpoint::dialect::Dialect;
 use recoup::checkpoint::tensors::TensorStore;
-use recoup::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
+use recoup::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES};
 use recoup::checkpoint::{Checkpoint, CheckpointError};
 use recoup::formats::linear::Element;
 use recoup::model::modules::Module;
@@ -249,14 +249,13 @@ fn smoothing_changes_no_bit_of_what_the_unquantized_model_computes() {
 /// A copy in f32, in which folded factors and rotations cost no rounding.
 fn as_f32(source: &Checkpoint, out: &Path) {
     let writer = FolderWriter::create(out).unwrap();
-    let spec = |name: &str| {
-        let shape = source.tensors.peek(name).unwrap().shape.to_vec();
-        TensorSpec { name: name.into(), dtype: safetensors::Dtype::F32, shape }
+    let tensor = |name: &str| {
+        let view = source.tensors.peek(name).unwrap();
+        let floats = move || view.floats();
+        let bytes = move || Ok::<_, CheckpointError>(floats()?.iter().flat_map(|v| v.to_le_bytes()).collect());
+        Pending::new(name, safetensors::Dtype::F32, view.shape, bytes)
     };
-    let specs: Vec<TensorSpec> = source.tensors.names().map(spec).collect();
-    let floats = |spec: &TensorSpec| source.tensors.peek(&spec.name).unwrap().floats().unwrap();
-    let bytes = |spec: &TensorSpec| Ok(floats(spec).iter().flat_map(|v| v.to_le_bytes()).collect());
-    writer.tensors::<CheckpointError>(&specs, SHARD_BYTES, &serde_json::Map::new(), bytes).unwrap();
+    writer.tensors(source.tensors.names().map(tensor).collect(), SHARD_BYTES, &serde_json::Map::new()).unwrap();
     writer.json("config.json", source.config.value()).unwrap();
     writer.commit().unwrap();
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use recoup::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
+use recoup::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES};
 use recoup::checkpoint::{Checkpoint, CheckpointError};
 use serde_json::Value;
 
@@ -57,10 +57,12 @@ fn reshaped(
     let writer = FolderWriter::create(out).unwrap();
     let view = |name: &str| source.tensors.peek(name).unwrap();
     let changed = |name: &str| change(name, view(name).shape, view(name).floats().unwrap());
-    let spec = |name: &str| TensorSpec { name: name.into(), dtype: safetensors::Dtype::F32, shape: changed(name).0 };
-    let specs: Vec<TensorSpec> = source.tensors.names().map(spec).collect();
-    let bytes = |spec: &TensorSpec| Ok(changed(&spec.name).1.iter().flat_map(|v| v.to_le_bytes()).collect());
-    writer.tensors::<CheckpointError>(&specs, SHARD_BYTES, &serde_json::Map::new(), bytes).unwrap();
+    let tensor = |name: &str| {
+        let (shape, values) = changed(name);
+        let bytes = move || Ok::<_, CheckpointError>(values.iter().flat_map(|v| v.to_le_bytes()).collect());
+        Pending::new(name, safetensors::Dtype::F32, &shape, bytes)
+    };
+    writer.tensors(source.tensors.names().map(tensor).collect(), SHARD_BYTES, &serde_json::Map::new()).unwrap();
     let mut config = source.config.value().clone();
     configure(&mut config);
     writer.json("config.json", &config).unwrap();

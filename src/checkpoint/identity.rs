@@ -249,16 +249,13 @@ impl Memory {
 
 #[cfg(test)]
 mod tests {
+    use super::super::write::{Pending, write_safetensors};
     use super::*;
 
     /// A folder with one small tensor, whose files look as if they had been written long ago.
     fn checkpoint(folder: &Path) -> TensorStore {
-        let spec =
-            super::super::write::TensorSpec { name: "w".into(), dtype: safetensors::Dtype::U8, shape: vec![5000] };
-        super::super::write::write_safetensors(&folder.join("model.safetensors"), &[&spec], &Map::new(), &mut |t| {
-            Ok::<_, CheckpointError>(vec![7; t.bytes() as usize])
-        })
-        .unwrap();
+        let one = Pending::new("w", safetensors::Dtype::U8, &[5000], || Ok::<_, CheckpointError>(vec![7; 5000]));
+        write_safetensors(&folder.join("model.safetensors"), vec![one], &Map::new()).unwrap();
         for (name, text) in [("config.json", "{}"), ("tokenizer.json", "{}"), ("README.md", "x"), ("notes.pdf", "x")] {
             fs::write(folder.join(name), text).unwrap();
         }

@@ -9,11 +9,19 @@ use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
 use super::error::{CheckpointError, Result};
+use super::tensors::TensorStore;
 use super::text_files;
 use crate::output::{self, Claim};
 
 /// Bytes of tensors in one shard, unless one tensor alone is larger.
 pub const SHARD_BYTES: u64 = 4 << 30;
+
+/// What the header of a model's file says about itself: its framework, who wrote it, and `more`.
+#[must_use]
+pub fn metadata<const N: usize>(more: [(&str, String); N]) -> Map<String, Value> {
+    let fixed = [("format", "pt".to_owned()), ("recoup_version", env!("CARGO_PKG_VERSION").to_owned())];
+    fixed.into_iter().chain(more).map(|(key, value)| (key.to_owned(), value.into())).collect()
+}
 
 /// A folder that appears under its name only when [`FolderWriter::commit`] is called; dropped before, it vanishes.
 pub struct FolderWriter {
@@ -94,21 +102,21 @@ impl FolderWriter {
         Ok(())
     }
 
-    /// Writes `model.safetensors`, or shards of at most `shard_bytes` and their index. `produce` gives the bytes of
-    /// one tensor at a time, in the order of `tensors`. Returns the number of files.
+    /// Writes `model.safetensors`, or shards of at most `shard_bytes` and their index, one tensor (or what is made together)
+    /// in memory at a time. Returns the number of files.
     ///
     /// # Errors
-    /// From `produce`, and when the disk is full.
+    /// From making a tensor, and when the disk is full.
     pub fn tensors<E: From<CheckpointError>>(
         &self,
-        tensors: &[TensorSpec],
+        tensors: Vec<Pending<'_, E>>,
         shard_bytes: u64,
         metadata: &Map<String, Value>,
-        mut produce: impl FnMut(&TensorSpec) -> std::result::Result<Vec<u8>, E>,
     ) -> std::result::Result<usize, E> {
+        let (specs, mut bytes) = queue(tensors);
         let mut shards: Vec<Vec<&TensorSpec>> = vec![Vec::new()];
         let mut size = 0;
-        for t in tensors {
+        for t in &specs {
             if size + t.bytes() > shard_bytes && size > 0 {
                 shards.push(Vec::new());
                 size = 0;
@@ -118,7 +126,7 @@ impl FolderWriter {
                 last.push(t);
             }
         }
-        let all: u64 = tensors.iter().map(TensorSpec::bytes).sum();
+        let all: u64 = specs.iter().map(TensorSpec::bytes).sum();
         self.claim.room("the model", all).map_err(CheckpointError::from)?;
         let count = shards.len();
         let mut weight_map = Map::new();
@@ -127,7 +135,7 @@ impl FolderWriter {
                 1 => "model.safetensors".to_owned(),
                 _ => format!("model-{:05}-of-{count:05}.safetensors", i + 1),
             };
-            write_safetensors(&self.partial.join(&name), shard, metadata, &mut produce)?;
+            write_file(&self.partial.join(&name), shard, metadata, &mut bytes)?;
             weight_map.extend(shard.iter().map(|t| (t.name.clone(), Value::from(name.clone()))));
         }
         if count > 1 {
@@ -158,15 +166,24 @@ impl Drop for FolderWriter {
     }
 }
 
-/// Writes one safetensors file, tensor by tensor; `produce` gives the bytes of each in turn.
+/// Writes one safetensors file, tensor by tensor.
 ///
 /// # Errors
-/// From `produce`, and when the disk is full.
+/// From making a tensor, and when the disk is full.
 pub fn write_safetensors<E: From<CheckpointError>>(
+    path: &Path,
+    tensors: Vec<Pending<'_, E>>,
+    metadata: &Map<String, Value>,
+) -> std::result::Result<(), E> {
+    let (specs, mut bytes) = queue(tensors);
+    write_file(path, &specs.iter().collect::<Vec<_>>(), metadata, &mut bytes)
+}
+
+fn write_file<E: From<CheckpointError>>(
     path: &Path,
     tensors: &[&TensorSpec],
     metadata: &Map<String, Value>,
-    produce: &mut impl FnMut(&TensorSpec) -> std::result::Result<Vec<u8>, E>,
+    bytes: &mut dyn Iterator<Item = std::result::Result<Vec<u8>, E>>,
 ) -> std::result::Result<(), E> {
     let io = |source| CheckpointError::io(path, "write", source);
     let mut header = Map::new();
@@ -186,7 +203,7 @@ pub fn write_safetensors<E: From<CheckpointError>>(
     let mut out = BufWriter::with_capacity(1 << 20, File::create(path).map_err(io)?);
     out.write_all(&(header.len() as u64).to_le_bytes()).and_then(|()| out.write_all(&header)).map_err(io)?;
     for t in tensors {
-        let bytes = produce(t)?;
+        let bytes = bytes.next().transpose()?.unwrap_or_default();
         if bytes.len() as u64 != t.bytes() {
             return Err(CheckpointError::Value {
                 file: path.into(),
@@ -236,17 +253,77 @@ impl TensorSpec {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::super::tensors::TensorStore;
-    use super::*;
+/// Tensors to be written, and how their bytes are made when their turn comes: one, or several that are made together.
+pub struct Pending<'a, E> {
+    specs: Vec<TensorSpec>,
+    make: Make<'a, E>,
+}
 
-    fn specs() -> Vec<TensorSpec> {
-        (0..5).map(|i| TensorSpec { name: format!("t{i}"), dtype: Dtype::F32, shape: vec![4, i + 1] }).collect()
+type Make<'a, E> = Box<dyn FnOnce() -> std::result::Result<Vec<Vec<u8>>, E> + 'a>;
+
+impl<'a, E> Pending<'a, E> {
+    /// One tensor.
+    pub fn new(
+        name: impl Into<String>,
+        dtype: Dtype,
+        shape: &[usize],
+        make: impl FnOnce() -> std::result::Result<Vec<u8>, E> + 'a,
+    ) -> Self {
+        let spec = TensorSpec { name: name.into(), dtype, shape: shape.to_vec() };
+        Self::together(vec![spec], move || Ok(vec![make()?]))
     }
 
-    fn bytes(t: &TensorSpec) -> Result<Vec<u8>> {
-        Ok(vec![t.shape[1] as u8; t.bytes() as usize])
+    /// Several tensors whose bytes `make` gives in the order of `specs`.
+    pub fn together(specs: Vec<TensorSpec>, make: impl FnOnce() -> std::result::Result<Vec<Vec<u8>>, E> + 'a) -> Self {
+        Self { specs, make: Box::new(make) }
+    }
+
+    /// Tensor `name` of `store` as it is, or nothing where there is none.
+    pub fn copy(store: &'a TensorStore, name: &str) -> Option<Self> {
+        let view = store.peek(name)?;
+        Some(Self::new(name, view.dtype, view.shape, move || {
+            store.release_pages();
+            Ok(view.bytes.to_vec())
+        }))
+    }
+
+    /// Bytes of all its tensors.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.specs.iter().map(TensorSpec::bytes).sum()
+    }
+}
+
+/// What is written, and the bytes of each tensor in turn.
+fn queue<'a, E>(
+    tensors: Vec<Pending<'a, E>>,
+) -> (Vec<TensorSpec>, impl Iterator<Item = std::result::Result<Vec<u8>, E>> + use<'a, E>) {
+    let specs = tensors.iter().flat_map(|p| p.specs.iter().cloned()).collect();
+    let made = tensors.into_iter().flat_map(|p| match (p.make)() {
+        Ok(all) => all.into_iter().map(Ok).collect::<Vec<_>>(),
+        Err(e) => vec![Err(e)],
+    });
+    (specs, made)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Five tensors, the second and third made together.
+    fn pending(fails: bool) -> Vec<Pending<'static, CheckpointError>> {
+        let spec = |i: usize| TensorSpec { name: format!("t{i}"), dtype: Dtype::F32, shape: vec![4, i + 1] };
+        let one = |i: usize| {
+            Pending::new(format!("t{i}"), Dtype::F32, &[4, i + 1], move || match i {
+                3 if fails => Err(CheckpointError::NotACheckpoint { path: "x".into(), detail: "no".into() }),
+                _ => Ok(bytes(i)),
+            })
+        };
+        vec![one(0), Pending::together(vec![spec(1), spec(2)], || Ok(vec![bytes(1), bytes(2)])), one(3), one(4)]
+    }
+
+    fn bytes(i: usize) -> Vec<u8> {
+        vec![i as u8; 16 * (i + 1)]
     }
 
     #[test]
@@ -255,22 +332,30 @@ mod tests {
         for limit in [1, 100, u64::MAX] {
             let target = folder.path().join(format!("out{limit}"));
             let writer = FolderWriter::create(&target).unwrap();
-            writer.tensors(&specs(), limit, &Map::new(), bytes).unwrap();
+            writer.tensors(pending(false), limit, &Map::new()).unwrap();
             writer.commit().unwrap();
             let store = TensorStore::open(&target).unwrap();
-            for t in specs() {
-                let view = store.peek(&t.name).unwrap();
-                assert_eq!((view.shape, view.bytes), (&t.shape[..], &bytes(&t).unwrap()[..]));
+            for i in 0..5 {
+                let view = store.peek(&format!("t{i}")).unwrap();
+                assert_eq!((view.shape, view.bytes), (&[4, i + 1][..], &bytes(i)[..]));
             }
         }
+    }
+
+    #[test]
+    fn a_tensor_that_makes_too_few_bytes_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let short = || vec![Pending::new("w", Dtype::F32, &[2], || Ok(vec![0u8; 4]))];
+        let failed: Result<()> = write_safetensors(&folder.path().join("x"), short(), &Map::new());
+        let message = failed.unwrap_err().to_string();
+        assert!(message.contains("`w`") && message.contains("4 bytes were produced for a tensor of 8"), "{message}");
     }
 
     #[test]
     #[cfg(target_os = "linux")]
     fn a_full_disk_is_reported_as_such() {
         // /dev/full answers every write with ENOSPC.
-        let spec = &specs()[0];
-        let failed = write_safetensors(Path::new("/dev/full"), &[spec], &Map::new(), &mut bytes);
+        let failed = write_safetensors(Path::new("/dev/full"), pending(false), &Map::new());
         assert!(matches!(failed, Err(CheckpointError::DiskFull { .. })), "{failed:?}");
     }
 
@@ -279,14 +364,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("out");
         let writer = FolderWriter::create(&target).unwrap();
-        let failed = writer.tensors(&specs(), u64::MAX, &Map::new(), |t| {
-            if t.name == "t3" {
-                Err(CheckpointError::NotACheckpoint { path: "x".into(), detail: "no".into() })
-            } else {
-                bytes(t)
-            }
-        });
-        assert!(failed.is_err());
+        assert!(writer.tensors(pending(true), u64::MAX, &Map::new()).is_err());
         drop(writer);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }

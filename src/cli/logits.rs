@@ -13,7 +13,7 @@ use crate::backend::autograd::AutogradBackend;
 use crate::backend::{Backend, Batch, PAGE};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::tensors::TensorStore;
-use crate::checkpoint::write::{TensorSpec, write_safetensors};
+use crate::checkpoint::write::{Pending, write_safetensors};
 use crate::formats::kv::KvFormat;
 use crate::model::{Decoder, ModelConfig, Wanted};
 use crate::output::{self, Claim};
@@ -67,17 +67,16 @@ fn write<B: Backend>(model: &Decoder<B>, ids: &[Vec<u32>], kv: KvFormat, output:
     if length > model.config.max_positions {
         bail!("{length} tokens per row, but the model has {} positions", model.config.max_positions);
     }
-    let spec = |name: &str, dtype, shape: &[usize]| TensorSpec { name: name.into(), dtype, shape: shape.to_vec() };
-    let specs = [spec("input_ids", Dtype::I64, &[rows, length]), spec("logits", Dtype::F32, &[rows, length, vocab])];
     let logits = logits(model, ids, kv)?;
-    output.write(|path| {
-        write_safetensors(path, &specs.each_ref(), &Map::new(), &mut |t| -> Result<Vec<u8>> {
-            Ok(match t.name.as_str() {
-                "input_ids" => ids.iter().flatten().flat_map(|&i| i64::from(i).to_le_bytes()).collect(),
-                _ => logits.iter().flat_map(|v| v.to_le_bytes()).collect(),
-            })
-        })
-    })
+    let tensors: Vec<Pending<'_, anyhow::Error>> = vec![
+        Pending::new("input_ids", Dtype::I64, &[rows, length], || {
+            Ok(ids.iter().flatten().flat_map(|&i| i64::from(i).to_le_bytes()).collect())
+        }),
+        Pending::new("logits", Dtype::F32, &[rows, length, vocab], || {
+            Ok(logits.iter().flat_map(|v| v.to_le_bytes()).collect())
+        }),
+    ];
+    output.write(|path| write_safetensors(path, tensors, &Map::new()))
 }
 
 /// Where logits go: a file that is replaced when they are whole, or a stream (/dev/stdout, a pipe) as it is.

@@ -18,7 +18,7 @@ use crate::backend::autograd::recycle;
 use crate::backend::cpu::{CpuBackend, isa::Isa};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Dialect;
-use crate::checkpoint::write::TensorSpec;
+use crate::checkpoint::write::Pending;
 use crate::model::{Decoder, ModelConfig};
 use crate::output;
 use crate::quantize::{self, CalibrationText, Recipe};
@@ -156,7 +156,7 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
     let rounded_from_teacher = unrounded.is_none() && student::is_rounded_from(&checkpoint, &teacher, &config)?;
     let masters = unrounded.as_ref().or(rounded_from_teacher.then_some(&teacher));
     let mut student = Student::load(&checkpoint, masters, backend.clone())?;
-    let state: u64 = student.state_specs(None, true).iter().map(TensorSpec::bytes).sum();
+    let state: u64 = student.state(None, true).iter().map(Pending::bytes).sum();
     claims[0].room("the training's state with the result", state + checkpoint.tensors.file_bytes())?;
     let decoder = Decoder::load(backend, &teacher)?;
     let about = json!({

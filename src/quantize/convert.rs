@@ -5,7 +5,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use safetensors::Dtype;
-use serde_json::Map;
 
 use super::encode;
 use super::recipe::KvCache;
@@ -14,7 +13,7 @@ use super::{QuantizeError, export};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Dialect;
 use crate::checkpoint::resolve::is_kv_scale;
-use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
+use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, TensorSpec, metadata};
 use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
 use crate::formats::{fp8, mx, nvfp4};
 use crate::model::ModelConfig;
@@ -44,10 +43,9 @@ pub fn convert(checkpoint: &Checkpoint, dialect: Dialect, out: &Path) -> Result<
     let modules = config.modules();
     let mut report = Converted::default();
     let mut assigned: Vec<(&Module, Scheme)> = Vec::new();
-    let mut specs = Vec::new();
-    let mut jobs: Vec<Option<(usize, &'static str)>> = Vec::new();
+    let mut tensors: Vec<Pending<'_, QuantizeError>> = Vec::new();
     let mut owned = BTreeSet::new();
-    for (i, m) in modules.iter().enumerate() {
+    for m in &modules {
         let linear = checkpoint.linear(&m.name, m.role)?;
         let fail = |detail: String| QuantizeError::Module { module: m.name.clone(), detail };
         let scheme = scheme_of(&linear).map_err(fail)?;
@@ -71,11 +69,18 @@ pub fn convert(checkpoint: &Checkpoint, dialect: Dialect, out: &Path) -> Result<
             ));
         }
         report.modules += 1;
-        for (suffix, tensor) in state(&linear, scheme, dialect, &mut report) {
-            let name = format!("{}.{suffix}", m.name);
-            specs.push(TensorSpec { name, dtype: tensor.dtype, shape: tensor.shape });
-            jobs.push(Some((i, suffix)));
-        }
+        let stated = state(&linear, scheme, dialect, &mut report).into_iter();
+        let spec = |(suffix, t): (&str, Stated)| TensorSpec {
+            name: format!("{}.{suffix}", m.name),
+            dtype: t.dtype,
+            shape: t.shape,
+        };
+        tensors.push(Pending::together(stated.map(spec).collect(), move || {
+            checkpoint.tensors.release_pages();
+            let linear = checkpoint.linear(&m.name, m.role)?;
+            let stated = state(&linear, scheme, dialect, &mut Converted::default());
+            Ok(stated.into_iter().map(|(_, t)| t.bytes).collect())
+        }));
         owned.extend(OWN.iter().map(|suffix| format!("{}.{suffix}", m.name)));
     }
     if report.modules == 0 {
@@ -89,38 +94,14 @@ pub fn convert(checkpoint: &Checkpoint, dialect: Dialect, out: &Path) -> Result<
         }
     }
     let shape: &[usize] = if dialect == Dialect::CompressedTensors { &[1] } else { &[] };
-    for name in kv.keys() {
-        specs.push(TensorSpec { name: name.clone(), dtype: Dtype::F32, shape: shape.to_vec() });
-        jobs.push(None);
+    for (name, &scale) in &kv {
+        tensors.push(Pending::new(name, Dtype::F32, shape, move || Ok(scale.to_le_bytes().to_vec())));
     }
-    for name in checkpoint.tensors.names() {
-        if let Some(view) = checkpoint.tensors.peek(name).filter(|_| !owned.contains(name) && !is_kv_scale(name)) {
-            specs.push(TensorSpec { name: name.into(), dtype: view.dtype, shape: view.shape.to_vec() });
-            jobs.push(None);
-        }
-    }
+    let others = checkpoint.tensors.names().filter(|name| !owned.contains(*name) && !is_kv_scale(name));
+    tensors.extend(others.filter_map(|name| Pending::copy(&checkpoint.tensors, name)));
     let writer = FolderWriter::create(out)?;
-    let mut metadata = Map::new();
-    metadata.insert("format".into(), "pt".into());
-    metadata.insert("recoup_version".into(), env!("CARGO_PKG_VERSION").into());
-    metadata.insert("recoup_converted_from".into(), checkpoint.scheme.dialect.to_string().into());
-    let mut next = 0;
-    writer.tensors(&specs, SHARD_BYTES, &metadata, |spec| -> Result<Vec<u8>, QuantizeError> {
-        let job = jobs[next];
-        next += 1;
-        if let Some((i, suffix)) = job {
-            let m = &modules[i];
-            let linear = checkpoint.linear(&m.name, m.role)?;
-            let scheme = scheme_of(&linear).unwrap_or(Scheme::None);
-            let stated = state(&linear, scheme, dialect, &mut Converted::default());
-            let tensor = stated.into_iter().find(|(s, _)| *s == suffix);
-            return Ok(tensor.map(|(_, t)| t.bytes).unwrap_or_default());
-        }
-        match kv.get(&spec.name) {
-            Some(scale) => Ok(scale.to_le_bytes().to_vec()),
-            None => Ok(checkpoint.tensors.require(&spec.name, "it is copied")?.bytes.to_vec()),
-        }
-    })?;
+    let from = [("recoup_converted_from", checkpoint.scheme.dialect.to_string())];
+    writer.tensors(tensors, SHARD_BYTES, &metadata(from))?;
     let kv_cache = (!kv.is_empty()).then_some(KvCache::Fp8);
     export::write_configs(&writer, checkpoint, &config, &assigned, kv_cache, dialect)?;
     writer.copy_text_files(checkpoint.tensors.folder())?;

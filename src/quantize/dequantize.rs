@@ -5,13 +5,12 @@ use std::path::Path;
 
 use half::bf16;
 use safetensors::Dtype;
-use serde_json::Map;
 
 use super::QuantizeError;
 use super::convert::OWN;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::resolve::is_kv_scale;
-use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
+use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, metadata};
 use crate::model::ModelConfig;
 use crate::model::modules::Module;
 
@@ -43,42 +42,25 @@ pub fn dequantize(checkpoint: &Checkpoint, out: &Path) -> Result<Dequantized, Qu
         return Err(QuantizeError::Nothing(checkpoint.tensors.folder().into()));
     }
     report.modules = quantized.len();
-    let mut specs = Vec::new();
-    for tensor in checkpoint.tensors.names() {
-        let Some(view) = checkpoint.tensors.peek(tensor) else { continue };
+    let store = &checkpoint.tensors;
+    let mut tensors: Vec<Pending<'_, QuantizeError>> = Vec::new();
+    for tensor in store.names() {
         let (owner, suffix) = tensor.rsplit_once('.').unwrap_or(("", tensor));
         if quantized.contains(owner) && OWN.contains(&suffix) {
             if matches!(suffix, "weight" | "weight_packed") {
-                let role = modules[owner].role;
-                let name = format!("{owner}.weight");
-                specs.push(TensorSpec { name, dtype: Dtype::BF16, shape: vec![role.n, role.k] });
+                tensors.push(weight(checkpoint, &modules[owner]));
             } else if suffix.starts_with("input_") {
                 report.dropped.push(tensor.into());
             }
         } else if is_kv_scale(tensor) {
             report.dropped.push(tensor.into());
         } else {
-            specs.push(TensorSpec { name: tensor.into(), dtype: view.dtype, shape: view.shape.to_vec() });
+            tensors.extend(Pending::copy(store, tensor));
         }
     }
     let writer = FolderWriter::create(out)?;
-    let mut metadata = Map::new();
-    metadata.insert("format".into(), "pt".into());
-    metadata.insert("recoup_version".into(), env!("CARGO_PKG_VERSION").into());
-    metadata.insert("recoup_dequantized_from".into(), checkpoint.scheme.dialect.to_string().into());
-    writer.tensors(&specs, SHARD_BYTES, &metadata, |spec| -> Result<Vec<u8>, QuantizeError> {
-        let owner = spec.name.strip_suffix(".weight").filter(|m| quantized.contains(*m));
-        let Some(m) = owner.and_then(|m| modules.get(m)) else {
-            return Ok(checkpoint.tensors.require(&spec.name, "it is copied")?.bytes.to_vec());
-        };
-        let linear = checkpoint.linear(&m.name, m.role)?;
-        let mut w = linear.decode();
-        if let Some(scale) = &linear.pre_quant_scale {
-            w.chunks_mut(m.role.k).for_each(|row| row.iter_mut().zip(scale).for_each(|(w, s)| *w *= s));
-        }
-        checkpoint.tensors.release_pages();
-        Ok(w.iter().flat_map(|w| bf16::from_f32(*w).to_le_bytes()).collect())
-    })?;
+    let from = [("recoup_dequantized_from", checkpoint.scheme.dialect.to_string())];
+    writer.tensors(tensors, SHARD_BYTES, &metadata(from))?;
     let mut plain = checkpoint.config.value().clone();
     if let Some(map) = plain.as_object_mut() {
         map.shift_remove("quantization_config");
@@ -88,4 +70,17 @@ pub fn dequantize(checkpoint: &Checkpoint, out: &Path) -> Result<Dequantized, Qu
     writer.copy_text_files(checkpoint.tensors.folder())?;
     writer.commit()?;
     Ok(report)
+}
+
+/// The weight of a linear in BF16.
+fn weight<'a>(checkpoint: &'a Checkpoint, m: &'a Module) -> Pending<'a, QuantizeError> {
+    Pending::new(format!("{}.weight", m.name), Dtype::BF16, &[m.role.n, m.role.k], || {
+        let linear = checkpoint.linear(&m.name, m.role)?;
+        let mut w = linear.decode();
+        if let Some(scale) = &linear.pre_quant_scale {
+            w.chunks_mut(m.role.k).for_each(|row| row.iter_mut().zip(scale).for_each(|(w, s)| *w *= s));
+        }
+        checkpoint.tensors.release_pages();
+        Ok(w.iter().flat_map(|w| bf16::from_f32(*w).to_le_bytes()).collect())
+    })
 }

@@ -26,7 +26,7 @@ use sha2::{Digest as _, Sha256};
 use crate::backend::Backend;
 use crate::checkpoint::dialect::Dialect;
 use crate::checkpoint::identity::identity;
-use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
+use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, TensorSpec, metadata};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::formats::e4m3;
 use crate::model::modules::{Module, Part};
@@ -120,38 +120,9 @@ pub fn quantize(
     let (kv, kv_notes) = kv_scales(checkpoint, &config, calibration, recipe)?;
 
     let writer = FolderWriter::create(out)?;
-    let mut metadata = Map::new();
-    metadata.insert("format".into(), "pt".into());
-    metadata.insert("recoup_version".into(), env!("CARGO_PKG_VERSION").into());
-    metadata.insert("recoup_recipe".into(), recipe.name.clone().into());
-    metadata.insert("recoup_calibration".into(), calibration.description.clone().into());
-    let (specs, jobs) = plan.tensors(checkpoint, &kv);
-    let mut encoded: (usize, BTreeMap<&'static str, Vec<u8>>) = (usize::MAX, BTreeMap::new());
-    let mut next = 0;
-    writer.tensors(&specs, SHARD_BYTES, &metadata, |spec| -> Result<Vec<u8>, QuantizeError> {
-        let job = &jobs[next];
-        next += 1;
-        checkpoint.tensors.release_pages();
-        match job {
-            Job::Copy => {
-                let view = checkpoint.tensors.require(&spec.name, "it is copied")?;
-                view.expect_finite()?;
-                Ok(view.bytes.to_vec())
-            }
-            Job::Bytes(bytes) => Ok(bytes.clone()),
-            Job::Part(i, suffix) => {
-                if encoded.0 != *i {
-                    let (m, scheme, peaks) = (&modules[*i], plan.schemes[*i], plan.peaks[*i]);
-                    let parts = match prepared.get(&m.name) {
-                        Some(p) if scheme.is_nvfp4_weight() => encode::prepared(p, scheme, dialect, peaks),
-                        _ => encode::encode(checkpoint, m, scheme, dialect, recipe.block_scales, peaks)?,
-                    };
-                    encoded = (*i, parts);
-                }
-                Ok(encoded.1.remove(suffix).unwrap_or_default())
-            }
-        }
-    })?;
+    let from = [("recoup_recipe", recipe.name.clone()), ("recoup_calibration", calibration.description.clone())];
+    let (tensors, bytes_after) = plan.tensors(checkpoint, prepared, recipe.block_scales, &kv);
+    writer.tensors(tensors, SHARD_BYTES, &metadata(from))?;
     let assigned: Vec<(&Module, Scheme)> = modules.iter().zip(plan.schemes.iter().copied()).collect();
     export::write_configs(&writer, checkpoint, &config, &assigned, recipe.kv_cache, dialect)?;
     writer.json("recoup_recipe.json", &serde_json::to_value(recipe).unwrap_or_default())?;
@@ -165,7 +136,7 @@ pub fn quantize(
     Ok(Report {
         modules: quantized().count(),
         bytes_before: quantized().map(|(m, _)| 2 * (m.role.n * m.role.k) as u64).sum(),
-        bytes_after: specs.iter().zip(&jobs).filter(|(_, j)| !matches!(j, Job::Copy)).map(|(s, _)| s.bytes()).sum(),
+        bytes_after,
         unreached: plan.unreached,
         notes: plan.notes.into_iter().chain(kv_notes).collect(),
         table: table.cloned(),
@@ -182,14 +153,6 @@ fn plain_cache(checkpoint: &Checkpoint) -> Result<(), QuantizeError> {
 
 /// Where a checkpoint keeps the table that its formats were chosen by.
 pub const TABLE_FILE: &str = "recoup_sensitivity.json";
-
-/// Where one output tensor comes from.
-enum Job {
-    Copy,
-    /// A part of a module's weight.
-    Part(usize, &'static str),
-    Bytes(Vec<u8>),
-}
 
 /// FP8 scales of keys and values by tensor name, and what is to be said of them.
 fn kv_scales(
@@ -331,36 +294,54 @@ impl<'a> Plan<'a> {
         format!("{scheme} {key}")
     }
 
-    /// Every tensor of the new checkpoint, and where it comes from.
-    fn tensors(&self, checkpoint: &Checkpoint, kv: &BTreeMap<String, f32>) -> (Vec<TensorSpec>, Vec<Job>) {
+    /// Every tensor of the new checkpoint, and the bytes of those that are new.
+    fn tensors(
+        &'a self,
+        checkpoint: &'a Checkpoint,
+        prepared: &'a BTreeMap<String, Prepared>,
+        choice: recipe::ScaleChoice,
+        kv: &BTreeMap<String, f32>,
+    ) -> (Vec<Pending<'a, QuantizeError>>, u64) {
         let by_weight: BTreeMap<String, usize> =
             self.modules.iter().enumerate().map(|(i, m)| (format!("{}.weight", m.name), i)).collect();
-        let (mut specs, mut jobs) = (Vec::new(), Vec::new());
-        let mut push = |name: String, dtype, shape: &[usize], job| {
-            specs.push(TensorSpec { name, dtype, shape: shape.to_vec() });
-            jobs.push(job);
-        };
-        for name in checkpoint.tensors.names() {
-            match by_weight.get(name).filter(|i| self.schemes[**i] != Scheme::None) {
-                Some(&i) => {
-                    let m = &self.modules[i];
-                    for part in encode::parts(m, self.schemes[i], self.dialect) {
-                        let name = format!("{}.{}", m.name, part.suffix);
-                        push(name, part.dtype, &part.shape, Job::Part(i, part.suffix));
-                    }
-                }
-                None => {
-                    if let Some(view) = checkpoint.tensors.peek(name) {
-                        push(name.into(), view.dtype, view.shape, Job::Copy);
-                    }
-                }
-            }
+        let store = &checkpoint.tensors;
+        let (mut tensors, mut bytes) = (Vec::new(), 0);
+        for name in store.names() {
+            let Some(&i) = by_weight.get(name).filter(|i| self.schemes[**i] != Scheme::None) else {
+                let Some(view) = store.peek(name) else { continue };
+                tensors.push(Pending::new(name, view.dtype, view.shape, move || {
+                    store.release_pages();
+                    view.expect_finite()?;
+                    Ok(view.bytes.to_vec())
+                }));
+                continue;
+            };
+            let (m, scheme, peaks, dialect) = (&self.modules[i], self.schemes[i], self.peaks[i], self.dialect);
+            let parts = encode::parts(m, scheme, dialect);
+            let suffixes: Vec<&'static str> = parts.iter().map(|p| p.suffix).collect();
+            let spec = |p: encode::Part| TensorSpec {
+                name: format!("{}.{}", m.name, p.suffix),
+                dtype: p.dtype,
+                shape: p.shape,
+            };
+            let one = Pending::together(parts.into_iter().map(spec).collect(), move || {
+                store.release_pages();
+                let mut made = match prepared.get(&m.name) {
+                    Some(p) if scheme.is_nvfp4_weight() => encode::prepared(p, scheme, dialect, peaks),
+                    _ => encode::encode(checkpoint, m, scheme, dialect, choice, peaks)?,
+                };
+                Ok(suffixes.into_iter().map(|s| made.remove(s).unwrap_or_default()).collect())
+            });
+            bytes += one.bytes();
+            tensors.push(one);
         }
-        for (name, scale) in kv {
+        for (name, &scale) in kv {
             let shape: &[usize] = if self.dialect == Dialect::CompressedTensors { &[1] } else { &[] };
-            push(name.clone(), Dtype::F32, shape, Job::Bytes(scale.to_le_bytes().to_vec()));
+            let one = Pending::new(name, Dtype::F32, shape, move || Ok(scale.to_le_bytes().to_vec()));
+            bytes += one.bytes();
+            tensors.push(one);
         }
-        (specs, jobs)
+        (tensors, bytes)
     }
 }
 
@@ -511,20 +492,21 @@ pub fn apply<B: Backend + Clone>(
 /// Writes the same model to another folder, with what was rounded of the weights in `prepared`.
 fn copy(source: &Checkpoint, prepared: &BTreeMap<String, Prepared>, out: &Path) -> Result<(), QuantizeError> {
     let writer = FolderWriter::create(out)?;
-    let views = source.tensors.names().filter_map(|n| Some((n, source.tensors.peek(n)?)));
-    let specs: Vec<TensorSpec> =
-        views.map(|(n, v)| TensorSpec { name: n.into(), dtype: v.dtype, shape: v.shape.to_vec() }).collect();
+    let tensor = |name| {
+        let moved = str::strip_suffix(name, ".weight").and_then(|module| prepared.get(module));
+        let Some(moved) = moved.filter(|p| !p.unrounded.is_empty()) else {
+            return Pending::copy(&source.tensors, name);
+        };
+        let view = source.tensors.peek(name)?;
+        Some(Pending::new(name, view.dtype, view.shape, move || {
+            let values: Vec<f32> = moved.unrounded.iter().map(|v| v.to_f32()).collect();
+            Ok(to_bytes(view.dtype, &values))
+        }))
+    };
+    let tensors: Vec<Pending<'_, QuantizeError>> = source.tensors.names().filter_map(tensor).collect();
     let mut metadata = Map::new();
     metadata.insert("format".into(), "pt".into());
-    writer.tensors(&specs, SHARD_BYTES, &metadata, |spec| -> Result<Vec<u8>, QuantizeError> {
-        source.tensors.release_pages();
-        let moved = spec.name.strip_suffix(".weight").and_then(|module| prepared.get(module));
-        if let Some(moved) = moved.filter(|p| !p.unrounded.is_empty()) {
-            let values: Vec<f32> = moved.unrounded.iter().map(|v| v.to_f32()).collect();
-            return Ok(to_bytes(spec.dtype, &values));
-        }
-        Ok(source.tensors.peek(&spec.name).map_or_else(Vec::new, |v| v.bytes.to_vec()))
-    })?;
+    writer.tensors(tensors, SHARD_BYTES, &metadata)?;
     writer.copy_settings(source.tensors.folder())?;
     writer.copy_text_files(source.tensors.folder())?;
     Ok(writer.commit()?)

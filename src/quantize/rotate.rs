@@ -18,7 +18,7 @@ use serde_json::{Map, Value};
 
 use super::{QuantizeError, to_bytes};
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
+use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES};
 use crate::model::ModelConfig;
 use crate::model::modules::{Module, Part};
 
@@ -109,23 +109,11 @@ pub fn rotate(
         Some((modules.iter().find(|m| m.name == name)?, suffix.to_owned()))
     };
     let untie = stream.is_some() && config.tied_embeddings;
-    let mut specs = Vec::new();
-    for name in checkpoint.tensors.names().filter(|name| !(untie && *name == "lm_head.weight")) {
-        let Some(view) = checkpoint.tensors.peek(name) else { continue };
-        let is_linear = module_of(name).is_some_and(|(m, suffix)| suffix == "weight" && quantized(m));
-        let dtype = if is_linear { Dtype::F32 } else { view.dtype };
-        specs.push(TensorSpec { name: name.into(), dtype, shape: view.shape.to_vec() });
-        if untie && name == "model.embed_tokens.weight" {
-            specs.push(TensorSpec { name: "lm_head.weight".into(), dtype: view.dtype, shape: view.shape.to_vec() });
-        }
-    }
     let floats = |name: &str| -> Result<Vec<f32>, QuantizeError> {
         Ok(checkpoint.tensors.require(name, "it is rotated")?.floats()?)
     };
-    let writer = FolderWriter::create(folder)?;
-    writer.tensors(&specs, SHARD_BYTES, &Map::new(), |spec| -> Result<Vec<u8>, QuantizeError> {
-        let name = spec.name.as_str();
-        let stored = if untie && name == "lm_head.weight" { "model.embed_tokens.weight" } else { name };
+    // What becomes of tensor `name`, of the values that are stored under `stored`; nothing where it stays as it is.
+    let rotated = |name: &str, stored: &str| -> Result<Option<Vec<f32>>, QuantizeError> {
         let mut values = floats(stored)?;
         if name == "lm_head.weight" {
             read(&mut values, &floats("model.norm.weight")?, stream.as_ref());
@@ -134,11 +122,27 @@ pub fn rotate(
         } else if stream.is_some() && is_stream_norm(name) {
             values.fill(1.0);
         } else {
-            return Ok(checkpoint.tensors.require(name, "it is copied")?.bytes.to_vec());
+            return Ok(None);
         }
         checkpoint.tensors.release_pages();
-        Ok(to_bytes(spec.dtype, &values))
-    })?;
+        Ok(Some(values))
+    };
+    let rotated = &rotated;
+    let mut tensors: Vec<Pending<'_, QuantizeError>> = Vec::new();
+    for stored in checkpoint.tensors.names().filter(|name| !(untie && *name == "lm_head.weight")) {
+        let Some(view) = checkpoint.tensors.peek(stored) else { continue };
+        let head = (untie && stored == "model.embed_tokens.weight").then_some("lm_head.weight");
+        for name in std::iter::once(stored).chain(head) {
+            let is_linear = module_of(name).is_some_and(|(m, suffix)| suffix == "weight" && quantized(m));
+            let dtype = if is_linear { Dtype::F32 } else { view.dtype };
+            tensors.push(Pending::new(name, dtype, view.shape, move || match rotated(name, stored)? {
+                Some(values) => Ok(to_bytes(dtype, &values)),
+                None => Ok(view.bytes.to_vec()),
+            }));
+        }
+    }
+    let writer = FolderWriter::create(folder)?;
+    writer.tensors(tensors, SHARD_BYTES, &Map::new())?;
     let mut json = checkpoint.config.value().clone();
     if let Some(map) = json.as_object_mut().filter(|_| untie) {
         map.insert("tie_word_embeddings".into(), Value::Bool(false));

@@ -22,7 +22,7 @@ use super::{QuantizeError, encode, to_bytes};
 use crate::backend::Backend;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Dialect;
-use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
+use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES};
 use crate::formats::amax;
 use crate::formats::nvfp4::BLOCK;
 use crate::model::ModelConfig;
@@ -419,26 +419,24 @@ impl Smoothing {
         let modules = ModelConfig::read(&checkpoint.config)?.modules();
         let linears = modules.iter().filter(|m| m.is_block_linear()).map(|m| format!("{}.weight", m.name));
         let linears: BTreeSet<String> = linears.collect();
-        let mut specs = Vec::new();
+        let mut tensors: Vec<Pending<'_, QuantizeError>> = Vec::new();
         for name in checkpoint.tensors.names() {
             let Some(view) = checkpoint.tensors.peek(name) else { continue };
+            let Some(values) = self.apply(name, || floats(name))? else {
+                tensors.extend(Pending::copy(&checkpoint.tensors, name));
+                continue;
+            };
             // Biases of exact forms are rounded: only what is quantized next may need more than its type.
             let may_grow = self.form.is_exact() || linears.contains(name);
-            let exact = match self.apply(name, || floats(name))?.filter(|_| may_grow) {
-                Some(values) => holds(view.dtype, &values),
-                None => true,
-            };
-            let dtype = if exact { view.dtype } else { Dtype::F32 };
-            specs.push(TensorSpec { name: name.into(), dtype, shape: view.shape.to_vec() });
+            let dtype = if may_grow && !holds(view.dtype, &values) { Dtype::F32 } else { view.dtype };
+            tensors.push(Pending::new(name, dtype, view.shape, move || {
+                checkpoint.tensors.release_pages();
+                let values = self.apply(name, || floats(name))?.unwrap_or_default();
+                Ok(to_bytes(dtype, &values))
+            }));
         }
         let writer = FolderWriter::create(folder)?;
-        writer.tensors(&specs, SHARD_BYTES, &Map::new(), |spec| -> Result<Vec<u8>, QuantizeError> {
-            checkpoint.tensors.release_pages();
-            match self.apply(&spec.name, || floats(&spec.name))? {
-                Some(values) => Ok(to_bytes(spec.dtype, &values)),
-                None => Ok(checkpoint.tensors.require(&spec.name, "it is copied")?.bytes.to_vec()),
-            }
-        })?;
+        writer.tensors(tensors, SHARD_BYTES, &Map::new())?;
         writer.json("config.json", checkpoint.config.value())?;
         writer.copy_text_files(checkpoint.tensors.folder())?;
         Ok(writer.commit()?)

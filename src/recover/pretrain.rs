@@ -1,5 +1,6 @@
 //! A model before it has learned anything.
 
+use std::cell::RefCell;
 use std::path::Path;
 
 use safetensors::Dtype;
@@ -7,7 +8,7 @@ use serde_json::Map;
 
 use super::Result;
 use super::data::SplitMix;
-use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
+use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES};
 use crate::model::ModelConfig;
 use crate::model::modules::Part;
 
@@ -20,36 +21,26 @@ const DEVIATION: f64 = 0.02;
 /// When `out` cannot be written.
 pub fn initialize(config: &ModelConfig, like: &Path, seed: u64, out: &Path) -> Result<()> {
     let writer = FolderWriter::create(out)?;
-    let mut specs = Vec::new();
-    let mut deviations = Vec::new();
+    let random = &RefCell::new(SplitMix(seed));
+    let tensor = |name: String, shape: &[usize], mean: f64, deviation: f64| {
+        let count: usize = shape.iter().product();
+        Pending::new(name, Dtype::BF16, shape, move || -> Result<Vec<u8>> {
+            let random = &mut *random.borrow_mut();
+            let value = || half::bf16::from_f64(mean + if deviation > 0.0 { deviation * normal(random) } else { 0.0 });
+            Ok(std::iter::repeat_with(value).take(count).flat_map(half::bf16::to_le_bytes).collect())
+        })
+    };
+    let mut tensors = Vec::new();
     for m in config.modules() {
         let deep = matches!(m.part, Part::O | Part::Down);
         let shrink = if deep { (2.0 * config.layers as f64).sqrt() } else { 1.0 };
-        specs.push(TensorSpec {
-            name: format!("{}.weight", m.name),
-            dtype: Dtype::BF16,
-            shape: vec![m.role.n, m.role.k],
-        });
-        deviations.push(DEVIATION / shrink);
+        tensors.push(tensor(format!("{}.weight", m.name), &[m.role.n, m.role.k], 0.0, DEVIATION / shrink));
         if m.role.bias {
-            specs.push(TensorSpec { name: format!("{}.bias", m.name), dtype: Dtype::BF16, shape: vec![m.role.n] });
-            deviations.push(0.0);
+            tensors.push(tensor(format!("{}.bias", m.name), &[m.role.n], 0.0, 0.0));
         }
     }
-    let norms = specs.len();
-    for (name, length) in config.norms() {
-        specs.push(TensorSpec { name, dtype: Dtype::BF16, shape: vec![length] });
-        deviations.push(0.0);
-    }
-    let mut random = SplitMix(seed);
-    let mut next = 0;
-    writer.tensors(&specs, SHARD_BYTES, &Map::new(), |spec| -> Result<Vec<u8>> {
-        let count: usize = spec.shape.iter().product();
-        let (deviation, mean) = (deviations[next], if next >= norms { 1.0 } else { 0.0 });
-        next += 1;
-        let value = || half::bf16::from_f64(mean + if deviation > 0.0 { deviation * normal(&mut random) } else { 0.0 });
-        Ok(std::iter::repeat_with(value).take(count).flat_map(half::bf16::to_le_bytes).collect())
-    })?;
+    tensors.extend(config.norms().into_iter().map(|(name, length)| tensor(name, &[length], 1.0, 0.0)));
+    writer.tensors(tensors, SHARD_BYTES, &Map::new())?;
     writer.copy_settings(like)?;
     writer.copy_text_files(like)?;
     writer.commit()?;

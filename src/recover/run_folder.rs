@@ -150,17 +150,10 @@ impl RunFolder {
     }
 
     fn save(&self, name: &str, student: &Student, at: Position, layer: Option<usize>, moments: bool) -> Result<()> {
-        let specs = student.state_specs(layer, moments);
         let mut metadata = Map::new();
         metadata.insert("position".into(), Value::String(serde_json::to_string(&at).unwrap_or_default()));
-        atomically(&self.folder.join(name), |partial| {
-            write_safetensors(partial, &specs.iter().collect::<Vec<_>>(), &metadata, &mut |spec| {
-                student.state_bytes(&spec.name).ok_or_else(|| RecoverError::Run {
-                    path: partial.into(),
-                    detail: format!("{} is no part of the student", spec.name),
-                })
-            })
-        })
+        let state = student.state(layer, moments);
+        atomically(&self.folder.join(name), |partial| write_safetensors(partial, state, &metadata))
     }
 
     /// Puts the student where the run stood last.

@@ -10,7 +10,7 @@ use super::parameter::{Learned, Parameter, Weight};
 use super::{RecoverError, Result};
 use crate::backend::autograd::{AutogradBackend, Linear, Norm};
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::write::{FolderWriter, SHARD_BYTES, TensorSpec};
+use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, metadata};
 use crate::model::layer::NamedNorm;
 use crate::model::modules::Module;
 use crate::model::{Decoder, ModelConfig};
@@ -128,19 +128,19 @@ impl Student {
         result
     }
 
-    /// Tensors of [`super::run_folder`]: masters, of one layer or all, and if asked for the moments that there are.
-    /// What a saved state holds: of one layer or all, with the optimizer's moments or without.
+    /// What a saved state holds ([`super::run_folder`]): masters, of one layer or all, and if asked for the moments that
+    /// there are.
     #[must_use]
-    pub fn state_specs(&self, layer: Option<usize>, moments: bool) -> Vec<TensorSpec> {
+    pub fn state(&self, layer: Option<usize>, moments: bool) -> Vec<Pending<'_, RecoverError>> {
         let chosen = self.parameters.iter().filter(|p| layer.is_none() || layer == p.layer);
-        let spec = |(name, length)| TensorSpec { name, dtype: Dtype::F32, shape: vec![length] };
-        chosen.flat_map(|p| p.state(moments)).map(spec).collect()
-    }
-
-    pub(super) fn state_bytes(&self, name: &str) -> Option<Vec<u8>> {
-        let (module, kind) = name.rsplit_once('.')?;
-        let p = self.parameters.iter().find(|p| p.name == module)?;
-        Some(p.state_values(kind)?.iter().flat_map(|v| v.to_le_bytes()).collect())
+        let tensor = |p, (name, length): (String, usize)| {
+            let kind = name.rsplit_once('.').map_or_else(String::new, |(_, kind)| kind.to_owned());
+            Pending::new(name, Dtype::F32, &[length], move || {
+                let values = Parameter::state_values(p, &kind);
+                Ok(values.into_iter().flatten().flat_map(|v| v.to_le_bytes()).collect())
+            })
+        };
+        chosen.flat_map(|p| p.state(moments).into_iter().map(move |s| tensor(p, s))).collect()
     }
 
     /// Takes one tensor of a state over; whether there is such.
@@ -188,27 +188,24 @@ impl Student {
     pub fn write(&self, from: &Checkpoint, files: &[(&str, Vec<u8>)], out: &Path) -> Result<()> {
         let writer = FolderWriter::create(out)?;
         let trained: BTreeMap<&str, &Parameter> = self.parameters.iter().map(|p| (p.name.as_str(), p)).collect();
-        let mut specs = Vec::new();
-        for name in from.tensors.names() {
-            if let Some(view) = from.tensors.peek(name) {
-                specs.push(TensorSpec { name: name.into(), dtype: view.dtype, shape: view.shape.to_vec() });
-            }
-        }
-        let mut metadata = serde_json::Map::new();
-        metadata.insert("format".into(), "pt".into());
-        metadata.insert("recoup_version".into(), env!("CARGO_PKG_VERSION").into());
-        writer.tensors(&specs, SHARD_BYTES, &metadata, |spec| -> Result<Vec<u8>> {
-            from.tensors.release_pages();
-            let own = match spec.name.rsplit_once('.') {
-                Some((module, "weight" | "weight_packed")) => trained.get(module).map(|p| p.bytes()),
-                Some((module, "weight_scale")) => trained.get(module).and_then(|p| p.scale_bytes()),
+        let tensor = |name| {
+            let own = match str::rsplit_once(name, '.') {
+                Some((module, "weight" | "weight_packed")) => trained.get(module).map(|p| (*p, false)),
+                Some((module, "weight_scale")) => {
+                    trained.get(module).filter(|p| p.scale_bytes().is_some()).map(|p| (*p, true))
+                }
                 _ => None,
             };
-            Ok(match own.or_else(|| trained.get(spec.name.as_str()).map(|p| p.bytes())) {
-                Some(bytes) => bytes,
-                None => from.tensors.require(&spec.name, "it is copied")?.bytes.to_vec(),
-            })
-        })?;
+            let Some((p, scales)) = own.or_else(|| trained.get(name).map(|p| (*p, false))) else {
+                return Pending::copy(&from.tensors, name);
+            };
+            let view = from.tensors.peek(name)?;
+            Some(Pending::new(name, view.dtype, view.shape, move || {
+                Ok(if scales { p.scale_bytes().unwrap_or_default() } else { p.bytes() })
+            }))
+        };
+        let tensors: Vec<Pending<'_, RecoverError>> = from.tensors.names().filter_map(tensor).collect();
+        writer.tensors(tensors, SHARD_BYTES, &metadata([]))?;
         writer.copy_settings(from.tensors.folder())?;
         files.iter().try_for_each(|(name, contents)| writer.file(name, contents))?;
         writer.copy_text_files(from.tensors.folder())?;

@@ -14,6 +14,7 @@ mod sentencepiece;
 mod tensors;
 mod tokenizer;
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -23,7 +24,7 @@ use serde_json::{Map, Value as Json};
 
 pub use error::{GgufError, Result};
 
-use super::write::{FolderWriter, TensorSpec};
+use super::write::{FolderWriter, Pending};
 use blocks::Blocks;
 use config::ModelConfig;
 use header::Gguf;
@@ -135,32 +136,33 @@ fn write_tensors(
     max_shard_bytes: u64,
     progress: &mut dyn FnMut(usize, usize, &str),
 ) -> Result<(usize, u64)> {
-    let shape = |o: &tensors::Output<'_>| o.shape.iter().map(|&d| d as usize).collect();
-    let specs: Vec<TensorSpec> =
-        outputs.iter().map(|o| TensorSpec { name: o.name.clone(), dtype: Dtype::BF16, shape: shape(o) }).collect();
+    let state = &RefCell::new((Blocks::new(), 0, progress));
+    let tensors = outputs.iter().map(|output| {
+        let shape: Vec<usize> = output.shape.iter().map(|&d| d as usize).collect();
+        Pending::new(&output.name, Dtype::BF16, &shape, move || -> Result<Vec<u8>> {
+            let (blocks, done, progress) = &mut *state.borrow_mut();
+            let mut bytes = Vec::with_capacity(2 * output.elements() as usize);
+            output.read(gguf, blocks, |values| {
+                for &value in values {
+                    let rounded = bf16::from_f32(value);
+                    if !rounded.is_finite() {
+                        let detail = format!("holds {value}, which is no finite BF16 number; the file is damaged");
+                        return Err(output.error(gguf, detail));
+                    }
+                    bytes.extend_from_slice(&rounded.to_le_bytes());
+                }
+                Ok(())
+            })?;
+            *done += 1;
+            progress(*done, outputs.len(), &output.name);
+            Ok(bytes)
+        })
+    });
     // transformers refuses a file without it.
     let metadata = Map::from_iter([("format".to_owned(), Json::from("pt"))]);
-    let mut blocks = Blocks::new();
-    let mut done = 0;
-    let shards = writer.tensors(&specs, max_shard_bytes, &metadata, |spec| -> Result<Vec<u8>> {
-        let output = &outputs[done];
-        let mut bytes = Vec::with_capacity(spec.bytes() as usize);
-        output.read(gguf, &mut blocks, |values| {
-            for &value in values {
-                let rounded = bf16::from_f32(value);
-                if !rounded.is_finite() {
-                    let detail = format!("holds {value}, which is no finite BF16 number; the file is damaged");
-                    return Err(output.error(gguf, detail));
-                }
-                bytes.extend_from_slice(&rounded.to_le_bytes());
-            }
-            Ok(())
-        })?;
-        done += 1;
-        progress(done, outputs.len(), &output.name);
-        Ok(bytes)
-    })?;
-    Ok((shards, specs.iter().map(TensorSpec::bytes).sum()))
+    let tensors: Vec<Pending<'_, GgufError>> = tensors.collect();
+    let bytes = tensors.iter().map(Pending::bytes).sum();
+    Ok((writer.tensors(tensors, max_shard_bytes, &metadata)?, bytes))
 }
 
 /// Converts only the tokenizer; works on a vocabulary-only file of any architecture.
