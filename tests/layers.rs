@@ -11,7 +11,7 @@ const ALLOWED: [(&str, &[&str]); 13] = [
     ("backend", &["formats", "logits"]),
     ("model", &["formats", "checkpoint", "backend"]),
     ("text", &[]),
-    ("quantize", &["formats", "output", "checkpoint", "backend", "model"]),
+    ("quantize", &["formats", "output", "checkpoint", "backend", "model", "engine"]),
     ("recover", &["formats", "output", "checkpoint", "backend", "model", "text"]),
     ("engine", &["formats", "logits", "checkpoint", "backend", "model", "text"]),
     ("evaluate", &["formats", "logits", "checkpoint", "backend", "model", "text", "engine"]),

@@ -3,14 +3,17 @@
 
 mod tiny;
 
+use std::path::Path;
+
 use recoup::backend::autograd::AutogradBackend;
 use recoup::backend::cpu::{CpuBackend, isa::Isa};
 use recoup::backend::{Backend, BackendError, Batch, PAGE, Span};
 use recoup::checkpoint::Checkpoint;
-use recoup::engine::{Scorer, Sequence, Session};
+use recoup::engine::{Engine, Limits, Request, Sequence, score_all};
 use recoup::formats::kv::KvFormat;
 use recoup::model::{Decoder, Wanted};
 use recoup::quantize::calibrate::calibrate;
+use recoup::text::Tokenizer;
 use tempfile::TempDir;
 use tiny::{Format, Tiny};
 
@@ -92,12 +95,15 @@ fn scoring_generation_and_calibration_end_with_the_module() {
     let (_folder, checkpoint) = written(Format::Bf16, |t| fill(t, "model.layers.1.mlp.down_proj.weight", 3.3e38));
     let expected = "`model.layers.1.mlp.down_proj`";
     let model = Decoder::load(cpu(), &checkpoint).unwrap();
-    let mut scorer = Scorer::new(&model, TOKENS.len(), KvFormat::F32).unwrap();
+    let engine = || Engine::new(&model, Limits::new(64, 1), KvFormat::F32).unwrap();
     let sequence = Sequence { tokens: TOKENS.into(), first: 2 };
-    let error = scorer.score(&[sequence], &mut |_, s| panic!("scored {s:?}")).unwrap_err().to_string();
+    let scored = score_all(&mut engine(), &[sequence], &mut |_, s| panic!("scored {s:?}"));
+    let error = scored.unwrap_err().to_string();
     assert!(error.contains(expected), "{error}");
-    let mut session = Session::new(Decoder::load(cpu(), &checkpoint).unwrap(), 64, KvFormat::F32).unwrap();
-    let error = session.prefill(&TOKENS).unwrap_err().to_string();
+    let tokenizer = Tokenizer::from_folder(&Path::new(env!("CARGO_MANIFEST_DIR")).join("models/books-bf16")).unwrap();
+    let mut engine = engine();
+    engine.generate(&tokenizer, Request { prompt: TOKENS.into(), max_tokens: 1, ..Request::default() }).unwrap();
+    let error = engine.step().unwrap_err().to_string();
     assert!(error.contains(expected), "{error}");
     let error = calibrate(&checkpoint, cpu(), &[TOKENS.into()], "", &mut |_, _| {}).unwrap_err().to_string();
     assert!(error.contains(expected) && error.contains("no number"), "{error}");

@@ -154,6 +154,9 @@ pub trait Backend: Send + Sync + Sized {
     /// An empty KV cache.
     fn new_cache(&self, layout: &CacheLayout) -> Result<Self::Cache>;
 
+    /// Makes the cache one of `pages` pages, if it has fewer; what it holds stays.
+    fn grow(&self, cache: &mut Self::Cache, pages: usize) -> Result<()>;
+
     /// Makes the sequence `to` begin with the first `to.start` tokens of the sequence `from`. Their whole pages are in
     /// both lists; the page in which the two part is copied.
     fn fork(&self, cache: &mut Self::Cache, from: &Span, to: &Span) -> Result<()>;

@@ -170,6 +170,10 @@ impl<B: Backend, O: Observer + Send> Backend for Observed<B, O> {
         self.inner.new_cache(layout)
     }
 
+    fn grow(&self, cache: &mut B::Cache, pages: usize) -> Result<()> {
+        self.inner.grow(cache, pages)
+    }
+
     fn fork(&self, cache: &mut B::Cache, from: &Span, to: &Span) -> Result<()> {
         self.inner.fork(cache, from, to)
     }

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::backend::NUMERICS_VERSION;
 use crate::backend::cpu::{CpuBackend, isa::Isa};
 use crate::checkpoint::Checkpoint;
-use crate::engine::{Request, SamplingParams, generate_many};
+use crate::engine::{Engine, Limits, Request, SamplingParams, answer_all};
 use crate::formats::kv::KvFormat;
 use crate::model::Decoder;
 use crate::recover::data::Row;
@@ -93,27 +93,21 @@ pub(super) fn rows(
     }
     let tokenizer = Tokenizer::from_folder(checkpoint.tensors.folder())?;
     let decoder = Decoder::load(CpuBackend::new(Isa::detect(), super::options::threads(threads))?, checkpoint)?;
-    let sampling: Vec<SamplingParams> = (0..count)
-        .map(|i| SamplingParams {
+    let request = |i: usize| Request {
+        prompt: prompt.to_vec(),
+        max_tokens: length - prompt.len(),
+        sampling: SamplingParams {
             temperature: 1.0,
             seed: Some(seed.wrapping_add(i as u64)),
             ..SamplingParams::default()
-        })
-        .collect();
-    let requests: Vec<Request<'_>> = sampling
-        .iter()
-        .map(|sampling| Request {
-            prompt,
-            max_tokens: length - prompt.len(),
-            sampling,
-            stop_tokens: &[],
-            stop: &[],
-            stop_after: None,
-        })
-        .collect();
+        },
+        ..Request::default()
+    };
+    let width = WIDTH.min(count);
+    let mut engine = Engine::new(&decoder, Limits::new(length, width), KvFormat::F32)?;
     let bar = super::progress(count as u64, "the teacher writes");
     let mut out = vec![Row::default(); count];
-    generate_many(&decoder, &tokenizer, &requests, WIDTH.min(count), length, KvFormat::F32, &mut |index, answer| {
+    answer_all(&mut engine, &tokenizer, (0..count).map(request).collect(), width, &mut |index, answer| {
         let tokens = prompt.iter().copied().chain(answer.tokens.iter().map(|t| t.token)).collect();
         out[index] = Row::text(tokens);
         bar.inc(1);

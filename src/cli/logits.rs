@@ -9,13 +9,14 @@ use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use super::options::{EngineOptions, model_folder, open_model};
+use crate::backend::Backend;
 use crate::backend::autograd::AutogradBackend;
-use crate::backend::{Backend, Batch, PAGE};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::tensors::TensorStore;
 use crate::checkpoint::write::{Pending, write_safetensors};
+use crate::engine::{Engine, Event, Limits};
 use crate::formats::kv::KvFormat;
-use crate::model::{Decoder, ModelConfig, Wanted};
+use crate::model::{Decoder, ModelConfig};
 use crate::output::{self, Claim};
 
 #[derive(clap::Args)]
@@ -30,14 +31,14 @@ pub(super) struct Args {
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
     /// What computes: packed kernels, or the plain reference (the same decoder on candle tensors)
-    #[arg(long, value_enum, default_value_t = Engine::Cpu)]
-    engine: Engine,
+    #[arg(long, value_enum, default_value_t = Computing::Cpu)]
+    engine: Computing,
     #[command(flatten)]
     options: EngineOptions,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Engine {
+enum Computing {
     Cpu,
     Autograd,
 }
@@ -47,12 +48,12 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let checkpoint = open_model(&model_folder(&args.model)?)?;
     let destination = Destination::claim(&args.output, &ids, &checkpoint)?;
     match args.engine {
-        Engine::Cpu => {
+        Computing::Cpu => {
             let model = args.options.load(&checkpoint)?;
             drop(checkpoint);
             write(&model, &ids, args.options.kv_format(), &destination)?;
         }
-        Engine::Autograd => {
+        Computing::Autograd => {
             let model = Decoder::load(AutogradBackend::new(), &checkpoint)?;
             drop(checkpoint);
             write(&model, &ids, args.options.kv_format(), &destination)?;
@@ -111,13 +112,18 @@ impl Destination {
 
 /// Logits of every token, one sequence after the other.
 fn logits<B: Backend>(model: &Decoder<B>, ids: &[Vec<u32>], kv: KvFormat) -> Result<Vec<f32>> {
-    let length = ids[0].len();
-    let mut cache = model.new_cache(length.next_multiple_of(PAGE), kv)?;
+    let mut engine = Engine::new(model, Limits::new(ids[0].len(), 1), kv)?;
     let mut all = Vec::new();
     let bar = super::progress(ids.len() as u64, "computing");
     for row in ids {
-        let out = model.forward(&Batch::alone(row.clone()), &mut cache, Wanted::All)?;
-        all.extend(model.backend().to_host(&out)?);
+        engine.logits(row.clone(), 0)?;
+        while !engine.is_empty() {
+            for event in engine.step()? {
+                if let Event::Logits { logits, .. } = event {
+                    all.extend(model.backend().to_host(&logits)?);
+                }
+            }
+        }
         bar.inc(1);
     }
     bar.finish();

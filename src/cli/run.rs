@@ -1,7 +1,6 @@
 //! `recoup run`: generate from one prompt, or chat at a terminal; the text streams as it comes.
 
 use std::io::{BufRead as _, IsTerminal as _, Read as _};
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -11,7 +10,7 @@ use serde_json::{Value, json};
 use super::options::{EngineOptions, TemplateOptions, model_folder, open_model};
 use crate::backend::cpu::CpuBackend;
 use crate::checkpoint::Checkpoint;
-use crate::engine::{Finish, Generated, GenerationConfig, Request, SamplingParams, Session, generate};
+use crate::engine::{Engine, Event, Finish, Generated, GenerationConfig, Limits, Request, SamplingParams};
 use crate::model::config::token_ids;
 use crate::text::conversation::fit;
 use crate::text::{ChatInput, ChatTemplate, Tokenizer};
@@ -62,7 +61,7 @@ pub(super) struct Args {
     /// With --json: log-probabilities of each token and of this many alternatives
     #[arg(long, value_name = "K")]
     logprobs: Option<usize>,
-    /// Tokens of context to keep room for [default: what the model has, at most 8192]
+    /// Tokens of prompt and answer at most [default: what the model has, at most 8192]
     #[arg(long)]
     context: Option<usize>,
     /// Print one JSON object instead of the text
@@ -77,12 +76,12 @@ pub(super) struct Args {
 /// Tokens of an answer at most where neither option nor model says.
 const DEFAULT_TOKENS: usize = 512;
 
-/// Without --context, more than this is not reserved.
+/// Tokens of prompt and answer without --context.
 const DEFAULT_CONTEXT: usize = 8192;
 
 struct Chat<'a> {
     args: &'a Args,
-    session: Session<CpuBackend>,
+    engine: Engine<'a, CpuBackend>,
     tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
     sampling: SamplingParams,
@@ -134,8 +133,10 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         Some(c) => c,
         None => positions.min(DEFAULT_CONTEXT),
     };
-    let session = Session::new(model, context, args.options.kv_format())?;
-    let mut chat = Chat { args, session, tokenizer, template, sampling, stop_tokens, stop, generation, mute: false };
+    // All of a conversation stays in the cache.
+    let limits = Limits::new(context, 1);
+    let engine = Engine::new(&model, Limits { kept: limits.pages, ..limits }, args.options.kv_format())?;
+    let mut chat = Chat { args, engine, tokenizer, template, sampling, stop_tokens, stop, generation, mute: false };
     match &args.prompt {
         Some(prompt) => chat.one(prompt)?,
         None if std::io::stdin().is_terminal() => chat.talk()?,
@@ -154,13 +155,14 @@ impl Chat<'_> {
         let mut messages = self.opening();
         messages.push(json!({"role": "user", "content": prompt}));
         let tokens = self.tokens(&messages, prompt)?;
-        let generated = self.answer(&tokens)?;
+        let length = tokens.len();
+        let generated = self.answer(tokens)?;
         if self.args.json {
             super::outln!("{:#}", report(&self.tokenizer, &generated));
         } else {
             super::outln!();
         }
-        self.name_cut(&generated, tokens.len());
+        self.name_cut(&generated, length);
         Ok(())
     }
 
@@ -198,7 +200,7 @@ impl Chat<'_> {
 
     /// Answers the last message; where the conversation has become too long, its oldest turns go.
     fn turn(&mut self, messages: &mut Vec<Value>, raw: &str) -> Result<Generated> {
-        let capacity = self.session.capacity();
+        let capacity = self.engine.context();
         // Room for an answer, but for most of the context the conversation's.
         let room = self.args.max_tokens.unwrap_or(DEFAULT_TOKENS).min(capacity / 4);
         let (dropped, tokens) = fit(messages, capacity - room, |messages| self.tokens(messages, raw))?;
@@ -208,9 +210,10 @@ impl Chat<'_> {
                  are forgotten"
             );
         }
-        let generated = self.answer(&tokens)?;
+        let length = tokens.len();
+        let generated = self.answer(tokens)?;
         super::outln!();
-        self.name_cut(&generated, tokens.len());
+        self.name_cut(&generated, length);
         Ok(generated)
     }
 
@@ -255,39 +258,49 @@ impl Chat<'_> {
         if generated.finish == Finish::Length && generated.tokens.len() < limit {
             super::say!(
                 "note: the answer is cut short: the context of {} tokens is full (--context sets another)",
-                self.session.capacity()
+                self.engine.context()
             );
         }
     }
 
-    fn answer(&mut self, prompt: &[u32]) -> Result<Generated> {
+    fn answer(&mut self, prompt: Vec<u32>) -> Result<Generated> {
+        let length = prompt.len();
         let request = Request {
             prompt,
-            max_tokens: self.max_tokens(prompt.len())?,
-            sampling: &self.sampling,
-            stop_tokens: &self.stop_tokens,
-            stop: &self.stop,
+            max_tokens: self.max_tokens(length)?,
+            sampling: self.sampling.clone(),
+            stop_tokens: self.stop_tokens.clone(),
+            stop: self.stop.clone(),
             stop_after: None,
         };
         let quiet = self.args.json;
-        let mut failure = None;
-        let generated = generate(&mut self.session, &self.tokenizer, request, &mut |text| {
-            if quiet {
-                return ControlFlow::Continue(());
-            }
-            match super::talk::out(format_args!("{text}")) {
-                Ok(()) if super::talk::unread() => ControlFlow::Break(()),
-                Ok(()) => ControlFlow::Continue(()),
-                Err(e) => {
-                    failure = Some(e);
-                    ControlFlow::Break(())
+        let id = self.engine.generate(&self.tokenizer, request)?;
+        let mut generated = None;
+        while generated.is_none() {
+            for event in self.engine.step()? {
+                let text = match event {
+                    Event::Token { text, .. } => text,
+                    Event::Answered { answer, rest, .. } => {
+                        generated = Some(answer);
+                        rest
+                    }
+                    Event::Scored { .. } | Event::Logits { .. } => continue,
+                };
+                if quiet || text.is_empty() {
+                    continue;
+                }
+                let told = super::talk::out(format_args!("{text}"));
+                if told.is_err() || super::talk::unread() {
+                    // An answer that has ended meanwhile is as it is.
+                    generated = self.engine.cancel(id).or(generated);
+                }
+                if let Err(e) = told {
+                    self.mute = true;
+                    return Err(e);
                 }
             }
-        })?;
-        if let Some(e) = failure {
-            self.mute = true;
-            return Err(e);
         }
+        let generated = generated.context("the engine ended no answer")?;
         if !quiet && std::io::stderr().is_terminal() {
             let n = generated.tokens.len();
             let speed = (n.saturating_sub(1)) as f64 / generated.decode.as_secs_f64().max(1e-9);
@@ -296,7 +309,7 @@ impl Chat<'_> {
                 super::style(
                     &format!(
                         "[{} + {n} tokens, first after {:.2} s, then {speed:.1}/s]",
-                        prompt.len(),
+                        length,
                         generated.prefill.as_secs_f64()
                     ),
                     "2"

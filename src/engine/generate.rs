@@ -1,42 +1,27 @@
-//! Text from a prompt: prefill, then sample, decode and look for the end, token by token.
+//! An answer in the making: takes tokens, gives text, until it is finished. And many answers side by side.
 
+use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use super::{History, Sampled, Sampler, SamplingError, SamplingParams, Scratch, Session};
-use crate::backend::{Backend, BackendError};
+use super::{Engine, EngineError, Event, Id};
+use crate::backend::Backend;
+use crate::logits::{Draw, History, Sampled, Sampler, SamplingParams};
 use crate::text::{StopDecoder, TextError, Tokenizer};
 
-/// Why generation failed.
-#[derive(Debug, thiserror::Error)]
-pub enum GenerateError {
-    #[error(transparent)]
-    Backend(#[from] BackendError),
-    #[error(transparent)]
-    Text(#[from] TextError),
-    #[error(transparent)]
-    Sampling(#[from] SamplingError),
-    #[error("the prompt is empty; a model continues at least one token")]
-    EmptyPrompt,
-    #[error(
-        "the prompt has {prompt} tokens, the context only {capacity}; shorten it, or raise --context if the model allows"
-    )]
-    PromptTooLong { prompt: usize, capacity: usize },
-}
-
 /// What to generate.
-#[derive(Clone, Copy, Debug)]
-pub struct Request<'a> {
-    pub prompt: &'a [u32],
+#[derive(Clone, Debug, Default)]
+pub struct Request {
+    pub prompt: Vec<u32>,
     /// Tokens to generate at most.
     pub max_tokens: usize,
-    pub sampling: &'a SamplingParams,
+    pub sampling: SamplingParams,
     /// Tokens that end the answer and are not part of its text.
-    pub stop_tokens: &'a [u32],
+    pub stop_tokens: Vec<u32>,
     /// Strings that end the answer and are not part of its text; special tokens count by their names.
-    pub stop: &'a [String],
+    pub stop: Vec<String>,
     /// Strings end the answer only after this text: what comes before is thinking.
-    pub stop_after: Option<&'a str>,
+    pub stop_after: Option<String>,
 }
 
 /// Why an answer ended.
@@ -58,36 +43,45 @@ pub struct Generated {
     pub finish: Finish,
     /// Seed that repeats this answer.
     pub seed: u64,
-    /// Until the first token was chosen.
+    /// From the request until the first token was chosen.
     pub prefill: Duration,
     /// From then to the last.
     pub decode: Duration,
 }
 
-/// An answer in the making: takes logits, gives tokens, until it is finished.
-pub(super) struct Answer<'a> {
-    request: Request<'a>,
-    /// Tokens at most: the request's limit, or what the context has room for.
-    limit: usize,
+/// What one token led to.
+pub(super) struct Taken {
+    /// Text that is certain now.
+    pub text: String,
+    /// The token, if something is to be computed after it.
+    pub next: Option<u32>,
+}
+
+/// An answer in the making.
+pub(super) struct Answer {
     sampler: Sampler,
     decoder: StopDecoder,
-    ids: Vec<u32>,
+    stop_tokens: Vec<u32>,
+    /// Tokens of the prompt.
+    prompt: usize,
+    /// Tokens at most: the request's limit, or what the context has room for.
+    limit: usize,
     out: Generated,
     start: Instant,
     first: Option<Instant>,
 }
 
-impl<'a> Answer<'a> {
-    /// An answer to `request` in a context of `capacity` tokens.
-    pub(super) fn new(tokenizer: &Tokenizer, request: Request<'a>, capacity: usize) -> Result<Self, GenerateError> {
+impl Answer {
+    /// An answer to a request, whose prompt is given back, in a context of `capacity` tokens, which the prompt fits into.
+    pub fn new(tokenizer: &Tokenizer, request: Request, capacity: usize) -> Result<(Self, Vec<u32>), EngineError> {
         let prompt = request.prompt.len();
-        let room = capacity.checked_sub(prompt).ok_or(GenerateError::PromptTooLong { prompt, capacity })?;
-        let sampler = Sampler::new(request.sampling.clone())?;
-        Ok(Self {
+        let sampler = Sampler::new(request.sampling)?;
+        let answer = Self {
+            decoder: StopDecoder::new(tokenizer, &request.stop, request.stop_after.as_deref())?,
+            stop_tokens: request.stop_tokens,
+            prompt,
             // The last token needs no room: nothing is computed after it.
-            limit: request.max_tokens.min(room + 1),
-            decoder: StopDecoder::new(tokenizer, request.stop, request.stop_after)?,
-            ids: Vec::new(),
+            limit: request.max_tokens.min(capacity.saturating_sub(prompt) + 1),
             out: Generated {
                 tokens: Vec::new(),
                 text: String::new(),
@@ -97,85 +91,96 @@ impl<'a> Answer<'a> {
                 decode: Duration::ZERO,
             },
             sampler,
-            request,
             start: Instant::now(),
             first: None,
-        })
+        };
+        Ok((answer, request.prompt))
     }
 
-    /// Tokens at most.
-    pub(super) fn limit(&self) -> usize {
-        self.limit
+    /// How its next token is chosen; `tokens` are the prompt's and those chosen.
+    pub fn draw<'a>(&'a self, tokens: &'a [u32]) -> Draw<'a> {
+        let (prompt, generated) = tokens.split_at(self.prompt);
+        Draw { sampler: &self.sampler, history: History { prompt, generated } }
     }
 
-    /// Chooses the next token from `logits`; returns it if something is to be computed after it.
-    pub(super) fn advance(
-        &mut self,
-        logits: &[f32],
-        scratch: &mut Scratch,
-        show: &mut dyn FnMut(&str) -> ControlFlow<()>,
-    ) -> Result<Option<u32>, GenerateError> {
-        if self.ids.len() >= self.limit {
-            return Ok(None);
-        }
-        let history = History { prompt: self.request.prompt, generated: &self.ids };
-        let sampled = self.sampler.sample(logits, history, scratch)?;
+    /// Whether it takes no more tokens.
+    pub fn is_full(&self) -> bool {
+        self.out.tokens.len() >= self.limit
+    }
+
+    /// Takes the next token.
+    pub fn take(&mut self, sampled: Sampled) -> Result<Taken, TextError> {
         let token = sampled.token;
         self.first.get_or_insert_with(Instant::now);
         self.out.tokens.push(sampled);
-        self.ids.push(token);
-        if self.request.stop_tokens.contains(&token) {
+        if self.stop_tokens.contains(&token) {
             self.out.finish = Finish::Stop;
-            return Ok(None);
+            return Ok(Taken { text: String::new(), next: None });
         }
         let step = self.decoder.push(token)?;
-        if emit(&mut self.out, &step.text, show).is_break() {
-            self.out.finish = Finish::Cancelled;
-            return Ok(None);
-        }
+        self.out.text.push_str(&step.text);
         if step.stop.is_some() {
             self.out.finish = Finish::Stop;
-            return Ok(None);
+            return Ok(Taken { text: step.text, next: None });
         }
-        Ok((self.ids.len() < self.limit).then_some(token))
+        Ok(Taken { text: step.text, next: (!self.is_full()).then_some(token) })
     }
 
-    /// The answer; what was held back for lack of certainty is text after all.
-    pub(super) fn finish(mut self, show: &mut dyn FnMut(&str) -> ControlFlow<()>) -> Result<Generated, GenerateError> {
+    /// The answer, and the end of its text: what was held back for lack of certainty is text after all.
+    pub fn finish(mut self) -> Result<(Generated, String), TextError> {
         let rest = self.decoder.finish()?;
-        if self.out.finish != Finish::Cancelled {
-            let _ = emit(&mut self.out, &rest, show);
-        }
+        self.out.text.push_str(&rest);
+        Ok((self.timed(), rest))
+    }
+
+    /// The answer as far as it is.
+    pub fn cancel(mut self) -> Generated {
+        self.out.finish = Finish::Cancelled;
+        self.timed()
+    }
+
+    fn timed(mut self) -> Generated {
         let first = self.first.unwrap_or_else(Instant::now);
         self.out.prefill = first - self.start;
         self.out.decode = first.elapsed();
-        Ok(self.out)
+        self.out
     }
 }
 
-/// Generates an answer; `show` gets each piece of text as soon as it is certain, and may end the answer.
+/// Answers `requests`, at most `width` at a time, prompts that begin alike one after the other, and hands each answer to
+/// `done` with its index as it ends; stops early when `done` breaks.
 ///
 /// # Errors
-/// When the prompt does not fit, parameters are out of range, or the model computes something that is no number.
-pub fn generate<B: Backend>(
-    session: &mut Session<B>,
+/// As [`Engine::generate`] and [`Engine::step`]; the error of a single request ends all, those answered before have been
+/// handed over.
+pub fn answer_all<B: Backend>(
+    engine: &mut Engine<'_, B>,
     tokenizer: &Tokenizer,
-    request: Request<'_>,
-    show: &mut dyn FnMut(&str) -> ControlFlow<()>,
-) -> Result<Generated, GenerateError> {
-    let mut answer = Answer::new(tokenizer, request, session.capacity())?;
-    let mut scratch = Scratch::default();
-    let mut logits = session.prefill(request.prompt)?;
-    while let Some(token) = answer.advance(&logits, &mut scratch, show)? {
-        logits = session.step(token)?;
+    requests: Vec<Request>,
+    width: usize,
+    done: &mut dyn FnMut(usize, Generated) -> ControlFlow<()>,
+) -> Result<(), EngineError> {
+    let mut order: Vec<(usize, Request)> = requests.into_iter().enumerate().collect();
+    order.sort_by(|a, b| a.1.prompt.cmp(&b.1.prompt));
+    let mut waiting = order.into_iter();
+    let mut asked: HashMap<Id, usize> = HashMap::new();
+    loop {
+        while asked.len() < width
+            && let Some((index, request)) = waiting.next()
+        {
+            asked.insert(engine.generate(tokenizer, request)?, index);
+        }
+        if asked.is_empty() {
+            return Ok(());
+        }
+        for event in engine.step()? {
+            if let Event::Answered { id, answer, .. } = event
+                && let Some(index) = asked.remove(&id)
+                && done(index, answer).is_break()
+            {
+                asked.into_keys().for_each(|id| drop(engine.cancel(id)));
+                return Ok(());
+            }
+        }
     }
-    answer.finish(show)
-}
-
-fn emit(out: &mut Generated, text: &str, show: &mut dyn FnMut(&str) -> ControlFlow<()>) -> ControlFlow<()> {
-    if text.is_empty() {
-        return ControlFlow::Continue(());
-    }
-    out.text.push_str(text);
-    show(text)
 }

@@ -1,22 +1,19 @@
-//! Sequences, their cache, sampling and generation: no HTTP, no printing.
+//! The engine that every use of a model runs on: sequences, their pages, who computes next, sampling. No HTTP, no printing.
 
-pub mod generate;
-mod generate_many;
+#[allow(clippy::module_inception)]
+mod engine;
+mod generate;
 pub mod generation_config;
-mod page_pool;
 pub mod pages;
 pub mod scheduler;
-pub mod scoring;
+mod scoring;
 mod sequence;
-pub mod session;
 
-pub use generate::{Finish, GenerateError, Generated, Request, generate};
-pub use generate_many::generate_many;
+pub use engine::{Engine, EngineError, Event};
+pub use generate::{Finish, Generated, Request, answer_all};
 pub use generation_config::GenerationConfig;
-pub use page_pool::PagePool;
 pub use scheduler::{Limits, Plan, Scheduler};
-pub use scoring::{Scorer, Sequence};
+pub use scoring::{Sequence, score_all};
 pub use sequence::Id;
-pub use session::Session;
 
 pub use crate::logits::{History, Sampled, Sampler, SamplingError, SamplingParams, Scratch};

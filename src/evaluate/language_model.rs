@@ -9,13 +9,15 @@ use std::path::{Path, PathBuf};
 use recoup_eval::perplexity::windows;
 use recoup_eval::{GenerationDefaults, GenerationOptions, LanguageModel, Message, Request, Response, TokenModel};
 
-use crate::backend::{Backend, BackendError, Batch, PAGE, Span};
+use crate::backend::{Backend, BackendError};
 use crate::checkpoint::error::CheckpointError;
 use crate::checkpoint::json::Object;
-use crate::engine::{self, Finish, GenerateError, GenerationConfig, SamplingParams, Scorer, Sequence, generate_many};
+use crate::engine::{
+    self, Engine, EngineError, Event, Finish, GenerationConfig, Limits, SamplingParams, Sequence, answer_all, score_all,
+};
 use crate::formats::kv::KvFormat;
+use crate::model::Decoder;
 use crate::model::config::token_ids;
-use crate::model::{Decoder, Wanted};
 use crate::text::{ChatInput, ChatTemplate, TextError, Tokenizer};
 
 /// Answers that are generated side by side.
@@ -29,7 +31,7 @@ pub enum EvaluateError {
     #[error(transparent)]
     Text(#[from] TextError),
     #[error(transparent)]
-    Generate(#[from] GenerateError),
+    Engine(#[from] EngineError),
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     #[error(
@@ -146,7 +148,10 @@ pub struct EvaluatedModel<'m, B: Backend> {
     context_length: usize,
     /// Contexts that were cut on the left to fit.
     truncated: usize,
-    cache: Option<B::Cache>,
+    /// Made when it is first used.
+    engine: Option<Engine<'m, B>>,
+    /// Tokens of the sequence whose logits are asked for piece by piece.
+    read: Vec<u32>,
 }
 
 impl<'m, B: Backend> EvaluatedModel<'m, B> {
@@ -155,7 +160,7 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
     pub fn new(model: &'m Decoder<B>, text: &'m ModelText, kv: KvFormat, context_length: Option<usize>) -> Self {
         let positions = model.config.max_positions;
         let context_length = context_length.map_or(positions, |c| c.min(positions));
-        Self { model, text, kv, context_length, truncated: 0, cache: None }
+        Self { model, text, kv, context_length, truncated: 0, engine: None, read: Vec::new() }
     }
 
     /// How many contexts so far were longer than the model takes and lost their beginning, as lm-evaluation-harness cuts
@@ -163,6 +168,14 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
     #[must_use]
     pub fn truncated(&self) -> usize {
         self.truncated
+    }
+
+    fn engine(&mut self) -> Result<&mut Engine<'m, B>, EngineError> {
+        let engine = match self.engine.take() {
+            Some(engine) => engine,
+            None => Engine::new(self.model, Limits::new(self.context_length, GENERATE_WIDTH), self.kv)?,
+        };
+        Ok(self.engine.insert(engine))
     }
 
     /// The sequences whose scores answer a request.
@@ -228,9 +241,6 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
                 }
             }
         }
-        let Some(longest) = sequences.iter().map(|s| s.tokens.len()).max() else {
-            return Ok(ControlFlow::Continue(()));
-        };
         let tokens: Vec<usize> = sequences.iter().map(|s| s.tokens.len() - s.first).collect();
         let mut flow = ControlFlow::Continue(());
         let mut scored = vec![0usize; requests.len()];
@@ -253,7 +263,7 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
             }
             flow
         };
-        Scorer::new(self.model, longest, self.kv)?.score(&sequences, &mut |at, scores| {
+        score_all(self.engine()?, &sequences, &mut |at, scores| {
             finish(at, scores.iter().map(|s| s.log_prob).sum(), scores.iter().all(|s| s.is_greedy))
         })?;
         Ok(flow)
@@ -264,13 +274,7 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
         requests: &[Request],
         done: &mut dyn FnMut(usize, Response) -> ControlFlow<()>,
     ) -> Result<(), EvaluateError> {
-        struct Prepared<'a> {
-            index: usize,
-            prompt: Vec<u32>,
-            sampling: SamplingParams,
-            options: &'a GenerationOptions,
-        }
-        let mut prepared = Vec::new();
+        let (mut asked, mut prompts) = (Vec::new(), Vec::new());
         for (index, request) in requests.iter().enumerate() {
             let Request::Generate { context, options } = request else { continue };
             let room = self.context_length.checked_sub(options.max_tokens).filter(|r| *r > 0).ok_or(
@@ -284,30 +288,24 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
                 self.truncated += 1;
                 prompt.drain(..prompt.len() - room);
             }
-            prepared.push(Prepared { index, prompt, sampling: sampling(options), options });
+            asked.push((index, options));
+            prompts.push(engine::Request {
+                prompt,
+                max_tokens: options.max_tokens,
+                sampling: sampling(options),
+                stop_tokens: self.text.stop_tokens.clone(),
+                stop: options.until.clone(),
+                stop_after: options.think_end.clone(),
+            });
         }
-        let jobs: Vec<engine::Request> = prepared
-            .iter()
-            .map(|p| engine::Request {
-                prompt: &p.prompt,
-                max_tokens: p.options.max_tokens,
-                sampling: &p.sampling,
-                stop_tokens: &self.text.stop_tokens,
-                stop: &p.options.until,
-                stop_after: p.options.think_end.as_deref(),
-            })
-            .collect();
-        if jobs.is_empty() {
+        if asked.is_empty() {
             return Ok(());
         }
-        let (width, length) = (GENERATE_WIDTH.min(jobs.len()), self.context_length);
-        generate_many(self.model, &self.text.tokenizer, &jobs, width, length, self.kv, &mut |i, answer| {
-            let tokens = Some(answer.tokens.len());
-            let capped = answer.finish == Finish::Length;
-            done(
-                prepared[i].index,
-                Response::Generated { text: prepared[i].options.answer(answer.text), tokens, capped },
-            )
+        let tokenizer = &self.text.tokenizer;
+        answer_all(self.engine()?, tokenizer, prompts, GENERATE_WIDTH, &mut |i, answer| {
+            let (index, options) = asked[i];
+            let (tokens, capped) = (Some(answer.tokens.len()), answer.finish == Finish::Length);
+            done(index, Response::Generated { text: options.answer(answer.text), tokens, capped })
         })?;
         Ok(())
     }
@@ -428,19 +426,19 @@ impl<B: Backend> TokenModel for EvaluatedModel<'_, B> {
     }
 
     fn logits(&mut self, start: usize, tokens: &[u32]) -> Result<Vec<f32>, EvaluateError> {
-        let end = start + tokens.len();
-        if end > self.context_length {
-            return Err(BackendError::CacheTooSmall { capacity: self.context_length, needed: end }.into());
+        self.read.truncate(start);
+        self.read.extend_from_slice(tokens);
+        let (read, expected) = (self.read.clone(), tokens.len() * self.model.config.vocab);
+        let mut out = Vec::with_capacity(expected);
+        let (model, engine) = (self.model, self.engine()?);
+        engine.logits(read, start)?;
+        while out.len() < expected {
+            for event in engine.step()? {
+                if let Event::Logits { logits, .. } = event {
+                    out.extend(model.backend().to_host(&logits)?);
+                }
+            }
         }
-        let mut cache = match self.cache.take() {
-            Some(cache) => cache,
-            None => self.model.new_cache(self.context_length.next_multiple_of(PAGE), self.kv)?,
-        };
-        let pages = (0..end.div_ceil(PAGE) as u32).collect();
-        let span = Span { start, len: tokens.len(), pages };
-        let batch = Batch { tokens: tokens.to_vec(), spans: vec![span] };
-        let logits = self.model.forward(&batch, &mut cache, Wanted::All)?;
-        self.cache = Some(cache);
-        Ok(self.model.backend().to_host(&logits)?)
+        Ok(out)
     }
 }

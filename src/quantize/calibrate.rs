@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 
 use super::QuantizeError;
+use crate::backend::Backend;
 use crate::backend::observe::{Observed, Observer};
-use crate::backend::{Backend, Batch, PAGE};
 use crate::checkpoint::Checkpoint;
+use crate::engine::{Engine, Limits};
 use crate::formats::amax;
 use crate::formats::kv::KvFormat;
+use crate::model::Decoder;
 use crate::model::modules::Module;
-use crate::model::{Decoder, Wanted};
 
 /// What calibration found.
 #[derive(Clone, Debug, Default)]
@@ -89,11 +90,14 @@ pub fn calibrate<B: Backend>(
     }
     let observed = Observed::new(backend, Peaks::default());
     let model = Decoder::load(observed, checkpoint)?;
-    let mut cache = model.new_cache(longest.next_multiple_of(PAGE), KvFormat::F32)?;
+    let mut engine = Engine::new(&model, Limits::new(longest, 1), KvFormat::F32)?;
     for (i, tokens) in sequences.iter().enumerate() {
         progress(i, sequences.len());
-        if !tokens.is_empty() {
-            model.forward(&Batch::alone(tokens.clone()), &mut cache, Wanted::Last)?;
+        if let Some(last) = tokens.len().checked_sub(1) {
+            engine.logits(tokens.clone(), last)?;
+        }
+        while !engine.is_empty() {
+            engine.step()?;
         }
     }
     progress(sequences.len(), sequences.len());

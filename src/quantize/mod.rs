@@ -48,6 +48,8 @@ pub enum QuantizeError {
     Checkpoint(#[from] CheckpointError),
     #[error(transparent)]
     Backend(#[from] crate::backend::BackendError),
+    #[error(transparent)]
+    Engine(#[from] crate::engine::EngineError),
     #[error("calibration: {0}")]
     Calibration(String),
     #[error("recipe `{file}`: {detail}")]

@@ -46,6 +46,11 @@ impl KvCache {
         Self { layers: layout.layers.iter().map(layer).collect(), pages: layout.pages }
     }
 
+    /// Room for `pages` pages, if there are fewer.
+    pub(super) fn grow(&mut self, pages: usize) {
+        self.pages = self.pages.max(pages);
+    }
+
     /// Copies the page in which `to` parts from `from`.
     pub(super) fn fork(&mut self, from: &Span, to: &Span) -> Result<()> {
         if to.start.is_multiple_of(PAGE) {

@@ -97,6 +97,11 @@ impl Backend for AutogradBackend {
         Ok(KvCache::new(layout))
     }
 
+    fn grow(&self, cache: &mut KvCache, pages: usize) -> Result<()> {
+        cache.grow(pages);
+        Ok(())
+    }
+
     fn fork(&self, cache: &mut KvCache, from: &Span, to: &Span) -> Result<()> {
         cache.fork(from, to).context("fork")
     }

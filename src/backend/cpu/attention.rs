@@ -58,6 +58,19 @@ impl Store {
         }
     }
 
+    /// Room for `elements` in all; no more is reserved.
+    fn grow(&mut self, elements: usize) {
+        fn to<T: Clone>(v: &mut Vec<T>, elements: usize, zero: T) {
+            v.reserve_exact(elements.saturating_sub(v.len()));
+            v.resize(elements.max(v.len()), zero);
+        }
+        match self {
+            Self::F32(v) => to(v, elements, 0.0),
+            Self::Bf16(v) => to(v, elements, 0),
+            Self::Fp8(v, _) => to(v, elements, 0),
+        }
+    }
+
     /// Writes `to(i) = x[i]` for each, encoded.
     fn write(&mut self, x: &[f32], to: impl Fn(usize) -> usize) {
         match self {
@@ -106,6 +119,16 @@ impl KvCache {
             Layer { shape, keys: store(false), values: store(true) }
         };
         Self { layers: layout.layers.iter().map(layer).collect(), pages: layout.pages }
+    }
+
+    /// Room for `pages` pages, if there are fewer.
+    pub(super) fn grow(&mut self, pages: usize) {
+        self.pages = self.pages.max(pages);
+        for layer in &mut self.layers {
+            let elements = layer.offset(self.pages as u32, 0);
+            layer.keys.grow(elements);
+            layer.values.grow(elements);
+        }
     }
 
     /// Tokens it can hold.

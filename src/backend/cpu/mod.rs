@@ -135,6 +135,11 @@ impl Backend for CpuBackend {
         Ok(KvCache::new(layout))
     }
 
+    fn grow(&self, cache: &mut KvCache, pages: usize) -> Result<()> {
+        cache.grow(pages);
+        Ok(())
+    }
+
     fn prepare(&self, batch: &Batch, ropes: &[RopeTable]) -> Result<HostPass> {
         Ok(HostPass::new(batch, ropes))
     }

@@ -1,0 +1,370 @@
+//! One model at work on many sequences: requests go in at any time, each step computes one pass and gives what it led to.
+//!
+//! What a sequence gets depends on its own tokens only, bit for bit, whatever runs beside it, in how many pieces it is
+//! computed, what it shares and how often it has to give way: see `tests/engine.rs`.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use super::generate::{Answer, Generated, Request};
+use super::{Id, Limits, Plan, Scheduler};
+use crate::backend::{Backend, BackendError, Batch, PAGE, Span};
+use crate::formats::kv::KvFormat;
+use crate::logits::{Draw, Sampled, SamplingError, Scratch, TokenScore};
+use crate::model::Decoder;
+use crate::text::{TextError, Tokenizer};
+
+/// Rows of logits at a time: bounds their memory, changes no result.
+const LOGIT_ROWS: usize = 128;
+
+/// Pages by which the cache grows, at least.
+const GROWTH: usize = 16;
+
+/// Why the engine cannot go on, or does not take a request.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    #[error(transparent)]
+    Text(#[from] TextError),
+    #[error(transparent)]
+    Sampling(#[from] SamplingError),
+    #[error("the prompt is empty; a model continues at least one token")]
+    EmptyPrompt,
+    #[error(
+        "the prompt has {prompt} tokens, the context only {capacity}; shorten it, or raise --context if the model allows"
+    )]
+    PromptTooLong { prompt: usize, capacity: usize },
+}
+
+/// What a step led to. A sequence's last event ends it.
+#[derive(Clone, Debug)]
+pub enum Event<T> {
+    /// An answer's next token, and text that is certain with it.
+    Token { id: Id, token: Sampled, text: String },
+    /// An answer is complete; `rest` is the end of its text, which came with no token.
+    Answered { id: Id, answer: Generated, rest: String },
+    /// The scores that were asked for, in that order.
+    Scored { id: Id, scores: Vec<TokenScore> },
+    /// Logits [rows, vocab] after the tokens from position `from` on; ends the sequence with its last token.
+    Logits { id: Id, from: usize, rows: usize, logits: T },
+}
+
+/// What is to be known of a sequence.
+enum Task {
+    Answer(Box<Answer>),
+    Scores {
+        /// Position, and the token whose probability after it is wanted; ascending.
+        picks: Vec<(usize, u32)>,
+        found: Vec<TokenScore>,
+    },
+    Logits,
+}
+
+/// A model, its KV cache and the sequences on their way.
+pub struct Engine<'m, B: Backend> {
+    model: &'m Decoder<B>,
+    cache: B::Cache,
+    /// Pages that the cache has.
+    room: usize,
+    scheduler: Scheduler,
+    tasks: HashMap<Id, Task>,
+    scratch: Scratch,
+}
+
+impl<'m, B: Backend> Engine<'m, B> {
+    /// An engine within `limits`; `kv` is the cache's format where the checkpoint does not fix one.
+    ///
+    /// # Errors
+    /// When the backend cannot make a cache.
+    pub fn new(model: &'m Decoder<B>, limits: Limits, kv: KvFormat) -> Result<Self, EngineError> {
+        Ok(Self {
+            model,
+            cache: model.new_cache(0, kv)?,
+            room: 0,
+            scheduler: Scheduler::new(limits),
+            tasks: HashMap::new(),
+            scratch: Scratch::default(),
+        })
+    }
+
+    /// The model.
+    #[must_use]
+    pub fn model(&self) -> &'m Decoder<B> {
+        self.model
+    }
+
+    /// Tokens of one sequence at most.
+    #[must_use]
+    pub fn context(&self) -> usize {
+        self.scheduler.limits().context
+    }
+
+    /// Tokens that the cache has room for now.
+    #[must_use]
+    pub fn room(&self) -> usize {
+        self.room * PAGE
+    }
+
+    /// Sequences that have not ended.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.scheduler.len()
+    }
+
+    /// Whether there is nothing to do.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.scheduler.is_empty()
+    }
+
+    /// Asks for an answer.
+    ///
+    /// # Errors
+    /// A prompt that is empty, too long or not of this vocabulary; sampling parameters or stop strings out of range.
+    pub fn generate(&mut self, tokenizer: &Tokenizer, request: Request) -> Result<Id, EngineError> {
+        let (prompt, capacity) = (request.prompt.len(), self.context());
+        if prompt == 0 {
+            return Err(EngineError::EmptyPrompt);
+        }
+        if prompt > capacity {
+            return Err(EngineError::PromptTooLong { prompt, capacity });
+        }
+        self.check(&request.prompt)?;
+        let (answer, prompt) = Answer::new(tokenizer, request, capacity)?;
+        let last = prompt.len() - 1;
+        Ok(self.add(prompt, last, Task::Answer(Box::new(answer))))
+    }
+
+    /// Asks how probable tokens are: `picks` holds positions in `tokens`, ascending, each with a token that could follow.
+    ///
+    /// # Errors
+    /// No picks, a position outside the tokens, more tokens than the context has, a token outside the vocabulary.
+    pub fn score(&mut self, mut tokens: Vec<u32>, picks: Vec<(usize, u32)>) -> Result<Id, EngineError> {
+        let (Some(first), Some(last)) = (picks.first(), picks.last()) else {
+            return Err(bad("nothing is to be scored"));
+        };
+        if last.0 >= tokens.len() || !picks.is_sorted_by_key(|p| p.0) {
+            return Err(bad("positions to be scored must ascend within the tokens"));
+        }
+        // What comes after the last of them is of no use.
+        tokens.truncate(last.0 + 1);
+        self.check(&tokens)?;
+        let (wanted, found) = (first.0, Vec::with_capacity(picks.len()));
+        Ok(self.add(tokens, wanted, Task::Scores { picks, found }))
+    }
+
+    /// Asks for the logits after each token from position `from` on.
+    ///
+    /// # Errors
+    /// No token there, more tokens than the context has, a token outside the vocabulary.
+    pub fn logits(&mut self, tokens: Vec<u32>, from: usize) -> Result<Id, EngineError> {
+        if from >= tokens.len() {
+            return Err(bad("there is no token whose logits are wanted"));
+        }
+        self.check(&tokens)?;
+        Ok(self.add(tokens, from, Task::Logits))
+    }
+
+    fn check(&self, tokens: &[u32]) -> Result<(), EngineError> {
+        let (capacity, vocab) = (self.context(), self.model.config.vocab);
+        if tokens.len() > capacity {
+            return Err(BackendError::CacheTooSmall { capacity, needed: tokens.len() }.into());
+        }
+        match tokens.iter().find(|&&t| t as usize >= vocab) {
+            Some(&token) => Err(BackendError::TokenOutOfRange { token, vocab }.into()),
+            None => Ok(()),
+        }
+    }
+
+    fn add(&mut self, tokens: Vec<u32>, wanted: usize, task: Task) -> Id {
+        let id = self.scheduler.add(tokens, wanted);
+        self.tasks.insert(id, task);
+        id
+    }
+
+    /// Ends a sequence now; returns what there is of an answer.
+    pub fn cancel(&mut self, id: Id) -> Option<Generated> {
+        self.scheduler.remove(id);
+        match self.tasks.remove(&id)? {
+            Task::Answer(answer) => Some(answer.cancel()),
+            Task::Scores { .. } | Task::Logits => None,
+        }
+    }
+
+    /// Computes one pass. Without events there may still be something to do; see [`Self::is_empty`].
+    ///
+    /// # Errors
+    /// The backend's failure, or a model that computes what is no number. The engine is of no more use then.
+    pub fn step(&mut self) -> Result<Vec<Event<B::Tensor>>, EngineError> {
+        let plan = self.scheduler.plan();
+        let mut events = Vec::new();
+        if plan.parts.is_empty() {
+            return Ok(events);
+        }
+        let hidden = self.compute(&plan)?;
+        self.scheduler.computed(&plan);
+        let (mut next, mut scores, mut logits) = (Vec::new(), Vec::new(), Vec::new());
+        let mut first = 0;
+        for part in &plan.parts {
+            let row = |position: usize| first + position - part.range.start;
+            match self.tasks.get(&part.id) {
+                Some(Task::Answer(_)) if part.range.end == self.scheduler.tokens(part.id).len() => {
+                    next.push((part.id, row(part.range.end - 1)));
+                }
+                Some(Task::Scores { picks, found }) => {
+                    let here = picks[found.len()..].iter().take_while(|p| p.0 < part.range.end);
+                    scores.extend(here.map(|&(position, token)| (part.id, row(position), token)));
+                }
+                Some(Task::Logits) if part.wanted < part.range.end => {
+                    let from = part.wanted.max(part.range.start);
+                    logits.push((part.id, from, row(from)..row(part.range.end)));
+                }
+                _ => {}
+            }
+            first += part.range.len();
+        }
+        self.choose(&hidden, &next, &mut events)?;
+        self.find_scores(&hidden, &scores, &mut events)?;
+        self.hand_out(&hidden, logits, &mut events)?;
+        Ok(events)
+    }
+
+    /// Carries a plan out: what leaves the last layer for each of its tokens, [tokens, hidden].
+    fn compute(&mut self, plan: &Plan) -> Result<B::Tensor, BackendError> {
+        let backend = self.model.backend();
+        if plan.pages > self.room {
+            let room = (self.room + (self.room / 4).max(GROWTH)).min(self.scheduler.limits().pages);
+            self.room = room.max(plan.pages);
+            backend.grow(&mut self.cache, self.room)?;
+        }
+        for copy in &plan.copies {
+            let span = |page| Span {
+                start: copy.before.len() * PAGE + copy.tokens,
+                len: 0,
+                pages: [&copy.before[..], &[page]].concat(),
+            };
+            backend.fork(&mut self.cache, &span(copy.from), &span(copy.to))?;
+        }
+        let mut batch = Batch::default();
+        for part in &plan.parts {
+            batch.tokens.extend_from_slice(&self.scheduler.tokens(part.id)[part.range.clone()]);
+            let (start, len, pages) = (part.range.start, part.range.len(), part.pages.clone());
+            batch.spans.push(Span { start, len, pages });
+        }
+        self.model.hidden(&batch, &mut self.cache)
+    }
+
+    /// Chooses the next token of answers after the given rows.
+    fn choose(
+        &mut self,
+        hidden: &B::Tensor,
+        next: &[(Id, usize)],
+        events: &mut Vec<Event<B::Tensor>>,
+    ) -> Result<(), EngineError> {
+        let is_full = |id| self.answer(id).is_some_and(Answer::is_full);
+        let (full, next): (Vec<_>, Vec<_>) = next.iter().copied().partition(|n| is_full(n.0));
+        for (id, _) in full {
+            self.finish(id, events)?;
+        }
+        let backend = self.model.backend();
+        for part in next.chunks(LOGIT_ROWS) {
+            let rows: Vec<usize> = part.iter().map(|n| n.1).collect();
+            let logits = self.model.logits(&backend.select_rows(hidden, &rows)?)?;
+            let mut scratch = std::mem::take(&mut self.scratch);
+            let draws: Vec<Draw> =
+                part.iter().filter_map(|(id, _)| Some(self.answer(*id)?.draw(self.scheduler.tokens(*id)))).collect();
+            let sampled = backend.sample(&logits, &draws, &mut scratch)?;
+            self.scratch = scratch;
+            for (&(id, _), token) in part.iter().zip(sampled) {
+                self.take(id, token?, events)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn answer(&self, id: Id) -> Option<&Answer> {
+        match self.tasks.get(&id) {
+            Some(Task::Answer(answer)) => Some(answer),
+            _ => None,
+        }
+    }
+
+    /// Gives an answer its next token.
+    fn take(&mut self, id: Id, token: Sampled, events: &mut Vec<Event<B::Tensor>>) -> Result<(), EngineError> {
+        let Some(Task::Answer(answer)) = self.tasks.get_mut(&id) else { return Ok(()) };
+        let taken = answer.take(token.clone())?;
+        events.push(Event::Token { id, token, text: taken.text });
+        match taken.next {
+            Some(token) => self.scheduler.push(id, token),
+            None => self.finish(id, events)?,
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, id: Id, events: &mut Vec<Event<B::Tensor>>) -> Result<(), EngineError> {
+        if let Some(Task::Answer(answer)) = self.end(id) {
+            let (answer, rest) = answer.finish()?;
+            events.push(Event::Answered { id, answer, rest });
+        }
+        Ok(())
+    }
+
+    /// Scores tokens after the given rows.
+    fn find_scores(
+        &mut self,
+        hidden: &B::Tensor,
+        picks: &[(Id, usize, u32)],
+        events: &mut Vec<Event<B::Tensor>>,
+    ) -> Result<(), EngineError> {
+        let backend = self.model.backend();
+        let groups: Vec<&[(Id, usize, u32)]> = picks.chunk_by(|a, b| a.1 == b.1).collect();
+        for groups in groups.chunks(LOGIT_ROWS) {
+            let rows: Vec<usize> = groups.iter().map(|g| g[0].1).collect();
+            let logits = self.model.logits(&backend.select_rows(hidden, &rows)?)?;
+            let asked: Vec<(usize, u32)> =
+                groups.iter().enumerate().flat_map(|(row, g)| g.iter().map(move |p| (row, p.2))).collect();
+            let scores = backend.score(&logits, &asked)?;
+            for (&(id, ..), score) in groups.iter().copied().flatten().zip(scores) {
+                let Some(Task::Scores { picks, found }) = self.tasks.get_mut(&id) else { continue };
+                found.push(score);
+                if found.len() == picks.len()
+                    && let Some(Task::Scores { found: scores, .. }) = self.end(id)
+                {
+                    events.push(Event::Scored { id, scores });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the logits of whole runs of rows out.
+    fn hand_out(
+        &mut self,
+        hidden: &B::Tensor,
+        parts: Vec<(Id, usize, Range<usize>)>,
+        events: &mut Vec<Event<B::Tensor>>,
+    ) -> Result<(), EngineError> {
+        for (id, from, rows) in parts {
+            let end = from + rows.len();
+            for start in rows.clone().step_by(LOGIT_ROWS) {
+                let some: Vec<usize> = (start..rows.end.min(start + LOGIT_ROWS)).collect();
+                let logits = self.model.logits(&self.model.backend().select_rows(hidden, &some)?)?;
+                events.push(Event::Logits { id, from: from + start - rows.start, rows: some.len(), logits });
+            }
+            if end == self.scheduler.tokens(id).len() {
+                self.end(id);
+            }
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, id: Id) -> Option<Task> {
+        self.scheduler.remove(id);
+        self.tasks.remove(&id)
+    }
+}
+
+fn bad(message: &str) -> EngineError {
+    BackendError::Failed { context: "engine", message: message.into() }.into()
+}
