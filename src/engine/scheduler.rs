@@ -45,7 +45,7 @@ impl Limits {
     pub fn new(context: usize, sequences: usize) -> Self {
         // A partly filled page, and a page that one is copied from.
         let pages = sequences.saturating_mul(context.div_ceil(PAGE) + 2);
-        Self { context, pages, kept: 128, sequences, pass: 512 }
+        Self { context, pages, kept: 64, sequences, pass: 512 }
     }
 }
 
