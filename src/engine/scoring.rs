@@ -27,13 +27,16 @@ impl Sequence {
     }
 }
 
+/// Position, token, and the sequence that it is a token of.
+type Pick = (usize, u32, usize);
+
 /// What is asked of the model in one sequence.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Question {
     /// The sequence whose input is read.
     sequence: usize,
-    /// Position, token, and the sequence that it is a token of; by position.
-    picks: Vec<(usize, u32, usize)>,
+    /// By position.
+    picks: Vec<Pick>,
 }
 
 /// Scores each sequence's tokens from its `first` on and hands them to `done` with the sequence's index, in no particular
@@ -108,7 +111,7 @@ fn questions(sequences: &[Sequence]) -> Vec<Question> {
 mod tests {
     use super::*;
 
-    fn asked(sequences: &[(&[u32], usize)]) -> Vec<(usize, Vec<(usize, u32, usize)>)> {
+    fn asked(sequences: &[(&[u32], usize)]) -> Vec<(usize, Vec<Pick>)> {
         let sequences: Vec<Sequence> =
             sequences.iter().map(|&(t, first)| Sequence { tokens: t.into(), first }).collect();
         questions(&sequences).into_iter().map(|q| (q.sequence, q.picks)).collect()
