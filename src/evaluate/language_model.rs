@@ -23,6 +23,9 @@ use crate::text::{ChatInput, ChatTemplate, TextError, Tokenizer};
 /// Answers that are generated side by side.
 const GENERATE_WIDTH: usize = 16;
 
+/// Sequences that are computed side by side where all that is wanted are scores: enough short ones to fill a pass.
+const SCORE_WIDTH: usize = 64;
+
 /// Why a model could not answer.
 #[derive(Debug, thiserror::Error)]
 pub enum EvaluateError {
@@ -173,7 +176,10 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
     fn engine(&mut self) -> Result<&mut Engine<'m, B>, EngineError> {
         let engine = match self.engine.take() {
             Some(engine) => engine,
-            None => Engine::new(self.model, Limits::new(self.context_length, GENERATE_WIDTH), self.kv)?,
+            None => {
+                let limits = Limits::new(self.context_length, GENERATE_WIDTH);
+                Engine::new(self.model, Limits { sequences: SCORE_WIDTH, ..limits }, self.kv)?
+            }
         };
         Ok(self.engine.insert(engine))
     }
