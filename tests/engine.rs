@@ -96,6 +96,8 @@ impl Model {
                 engine.generate(&self.tokenizer, Self::request(prompt, *max_tokens, sampling)).unwrap()
             }
             Job::Scores { tokens, picks } => engine.score(tokens.clone(), picks.clone()).unwrap(),
+            // Either way the head makes the same of it.
+            Job::Logits { tokens, from } if tokens.len() % 2 == 0 => engine.states(tokens.clone(), *from).unwrap(),
             Job::Logits { tokens, from } => engine.logits(tokens.clone(), *from).unwrap(),
         }
     }
@@ -172,7 +174,14 @@ fn what_a_sequence_gets_is_what_it_gets_alone_whatever_runs_beside_it() {
                 cancelled += 1;
             }
             for event in engine.step().unwrap() {
+                let event = match event {
+                    Event::States { id, from, rows, states } => {
+                        Event::Logits { id, from, rows, logits: model.decoder.head_logits(&states).unwrap() }
+                    }
+                    other => other,
+                };
                 let id = match event {
+                    Event::States { .. } => unreachable!(),
                     Event::Token { id, token, text } => {
                         let found = &mut jobs.get_mut(&id).unwrap().1;
                         found.tokens.push(token.token);

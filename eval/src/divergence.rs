@@ -13,15 +13,17 @@ mod llama;
 mod pass;
 mod row;
 mod token_class;
+mod token_model;
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-pub use self::pass::{PassError, Windows};
+pub use self::pass::{PassError, Said, Windows};
 pub use self::row::{Pair, RowError, compare_rows};
 pub use self::token_class::TokenClass;
+pub use self::token_model::TokenModel;
 
 use crate::comparison::{Divergence, Estimate, GroupKl, Histogram, Interval};
 use crate::statistics::{Random, Sample, Smoothing, interval, mean_and_standard_error, resample};
@@ -44,12 +46,9 @@ pub struct Options {
     pub model: usize,
     /// Name of the text.
     pub text: String,
-    /// Length of each row of logits.
-    pub vocab: usize,
 }
 
-/// Collects pairs of rows. Several threads may each fill one of their own: once merged, in whatever order, the result is
-/// the same to the last bit.
+/// Collects pairs of rows, in whatever order: the result is the same to the last bit.
 #[derive(Clone, Debug)]
 pub struct Accumulator {
     options: Options,
@@ -72,14 +71,6 @@ struct WindowSum {
 #[non_exhaustive]
 pub enum DivergenceError {
     #[error(
-        "window {window}, position {position}: {found} logits from the {which}, expected {expected}, one for each token of the vocabulary"
-    )]
-    Length { window: usize, position: usize, which: &'static str, found: usize, expected: usize },
-    #[error(
-        "window {window}, position {position}: the right token is {target}, expected one of the vocabulary's {vocab}: do both models have the same tokenizer?"
-    )]
-    Target { window: usize, position: usize, target: u32, vocab: usize },
-    #[error(
         "window {window}, position {position}: the {which}'s logit of token {token} is {value}, expected a finite number: the {which} computes garbage here"
     )]
     NotFinite { window: usize, position: usize, which: &'static str, token: usize, value: f32 },
@@ -93,8 +84,6 @@ pub enum DivergenceError {
         "{found} window(s), expected at least 2: standard errors come from the differences between windows; use a longer text or shorter windows"
     )]
     TooFewWindows { found: usize },
-    #[error("these accumulators are of different models, texts or vocabularies and cannot be merged")]
-    Merge,
     #[error(
         "window {window} has {first} tokens from PTQ and {second} from the model, expected the same: compare both on the same text with the same windows"
     )]
@@ -118,54 +107,24 @@ impl Accumulator {
         Self { options, tokens: Vec::new() }
     }
 
-    /// An empty one of the same model and text.
-    #[must_use]
-    pub fn fresh(&self) -> Self {
-        Self::new(self.options.clone())
-    }
-
-    /// Adds the prediction of the token `target` of class `class`, which stands at `position` of window `window`: the
-    /// rows of logits that predict it, not normalised.
+    /// Adds the prediction of the token of class `class` that stands at `position` of window `window`.
     ///
     /// # Errors
-    /// When a row does not have the vocabulary's length, or a logit or the divergence is not finite.
+    /// When a logit or the divergence is not finite.
     pub fn push(
         &mut self,
         window: usize,
         position: usize,
         class: TokenClass,
-        baseline_logits: &[f32],
-        logits: &[f32],
-        target: u32,
+        pair: Result<Pair, RowError>,
     ) -> Result<(), DivergenceError> {
-        let vocab = self.options.vocab;
-        for (which, row) in [("baseline", baseline_logits), ("model", logits)] {
-            if row.len() != vocab {
-                return Err(DivergenceError::Length { window, position, which, found: row.len(), expected: vocab });
-            }
-        }
-        if target as usize >= vocab {
-            return Err(DivergenceError::Target { window, position, target, vocab });
-        }
-        let pair = compare_rows(baseline_logits, logits, target as usize).map_err(|e| match e {
+        let pair = pair.map_err(|e| match e {
             RowError::NotFinite { which, token, value } => {
                 DivergenceError::NotFinite { window, position, which, token, value }
             }
             RowError::RuledOut { which, token } => DivergenceError::RuledOut { window, position, which, token },
         })?;
         self.tokens.push(Token { window, position, class, pair });
-        Ok(())
-    }
-
-    /// Adds what `other` collected.
-    ///
-    /// # Errors
-    /// When it is of another model, text or vocabulary.
-    pub fn merge(&mut self, other: Self) -> Result<(), DivergenceError> {
-        if self.options != other.options {
-            return Err(DivergenceError::Merge);
-        }
-        self.tokens.extend(other.tokens);
         Ok(())
     }
 
@@ -350,8 +309,8 @@ fn histogram(sorted: &[f64]) -> Histogram {
 mod tests {
     use super::*;
 
-    fn options(vocab: usize) -> Options {
-        Options { model: 1, text: "text".into(), vocab }
+    fn accumulator() -> Accumulator {
+        Accumulator::new(Options { model: 1, text: "text".into() })
     }
 
     /// Four windows of five tokens over a vocabulary of eleven: (window, position, baseline, model, target).
@@ -364,10 +323,10 @@ mod tests {
     }
 
     fn collect(rows: impl Iterator<Item = (usize, usize, Vec<f32>, Vec<f32>, u32)>) -> Accumulator {
-        let mut accumulator = Accumulator::new(options(11));
+        let mut accumulator = accumulator();
         for (w, p, base, model, target) in rows {
             let class = if p == 0 { TokenClass::WordStart } else { TokenClass::Other };
-            accumulator.push(w, p, class, &base, &model, target).unwrap();
+            accumulator.push(w, p, class, compare_rows(&base, &model, target as usize)).unwrap();
         }
         accumulator
     }
@@ -406,14 +365,11 @@ mod tests {
     }
 
     #[test]
-    fn the_result_does_not_depend_on_how_rows_were_spread_over_threads() {
+    fn the_result_does_not_depend_on_the_order_of_rows() {
         let whole = collect(small()).finish().unwrap();
         for parts in 1..=4 {
-            let mut merged = Accumulator::new(options(11));
-            for part in (0..parts).rev() {
-                merged.merge(collect(small().filter(|r| r.0 % parts == part))).unwrap();
-            }
-            assert_eq!(merged.finish().unwrap(), whole);
+            let mixed = (0..parts).rev().flat_map(|part| small().filter(move |r| r.0 % parts == part));
+            assert_eq!(collect(mixed).finish().unwrap(), whole);
         }
         let mut backwards: Vec<_> = small().collect();
         backwards.reverse();
@@ -437,7 +393,7 @@ mod tests {
     #[test]
     fn a_group_seen_in_one_window_only_is_left_out() {
         let mut accumulator = collect(small());
-        accumulator.push(3, 9, TokenClass::Number, &[0.0; 11], &[1.0; 11], 0).unwrap();
+        accumulator.push(3, 9, TokenClass::Number, compare_rows(&[0.0; 11], &[1.0; 11], 0)).unwrap();
         let (d, _) = accumulator.finish().unwrap();
         assert!(d.by_class.iter().all(|g| g.group != "number"));
         assert!(d.by_position.iter().all(|g| g.group != "8-15"));
@@ -533,10 +489,10 @@ Same top p: 80.000 ± 0.000 %
 
     #[test]
     fn bad_rows_are_refused_with_their_place() {
-        let mut a = Accumulator::new(options(3));
+        let mut a = accumulator();
         let good = [0.0, 1.0, 2.0];
         let mut push = |base: &[f32], model: &[f32], target| {
-            a.push(7, 42, TokenClass::Other, base, model, target).unwrap_err().to_string()
+            a.push(7, 42, TokenClass::Other, compare_rows(base, model, target)).unwrap_err().to_string()
         };
         let nan = push(&good, &[0.0, f32::NAN, 1.0], 0);
         assert!(nan.contains("window 7, position 42: the model's logit of token 1 is NaN"), "{nan}");
@@ -544,11 +500,6 @@ Same top p: 80.000 ± 0.000 %
         assert!(infinite.contains("the baseline's logit of token 0 is inf"), "{infinite}");
         let ruled_out = push(&good, &[0.0, 1.0, f32::NEG_INFINITY], 0);
         assert!(ruled_out.contains("the model rules out token 2"), "{ruled_out}");
-        let target = push(&good, &good, 3);
-        assert!(target.contains("the right token is 3, expected one of the vocabulary's 3"), "{target}");
-        let length = push(&good, &[0.0; 4], 0);
-        assert!(length.contains("4 logits from the model, expected 3"), "{length}");
-        assert!(push(&[], &good, 0).contains("0 logits from the baseline"));
     }
 
     #[test]
@@ -556,13 +507,11 @@ Same top p: 80.000 ± 0.000 %
         let e = collect(small().filter(|r| r.0 == 0)).finish().unwrap_err();
         assert_eq!(e, DivergenceError::TooFewWindows { found: 1 });
         assert_eq!(collect(std::iter::empty()).finish().unwrap_err(), DivergenceError::TooFewWindows { found: 0 });
-        let mut twice = collect(small());
-        twice.merge(collect(small().filter(|r| (r.0, r.1) == (1, 2)))).unwrap();
+        let twice = collect(small().chain(small().filter(|r| (r.0, r.1) == (1, 2))));
         assert_eq!(twice.finish().unwrap_err(), DivergenceError::Twice { window: 1, position: 2 });
-        assert_eq!(collect(small()).merge(Accumulator::new(options(12))).unwrap_err(), DivergenceError::Merge);
-        let mut hopeless = Accumulator::new(options(2));
+        let mut hopeless = accumulator();
         for window in 0..2 {
-            hopeless.push(window, 0, TokenClass::Other, &[0.0, 0.0], &[0.0, 1000.0], 0).unwrap();
+            hopeless.push(window, 0, TokenClass::Other, compare_rows(&[0.0, 0.0], &[0.0, 1000.0], 0)).unwrap();
         }
         let e = hopeless.finish().unwrap_err();
         assert!(e.to_string().contains("the perplexity of the model is inf"), "{e}");

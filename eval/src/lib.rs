@@ -23,4 +23,5 @@ mod settings;
 pub mod statistics;
 pub mod tasks;
 
-pub use model::{GenerationDefaults, GenerationOptions, LanguageModel, Message, Request, Response, TokenModel};
+pub use divergence::TokenModel;
+pub use model::{GenerationDefaults, GenerationOptions, LanguageModel, Message, Request, Response};

@@ -219,41 +219,6 @@ pub trait LanguageModel {
     }
 }
 
-/// Token-by-token scores and full distributions: what perplexity over windows and KL divergence need, and what a remote
-/// model cannot give.
-pub trait TokenModel {
-    /// What can go wrong in it.
-    type Error: std::error::Error + Send + Sync + 'static;
-
-    /// Tokens that fit into one pass.
-    fn context_length(&self) -> usize;
-
-    /// Size of the vocabulary: the length of each row of logits.
-    fn vocab(&self) -> usize;
-
-    /// Ids that the tokenizer can give are all below this; the vocabulary may be larger, padded for the hardware's sake.
-    fn tokens(&self) -> usize;
-
-    /// Token ids of a text, without special tokens.
-    ///
-    /// # Errors
-    /// When the text cannot be encoded.
-    fn encode(&self, text: &str) -> Result<Vec<u32>, Self::Error>;
-
-    /// The text of one token as it stands in a text (for classes of tokens); bytes that are no UTF-8 are replaced.
-    fn token_text(&self, token: u32) -> String;
-
-    /// The token that the model's tokenizer puts before every text, if it does.
-    fn beginning(&self) -> Option<u32>;
-
-    /// Logits after each of `tokens`, [tokens, vocab] row-major, not normalised. The tokens stand at position `start` of
-    /// one sequence, whose tokens before that were given in earlier calls; 0 begins a new sequence.
-    ///
-    /// # Errors
-    /// When the sequence exceeds the context length, or the model fails.
-    fn logits(&mut self, start: usize, tokens: &[u32]) -> Result<Vec<f32>, Self::Error>;
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

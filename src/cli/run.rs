@@ -284,7 +284,7 @@ impl Chat<'_> {
                         generated = Some(answer);
                         rest
                     }
-                    Event::Scored { .. } | Event::Logits { .. } => continue,
+                    Event::Scored { .. } | Event::Logits { .. } | Event::States { .. } => continue,
                 };
                 if quiet || text.is_empty() {
                     continue;

@@ -48,6 +48,8 @@ pub enum Event<T> {
     Scored { id: Id, scores: Vec<TokenScore> },
     /// Logits [rows, vocab] after the tokens from position `from` on; ends the sequence with its last token.
     Logits { id: Id, from: usize, rows: usize, logits: T },
+    /// What enters the head after those tokens, [rows, hidden]: [`Decoder::head_logits`] makes logits of it.
+    States { id: Id, from: usize, rows: usize, states: T },
 }
 
 /// What is to be known of a sequence.
@@ -59,6 +61,7 @@ enum Task {
         found: Vec<TokenScore>,
     },
     Logits,
+    States,
 }
 
 /// A model, its KV cache and the sequences on their way.
@@ -166,6 +169,16 @@ impl<'m, B: Backend> Engine<'m, B> {
         Ok(self.add(tokens, from, Task::Logits))
     }
 
+    /// Asks for what enters the head after each token from position `from` on: as much as logits, and far smaller.
+    ///
+    /// # Errors
+    /// As [`Self::logits`].
+    pub fn states(&mut self, tokens: Vec<u32>, from: usize) -> Result<Id, EngineError> {
+        let id = self.logits(tokens, from)?;
+        self.tasks.insert(id, Task::States);
+        Ok(id)
+    }
+
     fn check(&self, tokens: &[u32]) -> Result<(), EngineError> {
         let (capacity, vocab) = (self.context(), self.model.config.vocab);
         if tokens.len() > capacity {
@@ -188,7 +201,7 @@ impl<'m, B: Backend> Engine<'m, B> {
         self.scheduler.remove(id);
         match self.tasks.remove(&id)? {
             Task::Answer(answer) => Some(answer.cancel()),
-            Task::Scores { .. } | Task::Logits => None,
+            Task::Scores { .. } | Task::Logits | Task::States => None,
         }
     }
 
@@ -216,7 +229,7 @@ impl<'m, B: Backend> Engine<'m, B> {
                     let here = picks[found.len()..].iter().take_while(|p| p.0 < part.range.end);
                     scores.extend(here.map(|&(position, token)| (part.id, row(position), token)));
                 }
-                Some(Task::Logits) if part.wanted < part.range.end => {
+                Some(Task::Logits | Task::States) if part.wanted < part.range.end => {
                     let from = part.wanted.max(part.range.start);
                     logits.push((part.id, from, row(from)..row(part.range.end)));
                 }
@@ -338,7 +351,7 @@ impl<'m, B: Backend> Engine<'m, B> {
         Ok(())
     }
 
-    /// Gives the logits of whole runs of rows out.
+    /// Gives the logits, or what they are made of, of whole runs of rows out, at most [`LOGIT_ROWS`] at a time.
     fn hand_out(
         &mut self,
         hidden: &B::Tensor,
@@ -349,8 +362,12 @@ impl<'m, B: Backend> Engine<'m, B> {
             let end = from + rows.len();
             for start in rows.clone().step_by(LOGIT_ROWS) {
                 let some: Vec<usize> = (start..rows.end.min(start + LOGIT_ROWS)).collect();
-                let logits = self.model.logits(&self.model.backend().select_rows(hidden, &some)?)?;
-                events.push(Event::Logits { id, from: from + start - rows.start, rows: some.len(), logits });
+                let states = self.model.final_norm(&self.model.backend().select_rows(hidden, &some)?)?;
+                let (from, rows) = (from + start - rows.start, some.len());
+                events.push(match self.tasks.get(&id) {
+                    Some(Task::States) => Event::States { id, from, rows, states },
+                    _ => Event::Logits { id, from, rows, logits: self.model.head_logits(&states)? },
+                });
             }
             if end == self.scheduler.tokens(id).len() {
                 self.end(id);

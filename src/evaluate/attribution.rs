@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use recoup_eval::comparison::{AttributedPart, Attribution, AttributionMode, Estimate};
-use recoup_eval::divergence::{PassError, Windows};
+use recoup_eval::divergence::{PassError, Said, Windows};
 
-use super::{EvaluateError, EvaluatedModel, ModelText};
+use super::{EvaluateError, EvaluatedModel, ModelText, Rows};
 use crate::backend::Backend;
 use crate::formats::kv::KvFormat;
 use crate::model::Decoder;
@@ -36,7 +36,8 @@ fn parts<B: Backend>(model: &Decoder<B>) -> Vec<Part> {
     layers.into_values().chain(kinds).collect()
 }
 
-/// Ranks the parts of `quantized` (model `index` of the comparison) by what they do to its KL from `baseline`.
+/// Ranks the parts of `quantized` (model `index` of the comparison) by what they do to its KL from `baseline`, which said
+/// `said` in `windows`.
 ///
 /// # Errors
 /// When a model fails, or computes something that is no number.
@@ -47,6 +48,7 @@ pub fn attribute<B: Backend>(
     text: &ModelText,
     kv: KvFormat,
     windows: &Windows,
+    said: &Said<Rows<B::Tensor>>,
     mode: AttributionMode,
     index: usize,
     progress: &mut dyn FnMut(),
@@ -61,9 +63,10 @@ pub fn attribute<B: Backend>(
     });
     let decoders: Vec<Decoder<B>> = swapped.collect();
     let length = windows.windows.iter().map(Vec::len).max();
-    let evaluated = [baseline, quantized].into_iter().chain(&decoders);
-    let mut models: Vec<_> = evaluated.map(|model| EvaluatedModel::new(model, text, kv, length)).collect();
-    let mut figures = windows.diverge(&mut models, progress)?.into_iter().map(|(d, _)| d);
+    let evaluated = |model| EvaluatedModel::new(model, text, kv, length);
+    let mut models: Vec<_> = std::iter::once(quantized).chain(&decoders).map(evaluated).collect();
+    let figures = windows.diverge(&evaluated(baseline), said, &mut models, progress)?;
+    let mut figures = figures.into_iter().map(|(d, _)| d);
     let (whole, tokens) =
         figures.next().map_or((Estimate { value: 0.0, standard_error: 0.0 }, 0), |d| (d.kl, d.tokens));
     let mut ranked: Vec<AttributedPart> = parts

@@ -6,6 +6,7 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+use recoup_eval::divergence::{Pair, RowError};
 use recoup_eval::perplexity::windows;
 use recoup_eval::{GenerationDefaults, GenerationOptions, LanguageModel, Message, Request, Response, TokenModel};
 
@@ -153,8 +154,6 @@ pub struct EvaluatedModel<'m, B: Backend> {
     truncated: usize,
     /// Made when it is first used.
     engine: Option<Engine<'m, B>>,
-    /// Tokens of the sequence whose logits are asked for piece by piece.
-    read: Vec<u32>,
 }
 
 impl<'m, B: Backend> EvaluatedModel<'m, B> {
@@ -163,7 +162,7 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
     pub fn new(model: &'m Decoder<B>, text: &'m ModelText, kv: KvFormat, context_length: Option<usize>) -> Self {
         let positions = model.config.max_positions;
         let context_length = context_length.map_or(positions, |c| c.min(positions));
-        Self { model, text, kv, context_length, truncated: 0, engine: None, read: Vec::new() }
+        Self { model, text, kv, context_length, truncated: 0, engine: None }
     }
 
     /// How many contexts so far were longer than the model takes and lost their beginning, as lm-evaluation-harness cuts
@@ -404,6 +403,7 @@ fn generation_defaults(config: &GenerationConfig) -> GenerationDefaults {
 
 impl<B: Backend> TokenModel for EvaluatedModel<'_, B> {
     type Error = EvaluateError;
+    type Rows = Rows<B::Tensor>;
 
     fn context_length(&self) -> usize {
         self.context_length
@@ -431,20 +431,45 @@ impl<B: Backend> TokenModel for EvaluatedModel<'_, B> {
         with.first().copied().filter(|first| with.len() > without.len() && without.first() != Some(first))
     }
 
-    fn logits(&mut self, start: usize, tokens: &[u32]) -> Result<Vec<f32>, EvaluateError> {
-        self.read.truncate(start);
-        self.read.extend_from_slice(tokens);
-        let (read, expected) = (self.read.clone(), tokens.len() * self.model.config.vocab);
-        let mut out = Vec::with_capacity(expected);
-        let (model, engine) = (self.model, self.engine()?);
-        engine.logits(read, start)?;
-        while out.len() < expected {
+    fn rows(&mut self, tokens: &[u32]) -> Result<Rows<B::Tensor>, EvaluateError> {
+        let engine = self.engine()?;
+        engine.states(tokens.to_vec(), 0)?;
+        let mut said = Rows(Vec::new());
+        while !engine.is_empty() {
             for event in engine.step()? {
-                if let Event::Logits { logits, .. } = event {
-                    out.extend(model.backend().to_host(&logits)?);
+                if let Event::States { rows, states, .. } = event {
+                    said.0.push((rows, states));
                 }
             }
+        }
+        Ok(said)
+    }
+
+    fn compare(
+        &self,
+        rows: &Rows<B::Tensor>,
+        baseline: &Self,
+        of_baseline: &Rows<B::Tensor>,
+        vocab: usize,
+        targets: &[u32],
+    ) -> Result<Vec<Result<Pair, RowError>>, EvaluateError> {
+        if let Some(&token) = targets.iter().find(|t| **t as usize >= vocab) {
+            return Err(BackendError::TokenOutOfRange { token, vocab }.into());
+        }
+        let lengths = |said: &Rows<B::Tensor>| said.0.iter().map(|part| part.0).collect::<Vec<_>>();
+        if lengths(rows) != lengths(of_baseline) || lengths(rows).iter().sum::<usize>() != targets.len() {
+            let message = format!("{:?} rows of one model, {:?} of the other", lengths(rows), lengths(of_baseline));
+            return Err(BackendError::Failed { context: "comparing two models", message }.into());
+        }
+        let (mut out, mut from) = (Vec::with_capacity(targets.len()), 0);
+        for ((count, own), (_, other)) in rows.0.iter().zip(&of_baseline.0) {
+            let (own, other) = (self.model.head_logits(own)?, baseline.model.head_logits(other)?);
+            out.extend(self.model.backend().compare(&other, &own, vocab, &targets[from..from + count])?);
+            from += count;
         }
         Ok(out)
     }
 }
+
+/// What a model says after each token of a sequence, as what enters its head: the count of rows, and [rows, hidden].
+pub struct Rows<T>(Vec<(usize, T)>);

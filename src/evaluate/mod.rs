@@ -5,4 +5,4 @@ pub mod facts;
 pub mod kernel_check;
 mod language_model;
 
-pub use language_model::{EvaluateError, EvaluatedModel, ModelText};
+pub use language_model::{EvaluateError, EvaluatedModel, ModelText, Rows};

@@ -174,13 +174,20 @@ impl<B: Backend> Decoder<B> {
     /// # Errors
     /// The backend's own failure, or logits that are not finite.
     pub fn logits(&self, hidden: &B::Tensor) -> backend::Result<B::Tensor> {
-        let normed = self.final_norm(hidden)?;
-        let logits = one(self.backend.linears(&normed, &[self.head()])?)?;
+        self.head_logits(&self.final_norm(hidden)?)
+    }
+
+    /// Logits [rows, vocab] of what enters the head, [rows, hidden].
+    ///
+    /// # Errors
+    /// As [`Self::logits`].
+    pub fn head_logits(&self, normed: &B::Tensor) -> backend::Result<B::Tensor> {
+        let logits = one(self.backend.linears(normed, &[self.head()])?)?;
         if self.backend.is_finite(&logits)? {
             return Ok(logits);
         }
         let watched = self.observed(FirstBroken::default());
-        watched.backend.linears(&normed, &[watched.head()])?;
+        watched.backend.linears(normed, &[watched.head()])?;
         Err(self.broken(watched.backend.with_observer(|o| o.found())))
     }
 

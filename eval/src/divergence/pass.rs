@@ -1,13 +1,12 @@
-//! One pass over a text through the baseline and other models side by side; no logits are kept.
+//! A text through the baseline, once, and through other models after it; no logits are kept.
 
 use thiserror::Error;
 
-use super::{Accumulator, DivergenceError, Options, TokenClass, WindowSums};
-use crate::TokenModel;
+use super::{Accumulator, DivergenceError, Options, TokenClass, TokenModel, WindowSums};
 use crate::comparison::Divergence;
 
-/// Tokens that the models compute at a time: bounds the memory of logits, changes no result.
-const CHUNK: usize = 128;
+/// What a model said in the windows of a text, one after the other.
+pub struct Said<R>(Vec<R>);
 
 /// A text cut into windows that every model reads alike.
 #[derive(Clone, Debug, PartialEq)]
@@ -101,33 +100,52 @@ impl Windows {
         self.windows.iter().map(|w| w.len() - 1).sum()
     }
 
-    /// Runs all windows through `models` (the first is the baseline) and returns each other model's figures, in order.
-    /// `progress` is called after each window.
+    /// Whether what was said in `other` holds for these windows: they are the first of those, in order.
+    #[must_use]
+    pub fn begin(&self, other: &Self) -> bool {
+        other.windows.starts_with(&self.windows)
+    }
+
+    /// What `baseline` says in all windows. `progress` is called after each.
+    ///
+    /// # Errors
+    /// When it fails.
+    pub fn said<M: TokenModel>(
+        &self,
+        baseline: &mut M,
+        progress: &mut dyn FnMut(),
+    ) -> Result<Said<M::Rows>, PassError<M::Error>> {
+        let mut said = Vec::with_capacity(self.windows.len());
+        for window in &self.windows {
+            said.push(baseline.rows(read(window)).map_err(PassError::Model)?);
+            progress();
+        }
+        Ok(Said(said))
+    }
+
+    /// Runs all windows through `models` and returns each one's figures, in order, against what `baseline` said in these
+    /// windows, or in more that begin with them. `progress` is called after each window.
     ///
     /// # Errors
     /// When a model fails or computes something that is no number.
     pub fn diverge<M: TokenModel>(
         &self,
+        baseline: &M,
+        said: &Said<M::Rows>,
         models: &mut [M],
         progress: &mut dyn FnMut(),
     ) -> Result<Vec<(Divergence, WindowSums)>, PassError<M::Error>> {
         let failed = |source| PassError::Divergence { text: self.name.clone(), source };
-        let Some((baseline, others)) = models.split_first_mut() else { return Ok(Vec::new()) };
-        let vocab = self.vocab;
-        let mut accumulators: Vec<Accumulator> = (1..=others.len())
-            .map(|model| Accumulator::new(Options { model, text: self.name.clone(), vocab }))
-            .collect();
-        for (index, window) in self.windows.iter().enumerate() {
-            let classes: Vec<TokenClass> = window.iter().map(|&t| TokenClass::of(&baseline.token_text(t))).collect();
-            // The last token is predicted, not read.
-            for start in (0..window.len() - 1).step_by(CHUNK) {
-                let end = (start + CHUNK).min(window.len() - 1);
-                let expected = baseline.logits(start, &window[start..end]).map_err(PassError::Model)?;
-                for (other, accumulator) in others.iter_mut().zip(&mut accumulators) {
-                    let found = other.logits(start, &window[start..end]).map_err(PassError::Model)?;
-                    let widths = [baseline.vocab(), other.vocab()];
-                    let rows = Rows { index, start, window, classes: &classes, vocab, widths };
-                    rows.push(&expected, &found, accumulator).map_err(failed)?;
+        let mut accumulators: Vec<Accumulator> =
+            (1..=models.len()).map(|model| Accumulator::new(Options { model, text: self.name.clone() })).collect();
+        for (index, (window, expected)) in self.windows.iter().zip(&said.0).enumerate() {
+            for (model, accumulator) in models.iter_mut().zip(&mut accumulators) {
+                let rows = model.rows(read(window)).map_err(PassError::Model)?;
+                let pairs =
+                    model.compare(&rows, baseline, expected, self.vocab, &window[1..]).map_err(PassError::Model)?;
+                for (at, (pair, &token)) in pairs.into_iter().zip(&window[1..]).enumerate() {
+                    let class = TokenClass::of(&baseline.token_text(token));
+                    accumulator.push(index, at + 1, class, pair).map_err(failed)?;
                 }
             }
             progress();
@@ -136,42 +154,7 @@ impl Windows {
     }
 }
 
-/// Where a chunk's rows stand.
-struct Rows<'a> {
-    index: usize,
-    start: usize,
-    window: &'a [u32],
-    classes: &'a [TokenClass],
-    vocab: usize,
-    /// Length of the rows of both models, of which the first `vocab` logits count.
-    widths: [usize; 2],
-}
-
-impl Rows<'_> {
-    /// Splits the rows over the machine's threads.
-    fn push(&self, expected: &[f32], found: &[f32], into: &mut Accumulator) -> Result<(), DivergenceError> {
-        let rows = expected.len() / self.widths[0];
-        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(rows.max(1));
-        let share = rows.div_ceil(threads).max(1);
-        let empty = into.fresh();
-        let parts: Vec<Result<Accumulator, DivergenceError>> = std::thread::scope(|scope| {
-            let handles: Vec<_> = (0..rows)
-                .step_by(share)
-                .map(|first| {
-                    let mut part = empty.clone();
-                    scope.spawn(move || {
-                        for row in first..rows.min(first + share) {
-                            let at = self.start + row + 1;
-                            let a = &expected[row * self.widths[0]..][..self.vocab];
-                            let b = &found[row * self.widths[1]..][..self.vocab];
-                            part.push(self.index, at, self.classes[at], a, b, self.window[at])?;
-                        }
-                        Ok(part)
-                    })
-                })
-                .collect();
-            handles.into_iter().map(|h| h.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
-        });
-        parts.into_iter().try_for_each(|part| into.merge(part?))
-    }
+/// What is read of a window: its last token is only predicted.
+fn read(window: &[u32]) -> &[u32] {
+    &window[..window.len() - 1]
 }

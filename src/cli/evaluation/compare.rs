@@ -8,12 +8,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::rc::Rc;
 
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
+use recoup_eval::TokenModel;
 use recoup_eval::compare::{CORRECTION, Options as CompareOptions, compare, require_recovery};
 use recoup_eval::comparison::{Attribution, AttributionMode, ComparedModel, Comparison, Divergence};
-use recoup_eval::divergence::{WindowSums, Windows, kl_gone};
+use recoup_eval::divergence::{Said, WindowSums, Windows, kl_gone};
 use recoup_eval::journal::write_atomically;
 use recoup_eval::names::{clash, file_name};
 use recoup_eval::report::{ReportContext, html, markdown, terminal};
@@ -27,8 +29,8 @@ use serde_json::{Value, json};
 use super::super::options::{EngineOptions, identity, model_folder, open_noted};
 use super::texts::{Texts, texts};
 use super::{TaskOptions, facts_config, model_name, room, run_plan};
-use crate::backend::cpu::CpuBackend;
-use crate::evaluate::{EvaluatedModel, ModelText, attribution, facts};
+use crate::backend::cpu::{CpuBackend, CpuTensor};
+use crate::evaluate::{EvaluatedModel, ModelText, Rows, attribution, facts};
 use crate::formats::kv::KvFormat;
 use crate::model::Decoder;
 use crate::output::Claim;
@@ -160,6 +162,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
         setup: &setup,
         baseline: &baseline,
         texts: &texts,
+        said: RefCell::default(),
         notes: RefCell::new(text_notes.into_iter().collect()),
         claim: claim.as_ref(),
     };
@@ -289,6 +292,9 @@ fn load(args: &Args, model: &OsStr) -> Result<Loaded> {
     Ok(Loaded { decoder, text, identity, facts, notes })
 }
 
+/// Windows of a text, and what the baseline said in them.
+type Kept = Rc<(Windows, Said<Rows<CpuTensor>>)>;
+
 /// What is done with each model.
 struct Work<'a> {
     args: &'a Args,
@@ -297,6 +303,8 @@ struct Work<'a> {
     setup: &'a Setup,
     baseline: &'a Loaded,
     texts: &'a [(String, String)],
+    /// What the baseline said in the windows of each text: it runs through a text once, for whatever is compared with it.
+    said: RefCell<BTreeMap<String, Kept>>,
     /// What the report says about how it was measured.
     notes: RefCell<BTreeSet<String>>,
     claim: Option<&'a Claim>,
@@ -367,7 +375,7 @@ impl Work<'_> {
         text: &str,
         limit: usize,
     ) -> Result<Windows> {
-        let context = models.iter().map(recoup_eval::TokenModel::context_length).min().unwrap_or(0);
+        let context = models.iter().map(TokenModel::context_length).min().unwrap_or(0);
         let window = self.args.window();
         if context < window {
             self.notes.borrow_mut().insert(format!(
@@ -386,6 +394,19 @@ impl Work<'_> {
         Ok(windows)
     }
 
+    /// What the baseline says in `windows`, from an earlier model's turn if it is known.
+    fn said(&self, baseline: &mut EvaluatedModel<'_, CpuBackend>, windows: &Windows) -> Result<Kept> {
+        if let Some(kept) = self.said.borrow().get(&windows.name).filter(|kept| windows.begin(&kept.0)) {
+            return Ok(kept.clone());
+        }
+        let what = format!("{}: {}", self.labels[0], windows.name);
+        let bar = super::super::progress(windows.windows.len() as u64, what);
+        let kept = Rc::new((windows.clone(), windows.said(baseline, &mut || bar.inc(1))?));
+        bar.finish();
+        self.said.borrow_mut().insert(windows.name.clone(), kept.clone());
+        Ok(kept)
+    }
+
     fn diverge(
         &self,
         index: usize,
@@ -400,9 +421,11 @@ impl Work<'_> {
         let key = json!({"baseline": self.baseline.identity, "model": model.identity, "windows": windows.windows});
         let file = folder.join(format!("divergence_{}.json", file_name(name)));
         let (mut divergence, sums) = kept(&file, &key, || {
+            let [baseline, own] = &mut models;
+            let said = self.said(baseline, &windows)?;
             let what = format!("{}: KL on {name}", self.labels[index]);
             let bar = super::super::progress(windows.windows.len() as u64, what);
-            let figures = windows.diverge(&mut models, &mut || bar.inc(1))?;
+            let figures = windows.diverge(baseline, &said.1, std::slice::from_mut(own), &mut || bar.inc(1))?;
             bar.finish();
             figures.into_iter().next().context("no figures of a comparison of two models")
         })?;
@@ -420,11 +443,12 @@ impl Work<'_> {
         mode: Attribute,
     ) -> Result<Attribution> {
         let pair = [self.baseline, model];
-        let models = pair.map(|m| EvaluatedModel::new(&m.decoder, &m.text, self.kv(), None));
+        let mut models = pair.map(|m| EvaluatedModel::new(&m.decoder, &m.text, self.kv(), None));
         let windows = self.windows(&models, name, text, self.args.attribute_windows)?;
         let key = json!({"baseline": self.baseline.identity, "model": model.identity, "windows": windows.windows,
             "mode": format!("{mode:?}")});
         let mut found: Attribution = kept(&folder.join("attribution.json"), &key, || {
+            let said = self.said(&mut models[0], &windows)?;
             let what = format!("{}: where the loss sits", self.labels[index]);
             let bar = super::super::progress(windows.windows.len() as u64, what);
             let (base, other) = (&self.baseline.decoder, &model.decoder);
@@ -434,6 +458,7 @@ impl Work<'_> {
                 &self.baseline.text,
                 self.kv(),
                 &windows,
+                &said.1,
                 mode.mode(),
                 index,
                 &mut || bar.inc(1),
