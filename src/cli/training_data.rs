@@ -1,5 +1,6 @@
 //! What `recover` trains on and what it watches: files, a shipped text, and what the teacher writes.
 
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
@@ -19,7 +20,7 @@ pub(super) struct DataOptions {
     /// standard input. `teacher` and `teacher-chat` are texts and conversations that the teacher writes itself, `built-in`
     /// is a short shipped text. Several share the sequences equally, or as their weights say
     #[arg(long, value_name = "FILE[=WEIGHT]", required = true)]
-    data: Vec<String>,
+    data: Vec<OsString>,
     /// Data to measure the KL on while training, read as --data, best of another kind than the data; the weights that do best on it are
     /// kept [default: a part of the data that is held out, and a short built-in text]
     #[arg(long, value_name = "FILE")]
@@ -89,25 +90,25 @@ impl DataOptions {
     /// Reads all files for the tokenizer and the template in `folder`, and says what of them is not used.
     pub(super) fn sources(&self, folder: &Path, teacher: &Checkpoint) -> Result<Sources> {
         // The student's template is for files; what the teacher writes begins by its own.
-        let reads = !self.watch.is_empty() || self.data.iter().any(|spec| !WORDS.contains(&named_share(spec).0));
+        let reads = !self.watch.is_empty() || self.data.iter().any(|spec| word(named_share(spec).0).is_none());
         let reader = reader(folder, self.assistant_only, reads.then_some(&self.template))?;
         let written = |opening| {
             anyhow::Ok(Rows::Written(generated::prompt(teacher, opening, &self.template.arguments(), self.length)?))
         };
-        let specs: Vec<(&str, f64)> = self.data.iter().map(|spec| named_share(spec)).collect();
+        let specs: Vec<(&Path, f64)> = self.data.iter().map(|spec| named_share(spec)).collect();
         let total: f64 = specs.iter().map(|s| s.1).sum();
-        for (word, share) in &specs {
+        for (source, share) in &specs {
             if *share <= 0.0 || !share.is_finite() {
-                bail!("--data {word}={share}: expected a weight above 0");
+                bail!("--data {}={share}: expected a weight above 0", source.display());
             }
-            if WORDS.contains(word) && Path::new(word).exists() {
+            if let Some(word) = word(source).filter(|_| source.exists()) {
                 super::say!("note: --data {word} is what that word stands for; the file of this name is ./{word}");
             }
         }
         if let Some(twice) = specs.iter().enumerate().find(|(i, s)| specs[..*i].iter().any(|t| t.0 == s.0)) {
-            bail!("--data {}: given twice; give it once, with a weight ({0}=2)", twice.1.0);
+            bail!("--data {}: given twice; give it once, with a weight ({0}=2)", twice.1.0.display());
         }
-        let files: Vec<PathBuf> = specs.iter().filter(|s| !WORDS.contains(&s.0)).map(|s| s.0.into()).collect();
+        let files: Vec<PathBuf> = specs.iter().filter(|s| word(s.0).is_none()).map(|s| s.0.into()).collect();
         records::same_file_twice(&files)?;
         records::same_file_twice(&self.watch)?;
         if self.watch_samples == 0 && !self.watch.is_empty() {
@@ -123,16 +124,15 @@ impl DataOptions {
         }
         let mut names = records::distinct_file_names(&files, &WORDS).into_iter();
         let mut sources = Vec::new();
-        for (word, share) in specs {
-            let (name, rows) = match word {
-                "teacher" => (word.into(), written(Opening::Document)?),
-                "teacher-chat" => (word.into(), written(Opening::Chat)?),
-                BUILT_IN => (word.into(), Rows::Read(built_in(&reader, self.length)?, None)),
-                file => {
-                    let name = names.next().unwrap_or_else(|| file.into());
+        for (source, share) in specs {
+            let (name, rows) = match word(source) {
+                Some(word @ "teacher") => (word.into(), written(Opening::Document)?),
+                Some(word @ "teacher-chat") => (word.into(), written(Opening::Chat)?),
+                Some(word) => (word.into(), Rows::Read(built_in(&reader, self.length)?, None)),
+                None => {
+                    let name = names.next().unwrap_or_else(|| source.display().to_string());
                     let wanted = share / total * self.samples as f64 + self.watch_samples as f64;
-                    let (rows, counts) =
-                        told(&reader, Path::new(file), &name, self.length, Some(wanted.ceil() as usize))?;
+                    let (rows, counts) = told(&reader, source, &name, self.length, Some(wanted.ceil() as usize))?;
                     (name, Rows::Read(rows, Some(counts)))
                 }
             };
@@ -216,12 +216,17 @@ impl DataOptions {
     }
 }
 
-/// A source and its weight; a file may have `=` in its name.
-fn named_share(spec: &str) -> (&str, f64) {
-    match spec.rsplit_once('=').map(|(f, w)| (f, w.parse::<f64>())) {
-        Some((file, Ok(share))) if !Path::new(spec).exists() => (file, share),
-        _ => (spec, 1.0),
+/// A source and its weight; a file may have `=` in its name, and one whose name is no text has no weight.
+fn named_share(spec: &OsStr) -> (&Path, f64) {
+    match spec.to_str().and_then(|s| s.rsplit_once('=')).map(|(f, w)| (f, w.parse::<f64>())) {
+        Some((file, Ok(share))) if !Path::new(spec).exists() => (Path::new(file), share),
+        _ => (Path::new(spec), 1.0),
     }
+}
+
+/// The word that stands for data that is no file.
+fn word(source: &Path) -> Option<&'static str> {
+    WORDS.into_iter().find(|word| Path::new(word) == source)
 }
 
 /// The shipped text as rows.
