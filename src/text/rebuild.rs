@@ -211,11 +211,13 @@ pub(super) fn rebuild(
         )
     };
     let ModelWrapper::BPE(bpe) = file.get_model() else {
+        configured.set_defaults(class.default_tokens());
         notes.push(not_so("a vocabulary that is not BPE"));
         return Ok(None);
     };
     let is_set = |affix: &Option<String>| affix.as_ref().is_some_and(|affix| !affix.is_empty());
     if is_set(&bpe.continuing_subword_prefix) || is_set(&bpe.end_of_word_suffix) {
+        configured.set_defaults(class.default_tokens());
         notes.push(not_so("a vocabulary with marked beginnings or ends of words"));
         return Ok(None);
     }

@@ -66,10 +66,12 @@ impl SpecialTokens {
 }
 
 /// A token with what a file says about it.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub(super) struct Token {
     pub content: String,
     pub special: bool,
+    /// Whether it is written as its string alone, which is never equal to one written with flags.
+    plain: bool,
     single_word: bool,
     lstrip: bool,
     rstrip: bool,
@@ -82,6 +84,7 @@ impl Token {
         Token {
             content: content.to_owned(),
             special: true,
+            plain: true,
             single_word: false,
             lstrip: false,
             rstrip: false,
@@ -98,11 +101,19 @@ impl Token {
     }
 }
 
+/// Equal as objects of transformers are.
+impl PartialEq for Token {
+    fn eq(&self, other: &Token) -> bool {
+        self.plain == other.plain && self.added() == other.added()
+    }
+}
+
 impl From<AddedToken> for Token {
     fn from(token: AddedToken) -> Token {
         Token {
             content: token.content,
             special: token.special,
+            plain: false,
             single_word: token.single_word,
             lstrip: token.lstrip,
             rstrip: token.rstrip,
@@ -124,6 +135,8 @@ pub(super) struct Configured {
     pub listed_in: (PathBuf, &'static str),
     /// Names that a file gives, those that it gives as null included.
     given: BTreeSet<String>,
+    /// Whether a file lists `extra`, if only as nothing.
+    has_extra: bool,
 }
 
 impl Configured {
@@ -155,16 +168,20 @@ impl Configured {
         };
         let old = config.get(ADDITIONAL).filter(|_| config.get(EXTRA).is_none_or(is_empty));
         let key = if old.is_some() { ADDITIONAL } else { EXTRA };
-        let mut has_extra = true;
+        own.has_extra = true;
         match old.or(config.get(EXTRA)) {
             Some(Value::Object(map)) => {
-                has_extra = false;
+                own.has_extra = false;
                 for (name, value) in map {
                     named.insert(name.clone(), token(value, name, &path)?.0);
                 }
+                // Names and a list, under both keys: both count.
+                if let Some(value) = config.get(ADDITIONAL).filter(|_| old.is_none()) {
+                    own.extra = list(value, ADDITIONAL, &path)?;
+                }
             }
             Some(value) => own.extra = list(value, key, &path)?,
-            None => has_extra = false,
+            None => own.has_extra = false,
         }
 
         if let Some(listed) = config.get("added_tokens_decoder") {
@@ -187,10 +204,14 @@ impl Configured {
             }
         } else {
             let map_path = folder.join("special_tokens_map.json");
+            let mut of_map: Map<String, Value> = Map::new();
             for (name, value) in read_json_object(&map_path)?.unwrap_or_default() {
                 own.given.insert(name.clone());
+                let is_common = NAMES.contains(&name.as_str());
                 if value.is_null() {
-                    named.remove(&name);
+                    if is_common {
+                        named.retain(|known, _| *known != name);
+                    }
                 } else if name == EXTRA {
                     match &value {
                         Value::Object(map) => {
@@ -201,23 +222,36 @@ impl Configured {
                         _ => {
                             let mut more = list(&value, EXTRA, &map_path)?;
                             more.iter_mut().for_each(|token| token.special = true);
-                            own.extra.retain(|token| !more.contains(token));
-                            own.extra.extend(more);
-                            has_extra = true;
+                            for token in more {
+                                if !own.extra.contains(&token) {
+                                    own.extra.push(token);
+                                }
+                            }
+                            own.has_extra = true;
                         }
                     }
                 } else if name == ADDITIONAL {
-                    if !has_extra {
+                    if !own.has_extra {
                         own.extra = list(&value, ADDITIONAL, &map_path)?;
                     }
-                } else if NAMES.contains(&name.as_str()) || name.ends_with("_token") {
+                } else if is_common || name.ends_with("_token") {
                     let mut value = token(&value, &name, &map_path)?.0;
                     if let Value::Object(fields) = &mut value {
                         fields.insert("special".to_owned(), Value::Bool(true));
                     }
-                    named.insert(name, value);
+                    if is_common {
+                        named.insert(name, value);
+                    } else {
+                        // Of a name of the model's own, the configuration has the last word, and this file the first place.
+                        let value = named.get(&name).cloned().unwrap_or(value);
+                        of_map.insert(name, value);
+                    }
                 }
             }
+            for (name, value) in named {
+                of_map.entry(name).or_insert(value);
+            }
+            named = of_map;
             own.listed_in = (folder.join("added_tokens.json"), "added_tokens.json");
             for (content, id) in read_json_object(&own.listed_in.0)?.unwrap_or_default() {
                 let id = id.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| {
@@ -226,7 +260,7 @@ impl Configured {
                 let is_special =
                     NAMES.iter().filter_map(|name| named.get(*name)).any(|v| content_of(v) == Some(&content))
                         || own.extra.iter().any(|token| token.content == content);
-                let token = Token { special: is_special, ..Token::special(&content) };
+                let token = Token { special: is_special, plain: false, ..Token::special(&content) };
                 own.listed.insert(id, token);
             }
         }
@@ -273,7 +307,7 @@ impl Configured {
             self.named.extend(token.map(|token| (name.to_owned(), token)));
         }
         // A class's tokens of its own are special ones without a name as well, where no file lists such.
-        if !self.given.contains(EXTRA) && !self.given.contains(ADDITIONAL) {
+        if !self.has_extra {
             let own = tokens.iter().filter(|(name, _)| !NAMES.contains(name));
             self.extra.extend(own.map(|(_, content)| Token::special(content)));
         }
@@ -326,6 +360,7 @@ fn token(value: &Value, name: &str, path: &Path) -> Result<(Value, Token), TextE
     let token = Token {
         content: content.to_owned(),
         special: flag("special")?.unwrap_or(value.is_string()),
+        plain: value.is_string(),
         single_word: flag("single_word")?.unwrap_or(false),
         lstrip: flag("lstrip")?.unwrap_or(false),
         rstrip: flag("rstrip")?.unwrap_or(false),

@@ -123,10 +123,10 @@ impl Tokenizer {
         let id_of = |name: &str| special_tokens.get(name).and_then(|token| hf.token_to_id(token));
         let (bos_id, eos_id) = (id_of("bos_token"), id_of("eos_token"));
         let cleans_up = apply_switches(&mut hf, &flags, class, [bos_id, eos_id], &mut notes)?;
-        // Not the flag: a token that was special once stays so for the decoder when another file says it is none.
-        let is_special = |token: &AddedToken| hf.get_added_vocabulary().is_special_token(&token.content);
-        let special_ids =
-            hf.get_added_tokens_decoder().iter().filter(|(_, token)| is_special(token)).map(|(&id, _)| id).collect();
+        // As the decoder asks, by the token's text: one that was special once stays so when another file says it is none,
+        // and one that the normalizer changes is none.
+        let is_special = |id: &u32| hf.id_to_token(*id).is_some_and(|t| hf.get_added_vocabulary().is_special_token(&t));
+        let special_ids = hf.get_added_tokens_decoder().into_keys().filter(is_special).collect();
         let vocab_size = hf.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
         let decoding = hf.get_decoder().map_or(Decoding::Strings, decoding_of);
         Ok(Tokenizer {
@@ -321,14 +321,16 @@ fn add_tokens(
             _ => tokens.push(token.clone()),
         }
     }
+    let is_listed: HashSet<String> = tokens.iter().map(|token| token.content.clone()).collect();
     let nameless = configured.extra.iter().map(|token| (EXTRA, token));
     for (name, token) in configured.named.iter().map(|(name, token)| (name.as_str(), token)).chain(nameless) {
-        let is_known = known.values().any(|known| known.content == token.content)
-            || tokens.iter().any(|other| other.content == token.content);
-        if is_known || token.content.is_empty() {
+        let is_known = is_listed.contains(&token.content) || known.values().any(|known| known.content == token.content);
+        // A second one with other flags is added as well: its flags count.
+        if is_known || token.content.is_empty() || tokens.contains(token) {
             continue;
         }
-        if hf.token_to_id(&token.content).is_none() {
+        let is_new = !tokens.iter().any(|other| other.content == token.content);
+        if is_new && hf.token_to_id(&token.content).is_none() {
             notes.push(format!(
                 "`{name}` is `{}`, which is not in the vocabulary of {}: it is added with a new id, which the model \
                  has not learned",

@@ -4,8 +4,9 @@
     python3 make_tokenizer_golden.py --more OUT FOLDER... more texts, for the test to read by RECOUP_TOKENIZER_GOLDEN, and also the
                                                           tokenizer in each FOLDER, as it stands and under each class that fits it
 
-A line of the golden file is a case: {tokenizer, config, model, class, tokens, around, rows, ids}. `tokenizer` names the file
-("+100000": with that many more tokens in its vocabulary, `<0>` as id 1000 and so on), `config` and `model` are what stands in tokenizer_config.json and config.json beside it; `tokens` are the named tokens;
+A line of the golden file is a case: {tokenizer, config, model, map, added, class, tokens, around, rows, ids}. `tokenizer` names the file
+("+100000": with that many more tokens in its vocabulary, `<0>` as id 1000 and so on), `config` and `model` are what stands in tokenizer_config.json and config.json beside it, `map` and `added` in special_tokens_map.json
+and added_tokens.json; `tokens` are the named tokens;
 `around` are the ids of "a b" with special tokens. A row is [ids, text, skipped]: the ids of one of the texts without added
 special tokens, and their text with and without special tokens, null where it is the text itself. `ids` has lists of random ids
 as [ids, text, skipped]. Both are a number where they are those of an earlier case: of the case with that many other pairs of them
@@ -158,6 +159,19 @@ def new_piece_cases():
             yield {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_prefix_space": True}, {"model_type": model}
 
 
+def naming_cases(names, size):
+    """Tokens named twice, by other files, with other flags."""
+    llama, flags = {"model_type": "llama"}, {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    token = lambda content, **more: {"__type": "AddedToken", "content": content, **flags, **more}
+    for name in names:
+        yield {"tokenizer_class": name, "bos_token": token("the", lstrip=True), "pad_token": "the"}, llama
+        yield {"tokenizer_class": name, "bos_token": "the", "pad_token": token("the", lstrip=True)}, llama
+        yield {"tokenizer_class": name, "additional_special_tokens": ["Hello"], "extra_special_tokens": {"boi_token": " a"}}, llama
+        yield {"tokenizer_class": name, "extra_special_tokens": ["<x>", token("<x>", rstrip=True)], "mask_token": token("world", normalized=True)}, llama
+        yield {"tokenizer_class": name, "my_token": "Hello", "our_token": "<y>"}, llama, {"my_token": "<x>", "your_token": "<z>", "bos_token": None, "additional_special_tokens": [" a"]}
+        yield {"tokenizer_class": name}, llama, {"extra_special_tokens": ["<x>", {"content": "<y>", **flags}], "eos_token": {"content": "<y>", **flags, "rstrip": True}}, {"<x>": size, "<z>": size + 1}
+
+
 def other_cases():
     for clean in [None, False, True]:
         yield {"clean_up_tokenization_spaces": clean, "tokenizer_class": "PreTrainedTokenizerFast"}, {"model_type": "llama"}
@@ -203,17 +217,19 @@ def fitting_cases(path):
             yield {**(config or {}), "tokenizer_class": name, "add_prefix_space": space}, {"model_type": "llama"}
 
 
-def case(file, config, model, texts, seed):
+def case(file, config, model, texts, seed, token_map=None, added_tokens=None):
     folder = Path(tempfile.mkdtemp())
     shutil.copy(file, folder / "tokenizer.json")
-    if config is not None:
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    if model is not None:
-        (folder / "config.json").write_text(json.dumps(model))
-    t = AutoTokenizer.from_pretrained(str(folder))
-    shutil.rmtree(folder)
+    files = {"tokenizer_config": config, "config": model, "special_tokens_map": token_map, "added_tokens": added_tokens}
+    for name, value in files.items():
+        if value is not None:
+            (folder / f"{name}.json").write_text(json.dumps(value))
+    try:
+        t = AutoTokenizer.from_pretrained(str(folder))
+    finally:
+        shutil.rmtree(folder)
     row = {"tokenizer": Path(file).stem if Path(file).name != "tokenizer.json" else str(file)}
-    row |= {k: v for k, v in [("config", config), ("model", model)] if v is not None}
+    row |= {k: v for k, v in [("config", config), ("model", model), ("map", token_map), ("added", added_tokens)] if v is not None}
     row["class"] = type(t).__name__
     row["tokens"] = {k: str(v) for k, v in t._special_tokens_map.items() if v is not None}
     row["around"] = t.encode("a b", add_special_tokens=True)
@@ -239,7 +255,8 @@ def main():
         if not (HERE / "tokenizers").exists():
             (HERE / "tokenizers").mkdir()
             make_tokenizers(HERE / "tokenizers")
-    kinds = [("byte", byte_level_cases), ("byte_around", byte_level_cases), ("pieces", piece_cases), ("pieces_new", new_piece_cases), ("unigram", other_cases), ("words", other_cases)]
+    kinds = [("byte", byte_level_cases), ("byte_around", byte_level_cases), ("pieces", piece_cases), ("pieces_new", new_piece_cases), ("byte", lambda: naming_cases(["PreTrainedTokenizerFast", "CohereTokenizer"], 480)),
+             ("pieces", lambda: naming_cases(["CodeLlamaTokenizer"], 470)), ("unigram", other_cases), ("words", other_cases)]
     todo = [(HERE / "tokenizers" / f"{name}.json", *c) for name, cases in kinds for c in cases()]
     scratch = Path(tempfile.mkdtemp())
     todo += [(large(HERE / "tokenizers" / f"{name}.json", scratch), *c) for name in ["byte", "pieces_new"] for c in mistral_cases()]
@@ -247,9 +264,9 @@ def main():
     known = {}
     with open(out, "w") as file:
         file.write(json.dumps(texts, ensure_ascii=False) + "\n")
-        for n, (path, config, model) in enumerate(todo):
+        for path, config, model, *more in todo:
             try:
-                row = case(path, config, model, texts, path.name)
+                row = case(path, config, model, texts, path.name, *more)
             except Exception as error:
                 print(f"left out: {path} {config} {model}: {error!r}"[:300], file=sys.stderr)
                 continue
