@@ -101,7 +101,7 @@ fn the_fixtures_cover_every_weight_and_activation_format_of_both_dialects() {
     let mut found: Vec<String> = Vec::new();
     for fixture in all_fixtures() {
         let checkpoint = fixture.checkpoint();
-        let dialect = checkpoint.scheme.dialect.to_string();
+        let dialect = checkpoint.announced.dialect.to_string();
         let config = ModelConfig::read(&checkpoint.config).unwrap();
         for module in config.modules().iter().filter(|m| m.is_block_linear()) {
             let linear = checkpoint.linear(&module.name, module.role).unwrap();
@@ -111,7 +111,7 @@ fn the_fixtures_cover_every_weight_and_activation_format_of_both_dialects() {
                 found.push(format!("{dialect}: rule {rule:?}"));
             }
         }
-        if checkpoint.scheme.fp8_kv_cache {
+        if checkpoint.announced.fp8_kv_cache {
             found.push(format!("{dialect}: fp8 KV cache"));
         }
     }

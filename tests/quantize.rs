@@ -382,7 +382,7 @@ fn dequantized_checkpoints_hold_the_decoded_weights() {
         let source = fixture.checkpoint();
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("bf16");
-        if fixture.name.ends_with("bf16") || source.scheme.dialect == Dialect::Plain {
+        if fixture.name.ends_with("bf16") || source.announced.dialect == Dialect::Plain {
             assert!(dequantize(&source, &out).unwrap_err().to_string().contains("plain"), "{}", fixture.name);
             continue;
         }
@@ -410,7 +410,7 @@ fn converting_to_the_other_dialect_and_back_gives_the_same_files() {
     let (mut compared, mut refused) = (0, 0);
     for fixture in all_fixtures() {
         let source = fixture.checkpoint();
-        let (there, back) = match source.scheme.dialect {
+        let (there, back) = match source.announced.dialect {
             Dialect::ModelOpt => (Dialect::CompressedTensors, Dialect::ModelOpt),
             Dialect::CompressedTensors => (Dialect::ModelOpt, Dialect::CompressedTensors),
             _ => continue,
@@ -428,7 +428,7 @@ fn converting_to_the_other_dialect_and_back_gives_the_same_files() {
             Err(e) => panic!("{}: {e}", fixture.name),
         };
         let other = Checkpoint::open(&other).unwrap();
-        assert_eq!(other.scheme.dialect, there, "{}", fixture.name);
+        assert_eq!(other.announced.dialect, there, "{}", fixture.name);
         Decoder::load(backend(), &other).unwrap();
         let config = ModelConfig::read(&source.config).unwrap().untied_where_stored(&source).unwrap();
         for m in config.modules() {

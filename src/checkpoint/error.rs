@@ -1,5 +1,6 @@
 //! Why a checkpoint was refused: always the file, the tensor or key, what was expected, what was found, what to do.
 
+use std::borrow::Cow;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -37,7 +38,7 @@ pub enum CheckpointError {
     Config { file: PathBuf, key: String, expected: String, found: String },
     /// A quantization method or algorithm that Recoup does not know.
     #[error("{}: unknown {what} `{found}`; Recoup reads {known}", file.display())]
-    Unknown { file: PathBuf, what: &'static str, found: String, known: &'static str },
+    Unknown { file: PathBuf, what: &'static str, found: String, known: Cow<'static, str> },
     /// A tensor that must be there is not.
     #[error("{}: tensor `{tensor}` is missing: {why}", folder.display())]
     MissingTensor { folder: PathBuf, tensor: String, why: String },

@@ -20,13 +20,14 @@ use std::path::Path;
 pub use error::{CheckpointError, Result};
 use json::Object;
 
-use dialect::Scheme;
+use dialect::{Announced, kv};
 use tensors::TensorStore;
 
-/// An opened checkpoint folder: config.json, its quantization scheme, and the mapped tensors.
+/// An opened checkpoint folder: config.json, what it announces, and the mapped tensors.
 pub struct Checkpoint {
     pub config: Object,
-    pub scheme: Scheme,
+    /// What its configuration says of each module.
+    pub announced: Announced,
     pub tensors: TensorStore,
     /// What its files say twice, or in a way that has to be told, and how it was taken.
     pub notes: Vec<String>,
@@ -52,17 +53,17 @@ impl Checkpoint {
             return Err(CheckpointError::NotACheckpoint { path: folder.into(), detail });
         }
         let config = Object::read(&folder.join("config.json"))?;
-        let mut scheme = Scheme::read(&config, folder)?;
+        let mut announced = Announced::read(&config, folder)?;
         let mut tensors = TensorStore::open(folder)?;
-        scheme.wrapped = tensors.wrapped();
+        announced.wrapped = tensors.wrapped();
         let mut notes = tensors.notes().to_vec();
         if let Some(note) = tied_head(&config, &mut tensors)? {
             notes.push(note);
         }
-        notes.extend_from_slice(&scheme.notes);
-        let unit_kv_scales = scheme.fp8_kv_cache && !tensors.names().any(resolve::is_kv_scale);
+        notes.extend_from_slice(&announced.notes);
+        let unit_kv_scales = announced.fp8_kv_cache && !tensors.names().any(kv::is_scale);
         if unit_kv_scales {
-            if let Some(error) = scheme.kv_cache_in_doubt() {
+            if let Some(error) = announced.kv_cache_in_doubt() {
                 return Err(error);
             }
             notes.push(format!(
@@ -71,7 +72,7 @@ impl Checkpoint {
                 folder.display()
             ));
         }
-        Ok(Self { config, scheme, tensors, notes, unit_kv_scales })
+        Ok(Self { config, announced, tensors, notes, unit_kv_scales })
     }
 
     /// Checks that every tensor was used, but for those that follow from the configuration (old Llama files store the
@@ -87,7 +88,7 @@ impl Checkpoint {
         }
         let layers = self.config.get("num_hidden_layers").and_then(json::whole);
         self.tensors.finish(|name| {
-            if resolve::is_kv_scale(name) {
+            if kv::is_scale(name) {
                 return Some("it is a scale of a quantized KV cache, and no configuration announces one".into());
             }
             let layer: u64 = name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()?;

@@ -6,18 +6,14 @@ use std::borrow::Cow;
 use safetensors::Dtype;
 
 use super::Checkpoint;
-use super::dialect::{Declared, DeclaredActivation, DeclaredWeight, Dialect};
+use super::dialect::kv::{self, KvScales};
+use super::dialect::store::INPUT_SCALE;
+use super::dialect::{Conventions, Declared};
 use super::error::{CheckpointError, Result};
 use super::tensors::TensorView;
 use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
+use crate::formats::scheme::{InputFormat, WeightFormat};
 use crate::formats::{e4m3, e8m0, fp8, mx};
-
-/// E4M3 scales of a quantized KV cache, multipliers: stored = e4m3(value / scale).
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct KvScales {
-    pub k: f32,
-    pub v: f32,
-}
 
 /// What the model knows of a linear before it looks into the file.
 #[derive(Clone, Copy, Debug)]
@@ -65,14 +61,14 @@ impl Checkpoint {
     /// When the configuration announces an FP8 cache and a scale is bad, or missing while others are stored. With none
     /// stored at all each is 1: what ModelOpt's `kv_fp8_cast` means by that, and what engines take.
     pub fn kv_scales(&self, module: &str) -> Result<Option<KvScales>> {
-        if !self.scheme.fp8_kv_cache {
+        if !self.announced.fp8_kv_cache {
             return Ok(None);
         }
         if self.unit_kv_scales {
             return Ok(Some(KvScales { k: 1.0, v: 1.0 }));
         }
         let one = |which: char| {
-            let names = kv_scale_names(module, which);
+            let names = kv::names(module, which);
             let name = names.iter().find(|n| self.tensors.contains(n)).unwrap_or(&names[0]);
             let view = self
                 .tensors
@@ -81,25 +77,6 @@ impl Checkpoint {
         };
         Ok(Some(KvScales { k: one('k')?, v: one('v')? }))
     }
-}
-
-/// Names under which tools store the scale of keys (`which` = k) or values (v): ModelOpt's, compressed-tensors', its old
-/// one, and the one that older files have for both.
-fn kv_scale_names(module: &str, which: char) -> [String; 4] {
-    [
-        format!("{module}.{which}_proj.{which}_scale"),
-        format!("{module}.{which}_scale"),
-        format!("{module}.{which}_proj.output_scale"),
-        format!("{module}.kv_scale"),
-    ]
-}
-
-/// Whether `tensor` is a scale of the KV cache, of whichever layer.
-#[must_use]
-pub fn is_kv_scale(tensor: &str) -> bool {
-    let Some((module, _)) = tensor.split_once(".self_attn.") else { return false };
-    let module = format!("{module}.self_attn");
-    ['k', 'v'].iter().any(|&which| kv_scale_names(&module, which).iter().any(|n| n == tensor))
 }
 
 struct Resolver<'a, 'm> {
@@ -111,7 +88,7 @@ struct Resolver<'a, 'm> {
 impl<'a> Resolver<'a, '_> {
     fn resolve(&self) -> Result<LinearTensors<'a>> {
         let LinearRole { n, k, .. } = self.role;
-        let declared = self.checkpoint.scheme.declared(self.module)?;
+        let declared = self.checkpoint.announced.declared(self.module)?;
         let packed = self.peek("weight_packed").is_some();
         let weight =
             self.require(if packed { "weight_packed" } else { "weight" }, "it is the weight of a linear layer")?;
@@ -184,15 +161,12 @@ impl<'a> Resolver<'a, '_> {
         let expected = match declared {
             None if stored_quantized => "the configuration leaves this module unquantized".to_owned(),
             None => return Ok(()),
-            Some(_)
-                if !stored_quantized
-                    && (self.role.may_be_plain || self.checkpoint.scheme.dialect == Dialect::DeepSeek) =>
-            {
+            Some(_) if !stored_quantized && (self.role.may_be_plain || self.conventions().leaves_plain()) => {
                 return Ok(());
             }
             Some(d) => match (d.weight, element) {
-                (DeclaredWeight::Nvfp4 { .. } | DeclaredWeight::Mxfp4, Element::E2m1)
-                | (DeclaredWeight::Fp8 | DeclaredWeight::Mxfp8, Element::E4m3) => return Ok(()),
+                (WeightFormat::Nvfp4 { .. } | WeightFormat::Mxfp4, Element::E2m1)
+                | (WeightFormat::Fp8 | WeightFormat::Mxfp8, Element::E4m3) => return Ok(()),
                 (w, _) => format!("the configuration announces {w}"),
             },
         };
@@ -211,38 +185,23 @@ impl<'a> Resolver<'a, '_> {
         weight: &TensorView<'a>,
         declared: Declared,
     ) -> Result<(BlockScales<'a>, OutputScale, ActivationFormat)> {
-        let compressed = self.checkpoint.scheme.dialect == Dialect::CompressedTensors;
+        let layout = self.conventions().layout();
         let (block_scales, output_scale) = match declared.weight {
-            DeclaredWeight::Nvfp4 { block } => {
+            WeightFormat::Nvfp4 { block } => {
                 let codes = self.e4m3_blocks(block, weight)?;
-                let global = if compressed {
-                    self.reciprocal("weight_global_scale")?
-                } else {
-                    self.multiplier("weight_scale_2")?
-                };
-                (BlockScales::E4m3 { block, codes }, OutputScale::Tensor(global))
+                (BlockScales::E4m3 { block, codes }, OutputScale::Tensor(self.global(layout.global)?))
             }
-            DeclaredWeight::Mxfp4 | DeclaredWeight::Mxfp8 => {
+            WeightFormat::Mxfp4 | WeightFormat::Mxfp8 => {
                 (BlockScales::E8m0 { block: mx::BLOCK, codes: self.e8m0_blocks()? }, OutputScale::One)
             }
-            DeclaredWeight::Fp8 => self.fp8_scales()?,
+            WeightFormat::Fp8 => self.fp8_scales()?,
         };
-        let activation = match declared.activation {
-            DeclaredActivation::Float => ActivationFormat::Float,
-            DeclaredActivation::Nvfp4 => ActivationFormat::Nvfp4 {
-                global_scale: if compressed {
-                    self.reciprocal("input_global_scale")?
-                } else {
-                    self.multiplier("input_scale")?
-                },
-            },
-            DeclaredActivation::Fp8Static => ActivationFormat::Fp8Static { scale: self.multiplier("input_scale")? },
-            DeclaredActivation::Fp8Token => ActivationFormat::Fp8Token,
-            DeclaredActivation::Fp8Group => ActivationFormat::Fp8Group,
-            DeclaredActivation::Mxfp4 { rule } => ActivationFormat::Mxfp4 { rule },
-            DeclaredActivation::Mxfp8 { rule } => ActivationFormat::Mxfp8 { rule },
+        let scale = match declared.input {
+            InputFormat::Nvfp4 => self.global(layout.input)?,
+            InputFormat::Fp8Static => self.one(INPUT_SCALE)?.1,
+            _ => 1.0,
         };
-        Ok((block_scales, output_scale, activation))
+        Ok((block_scales, output_scale, declared.input.with(scale, self.conventions().mx_rule())))
     }
 
     /// E4M3 block scales [N, K/block]: no NaN, no negative, and zero only over a block whose codes are all zero.
@@ -277,7 +236,7 @@ impl<'a> Resolver<'a, '_> {
     }
 
     fn block_scale_tensor(&self, dtype: Dtype, dtype_name: &str, block: usize) -> Result<TensorView<'a>> {
-        let view = self.require("weight_scale", "it holds the block scales of the weight")?;
+        let view = self.require(self.conventions().layout().scales, "it holds the block scales of the weight")?;
         if view.dtype != dtype && !(dtype == Dtype::U8 && view.dtype == Dtype::F8_E8M0) {
             return Err(view.wrong_dtype(dtype_name));
         }
@@ -294,16 +253,15 @@ impl<'a> Resolver<'a, '_> {
 
     /// FP8 weight scales in any of the shapes that the tools write.
     fn fp8_scales(&self) -> Result<(BlockScales<'a>, OutputScale)> {
-        let name =
-            if self.checkpoint.scheme.dialect == Dialect::DeepSeek { "weight_scale_inv" } else { "weight_scale" };
-        let view = self.require(name, "it holds the scale of the FP8 weight")?;
+        let layout = self.conventions().layout();
+        let view = self.require(layout.scales, "it holds the scale of the FP8 weight")?;
         let LinearRole { n, k, .. } = self.role;
         let (rows, columns) = (n.div_ceil(fp8::BLOCK), k.div_ceil(fp8::BLOCK));
         let values = self.fp8_scale_values(&view)?;
         let grid = |values| (BlockScales::Grid { values }, OutputScale::One);
         match *view.shape {
-            [] | [1] if name == "weight_scale" => Ok((BlockScales::None, OutputScale::Tensor(values[0]))),
-            [r, c] if (r, c) == (rows, columns) && name == "weight_scale_inv" => Ok(grid(values)),
+            [] | [1] if !layout.only_grids => Ok((BlockScales::None, OutputScale::Tensor(values[0]))),
+            [r, c] if (r, c) == (rows, columns) && layout.only_grids => Ok(grid(values)),
             [r, 1, c, 1] if (r, c) == (rows, columns) => Ok(grid(values)),
             [r] | [r, 1] if r == n => Ok((BlockScales::None, OutputScale::Row(values))),
             [r, c] if (r, c) == (rows, columns) => Ok(grid(values)),
@@ -313,7 +271,7 @@ impl<'a> Resolver<'a, '_> {
 
     /// In f32; E8M0 exponents, and the check that scales are powers of two where the configuration says so.
     fn fp8_scale_values(&self, view: &TensorView<'_>) -> Result<Vec<f32>> {
-        let powers = self.checkpoint.scheme.power_of_two_scales;
+        let powers = self.checkpoint.announced.power_of_two_scales;
         if view.dtype == Dtype::F8_E8M0 || (view.dtype == Dtype::U8 && powers) {
             return match view.bytes.iter().position(|&b| b == e8m0::NAN) {
                 Some(i) => Err(view.bad_value(format!("element {i} is NaN (0xff)"))),
@@ -331,15 +289,25 @@ impl<'a> Resolver<'a, '_> {
         }
     }
 
-    fn multiplier(&self, suffix: &str) -> Result<f32> {
-        scalar_scale(&self.require(suffix, "the configuration's format needs this scale, and none is ever assumed")?)
+    /// The tensor of one scale, and its value.
+    fn one(&self, suffix: &str) -> Result<(TensorView<'a>, f32)> {
+        let view = self.require(suffix, "the configuration's format needs this scale, and none is ever assumed")?;
+        let scale = scalar_scale(&view)?;
+        Ok((view, scale))
     }
 
-    /// compressed-tensors stores global scales as divisors.
-    fn reciprocal(&self, suffix: &str) -> Result<f32> {
-        let view = self.require(suffix, "the configuration's format needs this scale, and none is ever assumed")?;
-        let inverse = 1.0 / scalar_scale(&view)?;
+    /// A global scale as a multiplier.
+    fn global(&self, suffix: &str) -> Result<f32> {
+        let (view, stored) = self.one(suffix)?;
+        if !self.conventions().layout().divisors {
+            return Ok(stored);
+        }
+        let inverse = 1.0 / stored;
         if inverse.is_normal() { Ok(inverse) } else { Err(view.bad_value("is so large that its reciprocal vanishes")) }
+    }
+
+    fn conventions(&self) -> &'static dyn Conventions {
+        self.checkpoint.announced.dialect.conventions()
     }
 
     fn tensor_name(&self, suffix: &str) -> String {

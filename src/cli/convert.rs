@@ -75,7 +75,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 
 fn restated(args: &Args, checkpoint: &Checkpoint, dialect: Dialect) -> Result<ExitCode> {
     let report = convert(checkpoint, dialect, &args.output)?;
-    super::say!("{} linears from the {} dialect to {dialect}", report.modules, checkpoint.scheme.dialect);
+    super::say!("{} linears from the {} dialect to {dialect}", report.modules, checkpoint.announced.dialect);
     if report.inexact > 0 {
         super::say!("note: {} global scales have no exact reciprocal and moved by one part in 2^24", report.inexact);
     }
@@ -89,7 +89,7 @@ fn restated(args: &Args, checkpoint: &Checkpoint, dialect: Dialect) -> Result<Ex
 
 fn dequantized(args: &Args, checkpoint: &Checkpoint) -> Result<ExitCode> {
     let report = dequantize(checkpoint, &args.output)?;
-    super::say!("{} linears dequantized from the {} dialect", report.modules, checkpoint.scheme.dialect);
+    super::say!("{} linears dequantized from the {} dialect", report.modules, checkpoint.announced.dialect);
     if !report.dropped.is_empty() {
         let n = report.dropped.len();
         super::say!(

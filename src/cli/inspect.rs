@@ -130,10 +130,10 @@ fn print_json(
     let report = json!({
         "path": checkpoint.tensors.folder(),
         "architecture": config.map(|c| format!("{:?}", c.architecture)),
-        "dialect": checkpoint.scheme.dialect.to_string(),
-        "algorithm": checkpoint.scheme.algorithm,
-        "kv_cache": if checkpoint.scheme.fp8_kv_cache { "fp8" } else { "unquantized" },
-        "kv_cache_scales": checkpoint.scheme.fp8_kv_cache.then_some(if checkpoint.unit_kv_scales { "1.0" } else { "stored" }),
+        "dialect": checkpoint.announced.dialect.to_string(),
+        "algorithm": checkpoint.announced.algorithm,
+        "kv_cache": if checkpoint.announced.fp8_kv_cache { "fp8" } else { "unquantized" },
+        "kv_cache_scales": checkpoint.announced.fp8_kv_cache.then_some(if checkpoint.unit_kv_scales { "1.0" } else { "stored" }),
         "layers": config.map(|c| c.layers),
         "hidden_size": config.map(|c| c.hidden),
         "vocab_size": config.map(|c| c.vocab),
@@ -175,7 +175,7 @@ fn print_text(
             if c.tied_embeddings { "tied" } else { "not tied" }
         );
     }
-    let s = &checkpoint.scheme;
+    let s = &checkpoint.announced;
     super::outln!("scheme    {} ({}); KV cache {}", s.dialect, s.algorithm, kv_cache(checkpoint));
     let size = super::human_bytes(checkpoint.tensors.file_bytes());
     // Which tensors are linears, a refused configuration does not say; and one that none belongs to has no bits.
@@ -221,7 +221,7 @@ fn table(rows: &[Row], all: bool) -> comfy_table::Table {
 }
 
 fn kv_cache(checkpoint: &Checkpoint) -> &'static str {
-    match (checkpoint.scheme.fp8_kv_cache, checkpoint.unit_kv_scales) {
+    match (checkpoint.announced.fp8_kv_cache, checkpoint.unit_kv_scales) {
         (false, _) => "unquantized",
         (true, false) => "fp8, calibrated",
         (true, true) => "fp8, no scales stored: 1.0",

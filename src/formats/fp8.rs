@@ -1,5 +1,7 @@
 //! FP8: E4M3 elements under one f32 scale per tensor, per row (output channel or token), or per 128-wide block.
 
+use rayon::prelude::*;
+
 use super::{amax, e4m3};
 
 /// Side of a two-dimensional weight block and width of an activation group (DeepSeek-V3, compressed-tensors `block`).
@@ -46,6 +48,40 @@ pub fn quantize_dynamic(x: &[f32], values: &mut [f32]) -> f32 {
     s
 }
 
+/// Largest magnitude of each block of `height` rows by `width` columns of a weight [.., k], row-major.
+#[must_use]
+pub fn block_peaks(w: &[f32], k: usize, [height, width]: [usize; 2]) -> Vec<f32> {
+    let columns = k.div_ceil(width);
+    let mut peaks = vec![0.0f32; (w.len() / k).div_ceil(height) * columns];
+    for (r, row) in w.chunks(k).enumerate() {
+        for (c, block) in row.chunks(width).enumerate() {
+            let peak = &mut peaks[r / height * columns + c];
+            *peak = peak.max(amax(block));
+        }
+    }
+    peaks
+}
+
+/// E4M3 codes of a weight [.., k] under one scale per block of `height` rows by `width` columns; `round` is what is done to
+/// quotients before they are encoded.
+pub fn encode_weight(
+    w: &[f32],
+    k: usize,
+    [height, width]: [usize; 2],
+    scales: &[f32],
+    round: impl Fn(f32) -> f32 + Sync,
+) -> Vec<u8> {
+    let columns = k.div_ceil(width);
+    let mut codes = vec![0u8; w.len()];
+    codes.par_chunks_mut(k).zip(w.par_chunks(k)).enumerate().for_each(|(r, (codes, row))| {
+        let scales = &scales[r / height * columns..];
+        for ((codes, row), scale) in codes.chunks_mut(width).zip(row.chunks(width)).zip(scales) {
+            codes.iter_mut().zip(row).for_each(|(c, w)| *c = e4m3::encode(round(w / scale)));
+        }
+    });
+    codes
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -64,5 +100,16 @@ mod tests {
         let mut v = [0.0f32; 1];
         quantize(&[1e9], 1.0, &mut v);
         assert_eq!(v, [448.0]);
+    }
+
+    #[test]
+    fn weights_are_encoded_under_the_scale_of_their_block() {
+        // Two rows by three columns in blocks of 1x2: the last block of a row is narrower.
+        let w = [1.0, -2.0, 3.0, 8.0, 4.0, 0.5];
+        let block = [1, 2];
+        assert_eq!(block_peaks(&w, 3, block), [2.0, 3.0, 8.0, 0.5]);
+        let codes = encode_weight(&w, 3, block, &[0.5, 1.0, 2.0, 0.25], |q| q);
+        let values: Vec<f32> = codes.iter().map(|c| e4m3::decode(*c)).collect();
+        assert_eq!(values, [2.0, -4.0, 3.0, 4.0, 2.0, 2.0]);
     }
 }

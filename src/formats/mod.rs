@@ -11,6 +11,7 @@ pub mod kv;
 pub mod linear;
 pub mod mx;
 pub mod nvfp4;
+pub mod scheme;
 
 /// Whether no element is NaN or infinite.
 #[inline(always)]
@@ -53,6 +54,17 @@ pub fn amax(values: &[f32]) -> f32 {
         max = if a > max { a } else { max };
     }
     max
+}
+
+/// The least largest magnitude that a scale is computed from: below it, quotients and products with the smallest block
+/// scale would leave f32's normal numbers, and a divisor (6·448 / amax, in BF16) its range. Smaller values become zeros.
+pub const LEAST: f32 = f32::from_bits((127 - 96) << 23);
+
+/// What a scale of largest magnitude `amax` is computed from. An all-zero weight or input has no scale of its own and any
+/// will do: 1, which every loader takes.
+#[must_use]
+pub fn scalable(amax: f32) -> f32 {
+    if amax == 0.0 { 1.0 } else { amax.max(LEAST) }
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! OCP Microscaling: blocks of 32 along K with a power-of-two (E8M0) scale; elements E2M1 (MXFP4) or E4M3 (MXFP8).
 
+use rayon::prelude::*;
+
 use super::e8m0::{self, ScaleRule};
 use super::{all_finite, amax, e2m1, e4m3, nvfp4};
 
@@ -38,6 +40,35 @@ pub fn quantize_fp8_block(block: &[f32], rule: ScaleRule, values: &mut [f32]) ->
         *v = e4m3::round(x / scale);
     }
     scale
+}
+
+/// E2M1 codes, two to a byte, and E8M0 scales of a weight whose blocks divide its rows; `element` encodes a scaled value.
+pub fn encode_fp4_weight(w: &[f32], rule: ScaleRule, element: impl Fn(f32) -> u8 + Sync) -> (Vec<u8>, Vec<u8>) {
+    let mut codes = vec![0u8; w.len() / 2];
+    let mut scales = vec![0u8; w.len() / BLOCK];
+    let blocks = codes.par_chunks_mut(BLOCK / 2).zip(&mut scales).zip(w.par_chunks(BLOCK));
+    blocks.for_each(|((codes, s), block)| {
+        *s = fp4_scale(block, rule);
+        let scale = e8m0::decode(*s);
+        for (byte, pair) in codes.iter_mut().zip(block.as_chunks::<2>().0) {
+            *byte = e2m1::pack(element(pair[0] / scale), element(pair[1] / scale));
+        }
+    });
+    (codes, scales)
+}
+
+/// E4M3 codes and E8M0 scales of a weight whose blocks divide its rows.
+#[must_use]
+pub fn encode_fp8_weight(w: &[f32], rule: ScaleRule) -> (Vec<u8>, Vec<u8>) {
+    let mut codes = vec![0u8; w.len()];
+    let mut scales = vec![0u8; w.len() / BLOCK];
+    let blocks = codes.par_chunks_mut(BLOCK).zip(&mut scales).zip(w.par_chunks(BLOCK));
+    blocks.for_each(|((codes, s), block)| {
+        *s = fp8_scale(block, rule);
+        let scale = e8m0::decode(*s);
+        codes.iter_mut().zip(block).for_each(|(c, w)| *c = e4m3::encode(w / scale));
+    });
+    (codes, scales)
 }
 
 #[cfg(test)]

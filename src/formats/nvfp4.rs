@@ -1,5 +1,7 @@
 //! NVFP4: E2M1 elements, one E4M3 scale per 16 along K, one f32 scale per tensor. Value = code · block · global.
 
+use rayon::prelude::*;
+
 use super::{all_finite, amax, e2m1, e4m3};
 
 /// Elements that share a block scale.
@@ -29,6 +31,30 @@ pub fn encode_weight_block(block: &[f32], scale_code: u8, global_scale: f32, cod
     for (code, &w) in codes.iter_mut().zip(block) {
         *code = e2m1::encode(w / scale);
     }
+}
+
+/// E2M1 codes, two to a byte, and E4M3 block scales of a weight [.., k] in blocks of `block`. `scale` chooses a block's
+/// scale; `step` is what its elements are divided by under it, the global scale included.
+pub fn encode_weight(
+    w: &[f32],
+    k: usize,
+    block: usize,
+    scale: impl Fn(&[f32]) -> u8 + Sync,
+    step: impl Fn(f32) -> f32 + Sync,
+) -> (Vec<u8>, Vec<u8>) {
+    let mut codes = vec![0u8; w.len() / 2];
+    let mut scales = vec![0u8; w.len() / k * (k / block)];
+    let rows = codes.par_chunks_mut(k / 2).zip(scales.par_chunks_mut(k / block)).zip(w.par_chunks(k));
+    rows.for_each(|((codes, scales), row)| {
+        for ((values, codes), s) in row.chunks(block).zip(codes.chunks_mut(block / 2)).zip(scales) {
+            *s = scale(values);
+            let step = step(e4m3::decode(*s));
+            for (byte, pair) in codes.iter_mut().zip(values.as_chunks::<2>().0) {
+                *byte = e2m1::pack(e2m1::encode(pair[0] / step), e2m1::encode(pair[1] / step));
+            }
+        }
+    });
+    (codes, scales)
 }
 
 /// Scale of an activation block, as the deployed kernels compute it per call: `e4m3(min(amax / (6·g), 448))`.

@@ -270,7 +270,7 @@ fn architecture(c: &Object) -> Result<Architecture> {
         file: c.file().into(),
         what: "architecture",
         found: found.into(),
-        known: ARCHITECTURES,
+        known: ARCHITECTURES.into(),
     };
     let names = c.strings("architectures")?;
     let by_type = c.string("model_type")?.unwrap_or_default();

@@ -270,7 +270,7 @@ impl Scaling<'_> {
                 file: p.file().into(),
                 what: "rope type",
                 found: other.into(),
-                known: KNOWN,
+                known: KNOWN.into(),
             }),
         }
     }

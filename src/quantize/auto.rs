@@ -7,11 +7,11 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::recipe::Rule;
-use super::scheme::Scheme;
 use super::{QuantizeError, Recipe};
 use crate::backend::{Backend, Batch, PAGE};
 use crate::checkpoint::Checkpoint;
 use crate::formats::kv::KvFormat;
+use crate::formats::scheme::Scheme;
 use crate::model::modules::Module;
 use crate::model::{Decoder, ModelConfig};
 

@@ -6,6 +6,7 @@ use super::QuantizeError;
 use crate::backend::Backend;
 use crate::backend::observe::{Observed, Observer};
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::dialect::kv;
 use crate::engine::{Engine, Limits};
 use crate::formats::amax;
 use crate::formats::kv::KvFormat;
@@ -42,8 +43,7 @@ impl Calibration {
 /// Names of the tensors that hold the scales of a layer's cached keys and values.
 #[must_use]
 pub fn kv_names(layer: usize) -> [String; 2] {
-    let prefix = format!("model.layers.{layer}.self_attn");
-    [format!("{prefix}.k_proj.k_scale"), format!("{prefix}.v_proj.v_scale")]
+    kv::written(&format!("model.layers.{layer}.self_attn"))
 }
 
 /// Largest magnitudes so far by name; NaN once anything was not finite.

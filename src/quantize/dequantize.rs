@@ -7,9 +7,9 @@ use half::bf16;
 use safetensors::Dtype;
 
 use super::QuantizeError;
-use super::convert::OWN;
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::resolve::is_kv_scale;
+use crate::checkpoint::dialect::kv;
+use crate::checkpoint::dialect::store::{Content, content};
 use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, metadata};
 use crate::model::ModelConfig;
 use crate::model::modules::Module;
@@ -38,7 +38,7 @@ pub fn dequantize(checkpoint: &Checkpoint, out: &Path) -> Result<Dequantized, Qu
             quantized.insert(name.clone());
         }
     }
-    if quantized.is_empty() && !checkpoint.scheme.fp8_kv_cache {
+    if quantized.is_empty() && !checkpoint.announced.fp8_kv_cache {
         return Err(QuantizeError::Nothing(checkpoint.tensors.folder().into()));
     }
     report.modules = quantized.len();
@@ -46,20 +46,16 @@ pub fn dequantize(checkpoint: &Checkpoint, out: &Path) -> Result<Dequantized, Qu
     let mut tensors: Vec<Pending<'_, QuantizeError>> = Vec::new();
     for tensor in store.names() {
         let (owner, suffix) = tensor.rsplit_once('.').unwrap_or(("", tensor));
-        if quantized.contains(owner) && OWN.contains(&suffix) {
-            if matches!(suffix, "weight" | "weight_packed") {
-                tensors.push(weight(checkpoint, &modules[owner]));
-            } else if suffix.starts_with("input_") {
-                report.dropped.push(tensor.into());
-            }
-        } else if is_kv_scale(tensor) {
-            report.dropped.push(tensor.into());
-        } else {
-            tensors.extend(Pending::copy(store, tensor));
+        match content(suffix).filter(|_| quantized.contains(owner)) {
+            Some(Content::Elements) => tensors.push(weight(checkpoint, &modules[owner])),
+            Some(Content::Input) => report.dropped.push(tensor.into()),
+            Some(Content::Scales | Content::Global | Content::Factors) => {}
+            None if kv::is_scale(tensor) => report.dropped.push(tensor.into()),
+            None => tensors.extend(Pending::copy(store, tensor)),
         }
     }
     let writer = FolderWriter::create(out)?;
-    let from = [("recoup_dequantized_from", checkpoint.scheme.dialect.to_string())];
+    let from = [("recoup_dequantized_from", checkpoint.announced.dialect.to_string())];
     writer.tensors(tensors, SHARD_BYTES, &metadata(from))?;
     let mut plain = checkpoint.config.value().clone();
     if let Some(map) = plain.as_object_mut() {

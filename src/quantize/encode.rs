@@ -1,29 +1,23 @@
-//! Codes and scales of one weight, as each exporting tool computes them: same operations, same order, same rounding.
+//! A weight as a canonical linear, computed as each exporting tool does: same operations, same order, same rounding.
 //!
-//! Read off nvidia-modelopt 0.47 and compressed-tensors 0.20 and held to their files bit for bit by tests.
+//! What differs between tools is theirs ([`Tool`]), how codes are made of scales the formats'; both are held to the tools'
+//! files bit for bit by tests.
 
-use std::collections::BTreeMap;
+use std::borrow::Cow;
 
 use half::bf16;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
+use super::QuantizeError;
 use super::recipe::ScaleChoice;
-use super::scheme::Scheme;
-use super::{Prepared, QuantizeError};
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::dialect::Dialect;
+use crate::checkpoint::dialect::Tool;
 use crate::formats::e8m0::{self, ScaleRule};
-use crate::formats::linear::ActivationFormat;
-use crate::formats::{amax, e2m1, e4m3, fp8, mx, nvfp4};
+use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
+use crate::formats::scheme::{InputFormat, Scheme, WeightFormat};
+use crate::formats::{amax, e2m1, e4m3, fp8, mx, nvfp4, scalable};
 use crate::model::modules::Module;
-
-/// One tensor of a quantized module.
-pub(super) struct Part {
-    pub suffix: &'static str,
-    pub dtype: Dtype,
-    pub shape: Vec<usize>,
-}
 
 /// Largest magnitudes that a module's scales come from.
 #[derive(Clone, Copy, Debug)]
@@ -32,11 +26,6 @@ pub(super) struct Peaks {
     pub fused: f32,
     /// Of the input; 0 where no scale of it is stored.
     pub input: f32,
-}
-
-/// Rounds to BF16 and back: the exporting tools compute some steps in the model's dtype.
-fn round_bf16(x: f32) -> f32 {
-    bf16::from_f32(x).to_f32()
 }
 
 /// The weight in f32, row-major.
@@ -80,113 +69,17 @@ pub(super) fn weight_amax(checkpoint: &Checkpoint, m: &Module, scheme: Scheme) -
     Ok(w.par_chunks(1 << 16).map(amax).reduce(|| 0.0, f32::max))
 }
 
-/// The tensors of a module, in the order in which they are written.
-pub(super) fn parts(m: &Module, scheme: Scheme, dialect: Dialect) -> Vec<Part> {
-    parts_of(m.role.n, m.role.k, scheme, dialect)
-}
-
-/// As [`parts`], for a weight [n, k].
-pub(super) fn parts_of(n: usize, k: usize, scheme: Scheme, dialect: Dialect) -> Vec<Part> {
-    let compressed = dialect == Dialect::CompressedTensors;
-    let part = |suffix, dtype, shape: &[usize]| Part { suffix, dtype, shape: shape.to_vec() };
-    let packed = if compressed { "weight_packed" } else { "weight" };
-    // Stored scales: f32 scalars in ModelOpt's files, BF16 vectors in those of compressed-tensors.
-    let scale_type = if compressed { Dtype::BF16 } else { Dtype::F32 };
-    let one: &[usize] = if compressed { &[1] } else { &[] };
-    match scheme {
-        Scheme::None => Vec::new(),
-        Scheme::Nvfp4 | Scheme::W4a16Nvfp4 | Scheme::W4a8Nvfp4Fp8 => {
-            let block = scheme.block().unwrap_or(nvfp4::BLOCK);
-            let (global, input) = if compressed {
-                ("weight_global_scale", "input_global_scale")
-            } else {
-                ("weight_scale_2", "input_scale")
-            };
-            let mut parts = vec![
-                part(packed, Dtype::U8, &[n, k / 2]),
-                part("weight_scale", Dtype::F8_E4M3, &[n, k / block]),
-                part(global, Dtype::F32, one),
-            ];
-            if scheme.has_input_scale() {
-                parts.push(part(input, Dtype::F32, one));
-            }
-            parts
-        }
-        Scheme::Fp8 => vec![
-            part("weight", Dtype::F8_E4M3, &[n, k]),
-            part("weight_scale", scale_type, one),
-            part("input_scale", scale_type, one),
-        ],
-        Scheme::Fp8PcPt => {
-            let shape: &[usize] = if compressed { &[n, 1] } else { &[n] };
-            vec![part("weight", Dtype::F8_E4M3, &[n, k]), part("weight_scale", scale_type, shape)]
-        }
-        Scheme::Fp8Block => {
-            let (rows, columns) = (n.div_ceil(fp8::BLOCK), k.div_ceil(fp8::BLOCK));
-            let shape = match (compressed, n <= fp8::BLOCK && k <= fp8::BLOCK) {
-                (true, _) => vec![rows, columns],
-                (false, true) => Vec::new(),
-                (false, false) => vec![rows, 1, columns, 1],
-            };
-            vec![part("weight", Dtype::F8_E4M3, &[n, k]), Part { suffix: "weight_scale", dtype: scale_type, shape }]
-        }
-        Scheme::Mxfp8 => {
-            vec![part("weight", Dtype::F8_E4M3, &[n, k]), part("weight_scale", Dtype::U8, &[n, k / mx::BLOCK])]
-        }
-        Scheme::Mxfp4 | Scheme::Mxfp4a16 => {
-            vec![part(packed, Dtype::U8, &[n, k / 2]), part("weight_scale", Dtype::U8, &[n, k / mx::BLOCK])]
-        }
-    }
-}
-
-/// Whether a matrix is no larger than one FP8 block.
-fn is_one_block(m: &Module) -> bool {
-    m.role.n <= fp8::BLOCK && m.role.k <= fp8::BLOCK
-}
-
 /// Whether modules that engines fuse share their weights' scale.
-///
-/// FP8 engines keep one scale per projection; the experts' fused gate and up share theirs (ModelOpt).
-pub(super) fn shares_scale(m: &Module, scheme: Scheme, dialect: Dialect) -> bool {
-    match scheme {
-        Scheme::Nvfp4 | Scheme::W4a16Nvfp4 | Scheme::W4a8Nvfp4Fp8 => true,
-        Scheme::Fp8 => m.expert.is_some() && dialect == Dialect::ModelOpt,
-        Scheme::Fp8Block => is_one_block(m) && dialect == Dialect::ModelOpt,
-        _ => false,
-    }
+pub(super) fn shares_scale(m: &Module, scheme: Scheme, tool: &dyn Tool) -> bool {
+    tool.shares_scale(scheme, m.expert.is_some(), m.role.n <= fp8::BLOCK && m.role.k <= fp8::BLOCK)
 }
 
-/// The least largest magnitude that a scale is computed from: below it, quotients and products with the smallest block
-/// scale would leave f32's normal numbers, and a divisor (6·448 / amax, in BF16) its range. Smaller values become zeros.
-pub(super) const LEAST: f32 = f32::from_bits((127 - 96) << 23);
-
-/// What a scale of largest magnitude `amax` is computed from. An all-zero weight or input has no scale of its own and any
-/// will do: 1, which every loader takes.
-pub(super) fn some(amax: f32) -> f32 {
-    if amax == 0.0 { 1.0 } else { amax.max(LEAST) }
+/// Global scale (a multiplier) of NVFP4 weights up to `amax`, after the rounding of what `tool` stores.
+pub(super) fn nvfp4_multiplier(tool: &dyn Tool, amax: f32) -> f32 {
+    tool.multiplier(tool.nvfp4_global(amax, e4m3::MAX))
 }
 
-/// Global scale (a multiplier) of NVFP4 weights, after `dialect`'s rounding of what it stores.
-pub(super) fn nvfp4_multiplier(dialect: Dialect, amax: f32) -> f32 {
-    match dialect {
-        Dialect::CompressedTensors => 1.0 / nvfp4_divisor(amax),
-        _ => nvfp4::global_scale(some(amax)),
-    }
-}
-
-/// compressed-tensors' global scale: a divisor, computed in BF16.
-fn nvfp4_divisor(amax: f32) -> f32 {
-    round_bf16(round_bf16(1.0 / some(amax)) * nvfp4::RANGE)
-}
-
-pub(super) fn scalar(value: f32, dtype: Dtype) -> Vec<u8> {
-    match dtype {
-        Dtype::BF16 => bf16::from_f32(value).to_le_bytes().to_vec(),
-        _ => value.to_le_bytes().to_vec(),
-    }
-}
-
-/// The tensors of [`parts`] by suffix.
+/// The quantized weight; its bias, which stays as it is, is not part of it.
 ///
 /// # Errors
 /// As [`weight_amax`].
@@ -194,181 +87,89 @@ pub(super) fn encode(
     checkpoint: &Checkpoint,
     m: &Module,
     scheme: Scheme,
-    dialect: Dialect,
+    tool: &dyn Tool,
     choice: ScaleChoice,
     peaks: Peaks,
-) -> Result<BTreeMap<&'static str, Vec<u8>>, QuantizeError> {
+) -> Result<LinearTensors<'static>, QuantizeError> {
     let w = floats(checkpoint, m)?;
     let (n, k) = (m.role.n, m.role.k);
-    let compressed = dialect == Dialect::CompressedTensors;
-    let packed = if compressed { "weight_packed" } else { "weight" };
-    let scale_type = if compressed { Dtype::BF16 } else { Dtype::F32 };
-    // compressed-tensors computes scales and quotients in the model's BF16.
-    let rounded = |x: f32| if compressed { round_bf16(x) } else { x };
-    let vector = |values: &[f32]| values.iter().flat_map(|v| scalar(*v, scale_type)).collect::<Vec<u8>>();
-    Ok(match scheme {
-        Scheme::None => BTreeMap::new(),
-        Scheme::Nvfp4 | Scheme::W4a16Nvfp4 if compressed => {
-            let room = if choice == ScaleChoice::FourOverSix { e4m3::MAX / FOUR_OVER_SIX_MAX } else { 1.0 };
-            let global = nvfp4_divisor(peaks.fused * room);
-            let code = |block: &[f32]| match choice {
-                ScaleChoice::Max => compressed_tensors_block_scale(amax(block), global),
-                ScaleChoice::Mse => least_squares_scale(block, 1.0 / global),
-                ScaleChoice::FourOverSix => four_over_six_scale(block, some(peaks.fused), 1.0 / global),
+    let e8m0 = |codes| BlockScales::E8m0 { block: mx::BLOCK, codes: Cow::Owned(codes) };
+    let (element, data, block_scales, output_scale) = match scheme.weight() {
+        None => {
+            let detail = "is to be quantized to nothing".into();
+            return Err(QuantizeError::Module { module: m.name.clone(), detail });
+        }
+        Some(WeightFormat::Nvfp4 { block }) => {
+            let global = match (scheme, choice) {
+                // No NVFP4: the largest block scale is reached by a value of 1.
+                (Scheme::W4a8Nvfp4Fp8, _) => scalable(peaks.fused) / e4m3::MAX,
+                (_, ScaleChoice::FourOverSix) => tool.nvfp4_global(peaks.fused, FOUR_OVER_SIX_MAX),
+                _ => tool.nvfp4_global(peaks.fused, e4m3::MAX),
             };
-            let (codes, scales) = e2m1_blocks(&w, n, k, nvfp4::BLOCK, code, |s| e4m3::decode(s) / global);
-            let mut out = BTreeMap::from([
-                (packed, codes),
-                ("weight_scale", scales),
-                ("weight_global_scale", scalar(global, Dtype::F32)),
-            ]);
-            if scheme.has_input_scale() {
-                out.insert("input_global_scale", scalar(nvfp4_divisor(peaks.input), Dtype::F32));
-            }
-            out
-        }
-        Scheme::Nvfp4 | Scheme::W4a16Nvfp4 => {
-            let global = match choice {
-                ScaleChoice::FourOverSix => some(peaks.fused) / (e2m1::MAX * FOUR_OVER_SIX_MAX),
-                _ => nvfp4::global_scale(some(peaks.fused)),
-            };
-            let code = |block: &[f32]| match choice {
-                ScaleChoice::Max => nvfp4::weight_block_scale(amax(block), global),
-                ScaleChoice::Mse => least_squares_scale(block, global),
-                ScaleChoice::FourOverSix => four_over_six_scale(block, some(peaks.fused), global),
-            };
-            let (codes, scales) = e2m1_blocks(&w, n, k, nvfp4::BLOCK, code, |s| e4m3::decode(s) * global);
-            let mut out = BTreeMap::from([
-                (packed, codes),
-                ("weight_scale", scales),
-                ("weight_scale_2", scalar(global, Dtype::F32)),
-            ]);
-            if scheme.has_input_scale() {
-                out.insert("input_scale", scalar(nvfp4::global_scale(peaks.input), Dtype::F32));
-            }
-            out
-        }
-        Scheme::W4a8Nvfp4Fp8 => {
-            let global = some(peaks.fused) / e4m3::MAX;
-            let code = |block: &[f32]| nvfp4::weight_block_scale(amax(block), global);
-            let (codes, scales) = e2m1_blocks(&w, n, k, mx::BLOCK, code, |s| e4m3::decode(s) * global);
-            BTreeMap::from([
-                ("weight", codes),
-                ("weight_scale", scales),
-                ("weight_scale_2", scalar(global, Dtype::F32)),
-                ("input_scale", scalar(peaks.input / e4m3::MAX, Dtype::F32)),
-            ])
-        }
-        Scheme::Fp8 => {
-            let scale = rounded(some(peaks.fused) / e4m3::MAX);
-            // Both tools divide in BF16.
-            let codes = w.par_iter().map(|&w| e4m3::encode(round_bf16(w / scale))).collect();
-            let input = peaks.input / e4m3::MAX;
-            BTreeMap::from([
-                ("weight", codes),
-                ("weight_scale", scalar(scale, scale_type)),
-                ("input_scale", scalar(input, scale_type)),
-            ])
-        }
-        Scheme::Fp8PcPt => {
-            let scales: Vec<f32> = w.chunks(k).map(|row| rounded(some(amax(row)) / e4m3::MAX)).collect();
-            let mut codes = vec![0u8; w.len()];
-            codes.par_chunks_mut(k).zip(w.par_chunks(k)).zip(&scales).for_each(|((codes, row), s)| {
-                codes.iter_mut().zip(row).for_each(|(c, w)| *c = e4m3::encode(rounded(w / s)));
-            });
-            BTreeMap::from([("weight", codes), ("weight_scale", vector(&scales))])
-        }
-        Scheme::Fp8Block => {
-            let columns = k.div_ceil(fp8::BLOCK);
-            let mut peak = vec![0.0f32; n.div_ceil(fp8::BLOCK) * columns];
-            for (r, row) in w.chunks(k).enumerate() {
-                for (c, block) in row.chunks(fp8::BLOCK).enumerate() {
-                    let p = &mut peak[r / fp8::BLOCK * columns + c];
-                    *p = p.max(amax(block));
+            let multiplier = tool.multiplier(global);
+            let scale = |values: &[f32]| match choice {
+                ScaleChoice::Mse if scheme.is_nvfp4_weight() => least_squares_scale(values, multiplier),
+                ScaleChoice::FourOverSix if scheme.is_nvfp4_weight() => {
+                    four_over_six_scale(values, scalable(peaks.fused), multiplier)
                 }
-            }
-            if let ([only], false) = (&mut peak[..], compressed) {
+                _ => tool.nvfp4_block_scale(amax(values), global),
+            };
+            let (data, codes) = nvfp4::encode_weight(&w, k, block, scale, |s| tool.step(s, global));
+            let scales = BlockScales::E4m3 { block, codes: Cow::Owned(codes) };
+            (Element::E2m1, data, scales, OutputScale::Tensor(multiplier))
+        }
+        Some(WeightFormat::Mxfp4) => {
+            let (data, codes) = mx::encode_fp4_weight(&w, tool.mx_rule(), |x| tool.mxfp4_element(x));
+            (Element::E2m1, data, e8m0(codes), OutputScale::One)
+        }
+        Some(WeightFormat::Mxfp8) => {
+            let (data, codes) = mx::encode_fp8_weight(&w, tool.mx_rule());
+            (Element::E4m3, data, e8m0(codes), OutputScale::One)
+        }
+        Some(WeightFormat::Fp8) => {
+            let block = match scheme {
+                Scheme::Fp8PcPt => [1, k],
+                Scheme::Fp8Block => [fp8::BLOCK, fp8::BLOCK],
+                _ => [n, k],
+            };
+            let mut largest = fp8::block_peaks(&w, k, block);
+            if let [only] = &mut largest[..] {
                 *only = peaks.fused;
             }
-            let scales: Vec<f32> = peak.iter().map(|p| rounded(some(*p) / e4m3::MAX)).collect();
-            let mut codes = vec![0u8; w.len()];
-            codes.par_chunks_mut(k).zip(w.par_chunks(k)).enumerate().for_each(|(r, (codes, row))| {
-                for (i, (c, w)) in codes.iter_mut().zip(row).enumerate() {
-                    *c = e4m3::encode(rounded(w / scales[r / fp8::BLOCK * columns + i / fp8::BLOCK]));
-                }
-            });
-            BTreeMap::from([("weight", codes), ("weight_scale", vector(&scales))])
+            let scales: Vec<f32> = largest.iter().map(|p| tool.round(scalable(*p) / e4m3::MAX)).collect();
+            // Under one scale both tools divide in BF16.
+            let round = |q: f32| if scheme == Scheme::Fp8 { bf16::from_f32(q).to_f32() } else { tool.round(q) };
+            let data = fp8::encode_weight(&w, k, block, &scales, round);
+            let (blocks, output) = match scheme {
+                Scheme::Fp8PcPt => (BlockScales::None, OutputScale::Row(scales)),
+                Scheme::Fp8Block => (BlockScales::Grid { values: scales }, OutputScale::One),
+                _ => (BlockScales::None, OutputScale::Tensor(scales[0])),
+            };
+            (Element::E4m3, data, blocks, output)
         }
-        Scheme::Mxfp8 => {
-            let rule = mx_rule(dialect);
-            let mut codes = vec![0u8; w.len()];
-            let mut scales = vec![0u8; w.len() / mx::BLOCK];
-            let blocks = codes.par_chunks_mut(mx::BLOCK).zip(&mut scales).zip(w.par_chunks(mx::BLOCK));
-            blocks.for_each(|((codes, s), block)| {
-                *s = mx::fp8_scale(block, rule);
-                let scale = e8m0::decode(*s);
-                codes.iter_mut().zip(block).for_each(|(c, w)| *c = e4m3::encode(w / scale));
-            });
-            BTreeMap::from([("weight", codes), ("weight_scale", scales)])
-        }
-        Scheme::Mxfp4 | Scheme::Mxfp4a16 => {
-            let rule = mx_rule(dialect);
-            let element = if compressed { e2m1::encode } else { modelopt_mxfp4 };
-            let mut codes = vec![0u8; w.len() / 2];
-            let mut scales = vec![0u8; w.len() / mx::BLOCK];
-            let blocks = codes.par_chunks_mut(mx::BLOCK / 2).zip(&mut scales).zip(w.par_chunks(mx::BLOCK));
-            blocks.for_each(|((codes, s), block)| {
-                *s = mx::fp4_scale(block, rule);
-                let scale = e8m0::decode(*s);
-                for (byte, pair) in codes.iter_mut().zip(block.as_chunks::<2>().0) {
-                    *byte = e2m1::pack(element(pair[0] / scale), element(pair[1] / scale));
-                }
-            });
-            BTreeMap::from([(packed, codes), ("weight_scale", scales)])
-        }
+    };
+    Ok(LinearTensors {
+        name: m.name.clone(),
+        n,
+        k,
+        element,
+        data: Cow::Owned(data),
+        block_scales,
+        output_scale,
+        activation: activation(scheme, tool, peaks.input),
+        pre_quant_scale: None,
+        bias: None,
     })
 }
 
-/// The tensors of a weight that was rounded beforehand.
-pub(super) fn prepared(
-    p: &Prepared,
-    scheme: Scheme,
-    dialect: Dialect,
-    peaks: Peaks,
-) -> BTreeMap<&'static str, Vec<u8>> {
-    let (codes, scales) = (p.codes.clone(), p.block_scales.clone());
-    let compressed = dialect == Dialect::CompressedTensors;
-    let mut out = if compressed {
-        let global = scalar(1.0 / p.global_scale, Dtype::F32);
-        BTreeMap::from([("weight_packed", codes), ("weight_scale", scales), ("weight_global_scale", global)])
-    } else {
-        let global = scalar(p.global_scale, Dtype::F32);
-        BTreeMap::from([("weight", codes), ("weight_scale", scales), ("weight_scale_2", global)])
-    };
-    if scheme.has_input_scale() {
-        let (suffix, value) = if compressed {
-            ("input_global_scale", nvfp4_divisor(peaks.input))
-        } else {
-            ("input_scale", nvfp4::global_scale(peaks.input))
-        };
-        out.insert(suffix, scalar(value, Dtype::F32));
-    }
-    out
-}
-
 /// The input's quantization as the exported checkpoint will state it; `amax` is the input's largest magnitude.
-pub(super) fn activation(scheme: Scheme, dialect: Dialect, amax: f32) -> ActivationFormat {
-    let compressed = dialect == Dialect::CompressedTensors;
-    match scheme {
-        Scheme::Nvfp4 if compressed => ActivationFormat::Nvfp4 { global_scale: 1.0 / nvfp4_divisor(amax) },
-        Scheme::Nvfp4 => ActivationFormat::Nvfp4 { global_scale: nvfp4::global_scale(some(amax)) },
-        Scheme::Fp8 | Scheme::W4a8Nvfp4Fp8 => ActivationFormat::Fp8Static { scale: some(amax) / e4m3::MAX },
-        Scheme::Fp8PcPt => ActivationFormat::Fp8Token,
-        Scheme::Fp8Block if compressed => ActivationFormat::Fp8Group,
-        Scheme::Mxfp8 => ActivationFormat::Mxfp8 { rule: mx_rule(dialect) },
-        Scheme::Mxfp4 => ActivationFormat::Mxfp4 { rule: mx_rule(dialect) },
-        Scheme::Fp8Block | Scheme::W4a16Nvfp4 | Scheme::Mxfp4a16 | Scheme::None => ActivationFormat::Float,
-    }
+pub(super) fn activation(scheme: Scheme, tool: &dyn Tool, amax: f32) -> ActivationFormat {
+    let input = tool.input(scheme);
+    let scale = match input {
+        InputFormat::Nvfp4 => nvfp4_multiplier(tool, amax),
+        _ => tool.round(scalable(amax) / e4m3::MAX),
+    };
+    input.with(scale, tool.mx_rule())
 }
 
 /// Quantizes and dequantizes weights [.., k] in place by their largest values, for judging: `amax` is that of all weights
@@ -383,15 +184,16 @@ pub(super) fn fake_quantize(w: &mut [f32], k: usize, scheme: Scheme, amax_shared
         Scheme::None => {}
         Scheme::Nvfp4 | Scheme::W4a16Nvfp4 | Scheme::W4a8Nvfp4Fp8 => {
             let eight = scheme == Scheme::W4a8Nvfp4Fp8;
-            let global = if eight { some(amax_shared) / e4m3::MAX } else { nvfp4::global_scale(some(amax_shared)) };
+            let global =
+                if eight { scalable(amax_shared) / e4m3::MAX } else { nvfp4::global_scale(scalable(amax_shared)) };
             for block in row.chunks_mut(scheme.block().unwrap_or(nvfp4::BLOCK)) {
                 let scale = e4m3::decode(nvfp4::weight_block_scale(amax(block), global)) * global;
                 fp4(block, scale);
             }
         }
-        Scheme::Fp8 => fp8(row, some(amax_shared) / e4m3::MAX),
+        Scheme::Fp8 => fp8(row, scalable(amax_shared) / e4m3::MAX),
         Scheme::Fp8PcPt | Scheme::Fp8Block => {
-            let scale = some(amax(row)) / e4m3::MAX;
+            let scale = scalable(amax(row)) / e4m3::MAX;
             fp8(row, scale);
         }
         Scheme::Mxfp8 => row.chunks_mut(mx::BLOCK).for_each(|b| {
@@ -403,47 +205,6 @@ pub(super) fn fake_quantize(w: &mut [f32], k: usize, scheme: Scheme, amax_shared
             fp4(b, scale);
         }),
     });
-}
-
-fn mx_rule(dialect: Dialect) -> ScaleRule {
-    if dialect == Dialect::CompressedTensors { ScaleRule::Even } else { ScaleRule::Ceil }
-}
-
-/// E2M1 codes and block scales of a weight whose blocks' scales `code` chooses and `divisor` decodes.
-fn e2m1_blocks(
-    w: &[f32],
-    n: usize,
-    k: usize,
-    block: usize,
-    code: impl Fn(&[f32]) -> u8 + Sync,
-    divisor: impl Fn(u8) -> f32 + Sync,
-) -> (Vec<u8>, Vec<u8>) {
-    let mut codes = vec![0u8; w.len() / 2];
-    let mut scales = vec![0u8; n * (k / block)];
-    let rows = codes.par_chunks_mut(k / 2).zip(scales.par_chunks_mut(k / block)).zip(w.par_chunks(k));
-    rows.for_each(|((codes, scales), row)| {
-        for ((values, codes), s) in row.chunks(block).zip(codes.chunks_mut(block / 2)).zip(scales) {
-            *s = code(values);
-            let divisor = divisor(*s);
-            for (byte, pair) in codes.iter_mut().zip(values.as_chunks::<2>().0) {
-                *byte = e2m1::pack(e2m1::encode(pair[0] / divisor), e2m1::encode(pair[1] / divisor));
-            }
-        }
-    });
-    (codes, scales)
-}
-
-/// E4M3 code of a block's scale as compressed-tensors computes it; `global` is its divisor. A zero becomes 1/8.
-fn compressed_tensors_block_scale(block_amax: f32, global: f32) -> u8 {
-    let code = e4m3::encode(global * round_bf16(block_amax / e2m1::MAX));
-    if code == 0 { e4m3::encode(0.125) } else { code }
-}
-
-/// MXFP4 elements as ModelOpt 0.47 writes them: ties go down, and 0 is written with the sign bit.
-fn modelopt_mxfp4(x: f32) -> u8 {
-    const BOUNDS: [f32; 7] = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0];
-    let magnitude = BOUNDS.iter().filter(|b| x.abs() > **b).count() as u8;
-    magnitude | if x > 0.0 { 0 } else { 8 }
 }
 
 /// What global scales are normalised by instead of 448, so that 3/2 of the largest block scale is still a code.
@@ -521,11 +282,5 @@ mod tests {
             prop_assume!(block.iter().any(|w| *w != 0.0));
             prop_assert_eq!(error(least_squares_scale(&block, global)), sweep);
         }
-    }
-
-    #[test]
-    fn modelopts_mxfp4_ties_go_down_and_zero_is_negative() {
-        let codes = [0.0, -0.1, 0.1, 0.25, 0.75, 5.0, 5.1, -6.0].map(modelopt_mxfp4);
-        assert_eq!(codes, [8, 8, 0, 0, 1, 6, 7, 15]);
     }
 }

@@ -21,7 +21,7 @@ use super::linalg::{Cholesky, product_transposed, transposed_product};
 use super::{Prepared, QuantizeError, encode};
 use crate::backend::Backend;
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::dialect::Dialect;
+use crate::checkpoint::dialect::Tool;
 use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
 use crate::formats::nvfp4::BLOCK;
 use crate::formats::{all_finite, amax, e2m1, e4m3};
@@ -52,9 +52,9 @@ struct Group<'a> {
 }
 
 /// What is rounded how, and what is kept of it.
-#[derive(Clone, Copy, Debug)]
-pub struct Job {
-    pub dialect: Dialect,
+#[derive(Clone, Copy)]
+pub struct Job<'a> {
+    pub tool: &'a dyn Tool,
     pub options: Gptq,
     /// Keeps [`Prepared::unrounded`]: two bytes per weight.
     pub keep_unrounded: bool,
@@ -70,7 +70,7 @@ pub fn gptq<B: Backend + Clone>(
     backend: &B,
     sequences: &[Vec<u32>],
     target: &dyn Fn(&Module) -> Option<ActivationFormat>,
-    Job { dialect, options, keep_unrounded }: Job,
+    Job { tool, options, keep_unrounded }: Job<'_>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<BTreeMap<String, Prepared>, QuantizeError> {
     let config = ModelConfig::read(&checkpoint.config)?;
@@ -98,10 +98,9 @@ pub fn gptq<B: Backend + Clone>(
             let inputs = seen.remove(first).unwrap_or_default();
             // Routing may send other tokens to an expert than in the unquantized model.
             let clean = clean.get(first).filter(|c| group.modules[0].expert.is_none() && c.len() == inputs.len());
-            for (module, mut prepared) in
-                round_group(checkpoint, group, &inputs, clean.map(Vec::as_slice), dialect, options)?
-            {
-                walk.replace(linear(module, &prepared, group.activation, checkpoint)?)?;
+            for rounded in round_group(checkpoint, group, &inputs, clean.map(Vec::as_slice), tool, options)? {
+                let (module, mut prepared) = rounded;
+                walk.replace(prepared.linear.clone())?;
                 if !keep_unrounded {
                     prepared.unrounded = Vec::new();
                 }
@@ -116,34 +115,13 @@ pub fn gptq<B: Backend + Clone>(
     Ok(out)
 }
 
-fn linear<'a>(
-    m: &Module,
-    prepared: &'a Prepared,
-    activation: ActivationFormat,
-    checkpoint: &Checkpoint,
-) -> Result<LinearTensors<'a>, QuantizeError> {
-    let bias = if m.role.bias { Some(checkpoint.floats(&format!("{}.bias", m.name), &[m.role.n])?) } else { None };
-    Ok(LinearTensors {
-        name: m.name.clone(),
-        n: m.role.n,
-        k: m.role.k,
-        element: Element::E2m1,
-        data: Cow::Borrowed(&prepared.codes),
-        block_scales: BlockScales::E4m3 { block: BLOCK, codes: Cow::Borrowed(&prepared.block_scales) },
-        output_scale: OutputScale::Tensor(prepared.global_scale),
-        activation,
-        pre_quant_scale: None,
-        bias,
-    })
-}
-
 /// Rounds the weights of a group; nothing where its inputs say nothing.
 fn round_group<'m>(
     checkpoint: &Checkpoint,
     group: &Group<'m>,
     inputs: &[f32],
     target: Option<&[f32]>,
-    dialect: Dialect,
+    tool: &dyn Tool,
     options: Gptq,
 ) -> Result<Vec<(&'m Module, Prepared)>, QuantizeError> {
     let k = group.modules[0].role.k;
@@ -187,9 +165,26 @@ fn round_group<'m>(
         }
     };
     let largest = moved.iter().map(|w| amax(w)).fold(0.0, f32::max);
-    let global = encode::nvfp4_multiplier(dialect, largest);
+    let global = encode::nvfp4_multiplier(tool, largest);
     let l = factor(options.damping)?;
-    Ok(group.modules.iter().zip(&moved).map(|(m, w)| (*m, round(w, k, global, &l))).collect())
+    let prepared = |(m, w): (&&'m Module, &Vec<f32>)| {
+        let rounding = round(w, k, global, &l);
+        let bias = if m.role.bias { Some(checkpoint.floats(&format!("{}.bias", m.name), &[m.role.n])?) } else { None };
+        let linear = LinearTensors {
+            name: m.name.clone(),
+            n: m.role.n,
+            k,
+            element: Element::E2m1,
+            data: Cow::Owned(rounding.codes),
+            block_scales: BlockScales::E4m3 { block: BLOCK, codes: Cow::Owned(rounding.block_scales) },
+            output_scale: OutputScale::Tensor(global),
+            activation: group.activation,
+            pre_quant_scale: None,
+            bias,
+        };
+        Ok((*m, Prepared { linear, unrounded: rounding.unrounded }))
+    };
+    group.modules.iter().zip(&moved).map(prepared).collect()
 }
 
 /// Cholesky's factor of gram + damping · mean of its diagonal; more where that is not positive definite. `None` where no
@@ -212,8 +207,18 @@ fn factor(gram: &[f32], k: usize, damping: f64) -> Option<Cholesky> {
     }
 }
 
+/// A rounded weight.
+struct Rounding {
+    /// E2M1 codes, two to a byte, row-major.
+    codes: Vec<u8>,
+    /// E4M3 codes, row-major.
+    block_scales: Vec<u8>,
+    /// As [`Prepared::unrounded`].
+    unrounded: Vec<half::bf16>,
+}
+
 /// Rounds weights [N, K] under `global`.
-fn round(w: &[f32], k: usize, global: f32, l: &Cholesky) -> Prepared {
+fn round(w: &[f32], k: usize, global: f32, l: &Cholesky) -> Rounding {
     let n = w.len() / k;
     let mut codes = vec![0u8; w.len() / 2];
     let mut block_scales = vec![0u8; n * (k / BLOCK)];
@@ -222,7 +227,7 @@ fn round(w: &[f32], k: usize, global: f32, l: &Cholesky) -> Prepared {
     let rows = rows.zip(wanted.par_chunks_mut(k));
     rows.for_each(|(((codes, scales), row), wanted)| round_row(row, global, l, codes, scales, wanted));
     let unrounded = wanted.iter().map(|v| half::bf16::from_f32(*v)).collect();
-    Prepared { codes, block_scales, global_scale: global, unrounded }
+    Rounding { codes, block_scales, unrounded }
 }
 
 /// A block rounded under one scale.
@@ -304,10 +309,10 @@ mod tests {
         }
     }
 
-    fn decode(p: &Prepared, k: usize) -> Vec<f32> {
+    fn decode(p: &Rounding, k: usize, global: f32) -> Vec<f32> {
         let value = |at: usize| {
             let code = p.codes[at / 2] >> (4 * (at % 2)) & 15;
-            e2m1::decode(code) * e4m3::decode(p.block_scales[at / k * (k / BLOCK) + at % k / BLOCK]) * p.global_scale
+            e2m1::decode(code) * e4m3::decode(p.block_scales[at / k * (k / BLOCK) + at % k / BLOCK]) * global
         };
         (0..2 * p.codes.len()).map(value).collect()
     }
@@ -338,7 +343,7 @@ mod tests {
             let w: Vec<f32> = (0..n * k).map(|_| r()).collect();
             let gram = transposed_product(&x, k, &x, k).unwrap();
             let global = nvfp4::global_scale(amax(&w));
-            let rounded = decode(&round(&w, k, global, &factor(&gram, k, 0.01).unwrap()), k);
+            let rounded = decode(&round(&w, k, global, &factor(&gram, k, 0.01).unwrap()), k, global);
             let mut nearest = Vec::new();
             for block in w.chunks(BLOCK) {
                 let code = nvfp4::weight_block_scale(amax(block), global);
@@ -371,6 +376,10 @@ mod tests {
                 weighted(&q)
             })
             .fold(f64::INFINITY, f64::min);
-        assert!((weighted(&decode(&p, k)) - best).abs() <= 1e-6 * best, "{} {best}", weighted(&decode(&p, k)));
+        assert!(
+            (weighted(&decode(&p, k, global)) - best).abs() <= 1e-6 * best,
+            "{} {best}",
+            weighted(&decode(&p, k, global))
+        );
     }
 }

@@ -5,30 +5,32 @@ pub mod calibrate;
 pub mod convert;
 pub mod dequantize;
 mod encode;
-mod export;
 pub mod gptq;
 mod layerwise;
 mod linalg;
 pub mod recipe;
 mod refine;
 pub mod rotate;
-pub mod scheme;
 pub mod smooth;
 mod space;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
-use serde_json::{Map, Value};
+use serde_json::Map;
 use sha2::{Digest as _, Sha256};
 
 use crate::backend::Backend;
-use crate::checkpoint::dialect::Dialect;
+use crate::checkpoint::dialect::store::{parts, store};
+use crate::checkpoint::dialect::{Assigned, Dialect, Tool};
 use crate::checkpoint::identity::identity;
 use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, TensorSpec, metadata};
 use crate::checkpoint::{Checkpoint, CheckpointError};
-use crate::formats::e4m3;
+use crate::formats::linear::LinearTensors;
+pub use crate::formats::scheme::Scheme;
+use crate::formats::{LEAST, e4m3, scalable};
 use crate::model::modules::{Module, Part};
 use crate::model::{LoadError, ModelConfig};
 use crate::output::{self, Claim};
@@ -37,7 +39,6 @@ use calibrate::Calibration;
 use encode::Peaks;
 pub use recipe::Recipe;
 use recipe::Rule;
-pub use scheme::Scheme;
 
 /// Why a model could not be quantized.
 #[derive(Debug, thiserror::Error)]
@@ -82,12 +83,7 @@ pub struct Report {
 /// A weight that was rounded beforehand.
 #[derive(Clone, Debug)]
 pub struct Prepared {
-    /// E2M1 codes, two to a byte, row-major.
-    pub codes: Vec<u8>,
-    /// E4M3 codes, row-major.
-    pub block_scales: Vec<u8>,
-    /// A multiplier.
-    pub global_scale: f32,
+    pub linear: LinearTensors<'static>,
     /// What was rounded, [N, K]: the weights, moved to make up for the rounding of others. Empty where it is not kept.
     pub unrounded: Vec<half::bf16>,
 }
@@ -112,21 +108,23 @@ pub fn quantize(
     table: Option<&Table>,
     out: &Path,
 ) -> Result<Report, QuantizeError> {
-    if !matches!(dialect, Dialect::ModelOpt | Dialect::CompressedTensors) {
-        return Err(QuantizeError::Dialect(dialect));
-    }
+    let tool = dialect.tool().ok_or(QuantizeError::Dialect(dialect))?;
     plain_cache(checkpoint)?;
     let config = ModelConfig::read(&checkpoint.config)?;
-    let modules: Vec<Module> = config.modules().into_iter().filter(Module::is_block_linear).collect();
-    let plan = Plan::new(checkpoint, &modules, calibration, recipe, dialect)?;
+    let (modules, others): (Vec<Module>, Vec<Module>) = config.modules().into_iter().partition(Module::is_block_linear);
+    let plan = Plan::new(checkpoint, &modules, calibration, recipe, dialect, tool)?;
     let (kv, kv_notes) = kv_scales(checkpoint, &config, calibration, recipe)?;
 
     let writer = FolderWriter::create(out)?;
     let from = [("recoup_recipe", recipe.name.clone()), ("recoup_calibration", calibration.description.clone())];
     let (tensors, bytes_after) = plan.tensors(checkpoint, prepared, recipe.block_scales, &kv);
     writer.tensors(tensors, SHARD_BYTES, &metadata(from))?;
-    let assigned: Vec<(&Module, Scheme)> = modules.iter().zip(plan.schemes.iter().copied()).collect();
-    export::write_configs(&writer, checkpoint, &config, &assigned, recipe.kv_cache, dialect)?;
+    let model = Assigned {
+        linears: modules.iter().map(|m| m.name.as_str()).zip(plan.schemes.iter().copied()).collect(),
+        others: others.iter().map(|m| m.name.as_str()).collect(),
+        fp8_kv_cache: recipe.kv_cache.is_some(),
+    };
+    model.write(tool, checkpoint.config.value(), &writer)?;
     writer.json("recoup_recipe.json", &serde_json::to_value(recipe).unwrap_or_default())?;
     if let Some(table) = table {
         writer.json(TABLE_FILE, &serde_json::to_value(table).unwrap_or_default())?;
@@ -147,7 +145,7 @@ pub fn quantize(
 
 /// Scales of a KV cache are calibrated for the weights that they lie beside, and no recipe takes them over.
 fn plain_cache(checkpoint: &Checkpoint) -> Result<(), QuantizeError> {
-    if checkpoint.scheme.fp8_kv_cache {
+    if checkpoint.announced.fp8_kv_cache {
         return Err(QuantizeError::KvCache(checkpoint.tensors.folder().into()));
     }
     Ok(())
@@ -173,15 +171,15 @@ fn kv_scales(
                 let detail = format!("`{name}` is unknown: no key or value was seen; use more or other text");
                 return Err(QuantizeError::Calibration(detail));
             };
-            if amax < encode::LEAST {
+            if amax < LEAST {
                 let projection = name.rsplit_once('.').map_or("", |(module, _)| module);
                 let why = why_zero(checkpoint, &[format!("{projection}.weight")], amax);
                 notes.push(format!(
                     "what {projection} gives {why}; `{name}` is that of a largest value of {}",
-                    encode::some(amax)
+                    scalable(amax)
                 ));
             }
-            out.insert(name, encode::some(amax) / e4m3::MAX);
+            out.insert(name, scalable(amax) / e4m3::MAX);
         }
     }
     Ok((out, notes))
@@ -220,7 +218,7 @@ fn producers(m: &Module) -> Vec<String> {
 
 /// What every module becomes and what its scales come from, decided before anything is written.
 struct Plan<'a> {
-    dialect: Dialect,
+    tool: &'a dyn Tool,
     modules: &'a [Module],
     schemes: Vec<Scheme>,
     peaks: Vec<Peaks>,
@@ -235,10 +233,11 @@ impl<'a> Plan<'a> {
         calibration: &Calibration,
         recipe: &Recipe,
         dialect: Dialect,
+        tool: &'a dyn Tool,
     ) -> Result<Self, QuantizeError> {
         let schemes = recipe.assign(modules)?;
         let assigned = || modules.iter().zip(&schemes).filter(|(_, s)| **s != Scheme::None);
-        if let Some((m, scheme)) = assigned().find(|(_, s)| !s.is_in(dialect)) {
+        if let Some((m, scheme)) = assigned().find(|(_, s)| !tool.says(**s)) {
             let detail = format!("the {dialect} dialect has no {scheme}; choose another dialect or recipe");
             return Err(QuantizeError::Module { module: m.name.clone(), detail });
         }
@@ -251,7 +250,7 @@ impl<'a> Plan<'a> {
             let amax = if *scheme == Scheme::None { 0.0 } else { encode::weight_amax(checkpoint, m, *scheme)? };
             checkpoint.tensors.release_pages();
             own.push(amax);
-            let shared = fused.entry(Self::key(m, *scheme, dialect)).or_default();
+            let shared = fused.entry(Self::key(m, *scheme, tool)).or_default();
             *shared = shared.max(amax);
         }
         let (mut peaks, mut notes) = (Vec::new(), Vec::new());
@@ -266,33 +265,33 @@ impl<'a> Plan<'a> {
                     return Err(QuantizeError::Calibration(detail));
                 }
                 Some(&seen) => {
-                    if seen < encode::LEAST {
+                    if seen < LEAST {
                         let why = why_zero(checkpoint, &producers(m), seen);
                         notes.push(format!(
                             "the input of {} {why}; its scale is that of a largest value of {}",
                             m.name,
-                            encode::some(seen)
+                            scalable(seen)
                         ));
                     }
                     // Zero is zero under any scale, and 1 is one that every loader takes.
-                    encode::some(seen)
+                    scalable(seen)
                 }
             };
-            if *scheme != Scheme::None && own > 0.0 && own < encode::LEAST {
+            if *scheme != Scheme::None && own > 0.0 && own < LEAST {
                 notes.push(format!(
                     "the weights of {} are at most {own:e}, too small for a scale of their own, and become zeros",
                     m.name
                 ));
             }
-            let fused = fused.get(&Self::key(m, *scheme, dialect)).copied().unwrap_or(own);
+            let fused = fused.get(&Self::key(m, *scheme, tool)).copied().unwrap_or(own);
             peaks.push(Peaks { fused, input });
         }
-        Ok(Self { dialect, modules, schemes, peaks, unreached, notes })
+        Ok(Self { tool, modules, schemes, peaks, unreached, notes })
     }
 
     /// Modules with the same key share the scale of their weights.
-    fn key(m: &Module, scheme: Scheme, dialect: Dialect) -> String {
-        let key = if encode::shares_scale(m, scheme, dialect) { m.fusion_key() } else { m.name.clone() };
+    fn key(m: &Module, scheme: Scheme, tool: &dyn Tool) -> String {
+        let key = if encode::shares_scale(m, scheme, tool) { m.fusion_key() } else { m.name.clone() };
         format!("{scheme} {key}")
     }
 
@@ -306,40 +305,33 @@ impl<'a> Plan<'a> {
     ) -> (Vec<Pending<'a, QuantizeError>>, u64) {
         let by_weight: BTreeMap<String, usize> =
             self.modules.iter().enumerate().map(|(i, m)| (format!("{}.weight", m.name), i)).collect();
-        let store = &checkpoint.tensors;
+        let tensors_in = &checkpoint.tensors;
         let (mut tensors, mut bytes) = (Vec::new(), 0);
-        for name in store.names() {
+        for name in tensors_in.names() {
             let Some(&i) = by_weight.get(name).filter(|i| self.schemes[**i] != Scheme::None) else {
-                let Some(view) = store.peek(name) else { continue };
+                let Some(view) = tensors_in.peek(name) else { continue };
                 tensors.push(Pending::new(name, view.dtype, view.shape, move || {
-                    store.release_pages();
+                    tensors_in.release_pages();
                     view.expect_finite()?;
                     Ok(view.bytes.to_vec())
                 }));
                 continue;
             };
-            let (m, scheme, peaks, dialect) = (&self.modules[i], self.schemes[i], self.peaks[i], self.dialect);
-            let parts = encode::parts(m, scheme, dialect);
-            let suffixes: Vec<&'static str> = parts.iter().map(|p| p.suffix).collect();
-            let spec = |p: encode::Part| TensorSpec {
-                name: format!("{}.{}", m.name, p.suffix),
-                dtype: p.dtype,
-                shape: p.shape,
-            };
-            let one = Pending::together(parts.into_iter().map(spec).collect(), move || {
-                store.release_pages();
-                let mut made = match prepared.get(&m.name) {
-                    Some(p) if scheme.is_nvfp4_weight() => encode::prepared(p, scheme, dialect, peaks),
-                    _ => encode::encode(checkpoint, m, scheme, dialect, choice, peaks)?,
+            let (m, scheme, peaks, tool) = (&self.modules[i], self.schemes[i], self.peaks[i], self.tool);
+            let specs = parts(tool, scheme, m.role.n, m.role.k).into_iter().map(|p| TensorSpec::of(&m.name, p));
+            let one = Pending::together(specs.collect(), move || {
+                checkpoint.tensors.release_pages();
+                let linear = match prepared.get(&m.name) {
+                    Some(p) if scheme.is_nvfp4_weight() => Cow::Borrowed(&p.linear),
+                    _ => Cow::Owned(encode::encode(checkpoint, m, scheme, tool, choice, peaks)?),
                 };
-                Ok(suffixes.into_iter().map(|s| made.remove(s).unwrap_or_default()).collect())
+                Ok(store(tool, &linear, scheme).parts.into_iter().map(|(_, bytes)| bytes).collect())
             });
             bytes += one.bytes();
             tensors.push(one);
         }
         for (name, &scale) in kv {
-            let shape: &[usize] = if self.dialect == Dialect::CompressedTensors { &[1] } else { &[] };
-            let one = Pending::new(name, Dtype::F32, shape, move || Ok(scale.to_le_bytes().to_vec()));
+            let one = Pending::new(name, Dtype::F32, self.tool.layout().one, move || Ok(scale.to_le_bytes().to_vec()));
             bytes += one.bytes();
             tensors.push(one);
         }
@@ -393,6 +385,7 @@ pub fn apply<B: Backend + Clone>(
     Places { out, unrounded }: Places<'_>,
     progress: &mut dyn FnMut(&'static str, usize, usize),
 ) -> Result<Report, QuantizeError> {
+    let tool = dialect.tool().ok_or(QuantizeError::Dialect(dialect))?;
     plain_cache(checkpoint)?;
     let modules: Vec<Module> = ModelConfig::read(&checkpoint.config)?.modules();
     let modules: Vec<Module> = modules.into_iter().filter(Module::is_block_linear).collect();
@@ -479,10 +472,10 @@ pub fn apply<B: Backend + Clone>(
         let input = |m: &Module| inputs.get(&m.input_key()).copied().unwrap_or(0.0);
         let target = |m: &Module| {
             let scheme = Some(scheme(m)).filter(|s| s.is_nvfp4_weight())?;
-            Some(encode::activation(scheme, dialect, input(m)))
+            Some(encode::activation(scheme, tool, input(m)))
         };
         let all = &mut |done, all| progress("rounding", done, all);
-        let job = gptq::Job { dialect, options, keep_unrounded: unrounded.is_some() };
+        let job = gptq::Job { tool, options, keep_unrounded: unrounded.is_some() };
         prepared = gptq::gptq(source, backend, &text.sequences, &target, job, all)?;
     }
     if let Some(folder) = unrounded {
@@ -551,13 +544,4 @@ fn to_bytes(dtype: Dtype, values: &[f32]) -> Vec<u8> {
         Dtype::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
         _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
     }
-}
-
-/// `value` as the JSON of a configuration, with `quantization_config` replaced.
-fn with_quantization(config: &Value, quantization: Value) -> Value {
-    let mut config = config.clone();
-    if let Some(map) = config.as_object_mut() {
-        map.insert("quantization_config".into(), quantization);
-    }
-    config
 }

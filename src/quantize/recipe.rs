@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::QuantizeError;
 use super::auto::Auto;
 use super::rotate::Rotate;
-use super::scheme::Scheme;
 use super::smooth::Smooth;
+use crate::formats::scheme::Scheme;
 use crate::model::modules::Module;
 
 /// A recipe.

@@ -17,14 +17,14 @@ use serde_json::Map;
 use super::layerwise::Walk;
 use super::linalg::product_transposed;
 use super::refine::{Inputs, refine};
-use super::scheme::Scheme;
 use super::{QuantizeError, encode, to_bytes};
 use crate::backend::Backend;
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::dialect::Dialect;
+use crate::checkpoint::dialect::modelopt::ModelOpt;
 use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES};
 use crate::formats::amax;
 use crate::formats::nvfp4::BLOCK;
+use crate::formats::scheme::Scheme;
 use crate::model::ModelConfig;
 use crate::model::modules::{Module, Part};
 
@@ -356,7 +356,7 @@ fn output_error(
         let q = match &mut inputs {
             Some((s, q)) if s == scheme => q,
             other => {
-                let activation = encode::activation(*scheme, Dialect::ModelOpt, peak);
+                let activation = encode::activation(*scheme, &ModelOpt, peak);
                 let mut q = x.to_vec();
                 q.par_chunks_mut(k).for_each(|row| {
                     row.iter_mut().zip(factors).for_each(|(x, f)| *x /= f);

@@ -10,6 +10,7 @@ use super::parameter::{Learned, Parameter, Weight};
 use super::{RecoverError, Result};
 use crate::backend::autograd::{AutogradBackend, Linear, Norm};
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::dialect::store::{Content, content};
 use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, metadata};
 use crate::model::layer::NamedNorm;
 use crate::model::modules::Module;
@@ -189,11 +190,10 @@ impl Student {
         let writer = FolderWriter::create(out)?;
         let trained: BTreeMap<&str, &Parameter> = self.parameters.iter().map(|p| (p.name.as_str(), p)).collect();
         let tensor = |name| {
-            let own = match str::rsplit_once(name, '.') {
-                Some((module, "weight" | "weight_packed")) => trained.get(module).map(|p| (*p, false)),
-                Some((module, "weight_scale")) => {
-                    trained.get(module).filter(|p| p.scale_bytes().is_some()).map(|p| (*p, true))
-                }
+            let part = str::rsplit_once(name, '.').and_then(|(m, suffix)| Some((*trained.get(m)?, content(suffix)?)));
+            let own = match part {
+                Some((p, Content::Elements)) => Some((p, false)),
+                Some((p, Content::Scales)) if p.scale_bytes().is_some() => Some((p, true)),
                 _ => None,
             };
             let Some((p, scales)) = own.or_else(|| trained.get(name).map(|p| (*p, false))) else {

@@ -68,7 +68,7 @@ impl Fixture {
     /// Deviation allowed to the logits.
     pub fn bound(&self) -> f64 {
         let checkpoint = self.checkpoint();
-        if checkpoint.scheme.fp8_kv_cache {
+        if checkpoint.announced.fp8_kv_cache {
             return FP8_KV_BOUND;
         }
         let config = ModelConfig::read(&checkpoint.config).unwrap();

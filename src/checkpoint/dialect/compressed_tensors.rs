@@ -1,13 +1,117 @@
-//! compressed-tensors' configuration (llm-compressor, vLLM): config groups with targets, weights and activations.
+//! compressed-tensors (llm-compressor, vLLM): config groups with targets, weights and activations; global scales are
+//! divisors, FP8 scales BF16.
+//!
+//! Read off compressed-tensors 0.20 and held to its files bit for bit by tests.
+
+use std::collections::BTreeSet;
+
+use half::bf16;
+use safetensors::Dtype;
+use serde_json::{Map, Value, json};
 
 use super::pattern::{Pattern, PatternSet};
-use super::{Declared, DeclaredActivation, DeclaredWeight, Dialect, Scheme};
+use super::{Announced, Assigned, Conventions, Declared, Dialect, Layout, Tool};
 use crate::checkpoint::error::{CheckpointError, Result};
 use crate::checkpoint::json::Object;
 use crate::formats::e8m0::ScaleRule;
+use crate::formats::scheme::{InputFormat, Scheme, WeightFormat};
+use crate::formats::{e2m1, e4m3, fp8, mx, nvfp4, scalable};
+
+/// The dialect.
+pub(super) struct CompressedTensors;
+
+/// The version of compressed-tensors whose files ours equal.
+const VERSION: &str = "0.20.0";
+
+const LAYOUT: Layout = Layout {
+    packed: "weight_packed",
+    scales: "weight_scale",
+    global: "weight_global_scale",
+    input: "input_global_scale",
+    divisors: true,
+    only_grids: false,
+    one: &[1],
+    fp8_scale: Dtype::BF16,
+};
+
+impl Conventions for CompressedTensors {
+    fn name(&self) -> &'static str {
+        "compressed-tensors"
+    }
+
+    fn method(&self) -> Option<&'static str> {
+        Some("compressed-tensors")
+    }
+
+    fn read(&self, q: &Object, _: Option<&Object>) -> Result<Announced> {
+        read(q)
+    }
+
+    fn layout(&self) -> &'static Layout {
+        &LAYOUT
+    }
+
+    fn mx_rule(&self) -> ScaleRule {
+        ScaleRule::Even
+    }
+
+    fn tool(&self) -> Option<&dyn Tool> {
+        Some(self)
+    }
+}
+
+impl Tool for CompressedTensors {
+    fn says(&self, scheme: Scheme) -> bool {
+        group(scheme).is_some()
+    }
+
+    fn input(&self, scheme: Scheme) -> InputFormat {
+        if scheme == Scheme::Fp8Block { InputFormat::Fp8Group } else { scheme.input() }
+    }
+
+    fn fp8_scale_shape(&self, scheme: Scheme, n: usize, k: usize) -> Vec<usize> {
+        match scheme {
+            Scheme::Fp8PcPt => vec![n, 1],
+            Scheme::Fp8Block => vec![n.div_ceil(fp8::BLOCK), k.div_ceil(fp8::BLOCK)],
+            _ => vec![1],
+        }
+    }
+
+    fn describe(&self, model: &Assigned<'_>) -> (Value, Option<Value>) {
+        // Linears only, which an embedding is not; the head is named even where it is tied.
+        let mut ignore: BTreeSet<&str> = model.others.iter().copied().filter(|m| *m != "model.embed_tokens").collect();
+        ignore.insert("lm_head");
+        ignore.extend(model.left());
+        (quantization_config(model, &ignore), None)
+    }
+
+    /// Scales and quotients are computed in the model's BF16.
+    fn round(&self, x: f32) -> f32 {
+        bf16::from_f32(x).to_f32()
+    }
+
+    fn nvfp4_global(&self, amax: f32, largest: f32) -> f32 {
+        let amax = amax * (e4m3::MAX / largest);
+        self.round(self.round(1.0 / scalable(amax)) * nvfp4::RANGE)
+    }
+
+    /// A zero becomes 1/8.
+    fn nvfp4_block_scale(&self, amax: f32, global: f32) -> u8 {
+        let code = e4m3::encode(global * self.round(amax / e2m1::MAX));
+        if code == 0 { e4m3::encode(0.125) } else { code }
+    }
+
+    fn mxfp4_element(&self, x: f32) -> u8 {
+        e2m1::encode(x)
+    }
+
+    fn shares_scale(&self, scheme: Scheme, _expert: bool, _one_block: bool) -> bool {
+        matches!(scheme, Scheme::Nvfp4 | Scheme::W4a16Nvfp4)
+    }
+}
 
 /// Reads `quantization_config`.
-pub(super) fn read(q: &Object) -> Result<Scheme> {
+fn read(q: &Object) -> Result<Announced> {
     for key in ["sparsity_config", "transform_config"] {
         // A transform (a rotation applied at run time) changes what the model computes; an unapplied one is silence.
         let trivial = q.get(key).is_none_or(|v| {
@@ -47,7 +151,7 @@ pub(super) fn read(q: &Object) -> Result<Scheme> {
         Some(format) => format.to_owned(),
         None => "unnamed format".into(),
     };
-    let mut scheme = Scheme::new(Dialect::CompressedTensors, algorithm);
+    let mut scheme = Announced::new(Dialect::CompressedTensors, algorithm);
     scheme.fp8_kv_cache = fp8_kv_cache(q)?;
     if nothing && !scheme.fp8_kv_cache {
         scheme.notes.push(format!(
@@ -80,10 +184,10 @@ fn declare(group: &Object) -> Result<Option<Declared>> {
         };
     };
     let weight = match (kind(&weights)?, weights.string("strategy")?.unwrap_or("tensor")) {
-        ((4, Some(32), true), _) => DeclaredWeight::Mxfp4,
-        ((8, Some(32), true), _) => DeclaredWeight::Mxfp8,
-        ((4, Some(block @ (16 | 32)), false), _) => DeclaredWeight::Nvfp4 { block },
-        ((8, _, false), "tensor" | "channel" | "block") => DeclaredWeight::Fp8,
+        ((4, Some(32), true), _) => WeightFormat::Mxfp4,
+        ((8, Some(32), true), _) => WeightFormat::Mxfp8,
+        ((4, Some(block @ (16 | 32)), false), _) => WeightFormat::Nvfp4 { block },
+        ((8, _, false), "tensor" | "channel" | "block") => WeightFormat::Fp8,
         _ => return Err(group.error("weights", "NVFP4, MXFP4, MXFP8, or FP8 per tensor, channel or block")),
     };
     if let Some(structure) = weights.get("block_structure")
@@ -94,19 +198,19 @@ fn declare(group: &Object) -> Result<Option<Declared>> {
         return Err(weights.error("block_structure", "[128, 128]"));
     }
     let Some(input) = group.object("input_activations")? else {
-        return Ok(Some(Declared { weight, activation: DeclaredActivation::Float }));
+        return Ok(Some(Declared { weight, input: InputFormat::Float }));
     };
     let dynamic = match input.get("dynamic") {
         None => false,
         Some(v) => v.as_bool().unwrap_or(v == "local"),
     };
-    let activation = match (kind(&input)?, input.string("strategy")?.unwrap_or("tensor"), dynamic) {
-        ((4, Some(32), true), _, true) => DeclaredActivation::Mxfp4 { rule: ScaleRule::Even },
-        ((8, Some(32), true), _, true) => DeclaredActivation::Mxfp8 { rule: ScaleRule::Even },
-        ((4, Some(16), false), "tensor_group", _) => DeclaredActivation::Nvfp4,
-        ((8, Some(128), false), "group", true) => DeclaredActivation::Fp8Group,
-        ((8, None, false), "token", true) => DeclaredActivation::Fp8Token,
-        ((8, None, false), "tensor", false) => DeclaredActivation::Fp8Static,
+    let input = match (kind(&input)?, input.string("strategy")?.unwrap_or("tensor"), dynamic) {
+        ((4, Some(32), true), _, true) => InputFormat::Mxfp4,
+        ((8, Some(32), true), _, true) => InputFormat::Mxfp8,
+        ((4, Some(16), false), "tensor_group", _) => InputFormat::Nvfp4,
+        ((8, Some(128), false), "group", true) => InputFormat::Fp8Group,
+        ((8, None, false), "token", true) => InputFormat::Fp8Token,
+        ((8, None, false), "tensor", false) => InputFormat::Fp8Static,
         _ => {
             return Err(group.error(
                 "input_activations",
@@ -114,7 +218,7 @@ fn declare(group: &Object) -> Result<Option<Declared>> {
             ));
         }
     };
-    Ok(Some(Declared { weight, activation }))
+    Ok(Some(Declared { weight, input }))
 }
 
 /// Bits, group size, and whether scales are powers of two; refuses integers and asymmetric schemes.
@@ -138,8 +242,89 @@ fn kind(o: &Object) -> Result<(usize, Option<usize>, bool)> {
             file: o.file().into(),
             what: "num_bits",
             found: bits.to_string(),
-            known: "4 and 8",
+            known: "4 and 8".into(),
         });
     }
     Ok((bits, group, mx))
+}
+
+/// `format` of a scheme, and how weights and inputs are described; nothing where there is no such.
+fn group(scheme: Scheme) -> Option<(&'static str, Value, Value)> {
+    let float = |bits: usize, more: Value| {
+        let mut out = json!({"num_bits": bits, "symmetric": true, "type": "float"});
+        if let (Some(out), Value::Object(more)) = (out.as_object_mut(), more) {
+            out.extend(more);
+            out.sort_keys();
+        }
+        out
+    };
+    let weights = |bits, mut more: Value| {
+        more["dynamic"] = false.into();
+        more["observer"] = "memoryless_minmax".into();
+        float(bits, more)
+    };
+    let (size, e4m3, uint8) = (nvfp4::BLOCK, "torch.float8_e4m3fn", "torch.uint8");
+    let nvfp4 = || weights(4, json!({"group_size": size, "scale_dtype": e4m3, "strategy": "tensor_group"}));
+    let mx = |bits, dynamic: bool| {
+        let more = json!({"dynamic": dynamic, "group_size": mx::BLOCK, "scale_dtype": uint8, "strategy": "group"});
+        if dynamic { float(bits, more) } else { weights(bits, more) }
+    };
+    let fp8 = |strategy: &str| weights(8, json!({"group_size": null, "strategy": strategy}));
+    Some(match scheme {
+        Scheme::Nvfp4 => {
+            let input = json!({"dynamic": "local", "group_size": size, "observer": "static_minmax",
+                "scale_dtype": e4m3, "strategy": "tensor_group"});
+            ("nvfp4-pack-quantized", nvfp4(), float(4, input))
+        }
+        Scheme::W4a16Nvfp4 => ("nvfp4-pack-quantized", nvfp4(), Value::Null),
+        Scheme::Fp8PcPt => {
+            let input = json!({"dynamic": true, "group_size": null, "strategy": "token"});
+            ("float-quantized", fp8("channel"), float(8, input))
+        }
+        Scheme::Fp8Block => {
+            let block = json!({"block_structure": [fp8::BLOCK, fp8::BLOCK], "group_size": null, "strategy": "block"});
+            let input = json!({"dynamic": true, "group_size": fp8::BLOCK, "strategy": "group"});
+            ("float-quantized", weights(8, block), float(8, input))
+        }
+        Scheme::Mxfp8 => ("mxfp8-quantized", mx(8, false), mx(8, true)),
+        Scheme::Mxfp4 => ("mxfp4-pack-quantized", mx(4, false), mx(4, true)),
+        Scheme::Mxfp4a16 => ("mxfp4-pack-quantized", mx(4, false), Value::Null),
+        Scheme::Fp8 => {
+            let input =
+                json!({"dynamic": false, "group_size": null, "observer": "static_minmax", "strategy": "tensor"});
+            ("float-quantized", fp8("tensor"), float(8, input))
+        }
+        Scheme::W4a8Nvfp4Fp8 | Scheme::None => return None,
+    })
+}
+
+fn quantization_config(model: &Assigned<'_>, ignore: &BTreeSet<&str>) -> Value {
+    let schemes = model.schemes();
+    let mut groups = Map::new();
+    let mut formats = BTreeSet::new();
+    for (index, scheme) in schemes.iter().enumerate() {
+        let Some((format, weights, inputs)) = group(*scheme) else { continue };
+        formats.insert(format);
+        let targets = if schemes.len() == 1 { json!(["Linear"]) } else { json!(model.of(*scheme).collect::<Vec<_>>()) };
+        let group = json!({"format": format, "input_activations": inputs, "output_activations": null,
+            "targets": targets, "weights": weights});
+        groups.insert(format!("group_{index}"), group);
+    }
+    let format = if formats.len() == 1 { formats.first().copied().unwrap_or_default() } else { "mixed-precision" };
+    let kv = model.fp8_kv_cache.then(|| {
+        json!({"dynamic": false, "group_size": null, "num_bits": 8, "observer": "static_minmax", "strategy": "tensor",
+            "symmetric": true, "type": "float"})
+    });
+    json!({
+        "config_groups": groups,
+        "format": format,
+        "global_compression_ratio": null,
+        "ignore": ignore,
+        "kv_cache_scheme": kv,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": VERSION,
+    })
 }

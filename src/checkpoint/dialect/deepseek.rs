@@ -1,12 +1,44 @@
 //! DeepSeek-V3's FP8: `quant_method: fp8`, weights in 128x128 blocks, activations dynamic per token and 128.
 
 use super::pattern::{Pattern, PatternSet};
-use super::{Declared, DeclaredActivation, DeclaredWeight, Dialect, Scheme};
+use super::{Announced, Conventions, Declared, Dialect, Layout, modelopt};
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
+use crate::formats::scheme::{InputFormat, WeightFormat};
+
+/// The dialect; it is read only.
+pub(super) struct DeepSeek;
+
+const LAYOUT: Layout = Layout { scales: "weight_scale_inv", only_grids: true, ..modelopt::LAYOUT };
+
+impl Conventions for DeepSeek {
+    fn name(&self) -> &'static str {
+        "fp8 (DeepSeek)"
+    }
+
+    fn method(&self) -> Option<&'static str> {
+        Some("fp8 (DeepSeek's 128x128 blocks)")
+    }
+
+    fn claims(&self, method: Option<&str>, _q: &Object) -> bool {
+        method == Some("fp8")
+    }
+
+    fn read(&self, q: &Object, _: Option<&Object>) -> Result<Announced> {
+        read(q)
+    }
+
+    fn layout(&self) -> &'static Layout {
+        &LAYOUT
+    }
+
+    fn leaves_plain(&self) -> bool {
+        true
+    }
+}
 
 /// Reads `quantization_config`.
-pub(super) fn read(q: &Object) -> Result<Scheme> {
+fn read(q: &Object) -> Result<Announced> {
     if q.get("weight_block_size") != Some(&serde_json::json!([128, 128])) {
         return Err(q.error("weight_block_size", "[128, 128]"));
     }
@@ -27,8 +59,8 @@ pub(super) fn read(q: &Object) -> Result<Scheme> {
     for text in q.strings(key)? {
         excluded.push(Pattern::modelopt(&text, q, key)?, q, key)?;
     }
-    let mut scheme = Scheme::new(Dialect::DeepSeek, "FP8 128x128".into());
-    scheme.all_linears = Some(Declared { weight: DeclaredWeight::Fp8, activation: DeclaredActivation::Fp8Group });
+    let mut scheme = Announced::new(Dialect::DeepSeek, "FP8 128x128".into());
+    scheme.all_linears = Some(Declared { weight: WeightFormat::Fp8, input: InputFormat::Fp8Group });
     scheme.excluded = excluded;
     scheme.power_of_two_scales = power_of_two_scales;
     if power_of_two_scales {

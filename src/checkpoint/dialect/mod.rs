@@ -1,299 +1,243 @@
-//! What a checkpoint's configuration says about each module, whichever tool wrote it.
+//! Dialects: what each exporting tool calls, stores and computes, for reading and for writing. One file beside this one
+//! each, and a line in the list.
 
+mod announced;
 mod compressed_tensors;
 mod deepseek;
-mod modelopt;
+pub mod kv;
+pub mod modelopt;
 mod pattern;
+pub mod store;
 
 use std::fmt;
-use std::path::{Path, PathBuf};
 
-use super::error::{CheckpointError, Result};
+use safetensors::Dtype;
+use serde_json::Value;
+
+use super::error::Result;
 use super::json::Object;
+use super::write::FolderWriter;
 use crate::formats::e8m0::ScaleRule;
-use pattern::PatternSet;
+use crate::formats::scheme::{InputFormat, Scheme};
+pub use announced::{Announced, Declared};
 
-/// The tool conventions a checkpoint follows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Dialect {
+macro_rules! dialects {
+    ($($(#[$doc:meta])* $name:ident = $conventions:expr;)*) => {
+        /// The tool conventions a checkpoint follows.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Dialect { $($(#[$doc])* $name),* }
+
+        impl Dialect {
+            /// Every dialect.
+            pub const ALL: &[Self] = &[$(Self::$name),*];
+
+            pub(super) fn conventions(self) -> &'static dyn Conventions {
+                match self { $(Self::$name => &$conventions),* }
+            }
+        }
+    };
+}
+
+dialects! {
     /// No quantization.
-    Plain,
-    ModelOpt,
-    CompressedTensors,
+    Plain = Plain;
+    ModelOpt = modelopt::ModelOpt;
+    CompressedTensors = compressed_tensors::CompressedTensors;
     /// `quant_method: fp8` with 128x128 blocks.
-    DeepSeek,
+    DeepSeek = deepseek::DeepSeek;
+}
+
+impl Dialect {
+    /// How to write it; nothing where it is only read.
+    #[must_use]
+    pub fn tool(self) -> Option<&'static dyn Tool> {
+        self.conventions().tool()
+    }
 }
 
 impl fmt::Display for Dialect {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Plain => "plain",
-            Self::ModelOpt => "modelopt",
-            Self::CompressedTensors => "compressed-tensors",
-            Self::DeepSeek => "fp8 (DeepSeek)",
-        })
+        f.write_str(self.conventions().name())
     }
 }
 
-/// Weight format that the configuration announces.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DeclaredWeight {
-    /// E2M1 with E4M3 block scales and a global scale.
-    Nvfp4 {
-        block: usize,
-    },
-    Mxfp4,
-    Mxfp8,
-    /// E4M3; how its f32 scales are shaped is read off the tensor.
-    Fp8,
-}
+/// How a dialect is read.
+pub trait Conventions: Sync {
+    /// What people call it.
+    fn name(&self) -> &'static str;
 
-impl fmt::Display for DeclaredWeight {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Nvfp4 { block } => write!(f, "NVFP4 in blocks of {block}"),
-            Self::Mxfp4 => f.write_str("MXFP4"),
-            Self::Mxfp8 => f.write_str("MXFP8"),
-            Self::Fp8 => f.write_str("FP8"),
-        }
+    /// Its `quant_method`, for a list of those that are known.
+    fn method(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// Whether `q`, a `quantization_config` with this `quant_method`, is this dialect's.
+    fn claims(&self, method: Option<&str>, _q: &Object) -> bool {
+        method.is_some() && method == self.method()
+    }
+
+    /// Reads `quantization_config`. `separate`: hf_quant_config.json, where that exists too.
+    ///
+    /// # Errors
+    /// Names what is unknown or contradictory.
+    fn read(&self, q: &Object, separate: Option<&Object>) -> Result<Announced>;
+
+    /// How a quantized linear's tensors are called and shaped.
+    fn layout(&self) -> &'static Layout;
+
+    /// How engines round the shared exponents of MX inputs.
+    fn mx_rule(&self) -> ScaleRule {
+        ScaleRule::Ceil
+    }
+
+    /// Whether a module that it announces as quantized may be stored as floats.
+    fn leaves_plain(&self) -> bool {
+        false
+    }
+
+    /// How to write it; nothing where it is only read.
+    fn tool(&self) -> Option<&dyn Tool> {
+        None
     }
 }
 
-/// Activation format that the configuration announces; static scales are read off the tensors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DeclaredActivation {
-    Float,
-    Nvfp4,
-    Fp8Static,
-    Fp8Token,
-    Fp8Group,
-    Mxfp4 { rule: ScaleRule },
-    Mxfp8 { rule: ScaleRule },
+/// Names and types of the tensors of a quantized linear. Elements of eight bits are always `weight`, a static FP8 scale of
+/// the input `input_scale`.
+pub struct Layout {
+    /// E2M1 elements, two to a byte.
+    pub packed: &'static str,
+    /// Scales of blocks, rows or blocks of rows; of FP8 the scale of the whole as well.
+    pub scales: &'static str,
+    /// The global scale of NVFP4 weights.
+    pub global: &'static str,
+    /// That of NVFP4 inputs.
+    pub input: &'static str,
+    /// Global scales are stored as what values are multiplied with before they are rounded.
+    pub divisors: bool,
+    /// FP8 weights have scales of 128x128 blocks and no others.
+    pub only_grids: bool,
+    /// The shape of one scale.
+    pub one: &'static [usize],
+    /// The type of FP8 scales.
+    pub fp8_scale: Dtype,
 }
 
-/// What the configuration announces for one module.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Declared {
-    pub weight: DeclaredWeight,
-    pub activation: DeclaredActivation,
+/// How a dialect is written, and the arithmetic of the tool that exports it: same operations, same order, same rounding.
+pub trait Tool: Conventions {
+    /// Whether it has a name for `scheme`.
+    fn says(&self, scheme: Scheme) -> bool;
+
+    /// How inputs of a linear of `scheme` are quantized by what loads it.
+    fn input(&self, scheme: Scheme) -> InputFormat {
+        scheme.input()
+    }
+
+    /// The shape of the scales of an FP8 weight [n, k].
+    fn fp8_scale_shape(&self, scheme: Scheme, n: usize, k: usize) -> Vec<usize>;
+
+    /// `quantization_config`, and hf_quant_config.json where the tool writes one.
+    fn describe(&self, model: &Assigned<'_>) -> (Value, Option<Value>);
+
+    /// Rounds as the tool does in the model's own type.
+    fn round(&self, x: f32) -> f32 {
+        x
+    }
+
+    /// The global scale, as it is stored, of NVFP4 values up to `amax`, under which the largest block scale is `largest`.
+    fn nvfp4_global(&self, amax: f32, largest: f32) -> f32;
+
+    /// E4M3 code of the scale of a block of NVFP4 weights up to `amax`, under a stored global scale.
+    fn nvfp4_block_scale(&self, amax: f32, global: f32) -> u8;
+
+    /// The code of a scaled MXFP4 weight.
+    fn mxfp4_element(&self, x: f32) -> u8;
+
+    /// Whether linears that engines fuse share one scale of their weights. `expert`: they are a mixture's; `one_block`: no
+    /// larger than one FP8 block.
+    fn shares_scale(&self, scheme: Scheme, expert: bool, one_block: bool) -> bool;
 }
 
-/// A checkpoint's quantization scheme: rules for modules, and the KV cache.
-#[derive(Clone, Debug)]
-pub struct Scheme {
-    pub dialect: Dialect,
-    /// The algorithm's name as the file has it, for people.
-    pub algorithm: String,
-    /// What each of `targets` announces.
-    rules: Vec<Declared>,
-    targets: PatternSet,
-    /// For the linears that no target names.
-    all_linears: Option<Declared>,
-    excluded: PatternSet,
-    /// K and V are stored as E4M3 under calibrated per-tensor scales.
+impl dyn Tool + '_ {
+    /// A stored global scale as a multiplier.
+    #[must_use]
+    pub fn multiplier(&self, stored: f32) -> f32 {
+        if self.layout().divisors { 1.0 / stored } else { stored }
+    }
+
+    /// What weights are divided by under a block scale and a stored global one.
+    #[must_use]
+    pub fn step(&self, block_scale: f32, stored: f32) -> f32 {
+        if self.layout().divisors { block_scale / stored } else { block_scale * stored }
+    }
+}
+
+/// No quantization at all.
+struct Plain;
+
+impl Conventions for Plain {
+    fn name(&self) -> &'static str {
+        "plain"
+    }
+
+    fn read(&self, _: &Object, _: Option<&Object>) -> Result<Announced> {
+        Ok(Announced::new(Dialect::Plain, "none".into()))
+    }
+
+    fn layout(&self) -> &'static Layout {
+        &modelopt::LAYOUT
+    }
+}
+
+/// A quantized model, for whoever describes it.
+pub struct Assigned<'a> {
+    /// The blocks' linears in the model's order, and what each became.
+    pub linears: Vec<(&'a str, Scheme)>,
+    /// The modules that are never quantized: embedding, head, routers.
+    pub others: Vec<&'a str>,
+    /// Whether K and V are stored in FP8.
     pub fp8_kv_cache: bool,
-    /// The key that lacks the FP8 cache, where one of two sources announces it and the other does not.
-    kv_cache_missing: Option<(PathBuf, String)>,
-    /// Block scales of FP8 weights are powers of two (DeepSeek's `scale_fmt` ue8m0).
-    pub power_of_two_scales: bool,
-    /// The tensors stand under a wrapper's name, and so do the patterns.
-    pub wrapped: bool,
-    /// Where sources differ, and which of them counts; what else has to be told.
-    pub notes: Vec<String>,
 }
 
-impl Scheme {
-    /// Reads `quantization_config` of config.json, or hf_quant_config.json where only that exists.
+impl<'a> Assigned<'a> {
+    /// Writes config.json, which else is `config`, and hf_quant_config.json where `tool` has one.
     ///
     /// # Errors
-    /// Names an unknown method, algorithm or setting.
-    pub fn read(config: &Object, folder: &Path) -> Result<Self> {
-        let embedded = embedded(config)?;
-        let separate = folder.join("hf_quant_config.json");
-        let separate = if separate.is_file() { Some(Object::read(&separate)?) } else { None };
-        let Some(q) = embedded else {
-            return match separate {
-                Some(s) => modelopt::read(&s, None),
-                None => Ok(Self::new(Dialect::Plain, "none".into())),
-            };
-        };
-        let method = q.string("quant_method")?;
-        let modelopt = match method {
-            Some("modelopt" | "modelopt_fp4" | "modelopt_mixed" | "modelopt_mxfp8") => true,
-            None => q.has("quant_algo") || q.get("quantization").is_some(),
-            Some(_) => false,
-        };
-        if modelopt {
-            return modelopt::read(&q, separate.as_ref());
+    /// When the folder cannot be written.
+    pub fn write(&self, tool: &dyn Tool, config: &Value, writer: &FolderWriter) -> Result<()> {
+        let (quantization, separate) = tool.describe(self);
+        if let Some(separate) = separate {
+            writer.json("hf_quant_config.json", &separate)?;
         }
-        if let Some(other) = &separate
-            && modelopt::announces(other)?
-        {
-            return Err(CheckpointError::Config {
-                file: other.file().into(),
-                key: "quantization".into(),
-                expected: format!(
-                    "none, since {} says that {} quantized this model; one of the two is of another export",
-                    config.file().display(),
-                    method.unwrap_or("another tool")
-                ),
-                found: "ModelOpt's".into(),
-            });
+        let mut config = config.clone();
+        if let Some(map) = config.as_object_mut() {
+            map.insert("quantization_config".into(), quantization);
         }
-        match method {
-            Some("compressed-tensors") => compressed_tensors::read(&q),
-            Some("fp8") => deepseek::read(&q),
-            Some(other) => Err(CheckpointError::Unknown {
-                file: config.file().into(),
-                what: "quant_method",
-                found: other.into(),
-                known: "modelopt, compressed-tensors and fp8 (DeepSeek's 128x128 blocks)",
-            }),
-            None => Err(q.error("quant_method", "the name of the method")),
-        }
+        writer.json("config.json", &config)
     }
 
-    /// A scheme that announces nothing yet.
-    fn new(dialect: Dialect, algorithm: String) -> Self {
-        Self {
-            dialect,
-            algorithm,
-            rules: Vec::new(),
-            targets: PatternSet::default(),
-            all_linears: None,
-            excluded: PatternSet::default(),
-            fp8_kv_cache: false,
-            kv_cache_missing: None,
-            power_of_two_scales: false,
-            wrapped: false,
-            notes: Vec::new(),
-        }
+    /// Linears that are quantized.
+    fn quantized(&self) -> impl Iterator<Item = (&'a str, Scheme)> {
+        self.linears.iter().copied().filter(|(_, s)| *s != Scheme::None)
     }
 
-    /// The error where only one of two sources announces an FP8 cache: with no scale stored, nothing decides between them.
-    pub(super) fn kv_cache_in_doubt(&self) -> Option<CheckpointError> {
-        let (file, key) = self.kv_cache_missing.clone()?;
-        Some(CheckpointError::Config {
-            file,
-            key,
-            expected: "an FP8 KV cache, as the other configuration file announces, or none in both: no scale of it is \
-                       stored, so that the two mean different models"
-                .into(),
-            found: "none".into(),
-        })
+    /// Linears that stay as they are.
+    fn left(&self) -> impl Iterator<Item = &'a str> {
+        self.linears.iter().filter(|(_, s)| *s == Scheme::None).map(|(m, _)| *m)
     }
 
-    /// What is announced for linear `module`, a dotted name like `model.layers.0.mlp.up_proj`; `None` = unquantized.
-    ///
-    /// # Errors
-    /// Names an expression that takes too long to match.
-    pub fn declared(&self, module: &str) -> Result<Option<Declared>> {
-        if self.excluded.first_match(module, self.wrapped)?.is_some() {
-            return Ok(None);
-        }
-        Ok(self.targets.first_match(module, self.wrapped)?.map(|i| self.rules[i]).or(self.all_linears))
-    }
-}
-
-/// config.json's own description, under its name of today or compressed-tensors' first one.
-fn embedded(config: &Object) -> Result<Option<Object>> {
-    let (new, old) = (config.object("quantization_config")?, config.object("compression_config")?);
-    if let (Some(new), Some(old)) = (&new, &old)
-        && new.value() != old.value()
-    {
-        return Err(config.error("compression_config", "the same as `quantization_config`; keep the one that is meant"));
-    }
-    Ok(new.or(old))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
-
-    fn scheme(config: serde_json::Value) -> Result<Scheme> {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("config.json");
-        std::fs::write(&file, config.to_string()).unwrap();
-        Scheme::read(&Object::read(&file)?, folder.path())
+    /// Linears of one scheme.
+    fn of(&self, scheme: Scheme) -> impl Iterator<Item = &'a str> {
+        self.quantized().filter(move |(_, s)| *s == scheme).map(|(m, _)| m)
     }
 
-    #[test]
-    fn a_named_group_wins_over_the_class_group_before_it() {
-        let fp8 = json!({"num_bits": 8, "type": "float", "strategy": "channel", "dynamic": false});
-        let fp4 =
-            json!({"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": false});
-        let s =
-            scheme(json!({"quantization_config": {"quant_method": "compressed-tensors", "format": "mixed-precision",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": fp4, "input_activations": null},
-                "group_1": {"targets": ["re:.*self_attn.*"], "weights": fp8, "input_activations":
-                    {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": true}}},
-            "ignore": ["lm_head", "re:.*layers\\.1\\..*"]}}))
-            .unwrap();
-        let of = |m| s.declared(m).unwrap().map(|d| d.weight);
-        assert_eq!(of("model.layers.0.mlp.up_proj"), Some(DeclaredWeight::Nvfp4 { block: 16 }));
-        assert_eq!(of("model.layers.0.self_attn.q_proj"), Some(DeclaredWeight::Fp8));
-        assert_eq!(of("model.layers.1.self_attn.q_proj"), None);
-        assert_eq!(of("lm_head"), None);
-    }
-
-    #[test]
-    fn modelopt_excludes_take_wildcards_and_may_lack_the_model_prefix() {
-        let s =
-            scheme(json!({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16,
-            "ignore": ["lm_head", "layers.0.self_attn*", "*.mlp.gate", "model.layers.3"]}}))
-            .unwrap();
-        assert!(s.declared("model.layers.0.self_attn.q_proj").unwrap().is_none());
-        assert!(s.declared("model.layers.1.mlp.gate").unwrap().is_none());
-        assert!(s.declared("model.layers.3.mlp.up_proj").unwrap().is_none());
-        assert!(s.declared("model.layers.1.mlp.gate_proj").unwrap().is_some());
-        assert!(s.declared("model.layers.10.self_attn.q_proj").unwrap().is_some());
-        assert!(s.declared("model.layers.30.mlp.up_proj").unwrap().is_some());
-    }
-
-    #[test]
-    fn patterns_of_a_model_in_a_wrapper_are_about_its_text_model() {
-        let fp4 =
-            json!({"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": false});
-        let compressed_tensors = json!({"quantization_config": {"quant_method": "compressed-tensors",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": fp4}},
-            "ignore": ["model.language_model.layers.0.mlp.up_proj", "language_model.model.layers.1.mlp.up_proj",
-                "language_model.lm_head", "re:.*language_model.layers\\.2\\..*", "model.visual.blocks.0.attn.proj"]}});
-        let modelopt = json!({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4",
-            "exclude_modules": ["model.language_model.layers.0.mlp.up_proj", "language_model.model.layers.1.mlp*",
-                "language_model.lm_head", "*language_model.layers.2*", "vision_tower*"]}});
-        for config in [compressed_tensors, modelopt] {
-            let mut s = scheme(config).unwrap();
-            s.wrapped = true;
-            let excluded = |m: &str| s.declared(m).unwrap().is_none();
-            for layer in 0..3 {
-                assert!(excluded(&format!("model.layers.{layer}.mlp.up_proj")), "{layer}");
+    /// The schemes in use, in the order of their first module.
+    fn schemes(&self) -> Vec<Scheme> {
+        let mut out = Vec::new();
+        for (_, scheme) in self.quantized() {
+            if !out.contains(&scheme) {
+                out.push(scheme);
             }
-            assert!(excluded("lm_head") && !excluded("model.layers.3.mlp.up_proj"));
-            // Of a model without a wrapper only an exact name is known to mean the same.
-            s.wrapped = false;
-            assert!(s.declared("model.layers.0.mlp.up_proj").unwrap().is_none());
-            assert!(s.declared("model.layers.2.mlp.up_proj").unwrap().is_some());
         }
-    }
-
-    #[test]
-    fn unknown_methods_and_algorithms_are_refused_by_name() {
-        for (config, name) in [
-            (json!({"quantization_config": {"quant_method": "awq"}}), "awq"),
-            (json!({"quantization_config": {"quant_method": "modelopt", "quant_algo": "INT4_AWQ"}}), "INT4_AWQ"),
-            (
-                json!({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"group_0":
-                {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}}}}}),
-                "int",
-            ),
-            (
-                json!({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_quant_algo": "NVFP4"}}),
-                "NVFP4",
-            ),
-        ] {
-            let message = scheme(config).unwrap_err().to_string();
-            assert!(message.contains(name) && message.contains("config.json"), "{message}");
-        }
+        out
     }
 }

@@ -1,19 +1,137 @@
-//! NVIDIA ModelOpt's configuration: hf_quant_config.json, or the same inside config.json.
+//! NVIDIA ModelOpt (TensorRT-LLM, vLLM): hf_quant_config.json, or the same inside config.json; scales are f32 multipliers.
+//!
+//! Read off nvidia-modelopt 0.47 and held to its files bit for bit by tests.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
+use safetensors::Dtype;
+use serde_json::{Map, Value, json};
+
 use super::pattern::{self, Pattern};
-use super::{Declared, DeclaredActivation, DeclaredWeight, Dialect, Scheme};
+use super::{Announced, Assigned, Conventions, Declared, Dialect, Layout, Tool};
 use crate::checkpoint::error::{CheckpointError, Result};
 use crate::checkpoint::json::Object;
-use crate::formats::e8m0::ScaleRule;
+use crate::formats::scheme::{Scheme, WeightFormat};
+use crate::formats::{e2m1, fp8, mx, nvfp4, scalable};
+
+/// The dialect.
+pub struct ModelOpt;
+
+/// The version of ModelOpt whose files ours equal: engines look at the producer to tell the dialect.
+const VERSION: &str = "0.47.0";
+
+/// `quant_algo` of each scheme that there is one for, as it is written.
+const ALGORITHMS: [(Scheme, &str); 8] = [
+    (Scheme::Nvfp4, "NVFP4"),
+    (Scheme::W4a16Nvfp4, "W4A16_NVFP4"),
+    (Scheme::W4a8Nvfp4Fp8, "W4A8_NVFP4_FP8"),
+    (Scheme::Fp8, "FP8"),
+    (Scheme::Fp8PcPt, "FP8_PER_CHANNEL_PER_TOKEN"),
+    (Scheme::Fp8Block, "fp8_pb_wo"),
+    (Scheme::Mxfp8, "MXFP8"),
+    (Scheme::Mxfp4, "mxfp4"),
+];
 
 const KNOWN: &str = "NVFP4, W4A16_NVFP4, NVFP4_AWQ, W4A8_NVFP4_FP8, FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, MXFP8, MXFP4, MIXED_PRECISION";
 
+pub(super) const LAYOUT: Layout = Layout {
+    packed: "weight",
+    scales: "weight_scale",
+    global: "weight_scale_2",
+    input: "input_scale",
+    divisors: false,
+    only_grids: false,
+    one: &[],
+    fp8_scale: Dtype::F32,
+};
+
+impl Conventions for ModelOpt {
+    fn name(&self) -> &'static str {
+        "modelopt"
+    }
+
+    fn method(&self) -> Option<&'static str> {
+        Some("modelopt")
+    }
+
+    fn claims(&self, method: Option<&str>, q: &Object) -> bool {
+        match method {
+            Some(method) => ["modelopt", "modelopt_fp4", "modelopt_mixed", "modelopt_mxfp8"].contains(&method),
+            None => q.has("quant_algo") || q.get("quantization").is_some(),
+        }
+    }
+
+    fn read(&self, q: &Object, separate: Option<&Object>) -> Result<Announced> {
+        read(q, separate)
+    }
+
+    fn layout(&self) -> &'static Layout {
+        &LAYOUT
+    }
+
+    fn tool(&self) -> Option<&dyn Tool> {
+        Some(self)
+    }
+}
+
+impl Tool for ModelOpt {
+    fn says(&self, scheme: Scheme) -> bool {
+        algorithm(scheme).is_some()
+    }
+
+    fn fp8_scale_shape(&self, scheme: Scheme, n: usize, k: usize) -> Vec<usize> {
+        match scheme {
+            Scheme::Fp8PcPt => vec![n],
+            Scheme::Fp8Block if n > fp8::BLOCK || k > fp8::BLOCK => {
+                vec![n.div_ceil(fp8::BLOCK), 1, k.div_ceil(fp8::BLOCK), 1]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn describe(&self, model: &Assigned<'_>) -> (Value, Option<Value>) {
+        // The head is named even where it is tied.
+        let mut excluded: BTreeSet<String> = model.others.iter().map(|m| (*m).to_owned()).collect();
+        excluded.insert("lm_head".into());
+        excluded.extend(untouched(model));
+        (embedded(model, &excluded), Some(hf_quant_config(model, &excluded)))
+    }
+
+    fn nvfp4_global(&self, amax: f32, largest: f32) -> f32 {
+        scalable(amax) / (e2m1::MAX * largest)
+    }
+
+    fn nvfp4_block_scale(&self, amax: f32, global: f32) -> u8 {
+        nvfp4::weight_block_scale(amax, global)
+    }
+
+    /// Ties go down, and 0 is written with the sign bit.
+    fn mxfp4_element(&self, x: f32) -> u8 {
+        const BOUNDS: [f32; 7] = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0];
+        let magnitude = BOUNDS.iter().filter(|b| x.abs() > **b).count() as u8;
+        magnitude | if x > 0.0 { 0 } else { 8 }
+    }
+
+    /// FP8 engines keep one scale per projection; the experts' fused gate and up share theirs, and so do matrices of one
+    /// block.
+    fn shares_scale(&self, scheme: Scheme, expert: bool, one_block: bool) -> bool {
+        match scheme {
+            Scheme::Fp8 => expert,
+            Scheme::Fp8Block => one_block,
+            Scheme::Nvfp4 | Scheme::W4a16Nvfp4 | Scheme::W4a8Nvfp4Fp8 => true,
+            _ => false,
+        }
+    }
+}
+
+fn algorithm(scheme: Scheme) -> Option<&'static str> {
+    ALGORITHMS.iter().find(|(s, _)| *s == scheme).map(|(_, name)| *name)
+}
+
 /// Reads `q`: `quantization_config` of config.json, or the whole of hf_quant_config.json. `other` is the second file
 /// where both exist; what one does not say is taken from the other, and where they differ that is an error or a note.
-pub(super) fn read(q: &Object, other: Option<&Object>) -> Result<Scheme> {
+pub(super) fn read(q: &Object, other: Option<&Object>) -> Result<Announced> {
     let q = inner(q)?;
     let other = other.map(inner).transpose()?;
     let sources: Vec<&Object> = std::iter::once(&q).chain(other.as_ref()).collect();
@@ -34,7 +152,7 @@ pub(super) fn read(q: &Object, other: Option<&Object>) -> Result<Scheme> {
     let (fp8_kv_cache, kv_cache_missing, mut notes) = kv_cache(&sources)?;
     let dialect = if algorithm.is_none() && !fp8_kv_cache { Dialect::Plain } else { Dialect::ModelOpt };
     let name = algorithm.clone().unwrap_or_else(|| if fp8_kv_cache { "no weights" } else { "none" }.into());
-    let mut scheme = Scheme::new(dialect, name);
+    let mut scheme = Announced::new(dialect, name);
     (scheme.fp8_kv_cache, scheme.kv_cache_missing) = (fp8_kv_cache, kv_cache_missing);
     let Some(algorithm) = algorithm else {
         scheme.notes = notes;
@@ -98,7 +216,7 @@ fn kv_algo(o: &Object) -> Result<Option<bool>> {
                 file: o.file().into(),
                 what: "kv_cache_quant_algo",
                 found: s.into(),
-                known: "FP8",
+                known: "FP8".into(),
             })
         }
         _ => Ok((o.has("kv_cache_quant_algo") || o.has("kv_cache_scheme")).then_some(by_scheme)),
@@ -127,11 +245,11 @@ fn kv_cache(sources: &[&Object]) -> Result<(bool, Option<(PathBuf, String)>, Vec
 }
 
 /// The algorithm against the numbers beside it: `group_size`, and bits and groups in `config_groups`.
-fn agree(o: &Object, algorithm: &str, weight: DeclaredWeight) -> Result<()> {
+fn agree(o: &Object, algorithm: &str, weight: WeightFormat) -> Result<()> {
     let (bits, block) = match weight {
-        DeclaredWeight::Nvfp4 { block } => (4, Some(block)),
-        DeclaredWeight::Mxfp4 => (4, None),
-        DeclaredWeight::Mxfp8 | DeclaredWeight::Fp8 => (8, None),
+        WeightFormat::Nvfp4 { block } => (4, Some(block)),
+        WeightFormat::Mxfp4 => (4, None),
+        WeightFormat::Mxfp8 | WeightFormat::Fp8 => (8, None),
     };
     let check = |o: &Object, key: &str, expected: Option<usize>| match (o.integer(key, 0..=1 << 20)?, expected) {
         (Some(found), Some(expected)) if found != expected => {
@@ -183,29 +301,133 @@ fn group_size(o: &Object) -> Result<Option<usize>> {
 }
 
 fn declare(q: &Object, algorithm: &str, group: Option<usize>) -> Result<Declared> {
-    use DeclaredActivation as A;
-    use DeclaredWeight as W;
-    let block = |default| match group.unwrap_or(default) {
-        block @ (16 | 32) => Ok(block),
-        _ => Err(q.error("group_size", "16 or 32")),
+    // Under AWQ only the scale on the input is more.
+    let name = if algorithm.eq_ignore_ascii_case("NVFP4_AWQ") { "NVFP4" } else { algorithm };
+    let scheme = ALGORITHMS.iter().find(|(_, known)| known.eq_ignore_ascii_case(name)).map(|(scheme, _)| *scheme);
+    let weight = match scheme.and_then(Scheme::weight) {
+        Some(WeightFormat::Nvfp4 { block }) => match group.unwrap_or(block) {
+            block @ (16 | 32) => Some(WeightFormat::Nvfp4 { block }),
+            _ => return Err(q.error("group_size", "16 or 32")),
+        },
+        other => other,
     };
-    let (weight, activation) = match algorithm.to_ascii_uppercase().as_str() {
-        "NVFP4" | "NVFP4_AWQ" => (W::Nvfp4 { block: block(16)? }, A::Nvfp4),
-        "W4A16_NVFP4" => (W::Nvfp4 { block: block(16)? }, A::Float),
-        "W4A8_NVFP4_FP8" => (W::Nvfp4 { block: block(32)? }, A::Fp8Static),
-        "FP8" => (W::Fp8, A::Fp8Static),
-        "FP8_PER_CHANNEL_PER_TOKEN" => (W::Fp8, A::Fp8Token),
-        "FP8_PB_WO" => (W::Fp8, A::Float),
-        "MXFP8" => (W::Mxfp8, A::Mxfp8 { rule: ScaleRule::Ceil }),
-        "MXFP4" => (W::Mxfp4, A::Mxfp4 { rule: ScaleRule::Ceil }),
-        _ => {
-            return Err(CheckpointError::Unknown {
-                file: q.file().into(),
-                what: "quant_algo",
-                found: algorithm.into(),
-                known: KNOWN,
-            });
+    match (weight, scheme) {
+        (Some(weight), Some(scheme)) => Ok(Declared { weight, input: scheme.input() }),
+        _ => Err(CheckpointError::Unknown {
+            file: q.file().into(),
+            what: "quant_algo",
+            found: algorithm.into(),
+            known: KNOWN.into(),
+        }),
+    }
+}
+
+/// Linears that stay as they are, as ModelOpt names them: `….self_attn*` where no part of an attention is quantized.
+fn untouched(model: &Assigned<'_>) -> BTreeSet<String> {
+    fn parent(module: &str) -> &str {
+        module.rsplit_once('.').map_or("", |(parent, _)| parent)
+    }
+    let touched: BTreeSet<&str> = model.quantized().map(|(m, _)| parent(m)).collect();
+    model.left().map(|m| if touched.contains(parent(m)) { m.to_owned() } else { format!("{}*", parent(m)) }).collect()
+}
+
+fn producer() -> Value {
+    json!({"name": "modelopt", "version": VERSION, "written_by": concat!("recoup ", env!("CARGO_PKG_VERSION"))})
+}
+
+/// `group_size` as ModelOpt states it.
+fn stated_group(scheme: Scheme) -> Option<usize> {
+    match scheme {
+        Scheme::Nvfp4 | Scheme::W4a16Nvfp4 => Some(nvfp4::BLOCK),
+        Scheme::W4a8Nvfp4Fp8 | Scheme::Mxfp8 => Some(mx::BLOCK),
+        _ => None,
+    }
+}
+
+/// ModelOpt's `quantized_layers` of a mixed checkpoint.
+fn quantized_layers(model: &Assigned<'_>) -> Value {
+    let entry = |scheme: Scheme| {
+        let mut entry = json!({"quant_algo": algorithm(scheme)});
+        if let Some(size) = stated_group(scheme) {
+            entry["group_size"] = size.into();
         }
+        entry
     };
-    Ok(Declared { weight, activation })
+    Value::Object(model.quantized().map(|(m, s)| (m.to_owned(), entry(s))).collect())
+}
+
+/// hf_quant_config.json.
+fn hf_quant_config(model: &Assigned<'_>, excluded: &BTreeSet<String>) -> Value {
+    let kv = model.fp8_kv_cache.then_some("FP8");
+    let quantization = match model.schemes()[..] {
+        [scheme] => {
+            let mut q = json!({"quant_algo": algorithm(scheme), "kv_cache_quant_algo": kv});
+            if let Some(size) = stated_group(scheme) {
+                q["group_size"] = size.into();
+            }
+            q["exclude_modules"] = json!(excluded);
+            q
+        }
+        _ => json!({"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": kv,
+            "quantized_layers": quantized_layers(model)}),
+    };
+    json!({"producer": producer(), "quantization": quantization})
+}
+
+/// A `config_groups` entry in ModelOpt's form, for the formats that it writes one for.
+fn config_group(scheme: Scheme, targets: Value) -> Option<Value> {
+    let mut format = match scheme {
+        Scheme::Nvfp4 | Scheme::W4a16Nvfp4 => json!({"dynamic": false, "num_bits": 4, "type": "float"}),
+        Scheme::Fp8 => json!({"dynamic": false, "num_bits": 8, "type": "float"}),
+        _ => return None,
+    };
+    if let Some(size) = stated_group(scheme) {
+        format["group_size"] = size.into();
+    }
+    Some(match scheme {
+        Scheme::W4a16Nvfp4 => json!({"weights": format, "targets": targets}),
+        _ => json!({"input_activations": format, "weights": format, "targets": targets}),
+    })
+}
+
+/// `quantization_config`.
+fn embedded(model: &Assigned<'_>, excluded: &BTreeSet<String>) -> Value {
+    let schemes = model.schemes();
+    let mut out = Map::new();
+    let mut groups = Map::new();
+    for scheme in &schemes {
+        let targets =
+            if schemes.len() == 1 { json!(["Linear"]) } else { json!(model.of(*scheme).collect::<BTreeSet<_>>()) };
+        if let Some(group) = config_group(*scheme, targets) {
+            groups.insert(format!("group_{}", groups.len()), group);
+        }
+    }
+    if !groups.is_empty() {
+        out.insert("config_groups".into(), groups.into());
+    }
+    if let [scheme] = schemes[..] {
+        out.insert("ignore".into(), json!(excluded));
+        out.insert("quant_algo".into(), json!(algorithm(scheme)));
+    } else {
+        out.insert("quantized_layers".into(), quantized_layers(model));
+        out.insert("ignore".into(), json!([]));
+        out.insert("quant_algo".into(), "MIXED_PRECISION".into());
+    }
+    if model.fp8_kv_cache {
+        out.insert("kv_cache_scheme".into(), json!({"dynamic": false, "num_bits": 8, "type": "float"}));
+    }
+    out.insert("producer".into(), producer());
+    out.insert("quant_method".into(), "modelopt".into());
+    out.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modelopts_mxfp4_ties_go_down_and_zero_is_negative() {
+        let codes = [0.0, -0.1, 0.1, 0.25, 0.75, 5.0, 5.1, -6.0].map(|x| ModelOpt.mxfp4_element(x));
+        assert_eq!(codes, [8, 8, 0, 0, 1, 6, 7, 15]);
+    }
 }

@@ -1,0 +1,211 @@
+//! What one linear layer can be quantized to, by ModelOpt's names.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::e8m0::ScaleRule;
+use super::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
+use super::{fp8, mx, nvfp4};
+
+/// How a weight is quantized.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightFormat {
+    /// E2M1 with E4M3 block scales and a global scale.
+    Nvfp4 { block: usize },
+    /// E2M1 with an E8M0 scale per 32.
+    Mxfp4,
+    /// E4M3 with an E8M0 scale per 32.
+    Mxfp8,
+    /// E4M3 under f32 scales: of the whole, of rows, or of 128x128 blocks.
+    Fp8,
+}
+
+impl fmt::Display for WeightFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nvfp4 { block } => write!(f, "NVFP4 in blocks of {block}"),
+            Self::Mxfp4 => f.write_str("MXFP4"),
+            Self::Mxfp8 => f.write_str("MXFP8"),
+            Self::Fp8 => f.write_str("FP8"),
+        }
+    }
+}
+
+/// How an input is quantized, calibrated scales aside: see [`ActivationFormat`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InputFormat {
+    Float,
+    Nvfp4,
+    Fp8Static,
+    Fp8Token,
+    Fp8Group,
+    Mxfp4,
+    Mxfp8,
+}
+
+impl InputFormat {
+    /// With its calibrated scale, where it has one, and the rule of MX blocks.
+    #[must_use]
+    pub fn with(self, scale: f32, rule: ScaleRule) -> ActivationFormat {
+        match self {
+            Self::Float => ActivationFormat::Float,
+            Self::Nvfp4 => ActivationFormat::Nvfp4 { global_scale: scale },
+            Self::Fp8Static => ActivationFormat::Fp8Static { scale },
+            Self::Fp8Token => ActivationFormat::Fp8Token,
+            Self::Fp8Group => ActivationFormat::Fp8Group,
+            Self::Mxfp4 => ActivationFormat::Mxfp4 { rule },
+            Self::Mxfp8 => ActivationFormat::Mxfp8 { rule },
+        }
+    }
+}
+
+/// A format of weight and input together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scheme {
+    /// NVFP4 weights and inputs (W4A4), calibrated input scale.
+    Nvfp4,
+    /// NVFP4 weights, inputs as they are.
+    W4a16Nvfp4,
+    /// E2M1 weights in blocks of 32 under E4M3 scales, FP8 inputs.
+    W4a8Nvfp4Fp8,
+    /// FP8 weights and inputs, one calibrated scale each.
+    Fp8,
+    /// FP8 weights with a scale per output channel, inputs with a scale per token.
+    Fp8PcPt,
+    /// FP8 weights with a scale per 128x128 block. Inputs: as they are (ModelOpt), or FP8 per 128 (compressed-tensors).
+    Fp8Block,
+    /// MXFP8 weights and inputs.
+    Mxfp8,
+    /// MXFP4 weights and inputs.
+    Mxfp4,
+    /// MXFP4 weights, inputs as they are.
+    Mxfp4a16,
+    /// Left as it is.
+    None,
+}
+
+impl Scheme {
+    /// Every scheme that quantizes.
+    pub const ALL: [Self; 9] = [
+        Self::Nvfp4,
+        Self::W4a16Nvfp4,
+        Self::W4a8Nvfp4Fp8,
+        Self::Fp8,
+        Self::Fp8PcPt,
+        Self::Fp8Block,
+        Self::Mxfp8,
+        Self::Mxfp4,
+        Self::Mxfp4a16,
+    ];
+
+    /// The name in recipes.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Nvfp4 => "nvfp4",
+            Self::W4a16Nvfp4 => "w4a16_nvfp4",
+            Self::W4a8Nvfp4Fp8 => "w4a8_nvfp4_fp8",
+            Self::Fp8 => "fp8",
+            Self::Fp8PcPt => "fp8_pc_pt",
+            Self::Fp8Block => "fp8_block",
+            Self::Mxfp8 => "mxfp8",
+            Self::Mxfp4 => "mxfp4",
+            Self::Mxfp4a16 => "mxfp4a16",
+            Self::None => "none",
+        }
+    }
+
+    /// How the weight is quantized; `None` where it is not.
+    #[must_use]
+    pub fn weight(self) -> Option<WeightFormat> {
+        match self {
+            Self::Nvfp4 | Self::W4a16Nvfp4 => Some(WeightFormat::Nvfp4 { block: nvfp4::BLOCK }),
+            Self::W4a8Nvfp4Fp8 => Some(WeightFormat::Nvfp4 { block: mx::BLOCK }),
+            Self::Fp8 | Self::Fp8PcPt | Self::Fp8Block => Some(WeightFormat::Fp8),
+            Self::Mxfp8 => Some(WeightFormat::Mxfp8),
+            Self::Mxfp4 | Self::Mxfp4a16 => Some(WeightFormat::Mxfp4),
+            Self::None => None,
+        }
+    }
+
+    /// How the input is quantized, unless a dialect has it otherwise.
+    #[must_use]
+    pub fn input(self) -> InputFormat {
+        match self {
+            Self::Nvfp4 => InputFormat::Nvfp4,
+            Self::W4a8Nvfp4Fp8 | Self::Fp8 => InputFormat::Fp8Static,
+            Self::Fp8PcPt => InputFormat::Fp8Token,
+            Self::Mxfp8 => InputFormat::Mxfp8,
+            Self::Mxfp4 => InputFormat::Mxfp4,
+            Self::W4a16Nvfp4 | Self::Fp8Block | Self::Mxfp4a16 | Self::None => InputFormat::Float,
+        }
+    }
+
+    /// The scheme of a stored linear; `None` where its weight and input are no pair of these.
+    #[must_use]
+    pub fn of(linear: &LinearTensors<'_>) -> Option<Self> {
+        use ActivationFormat as A;
+        Some(match (linear.element, &linear.block_scales, &linear.output_scale, &linear.activation) {
+            (e, ..) if e.is_float() => Self::None,
+            (Element::E2m1, BlockScales::E4m3 { block: nvfp4::BLOCK, .. }, _, A::Nvfp4 { .. }) => Self::Nvfp4,
+            (Element::E2m1, BlockScales::E4m3 { block: nvfp4::BLOCK, .. }, _, A::Float) => Self::W4a16Nvfp4,
+            (Element::E2m1, BlockScales::E4m3 { block: mx::BLOCK, .. }, _, A::Fp8Static { .. }) => Self::W4a8Nvfp4Fp8,
+            (Element::E2m1, BlockScales::E8m0 { .. }, _, A::Mxfp4 { .. }) => Self::Mxfp4,
+            (Element::E2m1, BlockScales::E8m0 { .. }, _, A::Float) => Self::Mxfp4a16,
+            (Element::E4m3, BlockScales::E8m0 { .. }, _, A::Mxfp8 { .. }) => Self::Mxfp8,
+            (Element::E4m3, BlockScales::Grid { .. }, _, A::Float | A::Fp8Group) => Self::Fp8Block,
+            // A matrix of one block may state its scale as one number.
+            (Element::E4m3, BlockScales::None, OutputScale::Tensor(_), A::Float | A::Fp8Group)
+                if linear.n <= fp8::BLOCK && linear.k <= fp8::BLOCK =>
+            {
+                Self::Fp8Block
+            }
+            (Element::E4m3, BlockScales::None, OutputScale::Tensor(_), A::Fp8Static { .. }) => Self::Fp8,
+            (Element::E4m3, BlockScales::None, OutputScale::Row(_), A::Fp8Token) => Self::Fp8PcPt,
+            _ => return None,
+        })
+    }
+
+    /// Elements along K that share a scale and must divide K; `None` where any K will do.
+    #[must_use]
+    pub fn block(self) -> Option<usize> {
+        match self.weight()? {
+            WeightFormat::Nvfp4 { block } => Some(block),
+            WeightFormat::Mxfp4 | WeightFormat::Mxfp8 => Some(mx::BLOCK),
+            WeightFormat::Fp8 => None,
+        }
+    }
+
+    /// Whether weights are E2M1 under an E4M3 scale per 16 and a global one.
+    #[must_use]
+    pub fn is_nvfp4_weight(self) -> bool {
+        matches!(self, Self::Nvfp4 | Self::W4a16Nvfp4)
+    }
+
+    /// Whether a scale of the input is calibrated and stored.
+    #[must_use]
+    pub fn has_input_scale(self) -> bool {
+        matches!(self.input(), InputFormat::Nvfp4 | InputFormat::Fp8Static)
+    }
+
+    /// Bits of a weight, block scales included.
+    #[must_use]
+    pub fn bits_per_weight(self) -> f64 {
+        match self {
+            Self::Nvfp4 | Self::W4a16Nvfp4 => 4.0 + 8.0 / nvfp4::BLOCK as f64,
+            Self::W4a8Nvfp4Fp8 | Self::Mxfp4 | Self::Mxfp4a16 => 4.0 + 8.0 / mx::BLOCK as f64,
+            Self::Mxfp8 => 8.0 + 8.0 / mx::BLOCK as f64,
+            Self::Fp8 | Self::Fp8PcPt => 8.0,
+            Self::Fp8Block => 8.0 + 32.0 / (fp8::BLOCK * fp8::BLOCK) as f64,
+            Self::None => 16.0,
+        }
+    }
+}
+
+impl fmt::Display for Scheme {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
