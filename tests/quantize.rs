@@ -16,9 +16,8 @@ use recoup::model::{Decoder, ModelConfig};
 use recoup::quantize::calibrate::{Calibration, calibrate};
 use recoup::quantize::convert::convert;
 use recoup::quantize::dequantize::dequantize;
-use recoup::quantize::recipe::ScaleChoice;
-use recoup::quantize::rotate::{Rotate, rotate};
-use recoup::quantize::smooth::Smooth;
+use recoup::quantize::recipe::{Rotate, ScaleChoice, Smooth};
+use recoup::quantize::rotate::rotate;
 use recoup::quantize::{CalibrationText, Places, QuantizeError, Recipe, Scheme, apply, quantize, smooth};
 use serde_json::Value;
 
@@ -308,7 +307,7 @@ fn the_best_recipe_runs_on_every_architecture_and_both_dialects_and_leaves_no_sc
                 &text(),
                 recipe,
                 dialect,
-                Places { out: &out, unrounded: None },
+                Places { out: &out, unrounded: None, measured: None },
                 &mut |_, _, _| {},
             )
             .unwrap();

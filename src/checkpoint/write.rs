@@ -301,6 +301,16 @@ impl<'a, E> Pending<'a, E> {
     }
 }
 
+/// Floats as the bytes of a type, rounded to it.
+#[must_use]
+pub fn float_bytes(dtype: Dtype, values: &[f32]) -> Vec<u8> {
+    match dtype {
+        Dtype::BF16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+        Dtype::F16 => values.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
+        _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+    }
+}
+
 /// What is written, and the bytes of each tensor in turn.
 fn queue<'a, E>(
     tensors: Vec<Pending<'a, E>>,

@@ -91,7 +91,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         super::say!("note: what a run for the same output had left when it was killed was removed");
     }
     let mut recipe = Recipe::find(recipe)?;
-    choose_bits(args, &mut recipe)?;
+    let measured = choose_bits(args, &mut recipe)?;
     let folder = model_folder(model)?;
     let checkpoint = open_model(&folder)?;
     let samples = args.samples.unwrap_or(default_samples(&recipe));
@@ -114,7 +114,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     };
     let bar = super::progress(0, "");
     let backend = args.options.backend()?;
-    let places = quantize::Places { out, unrounded: args.keep_unrounded.as_deref() };
+    let places = quantize::Places { out, unrounded: args.keep_unrounded.as_deref(), measured: measured.as_ref() };
     let report = quantize::apply(&checkpoint, &backend, &text, &recipe, dialect, places, &mut |what, done, all| {
         if done == 0 {
             bar.begin(what);
@@ -160,8 +160,8 @@ pub(super) fn peak_memory() -> Option<u64> {
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
-/// Takes --bits and --sensitivity into the recipe.
-fn choose_bits(args: &Args, recipe: &mut Recipe) -> Result<()> {
+/// Takes --bits into the recipe; the table that --sensitivity names.
+fn choose_bits(args: &Args, recipe: &mut Recipe) -> Result<Option<Table>> {
     let Some(auto) = &mut recipe.auto else {
         if args.bits.is_some() || args.sensitivity.is_some() {
             bail!(
@@ -170,16 +170,17 @@ fn choose_bits(args: &Args, recipe: &mut Recipe) -> Result<()> {
                 recipe.name
             );
         }
-        return Ok(());
+        return Ok(None);
     };
+    let mut measured = None;
     if let Some(bits) = args.bits {
         auto.bits = bits;
     }
     if let Some(file) = &args.sensitivity {
-        auto.measured = Some(records::read_json(file).context("--sensitivity: no table of sensitivities")?);
+        measured = Some(records::read_json(file).context("--sensitivity: no table of sensitivities")?);
     }
     recipe.check()?;
-    Ok(())
+    Ok(measured)
 }
 
 /// What was measured of each group, and what it became.

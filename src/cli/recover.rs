@@ -276,7 +276,7 @@ fn make_student(
     if unrounded.exists() {
         std::fs::remove_dir_all(unrounded).with_context(|| format!("{}: cannot be removed", unrounded.display()))?;
     }
-    let places = quantize::Places { out: folder, unrounded: Some(unrounded) };
+    let places = quantize::Places { out: folder, unrounded: Some(unrounded), measured: None };
     quantize::apply(teacher, &backend, text, recipe, Dialect::ModelOpt, places, &mut |what, done, all| {
         if done == 0 {
             bar.begin(what);

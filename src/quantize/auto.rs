@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::recipe::Rule;
-use super::{QuantizeError, Recipe};
+use super::QuantizeError;
+use super::recipe::{Auto, Recipe, Rule};
 use crate::backend::{Backend, Batch, PAGE};
 use crate::checkpoint::Checkpoint;
 use crate::formats::kv::KvFormat;
@@ -15,25 +15,8 @@ use crate::formats::scheme::Scheme;
 use crate::model::modules::Module;
 use crate::model::{Decoder, ModelConfig};
 
-/// How formats are chosen.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Auto {
-    /// Bits per weight of the blocks' linears at most, scales included, on average.
-    pub bits: f64,
-    /// Formats to choose among; `none` leaves a group as it is.
-    pub schemes: Vec<Scheme>,
-    /// Calibration windows on which KL is measured.
-    #[serde(default = "default_windows")]
-    pub windows: usize,
-    /// A table measured before, to choose by instead of measuring.
-    #[serde(skip)]
-    pub measured: Option<Table>,
-}
-
-fn default_windows() -> usize {
-    2
-}
+/// Where a checkpoint keeps the table that its formats were chosen by.
+pub const TABLE_FILE: &str = "recoup_sensitivity.json";
 
 /// Linears that get the same format, as engines run them in one kernel: q, k and v; gate and up; all experts of a layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -68,32 +51,6 @@ pub struct Table {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weights: Option<String>,
     pub groups: Vec<Group>,
-}
-
-impl Auto {
-    /// What is wrong with it, for people.
-    pub(super) fn fault(&self) -> Option<String> {
-        let least = self.schemes.iter().map(|s| s.bits_per_weight()).fold(f64::INFINITY, f64::min);
-        let mut sorted = self.schemes.clone();
-        sorted.sort_unstable();
-        sorted.dedup();
-        if sorted.len() < 2 || sorted.len() != self.schemes.len() {
-            Some("`auto.schemes` needs two or more different schemes to choose among".into())
-        } else if !(self.bits >= least && self.bits <= 16.0) {
-            Some(format!("`auto.bits` is {}, but the schemes allow {least} to 16 bits per weight", self.bits))
-        } else if self.windows == 0 {
-            Some("`auto.windows` must be at least 1".into())
-        } else {
-            None
-        }
-    }
-
-    /// The candidate with the fewest bits: what transformations before the choice assume.
-    #[must_use]
-    pub fn smallest(&self) -> Scheme {
-        let smaller = |a: &&Scheme, b: &&Scheme| a.bits_per_weight().total_cmp(&b.bits_per_weight());
-        self.schemes.iter().min_by(smaller).copied().unwrap_or(Scheme::None)
-    }
 }
 
 /// The groups of a model's block linears that `eligible` names, options still empty.

@@ -7,6 +7,7 @@ use std::path::Path;
 use safetensors::Dtype;
 
 use super::QuantizeError;
+use super::export::plain_cache;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::store::{content, store};
 use crate::checkpoint::dialect::{Assigned, Dialect, Tool, kv};
@@ -80,7 +81,7 @@ pub fn convert(checkpoint: &Checkpoint, dialect: Dialect, out: &Path) -> Result<
         quantized.insert(m.name.as_str());
     }
     if report.modules == 0 {
-        super::plain_cache(checkpoint)?;
+        plain_cache(checkpoint)?;
         return Err(QuantizeError::Nothing(checkpoint.tensors.folder().into()));
     }
     let mut kv_cache = BTreeMap::new();

@@ -14,11 +14,11 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 
 use super::layerwise::Walk;
 use super::linalg::{Cholesky, product_transposed, transposed_product};
-use super::{Prepared, QuantizeError, encode};
+use super::recipe::Gptq;
+use super::{QuantizeError, encode};
 use crate::backend::Backend;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Tool;
@@ -28,21 +28,12 @@ use crate::formats::{all_finite, amax, e2m1, e4m3};
 use crate::model::ModelConfig;
 use crate::model::modules::Module;
 
-/// How calibrated rounding is done.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Gptq {
-    /// Added to the diagonal of X̂ᵀX̂, as a share of its mean: keeps directions that the text hardly has near the weights.
-    pub damping: f64,
-    /// The same in the regression that comes before the rounding; `None`: none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ridge: Option<f64>,
-}
-
-impl Default for Gptq {
-    fn default() -> Self {
-        Self { damping: 0.01, ridge: None }
-    }
+/// A weight that was rounded beforehand.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    pub linear: LinearTensors<'static>,
+    /// What was rounded, [N, K]: the weights, moved to make up for the rounding of others. Empty where it is not kept.
+    pub unrounded: Vec<half::bf16>,
 }
 
 /// Modules that read the same input, and how that is quantized.

@@ -6,9 +6,6 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::QuantizeError;
-use super::auto::Auto;
-use super::rotate::Rotate;
-use super::smooth::Smooth;
 use crate::formats::scheme::Scheme;
 use crate::model::modules::Module;
 
@@ -41,7 +38,7 @@ pub struct Recipe {
     pub auto: Option<Auto>,
     /// Calibrated rounding of NVFP4 weights, see [`super::gptq`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub gptq: Option<super::gptq::Gptq>,
+    pub gptq: Option<Gptq>,
 }
 
 /// What some modules become.
@@ -72,6 +69,90 @@ pub enum ScaleChoice {
     Mse,
     /// The largest value becomes 6 or 4, whichever has the least squared error; the global scale leaves room for that.
     FourOverSix,
+}
+
+/// What is rotated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rotate {
+    /// Values, head by head.
+    Values,
+    /// Values and the residual stream. A tied head becomes a tensor of its own.
+    All,
+}
+
+/// Which factors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Smooth {
+    /// Of largest magnitudes, rounded to powers of two.
+    PowerOfTwo,
+    /// The same, and then each channel of an NVFP4 block doubled or halved where that helps (`refine.rs`).
+    PowerOfTwoChannels,
+    /// Of largest magnitudes (SmoothQuant).
+    Smoothquant,
+    /// Of mean magnitudes, strengths in tenths: AWQ's search as ModelOpt's `awq_lite` does it.
+    Awq,
+}
+
+/// How formats are chosen.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Auto {
+    /// Bits per weight of the blocks' linears at most, scales included, on average.
+    pub bits: f64,
+    /// Formats to choose among; `none` leaves a group as it is.
+    pub schemes: Vec<Scheme>,
+    /// Calibration windows on which KL is measured.
+    #[serde(default = "default_windows")]
+    pub windows: usize,
+}
+
+fn default_windows() -> usize {
+    2
+}
+
+impl Auto {
+    /// What is wrong with it, for people.
+    fn fault(&self) -> Option<String> {
+        let least = self.schemes.iter().map(|s| s.bits_per_weight()).fold(f64::INFINITY, f64::min);
+        let mut sorted = self.schemes.clone();
+        sorted.sort_unstable();
+        sorted.dedup();
+        if sorted.len() < 2 || sorted.len() != self.schemes.len() {
+            Some("`auto.schemes` needs two or more different schemes to choose among".into())
+        } else if !(self.bits >= least && self.bits <= 16.0) {
+            Some(format!("`auto.bits` is {}, but the schemes allow {least} to 16 bits per weight", self.bits))
+        } else if self.windows == 0 {
+            Some("`auto.windows` must be at least 1".into())
+        } else {
+            None
+        }
+    }
+
+    /// The candidate with the fewest bits: what transformations before the choice assume.
+    #[must_use]
+    pub fn smallest(&self) -> Scheme {
+        let smaller = |a: &&Scheme, b: &&Scheme| a.bits_per_weight().total_cmp(&b.bits_per_weight());
+        self.schemes.iter().min_by(smaller).copied().unwrap_or(Scheme::None)
+    }
+}
+
+/// How calibrated rounding is done.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Gptq {
+    /// Added to the diagonal of X̂ᵀX̂, as a share of its mean: keeps directions that the text hardly has near the weights.
+    pub damping: f64,
+    /// The same in the regression that comes before the rounding; `None`: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ridge: Option<f64>,
+}
+
+impl Default for Gptq {
+    fn default() -> Self {
+        Self { damping: 0.01, ridge: None }
+    }
 }
 
 /// Recipes that ship, by name.

@@ -13,24 +13,14 @@ use std::path::Path;
 
 use rayon::prelude::*;
 use safetensors::Dtype;
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::{QuantizeError, to_bytes};
+use super::QuantizeError;
+use super::recipe::Rotate;
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES};
+use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, float_bytes};
 use crate::model::ModelConfig;
 use crate::model::modules::{Module, Part};
-
-/// What is rotated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Rotate {
-    /// Values, head by head.
-    Values,
-    /// Values and the residual stream. A tied head becomes a tensor of its own.
-    All,
-}
 
 /// A block-diagonal Hadamard matrix with signs, scaled to be orthogonal.
 struct Rotation {
@@ -136,7 +126,7 @@ pub fn rotate(
             let is_linear = module_of(name).is_some_and(|(m, suffix)| suffix == "weight" && quantized(m));
             let dtype = if is_linear { Dtype::F32 } else { view.dtype };
             tensors.push(Pending::new(name, dtype, view.shape, move || match rotated(name, stored)? {
-                Some(values) => Ok(to_bytes(dtype, &values)),
+                Some(values) => Ok(float_bytes(dtype, &values)),
                 None => Ok(view.bytes.to_vec()),
             }));
         }

@@ -11,17 +11,17 @@ use std::path::Path;
 
 use rayon::prelude::*;
 use safetensors::Dtype;
-use serde::{Deserialize, Serialize};
 use serde_json::Map;
 
 use super::layerwise::Walk;
 use super::linalg::product_transposed;
+use super::recipe::Smooth;
 use super::refine::{Inputs, refine};
-use super::{QuantizeError, encode, to_bytes};
+use super::{QuantizeError, encode};
 use crate::backend::Backend;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::modelopt::ModelOpt;
-use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES};
+use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, float_bytes};
 use crate::formats::amax;
 use crate::formats::nvfp4::BLOCK;
 use crate::formats::scheme::Scheme;
@@ -32,20 +32,6 @@ use crate::model::modules::{Module, Part};
 const JUDGED_TOKENS: usize = 256;
 /// And on which single channels are.
 const REFINED_TOKENS: usize = 1024;
-
-/// Which factors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Smooth {
-    /// Of largest magnitudes, rounded to powers of two.
-    PowerOfTwo,
-    /// The same, and then each channel of an NVFP4 block doubled or halved where that helps (`refine.rs`).
-    PowerOfTwoChannels,
-    /// Of largest magnitudes (SmoothQuant).
-    Smoothquant,
-    /// Of mean magnitudes, strengths in tenths: AWQ's search as ModelOpt's `awq_lite` does it.
-    Awq,
-}
 
 impl Smooth {
     /// Strengths tried. Doing nothing is always tried too.
@@ -432,7 +418,7 @@ impl Smoothing {
             tensors.push(Pending::new(name, dtype, view.shape, move || {
                 checkpoint.tensors.release_pages();
                 let values = self.apply(name, || floats(name))?.unwrap_or_default();
-                Ok(to_bytes(dtype, &values))
+                Ok(float_bytes(dtype, &values))
             }));
         }
         let writer = FolderWriter::create(folder)?;

@@ -16,11 +16,12 @@ pub(super) struct Space {
 }
 
 /// What `recipe` writes for the `modules` that it gives a format: a model for each transformation and for each format that
-/// is measured, then the result.
+/// is measured (unless it is known, `measured`), then the result.
 pub(super) fn needed(
     checkpoint: &Checkpoint,
     modules: &[Module],
     recipe: &Recipe,
+    measured: bool,
     scheme: &impl Fn(&Module) -> Scheme,
 ) -> Space {
     let stored = |name: &str| checkpoint.tensors.peek(name).map_or(0, |view| view.bytes.len() as u64);
@@ -35,12 +36,12 @@ pub(super) fn needed(
         others + modules.iter().map(linear).sum::<u64>()
     };
     let between = u64::from(recipe.rotate.is_some()) + u64::from(recipe.smooth.is_some());
-    let measured: u64 = match &recipe.auto {
-        Some(auto) if auto.measured.is_none() => {
+    let donors: u64 = match &recipe.auto {
+        Some(auto) if !measured => {
             let candidates = auto.schemes.iter().filter(|s| **s != Scheme::None);
             candidates.map(|c| model(&|m| if scheme(m) == Scheme::None { Scheme::None } else { *c })).sum()
         }
         _ => 0,
     };
-    Space { out: between * plain + measured.max(model(scheme)), unrounded: plain }
+    Space { out: between * plain + donors.max(model(scheme)), unrounded: plain }
 }

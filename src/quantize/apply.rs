@@ -1,0 +1,222 @@
+//! A whole recipe, in order: rotate, smooth, calibrate, choose formats, round, write.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::Map;
+use sha2::{Digest as _, Sha256};
+
+use super::auto::{self, Table};
+use super::calibrate::{self, Calibration};
+use super::export::{Report, plain_cache, quantize};
+use super::gptq::{self, Prepared};
+use super::recipe::{Recipe, Rule};
+use super::{QuantizeError, Scheme, encode, rotate, smooth, space};
+use crate::backend::Backend;
+use crate::checkpoint::dialect::Dialect;
+use crate::checkpoint::identity::identity;
+use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, float_bytes};
+use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::model::ModelConfig;
+use crate::model::modules::Module;
+use crate::output::{self, Claim};
+
+/// What a model is calibrated on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CalibrationText {
+    /// Token ids.
+    pub sequences: Vec<Vec<u32>>,
+    /// Where they came from, for the checkpoint's metadata.
+    pub description: String,
+}
+
+impl CalibrationText {
+    /// The description with a hash of the tokens.
+    fn described(&self) -> String {
+        let mut hash = Sha256::new();
+        for sequence in &self.sequences {
+            hash.update((sequence.len() as u64).to_le_bytes());
+            sequence.iter().for_each(|t| hash.update(t.to_le_bytes()));
+        }
+        let hex: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+        format!("{}; sha256 of the tokens {hex}", self.description)
+    }
+}
+
+/// Where a whole recipe writes, and what it takes from an earlier run.
+#[derive(Clone, Copy, Debug)]
+pub struct Places<'a> {
+    /// The quantized model.
+    pub out: &'a Path,
+    /// The plain model that it was rounded from, where it is to be kept.
+    pub unrounded: Option<&'a Path>,
+    /// A table of sensitivities measured before, to choose formats by instead of measuring.
+    pub measured: Option<&'a Table>,
+}
+
+/// Quantizes by a whole recipe: rotates, smooths, calibrates, rounds and writes, as it says.
+///
+/// A rotated or smoothed model lies in a folder beside `out` meanwhile.
+///
+/// # Errors
+/// As [`quantize`], [`calibrate::calibrate`], [`smooth::choose`] and [`gptq::gptq`].
+pub fn apply<B: Backend + Clone>(
+    checkpoint: &Checkpoint,
+    backend: &B,
+    text: &CalibrationText,
+    recipe: &Recipe,
+    dialect: Dialect,
+    Places { out, unrounded, measured }: Places<'_>,
+    progress: &mut dyn FnMut(&'static str, usize, usize),
+) -> Result<Report, QuantizeError> {
+    let tool = dialect.tool().ok_or(QuantizeError::Dialect(dialect))?;
+    plain_cache(checkpoint)?;
+    let modules: Vec<Module> = ModelConfig::read(&checkpoint.config)?.modules();
+    let modules: Vec<Module> = modules.into_iter().filter(Module::is_block_linear).collect();
+    let assigned = |recipe: &Recipe| -> Result<BTreeMap<String, Scheme>, QuantizeError> {
+        Ok(modules.iter().map(|m| m.name.clone()).zip(recipe.assign(&modules)?).collect())
+    };
+    let mut schemes = assigned(recipe)?;
+    if let Some(auto) = &recipe.auto {
+        schemes.values_mut().filter(|s| **s != Scheme::None).for_each(|s| *s = auto.smallest());
+    }
+    let scheme = |m: &Module| schemes.get(m.name.as_str()).copied().unwrap_or(Scheme::None);
+    for m in modules.iter().filter(|m| scheme(m) != Scheme::None) {
+        let candidates = recipe.auto.as_ref().map_or_else(|| vec![scheme(m)], |auto| auto.schemes.clone());
+        candidates.into_iter().try_for_each(|s| encode::check_block(m, s))?;
+    }
+    // Refused now and not after minutes of work; held until the end.
+    let claims = std::iter::once(out).chain(unrounded).map(output::folder);
+    let claims = claims.collect::<Result<Vec<Claim>, _>>().map_err(CheckpointError::from)?;
+    let claim = &claims[0];
+    let space = space::needed(checkpoint, &modules, recipe, measured.is_some(), &scheme);
+    let room = |claim: &Claim, bytes| claim.room("the model with what lies on the way to it", bytes);
+    room(claim, space.out).map_err(CheckpointError::from)?;
+    claims.get(1).map_or(Ok(()), |kept| room(kept, space.unrounded)).map_err(CheckpointError::from)?;
+    let mut rotated = None;
+    if let Some(what) = recipe.rotate {
+        progress("rotating", 0, 1);
+        rotated = Some(Scratch::of(claim, "rotated", |folder| {
+            rotate::rotate(checkpoint, what, &|m| scheme(m) != Scheme::None, folder)
+        })?);
+    }
+    let source = rotated.as_ref().map_or(checkpoint, |s: &Scratch| &s.checkpoint);
+    let mut smoothed = None;
+    if let Some(form) = recipe.smooth {
+        let mut shown = |done, all| progress("smoothing", done, all);
+        let found = smooth::choose(source, backend, &text.sequences, form, &scheme, &mut shown)?;
+        smoothed = Some(Scratch::of(claim, "smoothed", |folder| found.write(source, folder))?);
+    }
+    let source = smoothed.as_ref().map_or(source, |s: &Scratch| &s.checkpoint);
+    let description = text.described();
+    let mut calibration = Calibration { description: description.clone(), ..Calibration::default() };
+    if recipe.calibrates() {
+        let mut shown = |done, all| progress("calibrating", done, all);
+        calibration = calibrate::calibrate(source, backend.clone(), &text.sequences, &description, &mut shown)?;
+    }
+    let weights = match recipe.auto {
+        None => String::new(),
+        Some(_) => identity(&checkpoint.tensors, &mut |_, _| {})?["weights"].as_str().unwrap_or_default().to_owned(),
+    };
+    let mut table = match &recipe.auto {
+        None => None,
+        Some(auto) => Some(match measured {
+            Some(stored) => stored.again(auto, &modules, &|m| scheme(m) != Scheme::None, &weights)?,
+            None => {
+                let eligible = |m: &Module| scheme(m) != Scheme::None;
+                let mut donors = Vec::new();
+                for candidate in auto.schemes.iter().filter(|s| **s != Scheme::None) {
+                    let one = |folder: &Path| {
+                        let rule = |m: &Module| Rule { modules: m.name.clone(), scheme: *candidate };
+                        let rules = modules.iter().filter(|m| eligible(m)).map(rule).collect();
+                        let uniform = Recipe { rules, ..Recipe::uniform(*candidate) };
+                        quantize(source, &calibration, &uniform, dialect, &BTreeMap::new(), None, folder).map(|_| ())
+                    };
+                    donors.push((*candidate, Scratch::of(claim, candidate.name(), one)?));
+                }
+                let opened: Vec<(Scheme, &Checkpoint)> = donors.iter().map(|(s, d)| (*s, &d.checkpoint)).collect();
+                let windows = &text.sequences[..auto.windows.min(text.sequences.len())];
+                let mut shown = |done, all| progress("measuring sensitivity", done, all);
+                let (groups, tokens) =
+                    auto::measure(source, &opened, backend, windows, &auto.schemes, &eligible, &mut shown)?;
+                auto::choose(groups, auto.bits, tokens)
+            }
+        }),
+    };
+    if let Some(table) = &mut table {
+        table.weights = Some(weights);
+    }
+    let decided = table.as_ref().map(|t| t.decided(recipe));
+    let recipe = decided.as_ref().unwrap_or(recipe);
+    let schemes = assigned(recipe)?;
+    let scheme = |m: &Module| schemes.get(m.name.as_str()).copied().unwrap_or(Scheme::None);
+    let mut prepared = BTreeMap::new();
+    if let Some(options) = recipe.gptq {
+        let inputs = calibration.shared(&modules);
+        let input = |m: &Module| inputs.get(&m.input_key()).copied().unwrap_or(0.0);
+        let target = |m: &Module| {
+            let scheme = Some(scheme(m)).filter(|s| s.is_nvfp4_weight())?;
+            Some(encode::activation(scheme, tool, input(m)))
+        };
+        let all = &mut |done, all| progress("rounding", done, all);
+        let job = gptq::Job { tool, options, keep_unrounded: unrounded.is_some() };
+        prepared = gptq::gptq(source, backend, &text.sequences, &target, job, all)?;
+    }
+    if let Some(folder) = unrounded {
+        copy(source, &prepared, folder)?;
+    }
+    quantize(source, &calibration, recipe, dialect, &prepared, table.as_ref(), out)
+}
+
+/// Writes the same model to another folder, with what was rounded of the weights in `prepared`.
+fn copy(source: &Checkpoint, prepared: &BTreeMap<String, Prepared>, out: &Path) -> Result<(), QuantizeError> {
+    let writer = FolderWriter::create(out)?;
+    let tensor = |name| {
+        let moved = str::strip_suffix(name, ".weight").and_then(|module| prepared.get(module));
+        let Some(moved) = moved.filter(|p| !p.unrounded.is_empty()) else {
+            return Pending::copy(&source.tensors, name);
+        };
+        let view = source.tensors.peek(name)?;
+        Some(Pending::new(name, view.dtype, view.shape, move || {
+            let values: Vec<f32> = moved.unrounded.iter().map(|v| v.to_f32()).collect();
+            Ok(float_bytes(view.dtype, &values))
+        }))
+    };
+    let tensors: Vec<Pending<'_, QuantizeError>> = source.tensors.names().filter_map(tensor).collect();
+    let mut metadata = Map::new();
+    metadata.insert("format".into(), "pt".into());
+    writer.tensors(tensors, SHARD_BYTES, &metadata)?;
+    writer.copy_settings(source.tensors.folder())?;
+    writer.copy_text_files(source.tensors.folder())?;
+    Ok(writer.commit()?)
+}
+
+/// A checkpoint on the way, among the output's scratch; it goes with this value.
+struct Scratch {
+    checkpoint: Checkpoint,
+    folder: PathBuf,
+}
+
+impl Scratch {
+    fn of(
+        claim: &Claim,
+        what: &str,
+        write: impl FnOnce(&Path) -> Result<(), QuantizeError>,
+    ) -> Result<Self, QuantizeError> {
+        let folder = claim.scratch(what);
+        let opened = write(&folder).and_then(|()| Ok(Checkpoint::open(&folder)?));
+        match opened {
+            Ok(checkpoint) => Ok(Self { checkpoint, folder }),
+            Err(e) => {
+                let _ = std::fs::remove_dir_all(&folder);
+                Err(e)
+            }
+        }
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}

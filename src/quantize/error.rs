@@ -1,0 +1,32 @@
+//! Why a model could not be quantized.
+
+use std::path::PathBuf;
+
+use crate::checkpoint::CheckpointError;
+use crate::checkpoint::dialect::Dialect;
+use crate::model::LoadError;
+
+/// Why a model could not be quantized.
+#[derive(Debug, thiserror::Error)]
+pub enum QuantizeError {
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    Backend(#[from] crate::backend::BackendError),
+    #[error(transparent)]
+    Engine(#[from] crate::engine::EngineError),
+    #[error("calibration: {0}")]
+    Calibration(String),
+    #[error("recipe `{file}`: {detail}")]
+    Recipe { file: String, detail: String },
+    #[error("module `{module}`: {detail}")]
+    Module { module: String, detail: String },
+    #[error("{0}: nothing in it is quantized, it is a plain model already")]
+    Nothing(PathBuf),
+    #[error("{0}: its KV cache is quantized; `recoup convert` it to BF16 first")]
+    KvCache(PathBuf),
+    #[error("quantization writes the modelopt or the compressed-tensors dialect, not {0}")]
+    Dialect(Dialect),
+}
