@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
-use super::dialect::store::Part;
 use super::error::{CheckpointError, Result};
 use super::tensors::TensorStore;
 use super::text_files;
@@ -247,12 +246,6 @@ pub struct TensorSpec {
 }
 
 impl TensorSpec {
-    /// A part of a quantized linear.
-    #[must_use]
-    pub fn of(module: &str, part: Part) -> Self {
-        Self { name: format!("{module}.{}", part.suffix), dtype: part.dtype, shape: part.shape }
-    }
-
     /// Bytes of its data.
     #[must_use]
     pub fn bytes(&self) -> u64 {

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
-use clap::ValueEnum;
 
 use crate::checkpoint::dialect::Dialect;
 use crate::checkpoint::json::Object;
@@ -21,15 +20,8 @@ pub(super) struct Args {
     #[arg(short, long, value_name = "FOLDER")]
     output: PathBuf,
     /// What a quantized checkpoint becomes
-    #[arg(long, value_enum, default_value_t = Target::Bf16)]
-    to: Target,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Target {
-    Bf16,
-    Modelopt,
-    CompressedTensors,
+    #[arg(long, value_parser = super::options::dialect(Some("bf16")), default_value = "bf16")]
+    to: Dialect,
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
@@ -37,15 +29,14 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if args.model.is_dir() {
         let checkpoint = super::options::open_model(&args.model)?;
         return match args.to {
-            Target::Bf16 => dequantized(args, &checkpoint),
-            Target::Modelopt => restated(args, &checkpoint, Dialect::ModelOpt),
-            Target::CompressedTensors => restated(args, &checkpoint, Dialect::CompressedTensors),
+            Dialect::Plain => dequantized(args, &checkpoint),
+            dialect => restated(args, &checkpoint, dialect),
         };
     }
     if !args.model.is_file() {
         bail!("{}: no such file or folder; convert reads GGUF files and checkpoint folders", args.model.display());
     }
-    if args.to != Target::Bf16 {
+    if args.to != Dialect::Plain {
         bail!("a GGUF file becomes BF16; `recoup quantize` the result");
     }
     // Said now and not by the first verb that is given the result.

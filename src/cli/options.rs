@@ -5,18 +5,27 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Context as _, Result, bail};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use recoup_eval::http::address::{is_address, mask};
 use serde_json::{Map, Value, json};
 
 use crate::backend::NUMERICS_VERSION;
 use crate::backend::cpu::{CpuBackend, isa::Isa};
+use crate::checkpoint::dialect::Dialect;
 use crate::checkpoint::hub::{Hub, Id};
 use crate::checkpoint::{self, Checkpoint};
 use crate::formats::kv::KvFormat;
 use crate::model::{Decoder, ModelConfig, consistency};
 use crate::recover::sources::Reader;
 use crate::text::{ChatTemplate, TextError, Tokenizer};
+
+/// A dialect that can be written, by its name; `plain` names none of them, where that is an answer.
+pub(super) fn dialect(plain: Option<&'static str>) -> impl TypedValueParser<Value = Dialect> {
+    let written = || Dialect::ALL.iter().copied().filter(|d| d.tool().is_some());
+    let names: Vec<&str> = plain.into_iter().chain(written().map(Dialect::name)).collect();
+    PossibleValuesParser::new(names).map(move |name| written().find(|d| d.name() == name).unwrap_or(Dialect::Plain))
+}
 
 /// What runs the model.
 #[derive(Args, Clone, Debug)]

@@ -6,7 +6,6 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
-use clap::ValueEnum;
 use recoup_eval::records;
 
 use super::options::{EngineOptions, TemplateOptions, model_folder, open_model, reader, text_notes};
@@ -36,8 +35,8 @@ pub(super) struct Args {
     #[arg(long)]
     list_recipes: bool,
     /// Whose conventions the output follows
-    #[arg(long, value_enum, default_value_t = DialectName::Modelopt)]
-    dialect: DialectName,
+    #[arg(long, value_parser = super::options::dialect(None), default_value = "modelopt")]
+    dialect: Dialect,
     /// What to calibrate on: text, or records (JSON lines or lists, CSV, TSV, Parquet; compressed by gzip or Zstandard)
     /// with `messages`, `conversations`, `prompt` and `completion`, `text` or `input_ids`; a file, a folder, a pattern, or -
     /// for standard input [default: a short built-in text]
@@ -63,12 +62,6 @@ pub(super) struct Args {
     template: TemplateOptions,
     #[command(flatten)]
     options: EngineOptions,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum DialectName {
-    Modelopt,
-    CompressedTensors,
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
@@ -108,29 +101,27 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         super::say_notes(&text_notes(&folder).unwrap_or_else(|e| vec![e.to_string()]));
         CalibrationText { sequences: Vec::new(), description: "none needed".into() }
     };
-    let dialect = match args.dialect {
-        DialectName::Modelopt => Dialect::ModelOpt,
-        DialectName::CompressedTensors => Dialect::CompressedTensors,
-    };
     let bar = super::progress(0, "");
     let backend = args.options.backend()?;
     let places = quantize::Places { out, unrounded: args.keep_unrounded.as_deref(), measured: measured.as_ref() };
-    let report = quantize::apply(&checkpoint, &backend, &text, &recipe, dialect, places, &mut |what, done, all| {
-        if done == 0 {
-            bar.begin(what);
-        }
-        bar.set_length(all as u64);
-        bar.set_position(done as u64);
-    })?;
+    let report =
+        quantize::apply(&checkpoint, &backend, &text, &recipe, args.dialect, places, &mut |what, done, all| {
+            if done == 0 {
+                bar.begin(what);
+            }
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+        })?;
     bar.finish();
     if let Some(table) = &report.table {
         print_table(table)?;
     }
     let tokens = text.sequences.iter().map(Vec::len).sum::<usize>();
     super::say!(
-        "{} linears by {} ({dialect} dialect), {}: {} to {} in {:.1} s{}",
+        "{} linears by {} ({} dialect), {}: {} to {} in {:.1} s{}",
         report.modules,
         recipe.name,
+        args.dialect,
         if tokens > 0 { format!("calibrated on {tokens} tokens") } else { "without calibration".into() },
         super::human_bytes(report.bytes_before),
         super::human_bytes(report.bytes_after),

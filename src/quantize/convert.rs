@@ -11,7 +11,7 @@ use super::export::plain_cache;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::store::{content, store};
 use crate::checkpoint::dialect::{Assigned, Dialect, Tool, kv};
-use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, TensorSpec, metadata};
+use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, metadata};
 use crate::formats::linear::{ActivationFormat, LinearTensors};
 use crate::formats::scheme::Scheme;
 use crate::model::ModelConfig;
@@ -72,12 +72,14 @@ pub fn convert(checkpoint: &Checkpoint, dialect: Dialect, out: &Path) -> Result<
         note_differences(&linear, scheme, tool, &mut report.notes);
         let stored = store(tool, &linear, scheme);
         report.inexact += stored.inexact;
-        let spec = |part| TensorSpec::of(&m.name, part);
-        tensors.push(Pending::together(stored.parts.into_iter().map(|(part, _)| spec(part)).collect(), move || {
-            checkpoint.tensors.release_pages();
-            let stored = store(tool, &checkpoint.linear(&m.name, m.role)?, scheme);
-            Ok(stored.parts.into_iter().map(|(_, bytes)| bytes).collect())
-        }));
+        tensors.push(Pending::together(
+            stored.parts.into_iter().map(|(part, _)| part.of(&m.name)).collect(),
+            move || {
+                checkpoint.tensors.release_pages();
+                let stored = store(tool, &checkpoint.linear(&m.name, m.role)?, scheme);
+                Ok(stored.parts.into_iter().map(|(_, bytes)| bytes).collect())
+            },
+        ));
         quantized.insert(m.name.as_str());
     }
     if report.modules == 0 {

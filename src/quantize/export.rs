@@ -15,7 +15,7 @@ use super::{QuantizeError, Scheme};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::store::{parts, store};
 use crate::checkpoint::dialect::{Assigned, Dialect, Tool};
-use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, TensorSpec, metadata};
+use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, metadata};
 use crate::formats::{LEAST, e4m3, scalable};
 use crate::model::ModelConfig;
 use crate::model::modules::{Module, Part};
@@ -262,7 +262,7 @@ impl<'a> Plan<'a> {
                 continue;
             };
             let (m, scheme, peaks, tool) = (&self.modules[i], self.schemes[i], self.peaks[i], self.tool);
-            let specs = parts(tool, scheme, m.role.n, m.role.k).into_iter().map(|p| TensorSpec::of(&m.name, p));
+            let specs = parts(tool, scheme, m.role.n, m.role.k).into_iter().map(|p| p.of(&m.name));
             let one = Pending::together(specs.collect(), move || {
                 checkpoint.tensors.release_pages();
                 let linear = match prepared.get(&m.name) {

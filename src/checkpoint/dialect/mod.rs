@@ -48,6 +48,12 @@ dialects! {
 }
 
 impl Dialect {
+    /// What people call it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        self.conventions().name()
+    }
+
     /// How to write it; nothing where it is only read.
     #[must_use]
     pub fn tool(self) -> Option<&'static dyn Tool> {
@@ -57,7 +63,7 @@ impl Dialect {
 
 impl fmt::Display for Dialect {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.conventions().name())
+        f.write_str(self.name())
     }
 }
 

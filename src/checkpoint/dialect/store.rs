@@ -4,6 +4,7 @@ use half::bf16;
 use safetensors::Dtype;
 
 use super::{Dialect, Layout, Tool};
+use crate::checkpoint::write::TensorSpec;
 use crate::formats::linear::{ActivationFormat, BlockScales, LinearTensors, OutputScale};
 use crate::formats::mx;
 use crate::formats::scheme::{InputFormat, Scheme, WeightFormat};
@@ -50,6 +51,14 @@ pub struct Part {
     pub content: Content,
     pub dtype: Dtype,
     pub shape: Vec<usize>,
+}
+
+impl Part {
+    /// As a tensor of `module`.
+    #[must_use]
+    pub fn of(self, module: &str) -> TensorSpec {
+        TensorSpec { name: format!("{module}.{}", self.suffix), dtype: self.dtype, shape: self.shape }
+    }
 }
 
 /// The tensors of a linear of `scheme` with a weight [n, k], in the order in which they are written.
