@@ -15,6 +15,7 @@ use crate::journal::{self, Journal, JournalError, Key, write_atomically};
 use crate::names::file_name;
 use crate::report::ScoreRow;
 use crate::scores::{GenerationLength, MetricScores, ModelFacts, ModelScores};
+pub use crate::settings::Setup;
 use crate::settings::{self, Generations};
 use crate::tasks::{self, BOOTSTRAP_RESAMPLES, Chat, Instance, Options, OutputType, Sample, Selection, Task};
 use crate::{LanguageModel, Message, Request, Response};
@@ -56,18 +57,6 @@ impl Shard {
     fn has(self, doc_id: usize) -> bool {
         doc_id % self.of == self.index
     }
-}
-
-/// How tasks are put to the model.
-#[derive(Clone, Debug, Default)]
-pub struct Setup {
-    pub options: Options,
-    /// Through the model's chat template.
-    pub chat: bool,
-    pub fewshot_as_multiturn: bool,
-    /// How often sampled answers are drawn, each time with the next seed; 0 counts as 1. Greedy ones are the same every
-    /// time and are asked for once.
-    pub seeds: usize,
 }
 
 /// Tasks with all that is asked.

@@ -5,8 +5,19 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value, json};
 
 use crate::model::GenerationDefaults;
-use crate::run::Setup;
 use crate::tasks::{Error, Generation, Options, OutputType, Task};
+
+/// How tasks are put to the model.
+#[derive(Clone, Debug, Default)]
+pub struct Setup {
+    pub options: Options,
+    /// Through the model's chat template.
+    pub chat: bool,
+    pub fewshot_as_multiturn: bool,
+    /// How often sampled answers are drawn, each time with the next seed; 0 counts as 1. Greedy ones are the same every
+    /// time and are asked for once.
+    pub seeds: usize,
+}
 
 /// How each task that generates has its answers generated, by its name.
 pub(crate) type Generations = BTreeMap<String, Generation>;

@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use recoup_eval::jinja::{Error, ErrorKind, Options, Settings, Template};
 use serde_json::{Map, Value as Json};
 
-use super::special_tokens::{kind, read_json_object};
+use super::settings::{kind, read_json_object};
 use super::{SpecialTokens, TextError};
 
 /// Work that one rendering may do: evaluations of an expression or statement, and 64 bytes of text each. This much takes

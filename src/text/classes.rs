@@ -9,8 +9,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::TextError;
-use super::rebuild::Flags;
-use super::special_tokens::kind;
+use super::settings::{Flags, kind};
 
 /// What transformers makes of a `tokenizer.json`.
 #[derive(Debug, Clone, PartialEq, Eq)]

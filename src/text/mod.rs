@@ -6,6 +6,7 @@ mod clean_up;
 pub mod conversation;
 mod error;
 mod rebuild;
+mod settings;
 mod special_tokens;
 mod stop;
 mod stream_decoder;

@@ -3,8 +3,6 @@
 //!
 //! Source: transformers 5.24, models/*/tokenization_*.py and `TokenizersBackend.convert_to_native_format` and `__init__`.
 
-use std::path::Path;
-
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
@@ -15,31 +13,8 @@ use tokenizers::{
 
 use super::TextError;
 use super::classes::Rebuilt;
+use super::settings::Flags;
 use super::special_tokens::Configured;
-
-/// The text that a class is built from, beside `tokenizer.json`.
-pub(super) struct Flags<'a> {
-    pub config: &'a Map<String, Value>,
-    /// Path of `tokenizer_config.json`, for messages.
-    pub path: &'a Path,
-}
-
-impl Flags<'_> {
-    /// A switch that may be missing.
-    ///
-    /// # Errors
-    /// When it is neither true, false nor null.
-    pub fn switch(&self, key: &str) -> Result<Option<bool>, TextError> {
-        match self.config.get(key) {
-            None | Some(Value::Null) => Ok(None),
-            Some(Value::Bool(on)) => Ok(Some(*on)),
-            Some(other) => Err(TextError::Invalid {
-                path: self.path.to_owned(),
-                detail: format!("`{key}` must be true, false or null, found {other}"),
-            }),
-        }
-    }
-}
 
 /// What a class puts in the place of the parts of `tokenizer.json`, in that file's own terms.
 struct Parts {

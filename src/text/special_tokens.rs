@@ -3,13 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use recoup_eval::records::without_mark;
 use serde_json::{Map, Value};
 use tokenizers::AddedToken;
 
 use super::TextError;
 use super::classes::{Class, class_of, is_byte_level};
-use super::rebuild::Flags;
+use super::settings::{Flags, kind, read_json_object};
 
 /// The names that may hold one token, in the order in which new ones get their ids.
 /// Source: transformers, `PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES`.
@@ -375,42 +374,5 @@ fn list(value: &Value, name: &str, path: &Path) -> Result<Vec<Token>, TextError>
         Value::Null => Ok(Vec::new()),
         Value::Array(list) => list.iter().map(|value| Ok(token(value, name, path)?.1)).collect(),
         other => Err(invalid(path, format!("`{name}` must be a list of tokens, found {}", kind(other)))),
-    }
-}
-
-/// Reads a JSON object; `None` when there is no such file.
-pub(super) fn read_json_object(path: &Path) -> Result<Option<Map<String, Value>>, TextError> {
-    let bytes = match std::fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(source) if source.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(source) => {
-            return Err(TextError::Read { path: path.to_owned(), source, hint: "" });
-        }
-    };
-    match serde_json::from_slice::<Value>(without_mark(&bytes)) {
-        Ok(Value::Object(map)) => Ok(Some(map)),
-        Ok(other) => Err(TextError::Invalid {
-            path: path.to_owned(),
-            detail: format!("expected a JSON object, found {}", kind(&other)),
-        }),
-        Err(error) => Err(TextError::Invalid {
-            path: path.to_owned(),
-            detail: recoup_eval::foreign::foreign(&bytes).map_or_else(
-                || format!("not valid JSON ({error}); copy the file again from its source"),
-                |what| format!("not valid JSON: it is {what}"),
-            ),
-        }),
-    }
-}
-
-/// What kind of JSON value this is, for a message.
-pub(super) fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
     }
 }

@@ -13,8 +13,9 @@ use tokenizers::{
 
 use super::classes::{Class, Rebuilt, class_of, is_byte_level};
 use super::clean_up::clean_up;
-use super::rebuild::{Flags, finish, fix_mistral_regex, rebuild};
-use super::special_tokens::{Configured, EXTRA, Token, read_json_object};
+use super::rebuild::{finish, fix_mistral_regex, rebuild};
+use super::settings::{Flags, read_json_object};
+use super::special_tokens::{Configured, EXTRA, Token};
 use super::{SpecialTokens, StreamDecoder, TextError};
 
 /// A tokenizer with its named special tokens. A clone is cheap and shares everything.

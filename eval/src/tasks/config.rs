@@ -7,22 +7,14 @@ use serde_json::{Map, Value};
 use super::{
     Error,
     data::{Doc, Format, TextUnit},
-    error::nearest,
     filter::{Filter, Pipeline},
     keys::{Entry, Keys},
+    kinds::{OutputType, Scoring},
     metric::{self, Metric},
+    nearest::nearest,
     template::Templates,
     yaml::Kind,
 };
-
-/// What a task asks of a model; `output_type`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OutputType {
-    LogLikelihood,
-    Rolling,
-    MultipleChoice,
-    Generate,
-}
 
 /// What turns a document into a text, a target or choices.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,18 +23,6 @@ pub enum Expression {
     Template(String),
     /// The value itself.
     Value(Value),
-}
-
-/// How answers become values; `process_results`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Scoring {
-    /// By the output type.
-    Standard,
-    /// By IFEval's instructions; `!function ifeval.process_results`.
-    IfEval,
-    /// As a rolling log-likelihood, but words and bytes are those of the field `page`, before any detokenization;
-    /// `!function wikitext.process_results`.
-    Page,
 }
 
 /// Where the data is.

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{error::nearest, python};
+use super::{nearest::nearest, python};
 use crate::{GenerationDefaults, GenerationOptions};
 
 /// Settings as they count together.

@@ -5,9 +5,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::{
-    Error,
-    error::nearest,
-    files,
+    Error, files,
+    nearest::nearest,
     yaml::{self, Kind, Node},
 };
 

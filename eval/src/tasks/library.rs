@@ -12,9 +12,9 @@ use super::{
     Error,
     aggregate::{Group, GroupMetric},
     config::Config,
-    error::nearest,
     files,
     keys::{Entry, Keys},
+    nearest::nearest,
     task::Task,
     yaml::Kind,
 };

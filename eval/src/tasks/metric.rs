@@ -6,9 +6,9 @@ use crate::scores::Aggregation;
 
 use super::{
     Error,
-    config::{OutputType, Scoring},
-    error::nearest,
     keys::{Entry, Keys},
+    kinds::{OutputType, Scoring},
+    nearest::nearest,
     regex::PythonRegex,
     yaml::Kind,
 };

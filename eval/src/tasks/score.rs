@@ -7,8 +7,8 @@ use crate::{Request, Response, ifeval, perplexity::words, scores::DocumentScore}
 
 use super::{
     Error,
-    config::{OutputType, Scoring},
     data::Doc,
+    kinds::{OutputType, Scoring},
     metric::{Measure, Metric},
     python,
     task::{Instance, Task},

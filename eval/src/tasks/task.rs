@@ -8,9 +8,10 @@ use crate::{GenerationDefaults, GenerationOptions, Message, Request};
 
 use super::{
     Error,
-    config::{Config, DataSet, Expression, OutputType, Sampler},
+    config::{Config, DataSet, Expression, Sampler},
     data::Doc,
     generation::{self, Generation},
+    kinds::OutputType,
     python,
     random::Random,
     source::{DataFile, Split, no_split, read_split},
