@@ -11,7 +11,10 @@ use common::{FLOAT_BOUND, Fixture, Report, bits, deviation, incremental_logits, 
 use recoup::backend::autograd::AutogradBackend;
 use recoup::backend::cpu::{CpuBackend, isa::Isa};
 use recoup::backend::observe::{Observed, Observer};
+use recoup::backend::{AttentionShape, Backend, Batch, CacheLayout, LayerCache, PAGE, Rotation, Span};
+use recoup::formats::kv::KvFormat;
 use recoup::formats::linear::LinearTensors;
+use recoup::logits::{Draw, History, Sampler, SamplingParams, Scratch};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -225,4 +228,93 @@ fn the_cpu_backend_decodes_through_its_cache_to_the_bits_of_the_full_pass() {
         let (whole, parts) = (logits(&model, &ids), incremental_logits(&model, &ids, PREFILL));
         assert!(bits(&whole) == bits(&parts), "{}", fixture.name);
     }
+}
+
+/// Values from -2 to 2 in no order.
+fn values(count: usize, seed: usize) -> Vec<f32> {
+    (0..count).map(|i| ((i * 7919 + seed * 104_729) % 1009) as f32 / 252.25 - 2.0).collect()
+}
+
+/// Two sequences through one attention layer, the second in two passes: what it gives, in the order of tokens.
+fn attend<B: Backend>(backend: &B, shape: &AttentionShape) -> Vec<f32> {
+    let rotation = |step: f32| Rotation { frequencies: (0..4).map(|i| step.powi(i)).collect(), factor: 1.25 };
+    let ropes = [0.5, 0.1].map(|step| backend.load_rope(rotation(step)).unwrap());
+    let layer = LayerCache { format: KvFormat::F32, kv_heads: shape.kv_heads, head_dim: shape.head_dim };
+    let mut cache = backend.new_cache(&CacheLayout { layers: vec![layer], pages: 1 }).unwrap();
+    backend.grow(&mut cache, 4).unwrap();
+    let span = |start, len, pages: &[u32]| Span { start, len, pages: pages.to_vec() };
+    let passes = [vec![span(0, 9, &[2]), span(0, 14, &[3])], vec![span(14, 7, &[3, 1])]];
+    let mut out = Vec::new();
+    for (seed, spans) in passes.into_iter().enumerate() {
+        let tokens: usize = spans.iter().map(|s| s.len).sum();
+        let pass = backend.prepare(&Batch { tokens: vec![0; tokens], spans }, &ropes).unwrap();
+        let tensor = |heads: usize, seed: usize| {
+            let width = heads * shape.head_dim;
+            backend.tensor(values(tokens * width, seed), width).unwrap()
+        };
+        let (q, k, v) = (tensor(shape.heads, seed), tensor(shape.kv_heads, seed + 5), tensor(shape.kv_heads, seed + 9));
+        out.extend(backend.to_host(&backend.attention(q, k, v, shape, &pass, &mut cache).unwrap()).unwrap());
+    }
+    out
+}
+
+#[test]
+fn both_backends_attend_alike_whichever_rotation_turns_them() {
+    let cpu = CpuBackend::new(Isa::detect(), 2).unwrap();
+    let mut seen: Vec<Vec<u32>> = Vec::new();
+    for rope in [None, Some(0), Some(1)] {
+        for window in [None, Some(5)] {
+            let shape = AttentionShape { layer: 0, heads: 4, kv_heads: 2, head_dim: 8, window, rope };
+            let (packed, plain) = (attend(&cpu, &shape), attend(&AutogradBackend::new(), &shape));
+            let off = deviation(&packed, &plain);
+            assert!(off < 1e-6, "{shape:?}: {off:e}");
+            assert!(!seen.contains(&bits(&packed)), "{shape:?}: as another shape");
+            seen.push(bits(&packed));
+        }
+    }
+    assert_eq!(seen[0].len(), (9 + 14 + 7) * 4 * 8);
+    assert_eq!(PAGE, 16, "the second sequence goes over the end of a page");
+}
+
+/// The packed kernels' own, and what a backend has that has none.
+#[test]
+fn what_is_read_off_logits_is_the_same_on_both_backends() {
+    let (rows, vocab) = (5, 97);
+    let (a, b) = (values(rows * vocab, 1), values(rows * vocab, 2));
+    let targets = [3, 0, 96, 41, 41];
+    let sampler = |temperature, seed| {
+        let params = SamplingParams { temperature, seed: Some(seed), logprobs: Some(2), ..SamplingParams::default() };
+        Sampler::new(params).unwrap()
+    };
+    let samplers = [sampler(0.0, 0), sampler(1.0, 1), sampler(0.7, 2), sampler(1.5, 3), sampler(1.0, 4)];
+    let draws: Vec<Draw> = samplers.iter().map(|s| Draw { sampler: s, history: History::default() }).collect();
+    fn read<B: Backend>(
+        backend: &B,
+        (a, b): (&[f32], &[f32]),
+        targets: &[u32],
+        draws: &[Draw],
+    ) -> (String, String, Vec<(u32, f64)>) {
+        let vocab = a.len() / targets.len();
+        let [a, b] = [a, b].map(|x| backend.tensor(x.to_vec(), vocab).unwrap());
+        let picks: Vec<(usize, u32)> = targets.iter().copied().enumerate().collect();
+        let scores = backend.score(&a, &picks).unwrap();
+        (
+            format!("{:?}", backend.sample(&a, draws, &mut Scratch::default()).unwrap()),
+            // Of a vocabulary that is padded in both.
+            format!(
+                "{:?}",
+                backend.compare(&a, &b, vocab - 1, &targets.iter().map(|t| t % 90).collect::<Vec<_>>()).unwrap()
+            ),
+            scores.iter().map(|s| (u32::from(s.is_greedy), s.log_prob)).collect(),
+        )
+    }
+    let cpu = read(&CpuBackend::new(Isa::detect(), 2).unwrap(), (&a, &b), &targets, &draws);
+    let plain = read(&AutogradBackend::new(), (&a, &b), &targets, &draws);
+    assert_eq!((&cpu.0, &cpu.1), (&plain.0, &plain.1));
+    assert!(cpu.0.matches("Ok(").count() == rows && cpu.1.matches("kl").count() == rows, "{cpu:?}");
+    for (packed, plain) in cpu.2.iter().zip(&plain.2) {
+        assert!(packed.0 == plain.0 && (packed.1 - plain.1).abs() < 1e-6, "{packed:?} {plain:?}");
+    }
+    let none = AutogradBackend::new().tensor(Vec::new(), vocab).unwrap();
+    assert!(AutogradBackend::new().compare(&none, &none, vocab, &[]).unwrap().is_empty());
 }
