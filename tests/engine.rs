@@ -9,12 +9,9 @@ use common::{Session, bits};
 use recoup::backend::cpu::{CpuBackend, isa::Isa};
 use recoup::backend::{Backend as _, PAGE};
 use recoup::checkpoint::Checkpoint;
-use recoup::engine::{
-    Engine, EngineError, Event, Finish, Generated, History, Id, Limits, Request, Sampler, SamplingParams, Scratch,
-    Sequence, score_all,
-};
+use recoup::engine::{Engine, EngineError, Event, Finish, Generated, Id, Limits, Request, Sequence, score_all};
 use recoup::formats::kv::KvFormat;
-use recoup::logits::TokenScore;
+use recoup::logits::{History, Sampler, SamplingParams, Scratch, TokenScore};
 use recoup::model::Decoder;
 use recoup::text::Tokenizer;
 

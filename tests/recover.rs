@@ -409,7 +409,7 @@ fn gradients_with_bf16_operands_are_near_those_in_f32() {
 fn distillation_from_itself_finds_nothing_to_do() {
     let teacher = Decoder::load(AutogradBackend::new(), &fixture("bf16")).unwrap();
     let own = Decoder::load(AutogradBackend::new(), &fixture("bf16")).unwrap();
-    let linears: Vec<Linear> = own.linears().map(|l| (*l.linear).clone()).collect();
+    let linears: Vec<Linear> = own.linears().map(|l| Linear::clone(l)).collect();
     linears.iter().for_each(Linear::train);
     let rows = rows();
     let rows: Vec<&Row> = rows.iter().collect();

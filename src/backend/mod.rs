@@ -8,7 +8,9 @@ pub mod cpu;
 pub mod observe;
 mod pass;
 
+use std::ops::Deref;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use recoup_eval::divergence::{Pair, RowError, compare_rows};
 
@@ -49,6 +51,35 @@ pub enum BackendError {
 
 /// Result of a backend operation.
 pub type Result<T> = std::result::Result<T, BackendError>;
+
+/// A part of a model and its Hugging Face name: a linear and its module, a norm and its tensor. Clones share the part.
+#[derive(Debug)]
+pub struct Named<T> {
+    pub name: Arc<str>,
+    part: Arc<T>,
+}
+
+impl<T> Named<T> {
+    /// `part` under the name `name`.
+    #[must_use]
+    pub fn new(name: impl Into<Arc<str>>, part: T) -> Self {
+        Self { name: name.into(), part: Arc::new(part) }
+    }
+}
+
+impl<T> Clone for Named<T> {
+    fn clone(&self) -> Self {
+        Self { name: self.name.clone(), part: self.part.clone() }
+    }
+}
+
+impl<T> Deref for Named<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.part
+    }
+}
 
 /// Shape of one attention layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -310,8 +341,8 @@ pub trait Backend: Send + Sync + Sized {
         targets: &[u32],
     ) -> Result<Vec<std::result::Result<Pair, RowError>>> {
         let (baseline, model) = (self.to_host(baseline)?, self.to_host(model)?);
-        let rows = targets.len().max(1);
-        let rows = baseline.chunks(baseline.len() / rows).zip(model.chunks(model.len() / rows));
+        let row = |logits: &[f32]| (logits.len() / targets.len().max(1)).max(1);
+        let rows = baseline.chunks(row(&baseline)).zip(model.chunks(row(&model)));
         Ok(rows.zip(targets).map(|((a, b), t)| compare_rows(&a[..vocab], &b[..vocab], *t as usize)).collect())
     }
 

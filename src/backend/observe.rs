@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use recoup_eval::divergence::{Pair, RowError};
 
-use super::{AttentionShape, Backend, Batch, CacheLayout, Choice, Result, Rotation, Span};
+use super::{AttentionShape, Backend, Batch, CacheLayout, Choice, Named, Result, Rotation, Span};
 use crate::formats::linear::LinearTensors;
 use crate::logits::{Draw, Routing, Sampled, SamplingError, Scratch, TokenScore};
 
@@ -102,20 +102,6 @@ impl<B, O> Observed<B, O> {
     }
 }
 
-/// A linear and the name of its module.
-pub struct Named<L> {
-    name: Arc<str>,
-    linear: Arc<L>,
-}
-
-impl<L> Named<L> {
-    /// `linear` as the module `name`.
-    #[must_use]
-    pub fn new(name: Arc<str>, linear: Arc<L>) -> Self {
-        Self { name, linear }
-    }
-}
-
 impl<B: Backend, O: Observer> Observed<B, O> {
     fn wants_outputs(&self) -> bool {
         self.with_observer(|o| o.wants_outputs())
@@ -139,7 +125,7 @@ impl<B: Backend, O: Observer + Send> Backend for Observed<B, O> {
     fn linears(&self, x: &B::Tensor, weights: &[&Named<B::Linear>]) -> Result<Vec<B::Tensor>> {
         let host = self.inner.to_host(x)?;
         self.with_observer(|o| weights.iter().for_each(|w| o.input(&w.name, &host)));
-        let inner: Vec<&B::Linear> = weights.iter().map(|w| &*w.linear).collect();
+        let inner: Vec<&B::Linear> = weights.iter().map(|w| &***w).collect();
         let outputs = self.inner.linears(x, &inner)?;
         if self.wants_outputs() {
             for (w, y) in weights.iter().zip(&outputs) {
@@ -150,12 +136,12 @@ impl<B: Backend, O: Observer + Send> Backend for Observed<B, O> {
     }
 
     fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<Named<B::Linear>> {
-        let name = tensors.name.as_str().into();
-        Ok(Named::new(name, Arc::new(self.inner.load_linear(tensors)?)))
+        let name = tensors.name.clone();
+        Ok(Named::new(name, self.inner.load_linear(tensors)?))
     }
 
     fn resident_bytes(&self, linear: &Named<B::Linear>) -> usize {
-        self.inner.resident_bytes(&linear.linear)
+        self.inner.resident_bytes(linear)
     }
 
     fn load_norm(&self, weight: Vec<f32>) -> Result<B::Norm> {
@@ -183,7 +169,7 @@ impl<B: Backend, O: Observer + Send> Backend for Observed<B, O> {
     }
 
     fn embed(&self, table: &Named<B::Linear>, pass: &B::Pass) -> Result<B::Tensor> {
-        let embedded = self.inner.embed(&table.linear, pass)?;
+        let embedded = self.inner.embed(table, pass)?;
         if self.wants_outputs() {
             self.output(&table.name, &embedded)?;
         }

@@ -7,7 +7,8 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use super::generate::{Answer, Generated, Request};
-use super::{Id, Limits, Plan, Scheduler};
+use super::scheduler::{Plan, Scheduler};
+use super::{Id, Limits};
 use crate::backend::{Backend, BackendError, Batch, PAGE, Span};
 use crate::formats::kv::KvFormat;
 use crate::logits::{Draw, Sampled, SamplingError, Scratch, TokenScore};

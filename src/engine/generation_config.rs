@@ -5,9 +5,9 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::SamplingParams;
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
+use crate::logits::SamplingParams;
 use crate::model::config::token_ids;
 
 /// The file's name in a checkpoint folder.

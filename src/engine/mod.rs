@@ -4,16 +4,14 @@
 mod engine;
 mod generate;
 pub mod generation_config;
-pub mod pages;
-pub mod scheduler;
+mod pages;
+mod scheduler;
 mod scoring;
 mod sequence;
 
 pub use engine::{Engine, EngineError, Event};
 pub use generate::{Finish, Generated, Request, answer_all};
 pub use generation_config::GenerationConfig;
-pub use scheduler::{Limits, Plan, Scheduler};
+pub use scheduler::Limits;
 pub use scoring::{Sequence, score_all};
 pub use sequence::Id;
-
-pub use crate::logits::{History, Sampled, Sampler, SamplingError, SamplingParams, Scratch};

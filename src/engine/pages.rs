@@ -83,7 +83,7 @@ impl Pages {
     }
 
     /// Pages that may be in use at once.
-    #[must_use]
+    #[cfg(test)]
     pub fn limit(&self) -> usize {
         self.limit
     }
@@ -101,7 +101,7 @@ impl Pages {
     }
 
     /// How many use a page.
-    #[must_use]
+    #[cfg(test)]
     pub fn users(&self, page: u32) -> u32 {
         self.all[page as usize].users
     }

@@ -50,7 +50,7 @@ pub fn facts(name: &str, checkpoint: &Checkpoint) -> Result<ModelFacts> {
 /// Bytes of packed weights in memory.
 #[must_use]
 pub fn resident_bytes<B: Backend>(model: &Decoder<B>) -> u64 {
-    model.linears().map(|l| model.backend().resident_bytes(&l.linear) as u64).sum()
+    model.linears().map(|l| model.backend().resident_bytes(l) as u64).sum()
 }
 
 /// Tokens per second of a prompt, and of generating one by one after it; one sequence.

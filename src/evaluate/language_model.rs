@@ -14,9 +14,10 @@ use crate::backend::{Backend, BackendError};
 use crate::checkpoint::error::CheckpointError;
 use crate::checkpoint::json::Object;
 use crate::engine::{
-    self, Engine, EngineError, Event, Finish, GenerationConfig, Limits, SamplingParams, Sequence, answer_all, score_all,
+    self, Engine, EngineError, Event, Finish, GenerationConfig, Limits, Sequence, answer_all, score_all,
 };
 use crate::formats::kv::KvFormat;
+use crate::logits::SamplingParams;
 use crate::model::Decoder;
 use crate::model::config::token_ids;
 use crate::text::{ChatInput, ChatTemplate, TextError, Tokenizer};

@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::config::ModelConfig;
-use super::layer::{Layer, Mixer, Named, NamedNorm, Step};
-use crate::backend::observe::{self, FirstBroken, Observed, Observer};
+use super::layer::{Layer, Mixer, Mlp, Step};
+use crate::backend::observe::{FirstBroken, Observed, Observer};
 use crate::backend::{
-    self, Backend, BackendError, Batch, CacheLayout, Expert, HeadNorms, LayerCache, PAGE, Update, exactly, one,
+    self, Backend, BackendError, Batch, CacheLayout, Expert, HeadNorms, LayerCache, Named, PAGE, Update, exactly, one,
 };
 use crate::checkpoint::CheckpointError;
 use crate::formats::kv::KvFormat;
@@ -29,11 +29,11 @@ pub struct Decoder<B: Backend> {
     /// Where it was loaded from, for messages.
     pub(super) folder: PathBuf,
     pub(super) backend: Arc<B>,
-    pub(super) embedding: Named<B>,
+    pub(super) embedding: Named<B::Linear>,
     pub(super) layers: Vec<Layer<B>>,
-    pub(super) norm: NamedNorm<B>,
+    pub(super) norm: Named<B::Norm>,
     /// `None`: the embedding's weight is the head's.
-    pub(super) head: Option<Named<B>>,
+    pub(super) head: Option<Named<B::Linear>>,
     pub(super) ropes: Arc<Vec<B::Rope>>,
     /// What each layer caches, and the format if the checkpoint says it; else it is left to the caller.
     pub(super) caches: Vec<(LayerCache, Option<KvFormat>)>,
@@ -56,13 +56,13 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Every linear, embedding and head included, in the order of the forward pass.
-    pub fn linears(&self) -> impl Iterator<Item = &Named<B>> {
+    pub fn linears(&self) -> impl Iterator<Item = &Named<B::Linear>> {
         let layers = self.layers.iter().flat_map(Layer::linears);
         std::iter::once(&self.embedding).chain(layers).chain(&self.head)
     }
 
     /// Every norm and the decoder layer it is in (`None`: after the last).
-    pub fn norms(&self) -> impl Iterator<Item = (Option<usize>, &NamedNorm<B>)> {
+    pub fn norms(&self) -> impl Iterator<Item = (Option<usize>, &Named<B::Norm>)> {
         let layers = self.layers.iter().enumerate();
         let layers = layers.flat_map(|(i, layer)| layer.norms().into_iter().map(move |n| (Some(i), n)));
         layers.chain(std::iter::once((None, &self.norm)))
@@ -71,7 +71,7 @@ impl<B: Backend> Decoder<B> {
     /// The embedding.
     #[must_use]
     pub fn embedding(&self) -> &B::Linear {
-        &self.embedding.linear
+        &self.embedding
     }
 
     /// This model with some layers taken from `donor`, a model of the same shape (its quantized form, say): the linears
@@ -79,15 +79,15 @@ impl<B: Backend> Decoder<B> {
     /// copied.
     #[must_use]
     pub fn graft(&self, donor: &Self, swap: &dyn Fn(&str) -> bool) -> Self {
-        let linears: HashMap<&str, &Named<B>> = donor.linears().map(|l| (&*l.name, l)).collect();
-        let norms: HashMap<&str, &NamedNorm<B>> = donor.norms().map(|(_, n)| (&*n.name, n)).collect();
-        let linear = |own: &Named<B>| {
+        let linears: HashMap<&str, &Named<B::Linear>> = donor.linears().map(|l| (&*l.name, l)).collect();
+        let norms: HashMap<&str, &Named<B::Norm>> = donor.norms().map(|(_, n)| (&*n.name, n)).collect();
+        let linear = |own: &Named<B::Linear>| {
             let other = linears.get(&*own.name).filter(|l| swap(&l.name));
             other.map_or_else(|| own.clone(), |l| (*l).clone())
         };
         let layer = |own: &Layer<B>| {
             let all = own.linears().iter().all(|l| swap(&l.name));
-            own.map(&linear, &|n: &NamedNorm<B>| {
+            own.map(linear, |n: &Named<B::Norm>| {
                 let other = norms.get(&*n.name).filter(|_| all);
                 other.map_or_else(|| n.clone(), |n| (*n).clone())
             })
@@ -107,15 +107,11 @@ impl<B: Backend> Decoder<B> {
 
     /// This model, its weights shared, with an observer.
     fn observed<O: Observer + Send>(&self, observer: O) -> Decoder<Observed<B, O>> {
-        let linear = |l: &Named<B>| Named {
-            name: l.name.clone(),
-            linear: Arc::new(observe::Named::new(l.name.clone(), l.linear.clone())),
-        };
-        let norm = |n: &NamedNorm<B>| NamedNorm { name: n.name.clone(), norm: n.norm.clone() };
+        let linear = |l: &Named<B::Linear>| Named::new(l.name.clone(), l.clone());
         Decoder {
             embedding: linear(&self.embedding),
-            layers: self.layers.iter().map(|l| l.map(&linear, &norm)).collect(),
-            norm: norm(&self.norm),
+            layers: self.layers.iter().map(|l| l.map(linear, Named::clone)).collect(),
+            norm: self.norm.clone(),
             head: self.head.as_ref().map(linear),
             config: self.config.clone(),
             folder: self.folder.clone(),
@@ -201,13 +197,13 @@ impl<B: Backend> Decoder<B> {
     /// # Errors
     /// The backend's own failure.
     pub fn final_norm(&self, hidden: &B::Tensor) -> backend::Result<B::Tensor> {
-        self.backend.rms_norm(hidden, &self.norm.norm, self.config.rms_eps)
+        self.backend.rms_norm(hidden, &self.norm, self.config.rms_eps)
     }
 
     /// The head; the embedding, where the two are tied.
     #[must_use]
     pub fn head(&self) -> &B::Linear {
-        &self.head.as_ref().unwrap_or(&self.embedding).linear
+        self.head.as_ref().unwrap_or(&self.embedding)
     }
 
     /// Runs `batch` and returns what leaves the last layer, [tokens, hidden], before the final norm.
@@ -261,7 +257,7 @@ impl<B: Backend> Decoder<B> {
     /// # Errors
     /// A token outside the vocabulary, or the backend's own failure.
     pub fn embed(&self, pass: &B::Pass) -> backend::Result<B::Tensor> {
-        self.backend.embed(&self.embedding.linear, pass)
+        self.backend.embed(&self.embedding, pass)
     }
 
     /// What leaves decoder layer `index` when `x` [tokens, hidden] enters it.
@@ -294,7 +290,7 @@ impl<B: Backend> Decoder<B> {
         })?;
         let mut update = None;
         for step in layers.iter().flat_map(|l| &l.steps) {
-            let (norm, eps) = (&step.norm.norm, self.config.rms_eps);
+            let (norm, eps) = (&step.norm, self.config.rms_eps);
             let h = match update.take() {
                 None => b.rms_norm(&x, norm, eps)?,
                 Some(update) => {
@@ -322,24 +318,20 @@ impl<B: Backend> Decoder<B> {
         let b = &*self.backend;
         match &step.mixer {
             Mixer::Attention(a) => {
-                let [q, k, v] = exactly(b.linears(h, &[&a.q.linear, &a.k.linear, &a.v.linear])?)?;
+                let [q, k, v] = exactly(b.linears(h, &[&a.q, &a.k, &a.v])?)?;
                 let norms = a.heads.as_ref();
-                let norms = norms.map(|[q, k]| HeadNorms { q: &*q.norm, k: &*k.norm, eps: self.config.rms_eps });
+                let norms = norms.map(|[q, k]| HeadNorms { q: &**q, k: &**k, eps: self.config.rms_eps });
                 let input = b.normed_attention(q, k, v, norms, &a.shape, pass, cache)?;
-                Ok(Update::Product { input, weight: &a.o.linear })
+                Ok(Update::Product { input, weight: &a.o })
             }
             Mixer::Mlp(m) => {
-                let input = b.gated(h, &m.gate.linear, &m.up.linear)?;
-                Ok(Update::Product { input, weight: &m.down.linear })
+                let input = b.gated(h, &m.gate, &m.up)?;
+                Ok(Update::Product { input, weight: &m.down })
             }
             Mixer::Mixture { router, experts, choice } => {
-                let expert = |m: &'a super::layer::Mlp<B>| Expert {
-                    gate: &*m.gate.linear,
-                    up: &*m.up.linear,
-                    down: &*m.down.linear,
-                };
+                let expert = |m: &'a Mlp<B>| Expert { gate: &*m.gate, up: &*m.up, down: &*m.down };
                 let experts: Vec<_> = experts.iter().map(expert).collect();
-                Ok(Update::Ready(b.mixture(h, &router.linear, &experts, choice)?))
+                Ok(Update::Ready(b.mixture(h, router, &experts, choice)?))
             }
         }
     }
@@ -348,7 +340,7 @@ impl<B: Backend> Decoder<B> {
     pub fn replace(&mut self, name: &str, linear: B::Linear) -> bool {
         let slot = self.layers.iter_mut().flat_map(Layer::linears_mut).find(|l| *l.name == *name);
         let Some(slot) = slot else { return false };
-        slot.linear = Arc::new(linear);
+        *slot = Named::new(name, linear);
         true
     }
 }

@@ -1,20 +1,6 @@
 //! What a decoder is made of: layers, each a list of residual steps x ← x + mixer(norm(x)).
 
-use std::sync::Arc;
-
-use crate::backend::{AttentionShape, Backend, Choice};
-
-/// A linear and the Hugging Face name of its module.
-pub struct Named<B: Backend> {
-    pub name: Arc<str>,
-    pub linear: Arc<B::Linear>,
-}
-
-/// A norm and the name of its weight's tensor.
-pub struct NamedNorm<B: Backend> {
-    pub name: Arc<str>,
-    pub norm: Arc<B::Norm>,
-}
+use crate::backend::{AttentionShape, Backend, Choice, Named};
 
 /// One layer.
 pub(super) struct Layer<B: Backend> {
@@ -23,7 +9,7 @@ pub(super) struct Layer<B: Backend> {
 
 /// x ← x + mixer(norm(x)).
 pub(super) struct Step<B: Backend> {
-    pub norm: NamedNorm<B>,
+    pub norm: Named<B::Norm>,
     pub mixer: Mixer<B>,
 }
 
@@ -31,44 +17,32 @@ pub(super) struct Step<B: Backend> {
 pub(super) enum Mixer<B: Backend> {
     Attention(Box<Attention<B>>),
     Mlp(Mlp<B>),
-    Mixture { router: Named<B>, experts: Vec<Mlp<B>>, choice: Choice },
+    Mixture { router: Named<B::Linear>, experts: Vec<Mlp<B>>, choice: Choice },
 }
 
 pub(super) struct Attention<B: Backend> {
-    pub q: Named<B>,
-    pub k: Named<B>,
-    pub v: Named<B>,
-    pub o: Named<B>,
+    pub q: Named<B::Linear>,
+    pub k: Named<B::Linear>,
+    pub v: Named<B::Linear>,
+    pub o: Named<B::Linear>,
     /// Norms over each head's queries and keys.
-    pub heads: Option<[NamedNorm<B>; 2]>,
+    pub heads: Option<[Named<B::Norm>; 2]>,
     pub shape: AttentionShape,
 }
 
 /// down(silu(gate x) · up x).
 pub(super) struct Mlp<B: Backend> {
-    pub gate: Named<B>,
-    pub up: Named<B>,
-    pub down: Named<B>,
-}
-
-impl<B: Backend> Clone for Named<B> {
-    fn clone(&self) -> Self {
-        Self { name: self.name.clone(), linear: self.linear.clone() }
-    }
-}
-
-impl<B: Backend> Clone for NamedNorm<B> {
-    fn clone(&self) -> Self {
-        Self { name: self.name.clone(), norm: self.norm.clone() }
-    }
+    pub gate: Named<B::Linear>,
+    pub up: Named<B::Linear>,
+    pub down: Named<B::Linear>,
 }
 
 impl<B: Backend> Layer<B> {
     /// The same layer of what `linear` and `norm` make of its parts, on another backend perhaps.
     pub fn map<C: Backend>(
         &self,
-        linear: &dyn Fn(&Named<B>) -> Named<C>,
-        norm: &dyn Fn(&NamedNorm<B>) -> NamedNorm<C>,
+        linear: impl Fn(&Named<B::Linear>) -> Named<C::Linear>,
+        norm: impl Fn(&Named<B::Norm>) -> Named<C::Norm>,
     ) -> Layer<C> {
         let mlp = |m: &Mlp<B>| Mlp { gate: linear(&m.gate), up: linear(&m.up), down: linear(&m.down) };
         let mixer = |m: &Mixer<B>| match m {
@@ -89,7 +63,7 @@ impl<B: Backend> Layer<B> {
     }
 
     /// Its linears, in the order of the forward pass.
-    pub fn linears(&self) -> Vec<&Named<B>> {
+    pub fn linears(&self) -> Vec<&Named<B::Linear>> {
         let mut out = Vec::new();
         for step in &self.steps {
             match &step.mixer {
@@ -105,7 +79,7 @@ impl<B: Backend> Layer<B> {
     }
 
     /// Its linears, to be replaced.
-    pub fn linears_mut(&mut self) -> Vec<&mut Named<B>> {
+    pub fn linears_mut(&mut self) -> Vec<&mut Named<B::Linear>> {
         let mut out = Vec::new();
         for step in &mut self.steps {
             match &mut step.mixer {
@@ -121,7 +95,7 @@ impl<B: Backend> Layer<B> {
     }
 
     /// Its norms, in the order of the forward pass.
-    pub fn norms(&self) -> Vec<&NamedNorm<B>> {
+    pub fn norms(&self) -> Vec<&Named<B::Norm>> {
         let mut out = Vec::new();
         for step in &self.steps {
             out.push(&step.norm);
@@ -137,19 +111,19 @@ impl<B: Backend> Mixer<B> {
     /// The linears that read the step's normed input, where that is all that reads it.
     pub fn readers(&self) -> Vec<&B::Linear> {
         match self {
-            Self::Attention(a) => vec![&a.q.linear, &a.k.linear, &a.v.linear],
-            Self::Mlp(m) => vec![&m.gate.linear, &m.up.linear],
+            Self::Attention(a) => vec![&a.q, &a.k, &a.v],
+            Self::Mlp(m) => vec![&m.gate, &m.up],
             Self::Mixture { .. } => Vec::new(),
         }
     }
 }
 
 impl<B: Backend> Mlp<B> {
-    fn linears(&self) -> [&Named<B>; 3] {
+    fn linears(&self) -> [&Named<B::Linear>; 3] {
         [&self.gate, &self.up, &self.down]
     }
 
-    fn linears_mut(&mut self) -> [&mut Named<B>; 3] {
+    fn linears_mut(&mut self) -> [&mut Named<B::Linear>; 3] {
         [&mut self.gate, &mut self.up, &mut self.down]
     }
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use super::config::ModelConfig;
 use super::decoder::{Decoder, LoadError};
-use super::layer::{Attention, Layer, Mixer, Mlp, Named, NamedNorm, Step};
-use crate::backend::{AttentionShape, Backend, Choice, LayerCache, Rotation};
+use super::layer::{Attention, Layer, Mixer, Mlp, Step};
+use crate::backend::{AttentionShape, Backend, Choice, LayerCache, Named, Rotation};
 use crate::checkpoint::resolve::LinearRole;
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::formats::kv::KvFormat;
@@ -73,19 +73,19 @@ struct Loader<'a, B: Backend> {
 }
 
 impl<B: Backend> Loader<'_, B> {
-    fn linear(&self, name: &str) -> Result<Named<B>, LoadError> {
+    fn linear(&self, name: &str) -> Result<Named<B::Linear>, LoadError> {
         let role = self.roles.get(name).ok_or_else(|| CheckpointError::MissingTensor {
             folder: self.checkpoint.tensors.folder().into(),
             tensor: name.into(),
             why: "the decoder asks for a module that the architecture does not list".into(),
         })?;
         let linear = self.backend.load_linear(self.checkpoint.linear(name, *role)?)?;
-        Ok(Named { name: name.into(), linear: Arc::new(linear) })
+        Ok(Named::new(name, linear))
     }
 
-    fn norm(&self, name: &str, length: usize) -> Result<NamedNorm<B>, LoadError> {
+    fn norm(&self, name: &str, length: usize) -> Result<Named<B::Norm>, LoadError> {
         let norm = self.backend.load_norm(self.checkpoint.floats(name, &[length])?)?;
-        Ok(NamedNorm { name: name.into(), norm: Arc::new(norm) })
+        Ok(Named::new(name, norm))
     }
 
     fn layer(&self, index: usize, prefix: &str) -> Result<Layer<B>, LoadError> {

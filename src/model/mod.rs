@@ -3,7 +3,7 @@
 pub mod config;
 pub mod consistency;
 pub mod decoder;
-pub mod layer;
+mod layer;
 mod load;
 pub mod modules;
 pub mod rope;

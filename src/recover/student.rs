@@ -8,11 +8,11 @@ use safetensors::Dtype;
 use super::optimizer::{AdamW, sum_of_squares};
 use super::parameter::{Learned, Parameter, Weight};
 use super::{RecoverError, Result};
+use crate::backend::Named;
 use crate::backend::autograd::{AutogradBackend, Linear, Norm};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::store::{Content, content};
 use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, metadata};
-use crate::model::layer::NamedNorm;
 use crate::model::modules::Module;
 use crate::model::{Decoder, ModelConfig};
 
@@ -43,7 +43,7 @@ impl Student {
                 other,
             )?;
         }
-        let linears: Vec<Linear> = decoder.linears().map(|l| (*l.linear).clone()).collect();
+        let linears: Vec<Linear> = decoder.linears().map(|l| Linear::clone(l)).collect();
         let mut parameters = Vec::new();
         for linear in linears {
             let Some(m) = modules.get(linear.name()).filter(|m| m.is_block_linear()) else { continue };
@@ -70,7 +70,7 @@ impl Student {
     /// When something is wrong with it.
     pub fn load_plain(checkpoint: &Checkpoint, backend: AutogradBackend) -> Result<Self> {
         let decoder = Decoder::load(backend, checkpoint)?;
-        let linears: Vec<Linear> = decoder.linears().map(|l| (*l.linear).clone()).collect();
+        let linears: Vec<Linear> = decoder.linears().map(|l| Linear::clone(l)).collect();
         let mut parameters = Vec::new();
         for m in decoder.config.modules() {
             if let Some(linear) = linears.iter().find(|l| l.name() == m.name) {
@@ -220,9 +220,9 @@ fn parameter(linear: Linear, module: &Module, mut master: Vec<f32>) -> Parameter
 }
 
 fn norms(decoder: &Decoder<AutogradBackend>, checkpoint: &Checkpoint) -> Vec<Parameter> {
-    let parameter = |(layer, named): (Option<usize>, &NamedNorm<AutogradBackend>)| {
+    let parameter = |(layer, named): (Option<usize>, &Named<Norm>)| {
         let dtype = checkpoint.tensors.peek(&named.name).map_or(Dtype::F32, |v| v.dtype);
-        let norm = Norm::clone(&named.norm);
+        let norm = Norm::clone(named);
         let master = norm.weight().to_vec();
         Parameter::new(named.name.to_string(), Weight::Norm(norm, dtype), layer, master)
     };

@@ -128,7 +128,8 @@ const OTHERS: &str = "AlbertTokenizer BartTokenizer BarthezTokenizer BartphoToke
     TapasTokenizer Tipsv2Tokenizer UdopTokenizer VideoPrismTokenizer VitsTokenizer Wav2Vec2CTCTokenizer \
     Wav2Vec2PhonemeCTCTokenizer WhisperTokenizer XGLMTokenizer XLMRobertaTokenizer XLMTokenizer XLNetTokenizer";
 
-/// Finds the class by `tokenizer_config.json`, `config.json` (`model`, with its path) and whether [`is_byte_level`], and notes what stands in the way of knowing it.
+/// Finds the class by `tokenizer_config.json`, `config.json` (`model`, with its path) and whether [`is_byte_level`], and
+/// notes what stands in the way of knowing it.
 ///
 /// # Errors
 /// A file that names a class or a type of model by something other than a string.
