@@ -9,7 +9,6 @@ pub mod divergence;
 pub mod foreign;
 pub mod http;
 pub mod ifeval;
-pub mod jinja;
 pub mod journal;
 pub mod model;
 pub mod names;

@@ -5,7 +5,7 @@ use std::io;
 use std::path::Path;
 use std::time::SystemTime;
 
-use recoup_eval::jinja::{Error, ErrorKind, Options, Settings, Template};
+use recoup_jinja::{Error, ErrorKind, Options, Settings, Template};
 use serde_json::{Map, Value as Json};
 
 use super::settings::{kind, read_json_object};

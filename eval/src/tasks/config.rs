@@ -429,7 +429,7 @@ fn filter(step: &Entry) -> Result<Filter, Error> {
             let entry = own.get("regex_pattern");
             // lm-evaluation-harness's default.
             let pattern = own.text("regex_pattern")?.unwrap_or_else(|| r"#### (\-?[0-9\.\,]+)".into());
-            let regex = super::regex::PythonRegex::new(&pattern).map_err(|e| entry.unwrap_or(step).bad(e))?;
+            let regex = recoup_jinja::regex::PythonRegex::new(&pattern).map_err(|e| entry.unwrap_or(step).bad(e))?;
             let group_select = match own.get("group_select") {
                 Some(entry) => entry.value()?.as_i64().ok_or_else(|| entry.wrong("a whole number"))?,
                 None => 0,

@@ -1,6 +1,6 @@
 //! Filters: what is done to answers before they are scored.
 
-use super::regex::PythonRegex;
+use recoup_jinja::regex::PythonRegex;
 
 /// Filters one after the other, under the name that its scores carry; ends in [`Filter::TakeFirst`].
 #[derive(Clone, Debug)]

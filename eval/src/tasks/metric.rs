@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use recoup_jinja::regex::PythonRegex;
+
 use crate::scores::Aggregation;
 
 use super::{
@@ -9,7 +11,6 @@ use super::{
     keys::{Entry, Keys},
     kinds::{OutputType, Scoring},
     nearest::nearest,
-    regex::PythonRegex,
     yaml::Kind,
 };
 

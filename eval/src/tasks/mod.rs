@@ -18,7 +18,6 @@ mod metric;
 mod nearest;
 mod python;
 mod random;
-pub(crate) mod regex;
 mod score;
 mod source;
 mod task;

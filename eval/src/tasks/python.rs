@@ -2,8 +2,8 @@
 
 use serde_json::{Map, Number, Value};
 
-pub use crate::jinja::python::float;
-use crate::jinja::python::quoted;
+pub use recoup_jinja::python::float;
+use recoup_jinja::python::quoted;
 
 /// `str(value)`.
 #[must_use]

@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use serde_json::{Map, Value};
 
-use crate::jinja::{Error, ErrorKind, Options, Settings, Template};
+use recoup_jinja::{Error, ErrorKind, Options, Settings, Template};
 
 /// Renders templates against documents; parses each once.
 #[derive(Debug, Default)]

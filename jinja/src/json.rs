@@ -2,10 +2,10 @@
 
 use std::fmt::Write;
 
-use super::error::{Error, Result};
-use super::python::float;
-use super::render::Renderer;
-use super::value::{MAX_NESTING, Value};
+use crate::error::{Error, Result};
+use crate::python::float;
+use crate::render::Renderer;
+use crate::value::{MAX_NESTING, Value};
 
 /// How a value is written.
 #[derive(Clone, Debug)]

@@ -1,14 +1,14 @@
 //! Jinja2's filters over text, and `tojson` in its two meanings.
 
-use super::error::{Error, Result};
-use super::format::printf;
-use super::json::{Style, dumps};
-use super::lexer::is_space;
-use super::methods::{capitalize, is_alphanumeric, justify, replace, split_lines, strip};
-use super::operators::escape;
-use super::render::{Arguments, Renderer};
-use super::value::{Text, Value};
-use crate::tasks::regex::PythonRegex;
+use crate::error::{Error, Result};
+use crate::format::printf;
+use crate::json::{Style, dumps};
+use crate::lexer::is_space;
+use crate::methods::{capitalize, is_alphanumeric, justify, replace, split_lines, strip};
+use crate::operators::escape;
+use crate::regex::PythonRegex;
+use crate::render::{Arguments, Renderer};
+use crate::value::{Text, Value};
 
 pub const NAMES: [&str; 22] = [
     "capitalize",

@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value as Json};
 
-use super::ast::{Arguments as ArgumentExprs, Const, Expr, ExprKind, For, Macro, Name, Statement, Target};
-use super::error::{Error, ErrorKind, Result};
-use super::value::{Dict, Loop, MacroValue, Text, Value, insert};
-use super::{Options, Settings, attributes, filters, functions, methods, operators, tests};
+use crate::ast::{Arguments as ArgumentExprs, Const, Expr, ExprKind, For, Macro, Name, Statement, Target};
+use crate::error::{Error, ErrorKind, Result};
+use crate::value::{Dict, Loop, MacroValue, Text, Value, insert};
+use crate::{Options, Settings, attributes, filters, functions, methods, operators, tests};
 
 /// Macros and recursive loops within each other at most.
 const MAX_CALLS: usize = 150;

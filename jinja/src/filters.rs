@@ -4,13 +4,13 @@ use std::cell::RefCell;
 use std::cmp::Ordering;
 use std::rc::Rc;
 
-use super::Settings;
-use super::ast::Binary;
-use super::error::{Error, ErrorKind, Result};
-use super::operators::{binary, item};
-use super::render::{Arguments, Renderer};
-use super::value::{Text, Value};
-use super::{attributes, tests, text_filters};
+use crate::Settings;
+use crate::ast::Binary;
+use crate::error::{Error, ErrorKind, Result};
+use crate::operators::{binary, item};
+use crate::render::{Arguments, Renderer};
+use crate::value::{Text, Value};
+use crate::{attributes, tests, text_filters};
 
 const NAMES: [&str; 33] = [
     "abs",

@@ -18,6 +18,7 @@ mod methods;
 mod operators;
 mod parser;
 pub mod python;
+pub mod regex;
 mod render;
 mod tests;
 mod text_filters;

@@ -2,9 +2,9 @@
 
 use std::rc::Rc;
 
-use super::error::{Error, Result};
-use super::render::Renderer;
-use super::value::{Value, View};
+use crate::error::{Error, Result};
+use crate::render::Renderer;
+use crate::value::{Value, View};
 
 /// Methods of `str`.
 const STR: [&str; 47] = [

@@ -3,13 +3,13 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use super::error::{Error, Result};
-use super::format::str_format;
-use super::functions::dict;
-use super::lexer::is_space;
-use super::python::{is_decimal, is_digit, is_letter, is_printable};
-use super::render::{Arguments, Renderer};
-use super::value::{Dict, Text, Value, View, insert};
+use crate::error::{Error, Result};
+use crate::format::str_format;
+use crate::functions::dict;
+use crate::lexer::is_space;
+use crate::python::{is_decimal, is_digit, is_letter, is_printable};
+use crate::render::{Arguments, Renderer};
+use crate::value::{Dict, Text, Value, View, insert};
 
 pub fn call(r: &mut Renderer, value: &Value, name: &str, arguments: Arguments) -> Result<Value> {
     match value {

@@ -4,10 +4,10 @@ mod expressions;
 
 use std::sync::Arc;
 
-use super::Settings;
-use super::ast::{Expr, ExprKind, For, Macro, Name, Statement, Target};
-use super::error::{Error, ErrorKind, Result};
-use super::lexer::{Token, tokens};
+use crate::Settings;
+use crate::ast::{Expr, ExprKind, For, Macro, Name, Statement, Target};
+use crate::error::{Error, ErrorKind, Result};
+use crate::lexer::{Token, tokens};
 
 /// Expressions and statements within each other at most; bounds the stack. Python's own parser ends earlier.
 const MAX_DEPTH: usize = 90;

@@ -1,10 +1,10 @@
 //! Python's two ways of formatting: `text % values` and `text.format(values)`.
 
-use super::error::{Error, Result};
-use super::python::{escaped, float};
-use super::render::{Arguments, Renderer};
-use super::value::Value;
-use super::{attributes, operators};
+use crate::error::{Error, Result};
+use crate::python::{escaped, float};
+use crate::render::{Arguments, Renderer};
+use crate::value::Value;
+use crate::{attributes, operators};
 
 /// Wider fields than this are refused.
 const MAX_WIDTH: usize = 1 << 20;

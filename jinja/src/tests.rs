@@ -1,12 +1,12 @@
 //! Jinja2's tests: what stands after `is`.
 
-use super::ast::Comparison;
-use super::error::{Error, Result};
-use super::methods::is_case;
-use super::operators::{binary, compare};
-use super::render::{Arguments, Renderer};
-use super::value::Value;
-use super::{ast::Binary, filters};
+use crate::ast::Comparison;
+use crate::error::{Error, Result};
+use crate::methods::is_case;
+use crate::operators::{binary, compare};
+use crate::render::{Arguments, Renderer};
+use crate::value::Value;
+use crate::{ast::Binary, filters};
 
 const NAMES: [&str; 39] = [
     "boolean",

@@ -2,11 +2,11 @@
 
 use std::rc::Rc;
 
-use super::ast::{Binary, Comparison};
-use super::error::{Error, Result};
-use super::format::printf;
-use super::render::Renderer;
-use super::value::{Text, Value, View};
+use crate::ast::{Binary, Comparison};
+use crate::error::{Error, Result};
+use crate::format::printf;
+use crate::render::Renderer;
+use crate::value::{Text, Value, View};
 
 /// `<`, `>`, `&`, `'` and `"` as HTML writes them.
 pub fn escape(text: &str) -> String {

@@ -1,6 +1,6 @@
 //! Templates compute what Jinja2 computes: golden/jinja.py wrote what it makes of them.
 
-use recoup_eval::jinja::{ErrorKind, Options, Settings, Template};
+use recoup_jinja::{ErrorKind, Options, Settings, Template};
 use serde_json::{Map, Value, json};
 
 fn render(

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use super::Settings;
-use super::ast::Name;
-use super::error::{Error, ErrorKind, Result};
+use crate::Settings;
+use crate::ast::Name;
+use crate::error::{Error, ErrorKind, Result};
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Token {

@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use indexmap::IndexMap;
 
-use super::ast::{For, Macro, Name};
-use super::error::{Error, ErrorKind, Result};
-use super::python::{float, quoted};
-use super::render::Scope;
+use crate::ast::{For, Macro, Name};
+use crate::error::{Error, ErrorKind, Result};
+use crate::python::{float, quoted};
+use crate::render::Scope;
 
 /// Lists within each other at most where something walks over them; Python's own limit is about as far.
 pub const MAX_NESTING: usize = 400;

@@ -3,10 +3,10 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use super::Settings;
-use super::error::{Error, ErrorKind, Result};
-use super::render::{Arguments, Renderer};
-use super::value::{Dict, MAX_RANGE, Value, insert, range_length};
+use crate::Settings;
+use crate::error::{Error, ErrorKind, Result};
+use crate::render::{Arguments, Renderer};
+use crate::value::{Dict, MAX_RANGE, Value, insert, range_length};
 
 pub const NAMES: [&str; 8] =
     ["range", "dict", "namespace", "cycler", "joiner", "lipsum", "raise_exception", "strftime_now"];
