@@ -52,17 +52,14 @@ pub(super) fn comparison(c: &Comparison, context: &ReportContext) -> String {
         }
     }
     let facts = provenance(context);
-    if !context.command.is_empty() || !facts.is_empty() || !context.notes.is_empty() {
+    if !context.command.is_empty() || !facts.is_empty() {
         out.push_str("## How to repeat it\n\n");
         if !context.command.is_empty() {
             let fence = "`".repeat(longest_run(&context.command, '`').max(2) + 1);
             out.push_str(&format!("{fence}\n{}\n{fence}\n\n", context.command));
         }
-        for (what, text) in facts {
-            out.push_str(&format!("- {what}: {}\n", escape(text)));
-        }
-        for note in &context.notes {
-            out.push_str(&format!("- {}\n", escape(note)));
+        for fact in facts {
+            out.push_str(&format!("- {}\n", escape(&fact)));
         }
     }
     out.truncate(out.trim_end().len());

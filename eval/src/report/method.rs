@@ -73,11 +73,9 @@ pub(super) fn method(c: &Comparison) -> Vec<String> {
     out
 }
 
-/// How to repeat it: (what, text) without what is not known.
-pub(super) fn provenance(context: &ReportContext) -> Vec<(&'static str, &str)> {
-    [("Version", &context.version), ("Machine", &context.machine)]
-        .into_iter()
-        .filter(|(_, text)| !text.is_empty())
-        .map(|(what, text)| (what, text.as_str()))
-        .collect()
+/// How to repeat it, beside the command: what is known, a line each.
+pub(super) fn provenance(context: &ReportContext) -> Vec<String> {
+    let facts = [("Version", &context.version), ("Machine", &context.machine)];
+    let known = facts.into_iter().filter(|(_, text)| !text.is_empty());
+    known.map(|(what, text)| format!("{what}: {text}")).chain(context.notes.iter().cloned()).collect()
 }

@@ -5,13 +5,12 @@
 
 use crate::comparison::Comparison;
 
+mod chart;
 mod html;
 mod markdown;
 mod method;
 mod numbers;
 mod plots;
-mod scale;
-mod svg;
 mod tables;
 mod terminal;
 mod verdict;

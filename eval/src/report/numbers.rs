@@ -37,7 +37,12 @@ pub(super) fn difference(i: Interval) -> String {
 
 /// `98.1 % [96.9, 99.2]` of a share.
 pub(super) fn percent_interval(i: Interval) -> String {
-    interval_with(Interval { estimate: 100.0 * i.estimate, low: 100.0 * i.low, high: 100.0 * i.high }, 1, " %", fixed)
+    interval_with(in_percent(i), 1, " %", fixed)
+}
+
+/// A share as its number of percent.
+pub(super) fn in_percent(share: Interval) -> Interval {
+    Interval { estimate: 100.0 * share.estimate, low: 100.0 * share.low, high: 100.0 * share.high }
 }
 
 /// `98.1 %` of a share, with the digits that its interval warrants.

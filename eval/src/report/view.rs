@@ -51,6 +51,11 @@ impl Comparison {
         self.divergences.iter().find(|d| d.text == text && d.model == model && self.others().contains(&d.model))
     }
 
+    /// Those on one text, in the order of the models.
+    pub(super) fn divergences_on(&self, text: &str) -> impl Iterator<Item = &Divergence> {
+        self.others().filter_map(move |m| self.divergence(text, m))
+    }
+
     /// Whether the model differs from the baseline, after correction.
     pub(super) fn significant(&self, against: &AgainstBaseline) -> bool {
         against.p_adjusted < 1.0 - self.confidence
@@ -79,7 +84,7 @@ impl Comparison {
         let ptq = self.ptq_model().unwrap_or(1);
         match model {
             0 => 0,
-            m => 1 + (if m == ptq { 0 } else { m - usize::from(m > ptq) }) % super::svg::COLOURS,
+            m => 1 + (if m == ptq { 0 } else { m - usize::from(m > ptq) }) % super::chart::COLOURS,
         }
     }
 }

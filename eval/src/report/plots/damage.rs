@@ -1,46 +1,24 @@
 //! Where in a model quantization hurts: KL by layer as columns, by kind of module as bars.
 
-use super::{Figure, both, is_narrow};
+use maud::{Markup, html};
+
+use super::Figure;
 use crate::comparison::{AttributedPart, Attribution, AttributionMode, Comparison};
+use crate::report::chart::{Axis, Chart, line, range, rectangle, row, tip, vertical};
 use crate::report::numbers::{estimate, plain};
-use crate::report::scale::{Scale, range, rounded, tick_text};
-use crate::report::svg::{Anchor, Svg, TEXT, shorten, width_of};
 use crate::report::tables;
 
 const COLUMNS: f64 = 150.0;
 const BAR: f64 = 24.0;
 
-pub(in crate::report) fn figures(c: &Comparison) -> Vec<Figure> {
-    c.attributions.iter().filter_map(|a| figure(c, a)).collect()
-}
-
-fn figure(c: &Comparison, a: &Attribution) -> Option<Figure> {
-    let finite = || a.parts.iter().filter(|p| p.damage.is_finite());
-    let mut layers: Vec<(usize, &AttributedPart)> = finite().filter_map(|p| Some((p.layer?, p))).collect();
-    layers.sort_by_key(|(layer, _)| *layer);
-    let mut kinds: Vec<&AttributedPart> = finite().filter(|p| p.layer.is_none()).collect();
+pub(super) fn figure(c: &Comparison, a: &Attribution) -> Option<Figure> {
+    let finite = a.parts.iter().filter(|p| p.damage.is_finite());
+    let (mut layers, mut kinds): (Vec<&AttributedPart>, Vec<_>) = finite.partition(|p| p.layer.is_some());
+    layers.sort_by_key(|p| p.layer);
     kinds.sort_by(|x, y| y.damage.total_cmp(&x.damage));
     if layers.is_empty() && kinds.is_empty() {
         return None;
     }
-    let worst = finite().max_by(|x, y| x.damage.total_cmp(&y.damage))?;
-    let description = format!(
-        "Damage by part of {} on {}, in nats per token: most by {}, {}. The table below has every part.",
-        c.label(a.model),
-        a.text,
-        worst.part,
-        plain(worst.damage)
-    );
-    let drawing = both(&description, |svg, width| {
-        let mut y = 0.0;
-        if !layers.is_empty() {
-            y = columns(svg, width, y, c, a, &layers);
-        }
-        if !kinds.is_empty() {
-            y = bars(svg, width, y, c, a, &kinds);
-        }
-        y
-    });
     let how = match a.mode {
         AttributionMode::QuantizeOne => "KL when only this part is quantized",
         AttributionMode::RestoreOne => "what KL falls by when only this part is restored",
@@ -51,85 +29,83 @@ fn figure(c: &Comparison, a: &Attribution) -> Option<Figure> {
             "Damage: {how}, nats per token. The whole model: {}. Damages need not add up to it.",
             estimate(a.whole)
         ),
-        drawing,
+        drawing: html! { (columns(c, a, &layers)) (bars(c, a, &kinds)) },
         table: tables::attribution(c, a),
-        folded: Vec::new(),
         half: false,
     })
 }
 
-fn columns(
-    svg: &mut Svg,
-    width: f64,
-    top: f64,
-    c: &Comparison,
-    a: &Attribution,
-    layers: &[(usize, &AttributedPart)],
-) -> f64 {
-    svg.text((0.0, top + 14.0), "By layer", Anchor::Start, "head");
-    let top = top + 30.0;
-    let (low, high) = domain(a, layers.iter().map(|(_, p)| *p));
-    let scale = Scale::linear(rounded((low, high), 4), top + COLUMNS, top);
-    let ticks = scale.ticks(4);
-    let gutter = ticks.iter().map(|t| width_of(&tick_text(*t, &ticks), 11.5)).fold(0.0, f64::max) + 8.0;
-    for t in &ticks {
-        svg.line((gutter, scale.at(*t)), (width, scale.at(*t)), "grid");
-        svg.text((gutter - 6.0, scale.at(*t) + 4.0), &tick_text(*t, &ticks), Anchor::End, "tick");
-    }
-    let (first, last) = (layers[0].0, layers[layers.len() - 1].0);
-    let step = (width - gutter) / (last - first + 1) as f64;
-    let class = format!("bar c{}", c.colour(a.model));
-    let every = [1, 2, 5, 10, 20, 50].into_iter().find(|e| *e as f64 * step >= 26.0).unwrap_or(100);
-    for (layer, p) in layers {
-        let x = gutter + (layer - first) as f64 * step;
-        let (zero, value) = (scale.at(0.0), scale.at(p.damage));
-        svg.tip(&tip(a, p), |svg| {
-            svg.rectangle(x, top, step, COLUMNS, "hit");
-            svg.rectangle(x + 0.12 * step, zero.min(value), 0.76 * step, (zero - value).abs(), &class);
-            if let Some((low, high)) = error(a, p) {
-                let middle = x + step / 2.0;
-                svg.line((middle, scale.at(low)), (middle, scale.at(high)), "error");
-            }
-        });
-        if layer % every == 0 {
-            svg.text((x + step / 2.0, top + COLUMNS + 16.0), &layer.to_string(), Anchor::Middle, "tick");
+fn description(c: &Comparison, a: &Attribution, what: &str, parts: &[&AttributedPart]) -> String {
+    let worst = parts.iter().max_by(|x, y| x.damage.total_cmp(&y.damage));
+    let worst = worst.map(|p| format!(": most by {}, {}", p.part, plain(p.damage))).unwrap_or_default();
+    let (model, text) = (c.label(a.model), &a.text);
+    format!("Damage by {what} of {model} on {text}, in nats per token{worst}. The table below has every part.")
+}
+
+fn columns(c: &Comparison, a: &Attribution, layers: &[&AttributedPart]) -> Markup {
+    let layer = |p: Option<&&AttributedPart>| p.and_then(|p| p.layer);
+    let (Some(first), Some(last)) = (layer(layers.first()), layer(layers.last())) else { return html! {} };
+    let y = Axis::upward(domain(a, layers), COLUMNS);
+    let (grid, gutter) = vertical(&y, "");
+    let step = 100.0 / (last - first + 1) as f64;
+    let middle = |layer: usize| ((layer - first) as f64 + 0.5) * step;
+    let every = [1, 2, 5, 10, 20, 50].into_iter().find(|e| (last - first) / e < 18).unwrap_or(100);
+    let drawing = html! {
+        (grid)
+        @for (p, layer) in layers.iter().filter_map(|p| Some((p, p.layer?))) {
+            @let (x, zero, value) = (middle(layer), y.at(0.0), y.at(p.damage));
+            @let class = format!("bar c{}", c.colour(a.model));
+            @let column = html! {
+                (rectangle((x - 0.5 * step, 0.0), step, COLUMNS, "hit"))
+                (rectangle((x - 0.38 * step, zero.min(value)), 0.76 * step, (zero - value).abs(), &class))
+                @if let Some((low, high)) = error(a, p) { (line((x, y.at(low)), (x, y.at(high)), "error")) }
+            };
+            (tip(&about(a, p), column))
         }
-    }
-    svg.line((gutter, scale.at(0.0)), (width, scale.at(0.0)), "axis");
-    svg.text((width, top + COLUMNS + 31.0), "layer →", Anchor::End, "tick");
-    top + COLUMNS + 42.0
+        (line((0.0, y.at(0.0)), (100.0, y.at(0.0)), "axis"))
+    };
+    let chart = Chart {
+        description: &description(c, a, "layer", layers),
+        gutter: &gutter,
+        rows: row(html! {}, COLUMNS, drawing),
+        ticks: (first..=last).filter(|l| l % every == 0).map(|l| (middle(l), l.to_string())).collect(),
+        axis: "layer →",
+        ..Chart::default()
+    };
+    html! { h4 { "By layer" } (chart.draw()) }
 }
 
-fn bars(svg: &mut Svg, width: f64, top: f64, c: &Comparison, a: &Attribution, kinds: &[&AttributedPart]) -> f64 {
-    svg.text((0.0, top + 14.0), "By kind of module", Anchor::Start, "head");
-    let top = top + 24.0;
-    let most = if is_narrow(width) { 0.36 * width } else { 220.0 };
-    let gutter = (kinds.iter().map(|p| width_of(&p.part, TEXT)).fold(0.0, f64::max) + 10.0).min(most);
-    let value_width = kinds.iter().map(|p| width_of(&plain(p.damage), TEXT)).fold(0.0, f64::max) + 12.0;
-    let scale = Scale::linear(domain(a, kinds.iter().copied()), gutter, width - value_width);
-    let class = format!("bar c{}", c.colour(a.model));
-    let mut y = top;
-    for p in kinds {
-        let (zero, value) = (scale.at(0.0), scale.at(p.damage));
-        svg.tip(&tip(a, p), |svg| {
-            svg.rectangle(0.0, y, width, BAR, "hit");
-            svg.text((0.0, y + 16.5), &shorten(&p.part, gutter - 8.0, TEXT), Anchor::Start, "");
-            svg.rectangle(zero.min(value), y + 4.0, (zero - value).abs(), BAR - 8.0, &class);
-            let mut end = zero.max(value);
-            if let Some((low, high)) = error(a, p) {
-                svg.line((scale.at(low), y + BAR / 2.0), (scale.at(high), y + BAR / 2.0), "error");
-                end = end.max(scale.at(high));
-            }
-            svg.text((end + 6.0, y + 16.5), &plain(p.damage), Anchor::Start, "");
-        });
-        y += BAR;
+fn bars(c: &Comparison, a: &Attribution, kinds: &[&AttributedPart]) -> Markup {
+    if kinds.is_empty() {
+        return html! {};
     }
-    svg.line((scale.at(0.0), top), (scale.at(0.0), y), "axis");
-    y + 8.0
+    // The rest of the width is for the numbers.
+    let x = Axis::linear(domain(a, kinds), 0.0, 84.0);
+    let rows = html! {
+        @for p in kinds {
+            @let (zero, value, y) = (x.at(0.0), x.at(p.damage), BAR / 2.0);
+            @let ends = error(a, p).map(|(low, high)| (x.at(low), x.at(high)));
+            @let class = format!("bar c{}", c.colour(a.model));
+            @let bar = html! {
+                (rectangle((0.0, 0.0), 100.0, BAR, "hit"))
+                (rectangle((zero.min(value), 4.0), (zero - value).abs(), BAR - 8.0, &class))
+                @if let Some((low, high)) = ends { (line((low, y), (high, y), "error")) }
+                text x={(ends.map_or(value, |e| e.1).max(zero)) "%"} dx="6" y="16.5" { (plain(p.damage)) }
+            };
+            (row(html! { span { (p.part) } }, BAR, html! { (tip(&about(a, p), bar)) (line((zero, 0.0), (zero, BAR), "axis")) }))
+        }
+    };
+    let chart = Chart {
+        description: &description(c, a, "kind of module", kinds),
+        gutter: "min(9rem, 36%)",
+        rows,
+        ..Chart::default()
+    };
+    html! { h4 { "By kind of module" } (chart.draw()) }
 }
 
-fn domain<'a>(a: &Attribution, parts: impl Iterator<Item = &'a AttributedPart>) -> (f64, f64) {
-    let values = parts.flat_map(|p| {
+fn domain(a: &Attribution, parts: &[&AttributedPart]) -> (f64, f64) {
+    let values = parts.iter().flat_map(|p| {
         let (low, high) = error(a, p).unwrap_or((p.damage, p.damage));
         [p.damage, low, high]
     });
@@ -142,7 +118,7 @@ fn error(a: &Attribution, p: &AttributedPart) -> Option<(f64, f64)> {
     (a.mode == AttributionMode::QuantizeOne && e.is_finite() && e > 0.0).then_some((p.damage - e, p.damage + e))
 }
 
-fn tip(a: &Attribution, p: &AttributedPart) -> String {
+fn about(a: &Attribution, p: &AttributedPart) -> String {
     match a.mode {
         AttributionMode::QuantizeOne => format!("{}: KL {} when only it is quantized", p.part, estimate(p.kl)),
         AttributionMode::RestoreOne => {
