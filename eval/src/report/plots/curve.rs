@@ -14,13 +14,13 @@ const MARKED: usize = 40;
 
 pub(super) fn figure(c: &Comparison, curve: &TrainingCurve) -> Option<Figure> {
     // Label, colour, (step, value).
-    let mut lines: Vec<(&str, usize, Vec<(f64, f64)>)> = Vec::new();
+    let mut lines = Vec::new();
     for (i, line) in curve.lines.iter().enumerate() {
         let model = c.models.iter().position(|m| m.label == line.label);
         let finite = line.points.iter().filter(|(_, value)| value.is_finite());
         let points: Vec<(f64, f64)> = finite.map(|(step, value)| (*step as f64, *value)).collect();
         if !points.is_empty() {
-            lines.push((&line.label, model.map_or(1 + i % COLOURS, |m| c.colour(m)), points));
+            lines.push((line.label.as_str(), model.map_or(1 + i % COLOURS, |m| c.colour(m)), points));
         }
     }
     let points = || lines.iter().flat_map(|(_, _, points)| points);

@@ -80,7 +80,7 @@ fn draw(
             @let name = html! { b class={"c" (c.colour(m))} { (c.label(m)) } span { (value) } };
             (row(name, OVERALL, tip(&text, dot(&x, o.recovery, OVERALL / 2.0, c.colour(m), filled, 5.0))))
         }
-        @if !overall.is_empty() && !(alone.is_empty() && families.is_empty()) { hr; }
+        @if !(overall.is_empty() || alone.is_empty() && families.is_empty()) { hr; }
         @for (name, members) in families {
             @let strips = html! { @for (i, &m) in models.iter().enumerate() { (strip(c, &x, members, m, at(i))) } };
             (row(html! { span { (name) ": " (members.len()) " tasks" } }, first(models.len()), strips))
