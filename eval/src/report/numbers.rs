@@ -47,11 +47,12 @@ pub(super) fn in_percent(share: Interval) -> Interval {
 
 /// `98.1 %` of a share, with the digits that its interval warrants.
 pub(super) fn percent_estimate_of(i: Interval) -> String {
-    if i.estimate.is_finite() {
-        format!("{} %", fixed(100.0 * i.estimate, decimals_of_interval(100.0 * i.low, 100.0 * i.high, 1)))
-    } else {
-        MISSING.to_owned()
-    }
+    percent_with(i.estimate, decimals_of_interval(100.0 * i.low, 100.0 * i.high, 1))
+}
+
+/// A share in percent with so many digits behind the point.
+pub(super) fn percent_with(share: f64, decimals: usize) -> String {
+    if share.is_finite() { format!("{} %", fixed(100.0 * share, decimals)) } else { MISSING.to_owned() }
 }
 
 /// `64.3 %`, `1.2 %`, `0.012 %`: a share with two significant digits, three from 10 % on.
@@ -62,7 +63,7 @@ pub(super) fn percent(share: f64) -> String {
         10.0.. => 1,
         _ => decimals_of_error(value).min(4),
     };
-    if value.is_finite() { format!("{} %", fixed(value, decimals)) } else { MISSING.to_owned() }
+    percent_with(share, decimals)
 }
 
 /// Three significant digits, no exponent between 0.0001 and a million; thousands separated.

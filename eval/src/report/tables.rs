@@ -1,12 +1,12 @@
 //! The tables of a comparison, as text in cells: the same for Markdown, the terminal and the page.
 
 use super::numbers::{
-    MISSING, bytes, count, difference, estimate, fixed, p_value, percent, percent_estimate, percent_interval, plain,
-    value_and_error,
+    MISSING, bytes, count, difference, estimate, fixed, p_value, percent, percent_estimate, percent_interval,
+    percent_with, plain, value_and_error,
 };
 use super::view::families;
 use crate::comparison::{
-    Attribution, AttributionMode, Comparison, Divergence, Estimate, GapClosed, GroupKl, TaskComparison,
+    AgainstBaseline, Attribution, AttributionMode, Comparison, Divergence, Estimate, GapClosed, GroupKl, TaskComparison,
 };
 
 pub(super) struct Table {
@@ -59,20 +59,20 @@ impl Table {
 /// One row a model: what a reader wants to know first.
 pub(super) fn summary(c: &Comparison) -> Option<Table> {
     let texts = c.texts();
-    let mut columns = vec![left("Model"), right("Recovery"), right("Above chance")];
-    columns.extend(texts.iter().map(|t| right(format!("KL, {t}"))));
-    columns.extend([right("Size"), right("Decode")]);
-    let mut table = Table::new("Summary", "", columns);
+    let mut heads = columns(&["Model"], &["Recovery", "Above chance"]);
+    heads.extend(texts.iter().map(|t| Column { head: format!("KL, {t}"), right: true, model: None }));
+    heads.extend(columns(&[], &["Size", "Decode"]));
+    let mut table = Table::new("Summary", "", heads);
     for (m, model) in c.models.iter().enumerate() {
         let overall = c.overall_of(m);
         let mut cells = vec![
             model.label.clone(),
-            overall.map_or_else(missing, |o| percent_interval(o.recovery)),
-            overall.and_then(|o| o.recovery_above_chance).map_or_else(missing, percent_interval),
+            or(overall.map(|o| o.recovery), percent_interval),
+            or(overall.and_then(|o| o.recovery_above_chance), percent_interval),
         ];
-        cells.extend(texts.iter().map(|t| c.divergence(t, m).map_or_else(missing, |d| estimate(d.kl))));
-        cells.push(model.facts.stored_bytes.map_or_else(missing, bytes));
-        cells.push(model.facts.decode_speed.map_or_else(missing, |s| format!("{} tok/s", plain(s))));
+        cells.extend(texts.iter().map(|t| or(c.divergence(t, m), |d| estimate(d.kl))));
+        cells.push(or(model.facts.stored_bytes, bytes));
+        cells.push(or(model.facts.decode_speed, |s| format!("{} tok/s", plain(s))));
         table.row(Some(m), cells);
     }
     table.filled(1)
@@ -80,16 +80,13 @@ pub(super) fn summary(c: &Comparison) -> Option<Table> {
 
 /// Scores, one column a model.
 pub(super) fn scores(c: &Comparison) -> Option<Table> {
-    let mut columns = vec![left("Task"), left("Metric"), right("Documents"), right("Chance")];
-    columns.extend(models(c));
-    let mut table = Table::new("Scores", "Score ± standard error. ↑: higher is better; ↓: lower is.", columns);
+    let mut heads = columns(&["Task", "Metric"], &["Documents", "Chance"]);
+    heads.extend((0..c.models.len()).map(|m| model(c, m)));
+    let mut table = Table::new("Scores", "Score ± standard error. ↑: higher is better; ↓: lower is.", heads);
     for t in &c.tasks {
-        let chance = t.chance.map_or_else(missing, plain);
-        let mut cells = vec![t.task.clone(), t.metric_text(), count(t.documents), chance];
-        cells.extend(
-            (0..c.models.len())
-                .map(|m| t.score_of(m).map_or_else(missing, |s| value_and_error(s.score, s.standard_error))),
-        );
+        let score = |m| or(t.score_of(m), |s| value_and_error(s.score, s.standard_error));
+        let mut cells = vec![t.task.clone(), t.metric_text(), count(t.documents), or(t.chance, plain)];
+        cells.extend((0..c.models.len()).map(score));
         table.row(None, cells);
     }
     table.filled(3)
@@ -97,47 +94,26 @@ pub(super) fn scores(c: &Comparison) -> Option<Table> {
 
 /// Differences to the baseline and their tests.
 pub(super) fn differences(c: &Comparison) -> Option<Table> {
-    let mut table = Table::new(
-        format!("Differences to {}", c.baseline()),
-        format!(
-            "Score minus {}'s on the same documents [{} interval], and in how many the value is another; p: how often a difference at least this large comes \
-             about when the two score the same; the verdict looks at the adjusted p.",
-            c.baseline(),
-            c.confidence_text()
-        ),
-        vec![
-            left("Task"),
-            left("Model"),
-            right("Difference"),
-            right("Changed"),
-            right("p"),
-            right("p, adjusted"),
-            left("Significant"),
-            left("Test"),
-        ],
+    let base = c.baseline();
+    let lead = format!(
+        "Score minus {base}'s on the same documents [{} interval], and in how many the value is another; p: how often a \
+         difference at least this large comes about when the two score the same; the verdict looks at the adjusted p.",
+        c.confidence_text()
     );
-    for t in &c.tasks {
-        for m in c.others() {
-            let Some(a) = t.against(m) else { continue };
-            let verdict = match (c.significant(a), t.higher_is_better == (a.difference.estimate > 0.0)) {
-                (false, _) => "no",
-                (true, false) => "worse",
-                (true, true) => "better",
-            };
-            table.row(
-                Some(m),
-                vec![
-                    task(c, t),
-                    c.label(m).to_owned(),
-                    difference(a.difference),
-                    count(a.changed),
-                    p_value(a.p_value),
-                    p_value(a.p_adjusted),
-                    verdict.to_owned(),
-                    a.test.clone(),
-                ],
-            );
-        }
+    let mut heads = columns(&["Task", "Model"], &["Difference", "Changed", "p", "p, adjusted"]);
+    heads.extend(columns(&["Significant", "Test"], &[]));
+    let mut table = Table::new(format!("Differences to {base}"), lead, heads);
+    for (t, m, a) in pairs(c) {
+        let verdict = match (c.significant(a), t.higher_is_better == (a.difference.estimate > 0.0)) {
+            (false, _) => "no",
+            (true, false) => "worse",
+            (true, true) => "better",
+        };
+        let numbers = [difference(a.difference), count(a.changed), p_value(a.p_value), p_value(a.p_adjusted)];
+        let mut cells = vec![task(c, t), c.label(m).to_owned()];
+        cells.extend(numbers);
+        cells.extend([verdict.to_owned(), a.test.clone()]);
+        table.row(Some(m), cells);
     }
     table.filled(2)
 }
@@ -151,44 +127,25 @@ pub(super) fn recovery(c: &Comparison, whole: &Comparison) -> Option<Table> {
     let mut table = Table::new(
         "Recovery",
         format!("Share of {base}'s score that is kept, of all of it and of what is above chance.{gap}"),
-        vec![left("Task"), left("Model"), right("Recovery"), right("Above chance"), right("Gap closed")],
+        columns(&["Task", "Model"], &["Recovery", "Above chance", "Gap closed"]),
     );
-    for m in c.others() {
-        let Some(o) = c.overall_of(m) else { continue };
-        table.row(
-            Some(m),
-            vec![
-                format!("Mean of {}", whole.counted_text(o, |n| n.recovery)),
-                c.label(m).to_owned(),
-                percent_interval(o.recovery),
-                o.recovery_above_chance.map_or_else(missing, |share| {
-                    let of = whole.counted_text(o, |n| n.above_chance);
-                    let same = o.counted.above_chance == o.counted.recovery;
-                    percent_interval(share) + &if same { String::new() } else { format!(" ({of})") }
-                }),
-                missing(),
-            ],
-        );
-    }
-    for t in &c.tasks {
-        for m in c.others() {
-            let Some(a) = t.against(m) else { continue };
-            let gap = match (t.score_of(m).and_then(|s| s.gap_closed.as_ref()), ptq) {
-                (Some(GapClosed::Share(i)), Some(_)) => percent_interval(*i),
-                (Some(GapClosed::NoSignificantGap), Some(p)) => format!("{p}'s gap is not significant"),
-                _ => missing(),
-            };
-            table.row(
-                Some(m),
-                vec![
-                    task(c, t),
-                    c.label(m).to_owned(),
-                    a.recovery.map_or_else(missing, percent_interval),
-                    a.recovery_above_chance.map_or_else(missing, percent_interval),
-                    gap,
-                ],
-            );
+    for (m, o) in c.others().filter_map(|m| Some((m, c.overall_of(m)?))) {
+        let mut above = or(o.recovery_above_chance, percent_interval);
+        if o.recovery_above_chance.is_some() && o.counted.above_chance != o.counted.recovery {
+            above += &format!(" ({})", whole.counted_text(o, |n| n.above_chance));
         }
+        let mean = format!("Mean of {}", whole.counted_text(o, |n| n.recovery));
+        table.row(Some(m), vec![mean, c.label(m).to_owned(), percent_interval(o.recovery), above, missing()]);
+    }
+    for (t, m, a) in pairs(c) {
+        let gap = match (t.score_of(m).and_then(|s| s.gap_closed.as_ref()), ptq) {
+            (Some(GapClosed::Share(i)), Some(_)) => percent_interval(*i),
+            (Some(GapClosed::NoSignificantGap), Some(p)) => format!("{p}'s gap is not significant"),
+            _ => missing(),
+        };
+        let shares = [a.recovery, a.recovery_above_chance].map(|share| or(share, percent_interval));
+        let [kept, above] = shares;
+        table.row(Some(m), vec![task(c, t), c.label(m).to_owned(), kept, above, gap]);
     }
     table.filled(2)
 }
@@ -198,14 +155,14 @@ pub(super) fn generation(c: &Comparison) -> Option<Table> {
     let mut table = Table::new(
         "Generated answers",
         "Mean length in tokens, and the shares of answers that the limit on tokens ended and that are empty.",
-        vec![left("Task"), left("Model"), right("Tokens"), right("Cut by the limit"), right("Empty")],
+        columns(&["Task", "Model"], &["Tokens", "Cut by the limit", "Empty"]),
     );
     for t in &c.tasks {
-        for m in 0..c.models.len() {
-            let Some(g) = t.score_of(m).and_then(|s| s.generation) else { continue };
-            let tokens = g.mean_tokens.map_or_else(missing, |n| fixed(n, 1));
-            let row = vec![task(c, t), c.label(m).to_owned(), tokens, percent(g.capped), percent(g.empty)];
-            table.row(Some(m), row);
+        for (m, score) in t.scores.iter().enumerate().take(c.models.len()) {
+            let Some(g) = score.generation else { continue };
+            let tokens = or(g.mean_tokens, |n| fixed(n, 1));
+            let cells = vec![task(c, t), c.label(m).to_owned(), tokens, percent(g.capped), percent(g.empty)];
+            table.row(Some(m), cells);
         }
     }
     table.filled(2)
@@ -213,83 +170,61 @@ pub(super) fn generation(c: &Comparison) -> Option<Table> {
 
 /// Size, memory and speed.
 pub(super) fn resources(c: &Comparison) -> Option<Table> {
+    let numbers = ["Stored", "Bits per weight", "Resident", "Prefill", "Decode"];
     let mut table = Table::new(
         "Size and speed",
         "Speeds are tokens per second: prompts, and generation with one sequence.",
-        vec![
-            left("Model"),
-            left("Name"),
-            left("Format"),
-            right("Stored"),
-            right("Bits per weight"),
-            right("Resident"),
-            right("Prefill"),
-            right("Decode"),
-        ],
+        columns(&["Model", "Name", "Format"], &numbers),
     );
     for (m, model) in c.models.iter().enumerate() {
         let f = &model.facts;
-        table.row(
-            Some(m),
-            vec![
-                model.label.clone(),
-                f.name.clone(),
-                f.format.clone().unwrap_or_else(missing),
-                f.stored_bytes.map_or_else(missing, bytes),
-                f.bits_per_weight.map_or_else(missing, |b| fixed(b, 2)),
-                f.resident_bytes.map_or_else(missing, bytes),
-                f.prefill_speed.map_or_else(missing, plain),
-                f.decode_speed.map_or_else(missing, plain),
-            ],
-        );
+        let cells = vec![
+            model.label.clone(),
+            f.name.clone(),
+            or(f.format.clone(), |format| format),
+            or(f.stored_bytes, bytes),
+            or(f.bits_per_weight, |b| fixed(b, 2)),
+            or(f.resident_bytes, bytes),
+            or(f.prefill_speed, plain),
+            or(f.decode_speed, plain),
+        ];
+        table.row(Some(m), cells);
     }
     table.filled(1)
 }
 
 /// KL and its company on one text, under llama-perplexity's labels.
 pub(super) fn divergence(c: &Comparison, text: &str) -> Option<Table> {
-    let found: Vec<&Divergence> = c.others().filter_map(|m| c.divergence(text, m)).collect();
+    let found: Vec<&Divergence> = c.divergences_on(text).collect();
     let first = found.first()?;
-    let mut columns = vec![left("")];
-    columns.extend(found.iter().map(|d| model(c, d.model)));
-    let mut table = Table::new(
-        format!("KL to {} on {text}", c.baseline()),
-        format!(
-            "{} tokens; nats per token; the labels are llama-perplexity's, base is {}. ±: standard error.",
-            count(first.tokens),
-            c.baseline()
-        ),
-        columns,
+    let base = c.baseline();
+    let lead = format!(
+        "{} tokens; nats per token; the labels are llama-perplexity's, base is {base}. ±: standard error.",
+        count(first.tokens)
     );
+    let mut heads = columns(&[""], &[]);
+    heads.extend(found.iter().map(|d| model(c, d.model)));
+    let mut table = Table::new(format!("KL to {base} on {text}"), lead, heads);
     let mut add = |label: &str, cell: &dyn Fn(&Divergence) -> String| {
-        let mut cells = vec![label.to_owned()];
-        cells.extend(found.iter().map(|d| cell(d)));
-        table.row(None, cells);
+        table.row(None, std::iter::once(label.to_owned()).chain(found.iter().map(|d| cell(d))).collect());
     };
+    let correlation = |d: &Divergence| d.log_perplexity_correlation;
     add("Mean PPL(Q)", &|d| estimate(d.perplexity));
     add("Mean PPL(base)", &|d| estimate(d.baseline_perplexity));
-    add("Cor(ln(PPL(Q)), ln(PPL(base)))", &|d| match d.log_perplexity_correlation {
-        r if r.is_finite() => format!("{} %", fixed(100.0 * r, 2)),
-        _ => missing(),
-    });
+    add("Cor(ln(PPL(Q)), ln(PPL(base)))", &|d| percent_with(correlation(d), 2));
     add("Mean ln(PPL(Q)/PPL(base))", &|d| estimate(d.log_perplexity_ratio));
     add("Mean PPL(Q)/PPL(base)", &|d| estimate(d.perplexity_ratio));
     add("Mean PPL(Q)-PPL(base)", &|d| estimate(perplexity_difference(d)));
     add("Mean KLD", &|d| estimate(d.kl));
     for share in percentiles(&found, |d| &d.kl_percentiles) {
-        add(&percentile_label(share, "KLD"), &|d| at(&d.kl_percentiles, share).map_or_else(missing, plain));
+        add(&percentile_label(share, "KLD"), &|d| or(at(&d.kl_percentiles, share), plain));
     }
     if let Some(ptq) = c.ptq_model() {
-        add(&format!("KLD of {} that is gone", c.label(ptq)), &|d| d.kl_gone.map_or_else(missing, percent_interval));
+        add(&format!("KLD of {} that is gone", c.label(ptq)), &|d| or(d.kl_gone, percent_interval));
     }
     add("Mean Δp", &|d| percent_estimate(d.delta_p));
     for share in percentiles(&found, |d| &d.delta_p_percentiles) {
-        add(&percentile_label(share, "Δp"), &|d| {
-            at(&d.delta_p_percentiles, share).map_or_else(missing, |p| match 100.0 * p {
-                p if p.is_finite() => format!("{} %", fixed(p, 3)),
-                _ => missing(),
-            })
-        });
+        add(&percentile_label(share, "Δp"), &|d| or(at(&d.delta_p_percentiles, share), |p| percent_with(p, 3)));
     }
     add("RMS Δp", &|d| percent_estimate(d.delta_p_rms));
     add("Same top p", &|d| percent_estimate(d.same_top));
@@ -298,19 +233,15 @@ pub(super) fn divergence(c: &Comparison, text: &str) -> Option<Table> {
 
 /// Mean KL of groups of tokens on one text.
 pub(super) fn groups(c: &Comparison, text: &str, title: &str, of: fn(&Divergence) -> &Vec<GroupKl>) -> Option<Table> {
-    let found: Vec<&Divergence> = c.others().filter_map(|m| c.divergence(text, m)).collect();
-    let mut columns = vec![left("Tokens"), right("Count")];
-    columns.extend(found.iter().map(|d| model(c, d.model)));
-    let mut table = Table::new(
-        format!("{title}, {text}"),
-        format!("Mean KL to {} ± standard error, nats per token.", c.baseline()),
-        columns,
-    );
+    let found: Vec<&Divergence> = c.divergences_on(text).collect();
+    let lead = format!("Mean KL to {} ± standard error, nats per token.", c.baseline());
+    let mut heads = columns(&["Tokens"], &["Count"]);
+    heads.extend(found.iter().map(|d| model(c, d.model)));
+    let mut table = Table::new(format!("{title}, {text}"), lead, heads);
     for name in group_names(&found, of) {
-        let group = |d: &Divergence| of(d).iter().find(|g| g.group == name).cloned();
-        let tokens = found.iter().find_map(|d| Some(group(d)?.tokens));
-        let mut cells = vec![name.to_owned(), tokens.map_or_else(missing, count)];
-        cells.extend(found.iter().map(|d| group(d).map_or_else(missing, |g| estimate(g.kl))));
+        let group = |d: &&Divergence| of(d).iter().find(|g| g.group == name).cloned();
+        let mut cells = vec![name.to_owned(), or(found.iter().find_map(group), |g| count(g.tokens))];
+        cells.extend(found.iter().map(|d| or(group(d), |g| estimate(g.kl))));
         table.row(None, cells);
     }
     table.filled(2)
@@ -318,10 +249,10 @@ pub(super) fn groups(c: &Comparison, text: &str, title: &str, of: fn(&Divergence
 
 /// The damage of each part of a model.
 pub(super) fn attribution(c: &Comparison, a: &Attribution) -> Option<Table> {
-    let (head, lead) = match a.mode {
-        AttributionMode::QuantizeOne => ("KL, only this quantized", "Only the part is quantized."),
+    let (mode, head, lead) = match a.mode {
+        AttributionMode::QuantizeOne => ("quantized", "KL, only this quantized", "Only the part is quantized."),
         AttributionMode::RestoreOne => {
-            ("KL, this restored", "All but the part is quantized; damage is what KL falls by.")
+            ("restored", "KL, this restored", "All but the part is quantized; damage is what KL falls by.")
         }
     };
     let mut lead =
@@ -332,11 +263,8 @@ pub(super) fn attribution(c: &Comparison, a: &Attribution) -> Option<Table> {
              one alone means nothing among the original's."
         );
     }
-    let mut table = Table::new(
-        attribution_title(c, a),
-        lead,
-        vec![left("Part"), right(head), right("Damage"), right("Of the whole")],
-    );
+    let title = format!("{}: parts {mode} one at a time, {}", c.label(a.model), a.text);
+    let mut table = Table::new(title, lead, columns(&["Part"], &[head, "Damage", "Of the whole"]));
     for p in &a.parts {
         let share = p.damage / a.whole.value;
         let damage = match a.mode {
@@ -346,14 +274,6 @@ pub(super) fn attribution(c: &Comparison, a: &Attribution) -> Option<Table> {
         table.row(None, vec![p.part.clone(), estimate(p.kl), damage, percent(share)]);
     }
     table.filled(1)
-}
-
-pub(super) fn attribution_title(c: &Comparison, a: &Attribution) -> String {
-    let mode = match a.mode {
-        AttributionMode::QuantizeOne => "quantized one at a time",
-        AttributionMode::RestoreOne => "restored one at a time",
-    };
-    format!("{}: parts {mode}, {}", c.label(a.model), a.text)
 }
 
 /// Names of groups in the order of their first appearance.
@@ -414,14 +334,11 @@ fn percentiles(found: &[&Divergence], of: fn(&Divergence) -> &Vec<(f64, f64)>) -
 }
 
 fn percentile_label(share: f64, what: &str) -> String {
-    if share == 0.0 {
-        format!("Minimum {what}")
-    } else if share == 0.5 {
-        format!("Median {what}")
-    } else if share == 1.0 {
-        format!("Maximum {what}")
-    } else {
-        format!("{}% {what}", fixed(100.0 * share, 1))
+    match share {
+        0.0 => format!("Minimum {what}"),
+        0.5 => format!("Median {what}"),
+        1.0 => format!("Maximum {what}"),
+        _ => format!("{}% {what}", fixed(100.0 * share, 1)),
     }
 }
 
@@ -429,20 +346,25 @@ fn at(percentiles: &[(f64, f64)], share: f64) -> Option<f64> {
     percentiles.iter().find(|(s, _)| *s == share).map(|(_, value)| *value)
 }
 
-fn models(c: &Comparison) -> impl Iterator<Item = Column> + '_ {
-    (0..c.models.len()).map(|m| model(c, m))
+/// Each task and model with how it compares to the baseline.
+fn pairs(c: &Comparison) -> impl Iterator<Item = (&TaskComparison, usize, &AgainstBaseline)> {
+    c.tasks.iter().flat_map(|t| c.others().filter_map(move |m| Some((t, m, t.against(m)?))))
 }
 
+/// Columns of text, then such of numbers.
+fn columns(texts: &[&str], numbers: &[&str]) -> Vec<Column> {
+    let column = |head: &&str, right| Column { head: (*head).to_owned(), right, model: None };
+    texts.iter().map(|head| column(head, false)).chain(numbers.iter().map(|head| column(head, true))).collect()
+}
+
+/// A column of one model's numbers.
 fn model(c: &Comparison, m: usize) -> Column {
     Column { head: c.label(m).to_owned(), right: true, model: Some(m) }
 }
 
-fn left(head: impl Into<String>) -> Column {
-    Column { head: head.into(), right: false, model: None }
-}
-
-fn right(head: impl Into<String>) -> Column {
-    Column { head: head.into(), right: true, model: None }
+/// A cell, or the sign that there is nothing.
+fn or<T>(value: Option<T>, write: impl Fn(T) -> String) -> String {
+    value.map_or_else(missing, write)
 }
 
 fn missing() -> String {

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use super::sample::{NINE, context, extremes, interval, many_tasks, only, sample};
+use super::sample::{context, extremes, interval, keeps, many_tasks, only, sample};
 use super::*;
-use crate::comparison::{Counted, GapClosed, Histogram, Overall};
+use crate::comparison::{Counted, GapClosed, Histogram};
 
 /// Files to look at, where someone wants to: `RECOUP_REPORT_SAMPLES` names a folder.
 #[test]
@@ -60,7 +60,7 @@ fn without_tasks(models: &[usize]) -> Comparison {
 fn with_recoveries(models: &[usize], recoveries: &[(f64, f64)]) -> Comparison {
     let mut c = only(models);
     for (o, (estimate, half)) in c.overall.iter_mut().skip(1).zip(recoveries) {
-        *o = Some(Overall { recovery: interval(*estimate, *half), recovery_above_chance: None, counted: NINE });
+        *o = keeps(*estimate, *half);
     }
     c
 }
