@@ -1,6 +1,6 @@
-//! Charts whose horizontal places are percents of the width they are given and whose heights are CSS pixels: one drawing
-//! fits a page and a phone, and its text keeps its size. Text that may be long is HTML and wraps; colours are the style
-//! sheet's.
+//! Charts whose horizontal places are percents of the width they are given and whose heights are CSS pixels: one
+//! drawing fits a page and a phone, and its text keeps its size. Text that may be long is HTML and wraps; colours are
+//! the style sheet's.
 
 use maud::{Markup, html};
 
@@ -9,6 +9,11 @@ use crate::comparison::Comparison;
 
 /// Colours for models beside the baseline, as the style sheet defines them: `c1` to `c5`; `c0` is the baseline's.
 pub(super) const COLOURS: usize = 5;
+
+/// Of a plot with a vertical axis.
+pub(super) const HEIGHT: f64 = 190.0;
+/// Points of a line that still get a mark each.
+const MARKED: usize = 40;
 
 const CIRCLE: &str = "M-1 0A1 1 0 1 1 1 0A1 1 0 1 1 -1 0Z";
 
@@ -43,8 +48,9 @@ pub(super) struct Chart<'a> {
 
 impl Chart<'_> {
     pub(super) fn draw(self) -> Markup {
+        let gutter = (!self.gutter.is_empty()).then(|| format!("--gutter:{}", self.gutter));
         html! {
-            div class={"chart " (self.layout)} style=[(!self.gutter.is_empty()).then(|| format!("--gutter:{}", self.gutter))] role="img" aria-label=(self.description) {
+            div class={"chart " (self.layout)} style=[gutter] role="img" aria-label=(self.description) {
                 (self.legend)
                 div.field {
                     svg.back {
@@ -109,9 +115,8 @@ pub(super) fn line(from: (f64, f64), to: (f64, f64), class: &str) -> Markup {
 }
 
 pub(super) fn rectangle((x, y): (f64, f64), width: f64, height: f64, class: &str) -> Markup {
-    html! {
-        rect class=(class) x=(percent(x)) y=(round(y)) width=(percent(width.max(0.0))) height=(round(height.max(0.0))) {}
-    }
+    let (width, height) = (percent(width.max(0.0)), round(height.max(0.0)));
+    html! { rect class=(class) x=(percent(x)) y=(round(y)) width=(width) height=(height) {} }
 }
 
 /// A curve in a drawing of this height.
@@ -125,6 +130,38 @@ pub(super) fn path(points: &[(f64, f64)], height: f64, class: &str) -> Markup {
             path class=(class) d=(d) {}
         }
     }
+}
+
+/// A model's values: places in percent, values, and what each says.
+pub(super) struct Curve<'a> {
+    pub(super) label: &'a str,
+    pub(super) colour: usize,
+    pub(super) points: Vec<(f64, f64, String)>,
+}
+
+/// Lines over a horizontal axis, between these ends of the vertical one.
+pub(super) fn curves(
+    description: &str,
+    curves: &[Curve],
+    ends: (f64, f64),
+    ticks: Vec<(f64, String)>,
+    axis: &str,
+) -> Markup {
+    let y = Axis::upward(ends, HEIGHT);
+    let (grid, gutter) = vertical(&y, "");
+    let drawing = html! {
+        (grid)
+        @for curve in curves {
+            @let places: Vec<(f64, f64)> = curve.points.iter().map(|(x, value, _)| (*x, y.at(*value))).collect();
+            (path(&places, HEIGHT, &format!("curve c{}", curve.colour)))
+            @for (place, (_, _, text)) in places.iter().zip(&curve.points).filter(|_| places.len() <= MARKED) {
+                (tip(text, mark(*place, curve.colour, true, 3.4)))
+            }
+        }
+    };
+    let legend = legend(curves.iter().map(|curve| (curve.colour, curve.label)));
+    let rows = row(html! {}, HEIGHT, drawing);
+    Chart { description, gutter: &gutter, legend, rows, ticks, axis, ..Chart::default() }.draw()
 }
 
 /// What answers to the pointer with a text.

@@ -20,7 +20,9 @@ const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 
 /// Tables longer than this are folded.
 const LONG: usize = 48;
 
-pub(super) fn page(c: &Comparison, context: &ReportContext) -> String {
+/// One page that needs no network and no script to be read.
+#[must_use]
+pub fn page(c: &Comparison, context: &ReportContext) -> String {
     let title = if context.title.is_empty() { "Comparison of models" } else { &context.title };
     let verdict = verdict(c);
     let glance = tables::summary(c).map(|t| html! { div.glance { (table(c, &t, false)) } });
@@ -97,7 +99,8 @@ fn full_tables(c: &Comparison) -> Markup {
         }
         // Where a plot of KL could not be drawn its table stands here.
         @for text in c.texts() {
-            @if let Some(t) = tables::divergence(c, text).filter(|_| !plots::shows_divergence(c, text)) { (titled(c, &t)) }
+            @let drawn = plots::shows_divergence(c, text);
+            @if let Some(t) = tables::divergence(c, text).filter(|_| !drawn) { (titled(c, &t)) }
         }
         @if let Some(t) = tables::resources(c) { (titled(c, &t)) }
     }

@@ -7,68 +7,51 @@ use super::verdict::verdict;
 use super::{ReportContext, ScoreRow};
 use crate::comparison::Comparison;
 
-pub(super) fn comparison(c: &Comparison, context: &ReportContext) -> String {
+/// The comparison as Markdown whose tables render on GitHub.
+#[must_use]
+pub fn comparison(c: &Comparison, context: &ReportContext) -> String {
     let mut out = String::new();
     if !context.title.is_empty() {
-        out.push_str(&format!("# {}\n\n", escape(&context.title)));
+        out += &format!("# {}\n\n", escape(&context.title));
     }
     let verdict = verdict(c);
-    out.push_str(&format!("**{}**\n\n", escape(&verdict.headline)));
-    for detail in &verdict.details {
-        out.push_str(&format!("- {}\n", escape(detail)));
-    }
-    if !verdict.details.is_empty() {
-        out.push('\n');
-    }
-    push(&mut out, tables::summary(c));
+    out += &format!("**{}**\n\n{}", escape(&verdict.headline), list(&verdict.details));
+    out += &table(tables::summary(c));
     for (family, part) in tables::by_family(c) {
-        let mut body = String::new();
-        for table in
-            [tables::scores(&part), tables::differences(&part), tables::recovery(&part, c), tables::generation(&part)]
-        {
-            push(&mut body, table);
-        }
-        match family {
-            Some(name) if !body.is_empty() => {
-                out.push_str(&format!("<details><summary>{}</summary>\n\n{body}</details>\n\n", escape(&name)));
-            }
-            _ => out.push_str(&body),
-        }
+        let parts =
+            [tables::scores(&part), tables::differences(&part), tables::recovery(&part, c), tables::generation(&part)];
+        let body: String = parts.into_iter().map(table).collect();
+        out += &match family {
+            Some(name) => format!("<details><summary>{}</summary>\n\n{body}</details>\n\n", escape(&name)),
+            None => body,
+        };
     }
     for text in c.texts() {
-        push(&mut out, tables::divergence(c, text));
-        push(&mut out, tables::groups(c, text, "KL by class of token", |d| &d.by_class));
-        push(&mut out, tables::groups(c, text, "KL by position", |d| &d.by_position));
+        out += &table(tables::divergence(c, text));
+        out += &table(tables::groups(c, text, "KL by class of token", |d| &d.by_class));
+        out += &table(tables::groups(c, text, "KL by position", |d| &d.by_position));
     }
-    for attribution in &c.attributions {
-        push(&mut out, tables::attribution(c, attribution));
-    }
-    push(&mut out, tables::resources(c));
-    let method = method(c);
+    out.extend(c.attributions.iter().map(|a| table(tables::attribution(c, a))));
+    out += &table(tables::resources(c));
+    let method: String = method(c).iter().map(|paragraph| format!("{}\n\n", escape(paragraph))).collect();
     if !method.is_empty() {
-        out.push_str("## Method\n\n");
-        for paragraph in method {
-            out.push_str(&format!("{}\n\n", escape(&paragraph)));
-        }
+        out += &format!("## Method\n\n{method}");
     }
-    let facts = provenance(context);
-    if !context.command.is_empty() || !facts.is_empty() {
-        out.push_str("## How to repeat it\n\n");
-        if !context.command.is_empty() {
-            let fence = "`".repeat(longest_run(&context.command, '`').max(2) + 1);
-            out.push_str(&format!("{fence}\n{}\n{fence}\n\n", context.command));
-        }
-        for fact in facts {
-            out.push_str(&format!("- {}\n", escape(&fact)));
-        }
+    let mut repeat = list(&provenance(context));
+    if !context.command.is_empty() {
+        let fence = "`".repeat(longest_run(&context.command, '`').max(2) + 1);
+        repeat = format!("{fence}\n{}\n{fence}\n\n{repeat}", context.command);
+    }
+    if !repeat.is_empty() {
+        out += &format!("## How to repeat it\n\n{repeat}");
     }
     out.truncate(out.trim_end().len());
-    out.push('\n');
-    out
+    out + "\n"
 }
 
-/// Byte for byte what `lm_eval.utils.make_table` writes for the same scores.
-pub(super) fn evaluation(rows: &[ScoreRow]) -> String {
+/// One model's scores, byte for byte as `lm_eval.utils.make_table` writes them.
+#[must_use]
+pub fn evaluation(rows: &[ScoreRow]) -> String {
     const HEADS: [&str; 9] = ["Tasks", "Version", "Filter", "n-shot", "Metric", "", "Value", "", "Stderr"];
     let mut last: Option<&str> = None;
     let cells: Vec<[String; 9]> = rows
@@ -116,19 +99,19 @@ pub(super) fn evaluation(rows: &[ScoreRow]) -> String {
     out
 }
 
-fn push(out: &mut String, table: Option<Table>) {
-    let Some(table) = table else { return };
-    out.push_str(&format!("## {}\n\n", escape(&table.title)));
-    if !table.lead.is_empty() {
-        out.push_str(&format!("{}\n\n", escape(&table.lead)));
-    }
+fn list(items: &[String]) -> String {
+    let lines: String = items.iter().map(|item| format!("- {}\n", escape(item))).collect();
+    if lines.is_empty() { lines } else { lines + "\n" }
+}
+
+fn table(table: Option<Table>) -> String {
+    let Some(table) = table else { return String::new() };
+    let lead = if table.lead.is_empty() { String::new() } else { format!("{}\n\n", escape(&table.lead)) };
     let line = |cells: Vec<String>| format!("| {} |\n", cells.join(" | "));
-    out.push_str(&line(table.columns.iter().map(|c| escape(&c.head)).collect()));
-    out.push_str(&line(table.columns.iter().map(|c| if c.right { "---:" } else { "---" }.to_owned()).collect()));
-    for row in &table.rows {
-        out.push_str(&line(row.cells.iter().map(|cell| escape(cell)).collect()));
-    }
-    out.push('\n');
+    let head = line(table.columns.iter().map(|c| escape(&c.head)).collect());
+    let rule = line(table.columns.iter().map(|c| if c.right { "---:" } else { "---" }.to_owned()).collect());
+    let rows: String = table.rows.iter().map(|row| line(row.cells.iter().map(|cell| escape(cell)).collect())).collect();
+    format!("## {}\n\n{lead}{head}{rule}{rows}\n", escape(&table.title))
 }
 
 /// Text that Markdown shows as it is. An underscore between letters means nothing to GitHub and stays.
@@ -161,36 +144,28 @@ fn longest_run(text: &str, of: char) -> usize {
 mod tests {
     use super::*;
 
-    fn row(
-        task: &str,
-        version: &str,
-        filter: &str,
-        n: usize,
-        metric: &str,
-        value: f64,
-        stderr: Option<f64>,
-    ) -> ScoreRow {
-        ScoreRow {
-            task: task.to_owned(),
-            version: version.to_owned(),
-            filter: filter.to_owned(),
-            n_shot: Some(n),
-            metric: metric.to_owned(),
-            value,
-            stderr,
-            higher_is_better: !metric.contains("perplexity"),
-        }
-    }
-
     #[test]
     fn one_models_table_is_that_of_lm_evaluation_harness() {
         // lm-eval 0.4.13, make_table, of the same scores.
-        let mut rows = vec![
-            row("arc_easy", "1", "none", 0, "acc", 0.61234567, Some(0.0100123)),
-            row("arc_easy", "1", "none", 0, "acc_norm", 0.58, Some(0.01013)),
-            row("gsm8k", "3", "flexible-extract", 5, "exact_match", 0.36, Some(0.0132)),
-            row("gsm8k", "3", "strict-match", 5, "exact_match", 0.35, Some(0.0131)),
-        ];
+        let row =
+            |(task, version, filter, n_shot, metric, value, stderr): (&str, &str, &str, _, &str, _, _)| ScoreRow {
+                task: task.to_owned(),
+                version: version.to_owned(),
+                filter: filter.to_owned(),
+                n_shot: Some(n_shot),
+                metric: metric.to_owned(),
+                value,
+                stderr,
+                higher_is_better: !metric.contains("perplexity"),
+            };
+        let mut rows: Vec<ScoreRow> = [
+            ("arc_easy", "1", "none", 0, "acc", 0.61234567, Some(0.0100123)),
+            ("arc_easy", "1", "none", 0, "acc_norm", 0.58, Some(0.01013)),
+            ("gsm8k", "3", "flexible-extract", 5, "exact_match", 0.36, Some(0.0132)),
+            ("gsm8k", "3", "strict-match", 5, "exact_match", 0.35, Some(0.0131)),
+        ]
+        .map(row)
+        .into();
         assert_eq!(
             evaluation(&rows),
             "\
@@ -202,7 +177,7 @@ mod tests {
 |        |       |strict-match    |     5|exact_match|↑  |0.3500|±  |0.0131|
 "
         );
-        rows.push(row("wikitext", "2", "none", 0, "word_perplexity", 35.123456, None));
+        rows.push(row(("wikitext", "2", "none", 0, "word_perplexity", 35.123456, None)));
         assert_eq!(
             evaluation(&rows),
             "\

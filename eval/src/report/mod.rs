@@ -3,8 +3,6 @@
 //! All three say the same: a verdict made from the data, and the tables behind it; the page draws plots as well. Nothing
 //! here computes a statistic, and the same comparison always gives the same bytes.
 
-use crate::comparison::Comparison;
-
 mod chart;
 mod html;
 mod markdown;
@@ -15,6 +13,11 @@ mod tables;
 mod terminal;
 mod verdict;
 mod view;
+
+pub use html::page as html;
+pub use markdown::comparison as markdown;
+pub use markdown::evaluation as evaluation_markdown;
+pub use terminal::comparison as terminal;
 
 #[cfg(test)]
 mod sample;
@@ -68,28 +71,4 @@ pub struct ScoreRow {
     pub value: f64,
     pub stderr: Option<f64>,
     pub higher_is_better: bool,
-}
-
-/// The comparison as Markdown whose tables render on GitHub.
-#[must_use]
-pub fn markdown(comparison: &Comparison, context: &ReportContext) -> String {
-    markdown::comparison(comparison, context)
-}
-
-/// One model's scores in the layout of lm-evaluation-harness's own table.
-#[must_use]
-pub fn evaluation_markdown(rows: &[ScoreRow]) -> String {
-    markdown::evaluation(rows)
-}
-
-/// The verdict and the main tables as plain text of at most `width` columns (where words and names allow).
-#[must_use]
-pub fn terminal(comparison: &Comparison, context: &ReportContext, width: usize) -> String {
-    terminal::comparison(comparison, context, width)
-}
-
-/// One page that needs no network and no script to be read.
-#[must_use]
-pub fn html(comparison: &Comparison, context: &ReportContext) -> String {
-    html::page(comparison, context)
 }

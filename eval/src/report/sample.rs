@@ -1,5 +1,4 @@
-//! Comparisons that the tests draw: one as a real one would be, as it is stored (its figures are made up), and ones at the
-//! edges.
+//! Comparisons that the tests draw: one as a real one would be stored (its figures are made up), and ones at the edges.
 
 use super::{CurveLine, ReportContext, TrainingCurve};
 use crate::comparison::{Comparison, Counted, GapClosed, Interval, Overall};

@@ -12,42 +12,35 @@ const NARROWEST: usize = 30;
 /// Blanks around a cell.
 const PADDING: usize = 2;
 
-pub(super) fn comparison(c: &Comparison, context: &ReportContext, width: usize) -> String {
+/// The verdict and the main tables as plain text of at most `width` columns (where words and names allow).
+#[must_use]
+pub fn comparison(c: &Comparison, context: &ReportContext, width: usize) -> String {
     let width = width.max(NARROWEST);
     let verdict = verdict(c);
     let mut out = String::new();
     if !context.title.is_empty() {
-        out.push_str(&format!("{}\n\n", wrap(&clean(&context.title), width, "")));
+        out += &format!("{}\n\n", wrap(&context.title, width, ""));
     }
-    out.push_str(&wrap(&clean(&verdict.headline), width, ""));
-    out.push('\n');
+    out += &format!("{}\n", wrap(&verdict.headline, width, ""));
     for detail in &verdict.details {
-        out.push_str(&format!("\n{}", wrap(&clean(&format!("· {detail}")), width, "  ")));
+        out += &format!("\n{}", wrap(&format!("· {detail}"), width, "  "));
     }
     if !verdict.details.is_empty() {
         out.push('\n');
     }
-    // All of a family's tasks would scroll the verdict away; the other reports list them.
-    let parts = tables::by_family(c);
-    let mut folded: Vec<String> = Vec::new();
     if let Some(table) = tables::summary(c) {
         push(&mut out, &table, 1, width);
     }
-    for (family, part) in &parts {
-        match family {
-            Some(name) => folded.push(name.clone()),
-            None => {
-                for table in [tables::scores(part), tables::recovery(part, c)].into_iter().flatten() {
-                    push(&mut out, &table, 2, width);
-                }
-            }
+    // All of a family's tasks would scroll the verdict away; the other reports list them.
+    let (alone, families): (Vec<_>, Vec<_>) = tables::by_family(c).into_iter().partition(|(name, _)| name.is_none());
+    for (_, part) in &alone {
+        for table in [tables::scores(part), tables::recovery(part, c)].into_iter().flatten() {
+            push(&mut out, &table, 2, width);
         }
     }
-    if !folded.is_empty() {
-        out.push_str(&format!(
-            "\n{}\n",
-            wrap(&clean(&format!("Not listed here: {}.", folded.join(", "))), width, "  ")
-        ));
+    let names: Vec<String> = families.into_iter().filter_map(|(name, _)| name).collect();
+    if !names.is_empty() {
+        out += &format!("\n{}\n", wrap(&format!("Not listed here: {}.", names.join(", ")), width, "  "));
     }
     out
 }
@@ -105,11 +98,11 @@ fn grid(table: &Table, columns: &[usize]) -> Grid {
     grid
 }
 
-/// Lines of at most `width` characters; those after the first are indented.
+/// Clean lines of at most `width` characters; those after the first are indented.
 fn wrap(text: &str, width: usize, indent: &str) -> String {
     let mut out = String::new();
     let mut used = 0;
-    for word in text.split(' ').filter(|w| !w.is_empty()) {
+    for word in clean(text).split(' ').filter(|w| !w.is_empty()) {
         let n = word.chars().count();
         if used > 0 && used + 1 + n > width {
             out.push('\n');

@@ -1,4 +1,4 @@
-//! What a comparison says, in sentences: who keeps how much, what PTQ lost and who won it back, and what not to conclude.
+//! What a comparison says, in sentences: who keeps how much, what PTQ lost and who won it back, what not to conclude.
 //!
 //! Nothing is claimed that an interval does not carry. Models that tasks do not tell apart are told apart by KL or not at
 //! all; where tasks and KL clearly disagree, both are said and nobody is crowned.
@@ -23,27 +23,24 @@ pub(super) struct Verdict {
 }
 
 pub(super) fn verdict(c: &Comparison) -> Verdict {
-    if c.models.len() < 2 {
-        let headline = match c.models.first() {
-            Some(m) => format!("Only {} was evaluated: there is nothing to compare it with.", m.label),
-            None => "Nothing was evaluated.".to_owned(),
-        };
-        return Verdict { headline, details: Vec::new() };
-    }
-    let ranked = by_recovery(c);
-    let headline = match ranked.first() {
-        Some(&top) => headline_of_tasks(c, top, &ranked),
-        None => without_shares(c),
+    let headline = match c.models.as_slice() {
+        [] => "Nothing was evaluated.".to_owned(),
+        [m] => format!("Only {} was evaluated: there is nothing to compare it with.", m.label),
+        _ => {
+            let ranked = by_recovery(c);
+            let (headline, mut details) = match ranked.first() {
+                Some(&top) => {
+                    let of_tasks = [above_chance(c, &ranked), won_back_by_task(c), nearest_by_divergence(c)];
+                    (headline_of_tasks(c, top, &ranked), of_tasks.into_iter().flatten().collect())
+                }
+                None => (without_shares(c), Vec::new()),
+            };
+            details.extend(misleading_perplexity(c));
+            details.extend(capped(c));
+            return Verdict { headline, details };
+        }
     };
-    let mut details = Vec::new();
-    if !ranked.is_empty() {
-        details.extend(above_chance(c, &ranked));
-        details.extend(won_back_by_task(c));
-        details.extend(nearest_by_divergence(c));
-    }
-    details.extend(misleading_perplexity(c));
-    details.extend(capped(c));
-    Verdict { headline, details }
+    Verdict { headline, details: Vec::new() }
 }
 
 fn headline_of_tasks(c: &Comparison, top: usize, ranked: &[usize]) -> String {
@@ -67,17 +64,12 @@ fn headline_of_tasks(c: &Comparison, top: usize, ranked: &[usize]) -> String {
     }
     let mut rest: Vec<usize> = ranked.iter().copied().filter(|&m| m != subject).collect();
     rest.sort_by_key(|&m| Some(m) != c.ptq_model());
-    let more = rest.len().saturating_sub(NAMED);
-    rest.truncate(NAMED);
-    let mut others: Vec<String> = rest.iter().filter_map(|&m| kept_by(c, m)).collect();
-    if more > 0 {
-        others.push(format!("{more} more below"));
+    let kept = |&m: &usize| Some(format!("{} {}", c.label(m), percent_estimate_of(c.overall_of(m)?.recovery)));
+    let mut others: Vec<String> = rest.iter().take(NAMED).filter_map(kept).collect();
+    if rest.len() > NAMED {
+        others.push(format!("{} more below", rest.len() - NAMED));
     }
-    if others.is_empty() {
-        first.push('.');
-    } else {
-        first.push_str(&format!("; {}.", others.join(", ")));
-    }
+    first.push_str(&if others.is_empty() { ".".to_owned() } else { format!("; {}.", others.join(", ")) });
 
     let all: Vec<usize> = c.others().collect();
     if let Some(nearest) = clearly_nearest(c, &all).filter(|&n| n != subject) {
@@ -86,25 +78,17 @@ fn headline_of_tasks(c: &Comparison, top: usize, ranked: &[usize]) -> String {
             c.label(nearest)
         );
     }
-    match second_sentence(c, subject, &tied, ranked) {
-        Some(second) => format!("{first} {second}"),
-        None => first,
-    }
+    let second = second_sentence(c, subject, &tied, ranked).map(|second| format!(" {second}"));
+    first + &second.unwrap_or_default()
 }
 
 fn second_sentence(c: &Comparison, subject: usize, tied: &[usize], ranked: &[usize]) -> Option<String> {
-    let others_tied: Vec<String> = tied.iter().filter(|&&m| m != subject).map(|&m| c.label(m).to_owned()).collect();
-    let ptq = c.ptq_model().filter(|&p| c.overall_of(p).is_some());
-    match ptq {
-        Some(ptq) if ptq == subject && ranked.len() > 1 => Some(if others_tied.is_empty() {
-            format!("No other model keeps more than {}.", c.label(ptq))
-        } else {
-            format!("The tasks do not tell {} from {}.", c.label(ptq), listed(&others_tied))
-        }),
-        Some(ptq) if ptq != subject => Some(won_back(c, subject, ptq)?),
-        _ if !others_tied.is_empty() => {
-            Some(format!("The tasks do not tell {} from {}.", c.label(subject), listed(&others_tied)))
-        }
+    let s = c.label(subject);
+    let tied: Vec<String> = tied.iter().filter(|&&m| m != subject).map(|&m| c.label(m).to_owned()).collect();
+    match c.ptq_model().filter(|&p| c.overall_of(p).is_some()) {
+        Some(ptq) if ptq != subject => won_back(c, subject, ptq),
+        _ if !tied.is_empty() => Some(format!("The tasks do not tell {s} from {}.", listed(&tied))),
+        Some(_) if ranked.len() > 1 => Some(format!("No other model keeps more than {s}.")),
         _ => None,
     }
 }
@@ -113,107 +97,78 @@ fn second_sentence(c: &Comparison, subject: usize, tied: &[usize], ranked: &[usi
 fn won_back(c: &Comparison, subject: usize, ptq: usize) -> Option<String> {
     let (kept, lost) = (c.overall_of(subject)?.recovery, c.overall_of(ptq)?.recovery);
     let (s, p) = (c.label(subject), c.label(ptq));
-    if lost.low > 1.0 {
-        return Some(format!("{p} lost nothing by these tasks: there is no gap to win back."));
-    }
-    if lost.high >= 1.0 {
-        return Some(format!("{p}'s own loss is not significant: there is no gap to win back."));
-    }
-    if kept.low > lost.high {
-        let share = (kept.estimate - lost.estimate) / (1.0 - lost.estimate);
-        return Some(if share > 1.0 {
-            format!("{s} won back all of what {p} lost, and more.")
-        } else {
-            format!("{s} won back {:.0} % of what {p} lost.", 100.0 * share)
-        });
-    }
-    let gone = kl_gone(c, subject);
-    if gaps_closed(c, subject).iter().any(|i| i.low > 0.0) {
-        // Pairing documents shows what the models' own intervals do not.
-        let by_kl = if gone.is_empty() { String::new() } else { format!("; {}", of_ptq(p, &gone)) };
-        return Some(format!(
-            "{s} won something back in single tasks, but the intervals of what the two keep overlap: how much is \
-             open{by_kl}."
-        ));
-    }
-    Some(if gone.is_empty() {
-        format!("Their intervals overlap: these tasks do not show that {s} won anything back.")
-    } else {
-        format!("These tasks do not show that {s} won anything back (the intervals overlap), but {}.", of_ptq(p, &gone))
+    let share = (kept.estimate - lost.estimate) / (1.0 - lost.estimate);
+    // Pairing documents shows what the models' own intervals do not.
+    let in_single_tasks = gaps_closed(c, subject).iter().any(|i| i.low > 0.0);
+    Some(match kl_gone(c, subject) {
+        _ if lost.low > 1.0 => format!("{p} lost nothing by these tasks: there is no gap to win back."),
+        _ if lost.high >= 1.0 => format!("{p}'s own loss is not significant: there is no gap to win back."),
+        _ if kept.low > lost.high && share > 1.0 => format!("{s} won back all of what {p} lost, and more."),
+        _ if kept.low > lost.high => format!("{s} won back {:.0} % of what {p} lost.", 100.0 * share),
+        gone if in_single_tasks => format!(
+            "{s} won something back in single tasks, but the intervals of what the two keep overlap: how much is open{}.",
+            gone.map(|gone| format!("; {gone}")).unwrap_or_default()
+        ),
+        Some(gone) => {
+            format!("These tasks do not show that {s} won anything back (the intervals overlap), but {gone}.")
+        }
+        None => format!("Their intervals overlap: these tasks do not show that {s} won anything back."),
     })
 }
 
 /// Where tasks give no share that is kept: none was scored, or the baseline scores nothing that there could be a share of.
 fn without_shares(c: &Comparison) -> String {
-    let base = c.baseline();
-    let why = match c.headline_tasks().as_slice() {
-        [] => "No tasks were scored".to_owned(),
-        [only] => format!(
-            "{base} does not score clearly above zero on {}, so that no share of its score can be given",
-            only.task
-        ),
-        tasks => format!(
-            "{base} does not score clearly above zero on any of the {} tasks, so that no share of its score can be given",
-            tasks.len()
-        ),
+    let of = match c.headline_tasks().as_slice() {
+        [] => String::new(),
+        [only] => only.task.clone(),
+        tasks => format!("any of the {} tasks", tasks.len()),
+    };
+    let why = if of.is_empty() {
+        "No tasks were scored".to_owned()
+    } else {
+        let base = c.baseline();
+        format!("{base} does not score clearly above zero on {of}, so that no share of its score can be given")
     };
     if c.divergences.is_empty() {
-        let end = if c.tasks.is_empty() { "no text was read: there is no verdict." } else { "there is no verdict." };
-        return format!("{why}, and {end}");
+        let no_text = if c.tasks.is_empty() { "no text was read: " } else { "" };
+        return format!("{why}, and {no_text}there is no verdict.");
     }
     headline_of_divergence(c, &why)
 }
 
 /// Whether a model has the baseline's value in every document of every metric.
 fn same_answers(c: &Comparison, model: usize) -> bool {
-    let against = || c.tasks.iter().filter_map(|t| t.against(model));
-    against().count() > 0 && against().all(|a| a.changed == 0)
+    let mut against = c.tasks.iter().filter_map(|t| t.against(model)).peekable();
+    against.peek().is_some() && against.all(|a| a.changed == 0)
 }
 
 /// `why` says why there is nothing to say of tasks.
 fn headline_of_divergence(c: &Comparison, why: &str) -> String {
     let base = c.baseline();
-    let all: Vec<usize> = c.others().filter(|&m| c.divergences.iter().any(|d| d.model == m)).collect();
-    let on = |m: usize| -> String {
-        let each: Vec<String> = c
-            .texts()
-            .into_iter()
-            .filter_map(|t| Some(format!("{} on {t}", estimate(c.divergence(t, m)?.kl))))
-            .collect();
+    let all = measured(c);
+    let on = |m: usize| {
+        let text = |t: &str| Some(format!("{} on {t}", estimate(c.divergence(t, m)?.kl)));
+        let each: Vec<String> = c.texts().into_iter().filter_map(text).collect();
         format!("{} {}", c.label(m), listed(&each))
     };
     if let [only] = all[..] {
         return format!("{why}. KL to {base}, in nats per token: {}.", on(only));
     }
-    let rest = |subject: Option<usize>| {
-        all.iter().filter(|&&m| Some(m) != subject).map(|&m| on(m)).collect::<Vec<_>>().join("; ")
+    let nearest = clearly_nearest(c, &all);
+    let mut ordered = all;
+    ordered.sort_by_key(|&m| Some(m) != nearest);
+    let figures = ordered.into_iter().map(on).collect::<Vec<_>>().join("; ");
+    let Some(nearest) = nearest else {
+        return format!("{why}, and KL to {base} names no clear winner. In nats per token: {figures}.");
     };
-    match clearly_nearest(c, &all) {
-        Some(nearest) => {
-            let gone = if c.ptq_model().is_some() { kl_gone(c, nearest) } else { Vec::new() };
-            let gone = match c.ptq_model() {
-                Some(p) if !gone.is_empty() => format!(" Measured by it, {}.", of_ptq(c.label(p), &gone)),
-                _ => String::new(),
-            };
-            format!(
-                "{why}; by KL, {} is nearest to {base}.{gone} In nats per token: {}; {}.",
-                c.label(nearest),
-                on(nearest),
-                rest(Some(nearest))
-            )
-        }
-        None => {
-            format!("{why}, and KL to {base} names no clear winner. In nats per token: {}.", rest(None))
-        }
-    }
+    let gone = kl_gone(c, nearest).map(|gone| format!(" Measured by it, {gone}.")).unwrap_or_default();
+    format!("{why}; by KL, {} is nearest to {base}.{gone} In nats per token: {figures}.", c.label(nearest))
 }
 
 fn above_chance(c: &Comparison, ranked: &[usize]) -> Option<String> {
-    let each: Vec<String> = ranked
-        .iter()
-        .filter_map(|&m| Some(format!("{} {}", c.label(m), percent_interval(c.overall_of(m)?.recovery_above_chance?))))
-        .collect();
-    let first = ranked.iter().find_map(|&m| c.overall_of(m).filter(|o| o.recovery_above_chance.is_some()))?;
+    let counted = ranked.iter().filter_map(|&m| Some((m, c.overall_of(m)?, c.overall_of(m)?.recovery_above_chance?)));
+    let (_, first, _) = counted.clone().next()?;
+    let each: Vec<String> = counted.map(|(m, _, kept)| format!("{} {}", c.label(m), percent_interval(kept))).collect();
     Some(format!(
         "Counting only what {} scores above chance ({}): {}.",
         c.baseline(),
@@ -235,44 +190,41 @@ fn gaps_closed(c: &Comparison, model: usize) -> Vec<Interval> {
 fn won_back_by_task(c: &Comparison) -> Option<String> {
     let ptq = c.ptq_model()?;
     let tasks = c.headline_tasks();
-    let shares = |m: usize| gaps_closed(c, m);
     let known = |m: usize| tasks.iter().any(|t| t.score_of(m).is_some_and(|s| s.gap_closed.is_some()));
-    let models: Vec<usize> = c.others().filter(|&m| m != ptq && known(m)).collect();
-    let lost = models.iter().map(|&m| shares(m).len()).max()?;
-    let p = c.label(ptq);
+    let closed: Vec<(usize, Vec<Interval>)> =
+        c.others().filter(|&m| m != ptq && known(m)).map(|m| (m, gaps_closed(c, m))).collect();
+    let lost = closed.iter().map(|(_, gaps)| gaps.len()).max()?;
+    let (p, all) = (c.label(ptq), c.tasks_text());
     if lost == 0 {
         return Some(match tasks.as_slice() {
             [only] => format!("{p}'s loss in {} is not significant.", only.task),
-            _ => format!("{p}'s loss is significant in none of the {}.", c.tasks_text()),
+            _ => format!("{p}'s loss is significant in none of the {all}."),
         });
     }
-    let each: Vec<String> = models
-        .iter()
-        .map(|&m| format!("{} in {}", c.label(m), shares(m).iter().filter(|i| i.low > 0.0).count()))
-        .collect();
+    let each =
+        closed.iter().map(|(m, gaps)| format!("{} in {}", c.label(*m), gaps.iter().filter(|i| i.low > 0.0).count()));
     Some(format!(
-        "{p}'s loss is significant in {lost} of {}; a part of it was won back, with an interval above zero, by {}.",
-        c.tasks_text(),
-        listed(&each)
+        "{p}'s loss is significant in {lost} of {all}; a part of it was won back, with an interval above zero, by {}.",
+        listed(&each.collect::<Vec<_>>())
     ))
 }
 
 fn nearest_by_divergence(c: &Comparison) -> Option<String> {
     let base = c.baseline();
-    let all: Vec<usize> = c.others().filter(|&m| c.divergences.iter().any(|d| d.model == m)).collect();
+    let all = measured(c);
     if all.len() < 2 {
         return None;
     }
     let Some(nearest) = clearly_nearest(c, &all) else {
         return Some(format!("By KL to {base}, no model is clearly the nearest on every text."));
     };
-    let gone = kl_gone(c, nearest);
-    Some(match c.ptq_model() {
-        Some(p) if !gone.is_empty() => {
-            format!("By KL, {} is nearest to {base}; {}.", c.label(nearest), of_ptq(c.label(p), &gone))
-        }
-        _ => format!("By KL, {} is nearest to {base}.", c.label(nearest)),
-    })
+    let gone = kl_gone(c, nearest).map(|gone| format!("; {gone}")).unwrap_or_default();
+    Some(format!("By KL, {} is nearest to {base}{gone}.", c.label(nearest)))
+}
+
+/// Models whose KL is known on any text.
+fn measured(c: &Comparison) -> Vec<usize> {
+    c.others().filter(|&m| c.divergences.iter().any(|d| d.model == m)).collect()
 }
 
 /// Perplexity asks how well a model predicts a text, not whether it still is the model it was.
@@ -303,7 +255,7 @@ fn misleading_perplexity(c: &Comparison) -> Option<String> {
 }
 
 fn capped(c: &Comparison) -> Vec<String> {
-    let share = |t: &crate::comparison::TaskComparison, m: usize| Some(t.score_of(m)?.generation?.capped);
+    let share = |t: &TaskComparison, m: usize| Some(t.score_of(m)?.generation?.capped);
     let mut out = Vec::new();
     for t in c.headline_tasks() {
         let Some(base) = share(t, 0) else { continue };
@@ -325,24 +277,14 @@ fn capped(c: &Comparison) -> Vec<String> {
     out
 }
 
-fn kept_by(c: &Comparison, model: usize) -> Option<String> {
-    Some(format!("{} {}", c.label(model), percent_estimate_of(c.overall_of(model)?.recovery)))
-}
-
-/// Share of PTQ's KL that is gone, per text, if it is on every one.
-fn kl_gone(c: &Comparison, model: usize) -> Vec<String> {
-    let texts = c.texts();
-    let gone: Vec<(&str, Interval)> =
-        texts.iter().filter_map(|t| Some((*t, c.divergence(t, model)?.kl_gone.filter(|g| g.low > 0.0)?))).collect();
-    if gone.len() != texts.len() {
-        return Vec::new();
-    }
-    gone.into_iter().map(|(text, g)| format!("{} on {text}", percent_interval(g))).collect()
-}
-
-/// `of PTQ's KL, 50 % [48, 52] on wikitext is gone`.
-fn of_ptq(ptq: &str, gone: &[String]) -> String {
-    format!("of {ptq}'s KL, {} {} gone", listed(gone), if gone.len() > 1 { "are" } else { "is" })
+/// `of PTQ's KL, 50 % [48, 52] on wikitext is gone`, if a share of it is on every text.
+fn kl_gone(c: &Comparison, model: usize) -> Option<String> {
+    let ptq = c.label(c.ptq_model()?);
+    let gone = |text| Some((text, c.divergence(text, model)?.kl_gone.filter(|g| g.low > 0.0)?));
+    let each: Option<Vec<(&str, Interval)>> = c.texts().into_iter().map(gone).collect();
+    let each: Vec<String> = each?.iter().map(|(text, g)| format!("{} on {text}", percent_interval(*g))).collect();
+    let verb = if each.len() > 1 { "are" } else { "is" };
+    (!each.is_empty()).then(|| format!("of {ptq}'s KL, {} {verb} gone", listed(&each)))
 }
 
 fn by_recovery(c: &Comparison) -> Vec<usize> {

@@ -92,7 +92,8 @@ fn bars(c: &Comparison, a: &Attribution, kinds: &[&AttributedPart]) -> Markup {
                 @if let Some((low, high)) = ends { (line((low, y), (high, y), "error")) }
                 text x={(ends.map_or(value, |e| e.1).max(zero)) "%"} dx="6" y="16.5" { (plain(p.damage)) }
             };
-            (row(html! { span { (p.part) } }, BAR, html! { (tip(&about(a, p), bar)) (line((zero, 0.0), (zero, BAR), "axis")) }))
+            @let drawing = html! { (tip(&about(a, p), bar)) (line((zero, 0.0), (zero, BAR), "axis")) };
+            (row(html! { span { (p.part) } }, BAR, drawing))
         }
     };
     let chart = Chart {

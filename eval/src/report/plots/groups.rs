@@ -1,37 +1,32 @@
 //! Which tokens suffer: mean KL by class of the token and by its position in the window.
 
-use maud::{Markup, html};
+use maud::html;
 
 use super::Figure;
 use crate::comparison::{Comparison, Divergence, GroupKl};
-use crate::report::chart::{Axis, Chart, legend_of, line, mark, path, range, row, tip, vertical};
+use crate::report::chart::{Axis, Chart, Curve, curves, legend, line, mark, range, row, tip};
 use crate::report::numbers::{count, estimate};
-use crate::report::tables::{self, group_names};
-
-const HEIGHT: f64 = 170.0;
+use crate::report::tables;
 
 pub(super) fn by_class(c: &Comparison, text: &str) -> Option<Figure> {
-    let groups = Groups::of(c, text, |d| &d.by_class)?;
-    let x = Axis::linear((0.0, groups.most * 1.04), 0.0, 100.0);
+    let (names, lines, most) = lines(c, text, |d| &d.by_class)?;
+    let x = Axis::linear((0.0, most * 1.04), 0.0, 100.0);
+    let at = |value: f64| (x.at(value), 8.0);
     let rows = html! {
-        @for name in &groups.names {
-            @let marks: Vec<(&Divergence, &GroupKl)> =
-                groups.found.iter().filter_map(|d| Some((*d, group(&d.by_class, name)?))).collect();
+        @for (i, name) in names.iter().enumerate() {
+            @let marks = || lines.iter().filter_map(|l| Some((l.colour, l.points.iter().find(|p| p.0 == i as f64)?)));
             @let drawing = html! {
-                @if let Some((low, high)) = range(marks.iter().map(|(_, g)| g.kl.value)) {
-                    (line((x.at(low), 8.0), (x.at(high), 8.0), "span"))
-                }
-                @for (d, g) in marks { (point(c, d, g, (x.at(g.kl.value), 8.0), 4.8)) }
+                @if let Some((low, high)) = range(marks().map(|(_, p)| p.1)) { (line(at(low), at(high), "span")) }
+                @for (colour, (_, value, text)) in marks() { (tip(text, mark(at(*value), colour, true, 4.8))) }
             };
             (row(html! { span { (name) } }, 18.0, drawing))
         }
     };
-    let description =
-        format!("Mean KL to {} by class of the token, {text}. The table below has the numbers.", c.baseline());
+    let base = c.baseline();
     let chart = Chart {
-        description: &description,
+        description: &format!("Mean KL to {base} by class of the token, {text}. The table below has the numbers."),
         layout: "stacked",
-        legend: legend_of(c, groups.models()),
+        legend: legend(lines.iter().map(|l| (l.colour, l.label))),
         rows,
         ticks: x.labels(4, ""),
         axis: "KL, nats per token (lower is nearer) →",
@@ -39,7 +34,7 @@ pub(super) fn by_class(c: &Comparison, text: &str) -> Option<Figure> {
     };
     Some(Figure {
         title: format!("Which tokens suffer: {text}"),
-        caption: format!("Mean KL to {} by class of the token to be predicted.", c.baseline()),
+        caption: format!("Mean KL to {base} by class of the token to be predicted."),
         drawing: chart.draw(),
         table: tables::groups(c, text, "KL by class of token", |d| &d.by_class),
         half: true,
@@ -47,69 +42,42 @@ pub(super) fn by_class(c: &Comparison, text: &str) -> Option<Figure> {
 }
 
 pub(super) fn by_position(c: &Comparison, text: &str) -> Option<Figure> {
-    let groups = Groups::of(c, text, |d| &d.by_position)?;
-    let last = groups.names.len().checked_sub(1).filter(|last| *last > 0)?;
-    let y = Axis::upward((0.0, groups.most), HEIGHT);
-    let (grid, gutter) = vertical(&y, "");
-    let x = |i: usize| 6.0 + 88.0 * i as f64 / last as f64;
-    let curve = |d: &Divergence| {
-        let names = groups.names.iter().enumerate();
-        let points: Vec<_> = names.filter_map(|(i, name)| Some((x(i), group(&d.by_position, name)?))).collect();
-        let places: Vec<(f64, f64)> = points.iter().map(|(x, g)| (*x, y.at(g.kl.value))).collect();
-        html! {
-            (path(&places, HEIGHT, &format!("curve c{}", c.colour(d.model))))
-            @for ((_, g), place) in points.iter().zip(places) { (point(c, d, g, place, 3.6)) }
-        }
-    };
-    let drawing = html! { (grid) @for d in &groups.found { (curve(d)) } };
-    let description =
-        format!("Mean KL to {} by position in the window, {text}. The table below has the numbers.", c.baseline());
-    let chart = Chart {
-        description: &description,
-        gutter: &gutter,
-        legend: legend_of(c, groups.models()),
-        rows: row(html! {}, HEIGHT, drawing),
-        // There is room for every second name.
-        ticks: (0..=last)
-            .map(|i| (x(i), if i % 2 == 0 { groups.names[i].to_owned() } else { String::new() }))
-            .collect(),
-        axis: "position in the window →",
-        ..Chart::default()
-    };
+    let (names, mut lines, most) = lines(c, text, |d| &d.by_position)?;
+    let last = names.len().checked_sub(1).filter(|last| *last > 0)?;
+    let x = Axis::linear((0.0, last as f64), 6.0, 94.0);
+    lines.iter_mut().flat_map(|l| &mut l.points).for_each(|p| p.0 = x.at(p.0));
+    // There is room for every second name.
+    let tick =
+        |(i, name): (usize, &&str)| (x.at(i as f64), if i % 2 == 0 { (*name).to_owned() } else { String::new() });
+    let ticks = names.iter().enumerate().map(tick).collect();
+    let base = c.baseline();
+    let description = format!("Mean KL to {base} by position in the window, {text}. The table below has the numbers.");
     Some(Figure {
         title: format!("Early and late in the window: {text}"),
-        caption: format!("Mean KL to {} by the token's position in the window, nats per token.", c.baseline()),
-        drawing: chart.draw(),
+        caption: format!("Mean KL to {base} by the token's position in the window, nats per token."),
+        drawing: curves(&description, &lines, (0.0, most), ticks, "position in the window →"),
         table: tables::groups(c, text, "KL by position", |d| &d.by_position),
         half: true,
     })
 }
 
-/// What is drawn: models' divergences, names of groups, the highest KL.
-struct Groups<'a> {
-    found: Vec<&'a Divergence>,
-    names: Vec<&'a str>,
-    most: f64,
-}
+/// Names of groups, each model's KL over their numbers, and the highest.
+type Lines<'a> = (Vec<&'a str>, Vec<Curve<'a>>, f64);
 
-impl<'a> Groups<'a> {
-    fn of(c: &'a Comparison, text: &str, of: fn(&Divergence) -> &Vec<GroupKl>) -> Option<Self> {
-        let finite = |d: &&Divergence| of(d).iter().any(|g| g.kl.value.is_finite());
-        let found: Vec<&Divergence> = c.divergences_on(text).filter(finite).collect();
-        let (_, most) = range(found.iter().flat_map(|d| of(d)).map(|g| g.kl.value))?;
-        Some(Self { names: group_names(&found, of), most: most.max(f64::MIN_POSITIVE), found })
-    }
-
-    fn models(&self) -> impl Iterator<Item = usize> {
-        self.found.iter().map(|d| d.model)
-    }
-}
-
-fn point(c: &Comparison, d: &Divergence, g: &GroupKl, place: (f64, f64), size: f64) -> Markup {
-    let text = format!("{}, {}: KL {} over {} tokens", c.label(d.model), g.group, estimate(g.kl), count(g.tokens));
-    tip(&text, mark(place, c.colour(d.model), true, size))
-}
-
-fn group<'a>(groups: &'a [GroupKl], name: &str) -> Option<&'a GroupKl> {
-    groups.iter().find(|g| g.group == name && g.kl.value.is_finite())
+fn lines<'a>(c: &'a Comparison, text: &str, of: fn(&Divergence) -> &Vec<GroupKl>) -> Option<Lines<'a>> {
+    let found: Vec<&Divergence> = c.divergences_on(text).collect();
+    let names = tables::group_names(&found, of);
+    let line = |d: &&Divergence| {
+        let label = c.label(d.model);
+        let point = |(i, name): (usize, &&str)| {
+            let g = of(d).iter().find(|g| g.group == *name && g.kl.value.is_finite())?;
+            let said = format!("{label}, {name}: KL {} over {} tokens", estimate(g.kl), count(g.tokens));
+            Some((i as f64, g.kl.value, said))
+        };
+        Curve { label, colour: c.colour(d.model), points: names.iter().enumerate().filter_map(point).collect() }
+    };
+    let mut lines: Vec<Curve> = found.iter().map(line).collect();
+    lines.retain(|line| !line.points.is_empty());
+    let (_, most) = range(lines.iter().flat_map(|l| &l.points).map(|p| p.1))?;
+    Some((names, lines, most.max(f64::MIN_POSITIVE)))
 }

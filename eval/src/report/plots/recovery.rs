@@ -35,7 +35,8 @@ pub(super) fn figure(c: &Comparison) -> Option<Figure> {
         .filter_map(|&m| Some(format!("{}: {}", c.label(m), percent_interval(c.overall_of(m)?.recovery))))
         .collect();
     let description = format!(
-        "Share of {base}'s score that is kept, with {level} intervals. Mean over {over}: {}. The table below has every task.",
+        "Share of {base}'s score that is kept, with {level} intervals. Mean over {over}: {}. The table below has every \
+         task.",
         kept.join("; ")
     );
     let mut caption = format!(

@@ -4,11 +4,10 @@ use maud::{Markup, html};
 
 use super::Figure;
 use crate::comparison::{Comparison, Interval};
-use crate::report::chart::{Axis, Chart, legend_of, line, mark, range, row, tip, vertical};
+use crate::report::chart::{Axis, Chart, HEIGHT, legend_of, line, mark, range, row, tip, vertical};
 use crate::report::numbers::{bytes, in_percent, percent_interval, plain};
 use crate::scores::ModelFacts;
 
-const HEIGHT: f64 = 220.0;
 /// Points that would cover each other are drawn this many pixels apart.
 const BESIDE: f64 = 8.0;
 /// Points nearer than this, in percent of the width, would.
@@ -37,24 +36,25 @@ fn figure(c: &Comparison, what: &str, axis: &str, x: impl Fn(&ModelFacts) -> Opt
     let base = c.baseline();
     let point = |m: usize| {
         let (x, text) = x(&c.models.get(m)?.facts).filter(|(x, _)| x.is_finite())?;
-        let y = if by_tasks { recovery(c, m)? } else { divergence(c, m)? };
-        let shown = match m {
-            0 => "the baseline".to_owned(),
-            _ if by_tasks => format!("{} of {base}'s score", percent_interval(y)),
-            _ => format!("KL {}", plain(y.estimate)),
+        let (y, shown) = match m {
+            0 => (exactly(if by_tasks { 100.0 } else { 0.0 }), "the baseline".to_owned()),
+            _ if by_tasks => {
+                let kept = c.overall_of(m)?.recovery;
+                (in_percent(kept), format!("{} of {base}'s score", percent_interval(kept)))
+            }
+            _ => (exactly(divergence(c, m)?), format!("KL {}", plain(divergence(c, m)?))),
         };
-        let tip = format!("{}: {text}, {shown}", c.label(m));
-        Some(Point { model: m, x, y: if by_tasks { in_percent(y) } else { y }, tip })
+        Some(Point { model: m, x, y, tip: format!("{}: {text}, {shown}", c.label(m)) })
     };
     let points: Vec<Point> = (0..c.models.len()).filter_map(point).collect();
-    if points.len() < 2 {
+    if points.len() < 2 || !by_tasks && c.divergences.is_empty() {
         return None;
     }
-    let kept = if by_tasks { "Recovery" } else { "KL" };
-    let caption = if by_tasks {
-        format!("Mean share of {base}'s score that is kept, with {} intervals. Better is up.", c.confidence_text())
+    let (kept, caption) = if by_tasks {
+        let level = c.confidence_text();
+        ("Recovery", format!("Mean share of {base}'s score that is kept, with {level} intervals. Better is up."))
     } else {
-        format!("KL to {base}, mean over texts. Better is down.")
+        ("KL", format!("KL to {base}, mean over texts. Better is down."))
     };
     let said: Vec<&str> = points.iter().map(|p| p.tip.as_str()).collect();
     let description = format!("{kept} against {what}. {}.", said.join("; "));
@@ -95,7 +95,8 @@ fn draw(c: &Comparison, points: &[Point], by_tasks: bool, axis: &str, descriptio
                 @if p.model > 0 { (line(at(p.y.low), at(p.y.high), &format!("whisker c{colour}"))) }
                 (mark(at(p.y.estimate), colour, true, 4.8))
             };
-            svg x={(x.at(p.x)) "%"} { g transform={"translate(" (aside as f64 * BESIDE) ")"} { (tip(&p.tip, drawing)) } }
+            @let shift = format!("translate({})", aside as f64 * BESIDE);
+            svg x={(x.at(p.x)) "%"} { g transform=(shift) { (tip(&p.tip, drawing)) } }
         }
     };
     let chart = Chart {
@@ -114,14 +115,10 @@ fn exactly(v: f64) -> Interval {
     Interval { estimate: v, low: v, high: v }
 }
 
-fn recovery(c: &Comparison, model: usize) -> Option<Interval> {
-    if model == 0 { Some(exactly(1.0)) } else { Some(c.overall_of(model)?.recovery) }
-}
-
-/// Mean over texts, where the model has them all.
-fn divergence(c: &Comparison, model: usize) -> Option<Interval> {
+/// Mean KL over texts, where the model has them all.
+fn divergence(c: &Comparison, model: usize) -> Option<f64> {
     let texts = c.texts();
-    let kl = |text: &&str| if model == 0 { Some(0.0) } else { Some(c.divergence(text, model)?.kl.value) };
-    let each: Vec<f64> = texts.iter().filter_map(kl).filter(|v| v.is_finite()).collect();
-    (each.len() == texts.len() && !each.is_empty()).then(|| exactly(each.iter().sum::<f64>() / each.len() as f64))
+    let kl = |text: &&str| Some(c.divergence(text, model)?.kl.value).filter(|v| v.is_finite());
+    let each: Vec<f64> = texts.iter().filter_map(kl).collect();
+    (each.len() == texts.len() && !each.is_empty()).then(|| each.iter().sum::<f64>() / each.len() as f64)
 }
