@@ -95,17 +95,17 @@ pub(super) fn legend_of(c: &Comparison, models: impl IntoIterator<Item = usize>)
 
 /// A model's mark among text.
 pub(super) fn key(colour: usize) -> Markup {
-    html! { svg.key aria-hidden="true" viewBox="-6 -6 14 12" { (mark((0.0, 0.0), colour, true, 4.4)) } }
+    html! { svg.key aria-hidden="true" viewBox="-1.36 -1.36 3.18 2.72" { (outline(colour, true, None)) } }
 }
 
 /// A model's mark. Hollow ones say `not significant`.
 pub(super) fn mark((x, y): (f64, f64), colour: usize, filled: bool, size: f64) -> Markup {
-    let outline = MARKS.get(colour).unwrap_or(&CIRCLE);
-    html! {
-        svg x=(percent(x)) y=(round(y)) {
-            path.mark.{"c" (colour)}.hollow[!filled] d=(outline) transform={"scale(" (size) ")"} {}
-        }
-    }
+    html! { svg x=(percent(x)) y=(round(y)) { (outline(colour, filled, Some(format!("scale({size})")))) } }
+}
+
+fn outline(colour: usize, filled: bool, transform: Option<String>) -> Markup {
+    let d = MARKS.get(colour).unwrap_or(&CIRCLE);
+    html! { path.mark.{"c" (colour)}.hollow[!filled] d=(d) transform=[transform] {} }
 }
 
 /// A line; one that ends at infinity goes down to the end of the drawing.

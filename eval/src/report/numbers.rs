@@ -81,13 +81,7 @@ pub(super) fn significant(value: f64, digits: usize) -> String {
     }
     let exponent = exponent_of(value, digits);
     if exponent < -4 {
-        let text = format!("{value:.*e}", digits.saturating_sub(1));
-        return match text.split_once('e') {
-            Some((mantissa, exponent)) => {
-                format!("{}e{}", mantissa.replace('-', "−"), exponent.replace('-', "−"))
-            }
-            None => text,
-        };
+        return format!("{value:.*e}", digits.saturating_sub(1)).replace('-', "−");
     }
     fixed(value, usize::try_from(digits as i32 - 1 - exponent).unwrap_or(0))
 }
@@ -132,11 +126,9 @@ pub(super) fn fixed(value: f64, decimals: usize) -> String {
         Some(rest) => ("−", rest),
         None => ("", text.as_str()),
     };
-    let (whole, fraction) = digits.split_once('.').map_or((digits, None), |(w, f)| (w, Some(f)));
-    let whole = separate(whole);
-    match fraction {
-        Some(fraction) => format!("{sign}{whole}.{fraction}"),
-        None => format!("{sign}{whole}"),
+    match digits.split_once('.') {
+        Some((whole, fraction)) => format!("{sign}{}.{fraction}", separate(whole)),
+        None => format!("{sign}{}", separate(digits)),
     }
 }
 
@@ -166,21 +158,13 @@ fn decimals_of_error(error: f64) -> usize {
 
 /// Power of ten of the first digit after rounding to `digits` significant ones.
 fn exponent_of(value: f64, digits: usize) -> i32 {
-    format!("{:.*e}", digits.saturating_sub(1), value.abs())
-        .split_once('e')
-        .and_then(|(_, e)| e.parse().ok())
-        .unwrap_or_default()
+    let text = format!("{:.*e}", digits.saturating_sub(1), value.abs());
+    text.split_once('e').and_then(|(_, e)| e.parse().ok()).unwrap_or_default()
 }
 
 fn separate(digits: &str) -> String {
-    let mut out = String::with_capacity(digits.len() + digits.len() / 3);
-    for (i, c) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(c);
-    }
-    out
+    let groups = digits.as_bytes().rchunks(3).rev().map(|group| std::str::from_utf8(group).unwrap_or_default());
+    groups.collect::<Vec<_>>().join(",")
 }
 
 #[cfg(test)]

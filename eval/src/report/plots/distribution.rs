@@ -91,17 +91,13 @@ fn total(d: &Divergence) -> f64 {
     d.kl_histogram.counts.iter().sum::<u64>() as f64
 }
 
-/// Bins with positive finite edges. One that begins at 0 or ends at infinity is as wide as its neighbour.
+/// The first bin, which begins at 0, is drawn as wide as its neighbour.
 fn bins(d: &Divergence) -> Vec<Bin> {
     let edges = &d.kl_histogram.edges;
-    let ratio = edges.windows(2).find(|w| w[0] > 0.0 && w[1].is_finite()).map_or(10.0, |w| w[1] / w[0]);
-    let bin = |(w, tokens): (&[f64], &u64)| {
-        let from = if w[0] > 0.0 { w[0] } else { w[1] / ratio };
-        let to = if w[1].is_finite() { w[1] } else { from * ratio };
-        Bin { from, to, tokens: *tokens }
-    };
-    let all = edges.windows(2).zip(&d.kl_histogram.counts).map(bin);
-    all.filter(|b| b.from > 0.0 && b.to > b.from && b.to.is_finite()).collect()
+    let ratio = edges.windows(2).find(|w| w[0] > 0.0).map_or(10.0, |w| w[1] / w[0]);
+    let from = |w: &[f64]| if w[0] > 0.0 { w[0] } else { w[1] / ratio };
+    let bins = edges.windows(2).zip(&d.kl_histogram.counts);
+    bins.map(|(w, tokens)| Bin { from: from(w), to: w[1], tokens: *tokens }).collect()
 }
 
 /// The range that is drawn: all but the lowest few tokens.
