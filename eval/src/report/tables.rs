@@ -143,8 +143,7 @@ pub(super) fn recovery(c: &Comparison, whole: &Comparison) -> Option<Table> {
             (Some(GapClosed::NoSignificantGap), Some(p)) => format!("{p}'s gap is not significant"),
             _ => missing(),
         };
-        let shares = [a.recovery, a.recovery_above_chance].map(|share| or(share, percent_interval));
-        let [kept, above] = shares;
+        let [kept, above] = [a.recovery, a.recovery_above_chance].map(|share| or(share, percent_interval));
         table.row(Some(m), vec![task(c, t), c.label(m).to_owned(), kept, above, gap]);
     }
     table.filled(2)

@@ -47,53 +47,37 @@ pub fn comparison(c: &Comparison, context: &ReportContext, width: usize) -> Stri
 
 /// The table, in as many pieces side by side as it takes to fit; each repeats the first `keys` columns.
 fn push(out: &mut String, table: &Table, keys: usize, width: usize) {
-    let widths: Vec<usize> = grid(table, &(0..table.columns.len()).collect::<Vec<_>>())
-        .column_max_content_widths()
-        .iter()
-        .map(|&w| usize::from(w) + PADDING)
-        .collect();
-    let key_width: usize = widths.iter().take(keys).sum();
+    let all: Vec<usize> = (0..table.columns.len()).collect();
+    let (key, rest) = all.split_at(keys.min(all.len()));
+    let widths = grid(table, &all).column_max_content_widths();
+    let total = |piece: &[usize]| piece.iter().map(|&i| usize::from(widths[i]) + PADDING).sum::<usize>();
     let mut pieces: Vec<Vec<usize>> = Vec::new();
-    let mut used = usize::MAX;
-    for (i, w) in widths.iter().enumerate().skip(keys) {
-        if used.saturating_add(*w) > width {
-            pieces.push((0..keys).collect());
-            used = key_width;
-        }
-        used += w;
-        if let Some(piece) = pieces.last_mut() {
-            piece.push(i);
+    for i in rest {
+        match pieces.last_mut() {
+            Some(piece) if total(piece) + total(&[*i]) <= width => piece.push(*i),
+            _ => pieces.push([key, &[*i]].concat()),
         }
     }
-    out.push_str(&format!("\n{}\n", clean(&table.title)));
-    for piece in &pieces {
-        let mut grid = grid(table, piece);
-        if piece.iter().filter_map(|&i| widths.get(i)).sum::<usize>() > width {
+    *out += &format!("\n{}\n", clean(&table.title));
+    for piece in pieces {
+        let mut grid = grid(table, &piece);
+        if total(&piece) > width {
             grid.set_content_arrangement(comfy_table::ContentArrangement::Dynamic);
             grid.set_width(u16::try_from(width).unwrap_or(u16::MAX));
         }
-        for line in grid.lines() {
-            out.push_str(line.trim_end());
-            out.push('\n');
-        }
+        out.extend(grid.lines().map(|line| format!("{}\n", line.trim_end())));
     }
 }
 
 fn grid(table: &Table, columns: &[usize]) -> Grid {
     let mut grid = Grid::new();
     grid.load_style(presets::NOTHING);
-    let pick = |cells: &[String]| -> Vec<String> {
-        columns.iter().map(|&i| cells.get(i).map(|c| clean(c)).unwrap_or_default()).collect()
-    };
-    let heads: Vec<String> = table.columns.iter().map(|c| c.head.clone()).collect();
-    grid.set_header(pick(&heads));
+    grid.set_header(columns.iter().map(|&i| clean(&table.columns[i].head)));
     for row in &table.rows {
-        grid.add_row(pick(&row.cells));
+        grid.add_row(columns.iter().map(|&i| clean(&row.cells[i])));
     }
-    for (place, &i) in columns.iter().enumerate() {
-        if let (Some(column), Some(of)) = (grid.column_mut(place), table.columns.get(i)) {
-            column.set_cell_alignment(if of.right { CellAlignment::Right } else { CellAlignment::Left });
-        }
+    for (column, &i) in grid.column_iter_mut().zip(columns) {
+        column.set_cell_alignment(if table.columns[i].right { CellAlignment::Right } else { CellAlignment::Left });
     }
     grid
 }
