@@ -4,7 +4,7 @@
 
 use maud::{Markup, html};
 
-use super::numbers::{fixed, significant};
+use super::numbers::fixed;
 use crate::comparison::Comparison;
 
 /// Colours for models beside the baseline, as the style sheet defines them: `c1` to `c5`; `c0` is the baseline's.
@@ -189,32 +189,24 @@ pub(super) struct Axis {
     high: f64,
     from: f64,
     to: f64,
-    logarithmic: bool,
 }
 
 impl Axis {
     /// Data from `low` to `high` onto `from` to `to`. An empty range is widened.
-    pub(super) fn linear((low, high): (f64, f64), from: f64, to: f64) -> Self {
+    pub(super) fn new((low, high): (f64, f64), from: f64, to: f64) -> Self {
         let (low, high) = if low.is_finite() && high.is_finite() { (low.min(high), low.max(high)) } else { (0.0, 1.0) };
         let high = if high > low { high } else { low + low.abs().max(1.0) * 0.1 };
-        Self { low, high, from, to, logarithmic: false }
-    }
-
-    /// As `linear`, by the logarithm; both ends must be positive, or the range is 0.1 to 1.
-    pub(super) fn logarithmic((low, high): (f64, f64), from: f64, to: f64) -> Self {
-        let (low, high) = if low > 0.0 && high > low && high.is_finite() { (low, high) } else { (0.1, 1.0) };
-        Self { low, high, from, to, logarithmic: true }
+        Self { low, high, from, to }
     }
 
     /// Upwards in a drawing of this height, from and to round numbers.
     pub(super) fn upward(ends: (f64, f64), height: f64) -> Self {
-        Self::linear(rounded(ends, 5), height, 0.0)
+        Self::new(rounded(ends, 5), height, 0.0)
     }
 
     /// Place of a value; beyond the ends, the end.
     pub(super) fn at(&self, value: f64) -> f64 {
-        let (v, low, high) = (value.clamp(self.low, self.high), self.low, self.high);
-        let share = if self.logarithmic { (v / low).ln() / (high / low).ln() } else { (v - low) / (high - low) };
+        let share = (value.clamp(self.low, self.high) - self.low) / (self.high - self.low);
         self.from + share * (self.to - self.from)
     }
 
@@ -227,17 +219,11 @@ impl Axis {
         let ticks = self.ticks(count);
         let step = if let [a, b, ..] = ticks[..] { b - a } else { 1.0 };
         let decimals = (-(step.log10() + 1e-9).floor()).clamp(0.0, 9.0) as usize;
-        let text = |t: f64| if self.logarithmic { significant(t, 1) } else { fixed(t, decimals) };
-        ticks.into_iter().map(|t| (self.at(t), text(t) + unit)).collect()
+        ticks.into_iter().map(|t| (self.at(t), fixed(t, decimals) + unit)).collect()
     }
 
-    /// About `count` round values inside: 1, 2 or 5 times a power of ten apart, or powers of ten.
+    /// About `count` round values inside: 1, 2 or 5 times a power of ten apart.
     fn ticks(&self, count: usize) -> Vec<f64> {
-        if self.logarithmic {
-            let (first, last) = (self.low.log10().ceil() as i32, self.high.log10().floor() as i32);
-            let step = usize::try_from(last - first).unwrap_or(0) / count.max(1) + 1;
-            return (first..=last).step_by(step).map(|e| 10f64.powi(e)).filter(|&t| self.holds(t)).collect();
-        }
         let step = round_step((self.high - self.low) / count.max(1) as f64);
         let first = (self.low / step - 1e-9).ceil() as i64;
         let last = (self.high / step + 1e-9).floor() as i64;
@@ -286,21 +272,17 @@ mod tests {
     #[test]
     fn ticks_are_round_and_inside() {
         let texts = |axis: Axis, unit| axis.labels(5, unit).into_iter().map(|(_, text)| text).collect::<Vec<_>>();
-        assert_eq!(texts(Axis::linear((83.0, 104.0), 0.0, 1.0), " %"), ["85 %", "90 %", "95 %", "100 %"]);
-        assert_eq!(texts(Axis::linear((0.0, 0.47), 0.0, 1.0), ""), ["0.0", "0.1", "0.2", "0.3", "0.4"]);
-        assert_eq!(texts(Axis::logarithmic((2e-5, 30.0), 0.0, 1.0), ""), ["0.0001", "0.01", "1"]);
+        assert_eq!(texts(Axis::new((83.0, 104.0), 0.0, 1.0), " %"), ["85 %", "90 %", "95 %", "100 %"]);
+        assert_eq!(texts(Axis::new((0.0, 0.47), 0.0, 1.0), ""), ["0.0", "0.1", "0.2", "0.3", "0.4"]);
     }
 
     #[test]
     fn places_stay_on_the_axis_whatever_the_data() {
-        let axis = Axis::linear((0.0, 10.0), 100.0, 200.0);
+        let axis = Axis::new((0.0, 10.0), 100.0, 200.0);
         assert_eq!([axis.at(-5.0), axis.at(5.0), axis.at(50.0)], [100.0, 150.0, 200.0]);
-        let log = Axis::logarithmic((0.01, 1.0), 0.0, 100.0);
-        assert!((log.at(0.1) - 50.0).abs() < 1e-9 && log.at(0.0) == 0.0);
         for degenerate in [(1.0, 1.0), (f64::NAN, 1.0), (0.0, 0.0), (f64::INFINITY, f64::NEG_INFINITY)] {
-            assert!(Axis::linear(degenerate, 0.0, 1.0).at(0.5).is_finite());
-            assert!(Axis::logarithmic(degenerate, 0.0, 1.0).at(0.5).is_finite());
-            assert!(Axis::linear(degenerate, 0.0, 1.0).labels(5, "").len() < 50);
+            assert!(Axis::new(degenerate, 0.0, 1.0).at(0.5).is_finite());
+            assert!(Axis::new(degenerate, 0.0, 1.0).labels(5, "").len() < 50);
         }
     }
 }

@@ -13,7 +13,7 @@ pub(super) fn figure(c: &Comparison, curve: &TrainingCurve) -> Option<Figure> {
     let all = || curve.lines.iter().flat_map(finite);
     let (low, high) = range(all().map(|p| p.1))?;
     let (_, last) = range(all().map(|p| p.0 as f64))?;
-    let x = Axis::linear((0.0, last), 0.0, 100.0);
+    let x = Axis::new((0.0, last), 0.0, 100.0);
     let mut lines = Vec::new();
     let mut ends = Vec::new();
     for (i, line) in curve.lines.iter().enumerate() {

@@ -80,7 +80,7 @@ fn bars(c: &Comparison, a: &Attribution, kinds: &[&AttributedPart]) -> Markup {
         return html! {};
     }
     // The rest of the width is for the numbers.
-    let x = Axis::linear(domain(a, kinds), 0.0, 84.0);
+    let x = Axis::new(domain(a, kinds), 0.0, 84.0);
     let rows = html! {
         @for p in kinds {
             @let (zero, value, y) = (x.at(0.0), x.at(p.damage), BAR / 2.0);

@@ -5,7 +5,7 @@ use maud::html;
 use super::Figure;
 use crate::comparison::{Comparison, Divergence};
 use crate::report::chart::{Axis, Chart, line, mark, path, range, rectangle, row, tip};
-use crate::report::numbers::{count, percent, plain};
+use crate::report::numbers::{count, percent, plain, significant};
 use crate::report::tables;
 
 /// Share of tokens that may lie left of the axis: KL of near-certain tokens trails off to rounding.
@@ -17,8 +17,11 @@ pub(super) fn figure(c: &Comparison, text: &str) -> Option<Figure> {
     let ends = ends(&found)?;
     let drawn: Vec<(&Divergence, Vec<Bin>)> = found.iter().map(|d| (*d, inside(bins(d), ends))).collect();
     let tallest = drawn.iter().flat_map(|(_, bins)| bins).map(Bin::density).fold(0.0, f64::max);
-    let x = Axis::logarithmic(ends, 0.0, 100.0);
-    let y = Axis::linear((0.0, tallest), HEIGHT, 8.0);
+    let axis = Axis::new((ends.0.log10(), ends.1.log10()), 0.0, 100.0);
+    let x = |kl: f64| axis.at(kl.log10());
+    let holds = |kl: &f64| axis.holds(kl.log10());
+    let powers = (ends.0.log10().ceil() as i32..=ends.1.log10().floor() as i32).map(|power| 10f64.powi(power));
+    let y = Axis::new((0.0, tallest), HEIGHT, 8.0);
     let mut said = Vec::new();
     let mut rows = Vec::new();
     for (d, bins) in &drawn {
@@ -28,19 +31,19 @@ pub(super) fn figure(c: &Comparison, text: &str) -> Option<Figure> {
         let summary = format!("{summary}mean {}", plain(d.kl.value));
         said.push(format!("{label}: {summary}"));
         let mut outline: Vec<(f64, f64)> =
-            bins.iter().flat_map(|b| [b.from, b.to].map(|end| (x.at(end), y.at(b.density())))).collect();
+            bins.iter().flat_map(|b| [b.from, b.to].map(|end| (x(end), y.at(b.density())))).collect();
         outline.insert(0, (0.0, HEIGHT));
         outline.push((outline.last().map_or(0.0, |p| p.0), HEIGHT));
         let drawing = html! {
             (path(&outline, HEIGHT, &format!("area c{colour}")))
             (line((0.0, HEIGHT), (100.0, HEIGHT), "rule"))
-            @if let Some(median) = median.filter(|m| x.holds(*m)) {
-                (line((x.at(median), 3.0), (x.at(median), HEIGHT), &format!("median c{colour}")))
+            @if let Some(median) = median.filter(holds) {
+                (line((x(median), 3.0), (x(median), HEIGHT), &format!("median c{colour}")))
             }
-            @if x.holds(d.kl.value) { (mark((x.at(d.kl.value), HEIGHT), colour, true, 4.0)) }
+            @if holds(&d.kl.value) { (mark((x(d.kl.value), HEIGHT), colour, true, 4.0)) }
             // Over everything, so that the pointer finds each bin.
             @for b in bins {
-                @let (from, to) = (x.at(b.from), x.at(b.to));
+                @let (from, to) = (x(b.from), x(b.to));
                 (tip(&about(label, b, total(d)), rectangle((from, 0.0), to - from, HEIGHT, "hit")))
             }
         };
@@ -51,7 +54,7 @@ pub(super) fn figure(c: &Comparison, text: &str) -> Option<Figure> {
         description: &format!("Histograms of KL to {base} per token on {text}, logarithmic axis. {}.", said.join("; ")),
         layout: "stacked",
         rows: html! { @for row in rows { (row) } },
-        ticks: x.labels(10, ""),
+        ticks: powers.map(|kl| (x(kl), significant(kl, 1))).collect(),
         axis: "KL per token, nats (lower is nearer) →",
         ..Chart::default()
     };

@@ -10,7 +10,7 @@ use crate::report::tables;
 
 pub(super) fn by_class(c: &Comparison, text: &str) -> Option<Figure> {
     let (names, lines, most) = lines(c, text, |d| &d.by_class)?;
-    let x = Axis::linear((0.0, most * 1.04), 0.0, 100.0);
+    let x = Axis::new((0.0, most * 1.04), 0.0, 100.0);
     let at = |value: f64| (x.at(value), 8.0);
     let rows = html! {
         @for (i, name) in names.iter().enumerate() {
@@ -44,7 +44,7 @@ pub(super) fn by_class(c: &Comparison, text: &str) -> Option<Figure> {
 pub(super) fn by_position(c: &Comparison, text: &str) -> Option<Figure> {
     let (names, mut lines, most) = lines(c, text, |d| &d.by_position)?;
     let last = names.len().checked_sub(1).filter(|last| *last > 0)?;
-    let x = Axis::linear((0.0, last as f64), 6.0, 94.0);
+    let x = Axis::new((0.0, last as f64), 6.0, 94.0);
     lines.iter_mut().flat_map(|l| &mut l.points).for_each(|p| p.0 = x.at(p.0));
     // There is room for every second name.
     let tick =

@@ -177,5 +177,5 @@ fn axis(c: &Comparison, tasks: &[&TaskComparison]) -> Axis {
     let ends = intervals.iter().flat_map(|i| [i.low.max(low - reach), i.high.min(high + reach)]);
     let (low, high) = range(ends.chain([low, high])).unwrap_or((low, high));
     let margin = 0.02 * (high - low).max(LEAST);
-    Axis::linear(rounded((low - margin, high + margin), 16), 0.0, 100.0)
+    Axis::new(rounded((low - margin, high + margin), 16), 0.0, 100.0)
 }

@@ -74,7 +74,7 @@ fn draw(c: &Comparison, points: &[Point], by_tasks: bool, axis: &str, descriptio
     let (grid, gutter) = vertical(&y, if by_tasks { " %" } else { "" });
     // From zero, as sizes and speeds are ratios.
     let most = points.iter().map(|p| p.x).fold(0.0, f64::max);
-    let x = Axis::linear((0.0, most * 1.12), 0.0, 100.0);
+    let x = Axis::new((0.0, most * 1.12), 0.0, 100.0);
     let reference = y.at(if by_tasks { 100.0 } else { 0.0 });
     let covers = |a: &Point, b: &Point| {
         let reach = |p: &Point| (y.at(p.y.high) - 6.0, y.at(p.y.low) + 6.0);
