@@ -1,7 +1,7 @@
 //! What a comparison found, told to people: as Markdown, as text for a terminal, and as one HTML page.
 //!
-//! All three say the same: a verdict made from the data, and the tables behind it; the page draws plots as well. Nothing
-//! here computes a statistic, and the same comparison always gives the same bytes.
+//! All three say the same: a verdict made from the data, and the tables behind it; the page draws plots as well.
+//! Nothing here computes a statistic, and the same comparison always gives the same bytes.
 
 mod chart;
 mod html;

@@ -96,8 +96,9 @@ pub(super) fn scores(c: &Comparison) -> Option<Table> {
 pub(super) fn differences(c: &Comparison) -> Option<Table> {
     let base = c.baseline();
     let lead = format!(
-        "Score minus {base}'s on the same documents [{} interval], and in how many the value is another; p: how often a \
-         difference at least this large comes about when the two score the same; the verdict looks at the adjusted p.",
+        "Score minus {base}'s on the same documents [{} interval], and in how many the value is another; p: how often \
+         a difference at least this large comes about when the two score the same; the verdict looks at the adjusted \
+         p.",
         c.confidence_text()
     );
     let mut heads = columns(&["Task", "Model"], &["Difference", "Changed", "p", "p, adjusted"]);
@@ -258,8 +259,8 @@ pub(super) fn attribution(c: &Comparison, a: &Attribution) -> Option<Table> {
         format!("{lead} Nats per token over {} tokens; the whole model: {}.", count(a.tokens), estimate(a.whole));
     for what in &a.inseparable {
         lead += &format!(
-            " No {what} here: this model's weights were rescaled or rotated against each other (smoothing, AWQ), so that \
-             one alone means nothing among the original's."
+            " No {what} here: this model's weights were rescaled or rotated against each other (smoothing, AWQ), so \
+             that one alone means nothing among the original's."
         );
     }
     let title = format!("{}: parts {mode} one at a time, {}", c.label(a.model), a.text);

@@ -1,7 +1,7 @@
 //! What a comparison says, in sentences: who keeps how much, what PTQ lost and who won it back, what not to conclude.
 //!
-//! Nothing is claimed that an interval does not carry. Models that tasks do not tell apart are told apart by KL or not at
-//! all; where tasks and KL clearly disagree, both are said and nobody is crowned.
+//! Nothing is claimed that an interval does not carry. Models that tasks do not tell apart are told apart by KL or not
+//! at all; where tasks and KL clearly disagree, both are said and nobody is crowned.
 
 use super::numbers::{estimate, percent, percent_estimate_of, percent_interval, plain};
 use super::view::listed;
@@ -116,7 +116,8 @@ fn won_back(c: &Comparison, subject: usize, ptq: usize) -> Option<String> {
     })
 }
 
-/// Where tasks give no share that is kept: none was scored, or the baseline scores nothing that there could be a share of.
+/// Where tasks give no share that is kept: none was scored, or the baseline scores nothing that there could be a share
+/// of.
 fn without_shares(c: &Comparison) -> String {
     let of = match c.headline_tasks().as_slice() {
         [] => String::new(),
@@ -247,8 +248,8 @@ fn misleading_perplexity(c: &Comparison) -> Option<String> {
         .collect();
     (!each.is_empty()).then(|| {
         format!(
-            "Perplexity alone would mislead, as the model with the lowest is not the nearest to {base}: {}. Training on \
-             similar text lowers perplexity without giving back what was lost.",
+            "Perplexity alone would mislead, as the model with the lowest is not the nearest to {base}: {}. Training \
+             on similar text lowers perplexity without giving back what was lost.",
             each.join("; ")
         )
     })

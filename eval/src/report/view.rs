@@ -71,8 +71,8 @@ impl Comparison {
         tasks_of(self.headline_tasks().len(), "task")
     }
 
-    /// `9 tasks`, or `7 of 9 tasks` where not all give a share: what `count` says is in the overall recovery. Where tasks
-    /// stand in groups, each of which counts as one, `2 tasks or groups`.
+    /// `9 tasks`, or `7 of 9 tasks` where not all give a share: what `count` says is in the overall recovery. Where
+    /// tasks stand in groups, each of which counts as one, `2 tasks or groups`.
     pub(super) fn counted_text(&self, overall: &Overall, count: fn(&Counted) -> usize) -> String {
         let (counted, all) = (count(&overall.counted), overall.counted.all);
         let word = if all == self.headline_tasks().len() { "task" } else { "task or group" };

@@ -61,8 +61,8 @@ pub(super) fn figure(c: &Comparison, text: &str) -> Option<Figure> {
     Some(Figure {
         title: format!("How far from {base}, token by token: {text}"),
         caption: format!(
-            "Shares of tokens by KL to {base}. The vertical line is the median token, the mark on the base line the mean, \
-             which few but large errors pull up. Further left is nearer to {base}."
+            "Shares of tokens by KL to {base}. The vertical line is the median token, the mark on the base line the \
+             mean, which few but large errors pull up. Further left is nearer to {base}."
         ),
         drawing: chart.draw(),
         table: tables::divergence(c, text),

@@ -40,8 +40,8 @@ pub(super) fn figure(c: &Comparison) -> Option<Figure> {
         kept.join("; ")
     );
     let mut caption = format!(
-        "Dots are shares of {base}'s score, lines their {level} intervals; the dashed line is {base} itself. A hollow dot \
-         means: not significantly different from {base}."
+        "Dots are shares of {base}'s score, lines their {level} intervals; the dashed line is {base} itself. A hollow \
+         dot means: not significantly different from {base}."
     );
     if !families.is_empty() {
         caption.push_str(" Of a family of tasks each task is a stroke, the tall one its median.");
