@@ -74,7 +74,8 @@ fn headline_of_tasks(c: &Comparison, top: usize, ranked: &[usize]) -> String {
     let all: Vec<usize> = c.others().collect();
     if let Some(nearest) = clearly_nearest(c, &all).filter(|&n| n != subject) {
         return format!(
-            "{first} But {} stays nearest to {base} by KL: tasks and KL disagree, so neither model is the plain winner.",
+            "{first} But {} stays nearest to {base} by KL: tasks and KL disagree, so neither model is the plain \
+             winner.",
             c.label(nearest)
         );
     }
@@ -106,7 +107,8 @@ fn won_back(c: &Comparison, subject: usize, ptq: usize) -> Option<String> {
         _ if kept.low > lost.high && share > 1.0 => format!("{s} won back all of what {p} lost, and more."),
         _ if kept.low > lost.high => format!("{s} won back {:.0} % of what {p} lost.", 100.0 * share),
         gone if in_single_tasks => format!(
-            "{s} won something back in single tasks, but the intervals of what the two keep overlap: how much is open{}.",
+            "{s} won something back in single tasks, but the intervals of what the two keep overlap: how much is \
+             open{}.",
             gone.map(|gone| format!("; {gone}")).unwrap_or_default()
         ),
         Some(gone) => {
