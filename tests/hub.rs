@@ -3,6 +3,7 @@
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::TcpListener;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use assert_cmd::Command;
@@ -52,7 +53,7 @@ impl Hub {
         Self { url, seen }
     }
 
-    /// One that has the tiny model of the tests.
+    /// One that has the tiny model of the tests, and is too busy for the first download.
     fn of_tiny(tamper: bool) -> Self {
         let mut files: Vec<(String, Vec<u8>)> = std::fs::read_dir(tiny())
             .unwrap()
@@ -62,6 +63,7 @@ impl Hub {
             .collect();
         files.push(("README.md".into(), b"not part of the model".to_vec()));
         files.push(("onnx/model.safetensors".into(), b"another format".to_vec()));
+        let busy = AtomicBool::new(true);
         Self::start(move |path, range| {
             if path == "/api/models/org/tiny/revision/main?blobs=true" {
                 let listed: Vec<_> = files
@@ -80,6 +82,9 @@ impl Hub {
             // The hub redirects to where files are stored.
             if let Some(file) = path.strip_prefix(&format!("/org/tiny/resolve/{COMMIT}/")) {
                 return (302, vec![("location", format!("/stored/{file}?signed=yes"))], vec![]);
+            }
+            if path.starts_with("/stored/") && busy.swap(false, Ordering::Relaxed) {
+                return (429, vec![("retry-after", "0".into())], vec![]);
             }
             let name = path.strip_prefix("/stored/").and_then(|p| p.strip_suffix("?signed=yes"));
             let Some((_, bytes)) = files.iter().find(|(n, _)| Some(n.as_str()) == name) else {

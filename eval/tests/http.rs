@@ -31,7 +31,7 @@ fn plain_http_is_asked_of_a_proxy_by_the_whole_url() {
     let long = "x".repeat(300_000);
     for (number, body) in [None, Some(long.as_str()), Some("{}")].into_iter().enumerate() {
         let mut reply = client.ask(&address.url("/x"), &[], body).unwrap();
-        let bytes = client.bytes(&mut reply, 1000).unwrap();
+        let bytes = reply.bytes(1000).unwrap();
         let expected = json!({"number": number, "path": "http://server.invalid:81/v1/x?a=b"});
         assert_eq!(serde_json::from_slice::<serde_json::Value>(&bytes).unwrap(), expected);
     }

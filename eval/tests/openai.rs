@@ -182,7 +182,7 @@ fn a_text_beyond_the_context_is_cut_and_loses_no_token() {
         _ => bigram(request, &Quirks::default()),
     });
     let error = one(&server, options(), rolling("Z")).unwrap_err();
-    assert!(matches!(error, Error { asked: Asked::Request(0), fault: Fault::TooLong { .. }, .. }), "{error}");
+    assert!(matches!(error, Error { asked: Asked::Request(0), fault: Fault::TooLong(_), .. }), "{error}");
 }
 
 #[test]
@@ -228,7 +228,7 @@ fn a_request_beyond_the_context_is_named() {
     let (_, result) = ask(&mut model(&server, options()), &[log_likelihood("The", " cat"), long]);
     let error = result.unwrap_err();
     assert_eq!(error.asked, Asked::Request(1));
-    assert!(matches!(error.fault, Fault::TooLong { .. }));
+    assert!(matches!(error.fault, Fault::TooLong(_)));
     assert!(error.to_string().starts_with("request 1 (http://127.0.0.1"), "{error}");
 }
 
@@ -293,7 +293,7 @@ fn a_field_without_effect_that_the_server_refuses_is_left_out_from_then_on() {
     // One that asks for something is not.
     let server = Server::bigram(Quirks { refuses: Some("top_k"), ..Quirks::default() });
     let sampled = GenerationOptions { temperature: 1.0, top_k: 5, ..GenerationOptions::default() };
-    assert!(matches!(fault(&server, generate("The", sampled)), Fault::Status { status: 400, .. }));
+    assert!(matches!(fault(&server, generate("The", sampled)), Fault::Refused { status: 400, within: false, .. }));
 }
 
 #[test]
@@ -379,13 +379,17 @@ fn each_way_to_fail_has_its_own_words() {
         (|| Reply::Json(200, json!({"data": 1})), |f| matches!(f, Fault::Unexpected(_)), "choices"),
         (
             || Reply::Json(200, json!({"error": "no model loaded"})),
-            |f| matches!(f, Fault::Said { .. }),
+            |f| matches!(f, Fault::Refused { status: 502, within: true, .. }),
             "the server says: no model loaded",
         ),
-        (|| Reply::Json(404, json!({"detail": "Not Found"})), |f| matches!(f, Fault::NotFound { .. }), "Not Found"),
+        (
+            || Reply::Json(404, json!({"detail": "Not Found"})),
+            |f| matches!(f, Fault::Refused { status: 404, .. }),
+            "Not Found",
+        ),
         (
             || Reply::Raw(307, "location: /x\r\n", String::new()),
-            |f| matches!(f, Fault::Status { status: 307, .. }),
+            |f| matches!(f, Fault::Refused { status: 307, within: false, .. }),
             "307",
         ),
         (|| Reply::Truncated, |f| matches!(f, Fault::Transport(Broken::Connection(_))), "the connection broke"),
@@ -455,7 +459,10 @@ fn what_may_pass_is_tried_again_when_the_server_says() {
 fn tries_end() {
     let server = Server::start(|_, _| Reply::Raw(500, "retry-after: 0\r\n", "worker died".into()));
     let error = one(&server, Options { retries: 2, ..options() }, generate("a", Default::default())).unwrap_err();
-    assert!(matches!(error.fault, Fault::Status { status: 500, ref message, .. } if message == "worker died"));
+    assert!(
+        matches!(error.fault, Fault::Refused { status: 500, within: false, .. })
+            && error.to_string().ends_with("HTTP 500: worker died")
+    );
     assert_eq!(server.seen().len(), 3);
 }
 
@@ -639,7 +646,7 @@ fn a_limit_is_sent_by_the_name_that_the_server_wants() {
     assert_eq!(asked.tally().renamed["max_tokens"], "max_completion_tokens");
     // One that is only too large is not.
     let small = Server::start(|_, _| Reply::Json(400, json!({"error": "max_tokens is too large: 8, at most 4"})));
-    assert!(matches!(fault(&small, eight()), Fault::Status { status: 400, .. }));
+    assert!(matches!(fault(&small, eight()), Fault::Refused { status: 400, within: false, .. }));
 }
 
 #[test]
@@ -666,7 +673,7 @@ fn a_server_without_greedy_answers_is_used_and_that_is_said() {
     assert!(tally.sentences()[0].contains("sampled as it does by default"));
     // What was asked for is never left out.
     let sampled = GenerationOptions { temperature: 0.7, ..GenerationOptions::default() };
-    assert!(matches!(fault(&server, generate("a", sampled)), Fault::Status { status: 400, .. }));
+    assert!(matches!(fault(&server, generate("a", sampled)), Fault::Refused { status: 400, within: false, .. }));
 }
 
 #[test]

@@ -3,8 +3,9 @@
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use percent_encoding::percent_decode_str;
-use thiserror::Error;
 use ureq::http::Uri;
+
+use super::Unusable;
 
 /// What stands in a message in the place of a secret.
 pub const HIDDEN: &str = "(hidden)";
@@ -16,24 +17,12 @@ const SHORTEST_SECRET: usize = 3;
 /// `scheme://user:password@host:port/path?query`, read.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Address {
-    https: bool,
-    /// As in a URL, in lower case: an IPv6 address stands in brackets.
-    host: String,
-    port: Option<u16>,
+    /// Scheme and host in lower case, no user: an IPv6 address stands in brackets. Its query goes behind every path.
+    uri: Uri,
     /// Without a slash at its end.
     path: String,
-    /// Goes behind every path.
-    query: Option<String>,
     /// `user:password`, as sent.
     credentials: Option<String>,
-}
-
-/// Why a text is no address. Holds no secret.
-#[derive(Clone, Debug, Error, PartialEq, Eq)]
-#[error("`{shown}`: {problem}")]
-pub struct NoAddress {
-    shown: String,
-    problem: &'static str,
 }
 
 impl std::fmt::Debug for Address {
@@ -55,44 +44,34 @@ impl Address {
     ///
     /// # Errors
     /// When it has another scheme, no host, or a port that is none.
-    pub fn parse(text: &str) -> Result<Self, NoAddress> {
-        let failed = |problem| NoAddress { shown: mask(text.trim()), problem };
-        let (scheme, rest) = text.trim().split_once("://").ok_or_else(|| failed("no http:// at its start"))?;
-        let https = scheme.eq_ignore_ascii_case("https");
-        if !https && !scheme.eq_ignore_ascii_case("http") {
-            return Err(failed("the scheme is neither http nor https"));
+    pub fn parse(text: &str) -> Result<Self, Unusable> {
+        let text = text.trim();
+        let failed = |problem| Unusable::Address { shown: mask(text), problem };
+        if !is_address(text) {
+            return Err(failed("neither http:// nor https:// at its start"));
         }
+        let (scheme, rest) = text.split_once("://").unwrap_or_default();
         let rest = rest.split('#').next().unwrap_or_default();
-        let (before, query) = rest.split_once('?').map_or((rest, None), |(b, q)| (b, Some(q)));
-        let (authority, path) = before.find('/').map_or((before, ""), |at| before.split_at(at));
+        let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
         let (user, host) = authority.rsplit_once('@').map_or((None, authority), |(u, h)| (Some(u), h));
-        if user.is_none() && rest.contains('@') && !path.is_empty() && authority.contains(':') {
-            // `user:pass/word@host`: the slash ends what can hold a password.
-            let port = authority.rsplit(':').next().unwrap_or_default();
-            if port.parse::<u16>().is_err() && !authority.ends_with(']') {
-                return Err(failed("write `/`, `?`, `#` and `@` in a password as %2F, %3F, %23 and %40"));
-            }
+        let (scheme, host) = (scheme.to_lowercase(), host.to_lowercase());
+        let uri: Uri = format!("{scheme}://{host}{path}")
+            .parse()
+            .map_err(|_| failed("no host, or a character that no address can have"))?;
+        let port = &host[uri.host().map_or(0, str::len)..];
+        if !matches!(port, "" | ":") && uri.port_u16().is_none() {
+            return Err(failed(match user {
+                // `user:pass/word@host`: the slash ends what can hold a password.
+                None if path.contains('@') => "write `/`, `?`, `#` and `@` in a password as %2F, %3F, %23 and %40",
+                _ => "the port is no number up to 65535",
+            }));
         }
-        let uri: Uri = format!("http://{host}/").parse().map_err(|_| failed("no host and port that can be one"))?;
-        let name = uri.host().filter(|h| !h.is_empty()).ok_or_else(|| failed("no host"))?;
-        let port = match host[name.len().min(host.len())..].strip_prefix(':') {
-            None | Some("") => None,
-            Some(port) => Some(port.parse().map_err(|_| failed("the port is no number up to 65535"))?),
-        };
-        let path = path.trim_end_matches('/');
-        let address = Self {
-            https,
-            host: name.to_lowercase(),
-            port,
-            path: path.to_owned(),
-            query: query.filter(|q| !q.is_empty()).map(str::to_owned),
-            credentials: user.map(|user| match user.split_once(':') {
-                Some((name, password)) => format!("{}:{}", decoded(name), decoded(password)),
-                None => format!("{}:", decoded(user)),
-            }),
-        };
-        let usable = address.url("").parse::<Uri>().is_ok() && address.url("/x").parse::<Uri>().is_ok();
-        if usable { Ok(address) } else { Err(failed("a character that no address can have")) }
+        let credentials = user.map(|user| {
+            let (name, password) = user.split_once(':').unwrap_or((user, ""));
+            format!("{}:{}", decoded(name), decoded(password))
+        });
+        let path = uri.path().trim_end_matches('/').to_owned();
+        Ok(Self { uri, path, credentials })
     }
 
     /// Without these endings of the path, the first that fits.
@@ -106,18 +85,18 @@ impl Address {
 
     #[must_use]
     pub fn is_https(&self) -> bool {
-        self.https
+        self.uri.scheme_str() == Some("https")
     }
 
     /// In lower case; an IPv6 address in brackets.
     #[must_use]
     pub fn host(&self) -> &str {
-        &self.host
+        self.uri.host().unwrap_or_default()
     }
 
     #[must_use]
     pub fn port(&self) -> u16 {
-        self.port.unwrap_or(if self.https { 443 } else { 80 })
+        self.uri.port_u16().unwrap_or(if self.is_https() { 443 } else { 80 })
     }
 
     #[must_use]
@@ -128,15 +107,18 @@ impl Address {
     /// `scheme://host:port`.
     #[must_use]
     pub fn origin(&self) -> String {
-        let scheme = if self.https { "https" } else { "http" };
-        let port = self.port.map_or_else(String::new, |p| format!(":{p}"));
-        format!("{scheme}://{}{port}", self.host)
+        self.before_path("")
+    }
+
+    fn before_path(&self, user: &str) -> String {
+        let port = self.uri.port_u16().map_or_else(String::new, |p| format!(":{p}"));
+        format!("{}://{user}{}{port}", self.uri.scheme_str().unwrap_or_default(), self.host())
     }
 
     /// What a request goes to: `path` behind the address's own, the query at the end, no user and password.
     #[must_use]
     pub fn url(&self, path: &str) -> String {
-        let query = self.query.as_ref().map_or_else(String::new, |q| format!("?{q}"));
+        let query = self.query().map_or_else(String::new, |q| format!("?{q}"));
         format!("{}{}{path}{query}", self.origin(), self.path)
     }
 
@@ -144,16 +126,18 @@ impl Address {
     #[must_use]
     pub fn shown(&self, path: &str) -> String {
         let user = if self.credentials.is_some() { format!("{HIDDEN}@") } else { String::new() };
-        self.url(path).replacen("://", &format!("://{user}"), 1).split_once('?').map_or_else(
-            || self.url(path).replacen("://", &format!("://{user}"), 1),
-            |(before, query)| format!("{before}?{}", masked_query(query)),
-        )
+        let query = self.query().map_or_else(String::new, |q| format!("?{}", masked_query(q)));
+        format!("{}{}{path}{query}", self.before_path(&user), self.path)
+    }
+
+    fn query(&self) -> Option<&str> {
+        self.uri.query().filter(|q| !q.is_empty())
     }
 
     /// The value of an `Authorization` header for the user and password of the address.
     #[must_use]
     pub fn basic(&self) -> Option<String> {
-        self.credentials.as_ref().map(|c| format!("Basic {}", BASE64_STANDARD.encode(c)))
+        self.credentials.as_deref().map(basic)
     }
 
     /// Texts that must not appear in a message.
@@ -161,49 +145,40 @@ impl Address {
     pub fn secrets(&self) -> Vec<String> {
         let mut all = Vec::new();
         if let Some(credentials) = &self.credentials {
-            all.push(BASE64_STANDARD.encode(credentials));
-            all.push(credentials.clone());
+            all.extend([BASE64_STANDARD.encode(credentials), credentials.clone()]);
             all.extend(credentials.split_once(':').map(|(_, password)| password.to_owned()));
         }
-        for (name, value) in self.query.iter().flat_map(|q| fields(q)) {
+        for (name, value) in self.query().into_iter().flat_map(|q| q.split('&').filter_map(|f| f.split_once('='))) {
             if is_secret(name) {
                 all.extend([value.to_owned(), decoded(value)]);
             }
         }
         all.retain(|s| s.len() >= SHORTEST_SECRET);
-        all.sort_by_key(|s| std::cmp::Reverse(s.len()));
-        all.dedup();
         all
     }
+}
+
+/// The value of an authorizing header for `user:password`.
+pub(super) fn basic(credentials: &str) -> String {
+    format!("Basic {}", BASE64_STANDARD.encode(credentials))
 }
 
 /// An address that could not be read, or any other text, without what may be a password or a key in it.
 #[must_use]
 pub fn mask(text: &str) -> String {
-    let (scheme, rest) = text.split_once("://").map_or(("", text), |(s, r)| (&text[..s.len() + 3], r));
-    let rest = match rest.rsplit_once('@') {
-        Some((_, host)) => format!("{HIDDEN}@{host}"),
-        None => rest.to_owned(),
-    };
-    match rest.split_once('?') {
-        Some((before, query)) => format!("{scheme}{before}?{}", masked_query(query)),
-        None => format!("{scheme}{rest}"),
-    }
+    let (scheme, rest) = text.split_at(text.find("://").map_or(0, |at| at + 3));
+    let (user, rest) = rest.rsplit_once('@').map_or_else(Default::default, |(_, host)| (format!("{HIDDEN}@"), host));
+    let (before, query) = rest.split_at(rest.find('?').unwrap_or(rest.len()));
+    format!("{scheme}{user}{before}{}", masked_query(query))
 }
 
+/// `query` with its secret values hidden; a question mark may stand before it.
 fn masked_query(query: &str) -> String {
-    let masked: Vec<String> = query
-        .split('&')
-        .map(|field| match field.split_once('=') {
-            Some((name, _)) if is_secret(name) => format!("{name}={HIDDEN}"),
-            _ => field.to_owned(),
-        })
-        .collect();
-    masked.join("&")
-}
-
-fn fields(query: &str) -> impl Iterator<Item = (&str, &str)> {
-    query.split('&').filter_map(|field| field.split_once('='))
+    let masked = query.split('&').map(|field| match field.split_once('=') {
+        Some((name, _)) if is_secret(name) => format!("{name}={HIDDEN}"),
+        _ => field.to_owned(),
+    });
+    masked.collect::<Vec<_>>().join("&")
 }
 
 fn is_secret(name: &str) -> bool {
@@ -224,53 +199,55 @@ mod tests {
     }
 
     #[test]
-    fn a_query_stays_at_the_end() {
-        let address = read("http://h:1/v1/?api-version=2024-02-01&x=/y");
-        assert_eq!(address.url("/completions"), "http://h:1/v1/completions?api-version=2024-02-01&x=/y");
+    fn addresses_are_read_as_people_write_them() {
+        for (text, path, url) in [
+            ("http://h:1/v1/?api-version=2024-02-01&x=/y", "/m", "http://h:1/v1/m?api-version=2024-02-01&x=/y"),
+            ("http://h:1?a=b#c", "/v1", "http://h:1/v1?a=b"),
+            ("HTTP://Host:80/V1", "/x", "http://host:80/V1/x"),
+            (" https://h:?", "", "https://h"),
+            ("http://u:p@[::1]:8000/v1", "", "http://[::1]:8000/v1"),
+            ("http://u^ é:p@q@h/@x", "", "http://h/@x"),
+        ] {
+            assert_eq!(read(text).url(path), url, "{text}");
+        }
         let full = read("http://h:1/v1/completions?a=b").without(&["/chat/completions", "/completions"]);
         assert_eq!(full.url("/models"), "http://h:1/v1/models?a=b");
-        assert_eq!(read("http://h:1?a=b#c").url("/v1"), "http://h:1/v1?a=b");
-    }
-
-    #[test]
-    fn scheme_and_host_may_be_in_capitals() {
         assert!(is_address("HTTP://h") && is_address(" hTTps://h/v1") && !is_address("httpx://h"));
-        assert!(!is_address("./http:/h") && !is_address("org/name"));
-        assert_eq!(read("HTTP://Host:80/V1").url("/x"), "http://host:80/V1/x");
-        assert!(read("HTTPS://h").is_https());
+        assert!(!is_address("./http:/h") && !is_address("org/name") && read("HTTPS://h").is_https());
         assert_eq!((read("https://h").port(), read("http://h").port(), read("http://h:0/").port()), (443, 80, 0));
-    }
-
-    #[test]
-    fn an_ipv6_host_keeps_its_brackets() {
-        let address = read("http://u:p@[::1]:8000/v1");
-        assert_eq!((address.host(), address.port()), ("[::1]", 8000));
-        assert_eq!(address.url(""), "http://[::1]:8000/v1");
+        assert_eq!(read("http://[::1]:8000").host(), "[::1]");
     }
 
     #[test]
     fn user_and_password_are_sent_and_never_shown() {
-        let address = read("http://us%40er:p%2Fs%20:x@h:1/v1?sig=abc%2Bd&v=2");
-        assert_eq!(address.basic().unwrap(), format!("Basic {}", BASE64_STANDARD.encode("us@er:p/s :x")));
-        assert_eq!(address.url("/m"), "http://h:1/v1/m?sig=abc%2Bd&v=2");
-        assert_eq!(address.shown("/m"), "http://(hidden)@h:1/v1/m?sig=(hidden)&v=2");
+        let address = read("http://us%40er:p%2Fs%20:x@h:1/v1?sig=abc%2Bd&v=a@b");
+        assert_eq!(address.basic().unwrap(), basic("us@er:p/s :x"));
+        assert_eq!(address.url("/m"), "http://h:1/v1/m?sig=abc%2Bd&v=a@b");
+        assert_eq!(address.shown("/m"), "http://(hidden)@h:1/v1/m?sig=(hidden)&v=a@b");
         assert!(!format!("{address:?}").contains("abc"));
         for secret in ["p/s :x", "abc+d", "abc%2Bd", "us@er:p/s :x"] {
             assert!(address.secrets().iter().any(|s| s == secret), "{secret}");
         }
-        assert_eq!(read("http://token@h").basic().unwrap(), format!("Basic {}", BASE64_STANDARD.encode("token:")));
+        assert_eq!(read("http://token@h").basic().unwrap(), basic("token:"));
     }
 
     #[test]
     fn what_is_no_address_is_refused_without_its_password() {
-        for text in ["", "localhost:8000", "ftp://u:s3cret@h/v1", "http://", "/v1", "http://u:s3cret@", "http://h:x/v1"]
-        {
+        for (text, problem) in [
+            ("", "neither http:// nor"),
+            ("localhost:8000", "neither http:// nor"),
+            ("/v1", "neither http:// nor"),
+            ("ftp://u:s3cret@h/v1", "`ftp://(hidden)@h/v1`: neither http:// nor"),
+            ("http://", "no host"),
+            ("http://u:s3cret@", "`http://(hidden)@`: no host"),
+            ("http://u:s3cret@h h/", "(hidden)@h h/`: no host, or a character"),
+            ("http://h/a b", "or a character"),
+            ("http://h:x/v1", "the port is no number"),
+            ("http://u:s3cret@h:99999", "(hidden)@h:99999`: the port is no number"),
+            ("http://u:s3c/ret@h:1/v1", "(hidden)@h:1/v1`: write `/`, `?`"),
+        ] {
             let error = Address::parse(text).unwrap_err().to_string();
-            assert!(!error.contains("s3cret"), "{error}");
-        }
-        for text in ["http://u:s3c/ret@h:1/v1", "http://u:s3cret@h h/", "http://u:s3cret@h:99999"] {
-            let error = Address::parse(text).unwrap_err().to_string();
-            assert!(!error.contains("s3c") && error.contains(HIDDEN), "{error}");
+            assert!(!error.contains("s3c") && error.contains(problem), "{error}");
         }
         assert_eq!(mask("http://a:b@h/v1?api_key=x&b=c"), "http://(hidden)@h/v1?api_key=(hidden)&b=c");
     }

@@ -4,30 +4,29 @@ pub mod address;
 pub mod proxy;
 pub mod retry;
 
-use std::io;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use thiserror::Error;
-use ureq::Agent;
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
-use ureq::unversioned::transport::{Connector as _, TcpConnector};
+use ureq::{Agent, ProxyProtocol};
 
 use address::Address;
-use proxy::{ProxyError, ProxyResolver, Via, WholeUrl};
+use proxy::Via;
 
 /// Names a file of certificates to be trusted, as for OpenSSL and curl.
 pub const CA_VARIABLE: &str = "SSL_CERT_FILE";
 
-/// Why no client could be made.
-#[derive(Debug, Error)]
-pub enum ClientError {
-    #[error(transparent)]
-    Proxy(#[from] ProxyError),
-    #[error("{path}: cannot read certificates: {source}")]
-    CaFile { path: PathBuf, source: io::Error },
-    #[error("{path}: holds no certificate in PEM form (-----BEGIN CERTIFICATE-----){}", problem.as_ref().map_or_else(String::new, |p| format!(": {p}")))]
-    NoCertificate { path: PathBuf, problem: Option<String> },
+/// Why a setting cannot be used, before anything is asked. Holds no secret.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum Unusable {
+    #[error("`{shown}`: {problem}")]
+    Address { shown: String, problem: &'static str },
+    #[error("{variable} is `{shown}`{problem}")]
+    Proxy { variable: &'static str, shown: String, problem: &'static str },
+    #[error("{path}: {problem}")]
+    Certificates { path: PathBuf, problem: String },
 }
 
 /// Why nothing came back.
@@ -53,11 +52,43 @@ pub enum Broken {
     Connection(String),
 }
 
+impl Broken {
+    fn of(error: ureq::Error, timeout: Duration) -> Self {
+        match error {
+            ureq::Error::HostNotFound => Self::HostNotFound,
+            ureq::Error::Timeout(_) => Self::TimedOut(timeout),
+            ureq::Error::ConnectProxyFailed(reason) => Self::Proxy(reason),
+            ureq::Error::Rustls(e) => Self::tls(e.to_string()),
+            ureq::Error::Io(e) => match e.kind() {
+                io::ErrorKind::ConnectionRefused => Self::Refused,
+                io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Self::TimedOut(timeout),
+                // rustls's errors arrive inside of one of the stream.
+                io::ErrorKind::InvalidData => Self::tls(e.to_string()),
+                // getaddrinfo's own words: the standard library has no kind for a name that is not found.
+                _ if e.to_string().starts_with("failed to lookup address") => Self::HostNotFound,
+                _ => Self::Connection(e.to_string()),
+            },
+            other => Self::Connection(other.to_string()),
+        }
+    }
+
+    fn tls(message: String) -> Self {
+        if message.contains("certificate") { Self::Certificate(message) } else { Self::Tls(message) }
+    }
+
+    /// Whether another try may succeed.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::Refused | Self::Connection(_) | Self::TimedOut(_) | Self::Proxy(_))
+    }
+}
+
 /// An answer of any status.
 pub struct Reply {
     pub status: u16,
     headers: ureq::http::HeaderMap,
     body: ureq::Body,
+    timeout: Duration,
 }
 
 impl Reply {
@@ -67,9 +98,20 @@ impl Reply {
         self.headers.get(name).and_then(|v| v.to_str().ok())
     }
 
-    /// The body as it comes.
-    pub fn reader(&mut self) -> impl io::Read + '_ {
-        self.body.with_config().limit(u64::MAX).reader()
+    /// The next bytes of the body; 0: it has ended.
+    ///
+    /// # Errors
+    /// When it breaks off.
+    pub fn read(&mut self, buffer: &mut [u8]) -> Result<usize, Broken> {
+        self.body.as_reader().read(buffer).map_err(|e| Broken::of(e.into(), self.timeout))
+    }
+
+    /// The whole body, of `limit` bytes at most.
+    ///
+    /// # Errors
+    /// When it breaks off, or is longer.
+    pub fn bytes(&mut self, limit: u64) -> Result<Vec<u8>, Broken> {
+        self.body.with_config().limit(limit).read_to_vec().map_err(|e| Broken::of(e, self.timeout))
     }
 }
 
@@ -89,6 +131,7 @@ pub struct Settings {
 pub struct Client {
     agent: Agent,
     via: Option<Via>,
+    /// A header of every request.
     proxy_authorization: Option<String>,
     timeout: Duration,
 }
@@ -102,7 +145,7 @@ impl Client {
         address: &Address,
         settings: &Settings,
         variable: &dyn Fn(&str) -> Option<String>,
-    ) -> Result<Self, ClientError> {
+    ) -> Result<Self, Unusable> {
         let via = Via::of(address, variable)?;
         let mut config = Agent::config_builder()
             .http_status_as_error(false)
@@ -115,28 +158,20 @@ impl Client {
             .timeout_recv_response(Some(settings.silence))
             .timeout_per_read(Some(settings.silence));
         let variable_file = || variable(CA_VARIABLE).filter(|v| !v.is_empty()).map(PathBuf::from);
-        let ca_file = settings.ca_file.clone().or_else(variable_file).filter(|_| address.is_https());
-        if let Some(path) = ca_file {
+        if let Some(path) = settings.ca_file.clone().or_else(variable_file).filter(|_| address.is_https()) {
             let roots = RootCerts::new_with_certs(&certificates(&path)?);
             config = config.tls_config(TlsConfig::builder().root_certs(roots).build());
         }
-        let whole_url = via.as_ref().filter(|v| !address.is_https() && v.proxy.protocol() == ureq::ProxyProtocol::Http);
-        let agent = match whole_url {
-            Some(via) => Agent::with_parts(
-                config.build(),
-                TcpConnector::default().chain(WholeUrl(address.origin())),
-                ProxyResolver(via.proxy.uri().clone()),
-            ),
+        let plain = via.as_ref().filter(|v| !address.is_https() && v.proxy.protocol() == ProxyProtocol::Http);
+        let agent = match plain {
+            Some(via) => via.agent_by_whole_urls(config.build(), address),
             None => config.proxy(via.as_ref().map(|v| v.proxy.clone())).build().into(),
         };
-        let proxy_authorization = whole_url.and_then(|via| {
-            use base64::Engine as _;
-            let user = via.proxy.username()?;
-            let both = format!("{user}:{}", via.proxy.password().unwrap_or_default());
-            Some(format!("Basic {}", base64::prelude::BASE64_STANDARD.encode(both)))
+        let proxy_authorization = plain.and_then(|via| {
+            let password = via.proxy.password().unwrap_or_default();
+            Some(address::basic(&format!("{}:{password}", via.proxy.username()?)))
         });
-        let timeout = settings.whole.unwrap_or(settings.silence);
-        Ok(Self { agent, via, proxy_authorization, timeout })
+        Ok(Self { agent, via, proxy_authorization, timeout: settings.whole.unwrap_or(settings.silence) })
     }
 
     /// The proxy that is asked.
@@ -159,56 +194,17 @@ impl Client {
             }
             None => headers.fold(self.agent.get(url), |r, (name, value)| r.header(name, value)).call(),
         };
-        let (parts, body) = answer.map_err(|e| self.broken(e))?.into_parts();
-        Ok(Reply { status: parts.status.as_u16(), headers: parts.headers, body })
-    }
-
-    /// The whole body, of `limit` bytes at most.
-    ///
-    /// # Errors
-    /// When it breaks off, or is longer.
-    pub fn bytes(&self, reply: &mut Reply, limit: u64) -> Result<Vec<u8>, Broken> {
-        reply.body.with_config().limit(limit).read_to_vec().map_err(|e| self.broken(e))
-    }
-
-    /// What a failure to read a body is.
-    #[must_use]
-    pub fn read_failure(&self, error: io::Error) -> Broken {
-        self.broken(ureq::Error::from(error))
-    }
-
-    fn broken(&self, error: ureq::Error) -> Broken {
-        match error {
-            ureq::Error::HostNotFound => Broken::HostNotFound,
-            ureq::Error::Timeout(_) => Broken::TimedOut(self.timeout),
-            ureq::Error::ConnectProxyFailed(reason) => Broken::Proxy(reason),
-            ureq::Error::Rustls(e) => tls(&e.to_string()),
-            ureq::Error::Io(e) => match e.kind() {
-                io::ErrorKind::ConnectionRefused => Broken::Refused,
-                io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Broken::TimedOut(self.timeout),
-                // rustls's errors arrive inside of one of the stream.
-                io::ErrorKind::InvalidData => tls(&e.to_string()),
-                // getaddrinfo's own words: the standard library has no kind for a name that is not found.
-                _ if e.to_string().starts_with("failed to lookup address") => Broken::HostNotFound,
-                _ => Broken::Connection(e.to_string()),
-            },
-            other => Broken::Connection(other.to_string()),
-        }
+        let (parts, body) = answer.map_err(|e| Broken::of(e, self.timeout))?.into_parts();
+        Ok(Reply { status: parts.status.as_u16(), headers: parts.headers, body, timeout: self.timeout })
     }
 }
 
-fn tls(message: &str) -> Broken {
-    if message.contains("certificate") { Broken::Certificate(message.into()) } else { Broken::Tls(message.into()) }
-}
-
-fn certificates(path: &Path) -> Result<Vec<Certificate<'static>>, ClientError> {
-    let text = std::fs::read(path).map_err(|source| ClientError::CaFile { path: path.into(), source })?;
-    let none = |problem| ClientError::NoCertificate { path: path.into(), problem };
-    let mut found = Vec::new();
-    for item in parse_pem(&text) {
-        if let PemItem::Certificate(certificate) = item.map_err(|e| none(Some(e.to_string())))? {
-            found.push(certificate);
-        }
-    }
-    if found.is_empty() { Err(none(None)) } else { Ok(found) }
+fn certificates(path: &Path) -> Result<Vec<Certificate<'static>>, Unusable> {
+    let fail = |problem| Unusable::Certificates { path: path.into(), problem };
+    let text = std::fs::read(path).map_err(|e| fail(format!("cannot read certificates: {e}")))?;
+    let none = "holds no certificate in PEM form (-----BEGIN CERTIFICATE-----)";
+    let items: Result<Vec<_>, _> = parse_pem(&text).collect();
+    let items = items.map_err(|e| fail(format!("{none}: {e}")))?.into_iter();
+    let found = items.filter_map(|item| if let PemItem::Certificate(c) = item { Some(c) } else { None });
+    Some(found.collect::<Vec<_>>()).filter(|found| !found.is_empty()).ok_or_else(|| fail(none.into()))
 }

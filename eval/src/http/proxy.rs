@@ -10,31 +10,20 @@
 use std::fmt;
 use std::net::IpAddr;
 
-use thiserror::Error;
 use ureq::config::Config;
 use ureq::http::Uri;
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
-use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
+use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, TcpConnector, Transport};
+use ureq::{Agent, Proxy, ProxyProtocol};
 
+use super::Unusable;
 use super::address::{Address, mask};
 
 /// A proxy and the variable that names it.
 #[derive(Clone)]
 pub struct Via {
     pub variable: &'static str,
-    pub proxy: ureq::Proxy,
-}
-
-/// Why a proxy's variable cannot be followed.
-#[derive(Clone, Debug, Error, PartialEq, Eq)]
-pub enum ProxyError {
-    #[error("{variable} is `{shown}`, which is no proxy: expected http://host:port, https://… or socks5://…")]
-    Unreadable { variable: &'static str, shown: String },
-    #[error(
-        "{variable} is `{shown}`: plain http through a proxy that is itself asked by TLS is not supported; use an http:// \
-         or socks5:// proxy, or list the server in no_proxy"
-    )]
-    TlsToProxy { variable: &'static str, shown: String },
+    pub proxy: Proxy,
 }
 
 impl fmt::Display for Via {
@@ -48,13 +37,10 @@ impl Via {
     ///
     /// # Errors
     /// When the variable holds no proxy, or one of a kind that is not supported.
-    pub fn of(address: &Address, variable: &dyn Fn(&str) -> Option<String>) -> Result<Option<Self>, ProxyError> {
+    pub fn of(address: &Address, variable: &dyn Fn(&str) -> Option<String>) -> Result<Option<Self>, Unusable> {
         let set = |name: &str| variable(name).map(|v| v.trim().to_owned()).filter(|v| !v.is_empty());
-        if is_this_machine(address.host()) {
-            return Ok(None);
-        }
         let listed = set("no_proxy").or_else(|| set("NO_PROXY"));
-        if listed.is_some_and(|list| is_listed(&list, address.host(), address.port())) {
+        if is_this_machine(address.host()) || listed.is_some_and(|l| is_listed(&l, address.host(), address.port())) {
             return Ok(None);
         }
         let names: &[&'static str] = if address.is_https() {
@@ -64,12 +50,22 @@ impl Via {
             &["http_proxy", "all_proxy", "ALL_PROXY"]
         };
         let Some((variable, value)) = names.iter().find_map(|name| Some((*name, set(name)?))) else { return Ok(None) };
-        let shown = || mask(&value);
-        let proxy = ureq::Proxy::new(&value).map_err(|_| ProxyError::Unreadable { variable, shown: shown() })?;
-        if proxy.protocol() == ureq::ProxyProtocol::Https && !address.is_https() {
-            return Err(ProxyError::TlsToProxy { variable, shown: shown() });
+        let unusable = |problem| Unusable::Proxy { variable, shown: mask(&value), problem };
+        let none = ", which is no proxy: expected http://host:port, https://… or socks5://…";
+        let proxy = Proxy::new(&value).map_err(|_| unusable(none))?;
+        if proxy.protocol() == ProxyProtocol::Https && !address.is_https() {
+            return Err(unusable(
+                ": plain http through a proxy that is itself asked by TLS is not supported; use an http:// or socks5:// \
+                 proxy, or list the server in no_proxy",
+            ));
         }
         Ok(Some(Self { variable, proxy }))
+    }
+
+    /// Asks the proxy for whole URLs below the origin of `address`; ureq by itself knows only `CONNECT`.
+    pub(super) fn agent_by_whole_urls(&self, config: Config, address: &Address) -> Agent {
+        let connector = TcpConnector::default().chain(WholeUrl(address.origin()));
+        Agent::with_parts(config, connector, ProxyResolver(self.proxy.uri().clone()))
     }
 }
 
@@ -88,24 +84,15 @@ fn address_of(host: &str) -> Option<IpAddr> {
 }
 
 fn is_listed(list: &str, host: &str, port: u16) -> bool {
-    let host = host.trim_end_matches('.').to_lowercase();
-    let entries = list.split([',', ' ', '\t']).filter(|e| !e.is_empty());
-    entries.map(str::to_lowercase).any(|entry| {
-        let (name, only) = without_port(&entry);
-        only.is_none_or(|only| only == port) && matches(name, &host)
-    })
-}
-
-/// An entry's host, and its port if it has one.
-fn without_port(entry: &str) -> (&str, Option<u16>) {
-    match entry.rsplit_once(':') {
+    let host = host.trim_end_matches('.');
+    let list = list.to_lowercase();
+    list.split([',', ' ', '\t']).filter(|e| !e.is_empty()).any(|entry| {
         // An IPv6 address without brackets has more than one colon.
-        Some((name, port)) if name.ends_with(']') || !name.contains(':') => match port.parse() {
-            Ok(port) => (name, Some(port)),
-            Err(_) => (entry, None),
-        },
-        _ => (entry, None),
-    }
+        let parts = entry.rsplit_once(':').filter(|(name, _)| name.ends_with(']') || !name.contains(':'));
+        let parts = parts.and_then(|(name, port)| Some((name, port.parse::<u16>().ok()?)));
+        let (name, only) = parts.map_or((entry, None), |(name, port)| (name, Some(port)));
+        only.is_none_or(|only| only == port) && matches(name, host)
+    })
 }
 
 fn matches(entry: &str, host: &str) -> bool {
@@ -113,29 +100,26 @@ fn matches(entry: &str, host: &str) -> bool {
         return true;
     }
     if let Some(ip) = address_of(host) {
-        return match entry.split_once('/') {
-            Some((network, bits)) => {
-                address_of(network).zip(bits.parse().ok()).is_some_and(|(network, bits)| is_in(ip, network, bits))
-            }
-            None => address_of(entry) == Some(ip),
-        };
+        let network =
+            entry.split_once('/').and_then(|(network, bits)| Some((address_of(network)?, bits.parse().ok()?)));
+        return address_of(entry) == Some(ip) || network.is_some_and(|(network, bits)| is_in(ip, network, bits));
     }
     let name = entry.trim_start_matches('*').trim_start_matches('.').trim_end_matches('.');
-    !name.is_empty() && (host == name || host.strip_suffix(name).is_some_and(|rest| rest.ends_with('.')))
+    !name.is_empty() && host.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
-fn is_in(ip: IpAddr, network: IpAddr, bits: u32) -> bool {
-    let same = |a: u128, b: u128, width: u32| bits <= width && (a ^ b).checked_shr(width - bits).unwrap_or(0) == 0;
-    match (ip, network) {
-        (IpAddr::V4(a), IpAddr::V4(b)) => same(u32::from(a).into(), u32::from(b).into(), 32),
-        (IpAddr::V6(a), IpAddr::V6(b)) => same(u128::from(a), u128::from(b), 128),
-        _ => false,
-    }
+fn is_in(ip: IpAddr, network: IpAddr, prefix: u32) -> bool {
+    let bits = |ip| match ip {
+        IpAddr::V4(ip) => (u128::from(u32::from(ip)), 32),
+        IpAddr::V6(ip) => (u128::from(ip), 128),
+    };
+    let ((ip, width), (network, other)) = (bits(ip), bits(network));
+    width == other && prefix <= width && (ip ^ network).checked_shr(width - prefix).unwrap_or(0) == 0
 }
 
 /// Finds the proxy's address instead of the server's.
 #[derive(Debug)]
-pub(super) struct ProxyResolver(pub Uri);
+struct ProxyResolver(Uri);
 
 impl Resolver for ProxyResolver {
     fn resolve(&self, _: &Uri, config: &Config, timeout: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
@@ -145,7 +129,7 @@ impl Resolver for ProxyResolver {
 
 /// Turns the first line of each request into one for a proxy: `POST http://server:port/path HTTP/1.1`.
 #[derive(Debug)]
-pub(super) struct WholeUrl(pub String);
+struct WholeUrl(String);
 
 impl<In: Transport> Connector<In> for WholeUrl {
     type Out = WholeUrlTransport<In>;
@@ -155,7 +139,7 @@ impl<In: Transport> Connector<In> for WholeUrl {
     }
 }
 
-pub(super) struct WholeUrlTransport<In> {
+struct WholeUrlTransport<In> {
     inner: In,
     origin: String,
     /// Whether what is sent next is the start of a request.
@@ -206,7 +190,7 @@ impl<In: Transport> Transport for WholeUrlTransport<In> {
 mod tests {
     use super::*;
 
-    fn via(url: &str, variables: &[(&str, &str)]) -> Result<Option<String>, ProxyError> {
+    fn via(url: &str, variables: &[(&str, &str)]) -> Result<Option<String>, Unusable> {
         let address = Address::parse(url).unwrap();
         let find = |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, v)| (*v).to_owned());
         Ok(Via::of(&address, &find)?.map(|v| format!("{}:{} {}", v.proxy.host(), v.proxy.port(), v.variable)))
@@ -215,16 +199,22 @@ mod tests {
     #[test]
     fn variables_are_read_as_curl_reads_them() {
         let p = "http://p:1";
-        assert_eq!(via("http://h/", &[("http_proxy", p)]), Ok(Some("p:1 http_proxy".into())));
-        assert_eq!(via("http://h/", &[("HTTP_PROXY", p)]), Ok(None));
-        assert_eq!(via("http://h/", &[("https_proxy", p), ("HTTPS_PROXY", p)]), Ok(None));
-        assert_eq!(via("https://h/", &[("http_proxy", p)]), Ok(None));
-        assert_eq!(via("https://h/", &[("HTTPS_PROXY", p)]), Ok(Some("p:1 HTTPS_PROXY".into())));
         let both = [("HTTPS_PROXY", p), ("https_proxy", "q:2"), ("ALL_PROXY", "r:3")];
-        assert_eq!(via("https://h/", &both), Ok(Some("q:2 https_proxy".into())));
-        assert_eq!(via("http://h/", &both), Ok(Some("r:3 ALL_PROXY".into())));
-        assert_eq!(via("http://h/", &[("http_proxy", ""), ("all_proxy", p)]), Ok(Some("p:1 all_proxy".into())));
-        assert_eq!(via("http://h/", &[("all_proxy", "socks5://s:9")]), Ok(Some("s:9 all_proxy".into())));
+        type Case<'a> = (&'a str, &'a [(&'a str, &'a str)], Option<&'a str>);
+        let cases: [Case; 9] = [
+            ("http://h/", &[("http_proxy", p)], Some("p:1 http_proxy")),
+            ("http://h/", &[("HTTP_PROXY", p)], None),
+            ("http://h/", &[("https_proxy", p), ("HTTPS_PROXY", p)], None),
+            ("https://h/", &[("http_proxy", p)], None),
+            ("https://h/", &[("HTTPS_PROXY", p)], Some("p:1 HTTPS_PROXY")),
+            ("https://h/", &both, Some("q:2 https_proxy")),
+            ("http://h/", &both, Some("r:3 ALL_PROXY")),
+            ("http://h/", &[("http_proxy", ""), ("all_proxy", p)], Some("p:1 all_proxy")),
+            ("http://h/", &[("all_proxy", "socks5://s:9")], Some("s:9 all_proxy")),
+        ];
+        for (url, variables, expected) in cases {
+            assert_eq!(via(url, variables), Ok(expected.map(str::to_owned)), "{url} {variables:?}");
+        }
     }
 
     #[test]

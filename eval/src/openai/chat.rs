@@ -43,25 +43,19 @@ impl Chat {
 mod tests {
     use super::*;
 
-    fn message(role: &str, content: &str) -> Message {
-        Message { role: role.into(), content: content.into() }
-    }
-
     #[test]
-    fn messages_survive_being_a_prompt() {
+    fn messages_survive_being_a_prompt_and_text_added_to_it_starts_the_answer() {
+        let message = |role: &str, content: &str| Message { role: role.into(), content: content.into() };
         let messages = vec![message("system", "é \"quoted\" }\n"), message("user", "2 + 2?")];
         let chat = Chat { messages, continue_last: false };
-        assert_eq!(Chat::from_prompt(&chat.to_prompt().unwrap()), Some(chat));
+        let prompt = chat.to_prompt().unwrap();
+        assert_eq!(Chat::from_prompt(&prompt).as_ref(), Some(&chat));
         assert_eq!(Chat::from_prompt("{\"messages\": []}"), None);
-    }
-
-    #[test]
-    fn text_added_to_a_chat_starts_the_answer() {
-        let chat = Chat { messages: vec![message("user", "2 + 2?")], continue_last: false };
-        let read = Chat::from_prompt(&(chat.to_prompt().unwrap() + "The answer is")).unwrap();
-        assert_eq!(read.messages, [message("user", "2 + 2?"), message("assistant", "The answer is")]);
-        let again = Chat::from_prompt(&(read.to_prompt().unwrap() + " 4")).unwrap();
-        assert_eq!(again.messages[1].content, "The answer is 4");
+        let added = Chat::from_prompt(&(prompt + "The answer is")).unwrap();
+        assert_eq!(added.messages[..2], chat.messages);
+        assert_eq!(added.messages[2], message("assistant", "The answer is"));
+        let again = Chat::from_prompt(&(added.to_prompt().unwrap() + " 4")).unwrap();
+        assert_eq!(again.messages[2].content, "The answer is 4");
         assert!(again.continue_last);
     }
 }

@@ -5,8 +5,7 @@ use std::fmt;
 use thiserror::Error;
 
 use super::said::Said;
-use crate::http::address::NoAddress;
-use crate::http::{Broken, ClientError};
+use crate::http::{Broken, Unusable, retry};
 
 /// A failure: what was asked, where, and what came of it. Never holds the API key, or a user or password of the address.
 #[derive(Debug, Error)]
@@ -51,30 +50,22 @@ impl fmt::Display for Asked {
 #[non_exhaustive]
 pub enum Fault {
     #[error("not a server's address: {0}; expected http://host:port/v1 or https://host/v1")]
-    Url(#[from] NoAddress),
+    Url(Unusable),
     #[error(transparent)]
-    Client(#[from] ClientError),
+    Unusable(#[from] Unusable),
     #[error("the API key has characters that no HTTP header can hold")]
     Key,
     #[error("field `{field}`: {problem}")]
     Field { field: String, problem: &'static str },
     #[error(transparent)]
     Transport(#[from] Broken),
-    #[error("HTTP {status}: {message}")]
-    #[expect(private_interfaces, reason = "read where requests are sent again without a field")]
-    Status { status: u16, message: String, said: Box<Said> },
-    /// Inside of an answer of success; `status` is what it stands for.
-    #[error("the server says: {message}")]
-    #[expect(private_interfaces, reason = "read where requests are sent again without a field")]
-    Said { status: u16, message: String, said: Box<Said> },
+    /// `within`: inside of an answer of success; `status` is what it stands for then.
+    #[error("{}{said}{hint}", if *within { "the server says: ".to_owned() } else { format!("HTTP {status}: ") })]
+    Refused { status: u16, within: bool, said: Box<Said>, hint: &'static str },
     #[error("{fault}; the server asks to wait {seconds} s, which is too long: start the same command again then")]
     AsksToWait { fault: Box<Fault>, seconds: u64 },
-    #[error("HTTP {status}: {message}; set OPENAI_API_KEY to a key that this server accepts")]
-    Unauthorized { status: u16, message: String },
-    #[error("HTTP 404: {message}; {hint}")]
-    NotFound { message: String, hint: &'static str },
-    #[error("longer than the server's context: {message}")]
-    TooLong { message: String },
+    #[error("longer than the server's context: {0}")]
+    TooLong(String),
     #[error("an HTML page instead of JSON (`{start}`); is this the address of an API, with /v1?")]
     Html { start: String },
     #[error("not JSON ({reason}): `{start}`")]
@@ -123,14 +114,8 @@ impl Fault {
     /// Whether another try of the same request may succeed.
     pub(super) fn is_transient(&self) -> bool {
         match self {
-            Self::Transport(broken) => {
-                matches!(broken, Broken::Refused | Broken::Connection(_) | Broken::TimedOut(_) | Broken::Proxy(_))
-            }
-            // Request Timeout, a lock that is held, Too Early, Too Many Requests; and the server's or a gateway's own
-            // troubles (Cloudflare's 520 to 530, 529 of overload), but not what it does not implement.
-            Self::Status { status, .. } | Self::Said { status, .. } => {
-                matches!(status, 408 | 409 | 425 | 429 | 500 | 502..=504 | 506..=599)
-            }
+            Self::Transport(broken) => broken.may_pass(),
+            Self::Refused { status, .. } => retry::may_pass(*status),
             _ => false,
         }
     }
@@ -138,11 +123,10 @@ impl Fault {
     /// What to count a further try under.
     pub(super) fn cause(&self) -> String {
         match self {
+            Self::Refused { within: true, .. } => "an error inside of an answer".to_owned(),
+            Self::Refused { status, .. } => format!("HTTP {status}"),
             Self::Transport(Broken::TimedOut(_)) => "a time-out".to_owned(),
-            Self::Transport(_) => "a broken connection".to_owned(),
-            Self::Status { status, .. } => format!("HTTP {status}"),
-            Self::Said { .. } => "an error inside of an answer".to_owned(),
-            _ => "another fault".to_owned(),
+            _ => "a broken connection".to_owned(),
         }
     }
 }

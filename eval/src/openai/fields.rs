@@ -36,24 +36,26 @@ pub struct Fields {
 impl Fields {
     /// Refuses changes that would make answers be of something else.
     pub(super) fn check(&self) -> Result<(), Fault> {
-        let wrong = |field: &String, problem| Err(Fault::Field { field: field.clone(), problem });
-        for field in self.extra.keys() {
-            if OURS.contains(&field.as_str()) {
-                return wrong(field, "is set by the evaluation; --gen-kwargs changes how is generated");
-            }
-            if SHAPE.contains(&field.as_str()) {
-                return wrong(field, "changes the form of answers, which is not read then");
-            }
-        }
-        if let Some(field) = self.omit.iter().chain(self.rename.keys()).find(|f| NEEDED.contains(&f.as_str())) {
-            return wrong(field, "is needed in every request that has it");
-        }
-        if let Some(field) = self.omit.iter().find(|f| self.extra.contains_key(*f) || self.rename.contains_key(*f)) {
-            return wrong(field, "is to be left out, and added or renamed too");
-        }
+        let has = |names: &[&str], field: &&String| names.contains(&field.as_str());
         let mut targets = BTreeSet::new();
-        match self.rename.values().find(|new| NEEDED.contains(&new.as_str()) || !targets.insert(*new)) {
-            Some(field) => wrong(field, "would hold two things"),
+        let wrong = [
+            (
+                self.extra.keys().find(|f| has(&OURS, f)),
+                "is set by the evaluation; --gen-kwargs changes how is generated",
+            ),
+            (self.extra.keys().find(|f| has(&SHAPE, f)), "changes the form of answers, which is not read then"),
+            (
+                self.omit.iter().chain(self.rename.keys()).find(|f| has(&NEEDED, f)),
+                "is needed in every request that has it",
+            ),
+            (
+                self.omit.iter().find(|f| self.extra.contains_key(*f) || self.rename.contains_key(*f)),
+                "is to be left out, and added or renamed too",
+            ),
+            (self.rename.values().find(|f| has(&NEEDED, f) || !targets.insert(*f)), "would hold two things"),
+        ];
+        match wrong.into_iter().find_map(|(field, problem)| Some((field?.clone(), problem))) {
+            Some((field, problem)) => Err(Fault::Field { field, problem }),
             None => Ok(()),
         }
     }
@@ -90,21 +92,14 @@ impl Learned {
     /// have learned the same meanwhile.
     pub fn learn(&mut self, sent: &Map<String, Value>, said: &Said) -> bool {
         let has = |name: &str| sent.get(name).is_some_and(|value| may_go(name, value));
-        if let Some(name) = NEUTRAL_AT_ONE.iter().find(|n| has(n) && (said.names(n) || said.refuses(n))) {
-            self.refused.insert(name);
-            return true;
-        }
-        if sent.contains_key(LIMIT.0) && said.refuses(LIMIT.0) {
+        let neutral = NEUTRAL_AT_ONE.into_iter().find(|n| has(n) && (said.names(n) || said.refuses(n)));
+        if neutral.is_none() && sent.contains_key(LIMIT.0) && said.refuses(LIMIT.0) {
             self.limit_renamed = true;
             return true;
         }
-        match ["temperature", "stop"].iter().find(|n| has(n) && said.refuses(n)) {
-            Some(name) => {
-                self.refused.insert(name);
-                true
-            }
-            None => false,
-        }
+        let name = neutral.or_else(|| ["temperature", "stop"].into_iter().find(|n| has(n) && said.refuses(n)));
+        self.refused.extend(name);
+        name.is_some()
     }
 
     pub fn describe(&self, tally: &mut Tally) {
@@ -129,15 +124,8 @@ fn may_go(name: &str, value: &Value) -> bool {
 mod tests {
     use serde_json::json;
 
+    use super::super::object;
     use super::*;
-
-    fn object(value: Value) -> Map<String, Value> {
-        value.as_object().unwrap().clone()
-    }
-
-    fn said(message: &str) -> Said {
-        Said { message: message.into(), ..Said::default() }
-    }
 
     #[test]
     fn fields_are_added_renamed_and_left_out() {
@@ -154,38 +142,53 @@ mod tests {
 
     #[test]
     fn changes_that_would_make_answers_be_of_something_else_are_refused() {
-        let extra = |name: &str| Fields { extra: object(json!({name: 1})), ..Fields::default() };
-        for name in ["prompt", "stream", "n", "temperature", "max_tokens"] {
-            assert!(extra(name).check().is_err(), "{name}");
+        let fields = |extra: &[&str], rename: &[(&str, &str)], omit: &[&str]| Fields {
+            extra: extra.iter().map(|name| ((*name).to_owned(), json!(1))).collect(),
+            rename: rename.iter().map(|(old, new)| ((*old).to_owned(), (*new).to_owned())).collect(),
+            omit: omit.iter().map(|name| (*name).to_owned()).collect(),
+        };
+        for wrong in ["prompt", "stream", "n", "temperature", "max_tokens"].map(|name| fields(&[name], &[], &[])) {
+            assert!(wrong.check().is_err(), "{wrong:?}");
         }
-        let omit = |name: &str| Fields { omit: [name.to_owned()].into(), ..Fields::default() };
-        assert!(omit("messages").check().is_err() && omit("echo").check().is_err() && omit("stop").check().is_ok());
-        let rename = |old: &str, new: &str| Fields { rename: [(old.into(), new.into())].into(), ..Fields::default() };
-        assert!(rename("prompt", "input").check().is_err() && rename("stop", "prompt").check().is_err());
-        let both = Fields { omit: ["x".to_owned()].into(), ..extra("x") };
-        assert!(both.check().is_err());
+        for (wrong, problem) in [
+            (fields(&[], &[], &["messages"]), "is needed"),
+            (fields(&[], &[], &["echo"]), "is needed"),
+            (fields(&[], &[("prompt", "input")], &[]), "is needed"),
+            (fields(&[], &[("stop", "prompt")], &[]), "two things"),
+            (fields(&[], &[("stop", "x"), ("top_p", "x")], &[]), "two things"),
+            (fields(&["x"], &[], &["x"]), "left out, and added"),
+        ] {
+            assert!(wrong.check().unwrap_err().to_string().contains(problem), "{wrong:?}");
+        }
+        fields(&["x"], &[("max_tokens", "y")], &["stop"]).check().unwrap();
     }
 
     #[test]
-    fn what_a_server_refuses_is_left_out_only_where_it_changes_nothing() {
-        let mut learned = Learned::default();
-        let sent = object(json!({"top_p": 1.0, "temperature": 0.7}));
-        assert!(learned.learn(&sent, &said("Unrecognized request argument supplied: top_p")));
-        assert_eq!(Value::Object(learned.apply(sent.clone())), json!({"temperature": 0.7}));
-        let asks = object(json!({"top_p": 0.9}));
-        assert_eq!(learned.apply(asks.clone()), asks);
-        assert!(!learned.learn(&sent, &said("'temperature' is not supported")));
-        assert!(!learned.learn(&asks, &said("unknown field top_p")));
-    }
-
-    #[test]
-    fn the_limit_is_renamed_once_and_not_for_its_size() {
-        let mut learned = Learned::default();
-        let sent = object(json!({"max_tokens": 8}));
-        assert!(!learned.learn(&sent, &said("max_tokens is too large: 8")));
-        assert!(learned.learn(&sent, &said("'max_tokens' is not supported, use 'max_completion_tokens' instead")));
-        assert_eq!(Value::Object(learned.apply(sent.clone())), json!({"max_completion_tokens": 8}));
-        let sent = learned.apply(sent);
-        assert!(!learned.learn(&sent, &said("'max_tokens' is not supported, nor is 'max_completion_tokens'")));
+    fn what_a_server_refuses_is_left_out_or_renamed_only_where_it_changes_nothing() {
+        for (sent, message, then) in [
+            (
+                json!({"top_p": 1.0, "temperature": 0.7}),
+                "Unrecognized request argument supplied: top_p",
+                Some(json!({"temperature": 0.7})),
+            ),
+            (json!({"top_p": 0.9}), "unknown field top_p", None),
+            (json!({"temperature": 0.7}), "'temperature' is not supported", None),
+            (json!({"max_tokens": 8}), "max_tokens is too large: 8", None),
+            (
+                json!({"max_tokens": 8}),
+                "'max_tokens' is not supported, use 'max_completion_tokens' instead",
+                Some(json!({"max_completion_tokens": 8})),
+            ),
+            // Once.
+            (
+                json!({"max_completion_tokens": 8}),
+                "'max_tokens' is not supported, nor is 'max_completion_tokens'",
+                None,
+            ),
+        ] {
+            let (mut learned, sent) = (Learned::default(), object(sent));
+            assert_eq!(learned.learn(&sent, &Said::words(message)), then.is_some(), "{message}");
+            assert_eq!(learned.apply(sent.clone()), then.map_or(sent, object), "{message}");
+        }
     }
 }

@@ -48,7 +48,7 @@ mod tally;
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
@@ -63,8 +63,8 @@ use crate::http::address::mask;
 use crate::model::{GenerationOptions, LanguageModel, Message, Request, Response};
 use chat::Chat;
 use fields::Learned;
-use http::{Http, Reach};
-use protocol::{Answer, Echo};
+use http::Http;
+use protocol::{Answer, Token};
 use scoring::Scored;
 
 const COMPLETIONS: &str = "/completions";
@@ -131,7 +131,6 @@ pub struct OpenAi {
     lengths: Mutex<BTreeMap<String, usize>>,
     /// What the server turned out to refuse.
     learned: Mutex<Learned>,
-    tally: Mutex<Tally>,
 }
 
 impl OpenAi {
@@ -141,22 +140,14 @@ impl OpenAi {
     /// When the address or key cannot be one, or the model is not clear.
     pub fn new(base_url: &str, options: Options) -> Result<Self, Error> {
         let failed = |asked, url: String, via| move |fault| Error { asked, url, via, fault };
-        let reach = Reach {
-            key: options.api_key.as_ref(),
-            timeout: options.timeout,
-            retries: options.retries,
-            ca_file: options.ca_file.clone(),
-            notice: options.notice,
-        };
-        let http = options.fields.check().and_then(|()| Http::new(base_url, &reach));
+        let http = options.fields.check().and_then(|()| Http::new(base_url, &options));
         let http = http.map_err(failed(Asked::Settings, mask(base_url), None))?;
-        let tally = Mutex::default();
         let model = match &options.model {
             Some(model) => model.clone(),
-            None => only_model(&http, &tally).map_err(failed(Asked::Models, http.shown("/models"), http.via()))?,
+            None => only_model(&http).map_err(failed(Asked::Models, http.shown("/models"), http.via()))?,
         };
         let (lengths, learned) = Default::default();
-        Ok(Self { http, model, options, echo_checked: false, lengths, learned, tally })
+        Ok(Self { http, model, options, echo_checked: false, lengths, learned })
     }
 
     /// The server's address without what is secret in it.
@@ -168,7 +159,7 @@ impl OpenAi {
     /// What happened so far that a reader of the scores has to know.
     #[must_use]
     pub fn tally(&self) -> Tally {
-        let mut tally = locked(&self.tally).clone();
+        let mut tally = locked(&self.http.tally).clone();
         locked(&self.learned).describe(&mut tally);
         tally
     }
@@ -184,102 +175,94 @@ impl OpenAi {
         Error { asked, url: self.http.shown(path), via: self.http.via(), fault }
     }
 
-    fn one(&self, request: &Request, stop: &AtomicBool) -> Result<Response, Fault> {
+    fn one(&self, request: &Request) -> Result<Response, Fault> {
         match request {
-            Request::Generate { context, options } => self.generate(context, options, stop),
+            Request::Generate { context, options } => self.generate(context, options),
             _ if self.options.chat => Err(Fault::ChatScoring),
             Request::LogLikelihood { context, continuation } => {
-                let Scored { log_likelihood, is_greedy, .. } = self.score(context, continuation, false, stop)?;
+                let Scored { log_likelihood, is_greedy, .. } = self.score(context, continuation, false)?;
                 Ok(Response::LogLikelihood { log_likelihood, is_greedy })
             }
             Request::Rolling { text } => {
                 let mut cut = false;
-                let Scored { log_likelihood, tokens, .. } = self.rolling("", text, &mut cut, stop)?;
-                locked(&self.tally).cut_texts += u64::from(cut);
+                let Scored { log_likelihood, tokens, .. } = self.rolling("", text, &mut cut)?;
+                locked(&self.http.tally).cut_texts += u64::from(cut);
                 Ok(Response::Rolling { log_likelihood, tokens: Some(tokens) })
             }
         }
     }
 
     /// Scores `continuation` after `context`. With `skip_first` the very first token of a prompt may go without a score.
-    fn score(&self, context: &str, continuation: &str, skip_first: bool, stop: &AtomicBool) -> Result<Scored, Fault> {
+    fn score(&self, context: &str, continuation: &str, skip_first: bool) -> Result<Scored, Fault> {
         let context = format!("{}{context}", self.options.prefix);
         let boundary = scoring::boundary(&context);
         let prompt = context + continuation;
         if boundary == prompt.len() {
             return Ok(Scored::NOTHING);
         }
-        let answer = self.echo(&prompt, stop)?;
-        let tokens = self.scored_tokens(&answer, &prompt, boundary, stop)?;
-        let (first, rest) = match tokens {
+        let answer = self.echo(&prompt)?;
+        let tokens = self.scored_tokens(&answer, &prompt, boundary)?;
+        match tokens {
             // Only the prompt's first token has nothing before it; a null anywhere else is a fault of the server's.
             [first, rest @ ..] if first.logprob.is_none() && std::ptr::eq(first, &raw const answer.tokens[0]) => {
-                (Some(first), rest)
+                if skip_first {
+                    Scored::of(rest)
+                } else {
+                    Err(Fault::NothingBefore { token: first.text.clone() })
+                }
             }
-            _ => (None, tokens),
-        };
-        match first {
-            Some(first) if !skip_first => Err(Fault::NothingBefore { token: first.text.clone() }),
-            _ => Scored::of(rest),
+            _ => Scored::of(tokens),
         }
     }
 
-    fn scored_tokens<'a>(
-        &self,
-        answer: &'a Echo,
-        prompt: &str,
-        boundary: usize,
-        stop: &AtomicBool,
-    ) -> Result<&'a [protocol::Token], Fault> {
+    fn scored_tokens<'a>(&self, answer: &'a Answer, prompt: &str, boundary: usize) -> Result<&'a [Token], Fault> {
         match scoring::by_text(answer, prompt, boundary)? {
             Some(tokens) => Ok(tokens),
             None if boundary == 0 => scoring::by_count(answer, 0),
-            None => scoring::by_count(answer, self.prompt_tokens(&prompt[..boundary], stop)?),
+            None => scoring::by_count(answer, self.prompt_tokens(&prompt[..boundary])?),
         }
     }
 
     /// `cut`: set where the text was scored in pieces.
-    fn rolling(&self, context: &str, text: &str, cut: &mut bool, stop: &AtomicBool) -> Result<Scored, Fault> {
-        let too_long = match self.score(context, text, true, stop) {
+    fn rolling(&self, context: &str, text: &str, cut: &mut bool) -> Result<Scored, Fault> {
+        let too_long = match self.score(context, text, true) {
             Err(fault @ Fault::TooLong { .. }) => fault,
             scored => return scored,
         };
         let Some((first, second)) = scoring::cut(text).map(|at| text.split_at(at)) else { return Err(too_long) };
         *cut = true;
-        let scored = self.rolling(context, first, cut, stop)?;
-        Ok(scored.and(self.rolling(scoring::last_word(first), second, cut, stop)?))
+        let scored = self.rolling(context, first, cut)?;
+        Ok(scored.and(self.rolling(scoring::last_word(first), second, cut)?))
     }
 
-    fn generate(&self, context: &str, options: &GenerationOptions, stop: &AtomicBool) -> Result<Response, Fault> {
-        let mut body = self.body();
-        let path = if self.options.chat {
+    fn generate(&self, context: &str, options: &GenerationOptions) -> Result<Response, Fault> {
+        let (path, mut body) = if self.options.chat {
             let chat = Chat::from_prompt(context).ok_or(Fault::NotChat)?;
-            body.insert("messages".into(), json!(chat.messages));
+            let mut body = json!({"messages": chat.messages});
             if chat.continue_last {
                 // As vLLM and SGLang call it; llama.cpp continues an assistant's turn unasked.
-                body.insert("continue_final_message".into(), json!(true));
-                body.insert("add_generation_prompt".into(), json!(false));
+                body["continue_final_message"] = json!(true);
+                body["add_generation_prompt"] = json!(false);
             }
-            CHAT_COMPLETIONS
+            (CHAT_COMPLETIONS, object(body))
         } else {
-            body.insert("prompt".into(), json!(context));
-            COMPLETIONS
+            (COMPLETIONS, object(json!({"prompt": context})))
         };
         body.extend(sampling(options));
         if options.think_end.is_some() {
             // The server would look for them in the thinking too.
             body.remove("stop");
         }
-        let (value, sent) = self.post(path, body, stop)?;
-        let answer = Answer::read(value)?;
+        let (value, sent) = self.post(path, body)?;
+        let answer = Answer::read(&value)?;
         {
-            let mut tally = locked(&self.tally);
+            let mut tally = locked(&self.http.tally);
             tally.filtered += u64::from(answer.filtered);
             tally.declined += u64::from(answer.declined);
             tally.only_reasoning += u64::from(answer.reasoning && answer.text.trim().is_empty());
             tally.temperature_not_sent += u64::from(options.temperature == 0.0 && !sent.contains_key("temperature"));
         }
-        let tokens = answer.usage.generated;
+        let tokens = answer.generated_tokens;
         if options.think_end.is_some() {
             return Ok(Response::Generated { text: options.answer(answer.text), tokens, capped: answer.capped });
         }
@@ -289,75 +272,55 @@ impl OpenAi {
         Ok(Response::Generated { text, tokens, capped: answer.capped && end.is_none() })
     }
 
-    fn echo(&self, prompt: &str, stop: &AtomicBool) -> Result<Echo, Fault> {
-        let mut body = self.body();
-        body.insert("prompt".into(), json!(prompt));
-        body.insert("max_tokens".into(), json!(1));
-        body.insert("temperature".into(), json!(0));
-        body.insert("logprobs".into(), json!(1));
-        body.insert("echo".into(), json!(true));
-        Answer::read(self.post(COMPLETIONS, body, stop)?.0)?.with_tokens()
+    /// The prompt and one more token, scored.
+    fn echo(&self, prompt: &str) -> Result<Answer, Fault> {
+        let body = json!({"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": true});
+        Answer::scored(&self.post(COMPLETIONS, object(body))?.0)
     }
 
     /// How many tokens the server makes of `text`, BOS included.
-    fn prompt_tokens(&self, text: &str, stop: &AtomicBool) -> Result<usize, Fault> {
+    fn prompt_tokens(&self, text: &str) -> Result<usize, Fault> {
         if let Some(known) = locked(&self.lengths).get(text) {
             return Ok(*known);
         }
-        let mut body = self.body();
-        body.insert("prompt".into(), json!(text));
-        body.insert("max_tokens".into(), json!(1));
-        body.insert("temperature".into(), json!(0));
-        let usage = Answer::read(self.post(COMPLETIONS, body, stop)?.0)?.usage;
-        let tokens = usage.prompt.ok_or_else(|| Fault::Misaligned("`usage.prompt_tokens` is absent".into()))?;
+        let body = json!({"prompt": text, "max_tokens": 1, "temperature": 0});
+        let tokens = Answer::read(&self.post(COMPLETIONS, object(body))?.0)?.prompt_tokens;
+        let tokens = tokens.ok_or_else(|| Fault::Misaligned("`usage.prompt_tokens` is absent".into()))?;
         locked(&self.lengths).insert(text.to_owned(), tokens);
         Ok(tokens)
     }
 
     /// Refuses a server whose log-probabilities of a prompt are not those of the same tokens when it generates them.
     fn check_echo(&self) -> Result<(), Fault> {
-        let never = AtomicBool::new(false);
         for probe in PROBES {
             let prompt = format!("{}{probe}", self.options.prefix);
-            let mut body = self.body();
-            body.insert("prompt".into(), json!(prompt));
-            body.insert("logprobs".into(), json!(1));
+            let mut body = object(json!({"prompt": prompt, "logprobs": 1}));
             body.extend(sampling(&GenerationOptions { max_tokens: PROBE_TOKENS, ..Default::default() }));
-            let generated = Answer::read(self.post(COMPLETIONS, body, &never)?.0)?.with_tokens()?;
+            let generated = Answer::scored(&self.post(COMPLETIONS, body)?.0)?;
             if generated.text.is_empty() || generated.tokens.is_empty() {
                 continue;
             }
             let whole = prompt.clone() + &generated.text;
-            let echoed = self.echo(&whole, &never)?;
-            return scoring::agree(&generated.tokens, self.scored_tokens(&echoed, &whole, prompt.len(), &never)?);
+            let echoed = self.echo(&whole)?;
+            return scoring::agree(&generated.tokens, self.scored_tokens(&echoed, &whole, prompt.len())?);
         }
         Err(Fault::EchoUnchecked)
     }
 
-    fn body(&self) -> Map<String, Value> {
-        Map::from_iter([("model".to_owned(), json!(self.model))])
-    }
-
-    /// Posts `body` with the options' changes and as the server turned out to want it; the answer and what was sent last.
-    fn post(
-        &self,
-        path: &str,
-        body: Map<String, Value>,
-        stop: &AtomicBool,
-    ) -> Result<(Value, Map<String, Value>), Fault> {
+    /// Posts `body` to the model with the options' changes and as the server turned out to want it; the answer and what was
+    /// sent last.
+    fn post(&self, path: &str, mut body: Map<String, Value>) -> Result<(Value, Map<String, Value>), Fault> {
+        body.insert("model".to_owned(), json!(self.model));
         let body = self.options.fields.apply(body);
         loop {
             let sent = locked(&self.learned).apply(body.clone());
-            let fault = match self.http.call(path, Some(&Value::Object(sent.clone())), stop, &self.tally) {
+            let fault = match self.http.call(path, Some(&Value::Object(sent.clone()))) {
                 Ok(value) => return Ok((value, sent)),
                 Err(fault) => fault,
             };
-            let (Fault::Status { status: 400 | 422, said, .. } | Fault::Said { status: 400 | 422, said, .. }) = &fault
-            else {
-                return Err(fault);
-            };
-            if !locked(&self.learned).learn(&sent, said) {
-                return Err(fault);
+            match &fault {
+                Fault::Refused { status: 400 | 422, said, .. } if locked(&self.learned).learn(&sent, said) => {}
+                _ => return Err(fault),
             }
         }
     }
@@ -373,26 +336,25 @@ impl LanguageModel for OpenAi {
         requests: &[Request],
         done: &mut dyn FnMut(usize, Response) -> ControlFlow<()>,
     ) -> Result<(), Error> {
+        self.http.stop.store(false, Ordering::Relaxed);
         let scores = requests.iter().any(|r| !matches!(r, Request::Generate { .. }));
         if scores && !self.options.chat && !self.echo_checked {
             self.check_echo().map_err(|fault| self.error(Asked::EchoCheck, fault))?;
             self.echo_checked = true;
         }
-        let (model, next, stop) = (&*self, AtomicUsize::new(0), AtomicBool::new(false));
+        let (model, next, stop) = (&*self, AtomicUsize::new(0), &self.http.stop);
         let (sender, answers) = mpsc::channel();
         let mut failed: Option<(usize, Fault)> = None;
         let mut broken = false;
         std::thread::scope(|scope| {
             for _ in 0..model.options.concurrency.clamp(1, requests.len().max(1)) {
-                let (sender, next, stop) = (sender.clone(), &next, &stop);
+                let (sender, next) = (sender.clone(), &next);
                 scope.spawn(move || {
                     while !stop.load(Ordering::Relaxed) {
                         let index = next.fetch_add(1, Ordering::Relaxed);
                         let Some(request) = requests.get(index) else { break };
-                        let answer = model.one(request, stop);
-                        if answer.is_err() {
-                            stop.store(true, Ordering::Relaxed);
-                        }
+                        let answer = model.one(request);
+                        stop.fetch_or(answer.is_err(), Ordering::Relaxed);
                         if sender.send((index, answer)).is_err() {
                             break;
                         }
@@ -433,8 +395,8 @@ impl LanguageModel for OpenAi {
     }
 }
 
-fn only_model(http: &Http, tally: &Mutex<Tally>) -> Result<String, Fault> {
-    let mut ids = protocol::models(&http.call("/models", None, &AtomicBool::new(false), tally)?)?;
+fn only_model(http: &Http) -> Result<String, Fault> {
+    let mut ids = protocol::models(&http.call("/models", None)?)?;
     match ids.pop() {
         None => Err(Fault::NoModel),
         Some(id) if ids.is_empty() => Ok(id),
@@ -445,38 +407,35 @@ fn only_model(http: &Http, tally: &Mutex<Tally>) -> Result<String, Fault> {
 /// The fields of a generation request that say how to generate. Fields that OpenAI does not know are sent where they ask for
 /// something, so that a server that cannot do it refuses.
 fn sampling(options: &GenerationOptions) -> Map<String, Value> {
-    let mut body = Map::new();
-    body.insert("max_tokens".into(), json!(options.max_tokens));
-    body.insert("temperature".into(), json!(options.temperature));
-    body.extend(fields::NEUTRAL.map(|name| (name.to_owned(), json!(options.repetition_penalty))));
-    for (name, value) in
-        [("presence_penalty", options.presence_penalty), ("frequency_penalty", options.frequency_penalty)]
-    {
-        if value != 0.0 {
-            body.insert(name.into(), json!(value));
-        }
-    }
     let stops: Vec<_> = options.until.iter().filter(|s| !s.is_empty()).take(MOST_STOPS).collect();
-    if !stops.is_empty() {
-        body.insert("stop".into(), json!(stops));
+    let penalty = |penalty: f64| Some(json!(penalty)).filter(|_| penalty != 0.0);
+    let sampled = |value: Value| Some(value).filter(|_| options.temperature > 0.0);
+    // Off by name: -1 is off for llama.cpp, SGLang and every vLLM; not all of them take 0.
+    let truncation = |name: &str, asked: bool, value: Value, off: Value| match options.off.iter().any(|o| o == name) {
+        true => sampled(off),
+        false => sampled(value).filter(|_| asked),
+    };
+    let all = [
+        ("max_tokens", Some(json!(options.max_tokens))),
+        ("temperature", Some(json!(options.temperature))),
+        (fields::NEUTRAL[0], Some(json!(options.repetition_penalty))),
+        (fields::NEUTRAL[1], Some(json!(options.repetition_penalty))),
+        ("presence_penalty", penalty(options.presence_penalty)),
+        ("frequency_penalty", penalty(options.frequency_penalty)),
+        ("stop", Some(json!(stops)).filter(|_| !stops.is_empty())),
+        ("top_p", sampled(json!(options.top_p))),
+        ("seed", sampled(json!(options.seed))),
+        ("top_k", truncation("top_k", options.top_k > 0, json!(options.top_k), json!(-1))),
+        ("min_p", truncation("min_p", options.min_p > 0.0, json!(options.min_p), json!(0.0))),
+    ];
+    all.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect()
+}
+
+fn object(value: Value) -> Map<String, Value> {
+    match value {
+        Value::Object(fields) => fields,
+        _ => Map::new(),
     }
-    if options.temperature > 0.0 {
-        body.insert("top_p".into(), json!(options.top_p));
-        body.insert("seed".into(), json!(options.seed));
-        if options.top_k > 0 {
-            body.insert("top_k".into(), json!(options.top_k));
-        }
-        if options.min_p > 0.0 {
-            body.insert("min_p".into(), json!(options.min_p));
-        }
-        // Off by name: -1 is off for llama.cpp, SGLang and every vLLM; not all of them take 0.
-        for (name, value) in [("top_k", json!(-1)), ("min_p", json!(0.0))] {
-            if options.off.iter().any(|off| off == name) {
-                body.insert(name.into(), value);
-            }
-        }
-    }
-    body
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

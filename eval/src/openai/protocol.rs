@@ -1,7 +1,7 @@
 //! The answers of /v1/models, /v1/completions and /v1/chat/completions, as far as they are read here. What nobody needs may
 //! be missing, null or of another type.
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::error::Fault;
 
@@ -14,30 +14,13 @@ pub(super) fn models(value: &Value) -> Result<Vec<String>, Fault> {
     };
     let mut ids: Vec<String> = Vec::new();
     for model in data {
-        let id = model.get("id").and_then(Value::as_str);
+        let id = model["id"].as_str();
         let id = id.ok_or_else(|| Fault::Unexpected(format!("/v1/models: a model without `id`: {model}")))?;
         if !ids.iter().any(|known| known == id) {
             ids.push(id.to_owned());
         }
     }
     Ok(ids)
-}
-
-/// Tokens as the server counts them, as far as it does.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Usage {
-    pub prompt: Option<usize>,
-    pub generated: Option<usize>,
-}
-
-impl Usage {
-    fn read(value: &Value) -> Self {
-        let count = |name: &str| {
-            let n = value.get(name)?.as_f64().filter(|n| *n >= 0.0 && n.fract() == 0.0 && *n < 1e15)?;
-            Some(n as usize)
-        };
-        Self { prompt: count("prompt_tokens"), generated: count("completion_tokens") }
-    }
 }
 
 /// The first and only choice of an answer, text or chat.
@@ -52,18 +35,11 @@ pub(super) struct Answer {
     pub declined: bool,
     /// Whether it holds reasoning, in a field of its own.
     pub reasoning: bool,
-    pub usage: Usage,
-    /// As they came: only scoring needs them.
-    logprobs: Value,
-}
-
-/// An answer with what scoring needs of it.
-#[derive(Clone, Debug)]
-pub(super) struct Echo {
-    pub text: String,
-    /// Empty where the server gave none.
+    /// Tokens of the prompt and of the answer, where the server counts them.
+    pub prompt_tokens: Option<usize>,
+    pub generated_tokens: Option<usize>,
+    /// Where log-probabilities were read; empty where the server gave none.
     pub tokens: Vec<Token>,
-    pub usage: Usage,
 }
 
 /// A token as a server describes it.
@@ -77,97 +53,87 @@ pub(super) struct Token {
 }
 
 impl Answer {
-    pub fn read(value: Value) -> Result<Self, Fault> {
-        let Some(choices) = value.get("choices").and_then(Value::as_array) else {
-            return Err(Fault::Unexpected("it has no list `choices`".to_owned()));
-        };
-        let choice = choices.first().ok_or_else(|| Fault::Unexpected("`choices` is empty".to_owned()))?;
-        let message = choice.get("message").filter(|m| m.is_object());
-        let written = |holder: Option<&Value>, name: &str| {
-            holder.and_then(|m| m.get(name)).and_then(text).filter(|t| !t.is_empty()).is_some()
-        };
-        let content = match (choice.get("text"), message) {
-            (Some(content), _) if !content.is_null() => content,
-            // A model that only thought before the limit ended it has said nothing.
-            (_, Some(message)) => message.get("content").unwrap_or(&Value::Null),
-            (Some(_), None) => &Value::Null,
-            (None, None) => return Err(Fault::Unexpected("a choice has neither `text` nor `message`".to_owned())),
+    pub fn read(value: &Value) -> Result<Self, Fault> {
+        let unexpected = |what: &str| Fault::Unexpected(what.to_owned());
+        let choices = value["choices"].as_array().ok_or_else(|| unexpected("it has no list `choices`"))?;
+        let choice = choices.first().ok_or_else(|| unexpected("`choices` is empty"))?;
+        let message = &choice["message"];
+        let content = match choice.get("text") {
+            Some(content) if !content.is_null() => content,
+            None if !message.is_object() => return Err(unexpected("a choice has neither `text` nor `message`")),
+            // Null too: a model that only thought before the limit ended it has said nothing.
+            _ => &message["content"],
         };
         let text = match content {
             Value::Null => String::new(),
-            content => text(content).ok_or_else(|| Fault::Unexpected(format!("no text: {content}")))?,
+            content => text(content).ok_or_else(|| unexpected(&format!("no text: {content}")))?,
         };
-        let reason = choice.get("finish_reason").unwrap_or(&Value::Null);
-        let reason = reason.as_str().or_else(|| reason.get("type").and_then(Value::as_str)).unwrap_or_default();
+        let has = |name: &str| self::text(&message[name]).is_some_and(|t| !t.is_empty());
+        let reason = &choice["finish_reason"];
+        let reason = reason.as_str().or(reason["type"].as_str()).unwrap_or_default();
+        let count = |name: &str| {
+            let n = value["usage"][name].as_f64().filter(|n| *n >= 0.0 && n.fract() == 0.0 && *n < 1e15)?;
+            Some(n as usize)
+        };
         Ok(Self {
             text,
             capped: matches!(reason, "length" | "max_tokens"),
             filtered: reason == "content_filter",
-            declined: written(message, "refusal"),
-            reasoning: written(message, "reasoning_content") || written(message, "reasoning"),
-            usage: value.get("usage").map(Usage::read).unwrap_or_default(),
-            logprobs: choice.get("logprobs").cloned().unwrap_or_default(),
+            declined: has("refusal"),
+            reasoning: has("reasoning_content") || has("reasoning"),
+            prompt_tokens: count("prompt_tokens"),
+            generated_tokens: count("completion_tokens"),
+            tokens: Vec::new(),
         })
     }
 
-    pub fn with_tokens(self) -> Result<Echo, Fault> {
-        Ok(Echo { tokens: self.tokens()?, text: self.text, usage: self.usage })
+    /// With the tokens' log-probabilities.
+    pub fn scored(value: &Value) -> Result<Self, Fault> {
+        let answer = Self::read(value)?;
+        Ok(Self { tokens: tokens(&value["choices"][0]["logprobs"])?, ..answer })
     }
+}
 
-    /// The tokens with their log-probabilities, in either shape that servers give: the completions API's lists, and the
-    /// chat API's objects, which llama.cpp uses for completions too. Empty where the server gave none.
-    fn tokens(&self) -> Result<Vec<Token>, Fault> {
-        let wrong = |what: &str| Fault::NoPromptLogProbs { found: format!("`logprobs` holds {what}") };
-        let list = |name: &str| self.logprobs.get(name).and_then(Value::as_array);
-        if let Some(content) = list("content") {
-            let token = |t: &Value| {
-                let text = t.get("token").and_then(Value::as_str).ok_or_else(|| wrong("a token without text"))?;
-                let best = t.get("top_logprobs").and_then(best);
-                Ok(Token { text: text.to_owned(), logprob: t.get("logprob").and_then(Value::as_f64), best })
-            };
-            return content.iter().map(token).collect();
-        }
-        let Some(tokens) = list("tokens") else { return Ok(Vec::new()) };
-        let logprobs = list("token_logprobs").ok_or_else(|| wrong("no `token_logprobs`"))?;
-        let top = list("top_logprobs").map_or(&[][..], Vec::as_slice);
-        if logprobs.len() != tokens.len() || !top.is_empty() && top.len() != tokens.len() {
-            let fewest = if top.is_empty() { logprobs.len() } else { logprobs.len().min(top.len()) };
-            return Err(Fault::NoPromptLogProbs { found: format!("{fewest} of them for {} tokens", tokens.len()) });
-        }
-        let all = tokens.iter().zip(logprobs).enumerate().map(|(i, (text, logprob))| {
-            let text = text.as_str().ok_or_else(|| wrong("a token that is no text"))?;
-            Ok(Token { text: text.to_owned(), logprob: logprob.as_f64(), best: top.get(i).and_then(best) })
-        });
-        all.collect()
+/// The tokens in either shape that servers give: the completions API's lists, and the chat API's objects, which llama.cpp
+/// uses for completions too.
+fn tokens(logprobs: &Value) -> Result<Vec<Token>, Fault> {
+    let wrong = |found: String| Fault::NoPromptLogProbs { found };
+    let token = |text: &Value, logprob: &Value, top: &Value| {
+        let text = text.as_str().ok_or_else(|| wrong("`logprobs` holds a token that is no text".into()))?;
+        Ok(Token { text: text.to_owned(), logprob: logprob.as_f64(), best: best(top) })
+    };
+    if let Some(content) = logprobs["content"].as_array() {
+        return content.iter().map(|t| token(&t["token"], &t["logprob"], &t["top_logprobs"])).collect();
     }
+    let Some(texts) = logprobs["tokens"].as_array() else { return Ok(Vec::new()) };
+    let scores = logprobs["token_logprobs"].as_array();
+    let scores = scores.ok_or_else(|| wrong("`logprobs` holds no `token_logprobs`".into()))?;
+    let top = logprobs["top_logprobs"].as_array().filter(|top| !top.is_empty());
+    let lengths = [Some(scores.len()), top.map(Vec::len)];
+    if let Some(other) = lengths.into_iter().flatten().find(|n| *n != texts.len()) {
+        return Err(wrong(format!("{other} of them for {} tokens", texts.len())));
+    }
+    let all = texts.iter().zip(scores).enumerate();
+    all.map(|(i, (text, score))| token(text, score, top.map_or(&Value::Null, |top| &top[i]))).collect()
 }
 
 /// Text, or parts of which those of text count.
 fn text(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text.clone()),
-        Value::Array(parts) => Some(
-            parts
-                .iter()
-                .filter_map(|part| part.as_str().or_else(|| part.get("text").and_then(Value::as_str)))
-                .collect(),
-        ),
+        Value::Array(parts) => Some(parts.iter().filter_map(|p| p.as_str().or(p["text"].as_str())).collect()),
         _ => None,
     }
 }
 
 /// The highest of the log-probabilities of one place: `{"a": -1.0}`, or a list of objects.
 fn best(top: &Value) -> Option<f64> {
-    let of_map = |map: &Map<String, Value>| maximum(map.values().filter_map(Value::as_f64));
-    match top {
-        Value::Object(map) => of_map(map),
-        Value::Array(all) => maximum(all.iter().filter_map(|t| t.get("logprob").and_then(Value::as_f64))),
-        _ => None,
-    }
-}
-
-fn maximum(values: impl Iterator<Item = f64>) -> Option<f64> {
-    values.reduce(f64::max)
+    let all: Vec<&Value> = match top {
+        Value::Object(map) => map.values().collect(),
+        Value::Array(all) => all.iter().map(|t| &t["logprob"]).collect(),
+        _ => Vec::new(),
+    };
+    all.into_iter().filter_map(Value::as_f64).reduce(f64::max)
 }
 
 #[cfg(test)]
@@ -176,8 +142,12 @@ mod tests {
 
     use super::*;
 
-    fn read(value: Value) -> Answer {
-        Answer::read(value).unwrap()
+    fn read(choice: Value) -> Answer {
+        Answer::read(&json!({"choices": [choice]})).unwrap()
+    }
+
+    fn scored(logprobs: Value) -> Result<Vec<Token>, Fault> {
+        Ok(Answer::scored(&json!({"choices": [{"text": "ab", "logprobs": logprobs}]}))?.tokens)
     }
 
     #[test]
@@ -186,9 +156,17 @@ mod tests {
             "top_logprobs": [null, {"c": -0.5, "b": -1.5}]});
         let objects = json!({"content": [{"token": "a", "logprob": null},
             {"token": "b", "logprob": -1.5, "top_logprobs": [{"token": "c", "logprob": -0.5}]}]});
-        let tokens = |l: Value| read(json!({"choices": [{"text": "ab", "logprobs": l}]})).tokens().unwrap();
-        assert_eq!(tokens(lists), tokens(objects.clone()));
-        assert_eq!(tokens(objects)[1], Token { text: "b".into(), logprob: Some(-1.5), best: Some(-0.5) });
+        let token = |text: &str, logprob, best| Token { text: text.into(), logprob, best };
+        for logprobs in [lists, objects] {
+            let expected = [token("a", None, None), token("b", Some(-1.5), Some(-0.5))];
+            assert_eq!(scored(logprobs).unwrap(), expected);
+        }
+        for none in [json!(null), json!([]), json!({}), json!("x"), json!({"content": null})] {
+            assert_eq!(scored(none).unwrap(), []);
+        }
+        let different = json!({"tokens": ["a", "b"], "token_logprobs": [-1.0]});
+        let found = scored(different).unwrap_err();
+        assert!(matches!(&found, Fault::NoPromptLogProbs { found } if found == "1 of them for 2 tokens"), "{found}");
     }
 
     #[test]
@@ -201,64 +179,54 @@ mod tests {
             json!({"choices": [{"text": 4}]}),
             json!({"choices": null}),
         ] {
-            assert!(matches!(Answer::read(value.clone()), Err(Fault::Unexpected(_))), "{value}");
+            assert!(matches!(Answer::read(&value), Err(Fault::Unexpected(_))), "{value}");
         }
     }
 
     #[test]
     fn what_nobody_needs_may_be_missing_null_or_of_another_type() {
-        for usage in [
-            json!(null),
-            json!({}),
-            json!([]),
-            json!("none"),
-            json!({"total_tokens": 8}),
-            json!({"prompt_tokens": 5, "completion_tokens": null}),
-            json!({"completion_tokens": -1}),
+        for (usage, prompt, generated) in [
+            (json!(null), None, None),
+            (json!({}), None, None),
+            (json!([]), None, None),
+            (json!("none"), None, None),
+            (json!({"total_tokens": 8}), None, None),
+            (json!({"prompt_tokens": 5, "completion_tokens": null}), Some(5), None),
+            (json!({"completion_tokens": -1}), None, None),
+            (json!({"prompt_tokens": 5.0, "completion_tokens": 3.0}), Some(5), Some(3)),
         ] {
-            let answer = read(json!({"choices": [{"text": " 42"}], "usage": usage}));
-            assert_eq!((answer.text.as_str(), answer.usage.generated), (" 42", None), "{usage}");
-        }
-        let floats =
-            read(json!({"choices": [{"text": "a"}], "usage": {"prompt_tokens": 5.0, "completion_tokens": 3.0}}));
-        assert_eq!(floats.usage, Usage { prompt: Some(5), generated: Some(3) });
-        for logprobs in [json!(null), json!([]), json!({}), json!("x"), json!({"content": null})] {
-            let answer = read(json!({"choices": [{"text": "a", "logprobs": logprobs, "index": null}]}));
-            assert_eq!(answer.tokens().unwrap(), []);
+            let answer = Answer::read(&json!({"choices": [{"text": " 42"}], "usage": usage})).unwrap();
+            assert_eq!(answer.text, " 42");
+            assert_eq!((answer.prompt_tokens, answer.generated_tokens), (prompt, generated), "{usage}");
         }
         for reason in [json!(null), json!(7), json!({"type": "stop"}), json!("tool_calls")] {
-            assert!(!read(json!({"choices": [{"text": "a", "finish_reason": reason}]})).capped);
+            assert!(!read(json!({"text": "a", "finish_reason": reason, "index": null})).capped);
         }
-        assert!(read(json!({"choices": [{"text": "a", "finish_reason": {"type": "length"}}]})).capped);
+        assert!(read(json!({"text": "a", "finish_reason": {"type": "length"}})).capped);
     }
 
     #[test]
     fn content_may_be_text_parts_or_nothing() {
-        let content = |c: Value| read(json!({"choices": [{"message": {"role": "assistant", "content": c}}]})).text;
-        assert_eq!(content(json!("a")), "a");
-        assert_eq!(content(json!(null)), "");
-        assert_eq!(content(json!([{"type": "text", "text": "a"}, {"type": "image"}, "b"])), "ab");
-        assert_eq!(read(json!({"choices": [{"text": [{"type": "text", "text": " 42"}]}]})).text, " 42");
-        assert_eq!(read(json!({"choices": [{"text": null, "message": {"content": "m"}}]})).text, "m");
-        assert_eq!(read(json!({"choices": [{"text": null}]})).text, "");
+        for (choice, text) in [
+            (json!({"message": {"role": "assistant", "content": "a"}}), "a"),
+            (json!({"message": {"content": null}}), ""),
+            (json!({"message": {"content": [{"type": "text", "text": "a"}, {"type": "image"}, "b"]}}), "ab"),
+            (json!({"text": [{"type": "text", "text": " 42"}]}), " 42"),
+            (json!({"text": null, "message": {"content": "m"}}), "m"),
+            (json!({"text": null}), ""),
+        ] {
+            assert_eq!(read(choice.clone()).text, text, "{choice}");
+        }
     }
 
     #[test]
     fn why_an_answer_is_empty_is_known() {
-        let thought = read(json!({"choices": [{"finish_reason": "length",
-            "message": {"content": null, "reasoning_content": "so"}}]}));
+        let thought = read(json!({"finish_reason": "length", "message": {"content": null, "reasoning_content": "so"}}));
         assert!(thought.reasoning && thought.capped && thought.text.is_empty());
-        let newer = json!({"choices": [{"message": {"content": "", "reasoning": "so", "refusal": null}}]});
-        assert!(read(newer.clone()).reasoning && !read(newer).declined);
-        assert!(read(json!({"choices": [{"message": {"content": null, "refusal": "I cannot"}}]})).declined);
-        assert!(read(json!({"choices": [{"text": "", "finish_reason": "content_filter"}]})).filtered);
-    }
-
-    #[test]
-    fn lists_of_different_lengths_are_refused() {
-        let logprobs = json!({"tokens": ["a", "b"], "token_logprobs": [-1.0]});
-        let answer = read(json!({"choices": [{"text": "ab", "logprobs": logprobs}]}));
-        assert!(matches!(answer.tokens(), Err(Fault::NoPromptLogProbs { .. })));
+        let newer = read(json!({"message": {"content": "", "reasoning": "so", "refusal": null}}));
+        assert!(newer.reasoning && !newer.declined);
+        assert!(read(json!({"message": {"content": null, "refusal": "I cannot"}})).declined);
+        assert!(read(json!({"text": "", "finish_reason": "content_filter"})).filtered);
     }
 
     #[test]

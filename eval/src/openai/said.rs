@@ -1,5 +1,7 @@
 //! What a server says went wrong: read before anything else in an answer, whatever its status.
 
+use std::fmt;
+
 use serde_json::Value;
 
 /// Ways to end an answer that mean it was never finished, in the `finish_reason` of servers and routers.
@@ -7,101 +9,95 @@ const FAILED: [&str; 6] = ["error", "abort", "aborted", "cancelled", "canceled",
 /// Keys of what is asked for; an object with one of them is no error by its `message` or `detail` alone.
 const ANSWERS: [&str; 3] = ["choices", "data", "models"];
 
-/// A server's account of a failure.
+/// Characters of a server's message that go into an error.
+pub(super) const LONGEST_MESSAGE: usize = 400;
+
+/// A server's account of a failure. Shown, only its beginning.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Said {
+pub struct Said {
     /// In its words, with its code where that is a word.
-    pub message: String,
+    pub(super) message: String,
     /// The HTTP status that it names in its text, which need not be the answer's.
-    pub code: Option<u16>,
+    code: Option<u16>,
     /// Its type and code, in lower case.
-    pub kind: String,
+    kind: String,
     /// The field of the request that it blames.
-    pub field: Option<String>,
+    field: Option<String>,
+}
+
+impl fmt::Display for Said {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&shorten(self.message.trim(), LONGEST_MESSAGE))
+    }
 }
 
 impl Said {
+    /// These words alone.
+    pub(super) fn words(message: impl Into<String>) -> Self {
+        Self { message: message.into(), ..Self::default() }
+    }
+
     /// Of the body of a refusal, JSON or not.
-    pub fn refusal(body: &[u8]) -> Self {
-        match serde_json::from_slice::<Value>(body) {
+    pub(super) fn refusal(body: &[u8]) -> Self {
+        match serde_json::from_slice(body) {
             Ok(value) => Self::of(&value),
-            Err(_) => Self { message: plain(&String::from_utf8_lossy(body)), ..Self::default() },
+            Err(_) => Self::words(plain(&String::from_utf8_lossy(body))),
         }
     }
 
     /// Inside of an answer with a status of success; `None` where there is no failure.
-    pub fn within(answer: &Value) -> Option<Self> {
-        if answer.get("error").is_some_and(is_something) || answer.get("errors").is_some_and(is_something) {
-            return Some(Self::of(answer));
-        }
-        if answer.get("object").and_then(Value::as_str) == Some("error") {
-            return Some(Self::of(answer));
-        }
+    pub(super) fn within(answer: &Value) -> Option<Self> {
+        let has = |keys: &[&str]| first(answer, keys).is_some();
         let is_answer = ANSWERS.iter().any(|key| answer.get(key).is_some());
-        if !is_answer && ["detail", "message", "msg"].iter().any(|key| answer.get(key).is_some_and(is_something)) {
+        if has(&["error", "errors"]) || answer["object"] == "error" || !is_answer && has(&["detail", "message", "msg"])
+        {
             return Some(Self::of(answer));
         }
-        answer.get("choices").and_then(Value::as_array).into_iter().flatten().find_map(|choice| {
-            let nested = choice.get("error").filter(|e| is_something(e));
-            let reason = choice.get("finish_reason").and_then(Value::as_str).filter(|r| FAILED.contains(r));
-            match (nested, reason) {
-                (Some(_), _) => Some(Self::of(choice)),
-                (None, Some(reason)) => Some(Self {
-                    message: format!("it ended the answer with finish_reason `{reason}`"),
-                    ..Self::default()
-                }),
-                (None, None) => None,
+        answer["choices"].as_array()?.iter().find_map(|choice| {
+            if first(choice, &["error"]).is_some() {
+                return Some(Self::of(choice));
             }
+            let reason = choice["finish_reason"].as_str().filter(|r| FAILED.contains(r))?;
+            Some(Self::words(format!("it ended the answer with finish_reason `{reason}`")))
         })
     }
 
     /// What the servers' dialects call their message: `error.message` (OpenAI, vLLM, llama.cpp), `error` (Ollama, TGI),
     /// `detail` (FastAPI), `errors[0].message` (Cloudflare), `message` (Azure).
     fn of(value: &Value) -> Self {
-        let first = |v: &Value| v.as_array().and_then(|a| a.first()).cloned();
-        let error = ["error", "errors"].iter().find_map(|key| value.get(key).filter(|e| is_something(e)));
-        let error = error.map_or_else(|| value.clone(), |e| first(e).unwrap_or_else(|| e.clone()));
-        let text =
-            ["message", "detail", "msg", "error"].iter().find_map(|key| error.get(key).filter(|v| is_something(v)));
-        let mut message = words(text.unwrap_or(&error));
-        let text_of = |key: &str| error.get(key).and_then(Value::as_str);
-        if let Some(code) = text_of("code").filter(|c| c.parse::<f64>().is_err()) {
+        let error = first(value, &["error", "errors"]).unwrap_or(value);
+        let error = error.get(0).unwrap_or(error);
+        let mut message = words(first(error, &["message", "detail", "msg", "error"]).unwrap_or(error));
+        if let Some(code) = error["code"].as_str().filter(|c| c.parse::<f64>().is_err()) {
             message = format!("{message} ({code})");
         }
-        let number = |key: &str| match error.get(key).or_else(|| value.get(key))? {
-            Value::Number(n) => n.as_u64(),
-            Value::String(s) => s.trim().parse().ok(),
-            _ => None,
-        };
-        let codes = ["code", "status", "statusCode", "status_code"];
-        let code = codes.iter().filter_map(|key| number(key)).find(|n| (400..600).contains(n));
-        let kind = ["type", "code", "status"].iter().filter_map(|key| text_of(key)).collect::<Vec<_>>().join(" ");
-        Self {
-            message,
-            code: code.and_then(|n| n.try_into().ok()),
-            kind: kind.to_lowercase(),
-            field: text_of("param").map(str::to_owned),
-        }
+        let code = ["code", "status", "statusCode", "status_code"].iter().find_map(|key| {
+            let number = error.get(key).or_else(|| value.get(key))?;
+            let number = number.as_str().map_or_else(|| number.as_u64(), |text| text.trim().parse().ok());
+            number.and_then(|n| u16::try_from(n).ok()).filter(|n| (400..600).contains(n))
+        });
+        let kind: Vec<_> = ["type", "code", "status"].iter().filter_map(|key| error[*key].as_str()).collect();
+        let field = error["param"].as_str().map(str::to_owned);
+        Self { message, code, kind: kind.join(" ").to_lowercase(), field }
     }
 
     /// The status that a failure inside of an answer of success stands for: what it names, or what its type means.
     /// A failure that says neither may pass, as a gateway's.
-    pub fn status(&self) -> u16 {
-        let is = |parts: &[&str]| parts.iter().any(|p| self.kind.contains(p));
-        match self.code {
-            Some(code) => code,
-            None if is(&["rate_limit", "ratelimit", "too_many", "overloaded"]) => 429,
-            None if is(&["context_length", "invalid_request", "badrequest", "bad_request", "unsupported"]) => 400,
-            None if is(&["authentication", "invalid_api_key", "permission"]) => 401,
-            None if is(&["not_found", "notfound"]) => 404,
-            None => 502,
-        }
+    pub(super) fn status(&self) -> u16 {
+        const KINDS: [(u16, &[&str]); 4] = [
+            (429, &["rate_limit", "ratelimit", "too_many", "overloaded"]),
+            (400, &["context_length", "invalid_request", "badrequest", "bad_request", "unsupported"]),
+            (401, &["authentication", "invalid_api_key", "permission"]),
+            (404, &["not_found", "notfound"]),
+        ];
+        let of_kind = KINDS.iter().find(|(_, parts)| parts.iter().any(|p| self.kind.contains(p)));
+        self.code.or(of_kind.map(|(status, _)| *status)).unwrap_or(502)
     }
 
     /// Whether it is about the length of a prompt: only where the status can mean that, and no word is of a load that
     /// passes. Wordings of OpenAI and llama-cpp-python ("maximum context length"), vLLM ("maximum model length"), SGLang
     /// ("context length"), llama.cpp ("context size"), TGI ("`inputs` must have less than").
-    pub fn is_too_long(&self, status: u16) -> bool {
+    pub(super) fn is_too_long(&self, status: u16) -> bool {
         const WORDS: [&str; 6] = [
             "context length",
             "context_length",
@@ -112,14 +108,11 @@ impl Said {
         ];
         const PASSES: [&str; 8] =
             ["rate limit", "per min", "per day", "per second", "quota", "overload", "try again", "is loading"];
-        let message = format!("{} {}", self.message, self.kind).to_lowercase();
-        matches!(status, 400 | 413 | 422)
-            && WORDS.iter().any(|w| message.contains(w))
-            && !PASSES.iter().any(|w| message.contains(w))
+        matches!(status, 400 | 413 | 422) && self.has_one_of(&WORDS) && !self.has_one_of(&PASSES)
     }
 
     /// Whether it refuses the field `name` as such, or the value that it was given: not merely how large that is.
-    pub fn refuses(&self, name: &str) -> bool {
+    pub(super) fn refuses(&self, name: &str) -> bool {
         const WORDS: [&str; 19] = [
             "unsupported",
             "not support",
@@ -141,47 +134,44 @@ impl Said {
             "greater than 0",
             "additional propert",
         ];
-        let message = format!("{} {}", self.message, self.kind).to_lowercase();
-        let named = self.field.as_deref() == Some(name) || self.names(name);
-        named && WORDS.iter().any(|w| message.contains(w))
+        (self.field.as_deref() == Some(name) || self.names(name)) && self.has_one_of(&WORDS)
+    }
+
+    fn has_one_of(&self, words: &[&str]) -> bool {
+        let said = format!("{} {}", self.message, self.kind).to_lowercase();
+        words.iter().any(|w| said.contains(w))
     }
 
     /// Whether `name` stands in it as a word of its own: not in `echo-7b`, nor in `max_tokens_to_sample`.
-    pub fn names(&self, name: &str) -> bool {
+    pub(super) fn names(&self, name: &str) -> bool {
         let joins = |c: char| c.is_alphanumeric() || c == '_' || c == '-';
-        self.message.match_indices(name).any(|(at, _)| {
-            let (before, after) = (&self.message[..at], &self.message[at + name.len()..]);
-            !before.chars().next_back().is_some_and(joins) && !after.chars().next().is_some_and(joins)
-        })
+        self.message
+            .match_indices(name)
+            .any(|(at, _)| !self.message[..at].ends_with(joins) && !self.message[at + name.len()..].starts_with(joins))
     }
 }
 
-/// Whether a field says anything: `"error": null`, `false`, `""`, `{}` and `[]` are no errors.
-fn is_something(value: &Value) -> bool {
-    match value {
+/// The first of these fields that says anything: `"error": null`, `false`, `""`, `{}` and `[]` are no errors.
+fn first<'a>(value: &'a Value, keys: &[&str]) -> Option<&'a Value> {
+    keys.iter().filter_map(|key| value.get(key)).find(|field| match field {
         Value::Null | Value::Bool(false) => false,
         Value::String(text) => !text.trim().is_empty(),
         Value::Array(items) => !items.is_empty(),
         Value::Object(fields) => !fields.is_empty(),
         Value::Bool(true) | Value::Number(_) => true,
-    }
+    })
 }
 
 /// The text of a message. FastAPI's list of mistakes without the request's own fields, which it repeats in `input`.
 fn words(value: &Value) -> String {
-    match value {
-        Value::String(text) => text.clone(),
-        Value::Array(items) => items.iter().map(words).collect::<Vec<_>>().join("; "),
-        Value::Object(fields) => match fields.get("msg").or_else(|| fields.get("message")).and_then(Value::as_str) {
-            Some(text) => {
-                let place = fields.get("loc").and_then(Value::as_array).into_iter().flatten();
-                let place: Vec<_> = place.map(|p| p.as_str().map_or_else(|| p.to_string(), str::to_owned)).collect();
-                if place.is_empty() { text.to_owned() } else { format!("{}: {text}", place.join(".")) }
-            }
-            None => value.to_string(),
-        },
-        other => other.to_string(),
+    if let Value::Array(items) = value {
+        return items.iter().map(words).collect::<Vec<_>>().join("; ");
     }
+    let Some(text) = value.as_str().or(value["msg"].as_str()).or(value["message"].as_str()) else {
+        return value.to_string();
+    };
+    let place = value["loc"].as_array().map(|parts| parts.iter().map(words).collect::<Vec<_>>().join("."));
+    place.filter(|p| !p.is_empty()).map_or_else(|| text.to_owned(), |place| format!("{place}: {text}"))
 }
 
 /// A page's or text's words on one line: of HTML its title, or else what is between the tags.
@@ -191,94 +181,78 @@ fn plain(text: &str) -> String {
         return text.to_owned();
     }
     let lower = text.to_ascii_lowercase();
-    let title = lower.find("<title>").and_then(|start| {
-        let from = start + "<title>".len();
-        Some(&text[from..from + lower[from..].find("</title>")?])
-    });
-    if let Some(title) = title.filter(|t| !t.trim().is_empty()) {
-        return title.trim().to_owned();
+    let title = lower.find("<title>").map(|at| at + "<title>".len());
+    let title = title.and_then(|from| Some(text[from..from + lower[from..].find("</title>")?].trim()));
+    if let Some(title) = title.filter(|t| !t.is_empty()) {
+        return title.to_owned();
     }
-    let mut inside = false;
-    let kept = text.chars().map(|c| match c {
-        '<' => {
-            inside = true;
-            ' '
-        }
-        '>' => {
-            inside = false;
-            ' '
-        }
-        _ if inside => ' ',
-        c => c,
-    });
-    let kept: String = kept.collect();
-    kept.split_whitespace().collect::<Vec<_>>().join(" ")
+    let between = text.split('<').filter_map(|part| part.split_once('>'));
+    between.flat_map(|(_, words)| words.split_whitespace()).collect::<Vec<_>>().join(" ")
+}
+
+/// At most `limit` characters, and a sign that there were more.
+pub(super) fn shorten(text: &str, limit: usize) -> String {
+    match text.char_indices().nth(limit) {
+        Some((at, _)) => format!("{}…", &text[..at]),
+        None => text.to_owned(),
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use serde_json::json;
 
-    fn message(value: &Value) -> String {
-        Said::refusal(value.to_string().as_bytes()).message
-    }
+    use super::*;
 
     #[test]
     fn every_dialects_message_is_found() {
-        for (value, expected) in [
-            (json!({"error": {"message": "no", "code": "bad_thing", "type": "x"}}), "no (bad_thing)"),
-            (json!({"error": {"message": "no", "code": 400}}), "no"),
-            (json!({"error": "no"}), "no"),
-            (json!({"detail": "no"}), "no"),
-            (json!({"object": "error", "message": "no", "code": 50001}), "no"),
-            (json!({"statusCode": 429, "message": "no"}), "no"),
-            (json!({"success": false, "errors": [{"code": 7009, "message": "no"}]}), "no"),
-            (json!({"error": {"error": {"message": "no"}}}), "no"),
+        for (body, expected) in [
+            (r#"{"error": {"message": "no", "code": "bad_thing", "type": "x"}}"#, "no (bad_thing)"),
+            (r#"{"error": {"message": "no", "code": 400}}"#, "no"),
+            (r#"{"error": "no"}"#, "no"),
+            (r#"{"detail": "no"}"#, "no"),
+            (r#"{"object": "error", "message": "no", "code": 50001}"#, "no"),
+            (r#"{"statusCode": 429, "message": "no"}"#, "no"),
+            (r#"{"success": false, "errors": [{"code": 7009, "message": "no"}]}"#, "no"),
+            (r#"{"error": {"error": {"message": "no"}}}"#, "no"),
             (
-                json!({"detail": [{"type": "missing", "loc": ["body", "messages"], "msg": "Field required",
-                    "input": {"echo": true}}]}),
-                "body.messages: Field required",
+                r#"{"detail": [{"loc": ["body", "messages", 0], "msg": "Field required", "input": {"echo": true}}]}"#,
+                "body.messages.0: Field required",
             ),
+            ("<html><body>A timeout  occurred</body></html>", "A timeout occurred"),
+            ("<html><title>524: timed out</title><p>x", "524: timed out"),
+            (" busy\n", "busy"),
         ] {
-            assert_eq!(message(&value), expected, "{value}");
+            assert_eq!(Said::refusal(body.as_bytes()).message, expected, "{body}");
         }
-        assert_eq!(Said::refusal(b"<html><body>A timeout  occurred</body></html>").message, "A timeout occurred");
-        assert_eq!(Said::refusal(b"<html><title>524: timed out</title><p>x").message, "524: timed out");
-        assert_eq!(Said::refusal(b" busy\n").message, "busy");
     }
 
     #[test]
     fn failures_inside_of_answers_are_found_and_have_a_status() {
         let choice = |c: Value| json!({"choices": [c], "error": null});
         for (value, status) in [
-            (choice(json!({"text": "", "error": {"code": 502, "message": "Upstream"}})), 502),
-            (choice(json!({"text": "", "error": {"code": "429", "message": "slow"}})), 429),
-            (choice(json!({"text": "half", "finish_reason": "error"})), 502),
-            (choice(json!({"text": "half", "finish_reason": "abort"})), 502),
-            (json!({"object": "error", "message": "overloaded", "code": 50001}), 502),
-            (json!({"detail": "loading"}), 502),
-            (json!({"message": "slow", "statusCode": 429}), 429),
-            (json!({"error": {"message": "m", "type": "invalid_request_error"}, "choices": []}), 400),
-            (json!({"error": {"message": "m", "type": "overloaded_error"}}), 429),
-            (json!({"errors": ["x"]}), 502),
+            (choice(json!({"text": "", "error": {"code": 502, "message": "Upstream"}})), Some(502)),
+            (choice(json!({"text": "", "error": {"code": "429", "message": "slow"}})), Some(429)),
+            (choice(json!({"text": "half", "finish_reason": "error"})), Some(502)),
+            (choice(json!({"text": "half", "finish_reason": "abort"})), Some(502)),
+            (json!({"object": "error", "message": "overloaded", "code": 50001}), Some(502)),
+            (json!({"detail": "loading"}), Some(502)),
+            (json!({"message": "slow", "statusCode": 429}), Some(429)),
+            (json!({"error": {"message": "m", "type": "invalid_request_error"}, "choices": []}), Some(400)),
+            (json!({"error": {"message": "m", "type": "overloaded_error"}}), Some(429)),
+            (json!({"errors": ["x"]}), Some(502)),
+            (choice(json!({"text": "x", "finish_reason": "stop", "error": null})), None),
+            (json!({"choices": [{"text": "x", "error": {}}], "error": "", "message": "hello"}), None),
+            (json!({"object": "list", "data": [], "error": {}}), None),
+            (json!({"data": 1}), None),
+            (json!([1]), None),
         ] {
-            assert_eq!(Said::within(&value).map(|s| s.status()), Some(status), "{value}");
-        }
-        for value in [
-            choice(json!({"text": "x", "finish_reason": "stop", "error": null})),
-            json!({"choices": [{"text": "x", "error": {}}], "error": "", "message": "hello"}),
-            json!({"object": "list", "data": [], "error": {}}),
-            json!({"data": 1}),
-            json!([1]),
-        ] {
-            assert_eq!(Said::within(&value), None, "{value}");
+            assert_eq!(Said::within(&value).map(|s| s.status()), status, "{value}");
         }
     }
 
     #[test]
     fn length_is_recognised_in_every_dialect_and_only_where_the_status_can_mean_it() {
-        let said = |message: &str| Said { message: message.into(), ..Said::default() };
         for message in [
             "This model's maximum context length is 2048 tokens, however you requested 3000 tokens",
             "The decoder prompt (length 3000) is longer than the maximum model length of 2048.",
@@ -287,32 +261,33 @@ mod tests {
             "Requested tokens (3000) exceed context window of 2048",
             "Input validation error: `inputs` must have less than 1024 tokens. Given: 3000",
         ] {
-            for status in [400, 413, 422] {
-                assert!(said(message).is_too_long(status), "{message}");
-            }
-            for status in [401, 404, 408, 429, 500, 502, 503, 529] {
-                assert!(!said(message).is_too_long(status), "{message} {status}");
-            }
+            let too_long = |status: &u16| Said::words(message).is_too_long(*status);
+            assert!([400, 413, 422].iter().all(too_long), "{message}");
+            assert!(![401, 404, 408, 429, 500, 502, 503, 529].iter().any(too_long), "{message}");
         }
-        assert!(!said("Rate limit reached on tokens per min. Shorten the context length or wait").is_too_long(400));
-        assert!(!said("Unsupported param: echo").is_too_long(400));
+        for message in ["Rate limit on tokens per min. Shorten the context length or wait", "Unsupported param: echo"] {
+            assert!(!Said::words(message).is_too_long(400), "{message}");
+        }
     }
 
     #[test]
     fn a_field_is_refused_by_name_and_not_by_its_size() {
-        let said = |message: &str| Said { message: message.into(), ..Said::default() };
-        let newer = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.";
-        assert!(said(newer).refuses("max_tokens"));
-        assert!(
-            said("'temperature' does not support 0 with this model. Only the default (1) value is supported.")
-                .refuses("temperature")
-        );
-        assert!(said("body.stop: Extra inputs are not permitted").refuses("stop"));
-        assert!(said("`temperature` must be strictly positive").refuses("temperature"));
-        assert!(!said("max_tokens is too large: 32000. This model has at most 4096").refuses("max_tokens"));
-        assert!(!said("unknown field `max_tokens_to_sample`").refuses("max_tokens"));
-        assert!(!said("model 'echo-7b' is unknown").names("echo"));
-        let by_field = Said { message: "Unsupported value".into(), field: Some("stop".into()), ..Said::default() };
+        for (message, field, refused) in [
+            (
+                "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'x' instead.",
+                "max_tokens",
+                true,
+            ),
+            ("'temperature' does not support 0. Only the default (1) value is supported.", "temperature", true),
+            ("body.stop: Extra inputs are not permitted", "stop", true),
+            ("`temperature` must be strictly positive", "temperature", true),
+            ("max_tokens is too large: 32000. This model has at most 4096", "max_tokens", false),
+            ("unknown field `max_tokens_to_sample`", "max_tokens", false),
+        ] {
+            assert_eq!(Said::words(message).refuses(field), refused, "{message}");
+        }
+        assert!(!Said::words("model 'echo-7b' is unknown").names("echo"));
+        let by_field = Said { field: Some("stop".into()), ..Said::words("Unsupported value") };
         assert!(by_field.refuses("stop") && !by_field.refuses("temperature"));
     }
 }

@@ -1,8 +1,8 @@
 //! From an echoed prompt to the log-likelihood of its end: which tokens count, and when none may.
 
 use super::error::Fault;
-use super::http::shorten;
-use super::protocol::{Echo, Token};
+use super::protocol::{Answer, Token};
+use super::said::shorten;
 
 /// Characters of a server's text that go into an error.
 const EXCERPT: usize = 60;
@@ -57,7 +57,7 @@ pub(super) fn boundary(context: &str) -> usize {
 ///
 /// Works from the prompt's end, so whatever stands at its start (a BOS token, listed or not, special tokens whose text a
 /// server hides) does not matter. Offsets are not used: SGLang gives -1, vLLM miscounts after a broken character.
-pub(super) fn by_text<'a>(answer: &'a Echo, prompt: &str, boundary: usize) -> Result<Option<&'a [Token]>, Fault> {
+pub(super) fn by_text<'a>(answer: &'a Answer, prompt: &str, boundary: usize) -> Result<Option<&'a [Token]>, Fault> {
     if !answer.text.starts_with(prompt) {
         let found = format!("its text is `{}`", shorten(&answer.text, EXCERPT));
         return Err(Fault::NoEcho { found });
@@ -67,7 +67,7 @@ pub(super) fn by_text<'a>(answer: &'a Echo, prompt: &str, boundary: usize) -> Re
         return Err(Fault::NoPromptLogProbs { found: "`logprobs` is empty".to_owned() });
     }
     // The one token that had to be generated is the last, unless the model ended the text or the server left it out.
-    let generated = answer.usage.generated.unwrap_or(1);
+    let generated = answer.generated_tokens.unwrap_or(1);
     let ends = [all.len().checked_sub(generated), Some(all.len())];
     let start_of = |end: usize| {
         let (mut position, mut start) = (prompt.len(), end);
@@ -82,9 +82,9 @@ pub(super) fn by_text<'a>(answer: &'a Echo, prompt: &str, boundary: usize) -> Re
 
 /// The tokens of a prompt beyond its first `context_tokens`, found by counting, as lm-evaluation-harness does.
 /// `context_tokens`: what the server says the context alone has; 0 for all of the prompt.
-pub(super) fn by_count(answer: &Echo, context_tokens: usize) -> Result<&[Token], Fault> {
+pub(super) fn by_count(answer: &Answer, context_tokens: usize) -> Result<&[Token], Fault> {
     let listed = answer.tokens.len();
-    let (Some(prompt), Some(generated)) = (answer.usage.prompt, answer.usage.generated) else {
+    let (Some(prompt), Some(generated)) = (answer.prompt_tokens, answer.generated_tokens) else {
         return Err(Fault::Misaligned("their texts are unclear and `usage` does not count both sides".into()));
     };
     let Some(end) = listed.checked_sub(generated).filter(|end| end + 1 >= prompt) else {
@@ -117,18 +117,10 @@ pub(super) fn agree(generated: &[Token], echoed: &[Token]) -> Result<(), Fault> 
 /// Where to cut a text that is too long for the server: before white space nearest its middle, else between characters.
 /// `None`: it cannot be cut.
 pub(super) fn cut(text: &str) -> Option<usize> {
-    let middle = text.len() / 2;
-    let nearest = |at: &usize| at.abs_diff(middle);
-    let mut previous_is_space = true;
-    let spaces = text.char_indices().filter(|(_, c)| {
-        let starts = c.is_whitespace() && !previous_is_space;
-        previous_is_space = c.is_whitespace();
-        starts
-    });
-    spaces
-        .map(|(at, _)| at)
-        .min_by_key(nearest)
-        .or_else(|| text.char_indices().skip(1).map(|(at, _)| at).min_by_key(nearest))
+    let nearest = |at: &usize| at.abs_diff(text.len() / 2);
+    let places = || text.char_indices().zip(text.chars().skip(1)).map(|((at, c), next)| (at + c.len_utf8(), c, next));
+    let words = places().filter(|(_, c, next)| next.is_whitespace() && !c.is_whitespace());
+    words.map(|(at, ..)| at).min_by_key(nearest).or_else(|| places().map(|(at, ..)| at).min_by_key(nearest))
 }
 
 /// What a piece of a longer text is read after: the last word of the text before, without white space around it; its last
@@ -143,17 +135,16 @@ pub(super) fn last_word(text: &str) -> &str {
 
 #[cfg(test)]
 mod tests {
-    use super::super::protocol::Usage;
     use super::*;
 
     fn token(text: &str, logprob: f64) -> Token {
         Token { text: text.to_owned(), logprob: Some(logprob), best: Some(logprob.max(-0.5)) }
     }
 
-    fn answer(text: &str, tokens: &[&str], prompt_tokens: usize) -> Echo {
+    fn answer(text: &str, tokens: &[&str], prompt_tokens: usize) -> Answer {
         let tokens = tokens.iter().enumerate().map(|(i, t)| token(t, -(i as f64))).collect();
-        let usage = Usage { prompt: Some(prompt_tokens), generated: Some(1) };
-        Echo { text: text.to_owned(), tokens, usage }
+        let (text, prompt_tokens, generated_tokens) = (text.to_owned(), Some(prompt_tokens), Some(1));
+        Answer { text, tokens, prompt_tokens, generated_tokens, ..Answer::default() }
     }
 
     fn texts(tokens: &[Token]) -> Vec<&str> {
@@ -161,60 +152,54 @@ mod tests {
     }
 
     #[test]
-    fn a_token_that_holds_the_boundary_counts() {
-        let a = answer("a bcd e!", &["a", " bcd", " e", "!"], 3);
-        let from = |at| texts(by_text(&a, "a bcd e", at).unwrap().unwrap()).concat();
-        assert_eq!(from(5), " e");
-        assert_eq!(from(3), " bcd e");
-        assert_eq!(from(1), " bcd e");
-        assert_eq!(from(0), "a bcd e");
-        assert_eq!(from(7), "");
-    }
-
-    #[test]
-    fn hidden_special_tokens_at_the_start_do_not_matter() {
-        let a = answer("<s>[I]a b!", &["", "", "a", " b", "!"], 4);
-        assert_eq!(texts(by_text(&a, "<s>[I]a b", 7).unwrap().unwrap()), [" b"]);
-    }
-
-    #[test]
-    fn characters_that_tokens_split_are_counted_instead() {
-        // "né o" where é is two tokens that no text shows.
-        let a = answer("né o!", &["n", "", "", " o", "!"], 4);
-        assert_eq!(texts(by_text(&a, "né o", 3).unwrap().unwrap()), [" o"]);
-        assert_eq!(by_text(&a, "né o", 1).unwrap(), None);
-        assert_eq!(texts(by_count(&a, 1).unwrap()), ["", "", " o"]);
-    }
-
-    #[test]
-    fn counting_does_not_mind_a_bos_token_that_is_not_listed() {
-        let a = answer("n o!", &["n", " o", "!"], 3);
-        assert_eq!(texts(by_count(&a, 2).unwrap()), [" o"]);
-        assert_eq!(texts(by_count(&a, 0).unwrap()), ["n", " o"]);
-    }
-
-    #[test]
-    fn counts_that_cannot_be_are_refused() {
-        let a = answer("n o!", &["n", " o", "!"], 2);
-        assert!(matches!(by_count(&a, 2), Err(Fault::Misaligned(_))));
-        assert!(matches!(by_count(&a, 9), Err(Fault::Misaligned(_))));
-        let only_generated = answer("n o!", &["!"], 2);
-        assert!(matches!(by_count(&only_generated, 1), Err(Fault::NoPromptLogProbs { .. })));
-        for usage in [Usage::default(), Usage { generated: None, ..a.usage }, Usage { prompt: None, ..a.usage }] {
-            let unclear = Echo { usage, ..a.clone() };
-            assert!(matches!(by_count(&unclear, 1), Err(Fault::Misaligned(_))));
+    fn tokens_are_found_by_their_texts_from_the_end() {
+        let plain = answer("a bcd e!", &["a", " bcd", " e", "!"], 3);
+        let hidden = answer("<s>[I]a b!", &["", "", "a", " b", "!"], 4);
+        // é is two tokens that no text shows.
+        let split = answer("né o!", &["n", "", "", " o", "!"], 4);
+        for (answer, boundary, expected) in [
+            (&plain, 7, Some("")),
+            (&plain, 5, Some(" e")),
+            // A token that holds the boundary counts.
+            (&plain, 3, Some(" bcd e")),
+            (&plain, 1, Some(" bcd e")),
+            (&plain, 0, Some("a bcd e")),
+            (&hidden, 7, Some(" b")),
+            (&split, 3, Some(" o")),
+            (&split, 1, None),
+        ] {
+            let found = by_text(answer, answer.text.trim_end_matches('!'), boundary).unwrap();
+            assert_eq!(found.map(|t| texts(t).concat()).as_deref(), expected, "{boundary}");
         }
     }
 
     #[test]
+    fn tokens_are_counted_where_texts_do_not_show_them() {
+        let split = answer("né o!", &["n", "", "", " o", "!"], 4);
+        assert_eq!(texts(by_count(&split, 1).unwrap()), ["", "", " o"]);
+        // A BOS token that is not listed.
+        let hidden = answer("n o!", &["n", " o", "!"], 3);
+        assert_eq!(texts(by_count(&hidden, 2).unwrap()), [" o"]);
+        assert_eq!(texts(by_count(&hidden, 0).unwrap()), ["n", " o"]);
+        let a = answer("n o!", &["n", " o", "!"], 2);
+        for (answer, context) in [
+            (a.clone(), 2),
+            (a.clone(), 9),
+            (Answer { generated_tokens: None, ..a.clone() }, 1),
+            (Answer { prompt_tokens: None, ..a }, 1),
+        ] {
+            assert!(matches!(by_count(&answer, context), Err(Fault::Misaligned(_))), "{answer:?}");
+        }
+        let only_generated = answer("n o!", &["!"], 2);
+        assert!(matches!(by_count(&only_generated, 1), Err(Fault::NoPromptLogProbs { .. })));
+    }
+
+    #[test]
     fn a_tie_with_the_best_token_is_greedy_and_anything_below_is_not() {
-        let at = |logprob, best| Token { text: "a".into(), logprob: Some(logprob), best: Some(best) };
-        assert!(Scored::of(&[at(-1.0, -1.0), at(-0.1, -0.1)]).unwrap().is_greedy);
-        assert!(!Scored::of(&[at(-1.0, -1.0), at(-0.2, -0.1)]).unwrap().is_greedy);
-        assert!(matches!(
-            Scored::of(&[Token { text: "a".into(), logprob: Some(-1.0), best: None }]),
-            Err(Fault::NoPromptLogProbs { .. })
-        ));
+        let at = |logprob, best| Token { text: "a".into(), logprob: Some(logprob), best };
+        assert!(Scored::of(&[at(-1.0, Some(-1.0)), at(-0.1, Some(-0.1))]).unwrap().is_greedy);
+        assert!(!Scored::of(&[at(-1.0, Some(-1.0)), at(-0.2, Some(-0.1))]).unwrap().is_greedy);
+        assert!(matches!(Scored::of(&[at(-1.0, None)]), Err(Fault::NoPromptLogProbs { .. })));
     }
 
     #[test]
@@ -226,13 +211,17 @@ mod tests {
 
     #[test]
     fn a_text_is_cut_before_white_space_or_else_between_characters() {
-        assert_eq!(cut("one two three four"), Some(7));
-        assert_eq!(cut("one two").map(|at| "one two".split_at(at)), Some(("one", " two")));
-        assert_eq!(cut("ééé"), Some(2));
-        assert_eq!(cut("é"), None);
-        assert_eq!(cut(""), None);
-        assert_eq!(last_word("one two \n"), "two");
-        assert_eq!(last_word("日本語"), "語");
-        assert_eq!(last_word(""), "");
+        for (text, at) in [
+            ("one two three four", Some(7)),
+            ("one two", Some(3)),
+            (" one", Some(2)),
+            ("one  ", Some(3)),
+            ("ééé", Some(2)),
+            ("é", None),
+            ("", None),
+        ] {
+            assert_eq!(cut(text), at, "{text:?}");
+        }
+        assert_eq!(["one two \n", "日本語", ""].map(last_word), ["two", "語", ""]);
     }
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Tally {
-    /// Further tries, by their cause: `HTTP 429`, `time-out`, `connection`.
+    /// Further tries, by their cause: `HTTP 429`, `a time-out`, `a broken connection`.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub retries: BTreeMap<String, u64>,
     /// Answers that the server's content filter ended.
@@ -57,46 +57,38 @@ impl Tally {
     /// One sentence for each thing that happened; those that change what scores mean begin with `warning:`.
     #[must_use]
     pub fn sentences(&self) -> Vec<String> {
-        let mut all = Vec::new();
-        let answers = |n: u64| if n == 1 { "1 answer".to_owned() } else { format!("{n} answers") };
-        if self.temperature_not_sent > 0 {
-            all.push(format!(
-                "warning: {} asked for as greedy came without a temperature, which the server or an option left out; it \
-                 sampled as it does by default, so another run may score otherwise",
-                answers(self.temperature_not_sent)
-            ));
-        }
-        if self.filtered > 0 {
-            all.push(format!(
-                "warning: the server's content filter ended {}; scored as they came",
-                answers(self.filtered)
-            ));
-        }
-        if self.declined > 0 {
-            all.push(format!("warning: the model declined in {}; scored as they came", answers(self.declined)));
-        }
-        if self.only_reasoning > 0 {
-            all.push(format!(
-                "warning: {} held reasoning and no answer; scored as empty. More tokens may help: --gen-kwargs \
-                 max_gen_toks=N",
-                answers(self.only_reasoning)
-            ));
-        }
-        if self.cut_texts > 0 {
-            let texts =
-                if self.cut_texts == 1 { "1 text was".to_owned() } else { format!("{} texts were", self.cut_texts) };
-            all.push(format!(
-                "warning: {texts} longer than the server's context and scored in pieces, each after the last word before \
-                 it: perplexity is higher than over one long context"
-            ));
+        let answers = ("1 answer", "answers");
+        let counted = [
+            (
+                self.temperature_not_sent,
+                answers,
+                "{} asked for as greedy came without a temperature, which the server or an option left out; it sampled as \
+                 it does by default, so another run may score otherwise",
+            ),
+            (self.filtered, answers, "the server's content filter ended {}; scored as they came"),
+            (self.declined, answers, "the model declined in {}; scored as they came"),
+            (
+                self.only_reasoning,
+                answers,
+                "{} held reasoning and no answer; scored as empty. More tokens may help: --gen-kwargs max_gen_toks=N",
+            ),
+            (
+                self.cut_texts,
+                ("1 text was", "texts were"),
+                "{} longer than the server's context and scored in pieces, each after the last word before it: perplexity \
+                 is higher than over one long context",
+            ),
+        ];
+        let mut all: Vec<String> = Vec::new();
+        for (n, (one, several), sentence) in counted.into_iter().filter(|(n, ..)| *n > 0) {
+            let what = if n == 1 { one.to_owned() } else { format!("{n} {several}") };
+            all.push(format!("warning: {}", sentence.replace("{}", &what)));
         }
         if !self.left_out.is_empty() {
             let names: Vec<_> = self.left_out.iter().map(String::as_str).collect();
             all.push(format!("left out since the server refuses it: {}", names.join(", ")));
         }
-        for (old, new) in &self.renamed {
-            all.push(format!("{old} was sent as {new}, as the server wants it"));
-        }
+        all.extend(self.renamed.iter().map(|(old, new)| format!("{old} was sent as {new}, as the server wants it")));
         if !self.retries.is_empty() {
             let n: u64 = self.retries.values().sum();
             let causes: Vec<_> = self.retries.iter().map(|(cause, n)| format!("{n} after {cause}")).collect();
@@ -111,26 +103,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_that_happened_is_nothing_said() {
+    fn runs_that_go_on_from_one_another_add_up_and_what_did_not_happen_is_not_said() {
         assert!(Tally::default().sentences().is_empty());
         assert_eq!(serde_json::to_string(&Tally::default()).unwrap(), "{}");
-    }
-
-    #[test]
-    fn runs_that_go_on_from_one_another_add_up() {
-        let one = Tally {
-            retries: [("HTTP 429".to_owned(), 2), ("time-out".to_owned(), 1)].into(),
-            filtered: 1,
-            cut_texts: 2,
-            ..Tally::default()
-        };
+        let retries = [("HTTP 429".to_owned(), 2), ("a time-out".to_owned(), 1)].into();
+        let one = Tally { retries, filtered: 1, cut_texts: 2, ..Tally::default() };
         let mut both: Tally = serde_json::from_str(&serde_json::to_string(&one).unwrap()).unwrap();
         both.add(&one);
-        assert_eq!((both.retries["HTTP 429"], both.filtered, both.cut_texts), (4, 2, 4));
-        let said = both.sentences().join("\n");
-        assert!(
-            said.contains("ended 2 answers") && said.contains("tried again: 6 (4 after HTTP 429, 2 after time-out)"),
-            "{said}"
-        );
+        let said = both.sentences();
+        assert_eq!(said[0], "warning: the server's content filter ended 2 answers; scored as they came");
+        assert!(said[1].starts_with("warning: 4 texts were longer than the server's context"));
+        assert_eq!(said[2..], ["requests tried again: 6 (4 after HTTP 429, 2 after a time-out)"]);
     }
 }
