@@ -96,19 +96,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pointers_say_which_program_fetches_the_file_and_how_large_it_is() {
-        let lfs = b"version https://git-lfs.github.com/spec/v1\noid sha256:0007\nsize 538090408\n";
-        let said = foreign(lfs).unwrap();
-        assert!(said.contains("Git LFS pointer to 538090408 bytes") && said.contains("`git lfs pull`"), "{said}");
-        assert_eq!(pointer(lfs), Some(said));
-        assert!(pointer(b"# xet version 0\nfilesize = 5\n").unwrap().contains("git xet checkout"));
-        assert!(pointer(b"/annex/objects/MD5E-s5--x.safetensors\n").unwrap().contains("git annex get"));
-    }
-
-    #[test]
-    fn what_downloads_leave_instead_of_a_file_is_named() {
+    fn what_stands_in_the_place_of_a_file_is_named_and_real_files_are_not_taken_for_it() {
+        let header = [&2u64.to_le_bytes()[..], b"{}"].concat();
         for (bytes, expected) in [
-            (&b""[..], "empty"),
+            (&b"version https://git-lfs.github.com/spec/v1\nsize 538\n"[..], "a Git LFS pointer to 538 bytes, not"),
+            (b"version http://git-media.io/v/1\n", "fetch it with `git lfs pull`"),
+            (b"# xet version 0\nfilesize = 5\n", "git xet checkout"),
+            (b"/annex/objects/MD5E-s5--x.safetensors\n", "git annex get"),
+            (b"", "empty"),
             (&[0; 600], "never finished"),
             (b"\n<!DOCTYPE html><html>", "web page"),
             (b"<HTML lang=en>", "web page"),
@@ -123,12 +118,8 @@ mod tests {
         ] {
             let said = foreign(bytes).unwrap_or_else(|| panic!("{bytes:?}"));
             assert!(said.contains(expected), "{said}");
+            assert_eq!(pointer(bytes).is_some(), said.contains("pointer"), "{said}");
         }
-    }
-
-    #[test]
-    fn real_files_are_not_taken_for_foreign_ones() {
-        let header = [&2u64.to_le_bytes()[..], b"{}"].concat();
         for bytes in [&header[..], b"{\"a\": 1}", b"{}", b"{{ bos_token }}", b"version https://example.org", b"text"] {
             assert_eq!(foreign(bytes), None, "{bytes:?}");
         }

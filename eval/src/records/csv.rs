@@ -1,6 +1,6 @@
 //! CSV and TSV: a head, and rows as long as it.
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::{Items, Records, RecordsError};
 
@@ -24,14 +24,14 @@ impl Table {
         let wrong = |line: usize, message: String| RecordsError::Wrong { file: file.into(), line, message };
         let mut reader = ::csv::ReaderBuilder::new().delimiter(separator).from_reader(text.as_bytes());
         let fail = |e: ::csv::Error| {
+            let what = match e.kind() {
+                ::csv::ErrorKind::UnequalLengths { expected_len, len, .. } => {
+                    format!("a row of {len} cells where the head names {expected_len}")
+                }
+                _ => e.to_string(),
+            };
             let line = e.position().map_or(1, |p| p.line() as usize);
-            match e.kind() {
-                ::csv::ErrorKind::UnequalLengths { expected_len, len, .. } => wrong(
-                    line,
-                    format!("not a CSV file with a head: a row of {len} cells where the head names {expected_len}"),
-                ),
-                _ => wrong(line, format!("not a CSV file with a head: {e}")),
-            }
+            wrong(line, format!("not a CSV file with a head: {what}"))
         };
         let head = reader.headers().map_err(fail)?.clone();
         // As pandas names a column without a name, such as the index that its to_csv writes.
@@ -67,9 +67,7 @@ impl Table {
     pub fn records(self) -> Records {
         let Self { file, names, rows, lines } = self;
         let value = |cell: String| if cell.is_empty() { Value::Null } else { Value::String(cell) };
-        let object = |row: Vec<String>| {
-            Value::Object(names.iter().cloned().zip(row.into_iter().map(value)).collect::<Map<_, _>>())
-        };
-        Records { file, items: Items::Rows(lines.into_iter().map(Some).zip(rows.into_iter().map(object)).collect()) }
+        let object = |row: Vec<String>| Value::Object(names.iter().cloned().zip(row.into_iter().map(value)).collect());
+        Records { file, items: Items::Values(rows.into_iter().map(object).collect()), lines, in_list: false }
     }
 }

@@ -12,16 +12,15 @@ mod paths;
 mod raw;
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::path::Path;
 
 use serde_json::Value;
 
 pub use self::csv::Table;
 pub use self::error::RecordsError;
-pub use self::paths::{Files, distinct_file_names, distinct_names, expand, same_file_twice, short_name};
-pub use self::raw::{
-    STDIN, bytes, decode, parse_json, plain_line_ends, read_json, read_text, text_of, unpack, without_mark,
-};
+pub use self::paths::{Files, distinct_file_names, distinct_names, expand, same_file_twice};
+pub use self::raw::{STDIN, bytes, decode, parse_json, plain_line_ends, read_json, read_text, without_mark};
 
 /// What a file holds.
 #[derive(Clone, Debug)]
@@ -83,19 +82,18 @@ pub fn read(path: &Path) -> Result<Content, RecordsError> {
     }
     let file = path.display().to_string();
     let text = decode(&file, bytes)?;
-    match named {
-        Some(Format::Json) => Ok(Content::Records(Records::json(path, text)?)),
-        Some(Format::Separated(separator)) => Ok(Content::Records(Table::read(&file, &text, separator)?.records())),
-        _ if json::looks_like_json(&text) => match Records::json(path, text) {
-            Ok(records) => Ok(Content::Records(records)),
-            Err(RecordsError::Wrong { file, line, message }) => {
-                let message = format!("looks like JSON but is not: {message}");
-                Err(RecordsError::Wrong { file, line, message })
+    let records = match named {
+        Some(Format::Json) => Records::json(path, text)?,
+        Some(Format::Separated(separator)) => Table::read(&file, &text, separator)?.records(),
+        _ if json::looks_like_json(&text) => Records::json(path, text).map_err(|e| match e {
+            RecordsError::Wrong { file, line, message } => {
+                RecordsError::Wrong { file, line, message: format!("looks like JSON but is not: {message}") }
             }
-            Err(other) => Err(other),
-        },
-        _ => Ok(Content::Text(plain_line_ends(text))),
-    }
+            other => other,
+        })?,
+        _ => return Ok(Content::Text(plain_line_ends(text))),
+    };
+    Ok(Content::Records(records))
 }
 
 /// Values of a file, one for each example.
@@ -103,14 +101,17 @@ pub fn read(path: &Path) -> Result<Content, RecordsError> {
 pub struct Records {
     file: String,
     items: Items,
+    /// Where each begins, from 1; empty where the format has no lines.
+    lines: Vec<usize>,
+    /// Whether errors name the item too: lines do not tell which.
+    in_list: bool,
 }
 
 #[derive(Clone, Debug)]
 enum Items {
     /// Made when asked for: as text they take a tenth of the memory.
-    Json { text: String, spans: Vec<json::Span>, list: bool },
-    /// With the line at which each begins, where it is known.
-    Rows(Vec<(Option<usize>, Value)>),
+    Json(String, Vec<Range<usize>>),
+    Values(Vec<Value>),
 }
 
 impl Records {
@@ -122,10 +123,10 @@ impl Records {
     pub fn json(path: &Path, text: String) -> Result<Self, RecordsError> {
         let file = path.display().to_string();
         if let Some(rows) = json::wrapped(&text) {
-            return Ok(Self { file, items: Items::Rows(rows.into_iter().map(|v| (None, v)).collect()) });
+            return Ok(Self { file, items: Items::Values(rows), lines: Vec::new(), in_list: true });
         }
-        let (spans, list) = json::split(&file, &text)?;
-        Ok(Self { file, items: Items::Json { text, spans, list } })
+        let json::Split { places, lines, in_list } = json::split(&file, &text)?;
+        Ok(Self { file, items: Items::Json(text, places), lines, in_list })
     }
 
     /// The rows of a Parquet file.
@@ -133,17 +134,16 @@ impl Records {
     /// # Errors
     /// What is no Parquet file; any, without the feature `parquet`.
     pub fn parquet(path: &Path) -> Result<Self, RecordsError> {
-        let rows = parquet::read(path)?;
-        let items = Items::Rows(rows.into_iter().map(|v| (None, v)).collect());
-        Ok(Self { file: path.display().to_string(), items })
+        let items = Items::Values(parquet::read(path)?);
+        Ok(Self { file: path.display().to_string(), items, lines: Vec::new(), in_list: true })
     }
 
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {
         match &self.items {
-            Items::Json { spans, .. } => spans.len(),
-            Items::Rows(rows) => rows.len(),
+            Items::Json(_, places) => places.len(),
+            Items::Values(values) => values.len(),
         }
     }
 
@@ -159,41 +159,20 @@ impl Records {
     /// Where it cannot be represented (half of a surrogate pair), with its place.
     pub fn get(&self, i: usize) -> Result<Cow<'_, Value>, RecordsError> {
         match &self.items {
-            Items::Rows(rows) => Ok(Cow::Borrowed(&rows[i].1)),
-            Items::Json { text, spans, .. } => {
-                let span = &spans[i];
-                let value = serde_json::from_str(&text[span.from..span.to]);
+            Items::Values(values) => Ok(Cow::Borrowed(&values[i])),
+            Items::Json(text, places) => {
+                let value = serde_json::from_str(&text[places[i].clone()]);
                 value.map(Cow::Owned).map_err(|e| self.wrong(i, json::said(&e)))
             }
-        }
-    }
-
-    /// The line at which record `i` begins, from 1; 1 where the format has none.
-    #[must_use]
-    pub fn line(&self, i: usize) -> usize {
-        match &self.items {
-            Items::Json { spans, .. } => spans[i].line,
-            Items::Rows(rows) => rows[i].0.unwrap_or(1),
         }
     }
 
     /// That record `i` is wrong.
     #[must_use]
     pub fn wrong(&self, i: usize, message: impl Into<String>) -> RecordsError {
-        let message = message.into();
-        let (file, line) = (self.file.clone(), self.line(i));
-        let message = match &self.items {
-            Items::Json { list: false, .. } | Items::Rows(_) if self.has_lines() => message,
-            _ => format!("item {}: {message}", i + 1),
-        };
-        RecordsError::Wrong { file, line, message }
-    }
-
-    fn has_lines(&self) -> bool {
-        match &self.items {
-            Items::Json { list, .. } => !list,
-            Items::Rows(rows) => rows.iter().all(|r| r.0.is_some()),
-        }
+        let item = if self.in_list { format!("item {}: ", i + 1) } else { String::new() };
+        let (file, line) = (self.file.clone(), self.lines.get(i).copied().unwrap_or(1));
+        RecordsError::Wrong { file, line, message: item + &message.into() }
     }
 }
 

@@ -7,27 +7,24 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::RecordsError;
+use super::raw::{GZIP, ZSTANDARD};
 use crate::foreign;
 
 /// What a Parquet file begins with.
 pub(super) const MAGIC: &[u8] = b"PAR1";
 
 /// The rows of a Parquet file.
-///
-/// # Errors
-/// What is no Parquet file by itself, or not one that can be read.
 pub(super) fn read(path: &Path) -> Result<Vec<Value>, RecordsError> {
     let fail = |message: String| RecordsError::Unreadable { file: path.display().to_string(), message };
     if path == Path::new(super::STDIN) {
         return Err(fail("Parquet cannot be read from standard input; give it as a file".into()));
     }
-    let io = |source| RecordsError::Read { path: path.into(), source };
     let mut head = Vec::new();
-    File::open(path).and_then(|file| file.take(foreign::LOOK as u64).read_to_end(&mut head)).map_err(io)?;
-    if head.starts_with(b"\x1f\x8b") || head.starts_with(b"\x28\xb5\x2f\xfd") {
-        return Err(fail(
-            "a Parquet file is compressed by itself and is not read out of gzip or Zstandard; unpack it".into(),
-        ));
+    let read = File::open(path).and_then(|file| file.take(foreign::LOOK as u64).read_to_end(&mut head));
+    read.map_err(|source| RecordsError::Read { path: path.into(), source })?;
+    if head.starts_with(GZIP) || head.starts_with(ZSTANDARD) {
+        let message = "a Parquet file is compressed by itself and is not read out of gzip or Zstandard; unpack it";
+        return Err(fail(message.into()));
     }
     if !head.starts_with(MAGIC) {
         let what = foreign::foreign(&head).map_or("it begins otherwise".into(), |what| format!("it is {what}"));

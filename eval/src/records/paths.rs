@@ -1,6 +1,6 @@
 //! Which files an argument means, and short names that tell several of them apart.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use super::{COMPRESSED, Format, RecordsError, STDIN};
@@ -25,36 +25,34 @@ pub fn expand(argument: &Path) -> Result<Files, RecordsError> {
         below(argument, &mut found)?;
         found.files.sort();
         found.others.sort();
-        if found.files.is_empty() {
-            let others = found.others.len();
-            let found = if others == 0 { String::new() } else { format!(" among {others} others") };
-            return Err(RecordsError::NoFiles { pattern: argument.display().to_string(), found });
-        }
-        return Ok(found);
+        let others = found.others.len();
+        let among = if others == 0 { String::new() } else { format!(" among {others} others") };
+        return found.or_none(&argument.display().to_string(), among);
     }
     let pattern = argument.to_str().filter(|t| t.contains(['*', '?', '[']) && !argument.exists());
     let Some(pattern) = pattern else { return Ok(Files { files: vec![argument.into()], others: Vec::new() }) };
-    let wrong = |message: String| RecordsError::Pattern { pattern: pattern.into(), message };
     let shell = glob::MatchOptions { require_literal_leading_dot: true, ..glob::MatchOptions::new() };
-    let paths = glob::glob_with(pattern, shell).map_err(|e| wrong(e.to_string()))?;
-    let mut files = Vec::new();
+    let paths = glob::glob_with(pattern, shell)
+        .map_err(|e| RecordsError::Pattern { pattern: pattern.into(), message: e.to_string() })?;
+    let mut found = Files::default();
     for path in paths {
         let path = path.map_err(|e| RecordsError::Read { path: e.path().into(), source: e.into() })?;
-        if path.is_file() {
-            files.push(path);
-        }
+        found.files.extend(Some(path).filter(|p| p.is_file()));
     }
-    if files.is_empty() {
-        return Err(RecordsError::NoFiles { pattern: pattern.into(), found: String::new() });
+    found.or_none(pattern, String::new())
+}
+
+impl Files {
+    fn or_none(self, pattern: &str, found: String) -> Result<Self, RecordsError> {
+        if self.files.is_empty() { Err(RecordsError::NoFiles { pattern: pattern.into(), found }) } else { Ok(self) }
     }
-    Ok(Files { files, others: Vec::new() })
 }
 
 fn below(folder: &Path, found: &mut Files) -> Result<(), RecordsError> {
     let fail = |source| RecordsError::Read { path: folder.into(), source };
     for entry in std::fs::read_dir(folder).map_err(fail)? {
         let path = entry.map_err(fail)?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = last(&path);
         if name.starts_with('.') {
             continue;
         }
@@ -72,41 +70,44 @@ fn below(folder: &Path, found: &mut Files) -> Result<(), RecordsError> {
 /// Files beside a data set that describe it.
 const DESCRIPTIONS: [&str; 4] = ["dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"];
 
-/// The name of a file without the endings that tell its format: `a.jsonl.gz` is `a`.
+/// A name for each path, none twice even where case, or what is no letter or digit, does not count: the name alone, with
+/// its ending, or with as many of the folders before it as are needed. `taken` are names that are others' already.
 #[must_use]
-pub fn short_name(path: &Path) -> String {
-    if path == Path::new(STDIN) {
-        return "stdin".into();
-    }
-    let name = last(path);
-    let lower = name.to_lowercase();
-    let packed = COMPRESSED.iter().find_map(|e| lower.strip_suffix(&format!(".{e}"))).map_or(name.len(), str::len);
-    let stem = Path::new(&name[..packed]).file_stem().map(|s| s.to_string_lossy().into_owned());
-    stem.filter(|s| !s.is_empty()).unwrap_or(name)
+pub fn distinct_names(paths: &[PathBuf], taken: &[&str]) -> Vec<String> {
+    tell_apart(&paths.iter().map(|p| forms(p, without_endings(p))).collect::<Vec<_>>(), taken)
+}
+
+/// As [`distinct_names`], with the ending always.
+#[must_use]
+pub fn distinct_file_names(paths: &[PathBuf], taken: &[&str]) -> Vec<String> {
+    tell_apart(&paths.iter().map(|p| forms(p, last(p))).collect::<Vec<_>>(), taken)
 }
 
 fn last(path: &Path) -> String {
     path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned())
 }
 
-/// A name for each path, none twice even where case, or what is no letter or digit, does not count: the name alone, with
-/// its ending, or with as many of the folders before it as are needed. `taken` are names that are others' already.
-#[must_use]
-pub fn distinct_names(paths: &[PathBuf], taken: &[&str]) -> Vec<String> {
-    tell_apart(&paths.iter().map(|p| forms(p)).collect::<Vec<_>>(), taken)
+/// The name of a file without the endings that tell its format: `a.jsonl.gz` is `a`.
+fn without_endings(path: &Path) -> String {
+    let name = last(path);
+    let lower = name.to_ascii_lowercase();
+    let packed = COMPRESSED.iter().find_map(|e| lower.strip_suffix(&format!(".{e}"))).map_or(name.len(), str::len);
+    let stem = Path::new(&name[..packed]).file_stem().map(|s| s.to_string_lossy().into_owned());
+    stem.filter(|s| !s.is_empty()).unwrap_or(name)
 }
 
-/// As [`distinct_names`], with the ending always.
-#[must_use]
-pub fn distinct_file_names(paths: &[PathBuf], taken: &[&str]) -> Vec<String> {
-    let named = |p: &PathBuf| {
-        let mut forms = forms(p);
-        if forms.len() > 1 && forms[0] != last(p) {
-            forms.remove(0);
-        }
-        forms
-    };
-    tell_apart(&paths.iter().map(named).collect::<Vec<_>>(), taken)
+/// Names of a path from `first` on, each longer.
+fn forms(path: &Path, first: String) -> Vec<String> {
+    if path == Path::new(STDIN) {
+        return vec!["stdin".into()];
+    }
+    let mut forms = vec![first, last(path)];
+    let parts: Vec<String> = path.components().map(|c| c.as_os_str().to_string_lossy().into_owned()).collect();
+    for from in (0..parts.len().saturating_sub(1)).rev() {
+        forms.push(parts[from..].join("/").replace("//", "/"));
+    }
+    forms.dedup();
+    forms
 }
 
 /// The first of the `forms` of each that no other has.
@@ -132,20 +133,6 @@ fn tell_apart(forms: &[Vec<String>], taken: &[&str]) -> Vec<String> {
     }
 }
 
-/// Names of a path from the shortest on.
-fn forms(path: &Path) -> Vec<String> {
-    if path == Path::new(STDIN) {
-        return vec![short_name(path)];
-    }
-    let mut forms = vec![short_name(path), last(path)];
-    let parts: Vec<String> = path.components().map(|c| c.as_os_str().to_string_lossy().into_owned()).collect();
-    for from in (0..parts.len().saturating_sub(1)).rev() {
-        forms.push(parts[from..].join("/").replace("//", "/"));
-    }
-    forms.dedup();
-    forms
-}
-
 /// What is left of a name in the name of a file that ignores case.
 fn plain(name: &str) -> String {
     name.chars().flat_map(char::to_lowercase).map(|c| if c.is_alphanumeric() { c } else { '_' }).collect()
@@ -157,11 +144,11 @@ fn plain(name: &str) -> String {
 /// When two of `paths` are the same.
 pub fn same_file_twice(paths: &[PathBuf]) -> Result<(), RecordsError> {
     let real = |p: &PathBuf| std::fs::canonicalize(p).unwrap_or_else(|_| p.clone());
-    let real: Vec<PathBuf> = paths.iter().map(real).collect();
-    for (i, second) in real.iter().enumerate() {
-        if let Some(first) = real[..i].iter().position(|f| f == second) {
-            let shown = |i: usize| paths[i].display().to_string();
-            return Err(RecordsError::Twice { first: shown(first), second: shown(i) });
+    let mut seen: HashMap<PathBuf, &PathBuf> = HashMap::new();
+    for second in paths {
+        if let Some(first) = seen.insert(real(second), second) {
+            let shown = |p: &PathBuf| p.display().to_string();
+            return Err(RecordsError::Twice { first: shown(first), second: shown(second) });
         }
     }
     Ok(())

@@ -14,8 +14,8 @@ pub const STDIN: &str = "-";
 /// Largest window of a Zstandard frame that is unpacked, bytes: what the `zstd` program takes without being asked to.
 const MAX_WINDOW: u64 = 128 << 20;
 
-const GZIP: &[u8] = b"\x1f\x8b";
-const ZSTANDARD: &[u8] = b"\x28\xb5\x2f\xfd";
+pub(super) const GZIP: &[u8] = b"\x1f\x8b";
+pub(super) const ZSTANDARD: &[u8] = b"\x28\xb5\x2f\xfd";
 
 /// The content of a file, or of standard input for `-`, unpacked where it is compressed, whatever it is called.
 ///
@@ -40,36 +40,29 @@ pub fn bytes(path: &Path) -> Result<Vec<u8>, RecordsError> {
 }
 
 /// `packed` as it is, or unpacked where its first bytes say that gzip or Zstandard wrote it; errors call it `file`.
-///
-/// # Errors
-/// Data that is damaged or ends early; a pointer to a file elsewhere.
-pub fn unpack(file: &str, packed: Vec<u8>) -> Result<Vec<u8>, RecordsError> {
+fn unpack(file: &str, packed: Vec<u8>) -> Result<Vec<u8>, RecordsError> {
     let unreadable = |message: String| RecordsError::Unreadable { file: file.into(), message };
     if let Some(what) = foreign::pointer(&packed) {
         return Err(unreadable(format!("it is {what}")));
     }
-    if packed.starts_with(GZIP) {
+    let (by, unpacked) = if packed.starts_with(GZIP) {
         let mut out = Vec::new();
-        let all = flate2::bufread::MultiGzDecoder::new(&packed[..]).read_to_end(&mut out);
-        all.map_err(|e| unreadable(format!("gzip: {}", damaged(&e.to_string()))))?;
-        return Ok(out);
-    }
-    if packed.starts_with(ZSTANDARD) || skippable(&packed).is_some() {
-        return zstandard(&packed).map_err(|e| unreadable(format!("Zstandard: {}", damaged(&e))));
-    }
-    Ok(packed)
-}
-
-fn damaged(said: &str) -> String {
-    format!("damaged or cut off ({said}); copy or download the file again")
+        let read = flate2::bufread::MultiGzDecoder::new(&packed[..]).read_to_end(&mut out);
+        ("gzip", read.map(|_| out).map_err(|e| e.to_string()))
+    } else if packed.starts_with(ZSTANDARD) || skippable(&packed).is_some() {
+        ("Zstandard", zstandard(&packed))
+    } else {
+        return Ok(packed);
+    };
+    let damaged = |said| unreadable(format!("{by}: damaged or cut off ({said}); copy or download the file again"));
+    unpacked.map_err(damaged)
 }
 
 /// Length of a Zstandard frame that holds no data, if one begins here.
 fn skippable(packed: &[u8]) -> Option<usize> {
-    let head: [u8; 8] = packed.get(..8)?.try_into().ok()?;
-    let magic = u32::from_le_bytes([head[0], head[1], head[2], head[3]]);
-    let length = u32::from_le_bytes([head[4], head[5], head[6], head[7]]) as usize;
-    (magic & 0xffff_fff0 == 0x184d_2a50).then_some(8 + length)
+    let number = |from: usize| Some(u32::from_le_bytes(packed.get(from..from + 4)?.try_into().ok()?));
+    let (magic, length) = (number(0)?, number(4)?);
+    (magic & 0xffff_fff0 == 0x184d_2a50).then_some(8 + length as usize)
 }
 
 /// All frames of a Zstandard file.
@@ -106,16 +99,14 @@ pub fn without_mark(bytes: &[u8]) -> &[u8] {
 /// # Errors
 /// What is not UTF-8 or holds NUL bytes, with the line.
 pub fn decode(file: &str, mut bytes: Vec<u8>) -> Result<String, RecordsError> {
-    if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
-        let message = "text in UTF-16 (PowerShell's `>` writes that); save it as UTF-8".into();
-        return Err(RecordsError::Unreadable { file: file.into(), message });
-    }
     let mark = bytes.len() - without_mark(&bytes).len();
     bytes.drain(..mark);
-    let line_of = |at: usize, bytes: &[u8]| 1 + bytes[..at].iter().filter(|b| **b == b'\n').count();
     let wrong = |at: usize, bytes: &[u8], message: String| match binary(bytes) {
         Some(what) => RecordsError::Unreadable { file: file.into(), message: format!("it is {what}") },
-        None => RecordsError::Wrong { file: file.into(), line: line_of(at, bytes), message },
+        None => {
+            let line = 1 + bytes[..at].iter().filter(|b| **b == b'\n').count();
+            RecordsError::Wrong { file: file.into(), line, message }
+        }
     };
     if let Some(at) = bytes.iter().position(|b| *b == 0) {
         let message = "a NUL byte, which no text has (UTF-16, or a binary file); save it as UTF-8".into();
@@ -147,14 +138,6 @@ fn binary(bytes: &[u8]) -> Option<String> {
 #[must_use]
 pub fn plain_line_ends(text: String) -> String {
     if text.contains('\r') { text.replace("\r\n", "\n").replace('\r', "\n") } else { text }
-}
-
-/// Bytes as text with `\n` at the ends of lines; errors call it `file`.
-///
-/// # Errors
-/// As [`unpack`] and [`decode`].
-pub fn text_of(file: &str, bytes: Vec<u8>) -> Result<String, RecordsError> {
-    Ok(plain_line_ends(decode(file, unpack(file, bytes)?)?))
 }
 
 /// A file as text, whatever it holds, with `\n` at the ends of lines.
