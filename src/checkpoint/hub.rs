@@ -110,7 +110,7 @@ struct Listing {
     siblings: Vec<Listed>,
 }
 
-#[derive(Clone, Deserialize)]
+#[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Listed {
     rfilename: String,
@@ -119,7 +119,7 @@ struct Listed {
     lfs: Option<Lfs>,
 }
 
-#[derive(Clone, Deserialize)]
+#[derive(Deserialize)]
 struct Lfs {
     sha256: Option<String>,
     size: Option<u64>,

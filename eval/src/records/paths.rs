@@ -110,24 +110,22 @@ fn forms(path: &Path, first: String) -> Vec<String> {
     forms
 }
 
-/// The first of the `forms` of each that no other has.
+/// The first of the `forms` of each that no other has; numbered where there is none.
 fn tell_apart(forms: &[Vec<String>], taken: &[&str]) -> Vec<String> {
+    let mut taken: HashSet<String> = taken.iter().map(|t| plain(t)).collect();
     let mut level = vec![0; forms.len()];
-    let name = |i: usize, level: &[usize]| forms[i][level[i].min(forms[i].len() - 1)].clone();
-    let taken: HashSet<String> = taken.iter().map(|t| plain(t)).collect();
     loop {
-        let keys: Vec<String> = (0..forms.len()).map(|i| plain(&name(i, &level))).collect();
+        let names: Vec<&String> = forms.iter().zip(&level).map(|(forms, level)| &forms[*level]).collect();
+        let keys: Vec<String> = names.iter().map(|name| plain(name)).collect();
         let clash = |i: usize| taken.contains(&keys[i]) || keys.iter().filter(|k| **k == keys[i]).count() > 1;
         let longer: Vec<usize> = (0..forms.len()).filter(|i| clash(*i) && level[*i] + 1 < forms[*i].len()).collect();
         if longer.is_empty() {
-            let mut seen = taken.clone();
-            let number = |i: usize| {
-                let name = name(i, &level);
-                let numbered = std::iter::once(name.clone()).chain((2..).map(|n| format!("{name} ({n})")));
+            let numbered = |name: &String| {
+                let mut all = std::iter::once(name.clone()).chain((2..).map(|n| format!("{name} ({n})")));
                 // There is always one more.
-                numbered.into_iter().find(|n| seen.insert(plain(n))).unwrap_or(name)
+                all.find(|n| taken.insert(plain(n))).unwrap_or_default()
             };
-            return (0..forms.len()).map(number).collect();
+            return names.into_iter().map(numbered).collect();
         }
         longer.into_iter().for_each(|i| level[i] += 1);
     }
