@@ -13,11 +13,12 @@
 
 mod pairing;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
+use rayon::prelude::*;
 use thiserror::Error;
 
-use self::pairing::{Paired, Pool, direction, pair};
+use self::pairing::{Paired, Pool, pair};
 use crate::comparison::{AgainstBaseline, Counted, GapClosed, Interval, Overall, TaskComparison, TaskScore};
 use crate::scores::{Aggregation, MetricScores, ModelScores};
 use crate::statistics::{
@@ -38,12 +39,12 @@ pub struct Options {
     /// Task → name of the group it is a part of, as each subject of MMLU is of MMLU. The documents of a group's tasks
     /// are pooled, and the group counts once in the overall recovery.
     pub groups: BTreeMap<String, String>,
-    /// Task → (metric, filter) that enters the overall recovery; without an entry the task's first metric.
+    /// Task → (metric, filter) that enters the overall recovery.
     pub headline: BTreeMap<String, (String, String)>,
 }
 
 impl Default for Options {
-    /// 95 %, 10,000 resamples, seed 0, no groups.
+    /// 95 %, 10,000 resamples, seed 0, no groups, nothing in the overall recovery.
     fn default() -> Self {
         Self { confidence: 0.95, resamples: 10_000, seed: 0, groups: BTreeMap::new(), headline: BTreeMap::new() }
     }
@@ -63,52 +64,14 @@ pub struct Verdict {
 #[derive(Debug, Error, PartialEq)]
 #[non_exhaustive]
 pub enum CompareError {
-    #[error("a comparison needs a baseline and at least one other model, found {found} model(s)")]
-    TooFewModels { found: usize },
-    #[error("{models} models but {labels} labels: give one label for each model")]
-    Labels { models: usize, labels: usize },
-    #[error("two models have the label `{label}`: give each a label of its own")]
-    SameLabel { label: String },
-    #[error("the PTQ model has index {index}, expected 1 to {last} (0 is the baseline)")]
-    Ptq { index: usize, last: usize },
-    #[error("option {option} is {found}, expected {expected}")]
-    Option { option: &'static str, found: String, expected: &'static str },
-    #[error("{label} has {metric} twice")]
-    SameMetric { metric: String, label: String },
-    #[error("{metric} was scored for {has} but not for {lacks}: evaluate both on the same tasks")]
-    MissingMetric { metric: String, has: String, lacks: String },
-    #[error("the {what} of {metric} is {found}: these models were evaluated on different versions of the task")]
-    Definition { metric: String, what: &'static str, found: String },
     #[error(
-        "{metric} has document {doc_id} (repeat {repeat}) for {has} but not for {lacks}: evaluate both on the same documents, with the same number of repeats"
+        "{metric} of {label} is not the same metric over the same documents as the baseline's: evaluate both on the same tasks, with the same number of documents and repeats"
     )]
-    MissingDocument { metric: String, doc_id: usize, repeat: usize, has: String, lacks: String },
+    Different { metric: String, label: String },
     #[error(
-        "{metric} of {label}: document {doc_id} (repeat {repeat}) is out of order or there twice, expected ascending (doc_id, repeat)"
+        "{metric} of {label}: document {doc_id} (repeat {repeat}) has the value {value} and the weight {weight}, expected a finite value and a weight above 0"
     )]
-    Order { metric: String, label: String, doc_id: usize, repeat: usize },
-    #[error("{metric} of {label}: document {doc_id} (repeat {repeat}) has the {what} {found}, expected {expected}")]
-    Number {
-        metric: String,
-        label: String,
-        doc_id: usize,
-        repeat: usize,
-        what: &'static str,
-        found: f64,
-        expected: &'static str,
-    },
-    #[error(
-        "{metric}: document {doc_id} (repeat {repeat}) weighs {first_weight} for {first} but {second_weight} for {second}: they were not given the same text"
-    )]
-    Weight {
-        metric: String,
-        doc_id: usize,
-        repeat: usize,
-        first: String,
-        first_weight: f64,
-        second: String,
-        second_weight: f64,
-    },
+    Number { metric: String, label: String, doc_id: usize, repeat: usize, value: f64, weight: f64 },
     #[error(
         "{metric} has {found} document(s), expected at least 2: with fewer there is nothing to estimate an error from"
     )]
@@ -117,58 +80,60 @@ pub enum CompareError {
         "{metric} of {label} comes to {found}, which is no number to compare: its log-likelihoods are far too low for a working model"
     )]
     Score { metric: String, label: String, found: f64 },
-    #[error("the headline metric of task {task} is to be {metric}, which was not scored; scored were {scored}")]
-    Headline { task: String, metric: String, scored: String },
     #[error(
         "group {group} mixes {first} and {second}, whose scores cannot be averaged: choose the same kind of headline metric for all its tasks"
     )]
     MixedGroup { group: String, first: String, second: String },
 }
 
-/// Compares `models` (index 0 is the baseline, `ptq` the index of the PTQ model) on all their metrics: one entry per
-/// metric in the baseline's order, and one overall recovery per model (`None` for the baseline and where no task gives
-/// one).
+/// Compares `models` (index 0 is the baseline, `ptq` the index of the PTQ model, each has a label) on all their metrics:
+/// one entry per metric in the baseline's order, and one overall recovery per model (`None` for the baseline and where no
+/// task gives one).
 ///
 /// The overall recovery is the mean over tasks and groups, equally weighted, of the recovery in their headline metric;
 /// each is resampled within itself. Tasks without a recovery (see above) are left out of it.
 ///
 /// # Errors
-/// When options make no sense, or models were not given the same tasks, documents and repeats.
+/// When models were not given the same tasks, documents and repeats, or scored what is no number.
 pub fn compare(
     models: &[ModelScores],
     labels: &[String],
     ptq: Option<usize>,
     options: &Options,
 ) -> Result<(Vec<TaskComparison>, Vec<Option<Overall>>), CompareError> {
-    check_call(models, labels, ptq, options)?;
     let metrics = pair(models, labels)?;
-    let headlines = headlines(&metrics, options)?;
-    let units = units(&metrics, &headlines, options)?;
+    let units = units(&metrics, options)?;
+    let compare = |metric: &Paired| -> Result<_, CompareError> {
+        let (task, shares) = metric.compare(models, labels, ptq, options)?;
+        Ok((task, units.iter().any(|u| u.name == metric.name).then_some(shares)))
+    };
+    let compared: Vec<_> = metrics.par_iter().map(compare).collect();
+    let (mut tasks, shares): (Vec<_>, Vec<_>) =
+        compared.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
+    correct(&mut tasks, ptq, options);
 
-    let compared = in_parallel(&metrics, |m| {
-        let keep = units.iter().any(|u| u.name == m.name);
-        m.compare(labels, ptq, keep, options)
-    });
-    let compared = compared.into_iter().collect::<Result<Vec<_>, _>>()?;
-    let p_values: Vec<f64> = compared.iter().flat_map(|c| c.tests.iter().map(|t| t.1)).collect();
-    let adjusted = holm(&p_values);
-    let others = models.len() - 1;
-    let tasks = metrics
-        .iter()
-        .zip(&compared)
-        .zip(adjusted.chunks(others))
-        .map(|((metric, found), adjusted)| {
-            let headline = headlines.get(metric.first().task.as_str()) == Some(&metric.name);
-            metric.finish(found, adjusted, headline, ptq, models, options)
-        })
-        .collect();
-
-    let groups: Vec<&Unit> = units.iter().filter(|u| metrics.iter().all(|m| m.name != u.name)).collect();
-    let groups = in_parallel(&groups, |group| group.pool.shares(&group.pool.resample(&group.name, options), options));
-    let shares: Vec<&UnitShares> = compared.iter().filter_map(|c| c.shares.as_ref()).chain(&groups).collect();
+    let groups = units.par_iter().filter(|u| metrics.iter().all(|m| m.name != u.name));
+    let groups: Vec<_> = groups.map(|g| g.pool.shares(&g.pool.resample(&g.name, options), options)).collect();
+    let shares: Vec<&UnitShares> = shares.iter().flatten().chain(&groups).collect();
     let mut overall = vec![None];
-    overall.extend((0..others).map(|other| overall_of(&shares, other, options)));
+    overall.extend((0..models.len() - 1).map(|other| overall_of(&shares, other, options)));
     Ok((tasks, overall))
+}
+
+/// Corrects the p-values for the number of all comparisons, and takes back the shares of gaps that are then none.
+fn correct(tasks: &mut [TaskComparison], ptq: Option<usize>, options: &Options) {
+    let against = |s: &TaskScore| s.against_baseline.as_ref().map(|a| a.p_value);
+    let p_values: Vec<f64> = tasks.iter().flat_map(|t| &t.scores).filter_map(against).collect();
+    let found = tasks.iter_mut().flat_map(|t| &mut t.scores).filter_map(|s| s.against_baseline.as_mut());
+    for (found, adjusted) in found.zip(holm(&p_values)) {
+        found.p_adjusted = adjusted;
+    }
+    for task in tasks {
+        let ptq = ptq.and_then(|p| task.scores[p].against_baseline.as_ref());
+        if ptq.is_none_or(|p| p.p_adjusted >= 1.0 - options.confidence) {
+            task.scores.iter_mut().filter_map(|s| s.gap_closed.as_mut()).for_each(|g| *g = GapClosed::NoSignificantGap);
+        }
+    }
 }
 
 /// For each model beside the baseline, whether the lower end of its mean recovery's interval reaches `threshold`
@@ -194,18 +159,6 @@ struct Share {
     /// What the resamples scatter around: the estimate but for the smoothing.
     centre: f64,
     resampled: Vec<f64>,
-}
-
-/// What [`Paired::compare`] found, but for what needs the other tasks' tests.
-struct Compared {
-    differences: Vec<Interval>,
-    recoveries: Vec<Option<Interval>>,
-    above_chance: Vec<Option<Interval>>,
-    /// Share of PTQ's gap closed, as if that were significant.
-    gaps: Vec<Option<Interval>>,
-    /// Which test, p-value.
-    tests: Vec<(&'static str, f64)>,
-    shares: Option<UnitShares>,
 }
 
 /// The shares of one task or group, one per model beside the baseline.
@@ -296,41 +249,67 @@ impl Paired<'_> {
         self.scores[0]
     }
 
-    /// With `keep` the shares' resampled values are kept, for the overall recovery.
+    /// What there is to say before the p-values are corrected, and the shares for the overall recovery.
     fn compare(
         &self,
+        models: &[ModelScores],
         labels: &[String],
         ptq: Option<usize>,
-        keep: bool,
         options: &Options,
-    ) -> Result<Compared, CompareError> {
+    ) -> Result<(TaskComparison, UnitShares), CompareError> {
         let pool = &self.pool;
+        let first = self.first();
         let resamples = pool.resample(&self.name, options);
-        let others = 1..self.scores.len();
-        let difference = |model: usize| {
-            let estimate = pool.score(model) - pool.score(0);
+        let shares = pool.shares(&resamples, options);
+        let against = |model: usize| -> Result<AgainstBaseline, CompareError> {
             let score = |sum, weight| pool.aggregation.score(sum, weight);
             let resampled = resamples.iter().map(|(sums, w)| score(sums[model], w) - score(sums[0], w)).collect();
-            interval(estimate, resampled, pool.sample.documents(), options.confidence).ok_or_else(|| {
-                // Only perplexities get there, where they are too large in too many resamples.
-                let (metric, label) = (self.name.clone(), labels[model].clone());
-                CompareError::Score { metric, label, found: pool.score(model) }
+            let estimate = pool.score(model) - pool.score(0);
+            let difference = interval(estimate, resampled, pool.sample.documents(), options.confidence);
+            let (test, p_value) = self.test(model, options);
+            Ok(AgainstBaseline {
+                difference: difference.ok_or_else(|| {
+                    // Only perplexities get there, where they are too large in too many resamples.
+                    let (metric, label) = (self.name.clone(), labels[model].clone());
+                    CompareError::Score { metric, label, found: pool.score(model) }
+                })?,
+                recovery: pool.interval_of(shares.recoveries[model - 1].as_ref(), options),
+                recovery_above_chance: pool.interval_of(shares.above_chance[model - 1].as_ref(), options),
+                test: test.to_owned(),
+                p_value,
+                p_adjusted: p_value,
+                changed: pool.sample.column(0).zip(pool.sample.column(model)).filter(|(b, m)| b != m).count(),
             })
         };
-        let shares = pool.shares(&resamples, options);
-        let intervals = |of: &[Option<Share>]| of.iter().map(|s| pool.interval_of(s.as_ref(), options)).collect();
-        let gap = |model: usize| {
-            let ptq = ptq.filter(|p| *p != model)?;
-            pool.interval_of(pool.gap_closed(&resamples, model, ptq, options).as_ref(), options)
+        let gap = |model: usize, ptq: usize| {
+            let share = pool.gap_closed(&resamples, model, ptq, options);
+            pool.interval_of(share.as_ref(), options).map_or(GapClosed::NoSignificantGap, GapClosed::Share)
         };
-        Ok(Compared {
-            differences: others.clone().map(difference).collect::<Result<_, _>>()?,
-            recoveries: intervals(&shares.recoveries),
-            above_chance: intervals(&shares.above_chance),
-            gaps: others.clone().map(gap).collect(),
-            tests: others.map(|m| self.test(m, options)).collect(),
-            shares: keep.then_some(shares),
-        })
+        let score = |model: usize| -> Result<TaskScore, CompareError> {
+            Ok(TaskScore {
+                score: pool.score(model),
+                standard_error: standard_error(pool, model),
+                against_baseline: (model > 0).then(|| against(model)).transpose()?,
+                gap_closed: ptq.filter(|p| model > 0 && *p != model).map(|p| gap(model, p)),
+                generation: models[model].generation.iter().find(|(task, _)| *task == first.task).map(|(_, g)| *g),
+            })
+        };
+        let comparison = TaskComparison {
+            task: first.task.clone(),
+            metric: first.metric.clone(),
+            filter: first.filter.clone(),
+            higher_is_better: first.higher_is_better,
+            headline: self.is_headline(options),
+            chance: first.chance,
+            documents: pool.sample.documents(),
+            scores: (0..models.len()).map(score).collect::<Result<_, _>>()?,
+        };
+        Ok((comparison, shares))
+    }
+
+    fn is_headline(&self, options: &Options) -> bool {
+        let first = self.first();
+        options.headline.get(&first.task).is_some_and(|(m, f)| (m, f) == (&first.metric, &first.filter))
     }
 
     /// Which test is right for the values, and its p-value that `model` scores as the baseline does.
@@ -346,51 +325,6 @@ impl Paired<'_> {
         }
         let mut random = Random::named(options.seed, &format!("{} {model}", self.name));
         ("paired permutation", paired_permutation(pairs.map(|(b, m)| m - b), options.resamples, &mut random))
-    }
-
-    fn finish(
-        &self,
-        found: &Compared,
-        adjusted: &[f64],
-        headline: bool,
-        ptq: Option<usize>,
-        models: &[ModelScores],
-        options: &Options,
-    ) -> TaskComparison {
-        let first = self.first();
-        let pool = &self.pool;
-        let gap_is_real = ptq.is_some_and(|p| adjusted[p - 1] < 1.0 - options.confidence);
-        let score = |model: usize| {
-            let other = model.checked_sub(1);
-            let generation = models[model].generation.iter().find(|(task, _)| *task == first.task).map(|(_, g)| *g);
-            TaskScore {
-                score: pool.score(model),
-                standard_error: standard_error(pool, model),
-                against_baseline: other.map(|i| AgainstBaseline {
-                    difference: found.differences[i],
-                    recovery: found.recoveries[i],
-                    recovery_above_chance: found.above_chance[i],
-                    test: found.tests[i].0.to_owned(),
-                    p_value: found.tests[i].1,
-                    p_adjusted: adjusted[i],
-                    changed: pool.sample.column(0).zip(pool.sample.column(model)).filter(|(b, m)| b != m).count(),
-                }),
-                gap_closed: other.filter(|_| ptq.is_some_and(|p| p != model)).map(|i| {
-                    found.gaps[i].filter(|_| gap_is_real).map_or(GapClosed::NoSignificantGap, GapClosed::Share)
-                }),
-                generation,
-            }
-        };
-        TaskComparison {
-            task: first.task.clone(),
-            metric: first.metric.clone(),
-            filter: first.filter.clone(),
-            higher_is_better: first.higher_is_better,
-            headline,
-            chance: first.chance,
-            documents: pool.sample.documents(),
-            scores: (0..models.len()).map(score).collect(),
-        }
     }
 }
 
@@ -432,124 +366,31 @@ fn overall_of(units: &[&UnitShares], other: usize, options: &Options) -> Option<
     })
 }
 
-fn check_call(
-    models: &[ModelScores],
-    labels: &[String],
-    ptq: Option<usize>,
-    options: &Options,
-) -> Result<(), CompareError> {
-    if models.len() < 2 {
-        return Err(CompareError::TooFewModels { found: models.len() });
-    }
-    if labels.len() != models.len() {
-        return Err(CompareError::Labels { models: models.len(), labels: labels.len() });
-    }
-    let mut seen = BTreeSet::new();
-    if let Some(label) = labels.iter().find(|l| !seen.insert(*l)) {
-        return Err(CompareError::SameLabel { label: label.clone() });
-    }
-    if let Some(index) = ptq.filter(|p| !(1..models.len()).contains(p)) {
-        return Err(CompareError::Ptq { index, last: models.len() - 1 });
-    }
-    let bad = |option, found: String, expected| Err(CompareError::Option { option, found, expected });
-    if !(0.5..1.0).contains(&options.confidence) {
-        return bad("confidence", options.confidence.to_string(), "at least 0.5 and less than 1");
-    }
-    // Fewer leave less than one resample in each tail of a 95 % interval.
-    if options.resamples < 100 {
-        return bad("resamples", options.resamples.to_string(), "at least 100");
-    }
-    Ok(())
-}
-
-/// Task → name of its headline metric.
-fn headlines<'a>(metrics: &'a [Paired<'_>], options: &Options) -> Result<BTreeMap<&'a str, String>, CompareError> {
-    let mut out = BTreeMap::new();
-    for metric in metrics {
-        let task = metric.first().task.as_str();
-        match options.headline.get(task) {
-            None => {
-                out.entry(task).or_insert_with(|| metric.name.clone());
-            }
-            Some((wanted, filter)) => {
-                let wanted = format!("{task} / {wanted} / {filter}");
-                let of_task = metrics.iter().filter(|m| m.first().task == task);
-                if !of_task.clone().any(|m| m.name == wanted) {
-                    let scored = of_task.map(|m| m.name.as_str()).collect::<Vec<_>>().join(", ");
-                    return Err(CompareError::Headline { task: task.to_owned(), metric: wanted, scored });
-                }
-                out.insert(task, wanted);
-            }
-        }
-    }
-    Ok(out)
-}
-
 /// Tasks and groups by their headline metrics, in the order of their first task.
-fn units(
-    metrics: &[Paired<'_>],
-    headlines: &BTreeMap<&str, String>,
-    options: &Options,
-) -> Result<Vec<Unit>, CompareError> {
+fn units(metrics: &[Paired<'_>], options: &Options) -> Result<Vec<Unit>, CompareError> {
     let mut units: Vec<Unit> = Vec::new();
-    for metric in metrics.iter().filter(|m| headlines.get(m.first().task.as_str()) == Some(&m.name)) {
-        let Pool { sample, aggregation, higher_is_better, chance } = &metric.pool;
+    for metric in metrics.iter().filter(|m| m.is_headline(options)) {
+        let more = &metric.pool;
         let group = options.groups.get(&metric.first().task);
         let name = group.map_or_else(|| metric.name.clone(), |g| format!("group {g}"));
         let Some(unit) = units.iter_mut().find(|u| u.name == name) else {
-            let pool = Pool {
-                sample: sample.clone(),
-                aggregation: *aggregation,
-                higher_is_better: *higher_is_better,
-                chance: *chance,
-            };
-            units.push(Unit { name, pool });
+            units.push(Unit { name, pool: more.clone() });
             continue;
         };
         let pool = &mut unit.pool;
-        if (pool.aggregation, pool.higher_is_better) != (*aggregation, *higher_is_better) {
-            let kind = |a: Aggregation, higher| format!("{a:?} ({})", direction(higher));
-            return Err(CompareError::MixedGroup {
-                group: group.cloned().unwrap_or_default(),
-                first: kind(pool.aggregation, pool.higher_is_better),
-                second: format!("{} of {}", kind(*aggregation, *higher_is_better), metric.name),
-            });
+        let kind = |p: &Pool| {
+            format!("{:?} ({} is better)", p.aggregation, if p.higher_is_better { "higher" } else { "lower" })
+        };
+        if kind(pool) != kind(more) {
+            let group = group.cloned().unwrap_or_default();
+            let second = format!("{} of {}", kind(more), metric.name);
+            return Err(CompareError::MixedGroup { group, first: kind(pool), second });
         }
         // Chance of the pool: the mean over its documents.
-        let (weight, more) = (pool.sample.total_weight(), sample.total_weight());
-        pool.chance = pool.chance.zip(*chance).map(|(a, b)| (a * weight + b * more) / (weight + more));
-        pool.sample.extend(sample);
+        let weights = (pool.sample.total_weight(), more.sample.total_weight());
+        let chance = pool.chance.zip(more.chance);
+        pool.chance = chance.map(|(a, b)| (a * weights.0 + b * weights.1) / (weights.0 + weights.1));
+        pool.sample.extend(&more.sample);
     }
     Ok(units)
 }
-
-/// `work` of each item, on all cores; the results do not depend on how many there are.
-fn in_parallel<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
-    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(items.len()).max(1);
-    let next = std::sync::atomic::AtomicUsize::new(0);
-    let worker = || {
-        let claim = || next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        std::iter::repeat_with(claim)
-            .map_while(|i| Some((i, items.get(i)?)))
-            .map(|(i, item)| (i, work(item)))
-            .collect::<Vec<_>>()
-    };
-    let mut done = std::thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(worker)).collect();
-        let mut done = worker();
-        for other in others {
-            match other.join() {
-                Ok(more) => done.extend(more),
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        }
-        done
-    });
-    done.sort_by_key(|(i, _)| *i);
-    done.into_iter().map(|(_, result)| result).collect()
-}
-
-#[cfg(test)]
-mod simulations;
-#[cfg(test)]
-mod tests;

@@ -1,13 +1,11 @@
 //! Brings several models' scores of one metric together, after checking that they are of the same documents.
 
-use std::cmp::Ordering;
-use std::collections::BTreeMap;
-
 use super::CompareError;
 use crate::scores::{Aggregation, DocumentScore, MetricScores, ModelScores};
 use crate::statistics::Sample;
 
 /// Documents' values of all models, and how they become scores.
+#[derive(Clone)]
 pub(super) struct Pool {
     pub(super) sample: Sample,
     pub(super) aggregation: Aggregation,
@@ -29,71 +27,51 @@ impl Pool {
     }
 }
 
-/// Brings the models' scores of each metric together, in the baseline's order.
+/// Brings the models' scores of each metric together, in the baseline's order, which is that of all.
 pub(super) fn pair<'a>(models: &'a [ModelScores], labels: &[String]) -> Result<Vec<Paired<'a>>, CompareError> {
-    let mut by_name: Vec<BTreeMap<String, &MetricScores>> = Vec::new();
-    for (model, label) in models.iter().zip(labels) {
-        let mut names = BTreeMap::new();
-        for scores in &model.metrics {
-            if names.insert(name(scores), scores).is_some() {
-                return Err(CompareError::SameMetric { metric: name(scores), label: label.clone() });
-            }
-        }
-        by_name.push(names);
-    }
-    for (i, names) in by_name.iter().enumerate().skip(1) {
-        let missing = |from: usize, to: usize, metric: &String| CompareError::MissingMetric {
-            metric: metric.clone(),
-            has: labels[from].clone(),
-            lacks: labels[to].clone(),
-        };
-        if let Some(metric) = names.keys().find(|n| !by_name[0].contains_key(*n)) {
-            return Err(missing(i, 0, metric));
-        }
-        if let Some(metric) = by_name[0].keys().find(|n| !names.contains_key(*n)) {
-            return Err(missing(0, i, metric));
-        }
-    }
-    models[0]
-        .metrics
-        .iter()
-        .map(|first| {
-            let name = name(first);
-            let scores: Vec<&MetricScores> = by_name.iter().filter_map(|names| names.get(&name).copied()).collect();
-            let pool = pool(&name, &scores, labels)?;
-            Ok(Paired { name, scores, pool })
-        })
-        .collect()
+    let most = models.iter().max_by_key(|m| m.metrics.len()).map_or(&[][..], |m| &m.metrics);
+    let pair = |(at, metric): (usize, &MetricScores)| -> Result<Paired<'a>, CompareError> {
+        let name = format!("{} / {} / {}", metric.task, metric.metric, metric.filter);
+        let baseline = models[0].metrics.get(at);
+        let scores = models.iter().zip(labels).map(|(model, label)| -> Result<&MetricScores, CompareError> {
+            let scores = model.metrics.get(at).filter(|s| baseline.is_some_and(|b| alike(b, s)));
+            let scores =
+                scores.ok_or_else(|| CompareError::Different { metric: name.clone(), label: label.clone() })?;
+            check_numbers(&name, scores, label)?;
+            Ok(scores)
+        });
+        let scores = scores.collect::<Result<Vec<_>, _>>()?;
+        let pool = pool(&name, &scores, labels)?;
+        Ok(Paired { name, scores, pool })
+    };
+    most.iter().enumerate().map(pair).collect()
 }
 
-fn name(scores: &MetricScores) -> String {
-    format!("{} / {} / {}", scores.task, scores.metric, scores.filter)
+/// Whether two models' scores are of the same metric over the same documents: no others can be compared.
+fn alike(a: &MetricScores, b: &MetricScores) -> bool {
+    let place = |d: &DocumentScore| (d.doc_id, d.repeat, d.weight.to_bits());
+    (&a.task, &a.metric, &a.filter) == (&b.task, &b.metric, &b.filter)
+        && (a.aggregation, a.higher_is_better, a.chance) == (b.aggregation, b.higher_is_better, b.chance)
+        && a.documents.iter().map(place).eq(b.documents.iter().map(place))
 }
 
-/// The documents of all models as one sample, after checking that they are the same.
+fn check_numbers(metric: &str, scores: &MetricScores, label: &str) -> Result<(), CompareError> {
+    let good = |d: &DocumentScore| d.value.is_finite() && d.weight.is_finite() && d.weight > 0.0;
+    match scores.documents.iter().find(|d| !good(d)) {
+        None => Ok(()),
+        Some(&DocumentScore { doc_id, repeat, value, weight }) => {
+            let (metric, label) = (metric.to_owned(), label.to_owned());
+            Err(CompareError::Number { metric, label, doc_id, repeat, value, weight })
+        }
+    }
+}
+
+/// The documents of all models as one sample, the repeats of each together.
 fn pool(name: &str, scores: &[&MetricScores], labels: &[String]) -> Result<Pool, CompareError> {
-    let first = scores[0];
-    for (other, label) in scores.iter().zip(labels) {
-        check_documents(name, other, label)?;
-        let differs = |what, a: String, b: String| {
-            let found = format!("{a} for {} but {b} for {label}", labels[0]);
-            Err(CompareError::Definition { metric: name.to_owned(), what, found })
-        };
-        if other.aggregation != first.aggregation {
-            return differs("aggregation", format!("{:?}", first.aggregation), format!("{:?}", other.aggregation));
-        }
-        if other.higher_is_better != first.higher_is_better {
-            return differs("direction", direction(first.higher_is_better), direction(other.higher_is_better));
-        }
-        if other.chance != first.chance {
-            let chance = |c: Option<f64>| c.map_or("none".to_owned(), |c| c.to_string());
-            return differs("chance", chance(first.chance), chance(other.chance));
-        }
-        check_same_documents(name, first, &labels[0], other, label)?;
-    }
+    let &MetricScores { aggregation, higher_is_better, chance, ref documents, .. } = scores[0];
     let mut sample = Sample::new(scores.len());
     let mut start = 0;
-    for document in first.documents.chunk_by(|a, b| a.doc_id == b.doc_id) {
+    for document in documents.chunk_by(|a, b| a.doc_id == b.doc_id) {
         let rows = start..start + document.len();
         start = rows.end;
         let values = scores.iter().map(|s| s.documents[rows.clone()].iter().map(|d| d.value).sum());
@@ -102,84 +80,11 @@ fn pool(name: &str, scores: &[&MetricScores], labels: &[String]) -> Result<Pool,
     if sample.documents() < 2 {
         return Err(CompareError::TooFewDocuments { metric: name.to_owned(), found: sample.documents() });
     }
-    let pool =
-        Pool { sample, aggregation: first.aggregation, higher_is_better: first.higher_is_better, chance: first.chance };
+    let pool = Pool { sample, aggregation, higher_is_better, chance };
     match labels.iter().enumerate().find(|(i, _)| !pool.score(*i).is_finite()) {
         Some((i, label)) => {
             Err(CompareError::Score { metric: name.to_owned(), label: label.clone(), found: pool.score(i) })
         }
         None => Ok(pool),
-    }
-}
-
-pub(super) fn direction(higher_is_better: bool) -> String {
-    if higher_is_better { "higher is better" } else { "lower is better" }.to_owned()
-}
-
-fn check_documents(metric: &str, scores: &MetricScores, label: &str) -> Result<(), CompareError> {
-    let mut previous = None;
-    for d in &scores.documents {
-        let place = (d.doc_id, d.repeat);
-        let number = |what, found, expected| CompareError::Number {
-            metric: metric.to_owned(),
-            label: label.to_owned(),
-            doc_id: d.doc_id,
-            repeat: d.repeat,
-            what,
-            found,
-            expected,
-        };
-        if previous.is_some_and(|p| p >= place) {
-            let (metric, label) = (metric.to_owned(), label.to_owned());
-            return Err(CompareError::Order { metric, label, doc_id: d.doc_id, repeat: d.repeat });
-        }
-        previous = Some(place);
-        if !d.value.is_finite() {
-            return Err(number("value", d.value, "a finite number"));
-        }
-        if !(d.weight.is_finite() && d.weight > 0.0) {
-            return Err(number("weight", d.weight, "a finite number above 0"));
-        }
-    }
-    Ok(())
-}
-
-fn check_same_documents(
-    metric: &str,
-    a: &MetricScores,
-    a_label: &str,
-    b: &MetricScores,
-    b_label: &str,
-) -> Result<(), CompareError> {
-    let missing = |d: &DocumentScore, has: &str, lacks: &str| CompareError::MissingDocument {
-        metric: metric.to_owned(),
-        doc_id: d.doc_id,
-        repeat: d.repeat,
-        has: has.to_owned(),
-        lacks: lacks.to_owned(),
-    };
-    for (x, y) in a.documents.iter().zip(&b.documents) {
-        match (x.doc_id, x.repeat).cmp(&(y.doc_id, y.repeat)) {
-            Ordering::Less => return Err(missing(x, a_label, b_label)),
-            Ordering::Greater => return Err(missing(y, b_label, a_label)),
-            Ordering::Equal => {}
-        }
-        if x.weight != y.weight {
-            return Err(CompareError::Weight {
-                metric: metric.to_owned(),
-                doc_id: x.doc_id,
-                repeat: x.repeat,
-                first: a_label.to_owned(),
-                first_weight: x.weight,
-                second: b_label.to_owned(),
-                second_weight: y.weight,
-            });
-        }
-    }
-    let common = a.documents.len().min(b.documents.len());
-    match (a.documents.get(common), b.documents.get(common)) {
-        (Some(d), _) => Err(missing(d, a_label, b_label)),
-        (_, Some(d)) => Err(missing(d, b_label, a_label)),
-        (None, None) => Ok(()),
     }
 }

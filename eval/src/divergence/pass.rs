@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-use super::{Accumulator, DivergenceError, Options, TokenClass, TokenModel, WindowSums};
+use super::{DivergenceError, Token, TokenClass, TokenModel, WindowSums, figures};
 use crate::comparison::Divergence;
 
 /// What a model said in the windows of a text, one after the other.
@@ -136,21 +136,22 @@ impl Windows {
         progress: &mut dyn FnMut(),
     ) -> Result<Vec<(Divergence, WindowSums)>, PassError<M::Error>> {
         let failed = |source| PassError::Divergence { text: self.name.clone(), source };
-        let mut accumulators: Vec<Accumulator> =
-            (1..=models.len()).map(|model| Accumulator::new(Options { model, text: self.name.clone() })).collect();
-        for (index, (window, expected)) in self.windows.iter().zip(&said.0).enumerate() {
-            for (model, accumulator) in models.iter_mut().zip(&mut accumulators) {
+        let mut tokens: Vec<Vec<Token>> = models.iter().map(|_| Vec::with_capacity(self.predicted())).collect();
+        for (at, (window, expected)) in self.windows.iter().zip(&said.0).enumerate() {
+            for (model, tokens) in models.iter_mut().zip(&mut tokens) {
                 let rows = model.rows(read(window)).map_err(PassError::Model)?;
-                let pairs =
-                    model.compare(&rows, baseline, expected, self.vocab, &window[1..]).map_err(PassError::Model)?;
-                for (at, (pair, &token)) in pairs.into_iter().zip(&window[1..]).enumerate() {
+                let pairs = model.compare(&rows, baseline, expected, self.vocab, &window[1..]);
+                for (i, (pair, &token)) in pairs.map_err(PassError::Model)?.into_iter().zip(&window[1..]).enumerate() {
+                    let position = i + 1;
+                    let pair = pair.map_err(|source| failed(DivergenceError::Row { window: at, position, source }))?;
                     let class = TokenClass::of(&baseline.token_text(token));
-                    accumulator.push(index, at + 1, class, pair).map_err(failed)?;
+                    tokens.push(Token { window: at, position, class, pair });
                 }
             }
             progress();
         }
-        accumulators.into_iter().map(|a| a.finish().map_err(failed)).collect()
+        let figures = |(model, tokens): (usize, &Vec<Token>)| figures(model + 1, &self.name, tokens).map_err(failed);
+        tokens.iter().enumerate().map(figures).collect()
     }
 }
 

@@ -4,6 +4,8 @@
 //! divergence needs, position of the maximum. [`LANES`] independent sums let the compiler use vector instructions; their
 //! number is fixed, so the result is the same on every machine that rounds as IEEE 754 says.
 
+use thiserror::Error;
+
 /// What is known of one predicted token.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Pair {
@@ -19,9 +21,15 @@ pub struct Pair {
 }
 
 /// Why two rows have no divergence; see the head of `divergence.rs`.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Error, PartialEq)]
 pub enum RowError {
+    #[error(
+        "the {which}'s logit of token {token} is {value}, expected a finite number: the {which} computes garbage here"
+    )]
     NotFinite { which: &'static str, token: usize, value: f32 },
+    #[error(
+        "the {which} rules out token {token} (its logit is -inf), which the baseline or the text does not: the divergence is infinite"
+    )]
     RuledOut { which: &'static str, token: usize },
 }
 
@@ -287,19 +295,5 @@ mod tests {
                 ));
             }
         }
-    }
-
-    /// `cargo test -p recoup-eval --lib -- --ignored --nocapture time_of_a_row`
-    #[test]
-    #[ignore = "prints a time"]
-    fn time_of_a_row() {
-        let mut random = Random::new(8);
-        let (a, b) = (row(&mut random, 49_152, 3.0), row(&mut random, 49_152, 3.0));
-        let time = || {
-            let start = std::time::Instant::now();
-            std::hint::black_box(compare_rows(std::hint::black_box(&a), &b, 1)).unwrap();
-            start.elapsed()
-        };
-        println!("a pair of rows of 49,152 logits: {:.0?} (best of 200)", (0..200).map(|_| time()).min().unwrap());
     }
 }

@@ -110,33 +110,12 @@ fn ends_sentence(context: &str) -> bool {
 
 /// Characters that are no part of a word.
 fn is_no_word(c: char) -> bool {
-    matches!(
-        c,
-        ')' | '"'
-            | ';'
-            | '}'
-            | ']'
-            | '*'
-            | ':'
-            | '@'
-            | '\''
-            | '('
-            | '{'
-            | '['
-            | '‘'
-            | '’'
-            | '“'
-            | '”'
-            | '«'
-            | '»'
-            | '?'
-            | '!'
-    )
+    ")\";}]*:@'({[‘’“”«»?!".contains(c)
 }
 
 /// Characters that no word starts with.
 fn starts_no_word(c: char) -> bool {
-    matches!(c, '(' | '"' | '`' | '{' | '[' | ':' | ';' | '&' | '#' | '*' | '@' | ')' | '}' | ']' | '-' | ',')
+    "(\"`{[:;&#*@)}]-,".contains(c)
 }
 
 struct Token<'a> {

@@ -12,12 +12,9 @@ mod random;
 mod sample;
 
 pub use bootstrap::{Resamples, Smoothing, interval, resample};
-pub use distributions::{normal_cdf, normal_quantile, student_cdf, student_quantile};
+pub use distributions::{normal_cdf, normal_quantile, student_quantile};
 pub use holm::holm;
 pub use mcnemar::mcnemar;
 pub use permutation::paired_permutation;
 pub use random::Random;
 pub use sample::{Sample, mean_and_standard_error};
-
-#[cfg(test)]
-mod simulations;

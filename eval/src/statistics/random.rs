@@ -1,15 +1,17 @@
 //! The random numbers of resampling: xoshiro256++, seeded by SplitMix64, so that a seed gives the same bytes everywhere.
 
-/// xoshiro256++ 1.0 of Blackman and Vigna (<https://prng.di.unimi.it>), its state filled by SplitMix64 as they advise.
+use rand_xoshiro::rand_core::{Rng, SeedableRng};
+use rand_xoshiro::{SplitMix64, Xoshiro256PlusPlus};
+
+/// A stream of random numbers.
 #[derive(Clone, Debug)]
-pub struct Random([u64; 4]);
+pub struct Random(Xoshiro256PlusPlus);
 
 impl Random {
     /// A generator of its own for each seed.
     #[must_use]
     pub fn new(seed: u64) -> Self {
-        let mut state = seed;
-        Self(std::array::from_fn(|_| split_mix(&mut state)))
+        Self(Xoshiro256PlusPlus::seed_from_u64(seed))
     }
 
     /// A generator of its own for each seed and name: what is drawn for one task does not depend on which other tasks
@@ -19,23 +21,13 @@ impl Random {
         // FNV-1a, 64 bits.
         let hash =
             name.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
-        let mut state = seed;
-        Self::new(split_mix(&mut state) ^ hash)
+        Self::new(SplitMix64::seed_from_u64(seed).next_u64() ^ hash)
     }
 
     /// 64 random bits.
     #[inline]
     pub fn bits(&mut self) -> u64 {
-        let s = &mut self.0;
-        let out = s[0].wrapping_add(s[3]).rotate_left(23).wrapping_add(s[0]);
-        let t = s[1] << 17;
-        s[2] ^= s[0];
-        s[3] ^= s[1];
-        s[1] ^= s[2];
-        s[0] ^= s[3];
-        s[2] ^= t;
-        s[3] = s[3].rotate_left(45);
-        out
+        self.0.next_u64()
     }
 
     /// Uniform in [0, 1), a multiple of 2⁻⁵³.
@@ -114,29 +106,15 @@ impl Random {
     }
 }
 
-/// SplitMix64 of Steele, Lea and Flood.
-fn split_mix(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut z = *state;
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn the_bits_are_those_of_the_reference_implementation() {
-        // SplitMix64 from 1234567, published with Rosetta Code's and Vigna's sources.
-        let mut state = 1_234_567;
-        let got: Vec<u64> = (0..3).map(|_| split_mix(&mut state)).collect();
-        assert_eq!(got, [6_457_827_717_110_365_317, 3_203_168_211_198_807_973, 9_817_491_932_198_370_423]);
-        // xoshiro256++ from the state 1, 2, 3, 4 (rand_xoshiro's own golden data).
-        let mut random = Random([1, 2, 3, 4]);
-        let got: Vec<u64> = (0..4).map(|_| random.bits()).collect();
-        assert_eq!(got, [41_943_041, 58_720_359, 3_588_806_011_781_223, 3_591_011_842_654_386]);
+    fn a_seed_gives_the_same_bits_for_ever() {
+        let bits = |mut random: Random| [random.bits(), random.bits()];
+        assert_eq!(bits(Random::new(1)), [14_971_601_782_005_023_387, 13_781_649_495_232_077_965]);
+        assert_eq!(bits(Random::named(1, "arc")), [10_962_253_519_313_648_306, 633_716_046_583_299_237]);
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! Comparisons whose results are known, and input that is refused.
 
-use super::*;
-use crate::scores::{DocumentScore, GenerationLength, ModelFacts};
+use recoup_eval::compare::{CompareError, Options, compare, require_recovery};
+use recoup_eval::comparison::{Counted, GapClosed, Interval, Overall, TaskComparison};
+use recoup_eval::scores::{Aggregation, DocumentScore, GenerationLength, MetricScores, ModelFacts, ModelScores};
 
 fn metric(task: &str, metric: &str, values: &[f64]) -> MetricScores {
     let document = |(doc_id, &value)| DocumentScore { doc_id, repeat: 0, value, weight: 1.0 };
@@ -29,12 +30,15 @@ fn labels(n: usize) -> Vec<String> {
     ["BF16", "PTQ", "QAD", "QAT", "five"][..n].iter().map(ToString::to_string).collect()
 }
 
-fn options() -> Options {
-    Options { resamples: 2000, ..Options::default() }
+/// The first metric of each task is its headline.
+fn options(models: &[ModelScores]) -> Options {
+    let headline = |m: &MetricScores| (m.task.clone(), (m.metric.clone(), m.filter.clone()));
+    let headline = models[0].metrics.iter().rev().map(headline).collect();
+    Options { resamples: 2000, headline, ..Options::default() }
 }
 
 fn run(models: &[ModelScores]) -> Result<(Vec<TaskComparison>, Vec<Option<Overall>>), CompareError> {
-    compare(models, &labels(models.len()), Some(1), &options())
+    compare(models, &labels(models.len()), Some(1), &options(models))
 }
 
 /// BF16, PTQ and QAD with this many right of 1000 in `arc`.
@@ -209,7 +213,10 @@ fn tasks_of_a_group_count_once() {
         .to_vec();
     let of = |groups: &[&str]| {
         let groups = groups.iter().map(|t| (t.to_string(), "mmlu".to_string())).collect();
-        compare(&models, &labels(2), None, &Options { groups, ..options() }).unwrap().1[1].clone().unwrap().recovery
+        compare(&models, &labels(2), None, &Options { groups, ..options(&models) }).unwrap().1[1]
+            .clone()
+            .unwrap()
+            .recovery
     };
     assert!((of(&[]).estimate - (0.5 + 1.0 + 1.0) / 3.0).abs() < 1e-12);
     let grouped = of(&["mmlu_law", "mmlu_art"]);
@@ -218,24 +225,13 @@ fn tasks_of_a_group_count_once() {
 }
 
 #[test]
-fn the_headline_is_the_first_metric_or_the_one_asked_for() {
+fn the_headline_is_the_one_asked_for() {
     let models = [60, 50]
         .map(|c| model(vec![metric("arc", "acc", &right(100, c)), metric("arc", "acc_norm", &right(100, c + 10))]));
-    let headlines = |options: &Options| -> Vec<bool> {
-        compare(&models, &labels(2), None, options).unwrap().0.iter().map(|t| t.headline).collect()
-    };
-    assert_eq!(headlines(&options()), [true, false]);
-    let asked = |metric: &str| Options {
-        headline: [("arc".to_string(), (metric.to_string(), "none".to_string()))].into(),
-        ..options()
-    };
-    assert_eq!(headlines(&asked("acc_norm")), [false, true]);
-    let e = compare(&models, &labels(2), None, &asked("f1")).unwrap_err();
-    assert_eq!(
-        e.to_string(),
-        "the headline metric of task arc is to be arc / f1 / none, which was not scored; scored were \
-         arc / acc / none, arc / acc_norm / none"
-    );
+    let headline = [("arc".to_string(), ("acc_norm".to_string(), "none".to_string()))].into();
+    let (tasks, overall) = compare(&models, &labels(2), None, &Options { headline, ..options(&models) }).unwrap();
+    assert_eq!(tasks.iter().map(|t| t.headline).collect::<Vec<_>>(), [false, true]);
+    assert!((overall[1].clone().unwrap().recovery.estimate - 6.0 / 7.0).abs() < 1e-12);
 }
 
 #[test]
@@ -271,69 +267,36 @@ fn refused(change: impl Fn(&mut Vec<ModelScores>)) -> String {
 }
 
 #[test]
-fn calls_that_make_no_sense_are_refused() {
-    let models = three([600, 500, 580]);
-    let call = |models: &[ModelScores], labels: &[String], ptq, options: &Options| {
-        compare(models, labels, ptq, options).unwrap_err()
-    };
-    assert_eq!(call(&models[..1], &labels(1), None, &options()), CompareError::TooFewModels { found: 1 });
-    assert_eq!(call(&models, &labels(2), None, &options()), CompareError::Labels { models: 3, labels: 2 });
-    let same = ["BF16", "PTQ", "PTQ"].map(String::from);
-    assert_eq!(call(&models, &same, None, &options()), CompareError::SameLabel { label: "PTQ".into() });
-    for index in [0, 3] {
-        assert_eq!(call(&models, &labels(3), Some(index), &options()), CompareError::Ptq { index, last: 2 });
-    }
-    for confidence in [0.0, 1.0, 95.0, f64::NAN] {
-        let e = call(&models, &labels(3), None, &Options { confidence, ..options() });
-        assert!(e.to_string().starts_with("option confidence is "), "{e}");
-    }
-    let e = call(&models, &labels(3), None, &Options { resamples: 99, ..options() });
-    assert_eq!(e.to_string(), "option resamples is 99, expected at least 100");
-}
-
-#[test]
 fn models_evaluated_on_different_things_are_refused() {
-    let missing = refused(|m| m[2].metrics.clear());
-    assert_eq!(missing, "arc / acc / none was scored for BF16 but not for QAD: evaluate both on the same tasks");
-    let extra = refused(|m| m[1].metrics.push(metric("piqa", "acc", &right(10, 5))));
-    assert!(extra.contains("piqa / acc / none was scored for PTQ but not for BF16"), "{extra}");
-    let twice = refused(|m| m[1].metrics = vec![m[1].metrics[0].clone(), m[1].metrics[0].clone()]);
-    assert_eq!(twice, "PTQ has arc / acc / none twice");
-    let chance = refused(|m| m[2].metrics[0].chance = Some(0.5));
-    assert!(chance.contains("the chance of arc / acc / none is 0.25 for BF16 but 0.5 for QAD"), "{chance}");
-    let none = refused(|m| m[2].metrics[0].chance = None);
-    assert!(none.contains("0.25 for BF16 but none for QAD"), "{none}");
-    let aggregation = refused(|m| m[1].metrics[0].aggregation = Aggregation::Perplexity);
-    assert!(aggregation.contains("the aggregation of arc / acc / none is Mean for BF16"), "{aggregation}");
-    let direction = refused(|m| m[1].metrics[0].higher_is_better = false);
-    assert!(direction.contains("higher is better for BF16 but lower is better for PTQ"), "{direction}");
-}
-
-#[test]
-fn models_evaluated_on_different_documents_are_refused() {
-    let documents = |change: fn(&mut Vec<DocumentScore>)| refused(|m| change(&mut m[1].metrics[0].documents));
-    let fewer = documents(|d| d.truncate(999));
-    assert!(fewer.contains("has document 999 (repeat 0) for BF16 but not for PTQ"), "{fewer}");
-    let hole = documents(|d| d.retain(|d| d.doc_id != 7));
-    assert!(hole.contains("has document 7 (repeat 0) for BF16 but not for PTQ"), "{hole}");
-    let more = documents(|d| d.push(DocumentScore { doc_id: 1000, ..d[0] }));
-    assert!(more.contains("has document 1000 (repeat 0) for PTQ but not for BF16"), "{more}");
-    let repeats = documents(|d| d.insert(1, DocumentScore { repeat: 1, ..d[0] }));
-    assert!(repeats.contains("has document 0 (repeat 1) for PTQ but not for BF16"), "{repeats}");
-    let order = documents(|d| d.swap(3, 4));
-    assert!(order.contains("acc / none of PTQ: document 3 (repeat 0) is out of order"), "{order}");
-    let weight = documents(|d| d[5].weight = 2.0);
-    assert!(weight.contains("document 5 (repeat 0) weighs 1 for BF16 but 2 for PTQ"), "{weight}");
+    let scores = |change: fn(&mut MetricScores)| refused(|m| change(&mut m[1].metrics[0]));
+    for found in [
+        refused(|m| m[1].metrics.clear()),
+        refused(|m| m[1].metrics.push(metric("piqa", "acc", &right(10, 5)))),
+        scores(|s| s.filter = "strict".into()),
+        scores(|s| s.chance = Some(0.5)),
+        scores(|s| s.chance = None),
+        scores(|s| s.aggregation = Aggregation::Perplexity),
+        scores(|s| s.higher_is_better = false),
+        scores(|s| s.documents.truncate(999)),
+        scores(|s| s.documents.retain(|d| d.doc_id != 7)),
+        scores(|s| s.documents.push(DocumentScore { doc_id: 1000, ..s.documents[0] })),
+        scores(|s| s.documents.insert(1, DocumentScore { repeat: 1, ..s.documents[0] })),
+        scores(|s| s.documents.swap(3, 4)),
+        scores(|s| s.documents[5].weight = 2.0),
+    ] {
+        assert!(found.contains(" is not the same metric over the same documents as the baseline's"), "{found}");
+    }
+    assert!(refused(|m| m[2].metrics.clear()).starts_with("arc / acc / none of QAD is not the same"));
 }
 
 #[test]
 fn numbers_that_are_none_are_refused() {
     let documents = |change: fn(&mut Vec<DocumentScore>)| refused(|m| change(&mut m[1].metrics[0].documents));
     let nan = documents(|d| d[8].value = f64::NAN);
-    assert!(nan.contains("of PTQ: document 8 (repeat 0) has the value NaN, expected a finite number"), "{nan}");
-    for weight in [0.0, -1.0, f64::INFINITY] {
-        let e = refused(|m| m[1].metrics[0].documents[9].weight = weight);
-        assert!(e.contains("document 9 (repeat 0) has the weight"), "{e}");
+    assert!(nan.contains("of PTQ: document 8 (repeat 0) has the value NaN and the weight 1, expected"), "{nan}");
+    for weight in [0.0, -1.0, f64::INFINITY, f64::NAN] {
+        let e = refused(|m| m.iter_mut().for_each(|m| m.metrics[0].documents[9].weight = weight));
+        assert!(e.contains("of BF16: document 9 (repeat 0) has the value 1 and the weight"), "{e}");
     }
     let one = refused(|m| m.iter_mut().for_each(|m| m.metrics[0].documents.truncate(1)));
     assert!(one.contains("has 1 document(s), expected at least 2"), "{one}");
@@ -365,7 +328,7 @@ fn a_group_of_different_kinds_is_refused() {
         model(vec![metric("arc", "acc", &right(100, c)), lower])
     });
     let groups = ["arc", "wikitext"].map(|t| (t.to_string(), "all".to_string())).into();
-    let e = compare(&models, &labels(2), None, &Options { groups, ..options() }).unwrap_err().to_string();
+    let e = compare(&models, &labels(2), None, &Options { groups, ..options(&models) }).unwrap_err().to_string();
     assert!(
         e.starts_with("group all mixes Mean (higher is better) and BitsPerByte (lower is better) of wikitext"),
         "{e}"
