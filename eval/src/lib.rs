@@ -24,3 +24,9 @@ pub mod tasks;
 
 pub use divergence::TokenModel;
 pub use model::{GenerationDefaults, GenerationOptions, LanguageModel, Message, Request, Response};
+
+/// SHA-256 in hexadecimal.
+pub(crate) fn sha256(bytes: &[u8]) -> String {
+    use sha2::Digest as _;
+    sha2::Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}

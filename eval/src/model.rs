@@ -57,8 +57,7 @@ impl GenerationOptions {
     pub fn answer(&self, text: String) -> String {
         let Some(end) = self.think_end.as_deref().filter(|e| !e.is_empty()) else { return text };
         let answer = text.rsplit_once(end).map_or(text.as_str(), |(_, after)| after);
-        // Python's white space.
-        let answer = answer.trim_start_matches(|c: char| c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c));
+        let answer = answer.trim_start_matches(recoup_jinja::python::is_space);
         let cut = self.until.iter().filter(|u| !u.is_empty()).filter_map(|u| answer.find(u.as_str())).min();
         answer[..cut.unwrap_or(answer.len())].to_owned()
     }

@@ -1,7 +1,5 @@
 //! Names of files for things that people name: tasks, labels, texts. Two names never give one file.
 
-use sha2::{Digest as _, Sha256};
-
 /// Longest name that is used as it is, bytes; file systems allow 255, and there is more in a file's name than this.
 const LONGEST: usize = 160;
 
@@ -25,7 +23,7 @@ pub fn file_name(name: &str) -> String {
         return "%".into();
     }
     if out.len() > LONGEST {
-        let hash: String = Sha256::digest(name.as_bytes()).iter().take(8).map(|b| format!("{b:02x}")).collect();
+        let hash = &crate::sha256(name.as_bytes())[..16];
         let cut = (0..=LONGEST).rev().find(|at| out.is_char_boundary(*at)).unwrap_or(0);
         out.truncate(cut);
         out += &format!("%{hash}");

@@ -18,7 +18,7 @@ use crate::scores::{GenerationLength, MetricScores, ModelFacts, ModelScores};
 pub use crate::settings::Setup;
 use crate::settings::{self, Generations};
 use crate::tasks::{self, BOOTSTRAP_RESAMPLES, Chat, Instance, Options, OutputType, Sample, Selection, Task};
-use crate::{LanguageModel, Message, Request, Response};
+use crate::{LanguageModel, Message, Request, Response, sha256};
 
 /// Answers and what the run is about.
 pub const RESPONSES: &str = "responses.jsonl";
@@ -170,7 +170,7 @@ impl<'t> Plan<'t> {
         let tasks: Map<String, Value> = (self.selection.tasks.iter().zip(&self.instances))
             .map(|(task, seeds)| {
                 let requests: Vec<&Vec<Request>> = seeds.iter().flatten().map(|i| &i.requests).collect();
-                let digest = digest(&serde_json::to_vec(&requests).unwrap_or_default());
+                let digest = sha256(&serde_json::to_vec(&requests).unwrap_or_default());
                 (
                     task.name().into(),
                     json!({"documents": seeds[0].len(), "seeds": seeds.len(), "requests_hash": digest}),
@@ -265,7 +265,7 @@ impl<'t> Plan<'t> {
             out.tasks.push(TaskResults {
                 name: task.name().into(),
                 alias: task.alias().into(),
-                version: task.version().into(),
+                version: task.version(),
                 shots: task.num_fewshot(&self.setup.options),
                 documents: task.documents(),
                 output: task.output_type(),
@@ -405,29 +405,23 @@ impl Results {
             }));
         }
         for task in &self.tasks {
-            rows.extend(task.scores.iter().map(|s| ScoreRow {
+            let row = |metric: &str, filter: &str, value: f64, stderr: Option<f64>, higher_is_better: bool| ScoreRow {
                 task: task.alias.clone(),
                 version: task.version.clone(),
-                filter: s.filter.clone(),
+                filter: filter.into(),
                 n_shot: Some(task.shots),
-                metric: s.metric.clone(),
-                value: s.score(),
-                stderr: tasks::standard_error(s, BOOTSTRAP_RESAMPLES),
-                higher_is_better: s.higher_is_better,
+                metric: metric.into(),
+                value,
+                stderr,
+                higher_is_better,
+            };
+            rows.extend(task.scores.iter().map(|s| {
+                let stderr = tasks::standard_error(s, BOOTSTRAP_RESAMPLES);
+                row(&s.metric, &s.filter, s.score(), stderr, s.higher_is_better)
             }));
             let shares = task.generation.map(|g| [("empty_answers", g.empty), ("capped_answers", g.capped)]);
-            rows.extend(shares.into_iter().flatten().filter(|(_, share)| *share > 0.0).map(|(metric, value)| {
-                ScoreRow {
-                    task: task.alias.clone(),
-                    version: task.version.clone(),
-                    filter: "none".into(),
-                    n_shot: Some(task.shots),
-                    metric: metric.into(),
-                    value,
-                    stderr: None,
-                    higher_is_better: false,
-                }
-            }));
+            let shares = shares.into_iter().flatten().filter(|(_, share)| *share > 0.0);
+            rows.extend(shares.map(|(metric, share)| row(metric, "none", share, None, false)));
         }
         rows
     }
@@ -519,11 +513,6 @@ impl Results {
 #[must_use]
 pub fn samples_name(task: &str) -> String {
     format!("samples_{}.jsonl", file_name(task))
-}
-
-fn digest(bytes: &[u8]) -> String {
-    use sha2::Digest as _;
-    sha2::Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A version as lm-evaluation-harness writes it: a number where it is one.

@@ -105,7 +105,7 @@ fn values_that_mean_nothing_are_refused() {
 #[test]
 fn an_invalid_regular_expression_is_refused_when_the_task_loads() {
     let filter = "filter_list: [{name: a, filter: [{function: regex, regex_pattern: '(a'}, {function: take_first}]}]";
-    has(&mistake(&format!("{CHOICE}{filter}\n"), DATA), &["t.yaml:10", "`regex_pattern`", "\"(a\""]);
+    has(&mistake(&format!("{CHOICE}{filter}\n"), DATA), &["t.yaml:10", "invalid regular expression", "\"(a\""]);
     let generate = CHOICE.replace("multiple_choice", "generate_until");
     let metric = "metric_list: [{metric: exact_match, regexes_to_ignore: ['[']}]";
     has(&mistake(&format!("{generate}{metric}\n"), DATA), &["`regexes_to_ignore`", "invalid regular expression"]);

@@ -526,7 +526,7 @@ fn round(value: &Value, precision: i128, method: &str) -> Result<Value> {
 
 /// `float(text)`
 fn read_float(text: &str) -> Option<f64> {
-    let text = text.trim_matches(super::lexer::is_space);
+    let text = text.trim_matches(crate::python::is_space);
     let plain = without_underscores(text)?;
     match plain.to_ascii_lowercase().trim_start_matches(['+', '-']) {
         "inf" | "infinity" | "nan" => {}
@@ -538,7 +538,7 @@ fn read_float(text: &str) -> Option<f64> {
 
 /// `int(text, base)`
 fn read_int(text: &str, base: i128) -> Option<i128> {
-    let text = text.trim_matches(super::lexer::is_space);
+    let text = text.trim_matches(crate::python::is_space);
     let (negative, digits) = match text.strip_prefix(['+', '-']) {
         Some(rest) => (text.starts_with('-'), rest),
         None => (false, text),

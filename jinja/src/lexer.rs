@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::Settings;
 use crate::ast::Name;
 use crate::error::{Error, ErrorKind, Result};
+use crate::python::is_space;
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Token {
@@ -26,11 +27,6 @@ const OPERATORS: [&str; 26] = [
     "//", "**", "==", "!=", ">=", "<=", "+", "-", "/", "*", "%", "~", "[", "]", "(", ")", "{", "}", ">", "<", "=", ".",
     ":", "|", ",", ";",
 ];
-
-/// White space as Python's `str.isspace` and `\s` know it.
-pub fn is_space(c: char) -> bool {
-    c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
-}
 
 /// `\r\n` and `\r` as `\n`.
 pub fn plain_newlines(text: &str) -> String {
@@ -220,7 +216,7 @@ impl<'a> Lexer<'a> {
                 continue;
             }
             if c == '\'' || c == '"' {
-                let token = self.string(c)?;
+                let token = self.string()?;
                 self.out.push((token, line));
                 continue;
             }
@@ -304,57 +300,60 @@ impl<'a> Lexer<'a> {
         }
     }
 
-    fn string(&mut self, quote: char) -> Result<Token> {
-        let mut out = String::new();
-        let mut chars = self.rest.char_indices();
-        chars.next();
-        while let Some((at, c)) = chars.next() {
-            match c {
-                c if c == quote => {
-                    self.take(at + c.len_utf8());
-                    return Ok(Token::String(out));
-                }
-                '\\' => {
-                    let Some((_, escape)) = chars.next() else { break };
-                    let mut hex = |digits: usize| -> Result<char> {
-                        let text: String = chars.by_ref().take(digits).map(|(_, c)| c).collect();
-                        let code = u32::from_str_radix(&text, 16).ok().filter(|_| text.len() == digits);
-                        code.and_then(char::from_u32).ok_or_else(|| {
-                            Error::new(ErrorKind::Syntax, format!("\\{escape}{text} in a string is no character"))
-                                .at(self.line)
-                        })
-                    };
-                    match escape {
-                        '\n' => {}
-                        'n' => out.push('\n'),
-                        't' => out.push('\t'),
-                        'r' => out.push('\r'),
-                        'a' => out.push('\u{7}'),
-                        'b' => out.push('\u{8}'),
-                        'f' => out.push('\u{c}'),
-                        'v' => out.push('\u{b}'),
-                        '\\' | '\'' | '"' => out.push(escape),
-                        'x' => out.push(hex(2)?),
-                        'u' => out.push(hex(4)?),
-                        'U' => out.push(hex(8)?),
-                        'N' => return Err(Error::unsupported("\\N{…} in a string is not supported").at(self.line)),
-                        '0'..='7' => {
-                            let mut code = escape.to_digit(8).unwrap_or(0);
-                            for _ in 0..2 {
-                                let mut ahead = chars.clone();
-                                let Some(digit) = ahead.next().and_then(|(_, c)| c.to_digit(8)) else { break };
-                                code = code * 8 + digit;
-                                chars = ahead;
-                            }
-                            out.extend(char::from_u32(code));
-                        }
-                        // Python keeps the backslash of an escape that it does not know.
-                        other => out.extend(['\\', other]),
-                    }
-                }
-                c => out.push(c),
-            }
-        }
-        self.fail(format!("a string that begins with {quote} does not end"))
+    fn string(&mut self) -> Result<Token> {
+        let (text, length) = quoted(self.rest).map_err(|e| e.at(self.line))?;
+        self.take(length);
+        Ok(Token::String(text))
     }
+}
+
+/// The text that the string at the beginning of `source` stands for, with Python's escapes, and how many bytes it takes.
+pub fn quoted(source: &str) -> Result<(String, usize)> {
+    let fail = |message: String| Error::new(ErrorKind::Syntax, message);
+    let mut out = String::new();
+    let mut chars = source.char_indices();
+    let quote = chars.next().map_or('"', |(_, c)| c);
+    while let Some((at, c)) = chars.next() {
+        match c {
+            c if c == quote => return Ok((out, at + c.len_utf8())),
+            '\\' => {
+                let Some((_, escape)) = chars.next() else { break };
+                let mut hex = |digits: usize| -> Result<char> {
+                    let text: String = chars.by_ref().take(digits).map(|(_, c)| c).collect();
+                    let code = u32::from_str_radix(&text, 16).ok().filter(|_| text.len() == digits);
+                    code.and_then(char::from_u32)
+                        .ok_or_else(|| fail(format!("\\{escape}{text} in a string is no character")))
+                };
+                match escape {
+                    '\n' => {}
+                    'n' => out.push('\n'),
+                    't' => out.push('\t'),
+                    'r' => out.push('\r'),
+                    'a' => out.push('\u{7}'),
+                    'b' => out.push('\u{8}'),
+                    'f' => out.push('\u{c}'),
+                    'v' => out.push('\u{b}'),
+                    '\\' | '\'' | '"' => out.push(escape),
+                    'x' => out.push(hex(2)?),
+                    'u' => out.push(hex(4)?),
+                    'U' => out.push(hex(8)?),
+                    'N' => return Err(Error::unsupported("\\N{…} in a string is not supported")),
+                    '0'..='7' => {
+                        let mut code = escape.to_digit(8).unwrap_or(0);
+                        for _ in 0..2 {
+                            let mut ahead = chars.clone();
+                            let Some(digit) = ahead.next().and_then(|(_, c)| c.to_digit(8)) else { break };
+                            code = code * 8 + digit;
+                            chars = ahead;
+                        }
+                        out.extend(char::from_u32(code));
+                    }
+                    // Python keeps the backslash of an escape that it does not know.
+                    other => out.extend(['\\', other]),
+                }
+            }
+            c => out.push(c),
+        }
+    }
+    Err(fail(format!("a string that begins with {quote} does not end")))
 }

@@ -8,6 +8,7 @@
 
 mod ast;
 mod attributes;
+pub mod data;
 mod error;
 mod filters;
 mod format;

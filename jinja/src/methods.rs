@@ -6,8 +6,7 @@ use std::rc::Rc;
 use crate::error::{Error, Result};
 use crate::format::str_format;
 use crate::functions::dict;
-use crate::lexer::is_space;
-use crate::python::{is_decimal, is_digit, is_letter, is_printable};
+use crate::python::{is_decimal, is_digit, is_letter, is_printable, is_space};
 use crate::render::{Arguments, Renderer};
 use crate::value::{Dict, Text, Value, View, insert};
 

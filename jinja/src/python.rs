@@ -25,6 +25,12 @@ pub fn float(value: f64) -> String {
     }
 }
 
+/// White space as Python's `str.isspace`, `str.strip` and `\s` know it.
+#[must_use]
+pub fn is_space(c: char) -> bool {
+    c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
+}
+
 /// `repr` of a string.
 #[must_use]
 pub fn quoted(text: &str) -> String {

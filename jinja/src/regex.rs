@@ -3,9 +3,18 @@
 use fancy_regex::{Captures, Regex};
 
 /// A compiled pattern of Python's `re`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Deserialize)]
+#[serde(try_from = "String")]
 pub struct PythonRegex {
     regex: Regex,
+}
+
+impl TryFrom<String> for PythonRegex {
+    type Error = String;
+
+    fn try_from(pattern: String) -> Result<Self, String> {
+        Self::new(&pattern)
+    }
 }
 
 impl PythonRegex {

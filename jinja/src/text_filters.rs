@@ -3,9 +3,9 @@
 use crate::error::{Error, Result};
 use crate::format::printf;
 use crate::json::{Style, dumps};
-use crate::lexer::is_space;
 use crate::methods::{capitalize, is_alphanumeric, justify, replace, split_lines, strip};
 use crate::operators::escape;
+use crate::python::is_space;
 use crate::regex::PythonRegex;
 use crate::render::{Arguments, Renderer};
 use crate::value::{Text, Value};

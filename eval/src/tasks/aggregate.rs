@@ -82,13 +82,20 @@ pub struct Group {
 }
 
 /// An entry of `aggregate_metric_list`.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct GroupMetric {
     pub metric: String,
     /// `None`: all that the tasks have.
+    #[serde(rename = "filter_list")]
     pub filters: Option<Vec<String>>,
     /// By number of documents; otherwise all tasks count the same.
+    #[serde(default = "yes")]
     pub weight_by_size: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// A group's score.

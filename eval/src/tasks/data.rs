@@ -1,63 +1,40 @@
 //! Documents of tasks from the records of data files, typed column by column as the `datasets` library does.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
 use super::{Error, files};
-use crate::records::{self, Records, Table};
+use crate::records::{self, Format, Records, Table};
 
 /// One example of a data set: its fields in the order of the file.
 pub type Doc = Map<String, Value>;
 
-/// How to read a file: `dataset_path` where that names a format.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// JSON lines, an array of objects, or an object whose `data` is one.
-    Json,
-    Csv,
-    Text(TextUnit),
-    Parquet,
-}
-
 /// What one document of a plain text is; `sample_by`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum TextUnit {
+    #[default]
     Line,
     Paragraph,
     Document,
 }
 
-impl Format {
-    /// The format that a file's name tells.
-    #[must_use]
-    pub fn of(path: &Path) -> Option<Self> {
-        Some(match records::Format::of(path)? {
-            records::Format::Json => Self::Json,
-            records::Format::Separated(_) => Self::Csv,
-            records::Format::Text => Self::Text(TextUnit::Line),
-            records::Format::Parquet => Self::Parquet,
-        })
-    }
-}
-
-/// Reads the documents of one split from its files.
-///
-/// # Errors
-/// When a file cannot be read or a line of it is wrong.
-pub fn read(paths: &[std::path::PathBuf], format: Format) -> Result<Vec<Doc>, Error> {
+/// Reads the documents of one split from its files, which are JSON (lines, an array of objects, or an object whose `data` is
+/// one), tables, or texts of such units.
+pub fn read(paths: &[PathBuf], format: Format, unit: TextUnit) -> Result<Vec<Doc>, Error> {
     let mut docs = Vec::new();
     for path in paths {
         docs.extend(match format {
             Format::Json => objects(&Records::json(path, files::read_text(path)?)?)?,
-            Format::Csv => csv(path)?,
-            Format::Text(unit) => text(&records::plain_line_ends(files::read_text(path)?), unit),
+            Format::Separated(_) => csv(path)?,
+            Format::Text => text(&records::plain_line_ends(files::read_text(path)?), unit),
             Format::Parquet => objects(&Records::parquet(path)?)?,
         });
     }
     let fail = |message| {
         let file = paths.first().map(|p| p.display().to_string()).unwrap_or_default();
-        Error::Data { file, line: 1, message }
+        Error::File { file, line: 1, message }
     };
     unify(docs).map_err(fail)
 }
@@ -74,8 +51,8 @@ fn objects(records: &Records) -> Result<Vec<Doc>, Error> {
 }
 
 fn csv(path: &Path) -> Result<Vec<Doc>, Error> {
-    let separator = match records::Format::of(path) {
-        Some(records::Format::Separated(separator)) => separator,
+    let separator = match Format::of(path) {
+        Some(Format::Separated(separator)) => separator,
         _ => b',',
     };
     let Table { names, rows, .. } = Table::read(&path.display().to_string(), &files::read_text(path)?, separator)?;

@@ -10,24 +10,12 @@ pub enum Error {
     /// A file could not be read.
     #[error("{path}: cannot be read: {source}")]
     Read { path: PathBuf, source: std::io::Error },
-    /// Not YAML, or a use of it that tasks have none for.
-    #[error("{file}:{line}: not a YAML file that can be read: {message}")]
-    Yaml { file: String, line: usize, message: String },
+    /// A file whose content is wrong there: a task's, or one of data.
+    #[error("{file}:{line}: {message}")]
+    File { file: String, line: usize, message: String },
     /// A key that no task, group or list in it has.
-    #[error("{file}:{line}: unknown key `{key}` in {within}; the nearest known one is `{nearest}`")]
-    UnknownKey { file: String, line: usize, key: String, within: String, nearest: String },
-    /// A key that lm-evaluation-harness knows and this evaluator does not support.
-    #[error("{file}:{line}: key `{key}` is not supported: {reason}")]
-    Unsupported { file: String, line: usize, key: String, reason: String },
-    /// A key with a value of the wrong kind.
-    #[error("{file}:{line}: `{key}` must be {expected}, found {found}")]
-    WrongType { file: String, line: usize, key: String, expected: String, found: String },
-    /// A key with a value of the right kind that means nothing.
-    #[error("{file}:{line}: `{key}`: {message}")]
-    BadValue { file: String, line: usize, key: String, message: String },
-    /// A key that must be there.
-    #[error("{file}: `{key}` is missing: {reason}")]
-    MissingKey { file: String, key: String, reason: String },
+    #[error("{file}:{line}: unknown key `{key}`; the nearest known one is `{nearest}`")]
+    UnknownKey { file: String, line: usize, key: String, nearest: String },
     /// A Python function.
     #[error(
         "{file}:{line}: `{key}: !function {function}` names Python code, which is not run here; write it as a Jinja \
@@ -58,19 +46,13 @@ pub enum Error {
     /// A split that `data_files` does not have.
     #[error("task `{task}` ({file}): `{key}: {split}`, but the data set has only: {known}")]
     NoSplit { task: String, file: String, key: String, split: String, known: String },
-    /// A data file whose content is wrong.
-    #[error("{file}:{line}: {message}")]
-    Data { file: String, line: usize, message: String },
     /// A data file that is something else.
     #[error(transparent)]
     Records(RecordsError),
     /// A data file without documents.
     #[error("task `{task}`: split `{split}` has no documents ({file} is empty)")]
     NoDocuments { task: String, split: String, file: String },
-    /// A template that fails on a document.
-    #[error("task `{task}`, document {document}: `{key}`: {message}")]
-    Template { task: String, document: String, key: String, message: String },
-    /// A document that the task can make nothing of.
+    /// A document that the task can make nothing of, or whose prompt the chat template refuses, or whose answers are none.
     #[error("task `{task}`, document {document}: {message}")]
     Document { task: String, document: String, message: String },
     /// A setting of generation that the command gives.
@@ -82,19 +64,13 @@ pub enum Error {
     /// Few-shot examples whose file is not there.
     #[error("{wanted} few-shot examples asked for, but {why}")]
     NoExamples { wanted: usize, why: String },
-    /// The model's chat template refused these messages, or failed; `message` says which.
-    #[error("task `{task}`, document {document}: no prompt from the chat template: {message}")]
-    Chat { task: String, document: String, message: String },
-    /// Answers that do not fit what was asked.
-    #[error("task `{task}`, document {doc_id}: expected {expected}, found {found}")]
-    Responses { task: String, doc_id: usize, expected: String, found: String },
 }
 
 impl From<RecordsError> for Error {
     fn from(e: RecordsError) -> Self {
         match e {
             RecordsError::Read { path, source } => Self::Read { path, source },
-            RecordsError::Wrong { file, line, message } => Self::Data { file, line, message },
+            RecordsError::Wrong { file, line, message } => Self::File { file, line, message },
             other => Self::Records(other),
         }
     }

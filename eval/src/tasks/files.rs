@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::Error;
-use crate::records;
+use crate::{records, sha256};
 
 include!(concat!(env!("OUT_DIR"), "/tasks.rs"));
 
@@ -17,66 +17,38 @@ pub const BUILT_IN: &str = "<built-in>";
 const IGNORED: [&str; 2] = ["__pycache__", ".ipynb_checkpoints"];
 
 /// Reads a file, unpacked where it is compressed.
-///
-/// # Errors
-/// When it cannot be read, or is not there.
 pub fn read(path: &Path) -> Result<Cow<'static, [u8]>, Error> {
     match built_in(path) {
-        Some(name) => match FILES.binary_search_by_key(&name.as_str(), |(n, _)| n) {
-            Ok(at) => Ok(Cow::Borrowed(FILES[at].1)),
-            Err(_) => Err(Error::Read { path: path.into(), source: std::io::ErrorKind::NotFound.into() }),
-        },
+        Some(bytes) => bytes
+            .map(Cow::Borrowed)
+            .ok_or_else(|| Error::Read { path: path.into(), source: std::io::ErrorKind::NotFound.into() }),
         None => Ok(Cow::Owned(records::bytes(path)?)),
     }
 }
 
 /// SHA-256 of a file as it lies there, in hexadecimal.
-///
-/// # Errors
-/// When it cannot be read.
 pub fn digest(path: &Path) -> Result<String, Error> {
-    use sha2::Digest as _;
-    use std::io::BufRead as _;
-    let fail = |source| Error::Read { path: path.into(), source };
-    let mut hash = sha2::Sha256::new();
-    if built_in(path).is_some() {
-        hash.update(read(path)?);
-    } else {
-        let mut file = std::io::BufReader::with_capacity(1 << 20, std::fs::File::open(path).map_err(fail)?);
-        loop {
-            let bytes = file.fill_buf().map_err(fail)?;
-            if bytes.is_empty() {
-                break;
-            }
-            hash.update(bytes);
-            let read = bytes.len();
-            file.consume(read);
-        }
-    }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    let bytes = match built_in(path) {
+        Some(_) => read(path)?,
+        None => std::fs::read(path).map_err(|source| Error::Read { path: path.into(), source })?.into(),
+    };
+    Ok(sha256(&bytes))
 }
 
 /// Reads a file of UTF-8, without its byte order mark.
-///
-/// # Errors
-/// When it cannot be read, or is not UTF-8.
 pub fn read_text(path: &Path) -> Result<String, Error> {
     Ok(records::decode(&path.display().to_string(), read(path)?.into_owned())?)
 }
 
 /// Whether there is a file.
-#[must_use]
 pub fn exists(path: &Path) -> bool {
     match built_in(path) {
-        Some(name) => FILES.binary_search_by_key(&name.as_str(), |(n, _)| n).is_ok(),
+        Some(bytes) => bytes.is_some(),
         None => path.is_file(),
     }
 }
 
 /// Files below `root` whose name ends in `.yaml`, sorted.
-///
-/// # Errors
-/// When a folder cannot be listed.
 pub fn yaml_files(root: &Path) -> Result<Vec<PathBuf>, Error> {
     let mut found = Vec::new();
     if built_in(root).is_some() {
@@ -111,8 +83,8 @@ pub fn yaml_files(root: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(found)
 }
 
-/// The name of a built-in file below `eval/tasks`, without `.` and `..`.
-fn built_in(path: &Path) -> Option<String> {
+/// Of a path of built-in files: the file's content, if there is one.
+fn built_in(path: &Path) -> Option<Option<&'static [u8]>> {
     let mut rest = path.components();
     if rest.next()?.as_os_str() != BUILT_IN {
         return None;
@@ -125,5 +97,6 @@ fn built_in(path: &Path) -> Option<String> {
             _ => {}
         }
     }
-    Some(parts.join("/"))
+    let name = parts.join("/");
+    Some(FILES.binary_search_by_key(&name.as_str(), |(n, _)| n).ok().map(|at| FILES[at].1))
 }

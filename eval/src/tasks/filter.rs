@@ -1,37 +1,57 @@
 //! Filters: what is done to answers before they are scored.
 
-use recoup_jinja::regex::PythonRegex;
+use std::sync::LazyLock;
+
+use recoup_jinja::{python::is_space, regex::PythonRegex};
+use serde::Deserialize;
 
 /// Filters one after the other, under the name that its scores carry; ends in [`Filter::TakeFirst`].
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Pipeline {
     pub name: String,
+    #[serde(rename = "filter", default)]
     pub filters: Vec<Filter>,
 }
 
-/// One step. Names are lm-evaluation-harness's.
-#[derive(Clone, Debug)]
+/// One step. Names and defaults are lm-evaluation-harness's.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(tag = "function", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Filter {
     /// The `group_select`th match (from the end where negative), of its groups the first that is not empty.
     Regex {
-        regex: PythonRegex,
+        #[serde(rename = "regex_pattern")]
+        regex: Option<PythonRegex>,
+        #[serde(default)]
         group_select: i64,
+        #[serde(default = "invalid")]
         fallback: String,
     },
-    TakeFirst,
-    TakeFirstK(usize),
+    TakeFirst {},
+    TakeFirstK {
+        #[serde(default = "one")]
+        k: usize,
+    },
     /// The most frequent answer, of equals the one that came first.
-    MajorityVote,
-    RemoveWhitespace,
-    Lowercase,
-    Uppercase,
+    MajorityVote {},
+    RemoveWhitespace {},
+    Lowercase {},
+    Uppercase {},
+}
+
+/// What `regex` looks for where nothing is said.
+static NUMBER: LazyLock<Result<PythonRegex, String>> = LazyLock::new(|| PythonRegex::new(r"#### (\-?[0-9\.\,]+)"));
+
+fn invalid() -> String {
+    "[invalid]".into()
+}
+
+fn one() -> usize {
+    1
 }
 
 impl Pipeline {
     /// What is left of the answers to one request.
-    ///
-    /// # Errors
-    /// When a regular expression takes too many steps, or there are too few matches or answers.
     pub fn apply(&self, answers: &[String]) -> Result<String, String> {
         let mut answers = answers.to_vec();
         for filter in &self.filters {
@@ -45,21 +65,22 @@ impl Filter {
     fn apply(&self, answers: Vec<String>) -> Result<Vec<String>, String> {
         Ok(match self {
             Self::Regex { regex, group_select, fallback } => {
+                let regex = regex.as_ref().map_or_else(|| NUMBER.as_ref(), Ok)?;
                 answers.iter().map(|a| extract(regex, *group_select, fallback, a)).collect::<Result<_, _>>()?
             }
-            Self::TakeFirst => answers.into_iter().take(1).collect(),
-            Self::TakeFirstK(k) if answers.len() < *k => {
+            Self::TakeFirst {} => answers.into_iter().take(1).collect(),
+            Self::TakeFirstK { k } if answers.len() < *k => {
                 return Err(format!("{k} answers to take, {} there; raise `repeats`", answers.len()));
             }
-            Self::TakeFirstK(k) => answers.into_iter().take(*k).collect(),
-            Self::MajorityVote => {
+            Self::TakeFirstK { k } => answers.into_iter().take(*k).collect(),
+            Self::MajorityVote {} => {
                 let votes = |a: &String| answers.iter().filter(|b| *b == a).count();
                 let most = answers.iter().map(votes).max();
                 answers.iter().find(|a| Some(votes(a)) == most).cloned().into_iter().collect()
             }
-            Self::RemoveWhitespace => answers.iter().map(|a| strip(a).to_owned()).collect(),
-            Self::Lowercase => answers.iter().map(|a| a.to_lowercase()).collect(),
-            Self::Uppercase => answers.iter().map(|a| a.to_uppercase()).collect(),
+            Self::RemoveWhitespace {} => answers.iter().map(|a| a.trim_matches(is_space).to_owned()).collect(),
+            Self::Lowercase {} => answers.iter().map(|a| a.to_lowercase()).collect(),
+            Self::Uppercase {} => answers.iter().map(|a| a.to_uppercase()).collect(),
         })
     }
 }
@@ -80,10 +101,5 @@ fn extract(regex: &PythonRegex, select: i64, fallback: &str, answer: &str) -> Re
         [only] => only,
         several => several.iter().find(|g| !g.is_empty()).map_or(fallback, |g| g),
     };
-    Ok(strip(chosen).to_owned())
-}
-
-/// `str.strip()`: Python counts the four information separators as white space.
-fn strip(text: &str) -> &str {
-    text.trim_matches(|c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c))
+    Ok(chosen.trim_matches(is_space).to_owned())
 }

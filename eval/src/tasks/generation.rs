@@ -1,8 +1,9 @@
 //! `generation_kwargs`: how answers are generated. Every setting is used, refused, or named as having no effect.
 
+use recoup_jinja::data::repr;
 use serde_json::{Map, Value};
 
-use super::{nearest::nearest, python};
+use super::nearest;
 use crate::{GenerationDefaults, GenerationOptions};
 
 /// Settings as they count together.
@@ -27,59 +28,30 @@ pub struct Wrong {
 const LIMITS: [&str; 4] = ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"];
 /// Names of the strings that end an answer: lm-evaluation-harness's, OpenAI's, transformers'.
 const STOPS: [&str; 3] = ["until", "stop", "stop_strings"];
-/// A setting's name, the numbers that it takes in words, and whether a number is one of them.
-type Number = (&'static str, &'static str, fn(f64) -> bool);
-/// What else is used.
-const NUMBERS: [Number; 8] = [
-    ("temperature", "0 (greedy) or more", |v| v >= 0.0),
-    ("top_p", "from 0 to 1 (1, or -1, is off)", |v| (0.0..=1.0).contains(&v) || v == -1.0),
-    ("top_k", "a whole number (0, or -1, is off)", |v| v >= -1.0 && v.fract() == 0.0),
-    ("min_p", "from 0 to 1 (0 is off)", |v| (0.0..=1.0).contains(&v) || v == -1.0),
-    ("repetition_penalty", "above 0 (1 is off)", |v| v > 0.0),
-    ("presence_penalty", "from -2 to 2 (0 is off)", |v| (-2.0..=2.0).contains(&v)),
-    ("frequency_penalty", "from -2 to 2 (0 is off)", |v| (-2.0..=2.0).contains(&v)),
-    ("seed", "a whole number", |v| v >= 0.0 && v.fract() == 0.0),
-];
+/// What else is a number.
+const NUMBERS: &str = "temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed";
 /// Settings of sampling only.
 const SAMPLING: [&str; 4] = ["top_p", "top_k", "min_p", "seed"];
 /// Settings of which servers have defaults that are not off.
 const CAN_BE_OFF: [&str; 2] = ["top_k", "min_p"];
 /// What of a model's own settings counts where nothing else is said, as transformers has it.
 const OF_THE_MODEL: [&str; 4] = ["top_p", "top_k", "min_p", "repetition_penalty"];
-/// Settings of transformers and vLLM that are not supported, with the number at which they are off. Null, false and nothing
-/// in a list are off, too.
-const OFF: [(&str, f64); 31] = [
-    ("num_beams", 1.0),
-    ("num_beam_groups", 1.0),
-    ("num_return_sequences", 1.0),
-    ("n", 1.0),
-    ("best_of", 1.0),
-    ("beam_width", 1.0),
-    ("no_repeat_ngram_size", 0.0),
-    ("encoder_no_repeat_ngram_size", 0.0),
-    ("encoder_repetition_penalty", 1.0),
-    ("min_length", 0.0),
-    ("min_new_tokens", 0.0),
-    ("min_tokens", 0.0),
-    ("typical_p", 1.0),
-    ("epsilon_cutoff", 0.0),
-    ("eta_cutoff", 0.0),
-    ("penalty_alpha", 0.0),
-    ("diversity_penalty", 0.0),
-    ("guidance_scale", 1.0),
-    ("bad_words_ids", 0.0),
-    ("force_words_ids", 0.0),
-    ("suppress_tokens", 0.0),
-    ("begin_suppress_tokens", 0.0),
-    ("forced_bos_token_id", -1.0),
-    ("forced_eos_token_id", -1.0),
-    ("eos_token_id", -1.0),
-    ("stop_token_ids", -1.0),
-    ("sequence_bias", 0.0),
-    ("logit_bias", 0.0),
-    ("exponential_decay_length_penalty", 0.0),
-    ("ignore_eos", 0.0),
-    ("prompt_lookup_num_tokens", 0.0),
+/// Settings of transformers and vLLM that are not supported, by the number at which they are off. Null, false and nothing in
+/// a list are off, too.
+const OFF: [(f64, &str); 3] = [
+    (
+        1.0,
+        "num_beams num_beam_groups num_return_sequences n best_of beam_width encoder_repetition_penalty typical_p \
+           guidance_scale",
+    ),
+    (
+        0.0,
+        "no_repeat_ngram_size encoder_no_repeat_ngram_size min_length min_new_tokens min_tokens epsilon_cutoff \
+           eta_cutoff penalty_alpha diversity_penalty bad_words_ids force_words_ids suppress_tokens \
+           begin_suppress_tokens sequence_bias logit_bias exponential_decay_length_penalty ignore_eos \
+           prompt_lookup_num_tokens",
+    ),
+    (-1.0, "forced_bos_token_id forced_eos_token_id eos_token_id stop_token_ids"),
 ];
 /// Settings that change no answer here, and why.
 const NO_EFFECT: [(&str, &str); 7] = [
@@ -99,54 +71,59 @@ const NO_EFFECT: [(&str, &str); 7] = [
 pub fn checked(map: &Map<String, Value>) -> Result<Map<String, Value>, Wrong> {
     let mut out = Map::new();
     for (key, value) in map {
-        let wrong = |problem: String| Wrong { key: key.clone(), problem };
-        let expected = |what: &str| wrong(format!("must be {what}, found {}", python::repr(value)));
         let name = key.as_str();
-        if STOPS.contains(&name) {
-            stops(value).ok_or_else(|| expected("a text or a list of texts"))?;
-            if STOPS.iter().any(|other| *other != name && map.contains_key(*other)) {
-                return Err(wrong(format!("is there beside another of {}; give one", STOPS.join(", "))));
+        let wrong = |problem: String| Wrong { key: key.clone(), problem };
+        let is = |valid: fn(f64) -> bool| value.is_null() || number(value).is_some_and(valid);
+        let (expected, valid) = match name {
+            _ if STOPS.contains(&name) => ("a text or a list of texts", stops(value).is_some()),
+            _ if LIMITS.contains(&name) => ("a count of tokens, 1 or more", is(|n| n >= 1.0 && n.fract() == 0.0)),
+            "do_sample" => ("true or false", value.is_null() || value.is_boolean()),
+            "temperature" => ("0 (greedy) or more", is(|n| n >= 0.0)),
+            "top_p" => ("from 0 to 1 (1, or -1, is off)", is(|n| (0.0..=1.0).contains(&n) || n == -1.0)),
+            "top_k" => ("a whole number (0, or -1, is off)", is(|n| n >= -1.0 && n.fract() == 0.0)),
+            "min_p" => ("from 0 to 1 (0 is off)", is(|n| (0.0..=1.0).contains(&n) || n == -1.0)),
+            "repetition_penalty" => ("above 0 (1 is off)", is(|n| n > 0.0)),
+            "presence_penalty" | "frequency_penalty" => ("from -2 to 2 (0 is off)", is(|n| (-2.0..=2.0).contains(&n))),
+            "seed" => ("a whole number", is(|n| n >= 0.0 && n.fract() == 0.0)),
+            "max_length" => {
+                return Err(wrong(format!(
+                    "counts the prompt's tokens too and is not supported; set `max_gen_toks`, which counts the answer's \
+                     (found {})",
+                    repr(value)
+                )));
             }
-            out.insert("until".into(), value.clone());
+            _ => {
+                let off = OFF.iter().find(|(_, names)| names.split(' ').any(|known| known == name));
+                if off.is_some_and(|(off, _)| !is_off(value, *off)) {
+                    return Err(wrong(format!("cannot be {}: it is not supported; leave it out", repr(value))));
+                }
+                if off.is_none() && !NO_EFFECT.iter().any(|(known, _)| *known == name) {
+                    let names = OFF.iter().map(|(_, names)| *names).chain([NUMBERS]).flat_map(|names| names.split(' '));
+                    let nearest = nearest(name, names.chain(LIMITS).chain(STOPS).chain(["do_sample"]));
+                    return Err(wrong(format!(
+                        "is no setting of generation that is known; the nearest is `{nearest}`"
+                    )));
+                }
+                ("", true)
+            }
+        };
+        if !valid {
+            return Err(wrong(format!("must be {expected}, found {}", repr(value))));
+        }
+        if !STOPS.contains(&name) {
+            out.insert(key.clone(), value.clone());
             continue;
         }
-        if LIMITS.contains(&name) {
-            if !value.is_null() && number(value).is_none_or(|n| n < 1.0 || n.fract() != 0.0) {
-                return Err(expected("a count of tokens, 1 or more"));
-            }
-        } else if name == "do_sample" {
-            if !value.is_null() && !value.is_boolean() {
-                return Err(expected("true or false"));
-            }
-        } else if let Some((_, what, valid)) = NUMBERS.iter().find(|(known, ..)| *known == name) {
-            if !value.is_null() && number(value).is_none_or(|n| !valid(n)) {
-                return Err(expected(what));
-            }
-        } else if name == "max_length" {
-            return Err(wrong(format!(
-                "counts the prompt's tokens too and is not supported; set `max_gen_toks`, which counts the answer's (found {})",
-                python::repr(value)
-            )));
-        } else if let Some((_, off)) = OFF.iter().find(|(known, _)| *known == name) {
-            if !is_off(value, *off) {
-                return Err(wrong(format!("cannot be {}: it is not supported; leave it out", python::repr(value))));
-            }
-        } else if !NO_EFFECT.iter().any(|(known, _)| *known == name) {
-            let names = NUMBERS.iter().map(|(n, ..)| *n).chain(OFF.iter().map(|(n, _)| *n));
-            let names = names.chain(LIMITS).chain(STOPS).chain(["do_sample"]);
-            return Err(wrong(format!(
-                "is no setting of generation that is known; the nearest is `{}`",
-                nearest(name, names)
-            )));
+        if STOPS.iter().any(|other| *other != name && map.contains_key(*other)) {
+            return Err(wrong(format!("is there beside another of {}; give one", STOPS.join(", "))));
         }
-        out.insert(key.clone(), value.clone());
+        out.insert("until".into(), value.clone());
     }
     Ok(out)
 }
 
 /// What checked settings mean together, by lm-evaluation-harness's rules (`normalize_gen_kwargs`). What the model's maker
 /// set counts where they say nothing.
-#[must_use]
 pub fn generation(map: &Map<String, Value>, of_model: &GenerationDefaults) -> Generation {
     let (of_model, default_top_k) = (&of_model.settings, of_model.top_k);
     let own = GenerationOptions::default();

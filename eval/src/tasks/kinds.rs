@@ -1,11 +1,16 @@
 //! What tasks ask, and how answers become values.
 
 /// What a task asks of a model; `output_type`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum OutputType {
+    #[serde(rename = "loglikelihood")]
     LogLikelihood,
+    #[serde(rename = "loglikelihood_rolling")]
     Rolling,
     MultipleChoice,
+    #[default]
+    #[serde(rename = "generate_until")]
     Generate,
 }
 

@@ -3,34 +3,32 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     ffi::OsStr,
+    fs::canonicalize,
     path::{Path, PathBuf},
 };
 
-use serde_json::Value;
+use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use super::{
     Error,
     aggregate::{Group, GroupMetric},
     config::Config,
-    files,
-    keys::{Entry, Keys},
-    nearest::nearest,
+    files, nearest,
     task::Task,
-    yaml::Kind,
+    yaml::{self, Kind, Node},
 };
 
 /// Tasks, groups and tags by name. A file that is wrong matters only to who asks for what is in it.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Library {
     definitions: BTreeMap<String, Definition>,
     tags: BTreeMap<String, BTreeSet<String>>,
-    /// Names that cannot be used, and why.
+    /// Names that cannot be used, and why; also of files that define nothing.
     broken: BTreeMap<String, String>,
     /// Files of the folders given that cannot be read as tasks, and why; those without a name of their own (to be included,
     /// or no tasks at all) are not among them.
     unreadable: Vec<(String, String)>,
-    /// By the file's name: why it defines nothing.
-    nameless: BTreeMap<String, String>,
     data_dir: Option<PathBuf>,
 }
 
@@ -61,9 +59,11 @@ pub enum ListedKind {
     Tag,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Definition {
-    keys: Keys,
+    /// The file's keys, with those that it includes.
+    node: Node,
+    notes: Vec<String>,
     folder: PathBuf,
     root: PathBuf,
     is_group: bool,
@@ -71,7 +71,17 @@ struct Definition {
     instead_of: Option<String>,
 }
 
-const GROUP_KEYS: &[&str] = &["group", "group_alias", "task", "aggregate_metric_list", "tag", "include", "metadata"];
+/// The keys of a group, but for [`GROUP_LISTS`].
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GroupKeys {
+    group: String,
+    group_alias: Option<String>,
+    #[serde(default)]
+    metadata: Map<String, Value>,
+}
+
+const GROUP_LISTS: [&str; 4] = ["task", "aggregate_metric_list", "tag", "include"];
 
 impl Library {
     /// The built-in tasks and those of `folders`; a later folder's name wins over an earlier one's and a built-in one.
@@ -84,14 +94,7 @@ impl Library {
             let problem = if path.exists() { "it is a file, not a folder" } else { "there is no such folder" };
             return Err(Error::DataFolder { path: path.clone(), problem: problem.into() });
         }
-        let mut library = Self {
-            definitions: BTreeMap::new(),
-            tags: BTreeMap::new(),
-            broken: BTreeMap::new(),
-            unreadable: Vec::new(),
-            nameless: BTreeMap::new(),
-            data_dir,
-        };
+        let mut library = Self { data_dir, ..Self::default() };
         library.add_folder(Path::new(files::BUILT_IN))?;
         folders.iter().try_for_each(|folder| library.add_folder(folder))?;
         Ok(library)
@@ -103,7 +106,7 @@ impl Library {
         let definitions = self.definitions.iter().map(|(name, d)| Listed {
             name: name.clone(),
             kind: if d.is_group { ListedKind::Group } else { ListedKind::Task },
-            file: d.keys.file.clone(),
+            file: d.node.file.to_string(),
         });
         let tags = self.tags.keys().filter(|t| !self.definitions.contains_key(*t));
         let tags = tags.map(|t| Listed { name: t.clone(), kind: ListedKind::Tag, file: String::new() });
@@ -120,18 +123,19 @@ impl Library {
             // Only a file can have a name that is no text.
             let name = &*path.to_string_lossy();
             if path.extension().is_some_and(|e| e == "yaml" || e == "yml") && path.is_file() {
-                let folder = path.parent().unwrap_or(Path::new("")).to_path_buf();
-                let (name, definition) = define(path, &folder)?;
-                let file = definition.keys.file.clone();
-                let known =
-                    self.definitions.get(&name).map(|d| d.keys.file.clone()).filter(|known| !is_same(known, path));
-                if let Some(first) = known.filter(|_| wanted.has(&name)) {
-                    return Err(Error::Duplicate { name, first, second: file });
+                let (name, definition) = define(path, path.parent().unwrap_or(Path::new("")))?;
+                let name = name.ok_or_else(|| definition.node.missing("task"))?;
+                let known = self.definitions.get(&name).map(|d| d.node.file.to_string());
+                let another = known.filter(|known| canonicalize(known).ok() != canonicalize(path).ok());
+                if let Some(first) = another.filter(|_| wanted.has(&name)) {
+                    return Err(Error::Duplicate { name, first, second: definition.node.file.to_string() });
                 }
                 self.insert(name.clone(), definition)?;
                 self.collect(&name, &mut wanted, &mut Vec::new())?;
             } else if name.contains(['*', '?']) {
-                let known: Vec<String> = self.list().into_iter().map(|l| l.name).filter(|n| glob(name, n)).collect();
+                let pattern = glob::Pattern::new(name).map_err(|_| self.unknown(name))?;
+                let known: Vec<String> =
+                    self.list().into_iter().map(|l| l.name).filter(|n| pattern.matches(n)).collect();
                 if known.is_empty() {
                     return Err(self.unknown(name));
                 }
@@ -141,9 +145,8 @@ impl Library {
             }
         }
         let load = |name: &String| {
-            let definition = &self.definitions[name];
-            let config = Config::new(&definition.keys, &definition.folder, &definition.root)?;
-            Task::load(config, self.data_dir.as_deref())
+            let Definition { node, folder, root, .. } = &self.definitions[name];
+            Task::load(Config::new(node, folder, root)?, self.data_dir.as_deref())
         };
         let tasks = wanted.tasks.iter().map(load).collect::<Result<Vec<_>, _>>()?;
         let mut notes: Vec<String> = tasks.iter().flat_map(|t| t.notes.iter().cloned()).collect();
@@ -154,11 +157,11 @@ impl Library {
     /// What is to be said of the files of `names`, and of those that nobody could ask for.
     fn notes<'n>(&self, names: impl Iterator<Item = &'n String>) -> Vec<String> {
         let mut out = Vec::new();
-        for definition in names.filter_map(|name| self.definitions.get(name).map(|d| (name, d))) {
-            let (name, Definition { keys, instead_of, .. }) = definition;
-            out.extend(keys.notes.iter().cloned());
+        for (name, definition) in names.filter_map(|name| self.definitions.get(name).map(|d| (name, d))) {
+            let Definition { node, notes, instead_of, .. } = definition;
+            out.extend(notes.iter().cloned());
             out.extend(
-                instead_of.iter().map(|other| format!("`{name}` is taken from {}, not from {other}", keys.file)),
+                instead_of.iter().map(|other| format!("`{name}` is taken from {}, not from {other}", node.file)),
             );
         }
         if let Some((file, why)) = self.unreadable.first() {
@@ -179,23 +182,22 @@ impl Library {
         let mut own: BTreeMap<String, String> = BTreeMap::new();
         for path in files::yaml_files(root)? {
             let file = path.display().to_string();
-            let inserted = match define(&path, root) {
-                Ok((name, definition)) => match own.insert(name.clone(), file.clone()) {
+            let added = define(&path, root).and_then(|(name, definition)| {
+                let Some(name) = name else {
+                    let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+                    self.broken.entry(stem).or_insert(format!("{file} has no `task`, so it defines none"));
+                    return Ok(());
+                };
+                match own.insert(name.clone(), file.clone()) {
                     Some(first) => {
                         let twice = Error::Duplicate { name: name.clone(), first, second: file.clone() };
                         self.break_name(name, twice.to_string());
                         Ok(())
                     }
                     None => self.insert(name, definition),
-                },
-                Err(Error::MissingKey { key, .. }) if key == "task" => {
-                    let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-                    self.nameless.insert(stem, format!("{file} has no `task`, so it defines none"));
-                    Ok(())
                 }
-                Err(error) => Err(error),
-            };
-            if let Err(error) = inserted {
+            });
+            if let Err(error) = added {
                 let why = error.to_string();
                 for name in names_in(&path) {
                     self.break_name(name, why.clone());
@@ -213,20 +215,20 @@ impl Library {
     }
 
     fn insert(&mut self, name: String, mut definition: Definition) -> Result<(), Error> {
-        if !definition.is_group {
-            for tag in definition.keys.texts("tag")?.unwrap_or_default() {
+        if let Some(tags) = definition.node.get("tag").filter(|_| !definition.is_group) {
+            for tag in tags.read::<Vec<String>>()? {
                 self.tags.entry(tag).or_default().insert(name.clone());
             }
         }
         self.broken.remove(&name);
-        let known = self.definitions.get(&name).map(|d| d.keys.file.clone());
-        definition.instead_of = known.filter(|file| *file != definition.keys.file);
+        let known = self.definitions.get(&name).map(|d| d.node.file.to_string());
+        definition.instead_of = known.filter(|file| **file != *definition.node.file);
         self.definitions.insert(name, definition);
         Ok(())
     }
 
     fn unknown(&self, name: &str) -> Error {
-        if let Some(why) = self.broken.get(name).or_else(|| self.nameless.get(name)) {
+        if let Some(why) = self.broken.get(name) {
             return Error::Broken { name: name.into(), why: why.clone() };
         }
         let known = self.list();
@@ -236,7 +238,7 @@ impl Library {
     /// Adds what a name stands for; answers with the names of its tasks.
     fn collect(&self, name: &str, wanted: &mut Wanted, open: &mut Vec<String>) -> Result<Vec<String>, Error> {
         match self.definitions.get(name) {
-            Some(definition) if definition.is_group => self.collect_group(name, &definition.keys, wanted, open),
+            Some(definition) if definition.is_group => self.collect_group(name, &definition.node, wanted, open),
             Some(_) => {
                 if !wanted.tasks.iter().any(|t| t == name) {
                     wanted.tasks.push(name.into());
@@ -244,12 +246,9 @@ impl Library {
                 Ok(vec![name.into()])
             }
             None => {
-                let tasks: Vec<String> = match self.tags.get(name) {
-                    Some(tasks) => tasks.iter().cloned().collect(),
-                    None => return Err(self.unknown(name)),
-                };
+                let tasks = self.tags.get(name).ok_or_else(|| self.unknown(name))?;
                 tasks.iter().try_for_each(|task| self.collect(task, wanted, open).map(drop))?;
-                Ok(tasks)
+                Ok(tasks.iter().cloned().collect())
             }
         }
     }
@@ -257,46 +256,43 @@ impl Library {
     fn collect_group(
         &self,
         name: &str,
-        keys: &Keys,
+        node: &Node,
         wanted: &mut Wanted,
         open: &mut Vec<String>,
     ) -> Result<Vec<String>, Error> {
-        keys.check(GROUP_KEYS, &[])?;
+        let keys: GroupKeys = node.read_beside(&GROUP_LISTS)?;
         if open.iter().any(|o| o == name) {
             let chain: Vec<&str> = open.iter().map(String::as_str).chain([name]).collect();
             return Err(Error::GroupCycle { name: name.into(), chain: chain.join(" → ") });
         }
         open.push(name.into());
         let (mut tasks, mut children): (Vec<String>, Vec<String>) = (Vec::new(), Vec::new());
-        for member in keys.list("task")?.unwrap_or_default() {
-            let (own, child) = match &member.node.kind {
-                Kind::Map(_) => {
-                    let inline = Keys::of(&member, "a group")?;
-                    let child =
-                        format!("{name}::{}", inline.required("group", "only groups can be defined in a group")?);
-                    (self.collect_group(&child, &inline, wanted, open)?, child)
-                }
-                _ => {
-                    let child = member.text()?;
-                    (self.collect(&child, wanted, open)?, child)
-                }
+        for member in node.items("task").unwrap_or_default() {
+            let own = if let Kind::Map(_) = member.kind {
+                // Only groups can be defined in a group.
+                let GroupKeys { group, .. } = member.read_beside(&GROUP_LISTS)?;
+                children.push(format!("{name}::{group}"));
+                self.collect_group(&format!("{name}::{group}"), member, wanted, open)?
+            } else {
+                let child: String = member.read()?;
+                let own = self.collect(&child, wanted, open)?;
+                // A tag is no child of its own: its tasks are.
+                let is_tag = !self.definitions.contains_key(&child);
+                children.extend(if is_tag { own.clone() } else { vec![child] });
+                own
             };
-            // A tag is no child of its own: its tasks are.
-            let is_tag = !child.contains("::") && !self.definitions.contains_key(&child);
-            children.extend(if is_tag { own.clone() } else { vec![child] });
             tasks.extend(own.into_iter().filter(|t| !tasks.contains(t)).collect::<Vec<_>>());
         }
         open.pop();
         if !wanted.groups.iter().any(|g| g.name == name) {
-            let metadata = keys.get("metadata").map(Entry::object).transpose()?;
-            let version = metadata.and_then(|m| m.get("version").map(super::python::str));
+            let metrics = node.items("aggregate_metric_list").unwrap_or_default();
             wanted.groups.push(Group {
                 name: name.into(),
-                alias: keys.text("group_alias")?.unwrap_or_else(|| name.into()),
+                alias: keys.group_alias.unwrap_or_else(|| name.into()),
                 tasks: tasks.clone(),
                 children,
-                aggregates: aggregates(keys)?,
-                version: version.unwrap_or_else(|| "N/A".into()),
+                aggregates: metrics.iter().map(aggregate).collect::<Result<_, _>>()?,
+                version: keys.metadata.get("version").map_or("N/A".into(), recoup_jinja::data::str),
             });
         }
         Ok(tasks)
@@ -315,14 +311,6 @@ impl Wanted {
     }
 }
 
-/// Whether two paths are of one file.
-fn is_same(one: &str, other: &Path) -> bool {
-    match (std::fs::canonicalize(one), std::fs::canonicalize(other)) {
-        (Ok(a), Ok(b)) => a == b,
-        _ => Path::new(one) == other,
-    }
-}
-
 /// Names that a file which cannot be read as YAML seems to define, by its lines that begin with `task:` or `group:`.
 fn names_in(path: &Path) -> Vec<String> {
     let bytes = files::read(path).unwrap_or_default();
@@ -335,50 +323,22 @@ fn names_in(path: &Path) -> Vec<String> {
     text.lines().filter_map(value).collect()
 }
 
-fn define(path: &Path, root: &Path) -> Result<(String, Definition), Error> {
-    let keys = Keys::load(path)?;
+/// What a file defines, and its name, if it has one.
+fn define(path: &Path, root: &Path) -> Result<(Option<String>, Definition), Error> {
+    let (node, notes) = yaml::load(path)?;
+    let has = |key: &str| node.get(key).is_some();
     // A task written in Python names its group as well.
-    let is_group = keys.has("group") && !keys.has("dataset_path") && !keys.has("class");
-    let name = keys.required(if is_group { "group" } else { "task" }, "it is the name to ask for")?;
-    let folder = path.parent().unwrap_or(Path::new("")).to_path_buf();
-    Ok((name, Definition { keys, folder, root: root.into(), is_group, instead_of: None }))
+    let is_group = has("group") && !has("dataset_path") && !has("class");
+    let name = node.get(if is_group { "group" } else { "task" }).map(Node::read).transpose()?;
+    let folder = path.parent().unwrap_or(Path::new("")).into();
+    Ok((name, Definition { node, notes, folder, root: root.into(), is_group, instead_of: None }))
 }
 
-fn aggregates(keys: &Keys) -> Result<Vec<GroupMetric>, Error> {
-    let aggregate = |item: &Entry| {
-        let own = Keys::of(item, "a metric of `aggregate_metric_list`")?;
-        own.check(&["metric", "filter_list", "aggregation", "weight_by_size"], &[])?;
-        if let Some(entry) = own.get("aggregation").filter(|e| e.node.value() != Some(Value::from("mean"))) {
-            entry.value()?;
-            return Err(entry.bad("groups are aggregated by `mean` only"));
-        }
-        Ok(GroupMetric {
-            metric: own.required("metric", "it is the metric's name")?,
-            filters: own.texts("filter_list")?,
-            weight_by_size: own.flag("weight_by_size")?.unwrap_or(true),
-        })
-    };
-    keys.list("aggregate_metric_list")?.unwrap_or_default().iter().map(aggregate).collect()
-}
-
-/// Whether a name fits a pattern: `*` for any characters, `?` for one.
-fn glob(pattern: &str, name: &str) -> bool {
-    match (pattern.chars().next(), name.chars().next()) {
-        (None, None) => true,
-        (Some('*'), first) => glob(&pattern[1..], name) || first.is_some_and(|c| glob(pattern, &name[c.len_utf8()..])),
-        (Some('?'), Some(c)) => glob(&pattern[1..], &name[c.len_utf8()..]),
-        (Some(p), Some(c)) if p == c => glob(&pattern[c.len_utf8()..], &name[c.len_utf8()..]),
-        _ => false,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn patterns_fit_as_a_shell_fits_them() {
-        assert!(glob("mmlu_*", "mmlu_anatomy") && glob("*", "") && glob("?x*", "éxyz"));
-        assert!(!glob("mmlu_?", "mmlu_") && !glob("a*b", "ac"));
+/// An entry of `aggregate_metric_list`.
+fn aggregate(item: &Node) -> Result<GroupMetric, Error> {
+    match item.get("aggregation").map(|e| (e, e.read::<String>())) {
+        Some((_, Err(error))) => Err(error),
+        Some((entry, Ok(name))) if name != "mean" => Err(entry.wrong("groups are aggregated by `mean` only")),
+        _ => item.read_beside(&["aggregation"]),
     }
 }

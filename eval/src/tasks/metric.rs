@@ -3,15 +3,16 @@
 use std::collections::BTreeSet;
 
 use recoup_jinja::regex::PythonRegex;
+use serde::Deserialize;
 
 use crate::scores::Aggregation;
 
 use super::{
     Error,
-    keys::{Entry, Keys},
     kinds::{OutputType, Scoring},
-    nearest::nearest,
-    yaml::Kind,
+    nearest,
+    typed::Callable,
+    yaml::Node,
 };
 
 /// A metric of a task.
@@ -42,7 +43,8 @@ pub enum Measure {
 }
 
 /// How `exact_match` compares.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct ExactMatch {
     pub ignore_case: bool,
     pub ignore_punctuation: bool,
@@ -50,9 +52,22 @@ pub struct ExactMatch {
     pub regexes_to_ignore: Vec<PythonRegex>,
 }
 
+/// The keys of [`ExactMatch`].
+const EXACT_MATCH: [&str; 4] = ["ignore_case", "ignore_punctuation", "ignore_numbers", "regexes_to_ignore"];
+
+/// What each entry of `metric_list` may say.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Keys {
+    metric: String,
+    aggregation: Option<Callable>,
+    higher_is_better: Option<bool>,
+    /// From the library `evaluate`.
+    hf_evaluate: Option<bool>,
+}
+
 impl Measure {
     /// Its name in task files and results.
-    #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
             Self::Acc => "acc",
@@ -71,7 +86,6 @@ impl Measure {
     }
 
     /// How documents' values become the score.
-    #[must_use]
     pub fn aggregation(&self) -> Aggregation {
         match self {
             Self::Perplexity => Aggregation::Perplexity,
@@ -81,36 +95,40 @@ impl Measure {
         }
     }
 
+    /// What task files call its aggregation.
+    fn aggregation_name(&self) -> &'static str {
+        match (self, self.aggregation()) {
+            (Self::Instructions { per_prompt: false, .. }, _) => "!function ifeval.agg_inst_level_acc",
+            (_, Aggregation::Mean) => "mean",
+            (_, Aggregation::Perplexity) => "perplexity",
+            (_, Aggregation::WeightedPerplexity) => "weighted_perplexity",
+            (_, Aggregation::BitsPerByte) => "bits_per_byte",
+        }
+    }
+
     /// Whether guessing among choices has an expected score.
-    #[must_use]
     pub fn has_chance(&self) -> bool {
         matches!(self, Self::Acc | Self::AccNorm | Self::AccBytes)
     }
 
-    fn all(output: OutputType, scoring: Scoring) -> Vec<Self> {
+    /// All that there are, those that count without a `metric_list` first; and how many those are.
+    fn all(output: OutputType, scoring: Scoring) -> (Vec<Self>, usize) {
+        let exact_match = Self::ExactMatch(ExactMatch::default());
         match (scoring, output) {
-            (Scoring::IfEval, _) => [(true, false), (false, false), (true, true), (false, true)]
-                .map(|(per_prompt, loose)| Self::Instructions { per_prompt, loose })
-                .into(),
-            (_, OutputType::LogLikelihood) => vec![Self::Perplexity, Self::Acc],
-            (_, OutputType::Rolling) => vec![Self::WordPerplexity, Self::BytePerplexity, Self::BitsPerByte],
-            (_, OutputType::MultipleChoice) => {
-                vec![Self::Acc, Self::AccNorm, Self::AccBytes, Self::ExactMatch(ExactMatch::default())]
+            (Scoring::IfEval, _) => {
+                let kinds = [(true, false), (false, false), (true, true), (false, true)];
+                (kinds.map(|(per_prompt, loose)| Self::Instructions { per_prompt, loose }).into(), 4)
             }
-            (_, OutputType::Generate) => vec![Self::ExactMatch(ExactMatch::default())],
+            (_, OutputType::LogLikelihood) => (vec![Self::Perplexity, Self::Acc], 2),
+            (_, OutputType::Rolling) => (vec![Self::WordPerplexity, Self::BytePerplexity, Self::BitsPerByte], 3),
+            (_, OutputType::MultipleChoice) => (vec![Self::Acc, Self::AccNorm, Self::AccBytes, exact_match], 2),
+            (_, OutputType::Generate) => (vec![exact_match], 1),
         }
-    }
-
-    fn default_higher_is_better(&self) -> bool {
-        self.aggregation() == Aggregation::Mean
     }
 }
 
 impl ExactMatch {
     /// Whether an answer is the reference, after all that is to be ignored.
-    ///
-    /// # Errors
-    /// When a regular expression takes too many steps.
     pub fn matches(&self, answer: &str, reference: &str) -> Result<bool, String> {
         Ok(self.normalize(answer)? == self.normalize(reference)?)
     }
@@ -132,89 +150,43 @@ impl ExactMatch {
 }
 
 /// The metrics of `metric_list`, or the output type's own.
-///
-/// # Errors
-/// What is wrong with an entry.
-pub fn parse(keys: &Keys, output: OutputType, scoring: Scoring) -> Result<Vec<Metric>, Error> {
-    let known = Measure::all(output, scoring);
-    let Some(items) = keys.list("metric_list")? else {
-        let own = known.into_iter().filter(|m| !matches!((m, output), (Measure::AccBytes, _)));
-        let own = own.filter(|m| output == OutputType::Generate || !matches!(m, Measure::ExactMatch(_)));
-        return Ok(own.map(|m| Metric { higher_is_better: m.default_higher_is_better(), measure: m }).collect());
+pub fn parse(task: &Node, output: OutputType, scoring: Scoring) -> Result<Vec<Metric>, Error> {
+    let (known, by_default) = Measure::all(output, scoring);
+    let metric = |measure: Measure, higher_is_better: Option<bool>| {
+        let higher_is_better = higher_is_better.unwrap_or(measure.aggregation() == Aggregation::Mean);
+        Metric { measure, higher_is_better }
+    };
+    let Some(items) = task.items("metric_list") else {
+        return Ok(known.into_iter().take(by_default).map(|m| metric(m, None)).collect());
     };
     let mut names = BTreeSet::new();
     let mut metrics = Vec::new();
     for item in items {
-        let own = Keys::of(&item, "a metric of `metric_list`")?;
-        let name = own.required("metric", "it is the metric's name")?;
+        let name: String = item.get("metric").ok_or_else(|| item.missing("metric"))?.read()?;
         let Some(measure) = known.iter().find(|m| m.name() == name) else {
             let names: Vec<&str> = known.iter().map(Measure::name).collect();
-            return Err(item.bad(format!(
+            return Err(item.wrong(format!(
                 "metric {name:?} is not one of this output type's: {}; the nearest is {:?}",
                 names.join(", "),
                 nearest(&name, names.iter().copied())
             )));
         };
-        if !names.insert(name.clone()) {
-            return Err(item.bad(format!("metric {name:?} is there twice")));
-        }
-        let measure = match measure {
-            Measure::ExactMatch(_) => Measure::ExactMatch(exact_match(&own)?),
-            other => {
-                own.check(&["metric", "aggregation", "higher_is_better", "hf_evaluate"], &[])?;
-                other.clone()
+        let (own, measure): (Keys, Measure) = match measure {
+            Measure::ExactMatch(_) => {
+                (item.read_beside(&EXACT_MATCH)?, Measure::ExactMatch(item.only(&EXACT_MATCH).read()?))
             }
+            other => (item.read()?, other.clone()),
         };
-        if let Some(entry) = own.get("hf_evaluate").filter(|e| e.node.value() == Some(true.into())) {
-            return Err(entry.bad("metrics of the library `evaluate` are not built in"));
+        if !names.insert(own.metric) {
+            return Err(item.wrong(format!("metric {name:?} is there twice")));
         }
-        aggregation(&own, &measure)?;
-        let higher_is_better = own.flag("higher_is_better")?.unwrap_or_else(|| measure.default_higher_is_better());
-        metrics.push(Metric { measure, higher_is_better });
+        if own.hf_evaluate == Some(true) {
+            return Err(item.wrong("metrics of the library `evaluate` are not built in"));
+        }
+        if let Some(Callable(found)) = own.aggregation.filter(|a| a.0 != measure.aggregation_name()) {
+            return Err(item.wrong(format!("{name} is aggregated by {}, not {found}", measure.aggregation_name())));
+        }
+        metrics.push(metric(measure, own.higher_is_better));
     }
     Ok(metrics)
-}
-
-fn exact_match(keys: &Keys) -> Result<ExactMatch, Error> {
-    keys.check(
-        &[
-            "metric",
-            "aggregation",
-            "higher_is_better",
-            "hf_evaluate",
-            "ignore_case",
-            "ignore_punctuation",
-            "ignore_numbers",
-            "regexes_to_ignore",
-        ],
-        &[],
-    )?;
-    let regex = |e: &Entry| PythonRegex::new(&e.text()?).map_err(|message| e.bad(message));
-    let regexes = keys.list("regexes_to_ignore")?.unwrap_or_default();
-    Ok(ExactMatch {
-        ignore_case: keys.flag("ignore_case")?.unwrap_or(false),
-        ignore_punctuation: keys.flag("ignore_punctuation")?.unwrap_or(false),
-        ignore_numbers: keys.flag("ignore_numbers")?.unwrap_or(false),
-        regexes_to_ignore: regexes.iter().map(regex).collect::<Result<_, _>>()?,
-    })
-}
-
-fn aggregation(keys: &Keys, measure: &Measure) -> Result<(), Error> {
-    let Some(entry) = keys.get("aggregation") else { return Ok(()) };
-    let expected = match (measure, measure.aggregation()) {
-        (Measure::Instructions { per_prompt: false, .. }, _) => "!function ifeval.agg_inst_level_acc",
-        (_, Aggregation::Mean) => "mean",
-        (_, Aggregation::Perplexity) => "perplexity",
-        (_, Aggregation::WeightedPerplexity) => "weighted_perplexity",
-        (_, Aggregation::BitsPerByte) => "bits_per_byte",
-    };
-    let found = match &entry.node.kind {
-        Kind::Function(name) => format!("!function {name}"),
-        _ => entry.text()?,
-    };
-    if found == expected {
-        return Ok(());
-    }
-    entry.value()?;
-    Err(entry.bad(format!("{} is aggregated by {expected}, not {found}", measure.name())))
 }

@@ -11,12 +11,9 @@ mod error;
 mod files;
 mod filter;
 mod generation;
-mod keys;
 mod kinds;
 mod library;
 mod metric;
-mod nearest;
-mod python;
 mod random;
 mod score;
 mod source;
@@ -24,6 +21,7 @@ mod task;
 mod template;
 mod texts;
 mod turn;
+mod typed;
 mod yaml;
 
 pub use aggregate::{BOOTSTRAP_RESAMPLES, Group, GroupMetric, GroupScore, standard_error};
@@ -35,6 +33,11 @@ pub use score::Sample;
 pub use source::DataFile;
 pub use task::{Chat, Instance, Limit, Options, Render, Task};
 pub use texts::built_in_text;
+
+/// The known name with the fewest edits to `name`; the first of equals.
+fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> String {
+    known.into_iter().min_by_key(|k| strsim::levenshtein(name, k)).unwrap_or_default().to_owned()
+}
 
 /// Refuses settings of generation that cannot be used, whichever tasks there are.
 ///

@@ -1,16 +1,15 @@
 //! Answers to values: what one document contributes to each metric, and the record of it.
 
+use recoup_jinja::{data as python, python::float};
 use serde_json::{Map, Value, json};
-use sha2::{Digest, Sha256};
 
-use crate::{Request, Response, ifeval, perplexity::words, scores::DocumentScore};
+use crate::{Request, Response, ifeval, perplexity::words, scores::DocumentScore, sha256};
 
 use super::{
     Error,
     data::Doc,
     kinds::{OutputType, Scoring},
     metric::{Measure, Metric},
-    python,
     task::{Instance, Task},
 };
 
@@ -35,27 +34,32 @@ struct Scored {
     shown: Value,
 }
 
+impl Scored {
+    /// 1 for what is right, shown as `shown`.
+    fn right(right: bool, shown: Value) -> Self {
+        Self { value: f64::from(u8::from(right)), weight: 1.0, shown }
+    }
+}
+
 impl Task {
     /// Scores the answers to an instance's requests, given in their order: one sample for each filter.
     ///
     /// # Errors
     /// When the answers are not those of the requests, or the document has no right answer among its choices.
     pub fn score(&self, instance: &Instance, responses: &[Response]) -> Result<Vec<Sample>, Error> {
-        let wrong = |expected: String, found: String| Error::Responses {
-            task: self.name().into(),
-            doc_id: instance.doc_id,
-            expected,
-            found,
-        };
+        let id = instance.doc_id.to_string();
+        let wrong = |expected: String, found: String| self.document(&id, format!("expected {expected}, found {found}"));
         if responses.len() != instance.requests.len() {
             return Err(wrong(format!("{} answers", instance.requests.len()), responses.len().to_string()));
         }
         for (request, response) in instance.requests.iter().zip(responses) {
-            match (request, response) {
-                (Request::LogLikelihood { .. }, Response::LogLikelihood { .. })
-                | (Request::Rolling { .. }, Response::Rolling { .. })
-                | (Request::Generate { .. }, Response::Generated { .. }) => {}
-                (request, response) => return Err(wrong(format!("an answer to {request:?}"), format!("{response:?}"))),
+            let fits = match request {
+                Request::LogLikelihood { .. } => matches!(response, Response::LogLikelihood { .. }),
+                Request::Rolling { .. } => matches!(response, Response::Rolling { .. }),
+                Request::Generate { .. } => matches!(response, Response::Generated { .. }),
+            };
+            if !fits {
+                return Err(wrong(format!("an answer to {request:?}"), format!("{response:?}")));
             }
         }
         if let Some(found) = responses.iter().find_map(Response::impossible) {
@@ -63,23 +67,18 @@ impl Task {
         }
         // A choice may be impossible, and then is not chosen; a mean of logarithms with one has no value.
         let averaged =
-            |m: &Metric| matches!(m.measure, Measure::Perplexity) || self.config.output == OutputType::Rolling;
+            |m: &Metric| matches!(m.measure, Measure::Perplexity) || self.config.keys.output == OutputType::Rolling;
         if self.config.metrics.iter().any(averaged) && responses.iter().any(|r| likelihood(r).0 == f64::NEG_INFINITY) {
             let found = "-inf: a token of it has probability 0, so there is no perplexity";
             return Err(wrong("a finite log-likelihood".into(), found.into()));
         }
-        let id = instance.doc_id.to_string();
-        let doc = self
-            .docs
-            .get(instance.doc_id)
-            .ok_or_else(|| wrong(format!("a document below {}", self.docs.len()), id.clone()))?;
-        let target = self.target(&self.config.target, doc, &id)?;
-        let repeats = self.config.repeats;
-        let groups: Vec<&[Response]> = responses.chunks(repeats).collect();
+        let doc = &self.docs[instance.doc_id];
+        let target = self.target(&self.config.form.target, doc, &id)?;
+        let groups: Vec<&[Response]> = responses.chunks(self.config.keys.repeats).collect();
         let pipelines = self.config.filters.iter();
         pipelines
             .map(|pipeline| {
-                let texts: Vec<String> = match self.config.output {
+                let texts: Vec<String> = match self.config.keys.output {
                     OutputType::Generate => {
                         let texts = |g: &&[Response]| g.iter().filter_map(text).collect::<Vec<_>>();
                         let filtered = groups.iter().map(|g| pipeline.apply(&texts(g)));
@@ -87,13 +86,13 @@ impl Task {
                     }
                     _ => Vec::new(),
                 };
-                let (scored, chance) = match self.config.output {
+                let (scored, chance) = match self.config.keys.output {
                     OutputType::LogLikelihood => (self.log_likelihood(groups[0]), None),
                     OutputType::Rolling => (self.rolling(doc, &target, groups[0]), None),
                     OutputType::MultipleChoice => self.multiple_choice(doc, &target, &groups, &id)?,
                     OutputType::Generate => (self.generated(doc, &target, &texts[0], &id)?, None),
                 };
-                let mut record = self.record(instance, doc, &target, &groups, &texts, &pipeline.name);
+                let mut record = self.record(instance, doc, &target, &groups, &texts, &pipeline.name)?;
                 let names = || self.config.metrics.iter().map(|m| m.measure.name().to_owned());
                 let value =
                     |s: &Scored| DocumentScore { doc_id: instance.doc_id, repeat: 0, value: s.value, weight: s.weight };
@@ -107,8 +106,8 @@ impl Task {
     fn log_likelihood(&self, responses: &[Response]) -> Vec<Scored> {
         let (ll, greedy) = likelihood(&responses[0]);
         let score = |metric: &Metric| match metric.measure {
-            Measure::Perplexity => Scored { value: ll, weight: 1.0, shown: float(ll) },
-            _ => Scored { value: f64::from(u8::from(greedy)), weight: 1.0, shown: u8::from(greedy).into() },
+            Measure::Perplexity => Scored { value: ll, weight: 1.0, shown: number(ll) },
+            _ => Scored::right(greedy, u8::from(greedy).into()),
         };
         self.config.metrics.iter().map(score).collect()
     }
@@ -122,7 +121,7 @@ impl Task {
         let text = counted.unwrap_or_default();
         let score = |metric: &Metric| {
             let weight = if matches!(metric.measure, Measure::WordPerplexity) { words(text) } else { text.len() };
-            Scored { value: ll, weight: weight as f64, shown: json!([float(ll), weight]) }
+            Scored { value: ll, weight: weight as f64, shown: json!([number(ll), weight]) }
         };
         self.config.metrics.iter().map(score).collect()
     }
@@ -135,10 +134,6 @@ impl Task {
         id: &str,
     ) -> Result<(Vec<Scored>, Option<f64>), Error> {
         let choices = self.own_choices(doc, id)?;
-        if choices.len() != groups.len() {
-            let message = format!("{} choices, but {} were asked about", choices.len(), groups.len());
-            return Err(self.document(id, message));
-        }
         let (lls, greedy): (Vec<f64>, Vec<bool>) = groups.iter().map(|g| likelihood(&g[0])).unzip();
         let by = |size: &dyn Fn(&str) -> usize| {
             argmax(lls.iter().zip(&choices).map(|(ll, choice)| ll / size(choice) as f64))
@@ -154,10 +149,11 @@ impl Task {
                 Measure::ExactMatch(_) => gold.iter().any(|g| greedy[*g]),
                 _ => gold.contains(&predicted),
             };
-            let value = f64::from(u8::from(right));
-            let shown =
-                if matches!(metric.measure, Measure::ExactMatch(_)) { u8::from(right).into() } else { value.into() };
-            Scored { value, weight: 1.0, shown }
+            let shown = match metric.measure {
+                Measure::ExactMatch(_) => u8::from(right).into(),
+                _ => f64::from(u8::from(right)).into(),
+            };
+            Scored::right(right, shown)
         };
         let chance = gold.len() as f64 / choices.len() as f64;
         Ok((self.config.metrics.iter().map(score).collect(), Some(chance)))
@@ -167,7 +163,7 @@ impl Task {
     pub(super) fn gold(&self, doc: &Doc, target: &Value, choices: &[String], id: &str) -> Result<Vec<usize>, Error> {
         match (self.multiple_input, target) {
             (true, _) => {
-                let text = self.text(&self.config.text, doc, id)?;
+                let text = self.text(&self.config.form.text, doc, id)?;
                 Ok(vec![self.index(&text, choices, "doc_to_text", id)?])
             }
             (false, Value::Array(items)) => items.iter().map(|i| self.index(i, choices, "doc_to_target", id)).collect(),
@@ -186,16 +182,10 @@ impl Task {
             value => vec![python::str(value)],
         };
         let score = |metric: &Metric| {
-            let right = match &metric.measure {
-                Measure::ExactMatch(how) => {
-                    let matches = golds.iter().map(|gold| how.matches(answer, gold));
-                    let matches = matches.collect::<Result<Vec<bool>, _>>().map_err(|m| self.document(id, m))?;
-                    matches.contains(&true)
-                }
-                _ => false,
-            };
-            let value = f64::from(u8::from(right));
-            Ok(Scored { value, weight: 1.0, shown: value.into() })
+            let Measure::ExactMatch(how) = &metric.measure else { return Ok(Scored::right(false, 0.0.into())) };
+            let matches = golds.iter().map(|gold| how.matches(answer, gold)).collect::<Result<Vec<bool>, _>>();
+            let right = matches.map_err(|m| self.document(id, m))?.contains(&true);
+            Ok(Scored::right(right, f64::from(u8::from(right)).into()))
         };
         self.config.metrics.iter().map(score).collect()
     }
@@ -215,7 +205,7 @@ impl Task {
             };
             if per_prompt {
                 let all = followed.iter().all(|f| *f);
-                return Scored { value: f64::from(u8::from(all)), weight: 1.0, shown: all.into() };
+                return Scored::right(all, all.into());
             }
             let count = followed.iter().filter(|f| **f).count();
             Scored { value: count as f64, weight: followed.len() as f64, shown: followed.clone().into() }
@@ -232,9 +222,9 @@ impl Task {
         groups: &[&[Response]],
         texts: &[String],
         filter: &str,
-    ) -> Map<String, Value> {
+    ) -> Result<Map<String, Value>, Error> {
         let mut arguments = Map::new();
-        for (i, request) in instance.requests.iter().step_by(self.config.repeats).enumerate() {
+        for (i, request) in instance.requests.iter().step_by(self.config.keys.repeats).enumerate() {
             let parts = match request {
                 Request::LogLikelihood { context, continuation } => vec![json!(context), json!(continuation)],
                 Request::Rolling { text } => vec![json!(text)],
@@ -249,12 +239,14 @@ impl Task {
             None => "",
         };
         let resps: Value = groups.iter().map(|g| g.iter().map(shown).collect::<Value>()).collect();
-        let filtered: Value = match self.config.output {
+        let filtered: Value = match self.config.keys.output {
             OutputType::Generate => json!(texts),
             _ => groups.iter().map(|g| shown(&g[0])).collect(),
         };
         let metrics: Vec<&str> = self.config.metrics.iter().map(|m| m.measure.name()).collect();
         let target = python::str(target);
+        let dumped = python::dumps(doc.clone().into());
+        let dumped = dumped.map_err(|e| self.document(&instance.doc_id.to_string(), e.message))?;
         let Value::Object(record) = json!({
             "doc_id": instance.doc_id,
             "doc": doc,
@@ -264,19 +256,14 @@ impl Task {
             "filtered_resps": filtered,
             "filter": filter,
             "metrics": metrics,
-            "doc_hash": hash(&python::dumps(&Value::Object(doc.clone()))),
-            "prompt_hash": hash(prompt),
-            "target_hash": hash(&target),
+            "doc_hash": sha256(dumped.as_bytes()),
+            "prompt_hash": sha256(prompt.as_bytes()),
+            "target_hash": sha256(target.as_bytes()),
         }) else {
-            return Map::new();
+            return Ok(Map::new());
         };
-        record
+        Ok(record)
     }
-}
-
-/// `hash_string`: SHA-256 in hexadecimal.
-fn hash(text: &str) -> String {
-    Sha256::digest(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn text(response: &Response) -> Option<String> {
@@ -298,16 +285,16 @@ fn likelihood(response: &Response) -> (f64, bool) {
 fn shown(response: &Response) -> Value {
     match response {
         Response::LogLikelihood { log_likelihood, is_greedy } => {
-            json!([python::float(*log_likelihood), if *is_greedy { "True" } else { "False" }])
+            json!([float(*log_likelihood), if *is_greedy { "True" } else { "False" }])
         }
-        Response::Rolling { log_likelihood, .. } => python::float(*log_likelihood).into(),
+        Response::Rolling { log_likelihood, .. } => float(*log_likelihood).into(),
         Response::Generated { text, .. } => text.as_str().into(),
     }
 }
 
 /// A number, or its name where JSON has none.
-fn float(value: f64) -> Value {
-    serde_json::Number::from_f64(value).map_or_else(|| python::float(value).into(), Value::Number)
+fn number(value: f64) -> Value {
+    serde_json::Number::from_f64(value).map_or_else(|| float(value).into(), Value::Number)
 }
 
 /// `numpy.argmax`: the first of the greatest. Not-a-number, which numpy takes for the greatest, was refused before.

@@ -5,17 +5,10 @@ use std::path::{Path, PathBuf};
 use super::{
     Error,
     config::{Config, DataSet},
-    data::{self, Doc, Format},
+    data::{self, Doc, TextUnit},
     files,
 };
-use crate::records;
-
-/// The error that the data set has no such split.
-#[must_use]
-pub fn no_split(config: &Config, key: &str, split: &str, known: &str) -> Error {
-    let (task, file) = (config.name.clone(), config.file.clone());
-    Error::NoSplit { task, file, key: key.into(), split: split.into(), known: known.into() }
-}
+use crate::records::{self, Format};
 
 /// A file that documents were read from.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -36,35 +29,33 @@ pub struct Split {
 }
 
 /// Reads the documents of a split that the task's `key` names.
-///
-/// # Errors
-/// When there is no such split, a file of it is missing or wrong, or it has no documents.
 pub fn read_split(config: &Config, key: &str, split: &str, data_dir: Option<&Path>) -> Result<Split, Error> {
-    let (paths, format) = match &config.data {
-        DataSet::Files { format, splits } => {
+    let (paths, format, unit) = match &config.data {
+        DataSet::Files { format, unit, splits } => {
             let Some((_, names)) = splits.iter().find(|(name, _)| name == split) else {
                 let known: Vec<&str> = splits.iter().map(|(name, _)| name.as_str()).collect();
-                return Err(no_split(config, key, split, &known.join(", ")));
+                let (task, file, known) = (config.keys.name.clone(), config.file.clone(), known.join(", "));
+                return Err(Error::NoSplit { task, file, key: key.into(), split: split.into(), known });
             };
             let find = |name: &String| find_file(config, name, data_dir);
-            (names.iter().map(find).collect::<Result<Vec<_>, _>>()?.concat(), *format)
+            (names.iter().map(find).collect::<Result<Vec<_>, _>>()?.concat(), *format, *unit)
         }
         DataSet::Folder { path, name, .. } => {
             let path = find_in_folder(config, path, name.as_deref(), split, data_dir)?;
             let format = Format::of(&path).unwrap_or(Format::Json);
-            (vec![path], format)
+            (vec![path], format, TextUnit::Line)
         }
     };
-    let docs = data::read(&paths, format)?;
+    let docs = data::read(&paths, format, unit)?;
     if docs.is_empty() {
         let file = paths.first().map(|p| p.display().to_string()).unwrap_or_default();
-        return Err(Error::NoDocuments { task: config.name.clone(), split: split.into(), file });
+        return Err(Error::NoDocuments { task: config.keys.name.clone(), split: split.into(), file });
     }
     let elsewhere = |p: &&PathBuf| data_dir.is_some_and(|folder| !p.starts_with(folder));
     let note = |p: &PathBuf| {
         let folder = data_dir.unwrap_or(Path::new("")).display();
         let name = p.file_name().unwrap_or_default().to_string_lossy();
-        format!("{}: {name} is not in the data folder {folder}; taken from {}", config.name, p.display())
+        format!("{}: {name} is not in the data folder {folder}; taken from {}", config.keys.name, p.display())
     };
     let notes = paths.iter().filter(elsewhere).map(note).collect();
     let file = |p: &PathBuf| {
@@ -119,7 +110,7 @@ fn find_in_folder(
     for base in data_dir.into_iter().chain([config.folder.as_path()]) {
         let folder = base.join(path);
         let folder = name.map_or(folder.clone(), |n| folder.join(n));
-        for (ending, _) in records::ENDINGS.iter().filter(|(_, format)| *format != records::Format::Text) {
+        for (ending, _) in records::ENDINGS.iter().filter(|(_, format)| *format != Format::Text) {
             looked.extend(["", ".gz", ".zst"].map(|packed| folder.join(format!("{split}.{ending}{packed}"))));
         }
     }
@@ -141,6 +132,6 @@ fn find_in_folder(
 
 fn no_data(config: &Config, data: &str, looked: &[PathBuf], advice: String) -> Error {
     let looked: Vec<String> = looked.iter().map(|p| p.display().to_string()).collect();
-    let (task, file) = (config.name.clone(), config.file.clone());
+    let (task, file) = (config.keys.name.clone(), config.file.clone());
     Error::NoData { task, file, data: data.into(), looked: looked.join(", "), advice }
 }

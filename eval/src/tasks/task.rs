@@ -2,6 +2,7 @@
 
 use std::{path::Path, sync::Arc};
 
+use recoup_jinja::data as python;
 use serde_json::{Map, Value};
 
 use crate::{GenerationDefaults, GenerationOptions, Message, Request};
@@ -12,10 +13,9 @@ use super::{
     data::Doc,
     generation::{self, Generation},
     kinds::OutputType,
-    python,
     random::Random,
-    source::{DataFile, Split, no_split, read_split},
-    template::Templates,
+    source::{DataFile, Split, read_split},
+    template::Template,
     turn::{Turn, join, messages, single_turn, turn},
 };
 
@@ -23,7 +23,6 @@ use super::{
 #[derive(Debug)]
 pub struct Task {
     pub(super) config: Config,
-    templates: Templates,
     pub(super) docs: Vec<Doc>,
     /// What few-shot examples are drawn from.
     pub(super) examples: Vec<Doc>,
@@ -123,61 +122,45 @@ impl Task {
     /// # Errors
     /// When a data file is missing or wrong, or its first document does not suit the task.
     pub fn load(config: Config, data_dir: Option<&Path>) -> Result<Self, Error> {
-        let test = config.test.clone().map(|s| ("test_split", s));
-        let validation = config.validation.clone().map(|s| ("validation_split", s));
-        let training = config.training.clone().map(|s| ("training_split", s));
-        let Some((key, split)) = test.clone().or_else(|| validation.clone()) else {
-            return Err(no_split(&config, "test_split", "", ""));
-        };
-        let Split { docs, mut files, mut notes } = read_split(&config, key, &split, data_dir)?;
+        let (key, split) = &config.evaluated;
+        let Split { docs, mut files, mut notes } = read_split(&config, key, split, data_dir)?;
         if let DataSet::Folder { path, unused, .. } = &config.data
             && !unused.is_empty()
         {
             notes.push(format!(
                 "{}: of `dataset_kwargs` not used, as the copy of {path} is read as it lies there: {}",
-                config.name,
+                config.keys.name,
                 unused.join(", ")
             ));
         }
-        let pool = config.few_shot.split.clone().map(|s| ("fewshot_split", s));
         let mut no_examples = None;
-        let examples = match (pool, &config.few_shot.samples) {
-            (None, Some(samples)) => samples.clone(),
-            // lm-evaluation-harness's rule: training, else validation, else test documents.
-            (pool, _) => match pool.or(training).or(validation).or(test) {
-                Some((_, name)) if name == split => docs.clone(),
-                Some((key, name)) => match read_split(&config, key, &name, data_dir) {
-                    Ok(pool) => {
-                        files.extend(pool.files);
-                        notes.extend(pool.notes);
-                        pool.docs
-                    }
-                    // A pool that is not there matters only where examples are asked for.
-                    Err(e @ Error::NoData { .. }) => {
-                        no_examples = Some(e.to_string());
-                        Vec::new()
-                    }
-                    Err(e @ Error::NoSplit { .. }) if key == "training_split" => {
-                        no_examples = Some(e.to_string());
-                        Vec::new()
-                    }
-                    Err(e) => return Err(e),
-                },
-                None => Vec::new(),
+        let examples = match &config.pool {
+            None => config.few_shot.samples.clone().unwrap_or_default(),
+            Some((_, name)) if name == split => docs.clone(),
+            Some((key, name)) => match read_split(&config, key, name, data_dir) {
+                Ok(pool) => {
+                    files.extend(pool.files);
+                    notes.extend(pool.notes);
+                    pool.docs
+                }
+                // A pool that is not there matters only where examples are asked for.
+                Err(e)
+                    if matches!(e, Error::NoData { .. })
+                        || *key == "training_split" && matches!(e, Error::NoSplit { .. }) =>
+                {
+                    no_examples = Some(e.to_string());
+                    Vec::new()
+                }
+                Err(e) => return Err(e),
             },
         };
-        let templates = Templates::new();
         let (multiple_input, multiple_target) = (false, false);
-        let mut task =
-            Self { config, templates, docs, examples, no_examples, files, notes, multiple_input, multiple_target };
+        let mut task = Self { config, docs, examples, no_examples, files, notes, multiple_input, multiple_target };
         // As lm-evaluation-harness: the first document shows what kind of task it is.
-        let (first, expressions) = (&task.docs[0], &task.config);
-        let has_choices = match &expressions.choices {
-            Some(choices) => !task.choices(choices, first, "0")?.is_empty(),
-            None => false,
-        };
-        let text = task.text(&expressions.text, first, "0")?;
-        let target = task.target(&expressions.target, first, "0")?;
+        let first = &task.docs[0];
+        let has_choices = !task.own_choices(first, "0")?.is_empty();
+        let text = task.text(&task.config.form.text, first, "0")?;
+        let target = task.target(&task.config.form.target, first, "0")?;
         task.multiple_input = has_choices && text.is_number();
         task.multiple_target = target.is_array();
         Ok(task)
@@ -186,25 +169,25 @@ impl Task {
     /// The task's name.
     #[must_use]
     pub fn name(&self) -> &str {
-        &self.config.name
+        &self.config.keys.name
     }
 
     /// What tables show instead of the name, if the task says so.
     #[must_use]
     pub fn alias(&self) -> &str {
-        self.config.alias.as_deref().unwrap_or(&self.config.name)
+        self.config.keys.alias.as_deref().unwrap_or(&self.config.keys.name)
     }
 
     /// `metadata.version`.
     #[must_use]
-    pub fn version(&self) -> &str {
-        &self.config.version
+    pub fn version(&self) -> String {
+        self.config.keys.metadata.get("version").map_or("Yaml".into(), python::str)
     }
 
     /// What it asks of a model.
     #[must_use]
     pub fn output_type(&self) -> OutputType {
-        self.config.output
+        self.config.keys.output
     }
 
     /// How many documents there are.
@@ -222,35 +205,27 @@ impl Task {
     /// How many few-shot examples these options lead to.
     #[must_use]
     pub fn num_fewshot(&self, options: &Options) -> usize {
-        match (options.num_fewshot, self.config.num_fewshot) {
+        match (options.num_fewshot, self.config.keys.num_fewshot) {
             (Some(_), Some(0)) => 0,
             (Some(wanted), _) => wanted,
             (None, own) => own.unwrap_or(0),
         }
     }
 
-    /// Bytes of a document as JSON, or near it.
+    /// Bytes of a document as JSON.
     pub(crate) fn document_bytes(&self, doc_id: usize) -> u64 {
-        fn of(value: &Value) -> u64 {
-            match value {
-                Value::String(text) => text.len() as u64 + 2,
-                Value::Array(items) => items.iter().map(|i| of(i) + 1).sum(),
-                Value::Object(map) => map.iter().map(|(key, v)| key.len() as u64 + 4 + of(v)).sum(),
-                _ => 4,
-            }
-        }
-        self.docs.get(doc_id).map_or(0, |doc| doc.iter().map(|(key, v)| key.len() as u64 + 4 + of(v)).sum())
+        serde_json::to_vec(&self.docs[doc_id]).map_or(0, |doc| doc.len() as u64)
     }
 
     /// Whether it has settings of generation and generates nothing.
     pub(crate) fn has_idle_generation_kwargs(&self) -> bool {
-        self.config.output != OutputType::Generate && !self.config.generation.is_empty()
+        self.config.keys.output != OutputType::Generate && !self.config.generation.is_empty()
     }
 
     /// The `generation_kwargs` that apply.
     fn generation_kwargs(&self, options: &Options) -> Result<Map<String, Value>, Error> {
         let mut map = self.config.generation.clone();
-        if self.config.output == OutputType::Generate {
+        if self.config.keys.output == OutputType::Generate {
             map.extend(generation::checked(&options.generation)?);
         }
         Ok(map)
@@ -261,7 +236,7 @@ impl Task {
     /// # Errors
     /// When a setting of the options cannot be used.
     pub fn generation(&self, options: &Options) -> Result<Option<Generation>, Error> {
-        if self.config.output != OutputType::Generate {
+        if self.config.keys.output != OutputType::Generate {
             return Ok(None);
         }
         Ok(Some(generation::generation(&self.generation_kwargs(options)?, &options.of_model)))
@@ -296,57 +271,45 @@ impl Task {
     ) -> Result<Instance, Error> {
         let id = doc_id.to_string();
         let (contexts, holds_itself) = self.contexts(doc_id, doc, options, chat, random)?;
+        let form = &self.config.form;
         let continuation = |text: &str| match chat {
             // A template ends where the answer begins.
-            Some(_) => match &self.config.prefix {
-                Some(p) if !p.is_empty() && !p.ends_with(char::is_whitespace) => {
-                    self.config.target_delimiter.clone() + text
-                }
+            Some(_) => match form.prefix.as_ref().map(|p| p.source.as_str()) {
+                Some(p) if !p.is_empty() && !p.ends_with(char::is_whitespace) => form.target_delimiter.clone() + text,
                 _ => text.to_owned(),
             },
-            None => self.config.target_delimiter.clone() + text,
+            None => form.target_delimiter.clone() + text,
         };
-        let target = || self.target(&self.config.target, doc, &id);
-        let mut requests = Vec::new();
-        if self.config.output == OutputType::MultipleChoice {
-            // A wrong answer index is found before a model has worked for it.
-            self.gold(doc, &target()?, &self.own_choices(doc, &id)?, &id)?;
-        }
-        match self.config.output {
-            OutputType::LogLikelihood => {
-                let continuation = self.as_text(target()?, "doc_to_target", &id)?;
-                requests.extend(
-                    contexts
-                        .into_iter()
-                        .map(|context| Request::LogLikelihood { context, continuation: continuation.clone() }),
-                );
-            }
-            OutputType::Rolling => {
-                requests.push(Request::Rolling { text: self.as_text(target()?, "doc_to_target", &id)? });
-            }
-            OutputType::MultipleChoice if self.multiple_input => {
-                let continuation = continuation(&python::str(&target()?));
-                requests.extend(
-                    contexts
-                        .into_iter()
-                        .map(|context| Request::LogLikelihood { context, continuation: continuation.clone() }),
-                );
-            }
+        let target = || self.target(&form.target, doc, &id);
+        let continuations = match self.config.keys.output {
+            OutputType::LogLikelihood => vec![self.as_text(target()?, "doc_to_target", &id)?],
             OutputType::MultipleChoice => {
                 let choices = self.own_choices(doc, &id)?;
-                let context = contexts.into_iter().next().unwrap_or_default();
-                requests.extend(choices.iter().map(|choice| Request::LogLikelihood {
-                    context: context.clone(),
-                    continuation: continuation(choice),
-                }));
+                // A wrong answer index is found before a model has worked for it.
+                self.gold(doc, &target()?, &choices, &id)?;
+                match self.multiple_input {
+                    true => vec![continuation(&python::str(&target()?))],
+                    false => choices.iter().map(|choice| continuation(choice)).collect(),
+                }
             }
+            OutputType::Rolling | OutputType::Generate => Vec::new(),
+        };
+        let requests: Vec<Request> = match self.config.keys.output {
+            OutputType::Rolling => vec![Request::Rolling { text: self.as_text(target()?, "doc_to_target", &id)? }],
             OutputType::Generate => {
-                let own = GenerationOptions { think_end: options.think_end.clone(), ..meaning.clone() };
-                requests
-                    .extend(contexts.into_iter().map(|context| Request::Generate { context, options: own.clone() }));
+                let options = GenerationOptions { think_end: options.think_end.clone(), ..meaning.clone() };
+                contexts.into_iter().map(|context| Request::Generate { context, options: options.clone() }).collect()
             }
-        }
-        let repeats = self.config.repeats as u64;
+            // There are several contexts, or several continuations.
+            OutputType::LogLikelihood | OutputType::MultipleChoice => (contexts.iter())
+                .flat_map(|context| continuations.iter().map(move |continuation| (context, continuation)))
+                .map(|(context, continuation)| Request::LogLikelihood {
+                    context: context.clone(),
+                    continuation: continuation.clone(),
+                })
+                .collect(),
+        };
+        let repeats = self.config.keys.repeats as u64;
         let repeated = |request: Request| {
             (0..repeats).map(move |repeat| match request.clone() {
                 Request::Generate { context, options } => {
@@ -373,54 +336,52 @@ impl Task {
         let (config, id) = (&self.config, doc_id.to_string());
         let (mut holds_itself, mut example_questions) = (false, Vec::new());
         let mut turns = Vec::new();
-        let description = self.field(&config.description, doc, "description", &id)?;
+        let description = self.field(config.keys.description.as_ref(), doc, "description", &id)?;
         let system = options.system.as_deref().unwrap_or_default();
-        let system = join(system, &description, &config.delimiter);
+        let system = join(system, &description, &config.form.delimiter);
         if !system.is_empty() {
             turns.push(Turn { role: "system", content: system, delimiter: String::new() });
         }
         for index in self.draw(self.num_fewshot(options), doc, random)? {
-            let (example, own, id) = (&self.examples[index], &config.few_shot, format!("few-shot example {index}"));
+            let (example, own, id) =
+                (&self.examples[index], &config.few_shot_form, format!("few-shot example {index}"));
             let choices = own.choices.as_ref().map(|c| self.choices(c, example, &id)).transpose()?;
             let mut question = self.text(&own.text, example, &id)?;
             let answer = self.target(&own.target, example, &id)?;
-            let prefix = own.prefix.as_ref().map(|p| self.field(p, example, "gen_prefix", &id)).transpose()?;
-            let answer = match (&answer, &choices) {
-                (Value::Number(_), Some(choices)) if !self.multiple_input => {
-                    Value::String(choices[self.index(&answer, choices, "doc_to_target", &id)?].clone())
+            let prefix = self.field(own.prefix.as_ref(), example, "gen_prefix", &id)?;
+            let answer = match (answer, &choices) {
+                (answer @ Value::Number(_), Some(choices)) if !self.multiple_input => {
+                    choices[self.index(&answer, choices, "doc_to_target", &id)?].as_str().into()
                 }
-                (Value::Array(items), _) => items.first().cloned().unwrap_or_default(),
-                _ => answer,
+                (Value::Array(items), _) => items.into_iter().next().unwrap_or_default(),
+                (answer, _) => answer,
             };
             if let (true, Some(choices)) = (self.multiple_input, &choices) {
-                question = Value::String(choices[self.index(&question, choices, "doc_to_text", &id)?].clone());
+                question = choices[self.index(&question, choices, "doc_to_text", &id)?].as_str().into();
             }
             let question = self.as_text(question, "doc_to_text", &id)?;
             let answer = self.as_text(answer, "doc_to_target", &id)?;
             holds_itself |= *example == *doc;
             example_questions.push(question.clone());
-            turns.extend(turn(question, Some(answer), prefix, &own.target_delimiter, &own.delimiter));
+            turns.extend(turn(question, Some(answer), &prefix, &own.target_delimiter, &own.delimiter));
         }
-        let prefix = config.prefix.as_ref().map(|p| self.field(p, doc, "gen_prefix", &id)).transpose()?;
-        let question = self.text(&config.text, doc, &id)?;
-        let (questions, delimiter) = match (self.multiple_input, &config.choices) {
-            (true, Some(choices)) => (self.choices(choices, doc, &id)?, ""),
-            _ => (vec![self.as_text(question, "doc_to_text", &id)?], config.target_delimiter.as_str()),
+        let prefix = self.field(config.form.prefix.as_ref(), doc, "gen_prefix", &id)?;
+        let (questions, delimiter) = if self.multiple_input {
+            (self.own_choices(doc, &id)?, "")
+        } else {
+            let question = self.text(&config.form.text, doc, &id)?;
+            (vec![self.as_text(question, "doc_to_text", &id)?], config.form.target_delimiter.as_str())
         };
         holds_itself |= questions.iter().any(|q| !q.trim().is_empty() && example_questions.contains(q));
         let render = |question: String| {
             let mut turns = turns.clone();
-            turns.extend(turn(question, None, prefix.clone(), delimiter, ""));
+            turns.extend(turn(question, None, &prefix, delimiter, ""));
             match chat {
                 None => Ok(turns.into_iter().map(|t| t.content + &t.delimiter).collect()),
                 Some(chat) => {
                     let messages = if chat.fewshot_as_multiturn { messages(turns) } else { single_turn(turns) };
-                    let open = prefix.as_ref().is_some_and(|p| !p.is_empty());
-                    (chat.render)(&messages, open).map_err(|message| Error::Chat {
-                        task: config.name.clone(),
-                        document: id.clone(),
-                        message,
-                    })
+                    let refused = |m| self.document(&id, format!("no prompt from the chat template: {m}"));
+                    (chat.render)(&messages, !prefix.is_empty()).map_err(refused)
                 }
             }
         };
@@ -437,19 +398,19 @@ impl Task {
         }
         let own = &self.config.few_shot;
         // The document itself is no example; it can only be one where the splits are the same.
-        let excluded = |i: &usize| own.split == self.config.test && self.examples[*i] == *doc;
+        let excluded = |i: &usize| own.split == self.config.keys.test_split && self.examples[*i] == *doc;
         let all = 0..self.examples.len();
         let few = |available: usize| Error::FewShot {
-            task: self.config.name.clone(),
+            task: self.config.keys.name.clone(),
             wanted: count,
-            split: self.examples_split(),
+            split: self.config.pool.as_ref().map_or("samples", |(_, split)| split).into(),
             available,
         };
         if own.sampler == Sampler::FirstN {
             let chosen: Vec<usize> = all.filter(|i| !excluded(i)).take(count).collect();
             return if chosen.len() < count { Err(few(chosen.len())) } else { Ok(chosen) };
         }
-        let drawn = count + usize::from(own.split == self.config.test);
+        let drawn = count + usize::from(own.split == self.config.keys.test_split);
         if drawn > self.examples.len() {
             return Err(few((self.examples.len() + count).saturating_sub(drawn)));
         }
@@ -466,40 +427,34 @@ impl Task {
         Ok(chosen)
     }
 
-    fn examples_split(&self) -> String {
-        let config = &self.config;
-        let names = [&config.few_shot.split, &config.training, &config.validation, &config.test];
-        names.into_iter().flatten().next().cloned().unwrap_or_default()
-    }
-
     pub(super) fn own_choices(&self, doc: &Doc, id: &str) -> Result<Vec<String>, Error> {
-        self.config.choices.as_ref().map_or(Ok(Vec::new()), |c| self.choices(c, doc, id))
+        self.config.form.choices.as_ref().map_or(Ok(Vec::new()), |c| self.choices(c, doc, id))
     }
 
     /// `doc_to_text`: a text, or the index of a choice.
     pub(super) fn text(&self, expression: &Expression, doc: &Doc, id: &str) -> Result<Value, Error> {
-        let rendered = match self.evaluate(expression, doc, "doc_to_text", id)? {
-            Evaluated::Value(value) => return Ok(value),
-            Evaluated::Rendered(text) => text,
-        };
-        match rendered.parse::<u64>() {
-            Ok(index) if self.config.choices.is_some() && python::is_digits(&rendered) => Ok(index.into()),
-            _ => Ok(rendered.into()),
+        match self.evaluate(expression, doc, "doc_to_text", id)? {
+            Evaluated::Value(value) => Ok(value),
+            Evaluated::Rendered(text) => Ok(self.index_or_text(text)),
         }
     }
 
     /// `doc_to_target`: a text, the index of a choice, or several of them.
     pub(super) fn target(&self, expression: &Expression, doc: &Doc, id: &str) -> Result<Value, Error> {
-        let rendered = match self.evaluate(expression, doc, "doc_to_target", id)? {
-            Evaluated::Value(value) => return Ok(value),
-            Evaluated::Rendered(text) => text,
-        };
-        match rendered.parse::<u64>() {
-            Ok(index) if self.config.choices.is_some() && python::is_digits(&rendered) => Ok(index.into()),
-            _ if rendered.len() >= 2 && rendered.starts_with('[') && rendered.ends_with(']') => {
-                Ok(python::literal(&rendered).unwrap_or(rendered.into()))
+        match self.evaluate(expression, doc, "doc_to_target", id)? {
+            Evaluated::Value(value) => Ok(value),
+            Evaluated::Rendered(text) if text.len() >= 2 && text.starts_with('[') && text.ends_with(']') => {
+                Ok(python::literal(&text).unwrap_or(text.into()))
             }
-            _ => Ok(rendered.into()),
+            Evaluated::Rendered(text) => Ok(self.index_or_text(text)),
+        }
+    }
+
+    /// Where there are choices, digits are the index of one.
+    fn index_or_text(&self, text: String) -> Value {
+        match text.parse::<u64>() {
+            Ok(index) if self.config.form.choices.is_some() && !text.starts_with('+') => index.into(),
+            _ => text.into(),
         }
     }
 
@@ -538,29 +493,28 @@ impl Task {
         })
     }
 
-    /// A template or the name of a field; empty where empty.
-    fn field(&self, template: &str, doc: &Doc, key: &str, id: &str) -> Result<String, Error> {
-        if template.is_empty() {
-            return Ok(String::new());
-        }
-        match doc.get(template) {
-            Some(value) => Ok(python::str(value)),
-            None => self.templates.render(template, doc).map_err(|m| self.template_error(key, id, m)),
+    /// A template or the name of a field; empty where there is none.
+    fn field(&self, template: Option<&Template>, doc: &Doc, key: &str, id: &str) -> Result<String, Error> {
+        let Some(template) = template else { return Ok(String::new()) };
+        match doc.get(&template.source) {
+            Some(value) if !template.source.is_empty() => Ok(python::str(value)),
+            _ => self.render(template, doc, key, id),
         }
     }
 
     fn evaluate(&self, expression: &Expression, doc: &Doc, key: &str, id: &str) -> Result<Evaluated, Error> {
         match expression {
             Expression::Value(value) => Ok(Evaluated::Value(value.clone())),
-            Expression::Template(name) if self.docs[0].contains_key(name) => match doc.get(name) {
-                Some(value) => Ok(Evaluated::Value(value.clone())),
-                None => Err(self.document(id, format!("`{key}: {name}`, but the document has no such field"))),
-            },
-            Expression::Template(template) => {
-                let text = self.templates.render(template, doc).map_err(|m| self.template_error(key, id, m))?;
-                Ok(Evaluated::Rendered(text))
-            }
+            Expression::Template(Template { source, .. }) if self.docs[0].contains_key(source) => doc
+                .get(source)
+                .map(|value| Evaluated::Value(value.clone()))
+                .ok_or_else(|| self.document(id, format!("`{key}: {source}`, but the document has no such field"))),
+            Expression::Template(template) => Ok(Evaluated::Rendered(self.render(template, doc, key, id)?)),
         }
+    }
+
+    fn render(&self, template: &Template, doc: &Doc, key: &str, id: &str) -> Result<String, Error> {
+        template.render(doc).map_err(|message| self.document(id, format!("`{key}`: {message}")))
     }
 
     pub(super) fn as_text(&self, value: Value, key: &str, id: &str) -> Result<String, Error> {
@@ -571,11 +525,7 @@ impl Task {
     }
 
     pub(super) fn document(&self, id: &str, message: String) -> Error {
-        Error::Document { task: self.config.name.clone(), document: id.into(), message }
-    }
-
-    fn template_error(&self, key: &str, id: &str, message: String) -> Error {
-        Error::Template { task: self.config.name.clone(), document: id.into(), key: key.into(), message }
+        Error::Document { task: self.config.keys.name.clone(), document: id.into(), message }
     }
 }
 

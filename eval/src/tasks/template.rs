@@ -1,59 +1,48 @@
-//! Templates of tasks, as lm-evaluation-harness renders them.
+//! Templates of tasks, as lm-evaluation-harness renders them (`lm_eval.utils.apply_template`).
 
-use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::fmt;
 
+use recoup_jinja::{Error, ErrorKind, Options, Settings};
+use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use recoup_jinja::{Error, ErrorKind, Options, Settings, Template};
-
-/// Renders templates against documents; parses each once.
-#[derive(Debug, Default)]
-pub struct Templates {
-    parsed: Mutex<HashMap<String, Template>>,
+/// A Jinja template, or the bare name of a field.
+#[derive(Clone, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Template {
+    pub source: String,
+    parsed: recoup_jinja::Template,
 }
 
-impl Templates {
-    /// The environment of `lm_eval.utils.apply_template`.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
-    }
+impl TryFrom<String> for Template {
+    type Error = String;
 
-    /// Checks the syntax.
-    ///
-    /// # Errors
-    /// What is wrong with it.
-    pub fn check(&self, template: &str) -> Result<(), String> {
-        self.parsed(template).map(drop).map_err(|e| match e.kind {
-            ErrorKind::Unsupported => describe(&e, template),
-            _ => format!("syntax error: {}", describe(&e, template)),
-        })
+    fn try_from(source: String) -> Result<Self, String> {
+        let parsed = recoup_jinja::Template::parse(&source, Settings::TASK).map_err(|e| match e.kind {
+            ErrorKind::Unsupported => describe(&e, &source),
+            _ => format!("syntax error: {}", describe(&e, &source)),
+        })?;
+        Ok(Self { source, parsed })
     }
+}
 
+impl Template {
     /// The text for one document.
-    ///
-    /// # Errors
-    /// What is wrong, and where it is a name that the document does not have, its fields.
-    pub fn render(&self, template: &str, doc: &Map<String, Value>) -> Result<String, String> {
-        let rendered = self.parsed(template).and_then(|parsed| parsed.render(doc, &Options::default()));
-        rendered.map_err(|e| match e.kind {
-            ErrorKind::Undefined => {
-                let fields: Vec<&str> = doc.keys().map(String::as_str).collect();
-                format!("{} in {template:?}; the document's fields are: {}", describe(&e, template), fields.join(", "))
+    pub fn render(&self, doc: &Map<String, Value>) -> Result<String, String> {
+        self.parsed.render(doc, &Options::default()).map_err(|e| {
+            let message = format!("{} in {:?}", describe(&e, &self.source), self.source);
+            if e.kind != ErrorKind::Undefined {
+                return message;
             }
-            _ => format!("{} in {template:?}", describe(&e, template)),
+            let fields: Vec<&str> = doc.keys().map(String::as_str).collect();
+            format!("{message}; the document's fields are: {}", fields.join(", "))
         })
     }
+}
 
-    fn parsed(&self, template: &str) -> Result<Template, Error> {
-        let mut parsed = self.parsed.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = parsed.get(template) {
-            return Ok(known.clone());
-        }
-        let new = Template::parse(template, Settings::TASK)?;
-        parsed.insert(template.to_owned(), new.clone());
-        Ok(new)
+impl fmt::Debug for Template {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        self.source.fmt(f)
     }
 }
 

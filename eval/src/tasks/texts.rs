@@ -4,11 +4,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::{
-    Error,
-    data::{self, Format},
-    files,
-};
+use super::{Error, data, files};
+use crate::records::Format;
 
 /// The documents of the built-in data file `data/<name>_test.jsonl`, joined by line breaks.
 ///
@@ -16,7 +13,7 @@ use super::{
 /// When there is no such file.
 pub fn built_in_text(name: &str) -> Result<String, Error> {
     let path = Path::new(files::BUILT_IN).join(format!("data/{name}_test.jsonl"));
-    let docs = data::read(&[path], Format::Json)?;
+    let docs = data::read(&[path], Format::Json, data::TextUnit::Document)?;
     // WikiText's documents are pages, those of books texts.
     let text =
         |doc: &data::Doc| doc.get("page").or(doc.get("text")).and_then(Value::as_str).unwrap_or_default().to_owned();

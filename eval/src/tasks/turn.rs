@@ -11,7 +11,6 @@ pub struct Turn {
 }
 
 /// `maybe_delimit`: the delimiter stands only where there is no white space anyway.
-#[must_use]
 pub fn join(prefix: &str, suffix: &str, delimiter: &str) -> String {
     let spaced = prefix.is_empty()
         || suffix.is_empty()
@@ -20,41 +19,32 @@ pub fn join(prefix: &str, suffix: &str, delimiter: &str) -> String {
     if spaced { format!("{prefix}{suffix}") } else { format!("{prefix}{delimiter}{suffix}") }
 }
 
-/// `build_qa_turn`: a question, and its answer or the beginning of one.
-#[must_use]
-pub fn turn(question: String, answer: Option<String>, prefix: Option<String>, target: &str, after: &str) -> Vec<Turn> {
+/// `build_qa_turn`: a question, and its answer or the beginning of one (empty: none).
+pub fn turn(question: String, answer: Option<String>, prefix: &str, target: &str, after: &str) -> Vec<Turn> {
     let answer = answer.filter(|a| !a.is_empty());
-    let prefix = prefix.filter(|p| !p.is_empty());
-    let delimiter = match (&answer, &prefix) {
-        (_, Some(p)) => {
-            let spaced =
-                question.is_empty() || question.ends_with(char::is_whitespace) || p.starts_with(char::is_whitespace);
-            if spaced { "" } else { target }
-        }
-        (Some(_), None) => target,
-        (None, None) => "",
+    let spaced = question.is_empty() || question.ends_with(char::is_whitespace);
+    let delimiter = match prefix.chars().next() {
+        Some(first) if spaced || first.is_whitespace() => "",
+        None if answer.is_none() => "",
+        _ => target,
     };
     let mut turns = vec![Turn { role: "user", content: question, delimiter: delimiter.into() }];
-    match (answer, prefix) {
-        (Some(answer), prefix) => turns.push(Turn {
-            role: "assistant",
-            content: join(prefix.as_deref().unwrap_or_default(), &answer, " "),
-            delimiter: after.into(),
-        }),
-        (None, Some(prefix)) => turns.push(Turn { role: "assistant", content: prefix, delimiter: String::new() }),
-        (None, None) => {}
+    let (content, after) = match answer {
+        Some(answer) => (join(prefix, &answer, " "), after),
+        None => (prefix.to_owned(), ""),
+    };
+    if !content.is_empty() {
+        turns.push(Turn { role: "assistant", content, delimiter: after.into() });
     }
     turns
 }
 
 /// The turns as they are, without what follows them.
-#[must_use]
 pub fn messages(turns: Vec<Turn>) -> Vec<Message> {
     turns.into_iter().map(|t| Message { role: t.role.into(), content: t.content }).collect()
 }
 
 /// `multiturn_to_singleturn`: all in one user's message, but for the system's and an answer that is begun.
-#[must_use]
 pub fn single_turn(mut turns: Vec<Turn>) -> Vec<Message> {
     let system = if turns.first().is_some_and(|t| t.role == "system") { Some(turns.remove(0)) } else { None };
     let begun = if turns.last().is_some_and(|t| t.role == "assistant") { turns.pop() } else { None };

@@ -1,47 +1,75 @@
 //! A YAML file as a tree that knows its lines, with scalars read as lm-evaluation-harness's PyYAML reads them.
 
-use granit_parser::{Event, Parser, ScalarStyle};
-use serde_json::{Map, Number, Value};
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
-use super::Error;
+use granit_parser::{Event, Parser, ScalarStyle, StrInput, Tag};
+use serde_json::{Number, Value};
+
+use super::{Error, files};
 
 /// A value and where it stands.
 #[derive(Clone, Debug)]
 pub struct Node {
-    /// Counted from 1.
+    pub file: Arc<str>,
+    /// Of its key, counted from 1.
     pub line: usize,
+    /// What it is the value of; of an item its list's, and nothing at the top of a file.
+    pub key: Arc<str>,
     pub kind: Kind,
 }
 
 /// What a value is.
 #[derive(Clone, Debug)]
 pub enum Kind {
-    /// A scalar.
     Scalar(Value),
     List(Vec<Node>),
     /// In the order of the file.
-    Map(Vec<(String, Node)>),
+    Map(Vec<Node>),
     /// `!function name`.
     Function(String),
 }
 
 impl Node {
-    /// The value without its lines; `None` where a `!function` is in it.
-    #[must_use]
-    pub fn value(&self) -> Option<Value> {
-        Some(match &self.kind {
-            Kind::Scalar(v) => v.clone(),
-            Kind::List(items) => Value::Array(items.iter().map(Node::value).collect::<Option<_>>()?),
-            Kind::Map(entries) => {
-                let entries = entries.iter().map(|(k, n)| Some((k.clone(), n.value()?)));
-                Value::Object(entries.collect::<Option<Map<_, _>>>()?)
-            }
-            Kind::Function(_) => return None,
-        })
+    /// The value of a key; `null` is none.
+    pub fn get(&self, key: &str) -> Option<&Node> {
+        self.entries().iter().find(|n| &*n.key == key && !n.is_null())
+    }
+
+    /// What is in a mapping.
+    pub fn entries(&self) -> &[Node] {
+        if let Kind::Map(entries) = &self.kind { entries } else { &[] }
+    }
+
+    /// The items of the list at a key; what is no list is an item of its own.
+    pub fn items(&self, key: &str) -> Option<&[Node]> {
+        self.get(key).map(Self::as_items)
+    }
+
+    /// The items of a list, or the value itself.
+    pub fn as_items(&self) -> &[Node] {
+        if let Kind::List(items) = &self.kind { items } else { std::slice::from_ref(self) }
+    }
+
+    /// Of a mapping, these keys only.
+    pub fn only(&self, keys: &[&str]) -> Self {
+        let entries = self.entries().iter().filter(|n| keys.contains(&&*n.key)).cloned().collect();
+        Self { kind: Kind::Map(entries), ..self.clone() }
+    }
+
+    /// A mapping with the entries of `over`, which win.
+    pub fn with(mut self, over: Vec<Node>) -> Self {
+        if let Kind::Map(entries) = &mut self.kind {
+            over.into_iter().for_each(|node| drop(put(entries, node)));
+        }
+        self
+    }
+
+    pub fn is_null(&self) -> bool {
+        matches!(self.kind, Kind::Scalar(Value::Null))
     }
 
     /// What it is, for errors.
-    #[must_use]
     pub fn describe(&self) -> String {
         match &self.kind {
             Kind::Scalar(Value::Null) => "nothing".into(),
@@ -54,27 +82,66 @@ impl Node {
     }
 }
 
-/// A mapping at the top of a file, and what is strange in it without being wrong.
-#[derive(Debug)]
-pub struct Parsed {
-    pub entries: Vec<(String, Node)>,
-    /// Keys that are there twice: the last counts, as PyYAML has it.
-    pub notes: Vec<String>,
+/// Puts an entry in the place of one with its key, which is given back, or behind all.
+fn put(entries: &mut Vec<Node>, node: Node) -> Option<Node> {
+    match entries.iter_mut().find(|known| known.key == node.key) {
+        Some(known) => Some(std::mem::replace(known, node)),
+        None => {
+            entries.push(node);
+            None
+        }
+    }
 }
 
-/// Reads a file's text; its top level is a mapping.
-///
-/// # Errors
-/// [`Error::Yaml`] with the line.
-pub fn parse(file: &str, text: &str) -> Result<Parsed, Error> {
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+/// Reads a file and all that it includes, as one mapping in which its own keys win; and what is strange in the files
+/// without being wrong.
+pub fn load(path: &Path) -> Result<(Node, Vec<String>), Error> {
+    load_in(path, &mut Vec::new())
+}
+
+fn load_in(path: &Path, open: &mut Vec<PathBuf>) -> Result<(Node, Vec<String>), Error> {
+    if open.iter().any(|p| p == path) {
+        let chain: Vec<String> =
+            open.iter().map(PathBuf::as_path).chain([path]).map(|p| p.display().to_string()).collect();
+        return Err(Error::IncludeCycle { chain: chain.join(" → ") });
+    }
+    let (own, mut notes) = parse(&path.display().to_string(), &files::read_text(path)?)?;
+    open.push(path.into());
+    let mut merged = own.only(&[]);
+    for included in own.get("include").map(Node::read::<Vec<String>>).transpose()?.unwrap_or_default() {
+        let folder = path.parent().unwrap_or(Path::new(""));
+        let (included, more) = load_in(&lexical(&folder.join(included)), open)?;
+        merged = merged.with(included.entries().to_vec());
+        notes.extend(more);
+    }
+    open.pop();
+    let own = own.entries().iter().filter(|n| &*n.key != "include").cloned().collect();
+    Ok((merged.with(own), notes))
+}
+
+/// The path without `a/..`, so that a file has one name.
+fn lexical(path: &Path) -> PathBuf {
+    let mut out = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::ParentDir if out.file_name().is_some() => drop(out.pop()),
+            Component::CurDir => {}
+            part => out.push(part),
+        }
+    }
+    out
+}
+
+/// Reads a file's text, whose top level is a mapping. Of a key that is there twice the last counts, as PyYAML has it, and a
+/// note says so.
+fn parse(file: &str, text: &str) -> Result<(Node, Vec<String>), Error> {
     let parser = Parser::new_from_str(text);
-    let mut builder = Builder { file, parser, anchors: Vec::new(), notes: Vec::new() };
-    let node = loop {
+    let mut builder = Builder { file: file.into(), parser, anchors: Vec::new(), notes: Vec::new() };
+    let top = loop {
         match builder.next()? {
             (Event::StreamStart | Event::DocumentStart(..), _) => {}
             (Event::StreamEnd | Event::DocumentEnd, line) => return Err(builder.error(line, "the file is empty")),
-            (event, line) => break builder.node(event, line)?,
+            (event, line) => break builder.node(event, line, "")?,
         }
     };
     loop {
@@ -84,16 +151,15 @@ pub fn parse(file: &str, text: &str) -> Result<Parsed, Error> {
             (_, line) => return Err(builder.error(line, "a second document begins here; a task file has one")),
         }
     }
-    let line = node.line;
-    match node.kind {
-        Kind::Map(entries) => Ok(Parsed { entries, notes: builder.notes }),
-        _ => Err(builder.error(line, "expected `key: value` lines")),
+    match top.kind {
+        Kind::Map(_) => Ok((top, builder.notes)),
+        _ => Err(builder.error(top.line, "expected `key: value` lines")),
     }
 }
 
 struct Builder<'a> {
-    file: &'a str,
-    parser: Parser<'a, granit_parser::StrInput<'a>>,
+    file: Arc<str>,
+    parser: Parser<'a, StrInput<'a>>,
     anchors: Vec<(usize, Node)>,
     notes: Vec<String>,
 }
@@ -102,8 +168,9 @@ struct Builder<'a> {
 const CORE: &str = "tag:yaml.org,2002:";
 
 impl<'a> Builder<'a> {
-    fn error(&self, line: usize, message: impl Into<String>) -> Error {
-        Error::Yaml { file: self.file.into(), line, message: message.into() }
+    fn error(&self, line: usize, message: impl std::fmt::Display) -> Error {
+        let message = format!("not a YAML file that can be read: {message}");
+        Error::File { file: self.file.to_string(), line, message }
     }
 
     fn next(&mut self) -> Result<(Event<'a>, usize), Error> {
@@ -114,24 +181,18 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn node(&mut self, event: Event<'a>, line: usize) -> Result<Node, Error> {
+    fn node(&mut self, event: Event<'a>, line: usize, key: &str) -> Result<Node, Error> {
         let (kind, anchor) = match event {
             Event::Scalar(text, style, anchor, tag) => {
-                let kind = match tag.as_deref().map(|t| (t.handle().to_owned(), t.suffix().to_owned())) {
-                    None if style == ScalarStyle::Plain => Kind::Scalar(plain(&text)),
-                    None => Kind::Scalar(Value::String(text.into_owned())),
-                    Some((handle, suffix)) if format!("{handle}{suffix}") == "!function" => {
-                        Kind::Function(text.into_owned())
-                    }
-                    Some((handle, suffix)) => match tagged(&format!("{handle}{suffix}"), &text) {
-                        Some(value) => Kind::Scalar(value),
-                        None => {
-                            return Err(
-                                self.error(line, format!("`{text}` with the tag `{handle}{suffix}` is not known here"))
-                            );
-                        }
-                    },
-                };
+                let kind =
+                    match tag.map(|t| name(&t)).as_deref() {
+                        None if style == ScalarStyle::Plain => Kind::Scalar(plain(&text)),
+                        None => Kind::Scalar(text.into()),
+                        Some("!function") => Kind::Function(text.into_owned()),
+                        Some(tag) => Kind::Scalar(tagged(tag, &text).ok_or_else(|| {
+                            self.error(line, format!("`{text}` with the tag `{tag}` is not known here"))
+                        })?),
+                    };
                 (kind, anchor)
             }
             Event::SequenceStart(_, anchor, tag) => {
@@ -139,85 +200,74 @@ impl<'a> Builder<'a> {
                 let mut items = Vec::new();
                 loop {
                     match self.next()? {
-                        (Event::SequenceEnd, _) => break,
-                        (event, line) => items.push(self.node(event, line)?),
+                        (Event::SequenceEnd, _) => break (Kind::List(items), anchor),
+                        (event, line) => items.push(self.node(event, line, key)?),
                     }
                 }
-                (Kind::List(items), anchor)
             }
             Event::MappingStart(_, anchor, tag) => {
                 self.expect_tag(line, tag.as_deref(), "map")?;
                 (Kind::Map(self.mapping()?), anchor)
             }
             Event::Alias(id) => {
-                let known = self.anchors.iter().find(|(anchor, _)| *anchor == id).map(|(_, node)| node.clone());
-                return known.ok_or_else(|| self.error(line, "an alias inside of what it stands for"));
+                let known = self.anchors.iter().find(|(anchor, _)| *anchor == id).map(|(_, node)| node.kind.clone());
+                (known.ok_or_else(|| self.error(line, "an alias inside of what it stands for"))?, 0)
             }
             _ => return Err(self.error(line, "expected a value")),
         };
-        let node = Node { line, kind };
+        let node = Node { file: self.file.clone(), line, key: key.into(), kind };
         if anchor != 0 {
             self.anchors.push((anchor, node.clone()));
         }
         Ok(node)
     }
 
-    fn expect_tag(&self, line: usize, tag: Option<&granit_parser::Tag>, expected: &str) -> Result<(), Error> {
-        let Some(tag) = tag.map(|t| format!("{}{}", t.handle(), t.suffix())) else { return Ok(()) };
-        if tag == format!("{CORE}{expected}") {
-            Ok(())
-        } else {
-            Err(self.error(line, format!("tag `{tag}` is not known here")))
+    fn expect_tag(&self, line: usize, tag: Option<&Tag>, expected: &str) -> Result<(), Error> {
+        match tag.map(name).filter(|tag| tag.strip_prefix(CORE) != Some(expected)) {
+            Some(tag) => Err(self.error(line, format!("tag `{tag}` is not known here"))),
+            None => Ok(()),
         }
     }
 
-    fn mapping(&mut self) -> Result<Vec<(String, Node)>, Error> {
-        let mut entries: Vec<(String, Node)> = Vec::new();
-        let mut merged: Vec<(String, Node)> = Vec::new();
+    fn mapping(&mut self) -> Result<Vec<Node>, Error> {
+        let (mut entries, mut merged): (Vec<Node>, Vec<Node>) = (Vec::new(), Vec::new());
         loop {
             let (event, line) = self.next()?;
             if event == Event::MappingEnd {
                 // Own keys win over merged ones, and of those the first.
-                for (key, node) in merged {
-                    if !entries.iter().any(|(k, _)| *k == key) {
-                        entries.push((key, node));
+                for node in merged {
+                    if !entries.iter().any(|own| own.key == node.key) {
+                        entries.push(node);
                     }
                 }
                 return Ok(entries);
             }
-            let key = match self.node(event, line)?.kind {
-                Kind::Scalar(v) => super::python::str(&v),
-                _ => return Err(self.error(line, "a key must be a word")),
+            let Kind::Scalar(key) = self.node(event, line, "")?.kind else {
+                return Err(self.error(line, "a key must be a word"));
             };
+            let key = recoup_jinja::data::str(&key);
             let (event, value_line) = self.next()?;
-            let value = self.node(event, value_line)?;
+            // An error about a value that begins on a later line is still about this key.
+            let value = Node { line, ..self.node(event, value_line, &key)? };
             if key == "<<" {
-                let maps = match value.kind {
-                    Kind::List(items) => items.into_iter().map(|n| n.kind).collect(),
-                    one => vec![one],
-                };
-                for map in maps {
-                    let Kind::Map(own) = map else {
+                for map in value.as_items() {
+                    let Kind::Map(own) = &map.kind else {
                         return Err(self.error(line, "`<<` takes a mapping, or a list of mappings"));
                     };
-                    merged.extend(own);
+                    merged.extend(own.iter().cloned());
                 }
-                continue;
-            }
-            // An error about a value that begins on a later line is still about this key.
-            let value = Node { line, ..value };
-            match entries.iter_mut().find(|(k, _)| *k == key) {
-                Some((_, known)) => {
-                    self.notes.push(format!(
-                        "{}:{line}: key `{key}` is there twice (line {} before); the last counts, as in lm-evaluation-harness",
-                        self.file, known.line
-                    ));
-                    *known = value;
-                }
-                None => entries.push((key, value)),
+            } else if let Some(known) = put(&mut entries, value) {
+                self.notes.push(format!(
+                    "{}:{line}: key `{key}` is there twice (line {} before); the last counts, as in lm-evaluation-harness",
+                    self.file, known.line
+                ));
             }
         }
     }
+}
+
+fn name(tag: &Tag) -> String {
+    format!("{}{}", tag.handle(), tag.suffix())
 }
 
 /// A scalar with one of YAML's own tags, as PyYAML constructs it; `None` where it cannot, and for other tags.
@@ -245,11 +295,7 @@ fn plain(text: &str) -> Value {
 }
 
 fn integer(text: &str) -> Option<i64> {
-    let (sign, digits) = match text.as_bytes().first()? {
-        b'-' => (-1, &text[1..]),
-        b'+' => (1, &text[1..]),
-        _ => (1, text),
-    };
+    let digits = text.strip_prefix(['-', '+']).unwrap_or(text);
     if !digits.starts_with(|c: char| c.is_ascii_digit()) {
         return None;
     }
@@ -260,7 +306,7 @@ fn integer(text: &str) -> Option<i64> {
         Some(two) if two.starts_with('0') => i64::from_str_radix(&digits[1..], 8),
         _ => digits.parse(),
     };
-    Some(sign * magnitude.ok()?)
+    magnitude.ok().map(|n| if text.starts_with('-') { -n } else { n })
 }
 
 fn float(text: &str) -> Option<Number> {
@@ -283,8 +329,7 @@ mod tests {
     use super::*;
 
     fn values(text: &str) -> Value {
-        let entries = parse("t.yaml", text).unwrap().entries;
-        Value::Object(entries.iter().map(|(k, n)| (k.clone(), n.value().unwrap())).collect())
+        parse("t.yaml", text).unwrap().0.read().unwrap()
     }
 
     #[test]
@@ -299,25 +344,28 @@ mod tests {
 
     #[test]
     fn mistakes_are_reported_with_their_line() {
-        let message = |text: &str| parse("t.yaml", text).unwrap_err().to_string();
-        assert!(message("a: 1\nb: [1, 2").starts_with("t.yaml:"));
-        assert!(message("- a\n- b").contains("t.yaml:1"));
-        assert!(message("").contains("the file is empty"));
-        assert!(message("a: !!python/object:os.system x").contains("is not known here"));
-        assert!(message("a: 1\n---\nb: 2").contains("second document"));
-        assert!(message("a: !!int x").contains("!!int") || message("a: !!int x").contains("2002:int"));
-        assert!(message("a: !!set {x, y}").contains("set` is not known here"));
-        assert!(message("<<: 3").contains("takes a mapping"));
+        for (text, expected) in [
+            ("a: 1\nb: [1, 2", "t.yaml:"),
+            ("- a\n- b", "t.yaml:1"),
+            ("", "the file is empty"),
+            ("a: !!python/object:os.system x", "is not known here"),
+            ("a: 1\n---\nb: 2", "t.yaml:3: not a YAML file that can be read: a second document"),
+            ("a: !!int x", "2002:int"),
+            ("a: !!set {x, y}", "set` is not known here"),
+            ("<<: 3", "takes a mapping"),
+        ] {
+            let message = parse("t.yaml", text).unwrap_err().to_string();
+            assert!(message.contains(expected), "{message}");
+        }
     }
 
     #[test]
     fn of_a_key_that_is_there_twice_the_last_counts_and_it_is_noted() {
-        let parsed = parse("t.yaml", "a: 1\nb: {c: 1, c: 2}\na: 3").unwrap();
-        let value = |i: usize| parsed.entries[i].1.value().unwrap();
+        let (node, notes) = parse("t.yaml", "a: 1\nb: {c: 1, c: 2}\na: 3").unwrap();
         // yaml.safe_load: {'a': 3, 'b': {'c': 2}}
-        assert_eq!((parsed.entries.len(), value(0), value(1)), (2, json!(3), json!({"c": 2})));
-        assert_eq!(parsed.notes.len(), 2);
-        assert!(parsed.notes[1].contains("t.yaml:3: key `a` is there twice (line 1 before)"), "{:?}", parsed.notes);
+        assert_eq!(node.read::<Value>().unwrap().to_string(), r#"{"a":3,"b":{"c":2}}"#);
+        assert_eq!(notes.len(), 2);
+        assert!(notes[1].contains("t.yaml:3: key `a` is there twice (line 1 before)"), "{notes:?}");
     }
 
     #[test]
@@ -328,12 +376,5 @@ mod tests {
         let expected = json!({"a": null, "b": 3, "c": 2.0, "d": true, "e": "5", "f": {"x": 1}, "g": [1], "h": null,
             "base": {"x": 1, "y": 2}, "m": {"y": 3, "x": 1}, "n": {"x": 1, "y": 2, "z": 4}});
         assert_eq!(values(text), expected);
-    }
-
-    #[test]
-    fn functions_are_seen_but_have_no_value() {
-        let entries = parse("t.yaml", "a: !function utils.f").unwrap().entries;
-        assert!(matches!(&entries[0].1.kind, Kind::Function(f) if f == "utils.f"));
-        assert!(entries[0].1.value().is_none());
     }
 }
