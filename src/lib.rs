@@ -1,7 +1,7 @@
 //! Recoup: quantize language models to NVFP4 and FP8, recover what that cost, prove it, and run them on any CPU.
 //!
 //! ARCHITECTURE.md is the map. Dependencies point one way:
-//! {formats, output} ← checkpoint ← model ← {quantize, recover, engine ← evaluate} ← cli, and
+//! {formats, output} ← checkpoint ← model ← {gguf, quantize, recover, engine ← evaluate} ← cli, and
 //! {formats, logits} ← backend ← model.
 
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::todo))]
@@ -12,6 +12,7 @@ pub mod cli;
 pub mod engine;
 pub mod evaluate;
 pub mod formats;
+pub mod gguf;
 pub mod logits;
 pub mod model;
 pub mod output;

@@ -158,7 +158,7 @@ fn a_real_model_has_the_log_likelihoods_and_texts_of_lm_evaluation_harness() {
     };
     let folder = tempfile::tempdir().unwrap();
     let model = folder.path().join("bf16");
-    recoup::checkpoint::gguf::import(Path::new(&gguf), &model, &mut |_, _, _| {}).unwrap();
+    recoup::gguf::import(Path::new(&gguf), &model, &mut |_, _, _| {}).unwrap();
     let file = std::env::var_os("RECOUP_GOLDEN").map(PathBuf::from);
     let golden = golden(&file.unwrap_or_else(|| project().join("tests/data/evaluate/smollm2.jsonl")));
     let worst = compare(&Loaded::open(cpu(0), &model), &golden);

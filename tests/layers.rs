@@ -3,13 +3,14 @@
 use std::path::{Path, PathBuf};
 
 /// What each layer may use of the others.
-const ALLOWED: [(&str, &[&str]); 13] = [
+const ALLOWED: [(&str, &[&str]); 14] = [
     ("formats", &[]),
     ("logits", &[]),
     ("output", &[]),
     ("checkpoint", &["formats", "output"]),
     ("backend", &["formats", "logits"]),
     ("model", &["formats", "checkpoint", "backend"]),
+    ("gguf", &["formats", "checkpoint", "model"]),
     ("text", &[]),
     ("quantize", &["formats", "output", "checkpoint", "backend", "model", "engine"]),
     ("recover", &["formats", "output", "checkpoint", "backend", "model", "text"]),
@@ -29,6 +30,7 @@ const ALLOWED: [(&str, &[&str]); 13] = [
             "recover",
             "engine",
             "evaluate",
+            "gguf",
         ],
     ),
     ("main", &["cli"]),

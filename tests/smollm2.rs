@@ -7,10 +7,11 @@ use std::sync::OnceLock;
 
 use recoup::backend::cpu::{CpuBackend, isa::Isa};
 use recoup::backend::{Backend, Batch, PAGE, Span};
+use recoup::checkpoint::Checkpoint;
 use recoup::checkpoint::dialect::Dialect;
 use recoup::checkpoint::tensors::TensorStore;
-use recoup::checkpoint::{Checkpoint, gguf};
 use recoup::formats::kv::KvFormat;
+use recoup::gguf;
 use recoup::model::{Decoder, Wanted};
 use recoup::quantize::{Recipe, Scheme, calibrate::calibrate, quantize};
 

@@ -1,11 +1,10 @@
-//! Checkpoints as people have them: safetensors folders in every dialect, GGUF import, and writing them.
+//! Checkpoints as people have them: safetensors folders in every dialect, and writing them.
 //!
 //! Everything a file says is checked here once; what leaves this module is typed and cannot be wrong.
 
 pub mod dialect;
 pub mod error;
 mod folder;
-pub mod gguf;
 mod header;
 pub mod hub;
 pub mod identity;

@@ -3,12 +3,11 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 
+use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Dialect;
-use crate::checkpoint::json::Object;
-use crate::checkpoint::{Checkpoint, gguf};
-use crate::model::ModelConfig;
+use crate::gguf;
 use crate::quantize::convert::convert;
 use crate::quantize::dequantize::dequantize;
 
@@ -39,9 +38,6 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if args.to != Dialect::Plain {
         bail!("a GGUF file becomes BF16; `recoup quantize` the result");
     }
-    // Said now and not by the first verb that is given the result.
-    let config = Object::of(&args.model, gguf::configuration(&args.model)?)?;
-    ModelConfig::read(&config).context("Recoup could not run what this file becomes")?;
     let bar = super::progress(0, "converting");
     let report = gguf::import(&args.model, &args.output, &mut |done, all, _| {
         bar.set_length(all as u64);

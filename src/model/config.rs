@@ -12,6 +12,7 @@ mod limit {
     pub const LAYERS: usize = 1024;
     pub const WIDTH: usize = 1 << 18;
     pub const HEADS: usize = 4096;
+    pub const HEAD_DIM: usize = 4096;
     pub const VOCAB: usize = 1 << 24;
     pub const POSITIONS: usize = 1 << 28;
     pub const EXPERTS: usize = 4096;
@@ -95,10 +96,10 @@ impl ModelConfig {
         if heads % kv_heads != 0 {
             return Err(c.error("num_key_value_heads", format!("a divisor of num_attention_heads = {heads}")));
         }
-        let head_dim = match c.integer("head_dim", 1..=4096)? {
+        let head_dim = match c.integer("head_dim", 1..=limit::HEAD_DIM)? {
             Some(d) => d,
             None if defaults.head_dim.is_some() && !c.has("head_dim") => defaults.head_dim.unwrap_or_default(),
-            None if hidden % heads == 0 => hidden / heads,
+            None if hidden % heads == 0 && hidden / heads <= limit::HEAD_DIM => hidden / heads,
             None => return Err(c.error("num_attention_heads", format!("a divisor of hidden_size = {hidden}"))),
         };
         if head_dim % 2 != 0 {
@@ -234,6 +235,19 @@ impl Architecture {
 
     pub(super) fn by_type(name: &str) -> Option<Self> {
         Self::ALL.iter().find(|a| a.2 == name).map(|a| a.0)
+    }
+
+    /// What `architectures` calls it.
+    #[must_use]
+    pub fn class(self) -> String {
+        let family = Self::ALL.iter().find(|a| a.0 == self).map_or("", |a| a.1);
+        format!("{family}ForCausalLM")
+    }
+
+    /// What `model_type` calls it.
+    #[must_use]
+    pub fn model_type(self) -> &'static str {
+        Self::ALL.iter().find(|a| a.0 == self).map_or("", |a| a.2)
     }
 }
 

@@ -1,8 +1,8 @@
 //! Files that lie: each is refused with a sentence that names what is wrong, without a panic or a large allocation.
 
-use recoup::checkpoint::gguf::GgufError;
+use recoup::gguf::GgufError;
 
-use crate::support::{Model, Noise, TINY, import, import_bytes};
+use crate::support::{Model, Noise, Sizes, TINY, import, import_bytes};
 use crate::writer::{Gguf, Meta};
 
 fn tiny() -> Gguf {
@@ -68,7 +68,7 @@ fn something_else_than_gguf_is_refused() {
     assert_says(&refused(|f| f.version = 4), &["version 4", "2 or 3"]);
     assert_says(&refused(|f| f.version = 3u32.swap_bytes()), &["big-endian"]);
     let folder = tempfile::TempDir::new().unwrap();
-    let error = recoup::checkpoint::gguf::import(folder.path(), &folder.path().join("out"), &mut |_, _, _| {});
+    let error = recoup::gguf::import(folder.path(), &folder.path().join("out"), &mut |_, _, _| {});
     assert!(matches!(error, Err(GgufError::NotGguf { .. } | GgufError::Io { .. })), "{error:?}");
 }
 
@@ -178,15 +178,10 @@ fn missing_and_absurd_hyperparameters_are_named() {
             &[&key, "found nothing"],
         );
         for value in [0, u32::MAX] {
-            let error = {
-                let mut file = tiny();
-                file.set(&key, Meta::U32(value));
-                import(&file).result.map(|_| ())
-            };
-            // 2^32 - 1 positions are as good as any number.
-            if key != "llama.context_length" || value == 0 {
-                assert_says(&error.unwrap_err().to_string(), &[&key, &format!("found {value}")]);
-            }
+            let error = refused(|f| {
+                f.set(&key, Meta::U32(value));
+            });
+            assert_says(&error, &[&key, "a whole number from 1 to", &format!("found {value}")]);
         }
         let error = refused(|f| {
             f.set(&key, Meta::Str("many".into()));
@@ -205,14 +200,62 @@ fn missing_and_absurd_hyperparameters_are_named() {
             f.set(key, value);
         })
     };
-    assert_says(&set("llama.attention.head_count_kv", Meta::U32(3)), &["divisor of the 4"]);
-    assert_says(&set("llama.attention.key_length", Meta::U32(7)), &["even head size"]);
+    assert_says(
+        &set("llama.attention.head_count_kv", Meta::U32(3)),
+        &["kv`: expected a divisor of llama.attention.head_count = 4, found 3"],
+    );
+    assert_says(&set("llama.attention.key_length", Meta::U32(7)), &["key_length`: expected an even number"]);
     assert_says(&set("llama.attention.layer_norm_rms_epsilon", Meta::F32(f32::NAN)), &["rms_epsilon", "NaN"]);
+    assert_says(
+        &set("llama.attention.layer_norm_rms_epsilon", Meta::F32(0.0)),
+        &["rms_epsilon", "positive", "found 0"],
+    );
+    assert_says(
+        &set("llama.attention.layer_norm_rms_epsilon", Meta::F32(1.5)),
+        &["rms_epsilon", "below 1", "found 1.5"],
+    );
+    assert_says(&set("llama.attention.value_length", Meta::U32(6)), &["value_length", "head size, 8", "found 6"]);
+    let without_length = refused(|f| {
+        f.remove("llama.attention.key_length").set("llama.attention.head_count", Meta::U32(10));
+    });
+    assert_says(&without_length, &["head_count`: expected a divisor of llama.embedding_length = 24, found 10"]);
     assert_says(&set("llama.rope.freq_base", Meta::F32(-1.0)), &["rope.freq_base", "positive"]);
     assert_says(&set("llama.vocab_size", Meta::U32(99)), &["llama.vocab_size", "260"]);
     assert_says(&set("llama.block_count", Meta::U32(3)), &["`blk.2.attn_norm.weight` is missing"]);
     assert_says(&set("llama.block_count", Meta::U32(1)), &["9 tensor(s)", "blk.1."]);
     assert_says(&set("tokenizer.ggml.eos_token_id", Meta::U32(260)), &["eos_token_id", "up to 259"]);
+}
+
+#[test]
+fn absurd_mixtures_and_positions_are_named() {
+    let mixture = |key: &str, value: Meta| {
+        let mut file = Model::new("qwen3moe", Sizes { experts: 4, ..TINY }, false, true).file;
+        file.set(&format!("qwen3moe.{key}"), value);
+        import(&file).error()
+    };
+    assert_says(&mixture("expert_count", Meta::U32(0)), &["qwen3moe.expert_count", "from 1 to", "found 0"]);
+    assert_says(&mixture("expert_count", Meta::U32(u32::MAX)), &["qwen3moe.expert_count", "found 4294967295"]);
+    assert_says(&mixture("expert_count", Meta::U32(5)), &["`blk.0.ffn_gate_inp.weight`", "[5, 24], found [4, 24]"]);
+    assert_says(&mixture("expert_used_count", Meta::U32(5)), &["qwen3moe.expert_used_count", "from 1 to 4", "found 5"]);
+    assert_says(
+        &mixture("expert_feed_forward_length", Meta::Str("x".into())),
+        &["expert_feed_forward_length", "whole"],
+    );
+    assert_says(&mixture("expert_gating_func", Meta::U32(2)), &["qwen3moe.expert_gating_func", "softmax", "found 2"]);
+    assert_says(&mixture("expert_weights_norm", Meta::Bool(false)), &["expert_weights_norm", "found false"]);
+    assert_says(&mixture("expert_weights_scale", Meta::F32(2.5)), &["expert_weights_scale", "found 2.5"]);
+    assert_says(&mixture("attention.sliding_window", Meta::U32(1 << 30)), &["attention.sliding_window", "1073741824"]);
+    let yarn = |key: &str, value: Meta| {
+        let mut file = tiny();
+        file.set("llama.rope.scaling.type", Meta::Str("yarn".into()));
+        file.set("llama.rope.scaling.factor", Meta::F32(4.0));
+        file.set("llama.rope.scaling.original_context_length", Meta::U32(128));
+        file.set(&format!("llama.rope.scaling.{key}"), value);
+        import(&file).error()
+    };
+    assert_says(&yarn("yarn_beta_fast", Meta::F32(-1.0)), &["llama.rope.scaling.yarn_beta_fast", "positive", "-1"]);
+    assert_says(&yarn("original_context_length", Meta::U32(0)), &["original_context_length", "from 1", "found 0"]);
+    assert_says(&yarn("factor", Meta::F32(0.0)), &["llama.rope.scaling.factor", "the factor", "found 0"]);
 }
 
 #[test]

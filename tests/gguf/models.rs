@@ -1,7 +1,7 @@
 //! Whole models: every architecture's tensors, configuration and files.
 
 use half::bf16;
-use recoup::checkpoint::gguf;
+use recoup::gguf;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -356,12 +356,12 @@ fn the_parts_of_a_split_model_are_joined_whichever_is_given() {
     let expected = std::fs::read(whole.out().join("model.safetensors")).unwrap();
     for given in 0..3 {
         let out = folder.path().join(format!("out{given}"));
-        recoup::checkpoint::gguf::import(&path(given), &out, &mut |_, _, _| {}).unwrap();
+        recoup::gguf::import(&path(given), &out, &mut |_, _, _| {}).unwrap();
         assert!(std::fs::read(out.join("model.safetensors")).unwrap() == expected, "{given}");
     }
     let refused = |given: &std::path::Path| {
         let out = folder.path().join("refused");
-        recoup::checkpoint::gguf::import(given, &out, &mut |_, _, _| {}).unwrap_err().to_string()
+        recoup::gguf::import(given, &out, &mut |_, _, _| {}).unwrap_err().to_string()
     };
     let renamed = folder.path().join("tiny.gguf");
     std::fs::copy(path(0), &renamed).unwrap();

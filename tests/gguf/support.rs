@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use half::bf16;
-use recoup::checkpoint::gguf::{self, GgufError, ImportReport};
+use recoup::gguf::{self, GgufError, ImportReport};
 use serde_json::Value as Json;
 use tempfile::TempDir;
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::str::FromStr as _;
 
-use recoup::checkpoint::gguf::{self, TokenizerFiles};
+use recoup::gguf::{self, TokenizerFiles};
 use serde_json::{Value as Json, json};
 use tempfile::TempDir;
 use tokenizers::Tokenizer;

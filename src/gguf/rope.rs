@@ -1,45 +1,58 @@
-//! Position scaling: from `rope.scaling.*` keys, or recognised from the table of factors that stands for Llama 3's rule.
+//! `rope_scaling` of config.json: from `rope.scaling.*` keys, or recognised from the table of factors that stands for
+//! Llama 3's rule. What they mean is the model's to say.
 
 use serde_json::{Value as Json, json};
 
 use super::blocks::Blocks;
 use super::error::{GgufError, Result};
 use super::header::Gguf;
+use crate::model::ModelConfig;
+use crate::model::rope::{Rope, RopeScaling};
 
 /// The table's name in a GGUF file.
 pub(super) const FACTORS: &str = "rope_freqs.weight";
 
-/// Keys that are read here, without the architecture's prefix.
-pub(super) const READ: [&str; 11] = [
+const ORIGINAL: &str = "rope.scaling.original_context_length";
+/// Keys of config.json, and what they are made of.
+pub(super) const TRANSLATED: [(&str, &str); 5] = [
+    ("rope_scaling.factor", "rope.scaling.factor"),
+    ("rope_scaling.original_max_position_embeddings", ORIGINAL),
+    ("rope_scaling.beta_fast", "rope.scaling.yarn_beta_fast"),
+    ("rope_scaling.beta_slow", "rope.scaling.yarn_beta_slow"),
+    // convert_hf_to_gguf writes config.json's `attention_factor` here, the whole factor.
+    ("rope_scaling.attention_factor", "rope.scaling.yarn_attn_factor"),
+];
+/// Keys that are read here besides.
+const OTHERS: [&str; 6] = [
     "rope.scale_linear",
     "rope.scaling.type",
-    "rope.scaling.factor",
-    "rope.scaling.original_context_length",
     "rope.scaling.finetuned",
-    "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow",
-    "rope.scaling.yarn_attn_factor",
     "rope.scaling.attn_factor",
     "rope.scaling.yarn_ext_factor",
     "rope.scaling.yarn_log_multiplier",
 ];
 
 /// Llama 3.1's `low_freq_factor` and `high_freq_factor`: every published model has these (config.json of Llama 3.1, 3.2).
-const LOW_FREQ_FACTOR: f64 = 1.0;
-const HIGH_FREQ_FACTOR: f64 = 4.0;
+const LOW_FREQ_FACTOR: f32 = 1.0;
+const HIGH_FREQ_FACTOR: f32 = 4.0;
 /// Training lengths to try when the file does not say: Llama 3's own first.
 const ORIGINAL_CONTEXTS: [u64; 5] = [8192, 4096, 2048, 16384, 32768];
 /// The table is computed in f32 by the converter; anything farther off follows another rule.
-const TOLERANCE: f64 = 1e-3;
+const TOLERANCE: f32 = 1e-3;
 
-/// `rope_scaling` of config.json, or none.
+/// The keys that are read here, without the architecture's prefix.
+pub(super) fn known() -> impl Iterator<Item = &'static str> {
+    TRANSLATED.into_iter().map(|(_, key)| key).chain(OTHERS)
+}
+
+/// `rope_scaling` of config.json for `model`, which is not scaled yet, or null.
 ///
 /// # Errors
 /// On a type of scaling that is not known, and on a table of factors that is not Llama 3's.
-pub(super) fn scaling(gguf: &Gguf, prefix: &str, head_dim: u64, theta: f64) -> Result<Option<Json>> {
+pub(super) fn scaling(gguf: &Gguf, prefix: &str, model: &ModelConfig) -> Result<Json> {
     let key = |name: &str| format!("{prefix}.{name}");
     let positive = |name: &str| gguf.float(&key(name), "a positive number", |f| f > 0.0);
-    let original = gguf.integer(&key("rope.scaling.original_context_length"), 1..=1 << 32)?;
+    let original = gguf.integer(&key(ORIGINAL), 1..=1 << 32)?;
     // Written as 0 by some converters where there is none.
     let factor = gguf.float(&key("rope.scaling.factor"), "a number of at least 0", |f| f >= 0.0)?.filter(|f| *f > 0.0);
     let linear = positive("rope.scale_linear")?.filter(|f| *f != 1.0);
@@ -48,19 +61,17 @@ pub(super) fn scaling(gguf: &Gguf, prefix: &str, head_dim: u64, theta: f64) -> R
     let only = |name: &str, what: &str, value: f64| gguf.float(&key(name), what, |f| f == value).map(drop);
     only("rope.scaling.yarn_ext_factor", "1: a partial extrapolation is not supported", 1.0)?;
     only("rope.scaling.yarn_log_multiplier", "0: DeepSeek's scaling of attention is not supported", 0.0)?;
-    // convert_hf_to_gguf writes config.json's `attention_factor` here, the whole factor.
     let whole = positive("rope.scaling.yarn_attn_factor")?;
     // llama.cpp multiplies YaRN's own factor by this one.
     let times = positive("rope.scaling.attn_factor")?.filter(|f| *f != 1.0);
 
     let kind = gguf.string(&key("rope.scaling.type"))?;
     let from_keys = match (kind, factor.or(linear)) {
-        (None | Some("none"), None) => None,
-        (None | Some("linear"), Some(factor)) => Some(json!({"rope_type": "linear", "factor": factor})),
+        (None | Some("none"), None) => Json::Null,
+        (None | Some("linear"), Some(factor)) => json!({"rope_type": "linear", "factor": factor}),
         (Some("yarn"), Some(factor)) => {
-            let original = original.ok_or_else(|| {
-                gguf.key_error(&key("rope.scaling.original_context_length"), "the context length before yarn scaling")
-            })?;
+            let original =
+                original.ok_or_else(|| gguf.key_error(&key(ORIGINAL), "the context length before yarn scaling"))?;
             let mut yarn = json!({"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original});
             for name in ["beta_fast", "beta_slow"] {
                 if let Some(beta) = positive(&format!("rope.scaling.yarn_{name}"))? {
@@ -70,7 +81,7 @@ pub(super) fn scaling(gguf: &Gguf, prefix: &str, head_dim: u64, theta: f64) -> R
             if let Some(attention) = whole.or(times.map(|t| t * (0.1 * factor.ln() + 1.0))) {
                 yarn["attention_factor"] = json!(attention);
             }
-            Some(yarn)
+            yarn
         }
         (Some("linear" | "yarn"), None) => {
             return Err(gguf.key_error(&key("rope.scaling.factor"), "the factor of the scaling"));
@@ -87,51 +98,56 @@ pub(super) fn scaling(gguf: &Gguf, prefix: &str, head_dim: u64, theta: f64) -> R
     if times.is_some() && kind != Some("yarn") {
         return Err(gguf.key_error(&key("rope.scaling.attn_factor"), "1, where the scaling is not yarn"));
     }
-    match (from_keys, llama3(gguf, head_dim, theta, original)?) {
-        (Some(_), Some(_)) => Err(GgufError::Tensor {
+    let table = llama3(gguf, model, original)?;
+    if from_keys.is_null() {
+        return Ok(table);
+    }
+    if !table.is_null() {
+        return Err(GgufError::Tensor {
             file: gguf.path.clone(),
             tensor: FACTORS.into(),
             detail: format!("contradicts `{}`: a model has one rule for its positions", key("rope.scaling.type")),
-        }),
-        (keys, table) => Ok(keys.or(table)),
+        });
     }
+    Ok(from_keys)
 }
 
 /// Recognises the table that the converter writes for `rope_type` "llama3": one divisor per frequency, shape [head_dim/2].
-fn llama3(gguf: &Gguf, head_dim: u64, theta: f64, original: Option<u64>) -> Result<Option<Json>> {
-    let Some(info) = gguf.tensors.get(FACTORS) else { return Ok(None) };
+fn llama3(gguf: &Gguf, model: &ModelConfig, original: Option<u64>) -> Result<Json> {
+    let Some(info) = gguf.tensors.get(FACTORS) else { return Ok(Json::Null) };
     let error = |detail: String| GgufError::Tensor { file: gguf.path.clone(), tensor: FACTORS.into(), detail };
-    if info.shape != [head_dim / 2] {
-        return Err(GgufError::Shape {
-            file: gguf.path.clone(),
-            tensor: FACTORS.into(),
-            expected: vec![head_dim / 2],
-            found: info.shape.clone(),
-        });
+    let expected = vec![model.head_dim as u64 / 2];
+    if info.shape != expected {
+        let (file, found) = (gguf.path.clone(), info.shape.clone());
+        return Err(GgufError::Shape { file, tensor: FACTORS.into(), expected, found });
     }
     // head_dim is bounded, so this is small.
     let mut blocks = Blocks::new();
     gguf.tensor_bytes(info, 0, blocks.resize(info.bytes as usize))?;
-    let table: Vec<f64> = info.kind.decode(&blocks).map_err(error)?.into_iter().map(f64::from).collect();
+    let table = info.kind.decode(&blocks).map_err(error)?;
     if table.iter().all(|f| *f == 1.0) {
-        return Ok(None);
+        return Ok(Json::Null);
     }
     // The slowest frequency is divided by the whole factor.
     let factor = table.last().copied().unwrap_or(1.0);
-    let candidates = original.map_or_else(|| ORIGINAL_CONTEXTS.to_vec(), |o| vec![o]);
-    for original in candidates {
-        let matches = table.iter().enumerate().all(|(i, found)| {
-            let frequency = theta.powf(-2.0 * i as f64 / head_dim as f64);
-            (found - llama3_divisor(frequency, factor, original as f64)).abs() <= TOLERANCE * found.abs()
+    let frequencies = |scaling| Rope { scaling, ..model.rope }.frequencies(model.head_dim);
+    let plain = frequencies(RopeScaling::None);
+    for original in original.map_or_else(|| ORIGINAL_CONTEXTS.to_vec(), |o| vec![o]) {
+        let scaled = frequencies(RopeScaling::Llama3 {
+            factor,
+            low_freq_factor: LOW_FREQ_FACTOR,
+            high_freq_factor: HIGH_FREQ_FACTOR,
+            original_max_position: original as f32,
         });
-        if matches {
-            return Ok(Some(json!({
+        let mut divisors = plain.iter().zip(scaled).map(|(plain, scaled)| plain / scaled);
+        if table.iter().all(|found| divisors.next().is_some_and(|d| (found - d).abs() <= TOLERANCE * found.abs())) {
+            return Ok(json!({
                 "rope_type": "llama3",
-                "factor": factor,
+                "factor": f64::from(factor),
                 "low_freq_factor": LOW_FREQ_FACTOR,
                 "high_freq_factor": HIGH_FREQ_FACTOR,
                 "original_max_position_embeddings": original,
-            })));
+            }));
         }
     }
     Err(error(format!(
@@ -140,31 +156,4 @@ fn llama3(gguf: &Gguf, head_dim: u64, theta: f64, original: Option<u64>) -> Resu
         table.len(),
         table.first().copied().unwrap_or(1.0),
     )))
-}
-
-/// What Llama 3.1 divides a rotary frequency (radians per token) by; transformers' `_compute_llama3_parameters`.
-fn llama3_divisor(frequency: f64, factor: f64, original: f64) -> f64 {
-    let wavelength = std::f64::consts::TAU / frequency;
-    if wavelength < original / HIGH_FREQ_FACTOR {
-        1.0
-    } else if wavelength > original / LOW_FREQ_FACTOR {
-        factor
-    } else {
-        let smooth = (original / wavelength - LOW_FREQ_FACTOR) / (HIGH_FREQ_FACTOR - LOW_FREQ_FACTOR);
-        1.0 / ((1.0 - smooth) / factor + smooth)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn llama_3_1_leaves_fast_frequencies_alone_and_divides_slow_ones_by_the_factor() {
-        assert_eq!(llama3_divisor(1.0, 8.0, 8192.0), 1.0);
-        assert_eq!(llama3_divisor(1e-5, 8.0, 8192.0), 8.0);
-        // Half way between the two wavelengths: smooth = (8192/w - 1)/3 with w = 4096 is 1/3.
-        let middle = llama3_divisor(std::f64::consts::TAU / 4096.0, 8.0, 8192.0);
-        assert!((middle - 1.0 / (2.0 / 3.0 / 8.0 + 1.0 / 3.0)).abs() < 1e-12);
-    }
 }

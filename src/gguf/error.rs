@@ -12,7 +12,7 @@ pub enum GgufError {
     /// The operating system said no.
     #[error("{}: cannot {action}: {source}", path.display())]
     Io { path: PathBuf, action: &'static str, source: io::Error },
-    /// The output folder could not be written.
+    /// The output folder could not be written, or the model cannot be run.
     #[error(transparent)]
     Write(#[from] CheckpointError),
     /// The file is no GGUF file of a version that Recoup reads.

@@ -1,6 +1,7 @@
 //! Turns a GGUF file into a Hugging Face folder: BF16 safetensors, config.json, tokenizer.json and their companions.
 //!
-//! Everything that the file says is checked before it is used, and what is not understood is refused by name. A GGUF
+//! It stands above the model, which judges the configuration and lists the tensors; here is how llama.cpp calls and stores
+//! them. Everything that the file says is checked before it is used, and what is not understood is refused by name. A GGUF
 //! file of 4-bit blocks does not become better by this: the BF16 weights are the values of its blocks, rounded to
 //! nearest even.
 
@@ -24,9 +25,9 @@ use serde_json::{Map, Value as Json};
 
 pub use error::{GgufError, Result};
 
-use super::write::{FolderWriter, Pending};
+use crate::checkpoint::write::{FolderWriter, Pending};
 use blocks::Blocks;
-use config::ModelConfig;
+use config::Config;
 use header::Gguf;
 use tokenizer::Tokenizer;
 
@@ -87,7 +88,7 @@ pub fn import_sharded(
     progress: &mut dyn FnMut(usize, usize, &str),
 ) -> Result<ImportReport> {
     let gguf = Gguf::open(gguf)?;
-    let config = ModelConfig::read(&gguf)?;
+    let config = Config::read(&gguf)?;
     let (outputs, mut notes) = tensors::plan(&gguf, &config)?;
     let tokenizer = Tokenizer::read(&gguf)?;
     let files = tokenizer.to_files(&gguf)?;
@@ -107,7 +108,7 @@ pub fn import_sharded(
         *source_types.entry(info.kind.name()).or_insert(0) += 1;
     }
     Ok(ImportReport {
-        architecture: config.architecture.prefix().into(),
+        architecture: config.architecture.name.into(),
         name: gguf.string("general.name")?.map(Into::into),
         tensors: outputs.len(),
         parameters: outputs.iter().map(tensors::Output::elements).sum(),
@@ -116,15 +117,6 @@ pub fn import_sharded(
         source_types,
         notes,
     })
-}
-
-/// The config.json that an import writes, without importing: for whoever wants to know first whether the model can be run.
-///
-/// # Errors
-/// See [`GgufError`].
-pub fn configuration(gguf: &Path) -> Result<Json> {
-    let gguf = Gguf::open(gguf)?;
-    Ok(ModelConfig::read(&gguf)?.to_json(&Tokenizer::read(&gguf)?.special))
 }
 
 /// Writes `outputs` in BF16, one tensor after the other, so that memory does not grow with the model. Returns how many

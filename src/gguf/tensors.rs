@@ -1,9 +1,9 @@
 //! Which GGUF tensor becomes which Hugging Face tensor, and its values row by row.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::blocks::Blocks;
-use super::config::{Architecture, ModelConfig};
+use super::config::Config;
 use super::error::{GgufError, Result};
 use super::header::{Gguf, TensorInfo};
 use super::rope;
@@ -92,63 +92,111 @@ impl Output<'_> {
     }
 }
 
+/// The parts of a layer in the order in which they are written: transformers' name and llama.cpp's. Parts that stand
+/// together keep the order of the model. Those of all experts are one tensor.
+const LAYER: [&[(&str, &str)]; 6] = [
+    &[("input_layernorm", "attn_norm")],
+    &[
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"),
+    ],
+    &[("self_attn.q_norm", "attn_q_norm"), ("self_attn.k_norm", "attn_k_norm")],
+    &[("post_attention_layernorm", "ffn_norm")],
+    &[("mlp.gate", "ffn_gate_inp")],
+    &[
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+        ("mlp.experts.gate_proj", "ffn_gate_exps"),
+        ("mlp.experts.up_proj", "ffn_up_exps"),
+        ("mlp.experts.down_proj", "ffn_down_exps"),
+    ],
+];
+/// What stands before the layers, and after them.
+const BEFORE: (&str, &str) = ("model.embed_tokens", "token_embd");
+const AFTER: [(&str, &str); 2] = [("model.norm", "output_norm"), ("lm_head", "output")];
+/// The parts whose rows are interleaved where any are.
+const ROTATED: [&str; 2] = ["attn_q", "attn_k"];
+
+/// Where a tensor of the model is found.
+struct Source {
+    /// llama.cpp's name: `blk.0.attn_q.weight`.
+    name: String,
+    /// Which of the matrices of that tensor it is.
+    expert: Option<usize>,
+    rotated: bool,
+    /// When it is written: layer, then part.
+    place: (usize, usize),
+}
+
+impl Source {
+    /// Of `name`, transformers' one: `model.layers.0.mlp.experts.3.up_proj.weight`.
+    fn of(name: &str) -> Option<Self> {
+        let (stem, kind) = name.rsplit_once('.')?;
+        let at = |own: &str, place| Self { name: format!("{own}.{kind}"), expert: None, rotated: false, place };
+        if stem == BEFORE.0 {
+            return Some(at(BEFORE.1, (0, 0)));
+        }
+        if let Some(i) = AFTER.iter().position(|(name, _)| *name == stem) {
+            return Some(at(AFTER[i].1, (usize::MAX, i)));
+        }
+        let (layer, part) = stem.strip_prefix("model.layers.")?.split_once('.')?;
+        let expert = part.strip_prefix("mlp.experts.").and_then(|rest| rest.split_once('.'));
+        let part = expert.map_or_else(|| part.to_owned(), |(_, part)| format!("mlp.experts.{part}"));
+        let found = |group: &&[(&str, &'static str)]| group.iter().find(|(name, _)| *name == part).map(|(_, own)| *own);
+        let (place, own) = LAYER.iter().enumerate().find_map(|(i, group)| Some((i, found(group)?)))?;
+        Some(Self {
+            expert: expert.map(|(number, _)| number.parse()).transpose().ok()?,
+            rotated: ROTATED.contains(&own),
+            ..at(&format!("blk.{layer}.{own}"), (layer.parse::<usize>().ok()? + 1, place))
+        })
+    }
+}
+
 /// Lists the tensors to write, in the order of the model, and what a user should know of them.
 ///
 /// # Errors
 /// Names the tensor that is missing, of another shape, or that nothing uses.
-pub(super) fn plan<'a>(gguf: &'a Gguf, config: &ModelConfig) -> Result<(Vec<Output<'a>>, Vec<String>)> {
-    let mut plan = Plan { gguf, outputs: Vec::new(), used: BTreeSet::from([rope::FACTORS]), input_scales: 0 };
-    let ModelConfig { hidden, intermediate, head_dim, vocab, .. } = *config;
-    let (q_rows, kv_rows) = (config.heads * head_dim, config.kv_heads * head_dim);
-    // Only the converter of `llama` models permutes (`undo_permute` in convert_hf_to_gguf.py).
-    let rotated = match config.architecture {
-        Architecture::Llama => Layout::InterleavedHeads { head_dim },
-        _ => Layout::Rows { first: 0 },
-    };
-    let plain = Layout::Rows { first: 0 };
-
-    plan.add("token_embd.weight", "model.embed_tokens.weight", &[vocab, hidden], plain)?;
-    for layer in 0..config.layers {
-        let mut add = |from: &str, to: &str, shape: &[u64], layout| {
-            plan.add(&format!("blk.{layer}.{from}"), &format!("model.layers.{layer}.{to}"), shape, layout)
-        };
-        add("attn_norm.weight", "input_layernorm.weight", &[hidden], plain)?;
-        for (from, to, shape, layout) in [
-            ("attn_q", "q_proj", [q_rows, hidden], rotated),
-            ("attn_k", "k_proj", [kv_rows, hidden], rotated),
-            ("attn_v", "v_proj", [kv_rows, hidden], plain),
-            ("attn_output", "o_proj", [hidden, q_rows], plain),
-        ] {
-            add(&format!("{from}.weight"), &format!("self_attn.{to}.weight"), &shape, layout)?;
-            // transformers' Qwen2 has no bias on o; the others' `attention_bias` means all four.
-            if config.attention_bias && !(config.architecture == Architecture::Qwen2 && to == "o_proj") {
-                add(&format!("{from}.bias"), &format!("self_attn.{to}.bias"), &shape[..1], layout)?;
-            }
-        }
-        if matches!(config.architecture, Architecture::Qwen3 | Architecture::Qwen3Moe) {
-            add("attn_q_norm.weight", "self_attn.q_norm.weight", &[head_dim], plain)?;
-            add("attn_k_norm.weight", "self_attn.k_norm.weight", &[head_dim], plain)?;
-        }
-        add("ffn_norm.weight", "post_attention_layernorm.weight", &[hidden], plain)?;
-        if let Some(experts) = config.experts {
-            add("ffn_gate_inp.weight", "mlp.gate.weight", &[experts.count, hidden], plain)?;
-            plan.add_experts(layer, experts.count, experts.intermediate, hidden)?;
-        } else {
-            for (from, to, shape) in [
-                ("ffn_gate", "gate_proj", [intermediate, hidden]),
-                ("ffn_up", "up_proj", [intermediate, hidden]),
-                ("ffn_down", "down_proj", [hidden, intermediate]),
-            ] {
-                add(&format!("{from}.weight"), &format!("mlp.{to}.weight"), &shape, plain)?;
-                if config.mlp_bias {
-                    add(&format!("{from}.bias"), &format!("mlp.{to}.bias"), &shape[..1], plain)?;
-                }
-            }
+pub(super) fn plan<'a>(gguf: &'a Gguf, config: &Config) -> Result<(Vec<Output<'a>>, Vec<String>)> {
+    let model = &config.model;
+    let mut tensors: Vec<(String, Vec<u64>)> = Vec::new();
+    for module in model.modules() {
+        let (n, k) = (module.role.n as u64, module.role.k as u64);
+        tensors.push((format!("{}.weight", module.name), vec![n, k]));
+        if module.role.bias {
+            tensors.push((format!("{}.bias", module.name), vec![n]));
         }
     }
-    plan.add("output_norm.weight", "model.norm.weight", &[hidden], plain)?;
-    if !config.tied {
-        plan.add("output.weight", "lm_head.weight", &[vocab, hidden], plain)?;
+    tensors.extend(model.norms().into_iter().map(|(name, length)| (name, vec![length as u64])));
+    let find = |(name, shape): (String, Vec<u64>)| {
+        let source = Source::of(&name).ok_or_else(|| GgufError::MissingTensor {
+            file: gguf.path.clone(),
+            tensor: name.clone(),
+            why: "the model has it, and llama.cpp's name for it is not known here".into(),
+        })?;
+        Ok((source, name, shape))
+    };
+    let mut found = tensors.into_iter().map(find).collect::<Result<Vec<_>>>()?;
+    found.sort_by_key(|(source, ..)| source.place);
+
+    let mut plan = Plan::new(gguf);
+    for (source, name, shape) in found {
+        let layout = match source.expert {
+            Some(expert) => Layout::Rows { first: expert as u64 * shape[0] },
+            // Only the converter of `llama` models permutes (`undo_permute` in convert_hf_to_gguf.py).
+            None if source.rotated && config.architecture.interleaved => {
+                Layout::InterleavedHeads { head_dim: model.head_dim as u64 }
+            }
+            None => Layout::Rows { first: 0 },
+        };
+        let experts = model.moe.filter(|_| source.expert.is_some()).map(|moe| moe.experts as u64);
+        let stored: Vec<u64> = experts.into_iter().chain(shape.iter().copied()).collect();
+        let info = plan.take(&source.name, &stored)?;
+        let scales = plan.scales(&info.name, experts.unwrap_or(1))?;
+        let scale = scales.map(|scales| scales[source.expert.unwrap_or(0)]);
+        plan.outputs.push(Output { name, shape, source: info, layout, scale });
     }
     plan.finish(config)
 }
@@ -157,11 +205,18 @@ struct Plan<'a> {
     gguf: &'a Gguf,
     outputs: Vec<Output<'a>>,
     used: BTreeSet<&'a str>,
+    /// Second scales, by the weight that they belong to.
+    scales: BTreeMap<&'a str, Option<Vec<f32>>>,
     /// Scales of inputs that are left out.
     input_scales: usize,
 }
 
 impl<'a> Plan<'a> {
+    fn new(gguf: &'a Gguf) -> Self {
+        let used = BTreeSet::from([rope::FACTORS]);
+        Self { gguf, outputs: Vec::new(), used, scales: BTreeMap::new(), input_scales: 0 }
+    }
+
     fn take(&mut self, name: &str, shape: &[u64]) -> Result<&'a TensorInfo> {
         let file = || self.gguf.path.clone();
         let info = self.gguf.tensors.get(name).ok_or_else(|| GgufError::MissingTensor {
@@ -177,17 +232,19 @@ impl<'a> Plan<'a> {
         Ok(info)
     }
 
-    fn add(&mut self, from: &str, to: &str, shape: &[u64], layout: Layout) -> Result<()> {
-        let source = self.take(from, shape)?;
-        let scale = self.scales(from, 1)?.map(|s| s[0]);
-        self.outputs.push(Output { name: to.into(), shape: shape.into(), source, layout, scale });
-        Ok(())
+    /// The second scales of the weight `of`, read once.
+    fn scales(&mut self, of: &'a str, count: u64) -> Result<Option<&[f32]>> {
+        if !self.scales.contains_key(of) {
+            let scales = self.read_scales(of, count)?;
+            self.scales.insert(of, scales);
+        }
+        Ok(self.scales.get(of).and_then(|scales| scales.as_deref()))
     }
 
     /// The second scales of the weight `from` (`blk.0.attn_q.weight`), one for each of its `count` matrices, where the file
     /// has them: llama.cpp multiplies the product with `blk.0.attn_q.scale` by it; some write `blk.0.attn_q.weight.scale`.
     /// The scales of inputs beside them are counted and left out: a BF16 model has no place for them.
-    fn scales(&mut self, from: &str, count: u64) -> Result<Option<Vec<f32>>> {
+    fn read_scales(&mut self, from: &str, count: u64) -> Result<Option<Vec<f32>>> {
         let Some(stem) = from.strip_suffix(".weight") else { return Ok(None) };
         let gguf = self.gguf;
         let mut read = |suffix: &str| -> Result<Option<Vec<f32>>> {
@@ -214,33 +271,7 @@ impl<'a> Plan<'a> {
         Ok(scales)
     }
 
-    /// One fused tensor [experts, rows, columns] each for gate, up and down becomes one matrix per expert.
-    fn add_experts(&mut self, layer: u64, count: u64, intermediate: u64, hidden: u64) -> Result<()> {
-        let mut sources = Vec::new();
-        for (from, to, [rows, columns]) in [
-            ("ffn_gate_exps", "gate_proj", [intermediate, hidden]),
-            ("ffn_up_exps", "up_proj", [intermediate, hidden]),
-            ("ffn_down_exps", "down_proj", [hidden, intermediate]),
-        ] {
-            let source = self.take(&format!("blk.{layer}.{from}.weight"), &[count, rows, columns])?;
-            let scales = self.scales(&source.name, count)?;
-            sources.push((to, rows, columns, source, scales));
-        }
-        for expert in 0..count {
-            for &(to, rows, columns, source, ref scales) in &sources {
-                self.outputs.push(Output {
-                    name: format!("model.layers.{layer}.mlp.experts.{expert}.{to}.weight"),
-                    shape: vec![rows, columns],
-                    source,
-                    layout: Layout::Rows { first: expert * rows },
-                    scale: scales.as_ref().map(|s| s[expert as usize]),
-                });
-            }
-        }
-        Ok(())
-    }
-
-    fn finish(self, config: &ModelConfig) -> Result<(Vec<Output<'a>>, Vec<String>)> {
+    fn finish(self, config: &Config) -> Result<(Vec<Output<'a>>, Vec<String>)> {
         let left: Vec<_> = self.gguf.tensors.keys().filter(|name| !self.used.contains(name.as_str())).collect();
         if left.is_empty() {
             let mut notes = Vec::new();
@@ -259,7 +290,7 @@ impl<'a> Plan<'a> {
         }
         Err(GgufError::Leftover {
             file: self.gguf.path.clone(),
-            architecture: config.architecture.prefix().into(),
+            architecture: config.architecture.name.into(),
             names: left.iter().take(LISTED).map(|name| (*name).clone()).collect(),
             total: left.len(),
         })
