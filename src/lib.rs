@@ -17,5 +17,6 @@ pub mod logits;
 pub mod model;
 pub mod output;
 pub mod quantize;
+pub mod random;
 pub mod recover;
 pub mod text;

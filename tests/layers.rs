@@ -3,17 +3,18 @@
 use std::path::{Path, PathBuf};
 
 /// What each layer may use of the others.
-const ALLOWED: [(&str, &[&str]); 14] = [
+const ALLOWED: [(&str, &[&str]); 15] = [
     ("formats", &[]),
-    ("logits", &[]),
+    ("random", &[]),
+    ("logits", &["random"]),
     ("output", &[]),
     ("checkpoint", &["formats", "output"]),
     ("backend", &["formats", "logits"]),
     ("model", &["formats", "checkpoint", "backend"]),
     ("gguf", &["formats", "checkpoint", "model"]),
     ("text", &[]),
-    ("quantize", &["formats", "output", "checkpoint", "backend", "model", "engine"]),
-    ("recover", &["formats", "output", "checkpoint", "backend", "model", "text"]),
+    ("quantize", &["formats", "random", "logits", "output", "checkpoint", "backend", "model", "engine"]),
+    ("recover", &["formats", "random", "output", "checkpoint", "backend", "model", "text"]),
     ("engine", &["formats", "logits", "checkpoint", "backend", "model", "text"]),
     ("evaluate", &["formats", "logits", "checkpoint", "backend", "model", "text", "engine"]),
     (

@@ -23,14 +23,23 @@ pub fn encode(x: f32) -> u8 {
 #[inline(always)]
 #[must_use]
 pub fn encode_magnitude(a: f32) -> u8 {
+    let [a, b, c, d, e, f, g] = reached(a);
+    a as u8 + b as u8 + c as u8 + d as u8 + e as u8 + f as u8 + g as u8
+}
+
+/// Twice the value nearest to the magnitude `a >= 0`: 0, 1, 2, 3, 4, 6, 8 or 12, without a table, so that it vectorises.
+#[inline(always)]
+#[must_use]
+pub fn nearest_doubled(a: f32) -> i32 {
+    let [a, b, c, d, e, f, g] = reached(a);
+    a as i32 + b as i32 + c as i32 + d as i32 + 2 * e as i32 + 2 * f as i32 + 4 * g as i32
+}
+
+/// Whether the magnitude `a` is nearer to code 1, 2, ..., 7 than to the one below.
+#[inline(always)]
+fn reached(a: f32) -> [bool; 7] {
     // A tie belongs to the even code: bounds below an odd code are exclusive, below an even code inclusive.
-    (a > 0.25) as u8
-        + (a >= 0.75) as u8
-        + (a > 1.25) as u8
-        + (a >= 1.75) as u8
-        + (a > 2.5) as u8
-        + (a >= 3.5) as u8
-        + (a > 5.0) as u8
+    [a > 0.25, a >= 0.75, a > 1.25, a >= 1.75, a > 2.5, a >= 3.5, a > 5.0]
 }
 
 /// Value of `code`; only the low four bits count.
@@ -78,6 +87,7 @@ mod tests {
             let got = (decode(encode(x)) - x).abs();
             let best = VALUES.iter().map(|v| (v - x).abs()).fold(f32::MAX, f32::min);
             assert_eq!(got, best, "{x}");
+            assert_eq!(nearest_doubled(x.abs()), i32::from(DOUBLED[encode(x.abs()) as usize]), "{x}");
         }
         assert_eq!(encode(f32::INFINITY), 7);
         assert_eq!(encode(-1e30), 15);

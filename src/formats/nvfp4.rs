@@ -82,16 +82,7 @@ pub fn quantize_activation_block(block: &[f32], global_scale: f32, doubled: &mut
 pub(crate) fn quantize_with_scale(block: &[f32], scale: f32, doubled: &mut [i8]) {
     if scale > 0.0 {
         for (d, &x) in doubled.iter_mut().zip(block) {
-            // Doubled magnitudes 0,1,2,3,4,6,8,12 without a table, so that the loop vectorises: each bound crossed
-            // adds the step to the next value.
-            let a = (x / scale).abs();
-            let magnitude = (a > 0.25) as i8
-                + (a >= 0.75) as i8
-                + (a > 1.25) as i8
-                + (a >= 1.75) as i8
-                + 2 * (a > 2.5) as i8
-                + 2 * (a >= 3.5) as i8
-                + 4 * (a > 5.0) as i8;
+            let magnitude = e2m1::nearest_doubled((x / scale).abs()) as i8;
             *d = if x < 0.0 { -magnitude } else { magnitude };
         }
     } else {

@@ -8,4 +8,4 @@ mod score;
 pub use params::{SamplingError, SamplingParams};
 pub use routing::{Routing, route_row};
 pub use sampler::{Draw, History, Sampled, Sampler, Scratch};
-pub use score::{TokenScore, score_row};
+pub use score::{TokenScore, score_row, softmax_total};

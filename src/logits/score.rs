@@ -13,8 +13,14 @@ pub struct TokenScore {
 #[must_use]
 pub fn score_row(logits: &[f32], token: u32) -> TokenScore {
     let target = logits[token as usize];
-    let max = logits.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
-    let total: f64 = logits.iter().map(|&v| f64::from(v - max).exp()).sum();
+    let (max, total) = softmax_total(logits);
     let is_greedy = logits.iter().position(|&v| v == max) == Some(token as usize);
     TokenScore { log_prob: f64::from(target - max) - total.ln(), is_greedy }
+}
+
+/// The maximum of `logits`, and the sum of exp(logit - maximum), in f64.
+#[must_use]
+pub fn softmax_total(logits: &[f32]) -> (f32, f64) {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    (max, logits.iter().map(|v| f64::from(v - max).exp()).sum())
 }

@@ -12,6 +12,7 @@ use crate::backend::{Backend, Batch, PAGE};
 use crate::checkpoint::Checkpoint;
 use crate::formats::kv::KvFormat;
 use crate::formats::scheme::Scheme;
+use crate::logits::softmax_total;
 use crate::model::modules::Module;
 use crate::model::{Decoder, ModelConfig};
 
@@ -139,9 +140,8 @@ pub(super) fn measure<B: Backend + Clone>(
 fn log_softmax(mut logits: Vec<f32>, rows: usize) -> Vec<f32> {
     let vocab = logits.len() / rows.max(1);
     logits.par_chunks_mut(vocab.max(1)).for_each(|row| {
-        let peak = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = row.iter().map(|v| f64::from(v - peak).exp()).sum();
-        let shift = (f64::from(peak) + sum.ln()) as f32;
+        let (max, total) = softmax_total(row);
+        let shift = (f64::from(max) + total.ln()) as f32;
         row.iter_mut().for_each(|v| *v -= shift);
     });
     logits

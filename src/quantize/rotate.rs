@@ -21,6 +21,7 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, float_bytes};
 use crate::model::ModelConfig;
 use crate::model::modules::{Module, Part};
+use crate::random::SplitMix64;
 
 /// A block-diagonal Hadamard matrix with signs, scaled to be orthogonal.
 struct Rotation {
@@ -29,16 +30,10 @@ struct Rotation {
 }
 
 impl Rotation {
-    fn new(width: usize, mut seed: u64) -> Self {
-        let mut sign = || {
-            // SplitMix64 (public domain).
-            seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            let mut z = seed;
-            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            if (z ^ (z >> 31)) & 1 == 0 { 1.0 } else { -1.0 }
-        };
-        Self { signs: (0..width).map(|_| sign()).collect(), block: 1 << width.trailing_zeros() }
+    fn new(width: usize, seed: u64) -> Self {
+        let mut random = SplitMix64(seed);
+        let signs = (0..width).map(|_| if random.draw() & 1 == 0 { 1.0 } else { -1.0 }).collect();
+        Self { signs, block: 1 << width.trailing_zeros() }
     }
 
     /// x ← x·R for each row of `rows` [.., width].

@@ -4,6 +4,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{RecoverError, Result};
 use crate::backend::{Batch, Span};
+use crate::random::SplitMix64;
 
 /// One text, conversation or piece of one: it begins at position 0 and sees nothing but itself.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -212,27 +213,14 @@ impl Order {
 
     fn next(&mut self) -> usize {
         if self.queue.is_empty() {
-            let mut state = SplitMix(self.seed ^ self.pass.wrapping_mul(0xd1b5_4a32_d192_ed03));
+            let mut state = SplitMix64(self.seed ^ self.pass.wrapping_mul(0xd1b5_4a32_d192_ed03));
             self.pass += 1;
             self.queue = (0..self.count).collect();
             for i in (1..self.count).rev() {
-                self.queue.swap(i, (state.next() % (i as u64 + 1)) as usize);
+                self.queue.swap(i, (state.draw() % (i as u64 + 1)) as usize);
             }
         }
         self.queue.pop().unwrap_or(0)
-    }
-}
-
-/// SplitMix64 (Steele, Lea, Flood 2014).
-pub(super) struct SplitMix(pub(super) u64);
-
-impl SplitMix {
-    pub(super) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
     }
 }
 

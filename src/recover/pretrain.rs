@@ -7,10 +7,10 @@ use safetensors::Dtype;
 use serde_json::Map;
 
 use super::Result;
-use super::data::SplitMix;
 use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES};
 use crate::model::ModelConfig;
 use crate::model::modules::Part;
+use crate::random::SplitMix64;
 
 /// Standard deviation of weights; that of the projections that write the residual stream is divided by √(2 · layers).
 const DEVIATION: f64 = 0.02;
@@ -21,7 +21,7 @@ const DEVIATION: f64 = 0.02;
 /// When `out` cannot be written.
 pub fn initialize(config: &ModelConfig, like: &Path, seed: u64, out: &Path) -> Result<()> {
     let writer = FolderWriter::create(out)?;
-    let random = &RefCell::new(SplitMix(seed));
+    let random = &RefCell::new(SplitMix64(seed));
     let tensor = |name: String, shape: &[usize], mean: f64, deviation: f64| {
         let count: usize = shape.iter().product();
         Pending::new(name, Dtype::BF16, shape, move || -> Result<Vec<u8>> {
@@ -48,8 +48,8 @@ pub fn initialize(config: &ModelConfig, like: &Path, seed: u64, out: &Path) -> R
 }
 
 /// A normal random number (Box, Muller 1958).
-fn normal(random: &mut SplitMix) -> f64 {
-    let mut unit = || ((random.next() >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
+fn normal(random: &mut SplitMix64) -> f64 {
+    let mut unit = || ((random.draw() >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
     let (a, b) = (unit(), unit());
     (-2.0 * a.ln()).sqrt() * (std::f64::consts::TAU * b).cos()
 }
@@ -60,7 +60,7 @@ mod tests {
 
     #[test]
     fn normal_numbers_have_the_moments_of_the_normal_distribution() {
-        let mut random = SplitMix(1);
+        let mut random = SplitMix64(1);
         let values: Vec<f64> = (0..100_000).map(|_| normal(&mut random)).collect();
         let moment = |power: i32| values.iter().map(|v| v.powi(power)).sum::<f64>() / values.len() as f64;
         assert!(moment(1).abs() < 0.02 && (moment(2) - 1.0).abs() < 0.02 && (moment(4) - 3.0).abs() < 0.15);

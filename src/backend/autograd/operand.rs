@@ -447,15 +447,7 @@ multiversion! {
             _ if scale == 0.0 => values.fill(0.0),
             Element::E2m1 => {
                 for (v, w) in values.iter_mut().zip(master) {
-                    let a = (*w / scale).abs();
-                    let doubled = (a > 0.25) as i32
-                        + (a >= 0.75) as i32
-                        + (a > 1.25) as i32
-                        + (a >= 1.75) as i32
-                        + 2 * (a > 2.5) as i32
-                        + 2 * (a >= 3.5) as i32
-                        + 4 * (a > 5.0) as i32;
-                    let magnitude = 0.5 * doubled as f32 * inner;
+                    let magnitude = 0.5 * e2m1::nearest_doubled((*w / scale).abs()) as f32 * inner;
                     *v = if *w < 0.0 { -magnitude } else { magnitude };
                 }
             }
