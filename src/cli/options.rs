@@ -22,9 +22,9 @@ use crate::text::{ChatTemplate, TextError, Tokenizer};
 
 /// A dialect that can be written, by its name; `plain` names none of them, where that is an answer.
 pub(super) fn dialect(plain: Option<&'static str>) -> impl TypedValueParser<Value = Dialect> {
-    let written = || Dialect::ALL.iter().copied().filter(|d| d.tool().is_some());
-    let names: Vec<&str> = plain.into_iter().chain(written().map(Dialect::name)).collect();
-    PossibleValuesParser::new(names).map(move |name| written().find(|d| d.name() == name).unwrap_or(Dialect::Plain))
+    let names: Vec<&str> = plain.into_iter().chain(Dialect::written().map(Dialect::name)).collect();
+    let named = |name: String| Dialect::written().find(|d| d.name() == name).unwrap_or(Dialect::Plain);
+    PossibleValuesParser::new(names).map(named)
 }
 
 /// What runs the model.

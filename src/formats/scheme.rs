@@ -60,89 +60,97 @@ impl InputFormat {
     }
 }
 
-/// A format of weight and input together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Scheme {
-    /// NVFP4 weights and inputs (W4A4), calibrated input scale.
-    Nvfp4,
-    /// NVFP4 weights, inputs as they are.
-    W4a16Nvfp4,
-    /// E2M1 weights in blocks of 32 under E4M3 scales, FP8 inputs.
-    W4a8Nvfp4Fp8,
-    /// FP8 weights and inputs, one calibrated scale each.
-    Fp8,
-    /// FP8 weights with a scale per output channel, inputs with a scale per token.
-    Fp8PcPt,
-    /// FP8 weights with a scale per 128x128 block. Inputs: as they are (ModelOpt), or FP8 per 128 (compressed-tensors).
-    Fp8Block,
-    /// MXFP8 weights and inputs.
-    Mxfp8,
-    /// MXFP4 weights and inputs.
-    Mxfp4,
-    /// MXFP4 weights, inputs as they are.
-    Mxfp4a16,
-    /// Left as it is.
-    None,
+impl WeightFormat {
+    /// Bits of an element.
+    #[must_use]
+    pub fn bits(self) -> usize {
+        match self {
+            Self::Nvfp4 { .. } | Self::Mxfp4 => 4,
+            Self::Mxfp8 | Self::Fp8 => 8,
+        }
+    }
+
+    /// Elements along K that share a scale and must divide K; `None` where any K will do.
+    #[must_use]
+    pub fn block(self) -> Option<usize> {
+        match self {
+            Self::Nvfp4 { block } => Some(block),
+            Self::Mxfp4 | Self::Mxfp8 => Some(mx::BLOCK),
+            Self::Fp8 => None,
+        }
+    }
 }
 
+macro_rules! schemes {
+    ($($(#[$doc:meta])* $scheme:ident = $name:literal, $weight:expr, $input:ident;)*) => {
+        /// A format of weight and input together.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+        pub enum Scheme {
+            $($(#[$doc])* #[serde(rename = $name)] $scheme,)*
+            /// Left as it is.
+            #[serde(rename = "none")]
+            None,
+        }
+
+        impl Scheme {
+            /// Every scheme that quantizes.
+            pub const ALL: &[Self] = &[$(Self::$scheme),*];
+
+            /// The name in recipes.
+            #[must_use]
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Self::$scheme => $name,)*
+                    Self::None => "none",
+                }
+            }
+
+            /// How the weight is quantized; `None` where it is not.
+            #[must_use]
+            pub fn weight(self) -> Option<WeightFormat> {
+                match self {
+                    $(Self::$scheme => Some($weight),)*
+                    Self::None => None,
+                }
+            }
+
+            /// How the input is quantized, unless a dialect has it otherwise.
+            #[must_use]
+            pub fn input(self) -> InputFormat {
+                match self {
+                    $(Self::$scheme => InputFormat::$input,)*
+                    Self::None => InputFormat::Float,
+                }
+            }
+        }
+    };
+}
+
+// Each with its name in recipes, its weight and its input.
+schemes! {
+    /// NVFP4 weights and inputs (W4A4), calibrated input scale.
+    Nvfp4 = "nvfp4", NVFP4, Nvfp4;
+    /// NVFP4 weights, inputs as they are.
+    W4a16Nvfp4 = "w4a16_nvfp4", NVFP4, Float;
+    /// E2M1 weights in blocks of 32 under E4M3 scales, FP8 inputs.
+    W4a8Nvfp4Fp8 = "w4a8_nvfp4_fp8", WeightFormat::Nvfp4 { block: mx::BLOCK }, Fp8Static;
+    /// FP8 weights and inputs, one calibrated scale each.
+    Fp8 = "fp8", WeightFormat::Fp8, Fp8Static;
+    /// FP8 weights with a scale per output channel, inputs with a scale per token.
+    Fp8PcPt = "fp8_pc_pt", WeightFormat::Fp8, Fp8Token;
+    /// FP8 weights with a scale per 128x128 block. Inputs: as they are (ModelOpt), or FP8 per 128 (compressed-tensors).
+    Fp8Block = "fp8_block", WeightFormat::Fp8, Float;
+    /// MXFP8 weights and inputs.
+    Mxfp8 = "mxfp8", WeightFormat::Mxfp8, Mxfp8;
+    /// MXFP4 weights and inputs.
+    Mxfp4 = "mxfp4", WeightFormat::Mxfp4, Mxfp4;
+    /// MXFP4 weights, inputs as they are.
+    Mxfp4a16 = "mxfp4a16", WeightFormat::Mxfp4, Float;
+}
+
+const NVFP4: WeightFormat = WeightFormat::Nvfp4 { block: nvfp4::BLOCK };
+
 impl Scheme {
-    /// Every scheme that quantizes.
-    pub const ALL: [Self; 9] = [
-        Self::Nvfp4,
-        Self::W4a16Nvfp4,
-        Self::W4a8Nvfp4Fp8,
-        Self::Fp8,
-        Self::Fp8PcPt,
-        Self::Fp8Block,
-        Self::Mxfp8,
-        Self::Mxfp4,
-        Self::Mxfp4a16,
-    ];
-
-    /// The name in recipes.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Nvfp4 => "nvfp4",
-            Self::W4a16Nvfp4 => "w4a16_nvfp4",
-            Self::W4a8Nvfp4Fp8 => "w4a8_nvfp4_fp8",
-            Self::Fp8 => "fp8",
-            Self::Fp8PcPt => "fp8_pc_pt",
-            Self::Fp8Block => "fp8_block",
-            Self::Mxfp8 => "mxfp8",
-            Self::Mxfp4 => "mxfp4",
-            Self::Mxfp4a16 => "mxfp4a16",
-            Self::None => "none",
-        }
-    }
-
-    /// How the weight is quantized; `None` where it is not.
-    #[must_use]
-    pub fn weight(self) -> Option<WeightFormat> {
-        match self {
-            Self::Nvfp4 | Self::W4a16Nvfp4 => Some(WeightFormat::Nvfp4 { block: nvfp4::BLOCK }),
-            Self::W4a8Nvfp4Fp8 => Some(WeightFormat::Nvfp4 { block: mx::BLOCK }),
-            Self::Fp8 | Self::Fp8PcPt | Self::Fp8Block => Some(WeightFormat::Fp8),
-            Self::Mxfp8 => Some(WeightFormat::Mxfp8),
-            Self::Mxfp4 | Self::Mxfp4a16 => Some(WeightFormat::Mxfp4),
-            Self::None => None,
-        }
-    }
-
-    /// How the input is quantized, unless a dialect has it otherwise.
-    #[must_use]
-    pub fn input(self) -> InputFormat {
-        match self {
-            Self::Nvfp4 => InputFormat::Nvfp4,
-            Self::W4a8Nvfp4Fp8 | Self::Fp8 => InputFormat::Fp8Static,
-            Self::Fp8PcPt => InputFormat::Fp8Token,
-            Self::Mxfp8 => InputFormat::Mxfp8,
-            Self::Mxfp4 => InputFormat::Mxfp4,
-            Self::W4a16Nvfp4 | Self::Fp8Block | Self::Mxfp4a16 | Self::None => InputFormat::Float,
-        }
-    }
-
     /// The scheme of a stored linear; `None` where its weight and input are no pair of these.
     #[must_use]
     pub fn of(linear: &LinearTensors<'_>) -> Option<Self> {
@@ -168,20 +176,16 @@ impl Scheme {
         })
     }
 
-    /// Elements along K that share a scale and must divide K; `None` where any K will do.
+    /// As [`WeightFormat::block`].
     #[must_use]
     pub fn block(self) -> Option<usize> {
-        match self.weight()? {
-            WeightFormat::Nvfp4 { block } => Some(block),
-            WeightFormat::Mxfp4 | WeightFormat::Mxfp8 => Some(mx::BLOCK),
-            WeightFormat::Fp8 => None,
-        }
+        self.weight()?.block()
     }
 
     /// Whether weights are E2M1 under an E4M3 scale per 16 and a global one.
     #[must_use]
     pub fn is_nvfp4_weight(self) -> bool {
-        matches!(self, Self::Nvfp4 | Self::W4a16Nvfp4)
+        self.weight() == Some(NVFP4)
     }
 
     /// Whether a scale of the input is calibrated and stored.
@@ -193,14 +197,13 @@ impl Scheme {
     /// Bits of a weight, block scales included.
     #[must_use]
     pub fn bits_per_weight(self) -> f64 {
-        match self {
-            Self::Nvfp4 | Self::W4a16Nvfp4 => 4.0 + 8.0 / nvfp4::BLOCK as f64,
-            Self::W4a8Nvfp4Fp8 | Self::Mxfp4 | Self::Mxfp4a16 => 4.0 + 8.0 / mx::BLOCK as f64,
-            Self::Mxfp8 => 8.0 + 8.0 / mx::BLOCK as f64,
-            Self::Fp8 | Self::Fp8PcPt => 8.0,
-            Self::Fp8Block => 8.0 + 32.0 / (fp8::BLOCK * fp8::BLOCK) as f64,
-            Self::None => 16.0,
-        }
+        let Some(weight) = self.weight() else { return 16.0 };
+        let scales = match weight.block() {
+            Some(block) => 8.0 / block as f64,
+            None if self == Self::Fp8Block => 32.0 / (fp8::BLOCK * fp8::BLOCK) as f64,
+            None => 0.0,
+        };
+        weight.bits() as f64 + scales
     }
 }
 

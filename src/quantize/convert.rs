@@ -12,7 +12,7 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::store::{content, store};
 use crate::checkpoint::dialect::{Assigned, Dialect, Tool, kv};
 use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, metadata};
-use crate::formats::linear::{ActivationFormat, LinearTensors};
+use crate::formats::linear::LinearTensors;
 use crate::formats::scheme::Scheme;
 use crate::model::ModelConfig;
 
@@ -24,7 +24,7 @@ pub struct Converted {
     /// Global scales that no reciprocal equals: off by one part in 2^24 at most.
     pub inexact: usize,
     /// Where engines compute otherwise in the new dialect although every weight is the same.
-    pub notes: BTreeSet<&'static str>,
+    pub notes: BTreeSet<String>,
 }
 
 /// Writes `checkpoint` to `out` in `dialect`, one tensor in memory at a time.
@@ -69,7 +69,7 @@ pub fn convert(checkpoint: &Checkpoint, dialect: Dialect, out: &Path) -> Result<
             ));
         }
         report.modules += 1;
-        note_differences(&linear, scheme, tool, &mut report.notes);
+        report.notes.extend(difference(&linear, scheme, checkpoint.announced.dialect, tool));
         let stored = store(tool, &linear, scheme);
         report.inexact += stored.inexact;
         tensors.push(Pending::together(
@@ -112,16 +112,20 @@ pub fn convert(checkpoint: &Checkpoint, dialect: Dialect, out: &Path) -> Result<
     Ok(report)
 }
 
-/// Where engines quantize inputs otherwise in the new dialect.
-fn note_differences(linear: &LinearTensors<'_>, scheme: Scheme, tool: &dyn Tool, notes: &mut BTreeSet<&'static str>) {
-    use ActivationFormat as A;
-    let there = tool.input(scheme).with(1.0, tool.mx_rule());
-    if scheme == Scheme::Fp8Block && linear.activation != there {
-        notes.insert(
-            "FP8 in 128x128 blocks: engines leave inputs as they are in the modelopt dialect and quantize them per 128 in the other",
-        );
+/// Where engines quantize inputs otherwise in the dialect `to` than in `from`.
+fn difference(linear: &LinearTensors<'_>, scheme: Scheme, from: Dialect, to: &dyn Tool) -> Option<String> {
+    let (here, there) = (linear.activation, to.input(scheme).with(1.0, to.mx_rule()));
+    // Calibrated scales are taken along as they are.
+    if scheme.has_input_scale() || here == there {
+        return None;
     }
-    if matches!(linear.activation, A::Mxfp4 { .. } | A::Mxfp8 { .. }) && linear.activation != there {
-        notes.insert("MX inputs: the dialects round the shared exponent differently when a model runs");
+    let to = to.name();
+    if here.to_string() == there.to_string() {
+        return Some(format!(
+            "{here} inputs: the {from} and the {to} dialect round the shared exponent differently when a model runs"
+        ));
     }
+    Some(format!(
+        "{scheme}: when a model runs, inputs are {here} in the {from} dialect and {there} in the {to} dialect"
+    ))
 }

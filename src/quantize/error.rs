@@ -27,6 +27,10 @@ pub enum QuantizeError {
     Nothing(PathBuf),
     #[error("{0}: its KV cache is quantized; `recoup convert` it to BF16 first")]
     KvCache(PathBuf),
-    #[error("quantization writes the modelopt or the compressed-tensors dialect, not {0}")]
+    #[error("the {0} dialect is read only; those that can be written: {known}", known = written())]
     Dialect(Dialect),
+}
+
+fn written() -> String {
+    Dialect::written().map(Dialect::name).collect::<Vec<_>>().join(", ")
 }

@@ -54,6 +54,11 @@ impl Dialect {
         self.conventions().name()
     }
 
+    /// Those that can be written.
+    pub fn written() -> impl Iterator<Item = Self> {
+        Self::ALL.iter().copied().filter(|d| d.tool().is_some())
+    }
+
     /// How to write it; nothing where it is only read.
     #[must_use]
     pub fn tool(self) -> Option<&'static dyn Tool> {

@@ -33,7 +33,10 @@ const ALGORITHMS: [(Scheme, &str); 8] = [
     (Scheme::Mxfp4, "mxfp4"),
 ];
 
-const KNOWN: &str = "NVFP4, W4A16_NVFP4, NVFP4_AWQ, W4A8_NVFP4_FP8, FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, MXFP8, MXFP4, MIXED_PRECISION";
+/// NVFP4 with a scale on the input besides.
+const AWQ: &str = "NVFP4_AWQ";
+/// An algorithm for each module.
+const MIXED: &str = "MIXED_PRECISION";
 
 pub(super) const LAYOUT: Layout = Layout {
     packed: "weight",
@@ -129,6 +132,12 @@ fn algorithm(scheme: Scheme) -> Option<&'static str> {
     ALGORITHMS.iter().find(|(s, _)| *s == scheme).map(|(_, name)| *name)
 }
 
+/// Every `quant_algo` that is read.
+fn known() -> String {
+    let names: Vec<_> = ALGORITHMS.iter().map(|(_, name)| *name).chain([AWQ, MIXED]).map(str::to_uppercase).collect();
+    names.join(", ")
+}
+
 /// Reads `q`: `quantization_config` of config.json, or the whole of hf_quant_config.json. `other` is the second file
 /// where both exist; what one does not say is taken from the other, and where they differ that is an error or a note.
 pub(super) fn read(q: &Object, other: Option<&Object>) -> Result<Announced> {
@@ -159,11 +168,11 @@ pub(super) fn read(q: &Object, other: Option<&Object>) -> Result<Announced> {
         return Ok(scheme);
     };
 
-    if algorithm.eq_ignore_ascii_case("MIXED_PRECISION") {
+    if algorithm.eq_ignore_ascii_case(MIXED) {
         let holder = sources.iter().find(|o| o.get("quantized_layers").is_some());
         let holder = holder.ok_or_else(|| q.error("quantized_layers", "an object of modules"))?;
         for (module, layer) in holder.objects("quantized_layers")? {
-            let algorithm = layer.string("quant_algo")?.ok_or_else(|| layer.error("quant_algo", KNOWN))?.to_owned();
+            let algorithm = layer.string("quant_algo")?.ok_or_else(|| layer.error("quant_algo", known()))?.to_owned();
             let group = group_size(&layer)?;
             let declared = declare(&layer, &algorithm, group)?;
             scheme.targets.push(Pattern::modelopt(&module, holder, "quantized_layers")?, holder, "quantized_layers")?;
@@ -246,11 +255,8 @@ fn kv_cache(sources: &[&Object]) -> Result<(bool, Option<(PathBuf, String)>, Vec
 
 /// The algorithm against the numbers beside it: `group_size`, and bits and groups in `config_groups`.
 fn agree(o: &Object, algorithm: &str, weight: WeightFormat) -> Result<()> {
-    let (bits, block) = match weight {
-        WeightFormat::Nvfp4 { block } => (4, Some(block)),
-        WeightFormat::Mxfp4 => (4, None),
-        WeightFormat::Mxfp8 | WeightFormat::Fp8 => (8, None),
-    };
+    let bits = weight.bits();
+    let block = if let WeightFormat::Nvfp4 { block } = weight { Some(block) } else { None };
     let check = |o: &Object, key: &str, expected: Option<usize>| match (o.integer(key, 0..=1 << 20)?, expected) {
         (Some(found), Some(expected)) if found != expected => {
             Err(o.error(key, format!("{expected}, which {algorithm} has here; one of the two is wrong")))
@@ -301,8 +307,7 @@ fn group_size(o: &Object) -> Result<Option<usize>> {
 }
 
 fn declare(q: &Object, algorithm: &str, group: Option<usize>) -> Result<Declared> {
-    // Under AWQ only the scale on the input is more.
-    let name = if algorithm.eq_ignore_ascii_case("NVFP4_AWQ") { "NVFP4" } else { algorithm };
+    let name = if algorithm.eq_ignore_ascii_case(AWQ) { "NVFP4" } else { algorithm };
     let scheme = ALGORITHMS.iter().find(|(_, known)| known.eq_ignore_ascii_case(name)).map(|(scheme, _)| *scheme);
     let weight = match scheme.and_then(Scheme::weight) {
         Some(WeightFormat::Nvfp4 { block }) => match group.unwrap_or(block) {
@@ -317,7 +322,7 @@ fn declare(q: &Object, algorithm: &str, group: Option<usize>) -> Result<Declared
             file: q.file().into(),
             what: "quant_algo",
             found: algorithm.into(),
-            known: KNOWN.into(),
+            known: known().into(),
         }),
     }
 }
@@ -368,7 +373,7 @@ fn hf_quant_config(model: &Assigned<'_>, excluded: &BTreeSet<String>) -> Value {
             q["exclude_modules"] = json!(excluded);
             q
         }
-        _ => json!({"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": kv,
+        _ => json!({"quant_algo": MIXED, "kv_cache_quant_algo": kv,
             "quantized_layers": quantized_layers(model)}),
     };
     json!({"producer": producer(), "quantization": quantization})
@@ -411,7 +416,7 @@ fn embedded(model: &Assigned<'_>, excluded: &BTreeSet<String>) -> Value {
     } else {
         out.insert("quantized_layers".into(), quantized_layers(model));
         out.insert("ignore".into(), json!([]));
-        out.insert("quant_algo".into(), "MIXED_PRECISION".into());
+        out.insert("quant_algo".into(), MIXED.into());
     }
     if model.fp8_kv_cache {
         out.insert("kv_cache_scheme".into(), json!({"dynamic": false, "num_bits": 8, "type": "float"}));
