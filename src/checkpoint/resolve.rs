@@ -1,5 +1,5 @@
 //! Resolves one module of a checkpoint to its tensors: the stored dtype and shape decide what it is, the configuration
-//! is cross-checked against them, and both dialects' scales become positive finite multipliers.
+//! is cross-checked against them, and every dialect's scales become positive finite multipliers.
 
 use std::borrow::Cow;
 
@@ -7,7 +7,7 @@ use safetensors::Dtype;
 
 use super::Checkpoint;
 use super::dialect::kv::{self, KvScales};
-use super::dialect::store::INPUT_SCALE;
+use super::dialect::store::{INPUT_SCALE, WEIGHT, element_names};
 use super::dialect::{Conventions, Declared};
 use super::error::{CheckpointError, Result};
 use super::tensors::TensorView;
@@ -43,7 +43,7 @@ impl Checkpoint {
     /// Whether tensors of linear `module` are stored, packed or plain.
     #[must_use]
     pub fn has_linear(&self, module: &str) -> bool {
-        self.tensors.contains(&format!("{module}.weight")) || self.tensors.contains(&format!("{module}.weight_packed"))
+        element_names().any(|name| self.tensors.contains(&format!("{module}.{name}")))
     }
 
     /// The linear `module`.
@@ -89,9 +89,8 @@ impl<'a> Resolver<'a, '_> {
     fn resolve(&self) -> Result<LinearTensors<'a>> {
         let LinearRole { n, k, .. } = self.role;
         let declared = self.checkpoint.announced.declared(self.module)?;
-        let packed = self.peek("weight_packed").is_some();
-        let weight =
-            self.require(if packed { "weight_packed" } else { "weight" }, "it is the weight of a linear layer")?;
+        let name = element_names().find(|name| self.peek(name).is_some()).unwrap_or(WEIGHT);
+        let weight = self.require(name, "it is the weight of a linear layer")?;
         let element = match weight.dtype {
             Dtype::F32 => Element::F32,
             Dtype::F16 => Element::F16,
@@ -164,11 +163,8 @@ impl<'a> Resolver<'a, '_> {
             Some(_) if !stored_quantized && (self.role.may_be_plain || self.conventions().leaves_plain()) => {
                 return Ok(());
             }
-            Some(d) => match (d.weight, element) {
-                (WeightFormat::Nvfp4 { .. } | WeightFormat::Mxfp4, Element::E2m1)
-                | (WeightFormat::Fp8 | WeightFormat::Mxfp8, Element::E4m3) => return Ok(()),
-                (w, _) => format!("the configuration announces {w}"),
-            },
+            Some(d) if d.weight.element() == element => return Ok(()),
+            Some(d) => format!("the configuration announces {}", d.weight),
         };
         Err(CheckpointError::Conflict {
             file: weight.file.into(),

@@ -45,6 +45,20 @@ pub enum InputFormat {
 }
 
 impl InputFormat {
+    /// Of an input whose scale is known.
+    #[must_use]
+    pub fn of(activation: ActivationFormat) -> Self {
+        match activation {
+            ActivationFormat::Float => Self::Float,
+            ActivationFormat::Nvfp4 { .. } => Self::Nvfp4,
+            ActivationFormat::Fp8Static { .. } => Self::Fp8Static,
+            ActivationFormat::Fp8Token => Self::Fp8Token,
+            ActivationFormat::Fp8Group => Self::Fp8Group,
+            ActivationFormat::Mxfp4 { .. } => Self::Mxfp4,
+            ActivationFormat::Mxfp8 { .. } => Self::Mxfp8,
+        }
+    }
+
     /// With its calibrated scale, where it has one, and the rule of MX blocks.
     #[must_use]
     pub fn with(self, scale: f32, rule: ScaleRule) -> ActivationFormat {
@@ -61,13 +75,20 @@ impl InputFormat {
 }
 
 impl WeightFormat {
+    /// What it is made of.
+    #[must_use]
+    pub fn element(self) -> Element {
+        match self {
+            Self::Nvfp4 { .. } | Self::Mxfp4 => Element::E2m1,
+            Self::Mxfp8 | Self::Fp8 => Element::E4m3,
+        }
+    }
+
     /// Bits of an element.
     #[must_use]
     pub fn bits(self) -> usize {
-        match self {
-            Self::Nvfp4 { .. } | Self::Mxfp4 => 4,
-            Self::Mxfp8 | Self::Fp8 => 8,
-        }
+        // As many as eight of them have bytes.
+        self.element().row_bytes(8)
     }
 
     /// Elements along K that share a scale and must divide K; `None` where any K will do.
@@ -154,26 +175,32 @@ impl Scheme {
     /// The scheme of a stored linear; `None` where its weight and input are no pair of these.
     #[must_use]
     pub fn of(linear: &LinearTensors<'_>) -> Option<Self> {
-        use ActivationFormat as A;
-        Some(match (linear.element, &linear.block_scales, &linear.output_scale, &linear.activation) {
-            (e, ..) if e.is_float() => Self::None,
-            (Element::E2m1, BlockScales::E4m3 { block: nvfp4::BLOCK, .. }, _, A::Nvfp4 { .. }) => Self::Nvfp4,
-            (Element::E2m1, BlockScales::E4m3 { block: nvfp4::BLOCK, .. }, _, A::Float) => Self::W4a16Nvfp4,
-            (Element::E2m1, BlockScales::E4m3 { block: mx::BLOCK, .. }, _, A::Fp8Static { .. }) => Self::W4a8Nvfp4Fp8,
-            (Element::E2m1, BlockScales::E8m0 { .. }, _, A::Mxfp4 { .. }) => Self::Mxfp4,
-            (Element::E2m1, BlockScales::E8m0 { .. }, _, A::Float) => Self::Mxfp4a16,
-            (Element::E4m3, BlockScales::E8m0 { .. }, _, A::Mxfp8 { .. }) => Self::Mxfp8,
-            (Element::E4m3, BlockScales::Grid { .. }, _, A::Float | A::Fp8Group) => Self::Fp8Block,
-            // A matrix of one block may state its scale as one number.
-            (Element::E4m3, BlockScales::None, OutputScale::Tensor(_), A::Float | A::Fp8Group)
-                if linear.n <= fp8::BLOCK && linear.k <= fp8::BLOCK =>
-            {
-                Self::Fp8Block
+        use InputFormat as I;
+        let input = I::of(linear.activation);
+        let weight = match (linear.element, &linear.block_scales) {
+            (e, _) if e.is_float() => return Some(Self::None),
+            (Element::E2m1, BlockScales::E4m3 { block, .. }) => WeightFormat::Nvfp4 { block: *block },
+            (Element::E2m1, BlockScales::E8m0 { .. }) => WeightFormat::Mxfp4,
+            (Element::E4m3, BlockScales::E8m0 { .. }) => WeightFormat::Mxfp8,
+            (Element::E4m3, BlockScales::Grid { .. }) if matches!(input, I::Float | I::Fp8Group) => {
+                return Some(Self::Fp8Block);
             }
-            (Element::E4m3, BlockScales::None, OutputScale::Tensor(_), A::Fp8Static { .. }) => Self::Fp8,
-            (Element::E4m3, BlockScales::None, OutputScale::Row(_), A::Fp8Token) => Self::Fp8PcPt,
+            (Element::E4m3, BlockScales::None) => {
+                return match (&linear.output_scale, input) {
+                    // A matrix of one block may state its scale as one number.
+                    (OutputScale::Tensor(_), I::Float | I::Fp8Group)
+                        if linear.n <= fp8::BLOCK && linear.k <= fp8::BLOCK =>
+                    {
+                        Some(Self::Fp8Block)
+                    }
+                    (OutputScale::Tensor(_), I::Fp8Static) => Some(Self::Fp8),
+                    (OutputScale::Row(_), I::Fp8Token) => Some(Self::Fp8PcPt),
+                    _ => None,
+                };
+            }
             _ => return None,
-        })
+        };
+        Self::ALL.iter().copied().find(|s| s.weight() == Some(weight) && s.input() == input)
     }
 
     /// As [`WeightFormat::block`].

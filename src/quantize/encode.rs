@@ -180,27 +180,25 @@ pub(super) fn fake_quantize(w: &mut [f32], k: usize, scheme: Scheme, amax_shared
     let fp4 =
         |w: &mut [f32], scale: f32| w.iter_mut().for_each(|w| *w = e2m1::decode(e2m1::encode(*w / scale)) * scale);
     let rule = ScaleRule::Ceil;
-    w.par_chunks_mut(k).for_each(|row| match scheme {
-        Scheme::None => {}
-        Scheme::Nvfp4 | Scheme::W4a16Nvfp4 | Scheme::W4a8Nvfp4Fp8 => {
-            let eight = scheme == Scheme::W4a8Nvfp4Fp8;
-            let global =
-                if eight { scalable(amax_shared) / e4m3::MAX } else { nvfp4::global_scale(scalable(amax_shared)) };
-            for block in row.chunks_mut(scheme.block().unwrap_or(nvfp4::BLOCK)) {
+    w.par_chunks_mut(k).for_each(|row| match scheme.weight() {
+        None => {}
+        Some(WeightFormat::Nvfp4 { block }) => {
+            let peak = scalable(amax_shared);
+            let global = if scheme == Scheme::W4a8Nvfp4Fp8 { peak / e4m3::MAX } else { nvfp4::global_scale(peak) };
+            for block in row.chunks_mut(block) {
                 let scale = e4m3::decode(nvfp4::weight_block_scale(amax(block), global)) * global;
                 fp4(block, scale);
             }
         }
-        Scheme::Fp8 => fp8(row, scalable(amax_shared) / e4m3::MAX),
-        Scheme::Fp8PcPt | Scheme::Fp8Block => {
-            let scale = scalable(amax(row)) / e4m3::MAX;
-            fp8(row, scale);
+        Some(WeightFormat::Fp8) => {
+            let peak = if scheme == Scheme::Fp8 { amax_shared } else { amax(row) };
+            fp8(row, scalable(peak) / e4m3::MAX);
         }
-        Scheme::Mxfp8 => row.chunks_mut(mx::BLOCK).for_each(|b| {
+        Some(WeightFormat::Mxfp8) => row.chunks_mut(mx::BLOCK).for_each(|b| {
             let scale = e8m0::decode(mx::fp8_scale(b, rule));
             fp8(b, scale);
         }),
-        Scheme::Mxfp4 | Scheme::Mxfp4a16 => row.chunks_mut(mx::BLOCK).for_each(|b| {
+        Some(WeightFormat::Mxfp4) => row.chunks_mut(mx::BLOCK).for_each(|b| {
             let scale = e8m0::decode(mx::fp4_scale(b, rule));
             fp4(b, scale);
         }),

@@ -63,6 +63,27 @@ fn a_sliding_window_makes_a_llama_model_a_mistral() {
 }
 
 #[test]
+fn biases_in_the_ffn_are_kept_where_the_model_has_them_and_refused_where_not() {
+    let mut model = Model::new("llama", TINY, false, true);
+    for layer in 0..TINY.layers {
+        for (from, to, rows) in [
+            ("ffn_gate", "gate_proj", TINY.ffn),
+            ("ffn_up", "up_proj", TINY.ffn),
+            ("ffn_down", "down_proj", TINY.hidden),
+        ] {
+            let values: Vec<f32> = (0..rows).map(|i| (i + layer) as f32).collect();
+            model.file.add(&format!("blk.{layer}.{from}.bias"), &[rows as u64], 0, f32_bytes(&values));
+            model.expected.insert(format!("model.layers.{layer}.mlp.{to}.bias"), (vec![rows], values));
+        }
+    }
+    assert_eq!(assert_tensors(&model).json("config.json")["mlp_bias"], true);
+    // Mistral, which it is with a window, has none.
+    model.file.set("llama.attention.sliding_window", Meta::U32(4096));
+    let error = import(&model.file).error();
+    assert!(error.contains("6 tensor(s)") && error.contains("blk.0.ffn_down.bias"), "{error}");
+}
+
+#[test]
 fn a_qwen2_model_keeps_its_rows_and_biases() {
     let config = assert_tensors(&Model::new("qwen2", TINY, true, true)).json("config.json");
     assert_eq!(config["architectures"], json!(["Qwen2ForCausalLM"]));

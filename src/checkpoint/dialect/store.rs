@@ -24,9 +24,15 @@ pub enum Content {
 }
 
 /// Of plain linears the same, and of quantized ones with elements of eight bits.
-const WEIGHT: &str = "weight";
+pub(in crate::checkpoint) const WEIGHT: &str = "weight";
 /// A static FP8 scale of the input.
 pub(in crate::checkpoint) const INPUT_SCALE: &str = "input_scale";
+
+/// What the tensor of a linear's elements may be called, in whichever dialect; [`WEIGHT`] last.
+pub(in crate::checkpoint) fn element_names() -> impl Iterator<Item = &'static str> {
+    let packed = Dialect::ALL.iter().map(|d| d.conventions().layout().packed);
+    packed.filter(|name| *name != WEIGHT).chain([WEIGHT])
+}
 
 /// What the tensor `suffix` of a quantized linear holds, in whichever dialect; nothing of a bias.
 #[must_use]
