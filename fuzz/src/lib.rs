@@ -1,6 +1,6 @@
 //! What fuzzing shares: how one input holds a whole checkpoint, and mutations that know its structure.
 
-#[path = "../../tests/tiny/mod.rs"]
+#[path = "../../tests/support/tiny.rs"]
 pub mod tiny;
 
 pub mod mutate;

@@ -22,7 +22,7 @@ use crate::logits::{Draw, Routing, Sampled, SamplingError, Scratch, TokenScore};
 
 /// Version of what is computed: to be raised with every change that changes a bit of any logits, or the tokens that a text
 /// becomes. Results that are kept on disk are kept under it, so that another version's are never given out as this one's;
-/// `tests/determinism.rs` fails when bits change and this does not.
+/// `tests/library/backend/determinism.rs` fails when bits change and this does not.
 pub const NUMERICS_VERSION: u32 = 2;
 
 /// Why a backend could not do what it was asked.

@@ -1,7 +1,7 @@
 //! One model at work on many sequences: requests go in at any time, each step computes one pass and gives what it led to.
 //!
 //! What a sequence gets depends on its own tokens only, bit for bit, whatever runs beside it, in how many pieces it is
-//! computed, what it shares and how often it has to give way: see `tests/engine.rs`.
+//! computed, what it shares and how often it has to give way: see `tests/library/engine.rs`.
 
 use std::collections::HashMap;
 use std::ops::Range;

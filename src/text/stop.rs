@@ -209,7 +209,7 @@ mod tests {
     }
 
     /// By the rule in its source (0.4.13: MultiTokenEOSCriteria finds, postprocess_generated_text cuts), read and worked out by
-    /// hand; tests/smollm2.rs has answers that it gave.
+    /// hand; tests/library/smollm2.rs has answers that it gave.
     #[test]
     fn stops_are_found_and_cut_as_lm_evaluation_harness_does() {
         let is = |text: &str, stopped, tokens| (text.to_owned(), stopped, tokens);

@@ -1,4 +1,4 @@
-"""One training step by PyTorch in f64: losses and gradients that `tests/recover.rs` compares with.
+"""One training step by PyTorch in f64: losses and gradients that `tests/library/recover.rs` compares with.
 
 Run at the top of the repository, with torch, transformers and safetensors installed:
     python tests/data/recover/make_training_step.py

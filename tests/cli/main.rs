@@ -1,0 +1,12 @@
+//! The binary as its users run it: each command is a process of its own.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod chat;
+mod eval;
+mod hub;
+mod output;
+mod quantize;
+mod recover;
+mod settings;

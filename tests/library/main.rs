@@ -1,0 +1,29 @@
+//! What the library gives and what it refuses, in the order of src/.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod checkpoint {
+    mod contradictions;
+    mod hostile;
+}
+mod model {
+    mod deployed;
+    mod not_a_number;
+    mod oracle;
+}
+mod backend {
+    mod determinism;
+    mod kernels;
+}
+mod engine;
+mod quantize {
+    mod dead_places;
+    mod exports;
+}
+mod evaluate;
+mod gguf;
+mod layers;
+mod recover;
+mod smollm2;
+mod text;
