@@ -6,8 +6,10 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use assert_cmd::Command;
 use sha2::{Digest as _, Sha256};
+
+use crate::support::command::{files, recoup, said};
+use crate::support::project;
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
@@ -55,12 +57,8 @@ impl Hub {
 
     /// One that has the tiny model of the tests, and is too busy for the first download.
     fn of_tiny(tamper: bool) -> Self {
-        let mut files: Vec<(String, Vec<u8>)> = std::fs::read_dir(tiny())
-            .unwrap()
-            .flatten()
-            .filter(|f| f.path().is_file())
-            .map(|f| (f.file_name().into_string().unwrap(), std::fs::read(f.path()).unwrap()))
-            .collect();
+        let mut files: Vec<(String, Vec<u8>)> =
+            files(&project().join("tests/fixtures/transformers/qwen2_tied")).into_iter().collect();
         files.push(("README.md".into(), b"not part of the model".to_vec()));
         files.push(("onnx/model.safetensors".into(), b"another format".to_vec()));
         let busy = AtomicBool::new(true);
@@ -105,29 +103,12 @@ impl Hub {
     }
 }
 
-/// The smallest checkpoint of the fixtures.
-fn tiny() -> std::path::PathBuf {
-    fn search(folder: &Path, found: &mut Vec<(u64, std::path::PathBuf)>) {
-        for entry in std::fs::read_dir(folder).unwrap().flatten() {
-            let path = entry.path();
-            if path.is_dir() {
-                search(&path, found);
-            } else if path.ends_with("model.safetensors") && path.with_file_name("config.json").exists() {
-                found.push((entry.metadata().unwrap().len(), path.parent().unwrap().to_owned()));
-            }
-        }
-    }
-    let mut found = Vec::new();
-    search(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests"), &mut found);
-    found.into_iter().min().unwrap().1
-}
-
 /// `recoup inspect ID` with a cache of its own; success, and what it said.
 fn inspect(hub: &str, home: &Path, id: &str, more: &[(&str, &str)]) -> (bool, String) {
-    let mut command = Command::cargo_bin("recoup").unwrap();
+    let mut command = recoup(&["inspect", id]);
     command.env_clear().env("HF_ENDPOINT", hub).env("HF_HOME", home).env("HF_TOKEN", "hf_secret");
-    let output = command.envs(more.iter().copied()).args(["inspect", id]).output().unwrap();
-    (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    let out = command.envs(more.iter().copied()).output().unwrap();
+    (out.status.success(), said(&out))
 }
 
 #[test]

@@ -4,9 +4,12 @@
 mod support;
 
 mod chat;
+mod compare;
+mod convert;
 mod eval;
 mod hub;
 mod output;
+mod pretrain;
 mod quantize;
 mod recover;
 mod settings;

@@ -4,40 +4,22 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use crate::support::command::{BF16, Folder, NVFP4, copy_model, names, recoup, run, said};
 #[cfg(unix)]
 use crate::support::held::Held;
-
-const MODEL: &str = "models/books-bf16";
-
-fn recoup<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_recoup"));
-    command.args(args).current_dir(env!("CARGO_MANIFEST_DIR"));
-    command
-}
-
-fn said(out: &Output) -> String {
-    String::from_utf8_lossy(&out.stderr).into_owned()
-}
-
-/// Names in a folder, hidden ones included.
-fn names(folder: &Path) -> Vec<String> {
-    let mut names: Vec<String> =
-        std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
-    names.sort();
-    names
-}
+use crate::support::project;
 
 fn quantize(out: &Path, recipe: &str) -> Command {
-    recoup(&["quantize".as_ref(), MODEL.as_ref(), "-o".as_ref(), out.as_os_str(), "--recipe".as_ref(), recipe.as_ref()])
+    recoup(&["quantize".as_ref(), BF16.as_ref(), "-o".as_ref(), out.as_os_str(), "--recipe".as_ref(), recipe.as_ref()])
 }
 
 #[test]
 fn outputs_that_cannot_be_written_are_refused_before_the_model_is_looked_at() {
-    let folder = tempfile::tempdir().unwrap();
-    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    std::fs::write(at("file"), "x").unwrap();
+    let folder = Folder::new();
+    let at = |name: &str| folder.name(name);
+    folder.write("file", "x");
     std::fs::create_dir(at("full")).unwrap();
-    std::fs::write(at("full/precious"), "x").unwrap();
+    folder.write("full/precious", "x");
     // The model does not exist: only what looks at the output first can complain of the output.
     for verb in [
         &["quantize", "no-model", "--recipe", "nvfp4"][..],
@@ -47,40 +29,50 @@ fn outputs_that_cannot_be_written_are_refused_before_the_model_is_looked_at() {
     ] {
         for (output, part) in [("file", "no folder"), ("full", "not empty"), ("file/out", "file")] {
             let output = at(output);
-            let out = recoup(&[verb, &["-o", &output]].concat()).output().unwrap();
+            let out = run(&[verb, &["-o", &output]].concat());
             assert_eq!(out.status.code(), Some(1), "{verb:?}: {}", said(&out));
             assert!(said(&out).contains(&output) && said(&out).contains(part), "{verb:?}: {}", said(&out));
         }
     }
-    for verb in [&["eval", MODEL, "--tasks", "piqa", "-L", "2"][..], &["compare", MODEL, MODEL, "--tasks", "none"]] {
-        let out = recoup(&[verb, &["-o", &at("file")]].concat()).output().unwrap();
+    for verb in [&["eval", BF16, "--tasks", "piqa", "-L", "2"][..], &["compare", BF16, BF16, "--tasks", "none"]] {
+        let out = run(&[verb, &["-o", &at("file")]].concat());
         assert!(!out.status.success() && said(&out).contains("file: cannot create"), "{}", said(&out));
     }
     assert_eq!(names(folder.path()), ["file", "full"]);
-    assert_eq!(names(&folder.path().join("full")), ["precious"]);
+    assert_eq!(names(&folder.at("full")), ["precious"]);
+}
+
+/// Runs a line of the shell in a user's own name space, where one may mount; `None` where that cannot be had, or the line
+/// ends with 77.
+#[cfg(target_os = "linux")]
+fn where_one_may_mount(line: &str) -> Option<Output> {
+    let Ok(ran) = Command::new("unshare").args(["-rm", "sh", "-c", line]).current_dir(project()).output() else {
+        println!("skipped: no unshare here");
+        return None;
+    };
+    if ran.status.code() == Some(77) || said(&ran).contains("unshare") {
+        println!("skipped: nothing can be mounted here: {}", said(&ran));
+        return None;
+    }
+    Some(ran)
 }
 
 #[cfg(target_os = "linux")]
 #[test]
 fn a_mounted_folder_is_filled() {
-    // A user's own name space, where one may mount.
-    let folder = tempfile::tempdir().unwrap();
-    let out = folder.path().join("out");
+    let folder = Folder::new();
+    let out = folder.at("out");
     std::fs::create_dir(&out).unwrap();
     let line = format!(
-        "mount -t tmpfs tmpfs {out} || exit 77; {recoup} quantize {MODEL} -o {out} --recipe nvfp4_smooth || exit 1; \
+        "mount -t tmpfs tmpfs {out} || exit 77; {recoup} quantize {BF16} -o {out} --recipe nvfp4_smooth || exit 1; \
          {recoup} inspect {out} >{folder}/shown || exit 1; ls -A {out} >{folder}/listed",
         out = out.display(),
         recoup = env!("CARGO_BIN_EXE_recoup"),
         folder = folder.path().display()
     );
-    let ran = Command::new("unshare").args(["-rm", "sh", "-c", &line]).current_dir(env!("CARGO_MANIFEST_DIR")).output();
-    let Ok(ran) = ran else { return println!("skipped: no unshare here") };
-    if ran.status.code() == Some(77) || said(&ran).contains("unshare") {
-        return println!("skipped: nothing can be mounted here: {}", said(&ran));
-    }
+    let Some(ran) = where_one_may_mount(&line) else { return };
     assert!(ran.status.success(), "{}", said(&ran));
-    let listed = std::fs::read_to_string(folder.path().join("listed")).unwrap();
+    let listed = folder.read("listed");
     assert!(listed.contains("model.safetensors") && !listed.contains(".recoup"), "{listed}");
     assert_eq!(names(folder.path()), ["listed", "out", "shown"]);
 }
@@ -88,22 +80,18 @@ fn a_mounted_folder_is_filled() {
 #[cfg(target_os = "linux")]
 #[test]
 fn answers_that_would_not_fit_are_refused_before_the_first() {
-    let folder = tempfile::tempdir().unwrap();
-    let (out, comparison) = (folder.path().join("out"), folder.path().join("comparison"));
+    let folder = Folder::new();
+    let (out, comparison) = (folder.at("out"), folder.at("comparison"));
     [&out, &comparison].iter().for_each(|f| std::fs::create_dir(f).unwrap());
     let line = format!(
         "mount -t tmpfs -o size=64k tmpfs {out} || exit 77; mount -t tmpfs -o size=64k tmpfs {comparison} || exit 77; \
-         {recoup} eval {MODEL} --tasks hellaswag,arc_easy -L 100 -o {out}; echo $?; ls {out}; \
-         {recoup} compare {MODEL} models/books-nvfp4 --tasks hellaswag -L 50 --text none --no-speed -o {comparison}; echo $?",
+         {recoup} eval {BF16} --tasks hellaswag,arc_easy -L 100 -o {out}; echo $?; ls {out}; \
+         {recoup} compare {BF16} models/books-nvfp4 --tasks hellaswag -L 50 --text none --no-speed -o {comparison}; echo $?",
         out = out.display(),
         comparison = comparison.display(),
         recoup = env!("CARGO_BIN_EXE_recoup"),
     );
-    let ran = Command::new("unshare").args(["-rm", "sh", "-c", &line]).current_dir(env!("CARGO_MANIFEST_DIR")).output();
-    let Ok(ran) = ran else { return println!("skipped: no unshare here") };
-    if ran.status.code() == Some(77) || said(&ran).contains("unshare") {
-        return println!("skipped: nothing can be mounted here: {}", said(&ran));
-    }
+    let Some(ran) = where_one_may_mount(&line) else { return };
     let said = said(&ran);
     assert_eq!(said.matches("what is asked and answered needs about").count(), 2, "{said}");
     assert!(said.contains("free some space"), "{said}");
@@ -114,28 +102,27 @@ fn answers_that_would_not_fit_are_refused_before_the_first() {
 #[cfg(target_os = "linux")]
 #[test]
 fn talk_that_nobody_reads_ends_no_work() {
-    let folder = tempfile::tempdir().unwrap();
-    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let folder = Folder::new();
+    let at = |name: &str| folder.name(name);
     let full = || std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
     let gone = || {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
         writer
     };
-    let student = "models/books-nvfp4";
     let (q, r, e, c) = (at("q"), at("r"), at("e"), at("c"));
-    let recover = ["recover", student, "--teacher", MODEL, "--data", "built-in", "--samples", "4", "--length", "32"];
+    let recover = ["recover", NVFP4, "--teacher", BF16, "--data", "built-in", "--samples", "4", "--length", "32"];
     let method = ["--method", "qad:steps=2", "--evaluate-every", "1", "-o", &r];
-    let compare = ["compare", MODEL, student, "--tasks", "none", "--text", "books", "--windows", "2", "--no-speed"];
+    let compare = ["compare", BF16, NVFP4, "--tasks", "none", "--text", "books", "--windows", "2", "--no-speed"];
     for (verb, made) in [
-        (["quantize", MODEL, "--recipe", "nvfp4", "-o", &q].to_vec(), "q/model.safetensors"),
+        (["quantize", BF16, "--recipe", "nvfp4", "-o", &q].to_vec(), "q/model.safetensors"),
         ([&recover[..], &method].concat(), "r/model.safetensors"),
-        (["eval", MODEL, "--tasks", "piqa", "-L", "3", "-o", &e].to_vec(), "e/results.json"),
+        (["eval", BF16, "--tasks", "piqa", "-L", "3", "-o", &e].to_vec(), "e/results.json"),
         ([&compare[..], &["-o", &c]].concat(), "c/report.html"),
     ] {
         let status = recoup(&verb).stdout(gone()).stderr(full()).env("RECOUP_LOG_SECONDS", "0").status().unwrap();
         assert_eq!(status.code(), Some(0), "{verb:?}");
-        assert!(folder.path().join(made).is_file(), "{verb:?}");
+        assert!(folder.at(made).is_file(), "{verb:?}");
     }
     // A gate is not passed because nobody reads the table.
     let again = [&compare[..], &["-o", &c, "--require-recovery", "5"]].concat();
@@ -143,7 +130,7 @@ fn talk_that_nobody_reads_ends_no_work() {
     assert_eq!(recoup(&again).stdout(gone()).stderr(full()).status().unwrap().code(), Some(3));
     // Data that cannot be written is an error, when everything else is done.
     let e2 = at("e2");
-    let out = recoup(&["eval", MODEL, "--tasks", "piqa", "-L", "3", "-o", &e2]).stdout(full()).output().unwrap();
+    let out = recoup(&["eval", BF16, "--tasks", "piqa", "-L", "3", "-o", &e2]).stdout(full()).output().unwrap();
     assert_eq!(out.status.code(), Some(1));
     assert!(said(&out).contains("standard output cannot be written"), "{}", said(&out));
     assert!(Path::new(&e2).join("results.json").is_file());
@@ -151,9 +138,9 @@ fn talk_that_nobody_reads_ends_no_work() {
 
 #[test]
 fn a_log_says_how_far_the_work_is() {
-    let folder = tempfile::tempdir().unwrap();
-    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    let out = recoup(&["eval", MODEL, "--tasks", "piqa", "-L", "4", "-o", &at("e")])
+    let folder = Folder::new();
+    let at = |name: &str| folder.name(name);
+    let out = recoup(&["eval", BF16, "--tasks", "piqa", "-L", "4", "-o", &at("e")])
         .env("RECOUP_LOG_SECONDS", "0")
         .output()
         .unwrap();
@@ -178,8 +165,8 @@ fn signal_of(status: std::process::ExitStatus) -> Option<i32> {
 #[cfg(unix)]
 #[test]
 fn a_run_that_is_told_to_end_says_so_and_takes_its_scratch_away() {
-    let folder = tempfile::tempdir().unwrap();
-    let out = folder.path().join("out");
+    let folder = Folder::new();
+    let out = folder.at("out");
     // A background job of a shell ignores Ctrl-C, and so do its children, this test's run among them.
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = status.lines().find_map(|l| u64::from_str_radix(l.strip_prefix("SigIgn:")?.trim(), 16).ok());
@@ -191,7 +178,7 @@ fn a_run_that_is_told_to_end_says_so_and_takes_its_scratch_away() {
         let mut child = command.spawn().unwrap();
         let mut text = child.stdin.take().unwrap();
         text.write_all(&vec![b' '; 1 << 20]).unwrap();
-        assert!(folder.path().join(".out.recoup").exists());
+        assert!(folder.at(".out.recoup").exists());
         signal(name, child.id());
         let ended = child.wait_with_output().unwrap();
         assert_eq!(signal_of(ended.status), Some(code), "{}", said(&ended));
@@ -203,9 +190,9 @@ fn a_run_that_is_told_to_end_says_so_and_takes_its_scratch_away() {
 #[cfg(unix)]
 #[test]
 fn a_run_that_is_told_to_end_ends_though_nobody_reads_what_it_says() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut run = Held::start(quantize(&folder.path().join("out"), "nvfp4_best"));
-    run.until(|| folder.path().join(".out.recoup/smoothed").exists());
+    let folder = Folder::new();
+    let mut run = Held::start(quantize(&folder.at("out"), "nvfp4_best"));
+    run.until(|| folder.at(".out.recoup/smoothed").exists());
     signal("TERM", run.id());
     assert_eq!(signal_of(run.wait_unheard()), Some(15));
     assert!(names(folder.path()).is_empty(), "{:?}", names(folder.path()));
@@ -214,10 +201,10 @@ fn a_run_that_is_told_to_end_ends_though_nobody_reads_what_it_says() {
 #[cfg(unix)]
 #[test]
 fn a_terminal_that_closes_ends_no_work() {
-    let folder = tempfile::tempdir().unwrap();
-    let out = folder.path().join("out");
+    let folder = Folder::new();
+    let out = folder.at("out");
     let mut run = Held::start(quantize(&out, "nvfp4_best"));
-    run.until(|| folder.path().join(".out.recoup/smoothed").exists());
+    run.until(|| folder.at(".out.recoup/smoothed").exists());
     signal("HUP", run.id());
     let (status, said) = run.let_go();
     assert!(status.success(), "{said}");
@@ -227,10 +214,10 @@ fn a_terminal_that_closes_ends_no_work() {
 #[cfg(unix)]
 #[test]
 fn a_second_run_in_the_same_place_is_refused_and_the_first_is_not_disturbed() {
-    let folder = tempfile::tempdir().unwrap();
-    let out = folder.path().join("out");
+    let folder = Folder::new();
+    let out = folder.at("out");
     let mut run = Held::start(quantize(&out, "nvfp4_best"));
-    run.until(|| folder.path().join(".out.recoup/smoothed").exists());
+    run.until(|| folder.at(".out.recoup/smoothed").exists());
     let second = quantize(&out, "nvfp4").output().unwrap();
     assert_eq!(second.status.code(), Some(1));
     let pid = run.id().to_string();
@@ -243,18 +230,18 @@ fn a_second_run_in_the_same_place_is_refused_and_the_first_is_not_disturbed() {
 #[cfg(unix)]
 #[test]
 fn answers_of_two_runs_never_go_into_one_file() {
-    let folder = tempfile::tempdir().unwrap();
-    let out = folder.path().join("out").to_str().unwrap().to_owned();
-    let args = ["eval", MODEL, "--tasks", "hellaswag,piqa", "-L", "100", "-o", &out];
-    let mut run = Held::start(recoup(&args));
-    run.until(|| Path::new(&out).join("responses.jsonl").exists());
-    let second = recoup(&args).output().unwrap();
-    let other = ["compare", MODEL, MODEL, "--labels", "a,b", "--tasks", "none", "-o", &out];
-    let third = recoup(&other).output().unwrap();
+    let folder = Folder::new();
+    let out = folder.name("out");
+    let args = ["eval", BF16, "--tasks", "hellaswag,piqa", "-L", "100", "-o", &out];
+    let mut first = Held::start(recoup(&args));
+    first.until(|| Path::new(&out).join("responses.jsonl").exists());
+    let second = run(&args);
+    let other = ["compare", BF16, BF16, "--labels", "a,b", "--tasks", "none", "-o", &out];
+    let third = run(&other);
     for refused in [second, third] {
         assert!(said(&refused).contains("another run writes there"), "{}", said(&refused));
     }
-    let (status, said) = run.let_go();
+    let (status, said) = first.let_go();
     assert!(status.success(), "{said}");
     assert!(!names(Path::new(&out)).iter().any(|n| n.starts_with('.')), "{:?}", names(Path::new(&out)));
 }
@@ -264,18 +251,14 @@ fn answers_of_two_runs_never_go_into_one_file() {
 fn names_that_are_no_text_are_names() {
     use std::ffi::OsString;
     use std::os::unix::ffi::OsStringExt as _;
-    let folder = tempfile::tempdir().unwrap();
-    let at = |name: &[u8]| folder.path().join(OsString::from_vec(name.to_vec()));
+    let folder = Folder::new();
+    let at = |name: &[u8]| folder.at(OsString::from_vec(name.to_vec()));
     let model = at(b"mod\xffel");
-    std::fs::create_dir(&model).unwrap();
-    for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(MODEL)).unwrap() {
-        let entry = entry.unwrap();
-        std::fs::copy(entry.path(), model.join(entry.file_name())).unwrap();
-    }
+    copy_model(BF16, &model);
     let run = |words: &[&str], rest: &[&PathBuf]| {
         let words = words.iter().map(OsString::from).chain(rest.iter().map(|p| p.as_os_str().to_owned()));
         let out = recoup(&words.collect::<Vec<_>>()).output().unwrap();
-        assert!(out.status.success(), "{words:?}: {}", said(&out), words = rest);
+        assert!(out.status.success(), "{rest:?}: {}", said(&out));
     };
     let (q, r, e, c, l) = (at(b"q\xff"), at(b"r\xff"), at(b"e\xff"), at(b"c\xff"), at(b"l\xff"));
     run(&["inspect"], &[&model]);
@@ -290,7 +273,7 @@ fn names_that_are_no_text_are_names() {
     let (recipe, text, tasks) = (at(b"rec\xffipe.json"), at(b"te\xffxt.txt"), at(b"ta\xffsk.yaml"));
     std::fs::write(&recipe, r#"{"rules": [{"modules": "*", "scheme": "fp8"}]}"#).unwrap();
     std::fs::write(&text, "It was a dark and stormy night, and the rain fell in torrents. ".repeat(20)).unwrap();
-    std::fs::write(at(b"d.jsonl"), "{\"q\": \"It was\"}\n{\"q\": \"The\"}\n").unwrap();
+    folder.write("d.jsonl", "{\"q\": \"It was\"}\n{\"q\": \"The\"}\n");
     let task = "task: t\ndataset_path: json\ndataset_kwargs: {data_files: {test: d.jsonl}}\ntest_split: test\n\
                 output_type: multiple_choice\ndoc_to_text: \"{{q}}\"\ndoc_to_target: 0\ndoc_to_choice: [a, b]\n\
                 metric_list: [{metric: acc}]\n";
@@ -305,26 +288,23 @@ fn names_that_are_no_text_are_names() {
         &["compare", "--no-speed", "--window", "32", "--windows", "2", "-o"],
         &[&at(b"g\xff"), &model, &q, &option("--tasks"), &tasks, &option("--text"), &text],
     );
-    let ids = folder.path().join("ids.json");
-    std::fs::write(&ids, "[[1, 2, 3]]").unwrap();
-    run(&["logits", "--input-ids", ids.to_str().unwrap(), "-o"], &[&l, &q]);
+    let ids = folder.write("ids.json", "[[1, 2, 3]]");
+    run(&["logits", "--input-ids", &ids, "-o"], &[&l, &q]);
 }
 
 #[cfg(target_os = "linux")]
 #[test]
 fn logits_go_into_a_stream_as_into_a_file() {
-    let folder = tempfile::tempdir().unwrap();
-    let (ids, file) = (folder.path().join("ids.json"), folder.path().join("logits"));
-    std::fs::write(&ids, "[[1, 2, 3]]").unwrap();
-    let args =
-        |out: &str| ["logits", MODEL, "--input-ids", ids.to_str().unwrap(), "-o", out].map(str::to_owned).to_vec();
-    assert!(recoup(&args(file.to_str().unwrap())).output().unwrap().status.success());
-    let piped = recoup(&args("/dev/stdout")).output().unwrap();
+    let folder = Folder::new();
+    let (ids, file) = (folder.write("ids.json", "[[1, 2, 3]]"), folder.name("logits"));
+    let args = |out: &str| ["logits", BF16, "--input-ids", &ids, "-o", out].map(str::to_owned);
+    assert!(run(&args(&file)).status.success());
+    let piped = run(&args("/dev/stdout"));
     assert!(piped.status.success(), "{}", said(&piped));
     assert!(piped.stdout == std::fs::read(&file).unwrap());
-    assert!(recoup(&args("/dev/null")).output().unwrap().status.success());
+    assert!(run(&args("/dev/null")).status.success());
     assert!(std::os::unix::fs::FileTypeExt::is_char_device(&std::fs::metadata("/dev/null").unwrap().file_type()));
-    let here = recoup(&args(folder.path().to_str().unwrap())).output().unwrap();
+    let here = run(&args(&folder.name("")));
     assert!(said(&here).contains("is a folder"), "{}", said(&here));
     assert_eq!(names(folder.path()), ["ids.json", "logits"]);
 }
@@ -333,8 +313,8 @@ fn logits_go_into_a_stream_as_into_a_file() {
 #[test]
 fn a_thousand_threads_are_no_more_work_than_one_per_core() {
     let args =
-        |threads: &'static str| ["run", MODEL, "-p", "It was", "-n", "8", "--temperature", "0", "--threads", threads];
-    let (one, many) = (recoup(&args("1")).output().unwrap(), recoup(&args("1000")).output().unwrap());
+        |threads: &'static str| ["run", BF16, "-p", "It was", "-n", "8", "--temperature", "0", "--threads", threads];
+    let (one, many) = (run(&args("1")), run(&args("1000")));
     assert!(many.status.success() && one.stdout == many.stdout, "{}", said(&many));
     let cores = std::thread::available_parallelism().unwrap();
     assert!(said(&many).contains(&format!("{cores} threads instead of 1000")), "{}", said(&many));

@@ -1,73 +1,29 @@
 //! `recoup recover` as its users run it: the same bytes every time, killed and resumed, and what happens on bad input.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::path::Path;
+use std::process::Command;
 
 use serde_json::Value;
+
+use crate::support::command::{
+    BF16 as TEACHER, Folder, NVFP4 as STUDENT, assert_same_files, fail, files, lines, recoup, run, said, succeed,
+};
+use crate::support::{json_lines, project};
 
 #[cfg(unix)]
 use crate::support::held::Held;
 
-const TEACHER: &str = "models/books-bf16";
-const STUDENT: &str = "models/books-nvfp4";
-const TEXT: &str = "src/cli/calibration.txt";
+pub const TEXT: &str = "src/cli/calibration.txt";
 
-fn recoup(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_recoup"));
-    command.args(args).current_dir(env!("CARGO_MANIFEST_DIR"));
-    command
+/// A copy of the shipped student with a chat template.
+fn chatting(folder: &Folder, template: &str) -> String {
+    let student = folder.model("chatting", STUDENT);
+    folder.write("chatting/chat_template.jinja", template);
+    student
 }
 
-fn run(args: &[&str]) -> Output {
-    recoup(args).output().unwrap()
-}
-
-/// Whole lines of a file that may not be there yet.
-#[cfg(unix)]
-fn lines(path: &Path) -> usize {
-    std::fs::read(path).map_or(0, |bytes| bytes.iter().filter(|b| **b == b'\n').count())
-}
-
-fn succeed(args: &[&str]) -> String {
-    let out = run(args);
-    let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert!(out.status.success(), "{args:?}: {stderr}");
-    stderr
-}
-
-fn fail(args: &[&str]) -> String {
-    let out = run(args);
-    let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert_eq!(out.status.code(), Some(1), "{args:?}: {stderr}");
-    stderr
-}
-
-/// Every file of a folder with its contents.
-fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
-    let files = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap());
-    files.map(|e| (e.file_name().into_string().unwrap(), std::fs::read(e.path()).unwrap())).collect()
-}
-
-struct Folder(tempfile::TempDir);
-
-impl Folder {
-    fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.at(name).to_str().unwrap().to_owned()
-    }
-
-    fn write(&self, name: &str, text: &str) -> String {
-        std::fs::write(self.at(name), text).unwrap();
-        self.path(name)
-    }
+fn record(folder: &Folder, name: &str) -> Value {
+    folder.json(format!("{name}/recoup_recovery.json"))
 }
 
 const COMMON: [&str; 12] = [
@@ -92,8 +48,8 @@ fn arguments<'a>(student: &[&'a str], out: &'a str, more: &[&'a str]) -> Vec<&'a
 #[test]
 fn a_recovered_model_is_better_and_says_how_it_came_to_be() {
     let folder = Folder::new();
-    let out = folder.path("out");
-    let stderr = succeed(&arguments(
+    let out = folder.name("out");
+    let (_, stderr) = succeed(&arguments(
         &[STUDENT],
         &out,
         &[
@@ -108,15 +64,14 @@ fn a_recovered_model_is_better_and_says_how_it_came_to_be() {
     ));
     assert!(stderr.contains("masters from the teacher's weights"), "{stderr}");
     assert!(!Path::new(&format!("{out}.training")).exists());
-    let record: Value = serde_json::from_slice(&std::fs::read(folder.at("out/recoup_recovery.json")).unwrap()).unwrap();
+    let record: Value = folder.json("out/recoup_recovery.json");
     let kl = |when: &str, text: &str| record["watched_loss"][when][text].as_f64().unwrap();
     let mean = |when| (kl(when, "data, held out") + kl(when, "built-in text")) / 2.0;
     assert!(mean("after") < 0.95 * mean("before"), "{record:#}");
     assert_eq!(record["methods"][0]["settings"]["steps"], 24);
     assert_eq!(record["methods"][1]["method"], "qad");
     assert_eq!(record["data"]["sha256"].as_str().unwrap().len(), 64);
-    let curve = std::fs::read_to_string(folder.at("out/recoup_curve.jsonl")).unwrap();
-    let events: Vec<Value> = curve.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let events = json_lines(&folder.at("out/recoup_curve.jsonl"));
     let count = |name: &str| events.iter().filter(|e| e["event"] == name).count();
     assert_eq!((count("block"), count("step"), count("watched"), count("kept")), (12, 10, 5, 2));
     let steps = || events.iter().filter(|e| e["event"] == "step");
@@ -130,14 +85,14 @@ fn a_recovered_model_is_better_and_says_how_it_came_to_be() {
     // It is a checkpoint like the student: packed, inspected, run.
     succeed(&["inspect", &out]);
     let size = |f: &Path| std::fs::metadata(f.join("model.safetensors")).unwrap().len() as f64;
-    assert!((size(&folder.at("out")) / size(&Path::new(env!("CARGO_MANIFEST_DIR")).join(STUDENT)) - 1.0).abs() < 0.01);
+    assert!((size(&folder.at("out")) / size(&project().join(STUDENT)) - 1.0).abs() < 0.01);
 }
 
 #[cfg(unix)]
 #[test]
 fn runs_give_the_same_bytes_whatever_the_threads_and_after_being_killed_anywhere() {
     let folder = Folder::new();
-    let (first, second, third) = (folder.path("first"), folder.path("second"), folder.path("third"));
+    let (first, second, third) = (folder.name("first"), folder.name("second"), folder.name("third"));
     let more = [
         "--method",
         "block:steps=6,rounding=true",
@@ -154,7 +109,7 @@ fn runs_give_the_same_bytes_whatever_the_threads_and_after_being_killed_anywhere
     let threads = one.iter().position(|a| *a == "--threads").unwrap();
     one[threads + 1] = "1";
     succeed(&one);
-    assert_eq!(contents(&folder.at("first")), contents(&folder.at("second")));
+    assert_same_files(&folder.at("first"), &folder.at("second"));
     let resume: Vec<&str> = more.iter().chain(&["--resume"]).copied().collect();
     let arguments = arguments(&student, &third, &resume);
     // Killed among the blocks, and again among the steps.
@@ -165,7 +120,7 @@ fn runs_give_the_same_bytes_whatever_the_threads_and_after_being_killed_anywhere
         assert!(!folder.at("third").exists());
     }
     succeed(&arguments);
-    assert_eq!(contents(&folder.at("first")), contents(&folder.at("third")));
+    assert_same_files(&folder.at("first"), &folder.at("third"));
     assert!(!folder.at("third.training").exists());
 }
 
@@ -173,7 +128,7 @@ fn runs_give_the_same_bytes_whatever_the_threads_and_after_being_killed_anywhere
 #[test]
 fn an_interrupted_run_is_neither_overwritten_nor_mixed_with_another() {
     let folder = Folder::new();
-    let out = folder.path("out");
+    let out = folder.name("out");
     let command = |samples: &str, more: &[&str]| {
         let mut all = arguments(&[STUDENT], &out, &["--method", "qad:steps=400", "--save-every", "0"]);
         all.extend(more);
@@ -185,17 +140,17 @@ fn an_interrupted_run_is_neither_overwritten_nor_mixed_with_another() {
     run.until(|| folder.at("out.training/state.safetensors").exists());
     run.kill();
     let again = command("24", &[]).output().unwrap();
-    let text = String::from_utf8_lossy(&again.stderr).into_owned();
+    let text = said(&again);
     assert!(!again.status.success() && text.contains("out.training") && text.contains("--resume"), "{text}");
     let other = command("20", &["--resume"]).output().unwrap();
-    let text = String::from_utf8_lossy(&other.stderr).into_owned();
+    let text = said(&other);
     assert!(!other.status.success() && text.contains("data.") && text.contains("another run"), "{text}");
 }
 
 #[test]
 fn bad_input_is_named_and_nothing_is_left() {
     let folder = Folder::new();
-    let out = folder.path("out");
+    let out = folder.name("out");
     let try_with = |args: &[&str]| {
         let error = fail(args);
         assert!(!Path::new(&out).exists() && !Path::new(&format!("{out}.training")).exists(), "{args:?}: {error}");
@@ -221,7 +176,7 @@ fn bad_input_is_named_and_nothing_is_left() {
         ("chat.jsonl", "{\"messages\": [{\"role\": \"user\", \"content\": \"hi\"}]}", "chat template"),
         ("missing/none.txt", "", "none.txt"),
     ] {
-        let file = if name.contains('/') { folder.path(name) } else { folder.write(name, text) };
+        let file = if name.contains('/') { folder.name(name) } else { folder.write(name, text) };
         let mut args = arguments(&[STUDENT], &out, &method);
         args[5] = &file;
         let error = try_with(&args);
@@ -238,11 +193,11 @@ fn bad_input_is_named_and_nothing_is_left() {
 #[test]
 fn a_run_that_diverges_keeps_the_last_good_weights() {
     let folder = Folder::new();
-    let out = folder.path("out");
+    let out = folder.name("out");
     // Logits beyond what a norm of f32 can hold: the loss is no number from the first step that uses them on.
     let error = fail(&arguments(&[STUDENT], &out, &["--method", "qad:steps=5,lr=1e-4,temperature=1e-44"]));
     assert!(error.contains("ended early") && error.contains("step 1"), "{error}");
-    let record: Value = serde_json::from_slice(&std::fs::read(folder.at("out/recoup_recovery.json")).unwrap()).unwrap();
+    let record: Value = folder.json("out/recoup_recovery.json");
     assert!(record["stopped"].as_str().unwrap().contains("step 1"), "{record:#}");
     succeed(&["inspect", &out]);
 }
@@ -252,33 +207,27 @@ fn a_run_that_diverges_keeps_the_last_good_weights() {
 #[cfg(unix)]
 fn a_full_disk_is_told_and_the_run_can_go_on() {
     let folder = Folder::new();
-    let (out, reference) = (folder.path("out"), folder.path("reference"));
+    let (out, reference) = (folder.name("out"), folder.name("reference"));
     let method = ["--method", "qad:steps=4", "--save-every", "0", "--resume"];
     let args = arguments(&[STUDENT], &out, &method);
     // Files of at most 8 MB (in blocks of 512 bytes): masters fit, masters with moments do not.
     let shell = format!("trap '' XFSZ; ulimit -f 16000; exec {} {}", env!("CARGO_BIN_EXE_recoup"), args.join(" "));
-    let limited = Command::new("sh").args(["-c", &shell]).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
-    let error = String::from_utf8_lossy(&limited.stderr).into_owned();
+    let limited = Command::new("sh").args(["-c", &shell]).current_dir(project()).output().unwrap();
+    let error = said(&limited);
     assert_eq!(limited.status.code(), Some(1), "{error}");
     assert!(error.contains("out.training") && error.contains("write"), "{error}");
     assert!(!Path::new(&out).exists());
     succeed(&args);
     succeed(&arguments(&[STUDENT], &reference, &method));
-    assert_eq!(contents(&folder.at("out")), contents(&folder.at("reference")));
+    assert_same_files(&folder.at("out"), &folder.at("reference"));
 }
 
 /// Conversations by the template, of which only the assistant's words are learned; data without text of its own.
 #[test]
 fn conversations_and_documents_are_trained_on() {
     let folder = Folder::new();
-    let student = folder.at("student");
-    std::fs::create_dir(&student).unwrap();
-    for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(STUDENT)).unwrap() {
-        let entry = entry.unwrap();
-        std::fs::copy(entry.path(), student.join(entry.file_name())).unwrap();
-    }
     let template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
-    std::fs::write(student.join("chat_template.jinja"), template).unwrap();
+    let student = chatting(&folder, template);
     let turn = |role: &str, content: String| serde_json::json!({"role": role, "content": content});
     let chat = |i: usize| {
         let messages = [
@@ -292,28 +241,24 @@ fn conversations_and_documents_are_trained_on() {
         serde_json::json!({"text": format!("Chapter {i}. It was a dark night, and the road was long. ").repeat(i % 7 + 1)}).to_string()
     };
     let documents = folder.write("documents.jsonl", &(0..60).map(document).collect::<Vec<_>>().join("\n"));
-    let student = student.to_str().unwrap().to_owned();
     let mut losses = Vec::new();
     for (name, more) in [("all", &[][..]), ("assistant", &["--assistant-only"])] {
-        let out = folder.path(name);
+        let out = folder.name(name);
         let mut args = arguments(&[&student], &out, &["--method", "qat:steps=3,lr=1e-5", "--data"]);
         args[5] = &chats;
         let weighted = format!("{documents}=0.5");
         args.push(&weighted);
         args.extend(more);
-        let stderr = succeed(&args);
+        let (_, stderr) = succeed(&args);
         assert!(
             stderr.contains("chats.jsonl: 16 sequences") && stderr.contains("documents.jsonl: 8 sequences"),
             "{stderr}"
         );
-        let curve = std::fs::read_to_string(folder.at(name).join("recoup_curve.jsonl")).unwrap();
-        let step =
-            curve.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()).find(|e| e["event"] == "step").unwrap();
+        let curve = json_lines(&folder.at(name).join("recoup_curve.jsonl"));
+        let step = curve.iter().find(|e| e["event"] == "step").unwrap();
         losses.push(step["cross_entropy"].as_f64().unwrap());
         // Without a teacher in the loss, the text is what it is judged by.
-        let record = std::fs::read_to_string(folder.at(name).join("recoup_recovery.json")).unwrap();
-        let record: Value = serde_json::from_str(&record).unwrap();
-        assert_eq!(record["watched_loss"]["measure"], "cross_entropy");
+        assert_eq!(record(&folder, name)["watched_loss"]["measure"], "cross_entropy");
     }
     assert!((losses[0] - losses[1]).abs() > 1e-3, "{losses:?}");
 }
@@ -323,101 +268,32 @@ fn conversations_and_documents_are_trained_on() {
 fn the_teacher_writes_its_own_data() {
     let folder = Folder::new();
     let recover = |name: &str, seed: &str| {
-        let out = folder.path(name);
+        let out = folder.name(name);
         let mut args = arguments(&[STUDENT], &out, &["--method", "block:steps=8", "--seed", seed]);
         args[5] = "teacher";
-        let stderr = succeed(&args);
+        let (_, stderr) = succeed(&args);
         assert!(stderr.contains("teacher: 24 sequences, 1536 tokens"), "{stderr}");
-        let record: Value =
-            serde_json::from_slice(&std::fs::read(folder.at(name).join("recoup_recovery.json")).unwrap()).unwrap();
-        (contents(&folder.at(name)), record)
+        (files(&folder.at(name)), record(&folder, name))
     };
     let (first, record) = recover("first", "1");
     assert_eq!(first, recover("second", "1").0);
     let other = recover("third", "2").1;
     assert_ne!(record["data"]["sha256"], other["data"]["sha256"]);
-    let out = folder.path("chat");
+    let out = folder.name("chat");
     let mut args = arguments(&[STUDENT], &out, &["--method", "block:steps=8"]);
     args[5] = "teacher-chat";
     assert!(fail(&args).contains("no chat template"));
 }
 
-/// A model from scratch learns, is resumed to the byte, and is a BF16 checkpoint that can be quantized.
-#[cfg(unix)]
-#[test]
-fn a_model_is_trained_from_scratch() {
-    let folder = Folder::new();
-    let shape = folder.at("shape");
-    std::fs::create_dir(&shape).unwrap();
-    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join(TEACHER);
-    std::fs::copy(model.join("tokenizer.json"), shape.join("tokenizer.json")).unwrap();
-    let mut config: Value = serde_json::from_slice(&std::fs::read(model.join("config.json")).unwrap()).unwrap();
-    for (key, value) in [("hidden_size", 32), ("intermediate_size", 64), ("num_hidden_layers", 2), ("head_dim", 16)] {
-        config[key] = value.into();
-    }
-    config["num_attention_heads"] = 2.into();
-    std::fs::write(shape.join("config.json"), config.to_string()).unwrap();
-    let shape = shape.to_str().unwrap().to_owned();
-    let args = |out: &'static str| {
-        let out = folder.path(out);
-        let line = format!(
-            "pretrain {shape} -o {out} --data {TEXT} --watch {TEXT} --settings steps=60,lr=1e-2,sequences=4,warmup=5 \
-             --length 64 --evaluate-every 20 --watch-samples 4 --threads 2 --save-every 0"
-        );
-        line.split_whitespace().map(str::to_owned).collect::<Vec<String>>()
-    };
-    let run = |args: &[String]| succeed(&args.iter().map(String::as_str).collect::<Vec<_>>());
-    let stderr = run(&args("whole"));
-    assert!(stderr.contains("cross-entropy on calibration"), "{stderr}");
-    let curve = std::fs::read_to_string(folder.at("whole/recoup_curve.jsonl")).unwrap();
-    let losses: Vec<f64> = curve
-        .lines()
-        .map(|l| serde_json::from_str::<Value>(l).unwrap())
-        .filter(|e| e["event"] == "watched")
-        .map(|e| e["loss"]["calibration"].as_f64().unwrap())
-        .collect();
-    assert!((losses[0] - 4096f64.ln()).abs() < 0.1, "it begins knowing nothing: {losses:?}");
-    assert!(losses.last().unwrap() + 1.0 < losses[0], "{losses:?}");
-    let mut parts = args("parts");
-    parts.push("--resume".into());
-    let words: Vec<&str> = parts.iter().map(String::as_str).collect();
-    let mut killed = Held::start(recoup(&words));
-    killed.until(|| lines(&folder.at("parts.training/curve.jsonl")) > 12);
-    killed.kill();
-    run(&parts);
-    assert_eq!(contents(&folder.at("whole")), contents(&folder.at("parts")));
-    let quantized = folder.path("quantized");
-    succeed(&["quantize", &folder.path("whole"), "-o", &quantized, "--recipe", "nvfp4"]);
-    succeed(&["inspect", &quantized]);
-}
-
-/// A copy of the shipped student with a chat template.
-fn chatting(folder: &Folder, template: &str) -> String {
-    let student = folder.at("chatting");
-    std::fs::create_dir(&student).unwrap();
-    for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(STUDENT)).unwrap() {
-        let entry = entry.unwrap();
-        std::fs::copy(entry.path(), student.join(entry.file_name())).unwrap();
-    }
-    std::fs::write(student.join("chat_template.jinja"), template).unwrap();
-    student.to_str().unwrap().to_owned()
-}
-
 #[test]
 fn options_of_recover_are_used_refused_or_named() {
     let folder = Folder::new();
-    let out = folder.path("out");
-    let with = |more: &[&str]| {
+    let out = folder.name("out");
+    let with = |more: &[&'static str]| {
         let _ = std::fs::remove_dir_all(folder.at("out"));
         arguments(&[STUDENT], &out, &[&["--method", "block:steps=8"], more].concat())
-            .iter()
-            .map(|s| (*s).to_owned())
-            .collect()
     };
-    let say = |more: &[&str]| {
-        let args: Vec<String> = with(more);
-        succeed(&args.iter().map(String::as_str).collect::<Vec<_>>())
-    };
+    let say = |more: &[&'static str]| succeed(&with(more)).1;
     let named = say(&["--patience", "2", "--keep-stages", "--assistant-only"]);
     for option in
         ["--patience is without effect", "--keep-stages is without effect", "--assistant-only is without effect"]
@@ -426,16 +302,12 @@ fn options_of_recover_are_used_refused_or_named() {
     }
     assert!(!say(&[]).contains("without effect"));
     for more in [["--patience", "0"], ["--evaluate-every", "0"]] {
-        assert_eq!(
-            run(&with(&more).iter().map(|s: &String| s.as_str()).collect::<Vec<_>>()).status.code(),
-            Some(2),
-            "{more:?}"
-        );
+        assert_eq!(run(&with(&more)).status.code(), Some(2), "{more:?}");
     }
-    let mut args: Vec<String> = with(&["--patience", "1"]);
-    let at = args.iter().position(|a| a == "--watch-samples").unwrap();
-    args[at + 1] = "0".into();
-    assert!(fail(&args.iter().map(String::as_str).collect::<Vec<_>>()).contains("nothing is watched"));
+    let mut args = with(&["--patience", "1"]);
+    let at = args.iter().position(|a| *a == "--watch-samples").unwrap();
+    args[at + 1] = "0";
+    assert!(fail(&args).contains("nothing is watched"));
 }
 
 #[test]
@@ -444,13 +316,11 @@ fn conversations_that_the_teacher_writes_begin_as_its_template_does_with_its_arg
     let template = "{% if not think %}Be brief. {% endif %}user: {{ messages[0].content }}\n{% if late %}x{% endif %}";
     let teacher = chatting(&folder, template);
     let recovered = |name: &str, more: &[&str]| {
-        let out = folder.path(name);
+        let out = folder.name(name);
         let mut args = arguments(&[STUDENT], &out, &[&["--method", "block:steps=8"], more].concat());
         (args[3], args[5]) = (&teacher, "teacher-chat");
-        let said = succeed(&args);
-        let file = folder.at(name).join("recoup_recovery.json");
-        let record: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
-        (said, record["data"]["sha256"].clone())
+        let (_, said) = succeed(&args);
+        (said, record(&folder, name)["data"]["sha256"].clone())
     };
     let (said, plain) = recovered("plain", &["--assistant-only"]);
     assert!(
@@ -469,10 +339,6 @@ fn conversations_that_the_teacher_writes_begin_as_its_template_does_with_its_arg
 /// With tools, as many templates write them.
 const TEMPLATE: &str = "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}\n\
                         {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
-
-fn record(folder: &Folder, name: &str) -> Value {
-    serde_json::from_slice(&std::fs::read(folder.at(name).join("recoup_recovery.json")).unwrap()).unwrap()
-}
 
 fn turns(user: &str, assistant: &str) -> Value {
     serde_json::json!([{"role": "user", "content": user}, {"role": "assistant", "content": assistant}])
@@ -504,7 +370,7 @@ fn conversations_are_the_same_data_in_every_kind_of_file() {
     .into_iter()
     .enumerate()
     {
-        let (file, out) = (folder.write(name, &content), folder.path(&format!("out{i}")));
+        let (file, out) = (folder.write(name, &content), folder.name(&format!("out{i}")));
         let mut args = arguments(&[&student], &out, &["--method", "qat:steps=1"]);
         args[5] = &file;
         succeed(&args);
@@ -530,10 +396,10 @@ fn conversations_that_are_cut_and_fields_that_are_not_used_are_told_and_counted(
         row.to_string()
     };
     let file = folder.write("chats.jsonl", &(0..16).map(line).collect::<Vec<_>>().join("\n"));
-    let out = folder.path("out");
+    let out = folder.name("out");
     let mut args = arguments(&[&student], &out, &["--method", "qat:steps=1", "--assistant-only"]);
     args[5] = &file;
-    let said = succeed(&args);
+    let (_, said) = succeed(&args);
     assert!(
         said.contains("chats.jsonl: 4 of 16 conversations are longer than 64 tokens (--length) and were cut"),
         "{said}"
@@ -549,7 +415,7 @@ fn conversations_that_are_cut_and_fields_that_are_not_used_are_told_and_counted(
         folder.write("none.jsonl", &serde_json::json!({"messages": turns(&long, "Nobody.")}).to_string().repeat(3));
     let silent =
         folder.write("silent.jsonl", &serde_json::json!({"messages": [{"role": "user", "content": "Hi"}]}).to_string());
-    let out = folder.path("out2");
+    let out = folder.name("out2");
     for (at, file, expected) in [
         (5, &none, "3 of 3 conversations were cut at 64 tokens, before the assistant says anything"),
         (5, &silent, "the assistant says nothing in any of the 1 conversations"),
@@ -585,10 +451,10 @@ fn tools_of_a_conversation_are_written_by_the_template_or_named() {
     let listed = file("listed.jsonl", tools.clone());
     let text = file("text.jsonl", tools.to_string().into());
     let run = |name: &str, file: &str| {
-        let out = folder.path(name);
+        let out = folder.name(name);
         let mut args = arguments(&[&student], &out, &["--method", "qat:steps=1"]);
         args[5] = file;
-        let said = succeed(&args);
+        let (_, said) = succeed(&args);
         (record(&folder, name)["data"]["sha256"].as_str().unwrap().to_owned(), said)
     };
     let (plain_hash, _) = run("plain", &plain);
@@ -596,11 +462,8 @@ fn tools_of_a_conversation_are_written_by_the_template_or_named() {
     assert_ne!(plain_hash, listed_hash);
     assert_eq!(run("text", &text).0, listed_hash);
     // A template that knows nothing of tools.
-    std::fs::write(
-        folder.at("chatting/chat_template.jinja"),
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
-    )
-    .unwrap();
+    let template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}";
+    folder.write("chatting/chat_template.jinja", template);
     let (_, said) = run("unwritten", &listed);
     assert!(said.contains("tools, which the chat template does not write (16)"), "{said}");
 }
@@ -609,20 +472,17 @@ fn tools_of_a_conversation_are_written_by_the_template_or_named() {
 #[test]
 fn watched_texts_of_one_name_are_told_apart_and_one_given_twice_is_refused() {
     let folder = Folder::new();
-    for name in ["prose", "digits"] {
-        std::fs::create_dir(folder.at(name)).unwrap();
-    }
-    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(TEXT)).unwrap();
+    let text = std::fs::read_to_string(project().join(TEXT)).unwrap();
     let prose = folder.write("prose/test.txt", &text[..8000]);
     let digits = folder.write("digits/test.txt", &(0..2000).map(|i| format!("{} ", i * i)).collect::<String>());
-    let out = folder.path("out");
+    let out = folder.name("out");
     let watch = ["--method", "qad:steps=1", "--watch", &prose, "--watch"];
     succeed(&arguments(&[STUDENT], &out, &[&watch[..], &[&digits]].concat()));
     let record = record(&folder, "out");
     let before = record["watched_loss"]["before"].as_object().unwrap();
     assert_eq!(before.keys().collect::<Vec<_>>(), ["prose/test.txt", "digits/test.txt"], "{record:#}");
     assert_ne!(before["digits/test.txt"], before["prose/test.txt"]);
-    let out = folder.path("out2");
+    let out = folder.name("out2");
     let error = fail(&arguments(&[STUDENT], &out, &[&watch[..], &[&prose]].concat()));
     assert!(error.contains("are the same file; give it once"), "{error}");
     let error = fail(&arguments(&[STUDENT], &out, &["--method", "qad:steps=1", "--data", TEXT]));

@@ -1,10 +1,12 @@
 //! Settings of an evaluation as their users give them: each is used, refused by name, or named as without effect.
 
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::Stdio;
 
 use serde_json::{Value, json};
+
+use crate::support::command::{BF16, Folder, NVFP4, fail, recoup, run, said, succeed};
+use crate::support::json_lines;
 
 const TASK: &str = "\
 task: gen
@@ -21,59 +23,38 @@ const PROMPTS: &str = "{\"q\": \"Once upon a time\"}\n{\"q\": \"It was a dark an
 
 /// A folder with a task, its data and a model.
 struct Place {
-    folder: tempfile::TempDir,
-    model: PathBuf,
+    folder: Folder,
+    model: String,
 }
 
 impl Place {
     fn new(task: &str, generation_config: Option<Value>) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::create_dir(folder.path().join("tasks")).unwrap();
-        std::fs::write(folder.path().join("tasks/gen.yaml"), task).unwrap();
-        std::fs::write(folder.path().join("tasks/gen.jsonl"), PROMPTS).unwrap();
-        let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/books-bf16");
-        let model = folder.path().join("model");
-        std::fs::create_dir(&model).unwrap();
-        for entry in std::fs::read_dir(shipped).unwrap().map(Result::unwrap) {
-            if entry.file_name() != "generation_config.json" {
-                std::fs::copy(entry.path(), model.join(entry.file_name())).unwrap();
-            }
-        }
+        let folder = Folder::new();
+        folder.write("tasks/gen.yaml", task);
+        folder.write("tasks/gen.jsonl", PROMPTS);
+        let model = folder.model("model", BF16);
         let config = generation_config.unwrap_or(json!({"eos_token_id": 0}));
-        std::fs::write(model.join("generation_config.json"), config.to_string()).unwrap();
+        folder.write("model/generation_config.json", config.to_string());
         Self { folder, model }
     }
 
-    fn run(&self, more: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_recoup"));
-        let tasks = self.folder.path().join("tasks");
-        command.arg("eval").arg(&self.model).arg("--include-path").arg(tasks);
-        command.arg("-o").arg(self.folder.path().join("out")).args(more);
-        command.current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap()
+    fn args(&self, more: &[&str]) -> Vec<String> {
+        let (tasks, out) = (self.folder.name("tasks"), self.folder.name("out"));
+        let words = ["eval", &self.model, "--include-path", &tasks, "-o", &out];
+        words.iter().chain(more).map(|w| (*w).to_owned()).collect()
     }
 
     /// The answers of a run that succeeds, what it says, and its results.json.
     fn answers(&self, more: &[&str]) -> (Vec<String>, String, Value) {
-        let _ = std::fs::remove_dir_all(self.folder.path().join("out"));
-        let out = self.run(&[&["--tasks", "gen"], more].concat());
-        let said = String::from_utf8_lossy(&out.stderr).into_owned();
-        assert!(out.status.success(), "{said}");
-        let read = |name: &str| std::fs::read_to_string(self.folder.path().join("out").join(name)).unwrap();
-        let answer = |line: &str| {
-            let sample: Value = serde_json::from_str(line).unwrap();
-            sample["resps"][0][0].as_str().unwrap().to_owned()
-        };
-        (
-            read("samples_gen.jsonl").lines().map(answer).collect(),
-            said,
-            serde_json::from_str(&read("results.json")).unwrap(),
-        )
+        let _ = std::fs::remove_dir_all(self.folder.at("out"));
+        let (_, said) = succeed(&self.args(&[&["--tasks", "gen"], more].concat()));
+        let samples = json_lines(&self.folder.at("out/samples_gen.jsonl"));
+        let answers = samples.iter().map(|s| s["resps"][0][0].as_str().unwrap().to_owned());
+        (answers.collect(), said, self.folder.json("out/results.json"))
     }
 
     fn refused(&self, more: &[&str]) -> String {
-        let out = self.run(more);
-        assert_eq!(out.status.code(), Some(1), "{more:?}");
-        String::from_utf8_lossy(&out.stderr).into_owned()
+        fail(&self.args(more))
     }
 }
 
@@ -154,17 +135,9 @@ fn settings_without_effect_are_named_and_recorded() {
         assert!(said.contains(named), "{named}: {said}");
         assert!(results["notes"].to_string().contains(named), "{named}: {results:#}");
     }
-    let out = place.run(&["--tasks", "wikitext", "-L", "1", "--gen-kwargs", "top_k=1", "--num-fewshot", "2"]);
-    let said = String::from_utf8_lossy(&out.stderr);
+    let wikitext = ["--tasks", "wikitext", "-L", "1", "--gen-kwargs", "top_k=1", "--num-fewshot", "2"];
+    let (_, said) = succeed(&place.args(&wikitext));
     assert!(said.contains("--gen-kwargs is without effect") && said.contains("wikitext: without effect"), "{said}");
-}
-
-/// Success, and what is said.
-fn recoup(args: &[&str]) -> (bool, String, String) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_recoup"));
-    let out = command.args(args).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    (out.status.success(), text(&out.stdout), text(&out.stderr))
 }
 
 #[test]
@@ -175,17 +148,14 @@ fn settings_of_tasks_that_do_not_matter_to_them_are_named() {
         .replace("output_type: generate_until", "output_type: multiple_choice\ndoc_to_choice: [a, b]")
         .replace("doc_to_target: \"x\"", "doc_to_target: 0")
         .replace("exact_match", "acc");
-    std::fs::write(place.folder.path().join("tasks/choice.yaml"), &choice).unwrap();
+    place.folder.write("tasks/choice.yaml", &choice);
     let hub = choice
         .replace("task: choice", "task: hub")
         .replace("dataset_path: json", "dataset_path: org/set")
         .replace("{data_files: {test: gen.jsonl}}", "{trust_remote_code: true, revision: abc, data_dir: en}");
-    std::fs::write(place.folder.path().join("tasks/hub.yaml"), &hub).unwrap();
-    std::fs::create_dir_all(place.folder.path().join("tasks/org/set")).unwrap();
-    std::fs::write(place.folder.path().join("tasks/org/set/test.jsonl"), PROMPTS).unwrap();
-    let out = place.run(&["--tasks", "choice,hub"]);
-    let said = String::from_utf8_lossy(&out.stderr);
-    assert!(out.status.success(), "{said}");
+    place.folder.write("tasks/hub.yaml", &hub);
+    place.folder.write("tasks/org/set/test.jsonl", PROMPTS);
+    let (_, said) = succeed(&place.args(&["--tasks", "choice,hub"]));
     for named in [
         "choice, hub: without effect: `generation_kwargs`",
         "hub: of `dataset_kwargs` not used",
@@ -216,24 +186,22 @@ fn sampled_answers_have_transformers_top_k_where_nobody_sets_one_and_that_is_sai
 
 #[test]
 fn windows_without_a_text_are_named() {
-    let folder = tempfile::tempdir().unwrap();
-    let out = folder.path().to_str().unwrap();
-    let pair = ["compare", "models/books-bf16", "models/books-nvfp4", "--no-speed", "-o", out];
+    let folder = Folder::new();
+    let pair = ["compare", BF16, NVFP4, "--no-speed", "-o", &folder.name("")];
     let none = ["--tasks", "piqa", "-L", "2", "--text", "none", "--window", "64", "--windows", "3"];
-    let (ok, _, said) = recoup(&[&pair[..], &none].concat());
-    assert!(ok && said.contains("without effect, as --text names none: --window, --windows"), "{said}");
+    let (_, said) = succeed(&[&pair[..], &none].concat());
+    assert!(said.contains("without effect, as --text names none: --window, --windows"), "{said}");
     let one = ["--tasks", "none", "--text", "books", "--attribute", "--attribute-windows", "1"];
-    let (ok, _, said) = recoup(&[&pair[..], &one].concat());
-    assert!(!ok && said.contains("--attribute-windows 1: an error needs two windows"), "{said}");
+    let said = fail(&[&pair[..], &one].concat());
+    assert!(said.contains("--attribute-windows 1: an error needs two windows"), "{said}");
 }
 
 #[test]
 fn what_files_of_a_model_contradict_each_other_in_is_said_by_every_verb_and_stands_in_the_results() {
     let place = Place::new(TASK, None);
-    let model = place.model.to_str().unwrap();
-    std::fs::write(place.model.join("tokenizer_config.json"), r#"{"pad_token": "<|nowhere|>"}"#).unwrap();
-    let at = |name: &str| place.folder.path().join(name).to_str().unwrap().to_owned();
-    let (q, p, r, c) = (at("q"), at("p"), at("r"), at("c"));
+    let model = place.model.as_str();
+    place.folder.write("model/tokenizer_config.json", r#"{"pad_token": "<|nowhere|>"}"#);
+    let [q, p, r, c] = ["q", "p", "r", "c"].map(|name| place.folder.name(name));
     let data = ["--data", "built-in", "--samples", "4", "--length", "32", "--method", "qad:steps=1"];
     for args in [
         &["inspect", model][..],
@@ -244,61 +212,58 @@ fn what_files_of_a_model_contradict_each_other_in_is_said_by_every_verb_and_stan
         &[&["recover", &q, "--teacher", model, "-o", &r][..], &data].concat(),
         &["compare", model, &q, "--tasks", "piqa", "-L", "2", "--text", "none", "--no-speed", "-o", &c],
     ] {
-        let (ok, shown, said) = recoup(args);
-        assert!(ok && (shown + &said).contains("`pad_token` is `<|nowhere|>`"), "{args:?}: {said}");
+        let (shown, said) = succeed(args);
+        assert!((shown + &said).contains("`pad_token` is `<|nowhere|>`"), "{args:?}: {said}");
     }
     let (.., results) = place.answers(&[]);
     assert!(results["config"]["model_notes"].to_string().contains("<|nowhere|>"), "{results:#}");
-    let report = std::fs::read_to_string(place.folder.path().join("c/report.md")).unwrap();
+    let report = place.folder.read("c/report.md");
     assert!(report.contains(r"model: \`pad_token\` is"), "{report}");
 }
 
 #[test]
 fn a_file_that_is_something_else_is_named_as_that_by_every_option() {
-    let folder = tempfile::tempdir().unwrap();
-    let page = folder.path().join("page.json");
-    std::fs::write(&page, "<!DOCTYPE html><title>Sign in</title>").unwrap();
-    let (page, out) = (page.to_str().unwrap(), folder.path().join("out"));
-    let out = out.to_str().unwrap();
-    let model = "models/books-bf16";
+    let folder = Folder::new();
+    let page = folder.write("page.json", "<!DOCTYPE html><title>Sign in</title>");
+    let (page, out) = (page.as_str(), folder.name("out"));
     for args in [
-        &["quantize", model, "-o", out, "--recipe", page][..],
-        &["quantize", model, "-o", out, "--recipe", "nvfp4_fp8_auto", "--sensitivity", page],
-        &["logits", model, "-o", out, "--input-ids", page],
+        &["quantize", BF16, "-o", &out, "--recipe", page][..],
+        &["quantize", BF16, "-o", &out, "--recipe", "nvfp4_fp8_auto", "--sensitivity", page],
+        &["logits", BF16, "-o", &out, "--input-ids", page],
     ] {
-        let (ok, _, said) = recoup(args);
-        assert!(!ok && said.contains(page) && said.contains("it is a web page"), "{args:?}: {said}");
+        let said = fail(args);
+        assert!(said.contains(page) && said.contains("it is a web page"), "{args:?}: {said}");
     }
-    let mut command = Command::new(env!("CARGO_BIN_EXE_recoup"));
-    command.args(["quantize", model, "-o", out, "--recipe", "nvfp4", "--calibration", "-"]);
-    command.stdin(Stdio::piped()).stderr(Stdio::piped()).current_dir(env!("CARGO_MANIFEST_DIR"));
+    let mut command = recoup(&["quantize", BF16, "-o", &out, "--recipe", "nvfp4", "--calibration", "-"]);
+    command.stdin(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     child.stdin.take().unwrap().write_all(b"PAR1aaaaPAR1").unwrap();
-    let said = child.wait_with_output().unwrap().stderr;
-    let said = String::from_utf8_lossy(&said);
+    let said = said(&child.wait_with_output().unwrap());
     assert!(said.contains("Parquet cannot be read from standard input; give it as a file"), "{said}");
 }
 
 #[test]
 fn a_refused_configuration_has_no_parameters() {
     let place = Place::new(TASK, None);
-    let model = place.model.to_str().unwrap();
-    let file = place.model.join("config.json");
-    let mut config: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let mut config = place.folder.json("model/config.json");
     config["hidden_act"] = "relu".into();
-    std::fs::write(&file, config.to_string()).unwrap();
-    let (ok, shown, _) = recoup(&["inspect", model]);
-    assert!(!ok && shown.contains("problem") && shown.contains("on disk"), "{shown}");
+    place.folder.write("model/config.json", config.to_string());
+    let inspected = |more: &[&str]| {
+        let out = run(&[&["inspect", &place.model][..], more].concat());
+        assert!(!out.status.success());
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let shown = inspected(&[]);
+    assert!(shown.contains("problem") && shown.contains("on disk"), "{shown}");
     assert!(!shown.contains("parameters") && !shown.contains("module"), "{shown}");
-    let report: Value = serde_json::from_str(&recoup(&["inspect", model, "--json"]).1).unwrap();
+    let report: Value = serde_json::from_str(&inspected(&["--json"])).unwrap();
     assert_eq!(report["parameters"], Value::Null);
 }
 
 #[test]
 fn a_data_folder_that_lacks_a_file_is_no_reason_to_take_the_shipped_sample() {
     let place = Place::new(TASK, None);
-    let data = place.folder.path().join("data");
-    let at = data.to_str().unwrap();
+    let (data, at) = (place.folder.at("data"), &place.folder.name("data"));
     let ask = ["--tasks", "hellaswag", "-L", "2", "--data-dir", at];
     assert!(place.refused(&ask).contains("there is no such folder"));
     std::fs::write(&data, "").unwrap();

@@ -1,10 +1,11 @@
 //! What a sequence gets from the engine is what it gets alone, bit for bit: whatever arrives, ends or gives way beside it.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
-use crate::support::fixtures::{Session, bits};
-use recoup::backend::cpu::{CpuBackend, isa::Isa};
+use crate::support::fixtures::{Session, bits, cpu};
+use crate::support::project;
+use crate::support::random::Random;
+use recoup::backend::cpu::CpuBackend;
 use recoup::backend::{Backend as _, PAGE};
 use recoup::checkpoint::Checkpoint;
 use recoup::engine::{Engine, EngineError, Event, Finish, Generated, Id, Limits, Request, Sequence, score_all};
@@ -21,9 +22,8 @@ struct Model {
 }
 
 fn model() -> Model {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/books-nvfp4");
-    let backend = CpuBackend::new(Isa::detect(), 2).unwrap();
-    let decoder = Decoder::load(backend, &Checkpoint::open(&folder).unwrap()).unwrap();
+    let folder = project().join("models/books-nvfp4");
+    let decoder = Decoder::load(cpu(2), &Checkpoint::open(&folder).unwrap()).unwrap();
     Model { decoder, tokenizer: Tokenizer::from_folder(&folder).unwrap() }
 }
 
@@ -98,48 +98,39 @@ impl Model {
     }
 }
 
-struct Random(u64);
+/// Tokens that begin like others'.
+fn some_tokens(random: &mut Random, longest: usize, vocab: usize) -> Vec<u32> {
+    let shared = [0, 3, 16, 29, 40][random.below(5)].min(longest - 1);
+    let own = 1 + random.below((longest - shared).min(30));
+    let mut tokens: Vec<u32> = (0..shared).map(|i| ((i * 7919 + 300) % vocab) as u32).collect();
+    tokens.extend((0..own).map(|_| random.below(vocab) as u32));
+    tokens
+}
 
-impl Random {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        ((self.0 >> 33) as usize) % n
-    }
-
-    /// Tokens that begin like others'.
-    fn tokens(&mut self, longest: usize, vocab: usize) -> Vec<u32> {
-        let shared = [0, 3, 16, 29, 40][self.below(5)].min(longest - 1);
-        let own = 1 + self.below((longest - shared).min(30));
-        let mut tokens: Vec<u32> = (0..shared).map(|i| ((i * 7919 + 300) % vocab) as u32).collect();
-        tokens.extend((0..own).map(|_| self.below(vocab) as u32));
-        tokens
-    }
-
-    fn job(&mut self, vocab: usize) -> Job {
-        match self.below(4) {
-            0 | 1 => {
-                let prompt = self.tokens(CONTEXT - 4, vocab);
-                let sampling = SamplingParams {
-                    temperature: [0.0, 1.0][self.below(2)],
-                    repetition_penalty: [1.0, 1.2][self.below(2)],
-                    seed: Some(self.below(1000) as u64),
-                    logprobs: Some(0),
-                    ..SamplingParams::default()
-                };
-                Job::Answer { prompt, max_tokens: 1 + self.below(25), sampling }
-            }
-            2 => {
-                let tokens = self.tokens(CONTEXT, vocab);
-                let mut picks: Vec<(usize, u32)> =
-                    (0..1 + self.below(6)).map(|_| (self.below(tokens.len()), self.below(vocab) as u32)).collect();
-                picks.sort_unstable();
-                Job::Scores { tokens, picks }
-            }
-            _ => {
-                let tokens = self.tokens(CONTEXT, vocab);
-                let from = self.below(tokens.len());
-                Job::Logits { tokens, from }
-            }
+fn some_job(random: &mut Random, vocab: usize) -> Job {
+    match random.below(4) {
+        0 | 1 => {
+            let prompt = some_tokens(random, CONTEXT - 4, vocab);
+            let sampling = SamplingParams {
+                temperature: [0.0, 1.0][random.below(2)],
+                repetition_penalty: [1.0, 1.2][random.below(2)],
+                seed: Some(random.below(1000) as u64),
+                logprobs: Some(0),
+                ..SamplingParams::default()
+            };
+            Job::Answer { prompt, max_tokens: 1 + random.below(25), sampling }
+        }
+        2 => {
+            let tokens = some_tokens(random, CONTEXT, vocab);
+            let mut picks: Vec<(usize, u32)> =
+                (0..1 + random.below(6)).map(|_| (random.below(tokens.len()), random.below(vocab) as u32)).collect();
+            picks.sort_unstable();
+            Job::Scores { tokens, picks }
+        }
+        _ => {
+            let tokens = some_tokens(random, CONTEXT, vocab);
+            let from = random.below(tokens.len());
+            Job::Logits { tokens, from }
         }
     }
 }
@@ -157,7 +148,7 @@ fn what_a_sequence_gets_is_what_it_gets_alone_whatever_runs_beside_it() {
         let (mut added, mut ended, mut cancelled) = (0, 0, 0);
         while added < 40 || !engine.is_empty() {
             for _ in 0..if added < 40 { random.below(3) } else { 0 } {
-                let job = random.job(vocab);
+                let job = some_job(&mut random, vocab);
                 jobs.insert(model.add(&mut engine, &job), (job, Found::default()));
                 added += 1;
             }
@@ -300,7 +291,7 @@ fn scores_that_share_beginnings_are_those_of_each_sequence_alone() {
     let mut random = Random(11);
     let mut sequences: Vec<Sequence> = (0..60)
         .map(|_| {
-            let tokens = random.tokens(CONTEXT, vocab);
+            let tokens = some_tokens(&mut random, CONTEXT, vocab);
             let first = 1 + random.below(tokens.len());
             Sequence { tokens, first }
         })

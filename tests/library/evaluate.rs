@@ -6,16 +6,15 @@ use std::path::{Path, PathBuf};
 
 use recoup::backend::Backend;
 use recoup::backend::autograd::AutogradBackend;
-use recoup::backend::cpu::{CpuBackend, isa::Isa};
 use recoup::checkpoint::Checkpoint;
 use recoup::evaluate::{EvaluatedModel, ModelText};
 use recoup::formats::kv::KvFormat;
 use recoup::model::Decoder;
 use recoup_eval::{GenerationOptions, LanguageModel as _, Request, Response};
 
-fn project() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
+use crate::smollm2;
+use crate::support::fixtures::cpu;
+use crate::support::{json_lines, project};
 
 struct Loaded<B: Backend> {
     model: Decoder<B>,
@@ -46,10 +45,6 @@ impl<B: Backend> Loaded<B> {
     }
 }
 
-fn cpu(threads: usize) -> CpuBackend {
-    CpuBackend::new(Isa::detect(), threads).unwrap()
-}
-
 /// What lm-evaluation-harness asked and got.
 struct Golden {
     task: String,
@@ -61,9 +56,7 @@ struct Golden {
 }
 
 fn golden(file: &Path) -> Vec<Golden> {
-    let text = std::fs::read_to_string(file).unwrap();
-    let rows = text.lines().map(|line| {
-        let row: serde_json::Value = serde_json::from_str(line).unwrap();
+    let rows = json_lines(file).into_iter().map(|row| {
         let string = |key: &str| row[key].as_str().map(str::to_owned);
         let request = match (string("context"), string("continuation")) {
             (Some(context), Some(continuation)) => Request::LogLikelihood { context, continuation },
@@ -75,7 +68,7 @@ fn golden(file: &Path) -> Vec<Golden> {
                     options: GenerationOptions { until, ..GenerationOptions::default() },
                 }
             }
-            (None, None) => panic!("{line}"),
+            (None, None) => panic!("{row}"),
         };
         Golden {
             task: string("task").unwrap(),
@@ -152,16 +145,10 @@ fn the_plain_reference_gives_the_same_log_likelihoods() {
 /// Needs `RECOUP_SMOLLM2_GGUF`, see CONTRIBUTING.md. `RECOUP_GOLDEN` may name a larger file of the same form.
 #[test]
 fn a_real_model_has_the_log_likelihoods_and_texts_of_lm_evaluation_harness() {
-    let Some(gguf) = std::env::var_os("RECOUP_SMOLLM2_GGUF") else {
-        eprintln!("skipped: set RECOUP_SMOLLM2_GGUF to SmolLM2-135M-Instruct.Q4_1.gguf");
-        return;
-    };
-    let folder = tempfile::tempdir().unwrap();
-    let model = folder.path().join("bf16");
-    recoup::gguf::import(Path::new(&gguf), &model, &mut |_, _, _| {}).unwrap();
+    let Some(models) = smollm2::models() else { return };
     let file = std::env::var_os("RECOUP_GOLDEN").map(PathBuf::from);
     let golden = golden(&file.unwrap_or_else(|| project().join("tests/data/evaluate/smollm2.jsonl")));
-    let worst = compare(&Loaded::open(cpu(0), &model), &golden);
+    let worst = compare(&Loaded::open(cpu(0), &models.bf16), &golden);
     println!("{worst:?}");
     assert!(worst.len() > 13 && worst.values().all(|w| *w < 1e-3), "{worst:?}");
 }

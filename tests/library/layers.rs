@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::support::project;
+
 /// What each layer may use of the others.
 const ALLOWED: [(&str, &[&str]); 15] = [
     ("formats", &[]),
@@ -50,7 +52,7 @@ fn rust_files(folder: &Path, found: &mut Vec<PathBuf>) {
 
 #[test]
 fn every_layer_uses_only_what_lies_below_it() {
-    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let src = project().join("src");
     let mut files = Vec::new();
     rust_files(&src, &mut files);
     let mut seen = 0;
@@ -76,14 +78,14 @@ fn every_layer_uses_only_what_lies_below_it() {
 
 #[test]
 fn the_evaluator_knows_nothing_of_recoup() {
-    let eval = Path::new(env!("CARGO_MANIFEST_DIR")).join("eval");
+    let eval = project().join("eval");
     assert!(!std::fs::read_to_string(eval.join("Cargo.toml")).unwrap().contains("path = \"..\""));
 }
 
 /// std's printing macros panic when nobody reads, which would end the work: the talk goes through `say!` and `outln!`.
 #[test]
 fn nothing_prints_with_a_macro_that_panics() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = project();
     let mut files = Vec::new();
     rust_files(&root.join("src"), &mut files);
     rust_files(&root.join("eval/src"), &mut files);

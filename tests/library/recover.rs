@@ -1,11 +1,8 @@
 //! Training: every gradient against finite differences, a whole step against PyTorch's, and what training may not do.
 
-use std::path::Path;
-
 use candle_core::{Device, Tensor, Var};
 use recoup::backend::autograd::operand::{Precision, WeightGrid};
 use recoup::backend::autograd::{AutogradBackend, Linear, loss};
-use recoup::backend::cpu::{CpuBackend, isa::Isa};
 use recoup::backend::{AttentionShape, Backend, Batch, CacheLayout, LayerCache, PAGE, Rotation, Span};
 use recoup::checkpoint::Checkpoint;
 use recoup::formats::kv::KvFormat;
@@ -16,20 +13,9 @@ use recoup::recover::parameter::Learned;
 use recoup::recover::student::Student;
 use recoup::recover::{block, distill};
 
-use crate::support::fixtures::{Fixture, deviation, logits};
-
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> f32 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as f32 / (1u32 << 30) as f32 - 1.0
-    }
-
-    fn values(&mut self, count: usize) -> Vec<f32> {
-        (0..count).map(|_| self.next()).collect()
-    }
-}
+use crate::support::fixtures::{Fixture, cpu, deviation, logits, own_fixtures};
+use crate::support::project;
+use crate::support::random::Random;
 
 fn tensor(values: &[f32], columns: usize) -> Tensor {
     Tensor::from_slice(values, (values.len() / columns, columns), &Device::Cpu).unwrap()
@@ -332,7 +318,7 @@ fn rows() -> Vec<Row> {
 /// `tests/data/recover/make_training_step.py` says what PyTorch computes here, in f64.
 #[test]
 fn a_training_step_is_that_of_pytorch() {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/recover/training_step.safetensors");
+    let file = project().join("tests/data/recover/training_step.safetensors");
     let bytes = std::fs::read(file).unwrap();
     let golden = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let floats = |name: &str| -> Vec<f32> {
@@ -433,7 +419,7 @@ fn distillation_from_itself_finds_nothing_to_do() {
 #[test]
 fn every_trained_weight_receives_a_gradient() {
     let mut checked = 0;
-    for fixture in crate::support::fixtures::own_fixtures() {
+    for fixture in own_fixtures() {
         let checkpoint = fixture.checkpoint();
         let Ok(mut student) = Student::load(&checkpoint, None, AutogradBackend::new()) else { continue };
         student.train(|_| Learned::weight(true));
@@ -517,7 +503,7 @@ fn the_fake_quant_forward_and_the_packed_forward_agree_after_training() {
         let of = |c: &Checkpoint| c.tensors.peek(scales).unwrap().bytes.to_vec();
         let learned = options.scales && name.contains("nvfp4") && !name.contains("mixed");
         assert_eq!(of(&written) != of(&checkpoint), learned, "{name}: scales");
-        let packed = Decoder::load(CpuBackend::new(Isa::detect(), 0).unwrap(), &written).unwrap();
+        let packed = Decoder::load(cpu(0), &written).unwrap();
         let again = Student::load(&written, None, AutogradBackend::with_precision(Precision::Bf16)).unwrap();
         let tokens = [data.rows[0].0[0].tokens.clone()];
         let trained = logits(&student.decoder, &tokens);

@@ -3,11 +3,14 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use recoup::backend::{Backend, Batch, PAGE, Span};
+use recoup::backend::cpu::{CpuBackend, isa::Isa};
+use recoup::backend::{Backend, BackendError, Batch, PAGE, Span};
 use recoup::checkpoint::Checkpoint;
 use recoup::formats::kv::KvFormat;
 use recoup::formats::linear::ActivationFormat;
 use recoup::model::{Decoder, ModelConfig, Wanted};
+
+use super::project;
 
 /// Frobenius norm of the difference allowed to weight-only and unquantized models, relative to the reference's norm.
 pub const FLOAT_BOUND: f64 = 1e-4;
@@ -18,7 +21,7 @@ pub const FP8_KV_BOUND: f64 = 2e-2;
 
 /// Tests' own fixtures.
 pub fn own_folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+    project().join("tests/fixtures")
 }
 
 /// A checkpoint with reference data.
@@ -87,13 +90,21 @@ pub fn own_fixtures() -> Vec<Fixture> {
     fixtures
 }
 
-/// The repository's fixtures, and the full set of the shared folder: `RECOUP_SHARED`, or `../shared` if that exists.
+/// The folder that holds the full set of fixtures, if it exists: `RECOUP_SHARED`, or `../shared`.
+pub fn shared_folder() -> PathBuf {
+    std::env::var_os("RECOUP_SHARED").map_or_else(|| project().join("../shared"), PathBuf::from)
+}
+
+/// The repository's fixtures, and the full set of the shared folder.
 pub fn all_fixtures() -> Vec<Fixture> {
     let mut fixtures = own_fixtures();
-    let named = std::env::var_os("RECOUP_SHARED").map(PathBuf::from);
-    let shared = named.clone().unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"));
+    let shared = shared_folder();
     let full = find(&shared.join("fixtures"));
-    assert!(named.is_none() || !full.is_empty(), "RECOUP_SHARED = {} holds no fixtures", shared.display());
+    assert!(
+        std::env::var_os("RECOUP_SHARED").is_none() || !full.is_empty(),
+        "RECOUP_SHARED = {} holds no fixtures",
+        shared.display()
+    );
     if full.is_empty() {
         println!("skipped: the full set of fixtures (RECOUP_SHARED is not set and ../shared does not exist)");
     }
@@ -167,6 +178,10 @@ impl<'a, B: Backend> Session<'a, B> {
 
     /// Runs (sequence, tokens already in the cache, new tokens) in one batch; logits of each, [tokens · vocab].
     pub fn forward(&mut self, new: &[(usize, usize, &[u32])]) -> Vec<Vec<f32>> {
+        self.try_forward(new).unwrap()
+    }
+
+    pub fn try_forward(&mut self, new: &[(usize, usize, &[u32])]) -> Result<Vec<Vec<f32>>, BackendError> {
         let span = |&(slot, start, tokens): &(usize, usize, &[u32])| Span {
             start,
             len: tokens.len(),
@@ -174,17 +189,27 @@ impl<'a, B: Backend> Session<'a, B> {
         };
         let batch =
             Batch { tokens: new.iter().flat_map(|n| n.2).copied().collect(), spans: new.iter().map(span).collect() };
-        let logits = self.decoder.forward(&batch, &mut self.cache, Wanted::All).unwrap();
-        let logits = self.decoder.backend().to_host(&logits).unwrap();
+        let logits = self.decoder.forward(&batch, &mut self.cache, Wanted::All)?;
+        let logits = self.decoder.backend().to_host(&logits)?;
         let mut rows = logits.chunks_exact(self.decoder.config.vocab);
-        new.iter().map(|n| rows.by_ref().take(n.2.len()).flatten().copied().collect()).collect()
+        Ok(new.iter().map(|n| rows.by_ref().take(n.2.len()).flatten().copied().collect()).collect())
     }
+}
+
+/// The packed kernels of this machine.
+pub fn cpu(threads: usize) -> CpuBackend {
+    CpuBackend::new(Isa::detect(), threads).unwrap()
 }
 
 /// Logits of all sequences (of one length), computed in one batch: [sequences · tokens · vocab].
 pub fn logits<B: Backend>(decoder: &Decoder<B>, sequences: &[Vec<u32>]) -> Vec<f32> {
     let new: Vec<_> = sequences.iter().enumerate().map(|(i, ids)| (i, 0, &ids[..])).collect();
     Session::new(decoder, sequences.len(), sequences[0].len()).forward(&new).concat()
+}
+
+/// Logits of every token of one sequence, [tokens · vocab].
+pub fn try_logits<B: Backend>(decoder: &Decoder<B>, tokens: &[u32]) -> Result<Vec<f32>, BackendError> {
+    Ok(Session::new(decoder, 1, tokens.len()).try_forward(&[(0, 0, tokens)])?.concat())
 }
 
 /// Logits with a prefill of `prefill` tokens and then one token at a time.

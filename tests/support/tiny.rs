@@ -171,6 +171,23 @@ impl Tiny {
         t.bytes[..4].copy_from_slice(&value.to_le_bytes());
     }
 
+    /// Sets all elements of a BF16 tensor.
+    pub fn fill(&mut self, name: &str, value: f32) {
+        self.fill_with(name, |_| value);
+    }
+
+    /// Sets all elements of a BF16 tensor to ±`value`: every third is negative.
+    pub fn fill_signed(&mut self, name: &str, value: f32) {
+        self.fill_with(name, |i| if i % 3 == 0 { -value } else { value });
+    }
+
+    fn fill_with(&mut self, name: &str, value: impl Fn(usize) -> f32) {
+        for (i, element) in self.tensor(name).bytes.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+            // The upper half of an f32, cut off: BF16's largest numbers stay numbers.
+            *element = ((value(i).to_bits() >> 16) as u16).to_le_bytes();
+        }
+    }
+
     /// The header of a safetensors file with these tensors, in order.
     pub fn header(tensors: &[Tensor]) -> Value {
         let mut header = json!({"__metadata__": {"format": "pt"}});

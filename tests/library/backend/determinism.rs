@@ -1,7 +1,8 @@
 //! The same tokens give the same bits on a CPU, whatever runs beside them, on how many threads, and how; and this version
 //! gives the bits that its number stands for.
 
-use crate::support::fixtures::{Session, all_fixtures, bits, is_full};
+use crate::support::fixtures::{Session, all_fixtures, bits, cpu, is_full};
+use crate::support::project;
 use recoup::backend::NUMERICS_VERSION;
 use recoup::backend::cpu::{CpuBackend, isa::Isa};
 use recoup::checkpoint::Checkpoint;
@@ -111,9 +112,8 @@ const BITS: [(&str, &str); 5] = [
 fn the_version_of_the_numerics_stands_for_these_bits() {
     let mut found = Vec::new();
     for (name, _) in BITS {
-        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(name);
-        let model =
-            Decoder::load(CpuBackend::new(Isa::detect(), 2).unwrap(), &Checkpoint::open(&folder).unwrap()).unwrap();
+        let folder = std::path::project().join("models").join(name);
+        let model = Decoder::load(cpu(2), &Checkpoint::open(&folder).unwrap()).unwrap();
         let mut hash = blake3::Hasher::new();
         for bits in alone(&model, &sequences(model.config.vocab)).into_iter().flatten() {
             hash.update(&bits.to_le_bytes());

@@ -1,6 +1,7 @@
 //! The packed matrix products on random layers: every instruction set gives the scalar bits, and they are right.
 
 use crate::support::fixtures::bits;
+use crate::support::random::Random;
 use proptest::prelude::*;
 use recoup::backend::cpu::{CpuBackend, isa::Isa};
 use recoup::backend::{Backend, BackendError};
@@ -38,39 +39,17 @@ fn activations() -> Vec<ActivationFormat> {
     all
 }
 
-/// A small generator, so that one seed makes a whole layer (splitmix64).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+/// As activations are: mostly small, a few large, some zero.
+fn activation_value(r: &mut Random) -> f32 {
+    match r.below(16) {
+        0 => 0.0,
+        1 => 30.0 * r.uniform(),
+        _ => r.uniform(),
     }
+}
 
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-
-    /// -1..1
-    fn uniform(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
-    }
-
-    /// As activations are: mostly small, a few large, some zero.
-    fn activation(&mut self) -> f32 {
-        match self.below(16) {
-            0 => 0.0,
-            1 => 30.0 * self.uniform(),
-            _ => self.uniform(),
-        }
-    }
-
-    fn positive(&mut self) -> f32 {
-        0.01 + self.uniform().abs()
-    }
+fn positive(r: &mut Random) -> f32 {
+    0.01 + r.uniform().abs()
 }
 
 fn layer(
@@ -99,13 +78,13 @@ fn layer(
             BlockScales::E8m0 { block: 32, codes: (0..count / 32).map(|_| 110 + r.below(30) as u8).collect() }
         }
         Blocks::Grid => {
-            BlockScales::Grid { values: (0..n.div_ceil(128) * k.div_ceil(128)).map(|_| r.positive()).collect() }
+            BlockScales::Grid { values: (0..n.div_ceil(128) * k.div_ceil(128)).map(|_| positive(r)).collect() }
         }
     };
     let output_scale = match r.below(3) {
         0 => OutputScale::One,
-        1 => OutputScale::Tensor(r.positive()),
-        _ => OutputScale::Row((0..n).map(|_| r.positive()).collect()),
+        1 => OutputScale::Tensor(positive(r)),
+        _ => OutputScale::Row((0..n).map(|_| positive(r)).collect()),
     };
     LinearTensors {
         name: "w".into(),
@@ -116,7 +95,7 @@ fn layer(
         block_scales,
         output_scale,
         activation,
-        pre_quant_scale: (r.below(4) == 0).then(|| (0..k).map(|_| r.positive()).collect()),
+        pre_quant_scale: (r.below(4) == 0).then(|| (0..k).map(|_| positive(r)).collect()),
         bias: (r.below(2) == 0).then(|| (0..n).map(|_| r.uniform()).collect()),
     }
 }
@@ -157,7 +136,7 @@ fn check(
     };
     let k = k.next_multiple_of(unit);
     let t = layer(&mut r, n, k, weight, activation);
-    let x: Vec<f32> = (0..m * k).map(|_| r.activation()).collect();
+    let x: Vec<f32> = (0..m * k).map(|_| activation_value(&mut r)).collect();
     let mut scalar = Vec::new();
     for isa in Isa::available() {
         let backend = CpuBackend::new(isa, 1).unwrap();

@@ -3,22 +3,18 @@
 
 use std::path::Path;
 
-use crate::support::fixtures::{FP8_KV_BOUND, Fixture, bits, deviation, own_folder};
+use crate::support::command;
+use crate::support::fixtures::{self, FP8_KV_BOUND, Fixture, bits, cpu, deviation, shared_folder};
 use crate::support::tiny::{FILE, Format, INDEX, Tiny};
-use recoup::backend::cpu::{CpuBackend, isa::Isa};
 use recoup::checkpoint::Checkpoint;
 use recoup::model::{Decoder, ModelConfig, consistency};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-fn backend() -> CpuBackend {
-    CpuBackend::new(Isa::detect(), 1).unwrap()
-}
-
 fn logits(folder: &Path, sequences: &[Vec<u32>]) -> Result<Vec<f32>, String> {
     let checkpoint = Checkpoint::open(folder).map_err(|e| e.to_string())?;
-    let decoder = Decoder::load(backend(), &checkpoint).map_err(|e| e.to_string())?;
-    Ok(crate::support::fixtures::logits(&decoder, sequences))
+    let decoder = Decoder::load(cpu(1), &checkpoint).map_err(|e| e.to_string())?;
+    Ok(fixtures::logits(&decoder, sequences))
 }
 
 /// Bits of the logits of a few tokens.
@@ -475,7 +471,7 @@ fn a_checkpoint_may_quantize_its_kv_cache_only() {
 #[test]
 fn a_quantized_kv_cache_alone_is_taken_away_by_convert_and_refused_by_quantize() {
     let recoup = |args: &[&str]| {
-        let run = std::process::Command::new(env!("CARGO_BIN_EXE_recoup")).args(args).output().unwrap();
+        let run = command::run(args);
         (run.status.success(), String::from_utf8(run.stderr).unwrap())
     };
     for names in [NESTED, FLAT] {
@@ -524,8 +520,7 @@ fn an_fp8_cache_without_any_scale_has_scales_of_one_and_says_so() {
 
 #[test]
 fn modelopts_cast_of_the_kv_cache_gives_the_logits_it_gives_when_deployed() {
-    let shared = std::env::var_os("RECOUP_SHARED").map_or_else(|| own_folder().join("../../../shared"), Into::into);
-    let folder = shared.join("fixtures-models/modelopt/llama/nvfp4_kv_cast");
+    let folder = shared_folder().join("fixtures-models/modelopt/llama/nvfp4_kv_cast");
     if !folder.is_dir() {
         println!("skipped: {} does not exist", folder.display());
         return;

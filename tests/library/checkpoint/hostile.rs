@@ -3,12 +3,11 @@
 
 use std::path::Path;
 
+use crate::support::fixtures::try_logits;
 use crate::support::tiny::{FILE, Format, INDEX, SMALL, Size, Tiny};
 use recoup::backend::cpu::{CpuBackend, isa::Isa};
-use recoup::backend::{Backend, Batch, PAGE, Span};
 use recoup::checkpoint::Checkpoint;
-use recoup::formats::kv::KvFormat;
-use recoup::model::{Decoder, Wanted};
+use recoup::model::Decoder;
 use serde_json::json;
 
 const Q: &str = "model.layers.0.self_attn.q_proj";
@@ -23,11 +22,7 @@ fn load_on(isa: Isa, folder: &Path) -> Result<Vec<f32>, String> {
     let checkpoint = Checkpoint::open(folder).map_err(|e| e.to_string())?;
     let backend = CpuBackend::new(isa, 1).unwrap();
     let decoder = Decoder::load(backend, &checkpoint).map_err(|e| e.to_string())?;
-    let tokens = vec![3, 1, 4, 1, 5];
-    let spans = vec![Span { start: 0, len: tokens.len(), pages: vec![0] }];
-    let mut cache = decoder.new_cache(PAGE, KvFormat::F32).unwrap();
-    let logits = decoder.forward(&Batch { tokens, spans }, &mut cache, Wanted::All).unwrap();
-    Ok(decoder.backend().to_host(&logits).unwrap())
+    Ok(try_logits(&decoder, &[3, 1, 4, 1, 5]).unwrap())
 }
 
 /// The message with which a folder is refused; it must hold all of `needles`. What loops or allocates without bound never

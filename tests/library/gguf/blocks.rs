@@ -2,7 +2,8 @@
 
 use half::{bf16, f16};
 
-use crate::support::gguf::{Model, Noise, Sizes, f32_bytes, import, tensors};
+use crate::support::gguf::{Model, Sizes, f32_bytes, import, tensors};
+use crate::support::random::Random;
 
 /// One block's bytes to its values.
 type Decoder = fn(&[u8]) -> Vec<f32>;
@@ -115,11 +116,11 @@ fn q6_k(b: &[u8]) -> Vec<f32> {
 }
 
 /// Random blocks whose half-precision fields, at `halves`, are finite and of both signs.
-fn random_blocks(noise: &mut Noise, count: usize, bytes: usize, halves: &[usize]) -> Vec<u8> {
+fn random_blocks(noise: &mut Random, count: usize, bytes: usize, halves: &[usize]) -> Vec<u8> {
     let mut data: Vec<u8> = (0..count * bytes).map(|_| (noise.next() >> 32) as u8).collect();
     for block in data.chunks_mut(bytes) {
         for &at in halves {
-            block[at..at + 2].copy_from_slice(&f16::from_f32(noise.float() * 0.1).to_le_bytes());
+            block[at..at + 2].copy_from_slice(&f16::from_f32(noise.uniform() * 0.1).to_le_bytes());
         }
     }
     data
@@ -145,11 +146,11 @@ fn every_block_type_decodes_as_an_independent_decoder_says() {
         (14, "Q6_K", 256, 210, &[208], q6_k),
     ];
     let mut model = Model::new("llama", sizes, false, true);
-    let mut noise = Noise(17);
+    let mut noise = Random(17);
     for (tag, name, elements, bytes, halves, decode) in cases {
         let data = match name {
             // Random bits would hold NaN.
-            "F32" => f32_bytes(&noise.floats(N * N)),
+            "F32" => f32_bytes(&noise.values(N * N)),
             _ => random_blocks(&mut noise, N * N / elements, bytes, halves),
         };
         let expected: Vec<bf16> = data.chunks(bytes).flat_map(decode).map(bf16::from_f32).collect();
@@ -171,7 +172,7 @@ fn quantized_query_rows_are_moved_as_whole_rows_of_blocks() {
     const N: usize = 64;
     let sizes = Sizes { layers: 1, hidden: N, ffn: N, heads: 4, kv_heads: 2, head_dim: 8, experts: 0 };
     let mut model = Model::new("llama", sizes, false, true);
-    let data = random_blocks(&mut Noise(3), 32 * N / 32, 34, &[0]);
+    let data = random_blocks(&mut Random(3), 32 * N / 32, 34, &[0]);
     let rows: Vec<Vec<f32>> = data.chunks(2 * 34).map(|row| row.chunks(34).flat_map(q8_0).collect()).collect();
     let tensor = model.file.tensor("blk.0.attn_q.weight");
     (tensor.tag, tensor.data) = (8, data);

@@ -2,8 +2,9 @@
 
 use recoup::gguf::GgufError;
 
-use crate::support::gguf::writer::{Gguf, Meta};
-use crate::support::gguf::{Model, Noise, Sizes, TINY, import, import_bytes};
+use crate::support::gguf::writer::{Gguf, Meta, Tensor};
+use crate::support::gguf::{Model, Sizes, TINY, import, import_bytes};
+use crate::support::random::Random;
 
 fn tiny() -> Gguf {
     Model::new("llama", TINY, false, true).file
@@ -36,18 +37,18 @@ fn a_file_cut_off_anywhere_is_refused() {
 #[test]
 fn corrupted_bytes_never_panic() {
     let bytes = tiny().bytes();
-    let mut noise = Noise(99);
+    let mut noise = Random(99);
     let mut refused = 0;
     for _ in 0..500 {
         let mut bytes = bytes.clone();
-        for _ in 0..1 + noise.next() % 4 {
+        for _ in 0..1 + noise.below(4) {
             // The header is what steers; it is the first 9 kB.
-            let at = (noise.next() >> 20) as usize % 9000;
-            if noise.next().is_multiple_of(2) {
-                bytes[at] = (noise.next() >> 40) as u8;
+            let at = noise.below(9000);
+            if noise.below(2) == 0 {
+                bytes[at] = noise.next() as u8;
             } else {
                 let extremes = [0, 1, 31, 1 << 24, u64::from(u32::MAX), 1 << 32, 1 << 60, 1 << 63, u64::MAX];
-                let value = extremes[(noise.next() >> 33) as usize % extremes.len()];
+                let value = extremes[noise.below(extremes.len())];
                 bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
             }
         }

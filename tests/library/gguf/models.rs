@@ -6,7 +6,8 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::support::gguf::writer::{Gguf, Meta};
-use crate::support::gguf::{Model, Sizes, TINY, f32_bytes, import, path_from, tensors};
+use crate::support::gguf::{Model, Sizes, TINY, f32_bytes, import, tensors};
+use crate::support::path_from;
 
 fn assert_tensors(model: &Model) -> crate::support::gguf::Imported {
     let imported = import(&model.file);
@@ -264,9 +265,7 @@ fn smollm2_equals_a_conversion_by_other_tools_bit_for_bit() {
         let differs = values.iter().zip(&ours[name].1).position(|(a, b)| a.to_bits() != b.to_bits());
         assert_eq!(differs, None, "{name}");
     }
-    let read = |folder: &std::path::Path| -> serde_json::Value {
-        serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap()
-    };
+    let read = |folder: &std::path::Path| crate::support::json(&folder.join("config.json"));
     let (ours, theirs) = (read(&out), read(&reference));
     for key in [
         "architectures",

@@ -8,8 +8,9 @@ use serde_json::{Value as Json, json};
 use tempfile::TempDir;
 use tokenizers::Tokenizer;
 
+use crate::support::gguf::byte_tokenizer;
 use crate::support::gguf::writer::{Gguf, Meta};
-use crate::support::gguf::{byte_tokenizer, path_from};
+use crate::support::path_from;
 
 fn files(file: &Gguf) -> TokenizerFiles {
     let folder = TempDir::new().unwrap();

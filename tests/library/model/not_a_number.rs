@@ -1,16 +1,15 @@
 //! A model that computes what is no number is stopped, by every engine, with the first module that did: nothing is scored,
 //! chosen or calibrated from it.
 
-use std::path::Path;
-
+use crate::support::fixtures::{cpu, try_logits};
+use crate::support::project;
 use crate::support::tiny::{Format, Tiny};
 use recoup::backend::autograd::AutogradBackend;
-use recoup::backend::cpu::{CpuBackend, isa::Isa};
-use recoup::backend::{Backend, BackendError, Batch, PAGE, Span};
+use recoup::backend::{Backend, BackendError};
 use recoup::checkpoint::Checkpoint;
 use recoup::engine::{Engine, Limits, Request, Sequence, score_all};
 use recoup::formats::kv::KvFormat;
-use recoup::model::{Decoder, Wanted};
+use recoup::model::Decoder;
 use recoup::quantize::calibrate::calibrate;
 use recoup::text::Tokenizer;
 use tempfile::TempDir;
@@ -26,24 +25,8 @@ fn written(format: Format, change: impl FnOnce(&mut Tiny)) -> (TempDir, Checkpoi
     (folder, checkpoint)
 }
 
-/// All elements of a BF16 tensor set to ±`value`, of alternating sign.
-fn fill(t: &mut Tiny, name: &str, value: f32) {
-    let bits = (value.to_bits() >> 16) as u16;
-    for (i, b) in t.tensor(name).bytes.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-        *b = (bits | if i % 3 == 0 { 0x8000 } else { 0 }).to_le_bytes();
-    }
-}
-
 fn forward<B: Backend>(backend: B, checkpoint: &Checkpoint) -> Result<Vec<f32>, BackendError> {
-    let decoder = Decoder::load(backend, checkpoint).unwrap();
-    let mut cache = decoder.new_cache(PAGE, KvFormat::F32).unwrap();
-    let spans = vec![Span { start: 0, len: TOKENS.len(), pages: vec![0] }];
-    let logits = decoder.forward(&Batch { tokens: TOKENS.into(), spans }, &mut cache, Wanted::Last)?;
-    decoder.backend().to_host(&logits)
-}
-
-fn cpu() -> CpuBackend {
-    CpuBackend::new(Isa::detect(), 1).unwrap()
+    try_logits(&Decoder::load(backend, checkpoint).unwrap(), &TOKENS)
 }
 
 /// Where the numbers end, as the packed kernels and the reference say.
@@ -56,7 +39,7 @@ fn places(checkpoint: &Checkpoint) -> [String; 2] {
         }
         other => panic!("{other:?}"),
     };
-    [place(forward(cpu(), checkpoint)), place(forward(AutogradBackend::new(), checkpoint))]
+    [place(forward(cpu(1), checkpoint)), place(forward(AutogradBackend::new(), checkpoint))]
 }
 
 #[test]
@@ -71,7 +54,7 @@ fn the_first_module_that_overflows_is_named_wherever_it_stands() {
         ("model.norm", "what enters `lm_head`"),
         ("lm_head", "what comes out of `lm_head`"),
     ] {
-        let (_folder, checkpoint) = written(Format::Bf16, |t| fill(t, &format!("{tensor}.weight"), 3.3e38));
+        let (_folder, checkpoint) = written(Format::Bf16, |t| t.fill_signed(&format!("{tensor}.weight"), 3.3e38));
         assert_eq!(places(&checkpoint), [expected; 2], "{tensor}");
     }
 }
@@ -90,20 +73,20 @@ fn four_bit_and_eight_bit_inputs_do_not_swallow_what_is_no_number() {
 
 #[test]
 fn scoring_generation_and_calibration_end_with_the_module() {
-    let (_folder, checkpoint) = written(Format::Bf16, |t| fill(t, "model.layers.1.mlp.down_proj.weight", 3.3e38));
+    let (_folder, checkpoint) = written(Format::Bf16, |t| t.fill_signed("model.layers.1.mlp.down_proj.weight", 3.3e38));
     let expected = "`model.layers.1.mlp.down_proj`";
-    let model = Decoder::load(cpu(), &checkpoint).unwrap();
+    let model = Decoder::load(cpu(1), &checkpoint).unwrap();
     let engine = || Engine::new(&model, Limits::new(64, 1), KvFormat::F32).unwrap();
     let sequence = Sequence { tokens: TOKENS.into(), first: 2 };
     let scored = score_all(&mut engine(), &[sequence], &mut |_, s| panic!("scored {s:?}"));
     let error = scored.unwrap_err().to_string();
     assert!(error.contains(expected), "{error}");
-    let tokenizer = Tokenizer::from_folder(&Path::new(env!("CARGO_MANIFEST_DIR")).join("models/books-bf16")).unwrap();
+    let tokenizer = Tokenizer::from_folder(&project().join("models/books-bf16")).unwrap();
     let mut engine = engine();
     engine.generate(&tokenizer, Request { prompt: TOKENS.into(), max_tokens: 1, ..Request::default() }).unwrap();
     let error = engine.step().unwrap_err().to_string();
     assert!(error.contains(expected), "{error}");
-    let error = calibrate(&checkpoint, cpu(), &[TOKENS.into()], "", &mut |_, _| {}).unwrap_err().to_string();
+    let error = calibrate(&checkpoint, cpu(1), &[TOKENS.into()], "", &mut |_, _| {}).unwrap_err().to_string();
     assert!(error.contains(expected) && error.contains("no number"), "{error}");
 }
 
@@ -111,6 +94,6 @@ fn scoring_generation_and_calibration_end_with_the_module() {
 fn what_is_not_broken_computes_numbers_in_every_format() {
     for format in Format::ALL {
         let (_folder, checkpoint) = written(format, |_| {});
-        assert!(forward(cpu(), &checkpoint).unwrap().iter().all(|v| v.is_finite()), "{format:?}");
+        assert!(forward(cpu(1), &checkpoint).unwrap().iter().all(|v| v.is_finite()), "{format:?}");
     }
 }

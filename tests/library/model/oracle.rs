@@ -3,13 +3,12 @@
 use std::collections::HashMap;
 
 use crate::support::fixtures::{
-    FLOAT_BOUND, Fixture, Report, bits, deviation, incremental_logits, logits, own_fixtures,
+    FLOAT_BOUND, Fixture, Report, bits, cpu, deviation, incremental_logits, logits, own_fixtures,
 };
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::{llama, mistral, qwen2, qwen3, qwen3_moe};
 use recoup::backend::autograd::AutogradBackend;
-use recoup::backend::cpu::{CpuBackend, isa::Isa};
 use recoup::backend::observe::{Observed, Observer};
 use recoup::backend::{AttentionShape, Backend, Batch, CacheLayout, LayerCache, PAGE, Rotation, Span};
 use recoup::formats::kv::KvFormat;
@@ -66,7 +65,7 @@ fn every_prefix(ids: &[Vec<u32>], mut last: impl FnMut(&Tensor) -> candle_core::
 fn agree(fixture: &Fixture, oracle: &[f32]) {
     let ids = fixture.input_ids();
     let autograd = logits(&fixture.load(AutogradBackend::new()), &ids);
-    let cpu = logits(&fixture.load(CpuBackend::new(Isa::detect(), 2).unwrap()), &ids);
+    let packed = logits(&fixture.load(cpu(2)), &ids);
     let mut report = Report::default();
     let name = &fixture.name;
     report.check(
@@ -75,8 +74,8 @@ fn agree(fixture: &Fixture, oracle: &[f32]) {
         FLOAT_BOUND,
     );
     report.check(&format!("{name}: autograd, candle-transformers"), deviation(&autograd, oracle), FLOAT_BOUND);
-    report.check(&format!("{name}: cpu, candle-transformers"), deviation(&cpu, oracle), FLOAT_BOUND);
-    report.check(&format!("{name}: cpu, autograd"), deviation(&cpu, &autograd), FLOAT_BOUND);
+    report.check(&format!("{name}: cpu, candle-transformers"), deviation(&packed, oracle), FLOAT_BOUND);
+    report.check(&format!("{name}: cpu, autograd"), deviation(&packed, &autograd), FLOAT_BOUND);
     report.finish();
 }
 
@@ -224,7 +223,7 @@ fn quantized(linear: &LinearTensors<'_>, x: &[f32]) -> Vec<f32> {
 #[test]
 fn the_cpu_backend_decodes_through_its_cache_to_the_bits_of_the_full_pass() {
     for fixture in own_fixtures() {
-        let (model, ids) = (fixture.load(CpuBackend::new(Isa::detect(), 2).unwrap()), fixture.input_ids());
+        let (model, ids) = (fixture.load(cpu(2)), fixture.input_ids());
         let (whole, parts) = (logits(&model, &ids), incremental_logits(&model, &ids, PREFILL));
         assert!(bits(&whole) == bits(&parts), "{}", fixture.name);
     }
@@ -260,7 +259,7 @@ fn attend<B: Backend>(backend: &B, shape: &AttentionShape) -> Vec<f32> {
 
 #[test]
 fn both_backends_attend_alike_whichever_rotation_turns_them() {
-    let cpu = CpuBackend::new(Isa::detect(), 2).unwrap();
+    let cpu = cpu(2);
     let mut seen: Vec<Vec<u32>> = Vec::new();
     for rope in [None, Some(0), Some(1)] {
         for window in [None, Some(5)] {
@@ -308,7 +307,7 @@ fn what_is_read_off_logits_is_the_same_on_both_backends() {
             scores.iter().map(|s| (u32::from(s.is_greedy), s.log_prob)).collect(),
         )
     }
-    let cpu = read(&CpuBackend::new(Isa::detect(), 2).unwrap(), (&a, &b), &targets, &draws);
+    let cpu = read(&cpu(2), (&a, &b), &targets, &draws);
     let plain = read(&AutogradBackend::new(), (&a, &b), &targets, &draws);
     assert_eq!((&cpu.0, &cpu.1), (&plain.0, &plain.1));
     assert!(cpu.0.matches("Ok(").count() == rows && cpu.1.matches("kl").count() == rows, "{cpu:?}");

@@ -3,24 +3,12 @@
 
 use std::path::Path;
 
+use crate::support::fixtures::{cpu, try_logits};
 use crate::support::tiny::{Format, SMALL, Size, Tiny};
-use recoup::backend::cpu::{CpuBackend, isa::Isa};
-use recoup::backend::{Backend, Batch, PAGE, Span};
 use recoup::checkpoint::Checkpoint;
 use recoup::checkpoint::dialect::Dialect;
-use recoup::formats::kv::KvFormat;
-use recoup::model::{Decoder, Wanted};
+use recoup::model::Decoder;
 use recoup::quantize::{CalibrationText, Places, Recipe, Report, apply};
-
-fn backend() -> CpuBackend {
-    CpuBackend::new(Isa::detect(), 1).unwrap()
-}
-
-/// All elements of a BF16 tensor set to `value`.
-fn fill(t: &mut Tiny, name: &str, value: f32) {
-    let bits = (value.to_bits() >> 16) as u16;
-    t.tensor(name).bytes.as_chunks_mut::<2>().0.iter_mut().for_each(|b| *b = bits.to_le_bytes());
-}
 
 /// A model whose widths every block divides.
 fn model() -> Tiny {
@@ -36,16 +24,13 @@ fn quantized(t: &Tiny, recipe: &str, dialect: Dialect, folder: &Path) -> Result<
     let text = CalibrationText { sequences, description: "test".into() };
     let places = Places { out: &folder.join("out"), unrounded: None, measured: None };
     let recipe = Recipe::find(recipe).unwrap();
-    apply(&checkpoint, &backend(), &text, &recipe, dialect, places, &mut |_, _, _| {}).map_err(|e| e.to_string())
+    apply(&checkpoint, &cpu(1), &text, &recipe, dialect, places, &mut |_, _, _| {}).map_err(|e| e.to_string())
 }
 
 /// Loads what was written, which refuses any scale that is not positive and finite, and computes with it.
 fn logits(folder: &Path) -> Vec<f32> {
-    let model = Decoder::load(backend(), &Checkpoint::open(&folder.join("out")).unwrap()).unwrap();
-    let mut cache = model.new_cache(PAGE, KvFormat::F32).unwrap();
-    let spans = vec![Span { start: 0, len: 3, pages: vec![0] }];
-    let out = model.forward(&Batch { tokens: vec![1, 2, 3], spans }, &mut cache, Wanted::Last).unwrap();
-    model.backend().to_host(&out).unwrap()
+    let model = Decoder::load(cpu(1), &Checkpoint::open(&folder.join("out")).unwrap()).unwrap();
+    try_logits(&model, &[1, 2, 3]).unwrap()
 }
 
 const DEAD: [(&str, &str); 4] = [
@@ -79,7 +64,7 @@ fn every_recipe_quantizes_a_model_with_a_dead_place_and_says_why_it_is_dead() {
     ] {
         for (zeros, reader) in DEAD {
             let mut t = model();
-            fill(&mut t, zeros, 0.0);
+            t.fill(zeros, 0.0);
             let folder = tempfile::tempdir().unwrap();
             let report = quantized(&t, recipe, Dialect::ModelOpt, folder.path())
                 .unwrap_or_else(|e| panic!("{recipe}, {zeros}: {e}"));
@@ -102,7 +87,7 @@ fn every_recipe_quantizes_a_model_with_a_dead_place_and_says_why_it_is_dead() {
 fn the_other_dialect_has_a_divisor_for_a_dead_place() {
     for recipe in ["nvfp4", "fp8", "nvfp4_gptq"] {
         let mut t = model();
-        fill(&mut t, DEAD[0].0, 0.0);
+        t.fill(DEAD[0].0, 0.0);
         let folder = tempfile::tempdir().unwrap();
         quantized(&t, recipe, Dialect::CompressedTensors, folder.path()).unwrap();
         assert!(logits(folder.path()).iter().all(|v| v.is_finite()), "{recipe}");
@@ -112,7 +97,7 @@ fn the_other_dialect_has_a_divisor_for_a_dead_place() {
 #[test]
 fn a_cache_of_values_that_are_always_zero_has_a_scale() {
     let mut t = model();
-    fill(&mut t, "model.layers.0.self_attn.v_proj.weight", 0.0);
+    t.fill("model.layers.0.self_attn.v_proj.weight", 0.0);
     let folder = tempfile::tempdir().unwrap();
     let report = quantized(&t, "fp8_kv_fp8", Dialect::ModelOpt, folder.path()).unwrap();
     let checkpoint = Checkpoint::open(&folder.path().join("out")).unwrap();
@@ -127,7 +112,7 @@ fn weights_too_small_for_a_scale_become_zeros_with_a_note() {
         for dialect in [Dialect::ModelOpt, Dialect::CompressedTensors] {
             for recipe in ["nvfp4", "fp8", "nvfp4_gptq"] {
                 let mut t = model();
-                fill(&mut t, "model.layers.1.mlp.up_proj.weight", value);
+                t.fill("model.layers.1.mlp.up_proj.weight", value);
                 let folder = tempfile::tempdir().unwrap();
                 let report = quantized(&t, recipe, dialect, folder.path()).unwrap();
                 assert!(logits(folder.path()).iter().all(|v| v.is_finite()), "{recipe}, {value}");
@@ -141,7 +126,7 @@ fn weights_too_small_for_a_scale_become_zeros_with_a_note() {
 #[test]
 fn an_overflow_is_called_one_and_not_a_lack_of_text() {
     let mut t = model();
-    fill(&mut t, "model.layers.1.mlp.down_proj.weight", 3e38);
+    t.fill("model.layers.1.mlp.down_proj.weight", 3e38);
     for recipe in ["nvfp4", "nvfp4_best", "fp8"] {
         let folder = tempfile::tempdir().unwrap();
         let error = quantized(&t, recipe, Dialect::ModelOpt, folder.path()).unwrap_err();
@@ -152,7 +137,7 @@ fn an_overflow_is_called_one_and_not_a_lack_of_text() {
 #[test]
 fn a_tensor_that_is_only_copied_is_refused_where_it_holds_what_is_no_number() {
     let mut t = model();
-    fill(&mut t, "model.layers.1.input_layernorm.weight", f32::INFINITY);
+    t.fill("model.layers.1.input_layernorm.weight", f32::INFINITY);
     let folder = tempfile::tempdir().unwrap();
     let error = quantized(&t, "fp8_pc_pt", Dialect::ModelOpt, folder.path()).unwrap_err();
     assert!(error.contains("model.layers.1.input_layernorm.weight") && error.contains("NaN or infinite"), "{error}");

@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
-use crate::support::fixtures::{all_fixtures, deviation, is_full, own_folder};
-use recoup::backend::cpu::{CpuBackend, isa::Isa};
+use crate::support::command::{BF16, Folder, NVFP4, shown_json, succeed};
+use crate::support::fixtures::{all_fixtures, cpu, deviation, is_full, own_folder, try_logits};
+use crate::support::project;
 use recoup::checkpoint::dialect::Dialect;
 use recoup::checkpoint::tensors::TensorStore;
 use recoup::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES};
@@ -19,13 +20,9 @@ use recoup::quantize::rotate::rotate;
 use recoup::quantize::{CalibrationText, Places, QuantizeError, Recipe, Scheme, apply, quantize, smooth};
 use serde_json::Value;
 
-fn backend() -> CpuBackend {
-    CpuBackend::new(Isa::detect(), 2).unwrap()
-}
-
 fn calibrated(source: &Checkpoint) -> Calibration {
     let tokens: Vec<Vec<u32>> = (0..4).map(|s| (0..64).map(|i| (i * 37 + s * 101) % 384).collect()).collect();
-    calibrate(source, backend(), &tokens, "test", &mut |_, _| {}).unwrap()
+    calibrate(source, cpu(2), &tokens, "test", &mut |_, _| {}).unwrap()
 }
 
 /// Recipes, and the names of the tools' exports that they equal.
@@ -117,7 +114,7 @@ fn compare(source: &Path, recipe: &Recipe, dialect: Dialect, theirs: &Path) {
     assert!(wrong.is_empty(), "{at}: {} of {weights} differ: {:?}", wrong.len(), &wrong[..wrong.len().min(4)]);
     assert!(weights >= 14);
     assert_eq!(stated(&out), stated(theirs), "{at}");
-    Decoder::load(backend(), &ours).unwrap();
+    Decoder::load(cpu(2), &ours).unwrap();
 }
 
 /// Every export of `dialect`'s tool whose BF16 form is at hand: the repository's own, and the full set where it is.
@@ -151,16 +148,10 @@ fn the_compressed_tensors_dialect_equals_llm_compressors_own_exports() {
 
 #[test]
 fn the_shipped_nvfp4_model_is_what_quantizing_the_shipped_bf16_model_gives() {
-    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
-    let folder = tempfile::tempdir().unwrap();
-    let out = folder.path().join("books-nvfp4");
-    let status = std::process::Command::new(env!("CARGO_BIN_EXE_recoup"))
-        .args(["quantize".as_ref(), models.join("books-bf16").as_os_str(), "-o".as_ref(), out.as_os_str()])
-        .args(["--recipe", "nvfp4"])
-        .status()
-        .unwrap();
-    assert!(status.success());
-    let (ours, shipped) = (TensorStore::open(&out).unwrap(), TensorStore::open(&models.join("books-nvfp4")).unwrap());
+    let folder = Folder::new();
+    succeed(&["quantize", BF16, "-o", &folder.name("out"), "--recipe", "nvfp4"]);
+    let ours = TensorStore::open(&folder.at("out")).unwrap();
+    let shipped = TensorStore::open(&project().join(NVFP4)).unwrap();
     assert!(ours.names().eq(shipped.names()));
     for name in shipped.names() {
         assert!(ours.peek(name).unwrap().bytes == shipped.peek(name).unwrap().bytes, "{name}");
@@ -176,34 +167,25 @@ fn what_cannot_be_quantized_is_refused_by_name_and_leaves_nothing_behind() {
 
     let mut unreached = good.clone();
     unreached.amax.retain(|m, _| !m.contains("layers.1.mlp.down_proj"));
-    let e = quantize(
-        &source,
-        &unreached,
-        &Recipe::uniform(Scheme::Nvfp4),
-        Dialect::ModelOpt,
-        &Default::default(),
-        None,
-        &out,
-    )
-    .unwrap_err();
+    let nvfp4 = |source: &Checkpoint, calibration: &Calibration| {
+        let recipe = Recipe::uniform(Scheme::Nvfp4);
+        quantize(source, calibration, &recipe, Dialect::ModelOpt, &Default::default(), None, &out).unwrap_err()
+    };
+    let e = nvfp4(&source, &unreached);
     assert!(e.to_string().contains("model.layers.1.mlp.down_proj"), "{e}");
 
     let already = Checkpoint::open(&own_folder().join("compressed-tensors/llama/fp8_dynamic")).unwrap();
-    let e =
-        quantize(&already, &good, &Recipe::uniform(Scheme::Nvfp4), Dialect::ModelOpt, &Default::default(), None, &out)
-            .unwrap_err();
+    let e = nvfp4(&already, &good);
     assert!(e.to_string().contains("F8_E4M3") && e.to_string().contains("q_proj"), "{e}");
 
-    let e = calibrate(&source, backend(), &[], "test", &mut |_, _| {}).unwrap_err();
+    let e = calibrate(&source, cpu(2), &[], "test", &mut |_, _| {}).unwrap_err();
     assert!(matches!(e, QuantizeError::Calibration(_)), "{e}");
-    let e = calibrate(&source, backend(), &[vec![384]], "test", &mut |_, _| {}).unwrap_err();
+    let e = calibrate(&source, cpu(2), &[vec![384]], "test", &mut |_, _| {}).unwrap_err();
     assert!(e.to_string().contains("384"), "{e}");
 
     std::fs::create_dir(&out).unwrap();
     std::fs::write(out.join("precious"), "x").unwrap();
-    let e =
-        quantize(&source, &good, &Recipe::uniform(Scheme::Nvfp4), Dialect::ModelOpt, &Default::default(), None, &out)
-            .unwrap_err();
+    let e = nvfp4(&source, &good);
     assert!(e.to_string().contains("not empty"), "{e}");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "a partial folder was left behind");
 }
@@ -211,8 +193,8 @@ fn what_cannot_be_quantized_is_refused_by_name_and_leaves_nothing_behind() {
 /// Logits of a fixture's model on its reference's tokens.
 fn logits(folder: &Path) -> Vec<f32> {
     let checkpoint = Checkpoint::open(folder).unwrap();
-    let model = Decoder::load(backend(), &checkpoint).unwrap();
-    crate::support::fixtures::logits(&model, &[(0..48u32).map(|i| (i * 31 + 7) % 384).collect()])
+    let model = Decoder::load(cpu(2), &checkpoint).unwrap();
+    try_logits(&model, &(0..48u32).map(|i| (i * 31 + 7) % 384).collect::<Vec<_>>()).unwrap()
 }
 
 fn text() -> CalibrationText {
@@ -228,7 +210,7 @@ fn smoothing_changes_no_bit_of_what_the_unquantized_model_computes() {
         let mut errors = Vec::new();
         for form in [Smooth::PowerOfTwo, Smooth::PowerOfTwoChannels] {
             let scheme = |_: &Module| Scheme::Nvfp4;
-            let found = smooth::choose(&source, &backend(), &text().sequences, form, &scheme, &mut |_, _| {}).unwrap();
+            let found = smooth::choose(&source, &cpu(2), &text().sequences, form, &scheme, &mut |_, _| {}).unwrap();
             let chosen = found.chosen.iter().filter(|(_, strength, _)| strength.is_some()).count();
             assert!(chosen > 0 && found.chosen.iter().all(|(_, _, share)| *share <= 1.0), "{}", fixture.name);
             errors.push(found.chosen.iter().map(|(_, _, share)| share).sum::<f64>());
@@ -269,7 +251,7 @@ fn exact_factors_and_rotations_change_the_unquantized_model_by_rounding_only() {
         for form in [Smooth::Awq, Smooth::Smoothquant] {
             let name = format!("{form:?}");
             let scheme = |_: &Module| Scheme::Nvfp4;
-            let found = smooth::choose(&source, &backend(), &text().sequences, form, &scheme, &mut |_, _| {}).unwrap();
+            let found = smooth::choose(&source, &cpu(2), &text().sequences, form, &scheme, &mut |_, _| {}).unwrap();
             assert!(found.chosen.iter().any(|(_, strength, _)| strength.is_some()), "{}: {name}", fixture.name);
             found.write(&source, &at(&name)).unwrap();
             assert!(apart(&name) < 1e-5, "{}, {name}: {:.1e}", fixture.name, apart(&name));
@@ -301,7 +283,7 @@ fn the_best_recipe_runs_on_every_architecture_and_both_dialects_and_leaves_no_sc
             let source = fixture.checkpoint();
             apply(
                 &source,
-                &backend(),
+                &cpu(2),
                 &text(),
                 recipe,
                 dialect,
@@ -310,7 +292,7 @@ fn the_best_recipe_runs_on_every_architecture_and_both_dialects_and_leaves_no_sc
             )
             .unwrap();
             let ours = Checkpoint::open(&out).unwrap();
-            Decoder::load(backend(), &ours).unwrap();
+            Decoder::load(cpu(2), &ours).unwrap();
             assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "{}", fixture.name);
         }
     }
@@ -319,37 +301,12 @@ fn the_best_recipe_runs_on_every_architecture_and_both_dialects_and_leaves_no_sc
 /// A trained model: on text that calibration has not seen.
 #[test]
 fn the_best_recipe_loses_less_than_the_largest_values_scales() {
-    let folder = tempfile::tempdir().unwrap();
-    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    let recoup = |args: &[&str]| {
-        let out = std::process::Command::new(env!("CARGO_BIN_EXE_recoup"))
-            .args(args)
-            .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .output()
-            .unwrap();
-        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-        out.stdout
-    };
-    let best = at("best");
-    recoup(&["quantize", "models/books-bf16", "-o", &best, "--recipe", "nvfp4_best"]);
-    let report =
-        recoup(
-            &[
-                &[
-                    "compare",
-                    "models/books-bf16",
-                    "models/books-nvfp4",
-                    &best,
-                    "--tasks",
-                    "none",
-                    "--no-speed",
-                    "--json",
-                ][..],
-                &["--text", "books", "--windows", "12", "--window", "256", "-o", &at("report")],
-            ]
-            .concat(),
-        );
-    let report: Value = serde_json::from_slice(&report).unwrap();
+    let folder = Folder::new();
+    let best = folder.name("best");
+    succeed(&["quantize", BF16, "-o", &best, "--recipe", "nvfp4_best"]);
+    let compare = ["compare", BF16, NVFP4, &best, "--tasks", "none", "--no-speed", "--json"];
+    let text = ["--text", "books", "--windows", "12", "--window", "256", "-o", &folder.name("report")];
+    let report = shown_json(&[&compare[..], &text].concat());
     let kl = |i: usize| report["divergences"][i]["kl"]["value"].as_f64().unwrap();
     println!("largest values {:.5}, best {:.5}", kl(0), kl(1));
     assert!(kl(1) < 0.9 * kl(0), "{} against {}", kl(1), kl(0));
@@ -385,7 +342,7 @@ fn dequantized_checkpoints_hold_the_decoded_weights() {
         }
         dequantize(&source, &out).unwrap();
         let plain = Checkpoint::open(&out).unwrap();
-        Decoder::load(backend(), &plain).unwrap();
+        Decoder::load(cpu(2), &plain).unwrap();
         let config = ModelConfig::read(&source.config).unwrap().untied_where_stored(&source).unwrap();
         for m in config.modules() {
             let (a, b) = (source.linear(&m.name, m.role).unwrap(), plain.linear(&m.name, m.role).unwrap());
@@ -426,7 +383,7 @@ fn converting_to_the_other_dialect_and_back_gives_the_same_files() {
         };
         let other = Checkpoint::open(&other).unwrap();
         assert_eq!(other.announced.dialect, there, "{}", fixture.name);
-        Decoder::load(backend(), &other).unwrap();
+        Decoder::load(cpu(2), &other).unwrap();
         let config = ModelConfig::read(&source.config).unwrap().untied_where_stored(&source).unwrap();
         for m in config.modules() {
             let (a, b) = (source.linear(&m.name, m.role).unwrap(), other.linear(&m.name, m.role).unwrap());

@@ -7,9 +7,7 @@ use std::path::{Path, PathBuf};
 use recoup::text::{ChatInput, ChatTemplate, TextError, Tokenizer};
 use serde_json::{Value, json};
 
-fn data() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/text")
-}
+use super::{data, streamed};
 
 /// The tokenizer with these JSON files beside it.
 fn load_with(tokenizer_json: &[u8], files: &[(&str, Option<&Value>)]) -> Result<Tokenizer, TextError> {
@@ -33,13 +31,6 @@ fn large(path: &Path) -> Vec<u8> {
     let vocab = json["model"]["vocab"].as_object_mut().unwrap();
     vocab.extend((0..100_000).map(|n| (format!("<{n}>"), json!(1000 + n))));
     json.to_string().into_bytes()
-}
-
-fn streamed(tokenizer: &Tokenizer, ids: &[u32], skip_special: bool) -> String {
-    let mut stream = tokenizer.stream_decoder(skip_special);
-    let mut text: String = ids.iter().filter_map(|&id| stream.push(id).unwrap()).collect();
-    text.extend(stream.finish().unwrap());
-    text
 }
 
 fn ids_of(value: &Value) -> Vec<u32> {

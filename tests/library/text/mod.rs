@@ -12,24 +12,13 @@ use proptest::prelude::*;
 use recoup::text::{ChatInput, ChatTemplate, Clock, SpecialTokens, TextError, Tokenizer};
 use serde_json::{Map, Value, json};
 
+use crate::support::{json_lines, path_from, project};
+
 fn data() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/text")
+    project().join("tests/data/text")
 }
 
-fn shared() -> Option<PathBuf> {
-    let folder = std::env::var_os("RECOUP_SHARED").map(PathBuf::from);
-    if folder.is_none() {
-        eprintln!("skipped: set RECOUP_SHARED to the folder that holds data/tokenizers");
-    }
-    folder
-}
-
-fn lines_of_json(path: &Path) -> Vec<Value> {
-    let text = std::fs::read_to_string(path).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
-
-/// Without a file of past failures: proptest finds no place for one beside an integration test.
+/// Without a file of past failures.
 fn unsaved() -> ProptestConfig {
     ProptestConfig { failure_persistence: None, ..ProptestConfig::default() }
 }
@@ -74,7 +63,7 @@ fn tokens_of(row: &Value) -> SpecialTokens {
 #[test]
 fn chat_templates_render_what_jinja2_renders() {
     let folder = data().join("chat_templates");
-    let rows = lines_of_json(&folder.join("golden.jsonl"));
+    let rows = json_lines(&folder.join("golden.jsonl"));
     assert_eq!(rows.len(), 170);
     for row in &rows {
         let name = row["template"].as_str().unwrap();
@@ -100,10 +89,10 @@ fn chat_templates_render_what_jinja2_renders() {
 
 #[test]
 fn chat_templates_with_tools_and_arguments_render_what_jinja2_renders() {
-    let cases: Value = serde_json::from_slice(&std::fs::read(data().join("python_cases.json")).unwrap()).unwrap();
+    let cases = crate::support::json(&data().join("python_cases.json"));
     let mut failures = Vec::new();
     let mut compared = 0;
-    for row in lines_of_json(&data().join("python_golden.jsonl")) {
+    for row in json_lines(&data().join("python_golden.jsonl")) {
         let Some(name) = row.get("template").and_then(Value::as_str) else {
             continue;
         };
@@ -125,9 +114,9 @@ fn chat_templates_with_tools_and_arguments_render_what_jinja2_renders() {
 
 #[test]
 fn constructs_of_jinja2_mean_here_what_they_mean_there() {
-    let cases: Value = serde_json::from_slice(&std::fs::read(data().join("python_cases.json")).unwrap()).unwrap();
+    let cases = crate::support::json(&data().join("python_cases.json"));
     let mut failures = Vec::new();
-    for row in lines_of_json(&data().join("python_golden.jsonl")) {
+    for row in json_lines(&data().join("python_golden.jsonl")) {
         let Some(snippet) = row.get("snippet").and_then(Value::as_str) else {
             continue;
         };
@@ -345,7 +334,7 @@ fn tokenizer(tokenizer_json: &str, more: &[(&str, &str)]) -> Result<Tokenizer, T
 }
 
 fn books_json() -> String {
-    std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("models/books-bf16/tokenizer.json")).unwrap()
+    std::fs::read_to_string(project().join("models/books-bf16/tokenizer.json")).unwrap()
 }
 
 fn books() -> Tokenizer {
@@ -764,7 +753,7 @@ fn vectors(shared: &Path, name: &str) -> Vec<(String, Vec<u32>)> {
 
 #[test]
 fn tokenizers_give_the_ids_that_llama_cpp_expects() {
-    let Some(shared) = shared() else { return };
+    let Some(shared) = path_from("RECOUP_SHARED") else { return };
     for (tokenizer, name) in [("gpt2", "gpt-2"), ("qwen3", "qwen2"), ("llama3_1", "llama-bpe")] {
         let folder = shared.join("data/tokenizers").join(tokenizer);
         if !folder.exists() {
@@ -783,7 +772,7 @@ fn tokenizers_give_the_ids_that_llama_cpp_expects() {
 
 #[test]
 fn large_tokenizers_stream_the_text_of_all_ids() {
-    let Some(shared) = shared() else { return };
+    let Some(shared) = path_from("RECOUP_SHARED") else { return };
     for name in ["gpt2", "qwen3", "smollm2"] {
         let tokenizer = Tokenizer::from_folder(&shared.join("data/tokenizers").join(name)).unwrap();
         let ids = prop::collection::vec(0..tokenizer.vocab_size() as u32 + 300, 0..200);

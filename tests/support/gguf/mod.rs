@@ -8,6 +8,7 @@ use recoup::gguf::{self, GgufError, ImportReport};
 use serde_json::Value as Json;
 use tempfile::TempDir;
 
+use super::random::Random;
 use writer::{Gguf, Meta};
 
 pub mod writer;
@@ -27,26 +28,6 @@ pub struct Sizes {
 pub const TINY: Sizes = Sizes { layers: 2, hidden: 24, ffn: 40, heads: 4, kv_heads: 2, head_dim: 8, experts: 0 };
 /// 256 byte symbols, "ab", "<|end|>", "<|im_end|>" and one of padding.
 pub const VOCAB: usize = 260;
-
-/// A small generator of reproducible noise (xorshift64*).
-pub struct Noise(pub u64);
-
-impl Noise {
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    pub fn float(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    }
-
-    pub fn floats(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| self.float()).collect()
-    }
-}
 
 pub fn f32_bytes(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
@@ -128,7 +109,7 @@ pub struct Model {
 impl Model {
     pub fn new(architecture: &str, s: Sizes, attention_bias: bool, tied: bool) -> Self {
         let mut this = Self { file: metadata(architecture, s), expected: BTreeMap::new() };
-        let mut noise = Noise(0x5eed);
+        let mut noise = Random(0x5eed);
         let llama = architecture == "llama";
         let heads = |name: &str| match name {
             "attn_q" if llama => Some(s.heads),
@@ -166,7 +147,7 @@ impl Model {
                     ("ffn_up_exps", "up_proj", 16, s.hidden),
                     ("ffn_down_exps", "down_proj", s.hidden, 16),
                 ] {
-                    let values = noise.floats(s.experts * rows * columns);
+                    let values = noise.values(s.experts * rows * columns);
                     let dims = [columns as u64, rows as u64, s.experts as u64];
                     this.file.add(&format!("blk.{layer}.{from}.weight"), &dims, 0, f32_bytes(&values));
                     for (expert, values) in values.chunks(rows * columns).enumerate() {
@@ -187,8 +168,8 @@ impl Model {
         this
     }
 
-    fn add(&mut self, noise: &mut Noise, from: &str, to: &str, shape: &[usize], heads: Option<usize>) {
-        let values = noise.floats(shape.iter().product());
+    fn add(&mut self, noise: &mut Random, from: &str, to: &str, shape: &[usize], heads: Option<usize>) {
+        let values = noise.values(shape.iter().product());
         let stored = heads.map_or_else(|| values.clone(), |heads| permute(&values, heads));
         let dims: Vec<u64> = shape.iter().rev().map(|n| *n as u64).collect();
         self.file.add(from, &dims, 0, f32_bytes(&stored));
@@ -238,13 +219,4 @@ pub fn tensors(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<bf16>)> {
         (name, (view.shape().to_vec(), values))
     });
     tensors.collect()
-}
-
-/// The path in an environment variable, or a note that the test does nothing.
-pub fn path_from(variable: &str) -> Option<PathBuf> {
-    let path = std::env::var_os(variable).map(PathBuf::from);
-    if path.is_none() {
-        eprintln!("skipped: {variable} is not set");
-    }
-    path
 }
