@@ -51,7 +51,8 @@ fn a_divergence_is_computed_anew_when_the_middle_of_a_weight_changes() {
     assert_eq!(changed, kl("fresh"));
 }
 
-/// A copy of the shipped model with rows behind the tokenizer's last token, as vocabularies are padded for the hardware.
+/// A copy of the shipped model with rows behind the tokenizer's last token, as vocabularies are padded for the
+/// hardware.
 fn padded_copy(to: &Path, rows: usize) {
     copy_model(BF16, to);
     let config = to.join("config.json");

@@ -42,8 +42,8 @@ fn outputs_that_cannot_be_written_are_refused_before_the_model_is_looked_at() {
     assert_eq!(names(&folder.at("full")), ["precious"]);
 }
 
-/// Runs a line of the shell in a user's own name space, where one may mount; `None` where that cannot be had, or the line
-/// ends with 77.
+/// Runs a line of the shell in a user's own name space, where one may mount; `None` where that cannot be had, or the
+/// line ends with 77.
 #[cfg(target_os = "linux")]
 fn where_one_may_mount(line: &str) -> Option<Output> {
     let Ok(ran) = Command::new("unshare").args(["-rm", "sh", "-c", line]).current_dir(project()).output() else {

@@ -1,4 +1,4 @@
-//! `recoup quantize` as its users run it: formats by measurement, every kind of calibration file, killed runs, bad input.
+//! `recoup quantize` as its users run it: formats by measurement, every kind of calibration file, kills, bad input.
 
 use std::path::Path;
 use std::process::Stdio;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, Weak};
 
 use recoup::backend::cpu::{CpuBackend, isa::Isa};
 use recoup::checkpoint::dialect::Dialect;
@@ -27,24 +27,29 @@ pub struct Models {
     fp8: PathBuf,
 }
 
-/// Imports and quantizes once for all tests; `None` where the file is not there.
-pub fn models() -> Option<&'static Models> {
-    static MODELS: OnceLock<Models> = OnceLock::new();
+/// Imported and quantized once for tests that run at once, and gone with the last of them; `None` where the file is not
+/// there.
+pub fn models() -> Option<Arc<Models>> {
+    static MODELS: Mutex<Weak<Models>> = Mutex::new(Weak::new());
     let gguf = path_from("RECOUP_SMOLLM2_GGUF")?;
-    Some(MODELS.get_or_init(|| {
-        let folder = tempfile::tempdir().unwrap();
-        let at = |name: &str| folder.path().join(name);
-        let (bf16, nvfp4, fp8) = (at("bf16"), at("nvfp4"), at("fp8"));
-        gguf::import(&gguf, &bf16, &mut |_, _, _| {}).unwrap();
-        let source = Checkpoint::open(&bf16).unwrap();
-        let tokens: Vec<u32> = (0..128).map(|i| (i * 379) % 49_152).collect();
-        let calibration = calibrate(&source, cpu(0), &[tokens], "test", &mut |_, _| {}).unwrap();
-        for (scheme, out) in [(Scheme::Nvfp4, &nvfp4), (Scheme::Fp8, &fp8)] {
-            let recipe = Recipe::uniform(scheme);
-            quantize(&source, &calibration, &recipe, Dialect::ModelOpt, &Default::default(), None, out).unwrap();
-        }
-        Models { _folder: folder, bf16, nvfp4, fp8 }
-    }))
+    let mut shared = MODELS.lock().unwrap();
+    if let Some(models) = shared.upgrade() {
+        return Some(models);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let (bf16, nvfp4, fp8) = (at("bf16"), at("nvfp4"), at("fp8"));
+    gguf::import(&gguf, &bf16, &mut |_, _, _| {}).unwrap();
+    let source = Checkpoint::open(&bf16).unwrap();
+    let tokens: Vec<u32> = (0..128).map(|i| (i * 379) % 49_152).collect();
+    let calibration = calibrate(&source, cpu(0), &[tokens], "test", &mut |_, _| {}).unwrap();
+    for (scheme, out) in [(Scheme::Nvfp4, &nvfp4), (Scheme::Fp8, &fp8)] {
+        let recipe = Recipe::uniform(scheme);
+        quantize(&source, &calibration, &recipe, Dialect::ModelOpt, &Default::default(), None, out).unwrap();
+    }
+    let models = Arc::new(Models { _folder: folder, bf16, nvfp4, fp8 });
+    *shared = Arc::downgrade(&models);
+    Some(models)
 }
 
 #[test]

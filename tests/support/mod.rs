@@ -1,4 +1,4 @@
-//! What tests share: where things are, checkpoints with reference data and made byte by byte, GGUF files, noise, and the binary.
+//! What tests share: where things are, checkpoints with reference data or made byte by byte, GGUF files, noise, the binary.
 #![allow(dead_code)] // Each binary uses a part of this.
 
 pub mod command;

@@ -112,7 +112,7 @@ const BITS: [(&str, &str); 5] = [
 fn the_version_of_the_numerics_stands_for_these_bits() {
     let mut found = Vec::new();
     for (name, _) in BITS {
-        let folder = std::path::project().join("models").join(name);
+        let folder = project().join("models").join(name);
         let model = Decoder::load(cpu(2), &Checkpoint::open(&folder).unwrap()).unwrap();
         let mut hash = blake3::Hasher::new();
         for bits in alone(&model, &sequences(model.config.vocab)).into_iter().flatten() {
