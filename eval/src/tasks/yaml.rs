@@ -349,7 +349,7 @@ mod tests {
             ("- a\n- b", "t.yaml:1"),
             ("", "the file is empty"),
             ("a: !!python/object:os.system x", "is not known here"),
-            ("a: 1\n---\nb: 2", "t.yaml:3: not a YAML file that can be read: a second document"),
+            ("a: 1\n---\nb: 2", "t.yaml:2: not a YAML file that can be read: a second document"),
             ("a: !!int x", "2002:int"),
             ("a: !!set {x, y}", "set` is not known here"),
             ("<<: 3", "takes a mapping"),
