@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::Response;
+use crate::kept::difference;
 
 /// Why answers could not be read or kept.
 #[derive(Debug, thiserror::Error)]
@@ -219,24 +220,18 @@ fn read(path: &Path, text: &str, about: Option<&Value>) -> Result<BTreeMap<Key, 
 
 /// Names the first key in which two runs differ, with the keys that it lies under.
 pub(crate) fn same(path: &Path, found: &Value, expected: &Value) -> Result<(), JournalError> {
-    let Some((key, found, expected)) = difference(found, expected, "") else { return Ok(()) };
+    match difference(found, expected) {
+        None => Ok(()),
+        Some((key, found, expected)) => Err(other(path, &key, found, expected)),
+    }
+}
+
+fn other(path: &Path, key: &str, found: &Value, expected: &Value) -> JournalError {
     let short = |v: &Value| {
         let text = v.to_string();
         if text.chars().count() > 80 { text.chars().take(80).chain("…".chars()).collect() } else { text }
     };
-    Err(JournalError::OtherRun { path: path.into(), key, expected: short(expected), found: short(found) })
-}
-
-/// The first place where two descriptions differ, `model.files.config.json`, and what stands there.
-fn difference<'v>(found: &'v Value, expected: &'v Value, at: &str) -> Option<(String, &'v Value, &'v Value)> {
-    if let (Value::Object(a), Value::Object(b)) = (found, expected) {
-        let keys = b.keys().chain(a.keys().filter(|k| !b.contains_key(*k)));
-        return keys.into_iter().find_map(|key| {
-            let at = if at.is_empty() { key.clone() } else { format!("{at}.{key}") };
-            difference(a.get(key).unwrap_or(&Value::Null), b.get(key).unwrap_or(&Value::Null), &at)
-        });
-    }
-    (found != expected).then(|| (at.to_owned(), found, expected))
+    JournalError::OtherRun { path: path.into(), key: key.into(), expected: short(expected), found: short(found) }
 }
 
 #[cfg(test)]

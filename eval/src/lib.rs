@@ -5,11 +5,13 @@
 
 pub mod compare;
 pub mod comparison;
+pub mod digest;
 pub mod divergence;
 pub mod foreign;
 pub mod http;
 pub mod ifeval;
 pub mod journal;
+pub mod kept;
 pub mod model;
 pub mod names;
 pub mod openai;
@@ -24,9 +26,3 @@ pub mod tasks;
 
 pub use divergence::TokenModel;
 pub use model::{GenerationDefaults, GenerationOptions, LanguageModel, Message, Request, Response};
-
-/// SHA-256 in hexadecimal.
-pub(crate) fn sha256(bytes: &[u8]) -> String {
-    use sha2::Digest as _;
-    sha2::Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
-}

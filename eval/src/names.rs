@@ -1,5 +1,7 @@
 //! Names of files for things that people name: tasks, labels, texts. Two names never give one file.
 
+use crate::digest::sha256;
+
 /// Longest name that is used as it is, bytes; file systems allow 255, and there is more in a file's name than this.
 const LONGEST: usize = 160;
 
@@ -23,7 +25,7 @@ pub fn file_name(name: &str) -> String {
         return "%".into();
     }
     if out.len() > LONGEST {
-        let hash = &crate::sha256(name.as_bytes())[..16];
+        let hash = &sha256(name)[..16];
         let cut = (0..=LONGEST).rev().find(|at| out.is_char_boundary(*at)).unwrap_or(0);
         out.truncate(cut);
         out += &format!("%{hash}");

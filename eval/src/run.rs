@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 
+use crate::digest::sha256;
 use crate::journal::{self, Journal, JournalError, Key, write_atomically};
 use crate::names::file_name;
 use crate::report::ScoreRow;
@@ -18,7 +19,7 @@ use crate::scores::{GenerationLength, MetricScores, ModelFacts, ModelScores};
 pub use crate::settings::Setup;
 use crate::settings::{self, Generations};
 use crate::tasks::{self, BOOTSTRAP_RESAMPLES, Chat, Instance, Options, OutputType, Sample, Selection, Task};
-use crate::{LanguageModel, Message, Request, Response, sha256};
+use crate::{LanguageModel, Message, Request, Response};
 
 /// Answers and what the run is about.
 pub const RESPONSES: &str = "responses.jsonl";
@@ -170,7 +171,7 @@ impl<'t> Plan<'t> {
         let tasks: Map<String, Value> = (self.selection.tasks.iter().zip(&self.instances))
             .map(|(task, seeds)| {
                 let requests: Vec<&Vec<Request>> = seeds.iter().flatten().map(|i| &i.requests).collect();
-                let digest = sha256(&serde_json::to_vec(&requests).unwrap_or_default());
+                let digest = sha256(serde_json::to_vec(&requests).unwrap_or_default());
                 (
                     task.name().into(),
                     json!({"documents": seeds[0].len(), "seeds": seeds.len(), "requests_hash": digest}),

@@ -9,11 +9,11 @@ use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use recoup_eval::digest::sha256_of;
 use recoup_eval::http::address::Address;
 use recoup_eval::http::{Broken, Client, Reply, Settings, Unusable, retry};
 use serde::Deserialize;
 use serde_json::Value;
-use sha2::{Digest as _, Sha256};
 
 /// Endings of the files at a repository's top that make a checkpoint: weights, configuration, tokenizer, templates.
 const SUFFIXES: [&str; 5] = [".safetensors", ".json", ".jinja", ".model", ".txt"];
@@ -426,15 +426,7 @@ fn check(file: &Listed, out: &mut File, path: &Path) -> Result<(), HubError> {
     }
     let Some(expected) = file.sha256() else { return Ok(()) };
     out.seek(SeekFrom::Start(0)).map_err(&io)?;
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match out.read(&mut buffer).map_err(&io)? {
-            0 => break,
-            read => hash.update(&buffer[..read]),
-        }
-    }
-    let found: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    let found = sha256_of(out).map_err(&io)?;
     if found.eq_ignore_ascii_case(expected) {
         Ok(())
     } else {

@@ -73,6 +73,12 @@ pub fn file_hash(path: &Path) -> Result<String> {
     Memory::of_user().hash(path, &mut |_| {})
 }
 
+/// The hash of a description, for names of what is made by it.
+#[must_use]
+pub fn value_hash(value: &Value) -> String {
+    blake3::hash(value.to_string().as_bytes()).to_hex().to_string()
+}
+
 /// Files of a checkpoint folder that are no weights but may matter, by name.
 fn text_files(folder: &Path) -> Result<BTreeMap<String, PathBuf>> {
     let mut out = BTreeMap::new();

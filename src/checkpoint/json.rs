@@ -206,6 +206,20 @@ impl Object {
             .map(Some)
             .ok_or_else(|| self.error(key, "a positive finite number"))
     }
+
+    /// One id or a list of ids under `key`, as Hugging Face writes end-of-sequence tokens; absent is none.
+    ///
+    /// # Errors
+    /// When the key holds something else.
+    pub fn token_ids(&self, key: &str) -> Result<Vec<u32>> {
+        let id = |v: &Value| whole(v).and_then(|v| u32::try_from(v).ok());
+        let ids = match self.get(key) {
+            None => Some(Vec::new()),
+            Some(Value::Array(ids)) => ids.iter().map(id).collect(),
+            Some(one) => id(one).map(|id| vec![id]),
+        };
+        ids.ok_or_else(|| self.error(key, "a token id or a list of them"))
+    }
 }
 
 /// The whole number that `v` is, written as an integer or as a float: 32.0 is what some tools make of 32.

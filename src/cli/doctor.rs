@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use serde_json::json;
 
+use super::machine::{cpu_name, features, memory_bytes};
 use crate::backend::cpu::{isa::Isa, packed};
 
 #[derive(clap::Args)]
@@ -54,35 +55,4 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     }
     super::outln!("{table}");
     super::done()
-}
-
-/// The CPU as the system names it.
-pub(super) fn cpu_name() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = info.lines().find_map(|l| l.strip_prefix("model name")?.split_once(": ").map(|(_, n)| n.to_owned()));
-    name.unwrap_or_else(|| "unknown".into())
-}
-
-/// Memory of the machine, where the system says it in /proc.
-fn memory_bytes() -> Option<u64> {
-    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let kib =
-        info.lines().find_map(|l| l.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok())?;
-    Some(kib * 1024)
-}
-
-fn features() -> Vec<&'static str> {
-    #[cfg(target_arch = "x86_64")]
-    {
-        macro_rules! present {
-            ($($name:tt)*) => {[$(($name, std::arch::is_x86_feature_detected!($name))),*]};
-        }
-        let all = present!["sse4.2" "avx" "f16c" "fma" "avx2" "avxvnni" "avx512f" "avx512bw" "avx512dq" "avx512vl"
-            "avx512vnni" "avx512bf16" "avx512vbmi"];
-        all.into_iter().filter(|f| f.1).map(|f| f.0).collect()
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        Vec::new()
-    }
 }

@@ -9,8 +9,7 @@ use serde_json::{Value, json};
 
 use super::options::{model_folder, text_notes};
 use crate::checkpoint::Checkpoint;
-use crate::model::ModelConfig;
-use crate::model::consistency::{self, Notes};
+use crate::model::inspection::{Inspection, Row};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -24,102 +23,25 @@ pub(super) struct Args {
     modules: bool,
 }
 
-/// One module as the checkpoint has it.
-struct Row {
-    module: String,
-    weight: String,
-    activation: String,
-    shape: [usize; 2],
-    bytes: usize,
-    notes: Vec<&'static str>,
-}
-
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let checkpoint = Checkpoint::open(&model_folder(&args.model)?)?;
-    let mut problems = Vec::new();
-    let config = match ModelConfig::read(&checkpoint.config).and_then(|c| c.untied_where_stored(&checkpoint)) {
-        Ok(config) => Some(config),
-        Err(e) => {
-            problems.push(e.to_string());
-            None
-        }
-    };
-    let notes = match config.as_ref().map(|c| consistency::notes(&checkpoint, c)) {
-        Some(Ok(Notes { important, minor })) => [important, minor].concat(),
-        Some(Err(e)) => {
-            problems.push(e.to_string());
-            Vec::new()
-        }
-        None => checkpoint.notes.clone(),
-    };
-    let notes = match text_notes(checkpoint.tensors.folder()) {
-        Ok(more) => [notes, more].concat(),
-        Err(e) => {
-            problems.push(e.to_string());
-            notes
-        }
-    };
-    let rows = config.as_ref().map(|c| resolve(&checkpoint, c, &mut problems)).unwrap_or_default();
-    let failed = !problems.is_empty();
+    let mut found = Inspection::of(&checkpoint);
+    match text_notes(checkpoint.tensors.folder()) {
+        Ok(more) => found.notes.extend(more),
+        Err(e) => found.problems.push(e.to_string()),
+    }
+    found.resolve(&checkpoint);
     if args.json {
-        print_json(&checkpoint, config.as_ref(), &rows, &notes, &problems)?;
+        print_json(&checkpoint, &found)?;
     } else {
-        print_text(&checkpoint, config.as_ref(), &rows, [&notes, &problems], args.modules)?;
+        print_text(&checkpoint, &found, args.modules)?;
     }
-    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    Ok(if found.problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Resolves every module; what fails becomes a problem instead of the end.
-fn resolve(checkpoint: &Checkpoint, config: &ModelConfig, problems: &mut Vec<String>) -> Vec<Row> {
-    let mut rows = Vec::new();
-    for m in config.modules() {
-        match checkpoint.linear(&m.name, m.role) {
-            Ok(t) => {
-                let mut notes = Vec::new();
-                if t.pre_quant_scale.is_some() {
-                    notes.push("pre_quant_scale");
-                }
-                if t.bias.is_some() {
-                    notes.push("bias");
-                }
-                rows.push(Row {
-                    weight: t.weight_format().into(),
-                    activation: t.activation.to_string(),
-                    shape: [t.n, t.k],
-                    bytes: t.stored_bytes(),
-                    module: m.name,
-                    notes,
-                });
-            }
-            Err(e) => problems.push(e.to_string()),
-        }
-    }
-    for (name, length) in config.norms() {
-        if let Err(e) = checkpoint.floats(&name, &[length]) {
-            problems.push(e.to_string());
-        }
-    }
-    for layer in 0..config.layers {
-        if let Err(e) = checkpoint.kv_scales(&format!("model.layers.{layer}.self_attn")) {
-            problems.push(e.to_string());
-        }
-    }
-    // Tensors of modules that failed are not leftovers of their own.
-    if problems.is_empty()
-        && let Err(e) = checkpoint.finish()
-    {
-        problems.push(e.to_string());
-    }
-    rows
-}
-
-fn print_json(
-    checkpoint: &Checkpoint,
-    config: Option<&ModelConfig>,
-    rows: &[Row],
-    notes: &[String],
-    problems: &[String],
-) -> Result<()> {
+fn print_json(checkpoint: &Checkpoint, found: &Inspection) -> Result<()> {
+    let Inspection { config, rows, notes, problems } = found;
+    let config = config.as_ref();
     let modules: Vec<Value> = rows
         .iter()
         .map(|r| {
@@ -139,7 +61,7 @@ fn print_json(
         "vocab_size": config.map(|c| c.vocab),
         "max_positions": config.map(|c| c.max_positions),
         "tied_embeddings": config.map(|c| c.tied_embeddings),
-        "parameters": parameters(rows),
+        "parameters": found.parameters(),
         "file_bytes": checkpoint.tensors.file_bytes(),
         "modules": modules,
         "notes": notes,
@@ -149,13 +71,8 @@ fn print_json(
     Ok(())
 }
 
-fn print_text(
-    checkpoint: &Checkpoint,
-    config: Option<&ModelConfig>,
-    rows: &[Row],
-    [notes, problems]: [&[String]; 2],
-    all: bool,
-) -> Result<()> {
+fn print_text(checkpoint: &Checkpoint, found: &Inspection, all: bool) -> Result<()> {
+    let Inspection { config, rows, notes, problems } = found;
     super::outln!("{}", checkpoint.tensors.folder().display());
     if let Some(c) = config {
         let moe = c.moe.map_or(String::new(), |m| format!(", {} experts, {} per token", m.experts, m.top_k));
@@ -179,7 +96,7 @@ fn print_text(
     super::outln!("scheme    {} ({}); KV cache {}", s.dialect, s.algorithm, kv_cache(checkpoint));
     let size = super::human_bytes(checkpoint.tensors.file_bytes());
     // Which tensors are linears, a refused configuration does not say; and one that none belongs to has no bits.
-    match parameters(rows) {
+    match found.parameters() {
         None => super::outln!("size      {size} on disk"),
         Some(n) => {
             let bits = 8.0 * rows.iter().map(|r| r.bytes).sum::<usize>() as f64 / n as f64;
@@ -202,11 +119,6 @@ fn print_text(
         super::outln!("problem   {p}");
     }
     Ok(())
-}
-
-/// Parameters of the linears that were resolved; nothing where none was.
-fn parameters(rows: &[Row]) -> Option<usize> {
-    Some(rows.iter().map(|r| r.shape[0] * r.shape[1]).sum()).filter(|n| *n > 0)
 }
 
 fn table(rows: &[Row], all: bool) -> comfy_table::Table {

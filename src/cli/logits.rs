@@ -14,7 +14,7 @@ use crate::backend::autograd::AutogradBackend;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::tensors::TensorStore;
 use crate::checkpoint::write::{Pending, write_safetensors};
-use crate::engine::{Engine, Event, Limits};
+use crate::engine::logits;
 use crate::formats::kv::KvFormat;
 use crate::model::{Decoder, ModelConfig};
 use crate::output::{self, Claim};
@@ -51,12 +51,12 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         Computing::Cpu => {
             let model = args.options.load(&checkpoint)?;
             drop(checkpoint);
-            write(&model, &ids, args.options.kv_format(), &destination)?;
+            write(&model, &ids, args.options.kv_cache_dtype, &destination)?;
         }
         Computing::Autograd => {
             let model = Decoder::load(AutogradBackend::new(), &checkpoint)?;
             drop(checkpoint);
-            write(&model, &ids, args.options.kv_format(), &destination)?;
+            write(&model, &ids, args.options.kv_cache_dtype, &destination)?;
         }
     }
     super::say!("wrote logits [{}, {}, vocab] to {}", ids.len(), ids[0].len(), args.output.display());
@@ -68,7 +68,9 @@ fn write<B: Backend>(model: &Decoder<B>, ids: &[Vec<u32>], kv: KvFormat, output:
     if length > model.config.max_positions {
         bail!("{length} tokens per row, but the model has {} positions", model.config.max_positions);
     }
-    let logits = logits(model, ids, kv)?;
+    let bar = super::progress(rows as u64, "computing");
+    let logits = logits(model, ids, kv, &mut || bar.inc(1))?;
+    bar.finish();
     let tensors: Vec<Pending<'_, anyhow::Error>> = vec![
         Pending::new("input_ids", Dtype::I64, &[rows, length], || {
             Ok(ids.iter().flatten().flat_map(|&i| i64::from(i).to_le_bytes()).collect())
@@ -108,26 +110,6 @@ impl Destination {
             }
         }
     }
-}
-
-/// Logits of every token, one sequence after the other.
-fn logits<B: Backend>(model: &Decoder<B>, ids: &[Vec<u32>], kv: KvFormat) -> Result<Vec<f32>> {
-    let mut engine = Engine::new(model, Limits::new(ids[0].len(), 1), kv)?;
-    let mut all = Vec::new();
-    let bar = super::progress(ids.len() as u64, "computing");
-    for row in ids {
-        engine.logits(row.clone(), 0)?;
-        while !engine.is_empty() {
-            for event in engine.step()? {
-                if let Event::Logits { logits, .. } = event {
-                    all.extend(model.backend().to_host(&logits)?);
-                }
-            }
-        }
-        bar.inc(1);
-    }
-    bar.finish();
-    Ok(all)
 }
 
 /// Token ids, rows of equal length.
@@ -170,7 +152,7 @@ fn from_safetensors(file: &Path) -> Result<Vec<Vec<u32>>> {
     Ok(ids.chunks_exact(length).map(<[u32]>::to_vec).collect())
 }
 
-pub(super) fn from_json(file: &Path) -> Result<Vec<Vec<u32>>> {
+fn from_json(file: &Path) -> Result<Vec<Vec<u32>>> {
     let value: Value = recoup_eval::records::read_json(file).context("token ids are neither safetensors nor JSON")?;
     let ids = value.get("input_ids").unwrap_or(&value);
     let nested = if ids.get(0).is_some_and(Value::is_array) { ids.clone() } else { Value::Array(vec![ids.clone()]) };

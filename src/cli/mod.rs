@@ -6,15 +6,16 @@ mod doctor;
 #[cfg(test)]
 mod documents;
 mod evaluation;
-mod generated;
 mod inspect;
 mod interrupt;
 mod logits;
+mod machine;
 mod options;
 mod pretrain;
 mod quantize;
 mod recover;
 mod run;
+mod sampling;
 mod talk;
 mod training;
 mod training_data;

@@ -5,27 +5,42 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Context as _, Result, bail};
+use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clap::{Args, ValueEnum};
 use recoup_eval::http::address::{is_address, mask};
 use serde_json::{Map, Value, json};
 
+use super::machine::cpu_name;
 use crate::backend::NUMERICS_VERSION;
 use crate::backend::cpu::{CpuBackend, isa::Isa};
 use crate::checkpoint::dialect::Dialect;
 use crate::checkpoint::hub::{Hub, Id};
+use crate::checkpoint::json::Object;
 use crate::checkpoint::{self, Checkpoint};
 use crate::formats::kv::KvFormat;
 use crate::model::{Decoder, ModelConfig, consistency};
-use crate::recover::sources::Reader;
-use crate::text::{ChatTemplate, TextError, Tokenizer};
+use crate::quantize::{Amount, CalibrationText};
+use crate::text::{ChatTemplate, ModelText, TextError, Tokenizer};
 
-/// A dialect that can be written, by its name; `plain` names none of them, where that is an answer.
-pub(super) fn dialect(plain: Option<&'static str>) -> impl TypedValueParser<Value = Dialect> {
-    let names: Vec<&str> = plain.into_iter().chain(Dialect::written().map(Dialect::name)).collect();
-    let named = |name: String| Dialect::written().find(|d| d.name() == name).unwrap_or(Dialect::Plain);
-    PossibleValuesParser::new(names).map(named)
+/// One of `values`, by its name.
+pub(super) fn named<T: Clone + Send + Sync + 'static>(
+    values: Vec<(&'static str, T)>,
+) -> impl TypedValueParser<Value = T> {
+    let names: Vec<&str> = values.iter().map(|v| v.0).collect();
+    // The parser before lets through what is there only.
+    PossibleValuesParser::new(names).try_map(move |given| {
+        values.iter().find(|(name, _)| *name == given).map(|(_, value)| value.clone()).ok_or("no such value")
+    })
 }
+
+/// A dialect that can be written; `plain` names none of them, where that is an answer.
+pub(super) fn dialect(plain: Option<&'static str>) -> impl TypedValueParser<Value = Dialect> {
+    let written = Dialect::written().map(|d| (d.name(), d));
+    named(plain.map(|name| (name, Dialect::Plain)).into_iter().chain(written).collect())
+}
+
+/// How the KV cache can be stored without scales.
+const KV_FORMATS: [(&str, KvFormat); 2] = [("f32", KvFormat::F32), ("bf16", KvFormat::Bf16)];
 
 /// What runs the model.
 #[derive(Args, Clone, Debug)]
@@ -37,14 +52,8 @@ pub(super) struct EngineOptions {
     #[arg(long)]
     pub isa: Option<String>,
     /// Storage of the KV cache where the checkpoint has no FP8 scales of its own
-    #[arg(long, value_enum, default_value_t = KvDtype::F32)]
-    pub kv_cache_dtype: KvDtype,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum KvDtype {
-    F32,
-    Bf16,
+    #[arg(long, value_parser = named(KV_FORMATS.to_vec()), default_value = "f32")]
+    pub kv_cache_dtype: KvFormat,
 }
 
 impl EngineOptions {
@@ -59,17 +68,10 @@ impl EngineOptions {
         Ok(CpuBackend::new(isa, threads(self.threads))?)
     }
 
-    pub(super) fn kv_format(&self) -> KvFormat {
-        match self.kv_cache_dtype {
-            KvDtype::F32 => KvFormat::F32,
-            KvDtype::Bf16 => KvFormat::Bf16,
-        }
-    }
-
     /// What of these options decides what a model computes, for keys under which results are kept: not threads nor
     /// instruction set, which change no bit.
     pub(super) fn computation(&self) -> Value {
-        json!({"device": "cpu", "numerics": NUMERICS_VERSION, "kv_cache_dtype": format!("{:?}", self.kv_format()).to_lowercase()})
+        json!({"device": "cpu", "numerics": NUMERICS_VERSION, "kv_cache_dtype": format!("{:?}", self.kv_cache_dtype).to_lowercase()})
     }
 
     /// The machine, for reports: system, CPU, threads and instruction set.
@@ -79,7 +81,7 @@ impl EngineOptions {
             "{} {}, {}, {} threads, {}",
             std::env::consts::OS,
             std::env::consts::ARCH,
-            super::doctor::cpu_name(),
+            cpu_name(),
             backend.threads(),
             backend.isa()
         ))
@@ -88,7 +90,7 @@ impl EngineOptions {
     /// What of this machine and these options decides how fast a model is.
     pub(super) fn speed_key(&self) -> Result<Value> {
         let backend = self.backend()?;
-        Ok(json!({"cpu": super::doctor::cpu_name(), "threads": backend.threads(), "isa": backend.isa().to_string(),
+        Ok(json!({"cpu": cpu_name(), "threads": backend.threads(), "isa": backend.isa().to_string(),
             "recoup_version": env!("CARGO_PKG_VERSION")}))
     }
 
@@ -116,11 +118,6 @@ impl TemplateOptions {
     /// The arguments; none where the option is not given.
     pub(super) fn arguments(&self) -> Map<String, Value> {
         self.chat_template_kwargs.clone().unwrap_or_default()
-    }
-
-    /// The chat template of a model's folder with the arguments.
-    pub(super) fn template(&self, folder: &Path) -> Result<Option<ChatTemplate>> {
-        with_arguments(ChatTemplate::from_folder(folder)?, self.arguments(), folder)
     }
 }
 
@@ -172,13 +169,31 @@ pub(super) fn open_noted(folder: &Path) -> Result<(Checkpoint, Vec<String>)> {
     Ok((checkpoint, notes))
 }
 
-/// What reads data for the model of `folder`; says what of its text files is not applied as it stands there.
-pub(super) fn reader(folder: &Path, assistant_only: bool, template: Option<&TemplateOptions>) -> Result<Reader> {
-    let mut reader = Reader::of(folder, assistant_only)?;
-    super::say_notes(reader.tokenizer.notes());
+/// The text side of the model of `folder` that data is read with; says what of its files is not applied as it stands there.
+pub(super) fn text_to_read(folder: &Path, config: &Object, template: Option<&TemplateOptions>) -> Result<ModelText> {
+    let text = ModelText::to_read(folder, config)?;
+    super::say_notes(text.tokenizer().notes());
     let arguments = template.map(TemplateOptions::arguments).unwrap_or_default();
-    reader.template = with_arguments(reader.template, arguments, folder)?;
-    Ok(reader)
+    text.map_template(|template| with_arguments(template, arguments, folder))
+}
+
+/// What the model of `checkpoint` is calibrated on: of `source`, or of the built-in text.
+pub(super) fn calibration_text(
+    source: Option<&Path>,
+    amount: Amount,
+    checkpoint: &Checkpoint,
+    template: Option<&TemplateOptions>,
+) -> Result<CalibrationText> {
+    if amount.samples == 0 || amount.length == 0 {
+        bail!("--samples and --length must be at least 1");
+    }
+    let positions = ModelConfig::read(&checkpoint.config)?.max_positions;
+    let text = || {
+        text_to_read(checkpoint.tensors.folder(), &checkpoint.config, template).context(
+            "calibration on text needs the model's tokenizer; give token ids with --calibration FILE.json instead",
+        )
+    };
+    CalibrationText::read(source, amount, positions, text, &mut |note| super::say!("{note}"))
 }
 
 /// What is not applied as a model's tokenizer files have it; nothing where there is no tokenizer.

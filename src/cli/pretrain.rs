@@ -8,21 +8,22 @@ use anyhow::{Result, bail};
 use recoup_eval::records;
 use serde_json::{Value, json};
 
-use super::options::{at_least_one, reader};
+use super::options::{at_least_one, text_to_read};
 use super::training::{self, Display, KEPT_MEMORY};
-use super::training_data::told;
 use crate::backend::autograd::AutogradBackend;
 use crate::backend::autograd::operand::Precision;
 use crate::backend::autograd::recycle;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::json::Object;
+use crate::corpus::{Reader, spread};
 use crate::model::ModelConfig;
-use crate::recover::data::{self, Data, Part};
-use crate::recover::distill::Watched;
+use crate::recover::data::{Data, Part};
+use crate::recover::mixture::{same_file_twice, told};
 use crate::recover::pretrain::initialize;
+use crate::recover::session::{Lesson, Session};
 use crate::recover::stage::Stage;
-use crate::recover::student::{CURVE_FILE, RECORD_FILE, Student};
-use crate::recover::trainer::{Plan, Run};
+use crate::recover::student::Student;
+use crate::recover::trainer::{Event, Plan};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -80,11 +81,12 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
     if args.length < 2 || args.length > shape.max_positions {
         bail!("--length {}: expected 2 to {}, the positions of the model", args.length, shape.max_positions);
     }
-    let reader = reader(&args.shape, false, None)?;
+    let text = text_to_read(&args.shape, &config, None)?;
+    let reader = Reader { text, assistant_only: false, ends: true };
     let read = |files: &[PathBuf]| -> Result<(Vec<Part>, Vec<Value>)> {
-        records::same_file_twice(files)?;
+        same_file_twice(files)?;
         let one = |(file, name): (&PathBuf, String)| {
-            let (rows, counts) = told(&reader, file, &name, args.length, None)?;
+            let (rows, counts) = told(&reader, file, &name, args.length, None, &mut |note| super::say!("{note}"))?;
             let about = json!({"name": name, "read": counts});
             Ok((Part { name, rows, share: 1.0 }, about))
         };
@@ -98,7 +100,7 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
     let (watched, _) = read(&args.watch)?;
     let watched: Vec<(String, Data)> = watched
         .into_iter()
-        .map(|p| (p.name.clone(), Data { rows: data::spread(&p.rows, args.watch_samples), description: p.name }))
+        .map(|p| (p.name.clone(), Data { rows: spread(&p.rows, args.watch_samples), description: p.name }))
         .collect();
 
     let about = json!({
@@ -110,7 +112,7 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
         "watched": watched.iter().map(|(name, d)| json!({"name": name, "sha256": d.hash()})).collect::<Vec<_>>(),
         "evaluate_every": args.evaluate_every,
     });
-    let mut run_folder = training::run_folder(&training, args.resume, &about)?;
+    let mut session = Session::open(&training, args.resume, about)?;
     let initial = training.join("initial");
     if !initial.exists() {
         initialize(&shape, &args.shape, args.seed, &initial)?;
@@ -119,10 +121,6 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
     let mut student = Student::load_plain(&checkpoint, AutogradBackend::with_precision(Precision::Bf16))?;
     let weights: usize = student.parameters.iter().map(|p| p.master().len()).sum();
     super::say!("{weights} weights; data: {}", data.description);
-    let watched = watched
-        .into_iter()
-        .map(|(name, data)| Watched::new(name, data.rows, None))
-        .collect::<std::result::Result<Vec<_>, _>>()?;
     let plan = Plan {
         stages: vec![stage],
         evaluate_every: args.evaluate_every,
@@ -130,21 +128,13 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
         save_every: Duration::from_secs(args.save_every),
     };
     let mut display = Display::new(&plan, student.decoder.config.layers);
-    let mut run = Run {
-        teacher: None,
-        data: &data,
-        watched: &watched,
-        plan: &plan,
-        folder: &mut run_folder,
-        show: &mut |event| display.show(event),
-        after: &mut |_, _| Ok(()),
-    };
-    let outcome = run.train(&mut student)?;
+    let lesson = Lesson { plan: &plan, teacher: None, data: &data, watched, stages_beside: None };
+    let show = &mut |event: &Event| display.show(event);
+    let outcome = session.train(&mut student, &checkpoint, lesson, show, || ())?;
     display.bar.finish();
-    let files = [(RECORD_FILE, format!("{about:#}\n").into_bytes()), (CURVE_FILE, run_folder.curve()?)];
-    student.write(&checkpoint, &files, &args.output)?;
+    session.write(&student, &checkpoint, session.about(), &args.output)?;
     drop((student, checkpoint));
-    run_folder.remove()?;
+    session.close()?;
     super::say!("wrote {} in {:.1} s", args.output.display(), start.elapsed().as_secs_f64());
     match outcome.stopped {
         None => super::done(),

@@ -1,24 +1,19 @@
 //! `recoup quantize`: post-training quantization of a BF16 checkpoint.
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use recoup_eval::records;
 
-use super::options::{EngineOptions, TemplateOptions, model_folder, open_model, reader, text_notes};
-use crate::checkpoint::Checkpoint;
+use super::machine::peak_memory;
+use super::options::{EngineOptions, TemplateOptions, calibration_text, model_folder, open_model, text_notes};
 use crate::checkpoint::dialect::Dialect;
-use crate::model::ModelConfig;
 use crate::output;
 use crate::quantize::auto::Table;
-use crate::quantize::{self, CalibrationText, Recipe, Scheme};
-use crate::recover::sources::{Documents, Enough, Opened, Reader};
-
-/// Public-domain prose for calibration where the user gives none: the opening of a novel (Standard Ebooks, CC0).
-pub(super) const BUILT_IN_TEXT: &str = include_str!("calibration.txt");
+use crate::quantize::{self, Amount, CalibrationText, Recipe, Scheme};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -87,9 +82,9 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let measured = choose_bits(args, &mut recipe)?;
     let folder = model_folder(model)?;
     let checkpoint = open_model(&folder)?;
-    let samples = args.samples.unwrap_or(default_samples(&recipe));
     let text = if recipe.needs_text() {
-        calibration_text(args.calibration.as_deref(), samples, args.length, &checkpoint, &folder, Some(&args.template))?
+        let amount = Amount { samples: args.samples.unwrap_or(recipe.samples()), length: args.length };
+        calibration_text(args.calibration.as_deref(), amount, &checkpoint, Some(&args.template))?
     } else {
         if args.calibration.is_some() || args.samples.is_some() {
             super::say!(
@@ -99,18 +94,14 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         }
         // The copy has the same tokenizer; one that cannot be read is no reason not to quantize.
         super::say_notes(&text_notes(&folder).unwrap_or_else(|e| vec![e.to_string()]));
-        CalibrationText { sequences: Vec::new(), description: "none needed".into() }
+        CalibrationText::none()
     };
     let bar = super::progress(0, "");
     let backend = args.options.backend()?;
     let places = quantize::Places { out, unrounded: args.keep_unrounded.as_deref(), measured: measured.as_ref() };
     let report =
         quantize::apply(&checkpoint, &backend, &text, &recipe, args.dialect, places, &mut |what, done, all| {
-            if done == 0 {
-                bar.begin(what);
-            }
-            bar.set_length(all as u64);
-            bar.set_position(done as u64);
+            bar.at(what, done, all);
         })?;
     bar.finish();
     if let Some(table) = &report.table {
@@ -137,18 +128,6 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     }
     super::say!("wrote {}", out.display());
     super::done()
-}
-
-/// Windows of calibration text that a recipe is served well by.
-pub(super) fn default_samples(recipe: &Recipe) -> usize {
-    if recipe.gptq.is_some() { 16 } else { 8 }
-}
-
-/// Most memory that this process has held, where the system says so (Linux).
-pub(super) fn peak_memory() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
 /// Takes --bits into the recipe; the table that --sensitivity names.
@@ -196,108 +175,4 @@ fn print_table(table: &Table) -> Result<()> {
         table.tokens
     );
     Ok(())
-}
-
-/// Windows of `calibration`, or of the built-in text, and where they came from; `folder` is that of the model.
-pub(super) fn calibration_text(
-    calibration: Option<&Path>,
-    samples: usize,
-    length: usize,
-    checkpoint: &Checkpoint,
-    folder: &Path,
-    template: Option<&TemplateOptions>,
-) -> Result<CalibrationText> {
-    if samples == 0 || length == 0 {
-        bail!("--samples and --length must be at least 1");
-    }
-    let positions = ModelConfig::read(&checkpoint.config)?.max_positions;
-    let length = length.min(positions);
-    let tokenizer = || {
-        reader(folder, false, template).context(
-            "calibration on text needs the model's tokenizer; give token ids with --calibration FILE.json instead",
-        )
-    };
-    let Some(source) = calibration else {
-        return of_windows("built-in text", &tokenizer()?.tokenizer.encode(BUILT_IN_TEXT, false)?, samples, length);
-    };
-    let name = records::distinct_file_names(&[source.into()], &[]).remove(0);
-    let opened = Opened::read(source)?;
-    if let Some(rows) = opened.token_ids()? {
-        if let Some(row) = rows.iter().find(|r| r.len() > positions) {
-            bail!("{}: a row of {} tokens, but the model has {positions} positions", source.display(), row.len());
-        }
-        return Ok(CalibrationText { sequences: rows, description: name });
-    }
-    match (opened.texts.is_empty(), opened.records.is_empty()) {
-        (true, _) => of_records(&name, &opened, &Reader { ends: false, ..tokenizer()? }, samples, length),
-        (false, true) => {
-            let text = opened.texts.join("\n\n");
-            of_windows(&name, &tokenizer()?.tokenizer.encode(&text, false)?, samples, length)
-        }
-        (false, false) => bail!("{}: texts and records side by side; calibrate on one kind of file", source.display()),
-    }
-}
-
-/// Evenly spaced windows of a text.
-fn of_windows(name: &str, tokens: &[u32], samples: usize, length: usize) -> Result<CalibrationText> {
-    let windows = windows(tokens, samples, length);
-    if windows.is_empty() {
-        bail!("{name}: the calibration text is empty");
-    }
-    let description = format!("{name}, {} x {} tokens", windows.len(), windows[0].len());
-    Ok(CalibrationText { sequences: windows, description })
-}
-
-/// Documents, and conversations by the model's chat template: each at most `length` tokens, `samples` of them evenly spaced
-/// over the file.
-fn of_records(name: &str, opened: &Opened, reader: &Reader, samples: usize, length: usize) -> Result<CalibrationText> {
-    let Documents { texts, whole, ids, mut counts } =
-        reader.read(opened, Enough { records: Some(samples), tokens: None })?;
-    let documents = [texts, whole, ids].concat();
-    // Of several files each gave its share, rounded up.
-    let wanted = samples.min(documents.len());
-    let mut documents: Vec<_> = (0..wanted).map(|i| documents[i * documents.len() / wanted].clone()).collect();
-    let taken = documents.len();
-    documents.retain(|d| !d.tokens.is_empty());
-    counts.nothing_to_learn = taken - documents.len();
-    let mut sequences = Vec::new();
-    for mut document in documents {
-        let lost = document.cut(length);
-        counts.tokens_cut += lost;
-        counts.cut += usize::from(lost > 0);
-        sequences.push(document.tokens);
-    }
-    if sequences.is_empty() {
-        bail!("{name}: the calibration file is empty");
-    }
-    counts.notes(name, length).iter().for_each(|n| super::say!("{n}"));
-    let cut = if counts.cut > 0 { format!(", {} of them cut", counts.cut) } else { String::new() };
-    Ok(CalibrationText {
-        description: format!("{name}, {} documents of {length} tokens at most{cut}", sequences.len()),
-        sequences,
-    })
-}
-
-/// `samples` windows of `length` tokens, evenly spaced over the text; fewer or shorter where it is short.
-fn windows(tokens: &[u32], samples: usize, length: usize) -> Vec<Vec<u32>> {
-    let length = length.min(tokens.len());
-    if length == 0 {
-        return Vec::new();
-    }
-    let samples = samples.min(tokens.len() / length);
-    (0..samples).map(|i| tokens[i * (tokens.len() / samples)..][..length].to_vec()).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::windows;
-
-    #[test]
-    fn windows_spread_over_the_text_and_shrink_with_it() {
-        let tokens: Vec<u32> = (0..100).collect();
-        assert_eq!(windows(&tokens, 4, 10).iter().map(|w| w[0]).collect::<Vec<_>>(), [0, 25, 50, 75]);
-        assert_eq!(windows(&tokens, 4, 40).len(), 2);
-        assert_eq!(windows(&tokens[..1], 4, 40), [[0]]);
-        assert!(windows(&[], 4, 40).is_empty());
-    }
 }

@@ -5,28 +5,28 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
-use super::options::{at_least_one, identity, model_folder, open_model, threads};
+use super::machine::peak_memory;
+use super::options::{at_least_one, calibration_text, identity, model_folder, open_model, threads};
 use super::training::{self, Display, KEPT_MEMORY};
-use super::training_data::{DataOptions, Prepared};
+use super::training_data::DataOptions;
 use crate::backend::NUMERICS_VERSION;
 use crate::backend::autograd::AutogradBackend;
 use crate::backend::autograd::operand::Precision;
 use crate::backend::autograd::recycle;
 use crate::backend::cpu::{CpuBackend, isa::Isa};
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::dialect::Dialect;
 use crate::checkpoint::write::Pending;
 use crate::model::{Decoder, ModelConfig};
 use crate::output;
-use crate::quantize::{self, CalibrationText, Recipe};
-use crate::recover::RecoverError;
-use crate::recover::distill::Watched;
+use crate::quantize::{self, Amount, Recipe};
+use crate::recover::mixture::Prepared;
+use crate::recover::session::{Lesson, Session, stage_folder};
 use crate::recover::stage::{Method, Stage};
-use crate::recover::student::{self, CURVE_FILE, RECORD_FILE, Student};
-use crate::recover::trainer::{Event, Plan, Run};
+use crate::recover::student::{Masters, Student, same_shape};
+use crate::recover::trainer::{Event, Plan};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -110,8 +110,7 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
             }
         }
     }
-    let teacher_folder = model_folder(&args.teacher)?;
-    let teacher = open_model(&teacher_folder)?;
+    let teacher = open_model(&model_folder(&args.teacher)?)?;
     // By the teacher's tokenizer where the student is still to be made of it; all that can be wrong with data is found
     // before anything takes time.
     let made_from = match &args.student {
@@ -123,22 +122,25 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
     if args.data.length > positions {
         bail!("--length {}: the model has {positions} positions", args.data.length);
     }
-    let sources = args.data.sources(made_from.tensors.folder(), &teacher)?;
+    let sources = args.data.sources(made_from, &teacher)?;
     let teacher_identity = identity(&teacher)?;
     let (folder, unrounded) = match &args.recipe {
         Some(recipe) => {
             let recipe = Recipe::find(recipe)?;
-            let text = calibration(&recipe, &teacher, &teacher_folder)?;
-            // By all that decides it, so that a run that goes on never takes a student that something else gave.
-            let key = json!({"teacher": teacher_identity, "recipe": recipe, "text": text.sequences,
-                "numerics": NUMERICS_VERSION, "version": env!("CARGO_PKG_VERSION")});
-            let key = blake3::hash(key.to_string().as_bytes()).to_hex();
-            let place = |what: &str| training.join(format!("{what}-{}-{}", recipe.name, &key[..12]));
-            let (folder, unrounded) = (place("student"), place("unrounded"));
-            if !folder.exists() {
-                make_student(args, &recipe, &teacher, &text, &folder, &unrounded)?;
-            }
-            (folder, Some(unrounded))
+            let amount = Amount { samples: recipe.samples(), length: 512 };
+            let text = calibration_text(None, amount, &teacher, None)?;
+            let backend = || CpuBackend::new(Isa::detect(), threads(args.threads));
+            let bar = super::progress(0, "");
+            let made = quantize::apply_once(
+                (&teacher, &teacher_identity),
+                backend,
+                &text,
+                &recipe,
+                &training,
+                &mut |what, done, all| bar.at(what, done, all),
+            )?;
+            bar.finish();
+            (made.quantized, Some(made.unrounded))
         }
         None => {
             let unrounded = args.unrounded.as_deref().map(model_folder).transpose()?;
@@ -148,27 +150,23 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
     let checkpoint = open_model(&folder)?;
     let unrounded = unrounded.map(|f| Checkpoint::open(&f)).transpose()?;
     let config = ModelConfig::read(&checkpoint.config)?;
-    student::same_shape(&config, &checkpoint, &ModelConfig::read(&teacher.config)?, &teacher)?;
+    same_shape(&config, &checkpoint, &ModelConfig::read(&teacher.config)?, &teacher)?;
     let Prepared { data, watched, sources, watched_sources } =
         args.data.prepare(sources, (&teacher, &teacher_identity), &training, args.seed, args.threads)?;
 
     let backend = AutogradBackend::with_precision(if args.f32 { Precision::F32 } else { Precision::Bf16 });
-    let rounded_from_teacher = unrounded.is_none() && student::is_rounded_from(&checkpoint, &teacher, &config)?;
-    let masters = unrounded.as_ref().or(rounded_from_teacher.then_some(&teacher));
-    let mut student = Student::load(&checkpoint, masters, backend.clone())?;
+    let masters = Masters::of(&checkpoint, &teacher, unrounded.as_ref())?;
+    let mut student = Student::load(&checkpoint, masters.checkpoint(), backend.clone())?;
     let state: u64 = student.state(None, true).iter().map(Pending::bytes).sum();
     claims[0].room("the training's state with the result", state + checkpoint.tensors.file_bytes())?;
     let decoder = Decoder::load(backend, &teacher)?;
+    let unrounded_weights = unrounded.as_ref().map_or(Ok(Value::Null), identity)?;
     let about = json!({
         "recoup_version": env!("CARGO_PKG_VERSION"),
         "numerics": NUMERICS_VERSION,
         "student": {"files": identity(&checkpoint)?, "recipe": args.recipe.as_deref().map(OsStr::to_string_lossy)},
         "teacher": {"files": teacher_identity},
-        "masters": match (&unrounded, rounded_from_teacher) {
-            (Some(u), _) => format!("unrounded model, weights {}", identity(u)?["weights"].as_str().unwrap_or_default()),
-            (None, true) => "the teacher's weights".into(),
-            (None, false) => "the student's own weights".into(),
-        },
+        "masters": masters.describe(unrounded_weights["weights"].as_str().unwrap_or_default()),
         "methods": stages.iter().map(Stage::describe).collect::<Vec<_>>(),
         "chat_template_kwargs": args.data.template.chat_template_kwargs,
         "data": {"description": data.description, "sha256": data.hash(), "length": args.data.length,
@@ -178,7 +176,8 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
         "patience": args.patience,
         "products": if args.f32 { "f32" } else { "bf16 operands, f32 sums" },
     });
-    let mut run_folder = training::run_folder(&training, args.resume, &about)?;
+    let mut session = Session::open(&training, args.resume, about)?;
+    let about = session.about();
     super::say!(
         "{} linears, {} weights; masters from {}",
         student.parameters.iter().filter(|p| p.is_quantized()).count(),
@@ -186,11 +185,6 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
         about["masters"].as_str().unwrap_or_default()
     );
     super::say!("data: {}", data.description);
-    let watched = watched
-        .into_iter()
-        .map(|(name, data)| Watched::new(name, data.rows, Some(&decoder)))
-        .collect::<std::result::Result<Vec<_>, _>>()?;
-
     let plan = Plan {
         stages,
         evaluate_every: args.evaluate_every,
@@ -198,109 +192,29 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
         save_every: Duration::from_secs(args.save_every),
     };
     let mut display = Display::new(&plan, config.layers);
-    let mut after = |stage: usize, student: &Student| -> std::result::Result<(), RecoverError> {
-        recycle::release();
-        if !args.keep_stages {
-            return Ok(());
-        }
-        let out = stage_folder(claims[0].target(), stage, &plan.stages[stage].name);
-        let mut record = about.clone();
-        if let Some(methods) = record["methods"].as_array_mut() {
-            methods.truncate(stage + 1);
-        }
-        let record = format!("{record:#}\n").into_bytes();
-        // There already, if the run was killed after this stage.
-        if std::fs::read(out.join(RECORD_FILE)).is_ok_and(|found| found == record) {
-            return Ok(());
-        }
-        student.write(&checkpoint, &[(RECORD_FILE, record)], &out)
-    };
-    let mut run = Run {
-        teacher: Some(&decoder),
-        data: &data,
-        watched: &watched,
-        plan: &plan,
-        folder: &mut run_folder,
-        show: &mut |event| display.show(event),
-        after: &mut after,
-    };
-    let outcome = run.train(&mut student)?;
+    let stages_beside = args.keep_stages.then(|| claims[0].target());
+    let lesson = Lesson { plan: &plan, teacher: Some(&decoder), data: &data, watched, stages_beside };
+    let show = &mut |event: &Event| display.show(event);
+    let outcome = session.train(&mut student, &checkpoint, lesson, show, recycle::release)?;
     display.bar.finish();
-    let mut record = about;
-    record["watched_loss"] = summary(&outcome.events);
+    let mut record = session.about().clone();
+    record["watched_loss"] = outcome.watched_loss();
     if let Some(error) = &outcome.stopped {
         record["stopped"] = Value::from(error.to_string());
     }
-    let files = [(RECORD_FILE, format!("{record:#}\n").into_bytes()), (CURVE_FILE, run_folder.curve()?)];
-    student.write(&checkpoint, &files, &args.output)?;
+    session.write(&student, &checkpoint, &record, &args.output)?;
     super::name_left_out(checkpoint.tensors.folder());
     drop((student, checkpoint, unrounded));
-    run_folder.remove()?;
+    session.close()?;
     super::say!(
         "wrote {} in {:.1} s{}",
         args.output.display(),
         start.elapsed().as_secs_f64(),
-        super::quantize::peak_memory()
-            .map_or_else(String::new, |bytes| format!(", peak memory {}", super::human_bytes(bytes)))
+        peak_memory().map_or_else(String::new, |bytes| format!(", peak memory {}", super::human_bytes(bytes)))
     );
     match outcome.stopped {
         None => super::done(),
         Some(error) => Err(anyhow::Error::from(error)
             .context(format!("training ended early; {} has the best weights until then", args.output.display()))),
     }
-}
-
-/// Where the student goes after a stage that is not the last.
-fn stage_folder(output: &Path, stage: usize, method: &str) -> PathBuf {
-    let mut name = output.file_name().unwrap_or_default().to_os_string();
-    name.push(format!("-{}-{method}", stage + 1));
-    output.with_file_name(name)
-}
-
-/// What a recipe's student is calibrated on.
-fn calibration(recipe: &Recipe, teacher: &Checkpoint, folder: &Path) -> Result<CalibrationText> {
-    super::quantize::calibration_text(None, super::quantize::default_samples(recipe), 512, teacher, folder, None)
-}
-
-fn make_student(
-    args: &Args,
-    recipe: &Recipe,
-    teacher: &Checkpoint,
-    text: &CalibrationText,
-    folder: &Path,
-    unrounded: &Path,
-) -> Result<()> {
-    let backend = CpuBackend::new(Isa::detect(), threads(args.threads))?;
-    let bar = super::progress(0, "");
-    // Of a run that was killed in between.
-    if unrounded.exists() {
-        std::fs::remove_dir_all(unrounded).with_context(|| format!("{}: cannot be removed", unrounded.display()))?;
-    }
-    let places = quantize::Places { out: folder, unrounded: Some(unrounded), measured: None };
-    quantize::apply(teacher, &backend, text, recipe, Dialect::ModelOpt, places, &mut |what, done, all| {
-        if done == 0 {
-            bar.begin(what);
-        }
-        bar.set_length(all as u64);
-        bar.set_position(done as u64);
-    })?;
-    bar.finish();
-    Ok(())
-}
-
-/// The loss on the watched texts of what was kept at the end, and the first that was measured of the same kind.
-fn summary(events: &[Event]) -> Value {
-    let looks = || {
-        events.iter().filter_map(|e| match e {
-            Event::Watched { stage, step, measure, loss, .. } => Some((*stage, *step, *measure, loss)),
-            _ => None,
-        })
-    };
-    let kept = events
-        .iter()
-        .rev()
-        .find_map(|e| if let Event::Kept { stage, step } = e { Some((*stage, *step)) } else { None });
-    let Some(after) = looks().find(|l| Some((l.0, l.1)) == kept) else { return Value::Null };
-    let before = looks().find(|l| l.2 == after.2).map(|l| l.3);
-    json!({"measure": after.2, "before": before, "after": after.3})
 }

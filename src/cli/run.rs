@@ -1,20 +1,20 @@
 //! `recoup run`: generate from one prompt, or chat at a terminal; the text streams as it comes.
 
 use std::io::{BufRead as _, IsTerminal as _, Read as _};
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use super::options::{EngineOptions, TemplateOptions, model_folder, open_model};
+use super::options::{EngineOptions, TemplateOptions, model_folder, open_model, with_arguments};
+use super::sampling::SamplingOptions;
 use crate::backend::cpu::CpuBackend;
-use crate::checkpoint::Checkpoint;
-use crate::engine::{Engine, Event, Finish, Generated, GenerationConfig, Limits, Request};
+use crate::engine::{Engine, Finish, Generated, Limits, Request, answer};
 use crate::logits::SamplingParams;
-use crate::model::config::token_ids;
 use crate::text::conversation::fit;
-use crate::text::{ChatInput, ChatTemplate, Tokenizer};
+use crate::text::{ModelText, Tokenizer};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -32,30 +32,8 @@ pub(super) struct Args {
     /// Tokens to generate at most [default: generation_config.json's max_new_tokens, else 512 within its max_length]
     #[arg(short = 'n', long)]
     max_tokens: Option<usize>,
-    /// 0 takes the most probable token always [default: generation_config.json's, else 0]
-    #[arg(long)]
-    temperature: Option<f32>,
-    /// Only the K most probable tokens
-    #[arg(long)]
-    top_k: Option<usize>,
-    /// Only the most probable tokens that together reach this probability
-    #[arg(long)]
-    top_p: Option<f32>,
-    /// Only tokens at least this probable, relative to the most probable one
-    #[arg(long)]
-    min_p: Option<f32>,
-    /// Over 1 discourages tokens of prompt and answer
-    #[arg(long)]
-    repetition_penalty: Option<f32>,
-    /// Discourages tokens that the answer has already
-    #[arg(long, allow_negative_numbers = true)]
-    presence_penalty: Option<f32>,
-    /// Discourages tokens by how often the answer has them
-    #[arg(long, allow_negative_numbers = true)]
-    frequency_penalty: Option<f32>,
-    /// Repeats a sampled answer
-    #[arg(long)]
-    seed: Option<u64>,
+    #[command(flatten)]
+    sampling: SamplingOptions,
     /// Ends the answer before this string; may be given several times
     #[arg(long)]
     stop: Vec<String>,
@@ -83,12 +61,9 @@ const DEFAULT_CONTEXT: usize = 8192;
 struct Chat<'a> {
     args: &'a Args,
     engine: Engine<'a, CpuBackend>,
-    tokenizer: Tokenizer,
-    template: Option<ChatTemplate>,
+    text: ModelText,
     sampling: SamplingParams,
-    stop_tokens: Vec<u32>,
     stop: Vec<String>,
-    generation: GenerationConfig,
     /// What is generated can no longer be printed.
     mute: bool,
 }
@@ -96,31 +71,30 @@ struct Chat<'a> {
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let folder = model_folder(&args.model)?;
     let checkpoint = open_model(&folder)?;
-    let tokenizer = Tokenizer::from_folder(&folder)?;
-    super::say_notes(tokenizer.notes());
-    let template = if args.raw { None } else { args.template.template(&folder)? };
-    if args.system.is_some() && template.is_none() {
+    let text = match args.raw {
+        true => ModelText::without_template(&folder, &checkpoint.config)?,
+        false => ModelText::from_folder(&folder, &checkpoint.config)?,
+    };
+    super::say_notes(text.tokenizer().notes());
+    let arguments = if args.raw { Map::new() } else { args.template.arguments() };
+    let text = text.map_template(|template| with_arguments(template, arguments, &folder))?;
+    if args.system.is_some() && text.template().is_none() {
         bail!(
             "--system needs a chat template, and {} has none{}",
             folder.display(),
             if args.raw { " with --raw" } else { "" }
         );
     }
-    let generation = GenerationConfig::from_folder(&folder)?;
-    let stop_tokens = stop_tokens(&checkpoint, &generation, &tokenizer)?;
-    let sampling = sampling(args, generation.sampling.clone());
+    let generation = text.generation();
+    let mut sampling = args.sampling.over(&generation.sampling);
+    sampling.logprobs = args.logprobs;
     sampling.validate()?;
-    let drawing = [
-        ("--top-k", args.top_k.is_some()),
-        ("--top-p", args.top_p.is_some()),
-        ("--min-p", args.min_p.is_some()),
-        ("--seed", args.seed.is_some()),
-    ];
-    let drawing: Vec<&str> = drawing.iter().filter(|(_, given)| *given).map(|(name, _)| *name).collect();
+    let drawing = args.sampling.of_drawing();
     if sampling.temperature == 0.0 && !drawing.is_empty() {
         super::say!("note: without effect, as the temperature is 0: {}", drawing.join(", "));
     }
-    let ignored: Vec<&str> = generation.ignored.iter().map(String::as_str).filter(|i| !overridden(args, i)).collect();
+    let ignored: Vec<&str> =
+        generation.ignored.iter().map(String::as_str).filter(|i| !args.sampling.stands_for(i)).collect();
     if !ignored.is_empty() {
         super::say!("note: of generation_config.json not used: {}", ignored.join(", "));
     }
@@ -136,8 +110,8 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     };
     // All of a conversation stays in the cache.
     let limits = Limits::new(context, 1);
-    let engine = Engine::new(&model, Limits { kept: limits.pages, ..limits }, args.options.kv_format())?;
-    let mut chat = Chat { args, engine, tokenizer, template, sampling, stop_tokens, stop, generation, mute: false };
+    let engine = Engine::new(&model, Limits { kept: limits.pages, ..limits }, args.options.kv_cache_dtype)?;
+    let mut chat = Chat { args, engine, text, sampling, stop, mute: false };
     match &args.prompt {
         Some(prompt) => chat.one(prompt)?,
         None if std::io::stdin().is_terminal() => chat.talk()?,
@@ -159,7 +133,7 @@ impl Chat<'_> {
         let length = tokens.len();
         let generated = self.answer(tokens)?;
         if self.args.json {
-            super::outln!("{:#}", report(&self.tokenizer, &generated));
+            super::outln!("{:#}", report(self.text.tokenizer(), &generated));
         } else {
             super::outln!();
         }
@@ -224,13 +198,9 @@ impl Chat<'_> {
 
     /// The prompt that a conversation is; without a template the line alone.
     fn tokens(&self, messages: &[Value], raw: &str) -> Result<Vec<u32>> {
-        let tokens = match &self.template {
-            Some(template) => {
-                let input = ChatInput { messages, add_generation_prompt: true, ..ChatInput::default() };
-                // The template writes the special tokens itself.
-                self.tokenizer.encode(&template.render(&input)?, false)?
-            }
-            None => self.tokenizer.encode(raw, true)?,
+        let tokens = match self.text.prompt(messages)? {
+            Some(tokens) => tokens,
+            None => self.text.tokenizer().encode(raw, true)?,
         };
         if tokens.is_empty() {
             bail!("the prompt is empty");
@@ -240,13 +210,13 @@ impl Chat<'_> {
 
     /// Tokens of the answer at most, by option or generation_config.json.
     fn max_tokens(&self, prompt: usize) -> Result<usize> {
-        Ok(match (self.args.max_tokens, self.generation.max_new_tokens) {
+        Ok(match (self.args.max_tokens, self.text.generation().max_new_tokens) {
             (Some(n), _) | (None, Some(n)) => n,
-            (None, None) => match self.generation.limit(prompt) {
+            (None, None) => match self.text.generation().limit(prompt) {
                 Some(0) => bail!(
                     "the prompt has {prompt} tokens, generation_config.json allows {} in all (max_length); -n sets another \
                      limit",
-                    self.generation.max_length.unwrap_or_default()
+                    self.text.generation().max_length.unwrap_or_default()
                 ),
                 limit => limit.unwrap_or(usize::MAX).min(DEFAULT_TOKENS),
             },
@@ -270,38 +240,23 @@ impl Chat<'_> {
             prompt,
             max_tokens: self.max_tokens(length)?,
             sampling: self.sampling.clone(),
-            stop_tokens: self.stop_tokens.clone(),
+            stop_tokens: self.text.stop_tokens().to_vec(),
             stop: self.stop.clone(),
             stop_after: None,
         };
         let quiet = self.args.json;
-        let id = self.engine.generate(&self.tokenizer, request)?;
-        let mut generated = None;
-        while generated.is_none() {
-            for event in self.engine.step()? {
-                let text = match event {
-                    Event::Token { text, .. } => text,
-                    Event::Answered { answer, rest, .. } => {
-                        generated = Some(answer);
-                        rest
-                    }
-                    Event::Scored { .. } | Event::Logits { .. } | Event::States { .. } => continue,
-                };
-                if quiet || text.is_empty() {
-                    continue;
-                }
-                let told = super::talk::out(format_args!("{text}"));
-                if told.is_err() || super::talk::unread() {
-                    // An answer that has ended meanwhile is as it is.
-                    generated = self.engine.cancel(id).or(generated);
-                }
-                if let Err(e) = told {
-                    self.mute = true;
-                    return Err(e);
-                }
+        let mut failed = None;
+        let generated = answer(&mut self.engine, self.text.tokenizer(), request, &mut |text| {
+            if quiet {
+                return ControlFlow::Continue(());
             }
+            failed = super::talk::out(format_args!("{text}")).err();
+            if failed.is_some() || super::talk::unread() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })?;
+        if let Some(e) = failed {
+            self.mute = true;
+            return Err(e);
         }
-        let generated = generated.context("the engine ended no answer")?;
         if !quiet && std::io::stderr().is_terminal() {
             let n = generated.tokens.len();
             let speed = (n.saturating_sub(1)) as f64 / generated.decode.as_secs_f64().max(1e-9);
@@ -343,39 +298,4 @@ fn report(tokenizer: &Tokenizer, g: &Generated) -> Value {
     };
     json!({"text": g.text, "finish_reason": finish, "seed": g.seed, "tokens": tokens,
         "prefill_seconds": g.prefill.as_secs_f64(), "decode_seconds": g.decode.as_secs_f64()})
-}
-
-/// Tokens that end an answer: config.json's, generation_config.json's, the tokenizer's own.
-fn stop_tokens(checkpoint: &Checkpoint, generation: &GenerationConfig, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-    let mut stop = token_ids(&checkpoint.config, "eos_token_id")?;
-    stop.extend(&generation.eos);
-    stop.extend(tokenizer.eos_id());
-    stop.sort_unstable();
-    stop.dedup();
-    Ok(stop)
-}
-
-/// Whether an option stands in for a setting of the model that is not used.
-fn overridden(args: &Args, ignored: &str) -> bool {
-    let given = [
-        ("temperature ", args.temperature.is_some()),
-        ("top_k ", args.top_k.is_some()),
-        ("top_p ", args.top_p.is_some()),
-        ("min_p ", args.min_p.is_some()),
-    ];
-    given.iter().any(|(name, given)| *given && ignored.starts_with(name))
-}
-
-fn sampling(args: &Args, mut p: SamplingParams) -> SamplingParams {
-    let set = |to: &mut f32, from: Option<f32>| *to = from.unwrap_or(*to);
-    set(&mut p.temperature, args.temperature);
-    set(&mut p.top_p, args.top_p);
-    set(&mut p.min_p, args.min_p);
-    set(&mut p.repetition_penalty, args.repetition_penalty);
-    set(&mut p.presence_penalty, args.presence_penalty);
-    set(&mut p.frequency_penalty, args.frequency_penalty);
-    p.top_k = args.top_k.unwrap_or(p.top_k);
-    p.seed = args.seed;
-    p.logprobs = args.logprobs;
-    p
 }

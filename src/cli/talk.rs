@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
+use crate::evaluate::Watch;
+
 /// Prints a line to stdout. A reader that has seen enough (`recoup inspect … | head`) is no error; a full disk is.
 macro_rules! outln {
     () => {
@@ -106,6 +108,15 @@ impl Progress {
         self.bar.reset_eta();
     }
 
+    /// So much of all of `what` is done; it begins where nothing is.
+    pub(super) fn at(&self, what: &'static str, done: usize, all: usize) {
+        if done == 0 {
+            self.begin(what);
+        }
+        self.set_length(all as u64);
+        self.set_position(done as u64);
+    }
+
     pub(super) fn set_length(&self, all: u64) {
         if let Some(log) = &self.log {
             log.borrow_mut().all = all;
@@ -156,6 +167,28 @@ impl Progress {
             }
         }
         self.bar.finish_and_clear();
+    }
+}
+
+/// What a library tells of its work, shown as it comes.
+#[derive(Default)]
+pub(super) struct Shown(Option<Progress>);
+
+impl Watch for Shown {
+    fn begin(&mut self, what: &str, parts: u64, done: u64) {
+        self.0.insert(progress(parts, what)).start_at(done);
+    }
+
+    fn part(&mut self) {
+        self.0.iter().for_each(|bar| bar.inc(1));
+    }
+
+    fn end(&mut self) {
+        self.0.take().iter().for_each(Progress::finish);
+    }
+
+    fn say(&mut self, line: &str) {
+        say!("{line}");
     }
 }
 

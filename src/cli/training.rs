@@ -4,12 +4,10 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Result, bail};
-use serde_json::Value;
 
 use super::interrupt;
 use super::talk::Progress;
 use crate::output::{self, Claim, sweep};
-use crate::recover::run_folder::RunFolder;
 use crate::recover::trainer::{Event, Measure, Plan};
 
 /// Freed memory that a training step finds again in the next, bytes.
@@ -29,15 +27,6 @@ pub(super) fn begin(output: &Path, resume: bool) -> Result<(PathBuf, Claim)> {
     let state = training.display();
     interrupt::hint(format!("what was saved last is in {state}: the same command with --resume goes on from there"));
     Ok((training, claim))
-}
-
-/// The state of a run that depends on `about`, new or as it was left.
-pub(super) fn run_folder(training: &Path, resume: bool, about: &Value) -> Result<RunFolder> {
-    let resumed = if resume { RunFolder::resume(training, about)? } else { None };
-    match resumed {
-        Some(folder) => Ok(folder),
-        None => Ok(RunFolder::create(training, about)?),
-    }
 }
 
 /// Events on the terminal.

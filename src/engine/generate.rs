@@ -147,6 +147,36 @@ impl Answer {
     }
 }
 
+/// Answers one request in an engine that has no other. `text` is told what is certain of the answer as it comes, and cancels
+/// it where it breaks.
+///
+/// # Errors
+/// As [`Engine::generate`] and [`Engine::step`].
+pub fn answer<B: Backend>(
+    engine: &mut Engine<'_, B>,
+    tokenizer: &Tokenizer,
+    request: Request,
+    text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+) -> Result<Generated, EngineError> {
+    let id = engine.generate(tokenizer, request)?;
+    let mut heard = true;
+    loop {
+        for event in engine.step()? {
+            let (certain, answer) = match event {
+                Event::Token { text, .. } => (text, None),
+                Event::Answered { answer, rest, .. } => (rest, Some(answer)),
+                Event::Scored { .. } | Event::Logits { .. } | Event::States { .. } => continue,
+            };
+            heard = heard && (certain.is_empty() || text(&certain).is_continue());
+            // An answer that has ended meanwhile is as it is.
+            let cancelled = if heard { None } else { engine.cancel(id) };
+            if let Some(answer) = answer.or(cancelled) {
+                return Ok(answer);
+            }
+        }
+    }
+}
+
 /// Answers `requests`, at most `width` at a time, prompts that begin alike one after the other, and hands each answer to
 /// `done` with its index as it ends; stops early when `done` breaks.
 ///

@@ -3,15 +3,15 @@
 #[allow(clippy::module_inception)]
 mod engine;
 mod generate;
-pub mod generation_config;
+mod logits;
 mod pages;
 mod scheduler;
 mod scoring;
 mod sequence;
 
 pub use engine::{Engine, EngineError, Event};
-pub use generate::{Finish, Generated, Request, answer_all};
-pub use generation_config::GenerationConfig;
+pub use generate::{Finish, Generated, Request, answer, answer_all};
+pub use logits::logits;
 pub use scheduler::Limits;
 pub use scoring::{Sequence, score_all};
 pub use sequence::Id;

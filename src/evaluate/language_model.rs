@@ -4,23 +4,18 @@
 //! as in lm-evaluation-harness's `hf` model (0.4.13), so that scores can be compared document by document.
 
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use recoup_eval::divergence::{Pair, RowError};
 use recoup_eval::perplexity::windows;
 use recoup_eval::{GenerationDefaults, GenerationOptions, LanguageModel, Message, Request, Response, TokenModel};
 
 use crate::backend::{Backend, BackendError};
-use crate::checkpoint::error::CheckpointError;
-use crate::checkpoint::json::Object;
-use crate::engine::{
-    self, Engine, EngineError, Event, Finish, GenerationConfig, Limits, Sequence, answer_all, score_all,
-};
+use crate::engine::{self, Engine, EngineError, Event, Finish, Limits, Sequence, answer_all, score_all};
 use crate::formats::kv::KvFormat;
 use crate::logits::SamplingParams;
 use crate::model::Decoder;
-use crate::model::config::token_ids;
-use crate::text::{ChatInput, ChatTemplate, TextError, Tokenizer};
+use crate::text::{ChatInput, GenerationConfig, ModelText, TextError};
 
 /// Answers that are generated side by side.
 const GENERATE_WIDTH: usize = 16;
@@ -37,8 +32,6 @@ pub enum EvaluateError {
     Text(#[from] TextError),
     #[error(transparent)]
     Engine(#[from] EngineError),
-    #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
     #[error(
         "a continuation of {tokens} tokens is longer than the model's context of {context}; it begins with {begin:?}. \
          Shorten it, or evaluate a model with a longer context"
@@ -50,98 +43,11 @@ pub enum EvaluateError {
         "the task allows {max_tokens} generated tokens, the model's context has {context} in all; lower max_gen_toks"
     )]
     NoRoomToGenerate { max_tokens: usize, context: usize },
-    #[error("{folder}: neither tokenizer nor configuration names a token that begins or ends a text (bos or eos)")]
-    NoPrefixToken { folder: PathBuf },
     #[error(
         "{folder}: no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); \
          evaluate without --apply-chat-template"
     )]
     NoChatTemplate { folder: PathBuf },
-}
-
-/// What stands between texts and a model's tokens: everything in its folder but weights.
-#[derive(Debug)]
-pub struct ModelText {
-    folder: PathBuf,
-    tokenizer: Tokenizer,
-    template: Option<ChatTemplate>,
-    prefix: u32,
-    stop_tokens: Vec<u32>,
-    generation: GenerationConfig,
-}
-
-impl ModelText {
-    /// Reads tokenizer, chat template and special tokens of a model's folder; `config` is its config.json.
-    ///
-    /// # Errors
-    /// A file that is missing or not what its name says; no token that could stand before a text.
-    pub fn from_folder(folder: &Path, config: &Object) -> Result<Self, EvaluateError> {
-        let tokenizer = Tokenizer::from_folder(folder)?;
-        let bos = token_ids(config, "bos_token_id")?;
-        let mut stop_tokens = token_ids(config, "eos_token_id")?;
-        let prefix =
-            tokenizer.bos_id().or(tokenizer.eos_id()).or(bos.first().copied()).or(stop_tokens.first().copied());
-        let prefix = prefix.ok_or_else(|| EvaluateError::NoPrefixToken { folder: folder.into() })?;
-        let generation = GenerationConfig::from_folder(folder)?;
-        stop_tokens.extend(&generation.eos);
-        stop_tokens.extend(tokenizer.eos_id());
-        stop_tokens.sort_unstable();
-        stop_tokens.dedup();
-        let template = ChatTemplate::from_folder(folder)?;
-        Ok(Self { folder: folder.into(), tokenizer, template, prefix, stop_tokens, generation })
-    }
-
-    /// The same with another chat template, made of its own.
-    ///
-    /// # Errors
-    /// Those of `map`.
-    pub fn map_template<E>(
-        mut self,
-        map: impl FnOnce(Option<ChatTemplate>) -> Result<Option<ChatTemplate>, E>,
-    ) -> Result<Self, E> {
-        self.template = map(self.template.take())?;
-        Ok(self)
-    }
-
-    /// Whether `text` is a token that no answer shows, because it is a special one.
-    ///
-    /// # Errors
-    /// When it cannot be tokenized.
-    pub fn drops(&self, text: &str) -> Result<bool, EvaluateError> {
-        let ids = self.tokenizer.encode(text, false)?;
-        Ok(self.tokenizer.decode(&ids, true)?.trim() != text.trim())
-    }
-
-    /// The tokenizer.
-    #[must_use]
-    pub fn tokenizer(&self) -> &Tokenizer {
-        &self.tokenizer
-    }
-
-    /// Token ids of a text that begins a sequence: with what the tokenizer puts before it, unless the text has that
-    /// already.
-    fn encode_beginning(&self, text: &str) -> Result<Vec<u32>, TextError> {
-        let has_it = self.tokenizer.id_to_token(self.prefix).is_some_and(|t| text.starts_with(&t));
-        self.tokenizer.encode(text, !has_it)
-    }
-
-    /// Tokens of context and continuation. White space at the context's end belongs to the continuation, whose tokens are
-    /// those of the whole text after as many as the context has alone.
-    fn encode_pair(&self, context: &str, continuation: &str) -> Result<(Vec<u32>, Vec<u32>), TextError> {
-        if context.is_empty() {
-            let mut tokens = self.tokenizer.encode(continuation, false)?;
-            if tokens.first() == Some(&self.prefix) {
-                let rest = tokens.split_off(1);
-                return Ok((tokens, rest));
-            }
-            return Ok((vec![self.prefix], tokens));
-        }
-        let trimmed = context.trim_end();
-        let mut whole = self.encode_beginning(&(context.to_owned() + continuation))?;
-        let context = self.encode_beginning(trimmed)?;
-        let continuation = whole.split_off(context.len().min(whole.len()));
-        Ok((context, continuation))
-    }
 }
 
 /// A decoder under evaluation.
@@ -184,12 +90,39 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
         Ok(self.engine.insert(engine))
     }
 
+    /// Token ids of a text that begins a sequence: with what the tokenizer puts before it, unless the text has that
+    /// already.
+    fn encode_beginning(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        let prefix = self.text.beginning()?;
+        let has_it = self.text.tokenizer().id_to_token(prefix).is_some_and(|t| text.starts_with(&t));
+        self.text.tokenizer().encode(text, !has_it)
+    }
+
+    /// Tokens of context and continuation. White space at the context's end belongs to the continuation, whose tokens are
+    /// those of the whole text after as many as the context has alone.
+    fn encode_pair(&self, context: &str, continuation: &str) -> Result<(Vec<u32>, Vec<u32>), TextError> {
+        let prefix = self.text.beginning()?;
+        if context.is_empty() {
+            let mut tokens = self.text.tokenizer().encode(continuation, false)?;
+            if tokens.first() == Some(&prefix) {
+                let rest = tokens.split_off(1);
+                return Ok((tokens, rest));
+            }
+            return Ok((vec![prefix], tokens));
+        }
+        let trimmed = context.trim_end();
+        let mut whole = self.encode_beginning(&(context.to_owned() + continuation))?;
+        let context = self.encode_beginning(trimmed)?;
+        let continuation = whole.split_off(context.len().min(whole.len()));
+        Ok((context, continuation))
+    }
+
     /// The sequences whose scores answer a request.
     fn sequences(&mut self, request: &Request) -> Result<Vec<Sequence>, EvaluateError> {
         let length = self.context_length;
         match request {
             Request::LogLikelihood { context, continuation } => {
-                let (context, continuation_tokens) = self.text.encode_pair(context, continuation)?;
+                let (context, continuation_tokens) = self.encode_pair(context, continuation)?;
                 let begin = continuation.chars().take(60).collect();
                 if continuation_tokens.is_empty() {
                     return Err(EvaluateError::NoTokens { begin });
@@ -210,8 +143,8 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
                 Ok(vec![Sequence { tokens, first }])
             }
             Request::Rolling { text } => {
-                let tokens = self.text.encode_beginning(text)?;
-                Ok(windows(&tokens, self.text.prefix, length)
+                let tokens = self.encode_beginning(text)?;
+                Ok(windows(&tokens, self.text.beginning()?, length)
                     .into_iter()
                     .map(|(context, continuation)| {
                         let first = context.len();
@@ -286,9 +219,9 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
             let room = self.context_length.checked_sub(options.max_tokens).filter(|r| *r > 0).ok_or(
                 EvaluateError::NoRoomToGenerate { max_tokens: options.max_tokens, context: self.context_length },
             )?;
-            let mut prompt = self.text.encode_beginning(context)?;
+            let mut prompt = self.encode_beginning(context)?;
             if prompt.is_empty() {
-                prompt.push(self.text.prefix);
+                prompt.push(self.text.beginning()?);
             }
             if prompt.len() > room {
                 self.truncated += 1;
@@ -299,7 +232,7 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
                 prompt,
                 max_tokens: options.max_tokens,
                 sampling: sampling(options),
-                stop_tokens: self.text.stop_tokens.clone(),
+                stop_tokens: self.text.stop_tokens().to_vec(),
                 stop: options.until.clone(),
                 stop_after: options.think_end.clone(),
             });
@@ -307,7 +240,7 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
         if asked.is_empty() {
             return Ok(());
         }
-        let tokenizer = &self.text.tokenizer;
+        let tokenizer = self.text.tokenizer();
         answer_all(self.engine()?, tokenizer, prompts, GENERATE_WIDTH, &mut |i, answer| {
             let (index, options) = asked[i];
             let (tokens, capped) = (Some(answer.tokens.len()), answer.finish == Finish::Length);
@@ -346,15 +279,12 @@ impl<B: Backend> LanguageModel for EvaluatedModel<'_, B> {
     }
 
     fn generation_defaults(&self) -> GenerationDefaults {
-        generation_defaults(&self.text.generation)
+        generation_defaults(self.text.generation())
     }
 
     fn chat_prompt(&self, messages: &[Message], continue_last: bool) -> Result<String, EvaluateError> {
-        let template = self
-            .text
-            .template
-            .as_ref()
-            .ok_or_else(|| EvaluateError::NoChatTemplate { folder: self.text.folder.clone() })?;
+        let none = || EvaluateError::NoChatTemplate { folder: self.text.folder().into() };
+        let template = self.text.template().ok_or_else(none)?;
         let json: Vec<_> = messages.iter().map(|m| serde_json::json!({"role": m.role, "content": m.content})).collect();
         Ok(if continue_last {
             template.render_continued(&ChatInput { messages: &json, ..ChatInput::default() })?
@@ -415,20 +345,20 @@ impl<B: Backend> TokenModel for EvaluatedModel<'_, B> {
     }
 
     fn tokens(&self) -> usize {
-        self.text.tokenizer.vocab_size()
+        self.text.tokenizer().vocab_size()
     }
 
     fn encode(&self, text: &str) -> Result<Vec<u32>, EvaluateError> {
-        Ok(self.text.tokenizer.encode(text, false)?)
+        Ok(self.text.tokenizer().encode(text, false)?)
     }
 
     fn token_text(&self, token: u32) -> String {
-        self.text.tokenizer.decode(&[token], false).unwrap_or_default()
+        self.text.tokenizer().decode(&[token], false).unwrap_or_default()
     }
 
     fn beginning(&self) -> Option<u32> {
-        let with = self.text.tokenizer.encode("a", true).ok()?;
-        let without = self.text.tokenizer.encode("a", false).ok()?;
+        let with = self.text.tokenizer().encode("a", true).ok()?;
+        let without = self.text.tokenizer().encode("a", false).ok()?;
         with.first().copied().filter(|first| with.len() > without.len() && without.first() != Some(first))
     }
 

@@ -1,8 +1,14 @@
-//! Our models under the evaluator: what `recoup_eval` asks, answered by the packed decoder.
+//! Our models under the evaluator: what `recoup_eval` asks, answered by the packed decoder; one model evaluated, several
+//! compared. Nothing here prints.
 
 pub mod attribution;
+pub mod evaluation;
+pub mod experiment;
 pub mod facts;
 pub mod kernel_check;
 mod language_model;
+mod watch;
 
-pub use language_model::{EvaluateError, EvaluatedModel, ModelText, Rows};
+pub use crate::text::ModelText;
+pub use language_model::{EvaluateError, EvaluatedModel, Rows};
+pub use watch::Watch;

@@ -2,7 +2,7 @@
 
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::error::{CheckpointError, Result};
-use crate::checkpoint::json::{Object, whole};
+use crate::checkpoint::json::Object;
 
 use super::rope::Rope;
 
@@ -136,7 +136,7 @@ impl ModelConfig {
             tied_embeddings: c.bool_or("tie_word_embeddings", false)?,
             moe,
             dense_layers,
-            eos_tokens: token_ids(c, "eos_token_id")?,
+            eos_tokens: c.token_ids("eos_token_id")?,
         })
     }
 
@@ -200,21 +200,6 @@ impl ModelConfig {
     #[must_use]
     pub fn is_moe(&self, index: usize) -> bool {
         self.moe.is_some() && !self.dense_layers.contains(&index)
-    }
-}
-
-/// One id or a list of ids under `key`, as Hugging Face writes end-of-sequence tokens; absent is none.
-///
-/// # Errors
-/// When the key holds something else.
-pub fn token_ids(c: &Object, key: &str) -> Result<Vec<u32>> {
-    let id = |v: &serde_json::Value| whole(v).and_then(|v| u32::try_from(v).ok());
-    match c.get(key) {
-        None => Ok(Vec::new()),
-        Some(serde_json::Value::Array(a)) => {
-            a.iter().map(id).collect::<Option<_>>().ok_or_else(|| c.error(key, "a token id or a list of them"))
-        }
-        Some(v) => Ok(vec![id(v).ok_or_else(|| c.error(key, "a token id or a list of them"))?]),
     }
 }
 

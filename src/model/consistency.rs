@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::ModelConfig;
-use super::config::{Architecture, token_ids};
+use super::config::Architecture;
 use super::rope::Rope;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::error::Result;
@@ -202,8 +202,8 @@ fn tokens(folder: &Path, c: &Object, config: &ModelConfig, notes: &mut Notes) ->
     }
     for key in ["bos_token", "eos_token"] {
         let id_key = format!("{key}_id");
-        let ours = token_ids(c, &id_key)?;
-        let generated = generation.as_ref().map(|g| token_ids(g, &id_key)).transpose()?.unwrap_or_default();
+        let ours = c.token_ids(&id_key)?;
+        let generated = generation.as_ref().map(|g| g.token_ids(&id_key)).transpose()?.unwrap_or_default();
         let named = settings.as_ref().and_then(|s| s.get(key)).and_then(|t| match t {
             Value::String(s) => Some(s.as_str()),
             other => other.get("content").and_then(Value::as_str),

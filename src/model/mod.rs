@@ -3,6 +3,7 @@
 pub mod config;
 pub mod consistency;
 pub mod decoder;
+pub mod inspection;
 mod layer;
 mod load;
 pub mod modules;

@@ -15,7 +15,7 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use sha2::{Digest as _, Sha256};
+use recoup_eval::digest::sha256;
 
 use lock::Lock;
 use space::human_bytes;
@@ -232,8 +232,7 @@ fn hidden_name(name: &OsStr) -> OsString {
     hidden.push(name);
     hidden.push(".recoup");
     if hidden.len() > LONGEST_NAME {
-        let digest = Sha256::digest(name.as_encoded_bytes());
-        hidden = format!(".recoup-{}", digest.iter().take(8).map(|b| format!("{b:02x}")).collect::<String>()).into();
+        hidden = format!(".recoup-{}", &sha256(name.as_encoded_bytes())[..16]).into();
     }
     hidden
 }

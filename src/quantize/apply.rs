@@ -3,45 +3,23 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use serde_json::Map;
-use sha2::{Digest as _, Sha256};
+use serde_json::{Map, Value, json};
 
 use super::auto::{self, Table};
 use super::calibrate::{self, Calibration};
 use super::export::{Report, plain_cache, quantize};
 use super::gptq::{self, Prepared};
 use super::recipe::{Recipe, Rule};
+use super::text::CalibrationText;
 use super::{QuantizeError, Scheme, encode, rotate, smooth, space};
-use crate::backend::Backend;
+use crate::backend::{Backend, BackendError, NUMERICS_VERSION};
 use crate::checkpoint::dialect::Dialect;
-use crate::checkpoint::identity::identity;
+use crate::checkpoint::identity::{identity, value_hash};
 use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, float_bytes};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::model::ModelConfig;
 use crate::model::modules::Module;
 use crate::output::{self, Claim};
-
-/// What a model is calibrated on.
-#[derive(Clone, Debug, PartialEq)]
-pub struct CalibrationText {
-    /// Token ids.
-    pub sequences: Vec<Vec<u32>>,
-    /// Where they came from, for the checkpoint's metadata.
-    pub description: String,
-}
-
-impl CalibrationText {
-    /// The description with a hash of the tokens.
-    fn described(&self) -> String {
-        let mut hash = Sha256::new();
-        for sequence in &self.sequences {
-            hash.update((sequence.len() as u64).to_le_bytes());
-            sequence.iter().for_each(|t| hash.update(t.to_le_bytes()));
-        }
-        let hex: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
-        format!("{}; sha256 of the tokens {hex}", self.description)
-    }
-}
 
 /// Where a whole recipe writes, and what it takes from an earlier run.
 #[derive(Clone, Copy, Debug)]
@@ -52,6 +30,44 @@ pub struct Places<'a> {
     pub unrounded: Option<&'a Path>,
     /// A table of sensitivities measured before, to choose formats by instead of measuring.
     pub measured: Option<&'a Table>,
+}
+
+/// A model that a recipe made, with the plain one that it was rounded from.
+#[derive(Clone, Debug)]
+pub struct Made {
+    pub quantized: PathBuf,
+    pub unrounded: PathBuf,
+}
+
+/// [`apply`] in the folder `within`, once for all that decides the result: a run that goes on never takes a model that
+/// something else gave. `identity` is the checkpoint's. The backend is made only if there is something to do.
+///
+/// # Errors
+/// Those of [`apply`] and of `backend`.
+pub fn apply_once<B: Backend + Clone>(
+    (checkpoint, identity): (&Checkpoint, &Value),
+    backend: impl FnOnce() -> Result<B, BackendError>,
+    text: &CalibrationText,
+    recipe: &Recipe,
+    within: &Path,
+    progress: &mut dyn FnMut(&'static str, usize, usize),
+) -> Result<Made, QuantizeError> {
+    let key = json!({"teacher": identity, "recipe": recipe, "text": text.sequences, "numerics": NUMERICS_VERSION,
+        "version": env!("CARGO_PKG_VERSION")});
+    let key = value_hash(&key);
+    let place = |what: &str| within.join(format!("{what}-{}-{}", recipe.name, &key[..12]));
+    let made = Made { quantized: place("student"), unrounded: place("unrounded") };
+    if made.quantized.exists() {
+        return Ok(made);
+    }
+    // Of a run that was killed in between.
+    if made.unrounded.exists() {
+        let failed = |e| CheckpointError::io(&made.unrounded, "remove", e);
+        std::fs::remove_dir_all(&made.unrounded).map_err(failed)?;
+    }
+    let places = Places { out: &made.quantized, unrounded: Some(&made.unrounded), measured: None };
+    apply(checkpoint, &backend()?, text, recipe, Dialect::ModelOpt, places, progress)?;
+    Ok(made)
 }
 
 /// Quantizes by a whole recipe: rotates, smooths, calibrates, rounds and writes, as it says.

@@ -19,6 +19,10 @@ pub enum QuantizeError {
     Engine(#[from] crate::engine::EngineError),
     #[error("calibration: {0}")]
     Calibration(String),
+    #[error("calibration: {0}")]
+    Corpus(#[from] crate::corpus::CorpusError),
+    #[error("{of}: {detail}")]
+    Text { of: String, detail: String },
     #[error("recipe `{file}`: {detail}")]
     Recipe { file: String, detail: String },
     #[error("module `{module}`: {detail}")]

@@ -16,9 +16,11 @@ mod refine;
 pub mod rotate;
 pub mod smooth;
 mod space;
+mod text;
 
 pub use crate::formats::scheme::Scheme;
-pub use apply::{CalibrationText, Places, apply};
+pub use apply::{Made, Places, apply, apply_once};
 pub use error::QuantizeError;
 pub use export::{Report, quantize};
 pub use recipe::Recipe;
+pub use text::{Amount, CalibrationText};

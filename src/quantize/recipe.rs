@@ -270,6 +270,12 @@ impl Recipe {
         self.calibrates() || self.smooth.is_some() || self.gptq.is_some() || self.auto.is_some()
     }
 
+    /// Windows of calibration text that it is served well by.
+    #[must_use]
+    pub fn samples(&self) -> usize {
+        if self.gptq.is_some() { 16 } else { 8 }
+    }
+
     /// What each of `modules` becomes, in their order.
     ///
     /// # Errors

@@ -13,7 +13,7 @@ use half::bf16;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::data::{Data, Order, Row, batch, spread};
+use super::data::{Data, Order, batch};
 use super::optimizer::{AdamW, cosine};
 use super::parameter::Learned;
 use super::student::Student;
@@ -21,6 +21,7 @@ use super::{During as _, RecoverError, Result};
 use crate::backend::autograd::{AutogradBackend, loss};
 use crate::backend::{Backend as _, HostPass};
 use crate::checkpoint::CheckpointError;
+use crate::corpus::{Row, spread};
 use crate::formats::kv::KvFormat;
 use crate::model::Decoder;
 

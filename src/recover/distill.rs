@@ -11,13 +11,14 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::block::{cache, worth};
-use super::data::{Data, Order, Row, batch, next_tokens};
+use super::data::{Data, Order, batch, next_tokens};
 use super::optimizer::{AdamW, cosine};
 use super::student::Student;
 use super::{During as _, RecoverError, Result};
 use crate::backend::autograd::AutogradBackend;
 use crate::backend::autograd::loss::{self, LossSums, Objective, Teacher};
 use crate::backend::{Backend as _, Batch};
+use crate::corpus::Row;
 use crate::model::Decoder;
 
 /// How the whole model is trained.

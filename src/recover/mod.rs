@@ -5,16 +5,17 @@
 //! the end. Gradients pass straight through the rounding.
 
 pub mod block;
-pub mod conversation;
 pub mod data;
 pub mod distill;
+pub mod mixture;
 pub mod optimizer;
 pub mod parameter;
 pub mod pretrain;
 pub mod run_folder;
-pub mod sources;
+pub mod session;
 pub mod stage;
 pub mod student;
+pub mod teacher_text;
 pub mod trainer;
 
 use std::path::PathBuf;
@@ -51,11 +52,16 @@ pub enum RecoverError {
     #[error("the {what} of step {step} is {value}: training has left what numbers can hold; try a lower learning rate")]
     NotFinite { what: String, step: usize, value: f64 },
     #[error(transparent)]
+    Engine(#[from] crate::engine::EngineError),
+    #[error(transparent)]
     Text(#[from] crate::text::TextError),
+    #[error(transparent)]
+    Kept(#[from] recoup_eval::journal::JournalError),
+    /// What is asked for makes no sense.
+    #[error("{0}")]
+    Asked(String),
     #[error("training data: {0}")]
-    Records(#[from] recoup_eval::records::RecordsError),
-    #[error("{}: {source}", path.display())]
-    Read { path: PathBuf, source: std::io::Error },
+    Corpus(#[from] crate::corpus::CorpusError),
 }
 
 /// Result of recovery.

@@ -8,6 +8,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 
+use recoup_eval::kept::difference;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -64,8 +65,9 @@ impl RunFolder {
         let Ok(text) = fs::read_to_string(&path) else { return Ok(None) };
         let found: Value = serde_json::from_str(&text)
             .map_err(|e| RecoverError::Run { path: path.clone(), detail: format!("is damaged ({e})") })?;
-        if let Some(what) = difference(&found, about, "") {
-            return Err(RecoverError::Run { path, detail: format!("is of another run: {what}") });
+        if let Some((at, was, is)) = difference(&found, about) {
+            let detail = format!("is of another run: {at} was {was}, and is {is} now");
+            return Err(RecoverError::Run { path, detail });
         }
         let path = folder.join(CURVE);
         let curve = OpenOptions::new().read(true).append(true).open(&path).map_err(io(&path, "open"))?;
@@ -219,21 +221,4 @@ const BEST: &str = "best.safetensors";
 
 fn block_name(stage: usize, block: usize) -> String {
     format!("block-{stage}-{block}.safetensors")
-}
-
-/// The first place where two descriptions differ.
-fn difference(found: &Value, expected: &Value, at: &str) -> Option<String> {
-    match (found, expected) {
-        (Value::Object(a), Value::Object(b)) => {
-            let keys = a.keys().chain(b.keys().filter(|k| !a.contains_key(*k)));
-            let null = Value::Null;
-            keys.filter_map(|k| {
-                let at = if at.is_empty() { k.clone() } else { format!("{at}.{k}") };
-                difference(a.get(k).unwrap_or(&null), b.get(k).unwrap_or(&null), &at)
-            })
-            .next()
-        }
-        _ if found == expected => None,
-        _ => Some(format!("{at} was {found}, and is {expected} now")),
-    }
 }

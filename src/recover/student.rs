@@ -234,6 +234,50 @@ pub const RECORD_FILE: &str = "recoup_recovery.json";
 /// And the curve of its training.
 pub const CURVE_FILE: &str = "recoup_curve.jsonl";
 
+/// Which weights a student's masters begin at.
+#[derive(Clone, Copy)]
+pub enum Masters<'a> {
+    /// Those of the plain model that it was rounded from, where smoothing made that another than the teacher.
+    Unrounded(&'a Checkpoint),
+    /// The teacher's, whose rounded form it is.
+    Teacher(&'a Checkpoint),
+    /// Its own.
+    Own,
+}
+
+impl<'a> Masters<'a> {
+    /// The masters of `student`: of the `unrounded` model where there is one, else the teacher's where they are it rounded.
+    ///
+    /// # Errors
+    /// When a tensor cannot be read.
+    pub fn of(student: &Checkpoint, teacher: &'a Checkpoint, unrounded: Option<&'a Checkpoint>) -> Result<Self> {
+        if let Some(unrounded) = unrounded {
+            return Ok(Self::Unrounded(unrounded));
+        }
+        let rounded = is_rounded_from(student, teacher, &ModelConfig::read(&student.config)?)?;
+        Ok(if rounded { Self::Teacher(teacher) } else { Self::Own })
+    }
+
+    /// The model whose weights they are, if another than the student.
+    #[must_use]
+    pub fn checkpoint(self) -> Option<&'a Checkpoint> {
+        match self {
+            Self::Unrounded(checkpoint) | Self::Teacher(checkpoint) => Some(checkpoint),
+            Self::Own => None,
+        }
+    }
+
+    /// In words; `weights` is the hash of the unrounded model's.
+    #[must_use]
+    pub fn describe(self, weights: &str) -> String {
+        match self {
+            Self::Unrounded(_) => format!("unrounded model, weights {weights}"),
+            Self::Teacher(_) => "the teacher's weights".into(),
+            Self::Own => "the student's own weights".into(),
+        }
+    }
+}
+
 /// Relative distance up to which a student's weights count as the rounded weights of a plain model. Four bits move
 /// weights by about a tenth; smoothing, by factors of two and more.
 const ROUNDED: f64 = 0.2;

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::checkpoint::CheckpointError;
+
 /// An error of the tokenizer, the chat template or the stop strings.
 #[derive(Debug, thiserror::Error)]
 pub enum TextError {
@@ -114,5 +116,16 @@ pub enum TextError {
     EmptyStop {
         /// Its place in the list, from 0.
         index: usize,
+    },
+
+    /// A setting of config.json or generation_config.json that means nothing.
+    #[error(transparent)]
+    Setting(#[from] CheckpointError),
+
+    /// No token can stand before a text.
+    #[error("{}: neither tokenizer nor configuration names a token that begins or ends a text (bos or eos)", folder.display())]
+    NoBeginning {
+        /// Of the model.
+        folder: PathBuf,
     },
 }

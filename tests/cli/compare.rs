@@ -131,7 +131,7 @@ fn identical_models_are_said_to_be_so() {
 #[test]
 fn texts_of_one_name_are_told_apart_and_records_are_read_as_what_they_say() {
     let folder = Folder::new();
-    let prose = std::fs::read_to_string(project().join("src/cli/calibration.txt")).unwrap();
+    let prose = std::fs::read_to_string(project().join("src/corpus/calibration.txt")).unwrap();
     let text = &prose[..8000];
     let digits: String = (0..3000).map(|i| format!("{} ", i * i)).collect();
     let prose = folder.write("prose/test.txt", text);

@@ -13,7 +13,7 @@ use crate::support::{json_lines, project};
 #[cfg(unix)]
 use crate::support::held::Held;
 
-pub const TEXT: &str = "src/cli/calibration.txt";
+pub const TEXT: &str = "src/corpus/calibration.txt";
 
 /// A copy of the shipped student with a chat template.
 fn chatting(folder: &Folder, template: &str) -> String {

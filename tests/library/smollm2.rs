@@ -142,7 +142,7 @@ fn recovery_brings_a_real_model_nearer_to_its_teacher() {
     let (bf16, ptq) = (models.bf16.to_str().unwrap(), models.nvfp4.to_str().unwrap());
     let (out, report) = (&folder.name("recovered"), &folder.name("report"));
     let method = ["--method", "block:steps=12,samples=24", "--method", "qad:steps=6,lr=3e-5"];
-    let data = ["--data", "src/cli/calibration.txt", "--length", "128", "--samples", "40", "--watch-samples", "4"];
+    let data = ["--data", "src/corpus/calibration.txt", "--length", "128", "--samples", "40", "--watch-samples", "4"];
     succeed(&[&["recover", ptq, "--teacher", bf16, "-o", out, "--evaluate-every", "3"][..], &method, &data].concat());
     let compare = ["compare", bf16, ptq, out, "--tasks", "none", "--no-speed", "--json", "-o", report];
     let text = ["--text", "wikitext", "--windows", "4", "--window", "256"];

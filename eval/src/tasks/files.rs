@@ -6,7 +6,8 @@ use std::{
 };
 
 use super::Error;
-use crate::{records, sha256};
+use crate::digest::{sha256, sha256_of};
+use crate::records;
 
 include!(concat!(env!("OUT_DIR"), "/tasks.rs"));
 
@@ -28,11 +29,10 @@ pub fn read(path: &Path) -> Result<Cow<'static, [u8]>, Error> {
 
 /// SHA-256 of a file as it lies there, in hexadecimal.
 pub fn digest(path: &Path) -> Result<String, Error> {
-    let bytes = match built_in(path) {
-        Some(_) => read(path)?,
-        None => std::fs::read(path).map_err(|source| Error::Read { path: path.into(), source })?.into(),
-    };
-    Ok(sha256(&bytes))
+    if built_in(path).is_some() {
+        return Ok(sha256(read(path)?));
+    }
+    std::fs::File::open(path).and_then(sha256_of).map_err(|source| Error::Read { path: path.into(), source })
 }
 
 /// Reads a file of UTF-8, without its byte order mark.

@@ -3,7 +3,7 @@
 use recoup_jinja::{data as python, python::float};
 use serde_json::{Map, Value, json};
 
-use crate::{Request, Response, ifeval, perplexity::words, scores::DocumentScore, sha256};
+use crate::{Request, Response, digest::sha256, ifeval, perplexity::words, scores::DocumentScore};
 
 use super::{
     Error,

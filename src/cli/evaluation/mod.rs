@@ -1,26 +1,25 @@
-//! What `eval` and `compare` share: which tasks, how they are put, and running them on one model.
+//! What `eval` and `compare` share: which tasks, and how they are put.
 
 pub(super) mod compare;
 mod curves;
 pub(super) mod eval;
+mod labels;
+mod server;
 mod texts;
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
-use recoup_eval::journal::Journal;
-use recoup_eval::run::{Plan, RESPONSES, Results, Setup, Shard};
-use recoup_eval::scores::ModelFacts;
+use recoup_eval::run::{Setup, Shard};
 use recoup_eval::tasks::{Library, Limit, Options, OutputType, Selection};
-use recoup_eval::{LanguageModel, Request};
 use serde_json::{Map, Value, json};
 
 use super::interrupt;
 use super::options::{TemplateOptions, with_arguments};
 use crate::checkpoint::json::Object;
-use crate::evaluate::ModelText;
 use crate::output::Claim;
+use crate::text::ModelText;
 
 /// Which tasks, and how they are put.
 #[derive(clap::Args, Clone, Debug)]
@@ -98,6 +97,8 @@ impl TaskOptions {
     fn text(&self, folder: &Path, config: &Object) -> Result<ModelText> {
         let text = ModelText::from_folder(folder, config)?;
         super::say_notes(text.tokenizer().notes());
+        // What no token can stand before cannot be scored.
+        text.beginning()?;
         let arguments = self.template_arguments();
         if let Some(end) = &self.think_end_token
             && text.drops(end)?
@@ -259,58 +260,10 @@ fn claimed(output: Option<&Path>) -> Result<Option<Claim>> {
     Ok(Some(claim))
 }
 
-/// Whether so many bytes of answers fit where they go; nothing is asked of a run that keeps none.
-fn room(claim: Option<&Claim>, bytes: u64) -> Result<()> {
-    Ok(claim.map_or(Ok(()), |claim| claim.room("what is asked and answered", bytes))?)
-}
-
-/// Asks `model` what the journal in `folder` lacks and shows how far it is; results when all is answered. `room` is asked
-/// before whether the disk has so many bytes.
-fn run_plan<M: LanguageModel>(
-    model: &mut M,
-    plan: &Plan<'_>,
-    identity: &Value,
-    folder: &Path,
-    shard: Shard,
-    what: &str,
-    room: &dyn Fn(u64) -> Result<()>,
-) -> Result<Option<Results>> {
-    std::fs::create_dir_all(folder).with_context(|| format!("{}: cannot create", folder.display()))?;
-    let mut journal = Journal::open(&folder.join(RESPONSES), &plan.about(identity, shard))?;
-    let (all, before) = (plan.len(shard), journal.answers().len());
-    if before > 0 {
-        super::say!("{what}: {before} of {all} answers are there already");
-    }
-    let there = std::fs::metadata(folder.join(RESPONSES)).map_or(0, |m| m.len());
-    room(plan.bytes(shard).saturating_sub(there))?;
-    let bar = super::progress(all as u64, format!("{what}: answers"));
-    bar.start_at(before as u64);
-    plan.answer(model, &mut journal, shard, folder, &mut |_: &Request| bar.inc(1))?;
-    bar.finish();
-    let answers = journal.finish()?;
-    if shard != Shard::ALL {
-        return Ok(None);
-    }
-    Ok(Some(plan.results(&answers)?))
-}
-
 /// What a model is called: the last part of its path.
 fn model_name(model: &OsStr) -> String {
     let path = std::fs::canonicalize(model).unwrap_or_else(|_| model.into());
     path.file_name().unwrap_or(model).to_string_lossy().into_owned()
-}
-
-/// `config` of results.json: the model, all that its answers depend on, what its files contradict each other in, and how the
-/// tasks were put.
-fn facts_config(facts: &ModelFacts, identity: &Value, notes: &[String], tasks: Value) -> Value {
-    let mut config = json!({"model": "recoup", "model_args": {"pretrained": facts.name}, "model_identity": identity});
-    if !notes.is_empty() {
-        config["model_notes"] = json!(notes);
-    }
-    if let (Value::Object(config), Value::Object(tasks)) = (&mut config, tasks) {
-        config.extend(tasks);
-    }
-    config
 }
 
 #[cfg(test)]

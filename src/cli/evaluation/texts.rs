@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use super::super::options::with_arguments;
 use super::listed;
-use crate::recover::sources::{self, Opened};
+use crate::corpus::{Opened, text_of};
 use crate::text::ChatTemplate;
 
 /// Texts that ship with the project.
@@ -61,7 +61,7 @@ pub(super) fn texts(arguments: &[OsString], folder: &Path, template: &Map<String
         } else {
             with_arguments(ChatTemplate::from_folder(folder)?, template.clone(), folder)?
         };
-        let (text, counts) = sources::text_of(&opened, own.as_ref())?;
+        let (text, counts) = text_of(&opened, own.as_ref())?;
         notes.extend(counts.notes(&name, 0).iter().map(|n| n.trim_start_matches("note: ").to_owned()));
         if counts.conversations > 0 {
             notes.push(format!(

@@ -1,10 +1,9 @@
-//! What a record of training data means: a text, token ids, or a conversation for the chat template; and which of its
+//! What a record means: a text, token ids, or a conversation for the chat template; and which of its
 //! fields were not used.
 
 use serde_json::{Map, Value, json};
 
-use super::data::Document;
-use super::{RecoverError, Result};
+use super::{CorpusError, Document, Result};
 use crate::text::{ChatInput, ChatTemplate, Tokenizer};
 
 /// Roles that chat templates know. One writes nothing at all for a role that it does not know, so that what is said in
@@ -296,7 +295,7 @@ impl Conversation {
                 (turn["role"].as_str().unwrap_or_default(), turn["content"].as_str().unwrap_or_default());
             if !ROLES.contains(&role) && !text.contains(content.trim()) {
                 let known = ROLES.join(", ");
-                return Err(RecoverError::Data(format!(
+                return Err(CorpusError::Data(format!(
                     "the chat template writes nothing of what the role `{role}` says; roles that templates know: {known}"
                 )));
             }
@@ -308,7 +307,7 @@ impl Conversation {
             if !text.starts_with(&whole) || !whole.starts_with(&opening) {
                 let detail = "the chat template writes earlier turns differently later on, so what the assistant said cannot \
                               be told apart; leave --assistant-only out";
-                return Err(RecoverError::Data(detail.into()));
+                return Err(CorpusError::Data(detail.into()));
             }
             said.push(opening.len()..whole.len());
         }

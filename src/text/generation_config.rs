@@ -8,7 +8,6 @@ use serde_json::Value;
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
 use crate::logits::SamplingParams;
-use crate::model::config::token_ids;
 
 /// The file's name in a checkpoint folder.
 pub const FILE: &str = "generation_config.json";
@@ -97,7 +96,7 @@ impl GenerationConfig {
     }
 
     fn read(c: &Object) -> Result<Self> {
-        let mut own = Self { eos: token_ids(c, "eos_token_id")?, ..Self::default() };
+        let mut own = Self { eos: c.token_ids("eos_token_id")?, ..Self::default() };
         own.stop_strings = match c.get("stop_strings") {
             Some(Value::String(one)) => vec![one.clone()],
             _ => c.strings("stop_strings")?,

@@ -9,10 +9,9 @@ use recoup_eval::records::{self, Content, Records};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::conversation::{self, Meaning, Meant};
-use super::data::{self, Document, Row};
-use super::{RecoverError, Result};
-use crate::text::{ChatTemplate, Tokenizer};
+use super::record::{self, Meaning, Meant};
+use super::{CorpusError, Document, Result, Row, pack};
+use crate::text::{ChatTemplate, ModelText};
 
 /// What a file, or the files of a folder or pattern, hold.
 #[derive(Clone, Debug, Default)]
@@ -162,7 +161,7 @@ impl Opened {
         let mut all = Vec::new();
         for records in &self.records {
             for i in 0..records.len() {
-                let meant = placed(records, i, |v| conversation::meaning(v).map_err(RecoverError::Data))?;
+                let meant = placed(records, i, |v| record::meaning(v).map_err(CorpusError::Data))?;
                 match meant.meaning {
                     Meaning::Tokens(rows) => all.extend(rows),
                     _ => return Ok(None),
@@ -182,10 +181,9 @@ pub struct Enough {
     pub records: Option<usize>,
 }
 
-/// A model's tokenizer and, if it has one, its template.
+/// Reads files for a model.
 pub struct Reader {
-    pub tokenizer: Tokenizer,
-    pub template: Option<ChatTemplate>,
+    pub text: ModelText,
     /// Of conversations, only what the assistant says is learned.
     pub assistant_only: bool,
     /// Whether the token that ends a text is written after each document.
@@ -202,20 +200,7 @@ struct One {
 }
 
 impl Reader {
-    /// The reader of a model's folder.
-    ///
-    /// # Errors
-    /// When it has no tokenizer, or a template that cannot be read.
-    pub fn of(folder: &Path, assistant_only: bool) -> Result<Self> {
-        Ok(Self {
-            tokenizer: Tokenizer::from_folder(folder)?,
-            template: ChatTemplate::from_folder(folder)?,
-            assistant_only,
-            ends: true,
-        })
-    }
-
-    /// What files hold as tokens: records are documents, conversations or token ids, see [`conversation::meaning`]; a
+    /// What files hold as tokens: records are documents, conversations or token ids, see `record::meaning`; a
     /// text is cut at line ends into documents of some 16 KiB.
     ///
     /// # Errors
@@ -242,7 +227,7 @@ impl Reader {
         let enough =
             wanted.map_or(pieces.len(), |w| (w.saturating_mul(BYTES_PER_WANTED) / PIECE + 1).min(pieces.len()));
         let chosen: Vec<&str> = (0..enough).map(|i| pieces[i * pieces.len() / enough]).collect();
-        chosen.par_iter().map(|piece| Ok(Document::text(self.tokenizer.encode(piece, false)?))).collect()
+        chosen.par_iter().map(|piece| Ok(Document::text(self.text.tokenizer().encode(piece, false)?))).collect()
     }
 
     fn records(&self, records: &Records, wanted: Option<usize>, out: &mut Documents) -> Result<()> {
@@ -261,28 +246,28 @@ impl Reader {
     }
 
     fn record(&self, value: &Value) -> Result<One> {
-        let Meant { meaning, unused } = conversation::meaning(value).map_err(RecoverError::Data)?;
+        let Meant { meaning, unused } = record::meaning(value).map_err(CorpusError::Data)?;
         let mut one = One { unused, ..One::default() };
-        let end = || self.tokenizer.eos_id().filter(|_| self.ends);
+        let end = || self.text.tokenizer().eos_id().filter(|_| self.ends);
         match meaning {
             Meaning::Text(text) => {
-                let mut tokens = self.tokenizer.encode(&text, false)?;
+                let mut tokens = self.text.tokenizer().encode(&text, false)?;
                 tokens.extend(end());
                 one.texts.push(Document::text(tokens));
             }
             Meaning::Completion { prompt, completion } => {
                 let learned = if self.assistant_only { prompt.len()..usize::MAX } else { 0..usize::MAX };
-                let mut document = conversation::document(&self.tokenizer, &(prompt + &completion), &[learned])?;
+                let mut document = record::document(self.text.tokenizer(), &(prompt + &completion), &[learned])?;
                 document.tokens.extend(end());
                 document.learned.resize(document.tokens.len(), true);
                 one.whole.push(document);
             }
             Meaning::Conversation(conversation) => {
-                let (text, said) = conversation.render(needed(self.template.as_ref())?, self.assistant_only)?;
-                one.unused.extend(unwritten(&conversation, self.template.as_ref(), &text)?);
+                let (text, said) = conversation.render(needed(self.text.template())?, self.assistant_only)?;
+                one.unused.extend(unwritten(&conversation, self.text.template(), &text)?);
                 let all = 0..usize::MAX;
                 let said = if self.assistant_only { said } else { vec![all] };
-                one.whole.push(conversation::document(&self.tokenizer, &text, &said)?);
+                one.whole.push(record::document(self.text.tokenizer(), &text, &said)?);
             }
             Meaning::Tokens(rows) => one.ids.extend(rows.into_iter().map(Document::text)),
         }
@@ -298,7 +283,7 @@ impl Reader {
         let tokens = wanted.map(|rows| rows.saturating_mul(length));
         let Documents { texts, mut whole, ids, mut counts } =
             self.read(&Opened::read(source)?, Enough { tokens, records: None })?;
-        let wrong = |detail: String| RecoverError::Data(format!("{}: {detail}", source.display()));
+        let wrong = |detail: String| CorpusError::Data(format!("{}: {detail}", source.display()));
         if counts.tokens == 0 {
             return Err(wrong("the text is empty".into()));
         }
@@ -333,8 +318,8 @@ impl Reader {
                 "{running} tokens are less than one sequence of {length}; give more text, or --length {running}"
             )));
         }
-        let mut rows = data::pack(&whole, length, true);
-        rows.extend(data::pack(&[texts, ids].concat(), length, false));
+        let mut rows = pack(&whole, length, true);
+        rows.extend(pack(&[texts, ids].concat(), length, false));
         Ok((rows, counts))
     }
 }
@@ -342,20 +327,20 @@ impl Reader {
 /// What `read` makes of record `i`; what is wrong with it is told with its place.
 fn placed<T>(records: &Records, i: usize, read: impl FnOnce(&Value) -> Result<T>) -> Result<T> {
     read(&*records.get(i)?).map_err(|e| {
-        let detail = if let RecoverError::Data(detail) = e { detail } else { e.to_string() };
-        RecoverError::Data(records.wrong(i, detail).to_string())
+        let detail = if let CorpusError::Data(detail) = e { detail } else { e.to_string() };
+        CorpusError::Data(records.wrong(i, detail).to_string())
     })
 }
 
 fn needed(template: Option<&ChatTemplate>) -> Result<&ChatTemplate> {
     template.ok_or_else(|| {
-        RecoverError::Data("a conversation (`messages`) needs a chat template, and the model has none".into())
+        CorpusError::Data("a conversation (`messages`) needs a chat template, and the model has none".into())
     })
 }
 
 /// Tools that the template does not write are not used.
 fn unwritten(
-    conversation: &conversation::Conversation,
+    conversation: &record::Conversation,
     template: Option<&ChatTemplate>,
     text: &str,
 ) -> Result<Option<String>> {
@@ -383,7 +368,7 @@ pub fn text_of(opened: &Opened, template: Option<&ChatTemplate>) -> Result<(Stri
         add(text, false);
     }
     let one = |value: &Value| -> Result<(String, bool, Vec<String>)> {
-        let Meant { meaning, mut unused } = conversation::meaning(value).map_err(RecoverError::Data)?;
+        let Meant { meaning, mut unused } = record::meaning(value).map_err(CorpusError::Data)?;
         let (text, chat) = match meaning {
             Meaning::Text(text) => (text, false),
             Meaning::Completion { prompt, completion } => (prompt + &completion, false),
@@ -392,7 +377,7 @@ pub fn text_of(opened: &Opened, template: Option<&ChatTemplate>) -> Result<(Stri
                 unused.extend(unwritten(&conversation, template, &text)?);
                 (text, true)
             }
-            Meaning::Tokens(_) => return Err(RecoverError::Data("token ids, where a text is needed".into())),
+            Meaning::Tokens(_) => return Err(CorpusError::Data("token ids, where a text is needed".into())),
         };
         Ok((text, chat, unused))
     };

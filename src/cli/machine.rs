@@ -1,0 +1,42 @@
+//! What this machine is and what it has left, as far as the system says it.
+
+/// The CPU as the system names it.
+pub(super) fn cpu_name() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = info.lines().find_map(|l| l.strip_prefix("model name")?.split_once(": ").map(|(_, n)| n.to_owned()));
+    name.unwrap_or_else(|| "unknown".into())
+}
+
+/// Memory of the machine (Linux), bytes.
+pub(super) fn memory_bytes() -> Option<u64> {
+    kib("/proc/meminfo", "MemTotal:")
+}
+
+/// Most memory that this process has held (Linux), bytes.
+pub(super) fn peak_memory() -> Option<u64> {
+    kib("/proc/self/status", "VmHWM:")
+}
+
+/// What the line of that name in a file of the system says, in bytes.
+fn kib(file: &str, name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix(name))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
+/// Instruction sets that the CPU has, of those that matter here.
+pub(super) fn features() -> Vec<&'static str> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        macro_rules! present {
+            ($($name:tt)*) => {[$(($name, std::arch::is_x86_feature_detected!($name))),*]};
+        }
+        let all = present!["sse4.2" "avx" "f16c" "fma" "avx2" "avxvnni" "avx512f" "avx512bw" "avx512dq" "avx512vl"
+            "avx512vnni" "avx512bf16" "avx512vbmi"];
+        all.into_iter().filter(|f| f.1).map(|f| f.0).collect()
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        Vec::new()
+    }
+}
