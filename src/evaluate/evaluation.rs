@@ -28,9 +28,15 @@ pub enum EvaluationError<E: std::error::Error + 'static> {
     #[error(transparent)]
     Run(#[from] RunError<E>),
     #[error(transparent)]
-    Tasks(#[from] tasks::Error),
+    Tasks(Box<tasks::Error>),
     #[error(transparent)]
     Tally(#[from] TallyError),
+}
+
+impl<E: std::error::Error + 'static> From<tasks::Error> for EvaluationError<E> {
+    fn from(error: tasks::Error) -> Self {
+        Self::Tasks(Box::new(error))
+    }
 }
 
 /// Why what happened between an evaluation and its server is not known.

@@ -43,17 +43,35 @@ pub enum ExperimentError {
     #[error(transparent)]
     Backend(#[from] BackendError),
     #[error(transparent)]
-    Tasks(#[from] tasks::Error),
+    Tasks(Box<tasks::Error>),
     #[error(transparent)]
-    Evaluation(#[from] EvaluationError<EvaluateError>),
+    Evaluation(Box<EvaluationError<EvaluateError>>),
     #[error(transparent)]
     Text(#[from] PassError<EvaluateError>),
     #[error(transparent)]
-    Compare(#[from] CompareError),
+    Compare(Box<CompareError>),
     #[error(transparent)]
     Divergence(#[from] DivergenceError),
     #[error("comparison.json cannot be made: {0}")]
     Json(#[from] serde_json::Error),
+}
+
+impl From<tasks::Error> for ExperimentError {
+    fn from(error: tasks::Error) -> Self {
+        Self::Tasks(Box::new(error))
+    }
+}
+
+impl From<EvaluationError<EvaluateError>> for ExperimentError {
+    fn from(error: EvaluationError<EvaluateError>) -> Self {
+        Self::Evaluation(Box::new(error))
+    }
+}
+
+impl From<CompareError> for ExperimentError {
+    fn from(error: CompareError) -> Self {
+        Self::Compare(Box::new(error))
+    }
 }
 
 /// Result of a comparison.
