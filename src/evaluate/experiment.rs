@@ -486,7 +486,7 @@ mod tests {
     fn the_baseline_runs_once_per_text_and_what_is_kept_is_given_out_for_the_same_models_only() {
         let folder = tempfile::tempdir().unwrap();
         let labels = ["BF16", "PTQ", "QAD"].map(str::to_owned);
-        let texts = [("books".to_owned(), crate::corpus::BUILT_IN.to_owned())];
+        let texts = [("books".to_owned(), tasks::built_in_text("books").unwrap())];
         let (selection, setup) = (Selection::default(), Setup::default());
         let experiment = Experiment {
             labels: &labels,
