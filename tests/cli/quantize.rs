@@ -293,8 +293,8 @@ fn a_run_that_is_killed_leaves_nothing_under_the_final_name_and_the_next_one_suc
         left = !left_over().is_empty();
         assert!(left_over().iter().all(|n| n == ".out.recoup"), "{moment}: {:?}", left_over());
     }
-    let (_, said) = succeed(&args);
-    assert_eq!(left, said.contains("had left when it was killed was removed"), "{said}");
+    let (_, told) = succeed(&args);
+    assert_eq!(left, told.contains("had left when it was killed was removed"), "{told}");
     assert_eq!(left_over(), ["out"]);
     for file in ["model.safetensors", "config.json", "recoup_recipe.json"] {
         let read = |out: &str| std::fs::read(folder.at(out).join(file)).unwrap();

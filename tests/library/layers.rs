@@ -17,8 +17,14 @@ const ALLOWED: [(&str, &[&str]); 16] = [
     ("text", &["logits", "checkpoint"]),
     ("corpus", &["random", "text"]),
     ("engine", &["formats", "logits", "checkpoint", "backend", "model", "text"]),
-    ("quantize", &["formats", "random", "logits", "output", "checkpoint", "backend", "model", "text", "corpus", "engine"]),
-    ("recover", &["formats", "random", "logits", "output", "checkpoint", "backend", "model", "text", "corpus", "engine"]),
+    (
+        "quantize",
+        &["formats", "random", "logits", "output", "checkpoint", "backend", "model", "text", "corpus", "engine"],
+    ),
+    (
+        "recover",
+        &["formats", "random", "logits", "output", "checkpoint", "backend", "model", "text", "corpus", "engine"],
+    ),
     ("evaluate", &["formats", "logits", "output", "checkpoint", "backend", "model", "text", "engine"]),
     (
         "cli",

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, Weak};
 
 use recoup::backend::cpu::{CpuBackend, isa::Isa};
+use recoup::checkpoint::Checkpoint;
 use recoup::checkpoint::dialect::Dialect;
 use recoup::checkpoint::tensors::TensorStore;
-use recoup::checkpoint::Checkpoint;
 use recoup::gguf;
 use recoup::model::Decoder;
 use recoup::quantize::{Recipe, Scheme, calibrate::calibrate, quantize};
