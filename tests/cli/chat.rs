@@ -12,7 +12,7 @@ fn with_model(files: &[(&str, &str)]) -> (Folder, String) {
     let folder = Folder::new();
     let model = folder.model("m", BF16);
     for (name, text) in files {
-        folder.write(&format!("m/{name}"), text);
+        folder.write(format!("m/{name}"), text);
     }
     (folder, model)
 }
@@ -110,7 +110,7 @@ fn a_quantized_model_has_all_templates_of_its_source() {
     let (folder, model) = with_model(&files);
     let (_, stderr) = succeed(&["quantize", &model, "-o", &folder.name("q"), "--recipe", "nvfp4"]);
     for (name, text) in &files[..3] {
-        assert_eq!(folder.read(&format!("q/{name}")), *text, "{name}");
+        assert_eq!(folder.read(format!("q/{name}")), *text, "{name}");
     }
     assert!(stderr.contains("not copied") && stderr.contains("strange.json"), "{stderr}");
     assert!(!folder.at("q/strange.json").exists());

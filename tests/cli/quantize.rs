@@ -102,7 +102,7 @@ fn formats_chosen_by_measurement_keep_the_budget_and_more_bits_lose_less() {
     assert!(error.contains("another model"), "{error}");
     let mut retrained = stored.clone();
     retrained["weights"] = "0123".into();
-    let retrained = folder.write("retrained.json", &retrained.to_string());
+    let retrained = folder.write("retrained.json", retrained.to_string());
     let error = fail(&out, &[&auto[..], &to, &["--sensitivity", &retrained]].concat());
     assert!(error.contains("other weights"), "{error}");
     let error = fail(&out, &[&["quantize", BF16, "--recipe", "fp8", "--bits", "6"][..], &to].concat());
@@ -124,7 +124,7 @@ fn every_kind_of_calibration_file_is_read_and_bad_ones_are_refused() {
     let refuse = |file: &str| fail(&out, &[&calibrated[..], &[file]].concat());
     let story = "It was the best of times, it was the worst of times, it was the age of wisdom.";
     let (plain, _) = accept(&folder.write("a.txt", story));
-    let (lines, _) = accept(&folder.write("a.jsonl", &serde_json::json!({"text": story}).to_string()));
+    let (lines, _) = accept(&folder.write("a.jsonl", serde_json::json!({"text": story}).to_string()));
     // The same tokens, whose source is named in the header: all weights and scales are the same.
     assert!(tensor_data(&plain) == tensor_data(&lines));
     let header = String::from_utf8_lossy(&lines[8..2000]);
@@ -142,9 +142,9 @@ fn every_kind_of_calibration_file_is_read_and_bad_ones_are_refused() {
         let (bytes, _) = accept(&folder.write(name, &content));
         assert!(tensor_data(&bytes) == tensor_data(&plain), "{name}");
     }
-    let (_, said) = accept(&folder.write("more.jsonl", &serde_json::json!({"text": story, "url": "x"}).to_string()));
+    let (_, said) = accept(&folder.write("more.jsonl", serde_json::json!({"text": story, "url": "x"}).to_string()));
     assert!(said.contains("fields that are not used, with the number of records: url (1)"), "{said}");
-    let (_, said) = accept(&folder.write("long.jsonl", &serde_json::json!({"text": story.repeat(90)}).to_string()));
+    let (_, said) = accept(&folder.write("long.jsonl", serde_json::json!({"text": story.repeat(90)}).to_string()));
     assert!(said.contains("1 of 1 texts are longer than"), "{said}");
     let (ids, _) = accept(&folder.write("ids.jsonl", "\u{feff}{\"input_ids\": [17]}\n"));
     let (one, _) = accept(&folder.write("one.json", "[[17]]"));

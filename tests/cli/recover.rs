@@ -236,11 +236,11 @@ fn conversations_and_documents_are_trained_on() {
         ];
         serde_json::json!({"messages": messages}).to_string()
     };
-    let chats = folder.write("chats.jsonl", &(0..40).map(chat).collect::<Vec<_>>().join("\n"));
+    let chats = folder.write("chats.jsonl", (0..40).map(chat).collect::<Vec<_>>().join("\n"));
     let document = |i: usize| {
         serde_json::json!({"text": format!("Chapter {i}. It was a dark night, and the road was long. ").repeat(i % 7 + 1)}).to_string()
     };
-    let documents = folder.write("documents.jsonl", &(0..60).map(document).collect::<Vec<_>>().join("\n"));
+    let documents = folder.write("documents.jsonl", (0..60).map(document).collect::<Vec<_>>().join("\n"));
     let mut losses = Vec::new();
     for (name, more) in [("all", &[][..]), ("assistant", &["--assistant-only"])] {
         let out = folder.name(name);
@@ -370,7 +370,7 @@ fn conversations_are_the_same_data_in_every_kind_of_file() {
     .into_iter()
     .enumerate()
     {
-        let (file, out) = (folder.write(name, &content), folder.name(&format!("out{i}")));
+        let (file, out) = (folder.write(name, &content), folder.name(format!("out{i}")));
         let mut args = arguments(&[&student], &out, &["--method", "qat:steps=1"]);
         args[5] = &file;
         succeed(&args);
@@ -395,7 +395,7 @@ fn conversations_that_are_cut_and_fields_that_are_not_used_are_told_and_counted(
         }
         row.to_string()
     };
-    let file = folder.write("chats.jsonl", &(0..16).map(line).collect::<Vec<_>>().join("\n"));
+    let file = folder.write("chats.jsonl", (0..16).map(line).collect::<Vec<_>>().join("\n"));
     let out = folder.name("out");
     let mut args = arguments(&[&student], &out, &["--method", "qat:steps=1", "--assistant-only"]);
     args[5] = &file;
@@ -412,9 +412,9 @@ fn conversations_that_are_cut_and_fields_that_are_not_used_are_told_and_counted(
 
     // Nothing at all is left: refused before anything is computed, wherever it is given.
     let none =
-        folder.write("none.jsonl", &serde_json::json!({"messages": turns(&long, "Nobody.")}).to_string().repeat(3));
+        folder.write("none.jsonl", serde_json::json!({"messages": turns(&long, "Nobody.")}).to_string().repeat(3));
     let silent =
-        folder.write("silent.jsonl", &serde_json::json!({"messages": [{"role": "user", "content": "Hi"}]}).to_string());
+        folder.write("silent.jsonl", serde_json::json!({"messages": [{"role": "user", "content": "Hi"}]}).to_string());
     let out = folder.name("out2");
     for (at, file, expected) in [
         (5, &none, "3 of 3 conversations were cut at 64 tokens, before the assistant says anything"),
@@ -445,7 +445,7 @@ fn tools_of_a_conversation_are_written_by_the_template_or_named() {
             }
             row.to_string()
         };
-        folder.write(name, &(0..16).map(line).collect::<Vec<_>>().join("\n"))
+        folder.write(name, (0..16).map(line).collect::<Vec<_>>().join("\n"))
     };
     let plain = file("plain.jsonl", Value::Null);
     let listed = file("listed.jsonl", tools.clone());
@@ -474,7 +474,7 @@ fn watched_texts_of_one_name_are_told_apart_and_one_given_twice_is_refused() {
     let folder = Folder::new();
     let text = std::fs::read_to_string(project().join(TEXT)).unwrap();
     let prose = folder.write("prose/test.txt", &text[..8000]);
-    let digits = folder.write("digits/test.txt", &(0..2000).map(|i| format!("{} ", i * i)).collect::<String>());
+    let digits = folder.write("digits/test.txt", (0..2000).map(|i| format!("{} ", i * i)).collect::<String>());
     let out = folder.name("out");
     let watch = ["--method", "qad:steps=1", "--watch", &prose, "--watch"];
     succeed(&arguments(&[STUDENT], &out, &[&watch[..], &[&digits]].concat()));
