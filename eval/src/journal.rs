@@ -13,8 +13,10 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use recoup_ground::atomic::{NotWritten, write_atomically};
+use recoup_ground::kept::difference;
+
 use crate::Response;
-use crate::kept::difference;
 
 /// Why answers could not be read or kept.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +78,12 @@ pub struct Journal {
     synced: Instant,
     header: Value,
     answers: BTreeMap<Key, Response>,
+}
+
+impl From<NotWritten> for JournalError {
+    fn from(e: NotWritten) -> Self {
+        Self::Io { path: e.path, source: e.source }
+    }
 }
 
 impl Journal {
@@ -176,27 +184,6 @@ pub fn write(path: &Path, about: &Value, answers: &BTreeMap<Key, Response>) -> R
         text.push('\n');
     }
     write_atomically(path, text.as_bytes())
-}
-
-/// Writes under a temporary name in the same folder and renames.
-///
-/// # Errors
-/// When it cannot be written; a file of that name is as it was then.
-pub fn write_atomically(path: &Path, contents: &[u8]) -> Result<(), JournalError> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let write = || {
-        let mut builder = tempfile::Builder::new();
-        // The name says whose it is, so that it can be removed where a kill left it.
-        builder.prefix(".recoup-").suffix(".tmp");
-        // As any other file, by the user's umask.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let mut file = builder.tempfile_in(folder)?;
-        file.write_all(contents)?;
-        file.as_file().sync_all()?;
-        file.persist(path).map(drop).map_err(|e| e.error)
-    };
-    write().map_err(|source| JournalError::Io { path: path.into(), source })
 }
 
 fn read(path: &Path, text: &str, about: Option<&Value>) -> Result<BTreeMap<Key, Response>, JournalError> {

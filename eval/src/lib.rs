@@ -5,18 +5,11 @@
 
 pub mod compare;
 pub mod comparison;
-pub mod digest;
 pub mod divergence;
-pub mod foreign;
-pub mod http;
-pub mod ifeval;
 pub mod journal;
-pub mod kept;
 pub mod model;
-pub mod names;
 pub mod openai;
 pub mod perplexity;
-pub mod records;
 pub mod report;
 pub mod run;
 pub mod scores;

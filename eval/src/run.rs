@@ -11,9 +11,10 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 
-use crate::digest::sha256;
-use crate::journal::{self, Journal, JournalError, Key, write_atomically};
-use crate::names::file_name;
+use recoup_ground::digest::sha256;
+use crate::journal::{self, Journal, JournalError, Key};
+use recoup_ground::atomic::write_atomically;
+use recoup_ground::names::file_name;
 use crate::report::ScoreRow;
 use crate::scores::{GenerationLength, MetricScores, ModelFacts, ModelScores};
 pub use crate::settings::Setup;

@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use recoup_eval::foreign::foreign;
+use recoup_ground::foreign::foreign;
 use safetensors::Dtype;
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};

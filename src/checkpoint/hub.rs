@@ -9,9 +9,9 @@ use std::io::{self, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use recoup_eval::digest::sha256_of;
-use recoup_eval::http::address::Address;
-use recoup_eval::http::{Broken, Client, Reply, Settings, Unusable, retry};
+use recoup_ground::digest::sha256_of;
+use recoup_ground::http::address::Address;
+use recoup_ground::http::{Broken, Client, Reply, Settings, Unusable, retry};
 use serde::Deserialize;
 use serde_json::Value;
 

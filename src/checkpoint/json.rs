@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use recoup_eval::foreign::foreign;
-use recoup_eval::records::without_mark;
+use recoup_ground::foreign::foreign;
+use recoup_ground::records::without_mark;
 use serde_json::Value;
 
 use super::error::{CheckpointError, Result};

@@ -90,7 +90,7 @@ impl FolderWriter {
             if source.is_file() {
                 let io = |error| CheckpointError::Io { path: source.clone(), action: "read", source: error };
                 let bytes = fs::read(&source).map_err(io)?;
-                if let Some(what) = recoup_eval::foreign::pointer(&bytes) {
+                if let Some(what) = recoup_ground::foreign::pointer(&bytes) {
                     return Err(CheckpointError::Foreign { file: source, what });
                 }
                 if let Some(folder) = name.parent().map(|p| self.partial.join(p)) {

@@ -153,7 +153,7 @@ fn from_safetensors(file: &Path) -> Result<Vec<Vec<u32>>> {
 }
 
 fn from_json(file: &Path) -> Result<Vec<Vec<u32>>> {
-    let value: Value = recoup_eval::records::read_json(file).context("token ids are neither safetensors nor JSON")?;
+    let value: Value = recoup_ground::records::read_json(file).context("token ids are neither safetensors nor JSON")?;
     let ids = value.get("input_ids").unwrap_or(&value);
     let nested = if ids.get(0).is_some_and(Value::is_array) { ids.clone() } else { Value::Array(vec![ids.clone()]) };
     serde_json::from_value(nested).with_context(|| {

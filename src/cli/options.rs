@@ -7,7 +7,7 @@ use std::str::FromStr;
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use recoup_eval::http::address::{is_address, mask};
+use recoup_ground::http::address::{is_address, mask};
 use serde_json::{Map, Value, json};
 
 use super::machine::cpu_name;

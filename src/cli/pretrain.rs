@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use recoup_eval::records;
+use recoup_ground::records;
 use serde_json::{Value, json};
 
 use super::options::{at_least_one, text_to_read};

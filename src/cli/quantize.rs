@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
-use recoup_eval::records;
+use recoup_ground::records;
 
 use super::machine::peak_memory;
 use super::options::{EngineOptions, TemplateOptions, calibration_text, model_folder, open_model, text_notes};

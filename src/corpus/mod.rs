@@ -21,7 +21,7 @@ pub enum CorpusError {
     #[error("{0}")]
     Data(String),
     #[error(transparent)]
-    Records(#[from] recoup_eval::records::RecordsError),
+    Records(#[from] recoup_ground::records::RecordsError),
     #[error(transparent)]
     Text(#[from] TextError),
 }

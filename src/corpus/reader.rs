@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
-use recoup_eval::records::{self, Content, Records};
+use recoup_ground::records::{self, Content, Records};
 use serde::Serialize;
 use serde_json::Value;
 

@@ -72,7 +72,7 @@ pub fn meaning(record: &Value) -> Result<Meant, String> {
             return all_used(Meaning::Conversation(conversation));
         }
         Value::Object(map) => map,
-        other => return Err(format!("expected an object, found {}", recoup_eval::records::kind(other))),
+        other => return Err(format!("expected an object, found {}", recoup_ground::records::kind(other))),
     };
     let has = |key: &str| map.get(key).is_some_and(|v| !v.is_null());
     let mut used = Vec::new();
@@ -134,7 +134,7 @@ fn says_something(value: &Value) -> bool {
 }
 
 fn wrong_kind(key: &str, expected: &str, found: &Value) -> String {
-    format!("`{key}`: expected {expected}, found {}", recoup_eval::records::kind(found))
+    format!("`{key}`: expected {expected}, found {}", recoup_ground::records::kind(found))
 }
 
 fn is_turns(items: &[Value]) -> bool {

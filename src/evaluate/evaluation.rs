@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use recoup_eval::LanguageModel;
-use recoup_eval::journal::{self, Journal, JournalError, write_atomically};
+use recoup_eval::journal::{self, Journal, JournalError};
+use recoup_ground::atomic::{NotWritten, write_atomically};
 use recoup_eval::openai::Tally;
 use recoup_eval::report::evaluation_markdown;
 use recoup_eval::run::{Plan, RESPONSES, Results, RunError, Shard, merge};

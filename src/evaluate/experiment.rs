@@ -11,9 +11,10 @@ use recoup_eval::TokenModel;
 use recoup_eval::compare::{CORRECTION, CompareError, Options as CompareOptions, compare};
 use recoup_eval::comparison::{Attribution, AttributionMode, ComparedModel, Comparison, Divergence};
 use recoup_eval::divergence::{DivergenceError, PassError, Said, WindowSums, Windows, kl_gone};
-use recoup_eval::journal::{JournalError, write_atomically};
-use recoup_eval::kept::kept;
-use recoup_eval::names::file_name;
+use recoup_eval::journal::JournalError;
+use recoup_ground::atomic::{NotWritten, write_atomically};
+use recoup_ground::kept::kept;
+use recoup_ground::names::file_name;
 use recoup_eval::report::{ReportContext, html, markdown};
 use recoup_eval::run::{Plan, Results, Setup, Shard};
 use recoup_eval::scores::ModelScores;
@@ -39,7 +40,7 @@ pub enum ExperimentError {
     #[error("{}: cannot create: {source}", path.display())]
     Create { path: PathBuf, source: std::io::Error },
     #[error(transparent)]
-    Kept(#[from] JournalError),
+    Kept(#[from] NotWritten),
     #[error(transparent)]
     Backend(#[from] BackendError),
     #[error(transparent)]

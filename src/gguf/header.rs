@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::{BufReader, ErrorKind, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use recoup_eval::foreign;
+use recoup_ground::foreign;
 
 use super::blocks::BlockType;
 use super::error::{GgufError, Result};

@@ -15,7 +15,7 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use recoup_eval::digest::sha256;
+use recoup_ground::digest::sha256;
 
 use lock::Lock;
 use space::human_bytes;

@@ -218,7 +218,7 @@ impl Recipe {
             return Self::parse(name, text);
         }
         let file = path.display().to_string();
-        let text = recoup_eval::records::read_text(path).map_err(|e| {
+        let text = recoup_ground::records::read_text(path).map_err(|e| {
             let known: Vec<&str> = SHIPPED.iter().map(|(n, _)| *n).collect();
             QuantizeError::Recipe {
                 file: file.clone(),
@@ -234,7 +234,7 @@ impl Recipe {
 
     fn parse(name: &str, text: &str) -> Result<Self, QuantizeError> {
         let fail = |detail: String| QuantizeError::Recipe { file: name.into(), detail };
-        let mut recipe: Self = recoup_eval::records::parse_json(text).map_err(fail)?;
+        let mut recipe: Self = recoup_ground::records::parse_json(text).map_err(fail)?;
         if recipe.name.is_empty() {
             recipe.name = name.into();
         }

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use recoup_eval::digest::Sha256;
-use recoup_eval::records;
+use recoup_ground::digest::Sha256;
+use recoup_ground::records;
 
 use super::QuantizeError;
 use crate::corpus::{self, CorpusError, Documents, Enough, Opened, Reader};

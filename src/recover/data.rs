@@ -1,6 +1,6 @@
 //! Token sequences to train on, and the order in which they are seen.
 
-use recoup_eval::digest::Sha256;
+use recoup_ground::digest::Sha256;
 
 use super::{RecoverError, Result};
 use crate::backend::{Batch, Span};

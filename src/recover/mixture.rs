@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use recoup_eval::records;
+use recoup_ground::records;
 use serde_json::{Value, json};
 
 use super::data::{Data, Part};

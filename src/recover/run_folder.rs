@@ -8,7 +8,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 
-use recoup_eval::kept::difference;
+use recoup_ground::kept::difference;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 

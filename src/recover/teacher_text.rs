@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use recoup_eval::kept::kept;
+use recoup_ground::kept::kept;
 use serde_json::{Map, Value, json};
 
 use super::{RecoverError, Result};

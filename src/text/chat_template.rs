@@ -313,7 +313,7 @@ fn text_bytes(value: &Json) -> u64 {
 /// Reads a text file; `None` when there is none.
 fn read_text(path: &Path) -> Result<Option<String>, TextError> {
     match std::fs::read_to_string(path) {
-        Ok(text) => match recoup_eval::foreign::pointer(text.as_bytes()) {
+        Ok(text) => match recoup_ground::foreign::pointer(text.as_bytes()) {
             Some(what) => {
                 Err(TextError::Invalid { path: path.to_owned(), detail: format!("not a template: it is {what}") })
             }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use recoup_eval::records::without_mark;
+use recoup_ground::records::without_mark;
 use serde_json::{Map, Value};
 
 use super::TextError;
@@ -48,7 +48,7 @@ pub(super) fn read_json_object(path: &Path) -> Result<Option<Map<String, Value>>
         }),
         Err(error) => Err(TextError::Invalid {
             path: path.to_owned(),
-            detail: recoup_eval::foreign::foreign(&bytes).map_or_else(
+            detail: recoup_ground::foreign::foreign(&bytes).map_or_else(
                 || format!("not valid JSON ({error}); copy the file again from its source"),
                 |what| format!("not valid JSON: it is {what}"),
             ),

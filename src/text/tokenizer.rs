@@ -4,8 +4,8 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use recoup_eval::foreign::foreign;
-use recoup_eval::records::without_mark;
+use recoup_ground::foreign::foreign;
+use recoup_ground::records::without_mark;
 use tokenizers::{
     AddedToken, DecoderWrapper, NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString,
     PreTokenizer,

@@ -5,7 +5,7 @@ use std::fmt;
 use thiserror::Error;
 
 use super::said::Said;
-use crate::http::{Broken, Unusable, retry};
+use recoup_ground::http::{Broken, Unusable, retry};
 
 /// A failure: what was asked, where, and what came of it. Never holds the API key, or a user or password of the address.
 #[derive(Debug, Error)]

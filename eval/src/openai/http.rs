@@ -11,8 +11,8 @@ use super::error::Fault;
 use super::said::{LONGEST_MESSAGE, Said, shorten};
 use super::tally::Tally;
 use super::{Options, locked};
-use crate::http::address::{Address, HIDDEN};
-use crate::http::{Broken, Client, Settings, retry};
+use recoup_ground::http::address::{Address, HIDDEN};
+use recoup_ground::http::{Broken, Client, Settings, retry};
 
 /// A wait looks this often whether the evaluation has been stopped.
 const NAP: Duration = Duration::from_millis(50);
@@ -67,7 +67,7 @@ impl Http {
     pub fn new(base: &str, options: &Options) -> Result<Self, Fault> {
         let address = Address::parse(base).map_err(Fault::Url)?.without(&["/chat/completions", "/completions"]);
         let key = options.api_key.as_ref().map(|k| k.0.clone());
-        if key.as_ref().is_some_and(|k| ureq::http::HeaderValue::from_str(k).is_err()) {
+        if key.as_ref().is_some_and(|k| recoup_ground::http::HeaderValue::from_str(k).is_err()) {
             return Err(Fault::Key);
         }
         let (timeout, ca_file) = (options.timeout, options.ca_file.clone());

@@ -59,7 +59,8 @@ pub use fields::Fields;
 pub use http::ApiKey;
 pub use tally::Tally;
 
-use crate::http::address::mask;
+use recoup_ground::http::address::mask;
+use recoup_ground::http::retry;
 use crate::model::{GenerationOptions, LanguageModel, Message, Request, Response};
 use chat::Chat;
 use fields::Learned;
@@ -111,7 +112,7 @@ impl Default for Options {
             api_key: None,
             concurrency: 4,
             timeout: Duration::from_secs(300),
-            retries: 8,
+            retries: retry::RETRIES,
             prefix: String::new(),
             chat: false,
             fields: Fields::default(),

@@ -15,7 +15,7 @@ use super::{
     typed::Callable,
     yaml::{Kind, Node},
 };
-use crate::records::Format;
+use recoup_ground::records::Format;
 
 /// What turns a document into a text, a target or choices.
 #[derive(Clone, Debug, Deserialize)]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::{Error, files};
-use crate::records::{self, Format, Records, Table};
+use recoup_ground::records::{self, Format, Records, Table};
 
 /// One example of a data set: its fields in the order of the file.
 pub type Doc = Map<String, Value>;

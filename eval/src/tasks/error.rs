@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::records::RecordsError;
+use recoup_ground::records::RecordsError;
 
 /// Why a task cannot be loaded, asked or scored.
 #[derive(Debug, thiserror::Error)]

@@ -6,8 +6,8 @@ use std::{
 };
 
 use super::Error;
-use crate::digest::{sha256, sha256_of};
-use crate::records;
+use recoup_ground::digest::{sha256, sha256_of};
+use recoup_ground::records;
 
 include!(concat!(env!("OUT_DIR"), "/tasks.rs"));
 

@@ -1,9 +1,11 @@
 //! Answers to values: what one document contributes to each metric, and the record of it.
 
+use recoup_ground::digest::sha256;
+use recoup_ifeval as ifeval;
 use recoup_jinja::{data as python, python::float};
 use serde_json::{Map, Value, json};
 
-use crate::{Request, Response, digest::sha256, ifeval, perplexity::words, scores::DocumentScore};
+use crate::{Request, Response, perplexity::words, scores::DocumentScore};
 
 use super::{
     Error,

@@ -8,7 +8,7 @@ use super::{
     data::{self, Doc, TextUnit},
     files,
 };
-use crate::records::{self, Format};
+use recoup_ground::records::{self, Format};
 
 /// A file that documents were read from.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]

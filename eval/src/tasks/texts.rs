@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::{Error, data, files};
-use crate::records::Format;
+use recoup_ground::records::Format;
 
 /// The documents of the built-in data file `data/<name>_test.jsonl`, joined by line breaks.
 ///

@@ -5,7 +5,7 @@ use std::sync::{Barrier, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::support::{Echo, Quirks, Reply, Server, bigram, expected, greedy, tokenize};
-use recoup_eval::http::Broken;
+use recoup_ground::http::Broken;
 use recoup_eval::openai::{ApiKey, Asked, Error, Fault, Fields, OpenAi, Options, Tally};
 use recoup_eval::{GenerationOptions, LanguageModel, Message, Request, Response};
 use serde_json::json;

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 
 use anyhow::{Context as _, Result, bail};
-use recoup_eval::names::clash;
+use recoup_ground::names::clash;
 
 use super::model_name;
 

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
-use recoup_eval::records;
+use recoup_ground::records;
 use serde_json::{Map, Value};
 
 use super::super::options::with_arguments;

@@ -4,6 +4,7 @@ pub mod address;
 pub mod proxy;
 pub mod retry;
 
+pub use ureq::http::HeaderValue;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use recoup_eval::records::{Content, RecordsError, Table, distinct_names, expand, read, same_file_twice};
+use recoup_ground::records::{Content, RecordsError, Table, distinct_names, expand, read, same_file_twice};
 use serde_json::{Value, json};
 
 struct Folder(tempfile::TempDir);

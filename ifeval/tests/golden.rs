@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use recoup_eval::ifeval::{Error, Verdict, check};
+use recoup_ifeval::{Error, Verdict, check};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -32,7 +32,7 @@ const DIFFERENCES: [(&str, &str); 1] = [("change_case:english_capital", "AS TO H
 
 #[test]
 fn verdicts_equal_those_of_lm_evaluation_harness() {
-    let golden = pairs(include_str!("../golden/ifeval.jsonl"));
+    let golden = pairs(include_str!("golden/ifeval.jsonl"));
     let mut differences = Vec::new();
     let mut instructions = BTreeMap::new();
     for pair in &golden {

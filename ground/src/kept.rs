@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::journal::{JournalError, write_atomically};
+use crate::atomic::{NotWritten, write_atomically};
 
 /// What `file` holds for `key`, or else what `make` gives, which is kept there. A file that cannot be read as such a value
 /// is as good as none.
@@ -16,7 +16,7 @@ use crate::journal::{JournalError, write_atomically};
 pub fn kept<T, E>(file: &Path, key: &Value, make: impl FnOnce() -> Result<T, E>) -> Result<T, E>
 where
     T: Serialize + DeserializeOwned,
-    E: From<JournalError>,
+    E: From<NotWritten>,
 {
     if let Ok(text) = std::fs::read_to_string(file)
         && let Ok(mut value) = serde_json::from_str::<Value>(&text)
@@ -59,7 +59,7 @@ mod tests {
         let file = folder.path().join("value.json");
         let mut made = 0;
         let mut get = |key: Value| {
-            let make = || -> Result<Vec<f64>, JournalError> {
+            let make = || -> Result<Vec<f64>, NotWritten> {
                 made += 1;
                 Ok(vec![f64::from(made), 0.1])
             };
@@ -79,11 +79,11 @@ mod tests {
     fn what_fails_is_not_kept() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("value.json");
-        let failing = || Err(JournalError::InUse { path: "elsewhere".into() });
-        assert!(kept::<u8, JournalError>(&file, &Value::Null, failing).is_err());
+        let failing = || Err(NotWritten { path: "elsewhere".into(), source: std::io::ErrorKind::Other.into() });
+        assert!(kept::<u8, NotWritten>(&file, &Value::Null, failing).is_err());
         assert!(!file.exists());
         let nowhere = file.join("below");
-        assert!(kept::<u8, JournalError>(&nowhere, &Value::Null, || Ok(1)).is_err());
+        assert!(kept::<u8, NotWritten>(&nowhere, &Value::Null, || Ok(1)).is_err());
     }
 
     #[test]

@@ -1,0 +1,10 @@
+//! What both the evaluator and the rest stand on: data in its many formats, HTTP, and files that tell what they are, have safe
+//! names, and are written whole or not at all.
+
+pub mod atomic;
+pub mod digest;
+pub mod foreign;
+pub mod http;
+pub mod kept;
+pub mod names;
+pub mod records;
