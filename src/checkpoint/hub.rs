@@ -73,7 +73,7 @@ impl HubError {
 }
 
 fn io_at(path: &Path) -> impl Fn(io::Error) -> HubError + '_ {
-    |source| HubError::Io { path: path.to_owned(), source }
+    move |source| HubError::Io { path: path.to_owned(), source }
 }
 
 /// `org/name`, and a branch, tag or commit.

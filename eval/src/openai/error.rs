@@ -50,9 +50,9 @@ impl fmt::Display for Asked {
 #[non_exhaustive]
 pub enum Fault {
     #[error("not a server's address: {0}; expected http://host:port/v1 or https://host/v1")]
-    Url(Unusable),
-    #[error(transparent)]
-    Unusable(#[from] Unusable),
+    Url(Box<Unusable>),
+    #[error("{0}")]
+    Unusable(Box<Unusable>),
     #[error("the API key has characters that no HTTP header can hold")]
     Key,
     #[error("field `{field}`: {problem}")]

@@ -65,18 +65,20 @@ impl Http {
     /// `base` as OpenAI's clients take it, up to and with `/v1`; a trailing `/completions` is forgiven. A user and password
     /// in it are sent instead of the key.
     pub fn new(base: &str, options: &Options) -> Result<Self, Fault> {
-        let address = Address::parse(base).map_err(Fault::Url)?.without(&["/chat/completions", "/completions"]);
+        let address = Address::parse(base).map_err(|e| Fault::Url(Box::new(e)))?;
+        let address = address.without(&["/chat/completions", "/completions"]);
         let key = options.api_key.as_ref().map(|k| k.0.clone());
         if key.as_ref().is_some_and(|k| recoup_ground::http::HeaderValue::from_str(k).is_err()) {
             return Err(Fault::Key);
         }
         let (timeout, ca_file) = (options.timeout, options.ca_file.clone());
         let settings = Settings { whole: Some(timeout), silence: timeout, ca_file };
+        let client = Client::new(&address, &settings, &|name| std::env::var(name).ok());
         let mut secrets = address.secrets();
         secrets.extend(key.clone());
         secrets.sort_by_key(|s| std::cmp::Reverse(s.len()));
         Ok(Self {
-            client: Client::new(&address, &settings, &|name| std::env::var(name).ok())?,
+            client: client.map_err(|e| Fault::Unusable(Box::new(e)))?,
             authorization: address.basic().or_else(|| key.map(|k| format!("Bearer {k}"))),
             address,
             secrets,
