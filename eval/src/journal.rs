@@ -183,7 +183,7 @@ pub fn write(path: &Path, about: &Value, answers: &BTreeMap<Key, Response>) -> R
         text += &serde_json::to_string(&line).map_err(|e| JournalError::Io { path: path.into(), source: e.into() })?;
         text.push('\n');
     }
-    write_atomically(path, text.as_bytes())
+    Ok(write_atomically(path, text.as_bytes())?)
 }
 
 fn read(path: &Path, text: &str, about: Option<&Value>) -> Result<BTreeMap<Key, Response>, JournalError> {

@@ -11,16 +11,16 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 
-use recoup_ground::digest::sha256;
 use crate::journal::{self, Journal, JournalError, Key};
-use recoup_ground::atomic::write_atomically;
-use recoup_ground::names::file_name;
 use crate::report::ScoreRow;
 use crate::scores::{GenerationLength, MetricScores, ModelFacts, ModelScores};
 pub use crate::settings::Setup;
 use crate::settings::{self, Generations};
 use crate::tasks::{self, BOOTSTRAP_RESAMPLES, Chat, Instance, Options, OutputType, Sample, Selection, Task};
 use crate::{LanguageModel, Message, Request, Response};
+use recoup_ground::atomic::write_atomically;
+use recoup_ground::digest::sha256;
+use recoup_ground::names::file_name;
 
 /// Answers and what the run is about.
 pub const RESPONSES: &str = "responses.jsonl";
@@ -507,7 +507,7 @@ impl Results {
             write_atomically(&folder.join(samples_name(&task.name)), text.as_bytes())?;
         }
         let text = format!("{:#}\n", self.json(model, config));
-        write_atomically(&folder.join(RESULTS), text.as_bytes())
+        Ok(write_atomically(&folder.join(RESULTS), text.as_bytes())?)
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 /// A file that could not be written.
 #[derive(Debug, thiserror::Error)]
-#[error("{path}: {source}")]
+#[error("{path}: {source}{}", if source.kind() == std::io::ErrorKind::StorageFull { "; free some space and start the same command again" } else { "" })]
 pub struct NotWritten {
     pub path: PathBuf,
     pub source: std::io::Error,

@@ -9,6 +9,7 @@ use std::io::{self, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 use recoup_ground::digest::sha256_of;
 use recoup_ground::http::address::Address;
 use recoup_ground::http::{Broken, Client, Reply, Settings, Unusable, retry};
@@ -183,21 +184,17 @@ impl Hub {
         progress: &mut dyn FnMut(u64, u64),
         note: &mut dyn FnMut(&str),
     ) -> Result<PathBuf, HubError> {
-        let place = self.cache.join(format!("models--{}", id.name.replace('/', "--")));
-        let reference = place.join("refs").join(&id.revision);
-        // A branch or tag that the cache knows, or a commit.
-        let known = std::fs::read_to_string(&reference).ok();
-        let commit = known.as_deref().map_or(id.revision.as_str(), str::trim);
-        let cached = Some(place.join("snapshots").join(commit)).filter(|folder| is_whole(folder));
+        let repo = Repo::with_revision(id.name.clone(), RepoType::Model, id.revision.clone());
+        let place = self.cache.join(repo.folder_name());
+        let cache = Cache::new(self.cache.clone()).repo(repo);
+        let cached = cached(&cache, &id.revision);
         if self.offline {
             let (id, revision, cache) = (id.name.clone(), id.revision.clone(), self.cache.clone());
             return cached.ok_or(HubError::Offline { id, revision, cache });
         }
-        if commit == id.revision
-            && let Some(folder) = cached
-        {
+        if let Some(folder) = cached.as_ref().filter(|f| f.ends_with(&id.revision)) {
             // A commit does not change.
-            return Ok(folder);
+            return Ok(folder.clone());
         }
         let listing = match self.listing(id) {
             Err(e @ HubError::Unreachable { .. }) => {
@@ -211,7 +208,7 @@ impl Hub {
         if !files.iter().any(|f| f.rfilename.ends_with(".safetensors")) {
             return Err(HubError::NoWeights(id.name.clone()));
         }
-        let snapshot = place.join("snapshots").join(&listing.sha);
+        let snapshot = cache.pointer_path(&listing.sha);
         let all: u64 = files.iter().filter_map(|f| f.size()).sum();
         let mut done = 0;
         for file in files {
@@ -222,8 +219,7 @@ impl Hub {
             progress(done, all);
         }
         if id.revision != listing.sha {
-            parent(&reference)?;
-            std::fs::write(&reference, &listing.sha).map_err(io_at(&reference))?;
+            cache.create_ref(&listing.sha).map_err(io_at(&place))?;
         }
         Ok(snapshot)
     }
@@ -382,6 +378,16 @@ fn refused(mut reply: Reply, at: String, id: &Id, what: &str) -> HubError {
 
 fn is_hash(text: &str) -> bool {
     !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric())
+}
+
+/// The snapshot that the cache has of a revision, if it is whole.
+fn cached(cache: &CacheRepo, revision: &str) -> Option<PathBuf> {
+    // By a branch or tag that the cache knows, or by a commit.
+    let folder = match cache.get("config.json") {
+        Some(file) => file.parent()?.to_owned(),
+        None => cache.pointer_path(revision),
+    };
+    is_whole(&folder).then_some(folder)
 }
 
 /// Whether a snapshot has its configuration and every file of weights that its index names.

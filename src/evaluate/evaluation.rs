@@ -6,12 +6,12 @@ use std::time::Instant;
 
 use recoup_eval::LanguageModel;
 use recoup_eval::journal::{self, Journal, JournalError};
-use recoup_ground::atomic::{NotWritten, write_atomically};
 use recoup_eval::openai::Tally;
 use recoup_eval::report::evaluation_markdown;
 use recoup_eval::run::{Plan, RESPONSES, Results, RunError, Shard, merge};
 use recoup_eval::scores::ModelFacts;
 use recoup_eval::tasks;
+use recoup_ground::atomic::write_atomically;
 use serde_json::{Value, json};
 
 use super::Watch;
@@ -165,7 +165,8 @@ impl Evaluation<'_> {
         // Also of a run that failed: the next adds to it.
         counted.add(&tally(model));
         if counted != Tally::default() {
-            write_atomically(&folder.join(SERVER), json!(counted).to_string().as_bytes())?;
+            write_atomically(&folder.join(SERVER), json!(counted).to_string().as_bytes())
+                .map_err(JournalError::from)?;
         }
         let results = results?;
         watch.say(&format!("{} requests in {:.1} s", plan.len(shard), start.elapsed().as_secs_f64()));
@@ -226,7 +227,7 @@ impl Evaluated {
         let (table, notes) = (self.table(), self.notes());
         let listed: String = notes.iter().map(|note| format!("- {note}\n")).collect();
         let report = if listed.is_empty() { table } else { format!("{}\n\n{listed}", table.trim_end()) };
-        write_atomically(&folder.join("report.md"), report.as_bytes())
+        Ok(write_atomically(&folder.join("report.md"), report.as_bytes())?)
     }
 }
 

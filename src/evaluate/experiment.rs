@@ -12,13 +12,13 @@ use recoup_eval::compare::{CORRECTION, CompareError, Options as CompareOptions, 
 use recoup_eval::comparison::{Attribution, AttributionMode, ComparedModel, Comparison, Divergence};
 use recoup_eval::divergence::{DivergenceError, PassError, Said, WindowSums, Windows, kl_gone};
 use recoup_eval::journal::JournalError;
-use recoup_ground::atomic::{NotWritten, write_atomically};
-use recoup_ground::kept::kept;
-use recoup_ground::names::file_name;
 use recoup_eval::report::{ReportContext, html, markdown};
 use recoup_eval::run::{Plan, Results, Setup, Shard};
 use recoup_eval::scores::ModelScores;
 use recoup_eval::tasks::{self, Selection};
+use recoup_ground::atomic::{NotWritten, write_atomically};
+use recoup_ground::kept::kept;
+use recoup_ground::names::file_name;
 use serde_json::{Value, json};
 
 use super::evaluation::{Answers, EvaluationError, Subject};
@@ -41,6 +41,8 @@ pub enum ExperimentError {
     Create { path: PathBuf, source: std::io::Error },
     #[error(transparent)]
     Kept(#[from] NotWritten),
+    #[error(transparent)]
+    Journal(#[from] JournalError),
     #[error(transparent)]
     Backend(#[from] BackendError),
     #[error(transparent)]

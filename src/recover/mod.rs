@@ -56,7 +56,7 @@ pub enum RecoverError {
     #[error(transparent)]
     Text(#[from] crate::text::TextError),
     #[error(transparent)]
-    Kept(#[from] recoup_eval::journal::JournalError),
+    Kept(#[from] recoup_ground::atomic::NotWritten),
     /// What is asked for makes no sense.
     #[error("{0}")]
     Asked(String),

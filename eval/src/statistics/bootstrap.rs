@@ -1,6 +1,6 @@
 //! The paired bootstrap: documents drawn with replacement, jointly for all models, and intervals from what they score.
 //!
-//! Measured coverage chose the method (`cargo test -p recoup-eval --test statistics -- --ignored --nocapture
+//! Measured coverage chose the method (`cargo test -p recoup-eval --test library -- --ignored --nocapture
 //! table_of_methods`). Of 50 documents right or wrong of which a fifteenth differs between two models, 95 % intervals
 //! hold the truth in 84 % (percentiles), 77 % (BCa) and 46 % (studentised: often undefined, as no document differs); [`Smoothing::PlusFour`]
 //! with percentiles widened as for Student's t in 99 %, and in 96 % from 200 documents on. Of very skewed values on a

@@ -2,6 +2,7 @@
 
 mod http;
 mod openai;
+mod statistics;
 mod support;
 mod tasks_errors;
 mod tasks_golden;

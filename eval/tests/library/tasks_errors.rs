@@ -292,7 +292,8 @@ fn a_parquet_file_holds_the_same_documents_as_its_json_lines() {
     let yaml = std::fs::read_to_string(golden.join("tasks/letters.yaml")).unwrap();
     let folder =
         folder(&[("t.yaml", &yaml.replace("path: json", "path: parquet").replace("letters.jsonl", "l.parquet"))]);
-    std::fs::copy(golden.join("../../../ground/tests/golden/letters.parquet"), folder.path().join("l.parquet")).unwrap();
+    std::fs::copy(golden.join("../../../ground/tests/golden/letters.parquet"), folder.path().join("l.parquet"))
+        .unwrap();
     let ask = |folder: &std::path::Path| {
         let task = Library::new(&[folder.into()], None).unwrap().select(&["letters"]).unwrap().tasks.remove(0);
         task.instances(&Options { num_fewshot: Some(2), ..Options::default() }, None).unwrap()

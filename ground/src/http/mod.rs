@@ -4,10 +4,10 @@ pub mod address;
 pub mod proxy;
 pub mod retry;
 
-pub use ureq::http::HeaderValue;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+pub use ureq::http::HeaderValue;
 
 use thiserror::Error;
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};

@@ -237,7 +237,7 @@ fn holm_keeps_the_rate_of_any_false_alarm() {
     assert!(rate > 0.01, "{rate}: a correction this strict finds nothing");
 }
 
-/// `cargo test -p recoup-eval --test statistics -- --ignored --nocapture table_of_coverage`
+/// `cargo test -p recoup-eval --test library -- --ignored --nocapture table_of_coverage`
 #[test]
 #[ignore = "takes minutes; prints the measured rates"]
 fn table_of_coverage() {
@@ -271,7 +271,7 @@ fn table_of_coverage() {
     }
 }
 
-/// `cargo test -p recoup-eval --test statistics -- --ignored --nocapture time_of_a_large_comparison`
+/// `cargo test -p recoup-eval --test library -- --ignored --nocapture time_of_a_large_comparison`
 #[test]
 #[ignore = "prints a time"]
 fn time_of_a_large_comparison() {
@@ -388,7 +388,7 @@ fn our_intervals_cover_better_than_the_alternatives() {
     assert!(ours > 0.86 && percentiles.max(bca) < ours, "{percentiles} {bca} {ours}");
 }
 
-/// `cargo test -p recoup-eval --test statistics -- --ignored --nocapture table_of_methods`
+/// `cargo test -p recoup-eval --test library -- --ignored --nocapture table_of_methods`
 #[test]
 #[ignore = "prints the measured rates"]
 fn table_of_methods() {
