@@ -135,6 +135,7 @@ fn settings_without_effect_are_named_and_recorded() {
         assert!(said.contains(named), "{named}: {said}");
         assert!(results["notes"].to_string().contains(named), "{named}: {results:#}");
     }
+    std::fs::remove_dir_all(place.folder.at("out")).unwrap();
     let wikitext = ["--tasks", "wikitext", "-L", "1", "--gen-kwargs", "top_k=1", "--num-fewshot", "2"];
     let (_, said) = succeed(&place.args(&wikitext));
     assert!(said.contains("--gen-kwargs is without effect") && said.contains("wikitext: without effect"), "{said}");
