@@ -269,7 +269,10 @@ impl Library {
         let (mut tasks, mut children): (Vec<String>, Vec<String>) = (Vec::new(), Vec::new());
         for member in node.items("task").unwrap_or_default() {
             let own = if let Kind::Map(_) = member.kind {
-                // Only groups can be defined in a group.
+                if member.get("group").is_none() {
+                    let message = "`group` is missing: only groups can be defined in a group".into();
+                    return Err(Error::File { file: member.file.to_string(), line: member.line, message });
+                }
                 let GroupKeys { group, .. } = member.read_beside(&GROUP_LISTS)?;
                 children.push(format!("{name}::{group}"));
                 self.collect_group(&format!("{name}::{group}"), member, wanted, open)?
