@@ -3,8 +3,10 @@
 use std::fmt::Display;
 
 use serde::Deserialize;
-use serde::de::value::{MapDeserializer, SeqDeserializer};
-use serde::de::{self, DeserializeOwned, Deserializer, Expected, IntoDeserializer, Unexpected, Visitor};
+use serde::de::{
+    self, DeserializeOwned, DeserializeSeed, Deserializer, Expected, IntoDeserializer, MapAccess, SeqAccess,
+    Unexpected, Visitor,
+};
 use serde::forward_to_deserialize_any;
 use serde_json::Value;
 
@@ -178,8 +180,8 @@ impl<'de> Deserializer<'de> for &'de Node {
             },
             Kind::Scalar(Value::String(s)) => visitor.visit_str(s),
             Kind::Scalar(_) => visitor.visit_unit(),
-            Kind::List(items) => visitor.visit_seq(SeqDeserializer::new(items.iter())),
-            Kind::Map(entries) => visitor.visit_map(MapDeserializer::new(entries.iter().map(|n| (Key(n), n)))),
+            Kind::List(items) => visitor.visit_seq(Nodes::new(items.iter())),
+            Kind::Map(entries) => visitor.visit_map(Nodes::new(entries.iter())),
             Kind::Function(_) => Err(Fault::Type("a value".into())),
         };
         value.map_err(|fault| fault.at(self))
@@ -190,7 +192,7 @@ impl<'de> Deserializer<'de> for &'de Node {
     }
 
     fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
-        visitor.visit_seq(SeqDeserializer::new(self.as_items().iter())).map_err(|fault| fault.at(self))
+        visitor.visit_seq(Nodes::new(self.as_items().iter())).map_err(|fault| fault.at(self))
     }
 
     /// A key without a value is as good as not there.
@@ -203,7 +205,7 @@ impl<'de> Deserializer<'de> for &'de Node {
         let Kind::Map(entries) = &self.kind else { return self.deserialize_any(visitor) };
         let is_known = |n: &Node| fields.contains(&&*n.key) || REFUSED.iter().any(|(key, _)| *key == &*n.key);
         let entries = entries.iter().filter(|n| !n.is_null() || !is_known(n));
-        visitor.visit_map(MapDeserializer::new(entries.map(|n| (Key(n), n)))).map_err(|fault| fault.at(self))
+        visitor.visit_map(Nodes::new(entries)).map_err(|fault| fault.at(self))
     }
 
     fn deserialize_enum<V: Visitor<'de>>(
@@ -238,11 +240,38 @@ impl<'de> Deserializer<'de> for &'de Node {
     }
 }
 
-impl<'de> IntoDeserializer<'de, Fault> for &'de Node {
-    type Deserializer = Self;
+/// Items of a list or entries of a mapping. What a type finds wrong with a value after it was read is placed there too.
+struct Nodes<'n, I> {
+    left: I,
+    /// The entry whose key was read.
+    entry: Option<&'n Node>,
+}
 
-    fn into_deserializer(self) -> Self {
-        self
+impl<'n, I: Iterator<Item = &'n Node>> Nodes<'n, I> {
+    fn new(nodes: I) -> Self {
+        Self { left: nodes, entry: None }
+    }
+}
+
+impl<'de, I: Iterator<Item = &'de Node>> SeqAccess<'de> for Nodes<'de, I> {
+    type Error = Fault;
+
+    fn next_element_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<Option<T::Value>, Fault> {
+        self.left.next().map(|node| seed.deserialize(node).map_err(|fault| fault.at(node))).transpose()
+    }
+}
+
+impl<'de, I: Iterator<Item = &'de Node>> MapAccess<'de> for Nodes<'de, I> {
+    type Error = Fault;
+
+    fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, Fault> {
+        self.entry = self.left.next();
+        self.entry.map(|node| seed.deserialize(Key(node))).transpose()
+    }
+
+    fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, Fault> {
+        let node = self.entry.take().ok_or_else(|| Fault::Value("a value without a key".into()))?;
+        seed.deserialize(node).map_err(|fault| fault.at(node))
     }
 }
 
@@ -259,13 +288,5 @@ impl<'de> Deserializer<'de> for Key<'de> {
     forward_to_deserialize_any! {
         bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
         newtype_struct seq tuple tuple_struct map struct enum identifier ignored_any
-    }
-}
-
-impl<'de> IntoDeserializer<'de, Fault> for Key<'de> {
-    type Deserializer = Self;
-
-    fn into_deserializer(self) -> Self {
-        self
     }
 }
