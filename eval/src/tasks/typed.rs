@@ -43,7 +43,7 @@ pub enum Fault {
         key: String,
         nearest: String,
     },
-    Placed(Error),
+    Placed(Box<Error>),
 }
 
 impl Fault {
@@ -54,14 +54,16 @@ impl Fault {
             (Self::Placed(error), _) => return Self::Placed(error),
             (_, Some((node, function))) => {
                 let (file, line, key) = (node.file.to_string(), node.line, node.key.to_string());
-                return Self::Placed(Error::Function { file, line, key, function: function.into() });
+                return Self::Placed(Box::new(Error::Function { file, line, key, function: function.into() }));
             }
-            (Self::Unknown { key, nearest }, _) => return Self::Placed(Error::UnknownKey { file, line, key, nearest }),
+            (Self::Unknown { key, nearest }, _) => {
+                return Self::Placed(Box::new(Error::UnknownKey { file, line, key, nearest }));
+            }
             (Self::Type(expected), _) => format!("`{key}` must be {expected}, found {}", node.describe()),
             (Self::Value(message), _) => format!("`{key}`: {message}"),
             (Self::Key(message), _) => message,
         };
-        Self::Placed(Error::File { file, line, message })
+        Self::Placed(Box::new(Error::File { file, line, message }))
     }
 }
 
@@ -133,7 +135,7 @@ impl Display for Fault {
 impl From<Fault> for Error {
     fn from(fault: Fault) -> Self {
         match fault {
-            Fault::Placed(error) => error,
+            Fault::Placed(error) => *error,
             other => Self::File { file: String::new(), line: 0, message: other.to_string() },
         }
     }
