@@ -1,0 +1,75 @@
+// Codecs of the low-precision formats, as formats/*.rs defines them: the same code for the same float, bit for bit.
+#pragma once
+#include "prim.cuh"
+
+// What an input is quantized to before a product; the numbers are those of `Activation` in operand.rs.
+enum Activation { FLOAT = 0, NVFP4 = 1, FP8_STATIC = 2, FP8_TOKEN = 3, FP8_GROUP = 4, MXFP4 = 5, MXFP8 = 6 };
+// How the scale of an MX block follows from its largest magnitude.
+enum Rule { RULE_CEIL = 0, RULE_FLOOR = 1, RULE_EVEN = 2 };
+
+DEV bool finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
+DEV float magnitude(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
+DEV float nan_value() { return float_of(0x7fc00000u); }
+
+// Value of the E2M1 code nearest to x, ties to the even code.
+DEV float round_e2m1(float x) {
+    const float a = magnitude(x);
+    const float v = 0.5f * ((a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + 2 * (a > 2.5f) + 2 * (a >= 3.5f) + 4 * (a > 5.0f));
+    return x < 0.0f ? -v : v;
+}
+
+// Code of the E4M3 value nearest to x, ties to even; saturates; NaN stays NaN.
+DEV uint32_t encode_e4m3(float x) {
+    const uint32_t sign = bits_of(x) >> 24 & 0x80u;
+    float a = magnitude(x);
+    if (a != a) return 0x7fu | sign;
+    if (a > 448.0f) a = 448.0f;
+    const uint32_t bits = bits_of(a);
+    // Subnormal: counts units of 2^-9; adding 2^23 makes the unit round the count half to even.
+    if (a < 0.015625f) return (bits_of(a * 512.0f + 8388608.0f) & 0xffu) | sign;
+    return (((bits + 0x7ffffu + (bits >> 20 & 1u)) >> 20) - (120u << 3)) | sign;
+}
+DEV float decode_e4m3(uint32_t code) {
+    const uint32_t exponent = code >> 3 & 15u, mantissa = code & 7u;
+    float v;
+    if ((code & 0x7fu) == 0x7fu) v = nan_value();
+    else if (exponent == 0) v = (float)mantissa * 0.001953125f;
+    else v = float_of((exponent + 120u) << 23 | mantissa << 20);
+    return code & 0x80u ? -v : v;
+}
+DEV float round_e4m3(float x) { return decode_e4m3(encode_e4m3(x)); }
+// E4M3 of x / scale; what is not finite becomes NaN.
+DEV float quantize_fp8(float x, float scale) { return finite(x) ? round_e4m3(x / scale) : nan_value(); }
+DEV uint32_t encode_fp8(float x, float scale) { return finite(x) ? encode_e4m3(x / scale) : 0x7fu; }
+
+// E8M0 scale, a power of two, of a block whose largest magnitude is `amax`, of elements up to `largest` = 2^emax · something.
+DEV float scale_e8m0(float amax, float largest, int emax, int rule) {
+    int e;
+    if (rule == RULE_CEIL) {
+        // The least e with largest · 2^e >= amax: mantissas are compared, which is exact.
+        const uint32_t a = bits_of(amax), l = bits_of(largest);
+        e = amax < 1.17549435e-38f ? -127 : (int)(a >> 23) - (int)(l >> 23) + ((a & 0x7fffffu) > (l & 0x7fffffu) ? 1 : 0);
+    } else {
+        e = (int)((bits_of(amax) + (rule == RULE_EVEN ? 1u << 21 : 0u)) >> 23) - 127 - emax;
+    }
+    e = e < -127 ? -127 : e > 127 ? 127 : e;
+    return e == -127 ? float_of(0x00400000u) : float_of((uint32_t)(e + 127) << 23);
+}
+
+// e^x, the arithmetic of backend/cpu/elementwise.rs: the same bits.
+DEV float exp_f32(float x) {
+    float c = x < -87.3f ? -87.3f : x;
+    c = c > 88.3f ? 88.3f : c;
+    const float shifted = fmaf(c, 1.44269504088896341f, 12582912.0f), n = shifted - 12582912.0f;
+    float r = fmaf(n, -0.693359375f, c);
+    r = fmaf(n, 2.12194440e-4f, r);
+    float p = 1.9875691500e-4f;
+    p = fmaf(p, r, 1.3982e-3f);
+    p = fmaf(p, r, 8.333452e-3f);
+    p = fmaf(p, r, 4.1665796e-2f);
+    p = fmaf(p, r, 1.6666665459e-1f);
+    p = fmaf(p, r, 0.5f);
+    p = fmaf(p, r * r, r) + 1.0f;
+    const float power = float_of((bits_of(shifted) << 23) + 0x3f800000u);
+    return x < -87.3f ? 0.0f : p * power;
+}

@@ -1,0 +1,100 @@
+// y[M, N] = x[M, K] · W[N, K]^T, weights in the layout of weight.cuh, tokens in BF16 as operand.cu writes them.
+//
+// Weights are the A operand (16 outputs), rows of x its eight columns: a lane loads its weights straight into registers, each
+// byte once, and nothing of them passes through shared memory. A block has two tiles; its eight warps each have one eighth of
+// the steps along K. Their sums are added in the order of warps, so that the sum of an output is the same whatever M is, which
+// kernel computes it and what else is in the batch.
+// A row of x that is not quantized is two rows, the BF16 nearest to it and what that leaves: f32 to 16 bits of mantissa.
+// Roofline: weights once from memory (M <= 8·NT); limits: N a multiple of 32 and K of 128 after padding, K/128 any.
+#include "weight.cuh"
+
+constexpr int WARPS = 8, TILES = 2;
+
+template <int W, int NT, bool GROUPED>
+DEV void matmul(const U4* weights, const uint32_t* scales, const float* grid_scales, const uint16_t* x, const float* x_scales,
+                const float* row_scales, const float* bias, float* y, int rows, int planes, int n, int k, float x_scale,
+                SharedArray<float> sums) {
+    const int lane = lane_index(), warp = warp_index(), g = lane >> 2, t = lane & 3, steps = k / STEP;
+    const long tile0 = (long)block_x() * TILES;
+    const int row0 = block_y() * 8 * NT;
+    const int first = (int)((long)steps * warp / WARPS), last = (int)((long)steps * (warp + 1) / WARPS);
+    float acc[TILES][NT][4] = {};
+    for (int step = first; step < last; step++) {
+        float part[TILES][NT][4] = {};
+        uint32_t s[TILES] = {};
+        if constexpr (scale_lanes(W) > 0)
+            UNROLL for (int r = 0; r < TILES; r++) s[r] = ld_stream(scales + scale_index<W>(tile0 + r, steps, step, lane));
+        UNROLL for (int half = 0; half < 2; half++) {
+            U4 q[TILES][words(W)], b[NT][2];
+            UNROLL for (int r = 0; r < TILES; r++)
+                UNROLL for (int i = 0; i < words(W); i++)
+                    q[r][i] = ld_stream(weights + word_index<W>(tile0 + r, steps, step, half, lane) + 32 * i);
+            UNROLL for (int c = 0; c < NT; c++) {
+                const int row = row0 + c * 8 + g;
+                const U4* p = (const U4*)(x + (long)row * k + step * STEP + half * 64 + t * 16);
+                b[c][0] = row < rows ? ld(p) : U4{0, 0, 0, 0};
+                b[c][1] = row < rows ? ld(p + 1) : U4{0, 0, 0, 0};
+            }
+            UNROLL for (int r = 0; r < TILES; r++) {
+                const uint32_t s0 = scale_pair(W, s[r] >> (16 * half) & 0xffu), s1 = scale_pair(W, s[r] >> (16 * half + 8) & 0xffu);
+                UNROLL for (int j = 0; j < 4; j++) {
+                    uint32_t a[4];
+                    operand_a<W>(q[r], j, s0, s1, a);
+                    UNROLL for (int c = 0; c < NT; c++) {
+                        const U4& v = b[c][j >> 1];
+                        mma_bf16(GROUPED ? part[r][c] : acc[r][c], a, j & 1 ? v.z : v.x, j & 1 ? v.w : v.y);
+                    }
+                }
+            }
+        }
+        if constexpr (GROUPED) {
+            // A scale for each 128 columns: of the weight's block of 128 rows, and of each row of x.
+            UNROLL for (int r = 0; r < TILES; r++) {
+                const float w = grid_scales ? ld(grid_scales + (tile0 + r) * TILE / 128 * steps + step) : 1.0f;
+                UNROLL for (int c = 0; c < NT; c++)
+                    UNROLL for (int i = 0; i < 4; i++) {
+                        const int row = row0 + c * 8 + t * 2 + (i & 1);
+                        const float v = x_scales && row < rows ? ld(x_scales + (long)(row / planes) * steps + step) : 1.0f;
+                        acc[r][c][i] = fmaf(part[r][c][i], w * v, acc[r][c][i]);
+                    }
+            }
+        }
+    }
+    constexpr int OUT = TILES * TILE, COLS = NT * 8;
+    UNROLL for (int r = 0; r < TILES; r++)
+        UNROLL for (int c = 0; c < NT; c++)
+            UNROLL for (int i = 0; i < 4; i++)
+                sums[(warp * COLS + c * 8 + t * 2 + (i & 1)) * OUT + r * TILE + g + (i >> 1) * 8] = acc[r][c][i];
+    block_sync();
+    for (int e = thread_index(); e < OUT * COLS / planes; e += WARPS * 32) {
+        const int o = e % OUT, token = e / OUT, out = (int)tile0 * TILE + o, m = row0 / planes + token;
+        if (out >= n || m * planes >= rows) continue;
+        float total = 0.0f;
+        for (int p = 0; p < planes; p++)
+            UNROLL for (int w = 0; w < WARPS; w++) total += sums[(w * COLS + token * planes + p) * OUT + o];
+        float scale = ld(row_scales + out) * x_scale;
+        if (!GROUPED && x_scales) scale *= ld(x_scales + m);
+        total = total * lift(W) * scale;
+        st(y + (long)m * n + out, bias ? total + ld(bias + out) : total);
+    }
+}
+
+#define MATMUL(name, W, NT, GROUPED)                                                                                       \
+    KERNEL(name, 256, (const U4* weights, const uint32_t* scales, const float* grid_scales, const uint16_t* x,            \
+                       const float* x_scales, const float* row_scales, const float* bias, float* y, int rows, int planes, \
+                       int n, int k, float x_scale)) {                                                                     \
+        SHARED(float, sums, WARPS * NT * 8 * TILES * TILE);                                                                \
+        matmul<W, NT, GROUPED>(weights, scales, grid_scales, x, x_scales, row_scales, bias, y, rows, planes, n, k,        \
+                               x_scale, sums);                                                                             \
+    }
+#define MATMULS(name, W)                     \
+    MATMUL(matmul_##name##_8, W, 1, false)   \
+    MATMUL(matmul_##name##_32, W, 4, false)  \
+    MATMUL(matmul_##name##_8g, W, 1, true)   \
+    MATMUL(matmul_##name##_32g, W, 4, true)
+MATMULS(e2m1_16, W_E2M1_16)
+MATMULS(e2m1_32, W_E2M1_32)
+MATMULS(mxfp4, W_MXFP4)
+MATMULS(e4m3, W_E4M3)
+MATMULS(mxfp8, W_MXFP8)
+MATMULS(bf16, W_BF16)

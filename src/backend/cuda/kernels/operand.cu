@@ -1,0 +1,186 @@
+// What enters a product: rows of f32 become BF16 rows that hold exactly what the format of the input can say (E2M1 by E4M3,
+// E4M3, MX elements have at most six significant bits), with the scale of a row or of 128 columns beside them. An input that is
+// not quantized becomes two rows, the nearest BF16 and what that leaves.
+//
+// Three sources share it: plain rows, the norm of the residual stream (to which what a mixer gave is added first), and
+// silu(gate) · up. A block has a row; a thread 16 columns at a time, one NVFP4 block, half an MX one, an eighth of a group of 128.
+// Roofline: memory, each value read at most three times, of which two from cache. Any K.
+#include "formats.cuh"
+
+constexpr int THREADS = 256, UNIT = 16;
+
+DEV void load16(const float* row, int k0, int k, float (&v)[UNIT]) {
+    if (k % 4 == 0 && k0 + UNIT <= k) {
+        UNROLL for (int i = 0; i < 4; i++) {
+            const U4 q = ld((const U4*)(row + k0) + i);
+            v[4 * i] = float_of(q.x), v[4 * i + 1] = float_of(q.y), v[4 * i + 2] = float_of(q.z), v[4 * i + 3] = float_of(q.w);
+        }
+    } else {
+        UNROLL for (int i = 0; i < UNIT; i++) v[i] = k0 + i < k ? ld(row + k0 + i) : 0.0f;
+    }
+}
+
+// Sum or maximum over the block, the same in all threads: lanes by a tree, then warps in order.
+template <bool MAXIMUM> DEV float block_reduce(float v, SharedArray<float> scratch) {
+    UNROLL for (int m = 16; m > 0; m /= 2) {
+        const float o = shfl_xor(v, m);
+        v = MAXIMUM ? (o > v ? o : v) : v + o;
+    }
+    block_sync();
+    if (lane_index() == 0) scratch[warp_index()] = v;
+    block_sync();
+    float all = scratch[0];
+    UNROLL for (int w = 1; w < THREADS / 32; w++) {
+        const float o = scratch[w];
+        all = MAXIMUM ? (o > all ? o : all) : all + o;
+    }
+    return all;
+}
+
+// The larger; NaN if one is. Magnitudes only.
+DEV float amax16(const float (&v)[UNIT]) {
+    float a = 0.0f;
+    UNROLL for (int i = 0; i < UNIT; i++) a = magnitude(v[i]) > a ? magnitude(v[i]) : a;
+    return a;
+}
+DEV bool finite16(const float (&v)[UNIT]) {
+    bool all = true;
+    UNROLL for (int i = 0; i < UNIT; i++) all &= finite(v[i]);
+    return all;
+}
+
+DEV void store16(uint16_t* row, int k0, const float (&v)[UNIT]) {
+    UNROLL for (int i = 0; i < 2; i++)
+        st((U4*)(row + k0) + i, U4{to_bf16x2(v[8 * i], v[8 * i + 1]), to_bf16x2(v[8 * i + 2], v[8 * i + 3]),
+                                   to_bf16x2(v[8 * i + 4], v[8 * i + 5]), to_bf16x2(v[8 * i + 6], v[8 * i + 7])});
+}
+
+// Quantizes a row. `value(k0, v)` gives 16 columns, zeros beyond k; `pre` multiplies columns, or is null. `kp` is k padded to
+// 128; `scales` [rows] or [rows, kp/128] where the format has any.
+template <class Value>
+DEV void quantize_row(const Value& value, const float* pre, int format, float scale, int rule, int row, int k, int kp,
+                      uint16_t* x, float* scales, SharedArray<float> scratch) {
+    const int units = kp / UNIT;
+    auto columns = [&](int u, float (&v)[UNIT]) {
+        if (u >= units) {
+            UNROLL for (int i = 0; i < UNIT; i++) v[i] = 0.0f;
+            return;
+        }
+        value(u * UNIT, v);
+        if (pre) UNROLL for (int i = 0; i < UNIT; i++) if (u * UNIT + i < k) v[i] *= ld(pre + u * UNIT + i);
+    };
+    if (format == FP8_TOKEN) {
+        float a = 0.0f;
+        for (int u = thread_index(); u < units; u += THREADS) {
+            float v[UNIT];
+            columns(u, v);
+            const float b = amax16(v);
+            a = b > a ? b : a;
+        }
+        scale = block_reduce<true>(a, scratch) / 448.0f;
+        if (!(scale > 0.0f)) scale = 1.0f;
+        if (thread_index() == 0) st(scales + row, scale);
+    }
+    // All lanes of a warp go round together: groups of lanes share a scale.
+    for (int u0 = warp_index() * 32; u0 < units; u0 += THREADS) {
+        const int u = u0 + lane_index();
+        float v[UNIT];
+        columns(u, v);
+        float a = amax16(v);
+        int sound = finite16(v);
+        if (format == FLOAT) {
+            if (u >= units) continue;
+            float low[UNIT];
+            UNROLL for (int i = 0; i < UNIT; i++) low[i] = v[i] - float_of(to_bf16(v[i]) << 16);
+            store16(x + (long)2 * row * kp, u * UNIT, v);
+            store16(x + (long)(2 * row + 1) * kp, u * UNIT, low);
+            continue;
+        }
+        if (format == NVFP4) {
+            const float s = sound ? round_e4m3(a / (6.0f * scale)) : nan_value(), step = s * scale;
+            UNROLL for (int i = 0; i < UNIT; i++) v[i] = step > 0.0f ? round_e2m1(v[i] / step) * s : sound ? 0.0f : nan_value();
+        } else if (format == FP8_STATIC || format == FP8_TOKEN) {
+            UNROLL for (int i = 0; i < UNIT; i++) v[i] = quantize_fp8(v[i], scale);
+        } else if (format == FP8_GROUP) {
+            UNROLL for (int m = 4; m > 0; m /= 2) {
+                const float o = shfl_xor(a, m);
+                a = o > a ? o : a;
+            }
+            float s = a / 448.0f;
+            if (!(s > 0.0f)) s = 1.0f;
+            if (u < units && u % 8 == 0) st(scales + (long)row * (kp / 128) + u / 8, s);
+            UNROLL for (int i = 0; i < UNIT; i++) v[i] = quantize_fp8(v[i], s);
+        } else {
+            const float o = shfl_xor(a, 1);
+            a = o > a ? o : a;
+            sound &= shfl_xor(sound, 1);
+            const bool four = format == MXFP4;
+            const float s = sound ? scale_e8m0(a, four ? 6.0f : 448.0f, four ? 2 : 8, rule) : nan_value();
+            UNROLL for (int i = 0; i < UNIT; i++) v[i] = (four ? round_e2m1(v[i] / s) : round_e4m3(v[i] / s)) * s;
+        }
+        if (u < units) store16(x + (long)row * kp, u * UNIT, v);
+    }
+}
+
+// Rows as they are.
+KERNEL(operand_plain, 256, (const float* in, const float* pre, int format, float scale, int rule, int k, int kp, uint16_t* x,
+                            float* scales)) {
+    SHARED(float, scratch, THREADS / 32);
+    const int row = block_x();
+    const float* p = in + (long)row * k;
+    quantize_row([&](int k0, float (&v)[UNIT]) { load16(p, k0, k, v); }, pre, format, scale, rule, row, k, kp, x, scales, scratch);
+}
+
+DEV float silu(float x) { return x / (1.0f + exp_f32(-x)); }
+
+// silu(gate) · up.
+KERNEL(operand_silu, 256, (const float* gate, const float* up, const float* pre, int format, float scale, int rule, int k,
+                           int kp, uint16_t* x, float* scales)) {
+    SHARED(float, scratch, THREADS / 32);
+    const int row = block_x();
+    const float *g = gate + (long)row * k, *u = up + (long)row * k;
+    quantize_row(
+        [&](int k0, float (&v)[UNIT]) {
+            float w[UNIT];
+            load16(g, k0, k, v), load16(u, k0, k, w);
+            UNROLL for (int i = 0; i < UNIT; i++) v[i] = silu(v[i]) * w[i];
+        },
+        pre, format, scale, rule, row, k, kp, x, scales, scratch);
+}
+
+// out = stream + update (update null: stream as it is, out not written); normed = norm(out) · weight, and its quantized rows;
+// each of the two where it is not null.
+KERNEL(operand_norm, 256, (const float* stream, const float* update, float* out, const float* weight, float eps, float* normed,
+                           const float* pre, int format, float scale, int rule, int k, int kp, uint16_t* x, float* scales)) {
+    SHARED(float, scratch, THREADS / 32);
+    const int row = block_x();
+    const float* s = stream + (long)row * k;
+    auto sum = [&](int k0, float (&v)[UNIT]) {
+        load16(s, k0, k, v);
+        if (!update) return;
+        float w[UNIT];
+        load16(update + (long)row * k, k0, k, w);
+        UNROLL for (int i = 0; i < UNIT; i++) v[i] += w[i];
+    };
+    float squares = 0.0f;
+    for (int u = thread_index(); u * UNIT < k; u += THREADS) {
+        float v[UNIT];
+        sum(u * UNIT, v);
+        UNROLL for (int i = 0; i < UNIT; i++) squares = fmaf(v[i], v[i], squares);
+        if (update) UNROLL for (int i = 0; i < UNIT; i++) if (u * UNIT + i < k) st(out + (long)row * k + u * UNIT + i, v[i]);
+    }
+    const float inverse = 1.0f / sqrtf(block_reduce<false>(squares, scratch) / (float)k + eps);
+    auto norm = [&](int k0, float (&v)[UNIT]) {
+        sum(k0, v);
+        float w[UNIT];
+        load16(weight, k0, k, w);
+        UNROLL for (int i = 0; i < UNIT; i++) v[i] = v[i] * inverse * w[i];
+    };
+    if (normed)
+        for (int u = thread_index(); u * UNIT < k; u += THREADS) {
+            float v[UNIT];
+            norm(u * UNIT, v);
+            UNROLL for (int i = 0; i < UNIT; i++) if (u * UNIT + i < k) st(normed + (long)row * k + u * UNIT + i, v[i]);
+        }
+    if (x) quantize_row(norm, pre, format, scale, rule, row, k, kp, x, scales, scratch);
+}

@@ -1,0 +1,72 @@
+// What differs between a GPU and the CPU that stands in for one: the only file with inline PTX and intrinsics. The CPU's
+// definitions are in standin/device.h.
+#pragma once
+#include <stdint.h>
+#ifdef __CUDACC__
+#define DEV __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
+#define KERNEL(name, threads, params) extern "C" __global__ void __launch_bounds__(threads) name params
+#define SHARED(type, name, count) __shared__ type name[count]
+template <class T> using SharedArray = T*;
+struct alignas(16) U4 { uint32_t x, y, z, w; };
+
+DEV int thread_index() { return threadIdx.x; }
+DEV int block_x() { return blockIdx.x; }
+DEV int block_y() { return blockIdx.y; }
+DEV int block_z() { return blockIdx.z; }
+DEV int grid_x() { return gridDim.x; }
+DEV void block_sync() { __syncthreads(); }
+DEV void warp_sync() { __syncwarp(); }
+template <class T> DEV T shfl_xor(T v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+template <class T> DEV T shfl(T v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
+
+// Constant for the launch: through the read-only path.
+template <class T> DEV T ld(const T* p) { return __ldg(p); }
+DEV U4 ld(const U4* p) {
+    U4 v;
+    asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+// Read once: kept out of L1.
+DEV U4 ld_stream(const U4* p) {
+    U4 v;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+DEV uint32_t ld_stream(const uint32_t* p) {
+    uint32_t v;
+    asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+DEV uint8_t ld_stream(const uint8_t* p) { return __ldg(p); }
+// What this launch may have written.
+template <class T> DEV T get(const T* p) { return *p; }
+template <class T> DEV void st(T* p, T v) { *p = v; }
+
+DEV uint32_t rotr(uint32_t u, int r) { return __funnelshift_r(u, u, r); }
+DEV uint32_t bits_of(float f) { return __float_as_uint(f); }
+DEV float float_of(uint32_t u) { return __uint_as_float(u); }
+// Two floats to BF16, nearest even; `low` into the low half.
+DEV uint32_t to_bf16x2(float low, float high) {
+    uint32_t d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+DEV uint32_t to_bf16(float f) { return to_bf16x2(f, 0.0f) & 0xffff; }
+// a · b of BF16 pairs; -0 is added, so that a product keeps its sign.
+DEV uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
+    return d;
+}
+// d[16,8] += a[16,16] · b[16,8]: lane 4g+t holds rows g and g+8, columns 2t and 2t+1 of d.
+DEV void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#else
+#include "../standin/device.h"
+#endif
+
+DEV int lane_index() { return thread_index() & 31; }
+DEV int warp_index() { return thread_index() >> 5; }

@@ -1,0 +1,517 @@
+// CUDA C++ on the CPU. A block's threads are fibers that run in turn, and every access to memory goes through here, so that
+// what a GPU would do in silence is an error: accesses out of bounds, misaligned, or of what was never written; outputs
+// written twice; races between two barriers; barriers that not all threads reach, or reach at different places.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#define DEV static inline
+#define UNROLL
+using std::max;
+using std::min;
+struct alignas(16) U4 { uint32_t x, y, z, w; };
+
+namespace standin {
+
+struct Fault { std::string what; };
+
+// Where in a launch something happened: enough to tell whether two accesses are ordered by barriers.
+struct When { uint32_t launch = 0; int32_t block = -1, thread = -1; uint32_t block_epoch = 0, warp_epoch = 0; };
+// `MANY`: several threads, none of which can be named.
+constexpr int32_t MANY = -2;
+
+DEV bool ordered(const When& before, const When& now) {
+    if (before.launch != now.launch || before.launch == 0) return true;
+    if (before.block != now.block) return false;
+    if (before.thread == now.thread) return true;
+    if (before.block_epoch < now.block_epoch) return true;
+    return before.thread >= 0 && before.thread / 32 == now.thread / 32 && before.warp_epoch < now.warp_epoch;
+}
+
+// What is known of the bytes of some memory.
+struct Shadow {
+    std::vector<uint8_t> written;
+    std::vector<When> writes, reads;  // only where races are looked for
+    bool global = true;
+    Shadow(size_t bytes, bool races, bool global) : written(bytes), global(global) {
+        if (races) { writes.resize(bytes); reads.resize(bytes); }
+    }
+};
+
+struct Region { char* lo; size_t size; std::unique_ptr<Shadow> shadow; };
+
+// All allocations, by address; changed between launches only.
+inline std::map<const char*, Region> REGIONS;
+inline size_t GENERATION = 0;  // of REGIONS
+inline bool STRICT = false;  // look for races and for outputs written twice; blocks then run on one thread
+
+DEV void* allocate(size_t bytes, bool zero_is_written = false) {
+    // Guard bytes between allocations: an access that leaves one does not end in its neighbour.
+    char* p = (char*)aligned_alloc(256, (bytes + 511) / 256 * 256);
+    if (!p) return nullptr;
+    memset(p, 0xcb, bytes);
+    auto shadow = std::make_unique<Shadow>(bytes, STRICT, true);
+    if (zero_is_written) { memset(p, 0, bytes); memset(shadow->written.data(), 1, bytes); }
+    REGIONS[p] = Region{p, bytes, std::move(shadow)};
+    GENERATION++;
+    return p;
+}
+DEV Region* region_of(const void* p, size_t n) {
+    static thread_local Region* last = nullptr;
+    static thread_local size_t generation = 0;
+    const char* c = (const char*)p;
+    if (last && generation == GENERATION && c >= last->lo && c + n <= last->lo + last->size) return last;
+    auto after = REGIONS.upper_bound(c);
+    if (after == REGIONS.begin()) return nullptr;
+    Region& r = std::prev(after)->second;
+    if (c + n > r.lo + r.size) return nullptr;
+    last = &r, generation = GENERATION;
+    return &r;
+}
+DEV bool release(void* p) {
+    if (!REGIONS.erase((const char*)p)) return false;
+    GENERATION++;
+    free(p);
+    return true;
+}
+
+// --- fibers ---
+
+#if defined(__x86_64__)
+extern "C" void standin_switch(void** from, void* to);
+asm(R"(
+.text
+.globl standin_switch
+.type standin_switch,@function
+standin_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+)");
+struct Stack {
+    void* sp = nullptr;
+    static void jump(Stack& from, Stack& to) { standin_switch(&from.sp, to.sp); }
+    void begin(char* memory, size_t size, void (*entry)()) {
+        uintptr_t top = ((uintptr_t)memory + size) & ~(uintptr_t)15;
+        void** s = (void**)top;
+        *--s = nullptr;                 // as if `entry` had been called: misaligned by one word
+        *--s = (void*)entry;
+        for (int i = 0; i < 6; i++) *--s = nullptr;
+        sp = s;
+    }
+};
+#else
+#include <ucontext.h>
+struct Stack {
+    ucontext_t c;
+    static void jump(Stack& from, Stack& to) { swapcontext(&from.c, &to.c); }
+    void begin(char* memory, size_t size, void (*entry)()) {
+        getcontext(&c);
+        c.uc_stack.ss_sp = memory, c.uc_stack.ss_size = size, c.uc_link = nullptr;
+        makecontext(&c, entry, 0);
+    }
+};
+#endif
+
+enum class Wait { None, Warp, Block };
+struct Fiber {
+    Stack stack;
+    std::unique_ptr<char[]> memory;
+    Wait wait = Wait::None;
+    int site = 0;
+    bool done = false;
+    uint32_t warp_epoch = 0, block_epoch = 0, collectives = 0;
+};
+struct Warp {
+    int arrived = 0;
+    uint32_t epoch = 0;
+    // Two sets, used in turn: a set is written again only after all lanes have left the collective after it.
+    alignas(32) uint32_t values[2][32][8];
+    alignas(32) float results[2][32][4];
+};
+struct SharedMemory { std::unique_ptr<char[]> bytes; std::unique_ptr<Shadow> shadow; size_t size; };
+
+struct Block {
+    std::vector<Fiber> fibers;
+    std::vector<Warp> warps;
+    Stack main;
+    int current = 0, arrived = 0;
+    uint32_t epoch = 0;
+    uint32_t launch = 0;
+    int index = 0;
+    int x = 0, y = 0, z = 0, gx = 1, gy = 1, gz = 1;
+    std::map<int, SharedMemory> shared;
+    std::function<void()> body;
+    std::string fault;
+};
+inline thread_local Block* B = nullptr;
+
+DEV When now() {
+    Fiber& f = B->fibers[B->current];
+    return When{B->launch, B->index, B->current, f.block_epoch, f.warp_epoch};
+}
+[[noreturn]] DEV void fault(const std::string& what) {
+    char where[96];
+    snprintf(where, sizeof where, " (block %d,%d,%d thread %d)", B->x, B->y, B->z, B->current);
+    throw Fault{what + where};
+}
+
+DEV bool runnable(const Fiber& f, int thread) {
+    if (f.done) return false;
+    if (f.wait == Wait::Warp) return B->warps[thread / 32].epoch != f.warp_epoch;
+    if (f.wait == Wait::Block) return B->epoch != f.block_epoch;
+    return true;
+}
+// Goes on with another fiber; comes back when this one can go on.
+DEV void give_way() {
+    const int me = B->current, n = (int)B->fibers.size();
+    for (int i = 1; i <= n; i++) {
+        const int next = (me + i) % n;
+        if (!runnable(B->fibers[next], next)) continue;
+        if (next != me) {
+            B->current = next;
+            Stack::jump(B->fibers[me].stack, B->fibers[next].stack);
+        }
+        return;
+    }
+    // Nobody can: the main program says who waits where.
+    Stack::jump(B->fibers[me].stack, B->main);
+}
+DEV void check_sites(int from, int to, Wait wait, int site) {
+    for (int i = from; i < to; i++) {
+        Fiber& f = B->fibers[i];
+        if (i != B->current && f.wait == wait && f.site != site)
+            fault("threads wait for each other at different places: lines " + std::to_string(f.site) + " and " + std::to_string(site));
+    }
+}
+DEV void sync_warp(int site) {
+    Fiber& f = B->fibers[B->current];
+    Warp& w = B->warps[B->current / 32];
+    const int first = B->current / 32 * 32;
+    f.wait = Wait::Warp, f.site = site;
+    if (++w.arrived == 32) {
+        check_sites(first, first + 32, Wait::Warp, site);
+        w.arrived = 0, w.epoch++;
+    } else {
+        give_way();
+    }
+    f.wait = Wait::None, f.warp_epoch++;
+}
+DEV void sync_block(int site) {
+    Fiber& f = B->fibers[B->current];
+    const int n = (int)B->fibers.size();
+    f.wait = Wait::Block, f.site = site;
+    if (++B->arrived == n) {
+        check_sites(0, n, Wait::Block, site);
+        B->arrived = 0, B->epoch++;
+    } else {
+        give_way();
+    }
+    f.wait = Wait::None, f.block_epoch++;
+}
+
+inline void entry() {
+    const int me = B->current;
+    try {
+        B->body();
+    } catch (const Fault& f) {
+        if (B->fault.empty()) B->fault = f.what;
+        Stack::jump(B->fibers[me].stack, B->main);
+    }
+    B->fibers[me].done = true;
+    Block* b = B;
+    const int n = (int)b->fibers.size();
+    for (int i = 1; i <= n; i++) {
+        const int next = (me + i) % n;
+        if (runnable(b->fibers[next], next)) {
+            b->current = next;
+            Stack::jump(b->fibers[me].stack, b->fibers[next].stack);
+        }
+    }
+    Stack::jump(b->fibers[me].stack, b->main);
+}
+
+constexpr size_t STACK = 96 << 10;
+
+// Runs one block to its end; the fault, if there was one.
+DEV std::string run_block(Block& b, int threads) {
+    if ((int)b.fibers.size() != threads) {
+        b.fibers.clear();
+        b.fibers.resize(threads);
+        for (auto& f : b.fibers) f.memory.reset(new char[STACK]);
+        b.warps.resize((threads + 31) / 32);
+    }
+    for (auto& f : b.fibers) {
+        f.wait = Wait::None, f.done = false, f.warp_epoch = f.block_epoch = f.collectives = 0;
+        f.stack.begin(f.memory.get(), STACK, entry);
+    }
+    for (auto& w : b.warps) w.arrived = 0, w.epoch = 0;
+    b.arrived = 0, b.epoch = 0, b.shared.clear(), b.fault.clear();
+    Block* outer = B;
+    B = &b;
+    b.current = 0;
+    Stack::jump(b.main, b.fibers[0].stack);
+    B = outer;
+    if (b.fault.empty()) {
+        std::map<std::pair<Wait, int>, int> waiting;
+        for (auto& f : b.fibers) if (!f.done) waiting[{f.wait, f.site}]++;
+        for (auto& [where, count] : waiting)
+            b.fault += std::to_string(count) + " threads wait for ever at the " + (where.first == Wait::Warp ? "warp" : "block") +
+                       "'s barrier of line " + std::to_string(where.second) + "; ";
+    }
+    return b.fault;
+}
+
+// --- kernels ---
+
+struct Kernel { std::string name; int threads; std::function<std::function<void()>(void**)> bind; };
+inline std::map<std::string, Kernel>& kernels() {
+    static std::map<std::string, Kernel> all;
+    return all;
+}
+struct Registration {
+    template <class... A> Registration(const char* name, int threads, void (*f)(A...)) {
+        kernels()[name] = Kernel{name, threads, [f](void** args) -> std::function<void()> {
+            std::tuple<A...> values;
+            int i = 0;
+            std::apply([&](auto&... v) { (memcpy(&v, args[i++], sizeof v), ...); }, values);
+            return [f, values] { std::apply(f, values); };
+        }};
+    }
+};
+
+inline uint32_t LAUNCHES = 0;
+
+// Runs a kernel over a grid; the first fault, if there was one.
+DEV std::string launch(const Kernel& kernel, int gx, int gy, int gz, int threads, void** args) {
+    if (threads != kernel.threads)
+        return kernel.name + ": launched with " + std::to_string(threads) + " threads, made for " + std::to_string(kernel.threads);
+    const auto body = kernel.bind(args);
+    const uint32_t id = ++LAUNCHES;
+    const long blocks = (long)gx * gy * gz;
+    const int workers = STRICT ? 1 : (int)std::min<long>(blocks, std::max(1u, std::thread::hardware_concurrency()));
+    std::atomic<long> next{0};
+    std::atomic<bool> failed{false};
+    std::string found;
+    // Blocks, with the stacks of their threads, outlive launches.
+    static std::mutex lock;
+    static std::map<int, std::vector<std::unique_ptr<Block>>> idle;
+    auto work = [&] {
+        std::unique_ptr<Block> own;
+        {
+            std::lock_guard<std::mutex> guard(lock);
+            auto& blocks = idle[threads];
+            if (!blocks.empty()) own = std::move(blocks.back()), blocks.pop_back();
+        }
+        if (!own) own = std::make_unique<Block>();
+        Block& block = *own;
+        block.body = body, block.launch = id, block.gx = gx, block.gy = gy, block.gz = gz;
+        for (long i; !failed && (i = next++) < blocks;) {
+            block.index = (int)i;
+            block.x = (int)(i % gx), block.y = (int)(i / gx % gy), block.z = (int)(i / gx / gy);
+            std::string f = run_block(block, threads);
+            if (!f.empty() && !failed.exchange(true)) found = kernel.name + ": " + f;
+        }
+        block.body = nullptr;
+        std::lock_guard<std::mutex> guard(lock);
+        idle[threads].push_back(std::move(own));
+    };
+    if (workers <= 1) {
+        work();
+    } else {
+        std::vector<std::thread> pool;
+        for (int i = 0; i < workers; i++) pool.emplace_back(work);
+        for (auto& t : pool) t.join();
+    }
+    return found;
+}
+
+// --- accesses ---
+
+DEV void read_shadow(Shadow& s, size_t at, size_t n, bool constant, const char* what) {
+    if (const void* hole = memchr(s.written.data() + at, 0, n))
+        fault(std::string(what) + ": read before anything was written, byte " + std::to_string((const uint8_t*)hole - s.written.data()));
+    if (s.writes.empty()) return;
+    const When t = now();
+    for (size_t i = at; i < at + n; i++) {
+        if (constant && s.writes[i].launch == t.launch) fault(std::string(what) + ": read as constant, but this launch writes it");
+        if (!ordered(s.writes[i], t)) fault(std::string(what) + ": race, read while thread " + std::to_string(s.writes[i].thread) + " writes, byte " + std::to_string(i));
+        When& r = s.reads[i];
+        if (!ordered(r, t) || (r.launch == t.launch && r.thread != t.thread && r.block_epoch == t.block_epoch)) {
+            const bool other_block = r.block != t.block;
+            r = t, r.thread = MANY;
+            if (other_block) r.block = MANY;
+        } else {
+            r = t;
+        }
+    }
+}
+DEV void write_shadow(Shadow& s, size_t at, size_t n, const char* what) {
+    if (!s.writes.empty()) {
+        const When t = now();
+        for (size_t i = at; i < at + n; i++) {
+            if (s.global && s.writes[i].launch == t.launch) fault(std::string(what) + ": written twice in one launch, byte " + std::to_string(i));
+            if (!ordered(s.writes[i], t)) fault(std::string(what) + ": race, two threads write byte " + std::to_string(i));
+            if (!ordered(s.reads[i], t)) fault(std::string(what) + ": race, written while another thread reads, byte " + std::to_string(i));
+            s.writes[i] = t;
+        }
+    }
+    memset(s.written.data() + at, 1, n);
+}
+DEV Region& checked(const void* p, size_t n, const char* what) {
+    if ((uintptr_t)p % n) fault(std::string(what) + ": misaligned access of " + std::to_string(n) + " bytes");
+    Region* r = region_of(p, n);
+    if (!r) fault(std::string(what) + ": access of " + std::to_string(n) + " bytes outside of every allocation");
+    return *r;
+}
+
+template <class T> struct Ref {
+    char* p; Shadow* s; size_t at;
+    operator T() const { read_shadow(*s, at, sizeof(T), false, "shared memory"); T v; memcpy(&v, p + at, sizeof v); return v; }
+    Ref& operator=(T v) { write_shadow(*s, at, sizeof(T), "shared memory"); memcpy(p + at, &v, sizeof v); return *this; }
+    Ref& operator=(const Ref& o) { return *this = (T)o; }
+};
+template <class T> struct Shared {
+    char* p; Shadow* s; int n;
+    Ref<T> operator[](int i) const {
+        if (i < 0 || i >= n) fault("shared memory: index " + std::to_string(i) + " of " + std::to_string(n));
+        return Ref<T>{p, s, (size_t)i * sizeof(T)};
+    }
+};
+template <class T> Shared<T> shared(int count, int site) {
+    SharedMemory& m = B->shared[site];
+    if (!m.bytes) {
+        m.size = sizeof(T) * count;
+        m.bytes.reset(new char[m.size]);
+        m.shadow = std::make_unique<Shadow>(m.size, STRICT, false);
+    }
+    return Shared<T>{m.bytes.get(), m.shadow.get(), count};
+}
+
+}  // namespace standin
+
+#define KERNEL(name, threads, params)                                              \
+    static void name params;                                                       \
+    static const standin::Registration registration_##name(#name, threads, name); \
+    static void name params
+#define SHARED(type, name, count) auto name = standin::shared<type>(count, __COUNTER__)
+template <class T> using SharedArray = standin::Shared<T>;
+
+DEV int thread_index() { return standin::B->current; }
+DEV int block_x() { return standin::B->x; }
+DEV int block_y() { return standin::B->y; }
+DEV int block_z() { return standin::B->z; }
+DEV int grid_x() { return standin::B->gx; }
+DEV void block_sync(int site = __builtin_LINE()) { standin::sync_block(site); }
+DEV void warp_sync(int site = __builtin_LINE()) { standin::sync_warp(site); }
+
+template <class T> DEV T ld(const T* p) {
+    standin::Region& r = standin::checked(p, sizeof(T), "global memory");
+    standin::read_shadow(*r.shadow, (const char*)p - r.lo, sizeof(T), true, "global memory");
+    return *p;
+}
+template <class T> DEV T ld_stream(const T* p) { return ld(p); }
+template <class T> DEV T get(const T* p) {
+    standin::Region& r = standin::checked(p, sizeof(T), "global memory");
+    standin::read_shadow(*r.shadow, (const char*)p - r.lo, sizeof(T), false, "global memory");
+    return *p;
+}
+template <class T> DEV void st(T* p, T v) {
+    standin::Region& r = standin::checked(p, sizeof(T), "global memory");
+    standin::write_shadow(*r.shadow, (char*)p - r.lo, sizeof(T), "global memory");
+    *p = v;
+}
+
+// --- collectives of a warp ---
+
+namespace standin {
+template <class T> T exchange(T v, int from, int site) {
+    static_assert(sizeof(T) == 4);
+    Fiber& f = B->fibers[B->current];
+    Warp& w = B->warps[B->current / 32];
+    auto& values = w.values[f.collectives++ & 1];
+    memcpy(&values[B->current % 32][0], &v, 4);
+    sync_warp(site);
+    T out;
+    memcpy(&out, &values[from & 31][0], 4);
+    return out;
+}
+DEV float bf(uint32_t h) { uint32_t u = h << 16; float f; memcpy(&f, &u, 4); return f; }
+}  // namespace standin
+template <class T> DEV T shfl_xor(T v, int mask, int site = __builtin_LINE()) { return standin::exchange(v, (thread_index() & 31) ^ mask, site); }
+template <class T> DEV T shfl(T v, int lane, int site = __builtin_LINE()) { return standin::exchange(v, lane, site); }
+
+// --- arithmetic of the header of inline PTX ---
+
+DEV uint32_t rotr(uint32_t u, int r) { return u >> r | u << (32 - r); }
+DEV uint32_t bits_of(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+DEV float float_of(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+DEV uint32_t to_bf16(float f) {
+    const uint32_t u = bits_of(f);
+    if ((u & 0x7fffffff) > 0x7f800000) return 0x7fff;
+    return (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+DEV uint32_t to_bf16x2(float low, float high) { return to_bf16(low) | to_bf16(high) << 16; }
+DEV uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+    using standin::bf;
+    return to_bf16(bf(a & 0xffff) * bf(b & 0xffff)) | to_bf16(bf(a >> 16) * bf(b >> 16)) << 16;
+}
+// d[16,8] += a[16,16] · b[16,8]: lane 4g+t holds rows g and g+8, columns 2t and 2t+1 of d.
+DEV void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int site = __builtin_LINE()) {
+    using namespace standin;
+    Fiber& f = B->fibers[B->current];
+    Warp& w = B->warps[B->current / 32];
+    const int lane = B->current & 31, set = f.collectives++ & 1;
+    uint32_t* mine = w.values[set][lane];
+    memcpy(mine, a, 16);
+    mine[4] = b0, mine[5] = b1;
+    memcpy(w.results[set][lane], d, 16);
+    const bool last = w.arrived == 31;
+    if (last) {
+        // The last lane to come computes for all.
+        float A[16][16], Bm[16][8], D[16][8];
+        for (int l = 0; l < 32; l++) {
+            const int g = l >> 2, t = l & 3;
+            const uint32_t* v = w.values[set][l];
+            for (int i = 0; i < 4; i++) {
+                const int row = g + (i & 1) * 8, k = t * 2 + (i >> 1) * 8;
+                A[row][k] = bf(v[i] & 0xffff), A[row][k + 1] = bf(v[i] >> 16);
+                D[g + (i >> 1) * 8][t * 2 + (i & 1)] = w.results[set][l][i];
+            }
+            for (int i = 0; i < 2; i++) Bm[t * 2 + i * 8][g] = bf(v[4 + i] & 0xffff), Bm[t * 2 + i * 8 + 1][g] = bf(v[4 + i] >> 16);
+        }
+        for (int r = 0; r < 16; r++)
+            for (int k = 0; k < 16; k++)
+                for (int c = 0; c < 8; c++) D[r][c] += A[r][k] * Bm[k][c];
+        for (int l = 0; l < 32; l++)
+            for (int i = 0; i < 4; i++) w.results[set][l][i] = D[(l >> 2) + (i >> 1) * 8][(l & 3) * 2 + (i & 1)];
+    }
+    sync_warp(site);
+    memcpy(d, w.results[set][lane], 16);
+}

@@ -1,0 +1,159 @@
+// A libcuda.so.1 without a GPU: the part of the driver's interface that Recoup uses, over the kernels compiled for the CPU. The
+// product is unchanged; it finds this library where it looks for the driver's. scripts/cuda-standin.sh builds it.
+//
+// STANDIN_STRICT=1      looks for races and for outputs written twice (slow)
+// STANDIN_FAIL=N[:CODE] call number N of those that can fail returns CODE (default 2, out of memory), and every later call
+//                       too if CODE is 719 or another that ends a context
+// STANDIN_MEMORY=BYTES  memory of the device (default 8 GiB)
+// STANDIN_VERSION=N     version of the driver (default 13000)
+#include "../kernels/all.cu"
+
+#include <mutex>
+
+using standin::Kernel;
+typedef int CUresult;
+typedef int CUdevice;
+typedef unsigned long long CUdeviceptr;
+struct Node { const Kernel* kernel; int grid[3], threads; std::vector<std::vector<char>> args; };
+struct Graph { std::vector<Node> nodes; };
+struct KernelParams { const Kernel* func; unsigned grid[3], block[3], shared; void** params; void** extra; void* kern; void* ctx; };
+
+static std::recursive_mutex LOCK;
+static size_t USED = 0;
+static std::map<CUdeviceptr, size_t> SIZES;
+static int LOST = 0;  // the error that ended the context
+
+static long number(const char* name, long otherwise) {
+    const char* v = getenv(name);
+    return v ? atol(v) : otherwise;
+}
+static size_t memory() { return (size_t)number("STANDIN_MEMORY", 8L << 30); }
+
+// Each call goes through here first.
+static CUresult called() {
+    static long count = 0;
+    static const char* plan = getenv("STANDIN_FAIL");
+    if (LOST) return LOST;
+    count++;
+    if (plan && count == atol(plan)) {
+        const char* colon = strchr(plan, ':');
+        const int code = colon ? atoi(colon + 1) : 2;
+        if (code >= 700) LOST = code;
+        return code;
+    }
+    return 0;
+}
+#define CALL                                              \
+    std::lock_guard<std::recursive_mutex> guard(LOCK);    \
+    if (CUresult failed = called()) return failed
+
+static CUresult run(const Kernel& k, int gx, int gy, int gz, int threads, void** args) {
+    if (gx < 1 || gy < 1 || gz < 1 || gy > 65535 || gz > 65535) {
+        fprintf(stderr, "stand-in: %s: grid %d x %d x %d\n", k.name.c_str(), gx, gy, gz);
+        return 1;
+    }
+    const std::string fault = standin::launch(k, gx, gy, gz, threads, args);
+    if (fault.empty()) return 0;
+    fprintf(stderr, "stand-in: %s\n", fault.c_str());
+    LOST = 719;
+    return 719;
+}
+
+extern "C" {
+CUresult cuInit(unsigned) { CALL; standin::STRICT = number("STANDIN_STRICT", 0) != 0; return number("STANDIN_DEVICES", 1) ? 0 : 100; }
+CUresult cuDriverGetVersion(int* v) { CALL; *v = (int)number("STANDIN_VERSION", 13000); return 0; }
+CUresult cuDeviceGetCount(int* n) { CALL; *n = (int)number("STANDIN_DEVICES", 1); return 0; }
+CUresult cuDeviceGet(CUdevice* d, int i) { CALL; *d = i; return i < number("STANDIN_DEVICES", 1) ? 0 : 101; }
+CUresult cuDeviceGetName(char* name, int n, CUdevice) { CALL; snprintf(name, n, "stand-in (CPU)"); return 0; }
+CUresult cuDeviceTotalMem_v2(size_t* n, CUdevice) { CALL; *n = memory(); return 0; }
+CUresult cuDeviceGetAttribute(int* v, int attribute, CUdevice) {
+    CALL;
+    // Compute capability 8.0, 2 multiprocessors.
+    *v = attribute == 75 ? 8 : attribute == 76 ? 0 : attribute == 16 ? 2 : 0;
+    return 0;
+}
+CUresult cuDevicePrimaryCtxRetain(void** c, CUdevice) { CALL; *c = (void*)1; return 0; }
+CUresult cuDevicePrimaryCtxRelease_v2(CUdevice) { return 0; }
+CUresult cuCtxSetCurrent(void*) { CALL; return 0; }
+CUresult cuMemGetInfo_v2(size_t* free, size_t* total) { CALL; *total = memory(); *free = memory() - USED; return 0; }
+CUresult cuMemAlloc_v2(CUdeviceptr* p, size_t n) {
+    CALL;
+    if (n == 0) return 1;
+    if (USED + n > memory()) return 2;
+    void* m = standin::allocate(n);
+    if (!m) return 2;
+    USED += n, SIZES[(CUdeviceptr)m] = n;
+    *p = (CUdeviceptr)m;
+    return 0;
+}
+CUresult cuMemFree_v2(CUdeviceptr p) {
+    std::lock_guard<std::recursive_mutex> guard(LOCK);
+    auto size = SIZES.find(p);
+    if (size == SIZES.end()) return 1;
+    USED -= size->second;
+    SIZES.erase(size);
+    return standin::release((void*)p) ? 0 : 1;
+}
+static standin::Region* whole(CUdeviceptr p, size_t n, const char* what) {
+    standin::Region* r = standin::region_of((void*)p, n);
+    if (!r) fprintf(stderr, "stand-in: %s of %zu bytes outside of every allocation\n", what, n);
+    return r;
+}
+CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t n, void*) {
+    CALL;
+    standin::Region* r = whole(to, n, "copy to the device");
+    if (!r) return 1;
+    memcpy((void*)to, from, n);
+    memset(r->shadow->written.data() + ((char*)to - r->lo), 1, n);
+    return 0;
+}
+CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t n, void*) {
+    CALL;
+    standin::Region* r = whole(from, n, "copy to the host");
+    if (!r) return 1;
+    if (const void* hole = memchr(r->shadow->written.data() + ((char*)from - r->lo), 0, n)) {
+        fprintf(stderr, "stand-in: copy to the host of bytes that nobody wrote, byte %td of %zu\n",
+                (const uint8_t*)hole - r->shadow->written.data(), r->size);
+        return 719;
+    }
+    memcpy(to, (void*)from, n);
+    return 0;
+}
+CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t n, void*) {
+    CALL;
+    standin::Region *a = whole(to, n, "copy on the device"), *b = whole(from, n, "copy on the device");
+    if (!a || !b) return 1;
+    memcpy((void*)to, (void*)from, n);
+    memcpy(a->shadow->written.data() + ((char*)to - a->lo), b->shadow->written.data() + ((char*)from - b->lo), n);
+    return 0;
+}
+CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char v, size_t n, void*) {
+    CALL;
+    standin::Region* r = whole(to, n, "fill");
+    if (!r) return 1;
+    memset((void*)to, v, n);
+    memset(r->shadow->written.data() + ((char*)to - r->lo), 1, n);
+    return 0;
+}
+CUresult cuStreamCreate(void** s, unsigned) { CALL; *s = (void*)1; return 0; }
+CUresult cuStreamDestroy_v2(void*) { return 0; }
+CUresult cuStreamSynchronize(void*) { CALL; return 0; }
+CUresult cuModuleLoadData(void** m, const void* image) { CALL; *m = (void*)image; return image ? 0 : 200; }
+CUresult cuModuleUnload(void*) { return 0; }
+CUresult cuModuleGetFunction(const Kernel** f, void*, const char* name) {
+    CALL;
+    auto k = standin::kernels().find(name);
+    if (k == standin::kernels().end()) return 500;
+    *f = &k->second;
+    return 0;
+}
+CUresult cuLaunchKernel(const Kernel* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned, unsigned, unsigned, void*, void** args, void**) {
+    CALL;
+    return run(*f, (int)gx, (int)gy, (int)gz, (int)bx, args);
+}
+CUresult cuGetErrorName(CUresult e, const char** s) {
+    *s = e == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : e == 719 ? "CUDA_ERROR_LAUNCH_FAILED" : e == 100 ? "CUDA_ERROR_NO_DEVICE" : "CUDA_ERROR";
+    return 0;
+}
+CUresult cuGetErrorString(CUresult e, const char** s) { return cuGetErrorName(e, s); }
+}
