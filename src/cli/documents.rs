@@ -123,7 +123,7 @@ fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
 fn every_source_file_that_the_map_names_exists() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut files = Vec::new();
-    for folder in ["src", "eval", "tests", "benches", "fuzz/src"] {
+    for folder in ["src", "eval", "ground", "ifeval", "jinja", "tests", "benches", "fuzz/src"] {
         sources(&root.join(folder), &mut files);
     }
     let mut seen = 0;

@@ -1,0 +1,421 @@
+//! The CUDA driver, as far as it is used here: found at run time, one device, one stream, memory, launches. Errors say what was
+//! being done.
+
+use std::cell::Cell;
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{CStr, CString, c_void};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cudarc::driver::sys::{self, CUdevice_attribute, CUdeviceptr, CUresult};
+
+use crate::backend::{BackendError, Result};
+
+/// The oldest driver that runs what is embedded here: release 580, CUDA 13.0.
+pub const DRIVER: i32 = 13000;
+
+/// Kernels for every architecture, as nvcc wrote them.
+static IMAGE: &[u8] = include_bytes!("images/kernels.fatbin");
+
+/// Bytes of a memory block's size classes: multiples of this, up to a power of two above it.
+const GRAIN: usize = 512;
+
+/// What the driver said to a call.
+fn check(what: &'static str, code: CUresult) -> Result<()> {
+    if code == CUresult::CUDA_SUCCESS {
+        return Ok(());
+    }
+    let mut text = std::ptr::null();
+    // SAFETY: the driver writes a pointer to a text of its own, or leaves the pointer as it is.
+    let said = unsafe {
+        if sys::cuGetErrorString(code, &mut text) == CUresult::CUDA_SUCCESS && !text.is_null() {
+            CStr::from_ptr(text).to_string_lossy().into_owned()
+        } else {
+            format!("error {}", code as u32)
+        }
+    };
+    Err(BackendError::Failed { context: what, message: format!("the CUDA driver says: {said}") })
+}
+
+fn failed(context: &'static str, message: impl Into<String>) -> BackendError {
+    BackendError::Failed { context, message: message.into() }
+}
+
+/// A GPU, with a stream on which everything runs in order.
+pub struct Device {
+    pub ordinal: usize,
+    pub name: String,
+    /// Compute capability, 9.0 as (9, 0).
+    pub capability: (i32, i32),
+    pub driver: i32,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    functions: HashMap<&'static str, sys::CUfunction>,
+    /// Memory that was given back, by size; what is taken again was freed earlier on the same stream.
+    free: Mutex<BTreeMap<usize, Vec<CUdeviceptr>>>,
+}
+
+// SAFETY: a context and its stream may be used from any thread on which the context is current, and `bind` sees to that; the
+// driver locks what it shares between threads.
+unsafe impl Send for Device {}
+// SAFETY: as above; everything else in it is not changed after it was made, or has a lock.
+unsafe impl Sync for Device {}
+
+thread_local! {
+    /// The context that is current on this thread.
+    static CURRENT: Cell<usize> = const { Cell::new(0) };
+}
+
+impl Device {
+    /// How many GPUs there are.
+    ///
+    /// # Errors
+    /// No driver, one that is too old, or its own failure.
+    pub fn count() -> Result<usize> {
+        // SAFETY: only tries to open a library.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(failed("CUDA", "there is no CUDA driver (libcuda.so.1) on this machine"));
+        }
+        let (mut driver, mut count) = (0, 0);
+        // SAFETY: the out-parameters live until the calls return.
+        unsafe {
+            let started = sys::cuInit(0);
+            if started == CUresult::CUDA_ERROR_NO_DEVICE {
+                return Ok(0);
+            }
+            check("starting CUDA", started)?;
+            check("asking for the driver's version", sys::cuDriverGetVersion(&mut driver))?;
+            if driver < DRIVER {
+                let version = |v: i32| format!("{}.{}", v / 1000, v % 1000 / 10);
+                return Err(failed(
+                    "CUDA",
+                    format!(
+                        "the driver supports CUDA {}; {} or newer is needed (driver release 580): update the driver",
+                        version(driver),
+                        version(DRIVER)
+                    ),
+                ));
+            }
+            check("counting devices", sys::cuDeviceGetCount(&mut count))?;
+        }
+        Ok(count as usize)
+    }
+
+    /// Takes device `ordinal` into use and loads the kernels `names`.
+    ///
+    /// # Errors
+    /// As [`Self::count`], and no such device, or kernels that the driver does not take.
+    pub fn open(ordinal: usize, names: &[&'static str]) -> Result<Self> {
+        let count = Self::count()?;
+        if ordinal >= count {
+            let there = if count == 0 { "there is none".to_owned() } else { format!("there are {count}, from 0 on") };
+            return Err(failed("CUDA", format!("no device {ordinal}: {there}")));
+        }
+        let mut handle = 0;
+        let mut text = [0; 256];
+        let (mut major, mut minor, mut driver) = (0, 0, 0);
+        let (mut context, mut stream, mut module) = (std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
+        // SAFETY: every out-parameter lives until its call returns; the image is a whole fatbin.
+        unsafe {
+            check("opening the device", sys::cuDeviceGet(&mut handle, ordinal as i32))?;
+            check("asking the device's name", sys::cuDeviceGetName(text.as_mut_ptr(), text.len() as i32, handle))?;
+            let major_of = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
+            let minor_of = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR;
+            check("asking the device's kind", sys::cuDeviceGetAttribute(&mut major, major_of, handle))?;
+            check("asking the device's kind", sys::cuDeviceGetAttribute(&mut minor, minor_of, handle))?;
+            check("asking for the driver's version", sys::cuDriverGetVersion(&mut driver))?;
+            check("making a context", sys::cuDevicePrimaryCtxRetain(&mut context, handle))?;
+            check("making a context", sys::cuCtxSetCurrent(context))?;
+            CURRENT.set(context as usize);
+            let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+            check("making a stream", sys::cuStreamCreate(&mut stream, flags))?;
+            check("loading the kernels", sys::cuModuleLoadData(&mut module, IMAGE.as_ptr().cast()))?;
+        }
+        if major < 8 {
+            return Err(failed(
+                "CUDA",
+                format!("the device has compute capability {major}.{minor}; 8.0 or newer is needed"),
+            ));
+        }
+        let mut functions = HashMap::new();
+        for &name in names {
+            let mut function = std::ptr::null_mut();
+            let text = CString::new(name).map_err(|e| failed("loading the kernels", e.to_string()))?;
+            // SAFETY: the module was loaded above and is never unloaded; the name lives until the call returns.
+            check("loading the kernels", unsafe { sys::cuModuleGetFunction(&mut function, module, text.as_ptr()) })?;
+            functions.insert(name, function);
+        }
+        let bytes: Vec<u8> = text.iter().take_while(|c| **c != 0).map(|c| *c as u8).collect();
+        let name = String::from_utf8_lossy(&bytes).into_owned();
+        let free = Mutex::default();
+        Ok(Self { ordinal, name, capability: (major, minor), driver, context, stream, functions, free })
+    }
+
+    /// Makes the context current on this thread.
+    fn bind(&self) -> Result<()> {
+        if CURRENT.get() == self.context as usize {
+            return Ok(());
+        }
+        // SAFETY: the context lives as long as the process.
+        check("using the device", unsafe { sys::cuCtxSetCurrent(self.context) })?;
+        CURRENT.set(self.context as usize);
+        Ok(())
+    }
+
+    /// Bytes of memory that are free, and all there are.
+    ///
+    /// # Errors
+    /// The driver's failure.
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        self.bind()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: the out-parameters live until the call returns.
+        check("asking for memory", unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) })?;
+        Ok((free, total))
+    }
+
+    fn pool(&self) -> MutexGuard<'_, BTreeMap<usize, Vec<CUdeviceptr>>> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Memory of `bytes` bytes, of any content.
+    ///
+    /// # Errors
+    /// When there is not enough.
+    pub fn take(self: &Arc<Self>, bytes: usize) -> Result<Memory> {
+        let capacity =
+            if bytes <= 1 << 20 { bytes.max(GRAIN).next_power_of_two() } else { bytes.next_multiple_of(1 << 20) };
+        // Taken out of the pool's lock before anything else is asked of the device.
+        let held = self.pool().get_mut(&capacity).and_then(Vec::pop);
+        if let Some(address) = held {
+            return Ok(Memory { device: self.clone(), address, capacity, bytes });
+        }
+        self.bind()?;
+        let mut address = 0;
+        // SAFETY: the out-parameter lives until the call returns.
+        let mut code = unsafe { sys::cuMemAlloc_v2(&mut address, capacity) };
+        if code == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            self.shrink()?;
+            // SAFETY: as above.
+            code = unsafe { sys::cuMemAlloc_v2(&mut address, capacity) };
+        }
+        if code == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            let (free, total) = self.memory()?;
+            let mib = |n: usize| n.div_ceil(1 << 20);
+            return Err(failed(
+                "GPU memory",
+                format!(
+                    "{} MiB are needed at once, {} of {} MiB are free: a smaller context, another device, or --device cpu",
+                    mib(capacity),
+                    mib(free),
+                    mib(total)
+                ),
+            ));
+        }
+        check("taking memory", code)?;
+        Ok(Memory { device: self.clone(), address, capacity, bytes })
+    }
+
+    /// Gives memory that waits for its next use back to the driver.
+    fn shrink(&self) -> Result<()> {
+        self.wait()?;
+        for (_, addresses) in std::mem::take(&mut *self.pool()) {
+            for address in addresses {
+                // SAFETY: from `cuMemAlloc_v2`, in nobody's hands, and nothing runs that could use it.
+                check("giving memory back", unsafe { sys::cuMemFree_v2(address) })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A copy of `data` on the device.
+    ///
+    /// # Errors
+    /// Not enough memory, or the driver's failure.
+    pub fn upload<T: Plain>(self: &Arc<Self>, data: &[T]) -> Result<Memory> {
+        let bytes = size_of_val(data);
+        let memory = self.take(bytes)?;
+        if bytes > 0 {
+            self.bind()?;
+            // SAFETY: the source has `bytes` bytes; pageable memory is copied before the call returns.
+            let code = unsafe { sys::cuMemcpyHtoDAsync_v2(memory.address, data.as_ptr().cast(), bytes, self.stream) };
+            check("copying to the device", code)?;
+        }
+        Ok(memory)
+    }
+
+    /// Memory of `bytes` bytes, all zero.
+    ///
+    /// # Errors
+    /// As [`Self::upload`].
+    pub fn zeros(self: &Arc<Self>, bytes: usize) -> Result<Memory> {
+        let memory = self.take(bytes)?;
+        if bytes > 0 {
+            self.bind()?;
+            // SAFETY: the memory has `bytes` bytes.
+            check("clearing memory", unsafe { sys::cuMemsetD8Async(memory.address, 0, bytes, self.stream) })?;
+        }
+        Ok(memory)
+    }
+
+    /// The first `count` values of `memory`, when all that was launched before is done.
+    ///
+    /// # Errors
+    /// The driver's failure, also that of a kernel launched before.
+    pub fn download<T: Plain>(&self, memory: &Memory, count: usize) -> Result<Vec<T>> {
+        let bytes = count * size_of::<T>();
+        debug_assert!(bytes <= memory.bytes);
+        let mut out = vec![T::default(); count];
+        if bytes > 0 {
+            self.bind()?;
+            // SAFETY: both sides have `bytes` bytes, and `wait` below lets `out` be read only after the copy.
+            let code =
+                unsafe { sys::cuMemcpyDtoHAsync_v2(out.as_mut_ptr().cast(), memory.address, bytes, self.stream) };
+            check("copying from the device", code)?;
+            self.wait()?;
+        }
+        Ok(out)
+    }
+
+    /// Copies `bytes` bytes within the device.
+    ///
+    /// # Errors
+    /// The driver's failure.
+    pub fn copy(&self, to: (&Memory, usize), from: (&Memory, usize), bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        if to.1 + bytes > to.0.bytes || from.1 + bytes > from.0.bytes {
+            return Err(failed("copying on the device", "beyond the memory's end"));
+        }
+        self.bind()?;
+        let (to, from) = (to.0.address + to.1 as u64, from.0.address + from.1 as u64);
+        // SAFETY: both ranges lie in memory that was checked above.
+        check("copying on the device", unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream) })
+    }
+
+    /// Waits until all that was launched is done.
+    ///
+    /// # Errors
+    /// The driver's failure, also that of a kernel.
+    pub fn wait(&self) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the stream lives as long as the device.
+        check("computing", unsafe { sys::cuStreamSynchronize(self.stream) })
+    }
+
+    /// Launches a kernel over a grid of blocks.
+    ///
+    /// # Errors
+    /// When the driver does not take the launch.
+    ///
+    /// # Safety
+    /// `args` are what the kernel's parameters say, in number, order and size; memory they point to is large enough.
+    pub unsafe fn launch(
+        &self,
+        kernel: &'static str,
+        grid: [usize; 3],
+        threads: u32,
+        args: &mut Args<'_>,
+    ) -> Result<()> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        self.bind()?;
+        let function = self.functions.get(kernel).ok_or_else(|| failed(kernel, "this kernel was not loaded"))?;
+        let mut pointers: Vec<*mut c_void> = args.values.iter_mut().map(|v| std::ptr::from_mut(v).cast()).collect();
+        let [x, y, z] = grid.map(|n| n as u32);
+        // SAFETY: the caller's; values and pointers live until the call returns, which copies them.
+        let code = unsafe {
+            sys::cuLaunchKernel(
+                *function,
+                x,
+                y,
+                z,
+                threads,
+                1,
+                1,
+                0,
+                self.stream,
+                pointers.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        };
+        check(kernel, code)
+    }
+}
+
+/// A plain number that can be copied to the device as it lies in memory.
+pub trait Plain: Copy + Default {}
+impl Plain for u8 {}
+impl Plain for u16 {}
+impl Plain for u32 {}
+impl Plain for i32 {}
+impl Plain for f32 {}
+
+/// Memory of a device; it goes back to the device's pool when nobody has it any more.
+pub struct Memory {
+    device: Arc<Device>,
+    address: CUdeviceptr,
+    capacity: usize,
+    bytes: usize,
+}
+
+impl Memory {
+    /// Bytes in use.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // Whatever is launched later on the stream runs after what still uses it.
+        self.device.pool().entry(self.capacity).or_default().push(self.address);
+    }
+}
+
+impl std::fmt::Debug for Memory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} bytes on device {}", self.bytes, self.device.ordinal)
+    }
+}
+
+/// Arguments of a launch, in the order of the kernel's parameters.
+#[derive(Default)]
+pub struct Args<'a> {
+    /// Each in the low bytes of a word, as little-endian machines have them.
+    values: Vec<u64>,
+    /// What they point to stays until the launch was made.
+    memory: std::marker::PhantomData<&'a Memory>,
+}
+
+impl<'a> Args<'a> {
+    /// None yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A pointer.
+    pub fn memory(mut self, memory: &'a Memory) -> Self {
+        self.values.push(memory.address);
+        self
+    }
+
+    /// A pointer, or null.
+    pub fn optional(mut self, memory: Option<&'a Memory>) -> Self {
+        self.values.push(memory.map_or(0, |m| m.address));
+        self
+    }
+
+    /// An `int`.
+    pub fn int(mut self, value: usize) -> Self {
+        self.values.push(value as u64);
+        self
+    }
+
+    /// A `float`.
+    pub fn float(mut self, value: f32) -> Self {
+        self.values.push(u64::from(value.to_bits()));
+        self
+    }
+}

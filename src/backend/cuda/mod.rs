@@ -1,0 +1,699 @@
+//! The CUDA backend: packed weights, BF16 tensor cores for every format, everything of a pass on the device.
+//!
+//! The driver is found at run time and the kernels are embedded (`images/`), so nothing but a driver is needed. Sources are in
+//! `kernels/`; `standin/` compiles the same sources for the CPU, as a driver library that needs no GPU.
+//! **No GPU has run this yet.** docs/cuda.md says what was checked, and how.
+
+mod cache;
+mod driver;
+mod weight;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+pub use cache::CudaCache;
+pub use driver::Device;
+use driver::{Args, Memory};
+pub use weight::CudaLinear;
+use weight::{Kind, STEP};
+
+use super::{
+    AttentionShape, Backend, BackendError, Batch, CacheLayout, Choice, HeadNorms, PAGE, Result, RopeTable, Rotation,
+    Span, Update, one,
+};
+use crate::formats::e8m0::ScaleRule;
+use crate::formats::kv::KvFormat;
+use crate::formats::linear::{ActivationFormat, LinearTensors};
+use crate::logits::{Routing, TokenScore, route_row, score_row};
+
+/// Keys that one block of attention looks at: `SPLIT` of kernels/attention.cu.
+const SPLIT: usize = 256;
+/// Query heads of one block: `HEADS` there.
+const HEADS: usize = 4;
+/// The widest head that fits its shared memory.
+const MAX_HEAD_DIM: usize = 256;
+
+/// Kernels that are launched by name; matmul_* and embed_* for each kind of weight.
+const KERNELS: [&str; 43] = [
+    "add",
+    "add_rows",
+    "attention",
+    "attention_combine",
+    "embed_bf16",
+    "embed_e2m1_16",
+    "embed_e2m1_32",
+    "embed_e4m3",
+    "embed_f32",
+    "embed_mxfp4",
+    "embed_mxfp8",
+    "gather",
+    "look",
+    "matmul_bf16_32",
+    "matmul_bf16_32g",
+    "matmul_bf16_8",
+    "matmul_bf16_8g",
+    "matmul_e2m1_16_32",
+    "matmul_e2m1_16_32g",
+    "matmul_e2m1_16_8",
+    "matmul_e2m1_16_8g",
+    "matmul_e2m1_32_32",
+    "matmul_e2m1_32_32g",
+    "matmul_e2m1_32_8",
+    "matmul_e2m1_32_8g",
+    "matmul_e4m3_32",
+    "matmul_e4m3_32g",
+    "matmul_e4m3_8",
+    "matmul_e4m3_8g",
+    "matmul_f32",
+    "matmul_mxfp4_32",
+    "matmul_mxfp4_32g",
+    "matmul_mxfp4_8",
+    "matmul_mxfp4_8g",
+    "matmul_mxfp8_32",
+    "matmul_mxfp8_32g",
+    "matmul_mxfp8_8",
+    "matmul_mxfp8_8g",
+    "operand_norm",
+    "operand_plain",
+    "operand_silu",
+    "rope_cache",
+    "silu_mul",
+];
+
+/// Runs the decoder on one GPU. Clones share it.
+#[derive(Clone)]
+pub struct CudaBackend {
+    device: Arc<Device>,
+}
+
+/// Activations on the device, row-major f32.
+#[derive(Clone, Debug)]
+pub struct CudaTensor {
+    data: Arc<Memory>,
+    rows: usize,
+    columns: usize,
+    /// What it was quantized to already.
+    operand: Option<Arc<Operand>>,
+}
+
+/// An input in the form that products read: BF16 rows of K padded to [`STEP`].
+#[derive(Debug)]
+struct Operand {
+    activation: ActivationFormat,
+    pre_quant_scale: Option<Vec<f32>>,
+    x: Memory,
+    /// Per row, or per row and 128 columns.
+    scales: Option<Memory>,
+    /// Rows of `x` for a token: two where the input is not quantized.
+    planes: usize,
+}
+
+impl Operand {
+    fn fits(&self, w: &CudaLinear) -> bool {
+        self.activation == w.activation && self.pre_quant_scale.as_ref() == w.pre_quant_scale.as_ref().map(|p| &p.0)
+    }
+
+    /// What every product with it is multiplied by.
+    fn scale(&self) -> f32 {
+        match self.activation {
+            ActivationFormat::Nvfp4 { global_scale } => global_scale,
+            ActivationFormat::Fp8Static { scale } => scale,
+            _ => 1.0,
+        }
+    }
+}
+
+/// A rotation, its table on the device for as many positions as were needed so far, [positions, 2, half].
+#[derive(Debug)]
+pub struct CudaRope {
+    table: RopeTable,
+    device: Mutex<Option<(usize, Arc<Memory>)>>,
+}
+
+/// A norm's weight.
+#[derive(Debug)]
+pub struct CudaNorm {
+    weight: Memory,
+    features: usize,
+}
+
+/// What a pass needs, on the device.
+#[derive(Debug)]
+pub struct CudaPass {
+    batch: Batch,
+    tokens: Memory,
+    positions: Memory,
+    /// Where a token's keys and values go: page · 16 + row.
+    slots: Memory,
+    /// Page tables, one after the other, and where each token's begins.
+    tables: Memory,
+    table_of: Memory,
+    ropes: Vec<Arc<Memory>>,
+    /// One past the highest page in use.
+    pages: usize,
+}
+
+/// Number and scale of an input's format as kernels/formats.cuh has them, and the rule of MX scales.
+fn format(activation: ActivationFormat) -> (usize, f32, usize) {
+    let rule = |r| match r {
+        ScaleRule::Ceil => 0,
+        ScaleRule::Floor => 1,
+        ScaleRule::Even => 2,
+    };
+    match activation {
+        ActivationFormat::Float => (0, 1.0, 0),
+        ActivationFormat::Nvfp4 { global_scale } => (1, global_scale, 0),
+        ActivationFormat::Fp8Static { scale } => (2, scale, 0),
+        ActivationFormat::Fp8Token => (3, 1.0, 0),
+        ActivationFormat::Fp8Group => (4, 1.0, 0),
+        ActivationFormat::Mxfp4 { rule: r } => (5, 1.0, rule(r)),
+        ActivationFormat::Mxfp8 { rule: r } => (6, 1.0, rule(r)),
+    }
+}
+
+/// End of the name of a weight's kernels.
+fn suffix(kind: Kind) -> &'static str {
+    match kind {
+        Kind::E2m1 { block: 16 } => "e2m1_16",
+        Kind::E2m1 { .. } => "e2m1_32",
+        Kind::Mxfp4 => "mxfp4",
+        Kind::E4m3 => "e4m3",
+        Kind::Mxfp8 => "mxfp8",
+        Kind::Bf16 => "bf16",
+        Kind::F32 => "f32",
+    }
+}
+
+/// The loaded kernel of this name.
+fn kernel(name: &str) -> Result<&'static str> {
+    let missing = || BackendError::Failed { context: "CUDA", message: format!("there is no kernel `{name}`") };
+    KERNELS.iter().copied().find(|k| *k == name).ok_or_else(missing)
+}
+
+impl CudaBackend {
+    /// The backend on device `ordinal`.
+    ///
+    /// # Errors
+    /// No driver, one that is too old, no such device, or one that cannot run the kernels.
+    pub fn new(ordinal: usize) -> Result<Self> {
+        Ok(Self { device: Arc::new(Device::open(ordinal, &KERNELS)?) })
+    }
+
+    /// The device in use.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn empty(&self, rows: usize, columns: usize) -> Result<CudaTensor> {
+        let data = Arc::new(self.device.take(4 * rows * columns)?);
+        Ok(CudaTensor { data, rows, columns, operand: None })
+    }
+
+    fn launch(&self, kernel: &'static str, grid: [usize; 3], threads: u32, mut args: Args<'_>) -> Result<()> {
+        // SAFETY: each call in this file gives the parameters of the kernel it names, with memory of the shapes that the
+        // kernel's first lines state; the kernels compiled for the CPU check both.
+        unsafe { self.device.launch(kernel, grid, threads, &mut args) }
+    }
+
+    /// A tensor with memory of its own, to be changed in place.
+    fn own(&self, x: CudaTensor) -> Result<CudaTensor> {
+        if Arc::strong_count(&x.data) == 1 {
+            return Ok(CudaTensor { operand: None, ..x });
+        }
+        let copy = self.empty(x.rows, x.columns)?;
+        self.device.copy((&copy.data, 0), (&x.data, 0), 4 * x.rows * x.columns)?;
+        Ok(copy)
+    }
+
+    /// Memory for an input of `w`, of `rows` tokens.
+    fn operand(&self, w: &CudaLinear, rows: usize) -> Result<Operand> {
+        let planes = if w.activation == ActivationFormat::Float { 2 } else { 1 };
+        let padded = w.k.next_multiple_of(STEP);
+        let scales = match w.activation {
+            ActivationFormat::Fp8Token => Some(self.device.take(4 * rows)?),
+            ActivationFormat::Fp8Group => Some(self.device.take(4 * rows * padded / STEP)?),
+            _ => None,
+        };
+        Ok(Operand {
+            activation: w.activation,
+            pre_quant_scale: w.pre_quant_scale.as_ref().map(|p| p.0.clone()),
+            x: self.device.take(2 * planes * rows * padded)?,
+            scales,
+            planes,
+        })
+    }
+
+    /// `x` as `w` reads it.
+    fn quantize(&self, x: &CudaTensor, w: &CudaLinear) -> Result<Arc<Operand>> {
+        if let Some(operand) = x.operand.as_ref().filter(|o| o.fits(w)) {
+            return Ok(operand.clone());
+        }
+        let operand = self.operand(w, x.rows)?;
+        let (number, scale, rule) = format(w.activation);
+        let args = Args::new()
+            .memory(&x.data)
+            .optional(w.pre_quant_scale.as_ref().map(|p| &p.1))
+            .int(number)
+            .float(scale)
+            .int(rule)
+            .int(w.k)
+            .int(w.k.next_multiple_of(STEP))
+            .memory(&operand.x)
+            .optional(operand.scales.as_ref());
+        self.launch("operand_plain", [x.rows, 1, 1], 256, args)?;
+        Ok(Arc::new(operand))
+    }
+
+    /// The product of one weight with an input that is ready.
+    fn product(&self, x: &CudaTensor, operand: Option<&Operand>, w: &CudaLinear) -> Result<CudaTensor> {
+        let y = self.empty(x.rows, w.n)?;
+        let Some(operand) = operand else {
+            let args = Args::new()
+                .memory(&w.words)
+                .memory(&x.data)
+                .memory(&w.row_scales)
+                .optional(w.bias.as_ref())
+                .memory(&y.data)
+                .int(w.n)
+                .int(w.k);
+            self.launch("matmul_f32", [w.n.div_ceil(8), x.rows, 1], 256, args)?;
+            return Ok(y);
+        };
+        let rows = x.rows * operand.planes;
+        let columns = if rows <= 8 { 8 } else { 32 };
+        let grouped = if w.grouped() { "g" } else { "" };
+        let name = kernel(&format!("matmul_{}_{columns}{grouped}", suffix(w.kind)))?;
+        let args = Args::new()
+            .memory(&w.words)
+            .optional(w.scales.as_ref())
+            .optional(w.grid.as_ref())
+            .memory(&operand.x)
+            .optional(operand.scales.as_ref())
+            .memory(&w.row_scales)
+            .optional(w.bias.as_ref())
+            .memory(&y.data)
+            .int(rows)
+            .int(operand.planes)
+            .int(w.n)
+            .int(w.k.next_multiple_of(STEP))
+            .float(operand.scale());
+        self.launch(name, [w.n.div_ceil(32), rows.div_ceil(columns), 1], 256, args)?;
+        Ok(y)
+    }
+
+    /// `x` with `update` added, its norm, and that as the first of `readers` reads it.
+    fn norm(
+        &self,
+        x: &CudaTensor,
+        update: Option<&CudaTensor>,
+        weight: &CudaNorm,
+        eps: f32,
+        readers: &[&CudaLinear],
+    ) -> Result<(Option<CudaTensor>, CudaTensor)> {
+        let (rows, width) = (x.rows * x.columns / weight.features.max(1), weight.features);
+        let sum = update.map(|_| self.empty(x.rows, x.columns)).transpose()?;
+        let mut normed = self.empty(x.rows, x.columns)?;
+        let reader = readers.first().filter(|w| w.kind != Kind::F32 && w.k == width);
+        let operand = reader.map(|w| self.operand(w, rows)).transpose()?;
+        let (number, scale, rule) = reader.map_or((0, 1.0, 0), |w| format(w.activation));
+        let args = Args::new()
+            .memory(&x.data)
+            .optional(update.map(|u| &*u.data))
+            .optional(sum.as_ref().map(|s| &*s.data))
+            .memory(&weight.weight)
+            .float(eps)
+            .memory(&normed.data)
+            .optional(reader.and_then(|w| w.pre_quant_scale.as_ref()).map(|p| &p.1))
+            .int(number)
+            .float(scale)
+            .int(rule)
+            .int(width)
+            .int(width.next_multiple_of(STEP))
+            .optional(operand.as_ref().map(|o| &o.x))
+            .optional(operand.as_ref().and_then(|o| o.scales.as_ref()));
+        self.launch("operand_norm", [rows, 1, 1], 256, args)?;
+        normed.operand = operand.map(Arc::new);
+        Ok((sum, normed))
+    }
+
+    /// Sum of squares of each run of `width` values, and how many of them are not finite.
+    fn look(&self, x: &CudaTensor, width: usize) -> Result<Vec<f32>> {
+        let rows = x.rows * x.columns / width.max(1);
+        let out = self.device.take(8 * rows)?;
+        let args = Args::new().memory(&x.data).memory(&out).int(width);
+        self.launch("look", [rows, 1, 1], 128, args)?;
+        self.device.download(&out, 2 * rows)
+    }
+
+    fn index(&self, rows: &[usize]) -> Result<Memory> {
+        self.device.upload(&rows.iter().map(|r| *r as i32).collect::<Vec<_>>())
+    }
+
+    /// Rotation `index` up to position `reach`, on the device.
+    fn rope(&self, rope: &CudaRope, reach: usize) -> Result<Arc<Memory>> {
+        let mut held = rope.device.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((positions, memory)) = &*held
+            && *positions >= reach
+        {
+            return Ok(memory.clone());
+        }
+        // Doubling keeps the cost of growing within that of the table.
+        let positions = reach.next_power_of_two().max(512);
+        let rows = rope.table.upto(positions);
+        let values: Vec<f32> = (0..positions).flat_map(|p| [rows.at(p).0, rows.at(p).1].concat()).collect();
+        let memory = Arc::new(self.device.upload(&values)?);
+        *held = Some((positions, memory.clone()));
+        Ok(memory)
+    }
+
+    fn attend(
+        &self,
+        [q, k, v]: [&CudaTensor; 3],
+        norms: Option<&HeadNorms<'_, Self>>,
+        shape: &AttentionShape,
+        pass: &CudaPass,
+        cache: &mut CudaCache,
+    ) -> Result<CudaTensor> {
+        if pass.pages > cache.pages() {
+            let (capacity, needed) = (cache.pages() * PAGE, pass.pages * PAGE);
+            return Err(BackendError::CacheTooSmall { capacity, needed });
+        }
+        let &AttentionShape { heads, kv_heads, head_dim, .. } = shape;
+        if head_dim > MAX_HEAD_DIM || head_dim % 2 == 1 {
+            let what = format!("heads of {head_dim}: even, and at most {MAX_HEAD_DIM}");
+            return Err(BackendError::Unsupported { module: format!("layer {}", shape.layer), backend: "cuda", what });
+        }
+        let tokens = q.rows;
+        let layer = cache.layer(shape.layer);
+        let (kv, k_scale, v_scale) = match layer.shape.format {
+            KvFormat::F32 => (0, 1.0, 1.0),
+            KvFormat::Bf16 => (1, 1.0, 1.0),
+            KvFormat::Fp8 { k_scale, v_scale } => (2, k_scale, v_scale),
+        };
+        let turned = self.empty(tokens, q.columns)?;
+        let args = Args::new()
+            .memory(&q.data)
+            .memory(&k.data)
+            .memory(&v.data)
+            .memory(&turned.data)
+            .memory(&layer.keys)
+            .memory(&layer.values)
+            .optional(norms.map(|n| &n.q.weight))
+            .optional(norms.map(|n| &n.k.weight))
+            .float(norms.map_or(0.0, |n| n.eps))
+            .optional(shape.rope.map(|r| &*pass.ropes[r]))
+            .memory(&pass.positions)
+            .memory(&pass.slots)
+            .int(tokens)
+            .int(heads)
+            .int(kv_heads)
+            .int(head_dim)
+            .int(kv)
+            .float(k_scale)
+            .float(v_scale);
+        self.launch("rope_cache", [(tokens * (heads + 2 * kv_heads)).div_ceil(4), 1, 1], 128, args)?;
+
+        let pieces = pass.batch.reach().div_ceil(SPLIT);
+        let parts = self.device.take(4 * tokens * heads * pieces * head_dim)?;
+        let totals = self.device.take(8 * tokens * heads * pieces)?;
+        let window = shape.window.unwrap_or(0);
+        let args = Args::new()
+            .memory(&turned.data)
+            .memory(&layer.keys)
+            .memory(&layer.values)
+            .memory(&parts)
+            .memory(&totals)
+            .memory(&pass.positions)
+            .memory(&pass.tables)
+            .memory(&pass.table_of)
+            .int(heads)
+            .int(kv_heads)
+            .int(head_dim)
+            .int(window)
+            .float(shape.scale())
+            .int(kv)
+            .float(k_scale)
+            .float(v_scale)
+            .int(pieces);
+        let groups = (heads / kv_heads).div_ceil(HEADS);
+        self.launch("attention", [tokens, kv_heads * groups, pieces], 128, args)?;
+        let out = self.empty(tokens, q.columns)?;
+        let args = Args::new()
+            .memory(&parts)
+            .memory(&totals)
+            .memory(&out.data)
+            .memory(&pass.positions)
+            .int(heads)
+            .int(head_dim)
+            .int(window)
+            .int(pieces);
+        self.launch("attention_combine", [tokens, heads, 1], 128, args)?;
+        Ok(out)
+    }
+}
+
+impl Backend for CudaBackend {
+    type Tensor = CudaTensor;
+    type Linear = CudaLinear;
+    type Norm = CudaNorm;
+    type Cache = CudaCache;
+    type Rope = CudaRope;
+    type Pass = CudaPass;
+
+    fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<CudaLinear> {
+        CudaLinear::load(&self.device, &tensors)
+    }
+
+    fn resident_bytes(&self, linear: &CudaLinear) -> usize {
+        linear.bytes()
+    }
+
+    fn load_norm(&self, weight: Vec<f32>) -> Result<CudaNorm> {
+        Ok(CudaNorm { features: weight.len(), weight: self.device.upload(&weight)? })
+    }
+
+    fn load_rope(&self, rotation: Rotation) -> Result<CudaRope> {
+        Ok(CudaRope { table: RopeTable::new(rotation), device: Mutex::default() })
+    }
+
+    fn new_cache(&self, layout: &CacheLayout) -> Result<CudaCache> {
+        CudaCache::new(&self.device, layout)
+    }
+
+    fn grow(&self, cache: &mut CudaCache, pages: usize) -> Result<()> {
+        cache.grow(&self.device, pages)
+    }
+
+    fn fork(&self, cache: &mut CudaCache, from: &Span, to: &Span) -> Result<()> {
+        if !to.start.is_multiple_of(PAGE) {
+            let page = to.start / PAGE;
+            cache.copy_page(&self.device, from.pages[page], to.pages[page])?;
+        }
+        Ok(())
+    }
+
+    fn prepare(&self, batch: &Batch, ropes: &[CudaRope]) -> Result<CudaPass> {
+        let (mut slots, mut tables, mut table_of) = (Vec::new(), Vec::new(), Vec::new());
+        for span in &batch.spans {
+            let needed = span.start + span.len;
+            if span.pages.len() * PAGE < needed {
+                return Err(BackendError::CacheTooSmall { capacity: span.pages.len() * PAGE, needed });
+            }
+            for position in span.start..needed {
+                slots.push((span.pages[position / PAGE] as usize * PAGE + position % PAGE) as i32);
+                table_of.push(tables.len() as i32);
+            }
+            tables.extend(span.pages.iter().map(|p| *p as i32));
+        }
+        let positions: Vec<i32> = batch.positions().map(|p| p as i32).collect();
+        let pages = tables.iter().max().map_or(0, |p| *p as usize + 1);
+        Ok(CudaPass {
+            batch: batch.clone(),
+            tokens: self.device.upload(&batch.tokens)?,
+            positions: self.device.upload(&positions)?,
+            slots: self.device.upload(&slots)?,
+            tables: self.device.upload(&tables)?,
+            table_of: self.device.upload(&table_of)?,
+            ropes: ropes.iter().map(|r| self.rope(r, batch.reach())).collect::<Result<_>>()?,
+            pages,
+        })
+    }
+
+    fn embed(&self, table: &CudaLinear, pass: &CudaPass) -> Result<CudaTensor> {
+        if let Some(&token) = pass.batch.tokens.iter().find(|t| **t as usize >= table.n) {
+            return Err(BackendError::TokenOutOfRange { token, vocab: table.n });
+        }
+        let rows = pass.batch.tokens.len();
+        let out = self.empty(rows, table.k)?;
+        let args = Args::new().memory(&table.words);
+        let args = if table.kind == Kind::F32 {
+            args.memory(&table.row_scales).memory(&pass.tokens).memory(&out.data).int(table.k)
+        } else {
+            args.optional(table.scales.as_ref())
+                .optional(table.grid.as_ref())
+                .memory(&table.row_scales)
+                .memory(&pass.tokens)
+                .memory(&out.data)
+                .int(table.k)
+                .int(table.k.div_ceil(STEP))
+        };
+        self.launch(kernel(&format!("embed_{}", suffix(table.kind)))?, [rows, 1, 1], 128, args)?;
+        Ok(out)
+    }
+
+    fn rms_norm(&self, x: &CudaTensor, weight: &CudaNorm, eps: f32) -> Result<CudaTensor> {
+        Ok(self.norm(x, None, weight, eps, &[])?.1)
+    }
+
+    fn linears(&self, x: &CudaTensor, weights: &[&CudaLinear]) -> Result<Vec<CudaTensor>> {
+        let mut inputs: Vec<Arc<Operand>> = Vec::new();
+        let mut out = Vec::new();
+        for w in weights {
+            if w.kind == Kind::F32 {
+                out.push(self.product(x, None, w)?);
+                continue;
+            }
+            let input = match inputs.iter().find(|o| o.fits(w)) {
+                Some(input) => input.clone(),
+                None => {
+                    inputs.push(self.quantize(x, w)?);
+                    inputs[inputs.len() - 1].clone()
+                }
+            };
+            out.push(self.product(x, Some(&input), w)?);
+        }
+        Ok(out)
+    }
+
+    fn attention(
+        &self,
+        q: CudaTensor,
+        k: CudaTensor,
+        v: CudaTensor,
+        shape: &AttentionShape,
+        pass: &CudaPass,
+        cache: &mut CudaCache,
+    ) -> Result<CudaTensor> {
+        self.attend([&q, &k, &v], None, shape, pass, cache)
+    }
+
+    fn normed_attention(
+        &self,
+        q: CudaTensor,
+        k: CudaTensor,
+        v: CudaTensor,
+        norms: Option<HeadNorms<'_, Self>>,
+        shape: &AttentionShape,
+        pass: &CudaPass,
+        cache: &mut CudaCache,
+    ) -> Result<CudaTensor> {
+        self.attend([&q, &k, &v], norms.as_ref(), shape, pass, cache)
+    }
+
+    fn rotated(&self, k: &CudaTensor, shape: &AttentionShape, pass: &CudaPass) -> Result<Vec<f32>> {
+        let mut host = self.to_host(k)?;
+        if let Some(rope) = shape.rope {
+            let half = shape.head_dim / 2;
+            let reach = pass.batch.reach();
+            let rows: Vec<f32> = self.device.download(&pass.ropes[rope], 2 * half * reach)?;
+            for (token, position) in host.chunks_exact_mut(k.columns).zip(pass.batch.positions()) {
+                let (cos, sin) = rows[2 * half * position..][..2 * half].split_at(half);
+                for head in token.chunks_exact_mut(2 * half) {
+                    let (first, second) = head.split_at_mut(half);
+                    for (((a, b), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                        (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+                    }
+                }
+            }
+        }
+        Ok(host)
+    }
+
+    fn add(&self, x: CudaTensor, y: &CudaTensor) -> Result<CudaTensor> {
+        let x = self.own(x)?;
+        let args = Args::new().memory(&x.data).memory(&y.data).int(x.columns);
+        self.launch("add", [x.rows, 1, 1], 128, args)?;
+        Ok(x)
+    }
+
+    fn silu_mul(&self, gate: CudaTensor, up: &CudaTensor) -> Result<CudaTensor> {
+        let gate = self.own(gate)?;
+        let args = Args::new().memory(&gate.data).memory(&up.data).int(gate.columns);
+        self.launch("silu_mul", [gate.rows, 1, 1], 128, args)?;
+        Ok(gate)
+    }
+
+    fn route(&self, logits: &CudaTensor, choice: &Choice) -> Result<Vec<Routing>> {
+        let host = self.to_host(logits)?;
+        Ok(host.chunks_exact(logits.columns.max(1)).map(|row| route_row(row, choice.top_k, choice.normalize)).collect())
+    }
+
+    fn select_rows(&self, x: &CudaTensor, rows: &[usize]) -> Result<CudaTensor> {
+        let out = self.empty(rows.len(), x.columns)?;
+        let index = self.index(rows)?;
+        let args = Args::new().memory(&x.data).memory(&index).memory(&out.data).int(x.columns);
+        self.launch("gather", [rows.len(), 1, 1], 128, args)?;
+        Ok(out)
+    }
+
+    fn add_rows(&self, sum: CudaTensor, y: &CudaTensor, rows: &[usize], weights: &[f32]) -> Result<CudaTensor> {
+        let sum = self.own(sum)?;
+        let (index, weights) = (self.index(rows)?, self.device.upload(weights)?);
+        let args = Args::new().memory(&sum.data).memory(&y.data).memory(&index).memory(&weights).int(sum.columns);
+        self.launch("add_rows", [rows.len(), 1, 1], 128, args)?;
+        Ok(sum)
+    }
+
+    fn zeros_like(&self, x: &CudaTensor) -> Result<CudaTensor> {
+        let data = Arc::new(self.device.zeros(4 * x.rows * x.columns)?);
+        Ok(CudaTensor { data, rows: x.rows, columns: x.columns, operand: None })
+    }
+
+    fn residual_norm(
+        &self,
+        x: CudaTensor,
+        update: Update<'_, Self>,
+        norm: &CudaNorm,
+        eps: f32,
+        readers: &[&CudaLinear],
+    ) -> Result<(CudaTensor, CudaTensor)> {
+        let y = match update {
+            Update::Product { input, weight } => one(self.linears(&input, &[weight])?)?,
+            Update::Ready(y) => y,
+        };
+        let (sum, normed) = self.norm(&x, Some(&y), norm, eps, readers)?;
+        Ok((sum.unwrap_or(x), normed))
+    }
+
+    fn score(&self, logits: &CudaTensor, picks: &[(usize, u32)]) -> Result<Vec<TokenScore>> {
+        if let Some(&(_, token)) = picks.iter().find(|p| p.1 as usize >= logits.columns) {
+            return Err(BackendError::TokenOutOfRange { token, vocab: logits.columns });
+        }
+        let host = self.to_host(logits)?;
+        Ok(picks
+            .iter()
+            .map(|&(row, token)| score_row(&host[row * logits.columns..][..logits.columns], token))
+            .collect())
+    }
+
+    fn is_finite(&self, x: &CudaTensor) -> Result<bool> {
+        Ok(self.look(x, x.columns)?.chunks_exact(2).all(|row| row[1] == 0.0))
+    }
+
+    fn squares_finite(&self, x: &CudaTensor, width: usize) -> Result<bool> {
+        Ok(self.look(x, width)?.chunks_exact(2).all(|row| row[0].is_finite()))
+    }
+
+    fn tensor(&self, data: Vec<f32>, columns: usize) -> Result<CudaTensor> {
+        if columns == 0 || !data.len().is_multiple_of(columns) {
+            let message = format!("{} values do not make rows of {columns}", data.len());
+            return Err(BackendError::Failed { context: "tensor", message });
+        }
+        let rows = data.len() / columns;
+        Ok(CudaTensor { data: Arc::new(self.device.upload(&data)?), rows, columns, operand: None })
+    }
+
+    fn to_host(&self, x: &CudaTensor) -> Result<Vec<f32>> {
+        self.device.download(&x.data, x.rows * x.columns)
+    }
+}

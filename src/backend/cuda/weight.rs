@@ -1,0 +1,308 @@
+//! A linear's weight as the kernels read it: the layout of kernels/weight.cuh, made on the host at load.
+
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use super::driver::{Device, Memory};
+use crate::backend::{BackendError, Result};
+use crate::formats::e8m0;
+use crate::formats::fp8;
+use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, decode_elements};
+
+/// Columns of one step along K; K is padded to a multiple.
+pub const STEP: usize = 128;
+/// Rows of one tile, and tiles of one block; N is padded to a multiple of their product.
+const TILE: usize = 16;
+const ROWS: usize = 2 * TILE;
+
+/// How a weight's elements and block scales are stored: names end the kernels'.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    E2m1 { block: usize },
+    Mxfp4,
+    E4m3,
+    Mxfp8,
+    Bf16,
+    F32,
+}
+
+/// A linear on the device.
+pub struct CudaLinear {
+    pub name: String,
+    pub n: usize,
+    pub k: usize,
+    pub kind: Kind,
+    pub activation: ActivationFormat,
+    /// Elements; of `Kind::F32` row-major [N, K].
+    pub words: Memory,
+    pub scales: Option<Memory>,
+    /// One f32 per 128 rows and 128 columns.
+    pub grid: Option<Memory>,
+    /// One f32 per row.
+    pub row_scales: Memory,
+    pub bias: Option<Memory>,
+    /// Multiplies the input before it is quantized.
+    pub pre_quant_scale: Option<(Vec<f32>, Memory)>,
+}
+
+/// A weight in the kernels' layout, on the host.
+struct Packed {
+    words: Vec<u32>,
+    scales: Vec<u32>,
+    /// What the block scales of a row are to be multiplied by beside its output scale.
+    rows: Vec<f32>,
+}
+
+impl CudaLinear {
+    /// Packs `t` and takes it over.
+    ///
+    /// # Errors
+    /// No kernel for these formats, or not enough memory.
+    pub fn load(device: &Arc<Device>, t: &LinearTensors<'_>) -> Result<Self> {
+        let unsupported = |what: String| BackendError::Unsupported { module: t.name.clone(), backend: "cuda", what };
+        let kind = match (t.element, &t.block_scales) {
+            (Element::E2m1, BlockScales::E4m3 { block: block @ (16 | 32), .. }) => Kind::E2m1 { block: *block },
+            (Element::E2m1, BlockScales::E8m0 { block: 32, .. }) => Kind::Mxfp4,
+            (Element::E4m3, BlockScales::None | BlockScales::Grid { .. }) => Kind::E4m3,
+            (Element::E4m3, BlockScales::E8m0 { block: 32, .. }) => Kind::Mxfp8,
+            (Element::Bf16, BlockScales::None) => Kind::Bf16,
+            (Element::F32 | Element::F16, BlockScales::None) => Kind::F32,
+            _ => return Err(unsupported(format!("{} weights in such blocks", t.weight_format()))),
+        };
+        if kind == Kind::F32 && t.activation != ActivationFormat::Float {
+            return Err(unsupported(format!("{} weights with {} inputs", t.weight_format(), t.activation)));
+        }
+        let packed = if kind == Kind::F32 { plain(t) } else { pack(t, kind) };
+        let upload = |v: &Vec<f32>| device.upload(v);
+        let grid = match &t.block_scales {
+            BlockScales::Grid { values } => Some(upload(values)?),
+            _ => None,
+        };
+        // Padded rows are computed and thrown away.
+        let rows = t.n.next_multiple_of(ROWS);
+        let row_scales: Vec<f32> =
+            (0..rows).map(|n| if n < t.n { t.output_scale.at(n) * packed.rows[n] } else { 0.0 }).collect();
+        let pre_quant_scale = match &t.pre_quant_scale {
+            Some(s) => Some((s.clone(), upload(s)?)),
+            None => None,
+        };
+        Ok(Self {
+            name: t.name.clone(),
+            n: t.n,
+            k: t.k,
+            kind,
+            activation: t.activation,
+            words: device.upload(&packed.words)?,
+            scales: if packed.scales.is_empty() { None } else { Some(device.upload(&packed.scales)?) },
+            grid,
+            row_scales: upload(&row_scales)?,
+            bias: t.bias.as_ref().map(upload).transpose()?,
+            pre_quant_scale,
+        })
+    }
+
+    /// Bytes on the device.
+    pub fn bytes(&self) -> usize {
+        let optional = [&self.scales, &self.grid, &self.bias];
+        self.words.bytes()
+            + self.row_scales.bytes()
+            + optional.iter().filter_map(|m| m.as_ref()).map(Memory::bytes).sum::<usize>()
+    }
+
+    /// Whether a product has a scale for each 128 columns.
+    pub fn grouped(&self) -> bool {
+        self.grid.is_some() || self.activation == ActivationFormat::Fp8Group
+    }
+}
+
+fn plain(t: &LinearTensors<'_>) -> Packed {
+    let mut values = vec![0.0; t.n * t.k];
+    let bytes = t.element.row_bytes(t.k);
+    for (row, out) in t.data.chunks_exact(bytes.max(1)).zip(values.chunks_exact_mut(t.k.max(1))) {
+        decode_elements(t.element, row, out);
+    }
+    Packed { words: values.into_iter().map(f32::to_bits).collect(), scales: Vec::new(), rows: vec![1.0; t.n] }
+}
+
+/// Where bit `bit` of E2M1 (0 the mantissa, 3 the sign) of half `half` of pair `pair` stands in a word of eight codes:
+/// the inverse of `unpack_e2m1`.
+const fn e2m1_bit(pair: usize, half: usize, bit: usize) -> usize {
+    let to = (if bit == 3 { 15 } else { 6 + bit }) + 16 * half;
+    match pair {
+        0 => to,
+        1 => (to + 6) % 32,
+        2 => (to + 12) % 32,
+        _ if bit == 2 => to + 2,
+        _ => (to + 10) % 32,
+    }
+}
+
+/// The same of E4M3 and a word of four codes: the inverse of `unpack_e4m3`.
+const fn e4m3_bit(pair: usize, half: usize, bit: usize) -> usize {
+    let to = (if bit == 7 { 15 } else { 4 + bit }) + 16 * half;
+    match pair {
+        0 => to,
+        _ if bit >= 4 && bit < 7 => to + 4,
+        _ => (to + 12) % 32,
+    }
+}
+
+const fn spread_e2m1() -> [[u32; 16]; 8] {
+    let mut table = [[0; 16]; 8];
+    let mut i = 0;
+    while i < 8 * 16 * 4 {
+        let (place, code, bit) = (i / 64, i / 4 % 16, i % 4);
+        table[place][code] |= ((code >> bit & 1) as u32) << e2m1_bit(place / 2, place % 2, bit);
+        i += 1;
+    }
+    table
+}
+
+const fn spread_e4m3() -> [[u32; 256]; 4] {
+    let mut table = [[0; 256]; 4];
+    let mut i = 0;
+    while i < 4 * 256 * 8 {
+        let (place, code, bit) = (i / 2048, i / 8 % 256, i % 8);
+        table[place][code] |= ((code >> bit & 1) as u32) << e4m3_bit(place / 2, place % 2, bit);
+        i += 1;
+    }
+    table
+}
+
+/// Codes to where they stand in a word, by 2·pair + half.
+static E2M1: [[u32; 16]; 8] = spread_e2m1();
+static E4M3: [[u32; 256]; 4] = spread_e4m3();
+
+/// An E4M3 scale as the kernels take it: (exponent + 20) << 3 | mantissa. `None` for 0.
+fn scale_byte(code: u8) -> Option<u8> {
+    let (exponent, mantissa) = (i32::from(code >> 3 & 15), code & 7);
+    if exponent > 0 {
+        return Some(((exponent - 7 + 20) as u8) << 3 | mantissa);
+    }
+    // Subnormals, m · 2^-9, become normal.
+    let top = mantissa.checked_ilog2()?;
+    let rest = (mantissa << (3 - top)) & 7;
+    Some(((top as i32 - 9 + 20) as u8) << 3 | rest)
+}
+
+/// The exponent under BF16's bias that stands for the largest scale of a row of MX blocks: 2^117.
+const E8M0_TOP: i32 = 244;
+
+fn pack(t: &LinearTensors<'_>, kind: Kind) -> Packed {
+    let steps = t.k.div_ceil(STEP);
+    let tiles = t.n.next_multiple_of(ROWS) / TILE;
+    // Words of 32 bits of a lane in a half step, and words of scales of a tile in a step.
+    let (words, scale_words) = match kind {
+        Kind::E2m1 { block: 16 } => (4, 32),
+        Kind::E2m1 { .. } | Kind::Mxfp4 => (4, 16),
+        Kind::E4m3 => (8, 0),
+        Kind::Mxfp8 => (8, 16),
+        Kind::Bf16 | Kind::F32 => (16, 0),
+    };
+    let block = t.block_scales.block(t.k);
+    let codes = match &t.block_scales {
+        BlockScales::E4m3 { codes, .. } | BlockScales::E8m0 { codes, .. } => Some(&codes[..]),
+        BlockScales::None | BlockScales::Grid { .. } => None,
+    };
+    // The block scale of a row's column: E4M3 or E8M0 code.
+    let scale = |n: usize, k: usize| codes.filter(|_| n < t.n && k < t.k).map(|c| c[n * (t.k / block) + k / block]);
+    let power = matches!(kind, Kind::Mxfp4 | Kind::Mxfp8);
+    let largest = |n: usize| (0..t.k / block).filter_map(|b| scale(n, b * block)).max().unwrap_or(127);
+    let tops: Vec<u8> = if power { (0..t.n).into_par_iter().map(largest).collect() } else { Vec::new() };
+    let byte = |n: usize, k: usize| -> Option<u8> {
+        let code = scale(n, k)?;
+        if !power {
+            return scale_byte(code);
+        }
+        let exponent = E8M0_TOP + i32::from(code) - i32::from(tops[n]);
+        (exponent > 0).then_some(exponent as u8)
+    };
+    let row_bytes = t.element.row_bytes(t.k);
+    let row = |n: usize| &t.data[n * row_bytes..(n + 1) * row_bytes];
+    // The code of one weight; 0 beyond the edge, and under a scale that is 0 or too small to count.
+    let code = |n: usize, k: usize| -> u16 {
+        if n >= t.n || k >= t.k || (codes.is_some() && byte(n, k).is_none()) {
+            return 0;
+        }
+        match t.element {
+            Element::E2m1 => u16::from(row(n)[k / 2] >> (4 * (k % 2)) & 15),
+            Element::E4m3 => u16::from(row(n)[k]),
+            _ => u16::from_le_bytes([row(n)[2 * k], row(n)[2 * k + 1]]),
+        }
+    };
+    let mut out = vec![0u32; tiles * steps * 2 * 32 * words];
+    out.par_chunks_mut(2 * 32 * words).enumerate().for_each(|(i, out)| {
+        let (tile, step) = (i / steps, i % steps);
+        for (at, word) in out.iter_mut().enumerate() {
+            // U4 number `quad` of the half step, lane, and word in the U4.
+            let (half, quad, lane, part) = (at / (32 * words), at / 128 % (words / 4), at / 4 % 32, at % 4);
+            let (g, t16) = (lane / 4, lane % 4);
+            let (n, k) = (tile * TILE + g, step * STEP + half * 64 + t16 * 16);
+            // Pair `pair` of product `j`: row half pair % 2, columns 4j + 2·(pair / 2) and the next.
+            let at = |j: usize, pair: usize, h: usize| code(n + 8 * (pair % 2), k + 4 * j + 2 * (pair / 2) + h);
+            *word = match t.element {
+                Element::E2m1 => {
+                    (0..8).fold(0, |w, place| w | E2M1[place][usize::from(at(part, place / 2, place % 2))])
+                }
+                Element::E4m3 => {
+                    // Two products a U4, two words each: rows g and g+8 of two columns.
+                    let (j, first) = (2 * quad + part / 2, part % 2 * 2);
+                    (0..4).fold(0, |w, place| w | E4M3[place][usize::from(at(j, first + place / 2, place % 2))])
+                }
+                _ => u32::from(at(quad, part, 0)) | u32::from(at(quad, part, 1)) << 16,
+            };
+        }
+    });
+    let mut scales = vec![0u32; tiles * steps * scale_words];
+    if scale_words > 0 {
+        scales.par_chunks_mut(scale_words).enumerate().for_each(|(i, out)| {
+            let (tile, step) = (i / steps, i % steps);
+            let lanes = scale_words / 8;
+            for (at, word) in out.iter_mut().enumerate() {
+                let (g, t16) = (at / lanes, at % lanes * 4 / lanes);
+                for (index, shift) in [(0, 0), (1, 8), (2, 16), (3, 24)] {
+                    let (n, k) = (tile * TILE + g + 8 * (index % 2), step * STEP + index / 2 * 64 + t16 * 16);
+                    // A scale that counts nothing stands over zeros; any finite one will do.
+                    *word |= u32::from(byte(n, k).unwrap_or(if power { 0 } else { 20 << 3 })) << shift;
+                }
+            }
+        });
+    }
+    let rows = (0..t.n).map(|n| if power { e8m0::decode(tops[n]) } else { 1.0 }).collect();
+    debug_assert_eq!(STEP, fp8::BLOCK);
+    Packed { words: out, scales, rows }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::formats::e4m3;
+
+    #[test]
+    fn every_bit_of_a_word_has_one_place() {
+        let mut seen = [0u32; 2];
+        for place in 0..8 {
+            for bit in 0..4 {
+                seen[0] |= 1 << e2m1_bit(place / 2, place % 2, bit);
+            }
+        }
+        for place in 0..4 {
+            for bit in 0..8 {
+                seen[1] |= 1 << e4m3_bit(place / 2, place % 2, bit);
+            }
+        }
+        assert_eq!(seen, [u32::MAX; 2]);
+    }
+
+    #[test]
+    fn scale_bytes_are_the_scales() {
+        for code in 0..0x7fu8 {
+            let value = scale_byte(code).map_or(0.0, |b| {
+                let (exponent, mantissa) = (i32::from(b >> 3) - 20, f32::from(b & 7));
+                (1.0 + mantissa / 8.0) * 2f32.powi(exponent)
+            });
+            assert_eq!(value, e4m3::decode(code), "{code}");
+        }
+    }
+}
