@@ -122,6 +122,10 @@ impl Device {
             let minor_of = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR;
             check("asking the device's kind", sys::cuDeviceGetAttribute(&mut major, major_of, handle))?;
             check("asking the device's kind", sys::cuDeviceGetAttribute(&mut minor, minor_of, handle))?;
+            if major < 8 {
+                let message = format!("{major}.{minor} is the device's compute capability; 8.0 or newer is needed");
+                return Err(failed("CUDA", message));
+            }
             check("asking for the driver's version", sys::cuDriverGetVersion(&mut driver))?;
             check("making a context", sys::cuDevicePrimaryCtxRetain(&mut context, handle))?;
             check("making a context", sys::cuCtxSetCurrent(context))?;
@@ -129,12 +133,6 @@ impl Device {
             let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
             check("making a stream", sys::cuStreamCreate(&mut stream, flags))?;
             check("loading the kernels", sys::cuModuleLoadData(&mut module, IMAGE.as_ptr().cast()))?;
-        }
-        if major < 8 {
-            return Err(failed(
-                "CUDA",
-                format!("the device has compute capability {major}.{minor}; 8.0 or newer is needed"),
-            ));
         }
         let mut functions = HashMap::new();
         for &name in names {
