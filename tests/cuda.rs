@@ -181,7 +181,7 @@ fn whatever_call_of_the_driver_fails_there_is_an_error_and_an_end() {
         }
     }
     assert!(failed > 100, "{failed}");
-    assert!(outcome("STANDIN_MEMORY", "4000000").contains("MiB are needed at once"));
+    assert!(outcome("STANDIN_MEMORY", "2000000").contains("MiB are needed at once"));
     assert!(outcome("STANDIN_DEVICES", "0").contains("no device 0"));
     assert!(outcome("STANDIN_VERSION", "12080").contains("supports CUDA 12.8; 13.0 or newer is needed"));
 }

@@ -198,7 +198,7 @@ impl Device {
         }
         if code == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
             let (free, total) = self.memory()?;
-            let mib = |n: usize| n.div_ceil(1 << 20);
+            let mib = |n: usize| format!("{:.1}", n as f64 / f64::from(1 << 20));
             return Err(failed(
                 "GPU memory",
                 format!(
