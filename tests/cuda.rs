@@ -31,7 +31,10 @@ fn every_checkpoint_gives_the_logits_it_gives_when_deployed() {
     for fixture in all_fixtures() {
         let decoder = fixture.load(backend.clone());
         let got = logits(&decoder, &fixture.input_ids());
-        report.check(&fixture.name, deviation(&got, &fixture.golden_logits()), fixture.bound().max(1e-4));
+        // An FP8 cache may round a key or value to the other neighbour.
+        let bound =
+            if fixture.checkpoint().announced.fp8_kv_cache { fixture.bound() } else { fixture.bound().min(1e-3) };
+        report.check(&fixture.name, deviation(&got, &fixture.golden_logits()), bound);
         let split = incremental_logits(&decoder, &fixture.input_ids(), 3);
         assert!(bits(&split) == bits(&got), "{}: pieces give other bits", fixture.name);
     }
