@@ -6,6 +6,7 @@
 pub mod autograd;
 pub mod cpu;
 pub mod cuda;
+mod either;
 pub mod observe;
 mod pass;
 
@@ -15,6 +16,7 @@ use std::sync::Arc;
 
 use recoup_eval::divergence::{Pair, RowError, compare_rows};
 
+pub use self::either::Either;
 pub use self::pass::{Batch, HostPass, PAGE, RopeRows, RopeTable, Rotation, Span};
 use crate::formats::kv::KvFormat;
 use crate::formats::linear::LinearTensors;
@@ -196,7 +198,7 @@ pub trait Backend: Send + Sync + Sized {
     // What happens in a pass.
 
     /// Gets what every layer needs of `batch` to where it computes, once for the pass; `ropes` are the model's rotations.
-    fn prepare(&self, batch: &Batch, ropes: &[Self::Rope]) -> Result<Self::Pass>;
+    fn prepare(&self, batch: &Batch, ropes: &[&Self::Rope]) -> Result<Self::Pass>;
 
     /// Rows of `table`, a linear's weight [vocab, features]: one for each of the pass's tokens.
     fn embed(&self, table: &Self::Linear, pass: &Self::Pass) -> Result<Self::Tensor>;

@@ -164,7 +164,7 @@ impl<B: Backend, O: Observer + Send> Backend for Observed<B, O> {
         self.inner.fork(cache, from, to)
     }
 
-    fn prepare(&self, batch: &Batch, ropes: &[B::Rope]) -> Result<B::Pass> {
+    fn prepare(&self, batch: &Batch, ropes: &[&B::Rope]) -> Result<B::Pass> {
         self.inner.prepare(batch, ropes)
     }
 

@@ -148,7 +148,7 @@ pub struct HostPass {
 impl HostPass {
     /// The pass of `batch` in a model with the rotations `ropes`.
     #[must_use]
-    pub fn new(batch: &Batch, ropes: &[RopeTable]) -> Self {
+    pub fn new(batch: &Batch, ropes: &[&RopeTable]) -> Self {
         let ropes = ropes.iter().map(|r| r.upto(batch.reach())).collect();
         Self { positions: batch.positions().collect(), batch: batch.clone(), ropes }
     }

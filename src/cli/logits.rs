@@ -8,6 +8,7 @@ use clap::ValueEnum;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
+use super::device::DeviceChoice;
 use super::options::{EngineOptions, model_folder, open_model};
 use crate::backend::Backend;
 use crate::backend::autograd::AutogradBackend;
@@ -30,8 +31,8 @@ pub(super) struct Args {
     /// Output: safetensors with f32 `logits` [B, T, vocab] and the `input_ids`
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-    /// What computes: packed kernels, or the plain reference (the same decoder on candle tensors)
-    #[arg(long, value_enum, default_value_t = Computing::Cpu)]
+    /// What computes: packed kernels, or the plain reference (the same decoder on candle tensors, on the CPU)
+    #[arg(long, value_enum, default_value_t = Computing::Packed)]
     engine: Computing,
     #[command(flatten)]
     options: EngineOptions,
@@ -39,7 +40,8 @@ pub(super) struct Args {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Computing {
-    Cpu,
+    #[value(alias = "cpu")]
+    Packed,
     Autograd,
 }
 
@@ -48,12 +50,15 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let checkpoint = open_model(&model_folder(&args.model)?)?;
     let destination = Destination::claim(&args.output, &ids, &checkpoint)?;
     match args.engine {
-        Computing::Cpu => {
+        Computing::Packed => {
             let model = args.options.load(&checkpoint)?;
             drop(checkpoint);
             write(&model, &ids, args.options.kv_cache_dtype, &destination)?;
         }
         Computing::Autograd => {
+            if let DeviceChoice::Cuda(_) = args.options.device {
+                bail!("--engine autograd computes on the CPU only; --device cuda is for packed kernels");
+            }
             let model = Decoder::load(AutogradBackend::new(), &checkpoint)?;
             drop(checkpoint);
             write(&model, &ids, args.options.kv_cache_dtype, &destination)?;

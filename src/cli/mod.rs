@@ -2,6 +2,7 @@
 
 mod convert;
 mod demo;
+mod device;
 mod doctor;
 #[cfg(test)]
 mod documents;

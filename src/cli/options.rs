@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::OnceLock;
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
@@ -10,8 +11,9 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use recoup_ground::http::address::{is_address, mask};
 use serde_json::{Map, Value, json};
 
+use super::device::{AnyBackend, DeviceChoice};
 use super::machine::cpu_name;
-use crate::backend::NUMERICS_VERSION;
+use crate::backend::{Either, NUMERICS_VERSION};
 use crate::backend::cpu::{CpuBackend, isa::Isa};
 use crate::checkpoint::dialect::Dialect;
 use crate::checkpoint::hub::{Hub, Id};
@@ -54,10 +56,50 @@ pub(super) struct EngineOptions {
     /// Storage of the KV cache where the checkpoint has no FP8 scales of its own
     #[arg(long, value_parser = named(KV_FORMATS.to_vec()), default_value = "f32")]
     pub kv_cache_dtype: KvFormat,
+    /// What runs the model: auto (a GPU if there is one that can, else the CPU), cpu, cuda or cuda:N. NVIDIA from compute
+    /// capability 8.0 on, driver 580 or newer
+    #[arg(long, default_value = "auto")]
+    pub device: DeviceChoice,
+    #[arg(skip)]
+    settled: Settled,
+}
+
+/// The backend of these options, made once.
+#[derive(Clone, Default)]
+struct Settled(OnceLock<AnyBackend>);
+
+impl std::fmt::Debug for Settled {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.0.get().is_some() { "settled" } else { "open" })
+    }
 }
 
 impl EngineOptions {
-    pub(super) fn backend(&self) -> Result<CpuBackend> {
+    /// What runs a model.
+    pub(super) fn backend(&self) -> Result<AnyBackend> {
+        self.backend_for(0)
+    }
+
+    /// What runs a model whose files have `bytes` bytes; decided by the first call, for all that follow.
+    pub(super) fn backend_for(&self, bytes: u64) -> Result<AnyBackend> {
+        if let Some(settled) = self.settled.0.get() {
+            return Ok(settled.clone());
+        }
+        let cpu = self.cpu()?;
+        let gpu = self.device.gpu(&cpu, bytes, &mut |note| super::say!("note: {note}"))?;
+        let backend = match gpu {
+            Some(gpu) => {
+                if self.isa.is_some() {
+                    super::say!("note: --isa is of the CPU; {} computes", gpu.device().name);
+                }
+                Either::B(gpu)
+            }
+            None => Either::A(cpu),
+        };
+        Ok(self.settled.0.get_or_init(|| backend).clone())
+    }
+
+    fn cpu(&self) -> Result<CpuBackend> {
         let isa = match &self.isa {
             None => Isa::detect(),
             Some(name) => Isa::by_name(name).with_context(|| {
@@ -70,34 +112,40 @@ impl EngineOptions {
 
     /// What of these options decides what a model computes, for keys under which results are kept: not threads nor
     /// instruction set, which change no bit.
-    pub(super) fn computation(&self) -> Value {
-        json!({"device": "cpu", "numerics": NUMERICS_VERSION, "kv_cache_dtype": format!("{:?}", self.kv_cache_dtype).to_lowercase()})
+    pub(super) fn computation(&self, checkpoint: &Checkpoint) -> Result<Value> {
+        let kv = format!("{:?}", self.kv_cache_dtype).to_lowercase();
+        Ok(match self.backend_for(checkpoint.tensors.file_bytes())? {
+            Either::A(_) => json!({"device": "cpu", "numerics": NUMERICS_VERSION, "kv_cache_dtype": kv}),
+            // Sums have another order than the CPU's, and tensor cores of another kind round them otherwise.
+            Either::B(gpu) => json!({"device": format!("cuda {}", gpu.device().architecture()), "numerics": NUMERICS_VERSION,
+                "kernels": gpu.device().kernels(), "kv_cache_dtype": kv}),
+        })
     }
 
-    /// The machine, for reports: system, CPU, threads and instruction set.
+    /// The machine, for reports: system, CPU, threads and instruction set, or GPU and driver.
     pub(super) fn machine(&self) -> Result<String> {
-        let backend = self.backend()?;
-        Ok(format!(
-            "{} {}, {}, {} threads, {}",
-            std::env::consts::OS,
-            std::env::consts::ARCH,
-            cpu_name(),
-            backend.threads(),
-            backend.isa()
-        ))
+        let system = format!("{} {}", std::env::consts::OS, std::env::consts::ARCH);
+        Ok(match self.backend()? {
+            Either::A(cpu) => format!("{system}, {}, {} threads, {}", cpu_name(), cpu.threads(), cpu.isa()),
+            Either::B(gpu) => format!("{system}, {}, {}", cpu_name(), gpu.device()),
+        })
     }
 
     /// What of this machine and these options decides how fast a model is.
     pub(super) fn speed_key(&self) -> Result<Value> {
-        let backend = self.backend()?;
-        Ok(json!({"cpu": cpu_name(), "threads": backend.threads(), "isa": backend.isa().to_string(),
-            "recoup_version": env!("CARGO_PKG_VERSION")}))
+        let mut key = match self.backend()? {
+            Either::A(cpu) => json!({"cpu": cpu_name(), "threads": cpu.threads(), "isa": cpu.isa().to_string()}),
+            Either::B(gpu) => json!({"cpu": cpu_name(), "gpu": gpu.device().to_string(), "kernels": gpu.device().kernels()}),
+        };
+        key["recoup_version"] = env!("CARGO_PKG_VERSION").into();
+        Ok(key)
     }
 
-    /// Loads the model of `folder` onto packed CPU kernels.
-    pub(super) fn load(&self, checkpoint: &Checkpoint) -> Result<Decoder<CpuBackend>> {
+    /// Loads the model of `folder` onto packed kernels.
+    pub(super) fn load(&self, checkpoint: &Checkpoint) -> Result<Decoder<AnyBackend>> {
+        let backend = self.backend_for(checkpoint.tensors.file_bytes())?;
         let bar = super::progress(0, "loading");
-        let model = Decoder::load_with_progress(self.backend()?, checkpoint, &mut |done, all| {
+        let model = Decoder::load_with_progress(backend, checkpoint, &mut |done, all| {
             bar.set_length(all as u64);
             bar.set_position(done as u64);
         });
@@ -202,6 +250,13 @@ pub(super) fn text_notes(folder: &Path) -> Result<Vec<String>, TextError> {
         return Ok(Vec::new());
     }
     Ok(Tokenizer::from_folder(folder)?.notes().to_vec())
+}
+
+/// Bytes of a model folder's weights, as far as it can be seen without opening them.
+pub(super) fn weight_bytes(folder: &Path) -> u64 {
+    let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let weights = files.filter(|f| f.path().extension().is_some_and(|e| e == "safetensors"));
+    weights.filter_map(|f| std::fs::metadata(f.path()).ok()).map(|m| m.len()).sum()
 }
 
 /// The identity of a checkpoint's files; large ones take a while the first time.

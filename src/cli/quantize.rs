@@ -97,7 +97,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         CalibrationText::none()
     };
     let bar = super::progress(0, "");
-    let backend = args.options.backend()?;
+    let backend = args.options.backend_for(checkpoint.tensors.file_bytes())?;
     let places = quantize::Places { out, unrounded: args.keep_unrounded.as_deref(), measured: measured.as_ref() };
     let report =
         quantize::apply(&checkpoint, &backend, &text, &recipe, args.dialect, places, &mut |what, done, all| {

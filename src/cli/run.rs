@@ -8,9 +8,9 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Map, Value, json};
 
+use super::device::AnyBackend;
 use super::options::{EngineOptions, TemplateOptions, model_folder, open_model, with_arguments};
 use super::sampling::SamplingOptions;
-use crate::backend::cpu::CpuBackend;
 use crate::engine::{Engine, Finish, Generated, Limits, Request, answer};
 use crate::logits::SamplingParams;
 use crate::text::conversation::fit;
@@ -60,7 +60,7 @@ const DEFAULT_CONTEXT: usize = 8192;
 
 struct Chat<'a> {
     args: &'a Args,
-    engine: Engine<'a, CpuBackend>,
+    engine: Engine<'a, AnyBackend>,
     text: ModelText,
     sampling: SamplingParams,
     stop: Vec<String>,

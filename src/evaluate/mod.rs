@@ -2,11 +2,13 @@
 //! compared. Nothing here prints.
 
 pub mod attribution;
+pub mod device_check;
 pub mod evaluation;
 pub mod experiment;
 pub mod facts;
 pub mod kernel_check;
 mod language_model;
+pub mod throughput;
 mod watch;
 
 pub use crate::text::ModelText;

@@ -12,6 +12,7 @@ pub mod linear;
 pub mod mx;
 pub mod nvfp4;
 pub mod scheme;
+pub mod synthetic;
 
 /// Whether no element is NaN or infinite.
 #[inline(always)]

@@ -146,7 +146,7 @@ impl<B: Backend> Decoder<B> {
                 ),
             });
         }
-        self.backend.prepare(batch, &self.ropes)
+        self.backend.prepare(batch, &self.ropes.iter().collect::<Vec<_>>())
     }
 
     /// Runs `batch` and returns logits [wanted tokens, vocab].

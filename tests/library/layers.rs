@@ -6,7 +6,7 @@ use crate::support::project;
 
 /// What each layer may use of the others.
 const ALLOWED: [(&str, &[&str]); 16] = [
-    ("formats", &[]),
+    ("formats", &["random"]),
     ("random", &[]),
     ("logits", &["random"]),
     ("output", &[]),
@@ -25,7 +25,7 @@ const ALLOWED: [(&str, &[&str]); 16] = [
         "recover",
         &["formats", "random", "logits", "output", "checkpoint", "backend", "model", "text", "corpus", "engine"],
     ),
-    ("evaluate", &["formats", "logits", "output", "checkpoint", "backend", "model", "text", "engine"]),
+    ("evaluate", &["formats", "random", "logits", "output", "checkpoint", "backend", "model", "text", "engine"]),
     (
         "cli",
         &[

@@ -149,7 +149,7 @@ fn gradients_of_attention_are_those_of_finite_differences() {
         let rotation = |frequencies: &[f32]| Rotation { frequencies: frequencies.to_vec(), factor: 1.3 };
         let ropes = [rotation(&[0.9, 0.8, 0.7, 0.6]), rotation(&[1.0, 0.3, 0.1, 0.03])];
         let ropes = ropes.map(|r| backend.load_rope(r).unwrap());
-        let pass = backend.prepare(&batch, &ropes).unwrap();
+        let pass = backend.prepare(&batch, &ropes.each_ref()).unwrap();
         let layer = LayerCache { format: KvFormat::F32, kv_heads, head_dim: 8 };
         let layout = CacheLayout { layers: vec![layer], pages: page as usize };
         check_gradients(&format!("attention {lengths:?}"), &attention_inputs(tokens, &shape), |x| {

@@ -106,7 +106,7 @@ impl Backend for AutogradBackend {
         cache.fork(from, to).context("fork")
     }
 
-    fn prepare(&self, batch: &Batch, ropes: &[RopeTable]) -> Result<HostPass> {
+    fn prepare(&self, batch: &Batch, ropes: &[&RopeTable]) -> Result<HostPass> {
         Ok(HostPass::new(batch, ropes))
     }
 

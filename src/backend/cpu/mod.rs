@@ -140,7 +140,7 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn prepare(&self, batch: &Batch, ropes: &[RopeTable]) -> Result<HostPass> {
+    fn prepare(&self, batch: &Batch, ropes: &[&RopeTable]) -> Result<HostPass> {
         Ok(HostPass::new(batch, ropes))
     }
 

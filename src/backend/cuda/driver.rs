@@ -5,6 +5,7 @@ use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, CString, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use cudarc::driver::sys::{self, CUdevice_attribute, CUdeviceptr, CUresult};
 
@@ -36,6 +37,14 @@ fn check(what: &'static str, code: CUresult) -> Result<()> {
     Err(BackendError::Failed { context: what, message: format!("the CUDA driver says: {said}") })
 }
 
+/// A number that the driver has of a device.
+fn attribute(device: sys::CUdevice, attribute: CUdevice_attribute) -> Result<i32> {
+    let mut value = 0;
+    // SAFETY: the out-parameter lives until the call returns.
+    check("asking what the device is", unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, device) })?;
+    Ok(value)
+}
+
 fn failed(context: &'static str, message: impl Into<String>) -> BackendError {
     BackendError::Failed { context, message: message.into() }
 }
@@ -47,6 +56,7 @@ pub struct Device {
     /// Compute capability, 9.0 as (9, 0).
     pub capability: (i32, i32),
     pub driver: i32,
+    handle: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
     functions: HashMap<&'static str, sys::CUfunction>,
@@ -65,14 +75,39 @@ thread_local! {
     static CURRENT: Cell<usize> = const { Cell::new(0) };
 }
 
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (major, minor) = (self.driver / 1000, self.driver % 1000 / 10);
+        write!(f, "{} ({}, driver for CUDA {major}.{minor})", self.name, self.architecture())
+    }
+}
+
 impl Device {
+    /// Whether there is a library of the driver's name; nothing is said of what it is or finds.
+    #[must_use]
+    pub fn driver_present() -> bool {
+        // SAFETY: only tries to open a library.
+        unsafe { sys::is_culib_present() }
+    }
+
+    /// The device's kind as compilers name it, `sm_90`.
+    #[must_use]
+    pub fn architecture(&self) -> String {
+        format!("sm_{}{}", self.capability.0, self.capability.1)
+    }
+
+    /// Which kernels are embedded here: the beginning of their hash.
+    #[must_use]
+    pub fn kernels(&self) -> String {
+        blake3::hash(IMAGE).to_hex()[..12].to_owned()
+    }
+
     /// How many GPUs there are.
     ///
     /// # Errors
     /// No driver, one that is too old, or its own failure.
     pub fn count() -> Result<usize> {
-        // SAFETY: only tries to open a library.
-        if !unsafe { sys::is_culib_present() } {
+        if !Self::driver_present() {
             return Err(failed("CUDA", "there is no CUDA driver (libcuda.so.1) on this machine"));
         }
         let (mut driver, mut count) = (0, 0);
@@ -105,6 +140,25 @@ impl Device {
     /// # Errors
     /// As [`Self::count`], and no such device, or kernels that the driver does not take.
     pub fn open(ordinal: usize, names: &[&'static str]) -> Result<Self> {
+        let mut device = Self::look(ordinal)?;
+        let mut module = std::ptr::null_mut();
+        // SAFETY: the out-parameter lives until the call returns; the image is a whole fatbin.
+        check("loading the kernels", unsafe { sys::cuModuleLoadData(&mut module, IMAGE.as_ptr().cast()) })?;
+        for &name in names {
+            let mut function = std::ptr::null_mut();
+            let text = CString::new(name).map_err(|e| failed("loading the kernels", e.to_string()))?;
+            // SAFETY: the module was loaded above and is never unloaded; the name lives until the call returns.
+            check("loading the kernels", unsafe { sys::cuModuleGetFunction(&mut function, module, text.as_ptr()) })?;
+            device.functions.insert(name, function);
+        }
+        Ok(device)
+    }
+
+    /// Device `ordinal` without kernels: what it is and what memory it has.
+    ///
+    /// # Errors
+    /// As [`Self::count`], no such device, or one that is too old.
+    pub fn look(ordinal: usize) -> Result<Self> {
         let count = Self::count()?;
         if ordinal >= count {
             let there = if count == 0 { "there is none".to_owned() } else { format!("there are {count}, from 0 on") };
@@ -112,40 +166,71 @@ impl Device {
         }
         let mut handle = 0;
         let mut text = [0; 256];
-        let (mut major, mut minor, mut driver) = (0, 0, 0);
-        let (mut context, mut stream, mut module) = (std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
-        // SAFETY: every out-parameter lives until its call returns; the image is a whole fatbin.
+        let mut driver = 0;
+        let (mut context, mut stream) = (std::ptr::null_mut(), std::ptr::null_mut());
+        // SAFETY: every out-parameter lives until its call returns.
         unsafe {
             check("opening the device", sys::cuDeviceGet(&mut handle, ordinal as i32))?;
             check("asking the device's name", sys::cuDeviceGetName(text.as_mut_ptr(), text.len() as i32, handle))?;
-            let major_of = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
-            let minor_of = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR;
-            check("asking the device's kind", sys::cuDeviceGetAttribute(&mut major, major_of, handle))?;
-            check("asking the device's kind", sys::cuDeviceGetAttribute(&mut minor, minor_of, handle))?;
-            if major < 8 {
-                let message = format!("{major}.{minor} is the device's compute capability; 8.0 or newer is needed");
-                return Err(failed("CUDA", message));
-            }
+        }
+        let major = attribute(handle, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(handle, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        if major < 8 {
+            let message = format!("{major}.{minor} is the device's compute capability; 8.0 or newer is needed");
+            return Err(failed("CUDA", message));
+        }
+        // SAFETY: as above.
+        unsafe {
             check("asking for the driver's version", sys::cuDriverGetVersion(&mut driver))?;
             check("making a context", sys::cuDevicePrimaryCtxRetain(&mut context, handle))?;
             check("making a context", sys::cuCtxSetCurrent(context))?;
             CURRENT.set(context as usize);
             let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
             check("making a stream", sys::cuStreamCreate(&mut stream, flags))?;
-            check("loading the kernels", sys::cuModuleLoadData(&mut module, IMAGE.as_ptr().cast()))?;
-        }
-        let mut functions = HashMap::new();
-        for &name in names {
-            let mut function = std::ptr::null_mut();
-            let text = CString::new(name).map_err(|e| failed("loading the kernels", e.to_string()))?;
-            // SAFETY: the module was loaded above and is never unloaded; the name lives until the call returns.
-            check("loading the kernels", unsafe { sys::cuModuleGetFunction(&mut function, module, text.as_ptr()) })?;
-            functions.insert(name, function);
         }
         let bytes: Vec<u8> = text.iter().take_while(|c| **c != 0).map(|c| *c as u8).collect();
         let name = String::from_utf8_lossy(&bytes).into_owned();
-        let free = Mutex::default();
-        Ok(Self { ordinal, name, capability: (major, minor), driver, context, stream, functions, free })
+        let (functions, free) = (HashMap::new(), Mutex::default());
+        Ok(Self { ordinal, name, capability: (major, minor), driver, handle, context, stream, functions, free })
+    }
+
+    /// Bytes per second of a copy within the device, read and written together: the most that any kernel can move.
+    ///
+    /// # Errors
+    /// The driver's failure.
+    pub fn copy_speed(self: &Arc<Self>) -> Result<f64> {
+        let (free, _) = self.memory()?;
+        // Beyond every cache; a stand-in has less time.
+        let bytes = (free / 8).min(1 << 30);
+        let (from, to) = (self.zeros(bytes)?, self.zeros(bytes)?);
+        let mut fastest = f64::INFINITY;
+        for _ in 0..8 {
+            self.wait()?;
+            let start = Instant::now();
+            for _ in 0..4 {
+                self.copy((&to, 0), (&from, 0), bytes)?;
+            }
+            self.wait()?;
+            fastest = fastest.min(start.elapsed().as_secs_f64() / 4.0);
+        }
+        Ok(2.0 * bytes as f64 / fastest)
+    }
+
+    /// Multiply-adds per second of BF16 tensor cores by their number and clock; 0 where the driver does not say.
+    ///
+    /// # Errors
+    /// The driver's failure.
+    pub fn tensor_peak(&self) -> Result<f64> {
+        let units = attribute(self.handle, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let kilohertz = attribute(self.handle, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)?;
+        // Dense, a clock and multiprocessor, from the architectures' white papers; 9.0 and 10.x by wgmma and tcgen05.
+        let each = match self.capability {
+            (8, 0) => 1024,
+            (9, _) => 2048,
+            (10 | 11, _) => 4096,
+            _ => 512,
+        };
+        Ok(f64::from(units) * f64::from(kilohertz) * 1e3 * f64::from(each))
     }
 
     /// Makes the context current on this thread.

@@ -200,7 +200,7 @@ impl CudaBackend {
 
     /// The device in use.
     #[must_use]
-    pub fn device(&self) -> &Device {
+    pub fn device(&self) -> &Arc<Device> {
         &self.device
     }
 
@@ -492,7 +492,7 @@ impl Backend for CudaBackend {
         Ok(())
     }
 
-    fn prepare(&self, batch: &Batch, ropes: &[CudaRope]) -> Result<CudaPass> {
+    fn prepare(&self, batch: &Batch, ropes: &[&CudaRope]) -> Result<CudaPass> {
         let (mut slots, mut tables, mut table_of) = (Vec::new(), Vec::new(), Vec::new());
         for span in &batch.spans {
             let needed = span.start + span.len;

@@ -12,11 +12,11 @@ use recoup_eval::report::{ReportContext, terminal};
 use recoup_eval::tasks::Selection;
 use serde_json::json;
 
-use super::super::options::{EngineOptions, identity, model_folder, named, open_noted};
+use super::super::device::AnyBackend;
+use super::super::options::{EngineOptions, identity, model_folder, named, open_noted, weight_bytes};
 use super::super::talk::Shown;
 use super::texts::{Texts, texts};
 use super::{TaskOptions, labels, model_name};
-use crate::backend::cpu::CpuBackend;
 use crate::evaluate::evaluation::Subject;
 use crate::evaluate::experiment::{self, Contender, Experiment, ExperimentError, Outcome};
 use crate::evaluate::facts;
@@ -93,6 +93,10 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     args.tasks.check_thinking(&selection)?;
     let Texts { named: texts, notes: text_notes } =
         texts(&args.text, &model_folder(&args.models[0])?, &args.tasks.template_arguments())?;
+    // The baseline and one other are in memory at a time.
+    let mut sizes: Vec<u64> = args.models.iter().map(|m| Ok(weight_bytes(&model_folder(m)?))).collect::<Result<_>>()?;
+    sizes.sort_unstable_by(|a, b| b.cmp(a));
+    args.options.backend_for(sizes.iter().take(2).sum())?;
     let mut experiment = Experiment {
         labels: &labels,
         ptq,
@@ -113,7 +117,6 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     check_gate(args.require_recovery, &selection)?;
     experiment.check()?;
     warn_of_idle(args, &experiment);
-    args.models.iter().try_for_each(|m| model_folder(m).map(drop))?;
     let claim = super::claimed(Some(&args.output))?;
     experiment.claim = claim.as_ref();
     let load = &mut |index: usize| load(args, &args.models[index]).map_err(|e| ExperimentError::Load(e.into()));
@@ -152,13 +155,13 @@ fn warn_of_idle(args: &Args, experiment: &Experiment<'_>) {
     }
 }
 
-fn load(args: &Args, model: &OsStr) -> Result<Contender<CpuBackend>> {
+fn load(args: &Args, model: &OsStr) -> Result<Contender<AnyBackend>> {
     let folder = model_folder(model)?;
     let (checkpoint, notes) = open_noted(&folder)?;
     let text = args.tasks.text(&folder, &checkpoint.config)?;
     let notes = [&notes, text.tokenizer().notes()].concat();
     let mut facts = facts::facts(&model_name(model), &checkpoint)?;
-    let identity = json!({"files": identity(&checkpoint)?, "computation": args.options.computation()});
+    let identity = json!({"files": identity(&checkpoint)?, "computation": args.options.computation(&checkpoint)?});
     let decoder = args.options.load(&checkpoint)?;
     facts.resident_bytes = Some(facts::resident_bytes(&decoder));
     Ok(Contender { decoder, text, subject: Subject { facts, identity, notes } })

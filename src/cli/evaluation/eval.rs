@@ -12,6 +12,7 @@ use recoup_eval::tasks::{ListedKind, Selection};
 use recoup_ground::http::address::is_address;
 use serde_json::json;
 
+use super::super::device::DeviceChoice;
 use super::super::options::{EngineOptions, identity, model_folder, open_noted};
 use super::super::talk::Shown;
 use super::server::UrlArgs;
@@ -89,7 +90,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     let context = args.max_length.map_or(positions, |asked| asked.min(positions));
     let subject = Subject {
         facts: facts::facts(&model_name(model), &checkpoint)?,
-        identity: json!({"files": identity(&checkpoint)?, "computation": args.options.computation(), "context": context}),
+        identity: json!({"files": identity(&checkpoint)?, "computation": args.options.computation(&checkpoint)?, "context": context}),
         notes: [&notes, text.tokenizer().notes()].concat(),
     };
     if args.check_kernels {
@@ -115,6 +116,7 @@ fn of_local_models(args: &Args) -> Option<&'static str> {
         ("--check-kernels", args.check_kernels),
         ("--threads", args.options.threads != 0),
         ("--isa", args.options.isa.is_some()),
+        ("--device", args.options.device != DeviceChoice::Auto),
         ("--kv-cache-dtype", args.options.kv_cache_dtype != KvFormat::F32),
     ];
     local.iter().find(|(_, given)| *given).map(|(name, _)| *name)

@@ -246,7 +246,7 @@ fn attend<B: Backend>(backend: &B, shape: &AttentionShape) -> Vec<f32> {
     let mut out = Vec::new();
     for (seed, spans) in passes.into_iter().enumerate() {
         let tokens: usize = spans.iter().map(|s| s.len).sum();
-        let pass = backend.prepare(&Batch { tokens: vec![0; tokens], spans }, &ropes).unwrap();
+        let pass = backend.prepare(&Batch { tokens: vec![0; tokens], spans }, &ropes.each_ref()).unwrap();
         let tensor = |heads: usize, seed: usize| {
             let width = heads * shape.head_dim;
             backend.tensor(values(tokens * width, seed), width).unwrap()

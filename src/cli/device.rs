@@ -1,0 +1,92 @@
+//! Which device runs a model: `--device auto|cpu|cuda[:N]`.
+
+use std::str::FromStr;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::backend::Either;
+use crate::backend::cpu::CpuBackend;
+use crate::backend::cuda::{CudaBackend, Device};
+use crate::evaluate::device_check;
+
+/// Whatever runs the model.
+pub(super) type AnyBackend = Either<CpuBackend, CudaBackend>;
+
+/// Memory that a model takes beside its weights, at least: activations, and the beginning of a cache.
+const BESIDE: u64 = 256 << 20;
+
+/// What was asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum DeviceChoice {
+    /// The first GPU if there is one that can, else the CPU.
+    #[default]
+    Auto,
+    Cpu,
+    Cuda(usize),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "auto" => Ok(Self::Auto),
+            None if text == "cpu" => Ok(Self::Cpu),
+            None if text == "cuda" => Ok(Self::Cuda(0)),
+            Some(("cuda", n)) if n.parse::<u16>().is_ok() => Ok(Self::Cuda(n.parse().unwrap_or_default())),
+            _ => Err("expected auto, cpu, cuda or cuda:N, such as cuda:0".into()),
+        }
+    }
+}
+
+impl DeviceChoice {
+    /// The GPU to use for weights of `bytes` bytes in files; `None`: the CPU. The GPU has shown on a few small products that
+    /// it computes what the CPU computes. Where nobody insisted on it, `note` is told why it is not used.
+    pub(super) fn gpu(self, cpu: &CpuBackend, bytes: u64, note: &mut dyn FnMut(String)) -> Result<Option<CudaBackend>> {
+        match self {
+            Self::Cpu => Ok(None),
+            Self::Cuda(ordinal) => open(cpu, ordinal).map(Some).with_context(|| format!("--device cuda:{ordinal}")),
+            Self::Auto => {
+                if !Device::driver_present() {
+                    return Ok(None);
+                }
+                let found = Device::count().map_err(anyhow::Error::from).and_then(|count| match count {
+                    0 => Ok(None),
+                    _ => open(cpu, 0).and_then(|gpu| enough(&gpu, bytes).map(|()| Some(gpu))),
+                });
+                Ok(found.unwrap_or_else(|e| {
+                    note(format!("the CPU computes, not the GPU: {e:#}"));
+                    None
+                }))
+            }
+        }
+    }
+}
+
+/// Device `ordinal`, after it has shown that it computes.
+fn open(cpu: &CpuBackend, ordinal: usize) -> Result<CudaBackend> {
+    let gpu = CudaBackend::new(ordinal)?;
+    let wrong: Vec<String> =
+        device_check::small(cpu, &gpu)?.iter().filter(|c| !c.holds()).map(ToString::to_string).collect();
+    if !wrong.is_empty() {
+        bail!(
+            "{}: {} kernels do not give what the CPU gives; `recoup doctor --device cuda:{ordinal}` shows all, and \
+             CUDA_FORCE_PTX_JIT=1 has the driver assemble them itself:\n  {}",
+            gpu.device().name,
+            wrong.len(),
+            wrong.join("\n  ")
+        );
+    }
+    Ok(gpu)
+}
+
+/// Whether weights of `bytes` bytes in files find room.
+fn enough(gpu: &CudaBackend, bytes: u64) -> Result<()> {
+    let (free, _) = gpu.device().memory()?;
+    let needed = bytes + bytes / 8 + BESIDE;
+    if (free as u64) < needed {
+        let [needed, free] = [needed, free as u64].map(super::human_bytes);
+        bail!("{} has {free} of memory free, the model needs {needed} or more", gpu.device().name);
+    }
+    Ok(())
+}
