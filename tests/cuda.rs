@@ -199,3 +199,100 @@ fn a_device_that_is_not_there_is_named() {
     };
     assert!(message.contains("no device 9"), "{message}");
 }
+
+/// The binary, with the GPU that is there.
+fn recoup(args: &[&str]) -> (Vec<u8>, String) {
+    let mut command = support::command::recoup(args);
+    let out = command.env_remove("CUDA_VISIBLE_DEVICES").output().unwrap();
+    assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    (out.stdout, String::from_utf8_lossy(&out.stderr).into_owned())
+}
+
+#[test]
+fn every_verb_gives_on_the_gpu_what_it_gives_on_the_cpu() {
+    use support::command::{BF16, Folder, NVFP4};
+    if device().is_none() {
+        return;
+    }
+    let folder = Folder::new();
+    let on = |device: &str, args: &[&str]| recoup(&[args, &["--device", device]].concat());
+    let both = |args: &[&str]| ["cpu", "cuda:0"].map(|device| String::from_utf8(on(device, args).0).unwrap());
+
+    for prompt in ["The ship", "It was a dark"] {
+        let [cpu, gpu] = both(&["run", NVFP4, "--raw", "-p", prompt, "-n", "12", "--temperature", "0"]);
+        assert_eq!(cpu, gpu);
+        let [cpu, gpu] = both(&["run", NVFP4, "--raw", "-p", prompt, "-n", "12", "--seed", "4", "--top-p", "0.9"]);
+        assert_eq!(cpu, gpu);
+    }
+
+    let ids = folder.write("ids.json", "[[3, 141, 59, 26, 53, 58, 97, 93], [23, 84, 62, 64, 33, 83, 27, 95]]");
+    let [cpu, gpu] = ["cpu", "cuda:0"].map(|device| {
+        let out = folder.name(format!("{}.safetensors", &device[..3]));
+        on(device, &["logits", NVFP4, "--input-ids", &ids, "-o", &out]);
+        let file = std::fs::read(&out).unwrap();
+        // After the ids.
+        let data = support::command::tensor_data(&file)[2 * 8 * 8..].to_vec();
+        data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect::<Vec<f32>>()
+    });
+    assert_eq!(cpu.len(), 2 * 8 * 4096);
+    assert!(deviation(&gpu, &cpu) < 1e-4, "{}", deviation(&gpu, &cpu));
+
+    let scores = |text: &str| {
+        let value: serde_json::Value = serde_json::from_str(text).unwrap();
+        value["results"].clone()
+    };
+    let [cpu, gpu] = ["cpu", "cuda:0"].map(|device| {
+        let out = folder.name(format!("eval-{}", &device[..3]));
+        let json =
+            on(device, &["eval", BF16, "--tasks", "piqa,lambada_openai", "--limit", "4", "-o", &out, "--json"]).0;
+        let other = if device == "cpu" { "cuda:0" } else { "cpu" };
+        // Answers of one device are not taken for those of another.
+        let mut command =
+            support::command::recoup(&["eval", BF16, "--tasks", "piqa,lambada_openai", "--limit", "4", "-o", &out]);
+        let again = command.args(["--device", other]).env_remove("CUDA_VISIBLE_DEVICES").output().unwrap();
+        assert!(!again.status.success(), "answers of {device} were taken for those of {other}");
+        scores(&String::from_utf8(json).unwrap())
+    });
+    for (task, cpu) in cpu.as_object().unwrap() {
+        for (metric, value) in cpu.as_object().unwrap().iter().filter(|(_, v)| v.is_f64()) {
+            let (a, b) = (value.as_f64().unwrap(), gpu[task][metric].as_f64().unwrap());
+            assert!((a - b).abs() <= 1e-3 * a.abs(), "{task} {metric}: {a} and {b}");
+        }
+    }
+
+    let report = folder.name("report");
+    let text = folder.write("text.txt", "It was the best of times, it was the worst of times. ".repeat(12));
+    let base = ["compare", BF16, NVFP4, "--tasks", "none", "--window", "32", "--windows", "3", "--no-speed", "--json"];
+    let kl = both(&[&base[..], &["--text", &text, "-o", &report]].concat()).map(|json| {
+        let value: serde_json::Value = serde_json::from_str(&json).unwrap();
+        value["divergences"][0]["mean_kl"]["estimate"].as_f64().unwrap_or_else(|| panic!("{}", value["divergences"]))
+    });
+    assert!((kl[0] - kl[1]).abs() < 1e-3 * kl[0], "{kl:?}");
+
+    let out = folder.name("quantized");
+    let base = ["quantize", BF16, "--recipe", "nvfp4", "--samples", "2", "--length", "16", "-o", &out];
+    on("cuda:0", &base);
+    assert!(String::from_utf8(recoup(&["inspect", &out]).0).unwrap().contains("no problems"));
+
+    let args = ["bench", NVFP4, "--batch", "1,2", "--prompt", "8", "-n", "3", "--repeats", "1", "--json"];
+    let bench: serde_json::Value = serde_json::from_slice(&on("cuda:0", &args).0).unwrap();
+    assert!(bench["cases"][1]["tokens_per_second"].as_f64().unwrap() > 0.0);
+}
+
+#[test]
+fn doctor_finds_every_kernel_right_and_auto_says_why_it_does_not_use_a_gpu() {
+    use support::command::NVFP4;
+    let Some(backend) = device() else { return };
+    let (out, _) = recoup(&["doctor", "--device", "cuda:0"]);
+    let out = String::from_utf8(out).unwrap();
+    assert!(out.contains("checks passed") && !out.contains("WRONG"), "{out}");
+    if backend.device().name.starts_with("stand-in") {
+        let mut command = support::command::recoup(&["run", NVFP4, "--raw", "-p", "The ship", "-n", "2"]);
+        let out = command.env_remove("CUDA_VISIBLE_DEVICES").env("STANDIN_MEMORY", "20000000").output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert!(
+            out.status.success() && said.contains("the CPU computes, not the GPU") && said.contains("free"),
+            "{said}"
+        );
+    }
+}

@@ -3,7 +3,8 @@
 use recoup_eval::divergence::{Pair, RowError};
 
 use super::{
-    AttentionShape, Backend, BackendError, Batch, CacheLayout, Choice, Expert, HeadNorms, Result, Rotation, Span, Update,
+    AttentionShape, Backend, BackendError, Batch, CacheLayout, Choice, Expert, HeadNorms, Result, Rotation, Span,
+    Update,
 };
 use crate::formats::linear::LinearTensors;
 use crate::logits::{Draw, Routing, Sampled, SamplingError, Scratch, TokenScore};
@@ -268,13 +269,11 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
     ) -> Result<Self::Tensor> {
         match self {
             Either::A(by) => {
-                let experts =
-                    all(experts, |e| Ok(Expert { gate: e.gate.a()?, up: e.up.a()?, down: e.down.a()? }))?;
+                let experts = all(experts, |e| Ok(Expert { gate: e.gate.a()?, up: e.up.a()?, down: e.down.a()? }))?;
                 by.mixture(x.a()?, router.a()?, &experts, choice).map(Either::A)
             }
             Either::B(by) => {
-                let experts =
-                    all(experts, |e| Ok(Expert { gate: e.gate.b()?, up: e.up.b()?, down: e.down.b()? }))?;
+                let experts = all(experts, |e| Ok(Expert { gate: e.gate.b()?, up: e.up.b()?, down: e.down.b()? }))?;
                 by.mixture(x.b()?, router.b()?, &experts, choice).map(Either::B)
             }
         }

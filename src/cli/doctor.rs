@@ -152,7 +152,9 @@ fn table(checked: &[Checked]) -> comfy_table::Table {
     let mut table = comfy_table::Table::new();
     table.load_style(comfy_table::presets::NOTHING);
     table.set_header(["operation", "checks", "largest deviation", "allowed", ""]);
-    let kind = |c: &Checked| c.what.split(", ").next().unwrap_or_default().to_owned() + if c.allowed == 0.0 { ", same bits" } else { "" };
+    let kind = |c: &Checked| {
+        c.what.split(", ").next().unwrap_or_default().to_owned() + if c.allowed == 0.0 { ", same bits" } else { "" }
+    };
     let mut kinds: Vec<String> = Vec::new();
     for c in checked.iter().map(kind) {
         if !kinds.contains(&c) {
@@ -215,8 +217,10 @@ impl Measured {
     }
 
     fn json(&self) -> Value {
-        let product = |p: &Product| json!({"weight": p.weight, "activation": p.activation, "rows": p.rows, "n": p.n, "k": p.k,
-            "seconds": p.seconds, "weight_bytes_per_second": p.bytes_per_second(), "multiply_adds_per_second": p.rate()});
+        let product = |p: &Product| {
+            json!({"weight": p.weight, "activation": p.activation, "rows": p.rows, "n": p.n, "k": p.k,
+            "seconds": p.seconds, "weight_bytes_per_second": p.bytes_per_second(), "multiply_adds_per_second": p.rate()})
+        };
         json!({"copy_bytes_per_second": self.copy, "tensor_peak": self.peak,
             "products": self.products.iter().map(product).collect::<Vec<_>>()})
     }

@@ -1,5 +1,6 @@
 //! The command line: one file per verb, and the only place that prints. stdout carries data, stderr the talk.
 
+mod bench;
 mod convert;
 mod demo;
 mod device;
@@ -58,7 +59,9 @@ enum Verb {
     Convert(convert::Args),
     /// What a checkpoint computes: logits of given token ids
     Logits(logits::Args),
-    /// What this machine has, and which kernel each format gets
+    /// How fast a model answers on this machine, beside what the machine allows
+    Bench(bench::Args),
+    /// What this machine has, which kernel each format gets, and whether a GPU computes what it should
     Doctor(doctor::Args),
 }
 
@@ -72,7 +75,7 @@ pub fn main() -> ExitCode {
         // SAFETY: the process has begun no other thread yet.
         unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
     }
-    if !matches!(verb, Verb::Run(_) | Verb::Inspect(_) | Verb::Doctor(_)) {
+    if !matches!(verb, Verb::Run(_) | Verb::Inspect(_) | Verb::Bench(_) | Verb::Doctor(_)) {
         interrupt::watch();
     }
     let result = run(verb);
@@ -98,6 +101,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Pretrain(a) => pretrain::run(&a),
         Verb::Convert(a) => convert::run(&a),
         Verb::Logits(a) => logits::run(&a),
+        Verb::Bench(a) => bench::run(&a),
         Verb::Doctor(a) => doctor::run(&a),
     }
 }

@@ -13,15 +13,16 @@ use serde_json::{Map, Value, json};
 
 use super::device::{AnyBackend, DeviceChoice};
 use super::machine::cpu_name;
-use crate::backend::{Either, NUMERICS_VERSION};
 use crate::backend::cpu::{CpuBackend, isa::Isa};
+use crate::backend::{Either, NUMERICS_VERSION};
 use crate::checkpoint::dialect::Dialect;
 use crate::checkpoint::hub::{Hub, Id};
 use crate::checkpoint::json::Object;
 use crate::checkpoint::{self, Checkpoint};
 use crate::formats::kv::KvFormat;
 use crate::model::{Decoder, ModelConfig, consistency};
-use crate::quantize::{Amount, CalibrationText};
+use crate::quantize::random_model::RandomModel;
+use crate::quantize::{Amount, CalibrationText, Recipe};
 use crate::text::{ChatTemplate, ModelText, TextError, Tokenizer};
 
 /// One of `values`, by its name.
@@ -117,8 +118,10 @@ impl EngineOptions {
         Ok(match self.backend_for(checkpoint.tensors.file_bytes())? {
             Either::A(_) => json!({"device": "cpu", "numerics": NUMERICS_VERSION, "kv_cache_dtype": kv}),
             // Sums have another order than the CPU's, and tensor cores of another kind round them otherwise.
-            Either::B(gpu) => json!({"device": format!("cuda {}", gpu.device().architecture()), "numerics": NUMERICS_VERSION,
-                "kernels": gpu.device().kernels(), "kv_cache_dtype": kv}),
+            Either::B(gpu) => {
+                json!({"device": format!("cuda {}", gpu.device().architecture()), "numerics": NUMERICS_VERSION,
+                "kernels": gpu.device().kernels(), "kv_cache_dtype": kv})
+            }
         })
     }
 
@@ -135,7 +138,9 @@ impl EngineOptions {
     pub(super) fn speed_key(&self) -> Result<Value> {
         let mut key = match self.backend()? {
             Either::A(cpu) => json!({"cpu": cpu_name(), "threads": cpu.threads(), "isa": cpu.isa().to_string()}),
-            Either::B(gpu) => json!({"cpu": cpu_name(), "gpu": gpu.device().to_string(), "kernels": gpu.device().kernels()}),
+            Either::B(gpu) => {
+                json!({"cpu": cpu_name(), "gpu": gpu.device().to_string(), "kernels": gpu.device().kernels()})
+            }
         };
         key["recoup_version"] = env!("CARGO_PKG_VERSION").into();
         Ok(key)
@@ -151,6 +156,37 @@ impl EngineOptions {
         });
         bar.finish();
         Ok(model?)
+    }
+}
+
+/// A model of random weights in place of a checkpoint.
+#[derive(clap::Args)]
+#[group(id = "shape")]
+pub(super) struct ShapeOptions {
+    /// Random weights of a known shape, such as llama-3.1-8b or qwen3-30b-a3b (an unknown name lists all)
+    #[arg(long, value_name = "SHAPE", conflicts_with = "model")]
+    model_shape: Option<String>,
+    /// With --model-shape: what the weights are quantized to, a recipe as in `recoup quantize` [default: BF16]
+    #[arg(long, value_name = "RECIPE", requires = "model_shape")]
+    recipe: Option<PathBuf>,
+}
+
+impl ShapeOptions {
+    /// The model that is asked for, as `dialect` has it.
+    pub(super) fn model(&self, dialect: Dialect) -> Result<Option<RandomModel>> {
+        let Some(shape) = &self.model_shape else { return Ok(None) };
+        let recipe = self.recipe.as_ref().map(Recipe::find).transpose()?;
+        Ok(Some(RandomModel::new(shape, recipe.as_ref(), dialect)?))
+    }
+
+    /// The shape's name.
+    pub(super) fn name(&self) -> &str {
+        self.model_shape.as_deref().unwrap_or_default()
+    }
+
+    /// Whether weights are quantized.
+    pub(super) fn quantized(&self) -> bool {
+        self.recipe.is_some()
     }
 }
 

@@ -45,6 +45,14 @@ impl fmt::Display for Checked {
     }
 }
 
+/// A device that failed in the midst of a check; it may not answer any more.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}: {source}")]
+pub struct Failure {
+    pub what: String,
+    source: BackendError,
+}
+
 /// One backend's half of a check: the same calls on the same numbers give the same outputs.
 struct Side<'a, B: Backend> {
     backend: &'a B,
@@ -57,7 +65,7 @@ type Shape = (usize, usize, usize);
 ///
 /// # Errors
 /// The device's own.
-pub fn small<A: Backend, B: Backend>(cpu: &A, device: &B) -> Result<Vec<Checked>, BackendError> {
+pub fn small<A: Backend, B: Backend>(cpu: &A, device: &B) -> Result<Vec<Checked>, Failure> {
     let mut out = Vec::new();
     let inputs = [ActivationFormat::Nvfp4 { global_scale: 7e-4 }, ActivationFormat::Fp8Token, ActivationFormat::Float];
     for (at, weight) in WEIGHTS.into_iter().enumerate() {
@@ -78,7 +86,7 @@ pub fn thorough<A: Backend, B: Backend>(
     cpu: &A,
     device: &B,
     progress: &mut dyn FnMut(usize),
-) -> Result<Vec<Checked>, BackendError> {
+) -> Result<Vec<Checked>, Failure> {
     let mut out = Vec::new();
     let mut seed = 0;
     for weight in WEIGHTS {
@@ -92,7 +100,9 @@ pub fn thorough<A: Backend, B: Backend>(
     }
     let formats = [KvFormat::F32, KvFormat::Bf16, KvFormat::Fp8 { k_scale: 0.01, v_scale: 0.02 }];
     for kv in formats {
-        for (heads, window) in [((4, 2, 32), None), ((6, 1, 64), Some(37)), ((3, 3, 80), Some(300)), ((8, 2, 128), None)] {
+        for (heads, window) in
+            [((4, 2, 32), None), ((6, 1, 64), Some(37)), ((3, 3, 80), Some(300)), ((8, 2, 128), None)]
+        {
             seed += 1;
             attention(cpu, device, seed, kv, heads, window, &mut out)?;
             progress(out.len());
@@ -129,6 +139,11 @@ fn deviation(got: &[f32], expected: &[f32]) -> f64 {
     if norm == 0.0 { difference.sqrt() } else { (difference / norm).sqrt() }
 }
 
+/// What an error of the device is told with.
+fn of(what: &str) -> impl Fn(BackendError) -> Failure {
+    move |source| Failure { what: what.into(), source }
+}
+
 /// A product; the first row computed alone must have the bits it has beside the others.
 fn product<A: Backend, B: Backend>(
     cpu: &A,
@@ -138,24 +153,24 @@ fn product<A: Backend, B: Backend>(
     weight: (Element, Blocks),
     activation: ActivationFormat,
     out: &mut Vec<Checked>,
-) -> Result<(), BackendError> {
+) -> Result<(), Failure> {
     let mut r = SplitMix64(seed);
     let k = k.next_multiple_of(synthetic::unit(weight.1));
     let layer = synthetic::layer(&mut r, n, k, weight, activation);
     let x = values(&mut r, rows * k);
+    let what = format!("{} x {activation}, {rows} rows, {n} x {k}", layer.weight_format());
     let expected = match (Side { backend: cpu }).product(&layer, &x) {
         Err(BackendError::Unsupported { .. }) => return Ok(()),
-        other => other?,
+        other => other.map_err(of(&what))?,
     };
-    let what = format!("{} x {activation}, {rows} rows, {n} x {k}", layer.weight_format());
     let device = Side { backend: device };
     let got = match device.product(&layer, &x) {
         Err(BackendError::Unsupported { .. }) => return Ok(()),
-        other => other?,
+        other => other.map_err(of(&what))?,
     };
     out.push(Checked { deviation: deviation(&got, &expected), allowed: PRODUCT, what: what.clone() });
     if rows > 1 {
-        let alone = device.product(&layer, &x[..k])?;
+        let alone = device.product(&layer, &x[..k]).map_err(of(&what))?;
         let same = alone.iter().zip(&got).all(|(a, b)| a.to_bits() == b.to_bits());
         let deviation = if same { 0.0 } else { f64::INFINITY };
         out.push(Checked { what: format!("{what}: a row alone has the same bits"), deviation, allowed: 0.0 });
@@ -171,12 +186,12 @@ fn attention<A: Backend, B: Backend>(
     (heads, kv_heads, head_dim): (usize, usize, usize),
     window: Option<usize>,
     out: &mut Vec<Checked>,
-) -> Result<(), BackendError> {
+) -> Result<(), Failure> {
     let shape = AttentionShape { layer: 0, heads, kv_heads, head_dim, window, rope: Some(0) };
-    let expected = Side { backend: cpu }.attention(seed, kv, &shape)?;
-    let got = Side { backend: device }.attention(seed, kv, &shape)?;
-    let allowed = if matches!(kv, KvFormat::F32) { ATTENTION } else { REQUANTIZED };
     let what = format!("attention, {heads} heads on {kv_heads}, head_dim {head_dim}, window {window:?}, cache {kv:?}");
+    let expected = Side { backend: cpu }.attention(seed, kv, &shape).map_err(of(&what))?;
+    let got = Side { backend: device }.attention(seed, kv, &shape).map_err(of(&what))?;
+    let allowed = if matches!(kv, KvFormat::F32) { ATTENTION } else { REQUANTIZED };
     out.push(Checked { what, deviation: deviation(&got, &expected), allowed });
     Ok(())
 }
@@ -188,9 +203,10 @@ fn elementwise<A: Backend, B: Backend>(
     rows: usize,
     width: usize,
     out: &mut Vec<Checked>,
-) -> Result<(), BackendError> {
-    let expected = Side { backend: cpu }.elementwise(seed, rows, width)?;
-    let got = Side { backend: device }.elementwise(seed, rows, width)?;
+) -> Result<(), Failure> {
+    let all = of("what stands between products");
+    let expected = Side { backend: cpu }.elementwise(seed, rows, width).map_err(&all)?;
+    let got = Side { backend: device }.elementwise(seed, rows, width).map_err(&all)?;
     for ((name, got), (_, expected)) in got.iter().zip(&expected) {
         let what = format!("{name}, {rows} x {width}");
         out.push(Checked { what, deviation: deviation(got, expected), allowed: ELEMENTWISE });
@@ -204,12 +220,13 @@ fn mixture<A: Backend, B: Backend>(
     seed: u64,
     weight: (Element, Blocks),
     out: &mut Vec<Checked>,
-) -> Result<(), BackendError> {
+) -> Result<(), Failure> {
     for (rows, normalize) in [(1, true), (5, false), (40, true)] {
         let choice = Choice { top_k: 2, normalize };
-        let expected = Side { backend: cpu }.mixture(seed, rows, weight, &choice)?;
-        let got = Side { backend: device }.mixture(seed, rows, weight, &choice)?;
-        let what = format!("mixture of 6 experts, {:?} {:?}, {rows} rows, top 2, normalized {normalize}", weight.0, weight.1);
+        let what =
+            format!("mixture of 6 experts, {:?} {:?}, {rows} rows, top 2, normalized {normalize}", weight.0, weight.1);
+        let expected = Side { backend: cpu }.mixture(seed, rows, weight, &choice).map_err(of(&what))?;
+        let got = Side { backend: device }.mixture(seed, rows, weight, &choice).map_err(of(&what))?;
         out.push(Checked { what, deviation: deviation(&got, &expected), allowed: REQUANTIZED });
     }
     Ok(())
@@ -222,9 +239,10 @@ fn readings<A: Backend, B: Backend>(
     seed: u64,
     vocab: usize,
     out: &mut Vec<Checked>,
-) -> Result<(), BackendError> {
-    let expected = Side { backend: cpu }.readings(seed, vocab)?;
-    let got = Side { backend: device }.readings(seed, vocab)?;
+) -> Result<(), Failure> {
+    let all = of("what is read off logits");
+    let expected = Side { backend: cpu }.readings(seed, vocab).map_err(&all)?;
+    let got = Side { backend: device }.readings(seed, vocab).map_err(&all)?;
     for ((name, got), (_, expected)) in got.iter().zip(&expected) {
         let allowed = if *name == "choices" { 0.0 } else { ELEMENTWISE };
         out.push(Checked { what: format!("{name} of {vocab} logits"), deviation: deviation(got, expected), allowed });
@@ -311,8 +329,11 @@ impl<B: Backend> Side<'_, B> {
         let (hidden, middle) = (64, 96);
         let b = self.backend;
         let mut r = SplitMix64(seed);
-        let activation =
-            if weight.0 == Element::E2m1 { ActivationFormat::Nvfp4 { global_scale: 0.01 } } else { ActivationFormat::Float };
+        let activation = if weight.0 == Element::E2m1 {
+            ActivationFormat::Nvfp4 { global_scale: 0.01 }
+        } else {
+            ActivationFormat::Float
+        };
         let mut layer = |n, k, weight, activation| {
             let layer = synthetic::layer(&mut r, n, k, weight, activation);
             b.load_linear(LinearTensors { bias: None, pre_quant_scale: None, ..layer })

@@ -2,6 +2,7 @@
 //! compared. Nothing here prints.
 
 pub mod attribution;
+pub mod bench;
 pub mod device_check;
 pub mod evaluation;
 pub mod experiment;

@@ -132,6 +132,12 @@ impl<B: Backend> Decoder<B> {
             .new_cache(&CacheLayout { layers: self.caches.iter().map(layer).collect(), pages: tokens.div_ceil(PAGE) })
     }
 
+    /// How keys and values are kept: as the checkpoint says it, else as `format`.
+    #[must_use]
+    pub fn cache_format(&self, format: KvFormat) -> KvFormat {
+        self.caches.first().and_then(|(_, own)| *own).unwrap_or(format)
+    }
+
     /// What the layers need of `batch`; the same for all of them.
     ///
     /// # Errors

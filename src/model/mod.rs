@@ -11,3 +11,4 @@ pub mod rope;
 
 pub use config::ModelConfig;
 pub use decoder::{Decoder, LoadError, Wanted};
+pub use load::Source;

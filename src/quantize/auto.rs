@@ -91,7 +91,7 @@ pub(super) fn measure<B: Backend + Clone>(
     let base = Decoder::load(backend.clone(), checkpoint)?;
     let donors: Vec<(Scheme, Decoder<B>)> = donors
         .iter()
-        .map(|(s, c)| Ok((*s, Decoder::load(backend.clone(), c)?)))
+        .map(|(s, c)| Ok((*s, Decoder::load(backend.clone(), *c)?)))
         .collect::<Result<_, QuantizeError>>()?;
     let mut groups = groups(&ModelConfig::read(&checkpoint.config)?.modules(), eligible);
     for (_, group) in &mut groups {

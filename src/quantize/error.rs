@@ -31,6 +31,8 @@ pub enum QuantizeError {
     Nothing(PathBuf),
     #[error("{0}: its KV cache is quantized; `recoup convert` it to BF16 first")]
     KvCache(PathBuf),
+    #[error("--model-shape: {0}")]
+    Shape(String),
     #[error("the {0} dialect is read only; those that can be written: {known}", known = written())]
     Dialect(Dialect),
 }

@@ -11,6 +11,7 @@ mod export;
 pub mod gptq;
 mod layerwise;
 mod linalg;
+pub mod random_model;
 pub mod recipe;
 mod refine;
 pub mod rotate;

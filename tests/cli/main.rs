@@ -6,6 +6,7 @@ mod support;
 mod chat;
 mod compare;
 mod convert;
+mod device;
 mod eval;
 mod hub;
 mod output;

@@ -20,6 +20,7 @@ mod engine;
 mod quantize {
     mod dead_places;
     mod exports;
+    mod random_model;
 }
 mod evaluate;
 mod gguf;

@@ -17,7 +17,8 @@ pub const NVFP4: &str = "models/books-nvfp4";
 
 pub fn recoup<S: AsRef<OsStr>>(args: &[S]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_recoup"));
-    command.args(args).current_dir(project());
+    // Without a GPU, whatever the machine has: what is expected here are the CPU's bits.
+    command.args(args).current_dir(project()).env("CUDA_VISIBLE_DEVICES", "");
     command
 }
 

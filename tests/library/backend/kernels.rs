@@ -28,14 +28,7 @@ fn exact(t: &LinearTensors<'_>, x: &[f32]) -> Vec<(f64, f64)> {
 }
 
 /// Runs one random layer on every instruction set; `None` if there is no kernel for the pair.
-fn check(
-    weight: (Element, Blocks),
-    input: ActivationFormat,
-    m: usize,
-    n: usize,
-    k: usize,
-    seed: u64,
-) -> Option<f64> {
+fn check(weight: (Element, Blocks), input: ActivationFormat, m: usize, n: usize, k: usize, seed: u64) -> Option<f64> {
     let mut r = SplitMix64(seed);
     let k = k.next_multiple_of(unit(weight.1));
     let t = layer(&mut r, n, k, weight, input);

@@ -27,6 +27,11 @@ static long number(const char* name, long otherwise) {
     const char* v = getenv(name);
     return v ? atol(v) : otherwise;
 }
+// As the real one: a list that is empty hides every device.
+static int devices() {
+    const char* visible = getenv("CUDA_VISIBLE_DEVICES");
+    return visible && !*visible ? 0 : (int)number("STANDIN_DEVICES", 1);
+}
 static size_t memory() { return (size_t)number("STANDIN_MEMORY", 8L << 30); }
 
 // Each call goes through here first.
@@ -60,10 +65,10 @@ static CUresult run(const Kernel& k, int gx, int gy, int gz, int threads, void**
 }
 
 extern "C" {
-CUresult cuInit(unsigned) { CALL; standin::STRICT = number("STANDIN_STRICT", 0) != 0; return number("STANDIN_DEVICES", 1) ? 0 : 100; }
+CUresult cuInit(unsigned) { CALL; standin::STRICT = number("STANDIN_STRICT", 0) != 0; return devices() ? 0 : 100; }
 CUresult cuDriverGetVersion(int* v) { CALL; *v = (int)number("STANDIN_VERSION", 13000); return 0; }
-CUresult cuDeviceGetCount(int* n) { CALL; *n = (int)number("STANDIN_DEVICES", 1); return 0; }
-CUresult cuDeviceGet(CUdevice* d, int i) { CALL; *d = i; return i < number("STANDIN_DEVICES", 1) ? 0 : 101; }
+CUresult cuDeviceGetCount(int* n) { CALL; *n = devices(); return 0; }
+CUresult cuDeviceGet(CUdevice* d, int i) { CALL; *d = i; return i < devices() ? 0 : 101; }
 CUresult cuDeviceGetName(char* name, int n, CUdevice) { CALL; snprintf(name, n, "stand-in (CPU)"); return 0; }
 CUresult cuDeviceTotalMem_v2(size_t* n, CUdevice) { CALL; *n = memory(); return 0; }
 CUresult cuDeviceGetAttribute(int* v, int attribute, CUdevice) {

@@ -1,0 +1,166 @@
+//! `recoup bench`: how fast a model answers on this machine, beside what the machine allows.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use serde_json::{Value, json};
+
+use super::device::AnyBackend;
+use super::options::{EngineOptions, ShapeOptions, at_least_one, model_folder, open_model};
+use crate::backend::Either;
+use crate::checkpoint::dialect::Dialect;
+use crate::evaluate::bench::{Case, Load, Timing, measure, memory_speed};
+use crate::model::Decoder;
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// Checkpoint folder or hub id
+    #[arg(required_unless_present = "shape")]
+    model: Option<PathBuf>,
+    #[command(flatten)]
+    shape: ShapeOptions,
+    /// Sequences that are continued together
+    #[arg(long, value_delimiter = ',', default_value = "1,8,32", value_parser = at_least_one::<usize>)]
+    batch: Vec<usize>,
+    /// Tokens of the prompts
+    #[arg(long, value_delimiter = ',', default_value = "128,1024", value_parser = at_least_one::<usize>)]
+    prompt: Vec<usize>,
+    /// Tokens that are generated after each
+    #[arg(short = 'n', long, default_value_t = 32, value_parser = at_least_one::<usize>)]
+    generate: usize,
+    /// Prompts that are timed; the fastest counts
+    #[arg(long, default_value_t = 3, value_parser = at_least_one::<usize>)]
+    repeats: usize,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    options: EngineOptions,
+}
+
+pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    let (name, model) = if let Some(random) = args.shape.model(Dialect::ModelOpt)? {
+        let bar = super::progress(0, "making random weights");
+        let model =
+            Decoder::load_with_progress(args.options.backend_for(random.bytes())?, &random, &mut |done, all| {
+                bar.set_length(all as u64);
+                bar.set_position(done as u64);
+            })?;
+        bar.finish();
+        (args.shape.name().to_owned(), model)
+    } else {
+        let Some(folder) = &args.model else { bail!("MODEL or --model-shape is needed") };
+        (folder.display().to_string(), args.options.load(&open_model(&model_folder(folder)?)?)?)
+    };
+    let longest = args.prompt.iter().max().map_or(0, |p| p + args.generate);
+    if longest > model.config.max_positions {
+        bail!("--prompt and -n together are {longest} tokens; the model has {} positions", model.config.max_positions);
+    }
+    let kv = model.cache_format(args.options.kv_cache_dtype);
+    let load = Load::of(&model, kv);
+    let machine = Machine::of(model.backend())?;
+    let cases = args
+        .prompt
+        .iter()
+        .flat_map(|&prompt| args.batch.iter().map(move |&batch| Case { batch, prompt, generate: args.generate }));
+    let bar = super::progress((args.prompt.len() * args.batch.len()) as u64, "measuring");
+    let mut timings = Vec::new();
+    for case in cases {
+        timings.push(measure(&model, args.options.kv_cache_dtype, case, args.repeats)?);
+        bar.inc(1);
+    }
+    bar.finish();
+    if args.json {
+        let cases: Vec<Value> = timings.iter().map(|t| row(t, &load, &machine)).collect();
+        super::outln!(
+            "{:#}",
+            json!({"model": name, "machine": args.options.machine()?, "recoup_version": env!("CARGO_PKG_VERSION"),
+                "memory_bytes_per_second": machine.memory, "multiply_adds_per_second": machine.products,
+                "weight_bytes_per_step": load.weights, "cache_bytes_per_token": load.cache, "cases": cases})
+        );
+    } else {
+        super::outln!("{name} on {}", args.options.machine()?);
+        super::outln!(
+            "memory gives {:.0} GB/s{}; a token takes {} of weights and {} a position of cache",
+            machine.memory / 1e9,
+            machine.products.map_or_else(String::new, |p| format!(", tensor cores {:.0} T multiply-adds/s", p / 1e12)),
+            super::human_bytes(load.weights as u64),
+            super::human_bytes(load.cache as u64)
+        );
+        super::outln!("{}", table(&timings, &load, &machine));
+    }
+    super::done()
+}
+
+/// What the machine allows.
+struct Machine {
+    /// Bytes per second, measured.
+    memory: f64,
+    /// Multiply-adds per second of tensor cores, by clock and count.
+    products: Option<f64>,
+}
+
+impl Machine {
+    fn of(backend: &AnyBackend) -> Result<Self> {
+        Ok(match backend {
+            Either::A(_) => Self { memory: memory_speed(), products: None },
+            Either::B(gpu) => Self {
+                memory: gpu.device().copy_speed()?,
+                products: Some(gpu.device().tensor_peak()?).filter(|p| *p > 0.0),
+            },
+        })
+    }
+
+    /// Seconds that a step takes at least, by what it reads.
+    fn step(&self, load: &Load, case: Case) -> f64 {
+        load.step_bytes(case.batch, case.prompt + case.generate / 2) / self.memory
+    }
+
+    /// Seconds that a prompt takes at least.
+    fn first_token(&self, load: &Load, case: Case) -> f64 {
+        let read = load.step_bytes(case.prompt, 0) / self.memory;
+        self.products.map_or(read, |p| read.max(load.prompt_products(case.prompt) / p))
+    }
+}
+
+fn row(t: &Timing, load: &Load, machine: &Machine) -> Value {
+    json!({"batch": t.case.batch, "prompt_tokens": t.case.prompt, "generated_tokens": t.case.generate,
+        "first_token_seconds": t.first_token, "first_token_floor_seconds": machine.first_token(load, t.case),
+        "prefill_tokens_per_second": t.prefill_rate(), "step_seconds": t.step, "step_p99_seconds": t.step_p99,
+        "step_floor_seconds": machine.step(load, t.case), "tokens_per_second": t.rate()})
+}
+
+fn table(timings: &[Timing], load: &Load, machine: &Machine) -> comfy_table::Table {
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::NOTHING);
+    table.set_header([
+        "prompt",
+        "batch",
+        "first token",
+        "floor",
+        "prompt tokens/s",
+        "step",
+        "p99",
+        "floor",
+        "of it",
+        "tokens/s",
+    ]);
+    let ms = |seconds: f64| format!("{:.2} ms", 1e3 * seconds);
+    for t in timings {
+        let floor = machine.step(load, t.case);
+        table.add_row([
+            t.case.prompt.to_string(),
+            t.case.batch.to_string(),
+            ms(t.first_token),
+            ms(machine.first_token(load, t.case)),
+            format!("{:.0}", t.prefill_rate()),
+            ms(t.step),
+            ms(t.step_p99),
+            ms(floor),
+            format!("{:.0} %", 100.0 * floor / t.step),
+            format!("{:.1}", t.rate()),
+        ]);
+    }
+    table
+}

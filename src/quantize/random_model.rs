@@ -1,0 +1,292 @@
+//! Models of known shapes with random weights in any format: speed depends on shapes and formats only, and a checkpoint of
+//! 70 B parameters need not be downloaded to measure it.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use safetensors::Dtype;
+use serde_json::{Map, Value};
+
+use super::{QuantizeError, Recipe, Scheme};
+use crate::checkpoint::CheckpointError;
+use crate::checkpoint::dialect::store::{parts, store};
+use crate::checkpoint::dialect::{Assigned, Dialect, Tool};
+use crate::checkpoint::json::Object;
+use crate::checkpoint::resolve::LinearRole;
+use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, metadata};
+use crate::formats::e4m3;
+use crate::formats::kv::KvFormat;
+use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
+use crate::formats::scheme::WeightFormat;
+use crate::formats::{e2m1, fp8, mx};
+use crate::model::modules::Module;
+use crate::model::{ModelConfig, Source};
+use crate::random::SplitMix64;
+
+/// `config.json` of each shape, as its authors published it, what does not matter here left out.
+const SHAPES: &str = include_str!("shapes.json");
+/// A tokenizer of a small vocabulary, so that the folder can be talked to.
+const TOKENIZER: &[u8] = include_bytes!("../../models/books-bf16/tokenizer.json");
+
+/// Standard deviation of E2M1 codes whose block has its maximum at 6, about.
+const SPREAD_E2M1: f64 = 2.5;
+/// The same of E4M3 codes.
+const SPREAD_E4M3: f64 = 100.0;
+/// A scale of keys and values, and of inputs, under which little saturates.
+const KV_SCALE: f32 = 0.05;
+
+/// A model of random weights.
+pub struct RandomModel {
+    shape: String,
+    config: ModelConfig,
+    json: Value,
+    schemes: HashMap<String, Scheme>,
+    tool: &'static dyn Tool,
+    fp8_cache: bool,
+}
+
+/// The names of shapes.
+///
+/// # Errors
+/// Never, unless this was built with a broken table.
+fn shapes() -> Result<Map<String, Value>, QuantizeError> {
+    let fail = |e: serde_json::Error| QuantizeError::Shape(format!("the table of shapes: {e}"));
+    serde_json::from_str(SHAPES).map_err(fail)
+}
+
+impl RandomModel {
+    /// The shape `name`; its linears in the formats that `recipe` gives them (BF16 without one), as `dialect` has them.
+    ///
+    /// # Errors
+    /// No such shape, a recipe that chooses formats by measuring, a dialect that cannot be written or has no such format.
+    pub fn new(name: &str, recipe: Option<&Recipe>, dialect: Dialect) -> Result<Self, QuantizeError> {
+        let mut shapes = shapes()?;
+        let Some(json) = shapes.remove(name) else {
+            let known: Vec<&str> = shapes.keys().map(String::as_str).collect();
+            return Err(QuantizeError::Shape(format!("no shape is called `{name}`; there are {}", known.join(", "))));
+        };
+        let tool = dialect.tool().ok_or(QuantizeError::Dialect(dialect))?;
+        let config = ModelConfig::read(&Object::of(Path::new(name), json.clone())?)?;
+        let mut schemes = HashMap::new();
+        if let Some(recipe) = recipe {
+            if recipe.auto.is_some() {
+                let detail = format!(
+                    "recipe {} measures which format each module gets; random weights have no answer",
+                    recipe.name
+                );
+                return Err(QuantizeError::Shape(detail));
+            }
+            let modules: Vec<Module> = config.modules().into_iter().filter(Module::is_block_linear).collect();
+            for (module, scheme) in modules.iter().zip(recipe.assign(&modules)?) {
+                let fail = |detail: String| QuantizeError::Module { module: module.name.clone(), detail };
+                if scheme != Scheme::None && !tool.says(scheme) {
+                    return Err(fail(format!("is to be {scheme}, which the {dialect} dialect has no name for")));
+                }
+                if let Some(block) = scheme.block().filter(|b| !module.role.k.is_multiple_of(*b)) {
+                    return Err(fail(format!("has {} inputs, which blocks of {block} do not divide", module.role.k)));
+                }
+                schemes.insert(module.name.clone(), scheme);
+            }
+        }
+        let fp8_cache = recipe.is_some_and(|r| r.kv_cache.is_some());
+        Ok(Self { shape: name.into(), config, json, schemes, tool, fp8_cache })
+    }
+
+    fn scheme(&self, module: &str) -> Scheme {
+        self.schemes.get(module).copied().unwrap_or(Scheme::None)
+    }
+
+    /// One linear: outputs of about the size of its inputs.
+    fn random(&self, name: &str, role: LinearRole) -> LinearTensors<'static> {
+        let LinearRole { n, k, .. } = role;
+        let scheme = self.scheme(name);
+        let seed =
+            name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
+        let deviation = 1.0 / (k as f64).sqrt();
+        let element = scheme.weight().map_or(Element::Bf16, WeightFormat::element);
+        let data = elements(element, n, k, seed, deviation);
+        let codes = |from: u8, count: u64, block: usize| {
+            let code = |i: usize| from + (SplitMix64::at(seed, (i + (1 << 40)) as u64) % count) as u8;
+            (0..n * (k / block)).into_par_iter().map(code).collect::<Vec<u8>>().into()
+        };
+        // From 1 to 1.875, so 1.44 on average.
+        let (four, eight) = ((deviation / SPREAD_E2M1) as f32, (deviation / SPREAD_E4M3) as f32);
+        let (block_scales, output_scale) = match scheme.weight() {
+            None => (BlockScales::None, OutputScale::One),
+            Some(WeightFormat::Nvfp4 { block }) => {
+                (BlockScales::E4m3 { block, codes: codes(0x38, 8, block) }, OutputScale::Tensor(four / 1.44))
+            }
+            Some(WeightFormat::Mxfp4) => (e8m0_scales(&codes, four), OutputScale::One),
+            Some(WeightFormat::Mxfp8) => (e8m0_scales(&codes, eight), OutputScale::One),
+            Some(WeightFormat::Fp8) => match scheme {
+                Scheme::Fp8PcPt => (BlockScales::None, OutputScale::Row(vec![eight; n])),
+                Scheme::Fp8Block => {
+                    let values = vec![eight; n.div_ceil(fp8::BLOCK) * k.div_ceil(fp8::BLOCK)];
+                    (BlockScales::Grid { values }, OutputScale::One)
+                }
+                _ => (BlockScales::None, OutputScale::Tensor(eight)),
+            },
+        };
+        // Inputs are normed, of size 1; the largest are some 8.
+        let input = if scheme.is_nvfp4_weight() { 8.0 / (e2m1::MAX * e4m3::MAX) } else { 8.0 / e4m3::MAX };
+        LinearTensors {
+            name: name.into(),
+            n,
+            k,
+            element,
+            data: data.into(),
+            block_scales,
+            output_scale,
+            activation: match scheme {
+                Scheme::None => ActivationFormat::Float,
+                _ => self.tool.input(scheme).with(input, self.tool.mx_rule()),
+            },
+            pre_quant_scale: None,
+            bias: role.bias.then(|| vec![0.0; n]),
+        }
+    }
+
+    /// Writes the model as a checkpoint folder, one linear in memory at a time; returns bytes of weights.
+    ///
+    /// # Errors
+    /// When `out` cannot be written.
+    pub fn write(&self, out: &Path, progress: &dyn Fn()) -> Result<u64, QuantizeError> {
+        let modules = self.config.modules();
+        let mut tensors: Vec<Pending<'_, QuantizeError>> = Vec::new();
+        for m in &modules {
+            let LinearRole { n, k, bias, .. } = m.role;
+            let scheme = self.scheme(&m.name);
+            if scheme == Scheme::None {
+                let name = format!("{}.weight", m.name);
+                let make = || {
+                    progress();
+                    Ok(self.random(&m.name, m.role).data.into_owned())
+                };
+                tensors.push(Pending::new(&name, Dtype::BF16, &[n, k], make));
+            } else {
+                let specs = parts(self.tool, scheme, n, k).into_iter().map(|part| part.of(&m.name)).collect();
+                tensors.push(Pending::together(specs, move || {
+                    progress();
+                    let stored = store(self.tool, &self.random(&m.name, m.role), scheme);
+                    Ok(stored.parts.into_iter().map(|(_, bytes)| bytes).collect())
+                }));
+            }
+            if bias {
+                tensors.push(Pending::new(&format!("{}.bias", m.name), Dtype::BF16, &[n], move || Ok(vec![0; 2 * n])));
+            }
+        }
+        let ones = |count: usize| half::bf16::ONE.to_le_bytes().repeat(count);
+        for (name, length) in self.config.norms() {
+            tensors.push(Pending::new(&name, Dtype::BF16, &[length], move || Ok(ones(length))));
+        }
+        if self.fp8_cache {
+            for name in (0..self.config.layers).flat_map(super::calibrate::kv_names) {
+                let bytes = || Ok(KV_SCALE.to_le_bytes().to_vec());
+                tensors.push(Pending::new(&name, Dtype::F32, self.tool.layout().one, bytes));
+            }
+        }
+        let bytes = tensors.iter().map(Pending::bytes).sum();
+        let writer = FolderWriter::create(out)?;
+        writer.tensors(tensors, SHARD_BYTES, &metadata([("recoup_random", self.shape.clone())]))?;
+        if self.schemes.is_empty() {
+            writer.json("config.json", &self.json)?;
+        } else {
+            let (linears, others): (Vec<&Module>, Vec<&Module>) = modules.iter().partition(|m| m.is_block_linear());
+            let model = Assigned {
+                linears: linears.iter().map(|m| (m.name.as_str(), self.scheme(&m.name))).collect(),
+                others: others.iter().map(|m| m.name.as_str()).collect(),
+                fp8_kv_cache: self.fp8_cache,
+            };
+            model.write(self.tool, &self.json, &writer)?;
+        }
+        writer.file("tokenizer.json", TOKENIZER)?;
+        writer.commit()?;
+        Ok(bytes)
+    }
+
+    /// Linears, for whoever shows progress.
+    #[must_use]
+    pub fn linears(&self) -> usize {
+        self.config.modules().len()
+    }
+
+    /// Bytes of weights and scales.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let of = |m: &Module| (m.role.n * m.role.k) as f64 * self.scheme(&m.name).bits_per_weight() / 8.0;
+        self.config.modules().iter().map(of).sum::<f64>() as u64
+    }
+}
+
+/// E8M0 scales of `size` and half of it.
+fn e8m0_scales<'a>(codes: &dyn Fn(u8, u64, usize) -> std::borrow::Cow<'a, [u8]>, size: f32) -> BlockScales<'a> {
+    let exponent = size.log2().floor() as i32 + 127;
+    BlockScales::E8m0 { block: mx::BLOCK, codes: codes((exponent - 1).clamp(1, 250) as u8, 2, mx::BLOCK) }
+}
+
+/// Codes of normally distributed values.
+fn elements(element: Element, n: usize, k: usize, seed: u64, deviation: f64) -> Vec<u8> {
+    const ENTRIES: usize = 4096;
+    // Quantiles of the normal distribution: the sum of twelve uniform numbers is close enough to it.
+    let mut quantiles: Vec<f64> = (0..ENTRIES as u64)
+        .map(|i| (0..12).map(|j| (SplitMix64::at(7, 12 * i + j) >> 11) as f64 / (1u64 << 53) as f64).sum::<f64>() - 6.0)
+        .collect();
+    quantiles.sort_by(f64::total_cmp);
+    let table: Vec<u16> = quantiles
+        .iter()
+        .map(|&z| match element {
+            Element::E2m1 => {
+                let magnitude = e2m1::encode_magnitude((z * SPREAD_E2M1).abs() as f32);
+                u16::from(magnitude | if z < 0.0 { 8 } else { 0 })
+            }
+            Element::E4m3 => u16::from(e4m3::encode((z * SPREAD_E4M3) as f32)),
+            _ => half::bf16::from_f64(z * deviation).to_bits(),
+        })
+        .collect();
+    let mut out = vec![0u8; n * element.row_bytes(k)];
+    out.par_chunks_mut(element.row_bytes(k).max(1)).enumerate().for_each(|(row, out)| {
+        let mut random = SplitMix64(seed ^ (row as u64) << 20);
+        let (mut word, mut left) = (0, 0);
+        let mut next = || {
+            if left == 0 {
+                (word, left) = (random.draw(), 5);
+            }
+            let code = table[(word % ENTRIES as u64) as usize];
+            (word, left) = (word >> 12, left - 1);
+            code
+        };
+        match element {
+            Element::E2m1 => out.iter_mut().for_each(|b| *b = (next() | next() << 4) as u8),
+            Element::E4m3 => out.iter_mut().for_each(|b| *b = next() as u8),
+            _ => out.chunks_exact_mut(2).for_each(|b| b.copy_from_slice(&next().to_le_bytes())),
+        }
+    });
+    out
+}
+
+impl Source for RandomModel {
+    fn place(&self) -> PathBuf {
+        format!("random {}", self.shape).into()
+    }
+
+    fn config(&self) -> Result<ModelConfig, CheckpointError> {
+        Ok(self.config.clone())
+    }
+
+    fn linear(&self, name: &str, role: LinearRole) -> Result<LinearTensors<'_>, CheckpointError> {
+        Ok(self.random(name, role))
+    }
+
+    fn norm(&self, _: &str, length: usize) -> Result<Vec<f32>, CheckpointError> {
+        Ok(vec![1.0; length])
+    }
+
+    fn kv(&self, _: &str) -> Result<Option<KvFormat>, CheckpointError> {
+        Ok(self.fp8_cache.then_some(KvFormat::Fp8 { k_scale: KV_SCALE, v_scale: KV_SCALE }))
+    }
+
+    fn finish(&self) -> Result<(), CheckpointError> {
+        Ok(())
+    }
+}
