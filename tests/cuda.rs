@@ -263,7 +263,8 @@ fn every_verb_gives_on_the_gpu_what_it_gives_on_the_cpu() {
     let text = folder.write("text.txt", "It was the best of times, it was the worst of times. ".repeat(12));
     let kl = ["cpu", "cuda:0"].map(|device| {
         let report = folder.name(format!("report-{}", &device[..3]));
-        let base = ["compare", BF16, NVFP4, "--tasks", "none", "--window", "32", "--windows", "3", "--no-speed", "--json"];
+        let base =
+            ["compare", BF16, NVFP4, "--tasks", "none", "--window", "32", "--windows", "3", "--no-speed", "--json"];
         let json = on(device, &[&base[..], &["--text", &text, "-o", &report]].concat()).0;
         let value: serde_json::Value = serde_json::from_slice(&json).unwrap();
         value["divergences"][0]["kl"]["value"].as_f64().unwrap()

@@ -167,14 +167,19 @@ pub(super) struct ShapeOptions {
     #[arg(long, value_name = "SHAPE", conflicts_with = "model")]
     model_shape: Option<String>,
     /// With --model-shape: what the weights are quantized to, a recipe as in `recoup quantize` [default: BF16]
-    #[arg(long, value_name = "RECIPE", requires = "model_shape")]
+    #[arg(long, value_name = "RECIPE")]
     recipe: Option<PathBuf>,
 }
 
 impl ShapeOptions {
     /// The model that is asked for, as `dialect` has it.
     pub(super) fn model(&self, dialect: Dialect) -> Result<Option<RandomModel>> {
-        let Some(shape) = &self.model_shape else { return Ok(None) };
+        let Some(shape) = &self.model_shape else {
+            if self.recipe.is_some() {
+                bail!("--recipe is for --model-shape; `recoup quantize` applies a recipe to a model");
+            }
+            return Ok(None);
+        };
         let recipe = self.recipe.as_ref().map(Recipe::find).transpose()?;
         Ok(Some(RandomModel::new(shape, recipe.as_ref(), dialect)?))
     }

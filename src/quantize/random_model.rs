@@ -18,7 +18,7 @@ use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, metadata};
 use crate::formats::e4m3;
 use crate::formats::kv::KvFormat;
 use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
-use crate::formats::scheme::WeightFormat;
+use crate::formats::scheme::{InputFormat, WeightFormat};
 use crate::formats::{e2m1, fp8, mx};
 use crate::model::modules::Module;
 use crate::model::{ModelConfig, Source};
@@ -62,10 +62,14 @@ impl RandomModel {
     /// No such shape, a recipe that chooses formats by measuring, a dialect that cannot be written or has no such format.
     pub fn new(name: &str, recipe: Option<&Recipe>, dialect: Dialect) -> Result<Self, QuantizeError> {
         let mut shapes = shapes()?;
-        let Some(json) = shapes.remove(name) else {
+        let Some(mut json) = shapes.remove(name) else {
             let known: Vec<&str> = shapes.keys().map(String::as_str).collect();
             return Err(QuantizeError::Shape(format!("no shape is called `{name}`; there are {}", known.join(", "))));
         };
+        // The tokenizer's.
+        for name in ["bos_token_id", "eos_token_id"] {
+            json[name] = 0.into();
+        }
         let tool = dialect.tool().ok_or(QuantizeError::Dialect(dialect))?;
         let config = ModelConfig::read(&Object::of(Path::new(name), json.clone())?)?;
         let mut schemes = HashMap::new();
@@ -110,12 +114,11 @@ impl RandomModel {
             let code = |i: usize| from + (SplitMix64::at(seed, (i + (1 << 40)) as u64) % count) as u8;
             (0..n * (k / block)).into_par_iter().map(code).collect::<Vec<u8>>().into()
         };
-        // From 1 to 1.875, so 1.44 on average.
-        let (four, eight) = ((deviation / SPREAD_E2M1) as f32, (deviation / SPREAD_E4M3) as f32);
+        let (four, eight) = (short(deviation / SPREAD_E2M1), short(deviation / SPREAD_E4M3));
         let (block_scales, output_scale) = match scheme.weight() {
             None => (BlockScales::None, OutputScale::One),
             Some(WeightFormat::Nvfp4 { block }) => {
-                (BlockScales::E4m3 { block, codes: codes(0x38, 8, block) }, OutputScale::Tensor(four / 1.44))
+                (BlockScales::E4m3 { block, codes: codes(0x34, 8, block) }, OutputScale::Tensor(four))
             }
             Some(WeightFormat::Mxfp4) => (e8m0_scales(&codes, four), OutputScale::One),
             Some(WeightFormat::Mxfp8) => (e8m0_scales(&codes, eight), OutputScale::One),
@@ -129,7 +132,8 @@ impl RandomModel {
             },
         };
         // Inputs are normed, of size 1; the largest are some 8.
-        let input = if scheme.is_nvfp4_weight() { 8.0 / (e2m1::MAX * e4m3::MAX) } else { 8.0 / e4m3::MAX };
+        let nvfp4 = self.tool.input(scheme) == InputFormat::Nvfp4;
+        let input = short(8.0 / f64::from(if nvfp4 { e2m1::MAX * e4m3::MAX } else { e4m3::MAX }));
         LinearTensors {
             name: name.into(),
             n,
@@ -217,6 +221,11 @@ impl RandomModel {
         let of = |m: &Module| (m.role.n * m.role.k) as f64 * self.scheme(&m.name).bits_per_weight() / 8.0;
         self.config.modules().iter().map(of).sum::<f64>() as u64
     }
+}
+
+/// The power of two nearest to a scale: every type holds it, and its reciprocal, in which a dialect writes one.
+fn short(scale: f64) -> f32 {
+    scale.log2().round().exp2() as f32
 }
 
 /// E8M0 scales of `size` and half of it.
