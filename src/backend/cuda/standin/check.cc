@@ -1,10 +1,13 @@
 // Every kernel against its definition, on ragged shapes, with every access checked: what scripts/cuda-check.sh runs. The
 // definitions here are plain loops over whole matrices and know nothing of tiles, lanes or pages.
 //
-// usage: check [FILE...]: the kernels of these files (matmul, operand, attention, rows); all without.
+// usage: check [--ptx PTX] [FILE...]: the kernels of these files (matmul, operand, attention, rows); all without. With a file
+// of the compiler's PTX, kernels run from there.
 #include KERNELS
 
 #include <random>
+
+#include "ptx.h"
 
 static int FAILED = 0, CHECKED = 0;
 static std::mt19937 RANDOM(1);
@@ -39,12 +42,13 @@ template <class T> struct Array {
     }
 };
 
-static std::string LAUNCHED;
+static bool FROM_PTX = false;
 template <class... A> static bool run(const char* name, int gx, int gy, int gz, A... args) {
     auto k = standin::kernels().find(name);
     if (k == standin::kernels().end()) { printf("FAIL no kernel %s\n", name), FAILED++; return false; }
     void* pointers[] = {(void*)&args...};
-    const std::string fault = standin::launch(k->second, gx, gy, gz, k->second.threads, pointers);
+    const std::string fault =
+        FROM_PTX ? ptx::launch(name, gx, gy, gz, k->second.threads, pointers) : standin::launch(k->second, gx, gy, gz, k->second.threads, pointers);
     CHECKED++;
     if (!fault.empty()) printf("FAIL %s\n", fault.c_str()), FAILED++;
     return fault.empty();
@@ -584,6 +588,11 @@ static void check_rows() {
 
 int main(int argc, char** argv) {
     standin::STRICT = true;
+    if (argc > 2 && std::string(argv[1]) == "--ptx") {
+        const std::string wrong = ptx::load_module(argv[2]);
+        if (!wrong.empty()) { printf("FAIL %s\n", wrong.c_str()); return 1; }
+        FROM_PTX = true, argc -= 2, argv += 2;
+    }
     const std::vector<std::pair<std::string, void (*)()>> all{{"matmul", check_matmul}, {"operand", check_operand}, {"attention", check_attention}, {"rows", check_rows}};
     for (auto& [name, check] : all) {
         bool wanted = argc == 1;
