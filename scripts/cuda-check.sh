@@ -32,7 +32,7 @@ fi
 vector=
 [ "$(uname -m)" = x86_64 ] && vector=-march=x86-64-v3
 "${CXX:-g++}" -std=c++20 -O1 -Wall -Wno-unused-function -ffp-contract=off $vector -pthread \
-    -DKERNELS='"../kernels/all.cu"' -o "$work/check" "$work/standin/check.cc"
+    ${nvcc:+-DPTX} -DKERNELS='"../kernels/all.cu"' -o "$work/check" "$work/standin/check.cc"
 status=0
 echo "compiled for the CPU"
 timeout 300 "$work/check" "${only[@]}" || status=1
