@@ -66,7 +66,8 @@ static void close(const std::string& what, const std::vector<float>& got, const 
     for (size_t i = 0; i < got.size(); i++) {
         double e = std::isnan(expected[i]) && std::isnan(got[i]) ? 0 : fabs(got[i] - expected[i]) / std::max(scale[i], 1e-300);
         if (std::isinf(expected[i]) && got[i] == expected[i]) e = 0;
-        if (!(e <= worst)) worst = e, at = i;
+        if (e != e) e = INFINITY;  // one is NaN, the other not
+        if (e > worst) worst = e, at = i;
     }
     if (!(worst <= bound)) printf("FAIL %s: element %zu is %g, expected %g: %.1e of %.1e allowed\n", what.c_str(), at, got[at], expected[at], worst, bound), FAILED++;
 }
