@@ -252,7 +252,7 @@ static void check_matmul() {
                 const int wide = nt == 1 ? 8 : 32;
                 matmul_case(1, 32, 128, kind, 1, grouped, false, false, false, false, nt);
                 matmul_case(wide - 3, 40, 128 * 9 + 32, kind, 1, grouped, grouped, true, true, true, nt);
-                matmul_case(wide / 2 + 1, 150, 64, kind, 2, grouped, false, true, true, false, nt);
+                matmul_case(wide / 2 + 1, 150, 64, kind, 2, grouped, grouped, true, true, false, nt);
                 matmul_case(3, 33, 128 * 5, kind, 2, grouped, grouped, grouped, false, true, nt);
             }
     // The same row gives the same bits whatever it stands beside, whichever kernel computes it.
@@ -527,14 +527,13 @@ static void check_attention() {
 
 static void check_rows() {
     for (int kind = 0; kind < 6; kind++)
-        for (int k : {128 * 3, 64}) {
-            const int n = 70;
+        for (auto [k, n] : {std::pair{128 * 17, 40}, std::pair{128 * 3, 70}, std::pair{64, 300}}) {
             Linear w = random_linear(n, k, kind, true);
             OnDevice d = pack(w);
-            std::vector<float> rows(d.rows), grid(d.steps);
+            std::vector<float> rows(d.rows), grid((n + 127) / 128 * d.steps);
             for (int i = 0; i < n; i++) rows[i] *= (float)uniform(.5, 2);
             for (auto& g : grid) g = (float)uniform(.5, 2);
-            const std::vector<int> tokens{0, 69, 8, 31, 32, 7};
+            const std::vector<int> tokens{0, n - 1, 8, 31, 32, 7, n / 2};
             Array<uint32_t> words(d.words), scales(d.scales);
             Array<float> drows(rows), dg(grid), out(tokens.size() * k);
             Array<int> dt(tokens);
@@ -542,7 +541,7 @@ static void check_rows() {
             if (!run(what.c_str(), (int)tokens.size(), 1, 1, (U4*)words.p, d.scales.empty() ? nullptr : scales.p, kind == 3 ? dg.p : nullptr, drows.p, dt.p, out.p, k, d.steps)) continue;
             std::vector<double> expected, size;
             for (int t : tokens) for (int i = 0; i < k; i++) {
-                expected.push_back(weight(w, t, i) * rows[t] / (e8m0(kind) ? (double)d.rows[t] : 1.0) * (kind == 3 ? grid[i / 128] : 1.0f));
+                expected.push_back(weight(w, t, i) * rows[t] / (e8m0(kind) ? (double)d.rows[t] : 1.0) * (kind == 3 ? grid[t / 128 * d.steps + i / 128] : 1.0f));
                 size.push_back(fabs(expected.back()) + 1e-30);
             }
             close(what, out.get(what), expected, size, 3e-7);
