@@ -86,15 +86,15 @@ def build(folder, *flags):
 
 
 def caught(command):
-    """What a check says first of a fault; None if it passes."""
-    try:
-        done = run(command, timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        return f"no end within {LIMIT} s"
-    if done.returncode == 0:
-        return None
-    lines = [l for l in done.stdout.splitlines() if l.startswith("FAIL")]
-    return (lines or done.stdout.splitlines() or [f"ended with {done.returncode}"])[0]
+    """What a check says first of a fault, at which it is ended; None if it passes."""
+    last = ""
+    with subprocess.Popen(["timeout", str(LIMIT), *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as check:
+        for line in check.stdout:
+            last = line.rstrip()
+            if last.startswith("FAIL"):
+                check.terminate()
+                return last
+    return None if check.returncode == 0 else f"no end within {LIMIT} s" if check.returncode == 124 else f"ended with {check.returncode}: {last}"
 
 
 FAMILIES = re.findall(r'{"(\w+)", check_\w+}', open(f"{source}/standin/check.cc").read())

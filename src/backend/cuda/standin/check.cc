@@ -616,6 +616,7 @@ static void check_rows() {
 
 int main(int argc, char** argv) {
     standin::STRICT = true;
+    setvbuf(stdout, nullptr, _IOLBF, 0);  // a fault is told when it is found
 #ifdef PTX
     if (argc > 2 && std::string(argv[1]) == "--ptx") {
         const std::string wrong = ptx::load_module(argv[2]);
