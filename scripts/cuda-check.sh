@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs every kernel, compiled for the CPU, against its definition, with every access checked (src/backend/cuda/standin).
+# Runs every kernel against its definition, with every access checked (src/backend/cuda/standin): compiled for the CPU, then
+# as the PTX that nvcc makes of it, interpreted. Where there is no nvcc and none can be installed, only the first.
 # usage: cuda-check.sh [--only FILE] [DIR]   FILE: matmul, operand, attention or rows (.cu); DIR: the kernels' folder
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -16,8 +17,39 @@ trap 'rm -rf "$work"' EXIT
 # Headers of the stand-in stand beside the kernels, wherever those are.
 cp -r "$kernels" "$work/kernels"
 cp -r "$root/src/backend/cuda/standin" "$work/standin"
+architectures="80 90 120f"
+[ ${#only[@]} -gt 0 ] && architectures=80
+if nvcc=$("$root/scripts/cuda-nvcc.sh" 2> "$work/no-nvcc"); then
+    {
+        for a in $architectures; do
+            "$nvcc" -std=c++17 -O3 -fmad=false -ptx -arch=compute_$a -o "$work/$a.ptx" "$work/kernels/all.cu"
+        done
+    } > "$work/nvcc.log" 2>&1 &
+    compiler=$!
+else
+    nvcc=
+fi
 vector=
 [ "$(uname -m)" = x86_64 ] && vector=-march=x86-64-v3
 "${CXX:-g++}" -std=c++20 -O1 -Wall -Wno-unused-function -ffp-contract=off $vector -pthread \
-    -DKERNELS='"../kernels/all.cu"' -o "$work/check" "$work/standin/check.cc"
-timeout 300 "$work/check" "${only[@]}"
+    ${nvcc:+-DPTX} -DKERNELS='"../kernels/all.cu"' -o "$work/check" "$work/standin/check.cc"
+status=0
+echo "compiled for the CPU"
+timeout 300 "$work/check" "${only[@]}" || status=1
+if [ -z "$nvcc" ]; then
+    tail -n 1 "$work/no-nvcc"
+    echo "NOT CHECKED: the compiler's PTX, because there is no nvcc (set NVCC, or let pip reach PyPI)"
+    exit $status
+fi
+wait $compiler || { cat "$work/nvcc.log"; exit 1; }
+for a in $architectures; do
+    sed '/^\.target/d' "$work/$a.ptx" > "$work/plain"
+    if [ -e "$work/seen" ] && cmp -s "$work/plain" "$work/seen"; then
+        echo "PTX for compute_$a: as the one before"
+        continue
+    fi
+    mv "$work/plain" "$work/seen"
+    echo "PTX for compute_$a"
+    timeout 300 "$work/check" --ptx "$work/$a.ptx" "${only[@]}" || status=1
+done
+exit $status

@@ -1,10 +1,16 @@
 // Every kernel against its definition, on ragged shapes, with every access checked: what scripts/cuda-check.sh runs. The
 // definitions here are plain loops over whole matrices and know nothing of tiles, lanes or pages.
 //
-// usage: check [FILE...]: the kernels of these files (matmul, operand, attention, rows); all without.
+// usage: check [--ptx PTX] [FILE...]: the kernels of these files (matmul, operand, attention, rows); all without. With a file
+// of the compiler's PTX (and built with -DPTX), kernels run from there.
 #include KERNELS
 
 #include <random>
+
+#ifdef PTX
+#include "ptx.h"
+static bool FROM_PTX = false;
+#endif
 
 static int FAILED = 0, CHECKED = 0;
 static std::mt19937 RANDOM(1);
@@ -39,12 +45,16 @@ template <class T> struct Array {
     }
 };
 
-static std::string LAUNCHED;
 template <class... A> static bool run(const char* name, int gx, int gy, int gz, A... args) {
     auto k = standin::kernels().find(name);
     if (k == standin::kernels().end()) { printf("FAIL no kernel %s\n", name), FAILED++; return false; }
     void* pointers[] = {(void*)&args...};
-    const std::string fault = standin::launch(k->second, gx, gy, gz, k->second.threads, pointers);
+    std::string fault;
+#ifdef PTX
+    if (FROM_PTX) fault = ptx::launch(name, gx, gy, gz, k->second.threads, pointers);
+    else
+#endif
+        fault = standin::launch(k->second, gx, gy, gz, k->second.threads, pointers);
     CHECKED++;
     if (!fault.empty()) printf("FAIL %s\n", fault.c_str()), FAILED++;
     return fault.empty();
@@ -56,7 +66,8 @@ static void close(const std::string& what, const std::vector<float>& got, const 
     for (size_t i = 0; i < got.size(); i++) {
         double e = std::isnan(expected[i]) && std::isnan(got[i]) ? 0 : fabs(got[i] - expected[i]) / std::max(scale[i], 1e-300);
         if (std::isinf(expected[i]) && got[i] == expected[i]) e = 0;
-        if (!(e <= worst)) worst = e, at = i;
+        if (e != e) e = INFINITY;  // one is NaN, the other not
+        if (e > worst) worst = e, at = i;
     }
     if (!(worst <= bound)) printf("FAIL %s: element %zu is %g, expected %g: %.1e of %.1e allowed\n", what.c_str(), at, got[at], expected[at], worst, bound), FAILED++;
 }
@@ -98,6 +109,15 @@ static double nearest(double x, int codes, double (*value)(int)) {
 }
 static double nearest_e2m1(double x) { return nearest(x, 8, e2m1_value); }
 static double nearest_e4m3(double x) { return nearest(x, 127, e4m3_value); }
+// e^x as backend/cpu/elementwise.rs has it: the same bits.
+static float exp_defined(float x) {
+    const float clamped = std::min(std::max(x, -87.3f), 88.3f), shifted = fmaf(clamped, (float)M_LOG2E, 12582912.0f), n = shifted - 12582912.0f;
+    const float r = fmaf(n, 2.1219444e-4f, fmaf(n, -355.0f / 512.0f, clamped));
+    float p = 1.9875691e-4f;
+    for (float c : {1.3982e-3f, 8.333452e-3f, 4.1665796e-2f, 1.6666665e-1f, 0.5f}) p = fmaf(p, r, c);
+    p = fmaf(p, r * r, r) + 1.0f;
+    return x < -87.3f ? 0.0f : ldexpf(p, (int)n);
+}
 static float bf16_round(float f) { return standin::bf(to_bf16(f)); }
 
 // --- matmul ---
@@ -232,7 +252,7 @@ static void check_matmul() {
                 const int wide = nt == 1 ? 8 : 32;
                 matmul_case(1, 32, 128, kind, 1, grouped, false, false, false, false, nt);
                 matmul_case(wide - 3, 40, 128 * 9 + 32, kind, 1, grouped, grouped, true, true, true, nt);
-                matmul_case(wide / 2 + 1, 150, 64, kind, 2, grouped, false, true, true, false, nt);
+                matmul_case(wide / 2 + 1, 150, 64, kind, 2, grouped, grouped, true, true, false, nt);
                 matmul_case(3, 33, 128 * 5, kind, 2, grouped, grouped, grouped, false, true, nt);
             }
     // The same row gives the same bits whatever it stands beside, whichever kernel computes it.
@@ -351,8 +371,7 @@ static void check_operand() {
                     std::vector<std::vector<float>> product;
                     for (int r = 0; r < rows; r++) {
                         std::vector<float> p(k);
-                        // The kernel's own e^x: elementwise.rs defines it, tests there hold it.
-                        for (int i = 0; i < k; i++) p[i] = g[r][i] / (1.0f + exp_f32(-g[r][i])) * w[r][i] * pre[i];
+                        for (int i = 0; i < k; i++) p[i] = g[r][i] / (1.0f + exp_defined(-g[r][i])) * w[r][i] * pre[i];
                         product.push_back(p);
                     }
                     if (run("operand_silu", rows, 1, 1, dgate.p, dup.p, dpre.p, format, scale, rule, k, kp, x.p, scaled ? s.p : nullptr))
@@ -408,7 +427,18 @@ static void attention_case(int heads, int kv_heads, int d, int format, int windo
         const float x = (float)std::normal_distribution<>(0, 1)(RANDOM);
         if (format == KV_F32) memcpy(c->data() + 4 * i, &x, 4);
         else if (format == KV_BF16) ((uint16_t*)c->data())[i] = (uint16_t)to_bf16(x);
-        else (*c)[i] = (uint8_t)below(120);
+        else (*c)[i] = (uint8_t)(below(127) | below(2) << 7);
+    }
+    // NaN in the last sequence: a value at its first position, which makes NaN of what sees it, and the key and value of the
+    // position after its end, which nothing sees.
+    const int end = spans.back().first + spans.back().second;
+    for (int i = 0; i < kv_heads; i++) for (int position : {0, end}) {
+        if (position ? position % 16 == 0 : spans.back().first == 0) continue;
+        const size_t at = (((size_t)tables[table_of.back() + position / 16] * kv_heads + i) * 16 + position % 16) * d + d / 2;
+        const float nan = NAN;
+        const void* code = format == KV_FP8 ? (const void*)"\x7f" : (const uint8_t*)&nan + 4 - bytes;
+        memcpy(before_v.data() + at * bytes, code, bytes);
+        if (position) memcpy(before_k.data() + at * bytes, code, bytes);
     }
     Array<float> dq(q), dk(k), dv(v), dqn(qn), dkn(kn), drope(rope), turned_q((size_t)tokens * heads * d);
     Array<int> dp(positions), ds(slots), dt(tables), dof(table_of);
@@ -497,14 +527,13 @@ static void check_attention() {
 
 static void check_rows() {
     for (int kind = 0; kind < 6; kind++)
-        for (int k : {128 * 3, 64}) {
-            const int n = 70;
+        for (auto [k, n] : {std::pair{128 * 17, 40}, std::pair{128 * 3, 70}, std::pair{64, 300}}) {
             Linear w = random_linear(n, k, kind, true);
             OnDevice d = pack(w);
-            std::vector<float> rows(d.rows), grid(d.steps);
+            std::vector<float> rows(d.rows), grid((n + 127) / 128 * d.steps);
             for (int i = 0; i < n; i++) rows[i] *= (float)uniform(.5, 2);
             for (auto& g : grid) g = (float)uniform(.5, 2);
-            const std::vector<int> tokens{0, 69, 8, 31, 32, 7};
+            const std::vector<int> tokens{0, n - 1, 8, 31, 32, 7, n / 2};
             Array<uint32_t> words(d.words), scales(d.scales);
             Array<float> drows(rows), dg(grid), out(tokens.size() * k);
             Array<int> dt(tokens);
@@ -512,7 +541,7 @@ static void check_rows() {
             if (!run(what.c_str(), (int)tokens.size(), 1, 1, (U4*)words.p, d.scales.empty() ? nullptr : scales.p, kind == 3 ? dg.p : nullptr, drows.p, dt.p, out.p, k, d.steps)) continue;
             std::vector<double> expected, size;
             for (int t : tokens) for (int i = 0; i < k; i++) {
-                expected.push_back(weight(w, t, i) * rows[t] / (e8m0(kind) ? (double)d.rows[t] : 1.0) * (kind == 3 ? grid[i / 128] : 1.0f));
+                expected.push_back(weight(w, t, i) * rows[t] / (e8m0(kind) ? (double)d.rows[t] : 1.0) * (kind == 3 ? grid[t / 128 * d.steps + i / 128] : 1.0f));
                 size.push_back(fabs(expected.back()) + 1e-30);
             }
             close(what, out.get(what), expected, size, 3e-7);
@@ -543,11 +572,14 @@ static void check_rows() {
         equal("add", dx.get("add"), e);
     }
     {
-        Array<float> dx(x);
+        // Over the whole range of e^x, ends included.
+        std::vector<float> wide(x), e;
+        for (int i = 0; i < k; i++) wide[i] = (float)(i - k / 2) * .65f, wide[k + i] = (float)uniform(-90, 90);
+        wide[0] = 87.3f, wide[1] = 87.30001f, wide[2] = -88.3f, wide[3] = -88.30001f, wide[4] = 1e9f, wide[5] = -1e9f;
+        Array<float> dx(wide);
         run("silu_mul", rows, 1, 1, dx.p, dy.p, k);
-        std::vector<double> e, s;
-        for (int i = 0; i < rows * k; i++) e.push_back(x[i] / (1 + exp(-(double)x[i])) * y[i]), s.push_back(fabs(e.back()) + 1e-30);
-        close("silu_mul", dx.get("silu_mul"), e, s, 1e-6);
+        for (int i = 0; i < rows * k; i++) e.push_back(wide[i] / (1 + exp_defined(-wide[i])) * y[i]);
+        equal("silu_mul", dx.get("silu_mul"), e);
     }
     {
         std::vector<float> broken(x);
@@ -584,6 +616,14 @@ static void check_rows() {
 
 int main(int argc, char** argv) {
     standin::STRICT = true;
+    setvbuf(stdout, nullptr, _IOLBF, 0);  // a fault is told when it is found
+#ifdef PTX
+    if (argc > 2 && std::string(argv[1]) == "--ptx") {
+        const std::string wrong = ptx::load_module(argv[2]);
+        if (!wrong.empty()) { printf("FAIL %s\n", wrong.c_str()); return 1; }
+        FROM_PTX = true, argc -= 2, argv += 2;
+    }
+#endif
     const std::vector<std::pair<std::string, void (*)()>> all{{"matmul", check_matmul}, {"operand", check_operand}, {"attention", check_attention}, {"rows", check_rows}};
     for (auto& [name, check] : all) {
         bool wanted = argc == 1;

@@ -1,0 +1,251 @@
+#!/usr/bin/env bash
+# Does the check see faults? Plants some in a copy of the kernels and says which check catches each: the build for the CPU (g++)
+# or the compiler's PTX, interpreted.
+# usage: cuda-faults.sh [--quick] [FILTER]   the list below (of which FILTER is in the name); fails if one is not caught.
+#                                            --quick: the CPU's build only where the PTX shows nothing
+#        cuda-faults.sh --random N [SEED]    N random faults of one token; prints those that nothing caught as diffs
+set -euo pipefail
+exec python3 - "$(cd "$(dirname "$0")/.." && pwd)" "$@" <<'EOF'
+import os, random, re, shutil, subprocess, sys, tempfile
+
+root, args = sys.argv[1], sys.argv[2:]
+source = root + "/src/backend/cuda"
+nvcc = subprocess.run([root + "/scripts/cuda-nvcc.sh"], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+work = tempfile.mkdtemp()
+LIMIT = 120  # seconds for a check
+
+# Name, file, what stands there (once), what shall.
+FAULTS = [
+    ("weights: wrong rotation", "weight.cuh", "rotr(u, 10) & 0x80c080c0u", "rotr(u, 11) & 0x80c080c0u"),
+    ("weights: mask one bit short", "weight.cuh", "a = u & 0x87f087f0u", "a = u & 0x87e087f0u"),
+    ("weights: scale of the other row", "weight.cuh", "a[1] = mul_bf16x2(a[1], s1), a[2]", "a[1] = mul_bf16x2(a[1], s0), a[2]"),
+    ("weights: bias of the scale's exponent", "weight.cuh", "0x70007000u", "0x70807080u"),
+    ("weights: lane of a scale of 32", "weight.cuh", "(lane & 3) / 2", "(lane & 3) / 3"),
+    ("weights: upper row in embeddings", "weight.cuh", "upper = n >> 3 & 1", "upper = n >> 4 & 1"),
+    ("matmul: rows of tokens not bounded", "matmul.cu", "b[c][1] = row < rows ?", "b[c][1] = true ?"),
+    ("matmul: rows of results not bounded", "matmul.cu", "if (out >= n || m * planes >= rows) continue;", "if (out >= n) continue;"),
+    ("matmul: last step of a slice dropped", "matmul.cu", "step < last; step++", "step < last - 1; step++"),
+    ("matmul: slices overlap", "matmul.cu", "steps * (warp + 1) / WARPS", "(steps * (warp + 1) + WARPS - 1) / WARPS"),
+    ("matmul: a slice is not added", "matmul.cu", "w < WARPS; w++) total", "w < WARPS - 1; w++) total"),
+    ("matmul: no barrier before the sums are read", "matmul.cu", "    block_sync();\n", "\n"),
+    ("matmul: scale of the group before", "matmul.cu", "(row / planes) * steps + step)", "(row / planes) * steps + step / 2)"),
+    ("matmul: some outputs computed twice", "matmul.cu", "e += WARPS * 32", "e += WARPS * 16"),
+    ("matmul: columns 2t and 2t+1 exchanged", "matmul.cu", "c * 8 + t * 2 + (i & 1)) * OUT", "c * 8 + t * 2 + (~i & 1)) * OUT"),
+    ("primitives: registers of A in another order", "prim.cuh", '"r"(a[1]), "r"(a[2])', '"r"(a[2]), "r"(a[1])'),
+    ("primitives: operands of mma in another order", "prim.cuh", "{%8,%9}, {%0", "{%9,%8}, {%0"),
+    ("primitives: halves of a BF16 pair exchanged", "prim.cuh", '"f"(high), "f"(low)', '"f"(low), "f"(high)'),
+    ("primitives: a word of a wide load", "prim.cuh", 'asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}', 'asm("ld.global.nc.v4.u32 {%0,%1,%3,%2}'),
+    ("primitives: left for right rotation", "prim.cuh", "__funnelshift_r(u, u, r)", "__funnelshift_l(u, u, r)"),
+    ("primitives: the sign of a product of zero", "prim.cuh", "0x80008000u", "0x80000000u"),
+    ("operand: ties away from the even code", "formats.cuh", "(a > 0.25f)", "(a >= 0.25f)"),
+    ("operand: subnormals of E4M3", "formats.cuh", "a * 512.0f + 8388608.0f", "a * 256.0f + 8388608.0f"),
+    ("operand: rounding of an MX scale", "formats.cuh", "1u << 21", "1u << 22"),
+    ("operand: half of an MX block", "operand.cu", "const float o = shfl_xor(a, 1);", "const float o = shfl_xor(a, 2);"),
+    ("operand: no barrier around the scratch", "operand.cu", "    }\n    block_sync();\n    if (lane_index() == 0)", "    }\n    if (lane_index() == 0)"),
+    ("operand: barrier that some warps skip", "operand.cu", "    block_sync();\n    float all", "    if (warp_index() > 0) block_sync();\n    float all"),
+    ("operand: a shuffle that some lanes skip", "operand.cu", "            const float o = shfl_xor(a, 1);", "            if (u >= units) continue;\n            const float o = shfl_xor(a, 1);"),
+    ("operand: aligned load at the end of a row", "operand.cu", "k % 4 == 0 && k0 + UNIT <= k", "k0 + UNIT <= k"),
+    ("operand: row of the low plane", "operand.cu", "(long)(2 * row + 1) * kp", "(long)(2 * row) * kp"),
+    ("rope: sines from the cosines", "attention.cu", "s = ld(turn + d / 2 + i)", "s = ld(turn + i)"),
+    ("cache: page of the wrong head", "attention.cu", "ld(table + p) * kv_heads + kv_head", "ld(table + p) * kv_heads"),
+    ("attention: page before", "attention.cu", "ld(table + position / PAGE)", "ld(table + (position - 1) / PAGE)"),
+    ("attention: window too wide by one", "attention.cu", "max(0, end - window) : 0;\n    const int from", "max(0, end - window - 1) : 0;\n    const int from"),
+    ("attention: piece of the keys", "attention.cu", "min(end, (piece + 1) * SPLIT)", "min(end, (piece + 1) * SPLIT - 1)"),
+    ("attention: no barrier between scores and softmax", "attention.cu", "    block_sync();\n\n    // A warp has a head", "\n    // A warp has a head"),
+    ("attention: heads that share", "attention.cu", "block_y() % groups * HEADS", "block_y() % groups"),
+    ("attention: a piece left out of the sum", "attention.cu", "last = (end - 1) / SPLIT", "last = (end - 2) / SPLIT"),
+    ("rows: grid of blocks", "rows.cu", "const int out = block_x() * 8 + warp_index()", "const int out = block_x() * 4 + warp_index()"),
+    ("rows: a bound", "rows.cu", "if (k0 + i < k) st(out", "if (k0 + i <= k) st(out"),
+    ("rows: index of the source", "rows.cu", "const long to = (long)ld(index + block_x()) * k, from = (long)block_x() * k;", "const long to = (long)block_x() * k, from = (long)ld(index + block_x()) * k;"),
+]
+
+
+def run(command, **more):
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more)
+
+
+def sources(name):
+    folder = f"{work}/{name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    for part in ("kernels", "standin"):
+        shutil.copytree(f"{source}/{part}", f"{folder}/{part}")
+    return folder
+
+
+def to_ptx(folder, file):
+    """The PTX of a folder's kernels, of one file's where it stands alone; None if they do not compile."""
+    unit = file if families(file) else "all.cu"
+    made = run([nvcc, "-std=c++17", "-O3", "-fmad=false", "-ptx", "-arch=compute_80", "-o", f"{folder}/k.ptx", f"{folder}/kernels/{unit}"])
+    return open(f"{folder}/k.ptx").read() if made.returncode == 0 else None
+
+
+def build(folder, *flags):
+    vector = ["-march=x86-64-v3"] if os.uname().machine == "x86_64" else []
+    return run([os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-w", "-ffp-contract=off", *vector, *flags, "-pthread",
+                '-DKERNELS="../kernels/all.cu"', "-o", f"{folder}/check", f"{folder}/standin/check.cc"])
+
+
+def caught(command):
+    """What a check says first of a fault, at which it is ended; None if it passes."""
+    last = ""
+    with subprocess.Popen(["timeout", str(LIMIT), *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as check:
+        for line in check.stdout:
+            last = line.rstrip()
+            if last.startswith("FAIL"):
+                check.terminate()
+                return last
+    return None if check.returncode == 0 else f"no end within {LIMIT} s" if check.returncode == 124 else f"ended with {check.returncode}: {last}"
+
+
+FAMILIES = re.findall(r'{"(\w+)", check_\w+}', open(f"{source}/standin/check.cc").read())
+
+
+def families(file):
+    """The checks that a fault in a file can change; none named: all."""
+    return [file[:-3]] if file[:-3] in FAMILIES and file.endswith(".cu") else []
+
+
+base = sources("base")
+if (built := build(base, "-DPTX")).returncode:
+    sys.exit(built.stdout)
+BASE_PTX = {}
+
+
+def base_ptx(file):
+    unit = file if families(file) else "all.cu"
+    if unit not in BASE_PTX:
+        BASE_PTX[unit] = to_ptx(base, file)
+    return BASE_PTX[unit]
+
+
+def by_ptx(folder, file):
+    return caught([f"{base}/check", "--ptx", f"{folder}/k.ptx", *families(file)])
+
+
+def by_cpu(folder, file):
+    return "does not compile" if build(folder).returncode else caught([f"{folder}/check", *families(file)])
+
+
+def edit(folder, file, text):
+    with open(f"{folder}/kernels/{file}", "w") as f:
+        f.write(text)
+
+
+def planted(wanted, quick):
+    missed = 0
+    for name, file, old, new in FAULTS:
+        if wanted not in name:
+            continue
+        text = open(f"{source}/kernels/{file}").read()
+        if text.count(old) != 1:
+            sys.exit(f"{name}: {text.count(old)} times in {file}")
+        folder = sources("fault")
+        edit(folder, file, text.replace(old, new))
+        if to_ptx(folder, file) is None:
+            sys.exit(f"{name}: does not compile")
+        ptx = by_ptx(folder, file)
+        cpu = None if quick and ptx else by_cpu(folder, file)
+        who = " and ".join(w for w, found in (("g++", cpu), ("PTX", ptx)) if found) or "NOTHING"
+        missed += who == "NOTHING"
+        print(f"{name:50s} {who:12s} {(ptx or cpu or '')[:130]}", flush=True)
+    print(f"{missed} faults not caught")
+    return missed
+
+
+TOKEN = re.compile(r'//[^\n]*|/\*.*?\*/|"[^"\n]*"|0x[0-9a-fA-F]+[uUlL]*|\d+\.\d*(?:e[-+]?\d+)?f?|\d+[uUlL]*|[A-Za-z_]\w*|<<=|>>=|&&|\|\||<<|>>|[-+*/%&|^=!<>]=|\+\+|--|->|::|[-+*/%<>=&|^!?:~.]', re.S)
+SWAPS = {"+": "-*", "-": "+*", "*": "+/", "/": "*%", "%": "/*", "<": ("<=", ">"), "<=": ("<", ">="), ">": (">=", "<"), ">=": (">", "<="),
+         "==": ("!=",), "!=": ("==",), "&&": ("||",), "||": ("&&",), "&": "|^", "|": "&^", "^": "|&", "<<": (">>",), ">>": ("<<",),
+         "+=": ("-=", "="), "-=": ("+=",), "*=": ("+=", "/="), "min": ("max",), "max": ("min",), "true": ("false",), "false": ("true",),
+         "shfl_xor": ("shfl",), "continue": ("break",), "~": "-", "!": ("",)}
+KEYWORDS = set("if else for while return const constexpr int float long bool void template class struct enum auto continue break typename using char double unsigned inline static alignas uint32_t uint16_t uint8_t include pragma define ifdef else endif once asm volatile".split())
+
+
+def tokens(file, text):
+    """Where a fault can be planted, with the rest of the text blanked out of the view: comments, directives, the CPU's branch."""
+    end = text.find("#else\n#include") if file == "prim.cuh" else -1
+    for m in TOKEN.finditer(text):
+        line = text[text.rfind("\n", 0, m.start()) + 1:m.start()]
+        if m[0].startswith(("//", "/*")) or line.lstrip().startswith("#") and not line.lstrip().startswith("#define MATMUL"):
+            continue
+        if end >= 0 and end <= m.start() < text.find("#endif", end):
+            continue
+        yield m
+
+
+def mutate(rng, file, text):
+    """One random fault: start, end, what it becomes. None if the place that was drawn has none."""
+    all_tokens = list(tokens(file, text))
+    m = rng.choice(all_tokens)
+    t = m[0]
+    if t.startswith('"'):
+        holes = list(re.finditer(r"%(\d)", t))
+        if holes:
+            h = rng.choice(holes)
+            return m.start() + h.start(1), m.start() + h.end(1), str(rng.choice([d for d in range(10) if str(d) != h[1]]))
+        return None
+    if t in ("block_sync", "warp_sync"):
+        at = text.find(";", m.end())
+        return m.start(), at, ""
+    if t in SWAPS:
+        return m.start(), m.end(), rng.choice(SWAPS[t])
+    if t.startswith("0x"):
+        digits = re.match(r"0x[0-9a-fA-F]+", t)[0]
+        value = int(digits, 16) ^ 1 << rng.randrange(max(4 * (len(digits) - 2), 1))
+        return m.start(), m.end(), f"0x{value:x}" + t[len(digits):]
+    if re.match(r"\d+\.", t):
+        number, tail = re.match(r"([\d.]+)(.*)", t).groups()
+        digit = rng.choice([i for i, c in enumerate(number) if c.isdigit()])
+        new = str((int(number[digit]) + rng.choice([1, 9])) % 10)
+        return m.start(), m.end(), number[:digit] + new + number[digit + 1:] + tail
+    if re.match(r"\d", t):
+        n, tail = re.match(r"(\d+)(.*)", t).groups()
+        return m.start(), m.end(), str(rng.choice([int(n) + 1, max(int(n) - 1, 0), int(n) * 2])) + tail
+    if re.match(r"[A-Za-z_]", t) and t not in KEYWORDS and not t.isupper():
+        # Another name from nearby.
+        near = {x[0] for x in all_tokens if abs(x.start() - m.start()) < 600 and re.match(r"[a-z_]\w*$", x[0])} - KEYWORDS - {t}
+        return (m.start(), m.end(), rng.choice(sorted(near))) if near else None
+    return None
+
+
+def at_random(count, seed):
+    rng = random.Random(seed)
+    files = sorted(f for f in os.listdir(f"{source}/kernels") if f != "all.cu")
+    texts = {f: open(f"{source}/kernels/{f}").read() for f in files}
+    weights = [len(list(tokens(f, texts[f]))) for f in files]
+    tally = {"equal": 0, "caught": 0, "survived": 0}
+    seen, survivors = set(), []
+    while sum(tally.values()) < count:
+        file = rng.choices(files, weights)[0]
+        change = mutate(rng, file, texts[file])
+        if change is None or (file, *change) in seen or texts[file][change[0]:change[1]] == change[2]:
+            continue
+        seen.add((file, *change))
+        folder = sources("fault")
+        edit(folder, file, texts[file][:change[0]] + change[2] + texts[file][change[1]:])
+        ptx = to_ptx(folder, file)
+        if ptx is None:
+            continue
+        verdict, said = "equal", ""
+        if ptx != base_ptx(file):
+            said = by_ptx(folder, file) or by_cpu(folder, file)
+            verdict = "caught" if said else "survived"
+        tally[verdict] += 1
+        diff = run(["diff", "-U0", f"{base}/kernels/{file}", f"{folder}/kernels/{file}"]).stdout
+        lines = [l for l in diff.splitlines() if l[:1] in "-+@" and l[:3] not in ("---", "+++")]
+        if verdict == "survived":
+            survivors.append(f"{file} " + "\n".join(lines))
+        print(f"{verdict:8s} {file}: {texts[file][change[0]:change[1]]!r} -> {change[2]!r} {lines[0] if lines else ''} {(said or '')[:110]}", flush=True)
+    changed = tally["caught"] + tally["survived"]
+    print(f"{tally['caught']} of {changed} caught ({tally['caught'] / max(changed, 1):.1%}); {tally['equal']} the same PTX")
+    for s in survivors:
+        print("SURVIVED " + s)
+
+
+try:
+    if args[:1] == ["--random"]:
+        at_random(int(args[1]), int(args[2]) if len(args) > 2 else 1)
+    else:
+        sys.exit(planted("".join(a for a in args if a != "--quick"), "--quick" in args) > 0)
+finally:
+    shutil.rmtree(work)
+EOF
