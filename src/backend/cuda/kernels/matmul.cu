@@ -6,6 +6,7 @@
 // kernel computes it and what else is in the batch.
 // A row of x that is not quantized is two rows, the BF16 nearest to it and what that leaves: f32 to 16 bits of mantissa.
 // Roofline: weights once from memory (M <= 8·NT); limits: N a multiple of 32 and K of 128 after padding, K/128 any.
+#pragma once
 #include "weight.cuh"
 
 constexpr int WARPS = 8, TILES = 2;
@@ -89,8 +90,10 @@ DEV void matmul(const U4* weights, const uint32_t* scales, const float* grid_sca
     }
 #define MATMULS(name, W)                     \
     MATMUL(matmul_##name##_8, W, 1, false)   \
+    MATMUL(matmul_##name##_16, W, 2, false)  \
     MATMUL(matmul_##name##_32, W, 4, false)  \
     MATMUL(matmul_##name##_8g, W, 1, true)   \
+    MATMUL(matmul_##name##_16g, W, 2, true)  \
     MATMUL(matmul_##name##_32g, W, 4, true)
 MATMULS(e2m1_16, W_E2M1_16)
 MATMULS(e2m1_32, W_E2M1_32)

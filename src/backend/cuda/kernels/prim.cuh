@@ -43,6 +43,15 @@ DEV uint8_t ld_stream(const uint8_t* p) { return __ldg(p); }
 template <class T> DEV T get(const T* p) { return *p; }
 template <class T> DEV void st(T* p, T v) { *p = v; }
 
+// Copies 16 bytes from global to shared memory while the thread goes on: there for itself after cp_wait, for others after a
+// barrier behind that. cp_wait<N> leaves the N groups that were committed last on their way.
+DEV void cp_async(SharedArray<U4> to, int i, const U4* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                 : : "r"((uint32_t)__cvta_generic_to_shared(to + i)), "l"(from) : "memory");
+}
+DEV void cp_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+template <int N> DEV void cp_wait() { asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory"); }
+
 DEV uint32_t rotr(uint32_t u, int r) { return __funnelshift_r(u, u, r); }
 DEV uint32_t bits_of(float f) { return __float_as_uint(f); }
 DEV float float_of(uint32_t u) { return __uint_as_float(u); }

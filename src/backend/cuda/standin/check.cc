@@ -1,7 +1,7 @@
 // Every kernel against its definition, on ragged shapes, with every access checked: what scripts/cuda-check.sh runs. The
 // definitions here are plain loops over whole matrices and know nothing of tiles, lanes or pages.
 //
-// usage: check [FILE...]: the kernels of these files (matmul, operand, attention, rows); all without.
+// usage: check [FILE...]: the kernels of these files (matmul, tile, operand, attention, rows); all without.
 #include KERNELS
 
 #include <random>
@@ -189,7 +189,8 @@ static OnDevice pack(const Linear& w) {
     return d;
 }
 
-static void matmul_case(int m, int n, int k, int kind, int planes, bool grouped, bool with_grid, bool x_scaled, bool biased, bool extreme, int nt) {
+// `columns`: rows of x in a block of the kernel for few rows, 8, 16 or 32; of the tile, 64. All must give the bits of that for 8.
+static void matmul_case(int m, int n, int k, int kind, int planes, bool grouped, bool with_grid, bool x_scaled, bool biased, bool extreme, int columns) {
     Linear w = random_linear(n, k, kind, extreme);
     OnDevice d = pack(w);
     const int kp = d.steps * 128;
@@ -202,11 +203,16 @@ static void matmul_case(int m, int n, int k, int kind, int planes, bool grouped,
     const float scale = .25f;
     Array<uint32_t> words(d.words), scales(d.scales);
     Array<uint16_t> dx(x);
-    Array<float> dg(grid), dxs(xs), drows(rows), dbias(bias), y((size_t)m * n);
-    const std::string name = std::string("matmul_") + NAMES[kind] + (nt == 1 ? "_8" : "_32") + (grouped ? "g" : "");
+    Array<float> dg(grid), dxs(xs), drows(rows), dbias(bias), y((size_t)m * n), small((size_t)m * n);
+    auto product = [&](int columns, float* y) {
+        const std::string name = (columns == 64 ? std::string("tile_") + NAMES[kind] : std::string("matmul_") + NAMES[kind] + "_" + std::to_string(columns)) + (grouped ? "g" : "");
+        const int outputs = columns < 64 ? 32 : grouped ? 128 : 256, units = columns < 64 ? m * planes : m;
+        return run(name.c_str(), (n + outputs - 1) / outputs, (units + columns - 1) / columns, 1, (U4*)words.p, d.scales.empty() ? nullptr : scales.p, with_grid ? dg.p : nullptr, dx.p, x_scaled ? dxs.p : nullptr, drows.p, biased ? dbias.p : nullptr, y, m * planes, planes, n, kp, scale);
+    };
     char what[160];
-    snprintf(what, sizeof what, "%s M=%d N=%d K=%d planes=%d grid=%d scaled=%d", name.c_str(), m, n, k, planes, with_grid, x_scaled);
-    if (!run(name.c_str(), (n + 31) / 32, (m * planes + 8 * nt - 1) / (8 * nt), 1, (U4*)words.p, d.scales.empty() ? nullptr : scales.p, with_grid ? dg.p : nullptr, dx.p, x_scaled ? dxs.p : nullptr, drows.p, biased ? dbias.p : nullptr, y.p, m * planes, planes, n, kp, scale)) return;
+    snprintf(what, sizeof what, "%s columns=%d M=%d N=%d K=%d planes=%d grouped=%d grid=%d scaled=%d", NAMES[kind], columns, m, n, k, planes, grouped, with_grid, x_scaled);
+    if (!product(columns, y.p)) return;
+    if (columns > 8 && product(8, small.p)) equal(std::string(what) + " against 8", y.get(what), small.get(what));
     std::vector<double> expected, size;
     for (int i = 0; i < m; i++)
         for (int o = 0; o < n; o++) {
@@ -227,13 +233,12 @@ static void matmul_case(int m, int n, int k, int kind, int planes, bool grouped,
 }
 static void check_matmul() {
     for (int kind = 0; kind < 6; kind++)
-        for (int nt : {1, 4})
+        for (int wide : {8, 16, 32})
             for (int grouped = 0; grouped < 2; grouped++) {
-                const int wide = nt == 1 ? 8 : 32;
-                matmul_case(1, 32, 128, kind, 1, grouped, false, false, false, false, nt);
-                matmul_case(wide - 3, 40, 128 * 9 + 32, kind, 1, grouped, grouped, true, true, true, nt);
-                matmul_case(wide / 2 + 1, 150, 64, kind, 2, grouped, false, true, true, false, nt);
-                matmul_case(3, 33, 128 * 5, kind, 2, grouped, grouped, grouped, false, true, nt);
+                matmul_case(1, 32, 128, kind, 1, grouped, false, false, false, false, wide);
+                matmul_case(wide - 3, 40, 128 * 9 + 32, kind, 1, grouped, grouped, true, true, true, wide);
+                matmul_case(wide / 2 + 1, 150, 64, kind, 2, grouped, false, true, true, false, wide);
+                matmul_case(3, 33, 128 * 5, kind, 2, grouped, grouped, grouped, false, true, wide);
             }
     // The same row gives the same bits whatever it stands beside, whichever kernel computes it.
     Linear w = random_linear(48, 128 * 11, 0, false);
@@ -247,6 +252,17 @@ static void check_matmul() {
     run("matmul_e2m1_16_8", 2, 1, 1, (U4*)words.p, scales.p, (float*)nullptr, one.p, (float*)nullptr, rows.p, (float*)nullptr, alone.p, 1, 1, 48, 128 * 11, 1.0f);
     const auto m = many.get("batch"), a = alone.get("alone");
     equal("a row of a batch", std::vector<float>(m.begin() + 13 * 48, m.begin() + 14 * 48), a);
+}
+
+// Slices of no step, of one and of two; blocks and warps beyond the last output; tokens beyond the last.
+static void check_tile() {
+    for (int kind = 0; kind < 6; kind++)
+        for (int grouped = 0; grouped < 2; grouped++) {
+            matmul_case(65, 40, 128 * 9 + 32, kind, 1, grouped, grouped, true, true, true, 64);
+            matmul_case(33, 280, 128 * 3, kind, 2, grouped, grouped, false, true, false, 64);
+            matmul_case(9, 150, 64, kind, 1, grouped, false, true, false, false, 64);
+            matmul_case(40, 33, 128 * 17, kind, 1, grouped, grouped, grouped, false, true, 64);
+        }
 }
 
 // --- operand ---
@@ -584,7 +600,7 @@ static void check_rows() {
 
 int main(int argc, char** argv) {
     standin::STRICT = true;
-    const std::vector<std::pair<std::string, void (*)()>> all{{"matmul", check_matmul}, {"operand", check_operand}, {"attention", check_attention}, {"rows", check_rows}};
+    const std::vector<std::pair<std::string, void (*)()>> all{{"matmul", check_matmul}, {"tile", check_tile}, {"operand", check_operand}, {"attention", check_attention}, {"rows", check_rows}};
     for (auto& [name, check] : all) {
         bool wanted = argc == 1;
         for (int i = 1; i < argc; i++) wanted |= name == argv[i];
