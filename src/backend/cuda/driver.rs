@@ -47,6 +47,7 @@ pub struct Device {
     /// Compute capability, 9.0 as (9, 0).
     pub capability: (i32, i32),
     pub driver: i32,
+    pub multiprocessors: usize,
     context: sys::CUcontext,
     stream: sys::CUstream,
     functions: HashMap<&'static str, sys::CUfunction>,
@@ -112,7 +113,7 @@ impl Device {
         }
         let mut handle = 0;
         let mut text = [0; 256];
-        let (mut major, mut minor, mut driver) = (0, 0, 0);
+        let (mut major, mut minor, mut driver, mut multiprocessors) = (0, 0, 0, 0);
         let (mut context, mut stream, mut module) = (std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
         // SAFETY: every out-parameter lives until its call returns; the image is a whole fatbin.
         unsafe {
@@ -122,6 +123,8 @@ impl Device {
             let minor_of = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR;
             check("asking the device's kind", sys::cuDeviceGetAttribute(&mut major, major_of, handle))?;
             check("asking the device's kind", sys::cuDeviceGetAttribute(&mut minor, minor_of, handle))?;
+            let count_of = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+            check("asking the device's kind", sys::cuDeviceGetAttribute(&mut multiprocessors, count_of, handle))?;
             if major < 8 {
                 let message = format!("{major}.{minor} is the device's compute capability; 8.0 or newer is needed");
                 return Err(failed("CUDA", message));
@@ -145,7 +148,8 @@ impl Device {
         let bytes: Vec<u8> = text.iter().take_while(|c| **c != 0).map(|c| *c as u8).collect();
         let name = String::from_utf8_lossy(&bytes).into_owned();
         let free = Mutex::default();
-        Ok(Self { ordinal, name, capability: (major, minor), driver, context, stream, functions, free })
+        let (capability, multiprocessors) = ((major, minor), multiprocessors as usize);
+        Ok(Self { ordinal, name, capability, driver, multiprocessors, context, stream, functions, free })
     }
 
     /// Makes the context current on this thread.

@@ -32,8 +32,8 @@ const HEADS: usize = 4;
 /// The widest head that fits its shared memory.
 const MAX_HEAD_DIM: usize = 256;
 
-/// Kernels that are launched by name; matmul_* and embed_* for each kind of weight.
-const KERNELS: [&str; 43] = [
+/// Kernels that are launched by name; matmul_*, tile_* and embed_* for each kind of weight.
+const KERNELS: [&str; 67] = [
     "add",
     "add_rows",
     "attention",
@@ -47,27 +47,39 @@ const KERNELS: [&str; 43] = [
     "embed_mxfp8",
     "gather",
     "look",
+    "matmul_bf16_16",
+    "matmul_bf16_16g",
     "matmul_bf16_32",
     "matmul_bf16_32g",
     "matmul_bf16_8",
     "matmul_bf16_8g",
+    "matmul_e2m1_16_16",
+    "matmul_e2m1_16_16g",
     "matmul_e2m1_16_32",
     "matmul_e2m1_16_32g",
     "matmul_e2m1_16_8",
     "matmul_e2m1_16_8g",
+    "matmul_e2m1_32_16",
+    "matmul_e2m1_32_16g",
     "matmul_e2m1_32_32",
     "matmul_e2m1_32_32g",
     "matmul_e2m1_32_8",
     "matmul_e2m1_32_8g",
+    "matmul_e4m3_16",
+    "matmul_e4m3_16g",
     "matmul_e4m3_32",
     "matmul_e4m3_32g",
     "matmul_e4m3_8",
     "matmul_e4m3_8g",
     "matmul_f32",
+    "matmul_mxfp4_16",
+    "matmul_mxfp4_16g",
     "matmul_mxfp4_32",
     "matmul_mxfp4_32g",
     "matmul_mxfp4_8",
     "matmul_mxfp4_8g",
+    "matmul_mxfp8_16",
+    "matmul_mxfp8_16g",
     "matmul_mxfp8_32",
     "matmul_mxfp8_32g",
     "matmul_mxfp8_8",
@@ -77,6 +89,18 @@ const KERNELS: [&str; 43] = [
     "operand_silu",
     "rope_cache",
     "silu_mul",
+    "tile_bf16",
+    "tile_bf16g",
+    "tile_e2m1_16",
+    "tile_e2m1_16g",
+    "tile_e2m1_32",
+    "tile_e2m1_32g",
+    "tile_e4m3",
+    "tile_e4m3g",
+    "tile_mxfp4",
+    "tile_mxfp4g",
+    "tile_mxfp8",
+    "tile_mxfp8g",
 ];
 
 /// Runs the decoder on one GPU. Clones share it.
@@ -189,6 +213,33 @@ fn kernel(name: &str) -> Result<&'static str> {
     KERNELS.iter().copied().find(|k| *k == name).ok_or_else(missing)
 }
 
+/// The kernel of a product and its grid: of `tokens` rows of x, each of them `planes` rows of BF16, with a weight of `n` outputs,
+/// on a device of so many multiprocessors. All kernels give the same bits.
+///
+/// Up to 32 rows the weights are read once and bound the time, by the kernel with the fewest columns that has room. Beyond, a
+/// tile does twice the work per byte from L2 (256 outputs by 64 tokens for 32 by 32), but its blocks are few: it is taken once
+/// they occupy half of the device.
+///
+/// # Errors
+/// When there is no kernel for this kind.
+pub(crate) fn product_kernel(
+    kind: Kind,
+    grouped: bool,
+    (tokens, planes): (usize, usize),
+    n: usize,
+    multiprocessors: usize,
+) -> Result<(&'static str, [usize; 3])> {
+    let rows = tokens * planes;
+    let group = if grouped { "g" } else { "" };
+    let tile = [n.div_ceil(if grouped { 128 } else { 256 }), tokens.div_ceil(64), 1];
+    if rows > 32 && 2 * tile[0] * tile[1] >= multiprocessors {
+        return Ok((kernel(&format!("tile_{}{group}", suffix(kind)))?, tile));
+    }
+    let columns = [8, 16].into_iter().find(|c| rows <= *c).unwrap_or(32);
+    let name = kernel(&format!("matmul_{}_{columns}{group}", suffix(kind)))?;
+    Ok((name, [n.div_ceil(32), rows.div_ceil(columns), 1]))
+}
+
 impl CudaBackend {
     /// The backend on device `ordinal`.
     ///
@@ -280,9 +331,8 @@ impl CudaBackend {
             return Ok(y);
         };
         let rows = x.rows * operand.planes;
-        let columns = if rows <= 8 { 8 } else { 32 };
-        let grouped = if w.grouped() { "g" } else { "" };
-        let name = kernel(&format!("matmul_{}_{columns}{grouped}", suffix(w.kind)))?;
+        let count = (x.rows, operand.planes);
+        let (name, grid) = product_kernel(w.kind, w.grouped(), count, w.n, self.device.multiprocessors)?;
         let args = Args::new()
             .memory(&w.words)
             .optional(w.scales.as_ref())
@@ -297,7 +347,7 @@ impl CudaBackend {
             .int(w.n)
             .int(w.k.next_multiple_of(STEP))
             .float(operand.scale());
-        self.launch(name, [w.n.div_ceil(32), rows.div_ceil(columns), 1], 256, args)?;
+        self.launch(name, grid, 256, args)?;
         Ok(y)
     }
 

@@ -6,6 +6,8 @@
 #define DEV __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 #define KERNEL(name, threads, params) extern "C" __global__ void __launch_bounds__(threads) name params
+// The same, with registers for this many blocks on a multiprocessor; left to itself the compiler spills some for one more.
+#define KERNEL_OF(blocks, name, threads, params) extern "C" __global__ void __launch_bounds__(threads, blocks) name params
 #define SHARED(type, name, count) __shared__ type name[count]
 template <class T> using SharedArray = T*;
 struct alignas(16) U4 { uint32_t x, y, z, w; };

@@ -13,7 +13,7 @@ constexpr int TOKENS = 64, PITCH = STEP / 8 + 1, STAGE = TOKENS * PITCH;
 template <int W, int R, bool GROUPED>
 DEV void tile(const U4* weights, const uint32_t* scales, const float* grid_scales, const uint16_t* x, const float* x_scales,
               const float* row_scales, const float* bias, float* y, int rows, int planes, int n, int k, float x_scale,
-              SharedArray<U4> stages) {
+              SharedArray<U4> stages, SharedArray<float> token_scales) {
     constexpr int NT = TOKENS / 8, COPIES = TOKENS * (STEP / 8) / (WARPS * 32);
     const int lane = lane_index(), warp = warp_index(), g = lane >> 2, t = lane & 3, steps = k / STEP, tokens = rows / planes;
     const long tile0 = ((long)block_x() * WARPS + warp) * R;
@@ -50,9 +50,14 @@ DEV void tile(const U4* weights, const uint32_t* scales, const float* grid_scale
         return (int)((long)steps * slice / WARPS);
     };
 
+    // Of 128 columns, the scale of a token: a thread has one, written while the step before is computed.
+    const float* scale_of = x_scales ? x_scales + (long)min(token0 + thread_index() % TOKENS, tokens - 1) * steps : nullptr;
+    auto token_scale = [&](int step) { return scale_of ? ld(scale_of + step) : 1.0f; };
+
     float acc[R][NT][4] = {}, total[R][NT][4] = {};
     copy(0);
     if (active) fetch(0, 0);
+    if (GROUPED && thread_index() < TOKENS) token_scales[thread_index()] = token_scale(0);
     int step = 0, end = slice_end(0);
     for (int pass = 0; pass < passes; pass++) {
         cp_wait<0>();
@@ -60,6 +65,7 @@ DEV void tile(const U4* weights, const uint32_t* scales, const float* grid_scale
         // Everyone is done with the other stage.
         if (pass + 1 < passes) copy((pass + 1) & 1);
         const int next = step + 1 < steps ? step + 1 : 0;
+        const float next_scale = GROUPED ? token_scale(next) : 1.0f;
         if (active) {
             const int stage = (pass & 1) * STAGE + g * PITCH + t * 2;
             float part[R][NT][4] = {};
@@ -88,10 +94,10 @@ DEV void tile(const U4* weights, const uint32_t* scales, const float* grid_scale
                 UNROLL for (int r = 0; r < R; r++) {
                     const float w = grid_scales ? ld(grid_scales + (tile0 + r) * TILE / 128 * steps + step) : 1.0f;
                     UNROLL for (int c = 0; c < NT; c++)
-                        UNROLL for (int i = 0; i < 4; i++) {
-                            const int token = min(token0 + c * 8 + t * 2 + (i & 1), tokens - 1);
-                            const float v = x_scales ? ld(x_scales + (long)token * steps + step) : 1.0f;
-                            acc[r][c][i] = fmaf(part[r][c][i], w * v, acc[r][c][i]);
+                        UNROLL for (int i = 0; i < 2; i++) {
+                            const float v = w * token_scales[(pass & 1) * TOKENS + c * 8 + t * 2 + i];
+                            acc[r][c][i] = fmaf(part[r][c][i], v, acc[r][c][i]);
+                            acc[r][c][i + 2] = fmaf(part[r][c][i + 2], v, acc[r][c][i + 2]);
                         }
                 }
             }
@@ -102,6 +108,7 @@ DEV void tile(const U4* weights, const uint32_t* scales, const float* grid_scale
                 end = slice_end(next);
             }
         }
+        if (GROUPED && thread_index() < TOKENS) token_scales[((pass + 1) & 1) * TOKENS + thread_index()] = next_scale;
         step = next;
     }
     if (!active) return;
@@ -123,12 +130,14 @@ DEV void tile(const U4* weights, const uint32_t* scales, const float* grid_scale
 }
 
 #define TILED(name, W, R, GROUPED)                                                                                         \
-    KERNEL(name, 256, (const U4* weights, const uint32_t* scales, const float* grid_scales, const uint16_t* x,            \
-                       const float* x_scales, const float* row_scales, const float* bias, float* y, int rows, int planes, \
-                       int n, int k, float x_scale)) {                                                                     \
+    KERNEL_OF(1, name, 256,                                                                                                \
+              (const U4* weights, const uint32_t* scales, const float* grid_scales, const uint16_t* x,                    \
+               const float* x_scales, const float* row_scales, const float* bias, float* y, int rows, int planes, int n,  \
+               int k, float x_scale)) {                                                                                    \
         SHARED(U4, stages, 2 * STAGE);                                                                                     \
+        SHARED(float, token_scales, GROUPED ? 2 * TOKENS : 1);                                                             \
         tile<W, R, GROUPED>(weights, scales, grid_scales, x, x_scales, row_scales, bias, y, rows, planes, n, k, x_scale,  \
-                            stages);                                                                                       \
+                            stages, token_scales);                                                                         \
     }
 #define TILES_OF(name, W)             \
     TILED(tile_##name, W, 2, false)   \

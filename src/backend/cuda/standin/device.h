@@ -433,6 +433,7 @@ template <class T> Shared<T> shared(int count, int site) {
     static void name params;                                                       \
     static const standin::Registration registration_##name(#name, threads, name); \
     static void name params
+#define KERNEL_OF(blocks, name, threads, params) KERNEL(name, threads, params)
 #define SHARED(type, name, count) auto name = standin::shared<type>(count, __COUNTER__)
 template <class T> using SharedArray = standin::Shared<T>;
 
