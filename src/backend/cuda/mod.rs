@@ -27,17 +27,23 @@ use crate::logits::{Routing, TokenScore, route_row, score_row};
 
 /// Keys that one block of attention looks at: `SPLIT` of kernels/attention.cu.
 const SPLIT: usize = 256;
-/// Query heads of one block: `HEADS` there.
-const HEADS: usize = 4;
+/// Tokens of a run, consecutive ones of a sequence whose rows (query heads that share keys) make blocks: any number will do;
+/// this one leaves no block of 32 rows incomplete.
+const RUN: usize = 32;
 /// The widest head that fits its shared memory.
 const MAX_HEAD_DIM: usize = 256;
 
 /// Kernels that are launched by name; matmul_*, tile_* and embed_* for each kind of weight.
-const KERNELS: [&str; 67] = [
+const KERNELS: [&str; 72] = [
     "add",
     "add_rows",
-    "attention",
+    "attention_bf16_16",
+    "attention_bf16_32",
     "attention_combine",
+    "attention_f32_16",
+    "attention_f32_32",
+    "attention_fp8_16",
+    "attention_fp8_32",
     "embed_bf16",
     "embed_e2m1_16",
     "embed_e2m1_32",
@@ -171,6 +177,10 @@ pub struct CudaPass {
     /// Page tables, one after the other, and where each token's begins.
     tables: Memory,
     table_of: Memory,
+    /// The first token of each run, and how many they are; the longest.
+    runs: Memory,
+    run_count: usize,
+    longest_run: usize,
     ropes: Vec<Arc<Memory>>,
     /// One past the highest page in use.
     pages: usize,
@@ -467,6 +477,10 @@ impl CudaBackend {
         let parts = self.device.take(4 * tokens * heads * pieces * head_dim)?;
         let totals = self.device.take(8 * tokens * heads * pieces)?;
         let window = shape.window.unwrap_or(0);
+        // Blocks of 32 rows read the cache half as often, where there are as many rows.
+        let most = pass.longest_run * (heads / kv_heads);
+        let rows = if most <= 16 { 16 } else { 32 };
+        let groups = most.div_ceil(rows);
         let args = Args::new()
             .memory(&turned.data)
             .memory(&layer.keys)
@@ -476,17 +490,18 @@ impl CudaBackend {
             .memory(&pass.positions)
             .memory(&pass.tables)
             .memory(&pass.table_of)
+            .memory(&pass.runs)
+            .int(groups)
             .int(heads)
             .int(kv_heads)
             .int(head_dim)
             .int(window)
             .float(shape.scale())
-            .int(kv)
             .float(k_scale)
             .float(v_scale)
             .int(pieces);
-        let groups = (heads / kv_heads).div_ceil(HEADS);
-        self.launch("attention", [tokens, kv_heads * groups, pieces], 128, args)?;
+        let name = kernel(&format!("attention_{}_{rows}", ["f32", "bf16", "fp8"][kv]))?;
+        self.launch(name, [pass.run_count, kv_heads * groups, pieces], 128, args)?;
         let out = self.empty(tokens, q.columns)?;
         let args = Args::new()
             .memory(&parts)
@@ -543,11 +558,14 @@ impl Backend for CudaBackend {
     }
 
     fn prepare(&self, batch: &Batch, ropes: &[CudaRope]) -> Result<CudaPass> {
-        let (mut slots, mut tables, mut table_of) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut slots, mut tables, mut table_of, mut runs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for span in &batch.spans {
             let needed = span.start + span.len;
             if span.pages.len() * PAGE < needed {
                 return Err(BackendError::CacheTooSmall { capacity: span.pages.len() * PAGE, needed });
+            }
+            for first in (0..span.len).step_by(RUN) {
+                runs.push([(slots.len() + first) as i32, RUN.min(span.len - first) as i32]);
             }
             for position in span.start..needed {
                 slots.push((span.pages[position / PAGE] as usize * PAGE + position % PAGE) as i32);
@@ -564,6 +582,9 @@ impl Backend for CudaBackend {
             slots: self.device.upload(&slots)?,
             tables: self.device.upload(&tables)?,
             table_of: self.device.upload(&table_of)?,
+            run_count: runs.len(),
+            longest_run: runs.iter().map(|r| r[1] as usize).max().unwrap_or(0),
+            runs: self.device.upload(&runs.concat())?,
             ropes: ropes.iter().map(|r| self.rope(r, batch.reach())).collect::<Result<_>>()?,
             pages,
         })

@@ -55,6 +55,8 @@ DEV void cp_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
 template <int N> DEV void cp_wait() { asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory"); }
 
 DEV uint32_t rotr(uint32_t u, int r) { return __funnelshift_r(u, u, r); }
+// Byte i of the result is that byte of b:a (a has bytes 0 to 3) which digit i of the selector names.
+DEV uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 DEV uint32_t bits_of(float f) { return __float_as_uint(f); }
 DEV float float_of(uint32_t u) { return __uint_as_float(u); }
 // Two floats to BF16, nearest even; `low` into the low half.

@@ -515,6 +515,11 @@ template <class T> DEV T shfl(T v, int lane, int site = __builtin_LINE()) { retu
 // --- arithmetic of the header of inline PTX ---
 
 DEV uint32_t rotr(uint32_t u, int r) { return u >> r | u << (32 - r); }
+DEV uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+    uint32_t v = 0;
+    for (int i = 0; i < 4; i++) v |= (uint32_t)(((uint64_t)b << 32 | a) >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return v;
+}
 DEV uint32_t bits_of(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 DEV float float_of(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 DEV uint32_t to_bf16(float f) {
