@@ -80,12 +80,12 @@ DEV void split(float a, float b, uint32_t& hi, uint32_t& lo) {
     hi = to_bf16x2(a, b);
     lo = to_bf16x2(a - float_of(hi << 16), b - float_of(hi & 0xffff0000u));
 }
-// Two E4M3 codes, in the upper bytes of the halves of x, to a BF16 pair; NaN stays NaN.
-DEV uint32_t e4m3_pair(uint32_t x) {
-    const uint32_t nan = ((x & 0x7f007f00u) + 0x01000100u) & 0x80008000u;
-    return mul_bf16x2((x & 0x80008000u) | ((x >> 4) & 0x07f007f0u), 0x7b807b80u) | (nan - (nan >> 9));
-}
-// Elements in 16 bytes of the cache; bytes of an element.
+// Two E4M3 codes, in the upper bytes of the halves of x, to a BF16 pair. NaN becomes 480: see nan_codes.
+DEV uint32_t e4m3_pair(uint32_t x) { return mul_bf16x2((x & 0x80008000u) | ((x >> 4) & 0x07f007f0u), 0x7b807b80u); }
+// The upper bit of each byte that is the code of a NaN, and others' lower bits: to be collected, and masked once. Where there is
+// one, a NaN is put into a product that has it as operand, which is cheaper than to look at each.
+DEV uint32_t nan_codes(uint32_t w) { return (w & 0x7f7f7f7fu) + 0x01010101u; }
+// Elements in 16 bytes of the cache.
 DEV constexpr int vector_of(int format) { return format == KV_F32 ? 4 : format == KV_BF16 ? 8 : 16; }
 
 // B operand of product j of 16 bytes of a key: dimensions 4j..4j+3 of those.
@@ -97,16 +97,15 @@ template <int F> DEV void operand_k(const U4& v, int j, uint32_t (&hi)[2], uint3
         hi[0] = w[2 * j], hi[1] = w[2 * j + 1];
     } else {
         hi[0] = e4m3_pair(permute(w[j], 0, 0x1404)), hi[1] = e4m3_pair(permute(w[j], 0, 0x3424));
+        if (j == 0 && ((nan_codes(w[0]) | nan_codes(w[1]) | nan_codes(w[2]) | nan_codes(w[3])) & 0x80808080u)) hi[0] = 0x7fc07fc0u;
     }
 }
-// Four dimensions of a value, from element `at` on: f32 in four words, BF16 in two, E4M3 in one.
-template <int F> DEV U4 load_v(const void* values, long at) {
-    if constexpr (F == KV_F32) return ld((const U4*)((const float*)values + at));
-    if constexpr (F == KV_BF16) {
-        const uint64_t v = ld((const uint64_t*)((const uint16_t*)values + at));
-        return U4{(uint32_t)v, (uint32_t)(v >> 32), 0, 0};
-    }
-    return U4{ld((const uint32_t*)((const uint8_t*)values + at)), 0, 0, 0};
+// Four dimensions of a value: f32 in four words, BF16 in two, E4M3 in one.
+template <int F> DEV U4 load_v(const char* p) {
+    if constexpr (F == KV_F32) return ld((const U4*)p);
+    if constexpr (F == KV_FP8) return U4{ld((const uint32_t*)p), 0, 0, 0};
+    const uint64_t v = ld((const uint64_t*)p);
+    return U4{(uint32_t)v, (uint32_t)(v >> 32), 0, 0};
 }
 // Half a B operand: dimension i of two values.
 template <int F> DEV void operand_v(const U4& a, const U4& b, int i, uint32_t& hi, uint32_t& lo) {
@@ -160,7 +159,9 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
     }
     const int key0 = base + warp * PAGES * PAGE;
     const int* table = tables + ld(table_of + first) + key0 / PAGE;
-    // Pages that any row sees, where their rows begin, and of the values that lane's part: bit 4·page + i for its key i.
+    // Pages that any row sees (the others are zeros), where their rows begin, and of the values that lane's part: bit 4·page + i
+    // for its key i.
+    const bool any = key0 < block_end && key0 + PAGES * PAGE > block_begin;
     bool seen[PAGES];
     long at[PAGES];
     uint32_t wanted = 0;
@@ -177,12 +178,14 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
 
     // Scores: columns of a product are eight keys, two products a page.
     float s[MT][2 * PAGES][4] = {};
-    for (int chunk = 0; chunk * 4 * V < pitch; chunk++) {
-        const int dim = chunk * 4 * V + t * V;
+    const char* key[PAGES];
+    UNROLL for (int p = 0; p < PAGES; p++) key[p] = (const char*)keys + (at[p] + g * pitch + t * V) * (16 / V);
+    for (int chunk = 0; any && chunk * 4 * V < pitch; chunk++) {
+        const bool inside = chunk * 4 * V + t * V < pitch;
         U4 raw[PAGES][2];
         UNROLL for (int p = 0; p < PAGES; p++)
             UNROLL for (int i = 0; i < 2; i++)
-                raw[p][i] = seen[p] && dim < pitch ? ld((const U4*)keys + (at[p] + (i * 8 + g) * pitch + dim) / V) : U4{0, 0, 0, 0};
+                raw[p][i] = seen[p] && inside ? ld((const U4*)(key[p] + i * 8 * pitch * (16 / V)) + chunk * 4) : U4{0, 0, 0, 0};
         UNROLL for (int j = 0; j < V / 4; j++) {
             uint32_t hi[MT][4], lo[MT][4];
             UNROLL for (int m = 0; m < MT; m++) {
@@ -191,14 +194,12 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
                 hi[m][0] = h.x, hi[m][1] = h.y, hi[m][2] = h.z, hi[m][3] = h.w;
                 lo[m][0] = l.x, lo[m][1] = l.y, lo[m][2] = l.z, lo[m][3] = l.w;
             }
-            UNROLL for (int p = 0; p < PAGES; p++) {
-                if (!seen[p]) continue;
+            UNROLL for (int p = 0; p < PAGES; p++)
                 UNROLL for (int i = 0; i < 2; i++) {
                     uint32_t k_hi[2], k_lo[2];
                     operand_k<F>(raw[p][i], j, k_hi, k_lo);
                     UNROLL for (int m = 0; m < MT; m++) mma_split<F>(s[m][2 * p + i], hi[m], lo[m], k_hi, k_lo);
                 }
-            }
         }
     }
 
@@ -255,21 +256,27 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
         to[m] = sees ? parts + (head_of(row) * pieces + piece) * d : nullptr;
     }
     // Values, 32 dimensions at a time: lane 4g+t has dimensions 4g..4g+3 of keys 2t, 2t+1, 2t+8, 2t+9 of each page.
+    const char* value[PAGES];
+    UNROLL for (int p = 0; p < PAGES; p++) value[p] = (const char*)values + (at[p] + 2 * t * pitch + 4 * g) * (16 / V);
     for (int dim0 = 0; dim0 < pitch; dim0 += 32) {
         float o[MT][4][4] = {};
-        U4 raw[PAGES][4];
-        UNROLL for (int p = 0; p < PAGES; p++)
-            UNROLL for (int i = 0; i < 4; i++) {
-                const long from = at[p] + (2 * t + (i & 1) + (i >> 1) * 8) * pitch + dim0 + 4 * g;
-                raw[p][i] = (wanted >> (4 * p + i) & 1) && dim0 + 4 * g < pitch ? load_v<F>(values, from) : U4{0, 0, 0, 0};
-            }
-        UNROLL for (int p = 0; p < PAGES; p++) {
-            if (!seen[p]) continue;
-            UNROLL for (int i = 0; i < 4; i++) {
-                uint32_t v_hi[2], v_lo[2];
-                UNROLL for (int h = 0; h < 2; h++) operand_v<F>(raw[p][2 * h], raw[p][2 * h + 1], i, v_hi[h], v_lo[h]);
-                UNROLL for (int m = 0; m < MT; m++) mma_split<F>(o[m][i], hi[m][p], lo[m][p], v_hi, v_lo);
-            }
+        if (any) {
+            const bool inside = dim0 + 4 * g < pitch;
+            U4 raw[PAGES][4];
+            uint32_t nan = 0;
+            UNROLL for (int p = 0; p < PAGES; p++)
+                UNROLL for (int i = 0; i < 4; i++) {
+                    const char* from = value[p] + ((i & 1) + (i >> 1) * 8) * pitch * (16 / V) + dim0 * (16 / V);
+                    raw[p][i] = (wanted >> (4 * p + i) & 1) && inside ? load_v<F>(from) : U4{0, 0, 0, 0};
+                    if (F == KV_FP8) nan |= nan_codes(raw[p][i].x);
+                }
+            UNROLL for (int p = 0; p < PAGES; p++)
+                UNROLL for (int i = 0; i < 4; i++) {
+                    uint32_t v_hi[2], v_lo[2];
+                    UNROLL for (int h = 0; h < 2; h++) operand_v<F>(raw[p][2 * h], raw[p][2 * h + 1], i, v_hi[h], v_lo[h]);
+                    if (F == KV_FP8 && p == 0 && (nan >> (8 * i + 7) & 1)) v_hi[0] = 0x7fc07fc0u;
+                    UNROLL for (int m = 0; m < MT; m++) mma_split<F>(o[m][i], hi[m][p], lo[m][p], v_hi, v_lo);
+                }
         }
         // Everyone is done with queries, or with the sums before these.
         block_sync();

@@ -401,7 +401,7 @@ static void check_operand() {
 
 // --- attention ---
 
-static void attention_case(int heads, int kv_heads, int d, int format, int window, bool norms, bool turned, std::vector<std::pair<int, int>> spans) {
+static void attention_case(int heads, int kv_heads, int d, int format, int window, bool norms, bool turned, std::vector<std::pair<int, int>> spans, int broken = 0) {
     const float k_scale = format == KV_FP8 ? .02f : 1, v_scale = format == KV_FP8 ? .03f : 1, scale = 1 / sqrtf((float)d);
     int tokens = 0, pages = 1, reach = 0;
     std::vector<int> positions, slots, tables, table_of;
@@ -427,6 +427,18 @@ static void attention_case(int heads, int kv_heads, int d, int format, int windo
         else if (format == KV_BF16) ((uint16_t*)c->data())[i] = (uint16_t)to_bf16(x);
         else (*c)[i] = (uint8_t)below(120);
     }
+    // NaN where nobody may look, behind a sequence's end; and in a key (1) or a value (2) that the first sequence's tokens see.
+    auto break_at = [&](std::vector<uint8_t>& c, int first, int p) {
+        const size_t at = ((size_t)tables[first + p / 16] * kv_heads * 16 + p % 16) * pitch + 5;
+        if (format == KV_F32) ((float*)c.data())[at] = NAN;
+        else if (format == KV_BF16) ((uint16_t*)c.data())[at] = 0x7fc0;
+        else c[at] = 0xff;
+    };
+    for (size_t i = 0, token = 0; i < spans.size(); token += spans[i++].second) {
+        const int stop = spans[i].first + spans[i].second;
+        for (int p = stop; p % 16; p++) break_at(before_k, table_of[token], p), break_at(before_v, table_of[token], p);
+    }
+    if (broken) break_at(broken == 1 ? before_k : before_v, 0, 2);
     Array<float> dq(q), dk(k), dv(v), dqn(qn), dkn(kn), drope(rope), turned_q((size_t)tokens * heads * d);
     Array<int> dp(positions), ds(slots), dt(tables), dof(table_of);
     Array<uint8_t> keys(before_k), values(before_v);
@@ -528,6 +540,8 @@ static void check_attention() {
         attention_case(10, 2, 64, format, 7, true, false, {{250, 12}, {0, 1}, {513, 1}});
         attention_case(4, 4, 130, format, 300, false, true, {{600, 2}, {255, 2}});
     }
+    for (int format = 0; format < 3; format++)
+        for (int broken : {1, 2}) attention_case(2, 2, 32, format, 0, false, true, {{8, 9}, {3, 1}}, broken);
     attention_case(4, 1, 256, KV_F32, 0, false, true, {{1023, 2}});
 }
 
