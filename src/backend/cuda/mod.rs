@@ -34,14 +34,13 @@ const RUN: usize = 32;
 const MAX_HEAD_DIM: usize = 256;
 
 /// Kernels that are launched by name; matmul_*, tile_* and embed_* for each kind of weight.
-const KERNELS: [&str; 72] = [
+const KERNELS: [&str; 71] = [
     "add",
     "add_rows",
     "attention_bf16_16",
     "attention_bf16_32",
     "attention_combine",
     "attention_f32_16",
-    "attention_f32_32",
     "attention_fp8_16",
     "attention_fp8_32",
     "embed_bf16",
@@ -477,9 +476,9 @@ impl CudaBackend {
         let parts = self.device.take(4 * tokens * heads * pieces * head_dim)?;
         let totals = self.device.take(8 * tokens * heads * pieces)?;
         let window = shape.window.unwrap_or(0);
-        // Blocks of 32 rows read the cache half as often, where there are as many rows.
+        // Blocks of 32 rows read the cache half as often, where there are as many rows. Three terms of f32 leave no room for them.
         let most = pass.longest_run * (heads / kv_heads);
-        let rows = if most <= 16 { 16 } else { 32 };
+        let rows = if most <= 16 || kv == 0 { 16 } else { 32 };
         let groups = most.div_ceil(rows);
         let args = Args::new()
             .memory(&turned.data)

@@ -7,8 +7,9 @@
 // of the piece, 64 keys, for all rows: it keeps their scores in registers, which become the A operand of the product with the
 // values as they are; what the warps give is added in order. Keys that a row does not see count as exact zeros, and no row
 // meets another: so a token's bits depend on its sequence only.
-// Operands are BF16: f32 as two (16 bits), of which the product of the two small halves is left out; the cache exactly, scales
-// of E4M3 multiply scores and sums. Sums are f32.
+// Operands are BF16. Over a cache of f32 each f32 is the sum of three (24 bits), and six of their nine products are computed:
+// what f32 gives. Otherwise queries and numerators are two (16 bits), the cache is exact, and the scales of E4M3 multiply scores
+// and sums. Sums are f32.
 // Roofline: the cache once per 16·MT rows. Limits: head_dim even, up to MAX_DIM.
 #include "formats.cuh"
 
@@ -75,10 +76,15 @@ KERNEL(rope_cache, 128, (const float* q, const float* k, const float* v, float* 
     }
 }
 
-// Two floats as BF16 pairs, the nearest and what that leaves.
-DEV void split(float a, float b, uint32_t& hi, uint32_t& lo) {
-    hi = to_bf16x2(a, b);
-    lo = to_bf16x2(a - float_of(hi << 16), b - float_of(hi & 0xffff0000u));
+// BF16 terms of queries and numerators, and of keys and values.
+DEV constexpr int terms(int format) { return format == KV_F32 ? 3 : 2; }
+DEV constexpr int cache_terms(int format) { return format == KV_F32 ? 3 : 1; }
+// Two floats as BF16 pairs: the nearest, what that leaves, and so on.
+template <int N> DEV void split(float a, float b, uint32_t (&pairs)[N]) {
+    UNROLL for (int i = 0; i < N; i++) {
+        pairs[i] = to_bf16x2(a, b);
+        a -= float_of(pairs[i] << 16), b -= float_of(pairs[i] & 0xffff0000u);
+    }
 }
 // Two E4M3 codes, in the upper bytes of the halves of x, to a BF16 pair. NaN becomes 480: see nan_codes.
 DEV uint32_t e4m3_pair(uint32_t x) { return mul_bf16x2((x & 0x80008000u) | ((x >> 4) & 0x07f007f0u), 0x7b807b80u); }
@@ -88,16 +94,20 @@ DEV uint32_t nan_codes(uint32_t w) { return (w & 0x7f7f7f7fu) + 0x01010101u; }
 // Elements in 16 bytes of the cache.
 DEV constexpr int vector_of(int format) { return format == KV_F32 ? 4 : format == KV_BF16 ? 8 : 16; }
 
-// B operand of product j of 16 bytes of a key: dimensions 4j..4j+3 of those.
-template <int F> DEV void operand_k(const U4& v, int j, uint32_t (&hi)[2], uint32_t (&lo)[2]) {
+// B operand of product j of 16 bytes of a key, by terms: dimensions 4j..4j+3 of those.
+template <int F> DEV void operand_k(const U4& v, int j, uint32_t (&b)[cache_terms(F)][2]) {
     const uint32_t w[4] = {v.x, v.y, v.z, v.w};
     if constexpr (F == KV_F32) {
-        split(float_of(w[0]), float_of(w[1]), hi[0], lo[0]), split(float_of(w[2]), float_of(w[3]), hi[1], lo[1]);
+        UNROLL for (int h = 0; h < 2; h++) {
+            uint32_t pairs[3];
+            split(float_of(w[2 * h]), float_of(w[2 * h + 1]), pairs);
+            UNROLL for (int i = 0; i < 3; i++) b[i][h] = pairs[i];
+        }
     } else if constexpr (F == KV_BF16) {
-        hi[0] = w[2 * j], hi[1] = w[2 * j + 1];
+        b[0][0] = w[2 * j], b[0][1] = w[2 * j + 1];
     } else {
-        hi[0] = e4m3_pair(permute(w[j], 0, 0x1404)), hi[1] = e4m3_pair(permute(w[j], 0, 0x3424));
-        if (j == 0 && ((nan_codes(w[0]) | nan_codes(w[1]) | nan_codes(w[2]) | nan_codes(w[3])) & 0x80808080u)) hi[0] = 0x7fc07fc0u;
+        b[0][0] = e4m3_pair(permute(w[j], 0, 0x1404)), b[0][1] = e4m3_pair(permute(w[j], 0, 0x3424));
+        if (j == 0 && ((nan_codes(w[0]) | nan_codes(w[1]) | nan_codes(w[2]) | nan_codes(w[3])) & 0x80808080u)) b[0][0] = 0x7fc07fc0u;
     }
 }
 // Four dimensions of a value: f32 in four words, BF16 in two, E4M3 in one.
@@ -107,19 +117,18 @@ template <int F> DEV U4 load_v(const char* p) {
     const uint64_t v = ld((const uint64_t*)p);
     return U4{(uint32_t)v, (uint32_t)(v >> 32), 0, 0};
 }
-// Half a B operand: dimension i of two values.
-template <int F> DEV void operand_v(const U4& a, const U4& b, int i, uint32_t& hi, uint32_t& lo) {
+// Half a B operand by terms: dimension i of two values.
+template <int F> DEV void operand_v(const U4& a, const U4& b, int i, uint32_t (&pairs)[cache_terms(F)]) {
     const uint32_t v[4] = {a.x, a.y, a.z, a.w}, w[4] = {b.x, b.y, b.z, b.w};
-    if constexpr (F == KV_F32) split(float_of(v[i]), float_of(w[i]), hi, lo);
-    else if constexpr (F == KV_BF16) hi = permute(v[i / 2], w[i / 2], i % 2 ? 0x7632 : 0x5410);
-    else hi = e4m3_pair(permute(a.x, b.x, 0x4400u + 0x1111u * i));
+    if constexpr (F == KV_F32) split(float_of(v[i]), float_of(w[i]), pairs);
+    else if constexpr (F == KV_BF16) pairs[0] = permute(v[i / 2], w[i / 2], i % 2 ? 0x7632 : 0x5410);
+    else pairs[0] = e4m3_pair(permute(a.x, b.x, 0x4400u + 0x1111u * i));
 }
-// d += a · b, both with a small half; that of b where the cache is f32.
-template <int F>
-DEV void mma_split(float (&d)[4], const uint32_t (&a_hi)[4], const uint32_t (&a_lo)[4], const uint32_t (&hi)[2], const uint32_t (&lo)[2]) {
-    mma_bf16(d, a_hi, hi[0], hi[1]);
-    mma_bf16(d, a_lo, hi[0], hi[1]);
-    if constexpr (F == KV_F32) mma_bf16(d, a_hi, lo[0], lo[1]);
+// d += a · b by terms, without the products that are smaller than what the last term leaves.
+template <int A, int B> DEV void mma_terms(float (&d)[4], const uint32_t (&a)[A][4], const uint32_t (&b)[B][2]) {
+    UNROLL for (int order = 0; order < A; order++)
+        UNROLL for (int i = 0; i <= order; i++)
+            if (order - i < B) mma_bf16(d, a[i], b[order - i][0], b[order - i][1]);
 }
 
 // Softmax numerators times values over one piece of the keys: parts [tokens, heads, pieces, d] and their maximum and sum
@@ -130,7 +139,7 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
                 const int* tables, const int* table_of, const int* runs, int groups, int heads, int kv_heads, int d, int window,
                 float scale, float k_scale, float v_scale, int pieces, SharedArray<U4> shared, SharedArray<float> maxima,
                 SharedArray<float> sums) {
-    constexpr int V = vector_of(F), ROWS = 16 * MT, COLS = 9;  // a row of 32 dimensions, and 16 bytes against bank conflicts
+    constexpr int V = vector_of(F), TERMS = terms(F), ROWS = 16 * MT, COLS = 9;  // a row of 32 dimensions, and 16 bytes against bank conflicts
     const int lane = lane_index(), warp = warp_index(), g = lane >> 2, t = lane & 3;
     const int share = heads / kv_heads, kv_head = block_y() / groups, row0 = block_y() % groups * ROWS;
     const int first = ld(runs + 2 * block_x()), count = ld(runs + 2 * block_x() + 1) * share;
@@ -143,19 +152,22 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
     const int block_end = end_of(min(row0 + ROWS, count) - 1), block_begin = begin_of(end_of(row0));
     if (block_end <= base || block_begin >= base + SPLIT) return;
 
-    // Queries as A operands: [tile][step][small half][lane]. Lane 4g+t has, of each 4·V dimensions, V from t·V on.
+    // Queries as A operands: [tile][step][term][lane]. Lane 4g+t has, of each 4·V dimensions, V from t·V on.
     for (int i = thread_index(); i < MT * steps * 32; i += ATTEND) {
         const int l = i % 32, step = i / 32 % steps, tile = i / 32 / steps;
         const int dim = step / (V / 4) * 4 * V + (l & 3) * V + step % (V / 4) * 4;
-        uint32_t hi[4], lo[4];
+        uint32_t a[TERMS][4], pairs[TERMS];
         UNROLL for (int upper = 0; upper < 2; upper++) {
             const float* from = q + head_of(min(row0 + tile * 16 + (l >> 2) + 8 * upper, count - 1)) * d;
             float v[4];
             UNROLL for (int e = 0; e < 4; e++) v[e] = dim + e < d ? ld(from + dim + e) : 0.0f;
-            split(v[0], v[1], hi[upper], lo[upper]), split(v[2], v[3], hi[2 + upper], lo[2 + upper]);
+            UNROLL for (int h = 0; h < 2; h++) {
+                split(v[2 * h], v[2 * h + 1], pairs);
+                UNROLL for (int e = 0; e < TERMS; e++) a[e][2 * h + upper] = pairs[e];
+            }
         }
-        shared[(tile * steps + step) * 64 + l] = U4{hi[0], hi[1], hi[2], hi[3]};
-        shared[(tile * steps + step) * 64 + 32 + l] = U4{lo[0], lo[1], lo[2], lo[3]};
+        UNROLL for (int e = 0; e < TERMS; e++)
+            shared[((tile * steps + step) * TERMS + e) * 32 + l] = U4{a[e][0], a[e][1], a[e][2], a[e][3]};
     }
     const int key0 = base + warp * PAGES * PAGE;
     const int* table = tables + ld(table_of + first) + key0 / PAGE;
@@ -187,18 +199,17 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
             UNROLL for (int i = 0; i < 2; i++)
                 raw[p][i] = seen[p] && inside ? ld((const U4*)(key[p] + i * 8 * pitch * (16 / V)) + chunk * 4) : U4{0, 0, 0, 0};
         UNROLL for (int j = 0; j < V / 4; j++) {
-            uint32_t hi[MT][4], lo[MT][4];
-            UNROLL for (int m = 0; m < MT; m++) {
-                const int from = (m * steps + chunk * (V / 4) + j) * 64 + lane;
-                const U4 h = shared[from], l = shared[from + 32];
-                hi[m][0] = h.x, hi[m][1] = h.y, hi[m][2] = h.z, hi[m][3] = h.w;
-                lo[m][0] = l.x, lo[m][1] = l.y, lo[m][2] = l.z, lo[m][3] = l.w;
-            }
+            uint32_t a[MT][TERMS][4];
+            UNROLL for (int m = 0; m < MT; m++)
+                UNROLL for (int e = 0; e < TERMS; e++) {
+                    const U4 v = shared[((m * steps + chunk * (V / 4) + j) * TERMS + e) * 32 + lane];
+                    a[m][e][0] = v.x, a[m][e][1] = v.y, a[m][e][2] = v.z, a[m][e][3] = v.w;
+                }
             UNROLL for (int p = 0; p < PAGES; p++)
                 UNROLL for (int i = 0; i < 2; i++) {
-                    uint32_t k_hi[2], k_lo[2];
-                    operand_k<F>(raw[p][i], j, k_hi, k_lo);
-                    UNROLL for (int m = 0; m < MT; m++) mma_split<F>(s[m][2 * p + i], hi[m], lo[m], k_hi, k_lo);
+                    uint32_t b[cache_terms(F)][2];
+                    operand_k<F>(raw[p][i], j, b);
+                    UNROLL for (int m = 0; m < MT; m++) mma_terms(s[m][2 * p + i], a[m], b);
                 }
         }
     }
@@ -226,7 +237,7 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
             if (t == 0) maxima[warp * ROWS + row] = most;
         }
     block_sync();
-    uint32_t hi[MT][PAGES][4], lo[MT][PAGES][4];
+    uint32_t numerators[MT][PAGES][TERMS][4];
     UNROLL for (int m = 0; m < MT; m++)
         UNROLL for (int upper = 0; upper < 2; upper++) {
             const int row = m * 16 + g + 8 * upper;
@@ -242,7 +253,9 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
                     p[e] = sees ? exp_f32(s[m][n][2 * upper + e] - most) : 0.0f;
                     sum += p[e];
                 }
-                split(p[0], p[1], hi[m][n / 2][n % 2 * 2 + upper], lo[m][n / 2][n % 2 * 2 + upper]);
+                uint32_t pairs[TERMS];
+                split(p[0], p[1], pairs);
+                UNROLL for (int e = 0; e < TERMS; e++) numerators[m][n / 2][e][n % 2 * 2 + upper] = pairs[e];
             }
             UNROLL for (int i = 1; i < 4; i *= 2) sum += shfl_xor(sum, i);
             if (t == 0) sums[warp * ROWS + row] = sum;
@@ -272,10 +285,13 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
                 }
             UNROLL for (int p = 0; p < PAGES; p++)
                 UNROLL for (int i = 0; i < 4; i++) {
-                    uint32_t v_hi[2], v_lo[2];
-                    UNROLL for (int h = 0; h < 2; h++) operand_v<F>(raw[p][2 * h], raw[p][2 * h + 1], i, v_hi[h], v_lo[h]);
-                    if (F == KV_FP8 && p == 0 && (nan >> (8 * i + 7) & 1)) v_hi[0] = 0x7fc07fc0u;
-                    UNROLL for (int m = 0; m < MT; m++) mma_split<F>(o[m][i], hi[m][p], lo[m][p], v_hi, v_lo);
+                    uint32_t b[cache_terms(F)][2], pairs[cache_terms(F)];
+                    UNROLL for (int h = 0; h < 2; h++) {
+                        operand_v<F>(raw[p][2 * h], raw[p][2 * h + 1], i, pairs);
+                        UNROLL for (int e = 0; e < cache_terms(F); e++) b[e][h] = pairs[e];
+                    }
+                    if (F == KV_FP8 && p == 0 && (nan >> (8 * i + 7) & 1)) b[0][0] = 0x7fc07fc0u;
+                    UNROLL for (int m = 0; m < MT; m++) mma_terms(o[m][i], numerators[m][p], b);
                 }
         }
         // Everyone is done with queries, or with the sums before these.
@@ -316,14 +332,13 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
               (const float* q, const void* keys, const void* values, float* parts, float* totals, const int* positions,   \
                const int* tables, const int* table_of, const int* runs, int groups, int heads, int kv_heads, int d,       \
                int window, float scale, float k_scale, float v_scale, int pieces)) {                                      \
-        SHARED(U4, shared, MAX_DIM / 16 * 64 * MT);                                                                        \
+        SHARED(U4, shared, MAX_DIM / 16 * 32 * terms(F) * MT);                                                             \
         SHARED(float, maxima, ATTEND / 32 * 16 * MT);                                                                      \
         SHARED(float, sums, ATTEND / 32 * 16 * MT);                                                                        \
         attend<F, MT>(q, keys, values, parts, totals, positions, tables, table_of, runs, groups, heads, kv_heads, d,      \
                       window, scale, k_scale, v_scale, pieces, shared, maxima, sums);                                      \
     }
 ATTENTION(f32_16, KV_F32, 1)
-ATTENTION(f32_32, KV_F32, 2)
 ATTENTION(bf16_16, KV_BF16, 1)
 ATTENTION(bf16_32, KV_BF16, 2)
 ATTENTION(fp8_16, KV_FP8, 1)
