@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs every kernel against its definition, with every access checked (src/backend/cuda/standin): compiled for the CPU, then
 # as the PTX that nvcc makes of it, interpreted. Where there is no nvcc and none can be installed, only the first.
-# usage: cuda-check.sh [--only FILE] [DIR]   FILE: matmul, operand, attention or rows (.cu); DIR: the kernels' folder
+# usage: cuda-check.sh [--only FILE] [DIR]   FILE: matmul, tile, operand, attention or rows (.cu); DIR: the kernels' folder
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 only=()

@@ -1,4 +1,4 @@
-//! The KV cache on the device: per layer, [pages, KV heads, 16, head_dim] keys, and values.
+//! The KV cache on the device: per layer, [pages, KV heads, 16, head_dim padded to 16] keys, and values.
 
 use std::sync::Arc;
 
@@ -25,7 +25,7 @@ fn page_bytes(shape: &LayerCache) -> usize {
         KvFormat::Bf16 => 2,
         KvFormat::Fp8 { .. } => 1,
     };
-    element * shape.kv_heads * PAGE * shape.head_dim
+    element * shape.kv_heads * PAGE * shape.head_dim.next_multiple_of(16)
 }
 
 impl CudaCache {

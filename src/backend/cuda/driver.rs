@@ -57,6 +57,7 @@ pub struct Device {
     pub capability: (i32, i32),
     pub driver: i32,
     handle: sys::CUdevice,
+    pub multiprocessors: usize,
     context: sys::CUcontext,
     stream: sys::CUstream,
     functions: HashMap<&'static str, sys::CUfunction>,
@@ -175,6 +176,7 @@ impl Device {
         }
         let major = attribute(handle, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = attribute(handle, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        let multiprocessors = attribute(handle, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         if major < 8 {
             let message = format!("{major}.{minor} is the device's compute capability; 8.0 or newer is needed");
             return Err(failed("CUDA", message));
@@ -191,7 +193,9 @@ impl Device {
         let bytes: Vec<u8> = text.iter().take_while(|c| **c != 0).map(|c| *c as u8).collect();
         let name = String::from_utf8_lossy(&bytes).into_owned();
         let (functions, free) = (HashMap::new(), Mutex::default());
-        Ok(Self { ordinal, name, capability: (major, minor), driver, handle, context, stream, functions, free })
+        let multiprocessors = multiprocessors as usize;
+        let capability = (major, minor);
+        Ok(Self { ordinal, name, capability, driver, multiprocessors, handle, context, stream, functions, free })
     }
 
     /// Bytes per second of a copy within the device, read and written together: the most that any kernel can move.
@@ -221,7 +225,6 @@ impl Device {
     /// # Errors
     /// The driver's failure.
     pub fn tensor_peak(&self) -> Result<f64> {
-        let units = attribute(self.handle, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let kilohertz = attribute(self.handle, CUdevice_attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)?;
         // Dense, a clock and multiprocessor, from the architectures' white papers; 9.0 and 10.x by wgmma and tcgen05.
         let each = match self.capability {
@@ -230,7 +233,7 @@ impl Device {
             (10 | 11, _) => 4096,
             _ => 512,
         };
-        Ok(f64::from(units) * f64::from(kilohertz) * 1e3 * f64::from(each))
+        Ok(self.multiprocessors as f64 * f64::from(kilohertz) * 1e3 * f64::from(each))
     }
 
     /// Makes the context current on this thread.

@@ -27,17 +27,22 @@ use crate::logits::{Routing, TokenScore, route_row, score_row};
 
 /// Keys that one block of attention looks at: `SPLIT` of kernels/attention.cu.
 const SPLIT: usize = 256;
-/// Query heads of one block: `HEADS` there.
-const HEADS: usize = 4;
+/// Tokens of a run, consecutive ones of a sequence whose rows (query heads that share keys) make blocks: any number will do;
+/// this one leaves no block of 32 rows incomplete.
+const RUN: usize = 32;
 /// The widest head that fits its shared memory.
 const MAX_HEAD_DIM: usize = 256;
 
-/// Kernels that are launched by name; matmul_* and embed_* for each kind of weight.
-const KERNELS: [&str; 43] = [
+/// Kernels that are launched by name; matmul_*, tile_* and embed_* for each kind of weight.
+const KERNELS: [&str; 71] = [
     "add",
     "add_rows",
-    "attention",
+    "attention_bf16_16",
+    "attention_bf16_32",
     "attention_combine",
+    "attention_f32_16",
+    "attention_fp8_16",
+    "attention_fp8_32",
     "embed_bf16",
     "embed_e2m1_16",
     "embed_e2m1_32",
@@ -47,27 +52,39 @@ const KERNELS: [&str; 43] = [
     "embed_mxfp8",
     "gather",
     "look",
+    "matmul_bf16_16",
+    "matmul_bf16_16g",
     "matmul_bf16_32",
     "matmul_bf16_32g",
     "matmul_bf16_8",
     "matmul_bf16_8g",
+    "matmul_e2m1_16_16",
+    "matmul_e2m1_16_16g",
     "matmul_e2m1_16_32",
     "matmul_e2m1_16_32g",
     "matmul_e2m1_16_8",
     "matmul_e2m1_16_8g",
+    "matmul_e2m1_32_16",
+    "matmul_e2m1_32_16g",
     "matmul_e2m1_32_32",
     "matmul_e2m1_32_32g",
     "matmul_e2m1_32_8",
     "matmul_e2m1_32_8g",
+    "matmul_e4m3_16",
+    "matmul_e4m3_16g",
     "matmul_e4m3_32",
     "matmul_e4m3_32g",
     "matmul_e4m3_8",
     "matmul_e4m3_8g",
     "matmul_f32",
+    "matmul_mxfp4_16",
+    "matmul_mxfp4_16g",
     "matmul_mxfp4_32",
     "matmul_mxfp4_32g",
     "matmul_mxfp4_8",
     "matmul_mxfp4_8g",
+    "matmul_mxfp8_16",
+    "matmul_mxfp8_16g",
     "matmul_mxfp8_32",
     "matmul_mxfp8_32g",
     "matmul_mxfp8_8",
@@ -77,6 +94,18 @@ const KERNELS: [&str; 43] = [
     "operand_silu",
     "rope_cache",
     "silu_mul",
+    "tile_bf16",
+    "tile_bf16g",
+    "tile_e2m1_16",
+    "tile_e2m1_16g",
+    "tile_e2m1_32",
+    "tile_e2m1_32g",
+    "tile_e4m3",
+    "tile_e4m3g",
+    "tile_mxfp4",
+    "tile_mxfp4g",
+    "tile_mxfp8",
+    "tile_mxfp8g",
 ];
 
 /// Runs the decoder on one GPU. Clones share it.
@@ -147,6 +176,10 @@ pub struct CudaPass {
     /// Page tables, one after the other, and where each token's begins.
     tables: Memory,
     table_of: Memory,
+    /// The first token of each run, and how many they are; the longest.
+    runs: Memory,
+    run_count: usize,
+    longest_run: usize,
     ropes: Vec<Arc<Memory>>,
     /// One past the highest page in use.
     pages: usize,
@@ -187,6 +220,33 @@ fn suffix(kind: Kind) -> &'static str {
 fn kernel(name: &str) -> Result<&'static str> {
     let missing = || BackendError::Failed { context: "CUDA", message: format!("there is no kernel `{name}`") };
     KERNELS.iter().copied().find(|k| *k == name).ok_or_else(missing)
+}
+
+/// The kernel of a product and its grid: of `tokens` rows of x, each of them `planes` rows of BF16, with a weight of `n` outputs,
+/// on a device of so many multiprocessors. All kernels give the same bits.
+///
+/// Up to 32 rows the weights are read once and bound the time, by the kernel with the fewest columns that has room. Beyond, a
+/// tile does twice the work per byte from L2 (256 outputs by 64 tokens for 32 by 32), but its blocks are few: it is taken once
+/// they occupy half of the device.
+///
+/// # Errors
+/// When there is no kernel for this kind.
+pub(crate) fn product_kernel(
+    kind: Kind,
+    grouped: bool,
+    (tokens, planes): (usize, usize),
+    n: usize,
+    multiprocessors: usize,
+) -> Result<(&'static str, [usize; 3])> {
+    let rows = tokens * planes;
+    let group = if grouped { "g" } else { "" };
+    let tile = [n.div_ceil(if grouped { 128 } else { 256 }), tokens.div_ceil(64), 1];
+    if rows > 32 && 2 * tile[0] * tile[1] >= multiprocessors {
+        return Ok((kernel(&format!("tile_{}{group}", suffix(kind)))?, tile));
+    }
+    let columns = [8, 16].into_iter().find(|c| rows <= *c).unwrap_or(32);
+    let name = kernel(&format!("matmul_{}_{columns}{group}", suffix(kind)))?;
+    Ok((name, [n.div_ceil(32), rows.div_ceil(columns), 1]))
 }
 
 impl CudaBackend {
@@ -280,9 +340,8 @@ impl CudaBackend {
             return Ok(y);
         };
         let rows = x.rows * operand.planes;
-        let columns = if rows <= 8 { 8 } else { 32 };
-        let grouped = if w.grouped() { "g" } else { "" };
-        let name = kernel(&format!("matmul_{}_{columns}{grouped}", suffix(w.kind)))?;
+        let count = (x.rows, operand.planes);
+        let (name, grid) = product_kernel(w.kind, w.grouped(), count, w.n, self.device.multiprocessors)?;
         let args = Args::new()
             .memory(&w.words)
             .optional(w.scales.as_ref())
@@ -297,7 +356,7 @@ impl CudaBackend {
             .int(w.n)
             .int(w.k.next_multiple_of(STEP))
             .float(operand.scale());
-        self.launch(name, [w.n.div_ceil(32), rows.div_ceil(columns), 1], 256, args)?;
+        self.launch(name, grid, 256, args)?;
         Ok(y)
     }
 
@@ -417,6 +476,10 @@ impl CudaBackend {
         let parts = self.device.take(4 * tokens * heads * pieces * head_dim)?;
         let totals = self.device.take(8 * tokens * heads * pieces)?;
         let window = shape.window.unwrap_or(0);
+        // Blocks of 32 rows read the cache half as often, where there are as many rows. Three terms of f32 leave no room for them.
+        let most = pass.longest_run * (heads / kv_heads);
+        let rows = if most <= 16 || kv == 0 { 16 } else { 32 };
+        let groups = most.div_ceil(rows);
         let args = Args::new()
             .memory(&turned.data)
             .memory(&layer.keys)
@@ -426,17 +489,18 @@ impl CudaBackend {
             .memory(&pass.positions)
             .memory(&pass.tables)
             .memory(&pass.table_of)
+            .memory(&pass.runs)
+            .int(groups)
             .int(heads)
             .int(kv_heads)
             .int(head_dim)
             .int(window)
             .float(shape.scale())
-            .int(kv)
             .float(k_scale)
             .float(v_scale)
             .int(pieces);
-        let groups = (heads / kv_heads).div_ceil(HEADS);
-        self.launch("attention", [tokens, kv_heads * groups, pieces], 128, args)?;
+        let name = kernel(&format!("attention_{}_{rows}", ["f32", "bf16", "fp8"][kv]))?;
+        self.launch(name, [pass.run_count, kv_heads * groups, pieces], 128, args)?;
         let out = self.empty(tokens, q.columns)?;
         let args = Args::new()
             .memory(&parts)
@@ -493,11 +557,14 @@ impl Backend for CudaBackend {
     }
 
     fn prepare(&self, batch: &Batch, ropes: &[&CudaRope]) -> Result<CudaPass> {
-        let (mut slots, mut tables, mut table_of) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut slots, mut tables, mut table_of, mut runs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for span in &batch.spans {
             let needed = span.start + span.len;
             if span.pages.len() * PAGE < needed {
                 return Err(BackendError::CacheTooSmall { capacity: span.pages.len() * PAGE, needed });
+            }
+            for first in (0..span.len).step_by(RUN) {
+                runs.push([(slots.len() + first) as i32, RUN.min(span.len - first) as i32]);
             }
             for position in span.start..needed {
                 slots.push((span.pages[position / PAGE] as usize * PAGE + position % PAGE) as i32);
@@ -514,6 +581,9 @@ impl Backend for CudaBackend {
             slots: self.device.upload(&slots)?,
             tables: self.device.upload(&tables)?,
             table_of: self.device.upload(&table_of)?,
+            run_count: runs.len(),
+            longest_run: runs.iter().map(|r| r[1] as usize).max().unwrap_or(0),
+            runs: self.device.upload(&runs.concat())?,
             ropes: ropes.iter().map(|r| self.rope(r, batch.reach())).collect::<Result<_>>()?,
             pages,
         })

@@ -3,3 +3,4 @@
 #include "matmul.cu"
 #include "operand.cu"
 #include "rows.cu"
+#include "tile.cu"

@@ -6,6 +6,8 @@
 #define DEV __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 #define KERNEL(name, threads, params) extern "C" __global__ void __launch_bounds__(threads) name params
+// The same, with registers for this many blocks on a multiprocessor; left to itself the compiler spills some for one more.
+#define KERNEL_OF(blocks, name, threads, params) extern "C" __global__ void __launch_bounds__(threads, blocks) name params
 #define SHARED(type, name, count) __shared__ type name[count]
 template <class T> using SharedArray = T*;
 struct alignas(16) U4 { uint32_t x, y, z, w; };
@@ -43,7 +45,18 @@ DEV uint8_t ld_stream(const uint8_t* p) { return __ldg(p); }
 template <class T> DEV T get(const T* p) { return *p; }
 template <class T> DEV void st(T* p, T v) { *p = v; }
 
+// Copies 16 bytes from global to shared memory while the thread goes on: there for itself after cp_wait, for others after a
+// barrier behind that. cp_wait<N> leaves the N groups that were committed last on their way.
+DEV void cp_async(SharedArray<U4> to, int i, const U4* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                 : : "r"((uint32_t)__cvta_generic_to_shared(to + i)), "l"(from) : "memory");
+}
+DEV void cp_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+template <int N> DEV void cp_wait() { asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory"); }
+
 DEV uint32_t rotr(uint32_t u, int r) { return __funnelshift_r(u, u, r); }
+// Byte i of the result is that byte of b:a (a has bytes 0 to 3) which digit i of the selector names.
+DEV uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 DEV uint32_t bits_of(float f) { return __float_as_uint(f); }
 DEV float float_of(uint32_t u) { return __uint_as_float(u); }
 // Two floats to BF16, nearest even; `low` into the low half.

@@ -1,7 +1,7 @@
 // Every kernel against its definition, on ragged shapes, with every access checked: what scripts/cuda-check.sh runs. The
 // definitions here are plain loops over whole matrices and know nothing of tiles, lanes or pages.
 //
-// usage: check [--ptx PTX] [FILE...]: the kernels of these files (matmul, operand, attention, rows); all without. With a file
+// usage: check [--ptx PTX] [FILE...]: the kernels of these files (matmul, tile, operand, attention, rows); all without. With a file
 // of the compiler's PTX (and built with -DPTX), kernels run from there.
 #include KERNELS
 
@@ -209,7 +209,8 @@ static OnDevice pack(const Linear& w) {
     return d;
 }
 
-static void matmul_case(int m, int n, int k, int kind, int planes, bool grouped, bool with_grid, bool x_scaled, bool biased, bool extreme, int nt) {
+// `columns`: rows of x in a block of the kernel for few rows, 8, 16 or 32; of the tile, 64. All must give the bits of that for 8.
+static void matmul_case(int m, int n, int k, int kind, int planes, bool grouped, bool with_grid, bool x_scaled, bool biased, bool extreme, int columns) {
     Linear w = random_linear(n, k, kind, extreme);
     OnDevice d = pack(w);
     const int kp = d.steps * 128;
@@ -222,11 +223,16 @@ static void matmul_case(int m, int n, int k, int kind, int planes, bool grouped,
     const float scale = .25f;
     Array<uint32_t> words(d.words), scales(d.scales);
     Array<uint16_t> dx(x);
-    Array<float> dg(grid), dxs(xs), drows(rows), dbias(bias), y((size_t)m * n);
-    const std::string name = std::string("matmul_") + NAMES[kind] + (nt == 1 ? "_8" : "_32") + (grouped ? "g" : "");
+    Array<float> dg(grid), dxs(xs), drows(rows), dbias(bias), y((size_t)m * n), small((size_t)m * n);
+    auto product = [&](int columns, float* y) {
+        const std::string name = (columns == 64 ? std::string("tile_") + NAMES[kind] : std::string("matmul_") + NAMES[kind] + "_" + std::to_string(columns)) + (grouped ? "g" : "");
+        const int outputs = columns < 64 ? 32 : grouped ? 128 : 256, units = columns < 64 ? m * planes : m;
+        return run(name.c_str(), (n + outputs - 1) / outputs, (units + columns - 1) / columns, 1, (U4*)words.p, d.scales.empty() ? nullptr : scales.p, with_grid ? dg.p : nullptr, dx.p, x_scaled ? dxs.p : nullptr, drows.p, biased ? dbias.p : nullptr, y, m * planes, planes, n, kp, scale);
+    };
     char what[160];
-    snprintf(what, sizeof what, "%s M=%d N=%d K=%d planes=%d grid=%d scaled=%d", name.c_str(), m, n, k, planes, with_grid, x_scaled);
-    if (!run(name.c_str(), (n + 31) / 32, (m * planes + 8 * nt - 1) / (8 * nt), 1, (U4*)words.p, d.scales.empty() ? nullptr : scales.p, with_grid ? dg.p : nullptr, dx.p, x_scaled ? dxs.p : nullptr, drows.p, biased ? dbias.p : nullptr, y.p, m * planes, planes, n, kp, scale)) return;
+    snprintf(what, sizeof what, "%s columns=%d M=%d N=%d K=%d planes=%d grouped=%d grid=%d scaled=%d", NAMES[kind], columns, m, n, k, planes, grouped, with_grid, x_scaled);
+    if (!product(columns, y.p)) return;
+    if (columns > 8 && product(8, small.p)) equal(std::string(what) + " against 8", y.get(what), small.get(what));
     std::vector<double> expected, size;
     for (int i = 0; i < m; i++)
         for (int o = 0; o < n; o++) {
@@ -247,13 +253,12 @@ static void matmul_case(int m, int n, int k, int kind, int planes, bool grouped,
 }
 static void check_matmul() {
     for (int kind = 0; kind < 6; kind++)
-        for (int nt : {1, 4})
+        for (int wide : {8, 16, 32})
             for (int grouped = 0; grouped < 2; grouped++) {
-                const int wide = nt == 1 ? 8 : 32;
-                matmul_case(1, 32, 128, kind, 1, grouped, false, false, false, false, nt);
-                matmul_case(wide - 3, 40, 128 * 9 + 32, kind, 1, grouped, grouped, true, true, true, nt);
-                matmul_case(wide / 2 + 1, 150, 64, kind, 2, grouped, grouped, true, true, false, nt);
-                matmul_case(3, 33, 128 * 5, kind, 2, grouped, grouped, grouped, false, true, nt);
+                matmul_case(1, 32, 128, kind, 1, grouped, false, false, false, false, wide);
+                matmul_case(wide - 3, 40, 128 * 9 + 32, kind, 1, grouped, grouped, true, true, true, wide);
+                matmul_case(wide / 2 + 1, 150, 64, kind, 2, grouped, grouped, true, true, false, wide);
+                matmul_case(3, 33, 128 * 5, kind, 2, grouped, grouped, grouped, false, true, wide);
             }
     // The same row gives the same bits whatever it stands beside, whichever kernel computes it.
     Linear w = random_linear(48, 128 * 11, 0, false);
@@ -267,6 +272,17 @@ static void check_matmul() {
     run("matmul_e2m1_16_8", 2, 1, 1, (U4*)words.p, scales.p, (float*)nullptr, one.p, (float*)nullptr, rows.p, (float*)nullptr, alone.p, 1, 1, 48, 128 * 11, 1.0f);
     const auto m = many.get("batch"), a = alone.get("alone");
     equal("a row of a batch", std::vector<float>(m.begin() + 13 * 48, m.begin() + 14 * 48), a);
+}
+
+// Slices of no step, of one and of two; blocks and warps beyond the last output; tokens beyond the last.
+static void check_tile() {
+    for (int kind = 0; kind < 6; kind++)
+        for (int grouped = 0; grouped < 2; grouped++) {
+            matmul_case(65, 40, 128 * 9 + 32, kind, 1, grouped, grouped, true, true, true, 64);
+            matmul_case(33, 280, 128 * 3, kind, 2, grouped, grouped, false, true, false, 64);
+            matmul_case(9, 150, 64, kind, 1, grouped, false, true, false, false, 64);
+            matmul_case(40, 33, 128 * 17, kind, 1, grouped, grouped, grouped, false, true, 64);
+        }
 }
 
 // --- operand ---
@@ -404,7 +420,7 @@ static void check_operand() {
 
 // --- attention ---
 
-static void attention_case(int heads, int kv_heads, int d, int format, int window, bool norms, bool turned, std::vector<std::pair<int, int>> spans) {
+static void attention_case(int heads, int kv_heads, int d, int format, int window, bool norms, bool turned, std::vector<std::pair<int, int>> spans, int broken = 0) {
     const float k_scale = format == KV_FP8 ? .02f : 1, v_scale = format == KV_FP8 ? .03f : 1, scale = 1 / sqrtf((float)d);
     int tokens = 0, pages = 1, reach = 0;
     std::vector<int> positions, slots, tables, table_of;
@@ -418,7 +434,8 @@ static void attention_case(int heads, int kv_heads, int d, int format, int windo
     const auto q = row((size_t)tokens * heads * d), k = row((size_t)tokens * kv_heads * d), v = row((size_t)tokens * kv_heads * d), qn = row(d), kn = row(d);
     std::vector<float> rope((size_t)reach * d);
     for (int p = 0; p < reach; p++) for (int i = 0; i < d / 2; i++) rope[(size_t)p * d + i] = cosf(p * powf(100, -2.f * i / d)), rope[(size_t)p * d + d / 2 + i] = sinf(p * powf(100, -2.f * i / d));
-    const size_t elements = (size_t)pages * kv_heads * 16 * d;
+    const int pitch = (d + 15) / 16 * 16;
+    const size_t elements = (size_t)pages * kv_heads * 16 * pitch;
     const int bytes = format == KV_F32 ? 4 : format == KV_BF16 ? 2 : 1;
     auto decode = [&](const uint8_t* c, size_t i, float s) { return format == KV_F32 ? (double)((float*)c)[i] : format == KV_BF16 ? (double)standin::bf(((uint16_t*)c)[i]) : e4m3_value(c[i]) * s; };
     // What was in the cache before: random, finite.
@@ -429,17 +446,18 @@ static void attention_case(int heads, int kv_heads, int d, int format, int windo
         else if (format == KV_BF16) ((uint16_t*)c->data())[i] = (uint16_t)to_bf16(x);
         else (*c)[i] = (uint8_t)(below(127) | below(2) << 7);
     }
-    // NaN in the last sequence: a value at its first position, which makes NaN of what sees it, and the key and value of the
-    // position after its end, which nothing sees.
-    const int end = spans.back().first + spans.back().second;
-    for (int i = 0; i < kv_heads; i++) for (int position : {0, end}) {
-        if (position ? position % 16 == 0 : spans.back().first == 0) continue;
-        const size_t at = (((size_t)tables[table_of.back() + position / 16] * kv_heads + i) * 16 + position % 16) * d + d / 2;
-        const float nan = NAN;
-        const void* code = format == KV_FP8 ? (const void*)"\x7f" : (const uint8_t*)&nan + 4 - bytes;
-        memcpy(before_v.data() + at * bytes, code, bytes);
-        if (position) memcpy(before_k.data() + at * bytes, code, bytes);
+    // NaN where nobody may look, behind a sequence's end; and in a key (1) or a value (2) that the first sequence's tokens see.
+    auto break_at = [&](std::vector<uint8_t>& c, int first, int p) {
+        const size_t at = ((size_t)tables[first + p / 16] * kv_heads * 16 + p % 16) * pitch + 5;
+        if (format == KV_F32) ((float*)c.data())[at] = NAN;
+        else if (format == KV_BF16) ((uint16_t*)c.data())[at] = 0x7fc0;
+        else c[at] = 0xff;
+    };
+    for (size_t i = 0, token = 0; i < spans.size(); token += spans[i++].second) {
+        const int stop = spans[i].first + spans[i].second;
+        for (int p = stop; p % 16; p++) break_at(before_k, table_of[token], p), break_at(before_v, table_of[token], p);
     }
+    if (broken) break_at(broken == 1 ? before_k : before_v, 0, 2);
     Array<float> dq(q), dk(k), dv(v), dqn(qn), dkn(kn), drope(rope), turned_q((size_t)tokens * heads * d);
     Array<int> dp(positions), ds(slots), dt(tables), dof(table_of);
     Array<uint8_t> keys(before_k), values(before_v);
@@ -473,7 +491,7 @@ static void attention_case(int heads, int kv_heads, int d, int format, int windo
             std::vector<double> key;
             turn(&k[((size_t)t * kv_heads + h) * d], kn, positions[t], key);
             for (int i = 0; i < d; i++) {
-                const size_t at = ((size_t)(slots[t] / 16) * kv_heads + h) * 16 * d + (slots[t] % 16) * d + i;
+                const size_t at = ((size_t)(slots[t] / 16) * kv_heads + h) * 16 * pitch + (slots[t] % 16) * pitch + i;
                 const double value = v[((size_t)t * kv_heads + h) * d + i];
                 const double step = format == KV_F32 ? 1e-6 : format == KV_BF16 ? 1 / 256. : 1 / 16.;
                 const double small = format == KV_FP8 ? .001 : 1e-6;
@@ -485,18 +503,39 @@ static void attention_case(int heads, int kv_heads, int d, int format, int windo
         }
     }
     for (int s = 0; s < pages * 16; s++) if (!fresh[s]) for (int h = 0; h < kv_heads; h++) {
-        const size_t at = (((size_t)(s / 16) * kv_heads + h) * 16 * d + (s % 16) * d) * bytes;
+        const size_t at = (((size_t)(s / 16) * kv_heads + h) * 16 * pitch + (s % 16) * pitch) * bytes;
         if (memcmp(keys.p + at, before_k.data() + at, d * bytes) || memcmp(values.p + at, before_v.data() + at, d * bytes)) { printf("FAIL %s: slot %d changed\n", what, s), FAILED++; return; }
     }
-    const int pieces = (reach + 255) / 256, groups = (heads / kv_heads + 3) / 4;
-    Array<float> parts((size_t)tokens * heads * pieces * d), totals((size_t)tokens * heads * pieces * 2), out((size_t)tokens * heads * d);
-    if (!run("attention", tokens, kv_heads * groups, pieces, turned_q.p, (void*)keys.p, (void*)values.p, parts.p, totals.p, dp.p, dt.p, dof.p, heads, kv_heads, d, window, scale, format, k_scale, v_scale, pieces)) return;
-    if (!run("attention_combine", tokens, heads, 1, parts.p, totals.p, out.p, dp.p, heads, d, window, pieces)) return;
+    const int pieces = (reach + 255) / 256, share = heads / kv_heads;
+    Array<float> out((size_t)tokens * heads * d), other((size_t)tokens * heads * d);
+    // In blocks of 16 or 32 rows, of runs of so many tokens at most.
+    auto attend = [&](int rows, int longest, Array<float>& out) {
+        std::vector<int> runs;
+        int first = 0, most = 0;
+        for (auto [start, len] : spans) {
+            for (int i = 0; i < len; i += longest) runs.push_back(first + i), runs.push_back(std::min(longest, len - i)), most = std::max(most, runs.back());
+            first += len;
+        }
+        Array<int> dr(runs);
+        Array<float> parts((size_t)tokens * heads * pieces * d), totals((size_t)tokens * heads * pieces * 2);
+        const int groups = (most * share + rows - 1) / rows;
+        const std::string name = std::string("attention_") + (format == KV_F32 ? "f32_" : format == KV_BF16 ? "bf16_" : "fp8_") + std::to_string(rows);
+        return run(name.c_str(), (int)runs.size() / 2, kv_heads * groups, pieces, turned_q.p, (void*)keys.p, (void*)values.p, parts.p, totals.p, dp.p, dt.p, dof.p, dr.p, groups, heads, kv_heads, d, window, scale, k_scale, v_scale, pieces) &&
+            run("attention_combine", tokens, heads, 1, parts.p, totals.p, out.p, dp.p, heads, d, window, pieces);
+    };
+    if (!attend(16, 32, out)) return;
+    const auto got = out.get(what);
+    // The same bits in blocks of other rows, and for a token alone.
+    for (auto [rows, longest] : {std::pair{32, 32}, {16, 1}, {32, 3}}) {
+        if (format == KV_F32) rows = 16;
+        if (!attend(rows, longest, other)) return;
+        equal(std::string(what) + " in blocks of " + std::to_string(rows) + ", runs of " + std::to_string(longest), other.get(what), got);
+    }
     std::vector<double> expected, size;
     for (int t = 0; t < tokens; t++)
         for (int h = 0; h < heads; h++) {
             const int from = window ? std::max(0, positions[t] + 1 - window) : 0, g = h / (heads / kv_heads);
-            auto at = [&](int p) { return ((size_t)tables[table_of[t] + p / 16] * kv_heads + g) * 16 * d + (p % 16) * d; };
+            auto at = [&](int p) { return ((size_t)tables[table_of[t] + p / 16] * kv_heads + g) * 16 * pitch + (p % 16) * pitch; };
             std::vector<double> s;
             double most = -1e300, total = 0;
             for (int p = from; p <= positions[t]; p++) {
@@ -511,15 +550,18 @@ static void attention_case(int heads, int kv_heads, int d, int format, int windo
                 expected.push_back(x), size.push_back(a);
             }
         }
-    close(what, out.get(what), expected, size, 1e-5);
+    // Queries and numerators have 16 bits beside a rounded cache.
+    close(what, got, expected, size, format == KV_F32 ? 3e-6 : 2e-5);
 }
 static void check_attention() {
     for (int format = 0; format < 3; format++) {
         attention_case(2, 2, 8, format, 0, false, true, {{0, 3}});
-        attention_case(6, 1, 16, format, 0, true, true, {{0, 17}, {30, 1}, {5, 2}});
+        attention_case(6, 1, 16, format, 0, true, true, {{0, 37}, {30, 1}, {5, 2}});
         attention_case(10, 2, 64, format, 7, true, false, {{250, 12}, {0, 1}, {513, 1}});
         attention_case(4, 4, 130, format, 300, false, true, {{600, 2}, {255, 2}});
     }
+    for (int format = 0; format < 3; format++)
+        for (int broken : {1, 2}) attention_case(2, 2, 32, format, 0, false, true, {{8, 9}, {3, 1}}, broken);
     attention_case(4, 1, 256, KV_F32, 0, false, true, {{1023, 2}});
 }
 
@@ -624,7 +666,7 @@ int main(int argc, char** argv) {
         FROM_PTX = true, argc -= 2, argv += 2;
     }
 #endif
-    const std::vector<std::pair<std::string, void (*)()>> all{{"matmul", check_matmul}, {"operand", check_operand}, {"attention", check_attention}, {"rows", check_rows}};
+    const std::vector<std::pair<std::string, void (*)()>> all{{"matmul", check_matmul}, {"tile", check_tile}, {"operand", check_operand}, {"attention", check_attention}, {"rows", check_rows}};
     for (auto& [name, check] : all) {
         bool wanted = argc == 1;
         for (int i = 1; i < argc; i++) wanted |= name == argv[i];

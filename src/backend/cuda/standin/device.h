@@ -46,8 +46,9 @@ DEV bool ordered(const When& before, const When& now) {
 struct Shadow {
     std::vector<uint8_t> written;
     std::vector<When> writes, reads;  // only where races are looked for
+    std::vector<uint8_t> pending;     // of shared memory: a copy to it is on its way
     bool global = true;
-    Shadow(size_t bytes, bool races, bool global) : written(bytes), global(global) {
+    Shadow(size_t bytes, bool races, bool global) : written(bytes), pending(global ? 0 : bytes), global(global) {
         if (races) { writes.resize(bytes); reads.resize(bytes); }
     }
 };
@@ -140,6 +141,8 @@ struct Stack {
 #endif
 
 enum class Wait { None, Warp, Block };
+// Sixteen bytes on their way to shared memory.
+struct Copy { char* to; Shadow* shadow; size_t at; const char* from; };
 struct Fiber {
     Stack stack;
     std::unique_ptr<char[]> memory;
@@ -147,6 +150,8 @@ struct Fiber {
     int site = 0;
     bool done = false;
     uint32_t warp_epoch = 0, block_epoch = 0, collectives = 0;
+    std::vector<Copy> open;                 // not committed yet
+    std::vector<std::vector<Copy>> groups;  // committed, not waited for
 };
 struct Warp {
     int arrived = 0;
@@ -240,6 +245,8 @@ inline void entry() {
     const int me = B->current;
     try {
         B->body();
+        for (auto& g : B->fibers[me].groups) if (!g.empty()) fault("the thread ends before its copies were waited for");
+        if (!B->fibers[me].open.empty()) fault("the thread ends before its copies were committed");
     } catch (const Fault& f) {
         if (B->fault.empty()) B->fault = f.what;
         Stack::jump(B->fibers[me].stack, B->main);
@@ -269,6 +276,7 @@ DEV std::string run_block(Block& b, int threads) {
     }
     for (auto& f : b.fibers) {
         f.wait = Wait::None, f.done = false, f.warp_epoch = f.block_epoch = f.collectives = 0;
+        f.open.clear(), f.groups.clear();
         f.stack.begin(f.memory.get(), STACK, entry);
     }
     for (auto& w : b.warps) w.arrived = 0, w.epoch = 0;
@@ -354,7 +362,11 @@ DEV std::string launch(const Kernel& kernel, int gx, int gy, int gz, int threads
 
 // --- accesses ---
 
+DEV void check_pending(const Shadow& s, size_t at, size_t n, const char* what) {
+    if (!s.pending.empty() && memchr(s.pending.data() + at, 1, n)) fault(std::string(what) + ": a copy to it is on its way, byte " + std::to_string(at));
+}
 DEV void read_shadow(Shadow& s, size_t at, size_t n, bool constant, const char* what) {
+    check_pending(s, at, n, what);
     if (const void* hole = memchr(s.written.data() + at, 0, n))
         fault(std::string(what) + ": read before anything was written, byte " + std::to_string((const uint8_t*)hole - s.written.data()));
     if (s.writes.empty()) return;
@@ -373,6 +385,7 @@ DEV void read_shadow(Shadow& s, size_t at, size_t n, bool constant, const char* 
     }
 }
 DEV void write_shadow(Shadow& s, size_t at, size_t n, const char* what) {
+    check_pending(s, at, n, what);
     if (!s.writes.empty()) {
         const When t = now();
         for (size_t i = at; i < at + n; i++) {
@@ -420,6 +433,7 @@ template <class T> Shared<T> shared(int count, int site) {
     static void name params;                                                       \
     static const standin::Registration registration_##name(#name, threads, name); \
     static void name params
+#define KERNEL_OF(blocks, name, threads, params) KERNEL(name, threads, params)
 #define SHARED(type, name, count) auto name = standin::shared<type>(count, __COUNTER__)
 template <class T> using SharedArray = standin::Shared<T>;
 
@@ -448,6 +462,37 @@ template <class T> DEV void st(T* p, T v) {
     *p = v;
 }
 
+// --- copies that run while the thread goes on ---
+// The destination has no content from the call on until the thread waits: only then are the bytes copied. Both the call and
+// the wait count as writes by the thread.
+
+DEV void cp_async(SharedArray<U4> to, int i, const U4* from) {
+    using namespace standin;
+    Region& r = checked(from, 16, "global memory");
+    read_shadow(*r.shadow, (const char*)from - r.lo, 16, true, "global memory");
+    const Ref<U4> d = to[i];
+    write_shadow(*d.s, d.at, 16, "shared memory");
+    memset(d.s->written.data() + d.at, 0, 16), memset(d.s->pending.data() + d.at, 1, 16);
+    B->fibers[B->current].open.push_back({d.p + d.at, d.s, d.at, (const char*)from});
+}
+DEV void cp_commit() {
+    standin::Fiber& f = standin::B->fibers[standin::B->current];
+    f.groups.push_back(std::move(f.open));
+    f.open.clear();
+}
+template <int N> DEV void cp_wait() {
+    using namespace standin;
+    auto& groups = B->fibers[B->current].groups;
+    while ((int)groups.size() > N) {
+        for (const Copy& c : groups.front()) {
+            memset(c.shadow->pending.data() + c.at, 0, 16);
+            write_shadow(*c.shadow, c.at, 16, "shared memory");
+            memcpy(c.to, c.from, 16);
+        }
+        groups.erase(groups.begin());
+    }
+}
+
 // --- collectives of a warp ---
 
 namespace standin {
@@ -470,6 +515,11 @@ template <class T> DEV T shfl(T v, int lane, int site = __builtin_LINE()) { retu
 // --- arithmetic of the header of inline PTX ---
 
 DEV uint32_t rotr(uint32_t u, int r) { return u >> r | u << (32 - r); }
+DEV uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+    uint32_t v = 0;
+    for (int i = 0; i < 4; i++) v |= (uint32_t)(((uint64_t)b << 32 | a) >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return v;
+}
 DEV uint32_t bits_of(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 DEV float float_of(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 DEV uint32_t to_bf16(float f) {
