@@ -148,17 +148,19 @@ const fn e4m3_bit(pair: usize, half: usize, bit: usize) -> usize {
     }
 }
 
-const fn spread_e2m1() -> [[u32; 16]; 8] {
-    let mut table = [[0; 16]; 8];
+/// By pair and byte: its two codes, the low one first.
+const fn spread_e2m1() -> [[u32; 256]; 4] {
+    let mut table = [[0; 256]; 4];
     let mut i = 0;
-    while i < 8 * 16 * 4 {
-        let (place, code, bit) = (i / 64, i / 4 % 16, i % 4);
-        table[place][code] |= ((code >> bit & 1) as u32) << e2m1_bit(place / 2, place % 2, bit);
+    while i < 4 * 256 * 8 {
+        let (pair, byte, bit) = (i / 2048, i / 8 % 256, i % 8);
+        table[pair][byte] |= ((byte >> bit & 1) as u32) << e2m1_bit(pair, bit / 4, bit % 4);
         i += 1;
     }
     table
 }
 
+/// By place in the word, 2·pair + half, and code.
 const fn spread_e4m3() -> [[u32; 256]; 4] {
     let mut table = [[0; 256]; 4];
     let mut i = 0;
@@ -170,8 +172,8 @@ const fn spread_e4m3() -> [[u32; 256]; 4] {
     table
 }
 
-/// Codes to where they stand in a word, by 2·pair + half.
-static E2M1: [[u32; 16]; 8] = spread_e2m1();
+/// Codes to where they stand in a word.
+static E2M1: [[u32; 256]; 4] = spread_e2m1();
 static E4M3: [[u32; 256]; 4] = spread_e4m3();
 
 /// An E4M3 scale as the kernels take it: (exponent + 20) << 3 | mantissa. `None` for 0.
@@ -219,39 +221,46 @@ fn pack(t: &LinearTensors<'_>, kind: Kind) -> Packed {
         (exponent > 0).then_some(exponent as u8)
     };
     let row_bytes = t.element.row_bytes(t.k);
-    let row = |n: usize| &t.data[n * row_bytes..(n + 1) * row_bytes];
-    // The code of one weight; 0 beyond the edge, and under a scale that is 0 or too small to count.
-    let code = |n: usize, k: usize| -> u16 {
+    // Sixteen elements of row `n` from column `k` on; 0 beyond the edge, and under a scale that is 0 or too small to count.
+    // They share a block scale.
+    let sixteen = |n: usize, k: usize| -> [u8; 32] {
+        let mut out = [0; 32];
         if n >= t.n || k >= t.k || (codes.is_some() && byte(n, k).is_none()) {
-            return 0;
+            return out;
         }
-        match t.element {
-            Element::E2m1 => u16::from(row(n)[k / 2] >> (4 * (k % 2)) & 15),
-            Element::E4m3 => u16::from(row(n)[k]),
-            _ => u16::from_le_bytes([row(n)[2 * k], row(n)[2 * k + 1]]),
-        }
+        let row = &t.data[n * row_bytes..(n + 1) * row_bytes];
+        let from = t.element.row_bytes(k);
+        let bytes = t.element.row_bytes(16).min(row_bytes - from);
+        out[..bytes].copy_from_slice(&row[from..from + bytes]);
+        out
     };
     let mut out = vec![0u32; tiles * steps * 2 * 32 * words];
     out.par_chunks_mut(2 * 32 * words).enumerate().for_each(|(i, out)| {
         let (tile, step) = (i / steps, i % steps);
-        for (at, word) in out.iter_mut().enumerate() {
-            // U4 number `quad` of the half step, lane, and word in the U4.
-            let (half, quad, lane, part) = (at / (32 * words), at / 128 % (words / 4), at / 4 % 32, at % 4);
-            let (g, t16) = (lane / 4, lane % 4);
-            let (n, k) = (tile * TILE + g, step * STEP + half * 64 + t16 * 16);
+        for at in 0..2 * 32 {
+            let (half, lane) = (at / 32, at % 32);
+            let (n, k) = (tile * TILE + lane / 4, step * STEP + half * 64 + lane % 4 * 16);
+            let rows = [sixteen(n, k), sixteen(n + 8, k)];
             // Pair `pair` of product `j`: row half pair % 2, columns 4j + 2·(pair / 2) and the next.
-            let at = |j: usize, pair: usize, h: usize| code(n + 8 * (pair % 2), k + 4 * j + 2 * (pair / 2) + h);
-            *word = match t.element {
-                Element::E2m1 => {
-                    (0..8).fold(0, |w, place| w | E2M1[place][usize::from(at(part, place / 2, place % 2))])
-                }
-                Element::E4m3 => {
-                    // Two products a U4, two words each: rows g and g+8 of two columns.
-                    let (j, first) = (2 * quad + part / 2, part % 2 * 2);
-                    (0..4).fold(0, |w, place| w | E4M3[place][usize::from(at(j, first + place / 2, place % 2))])
-                }
-                _ => u32::from(at(quad, part, 0)) | u32::from(at(quad, part, 1)) << 16,
-            };
+            let code = |j: usize, pair: usize, h: usize| rows[pair % 2][4 * j + 2 * (pair / 2) + h];
+            // U4 number `quad` of the half step, and word in the U4.
+            for (quad, part) in (0..words / 4).flat_map(|quad| (0..4).map(move |part| (quad, part))) {
+                out[half * 32 * words + quad * 128 + lane * 4 + part] = match t.element {
+                    Element::E2m1 => (0..4).fold(0, |w, pair| {
+                        // Two columns are a byte.
+                        w | E2M1[pair][usize::from(rows[pair % 2][2 * part + pair / 2])]
+                    }),
+                    Element::E4m3 => {
+                        // Two products a U4, two words each: rows g and g+8 of two columns.
+                        let (j, first) = (2 * quad + part / 2, part % 2 * 2);
+                        (0..4).fold(0, |w, place| w | E4M3[place][usize::from(code(j, first + place / 2, place % 2))])
+                    }
+                    _ => {
+                        let first = 2 * (4 * quad + 2 * (part / 2));
+                        u32::from_le_bytes(std::array::from_fn(|b| rows[part % 2][first + b]))
+                    }
+                };
+            }
         }
     });
     let mut scales = vec![0u32; tiles * steps * scale_words];
