@@ -225,9 +225,9 @@ fn kernel(name: &str) -> Result<&'static str> {
 /// The kernel of a product and its grid: of `tokens` rows of x, each of them `planes` rows of BF16, with a weight of `n` outputs,
 /// on a device of so many multiprocessors. All kernels give the same bits.
 ///
-/// Up to 32 rows the weights are read once and bound the time, by the kernel with the fewest columns that has room. Beyond, a
-/// tile does twice the work per byte from L2 (256 outputs by 64 tokens for 32 by 32), but its blocks are few: it is taken once
-/// they occupy half of the device.
+/// Up to 32 rows the weights are read once and bound the time, by the kernel with the fewest columns that has room. Beyond, the
+/// kernel for 32 is bound by L2, 160 bytes per HMMA (E2M1); a tile takes 34 and is bound by tensor cores, but its blocks are few.
+/// By assumed rates of an H200 (42 bytes and 0.6 HMMA a clock and multiprocessor) they break even on a quarter of it.
 ///
 /// # Errors
 /// When there is no kernel for this kind.
@@ -241,7 +241,7 @@ pub(crate) fn product_kernel(
     let rows = tokens * planes;
     let group = if grouped { "g" } else { "" };
     let tile = [n.div_ceil(if grouped { 128 } else { 256 }), tokens.div_ceil(64), 1];
-    if rows > 32 && 2 * tile[0] * tile[1] >= multiprocessors {
+    if rows > 32 && 4 * tile[0] * tile[1] >= multiprocessors {
         return Ok((kernel(&format!("tile_{}{group}", suffix(kind)))?, tile));
     }
     let columns = [8, 16].into_iter().find(|c| rows <= *c).unwrap_or(32);

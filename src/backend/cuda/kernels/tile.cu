@@ -81,8 +81,10 @@ DEV void tile(const U4* weights, const uint32_t* scales, const float* grid_scale
                 UNROLL for (int r = 0; r < R; r++) UNROLL for (int i = 0; i < words(W); i++) now[r][i] = q[r][i];
                 fetch(half == 0 ? step : next, half ^ 1);
                 uint32_t s0[R], s1[R];
-                UNROLL for (int r = 0; r < R; r++)
-                    s0[r] = scale_pair(W, both[r] >> (16 * half) & 0xffu), s1[r] = scale_pair(W, both[r] >> (16 * half + 8) & 0xffu);
+                UNROLL for (int r = 0; r < R; r++) {
+                    s0[r] = scale_pair(W, both[r] >> (16 * half) & 0xffu);
+                    s1[r] = scale_pair(W, both[r] >> (16 * half + 8) & 0xffu);
+                }
                 UNROLL for (int pair = 0; pair < 2; pair++) {
                     U4 b[NT];
                     UNROLL for (int c = 0; c < NT; c++) b[c] = stages[stage + c * 8 * PITCH + half * 8 + pair];
