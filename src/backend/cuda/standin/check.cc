@@ -1,12 +1,12 @@
 // Every kernel against its definition, on ragged shapes, with every access checked: what scripts/cuda-check.sh runs. The
 // definitions here are plain loops over whole matrices and know nothing of tiles, lanes or pages.
 //
-// usage: check [--ptx PTX] [FILE...]: the kernels of these files (matmul, operand, attention, rows); all without. With a file
-// of the compiler's PTX (and built with -DPTX), kernels run from there.
+// usage: check [FILE...]: the kernels of these files (matmul, operand, attention, rows); all without.
 #include KERNELS
 
 #include <random>
 
+// Where this is built with -DPTX, `--ptx PTX` before the files runs the kernels from what the compiler made of them.
 #ifdef PTX
 #include "ptx.h"
 static bool FROM_PTX = false;
@@ -615,7 +615,6 @@ static void check_rows() {
 }
 
 int main(int argc, char** argv) {
-    standin::STRICT = true;
     setvbuf(stdout, nullptr, _IOLBF, 0);  // a fault is told when it is found
 #ifdef PTX
     if (argc > 2 && std::string(argv[1]) == "--ptx") {
@@ -624,6 +623,7 @@ int main(int argc, char** argv) {
         FROM_PTX = true, argc -= 2, argv += 2;
     }
 #endif
+    standin::STRICT = true;
     const std::vector<std::pair<std::string, void (*)()>> all{{"matmul", check_matmul}, {"operand", check_operand}, {"attention", check_attention}, {"rows", check_rows}};
     for (auto& [name, check] : all) {
         bool wanted = argc == 1;
