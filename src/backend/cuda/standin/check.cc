@@ -427,7 +427,7 @@ static void attention_case(int heads, int kv_heads, int d, int format, int windo
         const float x = (float)std::normal_distribution<>(0, 1)(RANDOM);
         if (format == KV_F32) memcpy(c->data() + 4 * i, &x, 4);
         else if (format == KV_BF16) ((uint16_t*)c->data())[i] = (uint16_t)to_bf16(x);
-        else (*c)[i] = (uint8_t)(below(127) | below(2) << 7);
+        else (*c)[i] = (uint8_t)(below(120) | below(2) << 7);
     }
     // NaN in the last sequence: a value at its first position, which makes NaN of what sees it, and the key and value of the
     // position after its end, which nothing sees.
