@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Runs every kernel against its definition, with every access checked (src/backend/cuda/standin): compiled for the CPU, then
-# as the PTX that nvcc makes of it, interpreted. Where there is no nvcc and none can be installed, only the first.
+# Runs every kernel, compiled for the CPU, against its definition, with every access checked (src/backend/cuda/standin).
 # usage: cuda-check.sh [--only FILE] [DIR]   FILE: matmul, tile, operand, attention or rows (.cu); DIR: the kernels' folder
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -17,6 +16,7 @@ trap 'rm -rf "$work"' EXIT
 # Headers of the stand-in stand beside the kernels, wherever those are.
 cp -r "$kernels" "$work/kernels"
 cp -r "$root/src/backend/cuda/standin" "$work/standin"
+# Then the same with the kernels run from the PTX that nvcc makes of them, where there is one or it can be installed.
 architectures="80 90 120f"
 [ ${#only[@]} -gt 0 ] && architectures=80
 if nvcc=$("$root/scripts/cuda-nvcc.sh" 2> "$work/no-nvcc"); then

@@ -122,7 +122,10 @@ template <int N, class... T> static Handler among(auto f, const string& type) {
     ((is<T>(type) ? (void)(h = same<N, T>(f)) : void()), ...);
     return h;
 }
-template <int N> static Handler of_ints(auto f, const string& t) { return among<N, uint16_t, int16_t, uint32_t, int32_t, uint64_t, int64_t>(f, t); }
+template <int N>
+static Handler of_ints(auto f, const string& t) {
+    return among<N, uint16_t, int16_t, uint32_t, int32_t, uint64_t, int64_t>(f, t);
+}
 template <int N> static Handler of_floats(auto f, const string& t) { return among<N, float, double>(f, t); }
 
 static float from_bf16(uint32_t h) { return std::bit_cast<float>((h & 0xffff) << 16); }
@@ -141,7 +144,8 @@ static uint32_t fma_bf16(uint32_t a, uint32_t b, uint32_t c) {
         const double back = s - p, error = (p - (s - back)) + (q - back);
         if (error != 0 && !(std::bit_cast<uint64_t>(s) & 1)) s = std::nextafter(s, error > 0 ? INFINITY : -INFINITY);
         float f = (float)s;
-        if (std::isfinite(f) && (double)f != s && !(std::bit_cast<uint32_t>(f) & 1)) f = std::nextafterf(f, (double)f < s ? INFINITY : -INFINITY);
+        if (std::isfinite(f) && (double)f != s && !(std::bit_cast<uint32_t>(f) & 1))
+            f = std::nextafterf(f, (double)f < s ? INFINITY : -INFINITY);
         return bf16_of(f);
     }
     return bf16_of((float)s);
@@ -182,17 +186,21 @@ static Place place(Warp& w, int lane, const Instruction& i, Space space, uint64_
     if (space == Space::Shared) {
         for (auto [at, size] : w.shared->variables)
             if (address >= at && address + n <= at + size)
-                return {w.shared->bytes.data() + address, w.shared->shadow.get(), address, w.shared->in_flight.data() + address, what};
+                return {w.shared->bytes.data() + address, w.shared->shadow.get(), address, w.shared->in_flight.data() + address,
+                        what};
     } else {
         for (auto& [name, v] : w.kernel->local)
-            if (address >= v.at && address + n <= v.at + v.size) return {w.local.data() + lane * w.kernel->local_bytes + address, nullptr, address, nullptr, what};
+            if (address >= v.at && address + n <= v.at + v.size)
+                return {w.local.data() + lane * w.kernel->local_bytes + address, nullptr, address, nullptr, what};
     }
-    fault(string(what) + ": access of " + std::to_string(n) + " bytes outside of every array, at " + std::to_string((int64_t)address));
+    fault(string(what) + ": access of " + std::to_string(n) + " bytes outside of every array, at " +
+          std::to_string((int64_t)address));
 }
 static void read(Warp& w, int lane, const Place& p, size_t n, bool constant) {
     if (p.in_flight && memchr(p.in_flight, 1, n)) fault("shared memory: read while a copy to it is on its way");
     if (p.shadow) return standin::read_shadow(*p.shadow, p.at, n, constant, p.what);
-    if (memchr(w.local_written.data() + lane * w.kernel->local_bytes + p.at, 0, n)) fault("local memory: read before anything was written");
+    if (memchr(w.local_written.data() + lane * w.kernel->local_bytes + p.at, 0, n))
+        fault("local memory: read before anything was written");
 }
 static void write(Warp& w, int lane, const Place& p, size_t n) {
     if (p.in_flight && memchr(p.in_flight, 1, n)) fault("shared memory: written while a copy to it is on its way");
@@ -380,7 +388,8 @@ template <class T> static bool (*comparison(const string& name))(T, T) {
     auto found = all.find(name);
     return found == all.end() ? nullptr : found->second;
 }
-static const std::vector<string> COMPARISONS{"eq", "ne", "lt", "le", "gt", "ge", "lo", "ls", "hi", "hs", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"};
+static const std::vector<string> COMPARISONS{"eq", "ne",  "lt",  "le",  "gt",  "ge",  "lo",  "ls",  "hi",
+                                             "hs", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"};
 static const std::vector<string> BOOLEANS{"", "and", "or", "xor"};
 // `mode`: comparison · 4 + how it is combined with a third predicate.
 template <class T> static void compare(const Instruction& i, Warp& w, uint32_t on) {
@@ -423,23 +432,27 @@ template <class D> static Handler converting_to(const string& d, const string& s
     if (!is<D>(d)) return nullptr;
     Handler h = nullptr;
     auto from = [&]<class S>(S) { if (is<S>(s)) h = converting<D, S>(rounding); };
-    from(uint8_t()), from(int8_t()), from(uint16_t()), from(int16_t()), from(uint32_t()), from(int32_t()), from(uint64_t()), from(int64_t());
+    from(uint8_t()), from(int8_t()), from(uint16_t()), from(int16_t()), from(uint32_t()), from(int32_t()), from(uint64_t()),
+        from(int64_t());
     from(float()), from(double());
     return h;
 }
 static Handler conversion(const string& d, const string& s, const string& rounding) {
-    if (d == "bf16x2" && s == "f32" && rounding == "rn") return each<float, float>([](float high, float low) { return bf16_of(high) << 16 | bf16_of(low); });
+    if (d == "bf16x2" && s == "f32" && rounding == "rn")
+        return each<float, float>([](float high, float low) { return bf16_of(high) << 16 | bf16_of(low); });
     if (d == "bf16" && s == "f32" && rounding == "rn") return each<float>([](float x) { return bf16_of(x); });
     if (d == "f32" && s == "bf16" && rounding == "") return each<uint32_t>([](uint32_t x) { return from_bf16(x); });
     if (d == "f32" && s == "f16" && rounding == "") return each<uint32_t>([](uint32_t x) { return from_f16(x); });
     Handler h = nullptr;
     auto to = [&]<class D>(D) { if (!h) h = converting_to<D>(d, s, rounding); };
-    to(uint8_t()), to(int8_t()), to(uint16_t()), to(int16_t()), to(uint32_t()), to(int32_t()), to(uint64_t()), to(int64_t()), to(float()), to(double());
+    to(uint8_t()), to(int8_t()), to(uint16_t()), to(int16_t()), to(uint32_t()), to(int32_t()), to(uint64_t()), to(int64_t()),
+        to(float()), to(double());
     return h;
 }
 
-template <class T> using Wide = std::conditional_t<sizeof(T) == 8, std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>,
-                                                   std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
+template <class T>
+using Wide = std::conditional_t<sizeof(T) == 8, std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>,
+                                std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
 // The handler of an instruction whose inputs and one output are plain; null if it is not known. `mods`: what stands between
 // its name and its type.
 static Handler arithmetic(const string& op, const string& mods, const string& type) {
@@ -458,14 +471,21 @@ static Handler arithmetic(const string& op, const string& mods, const string& ty
         if (op == "min" && plain) return of_floats<2>(BOTH(auto, minimum(a, b)), type);
         if (op == "max" && plain) return of_floats<2>(BOTH(auto, maximum(a, b)), type);
         const uint64_t sign = type == "f32" ? 1ull << 31 : 1ull << 63;
-        if (op == "neg" && plain) return sign >> 32 ? each<uint64_t>([](uint64_t a) { return a ^ 1ull << 63; }) : each<uint32_t>([](uint32_t a) { return a ^ 1u << 31; });
-        if (op == "abs" && plain) return sign >> 32 ? each<uint64_t>([](uint64_t a) { return a & ~(1ull << 63); }) : each<uint32_t>([](uint32_t a) { return a & ~(1u << 31); });
+        if (op == "neg" && plain)
+            return sign >> 32 ? each<uint64_t>([](uint64_t a) { return a ^ 1ull << 63; })
+                              : each<uint32_t>([](uint32_t a) { return a ^ 1u << 31; });
+        if (op == "abs" && plain)
+            return sign >> 32 ? each<uint64_t>([](uint64_t a) { return a & ~(1ull << 63); })
+                              : each<uint32_t>([](uint32_t a) { return a & ~(1u << 31); });
         if (op == "copysign" && type == "f32") return each<uint32_t, uint32_t>(BOTH(uint32_t, (a & 1u << 31) | (b & ~(1u << 31))));
         return nullptr;
     }
     if (type == "bf16x2") {
-        if (op == "fma" && mods == "rn") return each<uint32_t, uint32_t, uint32_t>([](uint32_t a, uint32_t b, uint32_t c) { return fma_bf16(a, b, c) | fma_bf16(a >> 16, b >> 16, c >> 16) << 16; });
-        if (op == "mul" && near) return each<uint32_t, uint32_t>(BOTH(uint32_t, fma_bf16(a, b, 0x8000) | fma_bf16(a >> 16, b >> 16, 0x8000) << 16));
+        if (op == "fma" && mods == "rn")
+            return each<uint32_t, uint32_t, uint32_t>(
+                [](uint32_t a, uint32_t b, uint32_t c) { return fma_bf16(a, b, c) | fma_bf16(a >> 16, b >> 16, c >> 16) << 16; });
+        if (op == "mul" && near)
+            return each<uint32_t, uint32_t>(BOTH(uint32_t, fma_bf16(a, b, 0x8000) | fma_bf16(a >> 16, b >> 16, 0x8000) << 16));
         return nullptr;
     }
     if (type == "pred") {
@@ -491,12 +511,14 @@ static Handler arithmetic(const string& op, const string& mods, const string& ty
         if (op == "div") return of_ints<2>(BOTH(auto, b == 0 ? decltype(a)(-1) : decltype(a)((Wide<decltype(a)>)a / b)), type);
         if (op == "rem") return of_ints<2>(BOTH(auto, b == 0 ? decltype(a)(-1) : decltype(a)((Wide<decltype(a)>)a % b)), type);
         if (op == "shl") {
-            if (width(type) == 2) return each<uint16_t, uint32_t>([](uint16_t a, uint32_t b) { return uint16_t(b > 15 ? 0 : a << b); });
+            if (width(type) == 2)
+                return each<uint16_t, uint32_t>([](uint16_t a, uint32_t b) { return uint16_t(b > 15 ? 0 : a << b); });
             if (width(type) == 4) return each<uint32_t, uint32_t>([](uint32_t a, uint32_t b) { return b > 31 ? 0u : a << b; });
             return each<uint64_t, uint32_t>([](uint64_t a, uint32_t b) { return b > 63 ? 0ull : a << b; });
         }
         if (op == "shr") {
-            auto shift = [](auto a, uint32_t b) { return decltype(a)(a >> (b < sizeof(a) * 8 - 1 ? b : std::is_signed_v<decltype(a)> || b == sizeof(a) * 8 - 1 ? sizeof(a) * 8 - 1 : 0) & (b >= sizeof(a) * 8 && !std::is_signed_v<decltype(a)> ? 0 : -1)); };
+            // Further than the type is wide: zeros, or the sign.
+            auto shift = [](auto a, uint32_t b) { return decltype(a)(b < sizeof(a) * 8 ? a >> b : a < 0 ? -1 : 0); };
             if (is<uint16_t>(type)) return each<uint16_t, uint32_t>(shift);
             if (is<int16_t>(type)) return each<int16_t, uint32_t>(shift);
             if (is<uint32_t>(type)) return each<uint32_t, uint32_t>(shift);
@@ -504,9 +526,18 @@ static Handler arithmetic(const string& op, const string& mods, const string& ty
             if (is<uint64_t>(type)) return each<uint64_t, uint32_t>(shift);
             if (is<int64_t>(type)) return each<int64_t, uint32_t>(shift);
         }
-        if (op == "popc") return type == "b32" ? each<uint32_t>([](uint32_t a) { return std::popcount(a); }) : each<uint64_t>([](uint64_t a) { return std::popcount(a); });
-        if (op == "clz") return type == "b32" ? each<uint32_t>([](uint32_t a) { return std::countl_zero(a); }) : each<uint64_t>([](uint64_t a) { return std::countl_zero(a); });
-        if (op == "brev" && type == "b32") return each<uint32_t>([](uint32_t a) { uint32_t r = 0; for (int i = 0; i < 32; i++) r |= (a >> i & 1) << (31 - i); return r; });
+        if (op == "popc")
+            return type == "b32" ? each<uint32_t>([](uint32_t a) { return std::popcount(a); })
+                                 : each<uint64_t>([](uint64_t a) { return std::popcount(a); });
+        if (op == "clz")
+            return type == "b32" ? each<uint32_t>([](uint32_t a) { return std::countl_zero(a); })
+                                 : each<uint64_t>([](uint64_t a) { return std::countl_zero(a); });
+        if (op == "brev" && type == "b32")
+            return each<uint32_t>([](uint32_t a) {
+                uint32_t r = 0;
+                for (int i = 0; i < 32; i++) r |= (a >> i & 1) << (31 - i);
+                return r;
+            });
         auto field = [](auto a, uint32_t pos, uint32_t len) {
             constexpr uint32_t bits = sizeof(a) * 8;
             pos &= 255, len &= 255;
@@ -553,11 +584,17 @@ static Handler arithmetic(const string& op, const string& mods, const string& ty
     }
     if (mods == "lo") {
         if (op == "mul") return of_ints<2>(BOTH(auto, decltype(a)((uint64_t)a * (uint64_t)b)), type);
-        if (op == "mad") return of_ints<3>([](auto a, auto b, auto c) { return decltype(a)((uint64_t)a * (uint64_t)b + (uint64_t)c); }, type);
+        if (op == "mad")
+            return of_ints<3>([](auto a, auto b, auto c) { return decltype(a)((uint64_t)a * (uint64_t)b + (uint64_t)c); }, type);
     }
     if (mods == "hi") {
         if (op == "mul") return of_ints<2>(BOTH(auto, decltype(a)((Wide<decltype(a)>)a * b >> 8 * sizeof(a))), type);
-        if (op == "mad") return of_ints<3>([](auto a, auto b, auto c) { return decltype(a)(decltype(a)((Wide<decltype(a)>)a * b >> 8 * sizeof(a)) + (uint64_t)c); }, type);
+        if (op == "mad")
+            return of_ints<3>(
+                [](auto a, auto b, auto c) {
+                    return decltype(a)(decltype(a)((Wide<decltype(a)>)a * b >> 8 * sizeof(a)) + (uint64_t)c);
+                },
+                type);
     }
     if (mods == "wide") {
         if (op == "mul") {
@@ -567,17 +604,31 @@ static Handler arithmetic(const string& op, const string& mods, const string& ty
             if (type == "s32") return each<int32_t, int32_t>(BOTH(int64_t, a * b));
         }
         if (op == "mad") {
-            if (type == "u32") return each<uint32_t, uint32_t, uint64_t>([](uint64_t a, uint64_t b, uint64_t c) { return a * b + c; });
-            if (type == "s32") return each<int32_t, int32_t, int64_t>([](int64_t a, int64_t b, int64_t c) { return (int64_t)((uint64_t)(a * b) + (uint64_t)c); });
-            if (type == "u16") return each<uint16_t, uint16_t, uint32_t>([](uint32_t a, uint32_t b, uint32_t c) { return a * b + c; });
-            if (type == "s16") return each<int16_t, int16_t, uint32_t>([](int32_t a, int32_t b, uint32_t c) { return (int32_t)((uint32_t)(a * b) + c); });
+            if (type == "u32")
+                return each<uint32_t, uint32_t, uint64_t>([](uint64_t a, uint64_t b, uint64_t c) { return a * b + c; });
+            if (type == "s32")
+                return each<int32_t, int32_t, int64_t>(
+                    [](int64_t a, int64_t b, int64_t c) { return (int64_t)((uint64_t)(a * b) + (uint64_t)c); });
+            if (type == "u16")
+                return each<uint16_t, uint16_t, uint32_t>([](uint32_t a, uint32_t b, uint32_t c) { return a * b + c; });
+            if (type == "s16")
+                return each<int16_t, int16_t, uint32_t>(
+                    [](int32_t a, int32_t b, uint32_t c) { return (int32_t)((uint32_t)(a * b) + c); });
         }
     }
     if (op == "shf" && type == "b32") {
-        if (mods == "l.wrap") return each<uint32_t, uint32_t, uint32_t>([](uint32_t a, uint32_t b, uint32_t c) { return (uint32_t)(((uint64_t)b << 32 | a) << (c & 31) >> 32); });
-        if (mods == "r.wrap") return each<uint32_t, uint32_t, uint32_t>([](uint32_t a, uint32_t b, uint32_t c) { return (uint32_t)(((uint64_t)b << 32 | a) >> (c & 31)); });
-        if (mods == "l.clamp") return each<uint32_t, uint32_t, uint32_t>([](uint32_t a, uint32_t b, uint32_t c) { return (uint32_t)(((uint64_t)b << 32 | a) << std::min(c, 32u) >> 32); });
-        if (mods == "r.clamp") return each<uint32_t, uint32_t, uint32_t>([](uint32_t a, uint32_t b, uint32_t c) { return (uint32_t)(((uint64_t)b << 32 | a) >> std::min(c, 32u)); });
+        if (mods == "l.wrap")
+            return each<uint32_t, uint32_t, uint32_t>(
+                [](uint32_t a, uint32_t b, uint32_t c) { return (uint32_t)(((uint64_t)b << 32 | a) << (c & 31) >> 32); });
+        if (mods == "r.wrap")
+            return each<uint32_t, uint32_t, uint32_t>(
+                [](uint32_t a, uint32_t b, uint32_t c) { return (uint32_t)(((uint64_t)b << 32 | a) >> (c & 31)); });
+        if (mods == "l.clamp")
+            return each<uint32_t, uint32_t, uint32_t>(
+                [](uint32_t a, uint32_t b, uint32_t c) { return (uint32_t)(((uint64_t)b << 32 | a) << std::min(c, 32u) >> 32); });
+        if (mods == "r.clamp")
+            return each<uint32_t, uint32_t, uint32_t>(
+                [](uint32_t a, uint32_t b, uint32_t c) { return (uint32_t)(((uint64_t)b << 32 | a) >> std::min(c, 32u)); });
     }
 #undef BOTH
     return nullptr;
@@ -610,7 +661,11 @@ static void add_variable(std::map<string, Variable>& all, size_t& bytes, const s
 }
 
 class Parser {
-    struct Operand { std::vector<int> slots; bool address = false, pair = false, vector = false, negated = false; int64_t offset = 0; string word; };
+    struct Operand {
+        std::vector<int> slots;
+        bool address = false, vector = false, negated = false;
+        int64_t offset = 0;
+    };
     Module& module;
     string text;
     size_t at = 0;
@@ -635,8 +690,9 @@ class Parser {
         while (at < text.size() && in_word(text[at])) at++;
         return text.substr(from, at - from);
     }
-    // ".align 4 .b8 name[16]": name and bytes.
-    static std::pair<string, size_t> declared(const string& s) {
+    // ".align 4 .b8 name[16]": its name, all its bytes, those of an element.
+    struct Declared { string name; size_t size; int unit; };
+    static Declared declared(const string& s) {
         std::istringstream in(s);
         string w, type, name;
         while (in >> w) {
@@ -648,7 +704,7 @@ class Parser {
         const size_t bracket = name.find('[');
         const size_t count = bracket == string::npos ? 1 : strtoul(name.c_str() + bracket + 1, nullptr, 10);
         if (name.find("][") != string::npos) throw Error{"array " + name};
-        return {name.substr(0, bracket), count * width(type)};
+        return {name.substr(0, bracket), count * width(type), width(type)};
     }
     int new_slot() { return kernel->slots++; }
     int constant(uint64_t v) {
@@ -668,7 +724,8 @@ class Parser {
         uint64_t v;
         if (symbol(name, v)) return constant(v);
         if (name == "WARP_SZ") return constant(32);
-        static const std::set<string> known{"%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ntid.y", "%ntid.z", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid"};
+        static const std::set<string> known{"%tid.x",   "%tid.y",   "%tid.z",    "%ntid.x",   "%ntid.y",   "%ntid.z", "%ctaid.x",
+                                            "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid"};
         if (known.count(name)) {
             auto [found, fresh] = specials.try_emplace(name, 0);
             if (fresh) found->second = new_slot(), kernel->specials.push_back({found->second, name});
@@ -692,7 +749,6 @@ class Parser {
         Operand o;
         s = strip(s);
         if (s.empty()) throw Error{"an operand is missing"};
-        o.word = s;
         if (s[0] == '!') o.negated = true, s = strip(s.substr(1));
         if (s[0] == '[') {
             o.address = true;
@@ -704,7 +760,6 @@ class Parser {
             o.vector = true;
             for (auto& part : split(s.substr(1, s.size() - 2), ',')) o.slots.push_back(slot(strip(part)));
         } else if (s.find('|') != string::npos) {
-            o.pair = true;
             for (auto& part : split(s, '|')) o.slots.push_back(slot(strip(part)));
         } else {
             o.slots.push_back(slot(s));
@@ -785,7 +840,8 @@ class Parser {
                 i.kind = Kind::Collective, i.run = warp_barrier, i.members = operand(words.at(0)).slots[0];
                 return;
             }
-            need((rest == "sync" || rest == "cta.sync" || rest == "sync.aligned" || rest == "cta.sync.aligned") && words.size() == 1 && strip(words[0]) == "0");
+            need((rest == "sync" || rest == "cta.sync" || rest == "sync.aligned" || rest == "cta.sync.aligned") &&
+                 words.size() == 1 && strip(words[0]) == "0");
             i.kind = Kind::Barrier;
             return;
         }
@@ -814,12 +870,13 @@ class Parser {
             return;
         }
         if (op == "cp") {
-            need(mods.size() >= 1 && (mods[0] == "async" || (mods.empty() && type == "async")));
+            need(parts.size() > 2 && parts[1] == "async");
             const std::vector<string> rest(parts.begin() + 2, parts.end());
             if (rest == std::vector<string>{"commit_group"}) { i.run = copy_commit; return; }
             if (rest == std::vector<string>{"wait_all"}) { i.run = copy_wait, i.mode = -1; return; }
             if (rest == std::vector<string>{"wait_group"}) { i.run = copy_wait, i.mode = atoi(words.at(0).c_str()); return; }
-            need((rest[0] == "ca" || rest[0] == "cg") && rest.size() >= 3 && (rest[1] == "shared" || rest[1] == "shared::cta") && rest[2] == "global");
+            need((rest[0] == "ca" || rest[0] == "cg") && rest.size() >= 3 && (rest[1] == "shared" || rest[1] == "shared::cta") &&
+                 rest[2] == "global");
             for (size_t m = 3; m < rest.size(); m++) need(cache_hint(rest[m]));
             const auto o = all();
             need(o.size() == 3 || o.size() == 4);
@@ -848,7 +905,8 @@ class Parser {
         if (op == "mma") {
             need(between == "sync.aligned.m16n8k16.row.col.f32.bf16.bf16" && type == "f32");
             const auto o = all();
-            need(o.size() == 4 && o[0].slots.size() == 4 && o[1].slots.size() == 4 && o[2].slots.size() == 2 && o[3].slots.size() == 4);
+            need(o.size() == 4 && o[0].slots.size() == 4 && o[1].slots.size() == 4 && o[2].slots.size() == 2 &&
+                 o[3].slots.size() == 4);
             outputs(i, o[0]), input(i, o[1]), input(i, o[2]), input(i, o[3]);
             i.kind = Kind::Collective, i.run = mma_16816;
             return;
@@ -883,7 +941,8 @@ class Parser {
             for (size_t n = 1; n < o.size(); n++) input(i, o[n]);
             i.mode = (int)(std::find(COMPARISONS.begin(), COMPARISONS.end(), mods[0]) - COMPARISONS.begin()) * 4 + (int)how;
             auto with = [&]<class T>(T) { if (!i.run) i.run = comparing<T>(type, mods[0]); };
-            with(uint16_t()), with(int16_t()), with(uint32_t()), with(int32_t()), with(uint64_t()), with(int64_t()), with(float()), with(double());
+            with(uint16_t()), with(int16_t()), with(uint32_t()), with(int32_t()), with(uint64_t()), with(int64_t()), with(float()),
+                with(double());
             need(i.run);
             return;
         }
@@ -923,7 +982,9 @@ class Parser {
         for (size_t n = 1; n < o.size(); n++) need(!o[n].address && !o[n].vector), input(i, o[n]);
         need(i.flip == 0);
         i.run = arithmetic(op, between, type);
-        static const std::map<string, int> inputs{{"mov", 1}, {"not", 1}, {"neg", 1}, {"abs", 1}, {"popc", 1}, {"clz", 1}, {"brev", 1}, {"sqrt", 1}, {"rcp", 1}, {"fma", 3}, {"mad", 3}, {"shf", 3}, {"bfe", 3}, {"bfi", 4}, {"selp", 3}, {"prmt", 3}, {"lop3", 4}};
+        static const std::map<string, int> inputs{{"mov", 1},  {"not", 1},  {"neg", 1},  {"abs", 1},  {"popc", 1}, {"clz", 1},
+                                                  {"brev", 1}, {"sqrt", 1}, {"rcp", 1},  {"fma", 3},  {"mad", 3},  {"shf", 3},
+                                                  {"bfe", 3},  {"bfi", 4},  {"selp", 3}, {"prmt", 3}, {"lop3", 4}};
         auto expected = inputs.find(op);
         need(i.run && i.inputs == (expected == inputs.end() ? 2 : expected->second));
     }
@@ -945,14 +1006,17 @@ class Parser {
             const string s = until(';');
             if (s.empty()) continue;
             if (s[0] != '.') {
-                // Braces of a scope may stand before an instruction's end: none do in operands that are not closed.
                 try { instruction(s); } catch (Error& e) { throw Error{e.what + ": " + s}; }
                 continue;
             }
             if (s.substr(0, 5) == ".reg ") registers(s.substr(5));
-            else if (s.substr(0, 8) == ".shared ") { auto [name, size] = declared(s); add_variable(kernel->shared, kernel->shared_bytes, name, size); }
-            else if (s.substr(0, 7) == ".local ") { auto [name, size] = declared(s); add_variable(kernel->local, kernel->local_bytes, name, size); }
-            else if (s.substr(0, 7) != ".pragma") throw Error{"directive " + s};
+            else if (s.substr(0, 8) == ".shared ") {
+                auto [name, size, unit] = declared(s);
+                add_variable(kernel->shared, kernel->shared_bytes, name, size);
+            } else if (s.substr(0, 7) == ".local ") {
+                auto [name, size, unit] = declared(s);
+                add_variable(kernel->local, kernel->local_bytes, name, size);
+            } else if (s.substr(0, 7) != ".pragma") throw Error{"directive " + s};
         }
         kernel->code.push_back(Instruction{.kind = Kind::Exit});
         kernel->text.push_back("}");
@@ -973,7 +1037,7 @@ class Parser {
             at++;
             for (auto& p : split(until(')'), ',')) {
                 if (strip(p).empty()) continue;
-                auto [n, size] = declared(strip(p));
+                auto [n, size, unit] = declared(strip(p));
                 const size_t aligned = size > 8 ? 16 : size;
                 k.param_bytes = (k.param_bytes + aligned - 1) / aligned * aligned;
                 k.params[n] = {k.param_bytes, size}, k.param_order.push_back(n);
@@ -988,20 +1052,20 @@ class Parser {
     }
     void global(const string& s) {  // ".align 4 .b8 name[8] = {1, 2}"
         const size_t equals = s.find('=');
-        auto [name, size] = declared(s.substr(0, equals));
+        auto [name, size, unit] = declared(s.substr(0, equals));
         char* p = (char*)standin::allocate(std::max<size_t>(size, 1), true);
         module.globals[name] = {(uint64_t)p, size};
         if (equals == string::npos) return;
-        const int bytes = width(split(s.substr(0, s.find(name)), '.').back().substr(0, 3) == "b8 " ? "b8" : strip(split(s.substr(0, s.find(name)), '.').back()));
         size_t to = 0;
         for (auto& part : split(s.substr(equals + 1), ',')) {
             string v = strip(part);
-            v.erase(std::remove_if(v.begin(), v.end(), [](char c) { return c == '{' || c == '}' || isspace((unsigned char)c); }), v.end());
+            v.erase(std::remove_if(v.begin(), v.end(), [](char c) { return c == '{' || c == '}' || isspace((unsigned char)c); }),
+                    v.end());
             const bool real = v.substr(0, 2) == "0f" || v.substr(0, 2) == "0d";
             char* end;
             const uint64_t value = real ? strtoull(v.c_str() + 2, &end, 16) : (uint64_t)strtoll(v.c_str(), &end, 0);
-            if (*end || v.empty() || to + bytes > size) throw Error{"value of " + name};
-            memcpy(p + to, &value, bytes), to += bytes;
+            if (*end || v.empty() || to + unit > size) throw Error{"value of " + name};
+            memcpy(p + to, &value, unit), to += unit;
         }
     }
 
@@ -1026,7 +1090,7 @@ public:
             else if (w == ".entry") entry();
             else if (w == ".global" || w == ".const") global(until(';'));
             else if (w == ".shared") {
-                auto [name, size] = declared(until(';'));
+                auto [name, size, unit] = declared(until(';'));
                 module.shared[name] = {0, size};
                 if (external) module.dynamic = name;
                 external = false;
@@ -1072,7 +1136,8 @@ void Warp::run() {
                 put_back(on, i.target), put_back(mask & ~on, here + 1);
                 break;
             } else if (i.kind == Kind::Exit) {
-                LANES(on) if (!copies[lane].empty()) as_thread(*this, lane), fault("left while copies of its own were on their way");
+                LANES(on)
+                if (!copies[lane].empty()) as_thread(*this, lane), fault("left while copies of its own were on their way");
                 live &= ~on, mask &= ~on, here++;
             } else if (i.kind == Kind::Barrier) {
                 put_back(on, here + 1), barrier |= on, mask &= ~on, here++;
@@ -1126,7 +1191,8 @@ static string launch(const string& name, int gx, int gy, int gz, int threads, vo
     auto found = MODULE.kernels.find(name);
     if (found == MODULE.kernels.end()) return name + ": not in the PTX";
     const Kernel& k = found->second;
-    if (k.threads && k.threads != threads) return name + ": launched with " + std::to_string(threads) + " threads, made for " + std::to_string(k.threads);
+    if (k.threads && k.threads != threads)
+        return name + ": launched with " + std::to_string(threads) + " threads, made for " + std::to_string(k.threads);
     if (threads % 32) return name + ": a warp is not full";
     std::vector<uint8_t> params(k.param_bytes);
     for (size_t i = 0; i < k.param_order.size(); i++) {
@@ -1148,6 +1214,9 @@ static string launch(const string& name, int gx, int gy, int gz, int threads, vo
     try {
         for (int z = 0; z < gz; z++) for (int y = 0; y < gy; y++) for (int x = 0; x < gx; x++) {
             block.x = x, block.y = y, block.z = z, block.index = (z * gy + y) * gx + x;
+            const std::map<string, uint64_t> special{
+                {"%tid.y", 0}, {"%tid.z", 0}, {"%ntid.x", threads}, {"%ntid.y", 1}, {"%ntid.z", 1}, {"%ctaid.x", x},
+                {"%ctaid.y", y}, {"%ctaid.z", z}, {"%nctaid.x", gx}, {"%nctaid.y", gy}, {"%nctaid.z", gz}};
             shared.bytes.assign(shared_bytes, 0xcb), shared.in_flight.assign(shared_bytes, 0);
             shared.shadow = std::make_unique<standin::Shadow>(shared_bytes, true, false);
             for (auto& f : block.fibers) f.block_epoch = f.warp_epoch = 0;
@@ -1161,10 +1230,7 @@ static string launch(const string& name, int gx, int gy, int gz, int threads, vo
                 for (auto& [s, v] : k.constants) std::fill(w.slot(s), w.slot(s) + 32, v);
                 for (auto& [s, what] : k.specials)
                     for (int lane = 0; lane < 32; lane++)
-                        w.slot(s)[lane] = what == "%tid.x" ? (uint64_t)(n * 32 + lane) : what == "%ntid.x" ? (uint64_t)threads : what == "%laneid" ? (uint64_t)lane
-                            : what == "%ctaid.x" ? (uint64_t)x : what == "%ctaid.y" ? (uint64_t)y : what == "%ctaid.z" ? (uint64_t)z
-                            : what == "%nctaid.x" ? (uint64_t)gx : what == "%nctaid.y" ? (uint64_t)gy : what == "%nctaid.z" ? (uint64_t)gz
-                            : what[1] == 't' ? 0 : 1;
+                        w.slot(s)[lane] = what == "%tid.x" ? n * 32 + lane : what == "%laneid" ? (uint64_t)lane : special.at(what);
             }
             for (;;) {
                 for (auto& w : warps) running = &w, w.run();
@@ -1178,7 +1244,8 @@ static string launch(const string& name, int gx, int gy, int gz, int threads, vo
                 if (at_barrier < threads || sites.size() > 1) {
                     running = nullptr;
                     block.current = 0;
-                    fault(std::to_string(at_barrier) + " of " + std::to_string(threads) + " threads wait for ever at a barrier" + (sites.size() > 1 ? "s of different places" : ""));
+                    fault(std::to_string(at_barrier) + " of " + std::to_string(threads) + " threads wait for ever at a barrier" +
+                          (sites.size() > 1 ? "s of different places" : ""));
                 }
                 for (auto& w : warps) w.barrier = 0;
                 for (auto& f : block.fibers) f.block_epoch++;
