@@ -28,7 +28,7 @@ FAULTS = [
     ("matmul: slices overlap", "matmul.cu", "steps * (warp + 1) / WARPS", "(steps * (warp + 1) + WARPS - 1) / WARPS"),
     ("matmul: a slice is not added", "matmul.cu", "w < WARPS; w++) total", "w < WARPS - 1; w++) total"),
     ("matmul: no barrier before the sums are read", "matmul.cu", "    block_sync();\n", "\n"),
-    ("matmul: scale of the group before", "matmul.cu", "(row / planes) * steps + step)", "(row / planes) * steps + step / 2)"),
+    ("matmul: scale of the group before", "matmul.cu", "x_groups + (long)(row / planes) * steps + step)", "x_groups + (long)(row / planes) * steps + step / 2)"),
     ("matmul: some outputs computed twice", "matmul.cu", "e += WARPS * 32", "e += WARPS * 16"),
     ("matmul: columns 2t and 2t+1 exchanged", "matmul.cu", "c * 8 + t * 2 + (i & 1)) * OUT", "c * 8 + t * 2 + (~i & 1)) * OUT"),
     ("primitives: registers of A in another order", "prim.cuh", '"r"(a[1]), "r"(a[2])', '"r"(a[2]), "r"(a[1])'),

@@ -342,12 +342,16 @@ impl CudaBackend {
         let rows = x.rows * operand.planes;
         let count = (x.rows, operand.planes);
         let (name, grid) = product_kernel(w.kind, w.grouped(), count, w.n, self.device.multiprocessors)?;
+        // Of whole tokens, or of 128 columns each.
+        let by_group = operand.activation == ActivationFormat::Fp8Group;
+        let scales = |wanted: bool| operand.scales.as_ref().filter(|_| by_group == wanted);
         let args = Args::new()
             .memory(&w.words)
             .optional(w.scales.as_ref())
             .optional(w.grid.as_ref())
             .memory(&operand.x)
-            .optional(operand.scales.as_ref())
+            .optional(scales(false))
+            .optional(scales(true))
             .memory(&w.row_scales)
             .optional(w.bias.as_ref())
             .memory(&y.data)

@@ -15,7 +15,7 @@ constexpr int WARPS = 8, TILES = 2;
 
 template <int W, int NT, bool GROUPED>
 DEV void matmul(const U4* weights, const uint32_t* scales, const float* grid_scales, const uint16_t* x, const float* x_scales,
-                const float* row_scales, const float* bias, float* y, int rows, int planes, int n, int k, float x_scale,
+                const float* x_groups, const float* row_scales, const float* bias, float* y, int rows, int planes, int n, int k, float x_scale,
                 SharedArray<float> sums) {
     const int lane = lane_index(), warp = warp_index(), g = lane >> 2, t = lane & 3, steps = k / STEP;
     const long tile0 = (long)block_x() * TILES;
@@ -51,13 +51,13 @@ DEV void matmul(const U4* weights, const uint32_t* scales, const float* grid_sca
             }
         }
         if constexpr (GROUPED) {
-            // A scale for each 128 columns: of the weight's block of 128 rows, and of each row of x.
+            // A scale for each 128 columns: of the weight's block of 128 rows, and of each token.
             UNROLL for (int r = 0; r < TILES; r++) {
                 const float w = grid_scales ? ld(grid_scales + (tile0 + r) * TILE / 128 * steps + step) : 1.0f;
                 UNROLL for (int c = 0; c < NT; c++)
                     UNROLL for (int i = 0; i < 4; i++) {
                         const int row = row0 + c * 8 + t * 2 + (i & 1);
-                        const float v = x_scales && row < rows ? ld(x_scales + (long)(row / planes) * steps + step) : 1.0f;
+                        const float v = x_groups && row < rows ? ld(x_groups + (long)(row / planes) * steps + step) : 1.0f;
                         acc[r][c][i] = fmaf(part[r][c][i], w * v, acc[r][c][i]);
                     }
             }
@@ -76,7 +76,7 @@ DEV void matmul(const U4* weights, const uint32_t* scales, const float* grid_sca
         for (int p = 0; p < planes; p++)
             UNROLL for (int w = 0; w < WARPS; w++) total += sums[(w * COLS + token * planes + p) * OUT + o];
         float scale = ld(row_scales + out) * x_scale;
-        if (!GROUPED && x_scales) scale *= ld(x_scales + m);
+        if (x_scales) scale *= ld(x_scales + m);
         total = total * lift(W) * scale;
         st(y + (long)m * n + out, bias ? total + ld(bias + out) : total);
     }
@@ -87,11 +87,11 @@ constexpr int blocks_of(int nt, bool grouped) { return nt == 1 && !grouped ? 3 :
 #define MATMUL(name, W, NT, GROUPED)                                                                                       \
     KERNEL_OF(blocks_of(NT, GROUPED), name, 256,                                                                           \
               (const U4* weights, const uint32_t* scales, const float* grid_scales, const uint16_t* x,                    \
-               const float* x_scales, const float* row_scales, const float* bias, float* y, int rows, int planes, int n,  \
-               int k, float x_scale)) {                                                                                    \
+               const float* x_scales, const float* x_groups, const float* row_scales, const float* bias, float* y,        \
+               int rows, int planes, int n, int k, float x_scale)) {                                                       \
         SHARED(float, sums, WARPS * NT * 8 * TILES * TILE);                                                                \
-        matmul<W, NT, GROUPED>(weights, scales, grid_scales, x, x_scales, row_scales, bias, y, rows, planes, n, k,        \
-                               x_scale, sums);                                                                             \
+        matmul<W, NT, GROUPED>(weights, scales, grid_scales, x, x_scales, x_groups, row_scales, bias, y, rows, planes,    \
+                               n, k, x_scale, sums);                                                                       \
     }
 #define MATMULS(name, W)                     \
     MATMUL(matmul_##name##_8, W, 1, false)   \

@@ -17,7 +17,7 @@ constexpr int TOKENS = 64, PITCH = STEP / 8 + 1, STAGE = TOKENS * PITCH;
 
 template <int W, int R, bool GROUPED>
 DEV void tile(const U4* weights, const uint32_t* scales, const float* grid_scales, const uint16_t* x, const float* x_scales,
-              const float* row_scales, const float* bias, float* y, int rows, int planes, int n, int k, float x_scale,
+              const float* x_groups, const float* row_scales, const float* bias, float* y, int rows, int planes, int n, int k, float x_scale,
               SharedArray<U4> stages, SharedArray<float> token_scales) {
     constexpr int NT = TOKENS / 8, COPIES = TOKENS * (STEP / 8) / (WARPS * 32);
     const int lane = lane_index(), warp = warp_index(), g = lane >> 2, t = lane & 3, steps = k / STEP, tokens = rows / planes;
@@ -56,7 +56,7 @@ DEV void tile(const U4* weights, const uint32_t* scales, const float* grid_scale
     };
 
     // Of 128 columns, the scale of a token: a thread has one, written while the step before is computed.
-    const float* scale_of = x_scales ? x_scales + (long)min(token0 + thread_index() % TOKENS, tokens - 1) * steps : nullptr;
+    const float* scale_of = x_groups ? x_groups + (long)min(token0 + thread_index() % TOKENS, tokens - 1) * steps : nullptr;
     auto token_scale = [&](int step) { return scale_of ? ld(scale_of + step) : 1.0f; };
 
     float acc[R][NT][4] = {}, total[R][NT][4] = {};
@@ -129,7 +129,7 @@ DEV void tile(const U4* weights, const uint32_t* scales, const float* grid_scale
                     const int m = token0 + c * 8 + t * 2 + i;
                     if (m >= tokens) continue;
                     float scale = row_scale;
-                    if (!GROUPED && x_scales) scale *= ld(x_scales + m);
+                    if (x_scales) scale *= ld(x_scales + m);
                     const float v = total[r][c][upper * 2 + i] * lift(W) * scale;
                     st(y + (long)m * n + out, bias ? v + add : v);
                 }
@@ -139,12 +139,12 @@ DEV void tile(const U4* weights, const uint32_t* scales, const float* grid_scale
 #define TILED(name, W, R, GROUPED)                                                                                         \
     KERNEL_OF(1, name, 256,                                                                                                \
               (const U4* weights, const uint32_t* scales, const float* grid_scales, const uint16_t* x,                    \
-               const float* x_scales, const float* row_scales, const float* bias, float* y, int rows, int planes, int n,  \
-               int k, float x_scale)) {                                                                                    \
+               const float* x_scales, const float* x_groups, const float* row_scales, const float* bias, float* y,        \
+               int rows, int planes, int n, int k, float x_scale)) {                                                       \
         SHARED(U4, stages, 2 * STAGE);                                                                                     \
         SHARED(float, token_scales, GROUPED ? 2 * TOKENS : 1);                                                             \
-        tile<W, R, GROUPED>(weights, scales, grid_scales, x, x_scales, row_scales, bias, y, rows, planes, n, k, x_scale,  \
-                            stages, token_scales);                                                                         \
+        tile<W, R, GROUPED>(weights, scales, grid_scales, x, x_scales, x_groups, row_scales, bias, y, rows, planes, n, k, \
+                            x_scale, stages, token_scales);                                                                \
     }
 #define TILES_OF(name, W)             \
     TILED(tile_##name, W, 2, false)   \

@@ -210,27 +210,28 @@ static OnDevice pack(const Linear& w) {
 }
 
 // `columns`: rows of x in a block of the kernel for few rows, 8, 16 or 32; of the tile, 64. All must give the bits of that for 8.
-static void matmul_case(int m, int n, int k, int kind, int planes, bool grouped, bool with_grid, bool x_scaled, bool biased, bool extreme, int columns) {
+static void matmul_case(int m, int n, int k, int kind, int planes, bool grouped, bool with_grid, bool x_grouped, bool x_scaled, bool biased, bool extreme, int columns) {
     Linear w = random_linear(n, k, kind, extreme);
     OnDevice d = pack(w);
     const int kp = d.steps * 128;
     std::vector<uint16_t> x((size_t)m * planes * kp, 0);
     for (int r = 0; r < m * planes; r++) for (int c = 0; c < k; c++) x[(size_t)r * kp + c] = to_bf16((float)uniform(-3, 3));
-    std::vector<float> rows(d.rows), bias(n), xs(grouped ? m * d.steps : m), grid(((n + 127) / 128) * d.steps);
+    std::vector<float> rows(d.rows), bias(n), xs(m), xg(m * d.steps), grid(((n + 127) / 128) * d.steps);
     for (int i = 0; i < n; i++) rows[i] *= (float)uniform(.01, .02), bias[i] = (float)uniform(-1, 1);
     for (auto& s : xs) s = (float)uniform(.5, 2);
+    for (auto& s : xg) s = (float)uniform(.5, 2);
     for (auto& s : grid) s = (float)uniform(.5, 2);
     const float scale = .25f;
     Array<uint32_t> words(d.words), scales(d.scales);
     Array<uint16_t> dx(x);
-    Array<float> dg(grid), dxs(xs), drows(rows), dbias(bias), y((size_t)m * n), small((size_t)m * n);
+    Array<float> dg(grid), dxs(xs), dxg(xg), drows(rows), dbias(bias), y((size_t)m * n), small((size_t)m * n);
     auto product = [&](int columns, float* y) {
         const std::string name = (columns == 64 ? std::string("tile_") + NAMES[kind] : std::string("matmul_") + NAMES[kind] + "_" + std::to_string(columns)) + (grouped ? "g" : "");
         const int outputs = columns < 64 ? 32 : grouped ? 128 : 256, units = columns < 64 ? m * planes : m;
-        return run(name.c_str(), (n + outputs - 1) / outputs, (units + columns - 1) / columns, 1, (U4*)words.p, d.scales.empty() ? nullptr : scales.p, with_grid ? dg.p : nullptr, dx.p, x_scaled ? dxs.p : nullptr, drows.p, biased ? dbias.p : nullptr, y, m * planes, planes, n, kp, scale);
+        return run(name.c_str(), (n + outputs - 1) / outputs, (units + columns - 1) / columns, 1, (U4*)words.p, d.scales.empty() ? nullptr : scales.p, with_grid ? dg.p : nullptr, dx.p, x_scaled ? dxs.p : nullptr, x_grouped ? dxg.p : nullptr, drows.p, biased ? dbias.p : nullptr, y, m * planes, planes, n, kp, scale);
     };
     char what[160];
-    snprintf(what, sizeof what, "%s columns=%d M=%d N=%d K=%d planes=%d grouped=%d grid=%d scaled=%d", NAMES[kind], columns, m, n, k, planes, grouped, with_grid, x_scaled);
+    snprintf(what, sizeof what, "%s columns=%d M=%d N=%d K=%d planes=%d grouped=%d grid=%d groups=%d scaled=%d", NAMES[kind], columns, m, n, k, planes, grouped, with_grid, x_grouped, x_scaled);
     if (!product(columns, y.p)) return;
     if (columns > 8 && product(8, small.p)) equal(std::string(what) + " against 8", y.get(what), small.get(what));
     std::vector<double> expected, size;
@@ -239,14 +240,14 @@ static void matmul_case(int m, int n, int k, int kind, int planes, bool grouped,
             double s = 0, a = 0;
             for (int c = 0; c < k; c++) {
                 double f = 1;
-                if (grouped) f = (with_grid ? grid[o / 128 * d.steps + c / 128] : 1.0f) * (x_scaled ? xs[i * d.steps + c / 128] : 1.0f);
+                if (grouped) f = (with_grid ? grid[o / 128 * d.steps + c / 128] : 1.0f) * (x_grouped ? xg[i * d.steps + c / 128] : 1.0f);
                 for (int p = 0; p < planes; p++) {
                     // Row scales hold what block scales of a power of two were divided by.
                     const double v = weight(w, o, c) / (e8m0(kind) ? (double)d.rows[o] : 1.0) * standin::bf(x[((size_t)i * planes + p) * kp + c]) * f;
                     s += v, a += fabs(v);
                 }
             }
-            const double f = (double)rows[o] * scale * (!grouped && x_scaled ? xs[i] : 1.0f);
+            const double f = (double)rows[o] * scale * (x_scaled ? xs[i] : 1.0f);
             expected.push_back(s * f + (biased ? bias[o] : 0)), size.push_back(a * fabs(f) + (biased ? fabs(bias[o]) : 0) + 1e-6);
         }
     close(what, y.get(what), expected, size, 1e-6);
@@ -255,10 +256,11 @@ static void check_matmul() {
     for (int kind = 0; kind < 6; kind++)
         for (int wide : {8, 16, 32})
             for (int grouped = 0; grouped < 2; grouped++) {
-                matmul_case(1, 32, 128, kind, 1, grouped, false, false, false, false, wide);
-                matmul_case(wide - 3, 40, 128 * 9 + 32, kind, 1, grouped, grouped, true, true, true, wide);
-                matmul_case(wide / 2 + 1, 150, 64, kind, 2, grouped, grouped, true, true, false, wide);
-                matmul_case(3, 33, 128 * 5, kind, 2, grouped, grouped, grouped, false, true, wide);
+                matmul_case(1, 32, 128, kind, 1, grouped, false, false, false, false, false, wide);
+                matmul_case(wide - 3, 40, 128 * 9 + 32, kind, 1, grouped, grouped, grouped, !grouped, true, true, wide);
+                // Blocks of weights with tokens of one scale, and the other way round.
+                matmul_case(wide / 2 + 1, 150, 64, kind, 2, grouped, grouped, false, true, true, false, wide);
+                matmul_case(3, 33, 128 * 5, kind, 2, grouped, false, grouped, false, false, true, wide);
             }
     // The same row gives the same bits whatever it stands beside, whichever kernel computes it.
     Linear w = random_linear(48, 128 * 11, 0, false);
@@ -268,8 +270,8 @@ static void check_matmul() {
     Array<uint32_t> words(d.words), scales(d.scales);
     Array<uint16_t> all(x), one(std::vector<uint16_t>(x.begin() + 13 * 128 * 11, x.begin() + 14 * 128 * 11));
     Array<float> rows(d.rows), many(20 * 48), alone(48);
-    run("matmul_e2m1_16_32", 2, 1, 1, (U4*)words.p, scales.p, (float*)nullptr, all.p, (float*)nullptr, rows.p, (float*)nullptr, many.p, 20, 1, 48, 128 * 11, 1.0f);
-    run("matmul_e2m1_16_8", 2, 1, 1, (U4*)words.p, scales.p, (float*)nullptr, one.p, (float*)nullptr, rows.p, (float*)nullptr, alone.p, 1, 1, 48, 128 * 11, 1.0f);
+    run("matmul_e2m1_16_32", 2, 1, 1, (U4*)words.p, scales.p, (float*)nullptr, all.p, (float*)nullptr, (float*)nullptr, rows.p, (float*)nullptr, many.p, 20, 1, 48, 128 * 11, 1.0f);
+    run("matmul_e2m1_16_8", 2, 1, 1, (U4*)words.p, scales.p, (float*)nullptr, one.p, (float*)nullptr, (float*)nullptr, rows.p, (float*)nullptr, alone.p, 1, 1, 48, 128 * 11, 1.0f);
     const auto m = many.get("batch"), a = alone.get("alone");
     equal("a row of a batch", std::vector<float>(m.begin() + 13 * 48, m.begin() + 14 * 48), a);
 }
@@ -278,10 +280,10 @@ static void check_matmul() {
 static void check_tile() {
     for (int kind = 0; kind < 6; kind++)
         for (int grouped = 0; grouped < 2; grouped++) {
-            matmul_case(65, 40, 128 * 9 + 32, kind, 1, grouped, grouped, true, true, true, 64);
-            matmul_case(33, 280, 128 * 3, kind, 2, grouped, grouped, false, true, false, 64);
-            matmul_case(9, 150, 64, kind, 1, grouped, false, true, false, false, 64);
-            matmul_case(40, 33, 128 * 17, kind, 1, grouped, grouped, grouped, false, true, 64);
+            matmul_case(65, 40, 128 * 9 + 32, kind, 1, grouped, grouped, grouped, !grouped, true, true, 64);
+            matmul_case(33, 280, 128 * 3, kind, 2, grouped, grouped, false, false, true, false, 64);
+            matmul_case(9, 150, 64, kind, 1, grouped, false, grouped, true, false, false, 64);
+            matmul_case(40, 33, 128 * 17, kind, 1, grouped, grouped, false, true, false, true, 64);
         }
 }
 
