@@ -48,7 +48,7 @@ const ALLOWED: [(&str, &[&str]); 16] = [
 ];
 
 /// Crates that the library stands on.
-const BELOW: [&str; 4] = ["eval", "ground", "ifeval", "jinja"];
+const BELOW: [&str; 5] = ["eval", "ground", "ifeval", "jinja", "openai"];
 
 fn rust_files(folder: &Path, found: &mut Vec<PathBuf>) {
     for entry in std::fs::read_dir(folder).unwrap() {
