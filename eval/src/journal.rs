@@ -207,18 +207,12 @@ fn read(path: &Path, text: &str, about: Option<&Value>) -> Result<BTreeMap<Key, 
 
 /// Names the first key in which two runs differ, with the keys that it lies under.
 pub(crate) fn same(path: &Path, found: &Value, expected: &Value) -> Result<(), JournalError> {
-    match difference(found, expected) {
-        None => Ok(()),
-        Some((key, found, expected)) => Err(other(path, &key, found, expected)),
-    }
-}
-
-fn other(path: &Path, key: &str, found: &Value, expected: &Value) -> JournalError {
+    let Some((key, found, expected)) = difference(found, expected) else { return Ok(()) };
     let short = |v: &Value| {
         let text = v.to_string();
         if text.chars().count() > 80 { text.chars().take(80).chain("…".chars()).collect() } else { text }
     };
-    JournalError::OtherRun { path: path.into(), key: key.into(), expected: short(expected), found: short(found) }
+    Err(JournalError::OtherRun { path: path.into(), key, expected: short(expected), found: short(found) })
 }
 
 #[cfg(test)]

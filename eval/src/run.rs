@@ -16,7 +16,7 @@ use crate::report::ScoreRow;
 use crate::scores::{GenerationLength, MetricScores, ModelFacts, ModelScores};
 pub use crate::settings::Setup;
 use crate::settings::{self, Generations};
-use crate::tasks::{self, BOOTSTRAP_RESAMPLES, Chat, Instance, Options, OutputType, Sample, Selection, Task};
+use crate::tasks::{self, BOOTSTRAP_RESAMPLES, Chat, Instance, Options, Sample, Selection, Task};
 use crate::{LanguageModel, Message, Request, Response};
 use recoup_ground::atomic::write_atomically;
 use recoup_ground::digest::sha256;
@@ -270,7 +270,6 @@ impl<'t> Plan<'t> {
                 version: task.version(),
                 shots: task.num_fewshot(&self.setup.options),
                 documents: task.documents(),
-                output: task.output_type(),
                 data: task.data_files().to_vec(),
                 headline: (metric.into(), filter.into()),
                 samples,
@@ -339,7 +338,6 @@ pub struct TaskResults {
     pub shots: usize,
     /// That the task has, of which the limit may have left some out.
     pub documents: usize,
-    pub output: OutputType,
     /// What the documents and examples were read from.
     pub data: Vec<tasks::DataFile>,
     /// Metric and filter that stand for the task.

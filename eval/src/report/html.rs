@@ -11,8 +11,8 @@ use super::tables::{self, Row, Table};
 use super::verdict::verdict;
 use crate::comparison::Comparison;
 
-pub(super) const STYLE: &str = include_str!("style.css");
-pub(super) const SCRIPT: &str = include_str!("script.js");
+const STYLE: &str = include_str!("style.css");
+const SCRIPT: &str = include_str!("script.js");
 
 /// The browser itself holds the page to loading nothing.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'";

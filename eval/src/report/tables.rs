@@ -1,5 +1,7 @@
 //! The tables of a comparison, as text in cells: the same for Markdown, the terminal and the page.
 
+use itertools::Itertools as _;
+
 use super::numbers::{
     MISSING, bytes, count, difference, estimate, fixed, p_value, percent, percent_estimate, percent_interval,
     percent_with, plain, value_and_error,
@@ -214,7 +216,7 @@ pub(super) fn divergence(c: &Comparison, text: &str) -> Option<Table> {
     add("Cor(ln(PPL(Q)), ln(PPL(base)))", &|d| percent_with(correlation(d), 2));
     add("Mean ln(PPL(Q)/PPL(base))", &|d| estimate(d.log_perplexity_ratio));
     add("Mean PPL(Q)/PPL(base)", &|d| estimate(d.perplexity_ratio));
-    add("Mean PPL(Q)-PPL(base)", &|d| estimate(perplexity_difference(d)));
+    add("Mean PPL(Q)-PPL(base)", &|d| estimate(d.perplexity_difference()));
     add("Mean KLD", &|d| estimate(d.kl));
     for share in percentiles(&found, |d| &d.kl_percentiles) {
         add(&percentile_label(share, "KLD"), &|d| or(at(&d.kl_percentiles, share), plain));
@@ -278,15 +280,7 @@ pub(super) fn attribution(c: &Comparison, a: &Attribution) -> Option<Table> {
 
 /// Names of groups in the order of their first appearance.
 pub(super) fn group_names<'a>(found: &[&'a Divergence], of: fn(&Divergence) -> &Vec<GroupKl>) -> Vec<&'a str> {
-    let mut names: Vec<&str> = Vec::new();
-    for d in found {
-        for g in of(d) {
-            if !names.contains(&g.group.as_str()) {
-                names.push(&g.group);
-            }
-        }
-    }
-    names
+    found.iter().flat_map(|d| of(d)).map(|g| g.group.as_str()).unique().collect()
 }
 
 /// The comparison split by families of tasks, so that tables of many tasks can be folded: those that stand alone first.
@@ -317,20 +311,9 @@ fn task(c: &Comparison, t: &TaskComparison) -> String {
     }
 }
 
-/// Standard error by the delta method from those of the two and their correlation, as llama-perplexity has it.
-fn perplexity_difference(d: &Divergence) -> Estimate {
-    let (q, base) = (d.perplexity, d.baseline_perplexity);
-    let covariance = d.log_perplexity_correlation * q.standard_error * base.standard_error;
-    let variance = q.standard_error.powi(2) + base.standard_error.powi(2) - 2.0 * covariance;
-    Estimate { value: q.value - base.value, standard_error: variance.max(0.0).sqrt() }
-}
-
 /// Shares that any of them has, from the maximum down.
 fn percentiles(found: &[&Divergence], of: fn(&Divergence) -> &Vec<(f64, f64)>) -> Vec<f64> {
-    let mut shares: Vec<f64> = found.iter().flat_map(|d| of(d)).map(|(share, _)| *share).collect();
-    shares.sort_by(|a, b| b.total_cmp(a));
-    shares.dedup();
-    shares
+    found.iter().flat_map(|d| of(d)).map(|(share, _)| *share).sorted_by(|a, b| b.total_cmp(a)).dedup().collect()
 }
 
 fn percentile_label(share: f64, what: &str) -> String {

@@ -290,10 +290,9 @@ fn the_page_holds_the_same_cells_as_the_markdown() {
 }
 
 #[test]
-fn every_report_is_well_formed_and_says_nothing_that_is_no_number() {
+fn no_report_says_anything_that_is_no_number() {
     for (name, c, context) in everything() {
         let page = html(&c, &context);
-        check_markup(&page).unwrap_or_else(|why| panic!("{name}: {why}"));
         for text in [page.clone(), markdown(&c, &context), terminal(&c, &context, 80)] {
             for word in text.split(|ch: char| !ch.is_alphanumeric()) {
                 assert!(!["NaN", "inf", "None", "Some"].contains(&word), "{name} says {word}");
@@ -321,7 +320,6 @@ fn a_model_named_as_a_script_does_not_run() {
     let page = html(&extremes(), &context);
     assert_eq!(page.matches("<script").count(), 1, "only the page's own");
     does_not_say(&page, &["<img", "\u{1}"]);
-    check_markup(&page).unwrap();
     let text = markdown(&extremes(), &context);
     let fenced = text.matches(&context.command).count();
     assert_eq!((text.matches("<script").count(), fenced), (1, 1), "as code only");
@@ -430,37 +428,4 @@ fn markdown_tables(text: &str) -> BTreeMap<String, Vec<Vec<String>>> {
         }
     }
     tables
-}
-
-/// Whether tags balance, attributes are quoted and stand once, and nothing else looks like markup.
-fn check_markup(page: &str) -> Result<(), String> {
-    let page = page.replace(super::html::STYLE, "").replace(super::html::SCRIPT, "");
-    let mut open: Vec<&str> = Vec::new();
-    for piece in page.split('<').skip(2) {
-        let (tag, text) = piece.split_once('>').ok_or("a tag without end")?;
-        let mut entities = text.split('&').skip(1).filter_map(|e| e.split_once(';'));
-        if text.contains('>') || !entities.all(|(name, _)| ["lt", "gt", "amp", "quot"].contains(&name)) {
-            return Err(format!("bare characters in {text:?}"));
-        }
-        if let Some(name) = tag.strip_prefix('/') {
-            let top = open.pop();
-            if top != Some(name) {
-                return Err(format!("</{name}> closes {top:?}"));
-            }
-            continue;
-        }
-        let outside = tag.split('"').step_by(2);
-        let mut names: Vec<&str> = outside.filter_map(|part| part.strip_suffix('=')?.rsplit(' ').next()).collect();
-        let attributes = names.len();
-        names.sort_unstable();
-        names.dedup();
-        if names.len() != attributes || tag.matches('"').count() != 2 * attributes {
-            return Err(format!("a broken tag {tag:?}"));
-        }
-        let name = tag.split(' ').next().unwrap_or("");
-        if !["meta", "hr"].contains(&name) {
-            open.push(name);
-        }
-    }
-    if open.is_empty() { Ok(()) } else { Err(format!("left open: {open:?}")) }
 }

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use itertools::Itertools as _;
+
 use crate::comparison::{AgainstBaseline, Comparison, Counted, Divergence, Overall, TaskComparison, TaskScore};
 
 /// From this many headline tasks on, tasks of one family are drawn and listed together.
@@ -38,13 +40,7 @@ impl Comparison {
 
     /// Names of texts, in the order of their first appearance.
     pub(super) fn texts(&self) -> Vec<&str> {
-        let mut texts: Vec<&str> = Vec::new();
-        for d in &self.divergences {
-            if !texts.contains(&d.text.as_str()) {
-                texts.push(&d.text);
-            }
-        }
-        texts
+        self.divergences.iter().map(|d| d.text.as_str()).unique().collect()
     }
 
     pub(super) fn divergence(&self, text: &str, model: usize) -> Option<&Divergence> {
