@@ -82,7 +82,8 @@ impl<'t> Plan<'t> {
         let chat = setup.chat.then_some(Chat { render: &render, fewshot_as_multiturn: setup.fewshot_as_multiturn });
         let of_model = model.generation_defaults();
         let options = Options { of_model: of_model.clone(), ..setup.options.clone() };
-        tasks::check_generation(&options.generation)?;
+        // Also where no task generates.
+        tasks::generation::checked(&options.generation)?;
         let generations = settings::generations(&selection.tasks, &options)?;
         let unused = settings::without_effect(&selection.tasks, setup, &generations, &of_model);
         let mut instances = Vec::new();

@@ -11,9 +11,6 @@ pub(super) fn method(c: &Comparison) -> Vec<String> {
     let base = c.baseline();
     let level = c.confidence_text();
     let mut out = Vec::new();
-    if c.models.len() < 2 {
-        return out;
-    }
     if !c.tasks.is_empty() {
         out.push(format!(
             "Every model answered the same documents, so models are compared document by document. Intervals are \
@@ -40,7 +37,7 @@ pub(super) fn method(c: &Comparison) -> Vec<String> {
              one metric each."
         ));
     }
-    if let Some(ptq) = c.ptq_model() {
+    if let Some(ptq) = c.ptq {
         let p = c.label(ptq);
         out.push(format!(
             "Gap closed is the share of {p}'s loss that a model got back: 0 % scores as {p}, 100 % as {base}. Where \

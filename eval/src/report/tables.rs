@@ -86,9 +86,8 @@ pub(super) fn scores(c: &Comparison) -> Option<Table> {
     heads.extend((0..c.models.len()).map(|m| model(c, m)));
     let mut table = Table::new("Scores", "Score ± standard error. ↑: higher is better; ↓: lower is.", heads);
     for t in &c.tasks {
-        let score = |m| or(t.score_of(m), |s| value_and_error(s.score, s.standard_error));
         let mut cells = vec![t.task.clone(), t.metric_text(), count(t.documents), or(t.chance, plain)];
-        cells.extend((0..c.models.len()).map(score));
+        cells.extend(t.scores.iter().map(|s| value_and_error(s.score, s.standard_error)));
         table.row(None, cells);
     }
     table.filled(3)
@@ -125,7 +124,7 @@ pub(super) fn differences(c: &Comparison) -> Option<Table> {
 /// `whole` is the comparison that `c` may be a part of: its tasks are what the overall recovery is the mean of.
 pub(super) fn recovery(c: &Comparison, whole: &Comparison) -> Option<Table> {
     let base = c.baseline();
-    let ptq = c.ptq_model().map(|p| c.label(p));
+    let ptq = c.ptq.map(|p| c.label(p));
     let gap = ptq.map_or(String::new(), |p| format!(" Gap closed: 0 % is {p}, 100 % is {base}."));
     let mut table = Table::new(
         "Recovery",
@@ -141,7 +140,7 @@ pub(super) fn recovery(c: &Comparison, whole: &Comparison) -> Option<Table> {
         table.row(Some(m), vec![mean, c.label(m).to_owned(), percent_interval(o.recovery), above, missing()]);
     }
     for (t, m, a) in pairs(c) {
-        let gap = match (t.score_of(m).and_then(|s| s.gap_closed.as_ref()), ptq) {
+        let gap = match (&t.scores[m].gap_closed, ptq) {
             (Some(GapClosed::Share(i)), Some(_)) => percent_interval(*i),
             (Some(GapClosed::NoSignificantGap), Some(p)) => format!("{p}'s gap is not significant"),
             _ => missing(),
@@ -160,7 +159,7 @@ pub(super) fn generation(c: &Comparison) -> Option<Table> {
         columns(&["Task", "Model"], &["Tokens", "Cut by the limit", "Empty"]),
     );
     for t in &c.tasks {
-        for (m, score) in t.scores.iter().enumerate().take(c.models.len()) {
+        for (m, score) in t.scores.iter().enumerate() {
             let Some(g) = score.generation else { continue };
             let tokens = or(g.mean_tokens, |n| fixed(n, 1));
             let cells = vec![task(c, t), c.label(m).to_owned(), tokens, percent(g.capped), percent(g.empty)];
@@ -221,7 +220,7 @@ pub(super) fn divergence(c: &Comparison, text: &str) -> Option<Table> {
     for share in percentiles(&found, |d| &d.kl_percentiles) {
         add(&percentile_label(share, "KLD"), &|d| or(at(&d.kl_percentiles, share), plain));
     }
-    if let Some(ptq) = c.ptq_model() {
+    if let Some(ptq) = c.ptq {
         add(&format!("KLD of {} that is gone", c.label(ptq)), &|d| or(d.kl_gone, percent_interval));
     }
     add("Mean Δp", &|d| percent_estimate(d.delta_p));
