@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use recoup_ground::atomic::{NotWritten, write_atomically};
 use recoup_ground::kept::difference;
+use recoup_ground::shorten::shorten;
 
 use crate::Response;
 
@@ -208,10 +209,7 @@ fn read(path: &Path, text: &str, about: Option<&Value>) -> Result<BTreeMap<Key, 
 /// Names the first key in which two runs differ, with the keys that it lies under.
 pub(crate) fn same(path: &Path, found: &Value, expected: &Value) -> Result<(), JournalError> {
     let Some((key, found, expected)) = difference(found, expected) else { return Ok(()) };
-    let short = |v: &Value| {
-        let text = v.to_string();
-        if text.chars().count() > 80 { text.chars().take(80).chain("…".chars()).collect() } else { text }
-    };
+    let short = |v: &Value| shorten(&v.to_string(), 80);
     Err(JournalError::OtherRun { path: path.into(), key, expected: short(expected), found: short(found) })
 }
 

@@ -26,8 +26,6 @@ use recoup_ground::names::file_name;
 pub const RESPONSES: &str = "responses.jsonl";
 /// Sets a seed's repeats apart from another's; more than any task asks for.
 const REPEATS: usize = 1 << 16;
-/// Scores.
-pub const RESULTS: &str = "results.json";
 
 /// Why a run could not be finished.
 #[derive(Debug, Error)]
@@ -503,17 +501,11 @@ impl Results {
                 text += &Value::Object(sample.record.clone()).to_string();
                 text.push('\n');
             }
-            write_atomically(&folder.join(samples_name(&task.name)), text.as_bytes())?;
+            write_atomically(&folder.join(format!("samples_{}.jsonl", file_name(&task.name))), text.as_bytes())?;
         }
         let text = format!("{:#}\n", self.json(model, config));
-        Ok(write_atomically(&folder.join(RESULTS), text.as_bytes())?)
+        Ok(write_atomically(&folder.join("results.json"), text.as_bytes())?)
     }
-}
-
-/// Name of a task's samples; what cannot stand in a file name is written as `%XX`.
-#[must_use]
-pub fn samples_name(task: &str) -> String {
-    format!("samples_{}.jsonl", file_name(task))
 }
 
 /// A version as lm-evaluation-harness writes it: a number where it is one.

@@ -10,3 +10,4 @@ pub mod kept;
 pub mod model;
 pub mod names;
 pub mod records;
+pub mod shorten;
