@@ -73,10 +73,6 @@ pub enum CompareError {
     )]
     Number { metric: String, label: String, doc_id: usize, repeat: usize, value: f64, weight: f64 },
     #[error(
-        "{metric} has {found} document(s), expected at least 2: with fewer there is nothing to estimate an error from"
-    )]
-    TooFewDocuments { metric: String, found: usize },
-    #[error(
         "{metric} of {label} comes to {found}, which is no number to compare: its log-likelihoods are far too low for a working model"
     )]
     Score { metric: String, label: String, found: f64 },
@@ -87,7 +83,7 @@ pub enum CompareError {
 }
 
 /// Compares `models` (index 0 is the baseline, `ptq` the index of the PTQ model, each has a label) on all their metrics:
-/// one entry per metric in the baseline's order, and one overall recovery per model (`None` for the baseline and where no
+/// one entry per metric, of two documents at least, in the baseline's order, and one overall recovery per model (`None` for the baseline and where no
 /// task gives one).
 ///
 /// The overall recovery is the mean over tasks and groups, equally weighted, of the recovery in their headline metric;

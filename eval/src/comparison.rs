@@ -83,7 +83,6 @@ pub struct AgainstBaseline {
     /// After correction for all comparisons made.
     pub p_adjusted: f64,
     /// Documents whose value is another than the baseline's.
-    #[serde(default)]
     pub changed: usize,
 }
 
@@ -104,7 +103,6 @@ pub struct Overall {
     pub recovery_above_chance: Option<Interval>,
     /// Over how many tasks (a group counts as one) each is the mean, and how many there are: those whose baseline does not
     /// score clearly above zero, or above chance, give no share.
-    #[serde(default)]
     pub counted: Counted,
 }
 

@@ -4,14 +4,9 @@
 //! Standard errors are clustered by window: tokens of one window share their context, so their errors are not
 //! independent. llama-perplexity takes every token as independent; its errors are smaller than ours where they are not.
 //! With few windows (below about 30) ours are too small too, as with any clustered error.
-//!
-//! Logits must be finite, with one exception: -inf rules a token out. Where the baseline rules it out it adds nothing to
-//! the divergence, whatever the model says; a model that rules out what the baseline does not has an infinite divergence,
-//! and a right token that either rules out an infinite perplexity: both are errors.
 
 mod llama;
 mod pass;
-mod row;
 mod token_class;
 mod token_model;
 
@@ -21,12 +16,12 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use self::pass::{PassError, Said, Windows};
-pub use self::row::{Pair, RowError, compare_rows};
 pub use self::token_class::TokenClass;
 pub use self::token_model::TokenModel;
 
 use crate::comparison::{Divergence, Estimate, GroupKl, Histogram, Interval};
 use crate::statistics::{Random, Sample, Smoothing, interval, mean_and_standard_error, resample};
+use recoup_ground::divergence::{Pair, RowError};
 
 /// Shares at which the percentiles of the divergence are given: llama-perplexity's.
 const KL_SHARES: [f64; 11] = [0.0, 0.001, 0.01, 0.05, 0.1, 0.5, 0.9, 0.95, 0.99, 0.999, 1.0];
@@ -240,6 +235,8 @@ fn histogram(sorted: &[f64]) -> Histogram {
 
 #[cfg(test)]
 mod tests {
+    use recoup_ground::divergence::compare_rows;
+
     use super::*;
 
     /// Four windows of five tokens over a vocabulary of eleven: (window, position, baseline, model, target).

@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use recoup_ground::atomic::{NotWritten, write_atomically};
 use recoup_ground::kept::difference;
+use recoup_ground::shorten::shorten;
 
 use crate::Response;
 
@@ -207,18 +208,9 @@ fn read(path: &Path, text: &str, about: Option<&Value>) -> Result<BTreeMap<Key, 
 
 /// Names the first key in which two runs differ, with the keys that it lies under.
 pub(crate) fn same(path: &Path, found: &Value, expected: &Value) -> Result<(), JournalError> {
-    match difference(found, expected) {
-        None => Ok(()),
-        Some((key, found, expected)) => Err(other(path, &key, found, expected)),
-    }
-}
-
-fn other(path: &Path, key: &str, found: &Value, expected: &Value) -> JournalError {
-    let short = |v: &Value| {
-        let text = v.to_string();
-        if text.chars().count() > 80 { text.chars().take(80).chain("…".chars()).collect() } else { text }
-    };
-    JournalError::OtherRun { path: path.into(), key: key.into(), expected: short(expected), found: short(found) }
+    let Some((key, found, expected)) = difference(found, expected) else { return Ok(()) };
+    let short = |v: &Value| shorten(&v.to_string(), 80);
+    Err(JournalError::OtherRun { path: path.into(), key, expected: short(expected), found: short(found) })
 }
 
 #[cfg(test)]

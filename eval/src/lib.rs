@@ -1,14 +1,11 @@
 //! Evaluation of language models, whatever runs them: tasks, scores, statistics, reports.
 //!
-//! Knows nothing of any engine: an engine implements [`LanguageModel`] (and [`TokenModel`] where it can); the crate itself
-//! implements it for any OpenAI-compatible server.
+//! Knows nothing of any engine: an engine implements [`LanguageModel`] (and [`TokenModel`] where it can).
 
 pub mod compare;
 pub mod comparison;
 pub mod divergence;
 pub mod journal;
-pub mod model;
-pub mod openai;
 pub mod perplexity;
 pub mod report;
 pub mod run;
@@ -18,4 +15,4 @@ pub mod statistics;
 pub mod tasks;
 
 pub use divergence::TokenModel;
-pub use model::{GenerationDefaults, GenerationOptions, LanguageModel, Message, Request, Response};
+pub use recoup_ground::model::{GenerationDefaults, GenerationOptions, LanguageModel, Message, Request, Response};

@@ -16,7 +16,7 @@ use crate::report::ScoreRow;
 use crate::scores::{GenerationLength, MetricScores, ModelFacts, ModelScores};
 pub use crate::settings::Setup;
 use crate::settings::{self, Generations};
-use crate::tasks::{self, BOOTSTRAP_RESAMPLES, Chat, Instance, Options, OutputType, Sample, Selection, Task};
+use crate::tasks::{self, BOOTSTRAP_RESAMPLES, Chat, Instance, Options, Sample, Selection, Task};
 use crate::{LanguageModel, Message, Request, Response};
 use recoup_ground::atomic::write_atomically;
 use recoup_ground::digest::sha256;
@@ -26,8 +26,6 @@ use recoup_ground::names::file_name;
 pub const RESPONSES: &str = "responses.jsonl";
 /// Sets a seed's repeats apart from another's; more than any task asks for.
 const REPEATS: usize = 1 << 16;
-/// Scores.
-pub const RESULTS: &str = "results.json";
 
 /// Why a run could not be finished.
 #[derive(Debug, Error)]
@@ -82,7 +80,8 @@ impl<'t> Plan<'t> {
         let chat = setup.chat.then_some(Chat { render: &render, fewshot_as_multiturn: setup.fewshot_as_multiturn });
         let of_model = model.generation_defaults();
         let options = Options { of_model: of_model.clone(), ..setup.options.clone() };
-        tasks::check_generation(&options.generation)?;
+        // Also where no task generates.
+        tasks::generation::checked(&options.generation)?;
         let generations = settings::generations(&selection.tasks, &options)?;
         let unused = settings::without_effect(&selection.tasks, setup, &generations, &of_model);
         let mut instances = Vec::new();
@@ -270,7 +269,6 @@ impl<'t> Plan<'t> {
                 version: task.version(),
                 shots: task.num_fewshot(&self.setup.options),
                 documents: task.documents(),
-                output: task.output_type(),
                 data: task.data_files().to_vec(),
                 headline: (metric.into(), filter.into()),
                 samples,
@@ -339,7 +337,6 @@ pub struct TaskResults {
     pub shots: usize,
     /// That the task has, of which the limit may have left some out.
     pub documents: usize,
-    pub output: OutputType,
     /// What the documents and examples were read from.
     pub data: Vec<tasks::DataFile>,
     /// Metric and filter that stand for the task.
@@ -504,17 +501,11 @@ impl Results {
                 text += &Value::Object(sample.record.clone()).to_string();
                 text.push('\n');
             }
-            write_atomically(&folder.join(samples_name(&task.name)), text.as_bytes())?;
+            write_atomically(&folder.join(format!("samples_{}.jsonl", file_name(&task.name))), text.as_bytes())?;
         }
         let text = format!("{:#}\n", self.json(model, config));
-        Ok(write_atomically(&folder.join(RESULTS), text.as_bytes())?)
+        Ok(write_atomically(&folder.join("results.json"), text.as_bytes())?)
     }
-}
-
-/// Name of a task's samples; what cannot stand in a file name is written as `%XX`.
-#[must_use]
-pub fn samples_name(task: &str) -> String {
-    format!("samples_{}.jsonl", file_name(task))
 }
 
 /// A version as lm-evaluation-harness writes it: a number where it is one.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
-use crate::model::GenerationDefaults;
+use crate::GenerationDefaults;
 use crate::tasks::{Error, Generation, Options, OutputType, Task};
 
 /// How tasks are put to the model.

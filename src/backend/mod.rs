@@ -14,7 +14,7 @@ use std::ops::Deref;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use recoup_eval::divergence::{Pair, RowError, compare_rows};
+use recoup_ground::divergence::{Pair, RowError, compare_rows};
 
 pub use self::either::Either;
 pub use self::pass::{Batch, HostPass, PAGE, RopeRows, RopeTable, Rotation, Span};

@@ -4,7 +4,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use recoup_eval::divergence::{Pair, RowError};
+use recoup_ground::divergence::{Pair, RowError};
 
 use super::{AttentionShape, Backend, Batch, CacheLayout, Choice, Named, Result, Rotation, Span};
 use crate::formats::linear::LinearTensors;

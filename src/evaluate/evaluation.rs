@@ -6,12 +6,12 @@ use std::time::Instant;
 
 use recoup_eval::LanguageModel;
 use recoup_eval::journal::{self, Journal, JournalError};
-use recoup_eval::openai::Tally;
 use recoup_eval::report::evaluation_markdown;
 use recoup_eval::run::{Plan, RESPONSES, Results, RunError, Shard, merge};
 use recoup_eval::scores::ModelFacts;
 use recoup_eval::tasks;
 use recoup_ground::atomic::write_atomically;
+use recoup_openai::Tally;
 use serde_json::{Value, json};
 
 use super::Watch;

@@ -6,9 +6,9 @@
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use recoup_eval::divergence::{Pair, RowError};
 use recoup_eval::perplexity::windows;
 use recoup_eval::{GenerationDefaults, GenerationOptions, LanguageModel, Message, Request, Response, TokenModel};
+use recoup_ground::divergence::{Pair, RowError};
 
 use crate::backend::{Backend, BackendError};
 use crate::engine::{self, Engine, EngineError, Event, Finish, Limits, Sequence, answer_all, score_all};

@@ -77,9 +77,6 @@ fn pool(name: &str, scores: &[&MetricScores], labels: &[String]) -> Result<Pool,
         let values = scores.iter().map(|s| s.documents[rows.clone()].iter().map(|d| d.value).sum());
         sample.push(values, document.iter().map(|d| d.weight).sum());
     }
-    if sample.documents() < 2 {
-        return Err(CompareError::TooFewDocuments { metric: name.to_owned(), found: sample.documents() });
-    }
     let pool = Pool { sample, aggregation, higher_is_better, chance };
     match labels.iter().enumerate().find(|(i, _)| !pool.score(*i).is_finite()) {
         Some((i, label)) => {

@@ -5,6 +5,15 @@ use std::fmt::Write;
 use crate::comparison::{Divergence, Estimate};
 
 impl Divergence {
+    /// PPL(Q) - PPL(base); its error by the delta method from those of the two and their correlation, as llama-perplexity
+    /// has it.
+    pub(crate) fn perplexity_difference(&self) -> Estimate {
+        let (q, base) = (self.perplexity, self.baseline_perplexity);
+        let covariance = self.log_perplexity_correlation * q.standard_error * base.standard_error;
+        let variance = q.standard_error.powi(2) + base.standard_error.powi(2) - 2.0 * covariance;
+        Estimate { value: q.value - base.value, standard_error: variance.max(0.0).sqrt() }
+    }
+
     /// The block that llama-perplexity ends with. Errors are clustered by window (see [`crate::divergence`]), so they
     /// are larger than those it would print where a window's tokens depend on each other.
     #[must_use]
@@ -16,23 +25,13 @@ impl Divergence {
     }
 
     fn write_block(&self, out: &mut String) -> std::fmt::Result {
-        let Estimate { value: ppl, standard_error: ppl_error } = self.perplexity;
-        let Estimate { value: base, standard_error: base_error } = self.baseline_perplexity;
-        let correlation = self.log_perplexity_correlation;
-        let difference = Estimate {
-            value: ppl - base,
-            standard_error: (ppl_error * ppl_error + base_error * base_error
-                - 2.0 * correlation * ppl_error * base_error)
-                .max(0.0)
-                .sqrt(),
-        };
         writeln!(out, "====== Perplexity statistics ======")?;
         writeln!(out, "Mean PPL(Q)                   : {}", plain(self.perplexity))?;
         writeln!(out, "Mean PPL(base)                : {}", plain(self.baseline_perplexity))?;
-        writeln!(out, "Cor(ln(PPL(Q)), ln(PPL(base))): {:6.2}%", 100.0 * correlation)?;
+        writeln!(out, "Cor(ln(PPL(Q)), ln(PPL(base))): {:6.2}%", 100.0 * self.log_perplexity_correlation)?;
         writeln!(out, "Mean ln(PPL(Q)/PPL(base))     : {}", plain(self.log_perplexity_ratio))?;
         writeln!(out, "Mean PPL(Q)/PPL(base)         : {}", plain(self.perplexity_ratio))?;
-        writeln!(out, "Mean PPL(Q)-PPL(base)         : {}", plain(difference))?;
+        writeln!(out, "Mean PPL(Q)-PPL(base)         : {}", plain(self.perplexity_difference()))?;
         writeln!(out, "\n====== KL divergence statistics ======")?;
         writeln!(out, "Mean    KLD: {}", plain(self.kl))?;
         for (share, value) in self.kl_percentiles.iter().rev() {

@@ -1,6 +1,6 @@
 //! The seam to a model whose every token's distribution can be compared.
 
-use super::{Pair, RowError};
+use recoup_ground::divergence::{Pair, RowError};
 
 /// Token-by-token scores and full distributions: what perplexity over windows and KL divergence need, and what a remote
 /// model cannot give.

@@ -11,8 +11,8 @@ use super::tables::{self, Row, Table};
 use super::verdict::verdict;
 use crate::comparison::Comparison;
 
-pub(super) const STYLE: &str = include_str!("style.css");
-pub(super) const SCRIPT: &str = include_str!("script.js");
+const STYLE: &str = include_str!("style.css");
+const SCRIPT: &str = include_str!("script.js");
 
 /// The browser itself holds the page to loading nothing.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'";
@@ -23,7 +23,7 @@ const LONG: usize = 48;
 /// One page that needs no network and no script to be read.
 #[must_use]
 pub fn page(c: &Comparison, context: &ReportContext) -> String {
-    let title = if context.title.is_empty() { "Comparison of models" } else { &context.title };
+    let title = &context.title;
     let verdict = verdict(c);
     let glance = tables::summary(c).map(|t| html! { div.glance { (table(c, &t, false)) } });
     let facts = provenance(context);
@@ -51,8 +51,8 @@ pub fn page(c: &Comparison, context: &ReportContext) -> String {
                     (section("Tables", full_tables(c)))
                     (section("Method", html! { @for paragraph in method(c) { p { (paragraph) } } }))
                     (section("How to repeat it", html! {
-                        @if !context.command.is_empty() { pre tabindex="0" { code { (context.command) } } }
-                        @if !facts.is_empty() { ul { @for fact in facts { li { (fact) } } } }
+                        pre tabindex="0" { code { (context.command) } }
+                        ul { @for fact in facts { li { (fact) } } }
                     }))
                 }
                 script { (PreEscaped(SCRIPT)) }
@@ -96,11 +96,6 @@ fn full_tables(c: &Comparison) -> Markup {
                     @else { (titled(c, &t)) }
                 }
             }
-        }
-        // Where a plot of KL could not be drawn its table stands here.
-        @for text in c.texts() {
-            @let drawn = plots::shows_divergence(c, text);
-            @if let Some(t) = tables::divergence(c, text).filter(|_| !drawn) { (titled(c, &t)) }
         }
         @if let Some(t) = tables::resources(c) { (titled(c, &t)) }
     }

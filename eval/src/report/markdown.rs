@@ -10,10 +10,7 @@ use crate::comparison::Comparison;
 /// The comparison as Markdown whose tables render on GitHub.
 #[must_use]
 pub fn comparison(c: &Comparison, context: &ReportContext) -> String {
-    let mut out = String::new();
-    if !context.title.is_empty() {
-        out += &format!("# {}\n\n", escape(&context.title));
-    }
+    let mut out = format!("# {}\n\n", escape(&context.title));
     let verdict = verdict(c);
     out += &format!("**{}**\n\n{}", escape(&verdict.headline), list(&verdict.details));
     out += &table(tables::summary(c));
@@ -34,17 +31,9 @@ pub fn comparison(c: &Comparison, context: &ReportContext) -> String {
     out.extend(c.attributions.iter().map(|a| table(tables::attribution(c, a))));
     out += &table(tables::resources(c));
     let method: String = method(c).iter().map(|paragraph| format!("{}\n\n", escape(paragraph))).collect();
-    if !method.is_empty() {
-        out += &format!("## Method\n\n{method}");
-    }
-    let mut repeat = list(&provenance(context));
-    if !context.command.is_empty() {
-        let fence = "`".repeat(longest_run(&context.command, '`').max(2) + 1);
-        repeat = format!("{fence}\n{}\n{fence}\n\n{repeat}", context.command);
-    }
-    if !repeat.is_empty() {
-        out += &format!("## How to repeat it\n\n{repeat}");
-    }
+    let fence = "`".repeat(longest_run(&context.command, '`').max(2) + 1);
+    out += &format!("## Method\n\n{method}## How to repeat it\n\n{fence}\n{}\n{fence}\n\n", context.command);
+    out += &list(&provenance(context));
     out.truncate(out.trim_end().len());
     out + "\n"
 }

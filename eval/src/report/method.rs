@@ -1,5 +1,7 @@
 //! How the numbers came about, in plain words; only what the comparison at hand contains.
 
+use itertools::Itertools as _;
+
 use super::ReportContext;
 use super::view::listed;
 use crate::comparison::{AttributionMode, Comparison};
@@ -9,23 +11,15 @@ pub(super) fn method(c: &Comparison) -> Vec<String> {
     let base = c.baseline();
     let level = c.confidence_text();
     let mut out = Vec::new();
-    if c.models.len() < 2 {
-        return out;
-    }
     if !c.tasks.is_empty() {
         out.push(format!(
             "Every model answered the same documents, so models are compared document by document. Intervals are \
              {level} intervals of a paired bootstrap: documents are drawn again and again with replacement, for both \
              models at once, and the interval holds the middle {level} of what comes out."
         ));
-        let mut tests: Vec<String> = Vec::new();
-        for t in &c.tasks {
-            for test in t.scores.iter().filter_map(|s| s.against_baseline.as_ref()).map(|a| a.test.clone()) {
-                if !tests.contains(&test) {
-                    tests.push(test);
-                }
-            }
-        }
+        let scores = c.tasks.iter().flat_map(|t| &t.scores);
+        let tests: Vec<String> =
+            scores.filter_map(|s| Some(s.against_baseline.as_ref()?.test.clone())).unique().collect();
         if !tests.is_empty() {
             out.push(format!(
                 "Whether a difference is real is tested two-sided, by {}. Many comparisons turn up some differences by \
@@ -43,7 +37,7 @@ pub(super) fn method(c: &Comparison) -> Vec<String> {
              one metric each."
         ));
     }
-    if let Some(ptq) = c.ptq_model() {
+    if let Some(ptq) = c.ptq {
         let p = c.label(ptq);
         out.push(format!(
             "Gap closed is the share of {p}'s loss that a model got back: 0 % scores as {p}, 100 % as {base}. Where \

@@ -27,7 +27,7 @@ mod tests;
 /// What a report says about how its numbers came about.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ReportContext {
-    /// What the page is called.
+    /// What the report is called.
     pub title: String,
     /// The command that repeats it.
     pub command: String,

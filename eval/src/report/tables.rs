@@ -1,5 +1,7 @@
 //! The tables of a comparison, as text in cells: the same for Markdown, the terminal and the page.
 
+use itertools::Itertools as _;
+
 use super::numbers::{
     MISSING, bytes, count, difference, estimate, fixed, p_value, percent, percent_estimate, percent_interval,
     percent_with, plain, value_and_error,
@@ -84,9 +86,8 @@ pub(super) fn scores(c: &Comparison) -> Option<Table> {
     heads.extend((0..c.models.len()).map(|m| model(c, m)));
     let mut table = Table::new("Scores", "Score ± standard error. ↑: higher is better; ↓: lower is.", heads);
     for t in &c.tasks {
-        let score = |m| or(t.score_of(m), |s| value_and_error(s.score, s.standard_error));
         let mut cells = vec![t.task.clone(), t.metric_text(), count(t.documents), or(t.chance, plain)];
-        cells.extend((0..c.models.len()).map(score));
+        cells.extend(t.scores.iter().map(|s| value_and_error(s.score, s.standard_error)));
         table.row(None, cells);
     }
     table.filled(3)
@@ -123,7 +124,7 @@ pub(super) fn differences(c: &Comparison) -> Option<Table> {
 /// `whole` is the comparison that `c` may be a part of: its tasks are what the overall recovery is the mean of.
 pub(super) fn recovery(c: &Comparison, whole: &Comparison) -> Option<Table> {
     let base = c.baseline();
-    let ptq = c.ptq_model().map(|p| c.label(p));
+    let ptq = c.ptq.map(|p| c.label(p));
     let gap = ptq.map_or(String::new(), |p| format!(" Gap closed: 0 % is {p}, 100 % is {base}."));
     let mut table = Table::new(
         "Recovery",
@@ -139,7 +140,7 @@ pub(super) fn recovery(c: &Comparison, whole: &Comparison) -> Option<Table> {
         table.row(Some(m), vec![mean, c.label(m).to_owned(), percent_interval(o.recovery), above, missing()]);
     }
     for (t, m, a) in pairs(c) {
-        let gap = match (t.score_of(m).and_then(|s| s.gap_closed.as_ref()), ptq) {
+        let gap = match (&t.scores[m].gap_closed, ptq) {
             (Some(GapClosed::Share(i)), Some(_)) => percent_interval(*i),
             (Some(GapClosed::NoSignificantGap), Some(p)) => format!("{p}'s gap is not significant"),
             _ => missing(),
@@ -158,7 +159,7 @@ pub(super) fn generation(c: &Comparison) -> Option<Table> {
         columns(&["Task", "Model"], &["Tokens", "Cut by the limit", "Empty"]),
     );
     for t in &c.tasks {
-        for (m, score) in t.scores.iter().enumerate().take(c.models.len()) {
+        for (m, score) in t.scores.iter().enumerate() {
             let Some(g) = score.generation else { continue };
             let tokens = or(g.mean_tokens, |n| fixed(n, 1));
             let cells = vec![task(c, t), c.label(m).to_owned(), tokens, percent(g.capped), percent(g.empty)];
@@ -214,12 +215,12 @@ pub(super) fn divergence(c: &Comparison, text: &str) -> Option<Table> {
     add("Cor(ln(PPL(Q)), ln(PPL(base)))", &|d| percent_with(correlation(d), 2));
     add("Mean ln(PPL(Q)/PPL(base))", &|d| estimate(d.log_perplexity_ratio));
     add("Mean PPL(Q)/PPL(base)", &|d| estimate(d.perplexity_ratio));
-    add("Mean PPL(Q)-PPL(base)", &|d| estimate(perplexity_difference(d)));
+    add("Mean PPL(Q)-PPL(base)", &|d| estimate(d.perplexity_difference()));
     add("Mean KLD", &|d| estimate(d.kl));
     for share in percentiles(&found, |d| &d.kl_percentiles) {
         add(&percentile_label(share, "KLD"), &|d| or(at(&d.kl_percentiles, share), plain));
     }
-    if let Some(ptq) = c.ptq_model() {
+    if let Some(ptq) = c.ptq {
         add(&format!("KLD of {} that is gone", c.label(ptq)), &|d| or(d.kl_gone, percent_interval));
     }
     add("Mean Δp", &|d| percent_estimate(d.delta_p));
@@ -278,15 +279,7 @@ pub(super) fn attribution(c: &Comparison, a: &Attribution) -> Option<Table> {
 
 /// Names of groups in the order of their first appearance.
 pub(super) fn group_names<'a>(found: &[&'a Divergence], of: fn(&Divergence) -> &Vec<GroupKl>) -> Vec<&'a str> {
-    let mut names: Vec<&str> = Vec::new();
-    for d in found {
-        for g in of(d) {
-            if !names.contains(&g.group.as_str()) {
-                names.push(&g.group);
-            }
-        }
-    }
-    names
+    found.iter().flat_map(|d| of(d)).map(|g| g.group.as_str()).unique().collect()
 }
 
 /// The comparison split by families of tasks, so that tables of many tasks can be folded: those that stand alone first.
@@ -317,20 +310,9 @@ fn task(c: &Comparison, t: &TaskComparison) -> String {
     }
 }
 
-/// Standard error by the delta method from those of the two and their correlation, as llama-perplexity has it.
-fn perplexity_difference(d: &Divergence) -> Estimate {
-    let (q, base) = (d.perplexity, d.baseline_perplexity);
-    let covariance = d.log_perplexity_correlation * q.standard_error * base.standard_error;
-    let variance = q.standard_error.powi(2) + base.standard_error.powi(2) - 2.0 * covariance;
-    Estimate { value: q.value - base.value, standard_error: variance.max(0.0).sqrt() }
-}
-
 /// Shares that any of them has, from the maximum down.
 fn percentiles(found: &[&Divergence], of: fn(&Divergence) -> &Vec<(f64, f64)>) -> Vec<f64> {
-    let mut shares: Vec<f64> = found.iter().flat_map(|d| of(d)).map(|(share, _)| *share).collect();
-    shares.sort_by(|a, b| b.total_cmp(a));
-    shares.dedup();
-    shares
+    found.iter().flat_map(|d| of(d)).map(|(share, _)| *share).sorted_by(|a, b| b.total_cmp(a)).dedup().collect()
 }
 
 fn percentile_label(share: f64, what: &str) -> String {

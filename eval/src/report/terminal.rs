@@ -7,21 +7,14 @@ use super::tables::{self, Table};
 use super::verdict::verdict;
 use crate::comparison::Comparison;
 
-/// Narrower than this no table fits.
-const NARROWEST: usize = 30;
 /// Blanks around a cell.
 const PADDING: usize = 2;
 
 /// The verdict and the main tables as plain text of at most `width` columns (where words and names allow).
 #[must_use]
 pub fn comparison(c: &Comparison, context: &ReportContext, width: usize) -> String {
-    let width = width.max(NARROWEST);
     let verdict = verdict(c);
-    let mut out = String::new();
-    if !context.title.is_empty() {
-        out += &format!("{}\n\n", wrap(&context.title, width, ""));
-    }
-    out += &format!("{}\n", wrap(&verdict.headline, width, ""));
+    let mut out = format!("{}\n\n{}\n", wrap(&context.title, width, ""), wrap(&verdict.headline, width, ""));
     for detail in &verdict.details {
         out += &format!("\n{}", wrap(&format!("· {detail}"), width, "  "));
     }

@@ -4,32 +4,17 @@ use std::collections::BTreeMap;
 
 use super::sample::{context, extremes, interval, keeps, many_tasks, only, sample};
 use super::*;
-use crate::comparison::{AgainstBaseline, Comparison, Counted, GapClosed, Histogram};
+use crate::comparison::{AgainstBaseline, Comparison, Counted, GapClosed};
 
 /// Comparisons of every kind, by name.
 fn everything() -> Vec<(&'static str, Comparison, ReportContext)> {
-    let mut empty = only(&[0]);
-    empty.models.clear();
-    empty.overall.clear();
-    let mut short = sample();
-    short.overall.truncate(1);
-    short.tasks.iter_mut().for_each(|t| t.scores.truncate(2));
-    short.ptq = Some(77);
-    short.divergences.iter_mut().for_each(|d| {
-        d.model += 3;
-        d.kl_histogram = Histogram::default();
-    });
-    let unknown = ReportContext::default();
     vec![
         ("sample", sample(), context()),
         ("two", only(&[0, 4]), context()),
-        ("three", only(&[0, 1, 4]), unknown.clone()),
-        ("one", only(&[0]), unknown.clone()),
-        ("many", many_tasks(), unknown.clone()),
-        ("extremes", extremes(), unknown.clone()),
-        ("no_tasks", without_tasks(&[0, 1, 2, 3, 4]), unknown.clone()),
-        ("no_models", empty, unknown),
-        ("parts_missing", short, context()),
+        ("three", only(&[0, 1, 4]), context()),
+        ("many", many_tasks(), context()),
+        ("extremes", extremes(), context()),
+        ("no_tasks", without_tasks(&[0, 1, 2, 3, 4]), context()),
     ]
 }
 
@@ -220,12 +205,6 @@ fn what_would_mislead_is_named() {
 }
 
 #[test]
-fn one_model_is_not_compared() {
-    assert_eq!(headline(&only(&[0])), "Only BF16 was evaluated: there is nothing to compare it with.");
-    does_not_say(&html(&only(&[0]), &ReportContext::default()), &["<figure>", "Method"]);
-}
-
-#[test]
 fn every_score_difference_and_recovery_stands_in_its_row() {
     let c = sample();
     let text = markdown(&c, &context());
@@ -290,10 +269,9 @@ fn the_page_holds_the_same_cells_as_the_markdown() {
 }
 
 #[test]
-fn every_report_is_well_formed_and_says_nothing_that_is_no_number() {
+fn no_report_says_anything_that_is_no_number() {
     for (name, c, context) in everything() {
         let page = html(&c, &context);
-        check_markup(&page).unwrap_or_else(|why| panic!("{name}: {why}"));
         for text in [page.clone(), markdown(&c, &context), terminal(&c, &context, 80)] {
             for word in text.split(|ch: char| !ch.is_alphanumeric()) {
                 assert!(!["NaN", "inf", "None", "Some"].contains(&word), "{name} says {word}");
@@ -321,7 +299,6 @@ fn a_model_named_as_a_script_does_not_run() {
     let page = html(&extremes(), &context);
     assert_eq!(page.matches("<script").count(), 1, "only the page's own");
     does_not_say(&page, &["<img", "\u{1}"]);
-    check_markup(&page).unwrap();
     let text = markdown(&extremes(), &context);
     let fenced = text.matches(&context.command).count();
     assert_eq!((text.matches("<script").count(), fenced), (1, 1), "as code only");
@@ -342,7 +319,7 @@ fn missing_parts_do_not_appear() {
     }
     c.tasks.iter_mut().flat_map(|t| &mut t.scores).for_each(|s| s.generation = None);
     let page = html(&c, &ReportContext::default());
-    let parts = ["KL", "Where the loss sits", "Recovery against", "Generated answers", "How to repeat it", "Training:"];
+    let parts = ["KL", "Where the loss sits", "Recovery against", "Generated answers", "Training:"];
     does_not_say(&page, &parts);
     assert_eq!(page.matches("<figure>").count(), 1);
 }
@@ -430,37 +407,4 @@ fn markdown_tables(text: &str) -> BTreeMap<String, Vec<Vec<String>>> {
         }
     }
     tables
-}
-
-/// Whether tags balance, attributes are quoted and stand once, and nothing else looks like markup.
-fn check_markup(page: &str) -> Result<(), String> {
-    let page = page.replace(super::html::STYLE, "").replace(super::html::SCRIPT, "");
-    let mut open: Vec<&str> = Vec::new();
-    for piece in page.split('<').skip(2) {
-        let (tag, text) = piece.split_once('>').ok_or("a tag without end")?;
-        let mut entities = text.split('&').skip(1).filter_map(|e| e.split_once(';'));
-        if text.contains('>') || !entities.all(|(name, _)| ["lt", "gt", "amp", "quot"].contains(&name)) {
-            return Err(format!("bare characters in {text:?}"));
-        }
-        if let Some(name) = tag.strip_prefix('/') {
-            let top = open.pop();
-            if top != Some(name) {
-                return Err(format!("</{name}> closes {top:?}"));
-            }
-            continue;
-        }
-        let outside = tag.split('"').step_by(2);
-        let mut names: Vec<&str> = outside.filter_map(|part| part.strip_suffix('=')?.rsplit(' ').next()).collect();
-        let attributes = names.len();
-        names.sort_unstable();
-        names.dedup();
-        if names.len() != attributes || tag.matches('"').count() != 2 * attributes {
-            return Err(format!("a broken tag {tag:?}"));
-        }
-        let name = tag.split(' ').next().unwrap_or("");
-        if !["meta", "hr"].contains(&name) {
-            open.push(name);
-        }
-    }
-    if open.is_empty() { Ok(()) } else { Err(format!("left open: {open:?}")) }
 }

@@ -23,24 +23,17 @@ pub(super) struct Verdict {
 }
 
 pub(super) fn verdict(c: &Comparison) -> Verdict {
-    let headline = match c.models.as_slice() {
-        [] => "Nothing was evaluated.".to_owned(),
-        [m] => format!("Only {} was evaluated: there is nothing to compare it with.", m.label),
-        _ => {
-            let ranked = by_recovery(c);
-            let (headline, mut details) = match ranked.first() {
-                Some(&top) => {
-                    let of_tasks = [above_chance(c, &ranked), won_back_by_task(c), nearest_by_divergence(c)];
-                    (headline_of_tasks(c, top, &ranked), of_tasks.into_iter().flatten().collect())
-                }
-                None => (without_shares(c), Vec::new()),
-            };
-            details.extend(misleading_perplexity(c));
-            details.extend(capped(c));
-            return Verdict { headline, details };
+    let ranked = by_recovery(c);
+    let (headline, mut details) = match ranked.first() {
+        Some(&top) => {
+            let of_tasks = [above_chance(c, &ranked), won_back_by_task(c), nearest_by_divergence(c)];
+            (headline_of_tasks(c, top, &ranked), of_tasks.into_iter().flatten().collect())
         }
+        None => (without_shares(c), Vec::new()),
     };
-    Verdict { headline, details: Vec::new() }
+    details.extend(misleading_perplexity(c));
+    details.extend(capped(c));
+    Verdict { headline, details }
 }
 
 fn headline_of_tasks(c: &Comparison, top: usize, ranked: &[usize]) -> String {
@@ -63,7 +56,7 @@ fn headline_of_tasks(c: &Comparison, top: usize, ranked: &[usize]) -> String {
         first.push_str(", which is not significantly different from all of it");
     }
     let mut rest: Vec<usize> = ranked.iter().copied().filter(|&m| m != subject).collect();
-    rest.sort_by_key(|&m| Some(m) != c.ptq_model());
+    rest.sort_by_key(|&m| Some(m) != c.ptq);
     let kept = |&m: &usize| Some(format!("{} {}", c.label(m), percent_estimate_of(c.overall_of(m)?.recovery)));
     let mut others: Vec<String> = rest.iter().take(NAMED).filter_map(kept).collect();
     if rest.len() > NAMED {
@@ -86,7 +79,7 @@ fn headline_of_tasks(c: &Comparison, top: usize, ranked: &[usize]) -> String {
 fn second_sentence(c: &Comparison, subject: usize, tied: &[usize], ranked: &[usize]) -> Option<String> {
     let s = c.label(subject);
     let tied: Vec<String> = tied.iter().filter(|&&m| m != subject).map(|&m| c.label(m).to_owned()).collect();
-    match c.ptq_model().filter(|&p| c.overall_of(p).is_some()) {
+    match c.ptq.filter(|&p| c.overall_of(p).is_some()) {
         Some(ptq) if ptq != subject => won_back(c, subject, ptq),
         _ if !tied.is_empty() => Some(format!("The tasks do not tell {s} from {}.", listed(&tied))),
         Some(_) if ranked.len() > 1 => Some(format!("No other model keeps more than {s}.")),
@@ -182,7 +175,7 @@ fn above_chance(c: &Comparison, ranked: &[usize]) -> Option<String> {
 
 /// What a model closed of PTQ's gap in each task in which that is significant, by pairs of answers to one document.
 fn gaps_closed(c: &Comparison, model: usize) -> Vec<Interval> {
-    let of_task = |t: &&TaskComparison| match t.score_of(model)?.gap_closed.as_ref()? {
+    let of_task = |t: &&TaskComparison| match t.scores[model].gap_closed.as_ref()? {
         GapClosed::Share(i) => Some(*i),
         GapClosed::NoSignificantGap => None,
     };
@@ -191,9 +184,9 @@ fn gaps_closed(c: &Comparison, model: usize) -> Vec<Interval> {
 
 /// In how many tasks PTQ's loss is significant, and in how many of those each model got a part of it back.
 fn won_back_by_task(c: &Comparison) -> Option<String> {
-    let ptq = c.ptq_model()?;
+    let ptq = c.ptq?;
     let tasks = c.headline_tasks();
-    let known = |m: usize| tasks.iter().any(|t| t.score_of(m).is_some_and(|s| s.gap_closed.is_some()));
+    let known = |m: usize| tasks.iter().any(|t| t.scores[m].gap_closed.is_some());
     let closed: Vec<(usize, Vec<Interval>)> =
         c.others().filter(|&m| m != ptq && known(m)).map(|m| (m, gaps_closed(c, m))).collect();
     let lost = closed.iter().map(|(_, gaps)| gaps.len()).max()?;
@@ -258,7 +251,7 @@ fn misleading_perplexity(c: &Comparison) -> Option<String> {
 }
 
 fn capped(c: &Comparison) -> Vec<String> {
-    let share = |t: &TaskComparison, m: usize| Some(t.score_of(m)?.generation?.capped);
+    let share = |t: &TaskComparison, m: usize| Some(t.scores[m].generation?.capped);
     let mut out = Vec::new();
     for t in c.headline_tasks() {
         let Some(base) = share(t, 0) else { continue };
@@ -282,7 +275,7 @@ fn capped(c: &Comparison) -> Vec<String> {
 
 /// `of PTQ's KL, 50 % [48, 52] on wikitext is gone`, if a share of it is on every text.
 fn kl_gone(c: &Comparison, model: usize) -> Option<String> {
-    let ptq = c.label(c.ptq_model()?);
+    let ptq = c.label(c.ptq?);
     let gone = |text| Some((text, c.divergence(text, model)?.kl_gone.filter(|g| g.low > 0.0)?));
     let each: Option<Vec<(&str, Interval)>> = c.texts().into_iter().map(gone).collect();
     let each: Vec<String> = each?.iter().map(|(text, g)| format!("{} on {text}", percent_interval(*g))).collect();

@@ -1,8 +1,10 @@
-//! What the reports look up in a comparison; nothing here can fail on one that is incomplete.
+//! What the reports look up in a comparison.
 
 use std::collections::BTreeMap;
 
-use crate::comparison::{AgainstBaseline, Comparison, Counted, Divergence, Overall, TaskComparison, TaskScore};
+use itertools::Itertools as _;
+
+use crate::comparison::{AgainstBaseline, Comparison, Counted, Divergence, Overall, TaskComparison};
 
 /// From this many headline tasks on, tasks of one family are drawn and listed together.
 const MANY_TASKS: usize = 16;
@@ -11,7 +13,7 @@ const FAMILY: usize = 6;
 
 impl Comparison {
     pub(super) fn label(&self, model: usize) -> &str {
-        self.models.get(model).map_or("?", |m| m.label.as_str())
+        &self.models[model].label
     }
 
     pub(super) fn baseline(&self) -> &str {
@@ -20,16 +22,11 @@ impl Comparison {
 
     /// Models beside the baseline.
     pub(super) fn others(&self) -> std::ops::Range<usize> {
-        1..self.models.len().max(1)
-    }
-
-    /// The PTQ model, where there is one beside the baseline.
-    pub(super) fn ptq_model(&self) -> Option<usize> {
-        self.ptq.filter(|p| self.others().contains(p))
+        1..self.models.len()
     }
 
     pub(super) fn overall_of(&self, model: usize) -> Option<&Overall> {
-        self.overall.get(model)?.as_ref().filter(|o| o.recovery.estimate.is_finite())
+        self.overall.get(model)?.as_ref()
     }
 
     pub(super) fn headline_tasks(&self) -> Vec<&TaskComparison> {
@@ -38,17 +35,11 @@ impl Comparison {
 
     /// Names of texts, in the order of their first appearance.
     pub(super) fn texts(&self) -> Vec<&str> {
-        let mut texts: Vec<&str> = Vec::new();
-        for d in &self.divergences {
-            if !texts.contains(&d.text.as_str()) {
-                texts.push(&d.text);
-            }
-        }
-        texts
+        self.divergences.iter().map(|d| d.text.as_str()).unique().collect()
     }
 
     pub(super) fn divergence(&self, text: &str, model: usize) -> Option<&Divergence> {
-        self.divergences.iter().find(|d| d.text == text && d.model == model && self.others().contains(&d.model))
+        self.divergences.iter().find(|d| d.text == text && d.model == model)
     }
 
     /// Those on one text, in the order of the models.
@@ -81,7 +72,7 @@ impl Comparison {
 
     /// Which colour a model has: 0 is the baseline's grey, 1 is PTQ's, and so on.
     pub(super) fn colour(&self, model: usize) -> usize {
-        let ptq = self.ptq_model().unwrap_or(1);
+        let ptq = self.ptq.unwrap_or(1);
         match model {
             0 => 0,
             m => 1 + (if m == ptq { 0 } else { m - usize::from(m > ptq) }) % super::chart::COLOURS,
@@ -90,12 +81,8 @@ impl Comparison {
 }
 
 impl TaskComparison {
-    pub(super) fn score_of(&self, model: usize) -> Option<&TaskScore> {
-        self.scores.get(model)
-    }
-
     pub(super) fn against(&self, model: usize) -> Option<&AgainstBaseline> {
-        self.scores.get(model)?.against_baseline.as_ref()
+        self.scores[model].against_baseline.as_ref()
     }
 
     /// `acc ↑`, `exact_match ↑, strict-match`.

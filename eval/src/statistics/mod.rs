@@ -12,7 +12,7 @@ mod random;
 mod sample;
 
 pub use bootstrap::{Resamples, Smoothing, interval, resample};
-pub use distributions::{normal_cdf, normal_quantile, student_quantile};
+pub use distributions::{normal_cdf, student_quantile};
 pub use holm::holm;
 pub use mcnemar::mcnemar;
 pub use permutation::paired_permutation;

@@ -115,6 +115,8 @@ mod tests {
         let bits = |mut random: Random| [random.bits(), random.bits()];
         assert_eq!(bits(Random::new(1)), [14_971_601_782_005_023_387, 13_781_649_495_232_077_965]);
         assert_eq!(bits(Random::named(1, "arc")), [10_962_253_519_313_648_306, 633_716_046_583_299_237]);
+        assert_ne!(bits(Random::named(1, "arc")), bits(Random::named(1, "piqa")));
+        assert_ne!(bits(Random::named(1, "arc")), bits(Random::named(2, "arc")));
     }
 
     #[test]
@@ -158,12 +160,5 @@ mod tests {
             assert!(chi_square < limit && full.len() > 3, "{n} {p}: {chi_square} of {limit}");
         }
         assert_eq!((random.binomial(0, 0.5), random.binomial(5, 0.0), random.binomial(5, 1.0)), (0, 0, 5));
-    }
-
-    #[test]
-    fn names_have_streams_of_their_own() {
-        assert_ne!(Random::named(1, "arc").bits(), Random::named(1, "piqa").bits());
-        assert_ne!(Random::named(1, "arc").bits(), Random::named(2, "arc").bits());
-        assert_eq!(Random::named(1, "arc").bits(), Random::named(1, "arc").bits());
     }
 }

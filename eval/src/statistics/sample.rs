@@ -18,9 +18,8 @@ impl Sample {
     }
 
     /// Adds a document: for each model the sum of its values over repeats (or tokens), and the sum of its weights.
-    /// Values beyond the number of models are dropped, missing ones are 0.
     pub fn push(&mut self, values: impl IntoIterator<Item = f64>, weight: f64) {
-        self.values.extend(values.into_iter().chain(std::iter::repeat(0.0)).take(self.models));
+        self.values.extend(values);
         self.weights.push(weight);
     }
 

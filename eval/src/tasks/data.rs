@@ -117,13 +117,12 @@ fn unify(docs: Vec<Doc>) -> Result<Vec<Doc>, String> {
             columns[at].1.see(value, key)?;
         }
     }
-    let shape = Shape::Struct(columns);
-    docs.into_iter()
-        .map(|doc| match shape.apply(Value::Object(doc)) {
-            Value::Object(doc) => Ok(doc),
-            other => Err(format!("expected an object, found {}", records::kind(&other))),
-        })
-        .collect()
+    Ok(docs.into_iter().map(|doc| apply(&columns, doc)).collect())
+}
+
+/// A document with these fields.
+fn apply(columns: &[(String, Shape)], mut doc: Doc) -> Doc {
+    columns.iter().map(|(k, shape)| (k.clone(), shape.apply(doc.remove(k).unwrap_or_default()))).collect()
 }
 
 /// The type of a column.
@@ -183,10 +182,7 @@ impl Shape {
         match (self, value) {
             (Self::Float, Value::Number(n)) => n.as_f64().map_or(Value::Null, Value::from),
             (Self::List(inner), Value::Array(items)) => items.into_iter().map(|v| inner.apply(v)).collect(),
-            (Self::Struct(fields), Value::Object(mut map)) => {
-                let value = |(k, shape): &(String, Shape)| (k.clone(), shape.apply(map.remove(k).unwrap_or_default()));
-                Value::Object(fields.iter().map(value).collect())
-            }
+            (Self::Struct(fields), Value::Object(map)) => Value::Object(apply(fields, map)),
             (_, value) => value,
         }
     }

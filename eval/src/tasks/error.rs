@@ -7,9 +7,6 @@ use recoup_ground::records::RecordsError;
 /// Why a task cannot be loaded, asked or scored.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A file could not be read.
-    #[error("{path}: cannot be read: {source}")]
-    Read { path: PathBuf, source: std::io::Error },
     /// A file whose content is wrong there: a task's, or one of data.
     #[error("{file}:{line}: {message}")]
     File { file: String, line: usize, message: String },
@@ -46,7 +43,7 @@ pub enum Error {
     /// A split that `data_files` does not have.
     #[error("task `{task}` ({file}): `{key}: {split}`, but the data set has only: {known}")]
     NoSplit { task: String, file: String, key: String, split: String, known: String },
-    /// A data file that is something else.
+    /// A file that cannot be read, or is something else.
     #[error(transparent)]
     Records(RecordsError),
     /// A data file without documents.
@@ -69,7 +66,6 @@ pub enum Error {
 impl From<RecordsError> for Error {
     fn from(e: RecordsError) -> Self {
         match e {
-            RecordsError::Read { path, source } => Self::Read { path, source },
             RecordsError::Wrong { file, line, message } => Self::File { file, line, message },
             other => Self::Records(other),
         }

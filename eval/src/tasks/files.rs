@@ -7,7 +7,7 @@ use std::{
 
 use super::Error;
 use recoup_ground::digest::{sha256, sha256_of};
-use recoup_ground::records;
+use recoup_ground::records::{self, RecordsError};
 
 include!(concat!(env!("OUT_DIR"), "/tasks.rs"));
 
@@ -20,9 +20,7 @@ const IGNORED: [&str; 2] = ["__pycache__", ".ipynb_checkpoints"];
 /// Reads a file, unpacked where it is compressed.
 pub fn read(path: &Path) -> Result<Cow<'static, [u8]>, Error> {
     match built_in(path) {
-        Some(bytes) => bytes
-            .map(Cow::Borrowed)
-            .ok_or_else(|| Error::Read { path: path.into(), source: std::io::ErrorKind::NotFound.into() }),
+        Some(bytes) => bytes.map(Cow::Borrowed).ok_or_else(|| unread(path, std::io::ErrorKind::NotFound.into())),
         None => Ok(Cow::Owned(records::bytes(path)?)),
     }
 }
@@ -32,7 +30,11 @@ pub fn digest(path: &Path) -> Result<String, Error> {
     if built_in(path).is_some() {
         return Ok(sha256(read(path)?));
     }
-    std::fs::File::open(path).and_then(sha256_of).map_err(|source| Error::Read { path: path.into(), source })
+    std::fs::File::open(path).and_then(sha256_of).map_err(|source| unread(path, source))
+}
+
+fn unread(path: &Path, source: std::io::Error) -> Error {
+    RecordsError::Read { path: path.into(), source }.into()
 }
 
 /// Reads a file of UTF-8, without its byte order mark.
@@ -61,7 +63,7 @@ pub fn yaml_files(root: &Path) -> Result<Vec<PathBuf>, Error> {
     while let Some(folder) = folders.pop() {
         let entries = match std::fs::read_dir(&folder) {
             Ok(entries) => entries,
-            Err(source) if folder == root => return Err(Error::Read { path: folder, source }),
+            Err(source) if folder == root => return Err(unread(root, source)),
             // A folder below that may not be read holds nothing that could be asked for.
             Err(_) => continue,
         };
@@ -83,20 +85,23 @@ pub fn yaml_files(root: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(found)
 }
 
-/// Of a path of built-in files: the file's content, if there is one.
-fn built_in(path: &Path) -> Option<Option<&'static [u8]>> {
-    let mut rest = path.components();
-    if rest.next()?.as_os_str() != BUILT_IN {
-        return None;
-    }
-    let mut parts: Vec<&str> = Vec::new();
-    for part in rest {
+/// The path without `a/..`, so that a file has one name.
+pub fn lexical(path: &Path) -> PathBuf {
+    let mut out = PathBuf::new();
+    for part in path.components() {
         match part {
-            Component::ParentDir => drop(parts.pop()),
-            Component::Normal(name) => parts.push(name.to_str()?),
-            _ => {}
+            Component::ParentDir if out.file_name().is_some() => drop(out.pop()),
+            Component::CurDir => {}
+            part => out.push(part),
         }
     }
-    let name = parts.join("/");
+    out
+}
+
+/// Of a path of built-in files: the file's content, if there is one.
+fn built_in(path: &Path) -> Option<Option<&'static [u8]>> {
+    let path = lexical(path);
+    let parts: Option<Vec<&str>> = path.strip_prefix(BUILT_IN).ok()?.iter().map(|part| part.to_str()).collect();
+    let name = parts?.join("/");
     Some(FILES.binary_search_by_key(&name.as_str(), |(n, _)| n).ok().map(|at| FILES[at].1))
 }

@@ -10,7 +10,7 @@ mod data;
 mod error;
 mod files;
 mod filter;
-mod generation;
+pub(crate) mod generation;
 mod kinds;
 mod library;
 mod metric;
@@ -37,12 +37,4 @@ pub use texts::built_in_text;
 /// The known name with the fewest edits to `name`; the first of equals.
 fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> String {
     known.into_iter().min_by_key(|k| strsim::levenshtein(name, k)).unwrap_or_default().to_owned()
-}
-
-/// Refuses settings of generation that cannot be used, whichever tasks there are.
-///
-/// # Errors
-/// The first of them.
-pub fn check_generation(settings: &serde_json::Map<String, serde_json::Value>) -> Result<(), Error> {
-    Ok(generation::checked(settings).map(drop)?)
 }

@@ -249,22 +249,20 @@ impl Task {
         let target = python::str(target);
         let dumped = python::dumps(doc.clone().into());
         let dumped = dumped.map_err(|e| self.document(&instance.doc_id.to_string(), e.message))?;
-        let Value::Object(record) = json!({
-            "doc_id": instance.doc_id,
-            "doc": doc,
-            "target": target,
-            "arguments": arguments,
-            "resps": resps,
-            "filtered_resps": filtered,
-            "filter": filter,
-            "metrics": metrics,
-            "doc_hash": sha256(dumped.as_bytes()),
-            "prompt_hash": sha256(prompt.as_bytes()),
-            "target_hash": sha256(target.as_bytes()),
-        }) else {
-            return Ok(Map::new());
-        };
-        Ok(record)
+        let record = [
+            ("doc_id", json!(instance.doc_id)),
+            ("doc", json!(doc)),
+            ("target", json!(target)),
+            ("arguments", arguments.into()),
+            ("resps", resps),
+            ("filtered_resps", filtered),
+            ("filter", json!(filter)),
+            ("metrics", json!(metrics)),
+            ("doc_hash", json!(sha256(dumped.as_bytes()))),
+            ("prompt_hash", json!(sha256(prompt.as_bytes()))),
+            ("target_hash", json!(sha256(target.as_bytes()))),
+        ];
+        Ok(record.into_iter().map(|(key, value)| (key.to_owned(), value)).collect())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{path::Path, sync::Arc};
 
+use recoup_ground::shorten::shorten;
 use recoup_jinja::data as python;
 use serde_json::{Map, Value};
 
@@ -18,6 +19,9 @@ use super::{
     template::Template,
     turn::{Turn, join, messages, single_turn, turn},
 };
+
+/// Characters of a value that go into an error.
+const SHOWN: usize = 120;
 
 /// A loaded task.
 #[derive(Debug)]
@@ -464,10 +468,13 @@ impl Task {
         let value = match self.evaluate(expression, doc, "doc_to_choice", id)? {
             Evaluated::Value(value) => value,
             Evaluated::Rendered(text) => python::literal(&text)
-                .map_err(|e| fail(format!("`doc_to_choice` is no list: {e} in {:?}", shorten(&text))))?,
+                .map_err(|e| fail(format!("`doc_to_choice` is no list: {e} in {:?}", shorten(&text, SHOWN))))?,
         };
         let Value::Array(items) = value else {
-            return Err(fail(format!("`doc_to_choice` must give a list, found {}", shorten(&python::repr(&value)))));
+            return Err(fail(format!(
+                "`doc_to_choice` must give a list, found {}",
+                shorten(&python::repr(&value), SHOWN)
+            )));
         };
         if items.is_empty() {
             return Err(fail("`doc_to_choice` gives no choices".into()));
@@ -532,12 +539,4 @@ impl Task {
 enum Evaluated {
     Value(Value),
     Rendered(String),
-}
-
-fn shorten(text: &str) -> String {
-    const SHOWN: usize = 120;
-    match text.char_indices().nth(SHOWN) {
-        Some((at, _)) => format!("{}…", &text[..at]),
-        None => text.to_owned(),
-    }
 }

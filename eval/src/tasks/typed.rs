@@ -268,27 +268,12 @@ impl<'de, I: Iterator<Item = &'de Node>> MapAccess<'de> for Nodes<'de, I> {
 
     fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, Fault> {
         self.entry = self.left.next();
-        self.entry.map(|node| seed.deserialize(Key(node))).transpose()
+        let read = |node: &'de Node| seed.deserialize((*node.key).into_deserializer()).map_err(|f: Fault| f.at(node));
+        self.entry.map(read).transpose()
     }
 
     fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, Fault> {
         let node = self.entry.take().ok_or_else(|| Fault::Value("a value without a key".into()))?;
         seed.deserialize(node).map_err(|fault| fault.at(node))
-    }
-}
-
-/// A key, which knows where it stands.
-struct Key<'n>(&'n Node);
-
-impl<'de> Deserializer<'de> for Key<'de> {
-    type Error = Fault;
-
-    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Fault> {
-        visitor.visit_str(&self.0.key).map_err(|fault: Fault| fault.at(self.0))
-    }
-
-    forward_to_deserialize_any! {
-        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
-        newtype_struct seq tuple tuple_struct map struct enum identifier ignored_any
     }
 }

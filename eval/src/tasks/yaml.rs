@@ -1,6 +1,6 @@
 //! A YAML file as a tree that knows its lines, with scalars read as lm-evaluation-harness's PyYAML reads them.
 
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use granit_parser::{Event, Parser, ScalarStyle, StrInput, Tag};
@@ -110,26 +110,13 @@ fn load_in(path: &Path, open: &mut Vec<PathBuf>) -> Result<(Node, Vec<String>), 
     let mut merged = own.only(&[]);
     for included in own.get("include").map(Node::read::<Vec<String>>).transpose()?.unwrap_or_default() {
         let folder = path.parent().unwrap_or(Path::new(""));
-        let (included, more) = load_in(&lexical(&folder.join(included)), open)?;
+        let (included, more) = load_in(&files::lexical(&folder.join(included)), open)?;
         merged = merged.with(included.entries().to_vec());
         notes.extend(more);
     }
     open.pop();
     let own = own.entries().iter().filter(|n| &*n.key != "include").cloned().collect();
     Ok((merged.with(own), notes))
-}
-
-/// The path without `a/..`, so that a file has one name.
-fn lexical(path: &Path) -> PathBuf {
-    let mut out = PathBuf::new();
-    for part in path.components() {
-        match part {
-            Component::ParentDir if out.file_name().is_some() => drop(out.pop()),
-            Component::CurDir => {}
-            part => out.push(part),
-        }
-    }
-    out
 }
 
 /// Reads a file's text, whose top level is a mapping. Of a key that is there twice the last counts, as PyYAML has it, and a

@@ -1,8 +1,5 @@
-//! What the evaluator gives and what it refuses: tasks, data, and servers that misbehave.
+//! What the evaluator gives and what it refuses: tasks, data and statistics.
 
-mod http;
-mod openai;
 mod statistics;
-mod support;
 mod tasks_errors;
 mod tasks_golden;

@@ -8,8 +8,8 @@ use recoup_eval::{
     Message, Request, Response,
     tasks::{Chat, Instance, Library, Limit, Options, OutputType, Sample, Task, standard_error},
 };
+use recoup_ground::digest::sha256;
 use serde_json::{Map, Value, json};
-use sha2::{Digest, Sha256};
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
@@ -91,7 +91,7 @@ fn arguments(task: &Task, instance: &Instance) -> Vec<String> {
 }
 
 fn sha(text: &str) -> String {
-    Sha256::digest(text).iter().take(12).map(|b| format!("{b:02x}")).collect()
+    sha256(text)[..24].to_owned()
 }
 
 fn scored(task: &Task, limit: usize) -> Vec<Sample> {

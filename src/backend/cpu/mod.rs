@@ -15,7 +15,7 @@ use buffer::{Buffer, BufferPool};
 use isa::Isa;
 use packed::PackedLinear;
 
-use recoup_eval::divergence::{Pair, RowError, compare_rows};
+use recoup_ground::divergence::{Pair, RowError, compare_rows};
 
 use super::{
     AttentionShape, Backend, BackendError, Batch, CacheLayout, Choice, HostPass, PAGE, Result, RopeTable, Rotation,

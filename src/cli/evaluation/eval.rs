@@ -6,10 +6,10 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 use recoup_eval::LanguageModel;
-use recoup_eval::openai::{OpenAi, Tally};
 use recoup_eval::run::{Plan, Setup, Shard};
 use recoup_eval::tasks::{ListedKind, Selection};
 use recoup_ground::http::address::is_address;
+use recoup_openai::{OpenAi, Tally};
 use serde_json::json;
 
 use super::super::device::DeviceChoice;

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use recoup_eval::openai::{ApiKey, Fields, OpenAi, Options};
 use recoup_eval::scores::ModelFacts;
+use recoup_openai::{ApiKey, Fields, OpenAi, Options};
 use serde_json::{Map, Value, json};
 
 use super::super::options::at_least_one;

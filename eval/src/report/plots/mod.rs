@@ -37,8 +37,3 @@ pub(super) fn figures(c: &Comparison, context: &ReportContext) -> Vec<Figure> {
     all.extend(context.training_curves.iter().filter_map(|curve| curve::figure(c, curve)));
     all
 }
-
-/// Whether a plot shows how far models are from the baseline on this text.
-pub(super) fn shows_divergence(c: &Comparison, text: &str) -> bool {
-    distribution::figure(c, text).is_some()
-}

@@ -151,14 +151,12 @@ fn dot(axis: &Axis, share: Interval, y: f64, colour: usize, filled: bool, size: 
 
 fn about(c: &Comparison, t: &TaskComparison, m: usize) -> String {
     let mut out = format!("{}, {} ({})", c.label(m), t.task, t.metric_text());
-    let (Some(score), Some(a)) = (t.score_of(m), t.against(m)) else { return out };
+    let Some(a) = t.against(m) else { return out };
     if let Some(recovery) = a.recovery {
         out.push_str(&format!(": {} kept", percent_interval(recovery)));
     }
-    out.push_str(&format!("\nscore {}", value_and_error(score.score, score.standard_error)));
-    if let Some(base) = t.score_of(0) {
-        out.push_str(&format!(", {} {}", c.baseline(), value_and_error(base.score, base.standard_error)));
-    }
+    let [own, base] = [m, 0].map(|m| value_and_error(t.scores[m].score, t.scores[m].standard_error));
+    out.push_str(&format!("\nscore {own}, {} {base}", c.baseline()));
     out.push_str(&format!("\ndifference {}, adjusted p {}", difference(a.difference), p_value(a.p_adjusted)));
     out
 }

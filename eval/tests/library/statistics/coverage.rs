@@ -6,9 +6,7 @@ use recoup_eval::compare::{Options, compare};
 use recoup_eval::comparison::{GapClosed, Interval, Overall, TaskComparison};
 use recoup_eval::divergence::{WindowSums, kl_gone};
 use recoup_eval::scores::{Aggregation, DocumentScore, MetricScores, ModelFacts, ModelScores};
-use recoup_eval::statistics::{
-    Random, Sample, Smoothing, interval, mean_and_standard_error, normal_cdf, normal_quantile, resample,
-};
+use recoup_eval::statistics::{Random, Sample, Smoothing, interval, mean_and_standard_error, normal_cdf, resample};
 use serde_json::json;
 
 /// How often a baseline is right; how often PTQ loses a right answer and gains a wrong one; the same for the recovered
@@ -18,6 +16,16 @@ struct Truth {
     accuracy: f64,
     ptq: (f64, f64),
     recovered: (f64, f64),
+}
+
+/// What a standard normal variable is below with probability `p`.
+fn normal_quantile(p: f64) -> f64 {
+    let (mut low, mut high) = (-40.0, 40.0);
+    for _ in 0..64 {
+        let middle = 0.5 * (low + high);
+        if normal_cdf(middle) < p { low = middle } else { high = middle }
+    }
+    high
 }
 
 const CHANCE: f64 = 0.25;

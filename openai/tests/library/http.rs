@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::support::{Reply, Server};
-use recoup_eval::openai::{OpenAi, Options};
 use recoup_ground::http::address::Address;
 use recoup_ground::http::{Broken, Client, Settings};
+use recoup_openai::{OpenAi, Options};
 use serde_json::json;
 
 fn settings(ca_file: Option<PathBuf>) -> Settings {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use recoup_ground::shorten::shorten;
 use serde_json::Value;
 
 /// Ways to end an answer that mean it was never finished, in the `finish_reason` of servers and routers.
@@ -188,14 +189,6 @@ fn plain(text: &str) -> String {
     }
     let between = text.split('<').filter_map(|part| part.split_once('>'));
     between.flat_map(|(_, words)| words.split_whitespace()).collect::<Vec<_>>().join(" ")
-}
-
-/// At most `limit` characters, and a sign that there were more.
-pub(super) fn shorten(text: &str, limit: usize) -> String {
-    match text.char_indices().nth(limit) {
-        Some((at, _)) => format!("{}…", &text[..at]),
-        None => text.to_owned(),
-    }
 }
 
 #[cfg(test)]

@@ -5,8 +5,8 @@
 use std::error::Error;
 use std::ops::ControlFlow;
 
-use recoup_eval::openai::{ApiKey, OpenAi, Options};
-use recoup_eval::{LanguageModel, Request, Response};
+use recoup_ground::model::{LanguageModel, Request, Response};
+use recoup_openai::{ApiKey, OpenAi, Options};
 use serde_json::{Value, json};
 
 fn main() -> Result<(), Box<dyn Error>> {

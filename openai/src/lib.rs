@@ -59,13 +59,13 @@ pub use fields::Fields;
 pub use http::ApiKey;
 pub use tally::Tally;
 
-use crate::model::{GenerationOptions, LanguageModel, Message, Request, Response};
 use chat::Chat;
 use fields::Learned;
 use http::Http;
 use protocol::{Answer, Token};
 use recoup_ground::http::address::mask;
 use recoup_ground::http::retry;
+use recoup_ground::model::{GenerationOptions, LanguageModel, Message, Request, Response};
 use scoring::Scored;
 
 const COMPLETIONS: &str = "/completions";

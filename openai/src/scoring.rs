@@ -2,7 +2,7 @@
 
 use super::error::Fault;
 use super::protocol::{Answer, Token};
-use super::said::shorten;
+use recoup_ground::shorten::shorten;
 
 /// Characters of a server's text that go into an error.
 const EXCERPT: usize = 60;

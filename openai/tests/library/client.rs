@@ -5,9 +5,9 @@ use std::sync::{Barrier, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::support::{Echo, Quirks, Reply, Server, bigram, expected, greedy, tokenize};
-use recoup_eval::openai::{ApiKey, Asked, Error, Fault, Fields, OpenAi, Options, Tally};
-use recoup_eval::{GenerationOptions, LanguageModel, Message, Request, Response};
 use recoup_ground::http::Broken;
+use recoup_ground::model::{GenerationOptions, LanguageModel, Message, Request, Response};
+use recoup_openai::{ApiKey, Asked, Error, Fault, Fields, OpenAi, Options, Tally};
 use serde_json::json;
 
 /// Longer than the slowest machine takes for an answer: only a test that waits for it ever sees a time-out.

@@ -1,4 +1,4 @@
-//! The seam to a model: what an evaluation asks of it and what it answers.
+//! The seam to a language model, in this process or behind a URL: what is asked of it and what it answers.
 
 use std::ops::ControlFlow;
 
@@ -57,7 +57,8 @@ impl GenerationOptions {
     pub fn answer(&self, text: String) -> String {
         let Some(end) = self.think_end.as_deref().filter(|e| !e.is_empty()) else { return text };
         let answer = text.rsplit_once(end).map_or(text.as_str(), |(_, after)| after);
-        let answer = answer.trim_start_matches(recoup_jinja::python::is_space);
+        // What Python strips.
+        let answer = answer.trim_start_matches(|c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c));
         let cut = self.until.iter().filter(|u| !u.is_empty()).filter_map(|u| answer.find(u.as_str())).min();
         answer[..cut.unwrap_or(answer.len())].to_owned()
     }
@@ -186,7 +187,7 @@ pub struct Message {
     pub content: String,
 }
 
-/// Something that can be evaluated.
+/// Something that can be asked.
 pub trait LanguageModel {
     /// What can go wrong in it.
     type Error: std::error::Error + Send + Sync + 'static;
@@ -212,7 +213,7 @@ pub trait LanguageModel {
     /// When the model has no chat template, or the template refuses.
     fn chat_prompt(&self, messages: &[Message], continue_last: bool) -> Result<String, Self::Error>;
 
-    /// How the model's maker wants answers generated, where the evaluation has to see to that; a server has its own.
+    /// How the model's maker wants answers generated, where who asks has to see to that; a server has its own.
     fn generation_defaults(&self) -> GenerationDefaults {
         GenerationDefaults::default()
     }

@@ -8,11 +8,12 @@ use std::time::{Duration, SystemTime};
 use serde_json::Value;
 
 use super::error::Fault;
-use super::said::{LONGEST_MESSAGE, Said, shorten};
+use super::said::{LONGEST_MESSAGE, Said};
 use super::tally::Tally;
 use super::{Options, locked};
 use recoup_ground::http::address::{Address, HIDDEN};
 use recoup_ground::http::{Broken, Client, Settings, retry};
+use recoup_ground::shorten::shorten;
 
 /// A wait looks this often whether the evaluation has been stopped.
 const NAP: Duration = Duration::from_millis(50);

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::Message;
+use recoup_ground::model::Message;
 
 /// Starts every prompt that holds messages. Control characters, which no task's text starts with.
 const MARK: &str = "\u{1}recoup-chat\u{1}";
