@@ -1,6 +1,6 @@
 //! One of two backends, chosen while the program runs: what is generic over backends is compiled once for both.
 
-use recoup_eval::divergence::{Pair, RowError};
+use recoup_ground::divergence::{Pair, RowError};
 
 use super::{
     AttentionShape, Backend, BackendError, Batch, CacheLayout, Choice, Expert, HeadNorms, Result, Rotation, Span,
