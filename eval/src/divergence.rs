@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use self::pass::{PassError, Said, Windows};
-pub use self::row::{Pair, RowError, compare_rows};
+pub use self::row::{Pair, RowError, Totals, compare_rows};
 pub use self::token_class::TokenClass;
 pub use self::token_model::TokenModel;
 

@@ -2,4 +2,6 @@
 #include "attention.cu"
 #include "matmul.cu"
 #include "operand.cu"
+#include "mixture.cu"
 #include "rows.cu"
+#include "sample.cu"

@@ -1,7 +1,7 @@
 // Every kernel against its definition, on ragged shapes, with every access checked: what scripts/cuda-check.sh runs. The
 // definitions here are plain loops over whole matrices and know nothing of tiles, lanes or pages.
 //
-// usage: check [FILE...]: the kernels of these files (matmul, operand, attention, rows); all without.
+// usage: check [FILE...]: the kernels of these files (matmul, operand, attention, rows, mixture, sample); all without.
 #include KERNELS
 
 #include <random>
@@ -582,9 +582,12 @@ static void check_rows() {
     }
 }
 
+#include "check_mixture.h"
+#include "check_sample.h"
+
 int main(int argc, char** argv) {
     standin::STRICT = true;
-    const std::vector<std::pair<std::string, void (*)()>> all{{"matmul", check_matmul}, {"operand", check_operand}, {"attention", check_attention}, {"rows", check_rows}};
+    const std::vector<std::pair<std::string, void (*)()>> all{{"matmul", check_matmul}, {"operand", check_operand}, {"attention", check_attention}, {"rows", check_rows}, {"mixture", check_mixture}, {"sample", check_sample}};
     for (auto& [name, check] : all) {
         bool wanted = argc == 1;
         for (int i = 1; i < argc; i++) wanted |= name == argv[i];
