@@ -7,12 +7,16 @@ mod support;
 use std::process::Command;
 
 use recoup::backend::cuda::{CudaBackend, Device};
-use recoup::backend::{Backend, BackendError};
+use recoup::backend::observe::Observed;
+use recoup::backend::{Backend, BackendError, Choice, Expert};
 use recoup::checkpoint::Checkpoint;
 use recoup::formats::kv::KvFormat;
+use recoup::formats::linear::ActivationFormat;
+use recoup::logits::{Draw, History, Sampler, SamplingParams, Scratch};
 use recoup::model::{Decoder, ModelConfig};
 use support::fixtures::{Fixture, Report, Session, all_fixtures, bits, cpu, deviation, incremental_logits, logits};
 use support::project;
+use support::random::Random;
 
 /// The device, or a word on why there is none.
 fn device() -> Option<CudaBackend> {
@@ -129,6 +133,322 @@ fn a_cache_that_grows_and_forks_keeps_what_it_holds() {
     let one = forward(&mut cache, 12, 20, &[0, 1]);
     let other = forward(&mut cache, 12, 20, &[3, 4]);
     assert!(bits(&one) == bits(&other));
+}
+
+/// Rows of logits of every kind: usual ones, many that are equal, some ruled out, far apart, hardly apart, all alike.
+fn rows_of_logits(random: &mut Random, count: usize, vocab: usize) -> Vec<f32> {
+    let mut rows = Vec::with_capacity(count * vocab);
+    for row in 0..count {
+        let normal = random.values(vocab);
+        rows.extend(normal.into_iter().enumerate().map(|(i, v)| match row % 8 {
+            0 | 1 => v * v * v * 15.0,
+            2 => (v * 4.0).round(),
+            3 if i % 3 != row % 3 => f32::NEG_INFINITY,
+            3 => v * 4.0,
+            4 => v * 1e30,
+            5 => v * 1e-6,
+            6 => -2.5,
+            _ => (v * 3.0).exp(),
+        }));
+    }
+    rows
+}
+
+/// Parameters of every kind: usual ones and the ends of their ranges.
+fn parameters(random: &mut Random, usual: bool) -> SamplingParams {
+    let mut pick = |choices: &[f32]| choices[random.below(choices.len())];
+    let temperature = if usual { pick(&[0.0, 0.7, 1.0]) } else { pick(&[0.0, 1e-4, 0.3, 1.0, 1.7, 100.0, 1e30]) };
+    let top_k = pick(if usual { &[0.0, 0.0, 20.0, 50.0] } else { &[0.0, 0.0, 1.0, 7.0, 40.0, 3000.0, 1e6] }) as usize;
+    SamplingParams {
+        temperature,
+        top_k,
+        top_p: pick(if usual { &[1.0, 0.95, 0.8] } else { &[1.0, 1.0, 1e-9, 0.5, 0.95, 0.999_999] }),
+        min_p: pick(if usual { &[0.0, 0.05] } else { &[0.0, 0.0, 1e-30, 0.02, 0.5, 1.0] }),
+        repetition_penalty: pick(&[1.0, 1.0, 1.2, 0.5, 1e-20]),
+        presence_penalty: pick(&[0.0, 0.0, 1.5, -2.0]),
+        frequency_penalty: pick(&[0.0, 0.0, 0.3, -0.7]),
+        logprobs: [None, None, Some(0), Some(1), Some(20)][random.below(5)],
+        seed: Some(random.next()),
+    }
+}
+
+#[test]
+fn the_same_tokens_are_chosen_as_on_the_host() {
+    let Some(backend) = device() else { return };
+    let mut random = Random(22);
+    let mut chosen = 0;
+    for (vocab, batches) in [(1, 8), (97, 200), (300, 200), (2048, 60), (5003, 30)] {
+        for batch in 0..batches {
+            let count = 1 + batch % 16;
+            let mut rows = rows_of_logits(&mut random, count, vocab);
+            if batch % 5 == 4 {
+                let bad = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][batch % 3];
+                let row = random.below(count);
+                if bad == f32::NEG_INFINITY {
+                    rows[row * vocab..][..vocab].fill(bad);
+                } else {
+                    rows[row * vocab + random.below(vocab)] = bad;
+                }
+            }
+            let samplers: Vec<Sampler> =
+                (0..count).map(|_| Sampler::new(parameters(&mut random, batch % 2 == 0)).unwrap()).collect();
+            let texts: Vec<Vec<u32>> =
+                (0..count).map(|i| (0..i * 3).map(|_| random.below(vocab + 2) as u32).collect()).collect();
+            let draw = |i: usize| {
+                let (prompt, generated) = texts[i].split_at(texts[i].len() / 3);
+                Draw { sampler: &samplers[i], history: History { prompt, generated } }
+            };
+            let draws: Vec<Draw> = (0..count).map(draw).collect();
+            let logits = backend.tensor(rows.clone(), vocab).unwrap();
+            let got = backend.sample(&logits, &draws, &mut Scratch::default()).unwrap();
+            for ((got, draw), row) in got.iter().zip(&draws).zip(rows.chunks(vocab)) {
+                let expected = draw.sampler.sample(row, draw.history, &mut Scratch::default());
+                assert_eq!(format!("{got:?}"), format!("{expected:?}"), "{vocab} {:?}", draw.sampler.params());
+                chosen += 1;
+            }
+        }
+    }
+    assert!(chosen > 4000, "{chosen}");
+}
+
+#[test]
+fn what_is_chosen_comes_to_the_host_and_no_rows_of_logits() {
+    let Some(backend) = device() else { return };
+    let (mut random, vocab) = (Random(5), 20_000);
+    let mut rows = rows_of_logits(&mut random, 2, vocab);
+    // As models have them: a few tokens far above the rest.
+    for _ in 0..40 {
+        rows[random.below(2 * vocab)] += 12.0;
+    }
+    let logits = backend.tensor(rows, vocab).unwrap();
+    let base = || SamplingParams { seed: Some(7), ..SamplingParams::default() };
+    let usual = [
+        SamplingParams::greedy(),
+        base(),
+        SamplingParams { temperature: 0.7, ..base() },
+        SamplingParams { top_k: 20, ..base() },
+        SamplingParams { temperature: 0.6, top_p: 0.9, ..base() },
+        SamplingParams { min_p: 0.05, ..base() },
+        SamplingParams {
+            top_k: 20,
+            top_p: 0.95,
+            temperature: 0.6,
+            repetition_penalty: 1.1,
+            logprobs: Some(5),
+            ..base()
+        },
+    ];
+    for params in usual {
+        let sampler = Sampler::new(params.clone()).unwrap();
+        let draws = [Draw { sampler: &sampler, history: History { prompt: &[1, 2], generated: &[3] } }; 2];
+        let before = backend.device().downloaded();
+        backend.sample(&logits, &draws, &mut Scratch::default()).unwrap();
+        let bytes = backend.device().downloaded() - before;
+        assert!(bytes < 40_000, "{params:?}: {bytes} bytes");
+        if params.temperature == 0.0 {
+            assert_eq!(bytes, 64);
+        }
+    }
+}
+
+#[test]
+fn scores_and_divergence_are_those_of_the_host() {
+    let Some(backend) = device() else { return };
+    let (cpu, mut random) = (cpu(1), Random(3));
+    for (count, vocab, columns) in [(9, 1, 1), (16, 97, 100), (16, 4096, 4100), (8, 10_001, 10_001)] {
+        let (a, mut b) = (rows_of_logits(&mut random, count, columns), rows_of_logits(&mut random, count, columns));
+        // A row that is the same, one that is shifted, and one with what is no number.
+        b[..columns].copy_from_slice(&a[..columns]);
+        b[columns..2 * columns].iter_mut().zip(&a[columns..]).for_each(|(b, a)| *b = (a * 64.0).round() / 64.0 + 8.0);
+        b[2 * columns + vocab / 2] = f32::NAN;
+        let targets: Vec<u32> = (0..count).map(|_| random.below(vocab) as u32).collect();
+        let mut picks: Vec<(usize, u32)> = targets.iter().copied().enumerate().collect();
+        picks.push((count - 1, 0));
+        fn read<B: Backend>(
+            backend: &B,
+            (a, b, columns): (&[f32], &[f32], usize),
+            (vocab, targets): (usize, &[u32]),
+            picks: &[(usize, u32)],
+        ) -> (Vec<recoup::logits::TokenScore>, Vec<Result<recoup_ground::divergence::Pair, String>>) {
+            let [a, b] = [a, b].map(|x| backend.tensor(x.to_vec(), columns).unwrap());
+            let pairs = backend.compare(&a, &b, vocab, targets).unwrap();
+            (backend.score(&a, picks).unwrap(), pairs.into_iter().map(|p| p.map_err(|e| e.to_string())).collect())
+        }
+        let got = read(&backend, (&a, &b, columns), (vocab, &targets), &picks);
+        let expected = read(&cpu, (&a, &b, columns), (vocab, &targets), &picks);
+        for ((got, (row, token)), fast) in got.0.iter().zip(&picks).zip(&expected.0) {
+            let exact = recoup::logits::score_row(&a[row * columns..][..columns], *token);
+            assert!(got.is_greedy == exact.is_greedy && got.is_greedy == fast.is_greedy);
+            let off = (got.log_prob - exact.log_prob).abs();
+            // The host's differences are rounded to f32.
+            assert!(off <= 1e-7 || got.log_prob == exact.log_prob, "{got:?} {exact:?}");
+        }
+        assert_eq!(got.1.len(), expected.1.len());
+        for (i, pair) in got.1.iter().zip(&expected.1).enumerate() {
+            let (got, expected) = match pair {
+                (Ok(got), Ok(expected)) => (got, expected),
+                (got, expected) => {
+                    assert_eq!(got, expected);
+                    continue;
+                }
+            };
+            assert_eq!(got.same_top, expected.same_top);
+            let close = |a: f64, b: f64| (a - b).abs() <= 1e-12 * (1.0 + b.abs());
+            assert!(
+                close(got.loss, expected.loss)
+                    && close(got.baseline_loss, expected.baseline_loss)
+                    && close(got.kl, expected.kl)
+                    && close(got.delta_p, expected.delta_p),
+                "row {i} of {vocab}: {got:?} {expected:?}"
+            );
+            if i == 0 {
+                assert_eq!((got.kl, got.delta_p), (0.0, 0.0));
+            }
+        }
+    }
+    let logits = backend.tensor(vec![0.0; 10], 5).unwrap();
+    assert!(matches!(backend.score(&logits, &[(0, 5)]), Err(BackendError::TokenOutOfRange { token: 5, vocab: 5 })));
+    assert!(backend.score(&logits, &[]).unwrap().is_empty());
+    assert!(backend.compare(&logits, &logits, 5, &[]).unwrap().is_empty());
+}
+
+#[test]
+fn a_mixture_has_the_bits_that_its_experts_have_one_by_one() {
+    let Some(backend) = device() else { return };
+    // What is observed runs one expert after the other.
+    let observed = Observed::new(backend.clone(), |_: &str, _: &[f32]| ());
+    let (mut seen, mut random) = (0, Random(8));
+    for fixture in all_fixtures() {
+        let checkpoint = fixture.checkpoint();
+        let modules = ModelConfig::read(&checkpoint.config).unwrap().modules();
+        let load = |module: &recoup::model::modules::Module| {
+            let mut tensors = checkpoint.linear(&module.name, module.role).unwrap();
+            // Scales of inputs that no other linear has.
+            let factor = 1.0 + module.name.bytes().map(u32::from).sum::<u32>() as f32 % 7.0 / 8.0;
+            match &mut tensors.activation {
+                ActivationFormat::Nvfp4 { global_scale: scale } | ActivationFormat::Fp8Static { scale } => {
+                    *scale *= factor
+                }
+                _ => (),
+            }
+            observed.load_linear(tensors).unwrap()
+        };
+        let named =
+            |what: &'static str| modules.iter().filter(move |m| m.name.contains("layers.0.") && m.name.contains(what));
+        let experts: Vec<_> = ["gate_proj", "up_proj", "down_proj"]
+            .map(|what| named("experts.").filter(|m| m.name.ends_with(what)).map(load).collect::<Vec<_>>())
+            .into_iter()
+            .collect();
+        let Some(router) = named("mlp.gate").find(|m| m.name.ends_with("mlp.gate")).map(load) else { continue };
+        seen += 1;
+        let count = experts[0].len();
+        assert!(count > 1 && experts.iter().all(|e| e.len() == count), "{}", fixture.name);
+        for tokens in [1, 5, 40, 300] {
+            let mut x = random.values(tokens * router.k);
+            // Routers that hardly choose, and routers that choose for certain.
+            x.chunks_mut(router.k)
+                .enumerate()
+                .for_each(|(i, x)| x.iter_mut().for_each(|x| *x *= 1.3f32.powi(i as i32 % 24)));
+            if tokens == 5 {
+                // Two tokens alike, and one whose experts are all as good.
+                x.copy_within(..router.k, router.k);
+                x[2 * router.k..3 * router.k].fill(0.0);
+            }
+            let x = backend.tensor(x, router.k).unwrap();
+            for choice in [Choice { top_k: 2, normalize: true }, Choice { top_k: 3, normalize: false }] {
+                let named: Vec<_> = (0..count)
+                    .map(|i| Expert { gate: &experts[0][i], up: &experts[1][i], down: &experts[2][i] })
+                    .collect();
+                let plain: Vec<_> =
+                    named.iter().map(|e| Expert { gate: &**e.gate, up: &**e.up, down: &**e.down }).collect();
+                let before = backend.device().downloaded();
+                let got = backend.mixture(&x, &router, &plain, &choice).unwrap();
+                assert_eq!(backend.device().downloaded(), before, "{}", fixture.name);
+                let expected = observed.mixture(&x, &router, &named, &choice).unwrap();
+                let [got, expected] = [got, expected].map(|t| bits(&backend.to_host(&t).unwrap()));
+                assert!(got == expected, "{}: {tokens} tokens, {choice:?}", fixture.name);
+            }
+        }
+    }
+    assert!(seen > 0, "no fixture has a mixture");
+}
+
+#[test]
+fn memory_that_is_given_back_is_not_written_before_those_who_wait_have_read_it() {
+    let Some(backend) = device() else { return };
+    let (ones, fives) = (vec![1.0; 128], vec![5.0; 128]);
+    let tensor = |v: &Vec<f32>| backend.tensor(v.clone(), 128).unwrap();
+    let host = |t| backend.to_host(&t).unwrap();
+    // A launch that waits reads memory that the next upload, or the next zeros, take.
+    for again in [true, false] {
+        let (sum, term) = (tensor(&fives), tensor(&ones));
+        let sum = backend.add(sum, &term).unwrap();
+        let like = sum.clone();
+        drop(term);
+        let next = if again { tensor(&fives) } else { backend.zeros_like(&like).unwrap() };
+        assert_eq!((host(sum), host(next)), (vec![6.0; 128], vec![if again { 5.0 } else { 0.0 }; 128]));
+    }
+    // A copy on the device of what a launch that waits writes.
+    let sum = backend.add(tensor(&fives), &tensor(&ones)).unwrap();
+    let more = backend.add(sum.clone(), &tensor(&ones)).unwrap();
+    let sum = backend.add(sum, &tensor(&fives)).unwrap();
+    assert_eq!((host(more), host(sum)), (vec![7.0; 128], vec![11.0; 128]));
+    let first = backend.add(tensor(&fives), &tensor(&ones)).unwrap();
+    let both = (first.clone(), first);
+    let more = backend.add(both.0, &both.1).unwrap();
+    assert_eq!((host(more), host(both.1)), (vec![12.0; 128], vec![6.0; 128]));
+}
+
+/// Run by the test below in processes of its own.
+#[test]
+#[ignore = "a part of the next test"]
+fn tokens_are_decoded() {
+    let backend = CudaBackend::new(0).unwrap();
+    let decoder = Decoder::load(backend, &Checkpoint::open(&project().join("models/books-nvfp4")).unwrap()).unwrap();
+    let device = decoder.backend().device();
+    let mut session = Session::new(&decoder, 3, 300);
+    let mut hash = 0u64;
+    let mut note = |rows: Vec<Vec<f32>>| {
+        for bits in rows.iter().flat_map(|r| bits(r)) {
+            hash = (hash ^ u64::from(bits)).wrapping_mul(0x0100_0000_01b3).rotate_left(17);
+        }
+    };
+    note(session.forward(&[(0, 0, &[1, 2, 3, 4, 5]), (1, 0, &[7]), (2, 0, &[9; 250])]));
+    let (mut launches, mut held) = (0, Vec::new());
+    for step in 0..12 {
+        let before = device.launches();
+        // Memory that somebody keeps: what the pass computes lies elsewhere than in the one before.
+        held.extend((0..8).map(|size| decoder.backend().tensor(vec![0.0; 100 << size], 1).unwrap()));
+        // One sequence alone now and then, and a third that reaches a second piece of keys: other runs of launches.
+        let token = [step as u32 + 3];
+        match step % 6 {
+            5 => note(session.forward(&[(0, 5 + step, &token)])),
+            _ => note(session.forward(&[(0, 5 + step, &token), (1, 1 + step, &token), (2, 250 + step, &token)])),
+        }
+        launches = device.launches() - before;
+    }
+    println!("outcome: {hash:016x}");
+    println!("{launches} launches a token, {} graphs", device.graphs());
+}
+
+#[test]
+fn graphs_change_no_bit() {
+    let Some(_) = device() else { return };
+    let run = |graphs: &str| {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        let command = command.args(["--exact", "tokens_are_decoded", "--ignored", "--nocapture"]);
+        let out = command.env("RECOUP_CUDA_GRAPHS", graphs).output().unwrap();
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        let after =
+            |what: &str, end: char| text.split(what).nth(1).map(|t| t.split(end).next().unwrap_or("").to_owned());
+        let graphs = after("launches a token, ", ' ').and_then(|n| n.parse::<u32>().ok());
+        let error = String::from_utf8_lossy(&out.stderr).into_owned();
+        println!("{}", text.lines().filter(|l| l.contains("launches")).collect::<String>());
+        (after("outcome: ", '\n').unwrap_or_else(|| panic!("{text}{error}")), graphs.unwrap())
+    };
+    let (with, without) = (run("1"), run("0"));
+    assert_eq!(with.0, without.0);
+    assert!(with.1 >= 6 && without.1 == 0, "{with:?} {without:?}");
 }
 
 /// Run by the test below in processes of its own.

@@ -61,18 +61,45 @@ pub fn compare_rows(baseline: &[f32], model: &[f32], target: usize) -> Result<Pa
     let (base_max, max) = (f64::from(base_max), f64::from(max));
     let sum = if all_finite { sums } else { sums_of_possible };
     let sums = sum(baseline, model, base_max, max);
-    let (log_base_sum, log_sum) = (sums.baseline.ln(), sums.model.ln());
-    // KL = Σ p (ln p - ln q) with ln p = (x - max) - ln Σ exp(x - max).
-    let kl = sums.weighted / sums.baseline - log_base_sum + log_sum;
-    let base_log_p = f64::from(baseline[target]) - base_max - log_base_sum;
-    let log_p = f64::from(model[target]) - max - log_sum;
-    Ok(Pair {
-        loss: -log_p,
-        baseline_loss: -base_log_p,
-        kl: if kl < 0.0 && kl > -ROUNDING { 0.0 } else { kl },
-        delta_p: log_p.exp() - base_log_p.exp(),
+    let totals = Totals {
+        sums: [sums.baseline, sums.model],
+        weighted: sums.weighted,
+        targets: [f64::from(baseline[target]) - base_max, f64::from(model[target]) - max],
         same_top: first(baseline, base_max) == first(model, max),
-    })
+    };
+    Ok(totals.pair())
+}
+
+/// What the figures of two rows b and m of finite logits follow from, logits less their row's maximum: for who has it without
+/// the rows.
+#[derive(Clone, Copy, Debug)]
+pub struct Totals {
+    /// Σ exp(b), Σ exp(m).
+    pub sums: [f64; 2],
+    /// Σ exp(b)·(b - m).
+    pub weighted: f64,
+    /// b and m of the right token.
+    pub targets: [f64; 2],
+    /// Whether the same token is most probable in both.
+    pub same_top: bool,
+}
+
+impl Totals {
+    /// The figures.
+    #[must_use]
+    pub fn pair(&self) -> Pair {
+        let [log_base_sum, log_sum] = self.sums.map(f64::ln);
+        // KL = Σ p (ln p - ln q) with ln p = (x - max) - ln Σ exp(x - max).
+        let kl = self.weighted / self.sums[0] - log_base_sum + log_sum;
+        let (base_log_p, log_p) = (self.targets[0] - log_base_sum, self.targets[1] - log_sum);
+        Pair {
+            loss: -log_p,
+            baseline_loss: -base_log_p,
+            kl: if kl < 0.0 && kl > -ROUNDING { 0.0 } else { kl },
+            delta_p: log_p.exp() - base_log_p.exp(),
+            same_top: self.same_top,
+        }
+    }
 }
 
 /// Whether all are finite, and the largest.

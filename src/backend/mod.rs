@@ -301,21 +301,7 @@ pub trait Backend: Send + Sync + Sized {
         experts: &[Expert<'_, Self::Linear>],
         choice: &Choice,
     ) -> Result<Self::Tensor> {
-        let routing = self.route(&one(self.linears(x, &[router])?)?, choice)?;
-        let mut takers: Vec<(Vec<usize>, Vec<f32>)> = vec![Default::default(); experts.len()];
-        for (row, chosen) in routing.iter().enumerate() {
-            for &(expert, weight) in chosen {
-                takers[expert].0.push(row);
-                takers[expert].1.push(weight);
-            }
-        }
-        let mut sum = self.zeros_like(x)?;
-        for (expert, (rows, weights)) in experts.iter().zip(&takers).filter(|(_, (rows, _))| !rows.is_empty()) {
-            let h = self.gated(&self.select_rows(x, rows)?, expert.gate, expert.up)?;
-            let y = one(self.linears(&h, &[expert.down])?)?;
-            sum = self.add_rows(sum, &y, rows, weights)?;
-        }
-        Ok(sum)
+        mixture_by_expert(self, x, router, experts, choice)
     }
 
     // What is read off logits [rows, vocab].
@@ -369,6 +355,31 @@ pub trait Backend: Send + Sync + Sized {
 
     /// Values, row-major.
     fn to_host(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
+}
+
+/// [`Backend::mixture`], one expert after the other.
+fn mixture_by_expert<B: Backend>(
+    backend: &B,
+    x: &B::Tensor,
+    router: &B::Linear,
+    experts: &[Expert<'_, B::Linear>],
+    choice: &Choice,
+) -> Result<B::Tensor> {
+    let routing = backend.route(&one(backend.linears(x, &[router])?)?, choice)?;
+    let mut takers: Vec<(Vec<usize>, Vec<f32>)> = vec![Default::default(); experts.len()];
+    for (row, chosen) in routing.iter().enumerate() {
+        for &(expert, weight) in chosen {
+            takers[expert].0.push(row);
+            takers[expert].1.push(weight);
+        }
+    }
+    let mut sum = backend.zeros_like(x)?;
+    for (expert, (rows, weights)) in experts.iter().zip(&takers).filter(|(_, (rows, _))| !rows.is_empty()) {
+        let h = backend.gated(&backend.select_rows(x, rows)?, expert.gate, expert.up)?;
+        let y = one(backend.linears(&h, &[expert.down])?)?;
+        sum = backend.add_rows(sum, &y, rows, weights)?;
+    }
+    Ok(sum)
 }
 
 /// [`Backend::sample`] of logits on the host.

@@ -4,8 +4,8 @@
 //! logits; repetition, frequency and presence penalty; greedy choice, or temperature, min-p, top-k, top-p and a draw.
 //! Top-p therefore looks at what min-p and top-k left, renormalised. (HF transformers applies min-p last.)
 //!
-//! Exponentials are computed here and logarithms by `libm`, both in plain Rust, and sums run in f64 in the order of token
-//! ids: the same logits and seed give the same token on every platform.
+//! Exponentials are computed here and logarithms by `libm`, both in plain Rust, and sums run in f64 in the order of
+//! token ids: the same logits and seed give the same token on every platform.
 
 use std::hash::{BuildHasher, RandomState};
 
@@ -124,7 +124,7 @@ impl Sampler {
             let log_total = log_sum_exp(logits, &mut scratch.weights);
             let of = |logit: f32| (f64::from(logit) - log_total) as f32;
             logprob = Some(of(logits[token as usize]));
-            keep_largest(logits, count, &mut scratch.largest);
+            keep_largest(tokens(logits), count, &mut scratch.largest);
             top_logprobs = (scratch.largest.iter()).map(|&(token, logit)| (token, of(logit))).collect();
         }
         Ok(Sampled { token, logprob, top_logprobs })
@@ -178,35 +178,143 @@ impl Sampler {
         let at_least = if params.top_k == 0 || params.top_k >= logits.len() {
             f32::NEG_INFINITY
         } else {
-            keep_largest(logits, params.top_k, &mut scratch.largest);
+            keep_largest(tokens(logits), params.top_k, &mut scratch.largest);
             scratch.largest.last().map_or(f32::NEG_INFINITY, |last| last.1)
         };
-        let (max, temperature) = (f64::from(max), f64::from(params.temperature));
-        let min_weight = f64::from(params.min_p);
-        let Scratch { weights, candidates, .. } = scratch;
-        candidates.clear();
-        let mut consider = |token: usize, weight: f64| {
-            // A weight of zero can never be drawn.
-            if weight > 0.0 && weight >= min_weight {
-                let token = token as u32;
-                candidates.push(Candidate { token, weight });
-            }
-        };
         if at_least == f32::NEG_INFINITY {
-            exponentials(logits, max, temperature, weights);
-            (weights.iter().enumerate()).for_each(|(token, &weight)| consider(token, weight));
+            let mut weights = std::mem::take(&mut scratch.weights);
+            exponentials(logits, f64::from(max), f64::from(params.temperature), &mut weights);
+            self.keep((0..).zip(weights.iter().copied()), scratch);
+            scratch.weights = weights;
         } else {
-            for (token, &logit) in logits.iter().enumerate() {
-                if logit >= at_least {
-                    consider(token, exp((f64::from(logit) - max) / temperature));
-                }
-            }
+            self.weigh(tokens(logits).filter(|t| t.1 >= at_least), max, scratch);
         }
         if params.top_p < 1.0 {
             let top_p = f64::from(params.top_p);
             keep_top_p(&mut scratch.candidates, top_p, &mut scratch.boundary);
         }
     }
+
+    /// Makes candidates of tokens and their logits, before top-p.
+    fn weigh(&self, logits: impl Iterator<Item = (u32, f32)>, max: f32, scratch: &mut Scratch) {
+        let (max, temperature) = (f64::from(max), f64::from(self.params.temperature));
+        self.keep(logits.map(|(token, logit)| (token, exp((f64::from(logit) - max) / temperature))), scratch);
+    }
+
+    /// Makes candidates of tokens and their weights, before top-p.
+    fn keep(&self, weights: impl Iterator<Item = (u32, f64)>, scratch: &mut Scratch) {
+        let min_weight = f64::from(self.params.min_p);
+        scratch.candidates.clear();
+        // A weight of zero can never be drawn.
+        let kept = weights.filter(|w| w.1 > 0.0 && w.1 >= min_weight);
+        scratch.candidates.extend(kept.map(|(token, weight)| Candidate { token, weight }));
+    }
+
+    /// What of a row of `vocab` logits decides.
+    pub(crate) fn question(&self, vocab: usize, history: History) -> Question {
+        let params = &self.params;
+        let top_k = if params.top_k < vocab { params.top_k } else { 0 };
+        if params.is_greedy() {
+            Question::Largest
+        } else if top_k > 0 || params.min_p > 0.0 {
+            Question::Few { top_k, min_p: params.min_p }
+        } else if params.top_p < 1.0 {
+            Question::TopP(params.top_p)
+        } else {
+            Question::At(uniform(self.seed, history.generated.len() as u64))
+        }
+    }
+
+    /// What [`Self::sample`] chooses of the row that `few` are of, whose largest logit is `max`: where
+    /// [`Self::question`] says `Few`, all tokens that top-k and min-p leave, or more; where it says `TopP`, the most
+    /// probable ones, and what the weights of all add up to, with how far rounding may have carried that and any sum of
+    /// theirs on the way. Ascending by token. `None`: it cannot be told from these.
+    pub(crate) fn choose_of(
+        &self,
+        few: &[(u32, f32)],
+        max: f32,
+        total: Option<(f64, f64)>,
+        history: History,
+        scratch: &mut Scratch,
+    ) -> Option<u32> {
+        let params = &self.params;
+        let top_p = f64::from(params.top_p);
+        match total {
+            Some((total, error)) => {
+                self.weigh(few.iter().copied(), max, scratch);
+                keep_sure_top_p(&mut scratch.candidates, top_p * total, error, &mut scratch.boundary)?;
+            }
+            None => {
+                let mut at_least = f32::NEG_INFINITY;
+                if params.top_k > 0 {
+                    keep_largest(few.iter().copied(), params.top_k, &mut scratch.largest);
+                    at_least = scratch.largest.last()?.1;
+                }
+                self.weigh(few.iter().copied().filter(|t| t.1 >= at_least), max, scratch);
+                if params.top_p < 1.0 {
+                    keep_top_p(&mut scratch.candidates, top_p, &mut scratch.boundary);
+                }
+            }
+        }
+        draw(&scratch.candidates, uniform(self.seed, history.generated.len() as u64))
+    }
+
+    /// Whether logits are changed for what was said before.
+    pub(crate) fn has_penalties(&self) -> bool {
+        self.params.has_penalties()
+    }
+}
+
+/// What of a row of logits, penalties done, decides what a sampler chooses.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Question {
+    /// The largest logit.
+    Largest,
+    /// Those that top-k (0: off) and min-p leave.
+    Few { top_k: usize, min_p: f32 },
+    /// The most probable ones, and what all weights add up to.
+    TopP(f32),
+    /// The token at this point, in [0, 1), of all weights laid end to end.
+    At(f64),
+}
+
+/// How often each token of the vocabulary was generated, of those in the text so far; ascending by token.
+pub(crate) fn generated_counts(history: History, vocab: usize) -> Vec<(u32, u32)> {
+    let mut all: Vec<(u32, u32)> = in_vocabulary(history.prompt, vocab).map(|id| (id as u32, 0)).collect();
+    all.extend(in_vocabulary(history.generated, vocab).map(|id| (id as u32, 1)));
+    all.sort_unstable();
+    all.dedup_by(|a, b| {
+        a.0 == b.0 && {
+            b.1 += a.1;
+            true
+        }
+    });
+    all
+}
+
+/// The log-probability, as [`Sampler::sample`] gives it, of a token with this logit; `largest` and what the
+/// exponentials of all less it add up to are the row's. `None`: `error`, how far rounding may have carried the sum for
+/// 1 of it, is too large to tell.
+pub(crate) fn sure_log_prob(logit: f32, largest: f32, total: f64, error: f64) -> Option<f32> {
+    let log_total = f64::from(largest) + libm::log(total);
+    let (at, off) = (f64::from(logit) - log_total, error + 1e-15 * (log_total.abs() + f64::from(logit).abs()));
+    if logit == f32::NEG_INFINITY {
+        return Some(f32::NEG_INFINITY);
+    }
+    let [low, high] = [at - off, at + off].map(|x| x as f32);
+    (low.to_bits() == high.to_bits()).then_some(low)
+}
+
+/// The `count` largest of these, as [`Sampler::sample`] orders them.
+pub(crate) fn largest_of(few: &[(u32, f32)], count: usize) -> Vec<(u32, f32)> {
+    let mut largest = Vec::new();
+    keep_largest(few.iter().copied(), count, &mut largest);
+    largest
+}
+
+/// Tokens and their logits.
+fn tokens(logits: &[f32]) -> impl Iterator<Item = (u32, f32)> {
+    (0..).zip(logits.iter().copied())
 }
 
 /// The token of the largest logit, of equal ones the lowest; `None` if all are -inf.
@@ -281,7 +389,7 @@ fn exp(x: f64) -> f64 {
 /// Leaves in `largest` the `count` largest logits with their tokens, the largest first, of equal ones the lower token.
 ///
 /// One pass: a logit is looked at again only if it exceeds the smallest of the best found so far, which few do.
-fn keep_largest(logits: &[f32], count: usize, largest: &mut Vec<(u32, f32)>) {
+fn keep_largest(logits: impl Iterator<Item = (u32, f32)>, count: usize, largest: &mut Vec<(u32, f32)>) {
     let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
     largest.clear();
     if count == 0 {
@@ -291,12 +399,12 @@ fn keep_largest(logits: &[f32], count: usize, largest: &mut Vec<(u32, f32)>) {
     let positive_zero = |x: f32| x + 0.0;
     let room = count.saturating_mul(2).max(64);
     let mut threshold = None;
-    for (token, &logit) in logits.iter().enumerate() {
+    for (token, logit) in logits {
         // Tokens come in rising order, so one equal to the threshold comes after those kept.
         if threshold.is_some_and(|threshold| logit <= threshold) {
             continue;
         }
-        largest.push((token as u32, positive_zero(logit)));
+        largest.push((token, positive_zero(logit)));
         if largest.len() == room {
             largest.select_nth_unstable_by(count - 1, order);
             largest.truncate(count);
@@ -350,6 +458,33 @@ fn keep_top_p(candidates: &mut Vec<Candidate>, top_p: f64, around: &mut Vec<Cand
     candidates.retain(|candidate| {
         candidate.weight > last.weight || (candidate.weight == last.weight && candidate.token <= last.token)
     });
+}
+
+/// [`keep_top_p`] where only the most probable candidates are there, and `wanted`, top-p times the weight of all, and
+/// their sums are `error` off at most. `None`: the last one needed may be another.
+fn keep_sure_top_p(
+    candidates: &mut Vec<Candidate>,
+    wanted: f64,
+    error: f64,
+    sorted: &mut Vec<Candidate>,
+) -> Option<()> {
+    sorted.clear();
+    sorted.extend_from_slice(candidates);
+    sorted.sort_unstable_by(|a, b| b.weight.total_cmp(&a.weight).then(a.token.cmp(&b.token)));
+    let mut sum = 0.0;
+    let last = sorted.iter().position(|candidate| {
+        sum += candidate.weight;
+        sum >= wanted
+    })?;
+    let last_weight = sorted[last].weight;
+    if sum - error < wanted || (last > 0 && sum - last_weight + error >= wanted) {
+        return None;
+    }
+    let last = sorted[last];
+    candidates.retain(|candidate| {
+        candidate.weight > last.weight || (candidate.weight == last.weight && candidate.token <= last.token)
+    });
+    Some(())
 }
 
 /// The candidate at this point, in [0, 1), of their total weight laid end to end.
@@ -452,6 +587,12 @@ mod tests {
         probabilities.iter().map(|p| p / total).collect()
     }
 
+    /// The largest, and the sum of the exponentials of all less it, from the last to the first.
+    fn total_of(logits: &[f32]) -> (f32, f64) {
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        (max, logits.iter().rev().map(|x| libm::exp(f64::from(*x) - f64::from(max))).sum())
+    }
+
     /// The probabilities with which a sampler draws.
     fn probabilities(params: &SamplingParams, logits: &[f32], history: History) -> Vec<f64> {
         let (sampler, mut scratch) = (sampler(params.clone()), Scratch::default());
@@ -527,12 +668,65 @@ mod tests {
         }
 
         #[test]
+        fn what_is_chosen_of_the_tokens_that_matter_is_what_is_chosen_of_all(
+            logits in logits(),
+            temperature in prop_oneof![0.1f32..3.0, Just(1e-4f32), Just(1e6f32)],
+            top_k in prop_oneof![Just(0usize), 1usize..80],
+            top_p in prop_oneof![Just(1.0f32), 0.01f32..0.999],
+            min_p in prop_oneof![Just(0.0f32), 0.0001f32..0.9],
+            more in 0usize..40,
+            seed: u64,
+        ) {
+            let params = SamplingParams { temperature, top_k, top_p, min_p, seed: Some(seed), ..SamplingParams::default() };
+            let (sampler, scratch) = (sampler(params.clone()), &mut Scratch::default());
+            let expected = sampler.sample(&logits, History::default(), scratch).unwrap().token;
+            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let weights: Vec<f64> = logits.iter().map(|x| exp(f64::from(x - max) / f64::from(temperature))).collect();
+            let total: f64 = weights.iter().sum();
+            // The most probable ones, and some more than may be needed.
+            let mut few = Vec::new();
+            keep_largest(tokens(&logits), logits.len(), &mut few);
+            let needed = match sampler.question(logits.len(), History::default()) {
+                Question::Few { top_k, .. } if top_k > 0 => top_k,
+                Question::TopP(_) => few.iter().scan(0.0, |sum, t| {
+                    let before = *sum;
+                    *sum += weights[t.0 as usize];
+                    Some(before)
+                }).take_while(|before| *before <= f64::from(top_p) * total).count(),
+                _ => few.len(),
+            };
+            let least = few[(needed + more).min(few.len()) - 1].1;
+            let few: Vec<(u32, f32)> = tokens(&logits).filter(|t| t.1 >= least).collect();
+            let got = match sampler.question(logits.len(), History::default()) {
+                Question::Few { .. } => sampler.choose_of(&few, max, None, History::default(), scratch),
+                Question::TopP(_) => {
+                    sampler.choose_of(&few, max, Some((total * (1.0 + 1e-13), 1e-12 * total)), History::default(), scratch)
+                }
+                _ => return Ok(()),
+            };
+            // Which of equal ones top-p ends with is seldom open.
+            prop_assert!(got == Some(expected) || (got.is_none() && top_p < 1.0), "{got:?} {expected}");
+        }
+
+        #[test]
+        fn a_log_probability_is_told_where_it_is_sure(logits in logits(), at in 0usize..300) {
+            let params = SamplingParams { logprobs: Some(logits.len()), ..SamplingParams::greedy() };
+            let all = sample(params, &logits).unwrap().top_logprobs;
+            let (max, total) = total_of(&logits);
+            let (token, expected) = all[at % all.len()];
+            let got = sure_log_prob(logits[token as usize], max, total * (1.0 + 1e-14), 1e-13);
+            prop_assert!(got.is_none_or(|got| got == expected), "{got:?} {expected}");
+            let sloppy = sure_log_prob(logits[token as usize], max, total, 1e-3);
+            prop_assert!(sloppy.is_none() || expected == f32::NEG_INFINITY || expected.abs() > 1e3);
+        }
+
+        #[test]
         fn the_largest_logits_are_those_of_a_full_sort(logits in logits(), count in 0usize..120) {
             let mut sorted: Vec<(u32, f32)> = (0..).zip(logits.iter().map(|x| x + 0.0)).collect();
             sorted.sort_by(|a, b| b.1.total_cmp(&a.1));
             sorted.truncate(count);
             let mut largest = Vec::new();
-            keep_largest(&logits, count, &mut largest);
+            keep_largest(tokens(&logits), count, &mut largest);
             prop_assert_eq!(largest, sorted);
         }
 
@@ -621,6 +815,13 @@ mod tests {
         assert_eq!(token(&[f32::NEG_INFINITY, -1e30]), 1);
         let tiny = SamplingParams { temperature: 1e-6, ..seeded() };
         assert_eq!(sample(tiny, &[0.0, 1e-6]).unwrap().token, 1);
+    }
+
+    #[test]
+    fn generated_tokens_are_counted_and_prompts_named() {
+        let history = History { prompt: &[3, 1, 3, 9], generated: &[1, 4, 1, 12] };
+        assert_eq!(generated_counts(history, 10), [(1, 2), (3, 0), (4, 1), (9, 0)]);
+        assert!(generated_counts(History::default(), 10).is_empty());
     }
 
     #[test]

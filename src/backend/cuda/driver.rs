@@ -3,12 +3,14 @@
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::{CStr, CString, c_void};
+use std::ffi::{CStr, CString};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use cudarc::driver::sys::{self, CUdevice_attribute, CUdeviceptr, CUresult};
 
+use super::graph::{Launch, Queue};
 use crate::backend::{BackendError, Result};
 
 /// The oldest driver that runs what is embedded here: release 580, CUDA 13.0.
@@ -21,7 +23,7 @@ static IMAGE: &[u8] = include_bytes!("images/kernels.fatbin");
 const GRAIN: usize = 512;
 
 /// What the driver said to a call.
-fn check(what: &'static str, code: CUresult) -> Result<()> {
+pub(super) fn check(what: &'static str, code: CUresult) -> Result<()> {
     if code == CUresult::CUDA_SUCCESS {
         return Ok(());
     }
@@ -63,6 +65,10 @@ pub struct Device {
     functions: HashMap<&'static str, sys::CUfunction>,
     /// Memory that was given back, by size; what is taken again was freed earlier on the same stream.
     free: Mutex<BTreeMap<usize, Vec<CUdeviceptr>>>,
+    /// Launches on their way to the stream: whatever else goes there sends them first, so that all of it keeps its order.
+    queue: Mutex<Queue>,
+    graphs: bool,
+    downloaded: AtomicU64,
 }
 
 // SAFETY: a context and its stream may be used from any thread on which the context is current, and `bind` sees to that; the
@@ -192,10 +198,50 @@ impl Device {
         }
         let bytes: Vec<u8> = text.iter().take_while(|c| **c != 0).map(|c| *c as u8).collect();
         let name = String::from_utf8_lossy(&bytes).into_owned();
-        let (functions, free) = (HashMap::new(), Mutex::default());
+        let graphs = std::env::var_os("RECOUP_CUDA_GRAPHS").is_none_or(|v| v != "0");
+        let (functions, free, queue, downloaded) = Default::default();
         let multiprocessors = multiprocessors as usize;
         let capability = (major, minor);
-        Ok(Self { ordinal, name, capability, driver, multiprocessors, handle, context, stream, functions, free })
+        Ok(Self {
+            ordinal,
+            name,
+            capability,
+            driver,
+            multiprocessors,
+            handle,
+            context,
+            stream,
+            functions,
+            free,
+            queue,
+            graphs,
+            downloaded,
+        })
+    }
+
+    /// Kernels launched so far, those that wait not counted.
+    pub fn launches(&self) -> u64 {
+        self.waiting().launched
+    }
+
+    /// Graphs launched so far.
+    pub fn graphs(&self) -> u64 {
+        self.waiting().graphs
+    }
+
+    /// Bytes copied to the host so far.
+    pub fn downloaded(&self) -> u64 {
+        self.downloaded.load(Ordering::Relaxed)
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends the launches that wait to the stream, with the context current: whatever is called next comes after them.
+    fn send(&self) -> Result<()> {
+        self.bind()?;
+        self.waiting().flush(self.stream, self.graphs)
     }
 
     /// Bytes per second of a copy within the device, read and written together: the most that any kernel can move.
@@ -321,7 +367,7 @@ impl Device {
         let bytes = size_of_val(data);
         let memory = self.take(bytes)?;
         if bytes > 0 {
-            self.bind()?;
+            self.send()?;
             // SAFETY: the source has `bytes` bytes; pageable memory is copied before the call returns.
             let code = unsafe { sys::cuMemcpyHtoDAsync_v2(memory.address, data.as_ptr().cast(), bytes, self.stream) };
             check("copying to the device", code)?;
@@ -336,7 +382,7 @@ impl Device {
     pub fn zeros(self: &Arc<Self>, bytes: usize) -> Result<Memory> {
         let memory = self.take(bytes)?;
         if bytes > 0 {
-            self.bind()?;
+            self.send()?;
             // SAFETY: the memory has `bytes` bytes.
             check("clearing memory", unsafe { sys::cuMemsetD8Async(memory.address, 0, bytes, self.stream) })?;
         }
@@ -348,16 +394,27 @@ impl Device {
     /// # Errors
     /// The driver's failure, also that of a kernel launched before.
     pub fn download<T: Plain>(&self, memory: &Memory, count: usize) -> Result<Vec<T>> {
-        let bytes = count * size_of::<T>();
-        debug_assert!(bytes <= memory.bytes);
+        self.download_from(memory, 0, count)
+    }
+
+    /// [`Self::download`] from value `start` on.
+    ///
+    /// # Errors
+    /// Values beyond the memory's end, and as there.
+    pub fn download_from<T: Plain>(&self, memory: &Memory, start: usize, count: usize) -> Result<Vec<T>> {
+        let (start, bytes) = (start * size_of::<T>(), count * size_of::<T>());
+        if start + bytes > memory.bytes {
+            return Err(failed("copying from the device", "beyond the memory's end"));
+        }
         let mut out = vec![T::default(); count];
         if bytes > 0 {
-            self.bind()?;
+            self.send()?;
+            let from = memory.address + start as u64;
             // SAFETY: both sides have `bytes` bytes, and `wait` below lets `out` be read only after the copy.
-            let code =
-                unsafe { sys::cuMemcpyDtoHAsync_v2(out.as_mut_ptr().cast(), memory.address, bytes, self.stream) };
+            let code = unsafe { sys::cuMemcpyDtoHAsync_v2(out.as_mut_ptr().cast(), from, bytes, self.stream) };
             check("copying from the device", code)?;
             self.wait()?;
+            self.downloaded.fetch_add(bytes as u64, Ordering::Relaxed);
         }
         Ok(out)
     }
@@ -373,7 +430,7 @@ impl Device {
         if to.1 + bytes > to.0.bytes || from.1 + bytes > from.0.bytes {
             return Err(failed("copying on the device", "beyond the memory's end"));
         }
-        self.bind()?;
+        self.send()?;
         let (to, from) = (to.0.address + to.1 as u64, from.0.address + from.1 as u64);
         // SAFETY: both ranges lie in memory that was checked above.
         check("copying on the device", unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream) })
@@ -384,49 +441,34 @@ impl Device {
     /// # Errors
     /// The driver's failure, also that of a kernel.
     pub fn wait(&self) -> Result<()> {
-        self.bind()?;
+        self.send()?;
         // SAFETY: the stream lives as long as the device.
         check("computing", unsafe { sys::cuStreamSynchronize(self.stream) })
     }
 
-    /// Launches a kernel over a grid of blocks.
+    /// Launches a kernel over a grid of blocks, when something waits for it.
     ///
     /// # Errors
-    /// When the driver does not take the launch.
+    /// When the driver does not take a launch, this one or one before.
     ///
     /// # Safety
-    /// `args` are what the kernel's parameters say, in number, order and size; memory they point to is large enough.
-    pub unsafe fn launch(
-        &self,
-        kernel: &'static str,
-        grid: [usize; 3],
-        threads: u32,
-        args: &mut Args<'_>,
-    ) -> Result<()> {
+    /// `args` are what the kernel's parameters say, in number, order and size; memory they point to is large enough, and this
+    /// device's.
+    pub unsafe fn launch(&self, kernel: &'static str, grid: [usize; 3], threads: u32, args: Args<'_>) -> Result<()> {
         if grid.contains(&0) {
             return Ok(());
         }
-        self.bind()?;
-        let function = self.functions.get(kernel).ok_or_else(|| failed(kernel, "this kernel was not loaded"))?;
-        let mut pointers: Vec<*mut c_void> = args.values.iter_mut().map(|v| std::ptr::from_mut(v).cast()).collect();
-        let [x, y, z] = grid.map(|n| n as u32);
-        // SAFETY: the caller's; values and pointers live until the call returns, which copies them.
-        let code = unsafe {
-            sys::cuLaunchKernel(
-                *function,
-                x,
-                y,
-                z,
-                threads,
-                1,
-                1,
-                0,
-                self.stream,
-                pointers.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
-        };
-        check(kernel, code)
+        let function = *self.functions.get(kernel).ok_or_else(|| failed(kernel, "this kernel was not loaded"))?;
+        let launch = Launch { kernel, function, grid: grid.map(|n| n as u32), threads, values: args.values };
+        let mut queue = self.waiting();
+        // SAFETY: the caller's. Memory goes back to the driver in `shrink` only, after all that waits; what is taken from the pool
+        // again is written by what comes to the queue or the stream later.
+        unsafe { queue.push(launch) };
+        if !self.graphs || queue.is_long() {
+            self.bind()?;
+            queue.flush(self.stream, self.graphs)?;
+        }
+        Ok(())
     }
 }
 
@@ -435,8 +477,10 @@ pub trait Plain: Copy + Default {}
 impl Plain for u8 {}
 impl Plain for u16 {}
 impl Plain for u32 {}
+impl Plain for u64 {}
 impl Plain for i32 {}
 impl Plain for f32 {}
+impl Plain for f64 {}
 
 /// Memory of a device; it goes back to the device's pool when nobody has it any more.
 pub struct Memory {
@@ -450,6 +494,16 @@ impl Memory {
     /// Bytes in use.
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Whose it is.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// Where it lies on the device.
+    pub fn address(&self) -> u64 {
+        self.address
     }
 }
 
@@ -487,6 +541,12 @@ impl<'a> Args<'a> {
         self
     }
 
+    /// A pointer to byte `offset`.
+    pub fn memory_at(mut self, memory: &'a Memory, offset: usize) -> Self {
+        self.values.push(memory.address + offset as u64);
+        self
+    }
+
     /// A pointer, or null.
     pub fn optional(mut self, memory: Option<&'a Memory>) -> Self {
         self.values.push(memory.map_or(0, |m| m.address));
@@ -502,6 +562,12 @@ impl<'a> Args<'a> {
     /// A `float`.
     pub fn float(mut self, value: f32) -> Self {
         self.values.push(u64::from(value.to_bits()));
+        self
+    }
+
+    /// A `double`.
+    pub fn double(mut self, value: f64) -> Self {
+        self.values.push(value.to_bits());
         self
     }
 }

@@ -6,6 +6,9 @@
 
 mod cache;
 mod driver;
+mod graph;
+mod mixture;
+mod sample;
 mod weight;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,14 +19,16 @@ use driver::{Args, Memory};
 pub use weight::CudaLinear;
 use weight::{Kind, STEP};
 
+use recoup_ground::divergence::{Pair, RowError};
+
 use super::{
-    AttentionShape, Backend, BackendError, Batch, CacheLayout, Choice, HeadNorms, PAGE, Result, RopeTable, Rotation,
-    Span, Update, one,
+    AttentionShape, Backend, BackendError, Batch, CacheLayout, Choice, Expert, HeadNorms, PAGE, Result, RopeTable,
+    Rotation, Span, Update, exactly, mixture_by_expert, one,
 };
 use crate::formats::e8m0::ScaleRule;
 use crate::formats::kv::KvFormat;
 use crate::formats::linear::{ActivationFormat, LinearTensors};
-use crate::logits::{Routing, TokenScore, route_row, score_row};
+use crate::logits::{Draw, Routing, Sampled, SamplingError, Scratch, TokenScore, route_row};
 
 /// Keys that one block of attention looks at: `SPLIT` of kernels/attention.cu.
 const SPLIT: usize = 256;
@@ -33,8 +38,8 @@ const RUN: usize = 32;
 /// The widest head that fits its shared memory.
 const MAX_HEAD_DIM: usize = 256;
 
-/// Kernels that are launched by name; matmul_*, tile_* and embed_* for each kind of weight.
-const KERNELS: [&str; 71] = [
+/// Kernels that are launched by name; matmul_*, tile_*, mixture_* and embed_* for each kind of weight.
+const KERNELS: [&str; 99] = [
     "add",
     "add_rows",
     "attention_bf16_16",
@@ -51,6 +56,7 @@ const KERNELS: [&str; 71] = [
     "embed_mxfp4",
     "embed_mxfp8",
     "gather",
+    "logits_at",
     "look",
     "matmul_bf16_16",
     "matmul_bf16_16g",
@@ -89,10 +95,36 @@ const KERNELS: [&str; 71] = [
     "matmul_mxfp8_32g",
     "matmul_mxfp8_8",
     "matmul_mxfp8_8g",
+    "mixture_bf16_32",
+    "mixture_bf16_8",
+    "mixture_e2m1_16_32",
+    "mixture_e2m1_16_8",
+    "mixture_e2m1_32_32",
+    "mixture_e2m1_32_8",
+    "mixture_e4m3_32",
+    "mixture_e4m3_32g",
+    "mixture_e4m3_8",
+    "mixture_e4m3_8g",
+    "mixture_mxfp4_32",
+    "mixture_mxfp4_8",
+    "mixture_mxfp8_32",
+    "mixture_mxfp8_8",
+    "mixture_operand",
+    "mixture_route",
+    "mixture_silu",
+    "mixture_sort",
+    "mixture_sum",
     "operand_norm",
     "operand_plain",
     "operand_silu",
+    "penalise",
     "rope_cache",
+    "sample_count",
+    "sample_gather",
+    "sample_head",
+    "sample_max",
+    "sample_pick",
+    "sample_sums",
     "silu_mul",
     "tile_bf16",
     "tile_bf16g",
@@ -106,12 +138,15 @@ const KERNELS: [&str; 71] = [
     "tile_mxfp4g",
     "tile_mxfp8",
     "tile_mxfp8g",
+    "totals",
 ];
 
 /// Runs the decoder on one GPU. Clones share it.
 #[derive(Clone)]
 pub struct CudaBackend {
     device: Arc<Device>,
+    /// Where the weights of mixtures lie, as kernels read it.
+    mixtures: Arc<mixture::Tables>,
 }
 
 /// Activations on the device, row-major f32.
@@ -122,6 +157,8 @@ pub struct CudaTensor {
     columns: usize,
     /// What it was quantized to already.
     operand: Option<Arc<Operand>>,
+    /// Then it is silu(data) · up, not computed yet: that is done inside of what quantizes it.
+    up: Option<Arc<Memory>>,
 }
 
 /// An input in the form that products read: BF16 rows of K padded to [`STEP`].
@@ -216,6 +253,11 @@ fn suffix(kind: Kind) -> &'static str {
     }
 }
 
+/// An input's scales as those of whole tokens, and as those of 128 columns each.
+fn scales_of(activation: ActivationFormat, scales: Option<&Memory>) -> [Option<&Memory>; 2] {
+    if activation == ActivationFormat::Fp8Group { [None, scales] } else { [scales, None] }
+}
+
 /// The loaded kernel of this name.
 fn kernel(name: &str) -> Result<&'static str> {
     let missing = || BackendError::Failed { context: "CUDA", message: format!("there is no kernel `{name}`") };
@@ -255,7 +297,7 @@ impl CudaBackend {
     /// # Errors
     /// No driver, one that is too old, no such device, or one that cannot run the kernels.
     pub fn new(ordinal: usize) -> Result<Self> {
-        Ok(Self { device: Arc::new(Device::open(ordinal, &KERNELS)?) })
+        Ok(Self { device: Arc::new(Device::open(ordinal, &KERNELS)?), mixtures: Arc::default() })
     }
 
     /// The device in use.
@@ -266,13 +308,26 @@ impl CudaBackend {
 
     fn empty(&self, rows: usize, columns: usize) -> Result<CudaTensor> {
         let data = Arc::new(self.device.take(4 * rows * columns)?);
-        Ok(CudaTensor { data, rows, columns, operand: None })
+        Ok(CudaTensor { data, rows, columns, operand: None, up: None })
     }
 
-    fn launch(&self, kernel: &'static str, grid: [usize; 3], threads: u32, mut args: Args<'_>) -> Result<()> {
-        // SAFETY: each call in this file gives the parameters of the kernel it names, with memory of the shapes that the
+    fn launch(&self, kernel: &'static str, grid: [usize; 3], threads: u32, args: Args<'_>) -> Result<()> {
+        // SAFETY: each call in this folder gives the parameters of the kernel it names, with memory of the shapes that the
         // kernel's first lines state; the kernels compiled for the CPU check both.
-        unsafe { self.device.launch(kernel, grid, threads, &mut args) }
+        unsafe { self.device.launch(kernel, grid, threads, args) }
+    }
+
+    /// `x` with its values computed.
+    fn settled(&self, x: &CudaTensor) -> Result<CudaTensor> {
+        self.settle(x.clone())
+    }
+
+    fn settle(&self, mut x: CudaTensor) -> Result<CudaTensor> {
+        let Some(up) = &x.up.take() else { return Ok(x) };
+        let gate = self.own(x)?;
+        let args = Args::new().memory(&gate.data).memory(up).int(gate.columns);
+        self.launch("silu_mul", [gate.rows, 1, 1], 128, args)?;
+        Ok(gate)
     }
 
     /// A tensor with memory of its own, to be changed in place.
@@ -310,8 +365,9 @@ impl CudaBackend {
         }
         let operand = self.operand(w, x.rows)?;
         let (number, scale, rule) = format(w.activation);
-        let args = Args::new()
-            .memory(&x.data)
+        let args = Args::new().memory(&x.data);
+        let args = if let Some(up) = &x.up { args.memory(up) } else { args };
+        let args = args
             .optional(w.pre_quant_scale.as_ref().map(|p| &p.1))
             .int(number)
             .float(scale)
@@ -320,7 +376,8 @@ impl CudaBackend {
             .int(w.k.next_multiple_of(STEP))
             .memory(&operand.x)
             .optional(operand.scales.as_ref());
-        self.launch("operand_plain", [x.rows, 1, 1], 256, args)?;
+        let name = if x.up.is_some() { "operand_silu" } else { "operand_plain" };
+        self.launch(name, [x.rows, 1, 1], 256, args)?;
         Ok(Arc::new(operand))
     }
 
@@ -342,16 +399,14 @@ impl CudaBackend {
         let rows = x.rows * operand.planes;
         let count = (x.rows, operand.planes);
         let (name, grid) = product_kernel(w.kind, w.grouped(), count, w.n, self.device.multiprocessors)?;
-        // Of whole tokens, or of 128 columns each.
-        let by_group = operand.activation == ActivationFormat::Fp8Group;
-        let scales = |wanted: bool| operand.scales.as_ref().filter(|_| by_group == wanted);
+        let [of_tokens, of_groups] = scales_of(operand.activation, operand.scales.as_ref());
         let args = Args::new()
             .memory(&w.words)
             .optional(w.scales.as_ref())
             .optional(w.grid.as_ref())
             .memory(&operand.x)
-            .optional(scales(false))
-            .optional(scales(true))
+            .optional(of_tokens)
+            .optional(of_groups)
             .memory(&w.row_scales)
             .optional(w.bias.as_ref())
             .memory(&y.data)
@@ -373,6 +428,7 @@ impl CudaBackend {
         eps: f32,
         readers: &[&CudaLinear],
     ) -> Result<(Option<CudaTensor>, CudaTensor)> {
+        let x = &self.settled(x)?;
         let (rows, width) = (x.rows * x.columns / weight.features.max(1), weight.features);
         let sum = update.map(|_| self.empty(x.rows, x.columns)).transpose()?;
         let mut normed = self.empty(x.rows, x.columns)?;
@@ -401,6 +457,7 @@ impl CudaBackend {
 
     /// Sum of squares of each run of `width` values, and how many of them are not finite.
     fn look(&self, x: &CudaTensor, width: usize) -> Result<Vec<f32>> {
+        let x = &self.settled(x)?;
         let rows = x.rows * x.columns / width.max(1);
         let out = self.device.take(8 * rows)?;
         let args = Args::new().memory(&x.data).memory(&out).int(width);
@@ -624,7 +681,7 @@ impl Backend for CudaBackend {
         let mut out = Vec::new();
         for w in weights {
             if w.kind == Kind::F32 {
-                out.push(self.product(x, None, w)?);
+                out.push(self.product(&self.settled(x)?, None, w)?);
                 continue;
             }
             let input = match inputs.iter().find(|o| o.fits(w)) {
@@ -684,14 +741,14 @@ impl Backend for CudaBackend {
     }
 
     fn add(&self, x: CudaTensor, y: &CudaTensor) -> Result<CudaTensor> {
-        let x = self.own(x)?;
+        let (x, y) = (self.own(self.settle(x)?)?, self.settled(y)?);
         let args = Args::new().memory(&x.data).memory(&y.data).int(x.columns);
         self.launch("add", [x.rows, 1, 1], 128, args)?;
         Ok(x)
     }
 
     fn silu_mul(&self, gate: CudaTensor, up: &CudaTensor) -> Result<CudaTensor> {
-        let gate = self.own(gate)?;
+        let (gate, up) = (self.own(self.settle(gate)?)?, self.settled(up)?);
         let args = Args::new().memory(&gate.data).memory(&up.data).int(gate.columns);
         self.launch("silu_mul", [gate.rows, 1, 1], 128, args)?;
         Ok(gate)
@@ -703,6 +760,7 @@ impl Backend for CudaBackend {
     }
 
     fn select_rows(&self, x: &CudaTensor, rows: &[usize]) -> Result<CudaTensor> {
+        let x = &self.settled(x)?;
         let out = self.empty(rows.len(), x.columns)?;
         let index = self.index(rows)?;
         let args = Args::new().memory(&x.data).memory(&index).memory(&out.data).int(x.columns);
@@ -711,7 +769,7 @@ impl Backend for CudaBackend {
     }
 
     fn add_rows(&self, sum: CudaTensor, y: &CudaTensor, rows: &[usize], weights: &[f32]) -> Result<CudaTensor> {
-        let sum = self.own(sum)?;
+        let (sum, y) = (self.own(self.settle(sum)?)?, self.settled(y)?);
         let (index, weights) = (self.index(rows)?, self.device.upload(weights)?);
         let args = Args::new().memory(&sum.data).memory(&y.data).memory(&index).memory(&weights).int(sum.columns);
         self.launch("add_rows", [rows.len(), 1, 1], 128, args)?;
@@ -720,7 +778,7 @@ impl Backend for CudaBackend {
 
     fn zeros_like(&self, x: &CudaTensor) -> Result<CudaTensor> {
         let data = Arc::new(self.device.zeros(4 * x.rows * x.columns)?);
-        Ok(CudaTensor { data, rows: x.rows, columns: x.columns, operand: None })
+        Ok(CudaTensor { data, rows: x.rows, columns: x.columns, operand: None, up: None })
     }
 
     fn residual_norm(
@@ -733,25 +791,57 @@ impl Backend for CudaBackend {
     ) -> Result<(CudaTensor, CudaTensor)> {
         let y = match update {
             Update::Product { input, weight } => one(self.linears(&input, &[weight])?)?,
-            Update::Ready(y) => y,
+            Update::Ready(y) => self.settle(y)?,
         };
         let (sum, normed) = self.norm(&x, Some(&y), norm, eps, readers)?;
         Ok((sum.unwrap_or(x), normed))
     }
 
-    fn score(&self, logits: &CudaTensor, picks: &[(usize, u32)]) -> Result<Vec<TokenScore>> {
-        if let Some(&(_, token)) = picks.iter().find(|p| p.1 as usize >= logits.columns) {
-            return Err(BackendError::TokenOutOfRange { token, vocab: logits.columns });
+    fn gated(&self, x: &CudaTensor, gate: &CudaLinear, up: &CudaLinear) -> Result<CudaTensor> {
+        let [gate, up] = exactly(self.linears(x, &[gate, up])?)?;
+        Ok(CudaTensor { up: Some(up.data), ..gate })
+    }
+
+    fn mixture(
+        &self,
+        x: &CudaTensor,
+        router: &CudaLinear,
+        experts: &[Expert<'_, CudaLinear>],
+        choice: &Choice,
+    ) -> Result<CudaTensor> {
+        match self.mixture_on_device(x, router, experts, choice)? {
+            Some(sum) => Ok(sum),
+            None => mixture_by_expert(self, x, router, experts, choice),
         }
-        let host = self.to_host(logits)?;
-        Ok(picks
-            .iter()
-            .map(|&(row, token)| score_row(&host[row * logits.columns..][..logits.columns], token))
-            .collect())
+    }
+
+    fn score(&self, logits: &CudaTensor, picks: &[(usize, u32)]) -> Result<Vec<TokenScore>> {
+        self.score_rows(logits, picks)
+    }
+
+    fn sample(
+        &self,
+        logits: &CudaTensor,
+        draws: &[Draw<'_>],
+        scratch: &mut Scratch,
+    ) -> Result<Vec<std::result::Result<Sampled, SamplingError>>> {
+        self.choose(logits, draws, scratch)
+    }
+
+    fn compare(
+        &self,
+        baseline: &CudaTensor,
+        model: &CudaTensor,
+        vocab: usize,
+        targets: &[u32],
+    ) -> Result<Vec<std::result::Result<Pair, RowError>>> {
+        self.compare_rows(baseline, model, vocab, targets)
     }
 
     fn is_finite(&self, x: &CudaTensor) -> Result<bool> {
-        Ok(self.look(x, x.columns)?.chunks_exact(2).all(|row| row[1] == 0.0))
+        // A row of a vocabulary in pieces that divide it: a block has one.
+        let width = (512..=4096).rev().find(|w| x.columns.is_multiple_of(*w)).unwrap_or(x.columns);
+        Ok(self.look(x, width)?.chunks_exact(2).all(|piece| piece[1] == 0.0))
     }
 
     fn squares_finite(&self, x: &CudaTensor, width: usize) -> Result<bool> {
@@ -764,10 +854,11 @@ impl Backend for CudaBackend {
             return Err(BackendError::Failed { context: "tensor", message });
         }
         let rows = data.len() / columns;
-        Ok(CudaTensor { data: Arc::new(self.device.upload(&data)?), rows, columns, operand: None })
+        Ok(CudaTensor { data: Arc::new(self.device.upload(&data)?), rows, columns, operand: None, up: None })
     }
 
     fn to_host(&self, x: &CudaTensor) -> Result<Vec<f32>> {
+        let x = &self.settled(x)?;
         self.device.download(&x.data, x.rows * x.columns)
     }
 }

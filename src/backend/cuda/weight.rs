@@ -1,6 +1,7 @@
 //! A linear's weight as the kernels read it: the layout of kernels/weight.cuh, made on the host at load.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
@@ -27,8 +28,13 @@ pub enum Kind {
     F32,
 }
 
+/// How many were loaded.
+static LOADED: AtomicU64 = AtomicU64::new(0);
+
 /// A linear on the device.
 pub struct CudaLinear {
+    /// Another one for each linear that was ever loaded.
+    pub id: u64,
     pub name: String,
     pub n: usize,
     pub k: usize,
@@ -88,6 +94,7 @@ impl CudaLinear {
             None => None,
         };
         Ok(Self {
+            id: LOADED.fetch_add(1, Ordering::Relaxed),
             name: t.name.clone(),
             n: t.n,
             k: t.k,

@@ -2,5 +2,7 @@
 #include "attention.cu"
 #include "matmul.cu"
 #include "operand.cu"
+#include "mixture.cu"
 #include "rows.cu"
+#include "sample.cu"
 #include "tile.cu"

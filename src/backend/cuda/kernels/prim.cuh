@@ -59,6 +59,8 @@ DEV uint32_t rotr(uint32_t u, int r) { return __funnelshift_r(u, u, r); }
 DEV uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 DEV uint32_t bits_of(float f) { return __float_as_uint(f); }
 DEV float float_of(uint32_t u) { return __uint_as_float(u); }
+DEV uint64_t bits_of(double d) { return (uint64_t)__double_as_longlong(d); }
+DEV double double_of(uint64_t u) { return __longlong_as_double((long long)u); }
 // Two floats to BF16, nearest even; `low` into the low half.
 DEV uint32_t to_bf16x2(float low, float high) {
     uint32_t d;

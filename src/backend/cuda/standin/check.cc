@@ -1,7 +1,7 @@
 // Every kernel against its definition, on ragged shapes, with every access checked: what scripts/cuda-check.sh runs. The
 // definitions here are plain loops over whole matrices and know nothing of tiles, lanes or pages.
 //
-// usage: check [FILE...]: the kernels of these files (matmul, tile, operand, attention, rows); all without.
+// usage: check [FILE...]: the kernels of these files (matmul, tile, operand, attention, rows, mixture, sample); all without.
 #include KERNELS
 
 #include <random>
@@ -658,6 +658,9 @@ static void check_rows() {
     }
 }
 
+#include "check_mixture.h"
+#include "check_sample.h"
+
 int main(int argc, char** argv) {
     setvbuf(stdout, nullptr, _IOLBF, 0);  // a fault is told when it is found
 #ifdef PTX
@@ -668,7 +671,7 @@ int main(int argc, char** argv) {
     }
 #endif
     standin::STRICT = true;
-    const std::vector<std::pair<std::string, void (*)()>> all{{"matmul", check_matmul}, {"tile", check_tile}, {"operand", check_operand}, {"attention", check_attention}, {"rows", check_rows}};
+    const std::vector<std::pair<std::string, void (*)()>> all{{"matmul", check_matmul}, {"tile", check_tile}, {"operand", check_operand}, {"attention", check_attention}, {"rows", check_rows}, {"mixture", check_mixture}, {"sample", check_sample}};
     for (auto& [name, check] : all) {
         bool wanted = argc == 1;
         for (int i = 1; i < argc; i++) wanted |= name == argv[i];

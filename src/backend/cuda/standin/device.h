@@ -316,11 +316,10 @@ struct Registration {
 
 inline uint32_t LAUNCHES = 0;
 
-// Runs a kernel over a grid; the first fault, if there was one.
-DEV std::string launch(const Kernel& kernel, int gx, int gy, int gz, int threads, void** args) {
+// Runs a kernel, its arguments bound, over a grid; the first fault, if there was one.
+DEV std::string launch(const Kernel& kernel, int gx, int gy, int gz, int threads, const std::function<void()>& body) {
     if (threads != kernel.threads)
         return kernel.name + ": launched with " + std::to_string(threads) + " threads, made for " + std::to_string(kernel.threads);
-    const auto body = kernel.bind(args);
     const uint32_t id = ++LAUNCHES;
     const long blocks = (long)gx * gy * gz;
     const int workers = STRICT ? 1 : (int)std::min<long>(blocks, std::max(1u, std::thread::hardware_concurrency()));
@@ -358,6 +357,10 @@ DEV std::string launch(const Kernel& kernel, int gx, int gy, int gz, int threads
         for (auto& t : pool) t.join();
     }
     return found;
+}
+
+DEV std::string launch(const Kernel& kernel, int gx, int gy, int gz, int threads, void** args) {
+    return launch(kernel, gx, gy, gz, threads, kernel.bind(args));
 }
 
 // --- accesses ---
@@ -497,14 +500,14 @@ template <int N> DEV void cp_wait() {
 
 namespace standin {
 template <class T> T exchange(T v, int from, int site) {
-    static_assert(sizeof(T) == 4);
+    static_assert(sizeof(T) <= sizeof(Warp{}.values[0][0]));
     Fiber& f = B->fibers[B->current];
     Warp& w = B->warps[B->current / 32];
     auto& values = w.values[f.collectives++ & 1];
-    memcpy(&values[B->current % 32][0], &v, 4);
+    memcpy(&values[B->current % 32][0], &v, sizeof v);
     sync_warp(site);
     T out;
-    memcpy(&out, &values[from & 31][0], 4);
+    memcpy(&out, &values[from & 31][0], sizeof out);
     return out;
 }
 DEV float bf(uint32_t h) { uint32_t u = h << 16; float f; memcpy(&f, &u, 4); return f; }
@@ -522,6 +525,8 @@ DEV uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
 }
 DEV uint32_t bits_of(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 DEV float float_of(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+DEV uint64_t bits_of(double d) { uint64_t u; memcpy(&u, &d, 8); return u; }
+DEV double double_of(uint64_t u) { double d; memcpy(&d, &u, 8); return d; }
 DEV uint32_t to_bf16(float f) {
     const uint32_t u = bits_of(f);
     if ((u & 0x7fffffff) > 0x7f800000) return 0x7fff;

@@ -14,8 +14,10 @@ using standin::Kernel;
 typedef int CUresult;
 typedef int CUdevice;
 typedef unsigned long long CUdeviceptr;
-struct Node { const Kernel* kernel; int grid[3], threads; std::vector<std::vector<char>> args; };
-struct Graph { std::vector<Node> nodes; };
+struct Node { const Kernel* kernel; int grid[3], threads; std::function<void()> body; };
+// Nodes in a row, each after the one before.
+struct Graph { std::vector<std::unique_ptr<Node>> nodes; };
+struct Exec { const Graph* of; std::vector<Node> nodes; std::map<const Node*, size_t> index; };
 struct KernelParams { const Kernel* func; unsigned grid[3], block[3], shared; void** params; void** extra; void* kern; void* ctx; };
 
 static std::recursive_mutex LOCK;
@@ -52,12 +54,12 @@ static CUresult called() {
     std::lock_guard<std::recursive_mutex> guard(LOCK);    \
     if (CUresult failed = called()) return failed
 
-static CUresult run(const Kernel& k, int gx, int gy, int gz, int threads, void** args) {
+static CUresult run(const Kernel& k, int gx, int gy, int gz, int threads, const std::function<void()>& body) {
     if (gx < 1 || gy < 1 || gz < 1 || gy > 65535 || gz > 65535) {
         fprintf(stderr, "stand-in: %s: grid %d x %d x %d\n", k.name.c_str(), gx, gy, gz);
         return 1;
     }
-    const std::string fault = standin::launch(k, gx, gy, gz, threads, args);
+    const std::string fault = standin::launch(k, gx, gy, gz, threads, body);
     if (fault.empty()) return 0;
     fprintf(stderr, "stand-in: %s\n", fault.c_str());
     LOST = 719;
@@ -154,8 +156,59 @@ CUresult cuModuleGetFunction(const Kernel** f, void*, const char* name) {
 }
 CUresult cuLaunchKernel(const Kernel* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned, unsigned, unsigned, void*, void** args, void**) {
     CALL;
-    return run(*f, (int)gx, (int)gy, (int)gz, (int)bx, args);
+    return run(*f, (int)gx, (int)gy, (int)gz, (int)bx, f->bind(args));
 }
+static std::map<Graph*, std::unique_ptr<Graph>> GRAPHS;
+static std::map<Exec*, std::unique_ptr<Exec>> EXECS;
+static CUresult refuse(const char* what) {
+    fprintf(stderr, "stand-in: %s\n", what);
+    return 1;
+}
+static Node node_of(const KernelParams* p) {
+    return Node{p->func, {(int)p->grid[0], (int)p->grid[1], (int)p->grid[2]}, (int)p->block[0], p->func->bind(p->params)};
+}
+CUresult cuGraphCreate(Graph** g, unsigned) {
+    CALL;
+    auto graph = std::make_unique<Graph>();
+    *g = graph.get(), GRAPHS[*g] = std::move(graph);
+    return 0;
+}
+CUresult cuGraphAddKernelNode_v2(Node** n, Graph* g, Node* const* after, size_t count, const KernelParams* p) {
+    CALL;
+    if (!GRAPHS.count(g)) return refuse("a node for no graph");
+    // Nodes that are not in a row could run in any order.
+    const bool in_row = g->nodes.empty() ? count == 0 : count == 1 && after[0] == g->nodes.back().get();
+    if (!in_row) return refuse("a node that does not come after the one before");
+    if (p->block[1] != 1 || p->block[2] != 1 || p->shared || p->extra) return refuse("a node of another kind");
+    g->nodes.push_back(std::make_unique<Node>(node_of(p)));
+    *n = g->nodes.back().get();
+    return 0;
+}
+CUresult cuGraphInstantiateWithFlags(Exec** e, Graph* g, unsigned long long) {
+    CALL;
+    if (!GRAPHS.count(g) || g->nodes.empty()) return refuse("no graph to make anything of");
+    auto exec = std::make_unique<Exec>();
+    exec->of = g;
+    for (auto& n : g->nodes) exec->index[n.get()] = exec->nodes.size(), exec->nodes.push_back(*n);
+    *e = exec.get(), EXECS[*e] = std::move(exec);
+    return 0;
+}
+CUresult cuGraphExecKernelNodeSetParams_v2(Exec* e, Node* n, const KernelParams* p) {
+    CALL;
+    if (!EXECS.count(e) || !e->index.count(n)) return refuse("a node that is not of the graph");
+    Node& node = e->nodes[e->index[n]];
+    if (node.kernel != p->func) return refuse("another kernel for a node");
+    node = node_of(p);
+    return 0;
+}
+CUresult cuGraphLaunch(Exec* e, void*) {
+    CALL;
+    if (!EXECS.count(e)) return refuse("no graph to launch");
+    for (auto& n : e->nodes) if (CUresult failed = run(*n.kernel, n.grid[0], n.grid[1], n.grid[2], n.threads, n.body)) return failed;
+    return 0;
+}
+CUresult cuGraphExecDestroy(Exec* e) { CALL; return EXECS.erase(e) ? 0 : 1; }
+CUresult cuGraphDestroy(Graph* g) { CALL; return GRAPHS.erase(g) ? 0 : 1; }
 CUresult cuGetErrorName(CUresult e, const char** s) {
     *s = e == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : e == 719 ? "CUDA_ERROR_LAUNCH_FAILED" : e == 100 ? "CUDA_ERROR_NO_DEVICE" : "CUDA_ERROR";
     return 0;
