@@ -14,7 +14,7 @@
 // nvcc 13.0.88, sm_80 / 90 / 120, no spills; issue slots per HMMA in the loop over keys:
 //   BF16 16 rows 5.1 / 5.4 / 4.1, 32 rows 2.0 / 2.1 / 2.9; E4M3 16 rows 9.4 / 9.6 / 8.8, 32 rows 4.8 / 4.8 / 5.3
 // Decode of BF16, d = 128, sm_90: 173 slots for the keys of a page, 326 for its values, about 280 for 16 rows of numerators: 44 %
-// of what an H200 at full bandwidth leaves; of E4M3 306 + 417 + 280, which is all of it.
+// of what an H200 at full bandwidth leaves; of E4M3 306 + 417 + 280, a tenth more than that.
 #include "formats.cuh"
 
 constexpr int PAGE = 16, SPLIT = 256, MAX_DIM = 256, ATTEND = 128, PAGES = SPLIT / PAGE / (ATTEND / 32);
@@ -129,12 +129,17 @@ template <int F> DEV void operand_v(const U4& a, const U4& b, int i, uint32_t (&
     else if constexpr (F == KV_BF16) pairs[0] = permute(v[i / 2], w[i / 2], i % 2 ? 0x7632 : 0x5410);
     else pairs[0] = e4m3_pair(permute(a.x, b.x, 0x4400u + 0x1111u * i));
 }
-// d += a · b by terms, without the products that are smaller than what the last term leaves.
-template <int A, int B> DEV void mma_terms(float (&d)[4], const uint32_t (&a)[A][4], const uint32_t (&b)[B][2]) {
+// d + rest += a · b by terms, without the products that are smaller than what the last term leaves. Of three terms the first
+// product has a sum of its own, rounded as often as that of an f32 kernel; `rest` is 2^-8 of it.
+template <int A, int B>
+DEV void mma_terms(float (&d)[4], float (&rest)[4], const uint32_t (&a)[A][4], const uint32_t (&b)[B][2]) {
     UNROLL for (int order = 0; order < A; order++)
         UNROLL for (int i = 0; i <= order; i++)
-            if (order - i < B) mma_bf16(d, a[i], b[order - i][0], b[order - i][1]);
+            if (order - i < B) mma_bf16(A == 3 && order > 0 ? rest : d, a[i], b[order - i][0], b[order - i][1]);
 }
+
+// The two sums of mma_terms together.
+template <int F> DEV float joined(float d, float rest) { return terms(F) == 3 ? d + rest : d; }
 
 // Softmax numerators times values over one piece of the keys: parts [tokens, heads, pieces, d] and their maximum and sum
 // [tokens, heads, pieces, 2]. `runs` [blocks, 2]: the first token of a run, and how many they are; `groups`: blocks of rows of
@@ -195,7 +200,7 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
     block_sync();
 
     // Scores: columns of a product are eight keys, two products a page.
-    float s[MT][2 * PAGES][4] = {};
+    float s[MT][2 * PAGES][4] = {}, s_rest[MT][2 * PAGES][4] = {};
     const char* key[PAGES];
     UNROLL for (int p = 0; p < PAGES; p++) key[p] = (const char*)keys + (at[p] + g * pitch + t * V) * (16 / V);
     for (int chunk = 0; any && chunk * 4 * V < pitch; chunk++) {
@@ -215,7 +220,7 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
                 UNROLL for (int i = 0; i < 2; i++) {
                     uint32_t b[cache_terms(F)][2];
                     operand_k<F>(raw[p][i], j, b);
-                    UNROLL for (int m = 0; m < MT; m++) mma_terms(s[m][2 * p + i], a[m], b);
+                    UNROLL for (int m = 0; m < MT; m++) mma_terms(s[m][2 * p + i], s_rest[m][2 * p + i], a[m], b);
                 }
         }
     }
@@ -233,7 +238,7 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
             UNROLL for (int n = 0; n < 2 * PAGES; n++)
                 UNROLL for (int e = 0; e < 2; e++) {
                     float& x = s[m][n][2 * upper + e];
-                    x *= factor;
+                    x = joined<F>(x, s_rest[m][n][2 * upper + e]) * factor;
                     if (n * 8 + e >= begin[m][upper] && n * 8 + e < end[m][upper] && x > most) most = x;
                 }
             UNROLL for (int i = 1; i < 4; i *= 2) {
@@ -278,7 +283,7 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
     const char* value[PAGES];
     UNROLL for (int p = 0; p < PAGES; p++) value[p] = (const char*)values + (at[p] + 2 * t * pitch + 4 * g) * (16 / V);
     for (int dim0 = 0; dim0 < pitch; dim0 += 32) {
-        float o[MT][4][4] = {};
+        float o[MT][4][4] = {}, o_rest[MT][4][4] = {};
         if (any) {
             const bool inside = dim0 + 4 * g < pitch;
             U4 raw[PAGES][4];
@@ -297,7 +302,7 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
                         UNROLL for (int e = 0; e < cache_terms(F); e++) b[e][h] = pairs[e];
                     }
                     if (F == KV_FP8 && p == 0 && (nan >> (8 * i + 7) & 1)) b[0][0] = 0x7fc07fc0u;
-                    UNROLL for (int m = 0; m < MT; m++) mma_terms(o[m][i], numerators[m][p], b);
+                    UNROLL for (int m = 0; m < MT; m++) mma_terms(o[m][i], o_rest[m][i], numerators[m][p], b);
                 }
         }
         // Everyone is done with queries, or with the sums before these.
@@ -305,7 +310,8 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
         UNROLL for (int m = 0; m < MT; m++)
             UNROLL for (int i = 0; i < 4; i++)
                 shared[(warp * ROWS + m * 16 + g + (i >> 1) * 8) * COLS + 2 * t + (i & 1)] =
-                    U4{bits_of(o[m][0][i]), bits_of(o[m][1][i]), bits_of(o[m][2][i]), bits_of(o[m][3][i])};
+                    U4{bits_of(joined<F>(o[m][0][i], o_rest[m][0][i])), bits_of(joined<F>(o[m][1][i], o_rest[m][1][i])),
+                       bits_of(joined<F>(o[m][2][i], o_rest[m][2][i])), bits_of(joined<F>(o[m][3][i], o_rest[m][3][i]))};
         block_sync();
         const int dim = dim0 + thread_index() % 8 * 4;
         UNROLL for (int m = 0; m < MT; m++) {

@@ -6,8 +6,8 @@
 // kernel computes it and what else is in the batch.
 // A row of x that is not quantized is two rows, the BF16 nearest to it and what that leaves: f32 to 16 bits of mantissa.
 // Roofline: weights once from memory (M <= 8·NT); limits: N a multiple of 32 and K of 128 after padding, K/128 any.
-// Issue slots per HMMA in the loop, E2M1 by 16, nvcc 13.0.88, sm_80 / 90 / 120: M <= 8 19.1 / 19.3 / 18.0, M <= 16
-// 10.3 / 10.3 / 10.4, M <= 32 6.6 / 6.6 / 6.8.
+// Issue slots per HMMA in the loop, E2M1 by 16, nvcc 13.0.88, sm_80 / 90 / 120: M <= 8 19.4 / 19.7 / 17.9, M <= 16
+// 10.4 / 10.4 / 10.4, M <= 32 6.6 / 6.6 / 6.8.
 #pragma once
 #include "weight.cuh"
 

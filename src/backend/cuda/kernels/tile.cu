@@ -8,7 +8,7 @@
 // Roofline: tensor cores. A step of a block is 1024 HMMA (512 grouped) for 16 KiB of tokens and 18 KiB of E2M1 (32 of FP8, 64 of
 // BF16; half that grouped) from L2: 17 bytes a clock and multiprocessor where one takes 2 clocks. Limits: as matmul.cu.
 // nvcc 13.0.88, sm_80 / 90 / 120, no spills; 34 KiB of shared memory, one block a multiprocessor:
-//   registers                E2M1 by 16 230 / 230 / 226, E4M3 242 / 242 / 240, BF16 250 / 250 / 244, grouped up to 212
+//   registers                E2M1 by 16 230 / 230 / 226, E4M3 242 / 246 / 228, BF16 250 / 250 / 244, grouped up to 212
 //   issue slots per HMMA     E2M1 by 16 4.8 / 5.1 / 5.4, E4M3 4.7 / 4.9 / 5.2, BF16 3.0 / 3.3 / 3.8, E2M1 by 16 grouped 6.9 /
 //                            7.2 / 7.1; of these 0.8 to 1.0 are taken at the end of a slice only, 1.6 unpack E2M1, 0.35 load
 #include "matmul.cu"

@@ -553,7 +553,7 @@ static void attention_case(int heads, int kv_heads, int d, int format, int windo
             }
         }
     // Queries and numerators have 16 bits beside a rounded cache.
-    close(what, got, expected, size, format == KV_F32 ? 3e-6 : 4e-5);
+    close(what, got, expected, size, format == KV_F32 ? 1e-6 : 4e-5);
 }
 static void check_attention() {
     for (int format = 0; format < 3; format++) {
