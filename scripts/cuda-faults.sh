@@ -36,7 +36,7 @@ FAULTS = [
     ("primitives: halves of a BF16 pair exchanged", "prim.cuh", '"f"(high), "f"(low)', '"f"(low), "f"(high)'),
     ("primitives: a word of a wide load", "prim.cuh", 'asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}', 'asm("ld.global.nc.v4.u32 {%0,%1,%3,%2}'),
     ("primitives: left for right rotation", "prim.cuh", "__funnelshift_r(u, u, r)", "__funnelshift_l(u, u, r)"),
-    ("primitives: the sign of a product of zero", "prim.cuh", "0x80008000u", "0x80000000u"),
+    ("primitives: something added to a product", "prim.cuh", "0x80008000u", "0x80003f80u"),
     ("operand: ties away from the even code", "formats.cuh", "(a > 0.25f)", "(a >= 0.25f)"),
     ("operand: subnormals of E4M3", "formats.cuh", "a * 512.0f + 8388608.0f", "a * 256.0f + 8388608.0f"),
     ("operand: rounding of an MX scale", "formats.cuh", "1u << 21", "1u << 22"),

@@ -360,7 +360,7 @@ static std::vector<float> random_row(int k, int kind) {
 static void check_operand() {
     for (int format = 0; format <= MXFP8; format++)
         for (int rule = 0; rule < (format >= MXFP4 ? 3 : 1); rule++)
-            for (int k : {16, 48, 100, 128, 416, 4608}) {
+            for (int k : {16, 48, 99, 100, 128, 416, 4608}) {
                 if ((format == MXFP4 || format == MXFP8) && k % 32) continue;
                 if (format == NVFP4 && k % 16) continue;
                 const int rows = 5, kp = (k + 127) / 128 * 128, planes = format == FLOAT ? 2 : 1;
@@ -571,7 +571,8 @@ static void check_attention() {
 
 static void check_rows() {
     for (int kind = 0; kind < 6; kind++)
-        for (auto [k, n] : {std::pair{128 * 17, 40}, std::pair{128 * 3, 70}, std::pair{64, 300}}) {
+        for (auto [k, n] : {std::pair{128 * 17, 40}, std::pair{128 * 3, 70}, std::pair{64, 300}, std::pair{101, 33}}) {
+            if (block_of(kind) && k % block_of(kind)) continue;
             Linear w = random_linear(n, k, kind, true);
             OnDevice d = pack(w);
             std::vector<float> rows(d.rows), grid((n + 127) / 128 * d.steps);
