@@ -16,7 +16,7 @@ import re, subprocess, sys
 
 # Products that may do without a tensor instruction, and why. What may spill in a loop, how many bytes at most, and why.
 NO_TENSOR = {"matmul_f32": "weights in f32, which no packed format holds exactly; a few outputs"}
-SPILLS = [("matmul_", 16, "constants of the loop, which the assembler gives up for one more block on a multiprocessor")]
+SPILLS = [("matmul_", 24, "constants of the loop, which the assembler gives up for one more block on a multiprocessor")]
 
 
 def dump(*flags):

@@ -147,7 +147,7 @@ DEV void mixture_matmul(const uint64_t* experts, const int* begins, const uint16
                            y + (long)first * n, rows, planes, n, k, ld(scale_of + expert), sums);
 }
 #define MIXTURE(name, W, NT, GROUPED)                                                                                        \
-    KERNEL_OF(blocks_of(NT, GROUPED), mixture_##name, 256,                                                                   \
+    KERNEL_OF(NT == 1 ? blocks_of(NT, GROUPED) : 1, mixture_##name, 256,                                                     \
               (const uint64_t* experts, const int* begins, const uint16_t* x, const float* x_scales, const float* x_groups,  \
                const float* scale_of, float* y, int planes, int n, int k)) {                                                 \
         SHARED(float, sums, WARPS * NT * 8 * TILES * TILE);                                                                  \
