@@ -429,16 +429,16 @@ static void attention_case(int heads, int kv_heads, int d, int format, int windo
         else if (format == KV_BF16) ((uint16_t*)c->data())[i] = (uint16_t)to_bf16(x);
         else (*c)[i] = (uint8_t)(below(120) | below(2) << 7);
     }
-    // NaN in the last sequence: a value at its first position, which makes NaN of what sees it, and the key and value of the
-    // position after its end, which nothing sees.
+    // NaN in the last sequence: values at its first position, and of the last of many heads a key there, which make NaN of what
+    // sees them; keys and values of the position after its end, which nothing sees.
     const int end = spans.back().first + spans.back().second;
-    for (int i = 0; i < kv_heads; i++) for (int position : {0, end}) {
+    for (int i = 0; i < kv_heads; i++) for (int position : {0, end}) for (int dim : {d / 2, d / 2 + 1, d / 2 + 2, d - 1}) {
         if (position ? position % 16 == 0 : spans.back().first == 0) continue;
-        const size_t at = (((size_t)tables[table_of.back() + position / 16] * kv_heads + i) * 16 + position % 16) * d + d / 2;
+        const size_t at = (((size_t)tables[table_of.back() + position / 16] * kv_heads + i) * 16 + position % 16) * d + dim;
         const float nan = NAN;
         const void* code = format == KV_FP8 ? (const void*)"\x7f" : (const uint8_t*)&nan + 4 - bytes;
         memcpy(before_v.data() + at * bytes, code, bytes);
-        if (position) memcpy(before_k.data() + at * bytes, code, bytes);
+        if (position || i == 3) memcpy(before_k.data() + at * bytes, code, bytes);
     }
     Array<float> dq(q), dk(k), dv(v), dqn(qn), dkn(kn), drope(rope), turned_q((size_t)tokens * heads * d);
     Array<int> dp(positions), ds(slots), dt(tables), dof(table_of);
