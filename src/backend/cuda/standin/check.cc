@@ -450,10 +450,13 @@ static void attention_case(int heads, int kv_heads, int d, int format, int windo
     }
     // NaN where nobody may look, behind a sequence's end; and in a key (1) or a value (2) that the first sequence's tokens see.
     auto break_at = [&](std::vector<uint8_t>& c, int first, int p) {
-        const size_t at = ((size_t)tables[first + p / 16] * kv_heads * 16 + p % 16) * pitch + 5;
-        if (format == KV_F32) ((float*)c.data())[at] = NAN;
-        else if (format == KV_BF16) ((uint16_t*)c.data())[at] = 0x7fc0;
-        else c[at] = 0xff;
+        // In every byte of a word.
+        for (int dim : {4, 5, 6, 7}) {
+            const size_t at = ((size_t)tables[first + p / 16] * kv_heads * 16 + p % 16) * pitch + dim;
+            if (format == KV_F32) ((float*)c.data())[at] = NAN;
+            else if (format == KV_BF16) ((uint16_t*)c.data())[at] = 0x7fc0;
+            else c[at] = 0xff;
+        }
     };
     for (size_t i = 0, token = 0; i < spans.size(); token += spans[i++].second) {
         const int stop = spans[i].first + spans[i].second;

@@ -815,6 +815,13 @@ class Parser {
         if (o.negated) i.flip |= 1u << i.inputs;
         for (int s : o.slots) i.s[i.inputs++] = s;
     }
+    static int number(const string& s) {
+        char* end;
+        const string v = strip(s);
+        const long n = strtol(v.c_str(), &end, 0);
+        if (v.empty() || *end) throw Error{"number " + v};
+        return (int)n;
+    }
     static bool cache_hint(const string& m) {
         static const std::set<string> hints{"ca", "cg", "cs", "lu", "wb", "wt"};
         return hints.count(m) || m.substr(0, 4) == "L1::" || m.substr(0, 4) == "L2::";
@@ -874,14 +881,14 @@ class Parser {
             const std::vector<string> rest(parts.begin() + 2, parts.end());
             if (rest == std::vector<string>{"commit_group"}) { i.run = copy_commit; return; }
             if (rest == std::vector<string>{"wait_all"}) { i.run = copy_wait, i.mode = -1; return; }
-            if (rest == std::vector<string>{"wait_group"}) { i.run = copy_wait, i.mode = atoi(words.at(0).c_str()); return; }
+            if (rest == std::vector<string>{"wait_group"}) { i.run = copy_wait, i.mode = number(words.at(0)); return; }
             need((rest[0] == "ca" || rest[0] == "cg") && rest.size() >= 3 && (rest[1] == "shared" || rest[1] == "shared::cta") &&
                  rest[2] == "global");
             for (size_t m = 3; m < rest.size(); m++) need(cache_hint(rest[m]));
             const auto o = all();
             need(o.size() == 3 || o.size() == 4);
             need(o[0].address && o[1].address);
-            i.bytes = atoi(strip(words[2]).c_str());
+            i.bytes = number(words[2]);
             need(i.bytes == 16 || (rest[0] == "ca" && (i.bytes == 4 || i.bytes == 8)));
             input(i, o[0]), input(i, o[1]);
             i.offset = o[0].offset, i.offset2 = o[1].offset;
