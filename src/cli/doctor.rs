@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::device::DeviceChoice;
 use super::machine::{cpu_name, features, memory_bytes};
 use crate::backend::cpu::{CpuBackend, isa::Isa, packed};
-use crate::backend::cuda::{CudaBackend, Device};
+use crate::backend::cuda::{CudaBackend, Device, TABLE_TOKENS};
 use crate::evaluate::device_check::{self, Checked};
 use crate::evaluate::throughput::{self, Product};
 
@@ -134,6 +134,7 @@ fn gpu(args: &Args, ordinal: usize) -> Result<ExitCode> {
             "measured": measured.as_ref().map(Measured::json)});
         super::outln!("{report:#}");
     } else {
+        super::outln!("{}\n", kernels(&gpu)?);
         super::outln!("{}", table(&checked));
         if let Some(measured) = &measured {
             super::outln!("{}", measured.table());
@@ -145,6 +146,18 @@ fn gpu(args: &Args, ordinal: usize) -> Result<ExitCode> {
         super::outln!("{passed} of {} checks passed on {}", checked.len(), gpu.device());
     }
     Ok(if wrong.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(WRONG) })
+}
+
+/// Which kernel computes what.
+fn kernels(gpu: &CudaBackend) -> Result<comfy_table::Table> {
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::NOTHING);
+    let tokens = TABLE_TOKENS.iter().map(|n| if *n == 1 { "1 token".into() } else { n.to_string() });
+    table.set_header(["product with 4,096 outputs".to_owned()].into_iter().chain(tokens));
+    for (what, names) in gpu.kernel_table()? {
+        table.add_row([what].into_iter().chain(names.iter().map(|n| (*n).to_owned())));
+    }
+    Ok(table)
 }
 
 /// The largest deviation of each kind of check.

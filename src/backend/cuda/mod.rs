@@ -291,7 +291,35 @@ pub(crate) fn product_kernel(
     Ok((name, [n.div_ceil(32), rows.div_ceil(columns), 1]))
 }
 
+/// Tokens that [`CudaBackend::kernel_table`] has a column for.
+pub const TABLE_TOKENS: [usize; 6] = [1, 8, 16, 32, 128, 2048];
+
 impl CudaBackend {
+    /// Which kernel computes a product with 4,096 outputs, by weight and input, for each of [`TABLE_TOKENS`].
+    ///
+    /// # Errors
+    /// Never, unless a kernel lacks that the table names.
+    pub fn kernel_table(&self) -> Result<Vec<(String, Vec<&'static str>)>> {
+        let weights = [
+            ("NVFP4", Kind::E2m1 { block: 16 }, false),
+            ("NVFP4 in blocks of 32", Kind::E2m1 { block: 32 }, false),
+            ("MXFP4", Kind::Mxfp4, false),
+            ("FP8", Kind::E4m3, false),
+            ("FP8 in blocks, or inputs in groups of 128", Kind::E4m3, true),
+            ("MXFP8", Kind::Mxfp8, false),
+            ("BF16", Kind::Bf16, false),
+        ];
+        let mut out = Vec::new();
+        for (name, kind, grouped) in weights {
+            for (input, planes) in [("quantized", 1), ("float", 2)] {
+                let row = |tokens| product_kernel(kind, grouped, (tokens, planes), 4096, self.device.multiprocessors);
+                let kernels = TABLE_TOKENS.iter().map(|&tokens| Ok(row(tokens)?.0)).collect::<Result<_>>()?;
+                out.push((format!("{name}, {input} inputs"), kernels));
+            }
+        }
+        Ok(out)
+    }
+
     /// The backend on device `ordinal`.
     ///
     /// # Errors
