@@ -188,10 +188,16 @@ fn attention<A: Backend, B: Backend>(
     out: &mut Vec<Checked>,
 ) -> Result<(), Failure> {
     let shape = AttentionShape { layer: 0, heads, kv_heads, head_dim, window, rope: Some(0) };
-    let what = format!("attention, {heads} heads on {kv_heads}, head_dim {head_dim}, window {window:?}, cache {kv:?}");
+    let (cache, allowed) = match kv {
+        KvFormat::F32 => ("f32", ATTENTION),
+        KvFormat::Bf16 => ("BF16", REQUANTIZED),
+        KvFormat::Fp8 { .. } => ("FP8", REQUANTIZED),
+    };
+    let what = format!(
+        "attention over a cache in {cache}, {heads} heads on {kv_heads}, head_dim {head_dim}, window {window:?}"
+    );
     let expected = Side { backend: cpu }.attention(seed, kv, &shape).map_err(of(&what))?;
     let got = Side { backend: device }.attention(seed, kv, &shape).map_err(of(&what))?;
-    let allowed = if matches!(kv, KvFormat::F32) { ATTENTION } else { REQUANTIZED };
     out.push(Checked { what, deviation: deviation(&got, &expected), allowed });
     Ok(())
 }

@@ -128,6 +128,10 @@ fn plain(t: &LinearTensors<'_>) -> Packed {
     let bytes = t.element.row_bytes(t.k);
     for (row, out) in t.data.chunks_exact(bytes.max(1)).zip(values.chunks_exact_mut(t.k.max(1))) {
         decode_elements(t.element, row, out);
+        // Nothing is quantized between this scale of the input and the weight.
+        for (w, scale) in out.iter_mut().zip(t.pre_quant_scale.iter().flatten()) {
+            *w *= scale;
+        }
     }
     Packed { words: values.into_iter().map(f32::to_bits).collect(), scales: Vec::new(), rows: vec![1.0; t.n] }
 }
