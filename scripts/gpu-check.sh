@@ -32,7 +32,7 @@ step() {
     local code=$? took=$((($(date +%s%N) - begun) / 1000000))
     if [ $code -eq 0 ]; then rows+=("$name|ok|$took ms"); return 0; fi
     if [ $code -eq 124 ]; then rows+=("$name|TOO SLOW|$limit s were not enough"); else
-        rows+=("$name|FAILED ($code)|$(tail -n1 "$out/$name.err" | cut -c1-160)")
+        rows+=("$name|FAILED ($code)|$(cat "$out/$name.err" "$out/$name.txt" | grep -m1 '^error\|^WRONG\|differ' | cut -c1-160)")
     fi
     failed=1
     return 1
