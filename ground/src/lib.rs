@@ -2,6 +2,7 @@
 //! many formats, HTTP, and files that tell what they are, have safe names, and are written whole or not at all.
 
 pub mod atomic;
+pub mod cache;
 pub mod digest;
 pub mod divergence;
 pub mod foreign;

@@ -10,6 +10,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
+use recoup_ground::cache::cache_folder;
 use serde_json::{Map, Value};
 
 use super::error::{CheckpointError, Result};
@@ -157,13 +158,9 @@ const MOST_LINES: usize = 20_000;
 const FILE: &str = "hashes-1.txt";
 
 impl Memory {
-    /// In the user's cache folder: `RECOUP_CACHE`, or as the platform has it. Where there is none, nothing is remembered.
+    /// In the user's cache folder; where there is none, nothing is remembered.
     fn of_user() -> Self {
-        let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-        let folder = set("RECOUP_CACHE")
-            .or_else(|| set("XDG_CACHE_HOME").filter(|p| p.is_absolute()).map(|p| p.join("recoup")))
-            .or_else(|| set("HOME").map(|p| p.join(".cache").join("recoup")));
-        Self::at(folder.as_deref())
+        Self::at(cache_folder().as_deref())
     }
 
     fn at(folder: Option<&Path>) -> Self {

@@ -3,10 +3,13 @@
 use std::str::FromStr;
 
 use anyhow::{Context as _, Result, bail};
+use recoup_ground::cache::cache_folder;
+use serde_json::json;
 
 use crate::backend::Either;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::{CudaBackend, Device};
+use crate::checkpoint::identity::value_hash;
 use crate::evaluate::device_check;
 
 /// Whatever runs the model.
@@ -40,8 +43,8 @@ impl FromStr for DeviceChoice {
 }
 
 impl DeviceChoice {
-    /// The GPU to use for weights of `bytes` bytes in files; `None`: the CPU. The GPU has shown on a few small products that
-    /// it computes what the CPU computes. Where nobody insisted on it, `note` is told why it is not used.
+    /// The GPU to use for weights of `bytes` bytes in files; `None`: the CPU. The GPU has shown that it computes what the CPU
+    /// computes. Where nobody insisted on it, `note` is told why it is not used.
     pub(super) fn gpu(self, cpu: &CpuBackend, bytes: u64, note: &mut dyn FnMut(String)) -> Result<Option<CudaBackend>> {
         match self {
             Self::Cpu => Ok(None),
@@ -63,12 +66,30 @@ impl DeviceChoice {
     }
 }
 
-/// Device `ordinal`, after it has shown that it computes.
+/// Device `ordinal`, after it has shown that it computes: all of it once, which is remembered for this kind of device, driver
+/// and kernels, and a little of it every time.
 fn open(cpu: &CpuBackend, ordinal: usize) -> Result<CudaBackend> {
     let gpu = CudaBackend::new(ordinal)?;
-    let wrong: Vec<String> =
-        device_check::small(cpu, &gpu)?.iter().filter(|c| !c.holds()).map(ToString::to_string).collect();
-    if !wrong.is_empty() {
+    let key = json!({"gpu": gpu.device().to_string(), "kernels": gpu.device().kernels(), "version": env!("CARGO_PKG_VERSION"),
+        "assembled_by_driver": std::env::var_os("CUDA_FORCE_PTX_JIT").is_some_and(|v| v != "0")});
+    let file = cache_folder().map(|f| f.join(format!("gpu-{}.json", &value_hash(&key)[..16])));
+    let known = file.as_ref().is_some_and(|f| f.exists());
+    let checked = if known {
+        device_check::small(cpu, &gpu)?
+    } else {
+        let bar = super::progress(0, format!("first use of {}: kernels compared with the CPU", gpu.device().name));
+        let checked = device_check::thorough(cpu, &gpu, &mut |done| bar.set_position(done as u64))?;
+        bar.finish();
+        checked
+    };
+    let wrong: Vec<String> = checked.iter().filter(|c| !c.holds()).map(ToString::to_string).collect();
+    if wrong.is_empty() {
+        // Not being able to remember is no reason to stop.
+        if let Some(file) = file.filter(|_| !known) {
+            let _ = file.parent().map(std::fs::create_dir_all);
+            let _ = std::fs::write(file, format!("{key:#}\n"));
+        }
+    } else {
         bail!(
             "{}: {} kernels do not give what the CPU gives; `recoup doctor --device cuda:{ordinal}` shows all, and \
              CUDA_FORCE_PTX_JIT=1 has the driver assemble them itself:\n  {}",

@@ -77,8 +77,7 @@ pub fn small<A: Backend, B: Backend>(cpu: &A, device: &B) -> Result<Vec<Checked>
     Ok(out)
 }
 
-/// Everything: all formats of weight and input on ragged shapes and on both sides of each kernel's limits; then what stands
-/// between products, mixtures, and what is read off logits.
+/// Everything: all formats of weight and input on ragged shapes and for prompts short and long; then what stands between products, mixtures, and what is read off logits.
 ///
 /// # Errors
 /// The device's own.
@@ -96,6 +95,12 @@ pub fn thorough<A: Backend, B: Backend>(
                 product(cpu, device, seed, shape, weight, activation, &mut out)?;
                 progress(out.len());
             }
+        }
+        // As long as prompts are, and enough for every multiprocessor.
+        for activation in [ActivationFormat::Float, ActivationFormat::Fp8Group] {
+            seed += 1;
+            product(cpu, device, seed, (1216, 512, 288), weight, activation, &mut out)?;
+            progress(out.len());
         }
     }
     let formats = [KvFormat::F32, KvFormat::Bf16, KvFormat::Fp8 { k_scale: 0.01, v_scale: 0.02 }];

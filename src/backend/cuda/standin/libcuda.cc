@@ -71,7 +71,7 @@ CUresult cuInit(unsigned) { CALL; standin::STRICT = number("STANDIN_STRICT", 0) 
 CUresult cuDriverGetVersion(int* v) { CALL; *v = (int)number("STANDIN_VERSION", 13000); return 0; }
 CUresult cuDeviceGetCount(int* n) { CALL; *n = devices(); return 0; }
 CUresult cuDeviceGet(CUdevice* d, int i) { CALL; *d = i; return i < devices() ? 0 : 101; }
-CUresult cuDeviceGetName(char* name, int n, CUdevice) { CALL; snprintf(name, n, "stand-in (CPU)"); return 0; }
+CUresult cuDeviceGetName(char* name, int n, CUdevice) { CALL; snprintf(name, n, "stand-in (CPU, " __DATE__ " " __TIME__ ")"); return 0; }
 CUresult cuDeviceTotalMem_v2(size_t* n, CUdevice) { CALL; *n = memory(); return 0; }
 CUresult cuDeviceGetAttribute(int* v, int attribute, CUdevice) {
     CALL;
