@@ -177,7 +177,7 @@ impl RandomModel {
                 }));
             }
             if bias {
-                tensors.push(Pending::new(&format!("{}.bias", m.name), Dtype::BF16, &[n], move || Ok(vec![0; 2 * n])));
+                tensors.push(Pending::new(format!("{}.bias", m.name), Dtype::BF16, &[n], move || Ok(vec![0; 2 * n])));
             }
         }
         let ones = |count: usize| half::bf16::ONE.to_le_bytes().repeat(count);
