@@ -19,7 +19,6 @@ if [ -z "${RECOUP:-}" ]; then
     cargo build --release --quiet || exit 1
     RECOUP=target/release/recoup
 fi
-unset CUDA_VISIBLE_DEVICES 2>/dev/null || true
 
 # step NAME SECONDS COMMAND...: runs it with what time is left, keeps what it says, notes how it ended.
 step() {
