@@ -47,6 +47,9 @@ pub enum BackendError {
          scale there is wrong, or overflows", model.display()
     )]
     NotFinite { model: PathBuf, place: String, value: f32 },
+    /// The architecture needs what this backend does not have.
+    #[error("the {backend} backend has no kernel for {what}, which this architecture needs")]
+    Lacks { backend: &'static str, what: &'static str },
     /// The backend's own library failed.
     #[error("{context}: {message}")]
     Failed { context: &'static str, message: String },
@@ -87,8 +90,10 @@ impl<T> Deref for Named<T> {
 /// Shape of one attention layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionShape {
-    /// Index of the layer in the cache.
+    /// The decoder layer it is in.
     pub layer: usize,
+    /// Index among the cache's attention layers.
+    pub cache: usize,
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
@@ -106,14 +111,124 @@ impl AttentionShape {
     }
 }
 
-/// RMS norms over each head's queries and keys, before they turn.
+/// RMS norms over each head's queries and keys, before they turn; or over whole rows, if they are as long.
 pub struct HeadNorms<'a, B: Backend> {
-    pub q: &'a B::Norm,
-    pub k: &'a B::Norm,
+    pub q: &'a B::Vector,
+    pub k: &'a B::Vector,
     pub eps: f32,
 }
 
-/// What one layer keeps of every token.
+/// What an attention layer has beside its products.
+pub struct HeadParameters<'a, B: Backend> {
+    pub norms: Option<HeadNorms<'a, B>>,
+    /// A score of each head, [heads], that joins the softmax and has no value (gpt-oss).
+    pub sinks: Option<&'a B::Vector>,
+}
+
+/// Shape of one Mamba-2 layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MambaShape {
+    /// Index among the cache's recurrent layers.
+    pub cache: usize,
+    pub heads: usize,
+    pub head_dim: usize,
+    /// Groups of heads that share B and C, and that the norm is over.
+    pub groups: usize,
+    /// Values of the state for each of a head's dimensions.
+    pub state: usize,
+    /// Width of the convolution.
+    pub kernel: usize,
+    /// What steps are clamped to; (0, ∞): nothing.
+    pub step_limit: (f32, f32),
+    pub eps: f32,
+}
+
+impl MambaShape {
+    /// heads · head_dim.
+    #[must_use]
+    pub fn inner(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// What the convolution runs over: x, B and C.
+    #[must_use]
+    pub fn channels(&self) -> usize {
+        self.inner() + 2 * self.groups * self.state
+    }
+
+    /// What it keeps of a sequence.
+    #[must_use]
+    pub fn kept(&self) -> RecurrentCache {
+        RecurrentCache { tail: self.kernel - 1, channels: self.channels(), state: self.inner() * self.state }
+    }
+}
+
+/// Numbers of one Mamba-2 layer beside its products.
+pub struct MambaParameters<'a, B: Backend> {
+    /// [channels, kernel].
+    pub convolution: &'a B::Vector,
+    /// [channels].
+    pub bias: Option<&'a B::Vector>,
+    /// [heads] each.
+    pub a_log: &'a B::Vector,
+    pub d: &'a B::Vector,
+    pub step_bias: &'a B::Vector,
+    /// [heads · head_dim].
+    pub norm: &'a B::Vector,
+}
+
+/// Shape of one gated delta net.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DeltaShape {
+    /// Index among the cache's recurrent layers.
+    pub cache: usize,
+    pub key_heads: usize,
+    pub value_heads: usize,
+    pub key_dim: usize,
+    pub value_dim: usize,
+    /// Width of the convolution.
+    pub kernel: usize,
+    pub eps: f32,
+}
+
+impl DeltaShape {
+    /// What the convolution runs over: queries, keys and values.
+    #[must_use]
+    pub fn channels(&self) -> usize {
+        2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+    }
+
+    /// What it keeps of a sequence.
+    #[must_use]
+    pub fn kept(&self) -> RecurrentCache {
+        let state = self.value_heads * self.key_dim * self.value_dim;
+        RecurrentCache { tail: self.kernel - 1, channels: self.channels(), state }
+    }
+}
+
+/// Numbers of one gated delta net beside its products.
+pub struct DeltaParameters<'a, B: Backend> {
+    /// [channels, kernel].
+    pub convolution: &'a B::Vector,
+    /// [value heads] each.
+    pub a_log: &'a B::Vector,
+    pub step_bias: &'a B::Vector,
+    /// [value_dim].
+    pub norm: &'a B::Vector,
+}
+
+/// What enters a gated delta net, one row a token.
+pub struct DeltaInputs<T> {
+    /// Queries, keys and values before the convolution, [T, channels].
+    pub qkv: T,
+    /// The output's gate, [T, value heads · value_dim].
+    pub z: T,
+    /// Rate of writing and of forgetting, [T, value heads] each.
+    pub b: T,
+    pub a: T,
+}
+
+/// What one attention layer keeps of every token.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LayerCache {
     pub format: KvFormat,
@@ -121,20 +236,105 @@ pub struct LayerCache {
     pub head_dim: usize,
 }
 
-/// What a KV cache must hold.
-#[derive(Clone, Debug, PartialEq)]
-pub struct CacheLayout {
-    pub layers: Vec<LayerCache>,
-    /// Pages of [`PAGE`] tokens.
-    pub pages: usize,
+/// What one recurrent layer keeps of a sequence, in f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecurrentCache {
+    /// Last rows of what its convolution reads, and their length.
+    pub tail: usize,
+    pub channels: usize,
+    /// Values of its state.
+    pub state: usize,
 }
 
-/// One expert of a mixture: down(silu(gate x) · up x).
+impl RecurrentCache {
+    /// Bytes of one sequence.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        4 * (self.tail * self.channels + self.state)
+    }
+}
+
+/// What a cache must hold.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct CacheLayout {
+    /// Attention layers.
+    pub layers: Vec<LayerCache>,
+    /// Recurrent layers.
+    pub recurrent: Vec<RecurrentCache>,
+    /// Pages of [`PAGE`] tokens, of every attention layer.
+    pub pages: usize,
+    /// Sequences whose state every recurrent layer has room for.
+    pub slots: usize,
+}
+
+/// What a feed-forward computes of `gate` x and `up` x, or of `up` x alone.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Activation {
+    /// silu(gate) · up.
+    Silu,
+    /// gelu(gate) · up, by the approximation with tanh.
+    GeluTanh,
+    /// max(up, 0)², without a gate.
+    Relu2,
+    /// gate' · sigmoid(1.702 gate') · (up' + 1) with gate' = min(gate, limit), up' = clamp(up, ±limit) (gpt-oss).
+    ClampedSwiglu { limit: f32 },
+}
+
+/// A feed-forward, or one expert of a mixture: down(activation(gate x, up x)).
 #[derive(Clone, Copy, Debug)]
-pub struct Expert<'a, L> {
-    pub gate: &'a L,
+pub struct Ffn<'a, L> {
+    pub gate: Option<&'a L>,
     pub up: &'a L,
     pub down: &'a L,
+    pub activation: Activation,
+}
+
+/// Of each run of `every` columns, `count` from `first` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Columns {
+    pub first: usize,
+    pub count: usize,
+    pub every: usize,
+}
+
+/// What a decoder may need beyond attention with rotation and windows, SiLU-gated feed-forwards and mixtures whose router
+/// is a softmax: a backend says of each whether it has it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Feature {
+    Mamba,
+    DeltaNet,
+    Sinks,
+    /// An output gate of attention or of a shared expert.
+    Gate,
+    PartialRotation,
+    Router,
+    /// An activation other than SiLU.
+    Activation(Activation),
+    /// A factor on the embedding.
+    EmbeddingScale,
+    /// One matrix for what others have several of.
+    FusedLinears,
+}
+
+impl Feature {
+    /// For people.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Mamba => "Mamba-2 layers",
+            Self::DeltaNet => "gated delta nets",
+            Self::Sinks => "attention sinks",
+            Self::Gate => "gated attention or gated shared experts",
+            Self::PartialRotation => "a rotation of part of a head",
+            Self::Router => "a router other than a softmax",
+            Self::Activation(Activation::Silu) => "SiLU",
+            Self::Activation(Activation::GeluTanh) => "GELU",
+            Self::Activation(Activation::Relu2) => "relu²",
+            Self::Activation(Activation::ClampedSwiglu { .. }) => "a clamped SwiGLU",
+            Self::EmbeddingScale => "scaled embeddings",
+            Self::FusedLinears => "fused projections",
+        }
+    }
 }
 
 /// How a mixture's router chooses.
@@ -161,12 +361,19 @@ pub enum Update<'a, B: Backend> {
 pub trait Backend: Send + Sync + Sized {
     type Tensor: Clone + Send;
     type Linear: Send + Sync;
-    type Norm: Send + Sync;
+    /// Numbers that are no matrix: a norm's weight, a layer's sinks.
+    type Vector: Send + Sync;
     type Cache: Send;
     /// A rotation, ready for every position.
     type Rope: Send + Sync;
     /// What a forward pass needs in every layer.
     type Pass: Send + Sync;
+
+    /// `cpu`, for messages.
+    fn name(&self) -> &'static str;
+
+    /// Whether it computes this.
+    fn has(&self, feature: Feature) -> bool;
 
     // What happens at load.
 
@@ -179,17 +386,23 @@ pub trait Backend: Send + Sync + Sized {
     /// Bytes that a linear's weight takes in memory.
     fn resident_bytes(&self, linear: &Self::Linear) -> usize;
 
-    /// Takes a norm's weight over, [features].
-    fn load_norm(&self, weight: Vec<f32>) -> Result<Self::Norm>;
+    /// Takes numbers over.
+    fn load_vector(&self, values: Vec<f32>) -> Result<Self::Vector>;
 
     /// Takes a rotation over.
     fn load_rope(&self, rotation: Rotation) -> Result<Self::Rope>;
 
-    /// An empty KV cache.
+    /// An empty cache.
     fn new_cache(&self, layout: &CacheLayout) -> Result<Self::Cache>;
 
-    /// Makes the cache one of `pages` pages, if it has fewer; what it holds stays.
-    fn grow(&self, cache: &mut Self::Cache, pages: usize) -> Result<()>;
+    /// Makes the cache one of `pages` pages and `slots` slots, where it has fewer; what it holds stays.
+    fn grow(&self, cache: &mut Self::Cache, pages: usize, slots: usize) -> Result<()>;
+
+    /// Makes what recurrent layers keep in slot `to` what they keep in slot `from`.
+    #[allow(unused_variables)]
+    fn copy_state(&self, cache: &mut Self::Cache, from: u32, to: u32) -> Result<()> {
+        missing(self, Feature::Mamba)
+    }
 
     /// Makes the sequence `to` begin with the first `to.start` tokens of the sequence `from`. Their whole pages are in
     /// both lists; the page in which the two part is copied.
@@ -204,7 +417,7 @@ pub trait Backend: Send + Sync + Sized {
     fn embed(&self, table: &Self::Linear, pass: &Self::Pass) -> Result<Self::Tensor>;
 
     /// RMS norm over each run of `weight`'s length: whole tokens, or single heads.
-    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Norm, eps: f32) -> Result<Self::Tensor>;
+    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Vector, eps: f32) -> Result<Self::Tensor>;
 
     /// x · Wᵀ + bias for several weights that read the same input, which is quantized once.
     fn linears(&self, x: &Self::Tensor, weights: &[&Self::Linear]) -> Result<Vec<Self::Tensor>>;
@@ -215,6 +428,7 @@ pub trait Backend: Send + Sync + Sized {
         q: Self::Tensor,
         k: Self::Tensor,
         v: Self::Tensor,
+        sinks: Option<&Self::Vector>,
         shape: &AttentionShape,
         pass: &Self::Pass,
         cache: &mut Self::Cache,
@@ -259,7 +473,7 @@ pub trait Backend: Send + Sync + Sized {
         &self,
         x: Self::Tensor,
         update: Update<'_, Self>,
-        norm: &Self::Norm,
+        norm: &Self::Vector,
         eps: f32,
         readers: &[&Self::Linear],
     ) -> Result<(Self::Tensor, Self::Tensor)> {
@@ -275,33 +489,94 @@ pub trait Backend: Send + Sync + Sized {
         mut q: Self::Tensor,
         mut k: Self::Tensor,
         v: Self::Tensor,
-        norms: Option<HeadNorms<'_, Self>>,
+        heads: HeadParameters<'_, Self>,
         shape: &AttentionShape,
         pass: &Self::Pass,
         cache: &mut Self::Cache,
     ) -> Result<Self::Tensor> {
-        if let Some(norms) = norms {
+        if let Some(norms) = heads.norms {
             q = self.rms_norm(&q, norms.q, norms.eps)?;
             k = self.rms_norm(&k, norms.k, norms.eps)?;
         }
-        self.attention(q, k, v, shape, pass, cache)
+        self.attention(q, k, v, heads.sinks, shape, pass, cache)
     }
 
-    /// silu(gate x) · up x.
-    fn gated(&self, x: &Self::Tensor, gate: &Self::Linear, up: &Self::Linear) -> Result<Self::Tensor> {
-        let [gate, up] = exactly(self.linears(x, &[gate, up])?)?;
-        self.silu_mul(gate, &up)
+    /// What a feed-forward's last linear reads: activation(gate x, up x).
+    fn expanded(&self, x: &Self::Tensor, ffn: &Ffn<'_, Self::Linear>) -> Result<Self::Tensor> {
+        let Some(gate) = ffn.gate else {
+            return self.activate(one(self.linears(x, &[ffn.up])?)?, None, ffn.activation);
+        };
+        let [gate, up] = exactly(self.linears(x, &[gate, ffn.up])?)?;
+        match ffn.activation {
+            Activation::Silu => self.silu_mul(gate, &up),
+            other => self.activate(gate, Some(&up), other),
+        }
     }
 
-    /// The weighted sum of what each token's experts make of it, added in the order of experts.
+    /// The weighted sum of what each token's experts make of its row of `x`, added in the order of experts; its row of
+    /// `routed` is what the router reads.
     fn mixture(
         &self,
         x: &Self::Tensor,
+        routed: &Self::Tensor,
         router: &Self::Linear,
-        experts: &[Expert<'_, Self::Linear>],
+        experts: &[Ffn<'_, Self::Linear>],
         choice: &Choice,
     ) -> Result<Self::Tensor> {
-        mixture_by_expert(self, x, router, experts, choice)
+        mixture_by_expert(self, x, routed, router, experts, choice)
+    }
+
+    // What only some architectures need, see [`Feature`].
+
+    /// activation(x, up); of x alone where it has no gate.
+    #[allow(unused_variables)]
+    fn activate(&self, x: Self::Tensor, up: Option<&Self::Tensor>, activation: Activation) -> Result<Self::Tensor> {
+        missing(self, Feature::Activation(activation))
+    }
+
+    /// x · sigmoid(gate), `gate` of x's shape or with one value a row.
+    #[allow(unused_variables)]
+    fn gate(&self, x: Self::Tensor, gate: &Self::Tensor) -> Result<Self::Tensor> {
+        missing(self, Feature::Gate)
+    }
+
+    /// x · factor.
+    #[allow(unused_variables)]
+    fn scale(&self, x: Self::Tensor, factor: f32) -> Result<Self::Tensor> {
+        missing(self, Feature::EmbeddingScale)
+    }
+
+    /// Some columns of x.
+    #[allow(unused_variables)]
+    fn columns(&self, x: &Self::Tensor, columns: Columns) -> Result<Self::Tensor> {
+        missing(self, Feature::FusedLinears)
+    }
+
+    /// A Mamba-2 layer between its two products, x [T, inner | channels | heads] → [T, inner]: convolution, recurrence, and
+    /// the norm over what z gates. Reads and leaves the state of each span's slot; a span that starts at 0 begins anew.
+    #[allow(unused_variables)]
+    fn mamba(
+        &self,
+        x: Self::Tensor,
+        parameters: &MambaParameters<'_, Self>,
+        shape: &MambaShape,
+        pass: &Self::Pass,
+        cache: &mut Self::Cache,
+    ) -> Result<Self::Tensor> {
+        missing(self, Feature::Mamba)
+    }
+
+    /// A gated delta net between its products, → [T, value heads · value_dim]; state as in [`Backend::mamba`].
+    #[allow(unused_variables)]
+    fn delta_net(
+        &self,
+        inputs: DeltaInputs<Self::Tensor>,
+        parameters: &DeltaParameters<'_, Self>,
+        shape: &DeltaShape,
+        pass: &Self::Pass,
+        cache: &mut Self::Cache,
+    ) -> Result<Self::Tensor> {
+        missing(self, Feature::DeltaNet)
     }
 
     // What is read off logits [rows, vocab].
@@ -357,15 +632,21 @@ pub trait Backend: Send + Sync + Sized {
     fn to_host(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
 }
 
+/// What a backend answers that does not have a feature; loading has refused the model before.
+fn missing<T, B: Backend>(backend: &B, feature: Feature) -> Result<T> {
+    Err(BackendError::Lacks { backend: backend.name(), what: feature.name() })
+}
+
 /// [`Backend::mixture`], one expert after the other.
 fn mixture_by_expert<B: Backend>(
     backend: &B,
     x: &B::Tensor,
+    routed: &B::Tensor,
     router: &B::Linear,
-    experts: &[Expert<'_, B::Linear>],
+    experts: &[Ffn<'_, B::Linear>],
     choice: &Choice,
 ) -> Result<B::Tensor> {
-    let routing = backend.route(&one(backend.linears(x, &[router])?)?, choice)?;
+    let routing = backend.route(&one(backend.linears(routed, &[router])?)?, choice)?;
     let mut takers: Vec<(Vec<usize>, Vec<f32>)> = vec![Default::default(); experts.len()];
     for (row, chosen) in routing.iter().enumerate() {
         for &(expert, weight) in chosen {
@@ -375,7 +656,7 @@ fn mixture_by_expert<B: Backend>(
     }
     let mut sum = backend.zeros_like(x)?;
     for (expert, (rows, weights)) in experts.iter().zip(&takers).filter(|(_, (rows, _))| !rows.is_empty()) {
-        let h = backend.gated(&backend.select_rows(x, rows)?, expert.gate, expert.up)?;
+        let h = backend.expanded(&backend.select_rows(x, rows)?, expert)?;
         let y = one(backend.linears(&h, &[expert.down])?)?;
         sum = backend.add_rows(sum, &y, rows, weights)?;
     }

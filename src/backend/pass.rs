@@ -14,6 +14,8 @@ pub struct Span {
     pub len: usize,
     /// Pages of the cache that hold this sequence's tokens, in order; enough for `start + len`.
     pub pages: Vec<u32>,
+    /// Slot of what recurrent layers keep of this sequence.
+    pub slot: u32,
 }
 
 /// The new tokens of some sequences, one span after the other.
@@ -28,7 +30,7 @@ impl Batch {
     #[must_use]
     pub fn alone(tokens: Vec<u32>) -> Self {
         let pages = (0..tokens.len().div_ceil(PAGE) as u32).collect();
-        Self { spans: vec![Span { start: 0, len: tokens.len(), pages }], tokens }
+        Self { spans: vec![Span { start: 0, len: tokens.len(), pages, slot: 0 }], tokens }
     }
 
     /// Position of every token in its sequence.

@@ -111,6 +111,18 @@ impl Object {
         }
     }
 
+    /// The object `value`, which is in this one under `path`.
+    ///
+    /// # Errors
+    /// When it is no object.
+    pub fn inside(&self, path: &str, value: &Value) -> Result<Self> {
+        if !value.is_object() {
+            let (found, key) = (shorten(&value.to_string()), self.path(path));
+            return Err(CheckpointError::Config { file: self.file.clone(), key, expected: "an object".into(), found });
+        }
+        Ok(Self { file: self.file.clone(), prefix: format!("{}{path}.", self.prefix), value: value.clone() })
+    }
+
     /// The objects under `key`, an object of objects, in file order.
     ///
     /// # Errors

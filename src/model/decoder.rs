@@ -6,10 +6,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::config::ModelConfig;
-use super::layer::{Layer, Mixer, Mlp, Step};
+use super::layer::{Layer, Mixer, Mixture, Mlp, Step};
 use crate::backend::observe::{FirstBroken, Observed, Observer};
 use crate::backend::{
-    self, Backend, BackendError, Batch, CacheLayout, Expert, HeadNorms, LayerCache, Named, PAGE, Update, exactly, one,
+    self, Backend, BackendError, Batch, CacheLayout, Columns, DeltaInputs, HeadNorms, HeadParameters, LayerCache, Named,
+    PAGE, RecurrentCache, Update, exactly, one,
 };
 use crate::checkpoint::CheckpointError;
 use crate::formats::kv::KvFormat;
@@ -31,12 +32,14 @@ pub struct Decoder<B: Backend> {
     pub(super) backend: Arc<B>,
     pub(super) embedding: Named<B::Linear>,
     pub(super) layers: Vec<Layer<B>>,
-    pub(super) norm: Named<B::Norm>,
+    pub(super) norm: Named<B::Vector>,
     /// `None`: the embedding's weight is the head's.
     pub(super) head: Option<Named<B::Linear>>,
     pub(super) ropes: Arc<Vec<B::Rope>>,
     /// What each layer caches, and the format if the checkpoint says it; else it is left to the caller.
     pub(super) caches: Vec<(LayerCache, Option<KvFormat>)>,
+    /// What recurrent layers keep of each sequence.
+    pub(super) recurrent: Vec<RecurrentCache>,
 }
 
 /// Which tokens of a batch get logits.
@@ -61,10 +64,10 @@ impl<B: Backend> Decoder<B> {
         std::iter::once(&self.embedding).chain(layers).chain(&self.head)
     }
 
-    /// Every norm and the decoder layer it is in (`None`: after the last).
-    pub fn norms(&self) -> impl Iterator<Item = (Option<usize>, &Named<B::Norm>)> {
+    /// Every norm or other vector and the decoder layer it is in (`None`: after the last).
+    pub fn vectors(&self) -> impl Iterator<Item = (Option<usize>, &Named<B::Vector>)> {
         let layers = self.layers.iter().enumerate();
-        let layers = layers.flat_map(|(i, layer)| layer.norms().into_iter().map(move |n| (Some(i), n)));
+        let layers = layers.flat_map(|(i, layer)| layer.vectors().into_iter().map(move |n| (Some(i), n)));
         layers.chain(std::iter::once((None, &self.norm)))
     }
 
@@ -75,20 +78,20 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// This model with some layers taken from `donor`, a model of the same shape (its quantized form, say): the linears
-    /// whose module `swap` names, and the norms of decoder layers all of whose linears it names. Weights are shared, not
+    /// whose module `swap` names, and the vectors of decoder layers all of whose linears it names. Weights are shared, not
     /// copied.
     #[must_use]
     pub fn graft(&self, donor: &Self, swap: &dyn Fn(&str) -> bool) -> Self {
         let linears: HashMap<&str, &Named<B::Linear>> = donor.linears().map(|l| (&*l.name, l)).collect();
-        let norms: HashMap<&str, &Named<B::Norm>> = donor.norms().map(|(_, n)| (&*n.name, n)).collect();
+        let vectors: HashMap<&str, &Named<B::Vector>> = donor.vectors().map(|(_, n)| (&*n.name, n)).collect();
         let linear = |own: &Named<B::Linear>| {
             let other = linears.get(&*own.name).filter(|l| swap(&l.name));
             other.map_or_else(|| own.clone(), |l| (*l).clone())
         };
         let layer = |own: &Layer<B>| {
             let all = own.linears().iter().all(|l| swap(&l.name));
-            own.map(linear, |n: &Named<B::Norm>| {
-                let other = norms.get(&*n.name).filter(|_| all);
+            own.map(linear, |n: &Named<B::Vector>| {
+                let other = vectors.get(&*n.name).filter(|_| all);
                 other.map_or_else(|| n.clone(), |n| (*n).clone())
             })
         };
@@ -102,6 +105,7 @@ impl<B: Backend> Decoder<B> {
             norm: self.norm.clone(),
             ropes: self.ropes.clone(),
             caches: self.caches.clone(),
+            recurrent: self.recurrent.clone(),
         }
     }
 
@@ -118,18 +122,29 @@ impl<B: Backend> Decoder<B> {
             backend: Arc::new(Observed::shared(self.backend.clone(), observer)),
             ropes: self.ropes.clone(),
             caches: self.caches.clone(),
+            recurrent: self.recurrent.clone(),
         }
     }
 
-    /// A KV cache for `tokens` tokens in all; `format` where the checkpoint does not fix one.
+    /// A cache for `tokens` tokens of `sequences` sequences in all; `format` where the checkpoint does not fix one.
     ///
     /// # Errors
     /// When the backend cannot make one.
-    pub fn new_cache(&self, tokens: usize, format: KvFormat) -> backend::Result<B::Cache> {
+    pub fn new_cache(&self, tokens: usize, sequences: usize, format: KvFormat) -> backend::Result<B::Cache> {
         let layer =
             |&(shape, own): &(LayerCache, Option<KvFormat>)| LayerCache { format: own.unwrap_or(format), ..shape };
-        self.backend
-            .new_cache(&CacheLayout { layers: self.caches.iter().map(layer).collect(), pages: tokens.div_ceil(PAGE) })
+        self.backend.new_cache(&CacheLayout {
+            layers: self.caches.iter().map(layer).collect(),
+            recurrent: self.recurrent.clone(),
+            pages: tokens.div_ceil(PAGE),
+            slots: sequences,
+        })
+    }
+
+    /// Bytes that recurrent layers keep of one sequence; 0 where there are none.
+    #[must_use]
+    pub fn state_bytes(&self) -> usize {
+        self.recurrent.iter().map(RecurrentCache::bytes).sum()
     }
 
     /// How keys and values are kept: as the checkpoint says it, else as `format`.
@@ -143,7 +158,8 @@ impl<B: Backend> Decoder<B> {
     /// # Errors
     /// A sequence longer than dynamic RoPE is computed for, or the backend's own failure.
     pub fn pass(&self, batch: &Batch) -> backend::Result<B::Pass> {
-        if let Some(bound) = self.config.rope.bound().filter(|&bound| batch.reach() > bound) {
+        let bound = self.config.ropes.iter().filter_map(|(rope, _)| rope.bound()).min();
+        if let Some(bound) = bound.filter(|&bound| batch.reach() > bound) {
             return Err(BackendError::Failed {
                 context: "RoPE",
                 message: format!(
@@ -247,13 +263,13 @@ impl<B: Backend> Decoder<B> {
             watched.embed(pass)?;
         }
         let mut x = enter()?;
-        let mut place = format!("the square of what enters `model.layers.{}`", range.start);
+        let mut place = format!("the square of what enters `{}.{}`", self.config.names.layers, range.start);
         for index in range {
             if found().is_some() || !self.backend.squares_finite(&x, width)? {
                 break;
             }
             x = watched.block(index, x, pass, cache)?;
-            place = format!("the square of what leaves `model.layers.{index}`");
+            place = format!("the square of what leaves `{}.{index}`", self.config.names.layers);
         }
         Err(self.broken(found().or(Some((place, f32::INFINITY)))))
     }
@@ -324,22 +340,59 @@ impl<B: Backend> Decoder<B> {
         let b = &*self.backend;
         match &step.mixer {
             Mixer::Attention(a) => {
-                let [q, k, v] = exactly(b.linears(h, &[&a.q, &a.k, &a.v])?)?;
-                let norms = a.heads.as_ref();
+                let [mut q, k, v] = exactly(b.linears(h, &[&a.q, &a.k, &a.v])?)?;
+                let mut gate = None;
+                if a.gated {
+                    // Each head's query is followed by its gate.
+                    let half = |first| Columns { first, count: a.shape.head_dim, every: 2 * a.shape.head_dim };
+                    gate = Some(b.columns(&q, half(a.shape.head_dim))?);
+                    q = b.columns(&q, half(0))?;
+                }
+                let norms = a.norms.as_ref();
                 let norms = norms.map(|[q, k]| HeadNorms { q: &**q, k: &**k, eps: self.config.rms_eps });
-                let input = b.normed_attention(q, k, v, norms, &a.shape, pass, cache)?;
+                let heads = HeadParameters { norms, sinks: a.sinks.as_deref() };
+                let mut input = b.normed_attention(q, k, v, heads, &a.shape, pass, cache)?;
+                if let Some(gate) = gate {
+                    input = b.gate(input, &gate)?;
+                }
                 Ok(Update::Product { input, weight: &a.o })
             }
-            Mixer::Mlp(m) => {
-                let input = b.gated(h, &m.gate, &m.up)?;
-                Ok(Update::Product { input, weight: &m.down })
+            Mixer::Mamba(m) => {
+                let x = one(b.linears(h, &[&m.input])?)?;
+                let input = b.mamba(x, &m.parameters(), &m.shape, pass, cache)?;
+                Ok(Update::Product { input, weight: &m.output })
             }
-            Mixer::Mixture { router, experts, choice } => {
-                let expert = |m: &'a Mlp<B>| Expert { gate: &*m.gate, up: &*m.up, down: &*m.down };
-                let experts: Vec<_> = experts.iter().map(expert).collect();
-                Ok(Update::Ready(b.mixture(h, router, &experts, choice)?))
+            Mixer::DeltaNet(d) => {
+                let [qkv, z, write, forget] = exactly(b.linears(h, &d.inputs.each_ref().map(|l| &**l))?)?;
+                let inputs = DeltaInputs { qkv, z, b: write, a: forget };
+                let input = b.delta_net(inputs, &d.parameters(), &d.shape, pass, cache)?;
+                Ok(Update::Product { input, weight: &d.output })
             }
+            Mixer::Mlp(m) => Ok(Update::Product { input: b.expanded(h, &m.ffn())?, weight: &m.down }),
+            Mixer::Mixture(m) => Ok(Update::Ready(self.mixture(m, h)?)),
         }
+    }
+
+    /// What a mixture gives of the step's normed input.
+    fn mixture(&self, m: &Mixture<B>, h: &B::Tensor) -> backend::Result<B::Tensor> {
+        let b = &*self.backend;
+        let experts: Vec<_> = m.experts.iter().map(Mlp::ffn).collect();
+        let mut sum = match &m.latent {
+            None => b.mixture(h, h, &m.router, &experts, &m.choice)?,
+            Some([narrow, wide]) => {
+                let latent = one(b.linears(h, &[narrow])?)?;
+                let sum = b.mixture(&latent, h, &m.router, &experts, &m.choice)?;
+                one(b.linears(&sum, &[wide])?)?
+            }
+        };
+        if let Some((shared, gate)) = &m.shared {
+            let mut y = one(b.linears(&b.expanded(h, &shared.ffn())?, &[&shared.down])?)?;
+            if let Some(gate) = gate {
+                y = b.gate(y, &one(b.linears(h, &[gate])?)?)?;
+            }
+            sum = b.add(sum, &y)?;
+        }
+        Ok(sum)
     }
 
     /// Puts `linear` in the place of the module `name`; whether a decoder layer has one.

@@ -1,6 +1,8 @@
 //! What a decoder is made of: layers, each a list of residual steps x ← x + mixer(norm(x)).
 
-use crate::backend::{AttentionShape, Backend, Choice, Named};
+use crate::backend::{
+    Activation, AttentionShape, Backend, Choice, DeltaParameters, DeltaShape, Ffn, MambaParameters, MambaShape, Named,
+};
 
 /// One layer.
 pub(super) struct Layer<B: Backend> {
@@ -9,57 +11,127 @@ pub(super) struct Layer<B: Backend> {
 
 /// x ← x + mixer(norm(x)).
 pub(super) struct Step<B: Backend> {
-    pub norm: Named<B::Norm>,
+    pub norm: Named<B::Vector>,
     pub mixer: Mixer<B>,
 }
 
 /// What a residual step computes of its normed input.
 pub(super) enum Mixer<B: Backend> {
     Attention(Box<Attention<B>>),
+    Mamba(Box<Mamba<B>>),
+    DeltaNet(Box<DeltaNet<B>>),
     Mlp(Mlp<B>),
-    Mixture { router: Named<B::Linear>, experts: Vec<Mlp<B>>, choice: Choice },
+    Mixture(Box<Mixture<B>>),
 }
 
 pub(super) struct Attention<B: Backend> {
+    /// Each head's query, and the gate of its output where it has one.
     pub q: Named<B::Linear>,
     pub k: Named<B::Linear>,
     pub v: Named<B::Linear>,
     pub o: Named<B::Linear>,
     /// Norms over each head's queries and keys.
-    pub heads: Option<[Named<B::Norm>; 2]>,
+    pub norms: Option<[Named<B::Vector>; 2]>,
+    pub sinks: Option<Named<B::Vector>>,
+    pub gated: bool,
     pub shape: AttentionShape,
 }
 
-/// down(silu(gate x) · up x).
+pub(super) struct Mamba<B: Backend> {
+    pub input: Named<B::Linear>,
+    pub output: Named<B::Linear>,
+    pub convolution: Named<B::Vector>,
+    pub bias: Option<Named<B::Vector>>,
+    pub a_log: Named<B::Vector>,
+    pub d: Named<B::Vector>,
+    pub step_bias: Named<B::Vector>,
+    pub norm: Named<B::Vector>,
+    pub shape: MambaShape,
+}
+
+pub(super) struct DeltaNet<B: Backend> {
+    /// q, k and v; z; b; a.
+    pub inputs: [Named<B::Linear>; 4],
+    pub output: Named<B::Linear>,
+    pub convolution: Named<B::Vector>,
+    pub a_log: Named<B::Vector>,
+    pub step_bias: Named<B::Vector>,
+    pub norm: Named<B::Vector>,
+    pub shape: DeltaShape,
+}
+
+/// down(activation(gate x, up x)).
 pub(super) struct Mlp<B: Backend> {
-    pub gate: Named<B::Linear>,
+    pub gate: Option<Named<B::Linear>>,
     pub up: Named<B::Linear>,
     pub down: Named<B::Linear>,
+    pub activation: Activation,
+}
+
+pub(super) struct Mixture<B: Backend> {
+    pub router: Named<B::Linear>,
+    pub experts: Vec<Mlp<B>>,
+    pub choice: Choice,
+    /// What experts read instead of the step's input, and what makes their sum one of its width again.
+    pub latent: Option<[Named<B::Linear>; 2]>,
+    /// An expert that every token goes to, and its gate.
+    pub shared: Option<(Mlp<B>, Option<Named<B::Linear>>)>,
 }
 
 impl<B: Backend> Layer<B> {
-    /// The same layer of what `linear` and `norm` make of its parts, on another backend perhaps.
+    /// The same layer of what `linear` and `vector` make of its parts, on another backend perhaps.
     pub fn map<C: Backend>(
         &self,
         linear: impl Fn(&Named<B::Linear>) -> Named<C::Linear>,
-        norm: impl Fn(&Named<B::Norm>) -> Named<C::Norm>,
+        vector: impl Fn(&Named<B::Vector>) -> Named<C::Vector>,
     ) -> Layer<C> {
-        let mlp = |m: &Mlp<B>| Mlp { gate: linear(&m.gate), up: linear(&m.up), down: linear(&m.down) };
+        let mlp = |m: &Mlp<B>| Mlp {
+            gate: m.gate.as_ref().map(&linear),
+            up: linear(&m.up),
+            down: linear(&m.down),
+            activation: m.activation,
+        };
         let mixer = |m: &Mixer<B>| match m {
             Mixer::Attention(a) => Mixer::Attention(Box::new(Attention {
                 q: linear(&a.q),
                 k: linear(&a.k),
                 v: linear(&a.v),
                 o: linear(&a.o),
-                heads: a.heads.as_ref().map(|[q, k]| [norm(q), norm(k)]),
+                norms: a.norms.as_ref().map(|[q, k]| [vector(q), vector(k)]),
+                sinks: a.sinks.as_ref().map(&vector),
+                gated: a.gated,
                 shape: a.shape,
             })),
+            Mixer::Mamba(m) => Mixer::Mamba(Box::new(Mamba {
+                input: linear(&m.input),
+                output: linear(&m.output),
+                convolution: vector(&m.convolution),
+                bias: m.bias.as_ref().map(&vector),
+                a_log: vector(&m.a_log),
+                d: vector(&m.d),
+                step_bias: vector(&m.step_bias),
+                norm: vector(&m.norm),
+                shape: m.shape,
+            })),
+            Mixer::DeltaNet(d) => Mixer::DeltaNet(Box::new(DeltaNet {
+                inputs: d.inputs.each_ref().map(&linear),
+                output: linear(&d.output),
+                convolution: vector(&d.convolution),
+                a_log: vector(&d.a_log),
+                step_bias: vector(&d.step_bias),
+                norm: vector(&d.norm),
+                shape: d.shape,
+            })),
             Mixer::Mlp(m) => Mixer::Mlp(mlp(m)),
-            Mixer::Mixture { router, experts, choice } => {
-                Mixer::Mixture { router: linear(router), experts: experts.iter().map(mlp).collect(), choice: *choice }
-            }
+            Mixer::Mixture(m) => Mixer::Mixture(Box::new(Mixture {
+                router: linear(&m.router),
+                experts: m.experts.iter().map(mlp).collect(),
+                choice: m.choice.clone(),
+                latent: m.latent.as_ref().map(|l| l.each_ref().map(&linear)),
+                shared: m.shared.as_ref().map(|(m, gate)| (mlp(m), gate.as_ref().map(&linear))),
+            })),
         };
-        Layer { steps: self.steps.iter().map(|s| Step { norm: norm(&s.norm), mixer: mixer(&s.mixer) }).collect() }
+        Layer { steps: self.steps.iter().map(|s| Step { norm: vector(&s.norm), mixer: mixer(&s.mixer) }).collect() }
     }
 
     /// Its linears, in the order of the forward pass.
@@ -68,10 +140,14 @@ impl<B: Backend> Layer<B> {
         for step in &self.steps {
             match &step.mixer {
                 Mixer::Attention(a) => out.extend([&a.q, &a.k, &a.v, &a.o]),
+                Mixer::Mamba(m) => out.extend([&m.input, &m.output]),
+                Mixer::DeltaNet(d) => out.extend(d.inputs.iter().chain([&d.output])),
                 Mixer::Mlp(m) => out.extend(m.linears()),
-                Mixer::Mixture { router, experts, .. } => {
-                    out.push(router);
-                    out.extend(experts.iter().flat_map(Mlp::linears));
+                Mixer::Mixture(m) => {
+                    out.push(&m.router);
+                    out.extend(m.latent.iter().flatten());
+                    out.extend(m.experts.iter().flat_map(Mlp::linears));
+                    out.extend(m.shared.iter().flat_map(|(m, gate)| m.linears().chain(gate)));
                 }
             }
         }
@@ -84,23 +160,33 @@ impl<B: Backend> Layer<B> {
         for step in &mut self.steps {
             match &mut step.mixer {
                 Mixer::Attention(a) => out.extend([&mut a.q, &mut a.k, &mut a.v, &mut a.o]),
+                Mixer::Mamba(m) => out.extend([&mut m.input, &mut m.output]),
+                Mixer::DeltaNet(d) => out.extend(d.inputs.iter_mut().chain([&mut d.output])),
                 Mixer::Mlp(m) => out.extend(m.linears_mut()),
-                Mixer::Mixture { router, experts, .. } => {
-                    out.push(router);
-                    out.extend(experts.iter_mut().flat_map(Mlp::linears_mut));
+                Mixer::Mixture(m) => {
+                    out.push(&mut m.router);
+                    out.extend(m.latent.iter_mut().flatten());
+                    out.extend(m.experts.iter_mut().flat_map(Mlp::linears_mut));
+                    out.extend(m.shared.iter_mut().flat_map(|(m, gate)| m.linears_mut().chain(gate)));
                 }
             }
         }
         out
     }
 
-    /// Its norms, in the order of the forward pass.
-    pub fn norms(&self) -> Vec<&Named<B::Norm>> {
+    /// Its norms and other vectors, in the order of the forward pass.
+    pub fn vectors(&self) -> Vec<&Named<B::Vector>> {
         let mut out = Vec::new();
         for step in &self.steps {
             out.push(&step.norm);
-            if let Mixer::Attention(a) = &step.mixer {
-                out.extend(a.heads.iter().flatten());
+            match &step.mixer {
+                Mixer::Attention(a) => out.extend(a.norms.iter().flatten().chain(&a.sinks)),
+                Mixer::Mamba(m) => {
+                    out.extend([&m.convolution].into_iter().chain(&m.bias));
+                    out.extend([&m.a_log, &m.d, &m.step_bias, &m.norm]);
+                }
+                Mixer::DeltaNet(d) => out.extend([&d.convolution, &d.a_log, &d.step_bias, &d.norm]),
+                Mixer::Mlp(_) | Mixer::Mixture(_) => {}
             }
         }
         out
@@ -112,18 +198,48 @@ impl<B: Backend> Mixer<B> {
     pub fn readers(&self) -> Vec<&B::Linear> {
         match self {
             Self::Attention(a) => vec![&a.q, &a.k, &a.v],
-            Self::Mlp(m) => vec![&m.gate, &m.up],
-            Self::Mixture { .. } => Vec::new(),
+            Self::Mamba(m) => vec![&m.input],
+            Self::Mlp(m) => m.gate.iter().map(|g| &**g).chain([&*m.up]).collect(),
+            Self::DeltaNet(_) | Self::Mixture(_) => Vec::new(),
+        }
+    }
+}
+
+impl<B: Backend> Mamba<B> {
+    pub fn parameters(&self) -> MambaParameters<'_, B> {
+        MambaParameters {
+            convolution: &self.convolution,
+            bias: self.bias.as_deref(),
+            a_log: &self.a_log,
+            d: &self.d,
+            step_bias: &self.step_bias,
+            norm: &self.norm,
+        }
+    }
+}
+
+impl<B: Backend> DeltaNet<B> {
+    pub fn parameters(&self) -> DeltaParameters<'_, B> {
+        DeltaParameters {
+            convolution: &self.convolution,
+            a_log: &self.a_log,
+            step_bias: &self.step_bias,
+            norm: &self.norm,
         }
     }
 }
 
 impl<B: Backend> Mlp<B> {
-    fn linears(&self) -> [&Named<B::Linear>; 3] {
-        [&self.gate, &self.up, &self.down]
+    /// As the backend takes it.
+    pub fn ffn(&self) -> Ffn<'_, B::Linear> {
+        Ffn { gate: self.gate.as_deref(), up: &self.up, down: &self.down, activation: self.activation }
     }
 
-    fn linears_mut(&mut self) -> [&mut Named<B::Linear>; 3] {
-        [&mut self.gate, &mut self.up, &mut self.down]
+    fn linears(&self) -> impl Iterator<Item = &Named<B::Linear>> {
+        self.gate.iter().chain([&self.up, &self.down])
+    }
+
+    fn linears_mut(&mut self) -> impl Iterator<Item = &mut Named<B::Linear>> {
+        self.gate.iter_mut().chain([&mut self.up, &mut self.down])
     }
 }

@@ -4,10 +4,12 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::config::ModelConfig;
+use super::config::{AttentionConfig, DeltaConfig, MambaConfig, MixerConfig, MixtureConfig, MlpConfig, ModelConfig, Scoring};
 use super::decoder::{Decoder, LoadError};
-use super::layer::{Attention, Layer, Mixer, Mlp, Step};
-use crate::backend::{AttentionShape, Backend, Choice, LayerCache, Named, Rotation};
+use super::layer::{Attention, DeltaNet, Layer, Mamba, Mixer, Mixture, Mlp, Step};
+use crate::backend::{
+    AttentionShape, Backend, BackendError, Choice, DeltaShape, LayerCache, MambaShape, Named, RecurrentCache, Rotation,
+};
 use crate::checkpoint::resolve::LinearRole;
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::formats::kv::KvFormat;
@@ -26,11 +28,11 @@ pub trait Source {
     /// Anything wrong with the module's tensors.
     fn linear(&self, name: &str, role: LinearRole) -> Result<LinearTensors<'_>, CheckpointError>;
 
-    /// Weights of a norm, [length].
+    /// The values of a tensor that is no linear's, row-major.
     ///
     /// # Errors
     /// Anything wrong with the tensor.
-    fn norm(&self, name: &str, length: usize) -> Result<Vec<f32>, CheckpointError>;
+    fn vector(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, CheckpointError>;
 
     /// How an attention module's keys and values are kept, where the model fixes that.
     ///
@@ -61,8 +63,8 @@ impl Source for Checkpoint {
         Checkpoint::linear(self, name, role)
     }
 
-    fn norm(&self, name: &str, length: usize) -> Result<Vec<f32>, CheckpointError> {
-        self.floats(name, &[length])
+    fn vector(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, CheckpointError> {
+        self.floats(name, shape)
     }
 
     fn kv(&self, module: &str) -> Result<Option<KvFormat>, CheckpointError> {
@@ -99,24 +101,36 @@ impl<B: Backend> Decoder<B> {
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self, LoadError> {
         let config = source.config()?;
-        let roles = config.modules().into_iter().map(|m| (m.name, m.role)).collect();
-        let loader = Loader { backend: &backend, source, config: &config, roles };
-        let embedding = loader.linear("model.embed_tokens")?;
-        let (mut layers, mut caches) = (Vec::new(), Vec::new());
-        for index in 0..config.layers {
-            let prefix = format!("model.layers.{index}");
-            layers.push(loader.layer(index, &prefix)?);
-            let format = source.kv(&format!("{prefix}.self_attn"))?;
-            let shape = LayerCache { format: KvFormat::F32, kv_heads: config.kv_heads, head_dim: config.head_dim };
-            caches.push((shape, format));
-            source.layer_done();
-            progress(index + 1, config.layers);
+        if let Some(feature) = config.features().into_iter().find(|f| !backend.has(*f)) {
+            return Err(BackendError::Lacks { backend: backend.name(), what: feature.name() }.into());
         }
-        let norm = loader.norm("model.norm.weight", config.hidden)?;
-        let head = (!config.tied_embeddings).then(|| loader.linear("lm_head")).transpose()?;
+        let roles = config.modules().into_iter().map(|m| (m.name, m.role)).collect();
+        let shapes = config.vectors().into_iter().collect();
+        let mut loader = Loader {
+            backend: &backend,
+            source,
+            config: &config,
+            roles,
+            shapes,
+            caches: Vec::new(),
+            recurrent: Vec::new(),
+        };
+        let embedding = loader.linear(config.names.embedding)?;
+        let mut layers = Vec::new();
+        for index in 0..config.layers.len() {
+            layers.push(loader.layer(index)?);
+            source.layer_done();
+            progress(index + 1, config.layers.len());
+        }
+        let norm = loader.norm(&format!("{}.weight", config.names.norm))?;
+        let head = (!config.tied_embeddings).then(|| loader.linear(config.names.head)).transpose()?;
+        let (caches, recurrent) = (loader.caches, loader.recurrent);
         source.finish()?;
-        let frequencies = config.rope.frequencies(config.head_dim);
-        let rope = backend.load_rope(Rotation { frequencies, factor: config.rope.attention_factor() })?;
+        let rotation = |(rope, turned): &(Rope, usize)| Rotation {
+            frequencies: rope.frequencies(*turned),
+            factor: rope.attention_factor(),
+        };
+        let ropes = config.ropes.iter().map(|r| backend.load_rope(rotation(r))).collect::<Result<_, _>>()?;
         Ok(Self {
             folder: source.place(),
             backend: Arc::new(backend),
@@ -124,8 +138,9 @@ impl<B: Backend> Decoder<B> {
             layers,
             norm,
             head,
-            ropes: Arc::new(vec![rope]),
+            ropes: Arc::new(ropes),
             caches,
+            recurrent,
             config,
         })
     }
@@ -137,68 +152,160 @@ struct Loader<'a, B: Backend> {
     source: &'a dyn Source,
     config: &'a ModelConfig,
     roles: HashMap<String, LinearRole>,
+    shapes: HashMap<String, Vec<usize>>,
+    /// What the layers so far keep of every token, and of every sequence.
+    caches: Vec<(LayerCache, Option<KvFormat>)>,
+    recurrent: Vec<RecurrentCache>,
 }
 
 impl<B: Backend> Loader<'_, B> {
-    fn linear(&self, name: &str) -> Result<Named<B::Linear>, LoadError> {
-        let role = self.roles.get(name).ok_or_else(|| CheckpointError::MissingTensor {
+    fn unlisted(&self, name: &str) -> CheckpointError {
+        CheckpointError::MissingTensor {
             folder: self.source.place(),
             tensor: name.into(),
-            why: "the decoder asks for a module that the architecture does not list".into(),
-        })?;
+            why: "the decoder asks for a part that the architecture does not list".into(),
+        }
+    }
+
+    fn linear(&self, name: &str) -> Result<Named<B::Linear>, LoadError> {
+        let role = self.roles.get(name).ok_or_else(|| self.unlisted(name))?;
         let linear = self.backend.load_linear(self.source.linear(name, *role)?)?;
         Ok(Named::new(name, linear))
     }
 
-    fn norm(&self, name: &str, length: usize) -> Result<Named<B::Norm>, LoadError> {
-        let norm = self.backend.load_norm(self.source.norm(name, length)?)?;
-        Ok(Named::new(name, norm))
+    fn values(&self, name: &str) -> Result<Vec<f32>, LoadError> {
+        let shape = self.shapes.get(name).ok_or_else(|| self.unlisted(name))?;
+        Ok(self.source.vector(name, shape)?)
     }
 
-    fn layer(&self, index: usize, prefix: &str) -> Result<Layer<B>, LoadError> {
-        let norm = |part: &str| self.norm(&format!("{prefix}.{part}.weight"), self.config.hidden);
-        let attention = Step {
-            norm: norm("input_layernorm")?,
-            mixer: Mixer::Attention(Box::new(self.attention(index, &format!("{prefix}.self_attn"))?)),
-        };
-        let ffn = Step { norm: norm("post_attention_layernorm")?, mixer: self.ffn(index, &format!("{prefix}.mlp"))? };
-        Ok(Layer { steps: vec![attention, ffn] })
+    fn vector(&self, name: &str) -> Result<Named<B::Vector>, LoadError> {
+        Ok(Named::new(name, self.backend.load_vector(self.values(name)?)?))
     }
 
-    fn attention(&self, index: usize, prefix: &str) -> Result<Attention<B>, LoadError> {
-        let c = self.config;
-        let linear = |part: &str| self.linear(&format!("{prefix}.{part}"));
-        let norm = |part: &str| self.norm(&format!("{prefix}.{part}.weight"), c.head_dim);
+    /// A norm's factors.
+    fn norm(&self, name: &str) -> Result<Named<B::Vector>, LoadError> {
+        let mut values = self.values(name)?;
+        if self.config.offset_norms {
+            values.iter_mut().for_each(|w| *w += 1.0);
+        }
+        Ok(Named::new(name, self.backend.load_vector(values)?))
+    }
+
+    fn layer(&mut self, index: usize) -> Result<Layer<B>, LoadError> {
+        let config = self.config;
+        let mut steps = Vec::new();
+        for step in &config.layers[index].steps {
+            let norm = self.norm(&config.in_layer(index, &format!("{}.weight", step.norm)))?;
+            let at = config.in_layer(index, step.at);
+            let mixer = match &step.mixer {
+                MixerConfig::Attention(a) => Mixer::Attention(Box::new(self.attention(index, &at, a)?)),
+                MixerConfig::Mamba(m) => Mixer::Mamba(Box::new(self.mamba(&at, m)?)),
+                MixerConfig::DeltaNet(d) => Mixer::DeltaNet(Box::new(self.delta_net(&at, d)?)),
+                MixerConfig::Mlp(m) => Mixer::Mlp(self.mlp(&at, m)?),
+                MixerConfig::Mixture(m) => Mixer::Mixture(Box::new(self.mixture(&at, m)?)),
+            };
+            steps.push(Step { norm, mixer });
+        }
+        Ok(Layer { steps })
+    }
+
+    fn attention(&mut self, layer: usize, at: &str, a: &AttentionConfig) -> Result<Attention<B>, LoadError> {
+        let format = self.source.kv(at)?;
+        self.caches.push((LayerCache { format: KvFormat::F32, kv_heads: a.kv_heads, head_dim: a.head_dim }, format));
+        let linear = |part: &str| self.linear(&format!("{at}.{part}_proj"));
+        let norm = |part: &str| self.norm(&format!("{at}.{part}_norm.weight"));
         Ok(Attention {
-            q: linear("q_proj")?,
-            k: linear("k_proj")?,
-            v: linear("v_proj")?,
-            o: linear("o_proj")?,
-            heads: if c.qk_norm { Some([norm("q_norm")?, norm("k_norm")?]) } else { None },
+            q: linear("q")?,
+            k: linear("k")?,
+            v: linear("v")?,
+            o: linear("o")?,
+            norms: if a.qk_norm { Some([norm("q")?, norm("k")?]) } else { None },
+            sinks: a.sinks.then(|| self.vector(&format!("{at}.sinks"))).transpose()?,
+            gated: a.gated,
             shape: AttentionShape {
-                layer: index,
-                heads: c.heads,
-                kv_heads: c.kv_heads,
-                head_dim: c.head_dim,
-                window: c.windows[index],
-                rope: Some(0),
+                layer,
+                cache: self.caches.len() - 1,
+                heads: a.heads,
+                kv_heads: a.kv_heads,
+                head_dim: a.head_dim,
+                window: a.window,
+                rope: a.rope,
             },
         })
     }
 
-    fn ffn(&self, index: usize, prefix: &str) -> Result<Mixer<B>, LoadError> {
-        let c = self.config;
-        let Some(moe) = c.moe.filter(|_| c.is_moe(index)) else {
-            return Ok(Mixer::Mlp(self.mlp(prefix)?));
+    fn mamba(&mut self, at: &str, m: &MambaConfig) -> Result<Mamba<B>, LoadError> {
+        let shape = MambaShape {
+            cache: self.recurrent.len(),
+            heads: m.heads,
+            head_dim: m.head_dim,
+            groups: m.groups,
+            state: m.state,
+            kernel: m.kernel,
+            step_limit: m.step_limit,
+            eps: self.config.rms_eps,
         };
-        let router = self.linear(&format!("{prefix}.gate"))?;
-        let experts = (0..moe.experts).map(|e| self.mlp(&format!("{prefix}.experts.{e}")));
-        let choice = Choice { top_k: moe.top_k, normalize: moe.normalize };
-        Ok(Mixer::Mixture { router, experts: experts.collect::<Result<_, _>>()?, choice })
+        self.recurrent.push(shape.kept());
+        let vector = |part: &str| self.vector(&format!("{at}.{part}"));
+        Ok(Mamba {
+            input: self.linear(&format!("{at}.in_proj"))?,
+            output: self.linear(&format!("{at}.out_proj"))?,
+            convolution: vector("conv1d.weight")?,
+            bias: m.convolution_bias.then(|| vector("conv1d.bias")).transpose()?,
+            a_log: vector("A_log")?,
+            d: vector("D")?,
+            step_bias: vector("dt_bias")?,
+            norm: vector("norm.weight")?,
+            shape,
+        })
     }
 
-    fn mlp(&self, prefix: &str) -> Result<Mlp<B>, LoadError> {
-        let linear = |part: &str| self.linear(&format!("{prefix}.{part}_proj"));
-        Ok(Mlp { gate: linear("gate")?, up: linear("up")?, down: linear("down")? })
+    fn delta_net(&mut self, at: &str, d: &DeltaConfig) -> Result<DeltaNet<B>, LoadError> {
+        let shape = DeltaShape {
+            cache: self.recurrent.len(),
+            key_heads: d.key_heads,
+            value_heads: d.value_heads,
+            key_dim: d.key_dim,
+            value_dim: d.value_dim,
+            kernel: d.kernel,
+            eps: self.config.rms_eps,
+        };
+        self.recurrent.push(shape.kept());
+        let linear = |part: &str| self.linear(&format!("{at}.{part}"));
+        let vector = |part: &str| self.vector(&format!("{at}.{part}"));
+        Ok(DeltaNet {
+            inputs: [linear("in_proj_qkv")?, linear("in_proj_z")?, linear("in_proj_b")?, linear("in_proj_a")?],
+            output: linear("out_proj")?,
+            convolution: vector("conv1d.weight")?,
+            a_log: vector("A_log")?,
+            step_bias: vector("dt_bias")?,
+            norm: vector("norm.weight")?,
+            shape,
+        })
+    }
+
+    fn mlp(&self, at: &str, m: &MlpConfig) -> Result<Mlp<B>, LoadError> {
+        let linear = |part: &str| self.linear(&format!("{at}.{part}_proj"));
+        let gate = m.gated().then(|| linear("gate")).transpose()?;
+        Ok(Mlp { gate, up: linear("up")?, down: linear("down")?, activation: m.activation })
+    }
+
+    fn mixture(&self, at: &str, m: &MixtureConfig) -> Result<Mixture<B>, LoadError> {
+        let linear = |part: &str| self.linear(&format!("{at}.{part}"));
+        let experts = (0..m.experts).map(|e| self.mlp(&format!("{at}.experts.{e}"), &m.expert));
+        let correction = m.correction.map(|c| self.values(&format!("{at}.{c}"))).transpose()?;
+        let shared = |s: &SharedConfig| -> Result<_, LoadError> {
+            Ok((self.mlp(&format!("{at}.{}", s.at), &s.mlp)?, s.gate.map(linear).transpose()?))
+        };
+        Ok(Mixture {
+            router: linear(m.router)?,
+            experts: experts.collect::<Result<_, _>>()?,
+            choice: choice(m, correction),
+            latent: match m.latent {
+                Some(_) => Some([linear("fc1_latent_proj")?, linear("fc2_latent_proj")?]),
+                None => None,
+            },
+            shared: m.shared.as_ref().map(shared).transpose()?,
+        })
     }
 }

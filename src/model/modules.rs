@@ -1,6 +1,6 @@
-//! The linear layers and norms of a model by their Hugging Face names: what loading, inspecting and quantizing agree on.
+//! The linear layers and other parts of a model by their Hugging Face names: what loading, inspecting and quantizing agree on.
 
-use super::config::ModelConfig;
+use super::config::{MixerConfig, MlpConfig, ModelConfig};
 use crate::checkpoint::resolve::LinearRole;
 
 /// What a linear layer does in the model.
@@ -15,7 +15,27 @@ pub enum Part {
     Up,
     Down,
     Router,
+    /// The gate of a shared expert.
+    SharedGate,
+    /// What a mixture's experts read instead of the stream, and back.
+    LatentIn,
+    LatentOut,
+    MambaIn,
+    MambaOut,
+    /// Of a delta net: q, k and v; z.
+    DeltaIn,
+    /// Rates of writing and of forgetting.
+    DeltaRate,
+    DeltaOut,
     Head,
+}
+
+impl Part {
+    /// Embeddings, heads, routers and other small ones, which no engine quantizes unless the file holds them so.
+    #[must_use]
+    pub fn may_be_plain(self) -> bool {
+        matches!(self, Self::Embedding | Self::Router | Self::SharedGate | Self::DeltaRate | Self::Head)
+    }
 }
 
 /// One linear layer.
@@ -35,16 +55,17 @@ impl Module {
     /// Whether quantization recipes apply to it by default: the linears of the blocks, not embedding, head or router.
     #[must_use]
     pub fn is_block_linear(&self) -> bool {
-        !matches!(self.part, Part::Embedding | Part::Router | Part::Head)
+        !self.part.may_be_plain()
     }
 
     /// Modules with the same key read the same input and are fused by deploying engines, so that they share scales:
-    /// q, k and v; gate and up of one MLP or expert.
+    /// q, k and v; gate and up of one MLP or expert; q, k, v and z of a delta net.
     #[must_use]
     pub fn fusion_key(&self) -> String {
         let suffix = match self.part {
             Part::Q | Part::K | Part::V => "qkv",
             Part::Gate | Part::Up => "gate_up",
+            Part::DeltaIn => "in_proj",
             _ => return self.name.clone(),
         };
         let parent = self.name.rsplit_once('.').map_or("", |(parent, _)| parent);
@@ -55,69 +76,144 @@ impl Module {
     /// together, whose kernels quantize tokens before they are routed.
     #[must_use]
     pub fn input_key(&self) -> String {
-        match (self.expert, self.layer, self.part) {
-            (Some(_), Some(layer), Part::Gate | Part::Up) => format!("model.layers.{layer}.mlp.experts.gate_up"),
-            (Some(_), Some(layer), _) => format!("model.layers.{layer}.mlp.experts.down"),
+        let experts = self.name.rfind(".experts.").filter(|_| self.expert.is_some());
+        match (experts, self.part) {
+            (Some(at), Part::Gate | Part::Up) => format!("{}.experts.gate_up", &self.name[..at]),
+            (Some(at), _) => format!("{}.experts.down", &self.name[..at]),
             _ => self.fusion_key(),
         }
     }
 }
 
-impl ModelConfig {
-    /// Every linear layer in the order of the forward pass. A tied head is not listed.
-    #[must_use]
-    pub fn modules(&self) -> Vec<Module> {
-        let mut out = Vec::new();
-        let (q, kv, h) = (self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden);
-        let mut push = |name: String, part, layer, expert, n, k, bias| {
-            // No engine quantizes embeddings, heads and routers unless the file holds them so.
-            let may_be_plain = matches!(part, Part::Embedding | Part::Router | Part::Head);
-            out.push(Module { name, part, layer, expert, role: LinearRole { n, k, bias, may_be_plain } });
-        };
-        push("model.embed_tokens".into(), Part::Embedding, None, None, self.vocab, h, false);
-        for layer in 0..self.layers {
-            let at = Some(layer);
-            let attention = format!("model.layers.{layer}.self_attn");
-            push(format!("{attention}.q_proj"), Part::Q, at, None, q, h, self.qkv_bias);
-            push(format!("{attention}.k_proj"), Part::K, at, None, kv, h, self.qkv_bias);
-            push(format!("{attention}.v_proj"), Part::V, at, None, kv, h, self.qkv_bias);
-            push(format!("{attention}.o_proj"), Part::O, at, None, h, q, self.output_bias);
-            let mlp = format!("model.layers.{layer}.mlp");
-            let mut push_mlp = |prefix: &str, expert, width| {
-                push(format!("{prefix}.gate_proj"), Part::Gate, at, expert, width, h, self.mlp_bias);
-                push(format!("{prefix}.up_proj"), Part::Up, at, expert, width, h, self.mlp_bias);
-                push(format!("{prefix}.down_proj"), Part::Down, at, expert, h, width, self.mlp_bias);
-            };
-            match self.moe.filter(|_| self.is_moe(layer)) {
-                None => push_mlp(&mlp, None, self.intermediate),
-                Some(moe) => {
-                    for e in 0..moe.experts {
-                        push_mlp(&format!("{mlp}.experts.{e}"), Some(e), moe.intermediate);
+/// A tensor that is no linear's: its name and shape.
+pub type Vector = (String, Vec<usize>);
+
+/// What a model is made of, as it is walked through.
+#[derive(Default)]
+struct Parts {
+    modules: Vec<Module>,
+    vectors: Vec<Vector>,
+    layer: Option<usize>,
+    expert: Option<usize>,
+}
+
+impl Parts {
+    fn linear(&mut self, name: String, part: Part, [n, k]: [usize; 2], bias: bool) {
+        let (layer, expert) = (self.layer, self.expert);
+        let role = LinearRole { n, k, bias, may_be_plain: part.may_be_plain() };
+        self.modules.push(Module { name, part, layer, expert, role });
+    }
+
+    fn vector(&mut self, name: String, shape: &[usize]) {
+        self.vectors.push((name, shape.to_vec()));
+    }
+
+    /// A feed-forward that reads and gives `h` values.
+    fn mlp(&mut self, prefix: &str, m: &MlpConfig, h: usize) {
+        if m.gated() {
+            self.linear(format!("{prefix}.gate_proj"), Part::Gate, [m.width, h], m.bias);
+        }
+        self.linear(format!("{prefix}.up_proj"), Part::Up, [m.width, h], m.bias);
+        self.linear(format!("{prefix}.down_proj"), Part::Down, [h, m.width], m.bias);
+    }
+
+    fn mixer(&mut self, at: &str, mixer: &MixerConfig, h: usize) {
+        let name = |part: &str| format!("{at}.{part}");
+        match mixer {
+            MixerConfig::Attention(a) => {
+                let (q, kv) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
+                let rows = if a.gated { 2 * q } else { q };
+                self.linear(name("q_proj"), Part::Q, [rows, h], a.qkv_bias);
+                self.linear(name("k_proj"), Part::K, [kv, h], a.qkv_bias);
+                self.linear(name("v_proj"), Part::V, [kv, h], a.qkv_bias);
+                self.linear(name("o_proj"), Part::O, [h, q], a.output_bias);
+                if a.qk_norm {
+                    self.vector(name("q_norm.weight"), &[a.head_dim]);
+                    self.vector(name("k_norm.weight"), &[a.head_dim]);
+                }
+                if a.sinks {
+                    self.vector(name("sinks"), &[a.heads]);
+                }
+            }
+            MixerConfig::Mamba(m) => {
+                let (inner, channels) = (m.inner(), m.channels());
+                self.linear(name("in_proj"), Part::MambaIn, [inner + channels + m.heads, h], m.bias);
+                self.linear(name("out_proj"), Part::MambaOut, [h, inner], m.bias);
+                self.vector(name("conv1d.weight"), &[channels, 1, m.kernel]);
+                if m.convolution_bias {
+                    self.vector(name("conv1d.bias"), &[channels]);
+                }
+                ["A_log", "D", "dt_bias"].iter().for_each(|v| self.vector(name(v), &[m.heads]));
+                self.vector(name("norm.weight"), &[inner]);
+            }
+            MixerConfig::DeltaNet(d) => {
+                let (keys, values) = (d.key_heads * d.key_dim, d.value_heads * d.value_dim);
+                self.linear(name("in_proj_qkv"), Part::DeltaIn, [2 * keys + values, h], false);
+                self.linear(name("in_proj_z"), Part::DeltaIn, [values, h], false);
+                self.linear(name("in_proj_b"), Part::DeltaRate, [d.value_heads, h], false);
+                self.linear(name("in_proj_a"), Part::DeltaRate, [d.value_heads, h], false);
+                self.linear(name("out_proj"), Part::DeltaOut, [h, values], false);
+                self.vector(name("conv1d.weight"), &[2 * keys + values, 1, d.kernel]);
+                ["A_log", "dt_bias"].iter().for_each(|v| self.vector(name(v), &[d.value_heads]));
+                self.vector(name("norm.weight"), &[d.value_dim]);
+            }
+            MixerConfig::Mlp(m) => self.mlp(at, m, h),
+            MixerConfig::Mixture(m) => {
+                if let Some(latent) = m.latent {
+                    self.linear(name("fc1_latent_proj"), Part::LatentIn, [latent, h], false);
+                }
+                for e in 0..m.experts {
+                    self.expert = Some(e);
+                    self.mlp(&name(&format!("experts.{e}")), &m.expert, m.latent.unwrap_or(h));
+                }
+                self.expert = None;
+                if let Some(latent) = m.latent {
+                    self.linear(name("fc2_latent_proj"), Part::LatentOut, [h, latent], false);
+                }
+                if let Some(shared) = &m.shared {
+                    self.mlp(&name(shared.at), &shared.mlp, h);
+                    if let Some(gate) = shared.gate {
+                        self.linear(name(gate), Part::SharedGate, [1, h], false);
                     }
-                    push(format!("{mlp}.gate"), Part::Router, at, None, moe.experts, h, false);
+                }
+                self.linear(name(m.router), Part::Router, [m.experts, h], m.router_bias);
+                if let Some(correction) = m.correction {
+                    self.vector(name(correction), &[m.experts]);
                 }
             }
         }
-        if !self.tied_embeddings {
-            push("lm_head".into(), Part::Head, None, None, self.vocab, h, false);
-        }
-        out
     }
+}
 
-    /// Every norm's tensor name and length.
-    #[must_use]
-    pub fn norms(&self) -> Vec<(String, usize)> {
-        let mut out = Vec::new();
-        for layer in 0..self.layers {
-            let prefix = format!("model.layers.{layer}");
-            out.push((format!("{prefix}.input_layernorm.weight"), self.hidden));
-            out.push((format!("{prefix}.post_attention_layernorm.weight"), self.hidden));
-            if self.qk_norm {
-                out.push((format!("{prefix}.self_attn.q_norm.weight"), self.head_dim));
-                out.push((format!("{prefix}.self_attn.k_norm.weight"), self.head_dim));
+impl ModelConfig {
+    fn parts(&self) -> Parts {
+        let (mut parts, h) = (Parts::default(), self.hidden);
+        parts.linear(self.names.embedding.into(), Part::Embedding, [self.vocab, h], false);
+        for (index, layer) in self.layers.iter().enumerate() {
+            parts.layer = Some(index);
+            let norms = layer.steps.iter().map(|s| (self.in_layer(index, &format!("{}.weight", s.norm)), vec![h]));
+            parts.vectors.extend(norms);
+            for step in &layer.steps {
+                parts.mixer(&self.in_layer(index, step.at), &step.mixer, h);
             }
         }
-        out.push(("model.norm.weight".into(), self.hidden));
-        out
+        parts.layer = None;
+        parts.vector(format!("{}.weight", self.names.norm), &[h]);
+        if !self.tied_embeddings {
+            parts.linear(self.names.head.into(), Part::Head, [self.vocab, h], false);
+        }
+        parts
+    }
+
+    /// Every linear layer in the order of the forward pass. A tied head is not listed.
+    #[must_use]
+    pub fn modules(&self) -> Vec<Module> {
+        self.parts().modules
+    }
+
+    /// Every tensor that is no linear's, with its shape: norms, and what mixers have of their own.
+    #[must_use]
+    pub fn vectors(&self) -> Vec<Vector> {
+        self.parts().vectors
     }
 }

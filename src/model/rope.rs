@@ -6,6 +6,8 @@
 use crate::checkpoint::error::{CheckpointError, Result};
 use crate::checkpoint::json::Object;
 
+/// Where an architecture that turns part of a head does not say which.
+const DEFAULT_PART: f64 = 0.25;
 const KNOWN: &str = "default, linear, dynamic, yarn and llama3";
 /// transformers' `default_theta` of every architecture here.
 const DEFAULT_THETA: f64 = 10_000.0;
@@ -19,6 +21,8 @@ pub struct Rope {
     /// Base of the frequencies.
     pub theta: f64,
     pub scaling: RopeScaling,
+    /// The part of a head that turns, from its beginning, where a key says it.
+    pub part: Option<f64>,
 }
 
 /// How rotary frequencies are stretched for long contexts.
@@ -68,11 +72,11 @@ impl Rope {
         let mut notes = Vec::new();
         let block = block(c, &mut notes)?;
         let theta = theta(c, block.as_ref(), &mut notes)?;
-        for o in std::iter::once(c).chain(&block) {
-            if o.positive("partial_rotary_factor")?.is_some_and(|f| f != 1.0) {
-                return Err(o.error("partial_rotary_factor", "1"));
-            }
-        }
+        let inner = block.as_ref().map(|p| p.positive("partial_rotary_factor")).transpose()?.flatten();
+        let part = match inner {
+            Some(part) => Some(part),
+            None => c.positive("partial_rotary_factor")?,
+        };
         let scaling = match &block {
             None => RopeScaling::None,
             Some(p) => {
@@ -82,10 +86,34 @@ impl Rope {
                 scaling
             }
         };
-        Ok((Self { theta, scaling }, notes))
+        Ok((Self { theta, scaling, part }, notes))
     }
 
-    /// Frequency of each rotated pair, radians per position, [head_dim / 2].
+    /// That whole heads turn, as they do in most architectures.
+    ///
+    /// # Errors
+    /// When the configuration says otherwise.
+    pub fn whole_heads(&self, c: &Object) -> Result<()> {
+        match self.part.is_some_and(|p| p != 1.0) {
+            true => Err(block_of(c)?.as_ref().unwrap_or(c).error("partial_rotary_factor", "1")),
+            false => Ok(()),
+        }
+    }
+
+    /// Dimensions of a head of `head_dim` that turn.
+    ///
+    /// # Errors
+    /// When that is no even number of at most `head_dim`.
+    pub fn turned(&self, c: &Object, head_dim: usize) -> Result<usize> {
+        let turned = (self.part.unwrap_or(DEFAULT_PART) * head_dim as f64) as usize;
+        if turned == 0 || turned % 2 != 0 || turned > head_dim {
+            let expected = format!("a part of head_dim = {head_dim} that is even (RoPE rotates pairs)");
+            return Err(block_of(c)?.as_ref().unwrap_or(c).error("partial_rotary_factor", expected));
+        }
+        Ok(turned)
+    }
+
+    /// Frequency of each rotated pair of a head that turns `head_dim` dimensions, radians per position, [head_dim / 2].
     #[must_use]
     pub fn frequencies(&self, head_dim: usize) -> Vec<f32> {
         let theta = match self.scaling {
@@ -163,6 +191,11 @@ impl Yarn {
         // As transformers prevents the division by zero.
         (low, if low == high { high + 0.001 } else { high })
     }
+}
+
+/// The object that has the part of a head that turns, where it is not the file itself.
+fn block_of(c: &Object) -> Result<Option<Object>> {
+    Ok(block(c, &mut Vec::new())?.filter(|p| p.get("partial_rotary_factor").is_some()))
 }
 
 /// The object that says how to scale, and what is to be said where two of them do.
@@ -356,7 +389,10 @@ fn unused(p: &Object, kind: &str, notes: &mut Vec<String>) -> Result<()> {
         if value.is_object() {
             return Err(p.error(key, "a value; rules for each kind of layer are not supported"));
         }
-        let known = ["rope_type", "type", "rope_theta", "partial_rotary_factor"].contains(&key.as_str());
+        // With text alone, what Qwen's `mrope` says of images changes nothing.
+        const ANY: [&str; 6] =
+            ["rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"];
+        let known = ANY.contains(&key.as_str());
         if !known && !used.contains(&key.as_str()) && !value.is_null() {
             names.push(format!("`{}`", p.path(key)));
         }

@@ -1,0 +1,91 @@
+//! gpt-oss: attention with sinks, every other layer under a window, and mixtures of experts with clamped SwiGLU. Source:
+//! transformers 5.24 gpt_oss.
+
+use super::llama::plain_layer;
+use super::{
+    Activation, Architecture, AttentionConfig, Common, MixerConfig, MixtureConfig, MlpConfig, ModelConfig, Names, Scoring,
+    expert_count, head_dim, kv_heads, layer_count, layer_kinds, limit, only, width,
+};
+use crate::checkpoint::error::Result;
+use crate::checkpoint::json::Object;
+use crate::model::rope::Rope;
+
+/// What the gate's sigmoid is steepened by; no file has had another.
+const ALPHA: f64 = 1.702;
+
+pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig> {
+    let Common { hidden, vocab, heads, tied_embeddings, eos_tokens } = Common::read(c)?;
+    let kv_heads = kv_heads(c, heads, Some(8))?;
+    let head_dim = head_dim(c, hidden, heads, Some(64))?;
+    if head_dim % 2 != 0 {
+        return Err(c.error("head_dim", "an even number (RoPE rotates pairs)"));
+    }
+    only(c, "hidden_act", &["silu", "swish"])?;
+    if c.positive("swiglu_alpha")?.is_some_and(|a| a != ALPHA) {
+        return Err(c.error("swiglu_alpha", format!("{ALPHA}")));
+    }
+    let layers = layer_count(c)?;
+    let max_positions = c.integer("max_position_embeddings", 1..=limit::POSITIONS)?.unwrap_or(131_072);
+    let (rope, _) = Rope::read(c, max_positions)?;
+    rope.whole_heads(c)?;
+    let window = c.integer("sliding_window", 1..=limit::POSITIONS)?.unwrap_or(128);
+    let bias = c.bool_or("attention_bias", true)?;
+    let attention = AttentionConfig {
+        heads,
+        kv_heads,
+        head_dim,
+        window: None,
+        rope: Some(0),
+        qkv_bias: bias,
+        output_bias: bias,
+        qk_norm: false,
+        gated: false,
+        sinks: true,
+    };
+    let experts = expert_count(c, "num_local_experts", layers)?;
+    let key = if c.get("num_experts_per_tok").is_some() { "num_experts_per_tok" } else { "experts_per_token" };
+    let limit = c.positive_f32("swiglu_limit")?.unwrap_or(7.0);
+    let expert = MlpConfig {
+        width: width(c, "intermediate_size")?,
+        activation: Activation::ClampedSwiglu { limit },
+        bias: true,
+    };
+    let mixture = MixtureConfig {
+        router: "router",
+        router_bias: true,
+        experts,
+        top_k: c.required_integer(key, 1..=experts)?,
+        scoring: Scoring::SoftmaxOfChosen,
+        correction: None,
+        expert,
+        latent: None,
+        shared: None,
+    };
+    let windows: Vec<Option<usize>> = if c.get("layer_types").is_some() {
+        let kind = |kind: String| match kind.as_str() {
+            "sliding_attention" => Ok(Some(window)),
+            "full_attention" => Ok(None),
+            _ => Err(c.error("layer_types", "full_attention or sliding_attention")),
+        };
+        layer_kinds(c, "layer_types", layers)?.into_iter().map(kind).collect::<Result<_>>()?
+    } else {
+        (0..layers).map(|i| (i % 2 == 0).then_some(window)).collect()
+    };
+    let layer = |window: &Option<usize>| {
+        let attention = MixerConfig::Attention(AttentionConfig { window: *window, ..attention });
+        plain_layer(attention, MixerConfig::Mixture(mixture.clone()))
+    };
+    Ok(ModelConfig {
+        architecture,
+        names: Names::PLAIN,
+        hidden,
+        vocab,
+        max_positions,
+        rms_eps: c.positive_f32("rms_norm_eps")?.unwrap_or(1e-5),
+        ropes: vec![(rope, head_dim)],
+        layers: windows.iter().map(layer).collect(),
+        offset_norms: false,
+        tied_embeddings,
+        eos_tokens,
+    })
+}

@@ -1,0 +1,195 @@
+//! nemotron_h: Nemotron-H, Nemotron Nano 2 and Nemotron 3. Each layer is one step: Mamba-2, attention without positions, a
+//! feed-forward or a mixture. Source: transformers 5.24 nemotron_h, vLLM's mamba_mixer2.py.
+
+use super::{
+    Activation, Architecture, AttentionConfig, Common, HEAD_COUNT, HEAD_DIM, LayerConfig, MambaConfig, MixerConfig,
+    MixtureConfig, MlpConfig, ModelConfig, Names, Scoring, SharedConfig, StepConfig, expert_count, kv_heads, limit, only,
+    width,
+};
+use crate::checkpoint::error::Result;
+use crate::checkpoint::json::Object;
+
+const NAMES: Names =
+    Names { embedding: "backbone.embeddings", layers: "backbone.layers", norm: "backbone.norm_f", head: "lm_head" };
+
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Mamba,
+    Attention,
+    Mlp,
+    Mixture,
+}
+
+pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig> {
+    let common = Common::read(c)?;
+    let kinds = kinds(c)?;
+    let has = |kind| kinds.contains(&kind);
+    only(c, "mamba_hidden_act", &["silu", "swish"])?;
+    only(c, "mlp_hidden_act", &["relu2"])?;
+    let attention = has(Kind::Attention).then(|| attention(c, &common)).transpose()?;
+    let mamba = has(Kind::Mamba).then(|| mamba(c)).transpose()?;
+    let bias = c.bool_or("mlp_bias", false)?;
+    let mlp = |key: &str| -> Result<MlpConfig> {
+        Ok(MlpConfig { width: width(c, key)?, activation: Activation::Relu2, bias })
+    };
+    let dense = has(Kind::Mlp).then(|| mlp("intermediate_size")).transpose()?;
+    let mixtures = kinds.iter().filter(|k| **k == Kind::Mixture).count();
+    let mixture = (mixtures > 0).then(|| mixture(c, mixtures, &mlp)).transpose()?;
+    let layer = |kind: &Kind| {
+        let mixer = match kind {
+            Kind::Mamba => mamba.map(MixerConfig::Mamba),
+            Kind::Attention => attention.map(MixerConfig::Attention),
+            Kind::Mlp => dense.map(MixerConfig::Mlp),
+            Kind::Mixture => mixture.clone().map(MixerConfig::Mixture),
+        };
+        LayerConfig { steps: mixer.map(|mixer| StepConfig { norm: "norm", at: "mixer", mixer }).into_iter().collect() }
+    };
+    let eps = ["layer_norm_epsilon", "norm_eps", "rms_norm_eps"];
+    let eps = eps.iter().find_map(|key| c.positive_f32(key).transpose()).transpose()?;
+    Ok(ModelConfig {
+        architecture,
+        names: NAMES,
+        hidden: common.hidden,
+        vocab: common.vocab,
+        max_positions: c.integer("max_position_embeddings", 1..=limit::POSITIONS)?.unwrap_or(4096),
+        rms_eps: eps.unwrap_or(1e-5),
+        ropes: Vec::new(),
+        layers: kinds.iter().map(layer).collect(),
+        offset_norms: false,
+        tied_embeddings: common.tied_embeddings,
+        eos_tokens: common.eos_tokens,
+    })
+}
+
+/// The layers' kinds, in either spelling.
+fn kinds(c: &Object) -> Result<Vec<Kind>> {
+    const PATTERN: &str = "hybrid_override_pattern";
+    const LIST: &str = "layers_block_type";
+    let by_pattern = c.string(PATTERN)?.map(|pattern| {
+        let kind = |letter| match letter {
+            'M' => Ok(Kind::Mamba),
+            '*' => Ok(Kind::Attention),
+            '-' => Ok(Kind::Mlp),
+            'E' => Ok(Kind::Mixture),
+            _ => Err(c.error(PATTERN, "a string of M (Mamba-2), * (attention), - (feed-forward) and E (mixture)")),
+        };
+        pattern.chars().map(kind).collect::<Result<Vec<Kind>>>()
+    });
+    let by_list = (!c.strings(LIST)?.is_empty()).then(|| {
+        let kind = |name: &String| match name.as_str() {
+            "mamba" | "linear_attention" => Ok(Kind::Mamba),
+            "attention" | "full_attention" => Ok(Kind::Attention),
+            "mlp" => Ok(Kind::Mlp),
+            "moe" => Ok(Kind::Mixture),
+            _ => Err(c.error(LIST, "mamba (or linear_attention), attention (or full_attention), mlp and moe")),
+        };
+        c.strings(LIST)?.iter().map(kind).collect::<Result<Vec<Kind>>>()
+    });
+    let kinds = match (by_pattern.transpose()?, by_list.transpose()?) {
+        (Some(a), Some(b)) if a != b => {
+            return Err(c.error(PATTERN, format!("the layers that `{LIST}` has; correct the one that is wrong")));
+        }
+        (Some(kinds), _) | (None, Some(kinds)) => kinds,
+        (None, None) => return Err(c.error(PATTERN, format!("the kind of each layer, here or in `{LIST}`"))),
+    };
+    if kinds.is_empty() || kinds.len() > limit::LAYERS {
+        return Err(c.error(PATTERN, format!("from 1 to {} layers", limit::LAYERS)));
+    }
+    if c.integer("num_hidden_layers", 1..=limit::LAYERS)?.is_some_and(|n| n != kinds.len()) {
+        return Err(c.error("num_hidden_layers", format!("{}, the number of layers whose kind is given", kinds.len())));
+    }
+    Ok(kinds)
+}
+
+fn attention(c: &Object, common: &Common) -> Result<AttentionConfig> {
+    let heads = common.heads;
+    let bias = c.bool_or("attention_bias", false)?;
+    if c.get("sliding_window").is_some() {
+        return Err(c.error("sliding_window", "null: no released model of this architecture has a window"));
+    }
+    // Older files have the second name.
+    let head_dim = match c.integer("head_dim", HEAD_DIM)? {
+        Some(d) => d,
+        None => c.integer("attention_head_dim", HEAD_DIM)?.unwrap_or(128),
+    };
+    Ok(AttentionConfig {
+        heads,
+        kv_heads: kv_heads(c, heads, Some(8.min(heads)))?,
+        head_dim,
+        window: None,
+        rope: None,
+        qkv_bias: bias,
+        output_bias: bias,
+        qk_norm: false,
+        gated: false,
+        sinks: false,
+    })
+}
+
+fn mamba(c: &Object) -> Result<MambaConfig> {
+    let heads = c.required_integer("mamba_num_heads", HEAD_COUNT)?;
+    let head_dim = c.required_integer("mamba_head_dim", HEAD_DIM)?;
+    let groups = c.required_integer("n_groups", HEAD_COUNT)?;
+    if heads % groups != 0 {
+        return Err(c.error("n_groups", format!("a divisor of mamba_num_heads = {heads}")));
+    }
+    let state = c.required_integer("ssm_state_size", HEAD_DIM)?;
+    if heads * head_dim * state > limit::STATE {
+        return Err(c.error("ssm_state_size", format!("a state of at most {} values a layer", limit::STATE)));
+    }
+    let bias = c.bool_or("use_bias", false)? || c.bool_or("mamba_proj_bias", false)?;
+    Ok(MambaConfig {
+        heads,
+        head_dim,
+        groups,
+        state,
+        kernel: c.integer("conv_kernel", 1..=limit::KERNEL)?.unwrap_or(4),
+        convolution_bias: c.bool_or("use_conv_bias", true)?,
+        bias,
+        step_limit: step_limit(c)?,
+    })
+}
+
+/// Two numbers, the second infinite perhaps.
+fn step_limit(c: &Object) -> Result<(f32, f32)> {
+    const KEY: &str = "time_step_limit";
+    let Some(value) = c.get(KEY) else { return Ok((0.0, f32::INFINITY)) };
+    let number = |v: &serde_json::Value| match v.get("__float__").and_then(serde_json::Value::as_str) {
+        Some("Infinity") => Some(f64::INFINITY),
+        _ => v.as_f64(),
+    };
+    let pair = value.as_array().filter(|a| a.len() == 2).and_then(|a| Some((number(&a[0])?, number(&a[1])?)));
+    match pair {
+        Some((low, high)) if low >= 0.0 && low <= high => Ok((low as f32, high as f32)),
+        _ => Err(c.error(KEY, "a list of two numbers, the first at least 0 and at most the second")),
+    }
+}
+
+fn mixture(c: &Object, mixtures: usize, mlp: &dyn Fn(&str) -> Result<MlpConfig>) -> Result<MixtureConfig> {
+    let experts = expert_count(c, "n_routed_experts", mixtures)?;
+    let groups = c.integer("n_group", 1..=experts)?.unwrap_or(1);
+    if experts % groups != 0 {
+        return Err(c.error("n_group", format!("a divisor of n_routed_experts = {experts}")));
+    }
+    let kept = c.integer("topk_group", 1..=groups)?.unwrap_or(1);
+    let top_k = c.required_integer("num_experts_per_tok", 1..=kept * (experts / groups))?;
+    // More shared experts are one as wide as all of them.
+    let shared = c.integer("n_shared_experts", 0..=limit::EXPERTS)?.unwrap_or(1);
+    let shared = (shared > 0).then(|| mlp("moe_shared_expert_intermediate_size")).transpose()?;
+    Ok(MixtureConfig {
+        router: "gate",
+        router_bias: false,
+        experts,
+        top_k,
+        scoring: Scoring::Sigmoid {
+            groups,
+            kept,
+            normalize: c.bool_or("norm_topk_prob", true)?,
+            factor: c.positive_f32("routed_scaling_factor")?.unwrap_or(1.0),
+        },
+        correction: Some("gate.e_score_correction_bias"),
+        expert: mlp("moe_intermediate_size")?,
+        latent: c.integer("moe_latent_size", 1..=limit::WIDTH)?,
+        shared: shared.map(|mlp| SharedConfig { at: "shared_experts", mlp, gate: None }),
+    })
+}
