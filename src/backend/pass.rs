@@ -75,12 +75,12 @@ impl RopeRows {
         (&self.cos[part.clone()], &self.sin[part])
     }
 
-    /// Turns every head of a token's queries or keys: (a, b) → (a·cos - b·sin, b·cos + a·sin), a from the first half of the
-    /// head. `direction` -1 turns back.
-    pub fn turn(&self, token: &mut [f32], position: usize, direction: f32) {
+    /// Turns the first 2·half dimensions of each of a token's heads of `head_dim` and leaves the rest: (a, b) →
+    /// (a·cos - b·sin, b·cos + a·sin), a from the first half of what turns. `direction` -1 turns back.
+    pub fn turn(&self, token: &mut [f32], head_dim: usize, position: usize, direction: f32) {
         let (cos, sin) = self.at(position);
-        for head in token.chunks_exact_mut(2 * self.half) {
-            let (first, second) = head.split_at_mut(self.half);
+        for head in token.chunks_exact_mut(head_dim) {
+            let (first, second) = head[..2 * self.half].split_at_mut(self.half);
             for (((a, b), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
                 let s = direction * s;
                 (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
@@ -183,9 +183,9 @@ mod tests {
         let rows = table.upto(8);
         let before = [0.5, -2.0, 3.0, 1.0, 0.0, 4.0, -1.0, 0.25];
         let mut token = before;
-        rows.turn(&mut token, 7, 1.0);
+        rows.turn(&mut token, 4, 7, 1.0);
         assert!(token.iter().zip(&before).any(|(a, b)| (a - b).abs() > 0.5));
-        rows.turn(&mut token, 7, -1.0);
+        rows.turn(&mut token, 4, 7, -1.0);
         assert!(token.iter().zip(&before).all(|(a, b)| (a - b).abs() < 1e-6));
     }
 }

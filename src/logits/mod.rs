@@ -6,7 +6,7 @@ mod sampler;
 mod score;
 
 pub use params::{SamplingError, SamplingParams};
-pub use routing::{Routing, route_row};
+pub use routing::{RouterRule, RouterRuleError, RouterScores, Routing, route_row};
 pub use sampler::{Draw, History, Sampled, Sampler, Scratch};
 pub(crate) use sampler::{Question, generated_counts, largest_of, sure_log_prob};
 pub use score::{TokenScore, score_row, softmax_total};

@@ -149,7 +149,7 @@ pub(super) fn rotate(x: &mut [f32], shape: &AttentionShape, pass: &HostPass, dir
     let Some(rope) = shape.rope.map(|r| &pass.ropes[r]) else { return };
     let width = x.len() / pass.positions.len().max(1);
     let tokens = x.par_chunks_mut(width.max(1)).zip(&pass.positions);
-    tokens.for_each(|(token, &position)| rope.turn(token, position, direction));
+    tokens.for_each(|(token, &position)| rope.turn(token, shape.head_dim, position, direction));
 }
 
 /// New tokens of one sequence with all of its keys and values.

@@ -48,6 +48,23 @@ pub(in crate::backend) fn exp(x: f32) -> f32 {
     if x < -87.3 { 0.0 } else { p * power }
 }
 
+/// tanh x within 3 units in the last place.
+///
+/// Below 0.625 Cephes' tanhf (x + x³ · a polynomial in x²), above 1 - 2/(e²ˣ + 1).
+#[inline(always)]
+#[must_use]
+pub(in crate::backend) fn tanh(x: f32) -> f32 {
+    let (size, square) = (x.abs(), x * x);
+    let mut p = -5.704_988_7e-3f32;
+    p = p.mul_add(square, 2.063_908_8e-2);
+    p = p.mul_add(square, -5.373_971_5e-2);
+    p = p.mul_add(square, 1.333_144_2e-1);
+    p = p.mul_add(square, -3.333_328e-1);
+    let near = (p * square).mul_add(x, x);
+    let far = (1.0 - 2.0 / (exp(2.0 * size) + 1.0)).copysign(x);
+    if size < 0.625 { near } else { far }
+}
+
 multiversion! {
     /// RMS norm of each run of `weight.len()` values of `x` into `out`.
     pub(in crate::backend) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
@@ -108,16 +125,84 @@ multiversion! {
 }
 
 multiversion! {
-    /// Rotates the heads of one token: (a, b) → (a·cos - b·sin, b·cos + a·sin), a from the first half of the head.
-    pub(super) fn rotate(token: &mut [f32], cos: &[f32], sin: &[f32]) {
+    /// Rotates the first `2 · cos.len()` dimensions of each of a token's heads of `head_dim` and leaves the rest:
+    /// (a, b) → (a·cos - b·sin, b·cos + a·sin), a from the first half of what turns.
+    pub(super) fn rotate(token: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]) {
         let half = cos.len();
-        for head in token.chunks_exact_mut(2 * half) {
-            let (first, second) = head.split_at_mut(half);
+        for head in token.chunks_exact_mut(head_dim) {
+            let (first, second) = head[..2 * half].split_at_mut(half);
             for i in 0..half {
                 let (a, b) = (first[i], second[i]);
                 first[i] = a * cos[i] - b * sin[i];
                 second[i] = b * cos[i] + a * sin[i];
             }
+        }
+    }
+}
+
+multiversion! {
+    /// `x = max(x, 0)²`; NaN stays NaN.
+    pub(in crate::backend) fn relu2(x: &mut [f32]) {
+        for x in x {
+            let positive = if *x < 0.0 { 0.0 } else { *x };
+            *x = positive * positive;
+        }
+    }
+}
+
+multiversion! {
+    /// `gate = gelu(gate) · up`, by the approximation with tanh.
+    ///
+    /// x/2 · (1 + tanh y) = x · sigmoid(2y), which keeps its relative precision for negative x.
+    pub(in crate::backend) fn gelu_tanh_mul(gate: &mut [f32], up: &[f32]) {
+        /// 2·√(2/π).
+        const TWICE: f32 = 1.595_769_1;
+        for (g, u) in gate.iter_mut().zip(up) {
+            let y = TWICE * (0.044_715 * *g * *g).mul_add(*g, *g);
+            *g = *g / (1.0 + exp(-y)) * u;
+        }
+    }
+}
+
+multiversion! {
+    /// gpt_oss's activation: with g = min(gate, limit) and u = up within ±limit, `gate = (u + 1) · g · sigmoid(1.702 g)`;
+    /// NaN stays NaN.
+    pub(in crate::backend) fn clamped_swiglu(gate: &mut [f32], up: &[f32], limit: f32) {
+        /// Makes the sigmoid resemble GELU's.
+        const ALPHA: f32 = 1.702;
+        for (gate, up) in gate.iter_mut().zip(up) {
+            let g = if *gate > limit { limit } else { *gate };
+            let u = if *up > limit { limit } else { *up };
+            let u = if u < -limit { -limit } else { u };
+            *gate = (u + 1.0) * (g / (1.0 + exp(-ALPHA * g)));
+        }
+    }
+}
+
+multiversion! {
+    /// `x *= sigmoid(gate)`, value by value.
+    pub(in crate::backend) fn sigmoid_mul(x: &mut [f32], gate: &[f32]) {
+        for (x, g) in x.iter_mut().zip(gate) {
+            *x /= 1.0 + exp(-*g);
+        }
+    }
+}
+
+multiversion! {
+    /// `x *= sigmoid(gate)`, x [rows, columns], one value of `gate` a row.
+    pub(in crate::backend) fn sigmoid_mul_rows(x: &mut [f32], gate: &[f32], columns: usize) {
+        for (x, g) in x.chunks_exact_mut(columns).zip(gate) {
+            let divisor = 1.0 + exp(-*g);
+            x.iter_mut().for_each(|x| *x /= divisor);
+        }
+    }
+}
+
+multiversion! {
+    /// `x = cap · tanh(x / cap)`.
+    pub(in crate::backend) fn softcap(x: &mut [f32], cap: f32) {
+        for x in x {
+            *x = cap * tanh(*x / cap);
         }
     }
 }

@@ -7,6 +7,7 @@ pub(super) mod elementwise;
 pub mod isa;
 mod matmul;
 pub mod packed;
+pub mod recurrent;
 
 use std::sync::Arc;
 
@@ -86,7 +87,7 @@ impl CpuBackend {
         self.by_rows(&mut x.data, columns, |first, rows| {
             for (token, &position) in rows.chunks_exact_mut(columns).zip(&pass.positions[first..]) {
                 let (cos, sin) = rope.at(position);
-                elementwise::rotate(self.isa, token, cos, sin);
+                elementwise::rotate(self.isa, token, shape.head_dim, cos, sin);
             }
         });
     }

@@ -1,0 +1,1 @@
+//! Causal depthwise convolution, and what it keeps for the next pass.
