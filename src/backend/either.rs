@@ -3,11 +3,12 @@
 use recoup_ground::divergence::{Pair, RowError};
 
 use super::{
-    AttentionShape, Backend, BackendError, Batch, CacheLayout, Choice, Expert, HeadNorms, Result, Rotation, Span,
+    Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, Columns, DeltaInputs, DeltaNetShape,
+    DeltaNetWeights, Feature, Ffn, HeadNorms, HeadParameters, Mamba2Shape, Mamba2Weights, Result, Rotation, Span,
     Update,
 };
 use crate::formats::linear::LinearTensors;
-use crate::logits::{Draw, Routing, Sampled, SamplingError, Scratch, TokenScore};
+use crate::logits::{Draw, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore};
 
 /// A backend of one of two kinds, or what belongs to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +84,16 @@ fn update_b<A: Backend, B: Backend>(update: Update<'_, Either<A, B>>) -> Result<
     })
 }
 
+fn ffn_a<'a, A, B>(f: &Ffn<'a, Either<A, B>>) -> Result<Ffn<'a, A>> {
+    let gate = f.gate.map(Either::a).transpose()?;
+    Ok(Ffn { gate, up: f.up.a()?, down: f.down.a()?, activation: f.activation })
+}
+
+fn ffn_b<'a, A, B>(f: &Ffn<'a, Either<A, B>>) -> Result<Ffn<'a, B>> {
+    let gate = f.gate.map(Either::b).transpose()?;
+    Ok(Ffn { gate, up: f.up.b()?, down: f.down.b()?, activation: f.activation })
+}
+
 /// The call of whichever backend it is.
 macro_rules! of {
     ($self:ident, |$backend:ident| $a:expr, $b:expr) => {
@@ -96,7 +107,9 @@ macro_rules! of {
 impl<A: Backend, B: Backend> Backend for Either<A, B> {
     type Tensor = Either<A::Tensor, B::Tensor>;
     type Linear = Either<A::Linear, B::Linear>;
-    type Norm = Either<A::Norm, B::Norm>;
+    type Vector = Either<A::Vector, B::Vector>;
+    type Mamba = Either<A::Mamba, B::Mamba>;
+    type DeltaNet = Either<A::DeltaNet, B::DeltaNet>;
     type Cache = Either<A::Cache, B::Cache>;
     type Rope = Either<A::Rope, B::Rope>;
     type Pass = Either<A::Pass, B::Pass>;
@@ -113,8 +126,26 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
         }
     }
 
-    fn load_norm(&self, weight: Vec<f32>) -> Result<Self::Norm> {
-        of!(self, |x| x.load_norm(weight).map(Either::A), x.load_norm(weight).map(Either::B))
+    fn name(&self) -> &'static str {
+        of!(self, |x| x.name(), x.name())
+    }
+
+    fn has(&self, feature: Feature) -> bool {
+        of!(self, |x| x.has(feature), x.has(feature))
+    }
+
+    fn load_vector(&self, values: Vec<f32>) -> Result<Self::Vector> {
+        of!(self, |x| x.load_vector(values).map(Either::A), x.load_vector(values).map(Either::B))
+    }
+
+    fn load_mamba(&self, shape: Mamba2Shape, weights: Mamba2Weights) -> Result<Self::Mamba> {
+        of!(self, |x| x.load_mamba(shape, weights).map(Either::A), x.load_mamba(shape, weights).map(Either::B))
+    }
+
+    fn load_delta_net(&self, shape: DeltaNetShape, weights: DeltaNetWeights) -> Result<Self::DeltaNet> {
+        of!(self, |x| x.load_delta_net(shape, weights).map(Either::A), {
+            x.load_delta_net(shape, weights).map(Either::B)
+        })
     }
 
     fn load_rope(&self, rotation: Rotation) -> Result<Self::Rope> {
@@ -125,8 +156,12 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
         of!(self, |x| x.new_cache(layout).map(Either::A), x.new_cache(layout).map(Either::B))
     }
 
-    fn grow(&self, cache: &mut Self::Cache, pages: usize) -> Result<()> {
-        of!(self, |x| x.grow(cache.a_mut()?, pages), x.grow(cache.b_mut()?, pages))
+    fn grow(&self, cache: &mut Self::Cache, pages: usize, slots: usize) -> Result<()> {
+        of!(self, |x| x.grow(cache.a_mut()?, pages, slots), x.grow(cache.b_mut()?, pages, slots))
+    }
+
+    fn copy_state(&self, cache: &mut Self::Cache, from: u32, to: u32) -> Result<()> {
+        of!(self, |x| x.copy_state(cache.a_mut()?, from, to), x.copy_state(cache.b_mut()?, from, to))
     }
 
     fn fork(&self, cache: &mut Self::Cache, from: &Span, to: &Span) -> Result<()> {
@@ -145,7 +180,7 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
         of!(self, |x| x.embed(table.a()?, pass.a()?).map(Either::A), x.embed(table.b()?, pass.b()?).map(Either::B))
     }
 
-    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Norm, eps: f32) -> Result<Self::Tensor> {
+    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Vector, eps: f32) -> Result<Self::Tensor> {
         of!(self, |by| by.rms_norm(x.a()?, weight.a()?, eps).map(Either::A), {
             by.rms_norm(x.b()?, weight.b()?, eps).map(Either::B)
         })
@@ -163,11 +198,12 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
         q: Self::Tensor,
         k: Self::Tensor,
         v: Self::Tensor,
+        sinks: Option<&Self::Vector>,
         shape: &AttentionShape,
         pass: &Self::Pass,
         cache: &mut Self::Cache,
     ) -> Result<Self::Tensor> {
-        self.normed_attention(q, k, v, None, shape, pass, cache)
+        self.normed_attention(q, k, v, HeadParameters { norms: None, sinks }, shape, pass, cache)
     }
 
     fn rotated(&self, k: &Self::Tensor, shape: &AttentionShape, pass: &Self::Pass) -> Result<Vec<f32>> {
@@ -184,8 +220,8 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
         })
     }
 
-    fn route(&self, logits: &Self::Tensor, choice: &Choice) -> Result<Vec<Routing>> {
-        of!(self, |x| x.route(logits.a()?, choice), x.route(logits.b()?, choice))
+    fn route(&self, logits: &Self::Tensor, rule: &RouterRule) -> Result<Vec<Routing>> {
+        of!(self, |x| x.route(logits.a()?, rule), x.route(logits.b()?, rule))
     }
 
     fn select_rows(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor> {
@@ -212,7 +248,7 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
         &self,
         x: Self::Tensor,
         update: Update<'_, Self>,
-        norm: &Self::Norm,
+        norm: &Self::Vector,
         eps: f32,
         readers: &[&Self::Linear],
     ) -> Result<(Self::Tensor, Self::Tensor)> {
@@ -235,46 +271,95 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
         q: Self::Tensor,
         k: Self::Tensor,
         v: Self::Tensor,
-        norms: Option<HeadNorms<'_, Self>>,
+        heads: HeadParameters<'_, Self>,
         shape: &AttentionShape,
         pass: &Self::Pass,
         cache: &mut Self::Cache,
     ) -> Result<Self::Tensor> {
         match self {
             Either::A(by) => {
-                let norms = norms.map(|n| Ok(HeadNorms { q: n.q.a()?, k: n.k.a()?, eps: n.eps })).transpose()?;
+                let norms = heads.norms.map(|n| Ok(HeadNorms { q: n.q.a()?, k: n.k.a()?, eps: n.eps })).transpose()?;
+                let heads = HeadParameters { norms, sinks: heads.sinks.map(|s| s.a()).transpose()? };
                 let (q, k, v) = (q.into_a()?, k.into_a()?, v.into_a()?);
-                by.normed_attention(q, k, v, norms, shape, pass.a()?, cache.a_mut()?).map(Either::A)
+                by.normed_attention(q, k, v, heads, shape, pass.a()?, cache.a_mut()?).map(Either::A)
             }
             Either::B(by) => {
-                let norms = norms.map(|n| Ok(HeadNorms { q: n.q.b()?, k: n.k.b()?, eps: n.eps })).transpose()?;
+                let norms = heads.norms.map(|n| Ok(HeadNorms { q: n.q.b()?, k: n.k.b()?, eps: n.eps })).transpose()?;
+                let heads = HeadParameters { norms, sinks: heads.sinks.map(|s| s.b()).transpose()? };
                 let (q, k, v) = (q.into_b()?, k.into_b()?, v.into_b()?);
-                by.normed_attention(q, k, v, norms, shape, pass.b()?, cache.b_mut()?).map(Either::B)
+                by.normed_attention(q, k, v, heads, shape, pass.b()?, cache.b_mut()?).map(Either::B)
             }
         }
     }
 
-    fn gated(&self, x: &Self::Tensor, gate: &Self::Linear, up: &Self::Linear) -> Result<Self::Tensor> {
-        of!(self, |by| by.gated(x.a()?, gate.a()?, up.a()?).map(Either::A), {
-            by.gated(x.b()?, gate.b()?, up.b()?).map(Either::B)
+    fn expanded(&self, x: &Self::Tensor, ffn: &Ffn<'_, Self::Linear>) -> Result<Self::Tensor> {
+        of!(self, |by| by.expanded(x.a()?, &ffn_a(ffn)?).map(Either::A), {
+            by.expanded(x.b()?, &ffn_b(ffn)?).map(Either::B)
         })
     }
 
     fn mixture(
         &self,
         x: &Self::Tensor,
+        routed: &Self::Tensor,
         router: &Self::Linear,
-        experts: &[Expert<'_, Self::Linear>],
-        choice: &Choice,
+        experts: &[Ffn<'_, Self::Linear>],
+        rule: &RouterRule,
     ) -> Result<Self::Tensor> {
         match self {
+            Either::A(by) => by.mixture(x.a()?, routed.a()?, router.a()?, &all(experts, ffn_a)?, rule).map(Either::A),
+            Either::B(by) => by.mixture(x.b()?, routed.b()?, router.b()?, &all(experts, ffn_b)?, rule).map(Either::B),
+        }
+    }
+
+    fn activate(&self, x: Self::Tensor, up: Option<&Self::Tensor>, activation: Activation) -> Result<Self::Tensor> {
+        of!(self, |by| by.activate(x.into_a()?, up.map(|u| u.a()).transpose()?, activation).map(Either::A), {
+            by.activate(x.into_b()?, up.map(|u| u.b()).transpose()?, activation).map(Either::B)
+        })
+    }
+
+    fn gate(&self, x: Self::Tensor, gate: &Self::Tensor) -> Result<Self::Tensor> {
+        of!(self, |by| by.gate(x.into_a()?, gate.a()?).map(Either::A), by.gate(x.into_b()?, gate.b()?).map(Either::B))
+    }
+
+    fn scale(&self, x: Self::Tensor, factor: f32) -> Result<Self::Tensor> {
+        of!(self, |by| by.scale(x.into_a()?, factor).map(Either::A), by.scale(x.into_b()?, factor).map(Either::B))
+    }
+
+    fn columns(&self, x: &Self::Tensor, columns: Columns) -> Result<Self::Tensor> {
+        of!(self, |by| by.columns(x.a()?, columns).map(Either::A), by.columns(x.b()?, columns).map(Either::B))
+    }
+
+    fn mamba(
+        &self,
+        x: Self::Tensor,
+        mixer: &Self::Mamba,
+        layer: usize,
+        pass: &Self::Pass,
+        cache: &mut Self::Cache,
+    ) -> Result<Self::Tensor> {
+        of!(self, |by| by.mamba(x.into_a()?, mixer.a()?, layer, pass.a()?, cache.a_mut()?).map(Either::A), {
+            by.mamba(x.into_b()?, mixer.b()?, layer, pass.b()?, cache.b_mut()?).map(Either::B)
+        })
+    }
+
+    fn delta_net(
+        &self,
+        inputs: DeltaInputs<Self::Tensor>,
+        mixer: &Self::DeltaNet,
+        layer: usize,
+        pass: &Self::Pass,
+        cache: &mut Self::Cache,
+    ) -> Result<Self::Tensor> {
+        let DeltaInputs { qkv, z, b, a } = inputs;
+        match self {
             Either::A(by) => {
-                let experts = all(experts, |e| Ok(Expert { gate: e.gate.a()?, up: e.up.a()?, down: e.down.a()? }))?;
-                by.mixture(x.a()?, router.a()?, &experts, choice).map(Either::A)
+                let inputs = DeltaInputs { qkv: qkv.into_a()?, z: z.into_a()?, b: b.into_a()?, a: a.into_a()? };
+                by.delta_net(inputs, mixer.a()?, layer, pass.a()?, cache.a_mut()?).map(Either::A)
             }
             Either::B(by) => {
-                let experts = all(experts, |e| Ok(Expert { gate: e.gate.b()?, up: e.up.b()?, down: e.down.b()? }))?;
-                by.mixture(x.b()?, router.b()?, &experts, choice).map(Either::B)
+                let inputs = DeltaInputs { qkv: qkv.into_b()?, z: z.into_b()?, b: b.into_b()?, a: a.into_b()? };
+                by.delta_net(inputs, mixer.b()?, layer, pass.b()?, cache.b_mut()?).map(Either::B)
             }
         }
     }

@@ -16,12 +16,13 @@ use std::sync::Arc;
 
 use recoup_ground::divergence::{Pair, RowError, compare_rows};
 
+pub use self::cpu::recurrent::{DeltaNetShape, DeltaNetWeights, Mamba2Shape, Mamba2Weights, RecurrentShape};
 pub use self::either::Either;
 pub use self::pass::{Batch, HostPass, PAGE, RopeRows, RopeTable, Rotation, Span};
 use crate::formats::kv::KvFormat;
 use crate::formats::linear::LinearTensors;
 use crate::formats::{all_finite, squares_finite};
-use crate::logits::{Draw, Routing, Sampled, SamplingError, Scratch, TokenScore};
+use crate::logits::{Draw, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore};
 
 /// Version of what is computed: to be raised with every change that changes a bit of any logits, or the tokens that a text
 /// becomes. Results that are kept on disk are kept under it, so that another version's are never given out as this one's;
@@ -125,105 +126,13 @@ pub struct HeadParameters<'a, B: Backend> {
     pub sinks: Option<&'a B::Vector>,
 }
 
-/// Shape of one Mamba-2 layer.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct MambaShape {
-    /// Index among the cache's recurrent layers.
-    pub cache: usize,
-    pub heads: usize,
-    pub head_dim: usize,
-    /// Groups of heads that share B and C, and that the norm is over.
-    pub groups: usize,
-    /// Values of the state for each of a head's dimensions.
-    pub state: usize,
-    /// Width of the convolution.
-    pub kernel: usize,
-    /// What steps are clamped to; (0, ∞): nothing.
-    pub step_limit: (f32, f32),
-    pub eps: f32,
-}
-
-impl MambaShape {
-    /// heads · head_dim.
-    #[must_use]
-    pub fn inner(&self) -> usize {
-        self.heads * self.head_dim
-    }
-
-    /// What the convolution runs over: x, B and C.
-    #[must_use]
-    pub fn channels(&self) -> usize {
-        self.inner() + 2 * self.groups * self.state
-    }
-
-    /// What it keeps of a sequence.
-    #[must_use]
-    pub fn kept(&self) -> RecurrentCache {
-        RecurrentCache { tail: self.kernel - 1, channels: self.channels(), state: self.inner() * self.state }
-    }
-}
-
-/// Numbers of one Mamba-2 layer beside its products.
-pub struct MambaParameters<'a, B: Backend> {
-    /// [channels, kernel].
-    pub convolution: &'a B::Vector,
-    /// [channels].
-    pub bias: Option<&'a B::Vector>,
-    /// [heads] each.
-    pub a_log: &'a B::Vector,
-    pub d: &'a B::Vector,
-    pub step_bias: &'a B::Vector,
-    /// [heads · head_dim].
-    pub norm: &'a B::Vector,
-}
-
-/// Shape of one gated delta net.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct DeltaShape {
-    /// Index among the cache's recurrent layers.
-    pub cache: usize,
-    pub key_heads: usize,
-    pub value_heads: usize,
-    pub key_dim: usize,
-    pub value_dim: usize,
-    /// Width of the convolution.
-    pub kernel: usize,
-    pub eps: f32,
-}
-
-impl DeltaShape {
-    /// What the convolution runs over: queries, keys and values.
-    #[must_use]
-    pub fn channels(&self) -> usize {
-        2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
-    }
-
-    /// What it keeps of a sequence.
-    #[must_use]
-    pub fn kept(&self) -> RecurrentCache {
-        let state = self.value_heads * self.key_dim * self.value_dim;
-        RecurrentCache { tail: self.kernel - 1, channels: self.channels(), state }
-    }
-}
-
-/// Numbers of one gated delta net beside its products.
-pub struct DeltaParameters<'a, B: Backend> {
-    /// [channels, kernel].
-    pub convolution: &'a B::Vector,
-    /// [value heads] each.
-    pub a_log: &'a B::Vector,
-    pub step_bias: &'a B::Vector,
-    /// [value_dim].
-    pub norm: &'a B::Vector,
-}
-
 /// What enters a gated delta net, one row a token.
 pub struct DeltaInputs<T> {
     /// Queries, keys and values before the convolution, [T, channels].
     pub qkv: T,
     /// The output's gate, [T, value heads · value_dim].
     pub z: T,
-    /// Rate of writing and of forgetting, [T, value heads] each.
+    /// How much is written, and forgotten, [T, value heads] each.
     pub b: T,
     pub a: T,
 }
@@ -236,31 +145,13 @@ pub struct LayerCache {
     pub head_dim: usize,
 }
 
-/// What one recurrent layer keeps of a sequence, in f32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RecurrentCache {
-    /// Last rows of what its convolution reads, and their length.
-    pub tail: usize,
-    pub channels: usize,
-    /// Values of its state.
-    pub state: usize,
-}
-
-impl RecurrentCache {
-    /// Bytes of one sequence.
-    #[must_use]
-    pub fn bytes(&self) -> usize {
-        4 * (self.tail * self.channels + self.state)
-    }
-}
-
 /// What a cache must hold.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct CacheLayout {
     /// Attention layers.
     pub layers: Vec<LayerCache>,
     /// Recurrent layers.
-    pub recurrent: Vec<RecurrentCache>,
+    pub recurrent: Vec<RecurrentShape>,
     /// Pages of [`PAGE`] tokens, of every attention layer.
     pub pages: usize,
     /// Sequences whose state every recurrent layer has room for.
@@ -337,15 +228,6 @@ impl Feature {
     }
 }
 
-/// How a mixture's router chooses.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Choice {
-    /// Experts a token.
-    pub top_k: usize,
-    /// Whether their weights are rescaled to one.
-    pub normalize: bool,
-}
-
 /// What is to be added to the residual stream.
 pub enum Update<'a, B: Backend> {
     /// The product of a mixer's last linear, not computed yet.
@@ -363,6 +245,9 @@ pub trait Backend: Send + Sync + Sized {
     type Linear: Send + Sync;
     /// Numbers that are no matrix: a norm's weight, a layer's sinks.
     type Vector: Send + Sync;
+    /// A Mamba-2 mixer, and a gated delta net, without their products.
+    type Mamba: Send + Sync;
+    type DeltaNet: Send + Sync;
     type Cache: Send;
     /// A rotation, ready for every position.
     type Rope: Send + Sync;
@@ -388,6 +273,18 @@ pub trait Backend: Send + Sync + Sized {
 
     /// Takes numbers over.
     fn load_vector(&self, values: Vec<f32>) -> Result<Self::Vector>;
+
+    /// Takes the numbers of a Mamba-2 mixer over.
+    #[allow(unused_variables)]
+    fn load_mamba(&self, shape: Mamba2Shape, weights: Mamba2Weights) -> Result<Self::Mamba> {
+        missing(self, Feature::Mamba)
+    }
+
+    /// Takes the numbers of a gated delta net over.
+    #[allow(unused_variables)]
+    fn load_delta_net(&self, shape: DeltaNetShape, weights: DeltaNetWeights) -> Result<Self::DeltaNet> {
+        missing(self, Feature::DeltaNet)
+    }
 
     /// Takes a rotation over.
     fn load_rope(&self, rotation: Rotation) -> Result<Self::Rope>;
@@ -444,7 +341,7 @@ pub trait Backend: Send + Sync + Sized {
     fn silu_mul(&self, gate: Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor>;
 
     /// The experts of each row's router logits.
-    fn route(&self, logits: &Self::Tensor, choice: &Choice) -> Result<Vec<Routing>>;
+    fn route(&self, logits: &Self::Tensor, rule: &RouterRule) -> Result<Vec<Routing>>;
 
     /// The given rows of x, in the given order.
     fn select_rows(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor>;
@@ -521,9 +418,9 @@ pub trait Backend: Send + Sync + Sized {
         routed: &Self::Tensor,
         router: &Self::Linear,
         experts: &[Ffn<'_, Self::Linear>],
-        choice: &Choice,
+        rule: &RouterRule,
     ) -> Result<Self::Tensor> {
-        mixture_by_expert(self, x, routed, router, experts, choice)
+        mixture_by_expert(self, x, routed, router, experts, rule)
     }
 
     // What only some architectures need, see [`Feature`].
@@ -552,14 +449,15 @@ pub trait Backend: Send + Sync + Sized {
         missing(self, Feature::FusedLinears)
     }
 
-    /// A Mamba-2 layer between its two products, x [T, inner | channels | heads] → [T, inner]: convolution, recurrence, and
-    /// the norm over what z gates. Reads and leaves the state of each span's slot; a span that starts at 0 begins anew.
+    /// A Mamba-2 mixer between its two products, x [T, inner | channels | heads] → [T, inner]: convolution, recurrence, and
+    /// the norm over what z gates. Reads and leaves the state that recurrent layer `layer` of the cache keeps in each span's
+    /// slot; a span that starts at 0 begins anew.
     #[allow(unused_variables)]
     fn mamba(
         &self,
         x: Self::Tensor,
-        parameters: &MambaParameters<'_, Self>,
-        shape: &MambaShape,
+        mixer: &Self::Mamba,
+        layer: usize,
         pass: &Self::Pass,
         cache: &mut Self::Cache,
     ) -> Result<Self::Tensor> {
@@ -571,8 +469,8 @@ pub trait Backend: Send + Sync + Sized {
     fn delta_net(
         &self,
         inputs: DeltaInputs<Self::Tensor>,
-        parameters: &DeltaParameters<'_, Self>,
-        shape: &DeltaShape,
+        mixer: &Self::DeltaNet,
+        layer: usize,
         pass: &Self::Pass,
         cache: &mut Self::Cache,
     ) -> Result<Self::Tensor> {
@@ -644,9 +542,9 @@ fn mixture_by_expert<B: Backend>(
     routed: &B::Tensor,
     router: &B::Linear,
     experts: &[Ffn<'_, B::Linear>],
-    choice: &Choice,
+    rule: &RouterRule,
 ) -> Result<B::Tensor> {
-    let routing = backend.route(&one(backend.linears(routed, &[router])?)?, choice)?;
+    let routing = backend.route(&one(backend.linears(routed, &[router])?)?, rule)?;
     let mut takers: Vec<(Vec<usize>, Vec<f32>)> = vec![Default::default(); experts.len()];
     for (row, chosen) in routing.iter().enumerate() {
         for &(expert, weight) in chosen {

@@ -6,9 +6,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use recoup_ground::divergence::{Pair, RowError};
 
-use super::{AttentionShape, Backend, Batch, CacheLayout, Choice, Named, Result, Rotation, Span};
+use super::{
+    Activation, AttentionShape, Backend, Batch, CacheLayout, Columns, DeltaInputs, DeltaNetShape, DeltaNetWeights,
+    Feature, Mamba2Shape, Mamba2Weights, Named, Result, Rotation, Span,
+};
 use crate::formats::linear::LinearTensors;
-use crate::logits::{Draw, Routing, Sampled, SamplingError, Scratch, TokenScore};
+use crate::logits::{Draw, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore};
 
 /// What is shown on the way.
 pub trait Observer {
@@ -117,7 +120,9 @@ impl<B: Backend, O: Observer> Observed<B, O> {
 impl<B: Backend, O: Observer + Send> Backend for Observed<B, O> {
     type Tensor = B::Tensor;
     type Linear = Named<B::Linear>;
-    type Norm = B::Norm;
+    type Vector = B::Vector;
+    type Mamba = B::Mamba;
+    type DeltaNet = B::DeltaNet;
     type Cache = B::Cache;
     type Rope = B::Rope;
     type Pass = B::Pass;
@@ -144,8 +149,24 @@ impl<B: Backend, O: Observer + Send> Backend for Observed<B, O> {
         self.inner.resident_bytes(linear)
     }
 
-    fn load_norm(&self, weight: Vec<f32>) -> Result<B::Norm> {
-        self.inner.load_norm(weight)
+    fn name(&self) -> &'static str {
+        self.inner.name()
+    }
+
+    fn has(&self, feature: Feature) -> bool {
+        self.inner.has(feature)
+    }
+
+    fn load_vector(&self, values: Vec<f32>) -> Result<B::Vector> {
+        self.inner.load_vector(values)
+    }
+
+    fn load_mamba(&self, shape: Mamba2Shape, weights: Mamba2Weights) -> Result<B::Mamba> {
+        self.inner.load_mamba(shape, weights)
+    }
+
+    fn load_delta_net(&self, shape: DeltaNetShape, weights: DeltaNetWeights) -> Result<B::DeltaNet> {
+        self.inner.load_delta_net(shape, weights)
     }
 
     fn load_rope(&self, rotation: Rotation) -> Result<B::Rope> {
@@ -156,8 +177,12 @@ impl<B: Backend, O: Observer + Send> Backend for Observed<B, O> {
         self.inner.new_cache(layout)
     }
 
-    fn grow(&self, cache: &mut B::Cache, pages: usize) -> Result<()> {
-        self.inner.grow(cache, pages)
+    fn grow(&self, cache: &mut B::Cache, pages: usize, slots: usize) -> Result<()> {
+        self.inner.grow(cache, pages, slots)
+    }
+
+    fn copy_state(&self, cache: &mut B::Cache, from: u32, to: u32) -> Result<()> {
+        self.inner.copy_state(cache, from, to)
     }
 
     fn fork(&self, cache: &mut B::Cache, from: &Span, to: &Span) -> Result<()> {
@@ -176,7 +201,7 @@ impl<B: Backend, O: Observer + Send> Backend for Observed<B, O> {
         Ok(embedded)
     }
 
-    fn rms_norm(&self, x: &B::Tensor, weight: &B::Norm, eps: f32) -> Result<B::Tensor> {
+    fn rms_norm(&self, x: &B::Tensor, weight: &B::Vector, eps: f32) -> Result<B::Tensor> {
         self.inner.rms_norm(x, weight, eps)
     }
 
@@ -185,6 +210,7 @@ impl<B: Backend, O: Observer + Send> Backend for Observed<B, O> {
         q: B::Tensor,
         k: B::Tensor,
         v: B::Tensor,
+        sinks: Option<&B::Vector>,
         shape: &AttentionShape,
         pass: &B::Pass,
         cache: &mut B::Cache,
@@ -193,7 +219,7 @@ impl<B: Backend, O: Observer + Send> Backend for Observed<B, O> {
             let (keys, values) = (self.inner.rotated(&k, shape, pass)?, self.inner.to_host(&v)?);
             self.with_observer(|o| o.cached(shape.layer, &keys, &values));
         }
-        let mixed = self.inner.attention(q, k, v, shape, pass, cache)?;
+        let mixed = self.inner.attention(q, k, v, sinks, shape, pass, cache)?;
         if self.wants_outputs() {
             let host = self.inner.to_host(&mixed)?;
             self.with_observer(|o| o.attended(shape.layer, &host));
@@ -213,8 +239,46 @@ impl<B: Backend, O: Observer + Send> Backend for Observed<B, O> {
         self.inner.silu_mul(gate, up)
     }
 
-    fn route(&self, logits: &B::Tensor, choice: &Choice) -> Result<Vec<Routing>> {
-        self.inner.route(logits, choice)
+    fn route(&self, logits: &B::Tensor, rule: &RouterRule) -> Result<Vec<Routing>> {
+        self.inner.route(logits, rule)
+    }
+
+    fn activate(&self, x: B::Tensor, up: Option<&B::Tensor>, activation: Activation) -> Result<B::Tensor> {
+        self.inner.activate(x, up, activation)
+    }
+
+    fn gate(&self, x: B::Tensor, gate: &B::Tensor) -> Result<B::Tensor> {
+        self.inner.gate(x, gate)
+    }
+
+    fn scale(&self, x: B::Tensor, factor: f32) -> Result<B::Tensor> {
+        self.inner.scale(x, factor)
+    }
+
+    fn columns(&self, x: &B::Tensor, columns: Columns) -> Result<B::Tensor> {
+        self.inner.columns(x, columns)
+    }
+
+    fn mamba(
+        &self,
+        x: B::Tensor,
+        mixer: &B::Mamba,
+        layer: usize,
+        pass: &B::Pass,
+        cache: &mut B::Cache,
+    ) -> Result<B::Tensor> {
+        self.inner.mamba(x, mixer, layer, pass, cache)
+    }
+
+    fn delta_net(
+        &self,
+        inputs: DeltaInputs<B::Tensor>,
+        mixer: &B::DeltaNet,
+        layer: usize,
+        pass: &B::Pass,
+        cache: &mut B::Cache,
+    ) -> Result<B::Tensor> {
+        self.inner.delta_net(inputs, mixer, layer, pass, cache)
     }
 
     fn select_rows(&self, x: &B::Tensor, rows: &[usize]) -> Result<B::Tensor> {

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::options::{model_folder, text_notes};
 use crate::checkpoint::Checkpoint;
+use crate::model::config::{MixerConfig, MixtureConfig, ModelConfig};
 use crate::model::inspection::{Inspection, Row};
 
 #[derive(clap::Args)]
@@ -56,7 +57,7 @@ fn print_json(checkpoint: &Checkpoint, found: &Inspection) -> Result<()> {
         "algorithm": checkpoint.announced.algorithm,
         "kv_cache": if checkpoint.announced.fp8_kv_cache { "fp8" } else { "unquantized" },
         "kv_cache_scales": checkpoint.announced.fp8_kv_cache.then_some(if checkpoint.unit_kv_scales { "1.0" } else { "stored" }),
-        "layers": config.map(|c| c.layers),
+        "layers": config.map(|c| c.layers.len()),
         "hidden_size": config.map(|c| c.hidden),
         "vocab_size": config.map(|c| c.vocab),
         "max_positions": config.map(|c| c.max_positions),
@@ -71,20 +72,55 @@ fn print_json(checkpoint: &Checkpoint, found: &Inspection) -> Result<()> {
     Ok(())
 }
 
+/// Heads of the attention layers, each kind once.
+fn attention(c: &ModelConfig) -> String {
+    let mut kinds: Vec<String> = Vec::new();
+    for (_, _, a) in c.attentions() {
+        let kind = format!(", {} heads ({} KV) of {}", a.heads, a.kv_heads, a.head_dim);
+        if !kinds.contains(&kind) {
+            kinds.push(kind);
+        }
+    }
+    kinds.concat()
+}
+
+/// What the layers are made of, where that is more than attention and a feed-forward.
+fn mixers(c: &ModelConfig) -> String {
+    let experts = |m: &MixtureConfig| format!("{} experts, {} per token", m.experts, m.rule.top_k);
+    let moe = c.mixtures().first().map_or(String::new(), |(_, _, m)| format!(", {}", experts(m)));
+    if c.plain().is_some() {
+        return moe;
+    }
+    let mut counts: Vec<(&str, usize)> = Vec::new();
+    for step in c.layers.iter().flat_map(|l| &l.steps) {
+        let name = match step.mixer {
+            MixerConfig::Attention(_) => "attention",
+            MixerConfig::Mamba(_) => "Mamba-2",
+            MixerConfig::DeltaNet(_) => "gated delta net",
+            MixerConfig::Mlp(_) => "feed-forward",
+            MixerConfig::Mixture(_) => "mixture",
+        };
+        match counts.iter_mut().find(|c| c.0 == name) {
+            Some(count) => count.1 += 1,
+            None => counts.push((name, 1)),
+        }
+    }
+    let counts: Vec<String> = counts.iter().map(|(name, count)| format!("{count} x {name}")).collect();
+    format!("{moe}\nmixers    {}", counts.join(", "))
+}
+
 fn print_text(checkpoint: &Checkpoint, found: &Inspection, all: bool) -> Result<()> {
     let Inspection { config, rows, notes, problems } = found;
     super::outln!("{}", checkpoint.tensors.folder().display());
     if let Some(c) = config {
-        let moe = c.moe.map_or(String::new(), |m| format!(", {} experts, {} per token", m.experts, m.top_k));
         super::outln!(
-            "model     {:?}: {} layers, hidden {}, {} heads ({} KV) of {}, vocabulary {}{moe}",
+            "model     {:?}: {} layers, hidden {}{}, vocabulary {}{}",
             c.architecture,
-            c.layers,
+            c.layers.len(),
             c.hidden,
-            c.heads,
-            c.kv_heads,
-            c.head_dim,
-            c.vocab
+            attention(c),
+            c.vocab,
+            mixers(c)
         );
         super::outln!(
             "context   {} positions; embeddings {}",

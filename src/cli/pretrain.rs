@@ -127,7 +127,7 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
         patience: None,
         save_every: Duration::from_secs(args.save_every),
     };
-    let mut display = Display::new(&plan, student.decoder.config.layers);
+    let mut display = Display::new(&plan, student.decoder.config.layers.len());
     let lesson = Lesson { plan: &plan, teacher: None, data: &data, watched, stages_beside: None };
     let show = &mut |event: &Event| display.show(event);
     let outcome = session.train(&mut student, &checkpoint, lesson, show, || ())?;

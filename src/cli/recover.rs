@@ -191,7 +191,7 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
         patience: args.patience,
         save_every: Duration::from_secs(args.save_every),
     };
-    let mut display = Display::new(&plan, config.layers);
+    let mut display = Display::new(&plan, config.layers.len());
     let stages_beside = args.keep_stages.then(|| claims[0].target());
     let lesson = Lesson { plan: &plan, teacher: Some(&decoder), data: &data, watched, stages_beside };
     let show = &mut |event: &Event| display.show(event);

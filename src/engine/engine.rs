@@ -21,6 +21,9 @@ const LOGIT_ROWS: usize = 128;
 /// Pages by which the cache grows, at least.
 const GROWTH: usize = 16;
 
+/// Bytes of recurrent states that are kept for sequences to come, unless that is less than two of them.
+const KEPT_STATES: usize = 256 << 20;
+
 /// Why the engine cannot go on, or does not take a request.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -82,9 +85,12 @@ impl<'m, B: Backend> Engine<'m, B> {
     /// # Errors
     /// When the backend cannot make a cache.
     pub fn new(model: &'m Decoder<B>, limits: Limits, kv: KvFormat) -> Result<Self, EngineError> {
+        let state = model.state_bytes();
+        let states = (state > 0).then(|| limits.states.unwrap_or((KEPT_STATES / state).clamp(2, 64)));
+        let limits = Limits { states, ..limits };
         Ok(Self {
             model,
-            cache: model.new_cache(0, kv)?,
+            cache: model.new_cache(0, 0, kv)?,
             room: 0,
             scheduler: Scheduler::new(limits),
             tasks: HashMap::new(),
@@ -217,7 +223,13 @@ impl<'m, B: Backend> Engine<'m, B> {
             return Ok(events);
         }
         let hidden = self.compute(&plan)?;
-        self.scheduler.computed(&plan);
+        let copies = self.scheduler.computed(&plan);
+        if !copies.is_empty() {
+            self.model.backend().grow(&mut self.cache, self.room, self.scheduler.slots())?;
+            for (from, to) in copies {
+                self.model.backend().copy_state(&mut self.cache, from, to)?;
+            }
+        }
         let (mut next, mut scores, mut logits) = (Vec::new(), Vec::new(), Vec::new());
         let mut first = 0;
         for part in &plan.parts {
@@ -250,21 +262,25 @@ impl<'m, B: Backend> Engine<'m, B> {
         if plan.pages > self.room {
             let room = (self.room + (self.room / 4).max(GROWTH)).min(self.scheduler.limits().pages);
             self.room = room.max(plan.pages);
-            backend.grow(&mut self.cache, self.room)?;
         }
+        backend.grow(&mut self.cache, self.room, plan.slots)?;
         for copy in &plan.copies {
             let span = |page| Span {
                 start: copy.before.len() * PAGE + copy.tokens,
                 len: 0,
                 pages: [&copy.before[..], &[page]].concat(),
+                slot: 0,
             };
             backend.fork(&mut self.cache, &span(copy.from), &span(copy.to))?;
+        }
+        for &(from, to) in &plan.states {
+            backend.copy_state(&mut self.cache, from, to)?;
         }
         let mut batch = Batch::default();
         for part in &plan.parts {
             batch.tokens.extend_from_slice(&self.scheduler.tokens(part.id)[part.range.clone()]);
             let (start, len, pages) = (part.range.start, part.range.len(), part.pages.clone());
-            batch.spans.push(Span { start, len, pages });
+            batch.spans.push(Span { start, len, pages, slot: part.slot });
         }
         self.model.hidden(&batch, &mut self.cache)
     }

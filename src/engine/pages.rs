@@ -6,8 +6,11 @@
 //! of a page is shared by a copy. A user of a page uses all above it too, so what nobody uses is whole subtrees, which are
 //! taken leaf by leaf, the one that was used longest ago first.
 //!
-//! Pure: numbers of pages, not their contents. State that a recurrent layer has after the tokens of a node would stand
-//! beside the node's page.
+//! Recurrent layers keep no tokens but a state, in slots. A running sequence has one; beside some nodes stands one with the
+//! state after their tokens, without which their pages are of no use to another sequence. Those that were used longest ago
+//! give way.
+//!
+//! Pure: numbers of pages and slots, not their contents.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
@@ -32,6 +35,12 @@ pub struct Pages {
     /// Nodes that nobody uses.
     idle: usize,
     clock: u64,
+    /// Slots at most, those that were ever handed out, and which of these are free.
+    slot_limit: usize,
+    slots_made: usize,
+    free_slots: Vec<u32>,
+    /// Nodes with a state, by when that was used last.
+    states: BTreeSet<(u64, u32)>,
 }
 
 #[derive(Debug, Default)]
@@ -46,6 +55,8 @@ struct Node {
     tokens: Box<[u32]>,
     children: Children,
     last_use: u64,
+    /// Slot with the state after its tokens, and when that was used last.
+    state: Option<(u32, u64)>,
 }
 
 /// What the tree holds of a sequence's beginning.
@@ -79,6 +90,73 @@ impl Pages {
             leaves: BTreeSet::new(),
             idle: 0,
             clock: 0,
+            slot_limit: 0,
+            slots_made: 0,
+            free_slots: Vec::new(),
+            states: BTreeSet::new(),
+        }
+    }
+
+    /// With at most `limit` slots.
+    #[must_use]
+    pub fn with_slots(self, limit: usize) -> Self {
+        Self { slot_limit: limit, ..self }
+    }
+
+    /// Slots that the cache must have.
+    #[must_use]
+    pub fn slots(&self) -> usize {
+        self.slots_made
+    }
+
+    /// A slot, its contents undefined: a free one, a new one, or that of the state used longest ago. `None` when all are
+    /// with sequences.
+    pub fn take_slot(&mut self) -> Option<u32> {
+        if let Some(slot) = self.free_slots.pop() {
+            return Some(slot);
+        }
+        if self.slots_made < self.slot_limit {
+            self.slots_made += 1;
+            return Some((self.slots_made - 1) as u32);
+        }
+        let (_, page) = self.states.pop_first()?;
+        self.all[page as usize].node.as_mut()?.state.take().map(|s| s.0)
+    }
+
+    /// Gives a slot back.
+    pub fn release_slot(&mut self, slot: u32) {
+        self.free_slots.push(slot);
+    }
+
+    /// Slot for the state after the tokens of node `page`, which the caller fills; `None` where it has one, is no node, or
+    /// all slots are with sequences.
+    pub fn keep_state(&mut self, page: u32) -> Option<u32> {
+        let bare = |p: &Page| p.node.as_ref().is_some_and(|n| n.state.is_none());
+        if !bare(&self.all[page as usize]) {
+            return None;
+        }
+        let slot = self.take_slot()?;
+        self.clock += 1;
+        self.states.insert((self.clock, page));
+        self.all[page as usize].node.as_mut()?.state = Some((slot, self.clock));
+        Some(slot)
+    }
+
+    /// How many of these pages, from the first on, end in a node with a state, and its slot.
+    #[must_use]
+    pub fn state_of(&self, pages: &[u32]) -> Option<(usize, u32)> {
+        let state = |&page: &u32| self.all[page as usize].node.as_ref()?.state;
+        let at = pages.iter().rposition(|p| state(p).is_some())?;
+        state(&pages[at]).map(|s| (at + 1, s.0))
+    }
+
+    /// Notes that the state beside `page` is used.
+    pub fn touch_state(&mut self, page: u32) {
+        self.clock += 1;
+        if let Some((_, used)) = self.all[page as usize].node.as_mut().and_then(|n| n.state.as_mut()) {
+            self.states.remove(&(*used, page));
+            *used = self.clock;
+            self.states.insert((*used, page));
         }
     }
 
@@ -132,6 +210,10 @@ impl Pages {
         let (_, page) = self.leaves.pop_first()?;
         let node = self.all[page as usize].node.take()?;
         self.idle -= 1;
+        if let Some((slot, used)) = node.state {
+            self.states.remove(&(used, page));
+            self.free_slots.push(slot);
+        }
         self.children_mut(node.parent).remove(&node.tokens);
         if let Some(parent) = node.parent {
             self.enter_leaf(parent);
@@ -222,7 +304,7 @@ impl Pages {
             return page;
         }
         siblings.insert(tokens.into(), page);
-        let node = Node { parent, tokens: tokens.into(), children: Children::new(), last_use: self.clock };
+        let node = Node { parent, tokens: tokens.into(), children: Children::new(), last_use: self.clock, state: None };
         self.all[page as usize].node = Some(node);
         page
     }

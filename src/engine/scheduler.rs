@@ -9,12 +9,16 @@
 //! A sequence that begins like one whose beginning is being computed waits until it can share that. Others overtake it
 //! meanwhile, which is the only overtaking there is.
 //!
+//! Where a model has recurrent layers, a beginning can be shared only where its state was kept: after the last whole page
+//! before what is wanted of a sequence, after pieces of prompts that end with a page, and where another sequence was found to
+//! part.
+//!
 //! Pure: a state in, a plan out; [`super::Engine`] carries plans out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::{Bound, Range};
 
-use super::pages::{Pages, common};
+use super::pages::{Held, Pages, common};
 use super::sequence::{Id, Sequence};
 use crate::backend::PAGE;
 
@@ -37,6 +41,8 @@ pub struct Limits {
     pub sequences: usize,
     /// Tokens of one pass: bounds the memory of activations, changes no result.
     pub pass: usize,
+    /// States of recurrent layers that are kept for sequences to come; `None` where a model has no such layers.
+    pub states: Option<usize>,
 }
 
 impl Limits {
@@ -45,7 +51,7 @@ impl Limits {
     pub fn new(context: usize, sequences: usize) -> Self {
         // A partly filled page, and a page that one is copied from.
         let pages = sequences.saturating_mul(context.div_ceil(PAGE) + 2);
-        Self { context, pages, kept: 64, sequences, pass: 512 }
+        Self { context, pages, kept: 64, sequences, pass: 512, states: None }
     }
 }
 
@@ -59,6 +65,8 @@ pub struct Part {
     pub wanted: usize,
     /// Pages for all tokens up to the range's end.
     pub pages: Vec<u32>,
+    /// Slot of its recurrent state; 0 where there is none.
+    pub slot: u32,
 }
 
 /// A sequence that begins with tokens of another that end within a page: the page is copied.
@@ -72,13 +80,18 @@ pub struct Copy {
     pub tokens: usize,
 }
 
+/// The slot whose state is copied, and the slot it is copied to.
+pub type StateCopy = (u32, u32);
+
 /// One pass: first the copies, in order, then all parts at once.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     pub copies: Vec<Copy>,
+    pub states: Vec<StateCopy>,
     pub parts: Vec<Part>,
-    /// Pages that the cache must have.
+    /// Pages and slots that the cache must have before parts are computed.
     pub pages: usize,
+    pub slots: usize,
 }
 
 /// The sequences and their pages.
@@ -101,7 +114,8 @@ impl Scheduler {
             pass: limits.pass.max(1),
             ..limits
         };
-        let pages = Pages::new(limits.pages, limits.kept);
+        let slots = limits.states.map_or(0, |kept| limits.sequences.saturating_add(kept));
+        let pages = Pages::new(limits.pages, limits.kept).with_slots(slots);
         Self { limits, pages, waiting: BTreeMap::new(), running: BTreeMap::new(), next: 0 }
     }
 
@@ -164,17 +178,26 @@ impl Scheduler {
         let mut budget = self.limits.pass;
         self.go_on(&mut plan, &mut budget);
         self.admit(&mut plan, &mut budget);
-        plan.pages = self.pages.made();
+        (plan.pages, plan.slots) = (self.pages.made(), self.pages.slots());
         plan
     }
 
-    /// The parts of a plan have been computed.
-    pub fn computed(&mut self, plan: &Plan) {
+    /// The parts of a plan have been computed. Returns copies of states to be made at once, in order.
+    pub fn computed(&mut self, plan: &Plan) -> Vec<StateCopy> {
+        let mut copies = Vec::new();
         for part in &plan.parts {
             if let Some(sequence) = self.running.get_mut(&part.id) {
                 sequence.advance(part.range.end, &mut self.pages);
+                copies.extend(sequence.keep_state(&mut self.pages));
             }
         }
+        copies
+    }
+
+    /// Slots that the cache must have by now.
+    #[must_use]
+    pub fn slots(&self) -> usize {
+        self.pages.slots()
     }
 
     /// Plans parts of the sequences that run. Where pages run out, the newest gives way.
@@ -208,13 +231,20 @@ impl Scheduler {
             let Some((&id, sequence)) = next else { break };
             after = Some(id);
             let reusable = sequence.reusable();
-            let held = self.pages.find(reusable);
-            let begun = self.running.values().filter(|s| s.remaining() > 1);
-            let coming = begun.map(|s| common(&s.tokens, reusable)).max().unwrap_or(0);
+            let mut held = self.pages.find(reusable);
+            let mut state = None;
+            let mut cuts = BTreeSet::new();
+            if self.limits.states.is_some() {
+                cuts.extend([reusable.len() / PAGE * PAGE, held.pages.len() * PAGE]);
+                state = self.pages.state_of(&held.pages);
+                held = Held { pages: held.pages[..state.map_or(0, |s| s.0)].to_vec(), partial: None };
+            }
+            let coming = self.coming(id);
             if coming >= held.tokens() + MIN_SHARED {
                 put_off += 1;
                 continue;
             }
+            let Some(sequence) = self.waiting.get(&id) else { break };
             let mut pages = held.pages;
             pages.iter().for_each(|&page| self.pages.retain(page));
             if sequence.tokens.len().div_ceil(PAGE) - pages.len() > self.pages.available() {
@@ -231,6 +261,17 @@ impl Scheduler {
                 pages.push(to);
                 computed += tokens;
             }
+            if self.limits.states.is_some() {
+                // No more sequences run than there are slots beside those of states.
+                if let (Some((_, from)), Some(last)) = (state, pages.last()) {
+                    self.pages.touch_state(*last);
+                    sequence.slot = self.pages.take_slot();
+                    plan.states.extend(sequence.slot.map(|to| (from, to)));
+                } else {
+                    sequence.slot = self.pages.take_slot();
+                }
+                sequence.cuts = cuts;
+            }
             sequence.begin(pages, whole, computed);
             if let Some(part) = part(id, &mut sequence, &mut self.pages, *budget) {
                 *budget -= part.range.len();
@@ -238,6 +279,28 @@ impl Scheduler {
             }
             self.running.insert(id, sequence);
         }
+    }
+
+    /// How much of the beginning of a sequence that waits is being computed by one that runs, and can be shared then.
+    fn coming(&mut self, id: Id) -> usize {
+        let Some(sequence) = self.waiting.get(&id) else { return 0 };
+        let reusable = sequence.reusable();
+        let mut most = 0;
+        for other in self.running.values_mut().filter(|s| s.remaining() > 1) {
+            let shared = common(&other.tokens, reusable);
+            let whole = shared / PAGE * PAGE;
+            most = most.max(match self.limits.states {
+                None => shared,
+                Some(0) => 0,
+                // Where the two part, the other's state is kept if it is not beyond.
+                Some(_) if whole > other.computed => {
+                    other.cuts.insert(whole);
+                    whole
+                }
+                Some(_) => 0,
+            });
+        }
+        most
     }
 
     /// A page that is not `page`, which stays what it is meanwhile.
@@ -252,14 +315,16 @@ impl Scheduler {
 /// As much of a sequence as there are tokens in the budget and pages; none if there is no page.
 fn part(id: Id, sequence: &mut Sequence, pages: &mut Pages, budget: usize) -> Option<Part> {
     let start = sequence.computed;
-    let needed = (start + sequence.remaining().min(budget)).div_ceil(PAGE);
+    let reach = sequence.reach(start + sequence.remaining().min(budget));
+    let needed = reach.div_ceil(PAGE);
     while sequence.pages.len() < needed {
         let Some(page) = pages.take() else { break };
         sequence.pages.push(page);
     }
-    let end = (start + sequence.remaining().min(budget)).min(sequence.pages.len() * PAGE);
+    let end = reach.min(sequence.pages.len() * PAGE);
+    let slot = sequence.slot.unwrap_or(0);
     let held = sequence.pages[..end.div_ceil(PAGE)].to_vec();
-    (end > start).then_some(Part { id, range: start..end, wanted: sequence.wanted, pages: held })
+    (end > start).then_some(Part { id, range: start..end, wanted: sequence.wanted, pages: held, slot })
 }
 
 #[cfg(test)]

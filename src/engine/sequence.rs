@@ -1,5 +1,7 @@
 //! One sequence on its way through the model: its tokens, how many of them are computed, and where.
 
+use std::collections::BTreeSet;
+
 use super::pages::Pages;
 use crate::backend::PAGE;
 
@@ -7,7 +9,7 @@ use crate::backend::PAGE;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Id(pub u64);
 
-/// A sequence. State that recurrent layers keep of it would stand beside `pages`.
+/// A sequence.
 #[derive(Clone, Debug)]
 pub(super) struct Sequence {
     /// Given and chosen ones.
@@ -21,11 +23,15 @@ pub(super) struct Sequence {
     pub pages: Vec<u32>,
     /// How many of them are in the tree of [`Pages`]: whole ones.
     kept: usize,
+    /// Where recurrent layers keep its state; `None` while it waits, and where there are no such layers.
+    pub slot: Option<u32>,
+    /// Numbers of tokens, whole pages, after which the state is to be kept for others: a pass ends there.
+    pub cuts: BTreeSet<usize>,
 }
 
 impl Sequence {
     pub fn new(tokens: Vec<u32>, wanted: usize) -> Self {
-        Self { tokens, computed: 0, wanted, pages: Vec::new(), kept: 0 }
+        Self { tokens, computed: 0, wanted, pages: Vec::new(), kept: 0, slot: None, cuts: BTreeSet::new() }
     }
 
     /// Tokens to compute.
@@ -43,6 +49,18 @@ impl Sequence {
         (self.pages, self.kept, self.computed) = (pages, kept, computed);
     }
 
+    /// How far a pass may go that is to end at `end` at the latest.
+    pub fn reach(&self, end: usize) -> usize {
+        self.cuts.range(self.computed + 1..).next().map_or(end, |cut| end.min(*cut))
+    }
+
+    /// Slot of its own and the slot to copy it to, where the state after what is computed is worth keeping: more of the
+    /// prompt follows, and others may begin like this.
+    pub fn keep_state(&self, pages: &mut Pages) -> Option<(u32, u32)> {
+        let slot = self.slot.filter(|_| self.remaining() > 0 && self.computed == self.kept * PAGE)?;
+        Some((slot, pages.keep_state(self.pages[self.kept.checked_sub(1)?])?))
+    }
+
     /// Tokens up to `end` are computed; whole pages become everyone's.
     pub fn advance(&mut self, end: usize, pages: &mut Pages) {
         self.computed = end;
@@ -58,6 +76,10 @@ impl Sequence {
             self.keep_page(pages, self.computed);
         }
         pages.release(&std::mem::take(&mut self.pages));
+        if let Some(slot) = self.slot.take() {
+            pages.release_slot(slot);
+        }
+        self.cuts.clear();
         (self.computed, self.kept) = (0, 0);
     }
 

@@ -7,6 +7,7 @@ use crate::backend::{Backend, Batch, PAGE, Span};
 use crate::engine::EngineError;
 use crate::formats::kv::KvFormat;
 use crate::logits::{Draw, History, Sampled, Sampler, SamplingParams, Scratch};
+use crate::model::modules::Part;
 use crate::model::{Decoder, ModelConfig, Wanted};
 
 /// Tokens of a prompt that are computed at once, as the engine does.
@@ -70,18 +71,23 @@ impl Load {
     pub fn of<B: Backend>(model: &Decoder<B>, kv: KvFormat) -> Self {
         let config = &model.config;
         let mut load = Self { cache: cache_bytes(config, kv), ..Self::default() };
-        let share = config.moe.map_or(1.0, |m| m.top_k as f64 / m.experts as f64);
+        let mixtures = config.mixtures();
+        let share = |layer: usize| {
+            let mixture = mixtures.iter().find(|m| m.0 == layer);
+            mixture.map_or(1.0, |(_, _, m)| m.rule.top_k as f64 / m.experts as f64)
+        };
         let modules = config.modules();
         for (linear, module) in model.linears().zip(&modules) {
             let bytes = model.backend().resident_bytes(linear) as f64;
             let products = (module.role.n * module.role.k) as f64;
             match (module.layer, module.expert) {
-                (None, _) if &*module.name == "model.embed_tokens" && !config.tied_embeddings => {}
+                (None, _) if module.part == Part::Embedding && !config.tied_embeddings => {}
                 (None, _) => {
                     load.weights += bytes;
                     load.head += products;
                 }
-                (_, Some(_)) => {
+                (Some(layer), Some(_)) => {
+                    let share = share(layer);
                     load.weights += share * bytes;
                     load.experts = (load.experts.0 + share * bytes, load.experts.1 + bytes);
                     load.products += share * products;
@@ -117,7 +123,7 @@ fn cache_bytes(config: &ModelConfig, kv: KvFormat) -> f64 {
         KvFormat::Bf16 => 2.0,
         KvFormat::Fp8 { .. } => 1.0,
     };
-    2.0 * element * (config.layers * config.kv_heads * config.head_dim) as f64
+    2.0 * element * config.attentions().iter().map(|(_, _, a)| a.kv_heads * a.head_dim).sum::<usize>() as f64
 }
 
 /// Measures one case; `repeats` prompts.
@@ -132,7 +138,7 @@ pub fn measure<B: Backend>(
 ) -> Result<Timing, EngineError> {
     let Case { batch, prompt, generate } = case;
     let each = (prompt + generate).div_ceil(PAGE);
-    let mut cache = model.new_cache(batch * each * PAGE, kv)?;
+    let mut cache = model.new_cache(batch * each * PAGE, batch, kv)?;
     let pages = |sequence: usize| (sequence * each..(sequence + 1) * each).map(|p| p as u32).collect::<Vec<u32>>();
     let token = |sequence: usize, i: usize| ((i * 7919 + sequence * 104_729 + 13) % model.config.vocab) as u32;
     let sampler = Sampler::new(SamplingParams::greedy())?;
@@ -151,7 +157,8 @@ pub fn measure<B: Backend>(
         while done < prompt {
             let len = PIECE.min(prompt - done);
             let tokens = (done..done + len).map(|i| token(sequence, i)).collect();
-            let pass = Batch { tokens, spans: vec![Span { start: done, len, pages: pages(sequence) }] };
+            let pass =
+                Batch { tokens, spans: vec![Span { start: done, len, pages: pages(sequence), slot: sequence as u32 }] };
             let logits = model.forward(&pass, &mut cache, Wanted::Last)?;
             done += len;
             if done == prompt {
@@ -165,7 +172,7 @@ pub fn measure<B: Backend>(
     let mut steps = Vec::with_capacity(generate);
     for at in 0..generate {
         let start = Instant::now();
-        let spans = (0..batch).map(|s| Span { start: prompt + at, len: 1, pages: pages(s) }).collect();
+        let spans = (0..batch).map(|s| Span { start: prompt + at, len: 1, pages: pages(s), slot: s as u32 }).collect();
         let logits = model.forward(&Batch { tokens: next.clone(), spans }, &mut cache, Wanted::Last)?;
         next = choose(&logits, batch)?;
         steps.push(start.elapsed().as_secs_f64());

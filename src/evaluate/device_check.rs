@@ -3,13 +3,13 @@
 use std::fmt;
 
 use crate::backend::{
-    AttentionShape, Backend, BackendError, Batch, CacheLayout, Choice, Expert, HeadNorms, LayerCache, PAGE, Rotation,
-    Span, Update,
+    Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, Ffn, HeadNorms, HeadParameters, LayerCache,
+    PAGE, Rotation, Span, Update,
 };
 use crate::formats::kv::KvFormat;
 use crate::formats::linear::{ActivationFormat, Element, LinearTensors};
 use crate::formats::synthetic::{self, Blocks, WEIGHTS};
-use crate::logits::{Draw, History, Sampler, SamplingParams, Scratch};
+use crate::logits::{Draw, History, RouterRule, Sampler, SamplingParams, Scratch};
 use crate::random::SplitMix64;
 
 /// Sums in f32 in another order, and floats of which 16 bits are kept, explain this much of a product (Frobenius, relative).
@@ -192,7 +192,7 @@ fn attention<A: Backend, B: Backend>(
     window: Option<usize>,
     out: &mut Vec<Checked>,
 ) -> Result<(), Failure> {
-    let shape = AttentionShape { layer: 0, heads, kv_heads, head_dim, window, rope: Some(0) };
+    let shape = AttentionShape { layer: 0, cache: 0, heads, kv_heads, head_dim, window, rope: Some(0) };
     let (cache, allowed) = match kv {
         KvFormat::F32 => ("f32", ATTENTION),
         KvFormat::Bf16 => ("BF16", REQUANTIZED),
@@ -233,11 +233,11 @@ fn mixture<A: Backend, B: Backend>(
     out: &mut Vec<Checked>,
 ) -> Result<(), Failure> {
     for (rows, normalize) in [(1, true), (5, false), (40, true)] {
-        let choice = Choice { top_k: 2, normalize };
+        let rule = RouterRule::softmax(2, normalize);
         let what =
             format!("mixture of 6 experts, {:?} {:?}, {rows} rows, top 2, normalized {normalize}", weight.0, weight.1);
-        let expected = Side { backend: cpu }.mixture(seed, rows, weight, &choice).map_err(of(&what))?;
-        let got = Side { backend: device }.mixture(seed, rows, weight, &choice).map_err(of(&what))?;
+        let expected = Side { backend: cpu }.mixture(seed, rows, weight, &rule).map_err(of(&what))?;
+        let got = Side { backend: device }.mixture(seed, rows, weight, &rule).map_err(of(&what))?;
         out.push(Checked { what, deviation: deviation(&got, &expected), allowed: REQUANTIZED });
     }
     Ok(())
@@ -277,17 +277,18 @@ impl<B: Backend> Side<'_, B> {
         let frequencies = (0..half).map(|i| 10_000f32.powf(-(i as f32) / half as f32)).collect();
         let rope = b.load_rope(Rotation { frequencies, factor: 1.0 })?;
         let norm = |r: &mut SplitMix64| (0..shape.head_dim).map(|_| 1.0 + 0.3 * synthetic::uniform(r)).collect();
-        let (q_norm, k_norm) = (b.load_norm(norm(&mut r))?, b.load_norm(norm(&mut r))?);
+        let (q_norm, k_norm) = (b.load_vector(norm(&mut r))?, b.load_vector(norm(&mut r))?);
         let layer = LayerCache { format: kv, kv_heads: shape.kv_heads, head_dim: shape.head_dim };
         let (first, second) = (21, 275);
         let counts = [first, second].map(|n: usize| (n + 2).div_ceil(PAGE));
-        let mut cache = b.new_cache(&CacheLayout { layers: vec![layer], pages: counts[0] + counts[1] })?;
+        let mut cache =
+            b.new_cache(&CacheLayout { layers: vec![layer], pages: counts[0] + counts[1], ..CacheLayout::default() })?;
         // Pages in no order.
         let pages: [Vec<u32>; 2] = [
             (0..counts[0]).map(|p| (counts[1] + p) as u32).collect(),
             (0..counts[1]).rev().map(|p| p as u32).collect(),
         ];
-        let span = |start: usize, len: usize, of: usize| Span { start, len, pages: pages[of].clone() };
+        let span = |start: usize, len: usize, of: usize| Span { start, len, pages: pages[of].clone(), slot: of as u32 };
         let mut all = Vec::new();
         for spans in [vec![span(0, first, 0), span(0, second, 1)], vec![span(first, 1, 0), span(second, 2, 1)]] {
             let tokens: usize = spans.iter().map(|s| s.len).sum();
@@ -298,7 +299,8 @@ impl<B: Backend> Side<'_, B> {
             };
             let (q, k, v) = (tensor(shape.heads)?, tensor(shape.kv_heads)?, tensor(shape.kv_heads)?);
             let norms = HeadNorms { q: &q_norm, k: &k_norm, eps: 1e-6 };
-            all.extend(b.to_host(&b.normed_attention(q, k, v, Some(norms), shape, &pass, &mut cache)?)?);
+            let heads = HeadParameters { norms: Some(norms), sinks: None };
+            all.extend(b.to_host(&b.normed_attention(q, k, v, heads, shape, &pass, &mut cache)?)?);
         }
         Ok(all)
     }
@@ -309,7 +311,7 @@ impl<B: Backend> Side<'_, B> {
         let mut tensor = |columns: usize| b.tensor(values(&mut r, rows * columns), columns);
         let (x, y) = (tensor(width)?, tensor(width)?);
         let (gate, up) = (tensor(width)?, tensor(width)?);
-        let norm = b.load_norm((0..width).map(|_| 1.0 + 0.3 * synthetic::uniform(&mut r)).collect())?;
+        let norm = b.load_vector((0..width).map(|_| 1.0 + 0.3 * synthetic::uniform(&mut r)).collect())?;
         let (sum, normed) = b.residual_norm(x.clone(), Update::Ready(y.clone()), &norm, 1e-5, &[])?;
         let picked: Vec<usize> = (0..rows).rev().collect();
         let weights: Vec<f32> = (0..rows).map(|i| 0.5 + i as f32).collect();
@@ -334,7 +336,7 @@ impl<B: Backend> Side<'_, B> {
         seed: u64,
         rows: usize,
         weight: (Element, Blocks),
-        choice: &Choice,
+        rule: &RouterRule,
     ) -> Result<Vec<f32>, BackendError> {
         const EXPERTS: usize = 6;
         let (hidden, middle) = (64, 96);
@@ -356,10 +358,12 @@ impl<B: Backend> Side<'_, B> {
                 Ok([part(middle, hidden)?, part(middle, hidden)?, part(hidden, middle)?])
             })
             .collect::<Result<_, BackendError>>()?;
-        let experts: Vec<Expert<'_, B::Linear>> =
-            experts.iter().map(|[gate, up, down]| Expert { gate, up, down }).collect();
+        let experts: Vec<Ffn<'_, B::Linear>> = experts
+            .iter()
+            .map(|[gate, up, down]| Ffn { gate: Some(gate), up, down, activation: Activation::Silu })
+            .collect();
         let x = b.tensor((0..rows * hidden).map(|_| synthetic::uniform(&mut r)).collect(), hidden)?;
-        b.to_host(&b.mixture(&x, &router, &experts, choice)?)
+        b.to_host(&b.mixture(&x, &x, &router, &experts, rule)?)
     }
 
     fn readings(&self, seed: u64, vocab: usize) -> Result<Vec<(&'static str, Vec<f32>)>, BackendError> {

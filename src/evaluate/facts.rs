@@ -60,11 +60,11 @@ pub fn resident_bytes<B: Backend>(model: &Decoder<B>) -> u64 {
 pub fn speed<B: Backend>(model: &Decoder<B>, kv: KvFormat) -> backend::Result<(f64, f64)> {
     let length = PREFILL_TOKENS.min(model.config.max_positions.saturating_sub(DECODE_TOKENS)).max(1);
     let token = |i: usize| ((i * 7919 + 13) % model.config.vocab) as u32;
-    let mut cache = model.new_cache(length + DECODE_TOKENS, kv)?;
+    let mut cache = model.new_cache(length + DECODE_TOKENS, 1, kv)?;
     let mut forward = |start: usize, len: usize| {
         let pages = (0..(start + len).div_ceil(PAGE) as u32).collect();
         let tokens = (start..start + len).map(token).collect();
-        model.forward(&Batch { tokens, spans: vec![Span { start, len, pages }] }, &mut cache, Wanted::Last)
+        model.forward(&Batch { tokens, spans: vec![Span { start, len, pages, slot: 0 }] }, &mut cache, Wanted::Last)
     };
     // The first pass pays for fresh memory.
     forward(0, length)?;

@@ -61,7 +61,7 @@ pub fn check<B: Backend + Clone>(
     });
     let model = Decoder::load(observed, checkpoint)?;
     let tokens = &tokens[..tokens.len().min(TOKENS)];
-    let mut cache = model.new_cache(tokens.len().next_multiple_of(PAGE), KvFormat::F32)?;
+    let mut cache = model.new_cache(tokens.len().next_multiple_of(PAGE), 1, KvFormat::F32)?;
     model.forward(&Batch::alone(tokens.to_vec()), &mut cache, Wanted::All)?;
     let config = model.config.clone();
     drop(model);

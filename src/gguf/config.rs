@@ -12,6 +12,7 @@ use crate::checkpoint::CheckpointError;
 use crate::checkpoint::json::Object;
 use crate::model::ModelConfig;
 use crate::model::config::Architecture as Model;
+use crate::model::config::Plain;
 
 /// What llama.cpp calls an architecture, and the model that it is.
 #[derive(Clone, Copy, Debug)]
@@ -94,6 +95,8 @@ impl Source {
 pub(super) struct Config {
     pub architecture: Architecture,
     pub model: ModelConfig,
+    /// What is alike in all its layers.
+    pub plain: Plain,
     json: Map<String, Json>,
 }
 
@@ -104,16 +107,17 @@ impl Config {
         keys.refuse_unknown()?;
         let mut json = keys.translate()?;
         let model = keys.model(&json)?;
-        json["rope_scaling"] = rope::scaling(gguf, keys.architecture.name, &model)?;
+        json["rope_scaling"] = rope::scaling(gguf, keys.architecture.name, &keys.plain(&model)?)?;
         let model = keys.model(&json)?;
         keys.check(&model)?;
         // Defaults of the model become explicit.
-        json["num_key_value_heads"] = model.kv_heads.into();
-        json["head_dim"] = model.head_dim.into();
-        json["rope_theta"] = model.rope.theta.into();
-        json["attention_bias"] = model.qkv_bias.into();
+        let plain = keys.plain(&model)?;
+        json["num_key_value_heads"] = plain.attention.kv_heads.into();
+        json["head_dim"] = plain.attention.head_dim.into();
+        json["rope_theta"] = plain.rope.theta.into();
+        json["attention_bias"] = plain.attention.qkv_bias.into();
         json.retain(|_, value| !value.is_null());
-        Ok(Self { architecture: keys.architecture, model, json })
+        Ok(Self { architecture: keys.architecture, plain, model, json })
     }
 
     /// config.json as transformers writes it.
@@ -294,17 +298,23 @@ impl Keys<'_> {
         }
     }
 
+    /// All architectures that are imported are plain decoders.
+    fn plain(&self, model: &ModelConfig) -> Result<Plain> {
+        model.plain().ok_or_else(|| self.error("block_count", "layers that are all of one kind"))
+    }
+
     /// Holds what config.json has no key for to what `model` computes.
     fn check(&self, model: &ModelConfig) -> Result<()> {
+        let Plain { attention, experts, .. } = self.plain(model)?;
         for key in ["attention.value_length", "rope.dimension_count"] {
-            if self.whole(key)?.is_some_and(|d| d != model.head_dim as u64) {
-                let expected = format!("the head size, {}; other sizes are not supported", model.head_dim);
+            if self.whole(key)?.is_some_and(|d| d != attention.head_dim as u64) {
+                let expected = format!("the head size, {}; other sizes are not supported", attention.head_dim);
                 return Err(self.error(key, expected));
             }
         }
         let epsilon = self.full("attention.layer_norm_rms_epsilon");
         self.gguf.float(&epsilon, "a positive number below 1", |e| e < 1.0)?;
-        if model.moe.is_none() {
+        if experts.is_none() {
             // Mixtral is stored as `llama` with experts.
             return match self.whole("expert_count")? {
                 None | Some(0) => Ok(()),

@@ -6,7 +6,7 @@ use serde_json::{Value as Json, json};
 use super::blocks::Blocks;
 use super::error::{GgufError, Result};
 use super::header::Gguf;
-use crate::model::ModelConfig;
+use crate::model::config::Plain;
 use crate::model::rope::{Rope, RopeScaling};
 
 /// The table's name in a GGUF file.
@@ -49,7 +49,7 @@ pub(super) fn known() -> impl Iterator<Item = &'static str> {
 ///
 /// # Errors
 /// On a type of scaling that is not known, and on a table of factors that is not Llama 3's.
-pub(super) fn scaling(gguf: &Gguf, prefix: &str, model: &ModelConfig) -> Result<Json> {
+pub(super) fn scaling(gguf: &Gguf, prefix: &str, model: &Plain) -> Result<Json> {
     let key = |name: &str| format!("{prefix}.{name}");
     let positive = |name: &str| gguf.float(&key(name), "a positive number", |f| f > 0.0);
     let original = gguf.integer(&key(ORIGINAL), 1..=1 << 32)?;
@@ -113,10 +113,10 @@ pub(super) fn scaling(gguf: &Gguf, prefix: &str, model: &ModelConfig) -> Result<
 }
 
 /// Recognises the table that the converter writes for `rope_type` "llama3": one divisor per frequency, shape [head_dim/2].
-fn llama3(gguf: &Gguf, model: &ModelConfig, original: Option<u64>) -> Result<Json> {
+fn llama3(gguf: &Gguf, model: &Plain, original: Option<u64>) -> Result<Json> {
     let Some(info) = gguf.tensors.get(FACTORS) else { return Ok(Json::Null) };
     let error = |detail: String| GgufError::Tensor { file: gguf.path.clone(), tensor: FACTORS.into(), detail };
-    let expected = vec![model.head_dim as u64 / 2];
+    let expected = vec![model.attention.head_dim as u64 / 2];
     if info.shape != expected {
         let (file, found) = (gguf.path.clone(), info.shape.clone());
         return Err(GgufError::Shape { file, tensor: FACTORS.into(), expected, found });
@@ -130,7 +130,7 @@ fn llama3(gguf: &Gguf, model: &ModelConfig, original: Option<u64>) -> Result<Jso
     }
     // The slowest frequency is divided by the whole factor.
     let factor = table.last().copied().unwrap_or(1.0);
-    let frequencies = |scaling| Rope { scaling, ..model.rope }.frequencies(model.head_dim);
+    let frequencies = |scaling| Rope { scaling, ..model.rope }.frequencies(model.attention.head_dim);
     let plain = frequencies(RopeScaling::None);
     for original in original.map_or_else(|| ORIGINAL_CONTEXTS.to_vec(), |o| vec![o]) {
         let scaled = frequencies(RopeScaling::Llama3 {

@@ -169,7 +169,7 @@ pub(super) fn plan<'a>(gguf: &'a Gguf, config: &Config) -> Result<(Vec<Output<'a
             tensors.push((format!("{}.bias", module.name), vec![n]));
         }
     }
-    tensors.extend(model.norms().into_iter().map(|(name, length)| (name, vec![length as u64])));
+    tensors.extend(model.vectors().into_iter().map(|(name, shape)| (name, shape.iter().map(|n| *n as u64).collect())));
     let find = |(name, shape): (String, Vec<u64>)| {
         let source = Source::of(&name).ok_or_else(|| GgufError::MissingTensor {
             file: gguf.path.clone(),
@@ -187,11 +187,11 @@ pub(super) fn plan<'a>(gguf: &'a Gguf, config: &Config) -> Result<(Vec<Output<'a
             Some(expert) => Layout::Rows { first: expert as u64 * shape[0] },
             // Only the converter of `llama` models permutes (`undo_permute` in convert_hf_to_gguf.py).
             None if source.rotated && config.architecture.interleaved => {
-                Layout::InterleavedHeads { head_dim: model.head_dim as u64 }
+                Layout::InterleavedHeads { head_dim: config.plain.attention.head_dim as u64 }
             }
             None => Layout::Rows { first: 0 },
         };
-        let experts = model.moe.filter(|_| source.expert.is_some()).map(|moe| moe.experts as u64);
+        let experts = config.plain.experts.filter(|_| source.expert.is_some()).map(|e| e as u64);
         let stored: Vec<u64> = experts.into_iter().chain(shape.iter().copied()).collect();
         let info = plan.take(&source.name, &stored)?;
         let scales = plan.scales(&info.name, experts.unwrap_or(1))?;

@@ -31,10 +31,12 @@ pub struct Notes {
 pub fn notes(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Notes> {
     let c = &checkpoint.config;
     let mut notes = Notes { important: checkpoint.notes.clone(), minor: Vec::new() };
-    notes.important.extend(Rope::read(c, config.max_positions)?.1);
+    if !config.ropes.is_empty() {
+        notes.important.extend(Rope::read(c, config.max_positions)?.1);
+    }
     notes.important.extend(unused_keys(c, config)?);
     notes.important.extend(head(c, config, checkpoint)?);
-    notes.important.extend(dtypes(c, checkpoint)?);
+    notes.important.extend(dtypes(c, config, checkpoint)?);
     notes.important.extend(stored_frequencies(config, checkpoint)?);
     let folder = checkpoint.tensors.folder();
     if folder.join("adapter_config.json").is_file() {
@@ -59,23 +61,25 @@ fn unused_keys(c: &Object, config: &ModelConfig) -> Result<Vec<String>> {
     if architecture == A::Llama && c.get("sliding_window").is_some() {
         unused("sliding_window", "Llama attends to everything");
     }
-    let kinds = c.strings("layer_types")?;
+    let windows: Vec<Option<usize>> = config.attentions().iter().map(|(_, _, a)| a.window).collect();
+    // Where not every layer is attention, `layer_types` says more and is read as it is.
+    let kinds = if config.plain().is_some() { c.strings("layer_types")? } else { Vec::new() };
     let slides = |i: usize| kinds.get(i).is_some_and(|k| k == "sliding_attention");
-    let contradicts = (0..config.layers).any(|i| slides(i) != config.windows[i].is_some());
+    let contradicts = windows.iter().enumerate().any(|(i, w)| slides(i) != w.is_some());
     if !kinds.is_empty() && contradicts {
         unused("layer_types", &format!("all layers of {architecture:?} are alike in transformers"));
     }
     if !kinds.is_empty()
         && let Some(full) = c.integer("max_window_layers", 0..=1 << 20)?
-        && config.windows.iter().any(Option::is_some)
-        && (0..config.layers).any(|i| (i >= full) != config.windows[i].is_some())
+        && windows.iter().any(Option::is_some)
+        && windows.iter().enumerate().any(|(i, w)| (i >= full) != w.is_some())
     {
         unused("max_window_layers", "`layer_types` says which layers have a window, and they are others");
     }
     if architecture == A::Qwen2 && !c.bool_or("attention_bias", true)? {
         unused("attention_bias", "Qwen2 has biases on q, k and v always");
     }
-    if architecture != A::Llama && c.bool_or("mlp_bias", false)? {
+    if !matches!(architecture, A::Llama | A::NemotronNas | A::NemotronH) && c.bool_or("mlp_bias", false)? {
         unused("mlp_bias", &format!("{architecture:?} has none in transformers"));
     }
     Ok(notes)
@@ -83,7 +87,8 @@ fn unused_keys(c: &Object, config: &ModelConfig) -> Result<Vec<String>> {
 
 /// A tied model with a head of its own.
 fn head(c: &Object, config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Option<String>> {
-    let own = c.bool_or("tie_word_embeddings", false)? && !config.tied_embeddings && checkpoint.has_linear("lm_head");
+    let own =
+        c.bool_or("tie_word_embeddings", false)? && !config.tied_embeddings && checkpoint.has_linear(config.names.head);
     Ok(own.then(|| {
         format!(
             "{}: `tie_word_embeddings` is true, but a quantized `lm_head` is stored beside the embedding; the stored one \
@@ -94,7 +99,7 @@ fn head(c: &Object, config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Opt
 }
 
 /// The announced type of unquantized weights against each other and the embedding's.
-fn dtypes(c: &Object, checkpoint: &Checkpoint) -> Result<Vec<String>> {
+fn dtypes(c: &Object, config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Vec<String>> {
     let file = c.file().display();
     let bare = |s: &str| s.strip_prefix("torch.").unwrap_or(s).to_owned();
     let (new, old) = (c.string("dtype")?.map(bare), c.string("torch_dtype")?.map(bare));
@@ -104,7 +109,7 @@ fn dtypes(c: &Object, checkpoint: &Checkpoint) -> Result<Vec<String>> {
     {
         notes.push(format!("{file}: `dtype` is {new} and `torch_dtype` is {old}; the stored tensors decide"));
     }
-    let embedding = checkpoint.tensors.peek("model.embed_tokens.weight");
+    let embedding = checkpoint.tensors.peek(&format!("{}.weight", config.names.embedding));
     let stored = match embedding.map(|t| t.dtype) {
         Some(Dtype::F32) => "float32",
         Some(Dtype::F16) => "float16",
@@ -125,7 +130,8 @@ fn dtypes(c: &Object, checkpoint: &Checkpoint) -> Result<Vec<String>> {
 fn stored_frequencies(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Option<String>> {
     /// BF16 has 8 bits.
     const TOLERANCE: f32 = 1.0 / 128.0;
-    let computed = config.rope.frequencies(config.head_dim);
+    let Some((rope, turned)) = config.ropes.first() else { return Ok(None) };
+    let computed = rope.frequencies(*turned);
     for name in checkpoint.tensors.names().filter(|n| n.ends_with("rotary_emb.inv_freq")) {
         let Some(view) = checkpoint.tensors.peek(name).filter(|v| v.is_float()) else { continue };
         let stored = view.floats()?;

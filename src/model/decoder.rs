@@ -9,8 +9,8 @@ use super::config::ModelConfig;
 use super::layer::{Layer, Mixer, Mixture, Mlp, Step};
 use crate::backend::observe::{FirstBroken, Observed, Observer};
 use crate::backend::{
-    self, Backend, BackendError, Batch, CacheLayout, Columns, DeltaInputs, HeadNorms, HeadParameters, LayerCache, Named,
-    PAGE, RecurrentCache, Update, exactly, one,
+    self, Backend, BackendError, Batch, CacheLayout, Columns, DeltaInputs, HeadNorms, HeadParameters, LayerCache,
+    Named, PAGE, RecurrentShape, Update, exactly, one,
 };
 use crate::checkpoint::CheckpointError;
 use crate::formats::kv::KvFormat;
@@ -39,7 +39,7 @@ pub struct Decoder<B: Backend> {
     /// What each layer caches, and the format if the checkpoint says it; else it is left to the caller.
     pub(super) caches: Vec<(LayerCache, Option<KvFormat>)>,
     /// What recurrent layers keep of each sequence.
-    pub(super) recurrent: Vec<RecurrentCache>,
+    pub(super) recurrent: Vec<RecurrentShape>,
 }
 
 /// Which tokens of a batch get logits.
@@ -144,7 +144,7 @@ impl<B: Backend> Decoder<B> {
     /// Bytes that recurrent layers keep of one sequence; 0 where there are none.
     #[must_use]
     pub fn state_bytes(&self) -> usize {
-        self.recurrent.iter().map(RecurrentCache::bytes).sum()
+        self.recurrent.iter().map(RecurrentShape::bytes).sum()
     }
 
     /// How keys and values are kept: as the checkpoint says it, else as `format`.
@@ -359,13 +359,13 @@ impl<B: Backend> Decoder<B> {
             }
             Mixer::Mamba(m) => {
                 let x = one(b.linears(h, &[&m.input])?)?;
-                let input = b.mamba(x, &m.parameters(), &m.shape, pass, cache)?;
+                let input = b.mamba(x, &m.mixer, m.cache, pass, cache)?;
                 Ok(Update::Product { input, weight: &m.output })
             }
             Mixer::DeltaNet(d) => {
                 let [qkv, z, write, forget] = exactly(b.linears(h, &d.inputs.each_ref().map(|l| &**l))?)?;
                 let inputs = DeltaInputs { qkv, z, b: write, a: forget };
-                let input = b.delta_net(inputs, &d.parameters(), &d.shape, pass, cache)?;
+                let input = b.delta_net(inputs, &d.mixer, d.cache, pass, cache)?;
                 Ok(Update::Product { input, weight: &d.output })
             }
             Mixer::Mlp(m) => Ok(Update::Product { input: b.expanded(h, &m.ffn())?, weight: &m.down }),
@@ -378,10 +378,10 @@ impl<B: Backend> Decoder<B> {
         let b = &*self.backend;
         let experts: Vec<_> = m.experts.iter().map(Mlp::ffn).collect();
         let mut sum = match &m.latent {
-            None => b.mixture(h, h, &m.router, &experts, &m.choice)?,
+            None => b.mixture(h, h, &m.router, &experts, &m.rule)?,
             Some([narrow, wide]) => {
                 let latent = one(b.linears(h, &[narrow])?)?;
-                let sum = b.mixture(&latent, h, &m.router, &experts, &m.choice)?;
+                let sum = b.mixture(&latent, h, &m.router, &experts, &m.rule)?;
                 one(b.linears(&sum, &[wide])?)?
             }
         };

@@ -67,10 +67,10 @@ impl Inspection {
                 Err(e) => self.problems.push(e.to_string()),
             }
         }
-        let norms = config.norms().into_iter().map(|(name, length)| checkpoint.floats(&name, &[length]).err());
-        self.problems.extend(norms.flatten().map(|e| e.to_string()));
-        let scales = |layer: usize| checkpoint.kv_scales(&format!("model.layers.{layer}.self_attn")).err();
-        self.problems.extend((0..config.layers).filter_map(scales).map(|e| e.to_string()));
+        let vectors = config.vectors().into_iter().map(|(name, shape)| checkpoint.floats(&name, &shape).err());
+        self.problems.extend(vectors.flatten().map(|e| e.to_string()));
+        let scales = config.attentions().into_iter().map(|(_, module, _)| checkpoint.kv_scales(&module).err());
+        self.problems.extend(scales.flatten().map(|e| e.to_string()));
         // Tensors of modules that failed are not leftovers of their own.
         if self.problems.is_empty()
             && let Err(e) = checkpoint.finish()

@@ -1,8 +1,7 @@
 //! What a decoder is made of: layers, each a list of residual steps x ← x + mixer(norm(x)).
 
-use crate::backend::{
-    Activation, AttentionShape, Backend, Choice, DeltaParameters, DeltaShape, Ffn, MambaParameters, MambaShape, Named,
-};
+use crate::backend::{Activation, AttentionShape, Backend, Ffn, Named};
+use crate::logits::RouterRule;
 
 /// One layer.
 pub(super) struct Layer<B: Backend> {
@@ -40,24 +39,18 @@ pub(super) struct Attention<B: Backend> {
 pub(super) struct Mamba<B: Backend> {
     pub input: Named<B::Linear>,
     pub output: Named<B::Linear>,
-    pub convolution: Named<B::Vector>,
-    pub bias: Option<Named<B::Vector>>,
-    pub a_log: Named<B::Vector>,
-    pub d: Named<B::Vector>,
-    pub step_bias: Named<B::Vector>,
-    pub norm: Named<B::Vector>,
-    pub shape: MambaShape,
+    pub mixer: Named<B::Mamba>,
+    /// Index among the cache's recurrent layers.
+    pub cache: usize,
 }
 
 pub(super) struct DeltaNet<B: Backend> {
     /// q, k and v; z; b; a.
     pub inputs: [Named<B::Linear>; 4],
     pub output: Named<B::Linear>,
-    pub convolution: Named<B::Vector>,
-    pub a_log: Named<B::Vector>,
-    pub step_bias: Named<B::Vector>,
-    pub norm: Named<B::Vector>,
-    pub shape: DeltaShape,
+    pub mixer: Named<B::DeltaNet>,
+    /// Index among the cache's recurrent layers.
+    pub cache: usize,
 }
 
 /// down(activation(gate x, up x)).
@@ -71,7 +64,7 @@ pub(super) struct Mlp<B: Backend> {
 pub(super) struct Mixture<B: Backend> {
     pub router: Named<B::Linear>,
     pub experts: Vec<Mlp<B>>,
-    pub choice: Choice,
+    pub rule: RouterRule,
     /// What experts read instead of the step's input, and what makes their sum one of its width again.
     pub latent: Option<[Named<B::Linear>; 2]>,
     /// An expert that every token goes to, and its gate.
@@ -79,8 +72,8 @@ pub(super) struct Mixture<B: Backend> {
 }
 
 impl<B: Backend> Layer<B> {
-    /// The same layer of what `linear` and `vector` make of its parts, on another backend perhaps.
-    pub fn map<C: Backend>(
+    /// The same layer with other linears and vectors, on another backend perhaps whose mixers are the same.
+    pub fn map<C: Backend<Mamba = B::Mamba, DeltaNet = B::DeltaNet>>(
         &self,
         linear: impl Fn(&Named<B::Linear>) -> Named<C::Linear>,
         vector: impl Fn(&Named<B::Vector>) -> Named<C::Vector>,
@@ -105,28 +98,20 @@ impl<B: Backend> Layer<B> {
             Mixer::Mamba(m) => Mixer::Mamba(Box::new(Mamba {
                 input: linear(&m.input),
                 output: linear(&m.output),
-                convolution: vector(&m.convolution),
-                bias: m.bias.as_ref().map(&vector),
-                a_log: vector(&m.a_log),
-                d: vector(&m.d),
-                step_bias: vector(&m.step_bias),
-                norm: vector(&m.norm),
-                shape: m.shape,
+                mixer: m.mixer.clone(),
+                cache: m.cache,
             })),
             Mixer::DeltaNet(d) => Mixer::DeltaNet(Box::new(DeltaNet {
                 inputs: d.inputs.each_ref().map(&linear),
                 output: linear(&d.output),
-                convolution: vector(&d.convolution),
-                a_log: vector(&d.a_log),
-                step_bias: vector(&d.step_bias),
-                norm: vector(&d.norm),
-                shape: d.shape,
+                mixer: d.mixer.clone(),
+                cache: d.cache,
             })),
             Mixer::Mlp(m) => Mixer::Mlp(mlp(m)),
             Mixer::Mixture(m) => Mixer::Mixture(Box::new(Mixture {
                 router: linear(&m.router),
                 experts: m.experts.iter().map(mlp).collect(),
-                choice: m.choice.clone(),
+                rule: m.rule.clone(),
                 latent: m.latent.as_ref().map(|l| l.each_ref().map(&linear)),
                 shared: m.shared.as_ref().map(|(m, gate)| (mlp(m), gate.as_ref().map(&linear))),
             })),
@@ -174,19 +159,13 @@ impl<B: Backend> Layer<B> {
         out
     }
 
-    /// Its norms and other vectors, in the order of the forward pass.
+    /// Its norms and sinks, in the order of the forward pass.
     pub fn vectors(&self) -> Vec<&Named<B::Vector>> {
         let mut out = Vec::new();
         for step in &self.steps {
             out.push(&step.norm);
-            match &step.mixer {
-                Mixer::Attention(a) => out.extend(a.norms.iter().flatten().chain(&a.sinks)),
-                Mixer::Mamba(m) => {
-                    out.extend([&m.convolution].into_iter().chain(&m.bias));
-                    out.extend([&m.a_log, &m.d, &m.step_bias, &m.norm]);
-                }
-                Mixer::DeltaNet(d) => out.extend([&d.convolution, &d.a_log, &d.step_bias, &d.norm]),
-                Mixer::Mlp(_) | Mixer::Mixture(_) => {}
+            if let Mixer::Attention(a) = &step.mixer {
+                out.extend(a.norms.iter().flatten().chain(&a.sinks));
             }
         }
         out
@@ -201,30 +180,6 @@ impl<B: Backend> Mixer<B> {
             Self::Mamba(m) => vec![&m.input],
             Self::Mlp(m) => m.gate.iter().map(|g| &**g).chain([&*m.up]).collect(),
             Self::DeltaNet(_) | Self::Mixture(_) => Vec::new(),
-        }
-    }
-}
-
-impl<B: Backend> Mamba<B> {
-    pub fn parameters(&self) -> MambaParameters<'_, B> {
-        MambaParameters {
-            convolution: &self.convolution,
-            bias: self.bias.as_deref(),
-            a_log: &self.a_log,
-            d: &self.d,
-            step_bias: &self.step_bias,
-            norm: &self.norm,
-        }
-    }
-}
-
-impl<B: Backend> DeltaNet<B> {
-    pub fn parameters(&self) -> DeltaParameters<'_, B> {
-        DeltaParameters {
-            convolution: &self.convolution,
-            a_log: &self.a_log,
-            step_bias: &self.step_bias,
-            norm: &self.norm,
         }
     }
 }

@@ -4,16 +4,22 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::config::{AttentionConfig, DeltaConfig, MambaConfig, MixerConfig, MixtureConfig, MlpConfig, ModelConfig, Scoring};
+use super::config::{
+    AttentionConfig, DeltaConfig, MambaConfig, MixerConfig, MixtureConfig, MlpConfig, ModelConfig, SharedConfig,
+};
 use super::decoder::{Decoder, LoadError};
 use super::layer::{Attention, DeltaNet, Layer, Mamba, Mixer, Mixture, Mlp, Step};
 use crate::backend::{
-    AttentionShape, Backend, BackendError, Choice, DeltaShape, LayerCache, MambaShape, Named, RecurrentCache, Rotation,
+    AttentionShape, Backend, BackendError, DeltaNetShape, DeltaNetWeights, LayerCache, Mamba2Shape, Mamba2Weights,
+    Named, RecurrentShape, Rotation,
 };
 use crate::checkpoint::resolve::LinearRole;
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::formats::kv::KvFormat;
 use crate::formats::linear::LinearTensors;
+use crate::logits::RouterScores;
+
+use super::rope::Rope;
 
 /// Where the parts of a model come from, by their Hugging Face names.
 pub trait Source {
@@ -155,7 +161,7 @@ struct Loader<'a, B: Backend> {
     shapes: HashMap<String, Vec<usize>>,
     /// What the layers so far keep of every token, and of every sequence.
     caches: Vec<(LayerCache, Option<KvFormat>)>,
-    recurrent: Vec<RecurrentCache>,
+    recurrent: Vec<RecurrentShape>,
 }
 
 impl<B: Backend> Loader<'_, B> {
@@ -235,34 +241,32 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     fn mamba(&mut self, at: &str, m: &MambaConfig) -> Result<Mamba<B>, LoadError> {
-        let shape = MambaShape {
-            cache: self.recurrent.len(),
+        let shape = Mamba2Shape {
             heads: m.heads,
             head_dim: m.head_dim,
             groups: m.groups,
             state: m.state,
             kernel: m.kernel,
-            step_limit: m.step_limit,
             eps: self.config.rms_eps,
+            time_step_limit: m.step_limit,
         };
+        let values = |part: &str| self.values(&format!("{at}.{part}"));
+        let weights = Mamba2Weights {
+            conv1d: values("conv1d.weight")?,
+            conv1d_bias: m.convolution_bias.then(|| values("conv1d.bias")).transpose()?,
+            a_log: values("A_log")?,
+            d: values("D")?,
+            dt_bias: values("dt_bias")?,
+            norm: values("norm.weight")?,
+        };
+        let mixer = Named::new(at, self.backend.load_mamba(shape, weights)?);
+        let (input, output) = (self.linear(&format!("{at}.in_proj"))?, self.linear(&format!("{at}.out_proj"))?);
         self.recurrent.push(shape.kept());
-        let vector = |part: &str| self.vector(&format!("{at}.{part}"));
-        Ok(Mamba {
-            input: self.linear(&format!("{at}.in_proj"))?,
-            output: self.linear(&format!("{at}.out_proj"))?,
-            convolution: vector("conv1d.weight")?,
-            bias: m.convolution_bias.then(|| vector("conv1d.bias")).transpose()?,
-            a_log: vector("A_log")?,
-            d: vector("D")?,
-            step_bias: vector("dt_bias")?,
-            norm: vector("norm.weight")?,
-            shape,
-        })
+        Ok(Mamba { input, output, mixer, cache: self.recurrent.len() - 1 })
     }
 
     fn delta_net(&mut self, at: &str, d: &DeltaConfig) -> Result<DeltaNet<B>, LoadError> {
-        let shape = DeltaShape {
-            cache: self.recurrent.len(),
+        let shape = DeltaNetShape {
             key_heads: d.key_heads,
             value_heads: d.value_heads,
             key_dim: d.key_dim,
@@ -270,18 +274,19 @@ impl<B: Backend> Loader<'_, B> {
             kernel: d.kernel,
             eps: self.config.rms_eps,
         };
-        self.recurrent.push(shape.kept());
+        let values = |part: &str| self.values(&format!("{at}.{part}"));
+        let weights = DeltaNetWeights {
+            conv1d: values("conv1d.weight")?,
+            a_log: values("A_log")?,
+            dt_bias: values("dt_bias")?,
+            norm: values("norm.weight")?,
+        };
+        let mixer = Named::new(at, self.backend.load_delta_net(shape, weights)?);
         let linear = |part: &str| self.linear(&format!("{at}.{part}"));
-        let vector = |part: &str| self.vector(&format!("{at}.{part}"));
-        Ok(DeltaNet {
-            inputs: [linear("in_proj_qkv")?, linear("in_proj_z")?, linear("in_proj_b")?, linear("in_proj_a")?],
-            output: linear("out_proj")?,
-            convolution: vector("conv1d.weight")?,
-            a_log: vector("A_log")?,
-            step_bias: vector("dt_bias")?,
-            norm: vector("norm.weight")?,
-            shape,
-        })
+        let inputs = [linear("in_proj_qkv")?, linear("in_proj_z")?, linear("in_proj_b")?, linear("in_proj_a")?];
+        let output = linear("out_proj")?;
+        self.recurrent.push(shape.kept());
+        Ok(DeltaNet { inputs, output, mixer, cache: self.recurrent.len() - 1 })
     }
 
     fn mlp(&self, at: &str, m: &MlpConfig) -> Result<Mlp<B>, LoadError> {
@@ -293,14 +298,17 @@ impl<B: Backend> Loader<'_, B> {
     fn mixture(&self, at: &str, m: &MixtureConfig) -> Result<Mixture<B>, LoadError> {
         let linear = |part: &str| self.linear(&format!("{at}.{part}"));
         let experts = (0..m.experts).map(|e| self.mlp(&format!("{at}.experts.{e}"), &m.expert));
-        let correction = m.correction.map(|c| self.values(&format!("{at}.{c}"))).transpose()?;
+        let mut rule = m.rule.clone();
+        if let (Some(correction), RouterScores::Sigmoid { bias, .. }) = (m.correction, &mut rule.scores) {
+            *bias = Some(self.values(&format!("{at}.{correction}"))?.into());
+        }
         let shared = |s: &SharedConfig| -> Result<_, LoadError> {
             Ok((self.mlp(&format!("{at}.{}", s.at), &s.mlp)?, s.gate.map(linear).transpose()?))
         };
         Ok(Mixture {
             router: linear(m.router)?,
             experts: experts.collect::<Result<_, _>>()?,
-            choice: choice(m, correction),
+            rule,
             latent: match m.latent {
                 Some(_) => Some([linear("fc1_latent_proj")?, linear("fc2_latent_proj")?]),
                 None => None,

@@ -100,11 +100,11 @@ pub(super) fn measure<B: Backend + Clone>(
     }
     let sequences: Vec<&Vec<u32>> = sequences.iter().filter(|s| !s.is_empty()).collect();
     let tokens: usize = sequences.iter().map(|s| s.len()).sum();
-    let (layers, mut done) = (base.config.layers, 0);
+    let (layers, mut done) = (base.config.layers.len(), 0);
     let all = sequences.len() * groups.len() * donors.len();
     for sequence in sequences {
         let pass = base.pass(&Batch::alone(sequence.clone()))?;
-        let mut cache = base.new_cache(sequence.len().next_multiple_of(PAGE), KvFormat::F32)?;
+        let mut cache = base.new_cache(sequence.len().next_multiple_of(PAGE), 1, KvFormat::F32)?;
         let mut states = vec![base.embed(&pass)?];
         for layer in 0..layers {
             let enter = || Ok(states[layer].clone());

@@ -11,6 +11,7 @@ use crate::engine::{Engine, Limits};
 use crate::formats::amax;
 use crate::formats::kv::KvFormat;
 use crate::model::Decoder;
+use crate::model::ModelConfig;
 use crate::model::modules::Module;
 
 /// What calibration found.
@@ -40,24 +41,27 @@ impl Calibration {
     }
 }
 
-/// Names of the tensors that hold the scales of a layer's cached keys and values.
+/// Names of the tensors that hold the scales of cached keys and values, by layer; of attention layers only.
 #[must_use]
-pub fn kv_names(layer: usize) -> [String; 2] {
-    kv::written(&format!("model.layers.{layer}.self_attn"))
+pub fn kv_names(config: &ModelConfig) -> BTreeMap<usize, [String; 2]> {
+    config.attentions().into_iter().map(|(layer, module, _)| (layer, kv::written(&module))).collect()
 }
 
 /// Largest magnitudes so far by name; NaN once anything was not finite.
 #[derive(Default)]
-struct Peaks(BTreeMap<String, f32>);
+struct Peaks {
+    amax: BTreeMap<String, f32>,
+    kv_names: BTreeMap<usize, [String; 2]>,
+}
 
 impl Observer for Peaks {
     fn input(&mut self, name: &str, x: &[f32]) {
         let seen = if x.iter().all(|v| v.is_finite()) { amax(x) } else { f32::NAN };
-        match self.0.get_mut(name) {
+        match self.amax.get_mut(name) {
             Some(max) if max.is_nan() || *max >= seen => {}
             Some(max) => *max = seen,
             None => {
-                self.0.insert(name.to_owned(), seen);
+                self.amax.insert(name.to_owned(), seen);
             }
         }
     }
@@ -67,7 +71,8 @@ impl Observer for Peaks {
     }
 
     fn cached(&mut self, layer: usize, keys: &[f32], values: &[f32]) {
-        for (name, x) in kv_names(layer).iter().zip([keys, values]) {
+        let names = self.kv_names.get(&layer).cloned();
+        for (name, x) in names.iter().flatten().zip([keys, values]) {
             self.input(name, x);
         }
     }
@@ -88,7 +93,8 @@ pub fn calibrate<B: Backend>(
     if longest == 0 {
         return Err(QuantizeError::Calibration("there is no text: not one token to run".into()));
     }
-    let observed = Observed::new(backend, Peaks::default());
+    let kv_names = kv_names(&ModelConfig::read(&checkpoint.config)?);
+    let observed = Observed::new(backend, Peaks { amax: BTreeMap::new(), kv_names });
     let model = Decoder::load(observed, checkpoint)?;
     let mut engine = Engine::new(&model, Limits::new(longest, 1), KvFormat::F32)?;
     for (i, tokens) in sequences.iter().enumerate() {
@@ -101,7 +107,7 @@ pub fn calibrate<B: Backend>(
         }
     }
     progress(sequences.len(), sequences.len());
-    let amax = model.backend().with_observer(|o| std::mem::take(&mut o.0));
+    let amax = model.backend().with_observer(|o| std::mem::take(&mut o.amax));
     if let Some((module, _)) = amax.iter().find(|(_, v)| v.is_nan()) {
         return Err(QuantizeError::Calibration(format!("the input of `{module}` holds a NaN or an infinity")));
     }

@@ -87,9 +87,9 @@ pub fn convert(checkpoint: &Checkpoint, dialect: Dialect, out: &Path) -> Result<
         return Err(QuantizeError::Nothing(checkpoint.tensors.folder().into()));
     }
     let mut kv_cache = BTreeMap::new();
-    for layer in 0..config.layers {
-        if let Some(scales) = checkpoint.kv_scales(&format!("model.layers.{layer}.self_attn"))? {
-            kv_cache.extend(super::calibrate::kv_names(layer).into_iter().zip([scales.k, scales.v]));
+    for (_, module, _) in config.attentions() {
+        if let Some(scales) = checkpoint.kv_scales(&module)? {
+            kv_cache.extend(kv::written(&module).into_iter().zip([scales.k, scales.v]));
         }
     }
     for (name, &scale) in &kv_cache {

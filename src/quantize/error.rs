@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::dialect::Dialect;
-use crate::model::LoadError;
+use crate::model::config::Plain;
+use crate::model::{LoadError, ModelConfig};
 
 /// Why a model could not be quantized.
 #[derive(Debug, thiserror::Error)]
@@ -31,10 +32,24 @@ pub enum QuantizeError {
     Nothing(PathBuf),
     #[error("{0}: its KV cache is quantized; `recoup convert` it to BF16 first")]
     KvCache(PathBuf),
+    #[error(
+        "{what} is for decoders whose layers are attention and a SiLU-gated feed-forward, which {architecture} is not; leave it \
+         out of the recipe"
+    )]
+    Architecture { what: &'static str, architecture: String },
     #[error("--model-shape: {0}")]
     Shape(String),
     #[error("the {0} dialect is read only; those that can be written: {known}", known = written())]
     Dialect(Dialect),
+}
+
+/// What is alike in all layers of a plain decoder.
+///
+/// # Errors
+/// When it is none, which `what` needs.
+pub(super) fn plain(config: &ModelConfig, what: &'static str) -> Result<Plain, QuantizeError> {
+    let architecture = || config.architecture.class();
+    config.plain().ok_or_else(|| QuantizeError::Architecture { what, architecture: architecture() })
 }
 
 fn written() -> String {

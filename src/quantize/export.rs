@@ -109,8 +109,8 @@ fn kv_scales(
     if recipe.kv_cache.is_none() {
         return Ok((out, notes));
     }
-    for layer in 0..config.layers {
-        for name in calibrate::kv_names(layer) {
+    for names in calibrate::kv_names(config).into_values() {
+        for name in names {
             let Some(&amax) = calibration.amax.get(&name) else {
                 let detail = format!("`{name}` is unknown: no key or value was seen; use more or other text");
                 return Err(QuantizeError::Calibration(detail));
@@ -156,7 +156,11 @@ fn producers(m: &Module) -> Vec<String> {
             format!("{parent}.gate_proj.weight"),
             format!("{layer}.post_attention_layernorm.weight"),
         ],
-        Part::Embedding | Part::Router | Part::Head => Vec::new(),
+        Part::MambaIn => {
+            let layer = parent.rsplit_once('.').map_or("", |(layer, _)| layer);
+            vec![format!("{layer}.norm.weight")]
+        }
+        _ => Vec::new(),
     }
 }
 

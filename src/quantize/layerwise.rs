@@ -49,7 +49,7 @@ impl<B: Backend + Clone> Walk<B> {
             }
         });
         let decoder = Decoder::load(Observed::new(backend.clone(), observe), checkpoint)?;
-        let cache = decoder.new_cache(longest.next_multiple_of(PAGE), KvFormat::F32)?;
+        let cache = decoder.new_cache(longest.next_multiple_of(PAGE), 1, KvFormat::F32)?;
         let pass = |tokens: &Vec<u32>| decoder.pass(&Batch::alone(tokens.clone()));
         let passes = sequences.into_iter().map(pass).collect::<Result<_, _>>()?;
         Ok(Self { decoder, cache, passes, seen })
@@ -57,7 +57,7 @@ impl<B: Backend + Clone> Walk<B> {
 
     /// Number of blocks.
     pub fn blocks(&self) -> usize {
-        self.decoder.config.layers
+        self.decoder.config.layers.len()
     }
 
     /// The embedded sequences: what enters the first block.

@@ -181,11 +181,12 @@ impl RandomModel {
             }
         }
         let ones = |count: usize| half::bf16::ONE.to_le_bytes().repeat(count);
-        for (name, length) in self.config.norms() {
-            tensors.push(Pending::new(&name, Dtype::BF16, &[length], move || Ok(ones(length))));
+        for (name, shape) in self.config.vectors() {
+            let count = shape.iter().product();
+            tensors.push(Pending::new(&name, Dtype::BF16, &shape, move || Ok(ones(count))));
         }
         if self.fp8_cache {
-            for name in (0..self.config.layers).flat_map(super::calibrate::kv_names) {
+            for name in super::calibrate::kv_names(&self.config).into_values().flatten() {
                 let bytes = || Ok(KV_SCALE.to_le_bytes().to_vec());
                 tensors.push(Pending::new(&name, Dtype::F32, self.tool.layout().one, bytes));
             }
@@ -287,8 +288,8 @@ impl Source for RandomModel {
         Ok(self.random(name, role))
     }
 
-    fn norm(&self, _: &str, length: usize) -> Result<Vec<f32>, CheckpointError> {
-        Ok(vec![1.0; length])
+    fn vector(&self, _: &str, shape: &[usize]) -> Result<Vec<f32>, CheckpointError> {
+        Ok(vec![1.0; shape.iter().product()])
     }
 
     fn kv(&self, _: &str) -> Result<Option<KvFormat>, CheckpointError> {

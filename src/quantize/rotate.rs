@@ -16,6 +16,7 @@ use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use super::QuantizeError;
+use super::error::plain;
 use super::recipe::Rotate;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, float_bytes};
@@ -86,9 +87,10 @@ pub fn rotate(
     folder: &Path,
 ) -> Result<(), QuantizeError> {
     let config = ModelConfig::read(&checkpoint.config)?;
+    let head_dim = plain(&config, "rotating")?.attention.head_dim;
     let modules = config.modules();
     let stream = (what == Rotate::All).then(|| Rotation::new(config.hidden, 1));
-    let head = Rotation::new(config.head_dim, 2);
+    let head = Rotation::new(head_dim, 2);
     let module_of = |tensor: &str| {
         let (name, suffix) = tensor.rsplit_once('.')?;
         Some((modules.iter().find(|m| m.name == name)?, suffix.to_owned()))
@@ -103,7 +105,7 @@ pub fn rotate(
         if name == "lm_head.weight" {
             read(&mut values, &floats("model.norm.weight")?, stream.as_ref());
         } else if let Some((m, suffix)) = module_of(name) {
-            turn(m, &suffix, &mut values, &config, stream.as_ref(), &head, &floats)?;
+            turn(m, &suffix, &mut values, stream.as_ref(), &head, &floats)?;
         } else if stream.is_some() && is_stream_norm(name) {
             values.fill(1.0);
         } else {
@@ -154,7 +156,6 @@ fn turn(
     m: &Module,
     suffix: &str,
     values: &mut [f32],
-    config: &ModelConfig,
     stream: Option<&Rotation>,
     head: &Rotation,
     floats: &dyn Fn(&str) -> Result<Vec<f32>, QuantizeError>,
@@ -176,7 +177,6 @@ fn turn(
     match m.part {
         Part::V => head.outputs(values, columns),
         Part::O if !bias => {
-            debug_assert_eq!(m.role.k % config.head_dim, 0);
             head.rows(values);
         }
         _ => {}

@@ -13,6 +13,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::Map;
 
+use super::error::plain;
 use super::layerwise::Walk;
 use super::linalg::product_transposed;
 use super::recipe::Smooth;
@@ -26,6 +27,7 @@ use crate::formats::amax;
 use crate::formats::nvfp4::BLOCK;
 use crate::formats::scheme::Scheme;
 use crate::model::ModelConfig;
+use crate::model::config::AttentionConfig;
 use crate::model::modules::{Module, Part};
 
 /// Tokens on which strengths are judged.
@@ -109,6 +111,7 @@ pub fn choose<B: Backend + Clone>(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Smoothing, QuantizeError> {
     let config = ModelConfig::read(&checkpoint.config)?;
+    let attention = plain(&config, "smoothing")?.attention;
     let modules = config.modules();
     let mut walk = Walk::new(checkpoint, backend, sequences)?;
     let mut stream = walk.start()?;
@@ -130,7 +133,7 @@ pub fn choose<B: Backend + Clone>(
             if rows.iter().all(|x| x.iter().all(|v| *v == 0.0)) {
                 continue;
             }
-            smooth_place(checkpoint, &config, place, form, &rows.concat(), &worth, &mut out)?;
+            smooth_place(checkpoint, &attention, place, form, &rows.concat(), &worth, &mut out)?;
         }
     }
     progress(walk.blocks(), walk.blocks());
@@ -171,7 +174,7 @@ fn places<'a>(layer: usize, own: &[&'a Module], form: Smooth, scheme: &dyn Fn(&M
 /// Chooses the factors of one place, whose input is `x` [tokens, K], and adds them to `out`.
 fn smooth_place(
     checkpoint: &Checkpoint,
-    config: &ModelConfig,
+    attention: &AttentionConfig,
     place: &Place<'_>,
     form: Smooth,
     x: &[f32],
@@ -197,8 +200,8 @@ fn smooth_place(
         weight.iter_mut().zip(own).for_each(|(a, b)| *a = f32::max(*a, b));
     }
     if let Source::Values(_) = place.from {
-        share_heads(config, &mut input);
-        share_heads(config, &mut weight);
+        share_heads(attention, &mut input);
+        share_heads(attention, &mut weight);
     }
     let rows = x.len() / k;
     let step = rows.div_ceil(JUDGED_TOKENS).max(1);
@@ -246,8 +249,8 @@ fn smooth_place(
         }
         Source::Rows(m) => out.divide_rows(m, factors.clone()),
         Source::Values(m) => {
-            let group = config.heads / config.kv_heads * config.head_dim;
-            let own = factors.chunks(group).flat_map(|g| &g[..config.head_dim]).copied().collect();
+            let group = attention.heads / attention.kv_heads * attention.head_dim;
+            let own = factors.chunks(group).flat_map(|g| &g[..attention.head_dim]).copied().collect();
             out.divide_rows(m, own);
         }
     }
@@ -280,9 +283,9 @@ fn round_to(dtype: Dtype, x: f32) -> f32 {
 }
 
 /// Makes all query heads of a group have their group's largest value in each channel, [heads · head_dim].
-fn share_heads(config: &ModelConfig, peaks: &mut [f32]) {
-    let d = config.head_dim;
-    for group in peaks.chunks_mut(config.heads / config.kv_heads * d) {
+fn share_heads(attention: &AttentionConfig, peaks: &mut [f32]) {
+    let d = attention.head_dim;
+    for group in peaks.chunks_mut(attention.heads / attention.kv_heads * d) {
         for channel in 0..d {
             let largest = group.iter().skip(channel).step_by(d).fold(0.0, |a: f32, b| a.max(*b));
             group.iter_mut().skip(channel).step_by(d).for_each(|v| *v = largest);

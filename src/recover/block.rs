@@ -96,7 +96,7 @@ pub fn train(
     scratch: &Path,
     each: &mut dyn FnMut(&BlockReport, &Student) -> Result<()>,
 ) -> Result<()> {
-    let layers = student.decoder.config.layers;
+    let layers = student.decoder.config.layers.len();
     let rows = spread(&data.rows, options.samples.unwrap_or(usize::MAX));
     let held_out = (rows.len() / HELD_OUT).min(MOST_HELD_OUT);
     let (mut rows, trained): (Vec<Row>, Vec<Row>) = {
@@ -286,5 +286,5 @@ fn prepare(decoder: &Decoder<AutogradBackend>, data: &Data, chosen: &[usize]) ->
 
 /// A KV cache without a page: what is trained on is computed whole, and nothing of it is read again.
 pub(super) fn cache(decoder: &Decoder<AutogradBackend>) -> Result<crate::backend::autograd::KvCache> {
-    Ok(decoder.new_cache(0, KvFormat::F32)?)
+    Ok(decoder.new_cache(0, 0, KvFormat::F32)?)
 }

@@ -76,7 +76,7 @@ pub fn batch(rows: &[&Row]) -> Batch {
     let mut out = Batch::default();
     for d in rows.iter().flat_map(|r| &r.0) {
         out.tokens.extend_from_slice(&d.tokens);
-        out.spans.push(Span { start: 0, len: d.tokens.len(), pages: Vec::new() });
+        out.spans.push(Span { start: 0, len: d.tokens.len(), pages: Vec::new(), slot: 0 });
     }
     out
 }

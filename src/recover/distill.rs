@@ -175,7 +175,7 @@ pub fn gradients(
             let own = t.pass(&part)?;
             let mut x = t.embed(&own)?;
             let mut cache = cache(t)?;
-            for index in 0..t.config.layers {
+            for index in 0..t.config.layers.len() {
                 x = t.block(index, x, &own, &mut cache)?;
                 if options.hidden != 0.0 {
                     states.push(t.backend().to_host(&x)?);
@@ -191,7 +191,7 @@ pub fn gradients(
     let reference = reference.as_ref().map(|(hidden, head)| Teacher { hidden, head });
     let mut kept: Vec<(Var, Option<Tensor>)> = Vec::new();
     let mut x = student.embed(&pass)?;
-    for index in 0..student.config.layers {
+    for index in 0..student.config.layers.len() {
         let leaf = Var::from_tensor(&x).during("forward")?;
         // A detached tensor records nothing.
         let input = if options.recompute { leaf.as_detached_tensor() } else { leaf.as_tensor().clone() };

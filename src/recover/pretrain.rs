@@ -33,13 +33,13 @@ pub fn initialize(config: &ModelConfig, like: &Path, seed: u64, out: &Path) -> R
     let mut tensors = Vec::new();
     for m in config.modules() {
         let deep = matches!(m.part, Part::O | Part::Down);
-        let shrink = if deep { (2.0 * config.layers as f64).sqrt() } else { 1.0 };
+        let shrink = if deep { (2.0 * config.layers.len() as f64).sqrt() } else { 1.0 };
         tensors.push(tensor(format!("{}.weight", m.name), &[m.role.n, m.role.k], 0.0, DEVIATION / shrink));
         if m.role.bias {
             tensors.push(tensor(format!("{}.bias", m.name), &[m.role.n], 0.0, 0.0));
         }
     }
-    tensors.extend(config.norms().into_iter().map(|(name, length)| tensor(name, &[length], 1.0, 0.0)));
+    tensors.extend(config.vectors().into_iter().map(|(name, shape)| tensor(name, &shape, 1.0, 0.0)));
     writer.tensors(tensors, SHARD_BYTES, &Map::new())?;
     writer.copy_settings(like)?;
     writer.copy_text_files(like)?;

@@ -14,6 +14,7 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::store::{Content, content};
 use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, metadata};
 use crate::model::modules::Module;
+use crate::model::modules::Part;
 use crate::model::{Decoder, ModelConfig};
 
 /// The model that is trained.
@@ -226,7 +227,7 @@ fn norms(decoder: &Decoder<AutogradBackend>, checkpoint: &Checkpoint) -> Vec<Par
         let master = norm.weight().to_vec();
         Parameter::new(named.name.to_string(), Weight::Norm(norm, dtype), layer, master)
     };
-    decoder.norms().map(parameter).collect()
+    decoder.vectors().map(parameter).collect()
 }
 
 /// Where a checkpoint keeps how it was recovered.
@@ -315,14 +316,21 @@ pub fn is_rounded_from(student: &Checkpoint, plain: &Checkpoint, config: &ModelC
 /// # Errors
 /// Names the first number that differs.
 pub fn same_shape(a: &ModelConfig, student: &Checkpoint, b: &ModelConfig, teacher: &Checkpoint) -> Result<()> {
+    // Of the first layer that has it; more that differs shows in the number of parameters.
+    let attention =
+        |c: &ModelConfig| c.attentions().first().map_or([0; 3], |(_, _, a)| [a.heads, a.kv_heads, a.head_dim]);
+    let width = |c: &ModelConfig| c.modules().iter().find(|m| m.part == Part::Up).map_or(0, |m| m.role.n);
+    let parameters = |c: &ModelConfig| c.modules().iter().map(|m| m.role.n * m.role.k).sum();
+    let (own, other) = (attention(a), attention(b));
     for (what, found, expected) in [
         ("the vocabulary", a.vocab, b.vocab),
-        ("the number of layers", a.layers, b.layers),
+        ("the number of layers", a.layers.len(), b.layers.len()),
         ("the hidden size", a.hidden, b.hidden),
-        ("the width of the MLP", a.intermediate, b.intermediate),
-        ("the number of attention heads", a.heads, b.heads),
-        ("the number of KV heads", a.kv_heads, b.kv_heads),
-        ("the size of a head", a.head_dim, b.head_dim),
+        ("the width of the MLP", width(a), width(b)),
+        ("the number of attention heads", own[0], other[0]),
+        ("the number of KV heads", own[1], other[1]),
+        ("the size of a head", own[2], other[2]),
+        ("the number of parameters in linears", parameters(a), parameters(b)),
     ] {
         if found != expected {
             let folder = |c: &Checkpoint| c.tensors.folder().into();

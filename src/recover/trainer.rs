@@ -159,7 +159,7 @@ impl Run<'_> {
                     self.record(events, Event::Block { stage, block, before, after })?;
                     self.folder.save_block(student, stage, block)
                 })?;
-                let step = student.decoder.config.layers;
+                let step = student.decoder.config.layers.len();
                 if self.look(student, stage, step, events)? {
                     self.folder.save_best(student, stage, step)?;
                 }

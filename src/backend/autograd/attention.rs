@@ -121,7 +121,7 @@ pub(super) fn attend(
     cache: &mut KvCache,
 ) -> Result<Tensor> {
     let capacity = cache.pages;
-    let Some(layer) = cache.layers.get_mut(shape.layer) else { bail!("the cache has no layer {}", shape.layer) };
+    let Some(layer) = cache.layers.get_mut(shape.cache) else { bail!("the cache has no layer {}", shape.layer) };
     let width = shape.kv_heads * shape.head_dim;
     let copy = |x: &Tensor| host::with(x, |x| Ok(x.to_vec()));
     let (mut queries, mut keys, values) = (copy(q)?, copy(k)?, copy(v)?);

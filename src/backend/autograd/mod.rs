@@ -14,6 +14,8 @@ mod norm;
 pub mod operand;
 pub mod recycle;
 
+use std::convert::Infallible;
+
 pub use attention::KvCache;
 use candle_core::{Device, Tensor};
 pub use linear::Linear;
@@ -21,10 +23,10 @@ pub use norm::Norm;
 
 use self::operand::Precision;
 use super::{
-    AttentionShape, Backend, BackendError, Batch, CacheLayout, Choice, HostPass, Result, RopeTable, Rotation, Span,
+    AttentionShape, Backend, BackendError, Batch, CacheLayout, Feature, HostPass, Result, RopeTable, Rotation, Span,
 };
 use crate::formats::linear::LinearTensors;
-use crate::logits::{Routing, TokenScore, route_row, score_row};
+use crate::logits::{RouterRule, Routing, TokenScore, score_row};
 
 /// Runs the decoder on candle tensors.
 #[derive(Clone, Debug)]
@@ -72,7 +74,9 @@ impl<T> Context<T> for candle_core::Result<T> {
 impl Backend for AutogradBackend {
     type Tensor = Tensor;
     type Linear = Linear;
-    type Norm = Norm;
+    type Vector = Norm;
+    type Mamba = Infallible;
+    type DeltaNet = Infallible;
     type Cache = KvCache;
     type Rope = RopeTable;
     type Pass = HostPass;
@@ -85,8 +89,16 @@ impl Backend for AutogradBackend {
         4 * linear.n() * linear.k()
     }
 
-    fn load_norm(&self, weight: Vec<f32>) -> Result<Norm> {
-        Ok(Norm::new(weight))
+    fn name(&self) -> &'static str {
+        "training"
+    }
+
+    fn has(&self, _: Feature) -> bool {
+        false
+    }
+
+    fn load_vector(&self, values: Vec<f32>) -> Result<Norm> {
+        Ok(Norm::new(values))
     }
 
     fn load_rope(&self, rotation: Rotation) -> Result<RopeTable> {
@@ -97,7 +109,7 @@ impl Backend for AutogradBackend {
         Ok(KvCache::new(layout))
     }
 
-    fn grow(&self, cache: &mut KvCache, pages: usize) -> Result<()> {
+    fn grow(&self, cache: &mut KvCache, pages: usize, _: usize) -> Result<()> {
         cache.grow(pages);
         Ok(())
     }
@@ -143,6 +155,7 @@ impl Backend for AutogradBackend {
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        _: Option<&Norm>,
         shape: &AttentionShape,
         pass: &HostPass,
         cache: &mut KvCache,
@@ -172,9 +185,9 @@ impl Backend for AutogradBackend {
     }
 
     /// On the host: a router's choice and its weights get no gradient yet.
-    fn route(&self, logits: &Tensor, choice: &Choice) -> Result<Vec<Routing>> {
+    fn route(&self, logits: &Tensor, rule: &RouterRule) -> Result<Vec<Routing>> {
         let rows = logits.to_vec2::<f32>().context("route")?;
-        Ok(rows.iter().map(|row| route_row(row, choice.top_k, choice.normalize)).collect())
+        Ok(rows.iter().map(|row| rule.route(row)).collect())
     }
 
     fn select_rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {

@@ -235,7 +235,7 @@ multiversion! {
     fn block(t: &Task<'_>, queries: &[&[f32]], scratch: &mut Vec<f32>, results: &mut [f32]) {
         let d = t.shape.head_dim;
         let share = t.shape.heads / t.shape.kv_heads;
-        let layer = &t.cache.layers[t.shape.layer];
+        let layer = &t.cache.layers[t.shape.cache];
         // First key that query `i` sees, and one past its last.
         let range = |i: usize| {
             let position = t.position + i;

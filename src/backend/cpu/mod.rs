@@ -15,16 +15,18 @@ pub use attention::KvCache;
 use buffer::{Buffer, BufferPool};
 use isa::Isa;
 use packed::PackedLinear;
+use recurrent::{DeltaNet, DeltaNetInputs, Mamba2, RecurrentStates};
 
 use recoup_ground::divergence::{Pair, RowError, compare_rows};
 
 use super::{
-    AttentionShape, Backend, BackendError, Batch, CacheLayout, Choice, HostPass, PAGE, Result, RopeTable, Rotation,
-    Span, sample_rows,
+    Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, Columns, DeltaInputs, DeltaNetShape,
+    DeltaNetWeights, Feature, HostPass, Mamba2Shape, Mamba2Weights, PAGE, Result, RopeTable, Rotation, Span,
+    sample_rows,
 };
 use crate::formats::linear::LinearTensors;
 use crate::formats::{all_finite, squares_finite};
-use crate::logits::{Draw, Routing, Sampled, SamplingError, Scratch, TokenScore, route_row};
+use crate::logits::{Draw, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore};
 
 /// Runs the decoder on packed weights with a thread pool of its own. Clones share the pool.
 #[derive(Clone)]
@@ -39,6 +41,13 @@ pub struct CpuBackend {
 pub struct CpuTensor {
     data: Buffer,
     columns: usize,
+}
+
+/// What layers keep: keys and values in pages, recurrent states in slots.
+#[derive(Debug)]
+pub struct CpuCache {
+    pub kv: KvCache,
+    states: RecurrentStates,
 }
 
 impl CpuTensor {
@@ -111,8 +120,10 @@ impl CpuBackend {
 impl Backend for CpuBackend {
     type Tensor = CpuTensor;
     type Linear = PackedLinear;
-    type Norm = Vec<f32>;
-    type Cache = KvCache;
+    type Vector = Vec<f32>;
+    type Mamba = Mamba2;
+    type DeltaNet = DeltaNet;
+    type Cache = CpuCache;
     type Rope = RopeTable;
     type Pass = HostPass;
 
@@ -124,21 +135,44 @@ impl Backend for CpuBackend {
         linear.resident_bytes()
     }
 
-    fn load_norm(&self, weight: Vec<f32>) -> Result<Vec<f32>> {
-        Ok(weight)
+    fn name(&self) -> &'static str {
+        "CPU"
+    }
+
+    fn has(&self, _: Feature) -> bool {
+        true
+    }
+
+    fn load_vector(&self, values: Vec<f32>) -> Result<Vec<f32>> {
+        Ok(values)
+    }
+
+    fn load_mamba(&self, shape: Mamba2Shape, weights: Mamba2Weights) -> Result<Mamba2> {
+        Mamba2::new(shape, weights)
+    }
+
+    fn load_delta_net(&self, shape: DeltaNetShape, weights: DeltaNetWeights) -> Result<DeltaNet> {
+        DeltaNet::new(shape, weights)
     }
 
     fn load_rope(&self, rotation: Rotation) -> Result<RopeTable> {
         Ok(RopeTable::new(rotation))
     }
 
-    fn new_cache(&self, layout: &CacheLayout) -> Result<KvCache> {
-        Ok(KvCache::new(layout))
+    fn new_cache(&self, layout: &CacheLayout) -> Result<CpuCache> {
+        let mut states = RecurrentStates::new(&layout.recurrent.iter().copied().map(Some).collect::<Vec<_>>());
+        states.grow(layout.slots);
+        Ok(CpuCache { kv: KvCache::new(layout), states })
     }
 
-    fn grow(&self, cache: &mut KvCache, pages: usize) -> Result<()> {
-        cache.grow(pages);
+    fn grow(&self, cache: &mut CpuCache, pages: usize, slots: usize) -> Result<()> {
+        cache.kv.grow(pages);
+        cache.states.grow(slots);
         Ok(())
+    }
+
+    fn copy_state(&self, cache: &mut CpuCache, from: u32, to: u32) -> Result<()> {
+        cache.states.copy(from as usize, to as usize)
     }
 
     fn prepare(&self, batch: &Batch, ropes: &[&RopeTable]) -> Result<HostPass> {
@@ -203,10 +237,12 @@ impl Backend for CpuBackend {
         mut q: CpuTensor,
         mut k: CpuTensor,
         v: CpuTensor,
+        sinks: Option<&Vec<f32>>,
         shape: &AttentionShape,
         pass: &HostPass,
-        cache: &mut KvCache,
+        cache: &mut CpuCache,
     ) -> Result<CpuTensor> {
+        let cache = &mut cache.kv;
         for span in &pass.batch.spans {
             let needed = span.start + span.len;
             let pages_fit = span.pages.iter().all(|&p| (p as usize + 1) * PAGE <= cache.capacity());
@@ -216,7 +252,7 @@ impl Backend for CpuBackend {
         }
         self.rotate(&mut q, shape, pass);
         self.rotate(&mut k, shape, pass);
-        cache.write(shape.layer, &pass.batch, &k.data, &v.data);
+        cache.write(shape.cache, &pass.batch, &k.data, &v.data);
         let mut data = self.buffers.take(q.data.len());
         self.pool.install(|| attention::attend(self.isa, cache, shape, &pass.batch, &q.data, &mut data));
         Ok(CpuTensor { data, columns: q.columns })
@@ -228,7 +264,8 @@ impl Backend for CpuBackend {
         self.to_host(&k)
     }
 
-    fn fork(&self, cache: &mut KvCache, from: &Span, to: &Span) -> Result<()> {
+    fn fork(&self, cache: &mut CpuCache, from: &Span, to: &Span) -> Result<()> {
+        let cache = &mut cache.kv;
         if !to.start.is_multiple_of(PAGE) {
             let page = to.start / PAGE;
             cache.copy_page(from.pages[page], to.pages[page]);
@@ -263,9 +300,9 @@ impl Backend for CpuBackend {
         Ok(gate)
     }
 
-    fn route(&self, logits: &CpuTensor, choice: &Choice) -> Result<Vec<Routing>> {
+    fn route(&self, logits: &CpuTensor, rule: &RouterRule) -> Result<Vec<Routing>> {
         let rows = logits.data.chunks_exact(logits.columns);
-        Ok(rows.map(|row| route_row(row, choice.top_k, choice.normalize)).collect())
+        Ok(rows.map(|row| rule.route(row)).collect())
     }
 
     fn sample(
@@ -289,6 +326,79 @@ impl Backend for CpuBackend {
         let compare =
             |((a, b), target): ((&[f32], &[f32]), &u32)| compare_rows(&a[..vocab], &b[..vocab], *target as usize);
         Ok(self.pool.install(|| rows.zip(targets).map(compare).collect()))
+    }
+
+    fn activate(&self, mut x: CpuTensor, up: Option<&CpuTensor>, activation: Activation) -> Result<CpuTensor> {
+        let columns = x.columns;
+        let up = up.map(|u| &u.data[..]).unwrap_or_default();
+        self.by_rows(&mut x.data, columns, |row, x| {
+            let up = up.get(row * columns..row * columns + x.len()).unwrap_or_default();
+            match activation {
+                Activation::Silu => elementwise::silu_mul(self.isa, x, up),
+                Activation::GeluTanh => elementwise::gelu_tanh_mul(self.isa, x, up),
+                Activation::Relu2 => elementwise::relu2(self.isa, x),
+                Activation::ClampedSwiglu { limit } => elementwise::clamped_swiglu(self.isa, x, up, limit),
+            }
+        });
+        Ok(x)
+    }
+
+    fn gate(&self, mut x: CpuTensor, gate: &CpuTensor) -> Result<CpuTensor> {
+        let (columns, width) = (x.columns, gate.columns);
+        self.by_rows(&mut x.data, columns, |row, x| {
+            let gate = &gate.data[row * width..][..x.len() / columns * width];
+            match width {
+                1 => elementwise::sigmoid_mul_rows(self.isa, x, gate, columns),
+                _ => elementwise::sigmoid_mul(self.isa, x, gate),
+            }
+        });
+        Ok(x)
+    }
+
+    fn scale(&self, mut x: CpuTensor, factor: f32) -> Result<CpuTensor> {
+        x.data.iter_mut().for_each(|v| *v *= factor);
+        Ok(x)
+    }
+
+    fn columns(&self, x: &CpuTensor, columns: Columns) -> Result<CpuTensor> {
+        let Columns { first, count, every } = columns;
+        let mut data = self.buffers.take(x.data.len() / every * count);
+        for (from, to) in x.data.chunks_exact(every).zip(data.chunks_exact_mut(count)) {
+            to.copy_from_slice(&from[first..first + count]);
+        }
+        Ok(CpuTensor { data, columns: x.columns / every * count })
+    }
+
+    fn mamba(
+        &self,
+        x: CpuTensor,
+        mixer: &Mamba2,
+        layer: usize,
+        pass: &HostPass,
+        cache: &mut CpuCache,
+    ) -> Result<CpuTensor> {
+        let columns = mixer.shape().inner();
+        let mut data = self.buffers.take(x.rows() * columns);
+        let (spans, states) = (recurrent::spans(&pass.batch), &mut cache.states);
+        self.pool.install(|| mixer.run(self.isa, &self.buffers, &x.data, &spans, states, layer, &mut data))?;
+        Ok(CpuTensor { data, columns })
+    }
+
+    fn delta_net(
+        &self,
+        inputs: DeltaInputs<CpuTensor>,
+        mixer: &DeltaNet,
+        layer: usize,
+        pass: &HostPass,
+        cache: &mut CpuCache,
+    ) -> Result<CpuTensor> {
+        let columns = mixer.shape().inner();
+        let mut data = self.buffers.take(inputs.z.rows() * columns);
+        let DeltaInputs { qkv, z, b, a } = &inputs;
+        let inputs = DeltaNetInputs { qkv: &qkv.data, z: &z.data, a: &a.data, b: &b.data };
+        let (spans, states) = (recurrent::spans(&pass.batch), &mut cache.states);
+        self.pool.install(|| mixer.run(self.isa, &self.buffers, inputs, &spans, states, layer, &mut data))?;
+        Ok(CpuTensor { data, columns })
     }
 
     fn select_rows(&self, x: &CpuTensor, rows: &[usize]) -> Result<CpuTensor> {

@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::driver::{Args, Memory};
 use super::weight::{Kind, STEP};
 use super::{CudaBackend, CudaLinear, CudaTensor, format, kernel, scales_of, suffix};
-use crate::backend::{Backend, Choice, Expert, Result, one};
+use crate::backend::{Activation, Backend, Ffn, Result, one};
 use crate::formats::linear::ActivationFormat;
+use crate::logits::RouterRule;
 
 /// As in mixture.cu.
 const MAX_EXPERTS: usize = 512;
@@ -54,12 +55,28 @@ fn alike(a: &CudaLinear, b: &CudaLinear) -> bool {
     (a.n, a.k, a.kind, a.grouped()) == (b.n, b.k, b.kind, b.grouped()) && (x.0, x.2) == (y.0, y.2)
 }
 
+/// down(silu(gate x) · up x).
+#[derive(Clone, Copy)]
+struct Gated<'a> {
+    gate: &'a CudaLinear,
+    up: &'a CudaLinear,
+    down: &'a CudaLinear,
+}
+
+/// The experts, if all are of this kind.
+fn gated<'a>(experts: &[Ffn<'a, CudaLinear>]) -> Option<Vec<Gated<'a>>> {
+    let of = |e: &Ffn<'a, CudaLinear>| {
+        let gate = e.gate.filter(|_| e.activation == Activation::Silu)?;
+        Some(Gated { gate, up: e.up, down: e.down })
+    };
+    experts.iter().map(of).collect()
+}
+
 /// Whether kernels/mixture.cu has what these take.
-fn has_kernels(experts: &[Expert<'_, CudaLinear>]) -> bool {
+fn has_kernels(experts: &[Gated<'_>]) -> bool {
     let Some(first) = experts.first() else { return false };
     let known = |w: &CudaLinear| w.kind != Kind::F32 && (!w.grouped() || w.kind == Kind::E4m3);
-    let fits =
-        |e: &Expert<'_, CudaLinear>| alike(e.gate, first.gate) && alike(e.up, first.up) && alike(e.down, first.down);
+    let fits = |e: &Gated<'_>| alike(e.gate, first.gate) && alike(e.up, first.up) && alike(e.down, first.down);
     experts.len() <= MAX_EXPERTS
         && [first.gate, first.up, first.down].into_iter().all(known)
         && first.gate.n == first.up.n
@@ -87,7 +104,7 @@ impl CudaBackend {
         })
     }
 
-    fn table(&self, experts: &[Expert<'_, CudaLinear>]) -> Result<Arc<Table>> {
+    fn table(&self, experts: &[Gated<'_>]) -> Result<Arc<Table>> {
         let ids: Vec<u64> = experts.iter().flat_map(|e| [e.gate.id, e.up.id, e.down.id]).collect();
         let mut tables = self.mixtures.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(table) = tables.get(&ids[0]).filter(|t| t.ids == ids) {
@@ -146,18 +163,21 @@ impl CudaBackend {
     pub(super) fn mixture_on_device(
         &self,
         x: &CudaTensor,
+        routed: &CudaTensor,
         router: &CudaLinear,
-        experts: &[Expert<'_, CudaLinear>],
-        choice: &Choice,
+        experts: &[Ffn<'_, CudaLinear>],
+        rule: &RouterRule,
     ) -> Result<Option<CudaTensor>> {
-        if !has_kernels(experts) || router.n != experts.len() || choice.top_k == 0 {
+        let Some(experts) = &gated(experts) else { return Ok(None) };
+        let softmax = RouterRule::softmax(rule.top_k, rule.renormalize.is_some());
+        if !has_kernels(experts) || router.n != experts.len() || rule.top_k == 0 || *rule != softmax {
             return Ok(None);
         }
         let x = &self.settled(x)?;
         let table = self.table(experts)?;
-        let (count, top_k, tokens) = (experts.len(), choice.top_k.min(experts.len()), x.rows);
+        let (count, top_k, tokens) = (experts.len(), rule.top_k.min(experts.len()), x.rows);
         let pairs = tokens * top_k;
-        let logits = one(self.linears(x, &[router])?)?;
+        let logits = one(self.linears(routed, &[router])?)?;
         let (chosen, weights) = (self.device.take(4 * pairs)?, self.device.take(4 * pairs)?);
         let args = Args::new()
             .memory(&logits.data)
@@ -166,7 +186,7 @@ impl CudaBackend {
             .int(tokens)
             .int(count)
             .int(top_k)
-            .int(usize::from(choice.normalize));
+            .int(usize::from(rule.renormalize.is_some()));
         self.launch("mixture_route", [tokens.div_ceil(ROUTERS), 1, 1], 128, args)?;
 
         let [token_of, expert_of, place] = [(); 3].map(|()| self.device.take(4 * pairs));
@@ -183,7 +203,7 @@ impl CudaBackend {
             .int(count);
         self.launch("mixture_sort", [count, 1, 1], 256, args)?;
 
-        let Expert { gate, up, down } = experts[0];
+        let Gated { gate, up, down } = experts[0];
         let input = |w: &CudaLinear, side: &Side| -> Result<Rows> {
             let rows = self.rows_for(w, pairs)?;
             let (number, _, rule) = format(w.activation);

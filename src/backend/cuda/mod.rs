@@ -11,6 +11,7 @@ mod mixture;
 mod sample;
 mod weight;
 
+use std::convert::Infallible;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use cache::CudaCache;
@@ -22,13 +23,13 @@ use weight::{Kind, STEP};
 use recoup_ground::divergence::{Pair, RowError};
 
 use super::{
-    AttentionShape, Backend, BackendError, Batch, CacheLayout, Choice, Expert, HeadNorms, PAGE, Result, RopeTable,
-    Rotation, Span, Update, exactly, mixture_by_expert, one,
+    Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, Feature, Ffn, HeadNorms, HeadParameters,
+    PAGE, Result, RopeTable, Rotation, Span, Update, exactly, missing, mixture_by_expert, one,
 };
 use crate::formats::e8m0::ScaleRule;
 use crate::formats::kv::KvFormat;
 use crate::formats::linear::{ActivationFormat, LinearTensors};
-use crate::logits::{Draw, Routing, Sampled, SamplingError, Scratch, TokenScore, route_row};
+use crate::logits::{Draw, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore};
 
 /// Keys that one block of attention looks at: `SPLIT` of kernels/attention.cu.
 const SPLIT: usize = 256;
@@ -195,9 +196,9 @@ pub struct CudaRope {
     device: Mutex<Option<(usize, Arc<Memory>)>>,
 }
 
-/// A norm's weight.
+/// Numbers that are no matrix: a norm's weight.
 #[derive(Debug)]
-pub struct CudaNorm {
+pub struct CudaVector {
     weight: Memory,
     features: usize,
 }
@@ -452,7 +453,7 @@ impl CudaBackend {
         &self,
         x: &CudaTensor,
         update: Option<&CudaTensor>,
-        weight: &CudaNorm,
+        weight: &CudaVector,
         eps: f32,
         readers: &[&CudaLinear],
     ) -> Result<(Option<CudaTensor>, CudaTensor)> {
@@ -532,7 +533,7 @@ impl CudaBackend {
             return Err(BackendError::Unsupported { module: format!("layer {}", shape.layer), backend: "cuda", what });
         }
         let tokens = q.rows;
-        let layer = cache.layer(shape.layer);
+        let layer = cache.layer(shape.cache);
         let (kv, k_scale, v_scale) = match layer.shape.format {
             KvFormat::F32 => (0, 1.0, 1.0),
             KvFormat::Bf16 => (1, 1.0, 1.0),
@@ -608,7 +609,9 @@ impl CudaBackend {
 impl Backend for CudaBackend {
     type Tensor = CudaTensor;
     type Linear = CudaLinear;
-    type Norm = CudaNorm;
+    type Vector = CudaVector;
+    type Mamba = Infallible;
+    type DeltaNet = Infallible;
     type Cache = CudaCache;
     type Rope = CudaRope;
     type Pass = CudaPass;
@@ -621,8 +624,17 @@ impl Backend for CudaBackend {
         linear.bytes()
     }
 
-    fn load_norm(&self, weight: Vec<f32>) -> Result<CudaNorm> {
-        Ok(CudaNorm { features: weight.len(), weight: self.device.upload(&weight)? })
+    fn name(&self) -> &'static str {
+        "CUDA"
+    }
+
+    /// A router's rule is carried out on the host where no kernel knows it.
+    fn has(&self, feature: Feature) -> bool {
+        feature == Feature::Router
+    }
+
+    fn load_vector(&self, values: Vec<f32>) -> Result<CudaVector> {
+        Ok(CudaVector { features: values.len(), weight: self.device.upload(&values)? })
     }
 
     fn load_rope(&self, rotation: Rotation) -> Result<CudaRope> {
@@ -633,7 +645,7 @@ impl Backend for CudaBackend {
         CudaCache::new(&self.device, layout)
     }
 
-    fn grow(&self, cache: &mut CudaCache, pages: usize) -> Result<()> {
+    fn grow(&self, cache: &mut CudaCache, pages: usize, _: usize) -> Result<()> {
         cache.grow(&self.device, pages)
     }
 
@@ -700,7 +712,7 @@ impl Backend for CudaBackend {
         Ok(out)
     }
 
-    fn rms_norm(&self, x: &CudaTensor, weight: &CudaNorm, eps: f32) -> Result<CudaTensor> {
+    fn rms_norm(&self, x: &CudaTensor, weight: &CudaVector, eps: f32) -> Result<CudaTensor> {
         Ok(self.norm(x, None, weight, eps, &[])?.1)
     }
 
@@ -729,6 +741,7 @@ impl Backend for CudaBackend {
         q: CudaTensor,
         k: CudaTensor,
         v: CudaTensor,
+        _: Option<&CudaVector>,
         shape: &AttentionShape,
         pass: &CudaPass,
         cache: &mut CudaCache,
@@ -741,12 +754,12 @@ impl Backend for CudaBackend {
         q: CudaTensor,
         k: CudaTensor,
         v: CudaTensor,
-        norms: Option<HeadNorms<'_, Self>>,
+        heads: HeadParameters<'_, Self>,
         shape: &AttentionShape,
         pass: &CudaPass,
         cache: &mut CudaCache,
     ) -> Result<CudaTensor> {
-        self.attend([&q, &k, &v], norms.as_ref(), shape, pass, cache)
+        self.attend([&q, &k, &v], heads.norms.as_ref(), shape, pass, cache)
     }
 
     fn rotated(&self, k: &CudaTensor, shape: &AttentionShape, pass: &CudaPass) -> Result<Vec<f32>> {
@@ -782,9 +795,9 @@ impl Backend for CudaBackend {
         Ok(gate)
     }
 
-    fn route(&self, logits: &CudaTensor, choice: &Choice) -> Result<Vec<Routing>> {
+    fn route(&self, logits: &CudaTensor, rule: &RouterRule) -> Result<Vec<Routing>> {
         let host = self.to_host(logits)?;
-        Ok(host.chunks_exact(logits.columns.max(1)).map(|row| route_row(row, choice.top_k, choice.normalize)).collect())
+        Ok(host.chunks_exact(logits.columns.max(1)).map(|row| rule.route(row)).collect())
     }
 
     fn select_rows(&self, x: &CudaTensor, rows: &[usize]) -> Result<CudaTensor> {
@@ -813,7 +826,7 @@ impl Backend for CudaBackend {
         &self,
         x: CudaTensor,
         update: Update<'_, Self>,
-        norm: &CudaNorm,
+        norm: &CudaVector,
         eps: f32,
         readers: &[&CudaLinear],
     ) -> Result<(CudaTensor, CudaTensor)> {
@@ -825,21 +838,25 @@ impl Backend for CudaBackend {
         Ok((sum.unwrap_or(x), normed))
     }
 
-    fn gated(&self, x: &CudaTensor, gate: &CudaLinear, up: &CudaLinear) -> Result<CudaTensor> {
-        let [gate, up] = exactly(self.linears(x, &[gate, up])?)?;
+    fn expanded(&self, x: &CudaTensor, ffn: &Ffn<'_, CudaLinear>) -> Result<CudaTensor> {
+        let (Some(gate), Activation::Silu) = (ffn.gate, ffn.activation) else {
+            return missing(self, Feature::Activation(ffn.activation));
+        };
+        let [gate, up] = exactly(self.linears(x, &[gate, ffn.up])?)?;
         Ok(CudaTensor { up: Some(up.data), ..gate })
     }
 
     fn mixture(
         &self,
         x: &CudaTensor,
+        routed: &CudaTensor,
         router: &CudaLinear,
-        experts: &[Expert<'_, CudaLinear>],
-        choice: &Choice,
+        experts: &[Ffn<'_, CudaLinear>],
+        rule: &RouterRule,
     ) -> Result<CudaTensor> {
-        match self.mixture_on_device(x, router, experts, choice)? {
+        match self.mixture_on_device(x, routed, router, experts, rule)? {
             Some(sum) => Ok(sum),
-            None => mixture_by_expert(self, x, router, experts, choice),
+            None => mixture_by_expert(self, x, routed, router, experts, rule),
         }
     }
 

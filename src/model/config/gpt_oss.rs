@@ -3,11 +3,12 @@
 
 use super::llama::plain_layer;
 use super::{
-    Activation, Architecture, AttentionConfig, Common, MixerConfig, MixtureConfig, MlpConfig, ModelConfig, Names, Scoring,
+    Activation, Architecture, AttentionConfig, Common, MixerConfig, MixtureConfig, MlpConfig, ModelConfig, Names,
     expert_count, head_dim, kv_heads, layer_count, layer_kinds, limit, only, width,
 };
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
+use crate::logits::{RouterRule, RouterScores};
 use crate::model::rope::Rope;
 
 /// What the gate's sigmoid is steepened by; no file has had another.
@@ -54,8 +55,12 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
         router: "router",
         router_bias: true,
         experts,
-        top_k: c.required_integer(key, 1..=experts)?,
-        scoring: Scoring::SoftmaxOfChosen,
+        rule: RouterRule {
+            top_k: c.required_integer(key, 1..=experts)?,
+            scores: RouterScores::SoftmaxOfChosen,
+            renormalize: None,
+            scale: 1.0,
+        },
         correction: None,
         expert,
         latent: None,

@@ -2,10 +2,11 @@
 
 use super::{
     Activation, Architecture, AttentionConfig, Common, LayerConfig, MixerConfig, MixtureConfig, MlpConfig, ModelConfig,
-    Names, Scoring, StepConfig, expert_count, head_dim, kv_heads, layer_count, limit, only, width,
+    Names, StepConfig, expert_count, head_dim, kv_heads, layer_count, limit, only, width,
 };
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
+use crate::logits::RouterRule;
 use crate::model::rope::Rope;
 
 pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig> {
@@ -163,8 +164,10 @@ fn experts(c: &Object, architecture: Architecture, layers: usize) -> Result<Opti
         router: "gate",
         router_bias: false,
         experts,
-        top_k: c.required_integer("num_experts_per_tok", 1..=experts)?,
-        scoring: Scoring::Softmax { normalize: c.bool_or("norm_topk_prob", false)? },
+        rule: RouterRule::softmax(
+            c.required_integer("num_experts_per_tok", 1..=experts)?,
+            c.bool_or("norm_topk_prob", false)?,
+        ),
         correction: None,
         expert: MlpConfig { width: width(c, "moe_intermediate_size")?, activation: Activation::Silu, bias: false },
         latent: None,

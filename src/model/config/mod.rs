@@ -13,6 +13,7 @@ use crate::backend::{Activation, Feature};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::error::{CheckpointError, Result};
 use crate::checkpoint::json::Object;
+use crate::logits::{RouterRule, RouterScores};
 
 use super::rope::Rope;
 
@@ -104,6 +105,15 @@ pub struct ModelConfig {
     pub tied_embeddings: bool,
     /// From config.json; generation_config.json may say more.
     pub eos_tokens: Vec<u32>,
+}
+
+/// What is alike in all layers of a plain decoder.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Plain {
+    /// But for its window.
+    pub attention: AttentionConfig,
+    pub rope: Rope,
+    pub experts: Option<usize>,
 }
 
 /// One layer: residual steps, none perhaps.
@@ -207,18 +217,6 @@ impl MlpConfig {
     }
 }
 
-/// How a router chooses experts by its logits.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Scoring {
-    /// The best by softmax over all; their weights rescaled to one if `normalize`.
-    Softmax { normalize: bool },
-    /// The best; their weights are the softmax over them.
-    SoftmaxOfChosen,
-    /// The best by sigmoid and correction; weights are the sigmoids. Of `groups` groups of experts only the `kept` best
-    /// by the sum of their two best are looked at.
-    Sigmoid { groups: usize, kept: usize, normalize: bool, factor: f32 },
-}
-
 /// A mixture of experts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MixtureConfig {
@@ -226,9 +224,8 @@ pub struct MixtureConfig {
     pub router: &'static str,
     pub router_bias: bool,
     pub experts: usize,
-    /// Experts per token, and how they are chosen.
-    pub top_k: usize,
-    pub scoring: Scoring,
+    /// How they are chosen; the correction is not in it.
+    pub rule: RouterRule,
     /// Name of what is added to scores to choose by, [experts].
     pub correction: Option<&'static str>,
     /// One expert.
@@ -263,7 +260,10 @@ impl ModelConfig {
     /// none, or the tensors are of fewer layers.
     pub fn untied_where_stored(mut self, checkpoint: &Checkpoint) -> Result<Self> {
         self.check_layers(checkpoint)?;
-        if !self.tied_embeddings && !checkpoint.has_linear(self.names.head) && checkpoint.has_linear(self.names.embedding) {
+        if !self.tied_embeddings
+            && !checkpoint.has_linear(self.names.head)
+            && checkpoint.has_linear(self.names.embedding)
+        {
             return Err(CheckpointError::MissingTensor {
                 folder: checkpoint.tensors.folder().into(),
                 tensor: format!("{}.weight", self.names.head),
@@ -303,8 +303,7 @@ impl ModelConfig {
 
     fn check_layers(&self, checkpoint: &Checkpoint) -> Result<()> {
         let prefix = self.names.layers;
-        let layer =
-            |name: &str| name.strip_prefix(prefix)?.strip_prefix('.')?.split('.').next()?.parse::<usize>().ok();
+        let layer = |name: &str| name.strip_prefix(prefix)?.strip_prefix('.')?.split('.').next()?.parse::<usize>().ok();
         // A last layer without any tensor may be one that does nothing.
         let needed = self.layers.iter().rposition(|l| !l.steps.is_empty()).map_or(0, |last| last + 1);
         match checkpoint.tensors.names().filter_map(layer).max().map(|last| last.saturating_add(1)) {
@@ -352,18 +351,31 @@ impl ModelConfig {
         found
     }
 
-    /// Whether every layer is attention and then a SiLU-gated feed-forward or a mixture of such: what smoothing, rotating
-    /// and training know.
+    /// What is alike in all layers, where each is attention and then a SiLU-gated feed-forward or a mixture of such: what
+    /// smoothing and rotating know.
     #[must_use]
-    pub fn is_plain(&self) -> bool {
-        self.features().is_empty() && self.layers.iter().all(|l| l.steps.len() == 2)
+    pub fn plain(&self) -> Option<Plain> {
+        let attention = AttentionConfig { window: None, ..*self.attention(0)? };
+        let alike = |l: &LayerConfig| {
+            let same = |s: &StepConfig| match &s.mixer {
+                MixerConfig::Attention(a) => AttentionConfig { window: None, ..*a } == attention,
+                MixerConfig::Mlp(_) => true,
+                MixerConfig::Mixture(m) => m.shared.is_none() && m.latent.is_none(),
+                _ => false,
+            };
+            l.steps.len() == 2 && matches!(l.steps[0].mixer, MixerConfig::Attention(_)) && l.steps.iter().all(same)
+        };
+        let plain = self.features().is_empty() && self.layers.iter().all(alike);
+        let rope = self.ropes.first().filter(|_| plain)?.0;
+        let experts = self.mixtures().first().map(|(_, _, m)| m.experts);
+        Some(Plain { attention, rope, experts })
     }
 
     /// What it needs of a backend that not every decoder needs.
     #[must_use]
     pub fn features(&self) -> Vec<Feature> {
         let mut out = Vec::new();
-        let mut mlp = |m: &MlpConfig| (m.activation != Activation::Silu).then_some(Feature::Activation(m.activation));
+        let mlp = |m: &MlpConfig| (m.activation != Activation::Silu).then_some(Feature::Activation(m.activation));
         for step in self.layers.iter().flat_map(|l| &l.steps) {
             match &step.mixer {
                 MixerConfig::Attention(a) => {
@@ -377,7 +389,7 @@ impl ModelConfig {
                 MixerConfig::Mlp(m) => out.extend(mlp(m)),
                 MixerConfig::Mixture(m) => {
                     out.extend(mlp(&m.expert));
-                    out.extend((!matches!(m.scoring, Scoring::Softmax { .. })).then_some(Feature::Router));
+                    out.extend((m.rule.scores != RouterScores::Softmax).then_some(Feature::Router));
                     out.extend(m.shared.and_then(|s| s.gate).map(|_| Feature::Gate));
                 }
             }
@@ -422,7 +434,7 @@ fn architecture(c: &Object) -> Result<Architecture> {
             file: c.file().into(),
             what: "architecture",
             found: found.into(),
-            known: classes.join(", "),
+            known: classes.join(", ").into(),
         }
     };
     let names = c.strings("architectures")?;

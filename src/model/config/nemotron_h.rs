@@ -3,11 +3,11 @@
 
 use super::{
     Activation, Architecture, AttentionConfig, Common, HEAD_COUNT, HEAD_DIM, LayerConfig, MambaConfig, MixerConfig,
-    MixtureConfig, MlpConfig, ModelConfig, Names, Scoring, SharedConfig, StepConfig, expert_count, kv_heads, limit, only,
-    width,
+    MixtureConfig, MlpConfig, ModelConfig, Names, SharedConfig, StepConfig, expert_count, kv_heads, limit, only, width,
 };
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
+use crate::logits::{RouterRule, RouterScores};
 
 const NAMES: Names =
     Names { embedding: "backbone.embeddings", layers: "backbone.layers", norm: "backbone.norm_f", head: "lm_head" };
@@ -168,8 +168,9 @@ fn step_limit(c: &Object) -> Result<(f32, f32)> {
 fn mixture(c: &Object, mixtures: usize, mlp: &dyn Fn(&str) -> Result<MlpConfig>) -> Result<MixtureConfig> {
     let experts = expert_count(c, "n_routed_experts", mixtures)?;
     let groups = c.integer("n_group", 1..=experts)?.unwrap_or(1);
-    if experts % groups != 0 {
-        return Err(c.error("n_group", format!("a divisor of n_routed_experts = {experts}")));
+    if experts % groups != 0 || (groups > 1 && experts / groups < 2) {
+        let expected = format!("a divisor of n_routed_experts = {experts} that leaves at least two in a group");
+        return Err(c.error("n_group", expected));
     }
     let kept = c.integer("topk_group", 1..=groups)?.unwrap_or(1);
     let top_k = c.required_integer("num_experts_per_tok", 1..=kept * (experts / groups))?;
@@ -180,12 +181,11 @@ fn mixture(c: &Object, mixtures: usize, mlp: &dyn Fn(&str) -> Result<MlpConfig>)
         router: "gate",
         router_bias: false,
         experts,
-        top_k,
-        scoring: Scoring::Sigmoid {
-            groups,
-            kept,
-            normalize: c.bool_or("norm_topk_prob", true)?,
-            factor: c.positive_f32("routed_scaling_factor")?.unwrap_or(1.0),
+        rule: RouterRule {
+            top_k,
+            scores: RouterScores::Sigmoid { bias: None, groups, top_groups: kept },
+            renormalize: c.bool_or("norm_topk_prob", true)?.then_some(1e-20),
+            scale: c.positive_f32("routed_scaling_factor")?.unwrap_or(1.0),
         },
         correction: Some("gate.e_score_correction_bias"),
         expert: mlp("moe_intermediate_size")?,

@@ -3,8 +3,8 @@
 
 use super::llama::{attention_step, ffn_step};
 use super::{
-    Activation, Architecture, AttentionConfig, Common, LayerConfig, MixerConfig, MlpConfig, ModelConfig, Names, head_dim,
-    layer_count, limit, only,
+    Activation, Architecture, AttentionConfig, Common, LayerConfig, MixerConfig, MlpConfig, ModelConfig, Names,
+    head_dim, layer_count, limit, only,
 };
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;

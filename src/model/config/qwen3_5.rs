@@ -4,11 +4,12 @@
 use super::llama::plain_layer;
 use super::{
     Activation, Architecture, AttentionConfig, Common, DeltaConfig, HEAD_COUNT, HEAD_DIM, MixerConfig, MixtureConfig,
-    MlpConfig, ModelConfig, Names, Scoring, SharedConfig, expert_count, head_dim, kv_heads, layer_count, layer_kinds,
-    limit, only, width,
+    MlpConfig, ModelConfig, Names, SharedConfig, expert_count, head_dim, kv_heads, layer_count, layer_kinds, limit,
+    only, width,
 };
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
+use crate::logits::RouterRule;
 use crate::model::rope::Rope;
 
 /// Of every so many layers the last is full attention, where the file does not list them.
@@ -107,9 +108,8 @@ fn mixture(c: &Object, layers: usize) -> Result<MixtureConfig> {
         router: "gate",
         router_bias: false,
         experts,
-        top_k: c.required_integer("num_experts_per_tok", 1..=experts)?,
-        // Not a matter of the configuration in this architecture.
-        scoring: Scoring::Softmax { normalize: true },
+        // That weights are rescaled is no matter of the configuration in this architecture.
+        rule: RouterRule::softmax(c.required_integer("num_experts_per_tok", 1..=experts)?, true),
         correction: None,
         expert: silu(c, "moe_intermediate_size")?,
         latent: None,

@@ -15,7 +15,7 @@ pub use delta_net::{DeltaNet, DeltaNetInputs, DeltaNetShape, DeltaNetWeights};
 pub use mamba2::{Mamba2, Mamba2Shape, Mamba2Weights};
 pub use states::{RecurrentShape, RecurrentStates};
 
-use crate::backend::BackendError;
+use crate::backend::{BackendError, Batch, Span};
 
 /// New tokens of one sequence within a batch, for a layer that keeps a state.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +26,16 @@ pub struct RecurrentSpan {
     pub starts: bool,
     /// Where its tail and state are kept.
     pub slot: usize,
+}
+
+/// The spans of a batch.
+pub(super) fn spans(batch: &Batch) -> Vec<RecurrentSpan> {
+    let mut end = 0;
+    let mut one = |span: &Span| {
+        end += span.len;
+        RecurrentSpan { rows: end - span.len..end, starts: span.start == 0, slot: span.slot as usize }
+    };
+    batch.spans.iter().map(&mut one).collect()
 }
 
 /// `name` has `found` values, not `expected`.
