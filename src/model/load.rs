@@ -107,7 +107,12 @@ impl<B: Backend> Decoder<B> {
             let prefix = format!("model.layers.{index}");
             layers.push(loader.layer(index, &prefix)?);
             let format = source.kv(&format!("{prefix}.self_attn"))?;
-            let shape = LayerCache { format: KvFormat::F32, kv_heads: config.kv_heads, head_dim: config.head_dim };
+            let shape = LayerCache {
+                format: KvFormat::F32,
+                kv_heads: config.kv_heads,
+                head_dim: config.head_dim,
+                value_dim: config.head_dim,
+            };
             caches.push((shape, format));
             source.layer_done();
             progress(index + 1, config.layers);
@@ -182,6 +187,7 @@ impl<B: Backend> Loader<'_, B> {
                 head_dim: c.head_dim,
                 window: c.windows[index],
                 rope: Some(0),
+                scale: 1.0 / (c.head_dim as f32).sqrt(),
             },
         })
     }
