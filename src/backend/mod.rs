@@ -102,14 +102,8 @@ pub struct AttentionShape {
     pub window: Option<usize>,
     /// Which of the model's rotations turns queries and keys; `None`: positions are not told.
     pub rope: Option<usize>,
-}
-
-impl AttentionShape {
-    /// What scores are multiplied by: 1/√head_dim.
-    #[must_use]
-    pub fn scale(&self) -> f32 {
-        1.0 / (self.head_dim as f32).sqrt()
-    }
+    /// What scores are multiplied by; 1/√head_dim in most models.
+    pub scale: f32,
 }
 
 /// RMS norms over each head's queries and keys, before they turn; or over whole rows, if they are as long.
@@ -142,7 +136,10 @@ pub struct DeltaInputs<T> {
 pub struct LayerCache {
     pub format: KvFormat,
     pub kv_heads: usize,
+    /// Values of a key.
     pub head_dim: usize,
+    /// Values of a value.
+    pub value_dim: usize,
 }
 
 /// What a cache must hold.
@@ -319,7 +316,8 @@ pub trait Backend: Send + Sync + Sized {
     /// x · Wᵀ + bias for several weights that read the same input, which is quantized once.
     fn linears(&self, x: &Self::Tensor, weights: &[&Self::Linear]) -> Result<Vec<Self::Tensor>>;
 
-    /// Rotates q and k, writes k and v to the cache, and attends causally: q [T, heads·d], k and v [T, kv_heads·d].
+    /// Rotates q and k, writes k and v to the cache, and attends causally: q [T, heads·d], k [T, kv_heads·d],
+    /// v [T, kv_heads·value_dim] to [T, heads·value_dim].
     fn attention(
         &self,
         q: Self::Tensor,

@@ -192,7 +192,8 @@ fn attention<A: Backend, B: Backend>(
     window: Option<usize>,
     out: &mut Vec<Checked>,
 ) -> Result<(), Failure> {
-    let shape = AttentionShape { layer: 0, cache: 0, heads, kv_heads, head_dim, window, rope: Some(0) };
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    let shape = AttentionShape { layer: 0, cache: 0, heads, kv_heads, head_dim, window, rope: Some(0), scale };
     let (cache, allowed) = match kv {
         KvFormat::F32 => ("f32", ATTENTION),
         KvFormat::Bf16 => ("BF16", REQUANTIZED),
@@ -278,7 +279,8 @@ impl<B: Backend> Side<'_, B> {
         let rope = b.load_rope(Rotation { frequencies, factor: 1.0 })?;
         let norm = |r: &mut SplitMix64| (0..shape.head_dim).map(|_| 1.0 + 0.3 * synthetic::uniform(r)).collect();
         let (q_norm, k_norm) = (b.load_vector(norm(&mut r))?, b.load_vector(norm(&mut r))?);
-        let layer = LayerCache { format: kv, kv_heads: shape.kv_heads, head_dim: shape.head_dim };
+        let &AttentionShape { kv_heads, head_dim, .. } = shape;
+        let layer = LayerCache { format: kv, kv_heads, head_dim, value_dim: head_dim };
         let (first, second) = (21, 275);
         let counts = [first, second].map(|n: usize| (n + 2).div_ceil(PAGE));
         let mut cache =

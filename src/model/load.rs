@@ -217,7 +217,8 @@ impl<B: Backend> Loader<'_, B> {
 
     fn attention(&mut self, layer: usize, at: &str, a: &AttentionConfig) -> Result<Attention<B>, LoadError> {
         let format = self.source.kv(at)?;
-        self.caches.push((LayerCache { format: KvFormat::F32, kv_heads: a.kv_heads, head_dim: a.head_dim }, format));
+        let &AttentionConfig { kv_heads, head_dim, .. } = a;
+        self.caches.push((LayerCache { format: KvFormat::F32, kv_heads, head_dim, value_dim: head_dim }, format));
         let linear = |part: &str| self.linear(&format!("{at}.{part}_proj"));
         let norm = |part: &str| self.norm(&format!("{at}.{part}_norm.weight"));
         Ok(Attention {
@@ -236,6 +237,7 @@ impl<B: Backend> Loader<'_, B> {
                 head_dim: a.head_dim,
                 window: a.window,
                 rope: a.rope,
+                scale: 1.0 / (a.head_dim as f32).sqrt(),
             },
         })
     }

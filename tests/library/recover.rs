@@ -66,10 +66,10 @@ fn check_gradients(what: &str, inputs: &[(Vec<f32>, usize)], f: impl Fn(&[Tensor
     }
 }
 
-fn attention_inputs(tokens: usize, shape: &AttentionShape) -> Vec<(Vec<f32>, usize)> {
+fn attention_inputs(tokens: usize, shape: &AttentionShape, value_dim: usize) -> Vec<(Vec<f32>, usize)> {
     let mut random = Random(5);
-    let (q, kv) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
-    vec![(random.values(tokens * q), q), (random.values(tokens * kv), kv), (random.values(tokens * kv), kv)]
+    let widths = [shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.kv_heads * value_dim];
+    widths.map(|width| (random.values(tokens * width), width)).to_vec()
 }
 
 #[test]
@@ -128,13 +128,13 @@ fn the_gradient_of_a_norms_weight_is_that_of_finite_differences() {
 
 #[test]
 fn gradients_of_attention_are_those_of_finite_differences() {
-    for (heads, kv_heads, window, lengths, rope, kept) in [
-        (2, 2, None, &[7][..], Some(1), true),
-        (4, 2, None, &[5, 1, 9], Some(1), false),
-        (3, 1, Some(4), &[11, 3], None, true),
-        (2, 1, None, &[150], Some(1), true),
+    for (heads, kv_heads, value_dim, window, lengths, rope, kept) in [
+        (2, 2, 8, None, &[7][..], Some(1), true),
+        (4, 2, 5, None, &[5, 1, 9], Some(1), false),
+        (3, 1, 8, Some(4), &[11, 3], None, true),
+        (2, 1, 8, None, &[150], Some(1), true),
     ] {
-        let shape = AttentionShape { layer: 0, heads, kv_heads, head_dim: 8, window, rope };
+        let shape = AttentionShape { layer: 0, heads, kv_heads, head_dim: 8, window, rope, scale: 0.4 };
         let tokens: usize = lengths.iter().sum();
         let mut batch = Batch { tokens: vec![0; tokens], spans: Vec::new() };
         let mut page = 0;
@@ -150,9 +150,9 @@ fn gradients_of_attention_are_those_of_finite_differences() {
         let ropes = [rotation(&[0.9, 0.8, 0.7, 0.6]), rotation(&[1.0, 0.3, 0.1, 0.03])];
         let ropes = ropes.map(|r| backend.load_rope(r).unwrap());
         let pass = backend.prepare(&batch, &ropes.each_ref()).unwrap();
-        let layer = LayerCache { format: KvFormat::F32, kv_heads, head_dim: 8 };
+        let layer = LayerCache { format: KvFormat::F32, kv_heads, head_dim: 8, value_dim };
         let layout = CacheLayout { layers: vec![layer], pages: page as usize };
-        check_gradients(&format!("attention {lengths:?}"), &attention_inputs(tokens, &shape), |x| {
+        check_gradients(&format!("attention {lengths:?}"), &attention_inputs(tokens, &shape, value_dim), |x| {
             let mut cache = backend.new_cache(&layout).unwrap();
             let (q, k, v) = (x[0].clone(), x[1].clone(), x[2].clone());
             backend.attention(q, k, v, &shape, &pass, &mut cache).unwrap()

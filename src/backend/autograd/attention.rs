@@ -33,8 +33,9 @@ struct Layer {
 
 #[derive(Clone, Debug)]
 struct Page {
-    /// Both [tokens, kv_heads · head_dim].
+    /// [tokens, kv_heads · head_dim].
     keys: Vec<f32>,
+    /// [tokens, kv_heads · value_dim].
     values: Vec<f32>,
 }
 
@@ -73,6 +74,7 @@ impl Layer {
     /// A span without pages, which must begin its sequence, is not kept: training never reads it again.
     fn extend(&mut self, span: &Span, mut k: Vec<f32>, mut v: Vec<f32>) -> Result<Cached> {
         let width = self.shape.kv_heads * self.shape.head_dim;
+        let value_width = self.shape.kv_heads * self.shape.value_dim;
         let round = |x: &mut [f32], scale: f32| x.iter_mut().for_each(|x| *x = fp8::round(*x, scale) * scale);
         let to_bf16 = |x: &mut [f32]| x.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32());
         match self.shape.format {
@@ -88,19 +90,19 @@ impl Layer {
         }
         let (mut all_k, mut all_v) = (Vec::new(), Vec::new());
         for (i, page) in span.pages[..span.start.div_ceil(PAGE)].iter().enumerate() {
-            let wanted = (span.start - i * PAGE).min(PAGE) * width;
-            let Some(page) = self.pages.get(page).filter(|p| p.keys.len() >= wanted) else {
+            let wanted = (span.start - i * PAGE).min(PAGE);
+            let Some(page) = self.pages.get(page).filter(|p| p.keys.len() >= wanted * width) else {
                 bail!("page {page} holds fewer tokens than the {} that the span starts after", span.start)
             };
-            all_k.extend_from_slice(&page.keys[..wanted]);
-            all_v.extend_from_slice(&page.values[..wanted]);
+            all_k.extend_from_slice(&page.keys[..wanted * width]);
+            all_v.extend_from_slice(&page.values[..wanted * value_width]);
         }
-        for (i, (k, v)) in k.chunks_exact(width).zip(v.chunks_exact(width)).enumerate() {
+        for (i, (k, v)) in k.chunks_exact(width).zip(v.chunks_exact(value_width)).enumerate() {
             let position = span.start + i;
             let empty = || Page { keys: Vec::new(), values: Vec::new() };
             let page = self.pages.entry(span.pages[position / PAGE]).or_insert_with(empty);
             page.keys.truncate(position % PAGE * width);
-            page.values.truncate(position % PAGE * width);
+            page.values.truncate(position % PAGE * value_width);
             page.keys.extend_from_slice(k);
             page.values.extend_from_slice(v);
         }
@@ -110,8 +112,9 @@ impl Layer {
     }
 }
 
-/// Writes k and v to the cache and attends: q [T, heads · d], k and v [T, kv_heads · d]. Gradients go to what is new in
-/// the batch; what was in the cache is constant, and rounding into the cache is passed straight through.
+/// Writes k and v to the cache and attends: q [T, heads · d], k [T, kv_heads · d], v [T, kv_heads · value_dim] to
+/// [T, heads · value_dim]. Gradients go to what is new in the batch; what was in the cache is constant, and rounding into
+/// the cache is passed straight through.
 pub(super) fn attend(
     q: &Tensor,
     k: &Tensor,
@@ -122,7 +125,8 @@ pub(super) fn attend(
 ) -> Result<Tensor> {
     let capacity = cache.pages;
     let Some(layer) = cache.layers.get_mut(shape.cache) else { bail!("the cache has no layer {}", shape.layer) };
-    let width = shape.kv_heads * shape.head_dim;
+    let value_dim = layer.shape.value_dim;
+    let (width, value_width) = (shape.kv_heads * shape.head_dim, shape.kv_heads * value_dim);
     let copy = |x: &Tensor| host::with(x, |x| Ok(x.to_vec()));
     let (mut queries, mut keys, values) = (copy(q)?, copy(k)?, copy(v)?);
     rotate(&mut queries, shape, pass, 1.0);
@@ -135,12 +139,12 @@ pub(super) fn attend(
         if (kept && room < span.start + span.len) || span.pages.iter().any(|p| *p as usize >= capacity) {
             bail!("the KV cache has {capacity} pages; a sequence of {} tokens needs others", span.start + span.len)
         }
-        let rows = row * width..(row + span.len) * width;
-        let (keys, values) = layer.extend(span, keys[rows.clone()].to_vec(), values[rows].to_vec())?;
+        let of = |x: &[f32], width: usize| x[row * width..(row + span.len) * width].to_vec();
+        let (keys, values) = layer.extend(span, of(&keys, width), of(&values, value_width))?;
         spans.push(Sequence { row, start: span.start, len: span.len, keys, values });
         row += span.len;
     }
-    let attention = Attention { shape: *shape, pass: pass.clone(), queries, spans };
+    let attention = Attention { shape: *shape, value_dim, pass: pass.clone(), queries, spans };
     q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, attention)
 }
 
@@ -164,6 +168,7 @@ struct Sequence {
 
 struct Attention {
     shape: AttentionShape,
+    value_dim: usize,
     pass: HostPass,
     /// Rotated, [T, heads · d].
     queries: Vec<f32>,
@@ -173,7 +178,8 @@ struct Attention {
 /// Queries in a tile.
 const TILE: usize = 64;
 
-/// Gradients of one KV head of one sequence: of its queries [heads that share it, len, d], keys and values [len, d].
+/// Gradients of one KV head of one sequence: of its queries [heads that share it, len, d], keys [len, d] and values
+/// [len, value_dim].
 struct HeadGradient {
     q: Vec<f32>,
     k: Vec<f32>,
@@ -190,18 +196,25 @@ impl Attention {
         self.spans.iter().map(|s| s.len).sum()
     }
 
-    /// Rotated queries of one head, [len, d] within rows of all heads.
-    fn queries_of<'a>(&self, all: &'a [f32], span: &Sequence, head: usize) -> View<'a, f32> {
-        let width = self.shape.heads * self.shape.head_dim;
-        View::new(all, all.len() / width, width)
-            .rows(span.row, span.len)
-            .columns(head * self.shape.head_dim, self.shape.head_dim)
+    /// What `all` heads of `d` hold of one of them and one sequence, [len, d].
+    fn of_head<'a>(&self, all: &'a [f32], span: &Sequence, head: usize, d: usize) -> View<'a, f32> {
+        let width = self.shape.heads * d;
+        View::new(all, all.len() / width, width).rows(span.row, span.len).columns(head * d, d)
     }
 
-    /// Keys or values of one head, [start + len, d].
-    fn cached<'a>(&self, all: &'a [f32], kv_head: usize) -> View<'a, f32> {
-        let width = self.shape.kv_heads * self.shape.head_dim;
-        View::new(all, all.len() / width, width).columns(kv_head * self.shape.head_dim, self.shape.head_dim)
+    /// Rotated queries of one head, [len, d].
+    fn queries_of(&self, span: &Sequence, head: usize) -> View<'_, f32> {
+        self.of_head(&self.queries, span, head, self.shape.head_dim)
+    }
+
+    /// Keys of one head, [start + len, d].
+    fn keys_of<'a>(&self, span: &'a Sequence, kv_head: usize) -> View<'a, f32> {
+        cached(&span.keys, self.shape.kv_heads, kv_head, self.shape.head_dim)
+    }
+
+    /// Values of one head, [start + len, value_dim].
+    fn values_of<'a>(&self, span: &'a Sequence, kv_head: usize) -> View<'a, f32> {
+        cached(&span.values, self.shape.kv_heads, kv_head, self.value_dim)
     }
 
     /// Keys that a tile of queries sees: from the first that the first query sees to the last query's own.
@@ -216,9 +229,9 @@ impl Attention {
         let seen = end - first;
         p.clear();
         p.resize(rows * seen, 0.0);
-        let q = self.queries_of(&self.queries, span, head).rows(from, rows);
-        let keys = self.cached(&span.keys, kv_head).rows(first, seen);
-        serial_f32(p, seen, false, self.shape.scale(), q, keys.t());
+        let q = self.queries_of(span, head).rows(from, rows);
+        let keys = self.keys_of(span, kv_head).rows(first, seen);
+        serial_f32(p, seen, false, self.shape.scale, q, keys.t());
         let window = self.shape.window.unwrap_or(usize::MAX);
         for (row, p) in p.chunks_exact_mut(seen).enumerate() {
             let query = span.start + from + row;
@@ -230,9 +243,9 @@ impl Attention {
         }
     }
 
-    /// Output of one KV head of one sequence, [heads that share it, len, d].
+    /// Output of one KV head of one sequence, [heads that share it, len, value_dim].
     fn forward(&self, (s, kv_head): (usize, usize)) -> Vec<f32> {
-        let (span, d) = (&self.spans[s], self.shape.head_dim);
+        let (span, d) = (&self.spans[s], self.value_dim);
         let share = self.shape.heads / self.shape.kv_heads;
         let mut out = vec![0.0; share * span.len * d];
         let mut p = Vec::new();
@@ -241,7 +254,7 @@ impl Attention {
                 let rows = out.len() / d;
                 self.probabilities(span, kv_head, kv_head * share + i, from, rows, &mut p);
                 let (first, end) = self.seen(span, from, rows);
-                let values = self.cached(&span.values, kv_head).rows(first, end - first);
+                let values = self.values_of(span, kv_head).rows(first, end - first);
                 serial_f32(out, d, false, 1.0, View::new(&p, rows, end - first), values);
             }
         }
@@ -249,12 +262,13 @@ impl Attention {
     }
 
     fn backward(&self, (s, kv_head): (usize, usize), grad: &[f32], result: &[f32]) -> HeadGradient {
-        let (span, d) = (&self.spans[s], self.shape.head_dim);
+        let (span, d, value_dim) = (&self.spans[s], self.shape.head_dim, self.value_dim);
         let share = self.shape.heads / self.shape.kv_heads;
         let all = span.start + span.len;
-        let mut out = HeadGradient { q: vec![0.0; share * span.len * d], k: vec![0.0; all * d], v: vec![0.0; all * d] };
+        let zeros = |count: usize| vec![0.0; count];
+        let mut out = HeadGradient { q: zeros(share * span.len * d), k: zeros(all * d), v: zeros(all * value_dim) };
         let (mut p, mut dp) = (Vec::new(), Vec::new());
-        let width = self.shape.heads * d;
+        let width = self.shape.heads * value_dim;
         for i in 0..share {
             let head = kv_head * share + i;
             for from in (0..span.len).step_by(TILE) {
@@ -262,26 +276,28 @@ impl Attention {
                 let (first, end) = self.seen(span, from, rows);
                 let seen = end - first;
                 self.probabilities(span, kv_head, head, from, rows, &mut p);
-                let own_grad = self.queries_of(grad, span, head).rows(from, rows);
+                let own_grad = self.of_head(grad, span, head, value_dim).rows(from, rows);
                 // dV += Pᵀ · dO, dP = dO · Vᵀ.
                 let weights = View::new(&p, rows, seen);
-                serial_f32(&mut out.v[first * d..end * d], d, true, 1.0, weights.t(), own_grad);
+                let dv = &mut out.v[first * value_dim..end * value_dim];
+                serial_f32(dv, value_dim, true, 1.0, weights.t(), own_grad);
                 dp.clear();
                 dp.resize(rows * seen, 0.0);
-                let values = self.cached(&span.values, kv_head).rows(first, seen);
+                let values = self.values_of(span, kv_head).rows(first, seen);
                 serial_f32(&mut dp, seen, false, 1.0, own_grad, values.t());
                 // dS = P · (dP - dO · O), row by row.
                 for (row, (dp, p)) in dp.chunks_exact_mut(seen).zip(p.chunks_exact(seen)).enumerate() {
-                    let at = (span.row + from + row) * width + head * d;
-                    let along: f32 = grad[at..at + d].iter().zip(&result[at..at + d]).map(|(g, o)| g * o).sum();
+                    let at = (span.row + from + row) * width + head * value_dim;
+                    let part = at..at + value_dim;
+                    let along: f32 = grad[part.clone()].iter().zip(&result[part]).map(|(g, o)| g * o).sum();
                     dp.iter_mut().zip(p).for_each(|(dp, p)| *dp = p * (*dp - along));
                 }
                 let ds = View::new(&dp, rows, seen);
-                let q = self.queries_of(&self.queries, span, head).rows(from, rows);
-                let keys = self.cached(&span.keys, kv_head).rows(first, seen);
+                let q = self.queries_of(span, head).rows(from, rows);
+                let keys = self.keys_of(span, kv_head).rows(first, seen);
                 let dq = &mut out.q[(i * span.len + from) * d..][..rows * d];
-                serial_f32(dq, d, false, self.shape.scale(), ds, keys);
-                serial_f32(&mut out.k[first * d..end * d], d, true, self.shape.scale(), ds.t(), q);
+                serial_f32(dq, d, false, self.shape.scale, ds, keys);
+                serial_f32(&mut out.k[first * d..end * d], d, true, self.shape.scale, ds.t(), q);
             }
         }
         out
@@ -302,7 +318,7 @@ impl CustomOp3 for Attention {
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (d, heads) = (self.shape.head_dim, self.shape.heads);
+        let (d, heads) = (self.value_dim, self.shape.heads);
         let share = heads / self.shape.kv_heads;
         let pieces = self.pieces();
         let parts: Vec<Vec<f32>> = pieces.par_iter().map(|piece| self.forward(*piece)).collect();
@@ -311,7 +327,7 @@ impl CustomOp3 for Attention {
             let span = &self.spans[s];
             scatter(&part, &mut out, span.row, span.len, heads, d, kv_head * share);
         }
-        Ok((CpuStorage::F32(out), layout.shape().clone()))
+        Ok((CpuStorage::F32(out), Shape::from((layout.dims()[0], heads * d))))
     }
 
     fn bwd(
@@ -322,25 +338,32 @@ impl CustomOp3 for Attention {
         result: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (d, heads, kv_heads) = (self.shape.head_dim, self.shape.heads, self.shape.kv_heads);
+        let AttentionShape { head_dim: d, heads, kv_heads, .. } = self.shape;
+        let value_dim = self.value_dim;
         let pieces = self.pieces();
         let parts: Vec<HeadGradient> = host::with(grad, |grad| {
             host::with(result, |result| Ok(pieces.par_iter().map(|p| self.backward(*p, grad, result)).collect()))
         })?;
         let tokens = self.tokens();
-        let (mut dq, mut dk, mut dv) =
-            (vec![0.0; tokens * heads * d], vec![0.0; tokens * kv_heads * d], vec![0.0; tokens * kv_heads * d]);
+        let [mut dq, mut dk, mut dv] =
+            [heads * d, kv_heads * d, kv_heads * value_dim].map(|width| vec![0.0; tokens * width]);
         for ((s, kv_head), part) in pieces.into_iter().zip(parts) {
             let span = &self.spans[s];
             scatter(&part.q, &mut dq, span.row, span.len, heads, d, kv_head * (heads / kv_heads));
             scatter(&part.k[span.start * d..], &mut dk, span.row, span.len, kv_heads, d, kv_head);
-            scatter(&part.v[span.start * d..], &mut dv, span.row, span.len, kv_heads, d, kv_head);
+            scatter(&part.v[span.start * value_dim..], &mut dv, span.row, span.len, kv_heads, value_dim, kv_head);
         }
         rotate(&mut dq, &self.shape, &self.pass, -1.0);
         rotate(&mut dk, &self.shape, &self.pass, -1.0);
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
         Ok((Some(tensor(dq, q)?), Some(tensor(dk, k)?), Some(tensor(dv, v)?)))
     }
+}
+
+/// Keys or values of one KV head, [tokens, d], of those of all.
+fn cached(all: &[f32], kv_heads: usize, kv_head: usize, d: usize) -> View<'_, f32> {
+    let width = kv_heads * d;
+    View::new(all, all.len() / width, width).columns(kv_head * d, d)
 }
 
 /// Puts `part` [heads, len, d] into columns of `all` [T, all heads · d], from token `row` and head `head` on.
@@ -374,7 +397,7 @@ mod tests {
 
     #[test]
     fn a_span_that_starts_past_the_cache_is_an_error() {
-        let shape = LayerCache { format: KvFormat::F32, kv_heads: 1, head_dim: 2 };
+        let shape = LayerCache { format: KvFormat::F32, kv_heads: 1, head_dim: 2, value_dim: 2 };
         let mut layer = Layer { shape, pages: BTreeMap::new() };
         let span = |start| Span { start, len: 1, pages: vec![0] };
         let mut extend = |start| layer.extend(&span(start), vec![0.0; 2], vec![0.0; 2]);

@@ -1,9 +1,9 @@
 //! Causal grouped-query attention over a paged KV cache.
 //!
-//! Per layer, page and KV head: keys as [head_dim][16 tokens], one token per SIMD lane; values as [16 tokens][head_dim].
+//! Per layer, page and KV head: keys as [head_dim][16 tokens], one token per SIMD lane; values as [16 tokens][value_dim].
 //! A query's arithmetic never depends on which other queries are computed with it: scores are one fused multiply-add
 //! per dimension in order, the softmax sum keeps 16 partial sums by position modulo 16, and values are added in the
-//! order of positions.
+//! order of positions. A head's sink joins the maximum and, last, the sum; it has no value.
 
 use rayon::prelude::*;
 
@@ -31,13 +31,14 @@ struct Layer {
 }
 
 impl Layer {
-    /// Elements of one page's keys (or values) of one KV head.
-    fn tile(&self) -> usize {
-        PAGE * self.shape.head_dim
+    /// Elements of one page's keys of one KV head, and of its values.
+    fn tiles(&self) -> [usize; 2] {
+        [self.shape.head_dim, self.shape.value_dim].map(|d| PAGE * d)
     }
 
-    fn offset(&self, page: u32, kv_head: usize) -> usize {
-        (page as usize * self.shape.kv_heads + kv_head) * self.tile()
+    /// Where the keys of a page and KV head begin, and where its values do.
+    fn offsets(&self, page: u32, kv_head: usize) -> [usize; 2] {
+        self.tiles().map(|tile| (page as usize * self.shape.kv_heads + kv_head) * tile)
     }
 }
 
@@ -114,9 +115,8 @@ impl KvCache {
     #[must_use]
     pub fn new(layout: &CacheLayout) -> Self {
         let layer = |&shape: &LayerCache| {
-            let elements = layout.pages * shape.kv_heads * PAGE * shape.head_dim;
-            let store = |value| Store::new(shape.format, elements, value);
-            Layer { shape, keys: store(false), values: store(true) }
+            let store = |d, value| Store::new(shape.format, layout.pages * shape.kv_heads * PAGE * d, value);
+            Layer { shape, keys: store(shape.head_dim, false), values: store(shape.value_dim, true) }
         };
         Self { layers: layout.layers.iter().map(layer).collect(), pages: layout.pages }
     }
@@ -125,9 +125,9 @@ impl KvCache {
     pub(super) fn grow(&mut self, pages: usize) {
         self.pages = self.pages.max(pages);
         for layer in &mut self.layers {
-            let elements = layer.offset(self.pages as u32, 0);
-            layer.keys.grow(elements);
-            layer.values.grow(elements);
+            let [keys, values] = layer.offsets(self.pages as u32, 0);
+            layer.keys.grow(keys);
+            layer.values.grow(values);
         }
     }
 
@@ -145,27 +145,31 @@ impl KvCache {
     /// Copies a page's keys and values, of all layers, onto another page.
     pub(super) fn copy_page(&mut self, from: u32, to: u32) {
         for layer in &mut self.layers {
-            let count = layer.shape.kv_heads * layer.tile();
-            let (from, to) = (layer.offset(from, 0), layer.offset(to, 0));
-            layer.keys.copy(from, to, count);
-            layer.values.copy(from, to, count);
+            let [keys, values] = layer.tiles().map(|tile| layer.shape.kv_heads * tile);
+            let (from, to) = (layer.offsets(from, 0), layer.offsets(to, 0));
+            layer.keys.copy(from[0], to[0], keys);
+            layer.values.copy(from[1], to[1], values);
         }
     }
 
-    /// Writes the new tokens of `batch`: k (already rotated) and v, [T, kv_heads · head_dim].
+    /// Values of a value in a layer.
+    pub(super) fn value_dim(&self, layer: usize) -> usize {
+        self.layers[layer].shape.value_dim
+    }
+
+    /// Writes the new tokens of `batch`: k (already rotated) [T, kv_heads · head_dim], v [T, kv_heads · value_dim].
     pub(super) fn write(&mut self, layer: usize, batch: &Batch, k: &[f32], v: &[f32]) {
         let layer = &mut self.layers[layer];
-        let LayerCache { kv_heads, head_dim: d, .. } = layer.shape;
-        let width = kv_heads * d;
+        let LayerCache { kv_heads, head_dim, value_dim, .. } = layer.shape;
         let mut row = 0;
         for span in &batch.spans {
             for position in span.start..span.start + span.len {
                 let (page, lane) = (span.pages[position / PAGE], position % PAGE);
                 for head in 0..kv_heads {
-                    let at = layer.offset(page, head);
-                    let part = row * width + head * d..row * width + (head + 1) * d;
-                    layer.keys.write(&k[part.clone()], |i| at + i * PAGE + lane);
-                    layer.values.write(&v[part], |i| at + lane * d + i);
+                    let [key, value] = layer.offsets(page, head);
+                    let of = |d: usize| (row * kv_heads + head) * d..(row * kv_heads + head + 1) * d;
+                    layer.keys.write(&k[of(head_dim)], |i| key + i * PAGE + lane);
+                    layer.values.write(&v[of(value_dim)], |i| value + lane * value_dim + i);
                 }
                 row += 1;
             }
@@ -190,8 +194,17 @@ impl Output {
     }
 }
 
-/// Attends: q [T, heads · d] (rotated) to `out` of the same shape, over what the cache holds up to each token.
-pub(super) fn attend(isa: Isa, cache: &KvCache, shape: &AttentionShape, batch: &Batch, q: &[f32], out: &mut [f32]) {
+/// Attends: q [T, heads · d] (rotated) to `out` [T, heads · value_dim], over what the cache holds up to each token.
+/// `sinks` [heads]: scores that take a share of the softmax and give nothing.
+pub(super) fn attend(
+    isa: Isa,
+    cache: &KvCache,
+    shape: &AttentionShape,
+    sinks: Option<&[f32]>,
+    batch: &Batch,
+    q: &[f32],
+    out: &mut [f32],
+) {
     let mut tasks = Vec::new();
     let mut row = 0;
     for span in &batch.spans {
@@ -201,19 +214,24 @@ pub(super) fn attend(isa: Isa, cache: &KvCache, shape: &AttentionShape, batch: &
         }
         row += span.len;
     }
-    let width = shape.heads * shape.head_dim;
+    let heads = shape.heads / shape.kv_heads;
+    let value_dim = cache.value_dim(shape.layer);
+    let (width, share) = (shape.heads * shape.head_dim, heads * shape.head_dim);
+    let (out_width, out_share) = (shape.heads * value_dim, heads * value_dim);
+    assert_eq!((q.len(), out.len()), (row * width, row * out_width), "queries or their results have the wrong size");
+    assert!(sinks.is_none_or(|s| s.len() == shape.heads), "a sink for each head");
     let output = Output(out.as_mut_ptr());
-    let share = shape.heads / shape.kv_heads * shape.head_dim;
     tasks.par_iter().for_each_init(Vec::new, |scratch, &(span, row, position, count, head)| {
-        let mut results = vec![0.0f32; count * share];
-        let task = Task { cache, shape, span, position, count, head };
+        let mut results = vec![0.0f32; count * out_share];
+        let sinks = sinks.map(|s| &s[head * heads..][..heads]);
+        let task = Task { cache, shape, sinks, span, position, count, head };
         let queries: Vec<&[f32]> = (0..count).map(|i| &q[(row + i) * width + head * share..][..share]).collect();
         block(isa, &task, &queries, scratch, &mut results);
-        for (i, result) in results.chunks_exact(share).enumerate() {
+        for (i, result) in results.chunks_exact(out_share).enumerate() {
             // SAFETY: rows `row..row + count`, heads of KV head `head`: this task's own part of `out`.
             unsafe {
-                let to = output.at((row + i) * width + head * share);
-                std::ptr::copy_nonoverlapping(result.as_ptr(), to, share);
+                let to = output.at((row + i) * out_width + head * out_share);
+                std::ptr::copy_nonoverlapping(result.as_ptr(), to, out_share);
             }
         }
     });
@@ -223,6 +241,8 @@ pub(super) fn attend(isa: Isa, cache: &KvCache, shape: &AttentionShape, batch: &
 struct Task<'a> {
     cache: &'a KvCache,
     shape: &'a AttentionShape,
+    /// Of the query heads that share the KV head.
+    sinks: Option<&'a [f32]>,
     span: &'a Span,
     /// Position of the first query.
     position: usize,
@@ -231,7 +251,7 @@ struct Task<'a> {
 }
 
 multiversion! {
-    /// `queries[i]` holds the query heads that share the KV head; `results` likewise, [count, heads, d].
+    /// `queries[i]` holds the query heads that share the KV head; `results` likewise, [count, heads, value_dim].
     fn block(t: &Task<'_>, queries: &[&[f32]], scratch: &mut Vec<f32>, results: &mut [f32]) {
         let d = t.shape.head_dim;
         let share = t.shape.heads / t.shape.kv_heads;
@@ -244,14 +264,15 @@ multiversion! {
         let first_page = range(0).0 / PAGE;
         let last_page = (range(t.count - 1).1 - 1) / PAGE;
         let length = (last_page + 1 - first_page) * PAGE;
-        let tile = layer.tile();
+        let value_dim = layer.shape.value_dim;
+        let [key_tile, value_tile] = layer.tiles();
         scratch.clear();
-        scratch.resize(t.count * share * length + tile, 0.0);
+        scratch.resize(t.count * share * length + key_tile.max(value_tile), 0.0);
         let (scores, decoded) = scratch.split_at_mut(t.count * share * length);
-        let scale = t.shape.scale();
+        let scale = t.shape.scale;
 
         for page in first_page..=last_page {
-            let keys = layer.keys.read(layer.offset(t.span.pages[page], t.head), decoded);
+            let keys = layer.keys.read(layer.offsets(t.span.pages[page], t.head)[0], &mut decoded[..key_tile]);
             let keys = keys.as_chunks::<PAGE>().0;
             for (i, query) in queries.iter().enumerate() {
                 for (h, query) in query.chunks_exact(d).enumerate() {
@@ -273,7 +294,8 @@ multiversion! {
             let (from, to) = range(row / share);
             let scores = &mut scores[row * length..][..length];
             let seen = &scores[from - first_page * PAGE..to - first_page * PAGE];
-            let max = seen.iter().fold(f32::NEG_INFINITY, |m, &s| if s > m { s } else { m });
+            let sink = t.sinks.map(|s| s[row % share]);
+            let max = seen.iter().chain(&sink).fold(f32::NEG_INFINITY, |m, &s| if s > m { s } else { m });
             let mut lanes = [0.0f32; LANES];
             for (p, scores) in scores.as_chunks_mut::<PAGE>().0.iter_mut().enumerate() {
                 for lane in 0..PAGE {
@@ -284,25 +306,28 @@ multiversion! {
                 }
             }
             *sum = tree_sum(lanes);
+            if let Some(sink) = sink {
+                *sum += exp(sink - max);
+            }
         }
 
         results.fill(0.0);
         for page in first_page..=last_page {
-            let values = layer.values.read(layer.offset(t.span.pages[page], t.head), decoded);
+            let values = layer.values.read(layer.offsets(t.span.pages[page], t.head)[1], &mut decoded[..value_tile]);
             for row in 0..t.count * share {
                 let (from, to) = range(row / share);
-                let result = &mut results[row * d..][..d];
+                let result = &mut results[row * value_dim..][..value_dim];
                 let from = from.max(page * PAGE);
                 for position in from..to.min((page + 1) * PAGE) {
                     let p = scores[row * length + position - first_page * PAGE];
-                    let value = &values[(position % PAGE) * d..][..d];
+                    let value = &values[(position % PAGE) * value_dim..][..value_dim];
                     for (r, v) in result.iter_mut().zip(value) {
                         *r = p.mul_add(*v, *r);
                     }
                 }
             }
         }
-        for (result, sum) in results.chunks_exact_mut(d).zip(sums) {
+        for (result, sum) in results.chunks_exact_mut(value_dim).zip(sums) {
             result.iter_mut().for_each(|r| *r /= sum);
         }
     }

@@ -20,6 +20,22 @@ pub(super) fn tree_sum(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
+/// Sum of squares.
+#[inline(always)]
+pub(super) fn sum_of_squares(x: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (runs, rest) = x.as_chunks::<LANES>();
+    for run in runs {
+        for l in 0..LANES {
+            lanes[l] = run[l].mul_add(run[l], lanes[l]);
+        }
+    }
+    for (lane, v) in lanes.iter_mut().zip(rest) {
+        *lane = v.mul_add(*v, *lane);
+    }
+    tree_sum(lanes)
+}
+
 /// eˣ within 2 units in the last place over its whole range; 0 below -87.3, and no infinity above 88.3.
 ///
 /// Range reduction by ln 2 in two parts and a polynomial of degree 6 (Cephes' expf), all in fused multiply-adds.
@@ -70,17 +86,7 @@ multiversion! {
     pub(in crate::backend) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
         let n = weight.len();
         for (x, out) in x.chunks_exact(n).zip(out.chunks_exact_mut(n)) {
-            let mut lanes = [0.0f32; LANES];
-            let (runs, rest) = x.as_chunks::<LANES>();
-            for run in runs {
-                for i in 0..LANES {
-                    lanes[i] = run[i].mul_add(run[i], lanes[i]);
-                }
-            }
-            for (lane, v) in lanes.iter_mut().zip(rest) {
-                *lane = v.mul_add(*v, *lane);
-            }
-            let inverse = 1.0 / (tree_sum(lanes) / n as f32 + eps).sqrt();
+            let inverse = 1.0 / (sum_of_squares(x) / n as f32 + eps).sqrt();
             for ((o, v), w) in out.iter_mut().zip(x).zip(weight) {
                 *o = v * inverse * w;
             }

@@ -253,9 +253,12 @@ impl Backend for CpuBackend {
         self.rotate(&mut q, shape, pass);
         self.rotate(&mut k, shape, pass);
         cache.write(shape.cache, &pass.batch, &k.data, &v.data);
-        let mut data = self.buffers.take(q.data.len());
-        self.pool.install(|| attention::attend(self.isa, cache, shape, &pass.batch, &q.data, &mut data));
-        Ok(CpuTensor { data, columns: q.columns })
+        let columns = shape.heads * cache.value_dim(shape.cache);
+        let mut data = self.buffers.take(q.rows() * columns);
+        self.pool.install(|| {
+            attention::attend(self.isa, cache, shape, sinks.map(Vec::as_slice), &pass.batch, &q.data, &mut data)
+        });
+        Ok(CpuTensor { data, columns })
     }
 
     fn rotated(&self, k: &CpuTensor, shape: &AttentionShape, pass: &HostPass) -> Result<Vec<f32>> {

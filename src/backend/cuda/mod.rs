@@ -192,6 +192,8 @@ impl Operand {
 /// A rotation, its table on the device for as many positions as were needed so far, [positions, 2, half].
 #[derive(Debug)]
 pub struct CudaRope {
+    /// Pairs that turn.
+    half: usize,
     table: RopeTable,
     device: Mutex<Option<(usize, Arc<Memory>)>>,
 }
@@ -218,7 +220,8 @@ pub struct CudaPass {
     runs: Memory,
     run_count: usize,
     longest_run: usize,
-    ropes: Vec<Arc<Memory>>,
+    /// Pairs that turn and [positions, cosines and sines] of each rotation.
+    ropes: Vec<(usize, Arc<Memory>)>,
     /// One past the highest page in use.
     pages: usize,
 }
@@ -528,9 +531,17 @@ impl CudaBackend {
             return Err(BackendError::CacheTooSmall { capacity, needed });
         }
         let &AttentionShape { heads, kv_heads, head_dim, .. } = shape;
+        let unsupported =
+            |what| Err(BackendError::Unsupported { module: format!("layer {}", shape.layer), backend: "cuda", what });
         if head_dim > MAX_HEAD_DIM || head_dim % 2 == 1 {
-            let what = format!("heads of {head_dim}: even, and at most {MAX_HEAD_DIM}");
-            return Err(BackendError::Unsupported { module: format!("layer {}", shape.layer), backend: "cuda", what });
+            return unsupported(format!("heads of {head_dim}: even, and at most {MAX_HEAD_DIM}"));
+        }
+        let value_dim = cache.layer(shape.layer).shape.value_dim;
+        if value_dim != head_dim {
+            return unsupported(format!("values of {value_dim} beside keys of {head_dim}"));
+        }
+        if let Some(half) = shape.rope.map(|r| pass.ropes[r].0).filter(|half| 2 * half != head_dim) {
+            return unsupported(format!("heads of {head_dim} of which {} dimensions turn", 2 * half));
         }
         let tokens = q.rows;
         let layer = cache.layer(shape.cache);
@@ -550,7 +561,7 @@ impl CudaBackend {
             .optional(norms.map(|n| &n.q.weight))
             .optional(norms.map(|n| &n.k.weight))
             .float(norms.map_or(0.0, |n| n.eps))
-            .optional(shape.rope.map(|r| &*pass.ropes[r]))
+            .optional(shape.rope.map(|r| &*pass.ropes[r].1))
             .memory(&pass.positions)
             .memory(&pass.slots)
             .int(tokens)
@@ -585,7 +596,7 @@ impl CudaBackend {
             .int(kv_heads)
             .int(head_dim)
             .int(window)
-            .float(shape.scale())
+            .float(shape.scale)
             .float(k_scale)
             .float(v_scale)
             .int(pieces);
@@ -638,7 +649,8 @@ impl Backend for CudaBackend {
     }
 
     fn load_rope(&self, rotation: Rotation) -> Result<CudaRope> {
-        Ok(CudaRope { table: RopeTable::new(rotation), device: Mutex::default() })
+        let half = rotation.frequencies.len();
+        Ok(CudaRope { half, table: RopeTable::new(rotation), device: Mutex::default() })
     }
 
     fn new_cache(&self, layout: &CacheLayout) -> Result<CudaCache> {
@@ -685,7 +697,7 @@ impl Backend for CudaBackend {
             run_count: runs.len(),
             longest_run: runs.iter().map(|r| r[1] as usize).max().unwrap_or(0),
             runs: self.device.upload(&runs.concat())?,
-            ropes: ropes.iter().map(|r| self.rope(r, batch.reach())).collect::<Result<_>>()?,
+            ropes: ropes.iter().map(|r| Ok((r.half, self.rope(r, batch.reach())?))).collect::<Result<_>>()?,
             pages,
         })
     }
@@ -764,14 +776,14 @@ impl Backend for CudaBackend {
 
     fn rotated(&self, k: &CudaTensor, shape: &AttentionShape, pass: &CudaPass) -> Result<Vec<f32>> {
         let mut host = self.to_host(k)?;
-        if let Some(rope) = shape.rope {
-            let half = shape.head_dim / 2;
+        if let Some((half, rope)) = shape.rope.map(|r| &pass.ropes[r]) {
+            let half = *half;
             let reach = pass.batch.reach();
-            let rows: Vec<f32> = self.device.download(&pass.ropes[rope], 2 * half * reach)?;
+            let rows: Vec<f32> = self.device.download(rope, 2 * half * reach)?;
             for (token, position) in host.chunks_exact_mut(k.columns).zip(pass.batch.positions()) {
                 let (cos, sin) = rows[2 * half * position..][..2 * half].split_at(half);
-                for head in token.chunks_exact_mut(2 * half) {
-                    let (first, second) = head.split_at_mut(half);
+                for head in token.chunks_exact_mut(shape.head_dim) {
+                    let (first, second) = head[..2 * half].split_at_mut(half);
                     for (((a, b), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
                         (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
                     }

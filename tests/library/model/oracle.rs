@@ -235,10 +235,11 @@ fn values(count: usize, seed: usize) -> Vec<f32> {
 }
 
 /// Two sequences through one attention layer, the second in two passes: what it gives, in the order of tokens.
-fn attend<B: Backend>(backend: &B, shape: &AttentionShape) -> Vec<f32> {
+fn attend<B: Backend>(backend: &B, shape: &AttentionShape, value_dim: usize) -> Vec<f32> {
     let rotation = |step: f32| Rotation { frequencies: (0..4).map(|i| step.powi(i)).collect(), factor: 1.25 };
     let ropes = [0.5, 0.1].map(|step| backend.load_rope(rotation(step)).unwrap());
-    let layer = LayerCache { format: KvFormat::F32, kv_heads: shape.kv_heads, head_dim: shape.head_dim };
+    let &AttentionShape { kv_heads, head_dim, .. } = shape;
+    let layer = LayerCache { format: KvFormat::F32, kv_heads, head_dim, value_dim };
     let mut cache = backend.new_cache(&CacheLayout { layers: vec![layer], pages: 1 }).unwrap();
     backend.grow(&mut cache, 4).unwrap();
     let span = |start, len, pages: &[u32]| Span { start, len, pages: pages.to_vec() };
@@ -247,11 +248,9 @@ fn attend<B: Backend>(backend: &B, shape: &AttentionShape) -> Vec<f32> {
     for (seed, spans) in passes.into_iter().enumerate() {
         let tokens: usize = spans.iter().map(|s| s.len).sum();
         let pass = backend.prepare(&Batch { tokens: vec![0; tokens], spans }, &ropes.each_ref()).unwrap();
-        let tensor = |heads: usize, seed: usize| {
-            let width = heads * shape.head_dim;
-            backend.tensor(values(tokens * width, seed), width).unwrap()
-        };
-        let (q, k, v) = (tensor(shape.heads, seed), tensor(shape.kv_heads, seed + 5), tensor(shape.kv_heads, seed + 9));
+        let tensor = |width: usize, seed: usize| backend.tensor(values(tokens * width, seed), width).unwrap();
+        let (q, k) = (tensor(shape.heads * head_dim, seed), tensor(kv_heads * head_dim, seed + 5));
+        let v = tensor(kv_heads * value_dim, seed + 9);
         out.extend(backend.to_host(&backend.attention(q, k, v, shape, &pass, &mut cache).unwrap()).unwrap());
     }
     out
@@ -261,10 +260,16 @@ fn attend<B: Backend>(backend: &B, shape: &AttentionShape) -> Vec<f32> {
 fn both_backends_attend_alike_whichever_rotation_turns_them() {
     let cpu = cpu(2);
     let mut seen: Vec<Vec<u32>> = Vec::new();
-    for rope in [None, Some(0), Some(1)] {
+    for (rope, head_dim, value_dim, scale) in [
+        (None, 8, 8, 0.35),
+        (Some(0), 8, 8, 0.35),
+        (Some(1), 8, 8, 0.35),
+        (Some(0), 12, 5, 0.35),
+        (Some(0), 12, 5, 0.2),
+    ] {
         for window in [None, Some(5)] {
-            let shape = AttentionShape { layer: 0, heads: 4, kv_heads: 2, head_dim: 8, window, rope };
-            let (packed, plain) = (attend(&cpu, &shape), attend(&AutogradBackend::new(), &shape));
+            let shape = AttentionShape { layer: 0, heads: 4, kv_heads: 2, head_dim, window, rope, scale };
+            let (packed, plain) = (attend(&cpu, &shape, value_dim), attend(&AutogradBackend::new(), &shape, value_dim));
             let off = deviation(&packed, &plain);
             assert!(off < 1e-6, "{shape:?}: {off:e}");
             assert!(!seen.contains(&bits(&packed)), "{shape:?}: as another shape");

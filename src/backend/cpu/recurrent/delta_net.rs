@@ -2,10 +2,17 @@
 //!
 //! Source: Hugging Face transformers, models/qwen3_5.
 
+use rayon::prelude::*;
+
 use super::super::buffer::BufferPool;
-use super::super::isa::Isa;
-use super::{RecurrentShape, RecurrentSpan, RecurrentStates};
+use super::super::elementwise::{LANES, exp, sum_of_squares, tree_sum};
+use super::super::isa::{Isa, multiversion};
+use super::convolution::{Convolution, Inputs};
+use super::{Places, RecurrentShape, RecurrentSpan, RecurrentStates, TOKENS, cover, expect, pieces, softplus};
 use crate::backend::BackendError;
+
+/// Names the mixer in errors.
+const CONTEXT: &str = "gated delta net";
 
 /// Shape of one gated delta net.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -73,6 +80,10 @@ pub struct DeltaNetInputs<'a> {
 #[derive(Clone, Debug)]
 pub struct DeltaNet {
     shape: DeltaNetShape,
+    convolution: Convolution,
+    /// Each value head's -exp(A_log) and dt_bias.
+    heads: Vec<[f32; 2]>,
+    norm: Vec<f32>,
 }
 
 impl DeltaNet {
@@ -80,8 +91,21 @@ impl DeltaNet {
     ///
     /// # Errors
     /// When the shape is none or a tensor has another number of values.
-    pub fn new(shape: DeltaNetShape, _weights: DeltaNetWeights) -> Result<Self, BackendError> {
-        Ok(Self { shape })
+    pub fn new(shape: DeltaNetShape, weights: DeltaNetWeights) -> Result<Self, BackendError> {
+        let DeltaNetShape { key_heads, value_heads, key_dim, value_dim, kernel, .. } = shape;
+        let none = [key_heads, value_heads, key_dim, value_dim, kernel].contains(&0);
+        if none || !value_heads.is_multiple_of(key_heads) {
+            return Err(BackendError::Failed { context: CONTEXT, message: format!("no shape of a mixer: {shape:?}") });
+        }
+        let DeltaNetWeights { conv1d, a_log, dt_bias, norm } = weights;
+        let parts = [(2 * key_heads, key_dim), (value_heads, value_dim)];
+        let convolution = Convolution::new(CONTEXT, kernel, &parts, &conv1d, None)?;
+        for (name, values) in [("A_log", &a_log), ("dt_bias", &dt_bias)] {
+            expect(CONTEXT, name, values.len(), value_heads)?;
+        }
+        expect(CONTEXT, "norm.weight", norm.len(), value_dim)?;
+        let heads = a_log.iter().zip(dt_bias).map(|(a_log, dt_bias)| [-libm::expf(*a_log), dt_bias]).collect();
+        Ok(Self { shape, convolution, heads, norm })
     }
 
     /// Its shape.
@@ -98,14 +122,209 @@ impl DeltaNet {
     #[allow(clippy::too_many_arguments)]
     pub(in crate::backend) fn run(
         &self,
-        _isa: Isa,
-        _buffers: &BufferPool,
-        _inputs: DeltaNetInputs<'_>,
-        _spans: &[RecurrentSpan],
-        _states: &mut RecurrentStates,
-        _layer: usize,
-        _out: &mut [f32],
+        isa: Isa,
+        buffers: &BufferPool,
+        inputs: DeltaNetInputs<'_>,
+        spans: &[RecurrentSpan],
+        states: &mut RecurrentStates,
+        layer: usize,
+        out: &mut [f32],
     ) -> Result<(), BackendError> {
-        Err(BackendError::Failed { context: "gated delta net", message: "not there yet".into() })
+        let shape = &self.shape;
+        let DeltaNetShape { key_heads, value_heads, key_dim, value_dim, .. } = *shape;
+        let (inner, channels) = (shape.inner(), shape.channels());
+        let tokens = inputs.qkv.len() / channels;
+        expect(CONTEXT, "what in_proj_qkv gave", inputs.qkv.len(), tokens * channels)?;
+        expect(CONTEXT, "what in_proj_z gave", inputs.z.len(), tokens * inner)?;
+        expect(CONTEXT, "what in_proj_a gave", inputs.a.len(), tokens * value_heads)?;
+        expect(CONTEXT, "what in_proj_b gave", inputs.b.len(), tokens * value_heads)?;
+        expect(CONTEXT, "what out_proj reads", out.len(), tokens * inner)?;
+        cover(CONTEXT, spans, tokens)?;
+        let mut slots = states.of_spans(layer, shape.kept(), spans)?;
+
+        // Of each span q and k [key_heads, T, key_dim] and v [value_heads, T, value_dim].
+        let mut parts = buffers.take(tokens * channels);
+        let columns = Inputs { rows: inputs.qkv, width: channels, first: 0 };
+        let query_scale = 1.0 / (key_dim as f32).sqrt();
+        self.convolution.run(isa, columns, spans, &mut slots, &mut parts, |part, heads| {
+            if part < 2 * key_heads {
+                let scale = if part < key_heads { query_scale } else { 1.0 };
+                unit(isa, key_dim, scale, heads);
+            }
+        });
+
+        let mut tasks = Vec::with_capacity(spans.len() * value_heads);
+        let mut rest = &mut parts[..];
+        for (span, slot) in spans.iter().zip(slots) {
+            let len = span.rows.len();
+            let own = rest.split_off_mut(..len * channels).unwrap_or_default();
+            let (shared, values) = own.split_at_mut(2 * len * key_heads * key_dim);
+            let (queries, keys) = shared.split_at(len * key_heads * key_dim);
+            let mut states = slot.state.chunks_exact_mut(value_dim * key_dim);
+            let mut values = values.chunks_exact_mut((len * value_dim).max(1));
+            for (h, &[a, dt_bias]) in self.heads.iter().enumerate() {
+                let Some(state) = states.next() else { continue };
+                let key_head = h / (value_heads / key_heads);
+                let of_head = key_head * len * key_dim..(key_head + 1) * len * key_dim;
+                let head = Head {
+                    shape,
+                    starts: span.starts,
+                    gates: [inputs.a, inputs.b],
+                    first: span.rows.start * value_heads + h,
+                    queries: &queries[of_head.clone()],
+                    keys: &keys[of_head],
+                    a,
+                    dt_bias,
+                };
+                tasks.push((head, values.next().unwrap_or_default(), state));
+            }
+        }
+        let least = pieces(tasks.len(), tokens * inner * key_dim);
+        tasks.into_par_iter().with_min_len(least).for_each(|(head, v, state)| scan(isa, &head, v, state));
+
+        let places = Places::new(spans, channels, 2 * key_heads * key_dim);
+        let least = pieces(tokens, tokens * inner);
+        out.par_chunks_mut(inner).with_min_len(least).enumerate().for_each(|(row, out)| {
+            places.gather(&parts, row, value_dim, out);
+            gated_norm(isa, &inputs.z[row * inner..][..inner], &self.norm, shape.eps, out);
+        });
+        Ok(())
+    }
+}
+
+/// One value head of one span.
+struct Head<'a> {
+    shape: &'a DeltaNetShape,
+    starts: bool,
+    /// What in_proj_a and in_proj_b gave, [T, value_heads], and where this head's of the span's first token stands.
+    gates: [&'a [f32]; 2],
+    first: usize,
+    /// [tokens, key_dim], as are `keys`.
+    queries: &'a [f32],
+    keys: &'a [f32],
+    /// -exp(A_log).
+    a: f32,
+    dt_bias: f32,
+}
+
+/// Rows of a state that go through some tokens together: their sums don't wait for each other, and queries and keys are
+/// read once for all of them.
+const ROWS: usize = 4;
+
+multiversion! {
+    /// Makes every run of `width` values one of length `scale`; what is all zero stays.
+    fn unit(width: usize, scale: f32, x: &mut [f32]) {
+        /// Source: transformers, l2norm in models/qwen3_next.
+        const EPS: f32 = 1e-6;
+        for x in x.chunks_exact_mut(width) {
+            let factor = 1.0 / (sum_of_squares(x) + EPS).sqrt() * scale;
+            x.iter_mut().for_each(|x| *x *= factor);
+        }
+    }
+}
+
+multiversion! {
+    /// Replaces the values `v` [tokens, value_dim] by what their queries read, and carries `state` [value_dim, key_dim] on.
+    fn scan(t: &Head<'_>, v: &mut [f32], state: &mut [f32]) {
+        let DeltaNetShape { value_heads, key_dim, value_dim, .. } = *t.shape;
+        if t.starts {
+            state.fill(0.0);
+        }
+        for (block, v) in v.chunks_mut(TOKENS * value_dim).enumerate() {
+            let (mut betas, mut decays) = ([0.0f32; TOKENS], [0.0f32; TOKENS]);
+            let count = v.len() / value_dim;
+            for i in 0..count {
+                let [a, b] = t.gates.map(|gate| gate[t.first + (block * TOKENS + i) * value_heads]);
+                betas[i] = 1.0 / (1.0 + libm::expf(-b));
+                decays[i] = libm::expf(t.a * softplus(a + t.dt_bias));
+            }
+            let of_block = block * TOKENS * key_dim..(block * TOKENS + count) * key_dim;
+            let (queries, keys) = (&t.queries[of_block.clone()], &t.keys[of_block]);
+            let tokens = Tokens { betas: &betas[..count], decays: &decays, queries, keys, key_dim, value_dim };
+            let mut row = 0;
+            while row + ROWS <= value_dim {
+                carry::<ROWS>(&tokens, row, v, &mut state[row * key_dim..(row + ROWS) * key_dim]);
+                row += ROWS;
+            }
+            while row < value_dim {
+                carry::<1>(&tokens, row, v, &mut state[row * key_dim..(row + 1) * key_dim]);
+                row += 1;
+            }
+        }
+    }
+}
+
+/// Some consecutive tokens of one value head.
+struct Tokens<'a> {
+    betas: &'a [f32],
+    decays: &'a [f32; TOKENS],
+    /// [tokens, key_dim], as are `keys`.
+    queries: &'a [f32],
+    keys: &'a [f32],
+    key_dim: usize,
+    value_dim: usize,
+}
+
+/// Takes rows `row..row + R` of a state, [R, key_dim], through some tokens.
+#[inline(always)]
+fn carry<const R: usize>(t: &Tokens<'_>, row: usize, v: &mut [f32], state: &mut [f32]) {
+    let width = t.key_dim;
+    for (i, (&beta, &decay)) in t.betas.iter().zip(t.decays).enumerate() {
+        let v = &mut v[i * t.value_dim + row..][..R];
+        let (keys, keys_rest) = t.keys[i * width..(i + 1) * width].as_chunks::<LANES>();
+        let (queries, queries_rest) = t.queries[i * width..(i + 1) * width].as_chunks::<LANES>();
+        let done = width - keys_rest.len();
+        // What the decayed state holds under the key.
+        let mut sums = [[0.0f32; LANES]; R];
+        for (run, key) in keys.iter().enumerate() {
+            for r in 0..R {
+                let state = &mut state[r * width + run * LANES..][..LANES];
+                for l in 0..LANES {
+                    state[l] *= decay;
+                    sums[r][l] = state[l].mul_add(key[l], sums[r][l]);
+                }
+            }
+        }
+        let mut deltas = [0.0f32; R];
+        for r in 0..R {
+            for (l, key) in keys_rest.iter().enumerate() {
+                let state = &mut state[r * width + done + l];
+                *state *= decay;
+                sums[r][l] = state.mul_add(*key, sums[r][l]);
+            }
+            deltas[r] = beta * (v[r] - tree_sum(sums[r]));
+        }
+        // What the query reads after the key's value was put right.
+        let mut sums = [[0.0f32; LANES]; R];
+        for (run, (key, query)) in keys.iter().zip(queries).enumerate() {
+            for r in 0..R {
+                let state = &mut state[r * width + run * LANES..][..LANES];
+                for l in 0..LANES {
+                    state[l] = key[l].mul_add(deltas[r], state[l]);
+                    sums[r][l] = state[l].mul_add(query[l], sums[r][l]);
+                }
+            }
+        }
+        for r in 0..R {
+            for (l, (key, query)) in keys_rest.iter().zip(queries_rest).enumerate() {
+                let state = &mut state[r * width + done + l];
+                *state = key.mul_add(deltas[r], *state);
+                sums[r][l] = state.mul_add(*query, sums[r][l]);
+            }
+            v[r] = tree_sum(sums[r]);
+        }
+    }
+}
+
+multiversion! {
+    /// `out = rms(out) · weight · silu(z)`, the norm over each run of `weight.len()` values.
+    fn gated_norm(z: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        let width = weight.len();
+        for (out, z) in out.chunks_exact_mut(width).zip(z.chunks_exact(width)) {
+            let inverse = 1.0 / (sum_of_squares(out) / width as f32 + eps).sqrt();
+            for ((o, z), w) in out.iter_mut().zip(z).zip(weight) {
+                *o = *o * inverse * w * (z / (1.0 + exp(-z)));
+            }
+        }
     }
 }

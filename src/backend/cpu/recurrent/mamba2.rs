@@ -2,10 +2,17 @@
 //!
 //! Source: Hugging Face transformers, models/nemotron_h; vLLM, layers/mamba/mamba_mixer2.py.
 
+use rayon::prelude::*;
+
 use super::super::buffer::BufferPool;
-use super::super::isa::Isa;
-use super::{RecurrentShape, RecurrentSpan, RecurrentStates};
+use super::super::elementwise::{LANES, exp, sum_of_squares, tree_sum};
+use super::super::isa::{Isa, multiversion};
+use super::convolution::{Convolution, Inputs};
+use super::{Places, RecurrentShape, RecurrentSpan, RecurrentStates, TOKENS, cover, expect, pieces, softplus};
 use crate::backend::BackendError;
+
+/// Names the mixer in errors.
+const CONTEXT: &str = "mamba2";
 
 /// Shape of one Mamba-2 mixer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -73,6 +80,10 @@ pub struct Mamba2Weights {
 #[derive(Clone, Debug)]
 pub struct Mamba2 {
     shape: Mamba2Shape,
+    convolution: Convolution,
+    /// Each head's -exp(A_log), D and dt_bias.
+    heads: Vec<[f32; 3]>,
+    norm: Vec<f32>,
 }
 
 impl Mamba2 {
@@ -80,8 +91,20 @@ impl Mamba2 {
     ///
     /// # Errors
     /// When the shape is none or a tensor has another number of values.
-    pub fn new(shape: Mamba2Shape, _weights: Mamba2Weights) -> Result<Self, BackendError> {
-        Ok(Self { shape })
+    pub fn new(shape: Mamba2Shape, weights: Mamba2Weights) -> Result<Self, BackendError> {
+        let Mamba2Shape { heads, head_dim, groups, state, kernel, .. } = shape;
+        if [heads, head_dim, groups, state, kernel].contains(&0) || !heads.is_multiple_of(groups) {
+            return Err(BackendError::Failed { context: CONTEXT, message: format!("no shape of a mixer: {shape:?}") });
+        }
+        let Mamba2Weights { conv1d, conv1d_bias, a_log, d, dt_bias, norm } = weights;
+        let parts = [(heads, head_dim), (2 * groups, state)];
+        let convolution = Convolution::new(CONTEXT, kernel, &parts, &conv1d, conv1d_bias)?;
+        for (name, values) in [("A_log", &a_log), ("D", &d), ("dt_bias", &dt_bias)] {
+            expect(CONTEXT, name, values.len(), heads)?;
+        }
+        expect(CONTEXT, "norm.weight", norm.len(), shape.inner())?;
+        let heads = (0..heads).map(|h| [-libm::expf(a_log[h]), d[h], dt_bias[h]]).collect();
+        Ok(Self { shape, convolution, heads, norm })
     }
 
     /// Its shape.
@@ -98,14 +121,181 @@ impl Mamba2 {
     #[allow(clippy::too_many_arguments)]
     pub(in crate::backend) fn run(
         &self,
-        _isa: Isa,
-        _buffers: &BufferPool,
-        _rows: &[f32],
-        _spans: &[RecurrentSpan],
-        _states: &mut RecurrentStates,
-        _layer: usize,
-        _out: &mut [f32],
+        isa: Isa,
+        buffers: &BufferPool,
+        rows: &[f32],
+        spans: &[RecurrentSpan],
+        states: &mut RecurrentStates,
+        layer: usize,
+        out: &mut [f32],
     ) -> Result<(), BackendError> {
-        Err(BackendError::Failed { context: "mamba2", message: "not there yet".into() })
+        let shape = &self.shape;
+        let Mamba2Shape { heads, head_dim, groups, state, .. } = *shape;
+        let (inner, channels, width) = (shape.inner(), shape.channels(), shape.projected());
+        let tokens = rows.len() / width;
+        expect(CONTEXT, "what in_proj gave", rows.len(), tokens * width)?;
+        expect(CONTEXT, "what out_proj reads", out.len(), tokens * inner)?;
+        cover(CONTEXT, spans, tokens)?;
+        let mut slots = states.of_spans(layer, shape.kept(), spans)?;
+
+        // Of each span x [heads, T, head_dim], B and C [groups, T, state].
+        let mut parts = buffers.take(tokens * channels);
+        let inputs = Inputs { rows, width, first: inner };
+        self.convolution.run(isa, inputs, spans, &mut slots, &mut parts, |_, _| {});
+
+        let mut tasks = Vec::with_capacity(spans.len() * heads);
+        let mut rest = &mut parts[..];
+        for (span, slot) in spans.iter().zip(slots) {
+            let len = span.rows.len();
+            let own = rest.split_off_mut(..len * channels).unwrap_or_default();
+            let (x, shared) = own.split_at_mut(len * inner);
+            let (b, c) = shared.split_at(len * groups * state);
+            let mut states = slot.state.chunks_exact_mut(head_dim * state);
+            let mut x = x.chunks_exact_mut((len * head_dim).max(1));
+            for (h, &[a, d, dt_bias]) in self.heads.iter().enumerate() {
+                let Some(state_of_head) = states.next() else { continue };
+                let of_group = h / (heads / groups) * len * state..(h / (heads / groups) + 1) * len * state;
+                let head = Head {
+                    shape,
+                    starts: span.starts,
+                    steps: Steps { rows, width, column: inner + channels + h, first: span.rows.start },
+                    b: &b[of_group.clone()],
+                    c: &c[of_group],
+                    a,
+                    d,
+                    dt_bias,
+                };
+                tasks.push((head, x.next().unwrap_or_default(), state_of_head));
+            }
+        }
+        let least = pieces(tasks.len(), tokens * inner * state);
+        tasks.into_par_iter().with_min_len(least).for_each(|(head, x, state)| scan(isa, &head, x, state));
+
+        let places = Places::new(spans, channels, 0);
+        let least = pieces(tokens, tokens * inner);
+        out.par_chunks_mut(inner).with_min_len(least).enumerate().for_each(|(row, out)| {
+            places.gather(&parts, row, head_dim, out);
+            gated_norm(isa, &rows[row * width..][..inner], &self.norm, inner / groups, shape.eps, out);
+        });
+        Ok(())
+    }
+}
+
+/// Where a head's time steps stand among the projected rows.
+struct Steps<'a> {
+    rows: &'a [f32],
+    width: usize,
+    column: usize,
+    /// Row of the span's first token.
+    first: usize,
+}
+
+/// One head of one span.
+struct Head<'a> {
+    shape: &'a Mamba2Shape,
+    starts: bool,
+    steps: Steps<'a>,
+    /// [tokens, state], as is `c`.
+    b: &'a [f32],
+    c: &'a [f32],
+    /// -exp(A_log).
+    a: f32,
+    d: f32,
+    dt_bias: f32,
+}
+
+/// Rows of a state that go through some tokens together: their sums don't wait for each other, and B and C are read once
+/// for all of them.
+const ROWS: usize = 4;
+
+multiversion! {
+    /// Replaces `x` [tokens, head_dim] by y, and carries `state` [head_dim, state] on.
+    fn scan(t: &Head<'_>, x: &mut [f32], state: &mut [f32]) {
+        let Mamba2Shape { head_dim, state: width, time_step_limit: (low, high), .. } = *t.shape;
+        if t.starts {
+            state.fill(0.0);
+        }
+        for (block, x) in x.chunks_mut(TOKENS * head_dim).enumerate() {
+            let (mut steps, mut decays) = ([0.0f32; TOKENS], [0.0f32; TOKENS]);
+            let count = x.len() / head_dim;
+            for i in 0..count {
+                let row = t.steps.first + block * TOKENS + i;
+                let step = softplus(t.steps.rows[row * t.steps.width + t.steps.column] + t.dt_bias);
+                let step = if step < low { low } else { step };
+                steps[i] = if step > high { high } else { step };
+                decays[i] = libm::expf(t.a * steps[i]);
+            }
+            let of_block = block * TOKENS * width..(block * TOKENS + count) * width;
+            let (b, c) = (&t.b[of_block.clone()], &t.c[of_block]);
+            let tokens = Tokens { steps: &steps[..count], decays: &decays, b, c, d: t.d, head_dim, width };
+            let mut p = 0;
+            while p + ROWS <= head_dim {
+                carry::<ROWS>(&tokens, p, x, &mut state[p * width..(p + ROWS) * width]);
+                p += ROWS;
+            }
+            while p < head_dim {
+                carry::<1>(&tokens, p, x, &mut state[p * width..(p + 1) * width]);
+                p += 1;
+            }
+        }
+    }
+}
+
+/// Some consecutive tokens of one head.
+struct Tokens<'a> {
+    steps: &'a [f32],
+    decays: &'a [f32; TOKENS],
+    /// [tokens, width], as is `c`.
+    b: &'a [f32],
+    c: &'a [f32],
+    d: f32,
+    head_dim: usize,
+    width: usize,
+}
+
+/// Takes rows `p..p + R` of a state, [R, width], through some tokens.
+#[inline(always)]
+fn carry<const R: usize>(t: &Tokens<'_>, p: usize, x: &mut [f32], state: &mut [f32]) {
+    let Tokens { width, head_dim, .. } = *t;
+    for (i, (&step, &decay)) in t.steps.iter().zip(t.decays).enumerate() {
+        let x = &mut x[i * head_dim + p..][..R];
+        let mut gains = [0.0f32; R];
+        gains.iter_mut().zip(&*x).for_each(|(gain, x)| *gain = step * x);
+        let (b, b_rest) = t.b[i * width..(i + 1) * width].as_chunks::<LANES>();
+        let (c, c_rest) = t.c[i * width..(i + 1) * width].as_chunks::<LANES>();
+        let mut sums = [[0.0f32; LANES]; R];
+        for (run, (b, c)) in b.iter().zip(c).enumerate() {
+            for r in 0..R {
+                let state = &mut state[r * width + run * LANES..][..LANES];
+                for l in 0..LANES {
+                    state[l] = state[l].mul_add(decay, gains[r] * b[l]);
+                    sums[r][l] = state[l].mul_add(c[l], sums[r][l]);
+                }
+            }
+        }
+        let done = width - b_rest.len();
+        for r in 0..R {
+            for (l, (b, c)) in b_rest.iter().zip(c_rest).enumerate() {
+                let state = &mut state[r * width + done + l];
+                *state = state.mul_add(decay, gains[r] * b);
+                sums[r][l] = state.mul_add(*c, sums[r][l]);
+            }
+            x[r] = t.d.mul_add(x[r], tree_sum(sums[r]));
+        }
+    }
+}
+
+multiversion! {
+    /// `out = rms(out · silu(z)) · weight`, the norm over each run of `group` values.
+    fn gated_norm(z: &[f32], weight: &[f32], group: usize, eps: f32, out: &mut [f32]) {
+        for ((out, z), weight) in out.chunks_exact_mut(group).zip(z.chunks_exact(group)).zip(weight.chunks_exact(group)) {
+            for (o, z) in out.iter_mut().zip(z) {
+                *o *= z / (1.0 + exp(-z));
+            }
+            let inverse = 1.0 / (sum_of_squares(out) / group as f32 + eps).sqrt();
+            for (o, w) in out.iter_mut().zip(weight) {
+                *o = *o * inverse * w;
+            }
+        }
     }
 }
