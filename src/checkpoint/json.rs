@@ -19,6 +19,8 @@ pub struct Object {
     /// Dotted path of this object inside the file, with a trailing dot; empty at the root.
     prefix: String,
     value: Value,
+    /// Keys whose values were taken over from the object around it.
+    inherited: Vec<&'static str>,
 }
 
 impl Object {
@@ -43,7 +45,7 @@ impl Object {
         if !value.is_object() {
             return Err(CheckpointError::Json { file: file.into(), detail: "expected an object at the top".into() });
         }
-        Ok(Self { file: file.into(), prefix: String::new(), value })
+        Ok(Self { file: file.into(), prefix: String::new(), value, inherited: Vec::new() })
     }
 
     /// The object `value`, which was made from `file`.
@@ -54,7 +56,7 @@ impl Object {
         if !value.is_object() {
             return Err(CheckpointError::Json { file: file.into(), detail: "expected an object at the top".into() });
         }
-        Ok(Self { file: file.into(), prefix: String::new(), value })
+        Ok(Self { file: file.into(), prefix: String::new(), value, inherited: Vec::new() })
     }
 
     /// The file this object came from.
@@ -66,7 +68,19 @@ impl Object {
     /// Dotted path of `key` inside the file.
     #[must_use]
     pub fn path(&self, key: &str) -> String {
-        format!("{}{key}", self.prefix)
+        if self.inherited.contains(&key) { key.to_owned() } else { format!("{}{key}", self.prefix) }
+    }
+
+    /// With the values of these `keys` from `root`, the file's own object, where it has none itself.
+    #[must_use]
+    pub(super) fn inheriting(mut self, root: &Self, keys: &[&'static str]) -> Self {
+        for &key in keys.iter().filter(|k| self.get(k).is_none()).collect::<Vec<_>>() {
+            if let (Some(value), Some(map)) = (root.get(key), self.value.as_object_mut()) {
+                map.insert(key.to_owned(), value.clone());
+                self.inherited.push(key);
+            }
+        }
+        self
     }
 
     /// The raw value.
@@ -105,7 +119,8 @@ impl Object {
         match self.get(key) {
             None => Ok(None),
             Some(v) if v.is_object() => {
-                Ok(Some(Self { file: self.file.clone(), prefix: format!("{}{key}.", self.prefix), value: v.clone() }))
+                let (file, prefix) = (self.file.clone(), format!("{}{key}.", self.prefix));
+                Ok(Some(Self { file, prefix, value: v.clone(), inherited: Vec::new() }))
             }
             Some(_) => Err(self.error(key, "an object")),
         }
@@ -219,6 +234,16 @@ impl Object {
             .ok_or_else(|| self.error(key, "a positive finite number"))
     }
 
+    /// A list of numbers, which may be infinite, if there is one.
+    ///
+    /// # Errors
+    /// When the key holds something else, or a NaN.
+    pub fn numbers(&self, key: &str) -> Result<Option<Vec<f64>>> {
+        let Some(v) = self.get(key) else { return Ok(None) };
+        let numbers: Option<Vec<f64>> = v.as_array().and_then(|a| a.iter().map(number).collect());
+        numbers.map(Some).ok_or_else(|| self.error(key, "a list of numbers"))
+    }
+
     /// One id or a list of ids under `key`, as Hugging Face writes end-of-sequence tokens; absent is none.
     ///
     /// # Errors
@@ -240,6 +265,16 @@ pub fn whole(v: &Value) -> Option<u64> {
     // Above 2^53 a float is no longer one whole number.
     let float = |f: f64| (f.fract() == 0.0 && (0.0..=9_007_199_254_740_992.0).contains(&f)).then_some(f as u64);
     v.as_u64().or_else(|| v.as_f64().and_then(float))
+}
+
+/// The number that `v` is, [`parse`]'s infinities included; nothing of a NaN.
+#[must_use]
+pub fn number(v: &Value) -> Option<f64> {
+    match v.get("__float__").and_then(Value::as_str) {
+        Some("Infinity") => Some(f64::INFINITY),
+        Some("-Infinity") => Some(f64::NEG_INFINITY),
+        _ => v.as_f64(),
+    }
 }
 
 /// Parses JSON as Python writes it: a bare `Infinity`, `-Infinity` or `NaN`, which JSON does not have, becomes
@@ -298,6 +333,34 @@ mod tests {
             "s": "NaN \" Infinity"});
         assert_eq!(parse(text).unwrap(), expected);
         assert!(parse(b"{\"a\": Infinit}").is_err() && parse(b"{\"a\": \"NaN").is_err());
+    }
+
+    #[test]
+    fn infinities_are_numbers_and_nan_is_none() {
+        let read = |limit: &str| {
+            let value = parse(format!("{{\"limit\": {limit}}}").as_bytes()).unwrap();
+            Object::of(Path::new("config.json"), value).unwrap().numbers("limit").map_err(|e| e.to_string())
+        };
+        let open = Ok(Some(vec![0.0, f64::INFINITY]));
+        assert_eq!(read("[0.0, Infinity]"), open);
+        assert_eq!(read("[0, {\"__float__\": \"Infinity\"}]"), open);
+        assert_eq!(read("[-Infinity, 1e308]"), Ok(Some(vec![f64::NEG_INFINITY, 1e308])));
+        assert_eq!(read("null"), Ok(None));
+        for bad in ["[0, NaN]", "[\"Infinity\"]", "Infinity", "[{\"__float__\": 1}]"] {
+            assert!(read(bad).unwrap_err().contains("`limit`: expected a list of numbers"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_wrapper_gives_what_its_text_model_leaves_out_and_errors_name_where_it_stands() {
+        let value = json!({"eos_token_id": "x", "text_config": {"hidden_size": "y", "tie_word_embeddings": true},
+            "tie_word_embeddings": false});
+        let root = Object::of(Path::new("config.json"), value).unwrap();
+        let text = root.object("text_config").unwrap().unwrap();
+        let text = text.inheriting(&root, &["eos_token_id", "tie_word_embeddings"]);
+        assert!(text.bool_or("tie_word_embeddings", false).unwrap());
+        assert!(text.token_ids("eos_token_id").unwrap_err().to_string().contains("`eos_token_id`"));
+        assert!(text.integer("hidden_size", 1..=2).unwrap_err().to_string().contains("`text_config.hidden_size`"));
     }
 
     #[test]

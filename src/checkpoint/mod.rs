@@ -12,6 +12,7 @@ pub mod json;
 pub mod resolve;
 pub mod tensors;
 pub mod text_files;
+mod text_model;
 pub mod write;
 
 use std::path::Path;
@@ -24,6 +25,7 @@ use tensors::TensorStore;
 
 /// An opened checkpoint folder: config.json, what it announces, and the mapped tensors.
 pub struct Checkpoint {
+    /// The text model's, which a wrapper's config.json has inside.
     pub config: Object,
     /// What its configuration says of each module.
     pub announced: Announced,
@@ -54,7 +56,8 @@ impl Checkpoint {
         let config = Object::read(&folder.join("config.json"))?;
         let mut announced = Announced::read(&config, folder)?;
         let mut tensors = TensorStore::open(folder)?;
-        announced.wrapped = tensors.wrapped();
+        let config = text_model::config(config)?;
+        announced.wrapped = text_model::canonical_names(&mut tensors, &config)?;
         let mut notes = tensors.notes().to_vec();
         if let Some(note) = tied_head(&config, &mut tensors)? {
             notes.push(note);
@@ -90,7 +93,14 @@ impl Checkpoint {
             if kv::is_scale(name) {
                 return Some("it is a scale of a quantized KV cache, and no configuration announces one".into());
             }
-            let layer: u64 = name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()?;
+            let layer: u64 = text_model::ROOTS
+                .iter()
+                .find_map(|r| name.strip_prefix(r))?
+                .strip_prefix("layers.")?
+                .split('.')
+                .next()?
+                .parse()
+                .ok()?;
             let layers = layers.filter(|&n| layer >= n)?;
             Some(format!("it is of layer {layer}, and `num_hidden_layers` is {layers}"))
         })

@@ -8,7 +8,7 @@ use safetensors::Dtype;
 use super::Checkpoint;
 use super::dialect::kv::{self, KvScales};
 use super::dialect::store::{INPUT_SCALE, WEIGHT, element_names};
-use super::dialect::{Conventions, Declared};
+use super::dialect::{Conventions, Declared, Dialect};
 use super::error::{CheckpointError, Result};
 use super::tensors::TensorView;
 use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
@@ -192,12 +192,27 @@ impl<'a> Resolver<'a, '_> {
             }
             WeightFormat::Fp8 => self.fp8_scales()?,
         };
-        let scale = match declared.input {
+        let input = self.stored_input(declared);
+        let scale = match input {
             InputFormat::Nvfp4 => self.global(layout.input)?,
             InputFormat::Fp8Static => self.one(INPUT_SCALE)?.1,
             _ => 1.0,
         };
-        Ok((block_scales, output_scale, declared.input.with(scale, self.conventions().mx_rule())))
+        // Left behind where a module was made weight-only after calibration; it is not used.
+        if input == InputFormat::Float && matches!(declared.weight, WeightFormat::Nvfp4 { .. }) && !layout.divisors {
+            self.peek(INPUT_SCALE).map(|_| self.one(INPUT_SCALE)).transpose()?;
+        }
+        Ok((block_scales, output_scale, input.with(scale, self.conventions().mx_rule())))
+    }
+
+    /// What is announced for the input; ModelOpt says FP8 of heads that it stores without a scale of the input, and means
+    /// weights only by that.
+    fn stored_input(&self, declared: Declared) -> InputFormat {
+        let weight_only = declared.input == InputFormat::Fp8Static
+            && self.role.may_be_plain
+            && self.checkpoint.announced.dialect == Dialect::ModelOpt
+            && self.peek(INPUT_SCALE).is_none();
+        if weight_only { InputFormat::Float } else { declared.input }
     }
 
     /// E4M3 block scales [N, K/block]: no NaN, no negative, and zero only over a block whose codes are all zero.

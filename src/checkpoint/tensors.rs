@@ -46,14 +46,7 @@ pub struct TensorStore {
     used: Mutex<BTreeSet<String>>,
     /// What the folder says twice or in another way than usual, and how it was taken.
     notes: Vec<String>,
-    /// The decoder's tensors stood under a wrapper's name.
-    wrapped: bool,
 }
-
-/// Where the decoder's tensors may stand instead of under `model.`: saved without its head, or out of a wrapper.
-const PREFIXES: [&str; 3] = ["", "model.language_model.", "language_model.model."];
-/// What the decoder consists of.
-const PARTS: [&str; 4] = ["layers.", "embed_tokens.", "norm.", "rotary_emb."];
 
 impl TensorStore {
     /// Maps `model.safetensors`, or the shards that `model.safetensors.index.json` lists; where both are there the first,
@@ -91,7 +84,6 @@ impl TensorStore {
             entries: BTreeMap::new(),
             used: Mutex::new(BTreeSet::new()),
             notes,
-            wrapped: false,
         };
         for (name, file) in listed.iter().flatten() {
             // A folder or a pipe of that name would be as bad as nothing.
@@ -117,36 +109,7 @@ impl TensorStore {
                 });
             }
         }
-        store.canonical_names();
         Ok(store)
-    }
-
-    /// Names the decoder's tensors `model.…` where they stand under one of [`PREFIXES`].
-    fn canonical_names(&mut self) {
-        let decoder = |name: &str, prefix: &str| {
-            name.strip_prefix(prefix)
-                .filter(|rest| PARTS.iter().any(|p| rest.starts_with(p)))
-                .map(|r| format!("model.{r}"))
-        };
-        if self.entries.keys().any(|n| decoder(n, "model.").is_some()) {
-            return;
-        }
-        for prefix in PREFIXES {
-            let mut renames: Vec<(String, String)> =
-                self.entries.keys().filter_map(|n| Some((n.clone(), decoder(n, prefix)?))).collect();
-            let Some((first, to)) = renames.first().cloned() else { continue };
-            self.notes.push(format!(
-                "{}: the decoder's tensors are not under `model.`: `{first}` is read as `{to}`, and so on",
-                self.folder.display()
-            ));
-            let head = |n: &String| {
-                Some((n.clone(), n.strip_prefix("language_model.").filter(|r| r.starts_with("lm_head."))?.to_owned()))
-            };
-            renames.extend(self.entries.keys().filter_map(head));
-            renames.iter().for_each(|(from, to)| self.rename(from, to));
-            self.wrapped = !prefix.is_empty();
-            return;
-        }
     }
 
     /// Gives tensor `from` the name `to`, if that is free.
@@ -158,10 +121,21 @@ impl TensorStore {
         }
     }
 
-    /// Whether the decoder's tensors are stored under the name of a wrapper, such as `model.language_model.`.
-    #[must_use]
-    pub fn wrapped(&self) -> bool {
-        self.wrapped
+    /// Removes the tensors for which `of` names the part that they are of: part, tensors, bytes.
+    pub(super) fn set_aside(&mut self, of: &dyn Fn(&str) -> Option<String>) -> Vec<(String, usize, usize)> {
+        let mut parts: BTreeMap<String, (usize, usize)> = BTreeMap::new();
+        self.entries.retain(|name, entry| {
+            let Some(part) = of(name) else { return true };
+            let (count, bytes) = parts.entry(part).or_default();
+            (*count, *bytes) = (*count + 1, *bytes + (entry.end - entry.start));
+            false
+        });
+        parts.into_iter().map(|(part, (count, bytes))| (part, count, bytes)).collect()
+    }
+
+    /// Adds something to tell of the folder.
+    pub(super) fn note(&mut self, note: String) {
+        self.notes.push(note);
     }
 
     /// What the folder says twice or in another way than usual, and how it was taken.
@@ -181,7 +155,6 @@ impl TensorStore {
             entries: BTreeMap::new(),
             used: Mutex::new(BTreeSet::new()),
             notes: Vec::new(),
-            wrapped: false,
         };
         store.add_shard(file)?;
         Ok(store)

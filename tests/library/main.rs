@@ -4,6 +4,7 @@
 mod support;
 
 mod checkpoint {
+    mod architectures;
     mod contradictions;
     mod hostile;
 }

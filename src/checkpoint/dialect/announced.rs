@@ -33,7 +33,7 @@ pub struct Announced {
     pub(super) kv_cache_missing: Option<(PathBuf, String)>,
     /// Block scales of FP8 weights are powers of two (DeepSeek's `scale_fmt` ue8m0).
     pub power_of_two_scales: bool,
-    /// The tensors stand under a wrapper's name, and so do the patterns.
+    /// The tensors stand under a wrapper's name or another prefix, and so may the patterns.
     pub wrapped: bool,
     /// Where sources differ, and which of them counts; what else has to be told.
     pub notes: Vec<String>,

@@ -27,7 +27,8 @@ pub fn written(module: &str) -> [String; 2] {
 /// Whether `tensor` is a scale of the KV cache, of whichever layer.
 #[must_use]
 pub fn is_scale(tensor: &str) -> bool {
-    let Some((module, _)) = tensor.split_once(".self_attn.") else { return false };
-    let module = format!("{module}.self_attn");
-    ['k', 'v'].iter().any(|&which| names(&module, which).iter().any(|n| n == tensor))
+    // Nemotron-H's attention is one kind of `mixer`.
+    let found = [".self_attn.", ".mixer."].iter().find_map(|m| Some(tensor.find(m)? + m.len() - 1));
+    let Some(module) = found.map(|end| &tensor[..end]) else { return false };
+    ['k', 'v'].iter().any(|&which| names(module, which).iter().any(|n| n == tensor))
 }

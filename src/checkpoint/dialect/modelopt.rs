@@ -2,13 +2,13 @@
 //!
 //! Read off nvidia-modelopt 0.47 and held to its files bit for bit by tests.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
-use super::pattern::{self, Pattern};
+use super::pattern::{self, Pattern, repaired};
 use super::{Announced, Assigned, Conventions, Declared, Dialect, Layout, Tool};
 use crate::checkpoint::error::{CheckpointError, Result};
 use crate::checkpoint::json::Object;
@@ -169,15 +169,7 @@ pub(super) fn read(q: &Object, other: Option<&Object>) -> Result<Announced> {
     };
 
     if algorithm.eq_ignore_ascii_case(MIXED) {
-        let holder = sources.iter().find(|o| o.get("quantized_layers").is_some());
-        let holder = holder.ok_or_else(|| q.error("quantized_layers", "an object of modules"))?;
-        for (module, layer) in holder.objects("quantized_layers")? {
-            let algorithm = layer.string("quant_algo")?.ok_or_else(|| layer.error("quant_algo", known()))?.to_owned();
-            let group = group_size(&layer)?;
-            let declared = declare(&layer, &algorithm, group)?;
-            scheme.targets.push(Pattern::modelopt(&module, holder, "quantized_layers")?, holder, "quantized_layers")?;
-            scheme.rules.push(declared);
-        }
+        layers(&sources, &mut scheme)?;
     } else {
         let group = first(&sources, group_size)?;
         let declared = declare(&q, &algorithm, group)?;
@@ -189,13 +181,64 @@ pub(super) fn read(q: &Object, other: Option<&Object>) -> Result<Announced> {
     for o in &sources {
         for key in ["ignore", "exclude_modules"] {
             for text in o.strings(key)? {
-                scheme.excluded.push(Pattern::modelopt(&text, o, key)?, o, key)?;
+                scheme.excluded.push(Pattern::modelopt(&repaired(&text), o, key)?, o, key)?;
             }
         }
     }
+    notes.extend(broken_names(&sources)?);
     notes.extend(different_excludes(&sources)?);
     scheme.notes = notes;
     Ok(scheme)
+}
+
+/// Reads `quantized_layers`, which may stand in one file only and may name containers; `config_groups` do not count
+/// beside it.
+fn layers(sources: &[&Object], scheme: &mut Announced) -> Result<()> {
+    let key = "quantized_layers";
+    let mut seen: BTreeMap<String, (Declared, PathBuf)> = BTreeMap::new();
+    for o in sources {
+        for (name, layer) in o.objects(key)? {
+            let algorithm = layer.string("quant_algo")?.ok_or_else(|| layer.error("quant_algo", known()))?;
+            let declared = declare(&layer, algorithm, group_size(&layer)?)?;
+            let name = repaired(&name).into_owned();
+            match seen.get(pattern::bare(&name)) {
+                None => {
+                    scheme.targets.push(Pattern::modelopt(&name, o, key)?, o, key)?;
+                    scheme.rules.push(declared);
+                    seen.insert(pattern::bare(&name).to_owned(), (declared, o.file().to_owned()));
+                }
+                Some((other, _)) if *other == declared => {}
+                Some((other, file)) => {
+                    let expected =
+                        format!("{}, as {} says; one of the two is of another export", other.weight, file.display());
+                    return Err(layer.error("quant_algo", expected));
+                }
+            }
+        }
+    }
+    match (scheme.rules.is_empty(), sources.first()) {
+        (true, Some(o)) => Err(o.error(key, "an object of modules")),
+        _ => Ok(()),
+    }
+}
+
+/// What to tell of names that ModelOpt 0.47 broke.
+fn broken_names(sources: &[&Object]) -> Result<Vec<String>> {
+    let mut notes = Vec::new();
+    for o in sources {
+        let mut names = [o.strings("ignore")?, o.strings("exclude_modules")?].concat();
+        names.extend(o.objects("quantized_layers")?.into_iter().map(|(name, _)| name));
+        let broken: Vec<&String> = names.iter().filter(|n| n.contains(".\0")).collect();
+        if let Some(first) = broken.first() {
+            notes.push(format!(
+                "{}: {} module name(s) are broken as ModelOpt 0.47 breaks those of Nemotron-H: {first:?} is read as `{}`",
+                o.file().display(),
+                broken.len(),
+                repaired(first)
+            ));
+        }
+    }
+    Ok(notes)
 }
 
 /// Whether hf_quant_config.json announces anything.
@@ -279,7 +322,7 @@ fn different_excludes(sources: &[&Object]) -> Result<Option<String>> {
     let [a, b] = sources else { return Ok(None) };
     let names = |o: &Object| -> Result<BTreeSet<String>> {
         let both = [o.strings("ignore")?, o.strings("exclude_modules")?].concat();
-        Ok(both.iter().map(|n| pattern::bare(n).to_owned()).collect())
+        Ok(both.iter().map(|n| pattern::bare(&repaired(n)).to_owned()).collect())
     };
     let said = |o: &Object| o.has("ignore") || o.has("exclude_modules");
     let (in_a, in_b) = (names(a)?, names(b)?);

@@ -1,5 +1,6 @@
 //! Module-name patterns of both dialects: exact names, `*` wildcards, and `re:` regular expressions.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::PathBuf;
 
@@ -7,6 +8,7 @@ use fancy_regex::{Regex, RegexBuilder};
 
 use crate::checkpoint::error::{CheckpointError, Result};
 use crate::checkpoint::json::Object;
+use crate::checkpoint::text_model::{ROOTS, WRAPPERS};
 
 /// Steps that one match may backtrack, so that a hostile expression ends instead of hanging. Honest ones over module
 /// names take some hundreds.
@@ -42,13 +44,13 @@ impl Pattern {
         }
     }
 
-    /// ModelOpt: `*` and `?` as in a shell; the `model.` prefix may be missing.
+    /// ModelOpt: `*` and `?` as in a shell; the prefix `model.` or `backbone.` may be missing.
     pub(super) fn modelopt(text: &str, of: &Object, key: &str) -> Result<Self> {
         if !text.contains(['*', '?']) {
             return Ok(Self::Name(text.into()));
         }
-        let mut expression = String::from("^(?:model\\.)?(?:");
-        for c in text.strip_prefix("model.").unwrap_or(text).chars() {
+        let mut expression = String::from("^(?:model\\.|backbone\\.)?(?:");
+        for c in without_root(text).unwrap_or(text).chars() {
             match c {
                 '*' => expression.push_str(".*"),
                 '?' => expression.push('.'),
@@ -109,21 +111,23 @@ impl PatternSet {
         Ok(())
     }
 
-    /// Position of the first pattern that is about `module`, whose tensors are stored under the name of a wrapper if
-    /// `wrapped`. An exact name may have a wrapper's spelling in any case; an expression is asked what it says of the
-    /// spellings that the checkpoint has.
+    /// Position of the pattern that counts for `module`, whose tensors are stored under another name than `module`'s if
+    /// `wrapped`: of names the longest, of expressions the first, of both the one that stands first. An exact name may
+    /// have a wrapper's spelling in any case; an expression is asked what it says of the spellings that the checkpoint
+    /// may have.
     ///
     /// # Errors
     /// When an expression takes longer than [`BACKTRACK_LIMIT`]: neither answer would be known to be right.
     pub(super) fn first_match(&self, module: &str, wrapped: bool) -> Result<Option<usize>> {
         let spelled = in_wrappers(module);
-        // A name matches itself and what it contains, with or without the prefix: look up every dotted beginning.
-        let starts = [Some(module), module.strip_prefix("model.")].into_iter().flatten();
+        // A name matches itself and what it contains, with or without the prefix: look up every dotted beginning, with
+        // how much is left of the module behind it.
+        let starts = [Some(module), without_root(module)].into_iter().flatten();
         let beginnings = starts.chain(spelled.iter().map(String::as_str)).flat_map(|m| {
             let ends = m.match_indices('.').map(|(at, _)| at).chain([m.len()]);
-            ends.map(|end| &m[..end])
+            ends.map(|end| (m.len() - end, &m[..end]))
         });
-        let named = beginnings.filter_map(|b| self.names.get(b)).min().copied();
+        let named = beginnings.filter_map(|(rest, b)| Some((rest, *self.names.get(b)?))).min().map(|(_, i)| i);
         let spelled = if wrapped { &spelled[..] } else { &[] };
         for (position, expression) in &self.expressions {
             if named.is_some_and(|n| n < *position) {
@@ -139,19 +143,29 @@ impl PatternSet {
     }
 }
 
-/// Where the text model stands inside of one that sees or hears as well: transformers' module names of today, and those
-/// before 4.52, which files keep; the last is the head's there, and the first as ModelOpt may shorten it.
-const WRAPPERS: [&str; 3] = ["model.language_model.", "language_model.model.", "language_model."];
+/// A name without what a text model's names begin with; nothing of a head's.
+fn without_root(name: &str) -> Option<&str> {
+    ROOTS.iter().find_map(|r| name.strip_prefix(r))
+}
 
-/// A module's names inside of the wrappers.
+/// A module's names inside of the wrappers and under the other root.
 fn in_wrappers(module: &str) -> Vec<String> {
-    match module.strip_prefix("model.") {
-        Some(rest) => WRAPPERS.iter().map(|w| format!("{w}{rest}")).collect(),
-        None => vec![format!("{}{module}", WRAPPERS[2])],
+    match without_root(module) {
+        Some(rest) => WRAPPERS.iter().chain(&ROOTS).map(|w| format!("{w}{rest}")).filter(|n| n != module).collect(),
+        None => [WRAPPERS[3], WRAPPERS[0]].iter().map(|w| format!("{w}{module}")).collect(),
     }
 }
 
-/// A module's name without `model.` and without wrappers.
+/// A name as ModelOpt 0.47 meant it, which writes `NAME.\0backbone.pt_name_sentinel` of Nemotron-H's modules, with the
+/// `*` of a pattern at the very end.
+pub(super) fn repaired(name: &str) -> Cow<'_, str> {
+    match name.split_once(".\0") {
+        Some((name, rest)) => format!("{name}{}", if rest.ends_with('*') { "*" } else { "" }).into(),
+        None => name.into(),
+    }
+}
+
+/// A module's name without its root and without wrappers.
 pub(super) fn bare(name: &str) -> &str {
-    WRAPPERS.iter().chain(&["model."]).find_map(|w| name.strip_prefix(w)).unwrap_or(name)
+    WRAPPERS.iter().chain(&ROOTS).find_map(|w| name.strip_prefix(w)).unwrap_or(name)
 }

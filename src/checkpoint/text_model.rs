@@ -1,0 +1,120 @@
+//! Where the text model stands in a checkpoint: its configuration inside of a wrapper's, the prefix of its tensors, and
+//! what lies beside it and is knowingly not used.
+
+use super::error::Result;
+use super::json::{self, Object};
+use super::tensors::TensorStore;
+
+/// Where the configuration of a text model stands in that of a model that sees or hears as well.
+const CONFIGS: [&str; 2] = ["text_config", "llm_config"];
+/// What the text model's configuration may leave to the wrapper's.
+const INHERITED: [&str; 6] =
+    ["tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"];
+
+/// What the names of a text model's tensors begin with; the first but for Nemotron-H.
+pub(super) const ROOTS: [&str; 2] = ["model.", "backbone."];
+/// Where the text model stands inside of a wrapper: transformers' module names of today, and those before 4.52, which
+/// files keep; the last is the head's there, and the others as ModelOpt may shorten them.
+pub(super) const WRAPPERS: [&str; 4] =
+    ["model.language_model.", "language_model.model.", "language_model.backbone.", "language_model."];
+
+/// What the decoder consists of, by either root's names.
+const PARTS: [&str; 6] = ["layers.", "embed_tokens.", "norm.", "rotary_emb.", "embeddings.", "norm_f."];
+const HEAD: &str = "lm_head.";
+
+/// Beginnings of the names of tensors that no text model has: towers of vision, projectors, heads that predict several
+/// tokens.
+const UNUSED: [&str; 10] = [
+    "model.visual.",
+    "visual.",
+    "vision_model.",
+    "vision_tower.",
+    "model.vision_tower.",
+    "mlp1.",
+    "multi_modal_projector.",
+    "model.multi_modal_projector.",
+    "mtp.",
+    "model.mtp.",
+];
+
+/// The text model's configuration: `config` itself, or what a wrapper has of it.
+///
+/// # Errors
+/// When there are two.
+pub(super) fn config(config: Object) -> Result<Object> {
+    let (text, llm) = (config.object(CONFIGS[0])?, config.object(CONFIGS[1])?);
+    if text.is_some() && llm.is_some() {
+        return Err(config.error(CONFIGS[1], "nothing beside `text_config`: keep the one that is meant"));
+    }
+    Ok(match text.or(llm) {
+        Some(inner) => inner.inheriting(&config, &INHERITED),
+        None => config,
+    })
+}
+
+/// What the names of the text model's tensors begin with.
+fn root(config: &Object) -> Result<&'static str> {
+    let nemotron_h = config.string("model_type")? == Some("nemotron_h")
+        || config.strings("architectures")?.iter().any(|a| a == "NemotronHForCausalLM");
+    Ok(if nemotron_h { ROOTS[1] } else { ROOTS[0] })
+}
+
+/// Gives the text model's tensors the names that a plain one's have, and sets those aside that are of other parts; each
+/// with a note. Whether they stood under another name, so that patterns may as well.
+///
+/// # Errors
+/// When `config`, the text model's, has keys of the wrong type.
+pub(super) fn canonical_names(tensors: &mut TensorStore, config: &Object) -> Result<bool> {
+    let root = root(config)?;
+    set_aside(tensors, &|name| UNUSED.iter().copied().find(|p| name.starts_with(p)).map(str::to_owned));
+    let wrapped = rename(tensors, root);
+    let layers = config.get("num_hidden_layers").and_then(json::whole);
+    let more = config.get("num_nextn_predict_layers").and_then(json::whole).unwrap_or(0);
+    if let Some(layers) = layers {
+        let stem = format!("{root}layers.");
+        set_aside(tensors, &|name| {
+            let layer: u64 = name.strip_prefix(&stem)?.split('.').next()?.parse().ok()?;
+            (layers..layers.saturating_add(more)).contains(&layer).then(|| format!("{stem}{layer}."))
+        });
+    }
+    Ok(wrapped)
+}
+
+/// Removes the tensors for which `of` names the part that they are of.
+fn set_aside(tensors: &mut TensorStore, of: &dyn Fn(&str) -> Option<String>) {
+    for (part, count, bytes) in tensors.set_aside(of) {
+        let note = format!(
+            "{}: {count} tensor(s) of `{part}` ({bytes} bytes) are not used: the text model computes without them",
+            tensors.folder().display()
+        );
+        tensors.note(note);
+    }
+}
+
+fn rename(tensors: &mut TensorStore, root: &str) -> bool {
+    let part = |name: &str, prefix: &str| {
+        name.strip_prefix(prefix).filter(|rest| PARTS.iter().any(|p| rest.starts_with(p))).map(|r| format!("{root}{r}"))
+    };
+    if tensors.names().any(|n| part(n, root).is_some()) {
+        return false;
+    }
+    // Saved without its head, by the other root, or out of a wrapper.
+    let prefixes = std::iter::once("").chain(ROOTS.into_iter().filter(|r| *r != root)).chain(WRAPPERS);
+    for prefix in prefixes {
+        let mut renames: Vec<(String, String)> =
+            tensors.names().filter_map(|n| Some((n.to_owned(), part(n, prefix)?))).collect();
+        let Some((first, to)) = renames.first().cloned() else { continue };
+        tensors.note(format!(
+            "{}: the decoder's tensors are not under `{root}`: `{first}` is read as `{to}`, and so on",
+            tensors.folder().display()
+        ));
+        let head = |n: &str| {
+            let rest = WRAPPERS.iter().find_map(|w| n.strip_prefix(w)).filter(|r| r.starts_with(HEAD))?;
+            Some((n.to_owned(), rest.to_owned()))
+        };
+        renames.extend(tensors.names().filter_map(head));
+        renames.iter().for_each(|(from, to)| tensors.rename(from, to));
+        return !prefix.is_empty();
+    }
+    false
+}
