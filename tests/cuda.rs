@@ -8,11 +8,11 @@ use std::process::Command;
 
 use recoup::backend::cuda::{CudaBackend, Device};
 use recoup::backend::observe::Observed;
-use recoup::backend::{Backend, BackendError, Choice, Expert};
+use recoup::backend::{Activation, Backend, BackendError, Ffn};
 use recoup::checkpoint::Checkpoint;
 use recoup::formats::kv::KvFormat;
 use recoup::formats::linear::ActivationFormat;
-use recoup::logits::{Draw, History, Sampler, SamplingParams, Scratch};
+use recoup::logits::{Draw, History, RouterRule, Sampler, SamplingParams, Scratch};
 use recoup::model::{Decoder, ModelConfig};
 use support::fixtures::{Fixture, Report, Session, all_fixtures, bits, cpu, deviation, incremental_logits, logits};
 use support::project;
@@ -118,8 +118,8 @@ fn greedy_tokens_are_those_of_the_cpu() {
 fn a_cache_that_grows_and_forks_keeps_what_it_holds() {
     let Some(backend) = device() else { return };
     let decoder = Fixture::own("modelopt/llama/nvfp4_four_over_six").load(backend);
-    let mut cache = decoder.new_cache(16, KvFormat::Bf16).unwrap();
-    let span = |start, len, pages: &[u32]| recoup::backend::Span { start, len, pages: pages.to_vec() };
+    let mut cache = decoder.new_cache(16, 1, KvFormat::Bf16).unwrap();
+    let span = |start, len, pages: &[u32]| recoup::backend::Span { start, len, pages: pages.to_vec(), slot: 0 };
     let tokens: Vec<u32> = (0..40).map(|i| i * 7 % 50).collect();
     let forward = |cache: &mut _, from: usize, to: usize, pages: &[u32]| {
         let batch =
@@ -128,7 +128,7 @@ fn a_cache_that_grows_and_forks_keeps_what_it_holds() {
         decoder.backend().to_host(&x).unwrap()
     };
     let _ = forward(&mut cache, 0, 12, &[0]);
-    decoder.backend().grow(&mut cache, 5).unwrap();
+    decoder.backend().grow(&mut cache, 5, 0).unwrap();
     decoder.backend().fork(&mut cache, &span(0, 12, &[0]), &span(12, 0, &[3])).unwrap();
     let one = forward(&mut cache, 12, 20, &[0, 1]);
     let other = forward(&mut cache, 12, 20, &[3, 4]);
@@ -355,18 +355,21 @@ fn a_mixture_has_the_bits_that_its_experts_have_one_by_one() {
                 x[2 * router.k..3 * router.k].fill(0.0);
             }
             let x = backend.tensor(x, router.k).unwrap();
-            for choice in [Choice { top_k: 2, normalize: true }, Choice { top_k: 3, normalize: false }] {
+            for rule in [RouterRule::softmax(2, true), RouterRule::softmax(3, false)] {
+                let activation = Activation::Silu;
                 let named: Vec<_> = (0..count)
-                    .map(|i| Expert { gate: &experts[0][i], up: &experts[1][i], down: &experts[2][i] })
+                    .map(|i| Ffn { gate: Some(&experts[0][i]), up: &experts[1][i], down: &experts[2][i], activation })
                     .collect();
-                let plain: Vec<_> =
-                    named.iter().map(|e| Expert { gate: &**e.gate, up: &**e.up, down: &**e.down }).collect();
+                let plain: Vec<_> = named
+                    .iter()
+                    .map(|e| Ffn { gate: e.gate.map(|g| &**g), up: &**e.up, down: &**e.down, activation })
+                    .collect();
                 let before = backend.device().downloaded();
-                let got = backend.mixture(&x, &router, &plain, &choice).unwrap();
+                let got = backend.mixture(&x, &x, &router, &plain, &rule).unwrap();
                 assert_eq!(backend.device().downloaded(), before, "{}", fixture.name);
-                let expected = observed.mixture(&x, &router, &named, &choice).unwrap();
+                let expected = observed.mixture(&x, &x, &router, &named, &rule).unwrap();
                 let [got, expected] = [got, expected].map(|t| bits(&backend.to_host(&t).unwrap()));
-                assert!(got == expected, "{}: {tokens} tokens, {choice:?}", fixture.name);
+                assert!(got == expected, "{}: {tokens} tokens, {rule:?}", fixture.name);
             }
         }
     }
@@ -457,9 +460,9 @@ fn graphs_change_no_bit() {
 fn a_model_is_run() {
     let run = || -> Result<(), Box<dyn std::error::Error>> {
         let decoder = Decoder::load(CudaBackend::new(0)?, &Checkpoint::open(&project().join("models/books-nvfp4"))?)?;
-        let mut cache = decoder.new_cache(64, KvFormat::Bf16)?;
+        let mut cache = decoder.new_cache(64, 1, KvFormat::Bf16)?;
         for start in 0..3 {
-            let span = recoup::backend::Span { start, len: 1, pages: vec![0] };
+            let span = recoup::backend::Span { start, len: 1, pages: vec![0], slot: 0 };
             let batch = recoup::backend::Batch { tokens: vec![5], spans: vec![span] };
             let x = decoder.forward(&batch, &mut cache, recoup::model::Wanted::Last)?;
             decoder.backend().to_host(&x)?;

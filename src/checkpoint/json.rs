@@ -135,7 +135,8 @@ impl Object {
             let (found, key) = (shorten(&value.to_string()), self.path(path));
             return Err(CheckpointError::Config { file: self.file.clone(), key, expected: "an object".into(), found });
         }
-        Ok(Self { file: self.file.clone(), prefix: format!("{}{path}.", self.prefix), value: value.clone() })
+        let prefix = format!("{}{path}.", self.prefix);
+        Ok(Self { file: self.file.clone(), prefix, value: value.clone(), inherited: Vec::new() })
     }
 
     /// The objects under `key`, an object of objects, in file order.

@@ -103,6 +103,13 @@ impl Pages {
         Self { slot_limit: limit, ..self }
     }
 
+    /// Slots that no sequence has.
+    #[cfg(test)]
+    pub fn slots_at_rest(&self) -> Vec<u32> {
+        let state = |p: &Page| p.node.as_ref()?.state.map(|s| s.0);
+        self.free_slots.iter().copied().chain(self.all.iter().filter_map(state)).collect()
+    }
+
     /// Slots that the cache must have.
     #[must_use]
     pub fn slots(&self) -> usize {

@@ -141,7 +141,7 @@ fn what_a_sequence_gets_is_what_it_gets_alone_whatever_runs_beside_it() {
     let vocab = model.decoder.config.vocab;
     // Plenty of room; pages for one sequence and a half; one sequence at a time; passes of a few tokens.
     for (seed, pages, sequences, pass) in [(1, 200, 8, 512), (2, 9, 6, 64), (3, 6, 1, 5), (4, 12, 5, 23)] {
-        let limits = Limits { context: CONTEXT, pages, kept: seed as usize * 3, sequences, pass };
+        let limits = Limits { context: CONTEXT, pages, kept: seed as usize * 3, sequences, pass, states: None };
         let mut engine = Engine::new(&model.decoder, limits, KvFormat::F32).unwrap();
         let mut random = Random(seed);
         let mut jobs: BTreeMap<Id, (Job, Found)> = BTreeMap::new();

@@ -9,6 +9,7 @@ mod checkpoint {
     mod hostile;
 }
 mod model {
+    mod architectures;
     mod deployed;
     mod not_a_number;
     mod oracle;

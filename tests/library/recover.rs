@@ -76,7 +76,7 @@ fn attention_inputs(tokens: usize, shape: &AttentionShape, value_dim: usize) -> 
 fn gradients_of_norm_and_activation_are_those_of_finite_differences() {
     let mut random = Random(1);
     let backend = AutogradBackend::new();
-    let norm = backend.load_norm(random.values(24)).unwrap();
+    let norm = backend.load_vector(random.values(24)).unwrap();
     check_gradients("rms_norm", &[(random.values(5 * 24), 24)], |x| backend.rms_norm(&x[0], &norm, 1e-5).unwrap());
     // Over heads, as Qwen3's: the weight's length is that of a head.
     check_gradients("rms_norm of heads", &[(random.values(5 * 48), 48)], |x| {
@@ -103,10 +103,10 @@ fn the_gradient_of_a_norms_weight_is_that_of_finite_differences() {
     let out = random.values(x.len());
     let backend = AutogradBackend::new();
     let value = |w: &[f32]| {
-        let norm = backend.load_norm(w.to_vec()).unwrap();
+        let norm = backend.load_vector(w.to_vec()).unwrap();
         2.0 * dot(&host(&backend.rms_norm(&tensor(&x, n), &norm, 1e-5).unwrap()), &out)
     };
-    let norm = backend.load_norm(weight.clone()).unwrap();
+    let norm = backend.load_vector(weight.clone()).unwrap();
     let step = || {
         let x = Var::from_tensor(&tensor(&x, n)).unwrap();
         let y = backend.rms_norm(x.as_tensor(), &norm, 1e-5).unwrap();
@@ -134,7 +134,7 @@ fn gradients_of_attention_are_those_of_finite_differences() {
         (3, 1, 8, Some(4), &[11, 3], None, true),
         (2, 1, 8, None, &[150], Some(1), true),
     ] {
-        let shape = AttentionShape { layer: 0, heads, kv_heads, head_dim: 8, window, rope, scale: 0.4 };
+        let shape = AttentionShape { layer: 0, cache: 0, heads, kv_heads, head_dim: 8, window, rope, scale: 0.4 };
         let tokens: usize = lengths.iter().sum();
         let mut batch = Batch { tokens: vec![0; tokens], spans: Vec::new() };
         let mut page = 0;
@@ -143,7 +143,7 @@ fn gradients_of_attention_are_those_of_finite_differences() {
             let count = if kept { len.div_ceil(PAGE) as u32 } else { 0 };
             let pages = (page..page + count).collect();
             page += count;
-            batch.spans.push(Span { start: 0, len: *len, pages });
+            batch.spans.push(Span { start: 0, len: *len, pages, slot: 0 });
         }
         let backend = AutogradBackend::new();
         let rotation = |frequencies: &[f32]| Rotation { frequencies: frequencies.to_vec(), factor: 1.3 };
@@ -151,11 +151,11 @@ fn gradients_of_attention_are_those_of_finite_differences() {
         let ropes = ropes.map(|r| backend.load_rope(r).unwrap());
         let pass = backend.prepare(&batch, &ropes.each_ref()).unwrap();
         let layer = LayerCache { format: KvFormat::F32, kv_heads, head_dim: 8, value_dim };
-        let layout = CacheLayout { layers: vec![layer], pages: page as usize };
+        let layout = CacheLayout { layers: vec![layer], pages: page as usize, ..CacheLayout::default() };
         check_gradients(&format!("attention {lengths:?}"), &attention_inputs(tokens, &shape, value_dim), |x| {
             let mut cache = backend.new_cache(&layout).unwrap();
             let (q, k, v) = (x[0].clone(), x[1].clone(), x[2].clone());
-            backend.attention(q, k, v, &shape, &pass, &mut cache).unwrap()
+            backend.attention(q, k, v, None, &shape, &pass, &mut cache).unwrap()
         });
     }
 }

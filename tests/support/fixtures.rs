@@ -112,6 +112,17 @@ pub fn all_fixtures() -> Vec<Fixture> {
     fixtures
 }
 
+/// Checkpoints of the architectures that are not plain decoders: the repository's and those of the shared folder.
+pub fn architecture_fixtures() -> Vec<Fixture> {
+    let mut fixtures = find(&project().join("tests/architectures"));
+    let shared = find(&shared_folder().join("fixtures-models"));
+    if shared.is_empty() {
+        println!("skipped: the full set of architectures (RECOUP_SHARED is not set and ../shared does not exist)");
+    }
+    fixtures.extend(shared);
+    fixtures
+}
+
 /// Whether the full set is there.
 pub fn is_full() -> bool {
     all_fixtures().len() > own_fixtures().len()
@@ -172,7 +183,7 @@ impl<'a, B: Backend> Session<'a, B> {
     /// Room for `sequences` of `tokens` each.
     pub fn new(decoder: &'a Decoder<B>, sequences: usize, tokens: usize) -> Self {
         let pages_each = tokens.div_ceil(PAGE);
-        let cache = decoder.new_cache(sequences * pages_each * PAGE, KvFormat::F32).unwrap();
+        let cache = decoder.new_cache(sequences * pages_each * PAGE, sequences, KvFormat::F32).unwrap();
         Self { decoder, cache, pages_each }
     }
 
@@ -186,6 +197,7 @@ impl<'a, B: Backend> Session<'a, B> {
             start,
             len: tokens.len(),
             pages: (slot * self.pages_each..(slot + 1) * self.pages_each).map(|p| p as u32).collect(),
+            slot: slot as u32,
         };
         let batch =
             Batch { tokens: new.iter().flat_map(|n| n.2).copied().collect(), spans: new.iter().map(span).collect() };

@@ -399,7 +399,7 @@ mod tests {
     fn a_span_that_starts_past_the_cache_is_an_error() {
         let shape = LayerCache { format: KvFormat::F32, kv_heads: 1, head_dim: 2, value_dim: 2 };
         let mut layer = Layer { shape, pages: BTreeMap::new() };
-        let span = |start| Span { start, len: 1, pages: vec![0] };
+        let span = |start| Span { start, len: 1, pages: vec![0], slot: 0 };
         let mut extend = |start| layer.extend(&span(start), vec![0.0; 2], vec![0.0; 2]);
         assert!(extend(1).is_err());
         assert!(extend(0).is_ok());

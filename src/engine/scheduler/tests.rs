@@ -30,6 +30,8 @@ struct Job {
 struct World {
     scheduler: Scheduler,
     cache: Vec<[u64; PAGE]>,
+    /// What stands in each slot: the hash of the tokens that a recurrent layer has seen.
+    slots: Vec<u64>,
     jobs: BTreeMap<Id, Job>,
     ended: HashMap<Id, Job>,
     computed: usize,
@@ -41,6 +43,7 @@ impl World {
         Self {
             scheduler: Scheduler::new(limits),
             cache: Vec::new(),
+            slots: Vec::new(),
             jobs: BTreeMap::new(),
             ended: HashMap::new(),
             computed: 0,
@@ -76,6 +79,14 @@ impl World {
         }
         assert!(self.scheduler.waiting.values().all(|s| s.pages.is_empty() && s.computed == 0));
         let pages = &self.scheduler.pages;
+        if let Some(kept) = self.scheduler.limits.states {
+            let mut slots: Vec<u32> = self.scheduler.running.values().filter_map(|s| s.slot).collect();
+            slots.extend(pages.slots_at_rest());
+            slots.sort_unstable();
+            assert_eq!(slots, (0..pages.slots() as u32).collect::<Vec<_>>(), "a slot is lost, or has two users");
+            assert!(slots.len() <= self.scheduler.limits.sequences + kept);
+            assert!(self.scheduler.running.values().all(|s| s.slot.is_some()));
+        }
         assert!(pages.made() <= pages.limit());
         for page in 0..pages.made() as u32 {
             assert_eq!(pages.users(page), users.get(&page).copied().unwrap_or(0), "users of page {page}");
@@ -94,6 +105,21 @@ impl World {
         self.cache.resize(plan.pages, [0; PAGE]);
         for copy in &plan.copies {
             self.cache[copy.to as usize] = self.cache[copy.from as usize];
+        }
+        self.slots.resize(plan.slots, 0);
+        for &(from, to) in &plan.states {
+            self.slots[to as usize] = self.slots[from as usize];
+        }
+        if limits.states.is_some() {
+            assert!(plan.copies.is_empty(), "no state stands within a page");
+            for (i, part) in plan.parts.iter().enumerate() {
+                assert!(plan.parts[..i].iter().all(|p| p.slot != part.slot), "two sequences in a slot");
+                let tokens = self.scheduler.tokens(part.id);
+                let seen = |end: usize| tokens[..end].iter().fold(0, |s, &t| state(s, t));
+                let slot = &mut self.slots[part.slot as usize];
+                assert!(part.range.start == 0 || *slot == seen(part.range.start), "not the state of its tokens");
+                *slot = seen(part.range.end);
+            }
         }
         // All writes of a pass come before all reads, but nobody may write where another reads.
         let mut written = Vec::new();
@@ -117,7 +143,11 @@ impl World {
                 assert_eq!(found, expected, "token {position} of {:?} is not in its page", part.id);
             }
         }
-        self.scheduler.computed(&plan);
+        let kept = self.scheduler.computed(&plan);
+        self.slots.resize(self.scheduler.slots(), 0);
+        for (from, to) in kept {
+            self.slots[to as usize] = self.slots[from as usize];
+        }
         self.computed += total;
         self.check_pages();
         for part in plan.parts {
@@ -158,7 +188,7 @@ impl World {
 }
 
 fn limits(context: usize, pages: usize, sequences: usize, pass: usize) -> Limits {
-    Limits { context, pages, kept: 8, sequences, pass }
+    Limits { context, pages, kept: 8, sequences, pass, states: None }
 }
 
 /// Pseudo-random numbers of a simulation.
@@ -182,9 +212,11 @@ impl Random {
 
 #[test]
 fn thousands_of_arrivals_cancellations_and_shortages_end_well() {
-    for (seed, pages) in [(1, 12), (2, 14), (3, 20), (4, 40), (5, 400)] {
+    let recurrent = [None, None, None, None, None, Some(0), Some(1), Some(3), Some(40), Some(8)];
+    for ((seed, pages), states) in (1..).zip([12, 14, 20, 40, 400, 12, 14, 20, 40, 400]).zip(recurrent) {
         let mut random = Random(seed);
-        let mut world = World::new(limits(12 * PAGE, pages, 1 + random.below(12), [7, 33, 64, 200][random.below(4)]));
+        let limits = limits(12 * PAGE, pages, 1 + random.below(12), [7, 33, 64, 200][random.below(4)]);
+        let mut world = World::new(Limits { states, ..limits });
         let (mut added, mut cancelled) = (0, 0);
         while added < 1500 {
             for _ in 0..random.below(3) {
@@ -218,10 +250,10 @@ proptest! {
     #[test]
     fn whatever_arrives_is_computed_as_if_alone(
         seed in any::<u64>(), count in 1usize..40, pages in 4usize..40, sequences in 1usize..9, pass in 1usize..80,
-        kept in 0usize..20,
+        kept in 0usize..20, states in proptest::option::of(0usize..5),
     ) {
         let mut random = Random(seed);
-        let mut world = World::new(Limits { kept, ..limits(4 * PAGE, pages, sequences, pass) });
+        let mut world = World::new(Limits { kept, states, ..limits(4 * PAGE, pages, sequences, pass) });
         for _ in 0..count {
             let prompt = random.prompt(3 * PAGE);
             let choose = random.below(PAGE + 1);
@@ -298,6 +330,37 @@ fn a_conversation_goes_on_where_it_ended() {
     world.add([&turn[..], &[7; 9]].concat(), 1, 0);
     world.step();
     assert_eq!(world.computed - before, 9, "only what is new");
+}
+
+#[test]
+fn a_recurrent_beginning_is_shared_where_its_state_was_kept() {
+    let recurrent = |states| World::new(Limits { kept: 64, states: Some(states), ..limits(1024, 200, 4, 512) });
+    let beginning: Vec<u32> = (0..70).map(|i| i % 7).collect();
+    let with = |end: &[u32]| [&beginning[..], end].concat();
+    // The second and the third wait until the state of the 64 tokens that are whole pages is kept.
+    let mut world = recurrent(2);
+    for i in 0..3 {
+        world.add(with(&[100 + i, 5, 6]), 0, 70);
+    }
+    world.finish();
+    assert_eq!(world.computed, 73 + 2 * 9);
+    // One that comes later finds it too, and one that parts elsewhere leaves its own.
+    world.add(with(&[8; 60]), 0, 100);
+    world.finish();
+    assert_eq!(world.computed, 73 + 2 * 9 + 66);
+    // Where two part, it is kept the second time, so that the third has it.
+    let mut world = recurrent(8);
+    for (i, computed) in [(0, 200), (1, 200), (2, 200 - 64)] {
+        let before = world.computed;
+        world.add(with(&[50 + i; 130]), 0, 199);
+        world.finish();
+        assert_eq!(world.computed - before, computed, "{i}");
+    }
+    // Without room for states everything is computed.
+    let mut world = recurrent(0);
+    (0..3).for_each(|_| drop(world.add(with(&[1]), 0, 70)));
+    world.finish();
+    assert_eq!(world.computed, 3 * 71);
 }
 
 #[test]

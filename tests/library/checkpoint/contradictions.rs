@@ -169,7 +169,8 @@ fn settings_of_windows_that_contradict_each_other_are_told_or_refused() {
         let mut c = c.as_object().unwrap().clone();
         c.extend(keys.as_object().unwrap().clone());
         std::fs::write(folder.path().join("config.json"), Value::from(c).to_string()).unwrap();
-        ModelConfig::read(&Checkpoint::open(folder.path()).unwrap().config).unwrap().windows
+        let config = ModelConfig::read(&Checkpoint::open(folder.path()).unwrap().config).unwrap();
+        config.attentions().into_iter().map(|(_, _, a)| a.window).collect::<Vec<_>>()
     };
     assert_eq!(mistral(json!({})), [Some(4096); 2]);
     assert_eq!(mistral(json!({"sliding_window": null})), [None; 2]);

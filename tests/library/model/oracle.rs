@@ -240,9 +240,10 @@ fn attend<B: Backend>(backend: &B, shape: &AttentionShape, value_dim: usize) -> 
     let ropes = [0.5, 0.1].map(|step| backend.load_rope(rotation(step)).unwrap());
     let &AttentionShape { kv_heads, head_dim, .. } = shape;
     let layer = LayerCache { format: KvFormat::F32, kv_heads, head_dim, value_dim };
-    let mut cache = backend.new_cache(&CacheLayout { layers: vec![layer], pages: 1 }).unwrap();
-    backend.grow(&mut cache, 4).unwrap();
-    let span = |start, len, pages: &[u32]| Span { start, len, pages: pages.to_vec() };
+    let mut cache =
+        backend.new_cache(&CacheLayout { layers: vec![layer], pages: 1, ..CacheLayout::default() }).unwrap();
+    backend.grow(&mut cache, 4, 0).unwrap();
+    let span = |start, len, pages: &[u32]| Span { start, len, pages: pages.to_vec(), slot: 0 };
     let passes = [vec![span(0, 9, &[2]), span(0, 14, &[3])], vec![span(14, 7, &[3, 1])]];
     let mut out = Vec::new();
     for (seed, spans) in passes.into_iter().enumerate() {
@@ -251,7 +252,7 @@ fn attend<B: Backend>(backend: &B, shape: &AttentionShape, value_dim: usize) -> 
         let tensor = |width: usize, seed: usize| backend.tensor(values(tokens * width, seed), width).unwrap();
         let (q, k) = (tensor(shape.heads * head_dim, seed), tensor(kv_heads * head_dim, seed + 5));
         let v = tensor(kv_heads * value_dim, seed + 9);
-        out.extend(backend.to_host(&backend.attention(q, k, v, shape, &pass, &mut cache).unwrap()).unwrap());
+        out.extend(backend.to_host(&backend.attention(q, k, v, None, shape, &pass, &mut cache).unwrap()).unwrap());
     }
     out
 }
@@ -268,7 +269,7 @@ fn both_backends_attend_alike_whichever_rotation_turns_them() {
         (Some(0), 12, 5, 0.2),
     ] {
         for window in [None, Some(5)] {
-            let shape = AttentionShape { layer: 0, heads: 4, kv_heads: 2, head_dim, window, rope, scale };
+            let shape = AttentionShape { layer: 0, cache: 0, heads: 4, kv_heads: 2, head_dim, window, rope, scale };
             let (packed, plain) = (attend(&cpu, &shape, value_dim), attend(&AutogradBackend::new(), &shape, value_dim));
             let off = deviation(&packed, &plain);
             assert!(off < 1e-6, "{shape:?}: {off:e}");
