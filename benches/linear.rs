@@ -37,6 +37,7 @@ fn linear(element: Element, activation: ActivationFormat) -> LinearTensors<'stat
         output_scale: OutputScale::One,
         activation,
         pre_quant_scale: None,
+        rotation: None,
         bias: None,
     }
 }

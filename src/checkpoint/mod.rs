@@ -5,11 +5,13 @@
 pub mod dialect;
 pub mod error;
 mod folder;
+mod fused;
 mod header;
 pub mod hub;
 pub mod identity;
 pub mod json;
 pub mod resolve;
+mod rotation;
 pub mod tensors;
 pub mod text_files;
 mod text_model;

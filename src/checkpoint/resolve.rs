@@ -10,6 +10,8 @@ use super::dialect::kv::{self, KvScales};
 use super::dialect::store::{INPUT_SCALE, WEIGHT, element_names};
 use super::dialect::{Conventions, Declared, Dialect};
 use super::error::{CheckpointError, Result};
+use super::fused::Fused;
+use super::rotation;
 use super::tensors::TensorView;
 use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
 use crate::formats::scheme::{InputFormat, WeightFormat};
@@ -43,7 +45,13 @@ impl Checkpoint {
     /// Whether tensors of linear `module` are stored, packed or plain.
     #[must_use]
     pub fn has_linear(&self, module: &str) -> bool {
-        element_names().any(|name| self.tensors.contains(&format!("{module}.{name}")))
+        element_names().any(|name| self.tensors.contains(&format!("{module}.{name}"))) || self.is_fused(module)
+    }
+
+    /// Whether linear `module` is an expert that is stored in one tensor with the others of its layer.
+    #[must_use]
+    pub fn is_fused(&self, module: &str) -> bool {
+        Fused::find(&self.tensors, module).is_some()
     }
 
     /// The linear `module`.
@@ -52,7 +60,10 @@ impl Checkpoint {
     /// Names the tensor that is missing, of the wrong dtype, shape or packing, or holds a bad scale; and the module
     /// where the configuration announces something else than is stored.
     pub fn linear(&self, module: &str, role: LinearRole) -> Result<LinearTensors<'_>> {
-        Resolver { checkpoint: self, module, role }.resolve()
+        match Fused::find(&self.tensors, module) {
+            Some(place) => place.linear(self, module, role),
+            None => Resolver { checkpoint: self, module, role }.resolve(),
+        }
     }
 
     /// KV-cache scales of attention module `module` (`model.layers.0.self_attn`); `None` where the cache is not FP8.
@@ -107,7 +118,8 @@ impl<'a> Resolver<'a, '_> {
             let packing = if element == Element::E2m1 { "[N, K/2], two codes a byte," } else { "[N, K]" };
             return Err(weight.wrong_shape(format!("[{n}, {columns}] ({packing} as config.json has N = {n}, K = {k})")));
         }
-        self.cross_check(&weight, element, declared)?;
+        let may_be_plain = self.role.may_be_plain || self.conventions().leaves_plain();
+        cross_check(&weight, self.module, element, declared, may_be_plain)?;
         let (block_scales, output_scale, activation) = match declared {
             Some(d) if matches!(element, Element::E2m1 | Element::E4m3) => self.quantized(&weight, d)?,
             _ => (BlockScales::None, OutputScale::One, ActivationFormat::Float),
@@ -124,6 +136,12 @@ impl<'a> Resolver<'a, '_> {
                 view.expect_shape(&[k])?;
                 Some(scale_values(&view)?)
             }
+        };
+        let rotation = match self.checkpoint.announced.rotated {
+            Some(group) if !element.is_float() => {
+                Some(rotation::read(&self.checkpoint.tensors, self.module, k, group)?)
+            }
+            _ => None,
         };
         let bias = match self.take("bias") {
             Some(view) if self.role.bias => {
@@ -150,29 +168,8 @@ impl<'a> Resolver<'a, '_> {
             output_scale,
             activation,
             pre_quant_scale,
+            rotation,
             bias,
-        })
-    }
-
-    /// The configuration and the stored weight must tell the same story.
-    fn cross_check(&self, weight: &TensorView<'_>, element: Element, declared: Option<Declared>) -> Result<()> {
-        let stored_quantized = matches!(element, Element::E2m1 | Element::E4m3);
-        let expected = match declared {
-            None if stored_quantized => "the configuration leaves this module unquantized".to_owned(),
-            None => return Ok(()),
-            Some(_) if !stored_quantized && (self.role.may_be_plain || self.conventions().leaves_plain()) => {
-                return Ok(());
-            }
-            Some(d) if d.weight.element() == element => return Ok(()),
-            Some(d) => format!("the configuration announces {}", d.weight),
-        };
-        Err(CheckpointError::Conflict {
-            file: weight.file.into(),
-            module: self.module.into(),
-            detail: format!(
-                "{expected}, but `{}` is stored as {} {:?}; mend the configuration's excludes or the export",
-                weight.name, weight.dtype, weight.shape
-            ),
         })
     }
 
@@ -188,13 +185,18 @@ impl<'a> Resolver<'a, '_> {
                 (BlockScales::E4m3 { block, codes }, OutputScale::Tensor(self.global(layout.global)?))
             }
             WeightFormat::Mxfp4 | WeightFormat::Mxfp8 => {
-                (BlockScales::E8m0 { block: mx::BLOCK, codes: self.e8m0_blocks()? }, OutputScale::One)
+                let scale = if layout.mx_global && declared.weight == WeightFormat::Mxfp4 {
+                    OutputScale::Tensor(self.global(layout.global)?)
+                } else {
+                    OutputScale::One
+                };
+                (BlockScales::E8m0 { block: mx::BLOCK, codes: self.e8m0_blocks()? }, scale)
             }
             WeightFormat::Fp8 => self.fp8_scales()?,
         };
         let input = self.stored_input(declared);
         let scale = match input {
-            InputFormat::Nvfp4 => self.global(layout.input)?,
+            InputFormat::Nvfp4 | InputFormat::FpQuant(_) => self.global(layout.input)?,
             InputFormat::Fp8Static => self.one(INPUT_SCALE)?.1,
             _ => 1.0,
         };
@@ -217,38 +219,23 @@ impl<'a> Resolver<'a, '_> {
 
     /// E4M3 block scales [N, K/block]: no NaN, no negative, and zero only over a block whose codes are all zero.
     fn e4m3_blocks(&self, block: usize, weight: &TensorView<'_>) -> Result<Cow<'a, [u8]>> {
-        let view = self.block_scale_tensor(Dtype::F8_E4M3, "F8_E4M3", block)?;
-        for (i, &code) in view.bytes.iter().enumerate() {
-            let elements = &weight.bytes[i * block / 2..(i + 1) * block / 2];
-            let zero_block = || elements.iter().all(|b| b & 0x77 == 0);
-            let problem = match code {
-                c if c & 0x7f == e4m3::NAN => "is NaN",
-                0 | 0x80 if !zero_block() => "is zero, but its block is not: the scale underflowed or is missing",
-                c if c & 0x80 != 0 && c != 0x80 => "is negative",
-                _ => continue,
-            };
-            let per_row = self.role.k / block;
-            return Err(view.bad_value(format!("the scale of row {}, block {} {problem}", i / per_row, i % per_row)));
-        }
+        let dtype = self.conventions().layout().e4m3_scales;
+        let dtype_name = if dtype == Dtype::U8 { "U8 (E4M3)" } else { "F8_E4M3" };
+        let view = self.block_scale_tensor(dtype, dtype_name, block)?;
+        expect_e4m3_scales(&view, view.bytes, weight.bytes, [block, self.role.k / block], "")?;
         Ok(Cow::Borrowed(view.bytes))
     }
 
     fn e8m0_blocks(&self) -> Result<Cow<'a, [u8]>> {
         let view = self.block_scale_tensor(Dtype::U8, "U8 (E8M0)", mx::BLOCK)?;
-        if let Some(i) = view.bytes.iter().position(|&b| b == e8m0::NAN) {
-            let per_row = self.role.k / mx::BLOCK;
-            return Err(view.bad_value(format!(
-                "the scale of row {}, block {} is NaN (0xff)",
-                i / per_row,
-                i % per_row
-            )));
-        }
+        expect_e8m0_scales(&view, view.bytes, self.role.k / mx::BLOCK, "")?;
         Ok(Cow::Borrowed(view.bytes))
     }
 
     fn block_scale_tensor(&self, dtype: Dtype, dtype_name: &str, block: usize) -> Result<TensorView<'a>> {
         let view = self.require(self.conventions().layout().scales, "it holds the block scales of the weight")?;
-        if view.dtype != dtype && !(dtype == Dtype::U8 && view.dtype == Dtype::F8_E8M0) {
+        let e8m0 = block == mx::BLOCK && dtype == Dtype::U8 && view.dtype == Dtype::F8_E8M0;
+        if view.dtype != dtype && !e8m0 {
             return Err(view.wrong_dtype(dtype_name));
         }
         if !self.role.k.is_multiple_of(block) {
@@ -338,8 +325,69 @@ impl<'a> Resolver<'a, '_> {
     }
 }
 
+/// The configuration and the stored weight must tell the same story.
+pub(super) fn cross_check(
+    weight: &TensorView<'_>,
+    module: &str,
+    element: Element,
+    declared: Option<Declared>,
+    may_be_plain: bool,
+) -> Result<()> {
+    let stored_quantized = !element.is_float();
+    let expected = match declared {
+        None if stored_quantized => "the configuration leaves this module unquantized".to_owned(),
+        None => return Ok(()),
+        Some(_) if !stored_quantized && may_be_plain => return Ok(()),
+        Some(d) if d.weight.element() == element => return Ok(()),
+        Some(d) => format!("the configuration announces {}", d.weight),
+    };
+    Err(CheckpointError::Conflict {
+        file: weight.file.into(),
+        module: module.into(),
+        detail: format!(
+            "{expected}, but `{}` is stored as {} {:?}; mend the configuration's excludes or the export",
+            weight.name, weight.dtype, weight.shape
+        ),
+    })
+}
+
+/// Refuses E4M3 block scales, `per_row` to a row, that are NaN, negative, or zero over a block of `elements` (two E2M1
+/// codes a byte) that is not. `place` is said before the row.
+pub(super) fn expect_e4m3_scales(
+    view: &TensorView<'_>,
+    codes: &[u8],
+    elements: &[u8],
+    [block, per_row]: [usize; 2],
+    place: &str,
+) -> Result<()> {
+    for (i, &code) in codes.iter().enumerate() {
+        let elements = &elements[i * block / 2..(i + 1) * block / 2];
+        let zero_block = || elements.iter().all(|b| b & 0x77 == 0);
+        let problem = match code {
+            c if c & 0x7f == e4m3::NAN => "is NaN",
+            0 | 0x80 if !zero_block() => "is zero, but its block is not: the scale underflowed or is missing",
+            c if c & 0x80 != 0 && c != 0x80 => "is negative",
+            _ => continue,
+        };
+        let (row, block) = (i / per_row, i % per_row);
+        return Err(view.bad_value(format!("{place}the scale of row {row}, block {block} {problem}")));
+    }
+    Ok(())
+}
+
+/// Refuses E8M0 block scales, `per_row` to a row, that are NaN.
+pub(super) fn expect_e8m0_scales(view: &TensorView<'_>, codes: &[u8], per_row: usize, place: &str) -> Result<()> {
+    match codes.iter().position(|&b| b == e8m0::NAN) {
+        None => Ok(()),
+        Some(i) => {
+            let (row, block) = (i / per_row, i % per_row);
+            Err(view.bad_value(format!("{place}the scale of row {row}, block {block} is NaN (0xff)")))
+        }
+    }
+}
+
 /// One scale, stored as [] or [1].
-fn scalar_scale(view: &TensorView<'_>) -> Result<f32> {
+pub(super) fn scalar_scale(view: &TensorView<'_>) -> Result<f32> {
     if !matches!(*view.shape, [] | [1]) {
         return Err(view.wrong_shape("[] or [1] (one scale)"));
     }

@@ -96,6 +96,9 @@ fn deviation<B: Backend>(backend: &B, linear: LinearTensors<'_>, input: &[f32]) 
         if let Some(scale) = &linear.pre_quant_scale {
             row.iter_mut().zip(scale).for_each(|(x, s)| *x *= s);
         }
+        if let Some(rotation) = &linear.rotation {
+            rotation.apply(row);
+        }
         linear.activation.fake_quantize(row);
     }
     let (mut difference, mut norm) = (0.0, 0.0);

@@ -100,6 +100,7 @@ fn tall(piece: &LinearTensors<'static>, n: usize) -> LinearTensors<'static> {
         block_scales,
         output_scale: OutputScale::One,
         pre_quant_scale: None,
+        rotation: None,
         bias: None,
         ..piece.clone()
     }

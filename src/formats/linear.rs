@@ -5,8 +5,10 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::sync::Arc;
 
 use super::e8m0::{self, ScaleRule};
+use super::fp_quant::{self, Method};
 use super::{e2m1, e4m3, fp8, mx, nvfp4};
 
 /// How one weight element is stored.
@@ -148,6 +150,8 @@ pub enum ActivationFormat {
     Mxfp4 { rule: ScaleRule },
     /// E4M3, E8M0 scale per 32.
     Mxfp8 { rule: ScaleRule },
+    /// E2M1, power-of-two scale per 32 by fp_quant's `method`, under a fixed global scale (a multiplier).
+    FpQuant { method: Method, global_scale: f32 },
 }
 
 impl ActivationFormat {
@@ -166,6 +170,12 @@ impl ActivationFormat {
             Self::Mxfp4 { rule } => {
                 for block in row.chunks_mut(mx::BLOCK) {
                     let s = mx::quantize_fp4_block(block, rule, &mut doubled);
+                    block.iter_mut().zip(doubled).for_each(|(x, d)| *x = 0.5 * f32::from(d) * s);
+                }
+            }
+            Self::FpQuant { method, global_scale } => {
+                for block in row.chunks_mut(mx::BLOCK) {
+                    let s = fp_quant::quantize_block(block, method, global_scale, &mut doubled) * global_scale;
                     block.iter_mut().zip(doubled).for_each(|(x, d)| *x = 0.5 * f32::from(d) * s);
                 }
             }
@@ -203,7 +213,50 @@ impl fmt::Display for ActivationFormat {
             Self::Fp8Group => "fp8 per 128",
             Self::Mxfp4 { .. } => "mxfp4",
             Self::Mxfp8 { .. } => "mxfp8",
+            Self::FpQuant { method: Method::AbsMax, .. } => "mxfp4 abs_max",
+            Self::FpQuant { method: Method::Quest, .. } => "mxfp4 quest",
         })
+    }
+}
+
+/// The largest rotation there is room for.
+pub const MAX_ROTATION: usize = 256;
+
+/// What an input is multiplied by, in runs, before it is quantized: x ← x · H.
+#[derive(Clone, Debug, PartialEq)]
+pub struct InputRotation {
+    /// Values in a run.
+    group: usize,
+    /// H [group, group], row-major.
+    matrix: Vec<f32>,
+}
+
+impl InputRotation {
+    /// Of a matrix [group, group], group at most [`MAX_ROTATION`].
+    #[must_use]
+    pub fn new(matrix: Vec<f32>, group: usize) -> Self {
+        debug_assert!(matrix.len() == group * group && group <= MAX_ROTATION);
+        Self { group, matrix }
+    }
+
+    /// Rotates each run of `row` in place: every output one chain of fused multiply-adds in the order of the inputs.
+    #[inline(always)]
+    pub fn apply(&self, row: &mut [f32]) {
+        let mut buffer = [0.0f32; MAX_ROTATION];
+        let out = &mut buffer[..self.group];
+        for run in row.chunks_exact_mut(self.group) {
+            out.fill(0.0);
+            for (x, h) in run.iter().zip(self.matrix.chunks_exact(self.group)) {
+                out.iter_mut().zip(h).for_each(|(o, h)| *o = x.mul_add(*h, *o));
+            }
+            run.copy_from_slice(out);
+        }
+    }
+
+    /// Bytes of the matrix.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        4 * self.matrix.len()
     }
 }
 
@@ -224,6 +277,8 @@ pub struct LinearTensors<'a> {
     pub activation: ActivationFormat,
     /// Multiplies the input per channel before it is quantized, [K] (AWQ).
     pub pre_quant_scale: Option<Vec<f32>>,
+    /// Rotates the input after that and before it is quantized (fp_quant).
+    pub rotation: Option<Arc<InputRotation>>,
     /// [N].
     pub bias: Option<Vec<f32>>,
 }

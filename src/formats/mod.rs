@@ -7,6 +7,7 @@ pub mod e2m1;
 pub mod e4m3;
 pub mod e8m0;
 pub mod fp8;
+pub mod fp_quant;
 pub mod kv;
 pub mod linear;
 pub mod mx;

@@ -5,6 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::e8m0::ScaleRule;
+use super::fp_quant::Method;
 use super::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
 use super::{fp8, mx, nvfp4};
 
@@ -42,6 +43,7 @@ pub enum InputFormat {
     Fp8Group,
     Mxfp4,
     Mxfp8,
+    FpQuant(Method),
 }
 
 impl InputFormat {
@@ -56,6 +58,7 @@ impl InputFormat {
             ActivationFormat::Fp8Group => Self::Fp8Group,
             ActivationFormat::Mxfp4 { .. } => Self::Mxfp4,
             ActivationFormat::Mxfp8 { .. } => Self::Mxfp8,
+            ActivationFormat::FpQuant { method, .. } => Self::FpQuant(method),
         }
     }
 
@@ -70,6 +73,7 @@ impl InputFormat {
             Self::Fp8Group => ActivationFormat::Fp8Group,
             Self::Mxfp4 => ActivationFormat::Mxfp4 { rule },
             Self::Mxfp8 => ActivationFormat::Mxfp8 { rule },
+            Self::FpQuant(method) => ActivationFormat::FpQuant { method, global_scale: scale },
         }
     }
 }
@@ -172,10 +176,13 @@ schemes! {
 const NVFP4: WeightFormat = WeightFormat::Nvfp4 { block: nvfp4::BLOCK };
 
 impl Scheme {
-    /// The scheme of a stored linear; `None` where its weight and input are no pair of these.
+    /// The scheme of a stored linear; `None` where its weight and input are no pair of these, or its input is rotated.
     #[must_use]
     pub fn of(linear: &LinearTensors<'_>) -> Option<Self> {
         use InputFormat as I;
+        if linear.rotation.is_some() {
+            return None;
+        }
         let input = I::of(linear.activation);
         let weight = match (linear.element, &linear.block_scales) {
             (e, _) if e.is_float() => return Some(Self::None),

@@ -117,6 +117,7 @@ pub fn layer(
         block_scales,
         output_scale,
         activation,
+        rotation: None,
         pre_quant_scale: (below(r, 4) == 0).then(|| (0..k).map(|_| positive(r)).collect()),
         bias: (below(r, 2) == 0).then(|| (0..n).map(|_| uniform(r)).collect()),
     }

@@ -43,6 +43,16 @@ pub fn convert(checkpoint: &Checkpoint, dialect: Dialect, out: &Path) -> Result<
     for m in &modules {
         let linear = checkpoint.linear(&m.name, m.role)?;
         let fail = |detail: String| QuantizeError::Module { module: m.name.clone(), detail };
+        if linear.rotation.is_some() {
+            return Err(fail(format!(
+                "has its input rotated (fp_quant), which the {dialect} dialect has no place for"
+            )));
+        }
+        if checkpoint.is_fused(&m.name) && !linear.element.is_float() {
+            return Err(fail(
+                "is stored in one tensor with the layer's other experts, which `convert` does not write".into(),
+            ));
+        }
         let scheme = Scheme::of(&linear).ok_or_else(|| {
             fail(format!(
                 "holds {:?} weights and {} inputs, a pair that `convert` does not know",

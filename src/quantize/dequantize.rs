@@ -34,7 +34,17 @@ pub fn dequantize(checkpoint: &Checkpoint, out: &Path) -> Result<Dequantized, Qu
     let mut report = Dequantized::default();
     let mut quantized = BTreeSet::new();
     for (name, m) in &modules {
-        if !checkpoint.linear(name, m.role)?.element.is_float() {
+        let linear = checkpoint.linear(name, m.role)?;
+        let refuse = |detail: &str| QuantizeError::Module { module: name.clone(), detail: detail.into() };
+        if linear.rotation.is_some() {
+            return Err(refuse("has its input rotated (fp_quant); its weight is not rotated back here"));
+        }
+        if !linear.element.is_float() {
+            if checkpoint.is_fused(name) {
+                return Err(refuse(
+                    "is stored in one tensor with the layer's other experts, which is not taken apart here",
+                ));
+            }
             quantized.insert(name.clone());
         }
     }

@@ -158,6 +158,7 @@ pub(super) fn encode(
         output_scale,
         activation: activation(scheme, tool, peaks.input),
         pre_quant_scale: None,
+        rotation: None,
         bias: None,
     })
 }

@@ -171,6 +171,7 @@ fn round_group<'m>(
             output_scale: OutputScale::Tensor(global),
             activation: group.activation,
             pre_quant_scale: None,
+            rotation: None,
             bias,
         };
         Ok((*m, Prepared { linear, unrounded: rounding.unrounded }))

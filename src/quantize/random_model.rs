@@ -147,6 +147,7 @@ impl RandomModel {
                 _ => self.tool.input(scheme).with(input, self.tool.mx_rule()),
             },
             pre_quant_scale: None,
+            rotation: None,
             bias: role.bias.then(|| vec![0.0; n]),
         }
     }

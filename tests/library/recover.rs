@@ -178,6 +178,7 @@ fn float_linear<'a>(
         output_scale: scale,
         activation: ActivationFormat::Float,
         pre_quant_scale: pre,
+        rotation: None,
         bias: bias.then(|| vec![0.25; n]),
     }
 }

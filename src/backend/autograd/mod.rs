@@ -25,7 +25,7 @@ use self::operand::Precision;
 use super::{
     AttentionShape, Backend, BackendError, Batch, CacheLayout, Feature, HostPass, Result, RopeTable, Rotation, Span,
 };
-use crate::formats::linear::LinearTensors;
+use crate::formats::linear::{ActivationFormat, LinearTensors};
 use crate::logits::{RouterRule, Routing, TokenScore, score_row};
 
 /// Runs the decoder on candle tensors.
@@ -82,6 +82,10 @@ impl Backend for AutogradBackend {
     type Pass = HostPass;
 
     fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<Linear> {
+        if tensors.rotation.is_some() || matches!(tensors.activation, ActivationFormat::FpQuant { .. }) {
+            let what = "fp_quant's rotated inputs: they are computed, not trained".into();
+            return Err(BackendError::Unsupported { module: tensors.name, backend: "autograd", what });
+        }
         Ok(Linear::new(tensors, self.precision))
     }
 

@@ -489,6 +489,7 @@ mod tests {
             output_scale,
             activation: ActivationFormat::Float,
             pre_quant_scale: None,
+            rotation: None,
             bias: None,
         }
     }

@@ -7,7 +7,8 @@ use rayon::prelude::*;
 use super::elementwise;
 use super::isa::{Isa, multiversion};
 use super::packed::{Family, K_STEP, PackedLinear};
-use crate::formats::linear::ActivationFormat;
+use crate::formats::fp_quant::{self, Method};
+use crate::formats::linear::{ActivationFormat, InputRotation};
 use crate::formats::{fp8, mx, nvfp4};
 
 /// Input of the integer kernels: doubled E2M1 values and what each block needs, row-major by token.
@@ -49,12 +50,19 @@ const TASK_TOKENS: usize = 32;
 /// Quantizes `x` [M, K] as linear `w` wants it, on the threads of the current pool.
 pub(super) fn quantize<'a>(isa: Isa, x: &'a [f32], w: &PackedLinear) -> Input<'a> {
     let k = w.k;
-    let scaled: Cow<[f32]> = match &w.pre_quant_scale {
-        None => x.into(),
-        Some(s) => {
+    let scaled: Cow<[f32]> = match (&w.pre_quant_scale, &w.rotation) {
+        (None, None) => x.into(),
+        (scale, rotation) => {
             let mut copy = x.to_vec();
             copy.par_chunks_mut(TASK_TOKENS * k).for_each(|rows| {
-                rows.chunks_exact_mut(k).for_each(|row| elementwise::multiply(isa, row, s));
+                for row in rows.chunks_exact_mut(k) {
+                    if let Some(scale) = scale {
+                        elementwise::multiply(isa, row, scale);
+                    }
+                    if let Some(rotation) = rotation {
+                        rotate(isa, row, rotation);
+                    }
+                }
             });
             copy.into()
         }
@@ -80,7 +88,11 @@ fn integer(isa: Isa, x: &[f32], w: &PackedLinear) -> IntegerInput {
             tasks.for_each(|((x, v), (c, s))| nvfp4_blocks(isa, x, global_scale, v, c, s));
         }
         ActivationFormat::Mxfp4 { rule } => tasks.for_each(|((x, v), (c, s))| mxfp4_blocks(isa, x, rule, v, c, s)),
-        // `Family::Integer` is given to these two formats only.
+        ActivationFormat::FpQuant { method, global_scale } => {
+            out.global *= global_scale;
+            tasks.for_each(|((x, v), (c, s))| fp_quant_blocks(isa, x, method, global_scale, v, c, s));
+        }
+        // `Family::Integer` is given to these formats only.
         _ => {}
     }
     out
@@ -93,7 +105,10 @@ fn float<'a>(isa: Isa, x: Cow<'a, [f32]>, w: &PackedLinear) -> Input<'a> {
     // The 4-bit formats are the integer family's.
     let plain = matches!(
         w.activation,
-        ActivationFormat::Float | ActivationFormat::Nvfp4 { .. } | ActivationFormat::Mxfp4 { .. }
+        ActivationFormat::Float
+            | ActivationFormat::Nvfp4 { .. }
+            | ActivationFormat::Mxfp4 { .. }
+            | ActivationFormat::FpQuant { .. }
     );
     if plain && k == k_padded {
         out.values = x;
@@ -126,7 +141,10 @@ fn float<'a>(isa: Isa, x: Cow<'a, [f32]>, w: &PackedLinear) -> Input<'a> {
             rows.zip(out.scales.par_chunks_mut(blocks))
                 .for_each(|((x, v), scales)| mxfp8_blocks(isa, x, rule, v, scales));
         }
-        ActivationFormat::Float | ActivationFormat::Nvfp4 { .. } | ActivationFormat::Mxfp4 { .. } => {
+        ActivationFormat::Float
+        | ActivationFormat::Nvfp4 { .. }
+        | ActivationFormat::Mxfp4 { .. }
+        | ActivationFormat::FpQuant { .. } => {
             rows.for_each(|(x, v)| v[..k].copy_from_slice(x));
         }
     }
@@ -156,6 +174,22 @@ multiversion! {
             *s = mx::quantize_fp4_block(x, rule, v);
             *c = correction(v);
         }
+    }
+}
+
+multiversion! {
+    fn fp_quant_blocks(x: &[f32], method: Method, global_scale: f32, values: &mut [i8], corrections: &mut [i32], scales: &mut [f32]) {
+        let blocks = x.as_chunks::<{ mx::BLOCK }>().0.iter().zip(values.as_chunks_mut::<{ mx::BLOCK }>().0);
+        for ((x, v), (c, s)) in blocks.zip(corrections.iter_mut().zip(scales)) {
+            *s = fp_quant::quantize_block(x, method, global_scale, v);
+            *c = correction(v);
+        }
+    }
+}
+
+multiversion! {
+    fn rotate(row: &mut [f32], rotation: &InputRotation) {
+        rotation.apply(row);
     }
 }
 

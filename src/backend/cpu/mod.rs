@@ -213,6 +213,7 @@ impl Backend for CpuBackend {
                 other.activation == w.activation
                     && other.family == w.family
                     && other.pre_quant_scale == w.pre_quant_scale
+                    && other.rotation == w.rotation
             };
             let at = inputs.iter().position(same).unwrap_or_else(|| {
                 inputs.push((i, self.pool.install(|| activation::quantize(self.isa, &x.data, w))));

@@ -9,7 +9,12 @@
 //! The packed size is the stored size but for the padding.
 
 use crate::backend::{BackendError, Result};
-use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale, decode_elements};
+use std::sync::Arc;
+
+use crate::formats::fp_quant::Method;
+use crate::formats::linear::{
+    ActivationFormat, BlockScales, Element, InputRotation, LinearTensors, OutputScale, decode_elements,
+};
 use crate::formats::{e4m3, e8m0, fp8, mx, nvfp4};
 
 /// Output rows that are interleaved.
@@ -55,6 +60,7 @@ pub struct PackedLinear {
     pub(super) scales: PackedScales,
     pub(super) output_scale: OutputScale,
     pub(super) pre_quant_scale: Option<Vec<f32>>,
+    pub(super) rotation: Option<Arc<InputRotation>>,
     pub(super) bias: Option<Vec<f32>>,
 }
 
@@ -102,6 +108,7 @@ impl PackedLinear {
             scales,
             output_scale: t.output_scale.clone(),
             pre_quant_scale: t.pre_quant_scale.clone(),
+            rotation: t.rotation.clone(),
             bias: t.bias.clone(),
         })
     }
@@ -119,7 +126,8 @@ impl PackedLinear {
             _ => 0,
         };
         let floats = |v: &Option<Vec<f32>>| v.as_ref().map_or(0, |v| 4 * v.len());
-        self.data.len() + scales + rows + floats(&self.pre_quant_scale) + floats(&self.bias)
+        let rotation = self.rotation.as_ref().map_or(0, |r| r.bytes());
+        self.data.len() + scales + rows + rotation + floats(&self.pre_quant_scale) + floats(&self.bias)
     }
 
     /// Groups of 16 output rows.
@@ -193,8 +201,8 @@ fn family_of(element: Element, block: Option<usize>, activation: ActivationForma
     let nests = |other: usize| block.is_none_or(|b| b.is_multiple_of(other) || other.is_multiple_of(b));
     match (element, activation) {
         (Element::E2m1, A::Nvfp4 { .. }) => (block == Some(nvfp4::BLOCK)).then_some(Family::Integer),
-        (Element::E2m1, A::Mxfp4 { .. }) => (block == Some(mx::BLOCK)).then_some(Family::Integer),
-        (_, A::Nvfp4 { .. } | A::Mxfp4 { .. }) => None,
+        (Element::E2m1, A::Mxfp4 { .. } | A::FpQuant { .. }) => (block == Some(mx::BLOCK)).then_some(Family::Integer),
+        (_, A::Nvfp4 { .. } | A::Mxfp4 { .. } | A::FpQuant { .. }) => None,
         (_, A::Fp8Group) => nests(fp8::BLOCK).then_some(Family::Float),
         (_, A::Mxfp8 { .. }) => nests(mx::BLOCK).then_some(Family::Float),
         (_, A::Float | A::Fp8Static { .. } | A::Fp8Token) => Some(Family::Float),
@@ -220,6 +228,8 @@ pub fn combinations() -> Vec<Combination> {
         ("nvfp4", Element::E2m1, Some(nvfp4::BLOCK), A::Float),
         ("nvfp4 block 32", Element::E2m1, Some(32), A::Fp8Static { scale }),
         ("mxfp4", Element::E2m1, Some(mx::BLOCK), A::Mxfp4 { rule }),
+        ("mxfp4", Element::E2m1, Some(mx::BLOCK), A::FpQuant { method: Method::AbsMax, global_scale }),
+        ("mxfp4", Element::E2m1, Some(mx::BLOCK), A::FpQuant { method: Method::Quest, global_scale }),
         ("mxfp4", Element::E2m1, Some(mx::BLOCK), A::Float),
         ("mxfp8", Element::E4m3, Some(mx::BLOCK), A::Mxfp8 { rule }),
         ("fp8", Element::E4m3, None, A::Fp8Static { scale }),
@@ -321,7 +331,7 @@ mod tests {
                 BlockScales::None
             };
             let t = LinearTensors { name: "w".into(), n, k, element, data: Cow::Owned(bytes), block_scales,
-                output_scale: OutputScale::Tensor(0.5), activation: ActivationFormat::Float, pre_quant_scale: None, bias: None };
+                output_scale: OutputScale::Tensor(0.5), activation: ActivationFormat::Float, pre_quant_scale: None, rotation: None, bias: None };
             let packed = PackedLinear::pack(&t).unwrap();
             let (mut expected, mut got) = (vec![0.0; k], vec![0.0; k]);
             for row in 0..n {

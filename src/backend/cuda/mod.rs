@@ -234,7 +234,8 @@ fn format(activation: ActivationFormat) -> (usize, f32, usize) {
         ScaleRule::Even => 2,
     };
     match activation {
-        ActivationFormat::Float => (0, 1.0, 0),
+        // fp_quant's are refused when they are loaded.
+        ActivationFormat::Float | ActivationFormat::FpQuant { .. } => (0, 1.0, 0),
         ActivationFormat::Nvfp4 { global_scale } => (1, global_scale, 0),
         ActivationFormat::Fp8Static { scale } => (2, scale, 0),
         ActivationFormat::Fp8Token => (3, 1.0, 0),

@@ -67,6 +67,9 @@ impl CudaLinear {
     /// No kernel for these formats, or not enough memory.
     pub fn load(device: &Arc<Device>, t: &LinearTensors<'_>) -> Result<Self> {
         let unsupported = |what: String| BackendError::Unsupported { module: t.name.clone(), backend: "cuda", what };
+        if t.rotation.is_some() || matches!(t.activation, ActivationFormat::FpQuant { .. }) {
+            return Err(unsupported("fp_quant's rotated inputs".into()));
+        }
         let kind = match (t.element, &t.block_scales) {
             (Element::E2m1, BlockScales::E4m3 { block: block @ (16 | 32), .. }) => Kind::E2m1 { block: *block },
             (Element::E2m1, BlockScales::E8m0 { block: 32, .. }) => Kind::Mxfp4,

@@ -33,6 +33,8 @@ pub struct Announced {
     pub(super) kv_cache_missing: Option<(PathBuf, String)>,
     /// Block scales of FP8 weights are powers of two (DeepSeek's `scale_fmt` ue8m0).
     pub power_of_two_scales: bool,
+    /// Inputs of quantized linears are rotated in runs of this many (fp_quant).
+    pub rotated: Option<usize>,
     /// The tensors stand under a wrapper's name or another prefix, and so may the patterns.
     pub wrapped: bool,
     /// Where sources differ, and which of them counts; what else has to be told.
@@ -97,6 +99,7 @@ impl Announced {
             fp8_kv_cache: false,
             kv_cache_missing: None,
             power_of_two_scales: false,
+            rotated: None,
             wrapped: false,
             notes: Vec::new(),
         }

@@ -26,7 +26,9 @@ const VERSION: &str = "0.20.0";
 const LAYOUT: Layout = Layout {
     packed: "weight_packed",
     scales: "weight_scale",
+    e4m3_scales: Dtype::F8_E4M3,
     global: "weight_global_scale",
+    mx_global: false,
     input: "input_global_scale",
     divisors: true,
     only_grids: false,

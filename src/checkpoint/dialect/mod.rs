@@ -4,8 +4,10 @@
 mod announced;
 mod compressed_tensors;
 mod deepseek;
+mod fp_quant;
 pub mod kv;
 pub mod modelopt;
+mod mxfp4;
 mod pattern;
 pub mod store;
 
@@ -45,6 +47,9 @@ dialects! {
     CompressedTensors = compressed_tensors::CompressedTensors;
     /// `quant_method: fp8` with 128x128 blocks.
     DeepSeek = deepseek::DeepSeek;
+    FpQuant = fp_quant::FpQuant;
+    /// OpenAI's fused experts.
+    Mxfp4 = mxfp4::Mxfp4;
 }
 
 impl Dialect {
@@ -119,8 +124,12 @@ pub struct Layout {
     pub packed: &'static str,
     /// Scales of blocks, rows or blocks of rows; of FP8 the scale of the whole as well.
     pub scales: &'static str,
+    /// The type of NVFP4's block scales.
+    pub e4m3_scales: Dtype,
     /// The global scale of NVFP4 weights.
     pub global: &'static str,
+    /// Whether MXFP4 weights have one too.
+    pub mx_global: bool,
     /// That of NVFP4 inputs.
     pub input: &'static str,
     /// Global scales are stored as what values are multiplied with before they are rounded.

@@ -41,7 +41,9 @@ const MIXED: &str = "MIXED_PRECISION";
 pub(super) const LAYOUT: Layout = Layout {
     packed: "weight",
     scales: "weight_scale",
+    e4m3_scales: Dtype::F8_E4M3,
     global: "weight_scale_2",
+    mx_global: false,
     input: "input_scale",
     divisors: false,
     only_grids: false,

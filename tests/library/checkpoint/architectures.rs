@@ -4,10 +4,10 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use crate::support::fixtures::shared_folder;
+use crate::support::fixtures::{self, FLOAT_BOUND, Fixture, QUANTIZED_BOUND, cpu, shared_folder};
 use recoup::checkpoint::Checkpoint;
 use recoup::checkpoint::resolve::LinearRole;
-use recoup::formats::linear::{ActivationFormat, Element, LinearTensors};
+use recoup::formats::linear::{BlockScales, Element, LinearTensors};
 
 fn folder(name: &str) -> Option<PathBuf> {
     let folder = shared_folder().join("fixtures-models").join(name);
@@ -94,31 +94,27 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
     (squares(&mut a.iter().zip(b).map(|(a, b)| a - b)) / squares(&mut b.iter().copied())).sqrt()
 }
 
-/// The root mean square error that a format may leave of a weight.
-fn lost(element: Element) -> f64 {
-    match element {
-        Element::E2m1 => 0.13,
-        Element::E4m3 => 0.04,
+/// The root mean square error that a format may leave of a weight; powers of two as scales cost the most.
+fn lost(linear: &LinearTensors) -> f64 {
+    match (linear.element, &linear.block_scales) {
+        (Element::E2m1, BlockScales::E8m0 { .. }) => 0.16,
+        (Element::E2m1, _) => 0.13,
+        (Element::E4m3, _) => 0.04,
         _ => 0.0,
     }
 }
 
-/// Reads `quantized` and compares its weights with those of `plain`; how many were quantized. `all`: every linear must be
-/// comparable.
-fn compare(quantized: &Path, plain: &Path, all: bool) -> usize {
+/// Reads `quantized` and compares its weights with those of `plain`; how many were quantized.
+fn compare(quantized: &Path, plain: &Path) -> usize {
     let name = quantized.display().to_string();
     let c = Checkpoint::open(quantized).unwrap_or_else(|e| panic!("{name}: {e}"));
     let reference = Checkpoint::open(plain).unwrap();
     let mut count = 0;
     for linear in take_all(&c, &name) {
         let role = LinearRole { n: linear.n, k: linear.k, bias: linear.bias.is_some(), may_be_plain: true };
-        let expected = match reference.linear(&linear.name, role) {
-            Ok(expected) => expected,
-            Err(e) if all => panic!("{name}: {e}"),
-            Err(_) => continue,
-        };
+        let expected = reference.linear(&linear.name, role).unwrap_or_else(|e| panic!("{name}: {e}"));
         let error = distance(&linear.decode(), &expected.decode());
-        assert!(error <= lost(linear.element), "{name}: {} ({:?}) is {error} off", linear.name, linear.element);
+        assert!(error <= lost(&linear), "{name}: {} ({:?}) is {error} off", linear.name, linear.element);
         assert_eq!(linear.bias, expected.bias, "{name}: {}", linear.name);
         count += usize::from(!linear.element.is_float());
     }
@@ -127,31 +123,83 @@ fn compare(quantized: &Path, plain: &Path, all: bool) -> usize {
 
 #[test]
 fn every_architecture_resolves_under_its_plain_names_and_its_weights_are_the_bf16_models() {
-    // Folder, quantized configurations, linears that are quantized in each.
-    let models: [(&str, &[(&str, usize)]); 14] = [
-        ("modelopt/nemotron_h", &[("nvfp4", 18), ("nvfp4_kv_fp8", 22), ("nvfp4_kv_cast", 18), ("mixed_lightning", 17)]),
-        ("modelopt/nemotron_h_vl", &[("nvfp4", 12)]),
-        ("modelopt/gpt_oss", &[("nvfp4", 39)]),
-        ("modelopt/qwen3_5", &[("nvfp4", 25), ("mixed_w4a16_fp8_kv_cast", 26)]),
-        ("modelopt/qwen3_5_moe", &[("nvfp4", 0), ("mixed_w4a16_fp8_kv_cast", 0)]),
-        ("modelopt/nemotron_nas", &[("nvfp4", 0)]),
-        ("modelopt/gemma3", &[("nvfp4", 0)]),
-        ("modelopt/mixtral", &[("nvfp4", 0)]),
-        ("modelopt/ministral3", &[("nvfp4", 0)]),
-        ("modelopt/glm4_moe", &[("nvfp4", 0)]),
-        ("modelopt/deepseek_v3", &[("nvfp4", 0)]),
-        ("modelopt/phi3", &[("nvfp4", 0)]),
-        ("modelopt/minimax_m2", &[("nvfp4", 0)]),
-        ("native/gpt_oss", &[]),
+    // Model, configuration, and how many of its quantized linears are compared.
+    let models = [
+        ("nemotron_h", "nvfp4", 18),
+        ("nemotron_h", "nvfp4_kv_fp8", 22),
+        ("nemotron_h", "nvfp4_kv_cast", 18),
+        ("nemotron_h", "mixed_lightning", 17),
+        ("nemotron_h", "mixed_super", 22),
+        ("nemotron_h", "mixed_nano4b", 14),
+        ("nemotron_h_vl", "nvfp4", 12),
+        ("gpt_oss", "nvfp4", 39),
+        ("qwen3_5", "nvfp4", 25),
+        ("qwen3_5", "mixed_w4a16_fp8_kv_cast", 26),
+        ("qwen3_5_moe", "nvfp4", 55),
+        ("qwen3_5_moe", "mixed_w4a16_fp8_kv_cast", 56),
+        ("nemotron_nas", "nvfp4", 18),
+        ("gemma3", "nvfp4", 28),
+        ("mixtral", "nvfp4", 48),
+        ("ministral3", "nvfp4", 21),
+        ("glm4_moe", "nvfp4", 45),
+        ("deepseek_v3", "nvfp4", 48),
+        ("phi3", "nvfp4", 12),
+        ("minimax_m2", "nvfp4", 48),
     ];
-    for (model, configs) in models {
-        let Some(root) = folder(model) else { return };
-        if model.starts_with("modelopt") {
-            let plain = root.join("bf16");
+    for (model, config, quantized) in models {
+        let Some(root) = folder(&format!("modelopt/{model}")) else { return };
+        let (plain, folder) = (root.join("bf16"), root.join(config));
+        // Models of their own, with nothing to compare.
+        let found = if ["mixed_super", "mixed_nano4b"].contains(&config) {
+            let c = Checkpoint::open(&folder).unwrap();
+            take_all(&c, config).iter().filter(|l| !l.element.is_float()).count()
+        } else {
             take_all(&Checkpoint::open(&plain).unwrap(), model);
-            for (config, quantized) in configs {
-                println!("{model}/{config} {quantized}: {}", compare(&root.join(config), &plain, false));
-            }
-        }
+            compare(&folder, &plain)
+        };
+        assert_eq!(found, quantized, "{model}/{config}");
+    }
+}
+
+#[test]
+fn fused_experts_in_mxfp4_are_those_of_the_bf16_model() {
+    let Some(root) = folder("native/gpt_oss/mxfp4") else { return };
+    // Three layers of three experts of three projections.
+    assert_eq!(compare(&root, &root.join("../../../modelopt/gpt_oss/bf16")), 27);
+}
+
+#[test]
+fn deepseeks_own_blocks_resolve() {
+    let Some(root) = folder("native/deepseek_v3/fp8_block") else { return };
+    let c = Checkpoint::open(&root).unwrap();
+    let blocks = take_all(&c, "deepseek_v3").into_iter().filter(|l| matches!(l.block_scales, BlockScales::Grid { .. }));
+    println!("{}", blocks.count());
+}
+
+#[test]
+fn what_a_text_model_does_not_use_is_told_with_its_size() {
+    for (name, part) in [
+        ("modelopt/nemotron_h/mixed_super", "5 tensor(s) of `mtp.` (36320 bytes)"),
+        ("modelopt/nemotron_h_vl/nvfp4", "tensor(s) of `vision_model.` ("),
+        ("modelopt/nemotron_h_vl/nvfp4", "3 tensor(s) of `mlp1.` ("),
+        ("modelopt/qwen3_5/nvfp4", "tensor(s) of `model.visual.` ("),
+        ("modelopt/nemotron_h/nvfp4", "is read as `lm_head`"),
+    ] {
+        let Some(folder) = folder(name) else { return };
+        let notes = Checkpoint::open(&folder).unwrap().notes;
+        assert!(notes.iter().any(|n| n.contains(part)), "{name}: `{part}` is not in {notes:?}");
+    }
+}
+
+#[test]
+fn fp_quant_models_compute_the_logits_of_its_own_forward() {
+    for config in ["bf16", "nvfp4", "mxfp4", "mxfp4_abs_max"] {
+        let Some(folder) = folder(&format!("fp_quant/llama/{config}")) else { return };
+        let fixture = Fixture { name: config.into(), folder };
+        let decoder = fixture.load(cpu(2));
+        let got = fixtures::logits(&decoder, &fixture.input_ids());
+        let deviation = fixtures::deviation(&got, &fixture.golden_logits());
+        let bound = if config == "bf16" { FLOAT_BOUND } else { QUANTIZED_BOUND };
+        assert!(deviation < bound, "{config}: {deviation}");
     }
 }
