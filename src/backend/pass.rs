@@ -188,4 +188,13 @@ mod tests {
         rows.turn(&mut token, 4, 7, -1.0);
         assert!(token.iter().zip(&before).all(|(a, b)| (a - b).abs() < 1e-6));
     }
+
+    #[test]
+    fn dimensions_beyond_those_that_turn_stay() {
+        let table = RopeTable::new(Rotation { frequencies: vec![1.0], factor: 1.0 });
+        let mut token = [1.0, 0.0, 5.0, 0.0, 1.0, 6.0];
+        table.upto(2).turn(&mut token, 3, 1, 1.0);
+        let (sin, cos) = 1.0f32.sin_cos();
+        assert_eq!(token, [cos, sin, 5.0, -sin, cos, 6.0]);
+    }
 }

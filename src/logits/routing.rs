@@ -131,9 +131,11 @@ fn best(scores: Vec<f32>, count: usize) -> Routing {
     all
 }
 
-/// [`best`] of scores with their experts. -0 and 0 are equal scores, but total_cmp tells them apart.
+/// [`best`] of scores with their experts. NaN comes first, so that it isn't lost.
 fn keep_best(all: &mut Routing, count: usize) {
-    all.sort_by(|a, b| (b.1 + 0.0).total_cmp(&(a.1 + 0.0)).then(a.0.cmp(&b.0)));
+    // total_cmp tells -0 from 0, which are equal scores, and puts NaN of either sign at either end.
+    let key = |score: f32| if score.is_nan() { f32::NAN } else { score + 0.0 };
+    all.sort_by(|a, b| key(b.1).total_cmp(&key(a.1)).then(a.0.cmp(&b.0)));
     all.truncate(count);
 }
 
@@ -150,4 +152,146 @@ fn of_groups(scores: &[f32], groups: usize, top_groups: usize, count: usize) -> 
     let mut all: Routing = experts.map(|expert| (expert, scores[expert])).collect();
     keep_best(&mut all, count);
     all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sigmoid_rule(top_k: usize, bias: Option<&[f32]>, groups: usize, top_groups: usize) -> RouterRule {
+        let scores = RouterScores::Sigmoid { bias: bias.map(Arc::from), groups, top_groups };
+        RouterRule { top_k, scores, renormalize: Some(1e-20), scale: 2.5 }
+    }
+
+    fn experts(routing: &Routing) -> Vec<usize> {
+        routing.iter().map(|c| c.0).collect()
+    }
+
+    fn close(routing: &Routing, expected: &[(usize, f32)]) {
+        assert_eq!(experts(routing), experts(&expected.to_vec()), "{routing:?}");
+        for (got, expected) in routing.iter().zip(expected) {
+            assert!((got.1 - expected.1).abs() <= 2e-7 * expected.1.abs(), "{routing:?}, not {expected:?}");
+        }
+    }
+
+    fn sigmoid(x: f32) -> f32 {
+        (1.0 / (1.0 + (-f64::from(x)).exp())) as f32
+    }
+
+    #[test]
+    fn softmax_over_all_and_over_the_chosen_agree_where_weights_are_rescaled() {
+        let logits = [0.3, -2.0, 1.5, 1.4, -7.0, 0.31];
+        for top_k in 1..=6 {
+            let all = RouterRule::softmax(top_k, true).route(&logits);
+            let chosen = RouterRule { scores: RouterScores::SoftmaxOfChosen, ..RouterRule::softmax(top_k, false) };
+            close(&chosen.route(&logits), &all);
+            assert_eq!(all, route_row(&logits, top_k, true));
+        }
+        let e = f64::from(0.1f32).exp();
+        let two = [(2, (e / (1.0 + e)) as f32), (3, (1.0 / (1.0 + e)) as f32)];
+        assert_eq!(experts(&RouterRule::softmax(2, true).route(&logits)), [2, 3]);
+        let off = RouterRule { scores: RouterScores::SoftmaxOfChosen, ..RouterRule::softmax(2, false) }.route(&logits);
+        assert!(off.iter().zip(two).all(|(a, b)| (a.1 - b.1).abs() < 1e-6), "{off:?}");
+    }
+
+    #[test]
+    fn ties_go_to_the_lower_expert() {
+        let all = [RouterScores::Softmax, RouterScores::SoftmaxOfChosen];
+        let sigmoid = RouterScores::Sigmoid { bias: None, groups: 1, top_groups: 1 };
+        for scores in all.into_iter().chain([sigmoid]) {
+            let rule = RouterRule { top_k: 3, scores, renormalize: None, scale: 1.0 };
+            assert_eq!(experts(&rule.route(&[0.5; 7])), [0, 1, 2], "{rule:?}");
+            assert_eq!(experts(&rule.route(&[0.5, 1.0, 0.5, 0.5, 1.0])), [0, 1, 4], "{rule:?}");
+            assert_eq!(experts(&rule.route(&[-1.0, -0.0, 0.0, -0.0, -3.0])), [1, 2, 3], "{rule:?}");
+            let one = RouterRule { top_k: 1, ..rule };
+            assert_eq!(experts(&one.route(&[-1.0, -0.0, 0.0])), [1], "{one:?}");
+        }
+        // Of groups that are equal, the lower ones; within them, the lower experts.
+        assert_eq!(experts(&sigmoid_rule(3, None, 4, 2).route(&[1.0; 8])), [0, 1, 2]);
+    }
+
+    #[test]
+    fn the_correction_bias_chooses_and_does_not_weigh() {
+        let logits = [2.0, 1.0, -1.0, 0.0];
+        let bias = [-1.0, 0.0, 0.7, 0.0];
+        let [b, c] = [sigmoid(1.0), sigmoid(-1.0)];
+        close(&sigmoid_rule(2, Some(&bias), 1, 1).route(&logits), &[(1, 2.5 * b / (b + c)), (2, 2.5 * c / (b + c))]);
+        let plain = RouterRule { renormalize: None, scale: 1.0, ..sigmoid_rule(2, Some(&bias), 1, 1) };
+        close(&plain.route(&logits), &[(1, b), (2, c)]);
+        // minimax_m2: no epsilon, no factor.
+        let minimax = RouterRule { renormalize: Some(0.0), ..plain };
+        close(&minimax.route(&logits), &[(1, b / (b + c)), (2, c / (b + c))]);
+    }
+
+    #[test]
+    fn groups_are_chosen_by_their_two_best() {
+        // The best expert of all is in a group whose second is poor.
+        let logits = [9.0, -9.0, -9.0, 1.0, 1.0, -9.0, 0.5, 0.4, 0.3];
+        let rule = RouterRule { renormalize: None, scale: 1.0, ..sigmoid_rule(2, None, 3, 1) };
+        close(&rule.route(&logits), &[(3, sigmoid(1.0)), (4, sigmoid(1.0))]);
+        close(&RouterRule { top_k: 3, ..sigmoid_rule(1, None, 3, 2) }.route(&logits), &{
+            let [a, b] = [sigmoid(1.0), sigmoid(0.5)];
+            let sum = a + a + b;
+            [(3, 2.5 * a / sum), (4, 2.5 * a / sum), (6, 2.5 * b / sum)]
+        });
+    }
+
+    #[test]
+    fn experts_outside_the_groups_are_never_chosen_whatever_the_bias() {
+        // All of the best group but two have -inf, as have those outside.
+        let none = f32::NEG_INFINITY;
+        let bias = [none, none, none, none, none, 3.0, 3.0, none];
+        let rule = RouterRule { renormalize: None, scale: 1.0, ..sigmoid_rule(4, Some(&bias), 2, 1) };
+        assert_eq!(experts(&rule.route(&[1.0; 8])), [4, 5, 6, 7]);
+        // Biases below -1 leave all scores negative, which must not lose against those left out.
+        let bias = [-5.0, -5.0, -4.0, -4.0];
+        assert_eq!(experts(&sigmoid_rule(2, Some(&bias), 2, 1).route(&[0.0; 4])), [2, 3]);
+        // All -inf: the first group, the first experts.
+        assert_eq!(experts(&sigmoid_rule(2, Some(&[none; 4]), 2, 1).route(&[0.0; 4])), [0, 1]);
+    }
+
+    #[test]
+    fn extreme_logits_give_finite_weights_and_no_number_stays_none() {
+        let low = [-1e30f32; 4];
+        for rule in [sigmoid_rule(2, None, 1, 1), RouterRule::softmax(2, true)] {
+            assert!(rule.route(&low).iter().all(|c| c.1.is_finite()), "{rule:?}");
+        }
+        assert_eq!(sigmoid_rule(2, None, 1, 1).route(&low), [(0, 0.0), (1, 0.0)], "0 / 1e-20");
+        for rule in [
+            sigmoid_rule(2, None, 1, 1),
+            sigmoid_rule(2, None, 2, 1),
+            RouterRule::softmax(2, false),
+            RouterRule { scores: RouterScores::SoftmaxOfChosen, ..RouterRule::softmax(2, false) },
+        ] {
+            let routing = rule.route(&[1.0, 2.0, f32::NAN, 0.0]);
+            assert!(routing.iter().any(|c| c.1.is_nan()), "{rule:?}: {routing:?}");
+        }
+    }
+
+    #[test]
+    fn one_expert_takes_all() {
+        close(&RouterRule::softmax(1, true).route(&[-3.0]), &[(0, 1.0)]);
+        close(&RouterRule::softmax(1, false).route(&[-3.0]), &[(0, 1.0)]);
+        close(&sigmoid_rule(1, Some(&[0.3]), 1, 1).route(&[-3.0]), &[(0, 2.5)]);
+        let rule = RouterRule { scores: RouterScores::SoftmaxOfChosen, ..RouterRule::softmax(1, false) };
+        close(&rule.route(&[-3.0]), &[(0, 1.0)]);
+    }
+
+    #[test]
+    fn rules_that_do_not_fit_are_refused() {
+        assert_eq!(RouterRule::softmax(4, true).check(4), Ok(()));
+        assert_eq!(RouterRule::softmax(5, true).check(4), Err(RouterRuleError::TopK { top_k: 5, available: 4 }));
+        assert_eq!(RouterRule::softmax(0, true).check(4), Err(RouterRuleError::TopK { top_k: 0, available: 4 }));
+        assert_eq!(sigmoid_rule(4, Some(&[0.0; 8]), 4, 2).check(8), Ok(()));
+        let too_many = RouterRuleError::TopK { top_k: 5, available: 4 };
+        assert_eq!(sigmoid_rule(5, None, 4, 2).check(8), Err(too_many), "of the experts of two groups");
+        assert_eq!(
+            sigmoid_rule(2, Some(&[0.0; 7]), 1, 1).check(8),
+            Err(RouterRuleError::Bias { found: 7, experts: 8 })
+        );
+        for (groups, top_groups) in [(3, 1), (0, 1), (4, 0), (4, 5), (8, 4)] {
+            let refused = Err(RouterRuleError::Groups { experts: 8, groups, top_groups });
+            assert_eq!(sigmoid_rule(1, None, groups, top_groups).check(8), refused);
+        }
+    }
 }

@@ -332,3 +332,6 @@ multiversion! {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -274,6 +274,96 @@ mod tests {
     }
 
     #[test]
+    fn tanh_is_within_three_units_in_the_last_place() {
+        let mut worst = 0.0f64;
+        for i in -1_000_000..1_000_000 {
+            let x = i as f32 * 1e-5;
+            let exact = f64::from(x).tanh();
+            let unit = f64::from(f32::from_bits((exact as f32).to_bits() + 1)) - f64::from(exact as f32);
+            worst = worst.max((f64::from(tanh(x)) - exact).abs() / unit.abs());
+        }
+        assert!(worst < 3.0, "{worst}");
+        assert_eq!([tanh(0.0), tanh(1e9), tanh(-1e9), tanh(1e-30)], [0.0, 1.0, -1.0, 1e-30]);
+        assert!(tanh(f32::NAN).is_nan());
+    }
+
+    type Exact = fn(f64, f64) -> f64;
+
+    /// Each activation of two inputs (or one), and what it is in f64.
+    fn activations() -> Vec<(&'static str, fn(Isa, &mut [f32], &[f32]), Exact)> {
+        fn sigmoid(x: f64) -> f64 {
+            1.0 / (1.0 + (-x).exp())
+        }
+        vec![
+            ("relu2", |isa, x, _| relu2(isa, x), |x, _| x.max(0.0) * x.max(0.0)),
+            ("gelu_tanh_mul", gelu_tanh_mul, |x, y| {
+                0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh()) * y
+            }),
+            (
+                "clamped_swiglu",
+                |isa, x, y| clamped_swiglu(isa, x, y, 7.0),
+                |x, y| {
+                    let (gate, up) = (x.min(7.0), y.clamp(-7.0, 7.0));
+                    (up + 1.0) * gate * sigmoid(1.702 * gate)
+                },
+            ),
+            ("sigmoid_mul", sigmoid_mul, |x, y| x * sigmoid(y)),
+            ("sigmoid_mul_rows", |isa, x, y| sigmoid_mul_rows(isa, x, y, 1), |x, y| x * sigmoid(y)),
+            ("softcap", |isa, x, _| softcap(isa, x, 3.0), |x, _| 3.0 * (x / 3.0).tanh()),
+        ]
+    }
+
+    #[test]
+    fn activations_are_what_they_are_in_f64() {
+        let x: Vec<f32> = (-1800..1800).map(|i| i as f32 * 0.01).collect();
+        let y: Vec<f32> = (0..3600).map(|i| ((i * 2477) % 3600) as f32 * 0.01 - 18.0).collect();
+        for (name, apply, exact) in activations() {
+            let mut got = x.clone();
+            apply(Isa::detect(), &mut got, &y);
+            for (i, got) in got.iter().enumerate() {
+                let (x, y) = (f64::from(x[i]), f64::from(y[i]));
+                let exact = exact(x, y);
+                // gelu's and softcap's arguments are rounded before the exponential.
+                let allowed = 4e-6 * exact.abs() + 1e-9;
+                assert!((f64::from(*got) - exact).abs() < allowed, "{name}({x}, {y}) = {got}, not {exact}");
+            }
+        }
+    }
+
+    #[test]
+    fn activations_keep_what_is_no_number_and_end_at_the_limits() {
+        for (name, apply, _) in activations() {
+            let mut x = [f32::NAN];
+            apply(Isa::detect(), &mut x, &[1.0]);
+            assert!(x[0].is_nan(), "{name}");
+        }
+        let mut gate = [1.0, 100.0, -50.0, 2.0];
+        clamped_swiglu(Isa::detect(), &mut gate, &[f32::NAN, 1e9, -1e9, -1.0], 7.0);
+        assert!(gate[0].is_nan());
+        assert!((gate[1] - 8.0 * 7.0).abs() < 1e-3 && gate[2].abs() < 1e-30, "{gate:?}");
+        assert_eq!(gate[3], 0.0, "up = -1 closes it");
+        let mut x = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
+        sigmoid_mul_rows(Isa::detect(), &mut x, &[0.0, -200.0], 3);
+        assert_eq!(x[..3], [0.5, 1.0, 1.5]);
+        assert!(x[3..].iter().all(|x| *x >= 0.0 && *x < 1e-37));
+    }
+
+    #[test]
+    fn what_does_not_turn_stays() {
+        let token: Vec<f32> = (0..20).map(|i| i as f32 - 7.5).collect();
+        for isa in Isa::available() {
+            let mut part = token.clone();
+            rotate(isa, &mut part, 10, &[0.6, 0.8, 0.0], &[0.8, -0.6, 1.0]);
+            for (head, before) in part.chunks(10).zip(token.chunks(10)) {
+                let mut turned = before[..6].to_vec();
+                rotate(isa, &mut turned, 6, &[0.6, 0.8, 0.0], &[0.8, -0.6, 1.0]);
+                assert_eq!(head, [&turned, &before[6..]].concat());
+                assert_ne!(head[..6], before[..6]);
+            }
+        }
+    }
+
+    #[test]
     fn token_scores_are_those_of_the_definition() {
         let row: Vec<f32> = (0..5003).map(|i| ((i * 37 % 1013) as f32 - 500.0) * 0.02).collect();
         for token in [0, 17, 5002, row.iter().position(|v| *v == 10.24).unwrap() as u32] {
@@ -301,7 +391,13 @@ mod tests {
             silu_mul(isa, &mut gate, &w);
             let mut sum = x.clone();
             add_scaled(isa, &mut sum, &w, 0.37);
-            [norm, gate, sum].concat().iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+            let mut all = [norm, gate, sum].concat();
+            for (_, apply, _) in activations() {
+                let mut x: Vec<f32> = x.iter().map(|x| x * 3.0).collect();
+                apply(isa, &mut x, &w);
+                all.extend(x);
+            }
+            all.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
         };
         let all = Isa::available();
         for isa in &all[1..] {

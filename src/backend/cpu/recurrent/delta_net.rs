@@ -120,7 +120,7 @@ impl DeltaNet {
     /// # Errors
     /// When the lengths don't fit, the spans are not all of the rows in order, or a slot isn't there or named twice.
     #[allow(clippy::too_many_arguments)]
-    pub(in crate::backend) fn run(
+    pub(in crate::backend::cpu) fn run(
         &self,
         isa: Isa,
         buffers: &BufferPool,

@@ -104,3 +104,6 @@ fn expect(context: &'static str, name: &str, found: usize, expected: usize) -> R
     }
     Err(BackendError::Failed { context, message: format!("{name}: {found} values where {expected} were expected") })
 }
+
+#[cfg(test)]
+mod tests;
