@@ -3,9 +3,8 @@
 use recoup_ground::divergence::{Pair, RowError};
 
 use super::{
-    Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, Columns, DeltaInputs, DeltaNetShape,
-    DeltaNetWeights, Feature, Ffn, HeadNorms, HeadParameters, Mamba2Shape, Mamba2Weights, Result, Rotation, Span,
-    Update,
+    Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, DeltaInputs, DeltaNetShape, DeltaNetWeights,
+    Feature, Ffn, HeadNorms, HeadParameters, Mamba2Shape, Mamba2Weights, Result, Rotation, Run, Span, Update,
 };
 use crate::formats::linear::LinearTensors;
 use crate::logits::{Draw, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore};
@@ -116,6 +115,14 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
 
     fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<Self::Linear> {
         of!(self, |x| x.load_linear(tensors).map(Either::A), x.load_linear(tensors).map(Either::B))
+    }
+
+    fn inputs(&self, linear: &Self::Linear) -> usize {
+        match (self, linear) {
+            (Either::A(x), Either::A(l)) => x.inputs(l),
+            (Either::B(x), Either::B(l)) => x.inputs(l),
+            _ => 0,
+        }
     }
 
     fn resident_bytes(&self, linear: &Self::Linear) -> usize {
@@ -326,8 +333,12 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
         of!(self, |by| by.scale(x.into_a()?, factor).map(Either::A), by.scale(x.into_b()?, factor).map(Either::B))
     }
 
-    fn columns(&self, x: &Self::Tensor, columns: Columns) -> Result<Self::Tensor> {
-        of!(self, |by| by.columns(x.a()?, columns).map(Either::A), by.columns(x.b()?, columns).map(Either::B))
+    fn rearrange(&self, sources: &[&Self::Tensor], runs: &[Run]) -> Result<Self::Tensor> {
+        let sources = sources.iter().copied();
+        match self {
+            Either::A(by) => by.rearrange(&all(sources, |s| s.a())?, runs).map(Either::A),
+            Either::B(by) => by.rearrange(&all(sources, |s| s.b())?, runs).map(Either::B),
+        }
     }
 
     fn mamba(

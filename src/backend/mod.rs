@@ -102,6 +102,8 @@ pub struct AttentionShape {
     pub window: Option<usize>,
     /// Which of the model's rotations turns queries and keys; `None`: positions are not told.
     pub rope: Option<usize>,
+    /// How queries grow with their position.
+    pub growth: Option<QueryGrowth>,
     /// What scores are multiplied by; 1/√head_dim in most models.
     pub scale: f32,
 }
@@ -171,18 +173,51 @@ pub enum Activation {
 /// A feed-forward, or one expert of a mixture: down(activation(gate x, up x)).
 #[derive(Clone, Copy, Debug)]
 pub struct Ffn<'a, L> {
+    /// `None`: the activation has none, or `up` gives both, the gate first.
     pub gate: Option<&'a L>,
     pub up: &'a L,
     pub down: &'a L,
     pub activation: Activation,
 }
 
-/// Of each run of `every` columns, `count` from `first` on.
+impl Activation {
+    /// Whether it has a gate.
+    #[must_use]
+    pub fn is_gated(self) -> bool {
+        self != Self::Relu2
+    }
+}
+
+/// Neighbouring columns of one of several tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Columns {
+pub struct Run {
+    /// Which tensor.
+    pub source: usize,
     pub first: usize,
     pub count: usize,
-    pub every: usize,
+}
+
+impl Run {
+    /// `count` columns of tensor `source` from `first` on.
+    #[must_use]
+    pub fn of(source: usize, first: usize, count: usize) -> Self {
+        Self { source, first, count }
+    }
+}
+
+/// How queries grow with their position p: by 1 + beta · ln(1 + ⌊p / original⌋) (Llama 4, Ministral 3).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QueryGrowth {
+    pub beta: f32,
+    pub original: f32,
+}
+
+impl QueryGrowth {
+    /// What the query at `position` is multiplied by.
+    #[must_use]
+    pub fn at(self, position: usize) -> f32 {
+        1.0 + self.beta * libm::logf(1.0 + (position as f32 / self.original).floor())
+    }
 }
 
 /// What a decoder may need beyond attention with rotation and windows, SiLU-gated feed-forwards and mixtures whose router
@@ -200,8 +235,13 @@ pub enum Feature {
     Activation(Activation),
     /// A factor on the embedding.
     EmbeddingScale,
-    /// One matrix for what others have several of.
-    FusedLinears,
+    /// Columns that are picked: fused or latent projections.
+    Rearranged,
+    /// Values of another width than keys.
+    ValueWidth,
+    /// Norms over whole rows of queries and keys.
+    RowNorms,
+    QueryGrowth,
 }
 
 impl Feature {
@@ -220,7 +260,10 @@ impl Feature {
             Self::Activation(Activation::Relu2) => "relu²",
             Self::Activation(Activation::ClampedSwiglu { .. }) => "a clamped SwiGLU",
             Self::EmbeddingScale => "scaled embeddings",
-            Self::FusedLinears => "fused projections",
+            Self::Rearranged => "fused or latent projections",
+            Self::ValueWidth => "values of another width than keys",
+            Self::RowNorms => "norms over all heads of queries and keys together",
+            Self::QueryGrowth => "queries that grow with their position",
         }
     }
 }
@@ -264,6 +307,9 @@ pub trait Backend: Send + Sync + Sized {
     /// # Errors
     /// When there is no kernel for the combination of formats.
     fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<Self::Linear>;
+
+    /// Input features of a linear.
+    fn inputs(&self, linear: &Self::Linear) -> usize;
 
     /// Bytes that a linear's weight takes in memory.
     fn resident_bytes(&self, linear: &Self::Linear) -> usize;
@@ -398,10 +444,17 @@ pub trait Backend: Send + Sync + Sized {
 
     /// What a feed-forward's last linear reads: activation(gate x, up x).
     fn expanded(&self, x: &Self::Tensor, ffn: &Ffn<'_, Self::Linear>) -> Result<Self::Tensor> {
-        let Some(gate) = ffn.gate else {
-            return self.activate(one(self.linears(x, &[ffn.up])?)?, None, ffn.activation);
+        let [gate, up] = match ffn.gate {
+            Some(gate) => exactly(self.linears(x, &[gate, ffn.up])?)?,
+            None => {
+                let up = one(self.linears(x, &[ffn.up])?)?;
+                if !ffn.activation.is_gated() {
+                    return self.activate(up, None, ffn.activation);
+                }
+                let half = self.inputs(ffn.down);
+                [self.rearrange(&[&up], &[Run::of(0, 0, half)])?, self.rearrange(&[&up], &[Run::of(0, half, half)])?]
+            }
         };
-        let [gate, up] = exactly(self.linears(x, &[gate, ffn.up])?)?;
         match ffn.activation {
             Activation::Silu => self.silu_mul(gate, &up),
             other => self.activate(gate, Some(&up), other),
@@ -441,10 +494,10 @@ pub trait Backend: Send + Sync + Sized {
         missing(self, Feature::EmbeddingScale)
     }
 
-    /// Some columns of x.
+    /// The runs, side by side, of every row.
     #[allow(unused_variables)]
-    fn columns(&self, x: &Self::Tensor, columns: Columns) -> Result<Self::Tensor> {
-        missing(self, Feature::FusedLinears)
+    fn rearrange(&self, sources: &[&Self::Tensor], runs: &[Run]) -> Result<Self::Tensor> {
+        missing(self, Feature::Rearranged)
     }
 
     /// A Mamba-2 mixer between its two products, x [T, inner | channels | heads] → [T, inner]: convolution, recurrence, and

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use recoup_ground::divergence::{Pair, RowError};
 
 use super::{
-    Activation, AttentionShape, Backend, Batch, CacheLayout, Columns, DeltaInputs, DeltaNetShape, DeltaNetWeights,
-    Feature, Mamba2Shape, Mamba2Weights, Named, Result, Rotation, Span,
+    Activation, AttentionShape, Backend, Batch, CacheLayout, DeltaInputs, DeltaNetShape, DeltaNetWeights, Feature,
+    Mamba2Shape, Mamba2Weights, Named, Result, Rotation, Run, Span,
 };
 use crate::formats::linear::LinearTensors;
 use crate::logits::{Draw, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore};
@@ -145,6 +145,10 @@ impl<B: Backend, O: Observer + Send> Backend for Observed<B, O> {
         Ok(Named::new(name, self.inner.load_linear(tensors)?))
     }
 
+    fn inputs(&self, linear: &Named<B::Linear>) -> usize {
+        self.inner.inputs(linear)
+    }
+
     fn resident_bytes(&self, linear: &Named<B::Linear>) -> usize {
         self.inner.resident_bytes(linear)
     }
@@ -255,8 +259,8 @@ impl<B: Backend, O: Observer + Send> Backend for Observed<B, O> {
         self.inner.scale(x, factor)
     }
 
-    fn columns(&self, x: &B::Tensor, columns: Columns) -> Result<B::Tensor> {
-        self.inner.columns(x, columns)
+    fn rearrange(&self, sources: &[&B::Tensor], runs: &[Run]) -> Result<B::Tensor> {
+        self.inner.rearrange(sources, runs)
     }
 
     fn mamba(

@@ -193,7 +193,8 @@ fn attention<A: Backend, B: Backend>(
     out: &mut Vec<Checked>,
 ) -> Result<(), Failure> {
     let scale = 1.0 / (head_dim as f32).sqrt();
-    let shape = AttentionShape { layer: 0, cache: 0, heads, kv_heads, head_dim, window, rope: Some(0), scale };
+    let shape =
+        AttentionShape { layer: 0, cache: 0, heads, kv_heads, head_dim, window, rope: Some(0), scale, growth: None };
     let (cache, allowed) = match kv {
         KvFormat::F32 => ("f32", ATTENTION),
         KvFormat::Bf16 => ("BF16", REQUANTIZED),

@@ -31,7 +31,8 @@ pub struct Notes {
 pub fn notes(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Notes> {
     let c = &checkpoint.config;
     let mut notes = Notes { important: checkpoint.notes.clone(), minor: Vec::new() };
-    if !config.ropes.is_empty() {
+    // Gemma has a block for each kind of layer, which its reader looks at.
+    if config.ropes.len() == 1 {
         notes.important.extend(Rope::read(c, config.max_positions)?.1);
     }
     notes.important.extend(unused_keys(c, config)?);

@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::config::ModelConfig;
-use super::layer::{Layer, Mixer, Mixture, Mlp, Step};
+use super::layer::{Inputs, Layer, Mixer, Mixture, Mlp, Step};
 use crate::backend::observe::{FirstBroken, Observed, Observer};
 use crate::backend::{
-    self, Backend, BackendError, Batch, CacheLayout, Columns, DeltaInputs, HeadNorms, HeadParameters, LayerCache,
-    Named, PAGE, RecurrentShape, Update, exactly, one,
+    self, Backend, BackendError, Batch, CacheLayout, DeltaInputs, HeadNorms, HeadParameters, LayerCache, Named, PAGE,
+    RecurrentShape, Update, exactly, one,
 };
 use crate::checkpoint::CheckpointError;
 use crate::formats::kv::KvFormat;
@@ -41,6 +41,9 @@ pub struct Decoder<B: Backend> {
     /// What recurrent layers keep of each sequence.
     pub(super) recurrent: Vec<RecurrentShape>,
 }
+
+/// Queries, keys, values, and what gates the output.
+type AttentionInputs<T> = (T, T, T, Option<T>);
 
 /// Which tokens of a batch get logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -279,7 +282,11 @@ impl<B: Backend> Decoder<B> {
     /// # Errors
     /// A token outside the vocabulary, or the backend's own failure.
     pub fn embed(&self, pass: &B::Pass) -> backend::Result<B::Tensor> {
-        self.backend.embed(&self.embedding, pass)
+        let embedded = self.backend.embed(&self.embedding, pass)?;
+        match self.config.embedding_scale {
+            Some(factor) => self.backend.scale(embedded, factor),
+            None => Ok(embedded),
+        }
     }
 
     /// What leaves decoder layer `index` when `x` [tokens, hidden] enters it.
@@ -321,7 +328,13 @@ impl<B: Backend> Decoder<B> {
                     h
                 }
             };
-            update = Some(self.mix(step, &h, pass, cache)?);
+            update = Some(match (self.mix(step, &h, pass, cache)?, &step.after) {
+                (update, None) => update,
+                (Update::Ready(y), Some(after)) => Update::Ready(b.rms_norm(&y, after, eps)?),
+                (Update::Product { input, weight }, Some(after)) => {
+                    Update::Ready(b.rms_norm(&one(b.linears(&input, &[weight])?)?, after, eps)?)
+                }
+            });
         }
         match update {
             None => Ok(x),
@@ -340,14 +353,7 @@ impl<B: Backend> Decoder<B> {
         let b = &*self.backend;
         match &step.mixer {
             Mixer::Attention(a) => {
-                let [mut q, k, v] = exactly(b.linears(h, &[&a.q, &a.k, &a.v])?)?;
-                let mut gate = None;
-                if a.gated {
-                    // Each head's query is followed by its gate.
-                    let half = |first| Columns { first, count: a.shape.head_dim, every: 2 * a.shape.head_dim };
-                    gate = Some(b.columns(&q, half(a.shape.head_dim))?);
-                    q = b.columns(&q, half(0))?;
-                }
+                let (q, k, v, gate) = self.inputs(&a.inputs, h)?;
                 let norms = a.norms.as_ref();
                 let norms = norms.map(|[q, k]| HeadNorms { q: &**q, k: &**k, eps: self.config.rms_eps });
                 let heads = HeadParameters { norms, sinks: a.sinks.as_deref() };
@@ -370,6 +376,44 @@ impl<B: Backend> Decoder<B> {
             }
             Mixer::Mlp(m) => Ok(Update::Product { input: b.expanded(h, &m.ffn())?, weight: &m.down }),
             Mixer::Mixture(m) => Ok(Update::Ready(self.mixture(m, h)?)),
+        }
+    }
+
+    /// Queries, keys and values of the step's normed input, and what gates the output.
+    fn inputs(&self, inputs: &Inputs<B>, h: &B::Tensor) -> backend::Result<AttentionInputs<B::Tensor>> {
+        let b = &*self.backend;
+        match inputs {
+            Inputs::Separate(qkv) => {
+                let [q, k, v] = exactly(b.linears(h, &qkv.each_ref().map(|l| &**l))?)?;
+                Ok((q, k, v, None))
+            }
+            Inputs::Gated(qkv, [q_runs, gate_runs]) => {
+                let [q, k, v] = exactly(b.linears(h, &qkv.each_ref().map(|l| &**l))?)?;
+                Ok((b.rearrange(&[&q], q_runs)?, k, v, Some(b.rearrange(&[&q], gate_runs)?)))
+            }
+            Inputs::Fused(qkv, [q, k, v]) => {
+                let all = one(b.linears(h, &[qkv])?)?;
+                let part = |runs| b.rearrange(&[&all], runs);
+                Ok((part(q)?, part(k)?, part(v)?, None))
+            }
+            Inputs::Latent(l) => {
+                let eps = self.config.rms_eps;
+                let (q, narrow) = match &l.q_narrow {
+                    Some((q_narrow, norm)) => {
+                        let [q, narrow] = exactly(b.linears(h, &[q_narrow, &l.kv_narrow])?)?;
+                        (one(b.linears(&b.rms_norm(&q, norm, eps)?, &[&l.q])?)?, narrow)
+                    }
+                    None => {
+                        let [q, narrow] = exactly(b.linears(h, &[&l.q, &l.kv_narrow])?)?;
+                        (q, narrow)
+                    }
+                };
+                let [q_runs, k_runs, v_runs, latent] = &l.runs;
+                let latent = b.rms_norm(&b.rearrange(&[&narrow], latent)?, &l.kv_norm, eps)?;
+                let kv = one(b.linears(&latent, &[&l.kv])?)?;
+                let (q, k) = (b.rearrange(&[&q], q_runs)?, b.rearrange(&[&kv, &narrow], k_runs)?);
+                Ok((q, k, b.rearrange(&[&kv], v_runs)?, None))
+            }
         }
     }
 

@@ -1,6 +1,6 @@
 //! What a decoder is made of: layers, each a list of residual steps x ← x + mixer(norm(x)).
 
-use crate::backend::{Activation, AttentionShape, Backend, Ffn, Named};
+use crate::backend::{Activation, AttentionShape, Backend, Ffn, Named, Run};
 use crate::logits::RouterRule;
 
 /// One layer.
@@ -12,6 +12,8 @@ pub(super) struct Layer<B: Backend> {
 pub(super) struct Step<B: Backend> {
     pub norm: Named<B::Vector>,
     pub mixer: Mixer<B>,
+    /// A norm of what the mixer gives.
+    pub after: Option<Named<B::Vector>>,
 }
 
 /// What a residual step computes of its normed input.
@@ -24,16 +26,87 @@ pub(super) enum Mixer<B: Backend> {
 }
 
 pub(super) struct Attention<B: Backend> {
-    /// Each head's query, and the gate of its output where it has one.
-    pub q: Named<B::Linear>,
-    pub k: Named<B::Linear>,
-    pub v: Named<B::Linear>,
+    pub inputs: Inputs<B>,
     pub o: Named<B::Linear>,
     /// Norms over each head's queries and keys.
     pub norms: Option<[Named<B::Vector>; 2]>,
     pub sinks: Option<Named<B::Vector>>,
-    pub gated: bool,
     pub shape: AttentionShape,
+}
+
+/// Where q, k and v come from.
+pub(super) enum Inputs<B: Backend> {
+    /// q, k and v.
+    Separate([Named<B::Linear>; 3]),
+    /// As before, but each head's query is followed by the gate of its output: runs of q, and of the gate.
+    Gated([Named<B::Linear>; 3], [Vec<Run>; 2]),
+    /// All in one: runs of q, k and v.
+    Fused(Named<B::Linear>, [Vec<Run>; 3]),
+    Latent(Latent<B>),
+}
+
+/// Multi-head latent attention.
+pub(super) struct Latent<B: Backend> {
+    /// What queries come of, and its norm; `None`: the step's input.
+    pub q_narrow: Option<(Named<B::Linear>, Named<B::Vector>)>,
+    pub q: Named<B::Linear>,
+    /// What keys and values come of, followed by the part of keys that turns; and the norm of the first.
+    pub kv_narrow: Named<B::Linear>,
+    pub kv_norm: Named<B::Vector>,
+    pub kv: Named<B::Linear>,
+    /// Of `q`; of `kv` and `kv_narrow`; of `kv`; and of `kv_narrow`, what keys and values come of.
+    pub runs: [Vec<Run>; 4],
+}
+
+impl<B: Backend> Inputs<B> {
+    fn linears(&self) -> Vec<&Named<B::Linear>> {
+        match self {
+            Self::Separate(qkv) | Self::Gated(qkv, _) => qkv.iter().collect(),
+            Self::Fused(qkv, _) => vec![qkv],
+            Self::Latent(l) => {
+                let narrow = l.q_narrow.iter().map(|(linear, _)| linear);
+                narrow.chain([&l.q, &l.kv_narrow, &l.kv]).collect()
+            }
+        }
+    }
+
+    fn linears_mut(&mut self) -> Vec<&mut Named<B::Linear>> {
+        match self {
+            Self::Separate(qkv) | Self::Gated(qkv, _) => qkv.iter_mut().collect(),
+            Self::Fused(qkv, _) => vec![qkv],
+            Self::Latent(l) => {
+                let narrow = l.q_narrow.iter_mut().map(|(linear, _)| linear);
+                narrow.chain([&mut l.q, &mut l.kv_narrow, &mut l.kv]).collect()
+            }
+        }
+    }
+
+    fn vectors(&self) -> Vec<&Named<B::Vector>> {
+        match self {
+            Self::Latent(l) => l.q_narrow.iter().map(|(_, norm)| norm).chain([&l.kv_norm]).collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    fn map<C: Backend>(
+        &self,
+        linear: impl Fn(&Named<B::Linear>) -> Named<C::Linear>,
+        vector: impl Fn(&Named<B::Vector>) -> Named<C::Vector>,
+    ) -> Inputs<C> {
+        match self {
+            Self::Separate(qkv) => Inputs::Separate(qkv.each_ref().map(linear)),
+            Self::Gated(qkv, runs) => Inputs::Gated(qkv.each_ref().map(linear), runs.clone()),
+            Self::Fused(qkv, runs) => Inputs::Fused(linear(qkv), runs.clone()),
+            Self::Latent(l) => Inputs::Latent(Latent {
+                q_narrow: l.q_narrow.as_ref().map(|(l, norm)| (linear(l), vector(norm))),
+                q: linear(&l.q),
+                kv_narrow: linear(&l.kv_narrow),
+                kv_norm: vector(&l.kv_norm),
+                kv: linear(&l.kv),
+                runs: l.runs.clone(),
+            }),
+        }
+    }
 }
 
 pub(super) struct Mamba<B: Backend> {
@@ -86,13 +159,10 @@ impl<B: Backend> Layer<B> {
         };
         let mixer = |m: &Mixer<B>| match m {
             Mixer::Attention(a) => Mixer::Attention(Box::new(Attention {
-                q: linear(&a.q),
-                k: linear(&a.k),
-                v: linear(&a.v),
+                inputs: a.inputs.map(&linear, &vector),
                 o: linear(&a.o),
                 norms: a.norms.as_ref().map(|[q, k]| [vector(q), vector(k)]),
                 sinks: a.sinks.as_ref().map(&vector),
-                gated: a.gated,
                 shape: a.shape,
             })),
             Mixer::Mamba(m) => Mixer::Mamba(Box::new(Mamba {
@@ -116,7 +186,13 @@ impl<B: Backend> Layer<B> {
                 shared: m.shared.as_ref().map(|(m, gate)| (mlp(m), gate.as_ref().map(&linear))),
             })),
         };
-        Layer { steps: self.steps.iter().map(|s| Step { norm: vector(&s.norm), mixer: mixer(&s.mixer) }).collect() }
+        Layer {
+            steps: self
+                .steps
+                .iter()
+                .map(|s| Step { norm: vector(&s.norm), mixer: mixer(&s.mixer), after: s.after.as_ref().map(&vector) })
+                .collect(),
+        }
     }
 
     /// Its linears, in the order of the forward pass.
@@ -124,7 +200,7 @@ impl<B: Backend> Layer<B> {
         let mut out = Vec::new();
         for step in &self.steps {
             match &step.mixer {
-                Mixer::Attention(a) => out.extend([&a.q, &a.k, &a.v, &a.o]),
+                Mixer::Attention(a) => out.extend(a.inputs.linears().into_iter().chain([&a.o])),
                 Mixer::Mamba(m) => out.extend([&m.input, &m.output]),
                 Mixer::DeltaNet(d) => out.extend(d.inputs.iter().chain([&d.output])),
                 Mixer::Mlp(m) => out.extend(m.linears()),
@@ -144,7 +220,7 @@ impl<B: Backend> Layer<B> {
         let mut out = Vec::new();
         for step in &mut self.steps {
             match &mut step.mixer {
-                Mixer::Attention(a) => out.extend([&mut a.q, &mut a.k, &mut a.v, &mut a.o]),
+                Mixer::Attention(a) => out.extend(a.inputs.linears_mut().into_iter().chain([&mut a.o])),
                 Mixer::Mamba(m) => out.extend([&mut m.input, &mut m.output]),
                 Mixer::DeltaNet(d) => out.extend(d.inputs.iter_mut().chain([&mut d.output])),
                 Mixer::Mlp(m) => out.extend(m.linears_mut()),
@@ -165,8 +241,10 @@ impl<B: Backend> Layer<B> {
         for step in &self.steps {
             out.push(&step.norm);
             if let Mixer::Attention(a) = &step.mixer {
+                out.extend(a.inputs.vectors());
                 out.extend(a.norms.iter().flatten().chain(&a.sinks));
             }
+            out.extend(&step.after);
         }
         out
     }
@@ -176,7 +254,11 @@ impl<B: Backend> Mixer<B> {
     /// The linears that read the step's normed input, where that is all that reads it.
     pub fn readers(&self) -> Vec<&B::Linear> {
         match self {
-            Self::Attention(a) => vec![&a.q, &a.k, &a.v],
+            Self::Attention(a) => match &a.inputs {
+                Inputs::Separate(qkv) | Inputs::Gated(qkv, _) => qkv.iter().map(|l| &**l).collect(),
+                Inputs::Fused(qkv, _) => vec![qkv],
+                Inputs::Latent(_) => Vec::new(),
+            },
             Self::Mamba(m) => vec![&m.input],
             Self::Mlp(m) => m.gate.iter().map(|g| &**g).chain([&*m.up]).collect(),
             Self::DeltaNet(_) | Self::Mixture(_) => Vec::new(),

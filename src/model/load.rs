@@ -5,13 +5,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::config::{
-    AttentionConfig, DeltaConfig, MambaConfig, MixerConfig, MixtureConfig, MlpConfig, ModelConfig, SharedConfig,
+    AttentionConfig, DeltaConfig, InputsConfig, LatentConfig, MambaConfig, MixerConfig, MixtureConfig, MlpConfig,
+    ModelConfig, QkNorm, SharedConfig,
 };
 use super::decoder::{Decoder, LoadError};
-use super::layer::{Attention, DeltaNet, Layer, Mamba, Mixer, Mixture, Mlp, Step};
+use super::layer::{Attention, DeltaNet, Inputs, Latent, Layer, Mamba, Mixer, Mixture, Mlp, Step};
 use crate::backend::{
     AttentionShape, Backend, BackendError, DeltaNetShape, DeltaNetWeights, LayerCache, Mamba2Shape, Mamba2Weights,
-    Named, RecurrentShape, Rotation,
+    Named, RecurrentShape, Rotation, Run,
 };
 use crate::checkpoint::resolve::LinearRole;
 use crate::checkpoint::{Checkpoint, CheckpointError};
@@ -210,7 +211,9 @@ impl<B: Backend> Loader<'_, B> {
                 MixerConfig::Mlp(m) => Mixer::Mlp(self.mlp(&at, m)?),
                 MixerConfig::Mixture(m) => Mixer::Mixture(Box::new(self.mixture(&at, m)?)),
             };
-            steps.push(Step { norm, mixer });
+            let after =
+                step.after.map(|after| self.norm(&config.in_layer(index, &format!("{after}.weight")))).transpose()?;
+            steps.push(Step { norm, mixer, after });
         }
         Ok(Layer { steps })
     }
@@ -218,17 +221,15 @@ impl<B: Backend> Loader<'_, B> {
     fn attention(&mut self, layer: usize, at: &str, a: &AttentionConfig) -> Result<Attention<B>, LoadError> {
         let format = self.source.kv(at)?;
         let &AttentionConfig { kv_heads, head_dim, .. } = a;
-        self.caches.push((LayerCache { format: KvFormat::F32, kv_heads, head_dim, value_dim: head_dim }, format));
+        let value_dim = a.value_dim();
+        self.caches.push((LayerCache { format: KvFormat::F32, kv_heads, head_dim, value_dim }, format));
         let linear = |part: &str| self.linear(&format!("{at}.{part}_proj"));
         let norm = |part: &str| self.norm(&format!("{at}.{part}_norm.weight"));
         Ok(Attention {
-            q: linear("q")?,
-            k: linear("k")?,
-            v: linear("v")?,
+            inputs: self.inputs(at, a)?,
             o: linear("o")?,
-            norms: if a.qk_norm { Some([norm("q")?, norm("k")?]) } else { None },
+            norms: if a.qk_norm == QkNorm::None { None } else { Some([norm("q")?, norm("k")?]) },
             sinks: a.sinks.then(|| self.vector(&format!("{at}.sinks"))).transpose()?,
-            gated: a.gated,
             shape: AttentionShape {
                 layer,
                 cache: self.caches.len() - 1,
@@ -237,8 +238,43 @@ impl<B: Backend> Loader<'_, B> {
                 head_dim: a.head_dim,
                 window: a.window,
                 rope: a.rope,
-                scale: 1.0 / (a.head_dim as f32).sqrt(),
+                scale: a.scale,
+                growth: a.growth,
             },
+        })
+    }
+
+    fn inputs(&self, at: &str, a: &AttentionConfig) -> Result<Inputs<B>, LoadError> {
+        let linear = |part: &str| self.linear(&format!("{at}.{part}"));
+        let (d, q, kv) = (a.head_dim, a.heads * a.head_dim, a.kv_heads * a.head_dim);
+        Ok(match a.inputs {
+            InputsConfig::Separate => {
+                let qkv = [linear("q_proj")?, linear("k_proj")?, linear("v_proj")?];
+                if !a.gated {
+                    return Ok(Inputs::Separate(qkv));
+                }
+                let halves = |first| (0..a.heads).map(|h| Run::of(0, 2 * h * d + first, d)).collect();
+                Inputs::Gated(qkv, [halves(0), halves(d)])
+            }
+            InputsConfig::Fused => {
+                let runs = [Run::of(0, 0, q), Run::of(0, q, kv), Run::of(0, q + kv, kv)].map(|run| vec![run]);
+                Inputs::Fused(linear("qkv_proj")?, runs)
+            }
+            InputsConfig::Latent(l) => {
+                let norm = |part: &str| self.norm(&format!("{at}.{part}.weight"));
+                let q_narrow = match l.q_rank {
+                    Some(_) => Some((linear("q_a_proj")?, norm("q_a_layernorm")?)),
+                    None => None,
+                };
+                Inputs::Latent(Latent {
+                    q: linear(if q_narrow.is_some() { "q_b_proj" } else { "q_proj" })?,
+                    q_narrow,
+                    kv_narrow: linear("kv_a_proj_with_mqa")?,
+                    kv_norm: norm("kv_a_layernorm")?,
+                    kv: linear("kv_b_proj")?,
+                    runs: latent_runs(a.heads, &l),
+                })
+            }
         })
     }
 
@@ -292,9 +328,9 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     fn mlp(&self, at: &str, m: &MlpConfig) -> Result<Mlp<B>, LoadError> {
-        let linear = |part: &str| self.linear(&format!("{at}.{part}_proj"));
-        let gate = m.gated().then(|| linear("gate")).transpose()?;
-        Ok(Mlp { gate, up: linear("up")?, down: linear("down")?, activation: m.activation })
+        let linear = |part: &str| self.linear(&format!("{at}.{part}"));
+        let gate = m.names.gate.map(linear).transpose()?;
+        Ok(Mlp { gate, up: linear(m.names.up)?, down: linear(m.names.down)?, activation: m.activation })
     }
 
     fn mixture(&self, at: &str, m: &MixtureConfig) -> Result<Mixture<B>, LoadError> {
@@ -318,4 +354,30 @@ impl<B: Backend> Loader<'_, B> {
             shared: m.shared.as_ref().map(shared).transpose()?,
         })
     }
+}
+
+/// Columns of q, k, v and of what both of the last come of, in latent attention: what turns stands first in each head, halves
+/// of it beside each other.
+fn latent_runs(heads: usize, l: &LatentConfig) -> [Vec<Run>; 4] {
+    let (still, value) = (l.still, l.value_dim);
+    let turned = |source: usize, first: usize| -> Vec<Run> {
+        match l.interleaved {
+            false => vec![Run::of(source, first, l.turned)],
+            true => {
+                let pairs = (0..l.turned).step_by(2);
+                pairs.clone().chain(pairs.map(|i| i + 1)).map(|i| Run::of(source, first + i, 1)).collect()
+            }
+        }
+    };
+    let (mut q, mut k, mut v) = (Vec::new(), Vec::new(), Vec::new());
+    for head in 0..heads {
+        let own = head * (still + l.turned);
+        q.extend(turned(0, own + still));
+        q.push(Run::of(0, own, still));
+        let own = head * (still + value);
+        k.extend(turned(1, l.kv_rank));
+        k.push(Run::of(0, own, still));
+        v.push(Run::of(0, own + still, value));
+    }
+    [q, k, v, vec![Run::of(0, 0, l.kv_rank)]]
 }

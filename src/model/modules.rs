@@ -1,6 +1,6 @@
 //! The linear layers and other parts of a model by their Hugging Face names: what loading, inspecting and quantizing agree on.
 
-use super::config::{MixerConfig, MlpConfig, ModelConfig};
+use super::config::{AttentionConfig, InputsConfig, MixerConfig, MlpConfig, ModelConfig, QkNorm};
 use crate::checkpoint::resolve::LinearRole;
 
 /// What a linear layer does in the model.
@@ -17,7 +17,7 @@ pub enum Part {
     Router,
     /// The gate of a shared expert.
     SharedGate,
-    /// What a mixture's experts read instead of the stream, and back.
+    /// What a mixture's experts, or queries and keys of latent attention, come of instead of the stream; and back.
     LatentIn,
     LatentOut,
     MambaIn,
@@ -63,7 +63,8 @@ impl Module {
     #[must_use]
     pub fn fusion_key(&self) -> String {
         let suffix = match self.part {
-            Part::Q | Part::K | Part::V => "qkv",
+            // Those of latent attention read different things.
+            Part::Q | Part::K | Part::V if !self.name.ends_with("_b_proj") => "qkv",
             Part::Gate | Part::Up => "gate_up",
             Part::DeltaIn => "in_proj",
             _ => return self.name.clone(),
@@ -110,31 +111,57 @@ impl Parts {
 
     /// A feed-forward that reads and gives `h` values.
     fn mlp(&mut self, prefix: &str, m: &MlpConfig, h: usize) {
-        if m.gated() {
-            self.linear(format!("{prefix}.gate_proj"), Part::Gate, [m.width, h], m.bias);
+        if let Some(gate) = m.names.gate {
+            self.linear(format!("{prefix}.{gate}"), Part::Gate, [m.width, h], m.bias);
         }
-        self.linear(format!("{prefix}.up_proj"), Part::Up, [m.width, h], m.bias);
-        self.linear(format!("{prefix}.down_proj"), Part::Down, [h, m.width], m.bias);
+        let rows = if m.is_fused() { 2 * m.width } else { m.width };
+        self.linear(format!("{prefix}.{}", m.names.up), Part::Up, [rows, h], m.bias);
+        self.linear(format!("{prefix}.{}", m.names.down), Part::Down, [h, m.width], m.bias);
+    }
+
+    fn attention(&mut self, at: &str, a: &AttentionConfig, h: usize) {
+        let name = |part: &str| format!("{at}.{part}");
+        let (q, kv) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
+        match a.inputs {
+            InputsConfig::Separate => {
+                let rows = if a.gated { 2 * q } else { q };
+                self.linear(name("q_proj"), Part::Q, [rows, h], a.qkv_bias);
+                self.linear(name("k_proj"), Part::K, [kv, h], a.qkv_bias);
+                self.linear(name("v_proj"), Part::V, [kv, h], a.qkv_bias);
+            }
+            InputsConfig::Fused => self.linear(name("qkv_proj"), Part::Q, [q + 2 * kv, h], a.qkv_bias),
+            InputsConfig::Latent(l) => {
+                match l.q_rank {
+                    Some(rank) => {
+                        self.linear(name("q_a_proj"), Part::LatentIn, [rank, h], false);
+                        self.vector(name("q_a_layernorm.weight"), &[rank]);
+                        self.linear(name("q_b_proj"), Part::Q, [q, rank], false);
+                    }
+                    None => self.linear(name("q_proj"), Part::Q, [q, h], false),
+                }
+                self.linear(name("kv_a_proj_with_mqa"), Part::LatentIn, [l.kv_rank + l.turned, h], false);
+                self.vector(name("kv_a_layernorm.weight"), &[l.kv_rank]);
+                self.linear(name("kv_b_proj"), Part::K, [a.heads * (l.still + l.value_dim), l.kv_rank], false);
+            }
+        }
+        self.linear(name("o_proj"), Part::O, [h, a.heads * a.value_dim()], a.output_bias);
+        let widths = match a.qk_norm {
+            QkNorm::None => None,
+            QkNorm::Heads => Some([a.head_dim; 2]),
+            QkNorm::Rows => Some([q, kv]),
+        };
+        for (norm, width) in ["q_norm.weight", "k_norm.weight"].into_iter().zip(widths.into_iter().flatten()) {
+            self.vector(name(norm), &[width]);
+        }
+        if a.sinks {
+            self.vector(name("sinks"), &[a.heads]);
+        }
     }
 
     fn mixer(&mut self, at: &str, mixer: &MixerConfig, h: usize) {
         let name = |part: &str| format!("{at}.{part}");
         match mixer {
-            MixerConfig::Attention(a) => {
-                let (q, kv) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
-                let rows = if a.gated { 2 * q } else { q };
-                self.linear(name("q_proj"), Part::Q, [rows, h], a.qkv_bias);
-                self.linear(name("k_proj"), Part::K, [kv, h], a.qkv_bias);
-                self.linear(name("v_proj"), Part::V, [kv, h], a.qkv_bias);
-                self.linear(name("o_proj"), Part::O, [h, q], a.output_bias);
-                if a.qk_norm {
-                    self.vector(name("q_norm.weight"), &[a.head_dim]);
-                    self.vector(name("k_norm.weight"), &[a.head_dim]);
-                }
-                if a.sinks {
-                    self.vector(name("sinks"), &[a.heads]);
-                }
-            }
+            MixerConfig::Attention(a) => self.attention(at, a, h),
             MixerConfig::Mamba(m) => {
                 let (inner, channels) = (m.inner(), m.channels());
                 self.linear(name("in_proj"), Part::MambaIn, [inner + channels + m.heads, h], m.bias);
@@ -191,7 +218,8 @@ impl ModelConfig {
         parts.linear(self.names.embedding.into(), Part::Embedding, [self.vocab, h], false);
         for (index, layer) in self.layers.iter().enumerate() {
             parts.layer = Some(index);
-            let norms = layer.steps.iter().map(|s| (self.in_layer(index, &format!("{}.weight", s.norm)), vec![h]));
+            let norms = layer.steps.iter().flat_map(|s| std::iter::once(s.norm).chain(s.after));
+            let norms = norms.map(|norm| (self.in_layer(index, &format!("{norm}.weight")), vec![h]));
             parts.vectors.extend(norms);
             for step in &layer.steps {
                 parts.mixer(&self.in_layer(index, step.at), &step.mixer, h);

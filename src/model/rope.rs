@@ -3,11 +3,13 @@
 //! transformers 5.24 is the measure (`modeling_rope_utils.py`), its rounding to f32 included: the deployed model's
 //! rounding is part of the model.
 
+use crate::backend::QueryGrowth;
 use crate::checkpoint::error::{CheckpointError, Result};
 use crate::checkpoint::json::Object;
 
 /// Where an architecture that turns part of a head does not say which.
 const DEFAULT_PART: f64 = 0.25;
+const GROWTH: &str = "llama_4_scaling_beta";
 const KNOWN: &str = "default, linear, dynamic, yarn and llama3";
 /// transformers' `default_theta` of every architecture here.
 const DEFAULT_THETA: f64 = 10_000.0;
@@ -23,6 +25,9 @@ pub struct Rope {
     pub scaling: RopeScaling,
     /// The part of a head that turns, from its beginning, where a key says it.
     pub part: Option<f64>,
+    /// How much queries grow with the logarithm of their position, and over how many positions they don't (Llama 4,
+    /// Ministral 3).
+    pub growth: Option<(f64, f64)>,
 }
 
 /// How rotary frequencies are stretched for long contexts.
@@ -60,6 +65,8 @@ pub struct Yarn {
     pub original_max_position: f64,
     /// Whether the ramp begins and ends at whole dimensions.
     pub truncate: bool,
+    /// What `mscale_all_dim` makes of the factor; 1 where it is not there.
+    pub all_dimensions_scale: f64,
 }
 
 impl Rope {
@@ -86,7 +93,15 @@ impl Rope {
                 scaling
             }
         };
-        Ok((Self { theta, scaling, part }, notes))
+        let beta = block.as_ref().map(|p| p.positive(GROWTH)).transpose()?.flatten();
+        let growth = beta.map(|beta| {
+            let original = match scaling {
+                RopeScaling::Yarn(yarn) => yarn.original_max_position,
+                _ => positions as f64,
+            };
+            (beta, original)
+        });
+        Ok((Self { theta, scaling, part, growth }, notes))
     }
 
     /// That whole heads turn, as they do in most architectures.
@@ -97,6 +112,36 @@ impl Rope {
         match self.part.is_some_and(|p| p != 1.0) {
             true => Err(block_of(c)?.as_ref().unwrap_or(c).error("partial_rotary_factor", "1")),
             false => Ok(()),
+        }
+    }
+
+    /// That queries do not grow with their position, as they do in few architectures.
+    ///
+    /// # Errors
+    /// When the configuration says otherwise.
+    pub fn no_growth(&self, c: &Object) -> Result<Option<QueryGrowth>> {
+        match self.growth {
+            None => Ok(None),
+            Some(_) => {
+                let block = block(c, &mut Vec::new())?;
+                let expected = "nothing: queries of this architecture do not grow with their position";
+                Err(block.as_ref().unwrap_or(c).error(GROWTH, expected))
+            }
+        }
+    }
+
+    /// How queries grow with their position.
+    #[must_use]
+    pub fn query_growth(&self) -> Option<QueryGrowth> {
+        self.growth.map(|(beta, original)| QueryGrowth { beta: beta as f32, original: original as f32 })
+    }
+
+    /// What DeepSeek multiplies queries and keys by on all of their dimensions.
+    #[must_use]
+    pub fn all_dimensions_scale(&self) -> f32 {
+        match self.scaling {
+            RopeScaling::Yarn(yarn) => yarn.all_dimensions_scale as f32,
+            _ => 1.0,
         }
     }
 
@@ -339,7 +384,9 @@ impl Scaling<'_> {
                 self.positions
             ));
         }
+        let all_dimensions_scale = some("mscale_all_dim")?.map_or(1.0, scale);
         Ok(Yarn {
+            all_dimensions_scale,
             factor,
             attention_factor,
             beta_fast: some("beta_fast")?.unwrap_or(BETA_FAST),
@@ -390,8 +437,8 @@ fn unused(p: &Object, kind: &str, notes: &mut Vec<String>) -> Result<()> {
             return Err(p.error(key, "a value; rules for each kind of layer are not supported"));
         }
         // With text alone, what Qwen's `mrope` says of images changes nothing.
-        const ANY: [&str; 6] =
-            ["rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"];
+        const ANY: [&str; 7] =
+            ["rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved", GROWTH];
         let known = ANY.contains(&key.as_str());
         if !known && !used.contains(&key.as_str()) && !value.is_null() {
             names.push(format!("`{}`", p.path(key)));

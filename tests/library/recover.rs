@@ -134,7 +134,8 @@ fn gradients_of_attention_are_those_of_finite_differences() {
         (3, 1, 8, Some(4), &[11, 3], None, true),
         (2, 1, 8, None, &[150], Some(1), true),
     ] {
-        let shape = AttentionShape { layer: 0, cache: 0, heads, kv_heads, head_dim: 8, window, rope, scale: 0.4 };
+        let shape =
+            AttentionShape { layer: 0, cache: 0, heads, kv_heads, head_dim: 8, window, rope, scale: 0.4, growth: None };
         let tokens: usize = lengths.iter().sum();
         let mut batch = Batch { tokens: vec![0; tokens], spans: Vec::new() };
         let mut page = 0;

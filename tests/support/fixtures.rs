@@ -114,7 +114,7 @@ pub fn all_fixtures() -> Vec<Fixture> {
 
 /// Checkpoints of the architectures that are not plain decoders: the repository's and those of the shared folder.
 pub fn architecture_fixtures() -> Vec<Fixture> {
-    let mut fixtures = find(&project().join("tests/architectures"));
+    let mut fixtures = find(&project().join("tests/fixtures-models"));
     let shared = find(&shared_folder().join("fixtures-models"));
     if shared.is_empty() {
         println!("skipped: the full set of architectures (RECOUP_SHARED is not set and ../shared does not exist)");

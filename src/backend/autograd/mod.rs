@@ -89,6 +89,10 @@ impl Backend for AutogradBackend {
         Ok(Linear::new(tensors, self.precision))
     }
 
+    fn inputs(&self, linear: &Linear) -> usize {
+        linear.k()
+    }
+
     fn resident_bytes(&self, linear: &Linear) -> usize {
         4 * linear.n() * linear.k()
     }

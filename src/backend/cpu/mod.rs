@@ -20,9 +20,8 @@ use recurrent::{DeltaNet, DeltaNetInputs, Mamba2, RecurrentStates};
 use recoup_ground::divergence::{Pair, RowError, compare_rows};
 
 use super::{
-    Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, Columns, DeltaInputs, DeltaNetShape,
-    DeltaNetWeights, Feature, HostPass, Mamba2Shape, Mamba2Weights, PAGE, Result, RopeTable, Rotation, Span,
-    sample_rows,
+    Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, DeltaInputs, DeltaNetShape, DeltaNetWeights,
+    Feature, HostPass, Mamba2Shape, Mamba2Weights, PAGE, Result, RopeTable, Rotation, Run, Span, sample_rows,
 };
 use crate::formats::linear::LinearTensors;
 use crate::formats::{all_finite, squares_finite};
@@ -129,6 +128,10 @@ impl Backend for CpuBackend {
 
     fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<PackedLinear> {
         PackedLinear::pack(&tensors)
+    }
+
+    fn inputs(&self, linear: &PackedLinear) -> usize {
+        linear.k
     }
 
     fn resident_bytes(&self, linear: &PackedLinear) -> usize {
@@ -253,6 +256,13 @@ impl Backend for CpuBackend {
         }
         self.rotate(&mut q, shape, pass);
         self.rotate(&mut k, shape, pass);
+        if let Some(growth) = shape.growth {
+            let columns = q.columns;
+            for (query, &position) in q.data.chunks_exact_mut(columns).zip(&pass.positions) {
+                let factor = growth.at(position);
+                query.iter_mut().for_each(|v| *v *= factor);
+            }
+        }
         cache.write(shape.cache, &pass.batch, &k.data, &v.data);
         let columns = shape.heads * cache.value_dim(shape.cache);
         let mut data = self.buffers.take(q.rows() * columns);
@@ -364,13 +374,20 @@ impl Backend for CpuBackend {
         Ok(x)
     }
 
-    fn columns(&self, x: &CpuTensor, columns: Columns) -> Result<CpuTensor> {
-        let Columns { first, count, every } = columns;
-        let mut data = self.buffers.take(x.data.len() / every * count);
-        for (from, to) in x.data.chunks_exact(every).zip(data.chunks_exact_mut(count)) {
-            to.copy_from_slice(&from[first..first + count]);
+    fn rearrange(&self, sources: &[&CpuTensor], runs: &[Run]) -> Result<CpuTensor> {
+        let columns: usize = runs.iter().map(|r| r.count).sum();
+        let rows = sources.first().map_or(0, |s| s.rows());
+        let mut data = self.buffers.take(rows * columns);
+        for (row, out) in data.chunks_exact_mut(columns.max(1)).enumerate() {
+            let mut at = 0;
+            for &Run { source, first, count } in runs {
+                let source = sources[source];
+                let from = &source.data[row * source.columns + first..][..count];
+                out[at..at + count].copy_from_slice(from);
+                at += count;
+            }
         }
-        Ok(CpuTensor { data, columns: x.columns / every * count })
+        Ok(CpuTensor { data, columns })
     }
 
     fn mamba(

@@ -632,6 +632,10 @@ impl Backend for CudaBackend {
         CudaLinear::load(&self.device, &tensors)
     }
 
+    fn inputs(&self, linear: &CudaLinear) -> usize {
+        linear.k
+    }
+
     fn resident_bytes(&self, linear: &CudaLinear) -> usize {
         linear.bytes()
     }

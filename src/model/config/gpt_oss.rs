@@ -3,8 +3,8 @@
 
 use super::llama::plain_layer;
 use super::{
-    Activation, Architecture, AttentionConfig, Common, MixerConfig, MixtureConfig, MlpConfig, ModelConfig, Names,
-    expert_count, head_dim, kv_heads, layer_count, layer_kinds, limit, only, width,
+    Activation, Architecture, AttentionConfig, Common, FfnNames, MixerConfig, MixtureConfig, MlpConfig, ModelConfig,
+    Names, expert_count, head_dim, kv_heads, layer_count, layer_kinds, limit, only, width,
 };
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
@@ -29,20 +29,11 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
     let max_positions = c.integer("max_position_embeddings", 1..=limit::POSITIONS)?.unwrap_or(131_072);
     let (rope, _) = Rope::read(c, max_positions)?;
     rope.whole_heads(c)?;
+    rope.no_growth(c)?;
     let window = c.integer("sliding_window", 1..=limit::POSITIONS)?.unwrap_or(128);
     let bias = c.bool_or("attention_bias", true)?;
-    let attention = AttentionConfig {
-        heads,
-        kv_heads,
-        head_dim,
-        window: None,
-        rope: Some(0),
-        qkv_bias: bias,
-        output_bias: bias,
-        qk_norm: false,
-        gated: false,
-        sinks: true,
-    };
+    let plain = AttentionConfig::new(heads, kv_heads, head_dim);
+    let attention = AttentionConfig { qkv_bias: bias, output_bias: bias, sinks: true, ..plain };
     let experts = expert_count(c, "num_local_experts", layers)?;
     let key = if c.get("num_experts_per_tok").is_some() { "num_experts_per_tok" } else { "experts_per_token" };
     let limit = c.positive_f32("swiglu_limit")?.unwrap_or(7.0);
@@ -50,6 +41,7 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
         width: width(c, "intermediate_size")?,
         activation: Activation::ClampedSwiglu { limit },
         bias: true,
+        names: FfnNames::PROJ,
     };
     let mixture = MixtureConfig {
         router: "router",
@@ -90,6 +82,7 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
         ropes: vec![(rope, head_dim)],
         layers: windows.iter().map(layer).collect(),
         offset_norms: false,
+        embedding_scale: None,
         tied_embeddings,
         eos_tokens,
     })

@@ -1,8 +1,8 @@
-//! Llama, Mistral, Qwen2, Qwen3 and its mixture of experts: attention and a SiLU-gated feed-forward in every layer.
+//! Llama, Mistral, Ministral 3, Qwen2, Qwen3 and its mixture of experts: attention and a SiLU-gated feed-forward in every layer.
 
 use super::{
-    Activation, Architecture, AttentionConfig, Common, LayerConfig, MixerConfig, MixtureConfig, MlpConfig, ModelConfig,
-    Names, StepConfig, expert_count, head_dim, kv_heads, layer_count, limit, only, width,
+    Architecture, AttentionConfig, Common, LayerConfig, MixerConfig, MixtureConfig, MlpConfig, ModelConfig, Names,
+    QkNorm, StepConfig, expert_count, head_dim, kv_heads, layer_count, limit, only, width,
 };
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
@@ -22,25 +22,19 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
     let max_positions = c.integer("max_position_embeddings", 1..=limit::POSITIONS)?.unwrap_or(defaults.max_positions);
     let (rope, _) = Rope::read(c, max_positions)?;
     rope.whole_heads(c)?;
+    let growth = if architecture == Architecture::Ministral3 { rope.query_growth() } else { rope.no_growth(c)? };
     let attention_bias = c.bool_or("attention_bias", architecture == Architecture::Qwen2)?;
+    let qwen3 = matches!(architecture, Architecture::Qwen3 | Architecture::Qwen3Moe);
     let attention = AttentionConfig {
-        heads,
-        kv_heads,
-        head_dim,
-        window: None,
-        rope: Some(0),
         // Qwen2 always has biases on q, k and v and none on the output; the key is not in its configuration.
         qkv_bias: architecture == Architecture::Qwen2 || attention_bias,
         output_bias: architecture != Architecture::Qwen2 && attention_bias,
-        qk_norm: matches!(architecture, Architecture::Qwen3 | Architecture::Qwen3Moe),
-        gated: false,
-        sinks: false,
+        qk_norm: if qwen3 { QkNorm::Heads } else { QkNorm::None },
+        growth,
+        ..AttentionConfig::new(heads, kv_heads, head_dim)
     };
-    let mlp = MlpConfig {
-        width: width(c, "intermediate_size")?,
-        activation: Activation::Silu,
-        bias: architecture == Architecture::Llama && c.bool_or("mlp_bias", false)?,
-    };
+    let mlp_bias = architecture == Architecture::Llama && c.bool_or("mlp_bias", false)?;
+    let mlp = MlpConfig { bias: mlp_bias, ..MlpConfig::silu(width(c, "intermediate_size")?) };
     let mixture = experts(c, architecture, layers)?;
     let windows = windows(c, architecture, layers)?;
     let layer = |(index, window): (usize, &Option<usize>)| {
@@ -61,6 +55,7 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
         ropes: vec![(rope, head_dim)],
         layers: windows.iter().enumerate().map(layer).collect(),
         offset_norms: false,
+        embedding_scale: None,
         tied_embeddings,
         eos_tokens,
     })
@@ -72,11 +67,11 @@ pub(super) fn plain_layer(attention: MixerConfig, ffn: MixerConfig) -> LayerConf
 }
 
 pub(super) fn attention_step(mixer: MixerConfig) -> StepConfig {
-    StepConfig { norm: "input_layernorm", at: "self_attn", mixer }
+    StepConfig { norm: "input_layernorm", after: None, at: "self_attn", mixer }
 }
 
 pub(super) fn ffn_step(mixer: MixerConfig) -> StepConfig {
-    StepConfig { norm: "post_attention_layernorm", at: "mlp", mixer }
+    StepConfig { norm: "post_attention_layernorm", after: None, at: "mlp", mixer }
 }
 
 /// What transformers 5.24's configuration class takes where a key is absent, as far as it differs between classes.
@@ -93,6 +88,7 @@ impl Defaults {
         let (kv_heads, head_dim, max_positions) = match architecture {
             Architecture::Llama => (None, None, 2048),
             Architecture::Mistral => (Some(8), None, 131_072),
+            Architecture::Ministral3 => (Some(8), Some(128), 262_144),
             Architecture::Qwen2 => (Some(32), None, 32_768),
             Architecture::Qwen3 => (Some(32), Some(128), 32_768),
             Architecture::Qwen3Moe => (Some(4), None, 32_768),
@@ -110,13 +106,14 @@ const DEFAULT_FULL_LAYERS: usize = 28;
 fn windows(c: &Object, architecture: Architecture, layers: usize) -> Result<Vec<Option<usize>>> {
     use Architecture as A;
     let used = match architecture {
-        A::Mistral => true,
+        A::Mistral | A::Ministral3 => true,
         A::Llama => false,
         _ => c.bool_or("use_sliding_window", false)?,
     };
     // Only where it is used: 0 beside `use_sliding_window` false is how some write that there is none.
     let window = match c.has("sliding_window") {
         _ if !used => None,
+        false if architecture == A::Ministral3 => None,
         false => Some(DEFAULT_WINDOW),
         true => c.integer("sliding_window", 1..=limit::POSITIONS)?,
     };
@@ -147,7 +144,7 @@ fn windows(c: &Object, architecture: Architecture, layers: usize) -> Result<Vec<
     let Some(window) = window else { return all(None) };
     // Qwen: the first `max_window_layers` layers attend fully.
     let full = match architecture {
-        A::Mistral => 0,
+        A::Mistral | A::Ministral3 => 0,
         _ => c.integer("max_window_layers", 0..=limit::LAYERS)?.unwrap_or(DEFAULT_FULL_LAYERS),
     };
     Ok((0..layers).map(|i| (i >= full).then_some(window)).collect())
@@ -169,7 +166,7 @@ fn experts(c: &Object, architecture: Architecture, layers: usize) -> Result<Opti
             c.bool_or("norm_topk_prob", false)?,
         ),
         correction: None,
-        expert: MlpConfig { width: width(c, "moe_intermediate_size")?, activation: Activation::Silu, bias: false },
+        expert: MlpConfig::silu(width(c, "moe_intermediate_size")?),
         latent: None,
         shared: None,
     };

@@ -1,15 +1,21 @@
 //! config.json of a supported architecture, read into types that cannot be wrong: a list of layers, each a list of residual
 //! steps. One file for each family of architectures.
 
+mod deepseek;
+mod gemma;
+mod glm;
 mod gpt_oss;
 mod llama;
+mod minimax;
+mod mixtral;
 mod nemotron_h;
 mod nemotron_nas;
+mod phi;
 mod qwen3_5;
 
 use std::ops::RangeInclusive;
 
-use crate::backend::{Activation, Feature};
+use crate::backend::{Activation, Feature, QueryGrowth};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::error::{CheckpointError, Result};
 use crate::checkpoint::json::Object;
@@ -70,6 +76,16 @@ architectures! {
     /// Qwen3.5 and later: gated delta nets and gated attention.
     Qwen3_5 = "Qwen3_5", ["qwen3_5_text", "qwen3_5"], qwen3_5::read;
     Qwen3_5Moe = "Qwen3_5Moe", ["qwen3_5_moe_text", "qwen3_5_moe"], qwen3_5::read;
+    Mixtral = "Mixtral", ["mixtral"], mixtral::read;
+    /// Mistral with YaRN and queries that grow with their position.
+    Ministral3 = "Ministral3", ["ministral3"], llama::read;
+    /// Phi-3 and Phi-4: fused projections.
+    Phi3 = "Phi3", ["phi3"], phi::read;
+    Glm4Moe = "Glm4Moe", ["glm4_moe"], glm::read;
+    MiniMaxM2 = "MiniMaxM2", ["minimax_m2"], minimax::read;
+    Gemma3 = "Gemma3", ["gemma3_text"], gemma::read;
+    /// DeepSeek-V3 and R1, Kimi-K2: latent attention.
+    DeepseekV3 = "DeepseekV3", ["deepseek_v3", "kimi_k2"], deepseek::read;
 }
 
 /// Where the parts of a model are, by their Hugging Face names.
@@ -102,6 +118,8 @@ pub struct ModelConfig {
     pub layers: Vec<LayerConfig>,
     /// Whether norms multiply by one more than their weight, but for those of delta nets.
     pub offset_norms: bool,
+    /// What embeddings are multiplied by.
+    pub embedding_scale: Option<f32>,
     pub tied_embeddings: bool,
     /// From config.json; generation_config.json may say more.
     pub eos_tokens: Vec<u32>,
@@ -122,11 +140,13 @@ pub struct LayerConfig {
     pub steps: Vec<StepConfig>,
 }
 
-/// x ← x + mixer(norm(x)).
+/// x ← x + mixer(norm(x)), or x ← x + after(mixer(norm(x))).
 #[derive(Clone, Debug, PartialEq)]
 pub struct StepConfig {
     /// Name of the norm in the layer.
     pub norm: &'static str,
+    /// Name of a norm of what the mixer gives.
+    pub after: Option<&'static str>,
     /// Name of the mixer in the layer.
     pub at: &'static str,
     pub mixer: MixerConfig,
@@ -154,12 +174,85 @@ pub struct AttentionConfig {
     pub qkv_bias: bool,
     /// Bias on the output.
     pub output_bias: bool,
-    /// RMS norm on each head of q and k before RoPE.
-    pub qk_norm: bool,
+    /// RMS norms of q and k before RoPE.
+    pub qk_norm: QkNorm,
     /// Whether each head of q is followed by the gate of its output.
     pub gated: bool,
     /// Whether each head has a score without a value.
     pub sinks: bool,
+    /// What scores are multiplied by.
+    pub scale: f32,
+    /// How queries grow with their position.
+    pub growth: Option<QueryGrowth>,
+    pub inputs: InputsConfig,
+}
+
+impl AttentionConfig {
+    /// Attention with a rotation, of the given heads and their width, and nothing more.
+    #[must_use]
+    pub fn new(heads: usize, kv_heads: usize, head_dim: usize) -> Self {
+        Self {
+            heads,
+            kv_heads,
+            head_dim,
+            window: None,
+            rope: Some(0),
+            qkv_bias: false,
+            output_bias: false,
+            qk_norm: QkNorm::None,
+            gated: false,
+            sinks: false,
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            growth: None,
+            inputs: InputsConfig::Separate,
+        }
+    }
+
+    /// Width of a head's values.
+    #[must_use]
+    pub fn value_dim(&self) -> usize {
+        match self.inputs {
+            InputsConfig::Latent(latent) => latent.value_dim,
+            _ => self.head_dim,
+        }
+    }
+}
+
+/// Norms of queries and keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QkNorm {
+    None,
+    /// Of each head.
+    Heads,
+    /// Of all heads together.
+    Rows,
+}
+
+/// Where q, k and v come from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum InputsConfig {
+    /// q_proj, k_proj and v_proj.
+    Separate,
+    /// qkv_proj.
+    Fused,
+    /// Multi-head latent attention.
+    Latent(LatentConfig),
+}
+
+/// Multi-head latent attention (DeepSeek): keys and values of all heads come of one narrow vector, and a part of each key
+/// that turns with its position is the same for all heads.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LatentConfig {
+    /// Width of what queries come of; `None`: the layer's input.
+    pub q_rank: Option<usize>,
+    /// Width of what keys and values come of.
+    pub kv_rank: usize,
+    /// Dimensions of a head that turn, and that do not.
+    pub turned: usize,
+    pub still: usize,
+    pub value_dim: usize,
+    /// Whether neighbours turn, and not halves.
+    pub interleaved: bool,
 }
 
 /// Mamba-2.
@@ -207,14 +300,37 @@ pub struct MlpConfig {
     pub width: usize,
     pub activation: Activation,
     pub bias: bool,
+    pub names: FfnNames,
 }
 
 impl MlpConfig {
-    /// Whether it has a gate.
+    /// A SiLU-gated one by Llama's names.
     #[must_use]
-    pub fn gated(&self) -> bool {
-        self.activation != Activation::Relu2
+    pub fn silu(width: usize) -> Self {
+        Self { width, activation: Activation::Silu, bias: false, names: FfnNames::PROJ }
     }
+
+    /// Whether `up` gives the gate too.
+    #[must_use]
+    pub fn is_fused(&self) -> bool {
+        self.names.gate.is_none() && self.activation.is_gated()
+    }
+}
+
+/// Names of a feed-forward's linears.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FfnNames {
+    /// `None`: there is none, or `up` gives it too.
+    pub gate: Option<&'static str>,
+    pub up: &'static str,
+    pub down: &'static str,
+}
+
+impl FfnNames {
+    const PROJ: Self = Self { gate: Some("gate_proj"), up: "up_proj", down: "down_proj" };
+    const UNGATED: Self = Self { gate: None, up: "up_proj", down: "down_proj" };
+    const FUSED: Self = Self { gate: None, up: "gate_up_proj", down: "down_proj" };
+    const W: Self = Self { gate: Some("w1"), up: "w3", down: "w2" };
 }
 
 /// A mixture of experts.
@@ -365,7 +481,11 @@ impl ModelConfig {
             };
             l.steps.len() == 2 && matches!(l.steps[0].mixer, MixerConfig::Attention(_)) && l.steps.iter().all(same)
         };
-        let plain = self.features().is_empty() && self.layers.iter().all(alike);
+        let alone = |s: &StepConfig| s.after.is_none();
+        let plain = self.features().is_empty()
+            && !self.offset_norms
+            && self.layers.iter().flat_map(|l| &l.steps).all(alone)
+            && self.layers.iter().all(alike);
         let rope = self.ropes.first().filter(|_| plain)?.0;
         let experts = self.mixtures().first().map(|(_, _, m)| m.experts);
         Some(Plain { attention, rope, experts })
@@ -375,12 +495,20 @@ impl ModelConfig {
     #[must_use]
     pub fn features(&self) -> Vec<Feature> {
         let mut out = Vec::new();
-        let mlp = |m: &MlpConfig| (m.activation != Activation::Silu).then_some(Feature::Activation(m.activation));
+        let mlp = |m: &MlpConfig| {
+            let other = (m.activation != Activation::Silu).then_some(Feature::Activation(m.activation));
+            other.into_iter().chain(m.is_fused().then_some(Feature::Rearranged))
+        };
+        out.extend(self.embedding_scale.map(|_| Feature::EmbeddingScale));
         for step in self.layers.iter().flat_map(|l| &l.steps) {
             match &step.mixer {
                 MixerConfig::Attention(a) => {
                     out.extend(a.sinks.then_some(Feature::Sinks));
                     out.extend(a.gated.then_some(Feature::Gate));
+                    out.extend((a.inputs != InputsConfig::Separate).then_some(Feature::Rearranged));
+                    out.extend((a.value_dim() != a.head_dim).then_some(Feature::ValueWidth));
+                    out.extend((a.qk_norm == QkNorm::Rows).then_some(Feature::RowNorms));
+                    out.extend(a.growth.map(|_| Feature::QueryGrowth));
                     let turned = a.rope.map(|r| self.ropes[r].1);
                     out.extend(turned.filter(|t| *t != a.head_dim).map(|_| Feature::PartialRotation));
                 }
@@ -523,6 +651,39 @@ fn expert_count(c: &Object, key: &str, mixtures: usize) -> Result<usize> {
         return Err(c.error(key, format!("at most {most} experts in all {mixtures} layers together")));
     }
     Ok(experts)
+}
+
+/// Positions, by the class's default where the file does not say.
+fn positions(c: &Object, absent: usize) -> Result<usize> {
+    Ok(c.integer("max_position_embeddings", 1..=limit::POSITIONS)?.unwrap_or(absent))
+}
+
+/// A mixture with scores by sigmoid, corrected to choose by, in groups: DeepSeek-V3's, of which others have made theirs.
+fn corrected(c: &Object, mixtures: usize, names: FfnNames) -> Result<MixtureConfig> {
+    let experts = expert_count(c, "n_routed_experts", mixtures)?;
+    let groups = c.integer("n_group", 1..=experts)?.unwrap_or(1);
+    if experts % groups != 0 || (groups > 1 && experts / groups < 2) {
+        let expected = format!("a divisor of n_routed_experts = {experts} that leaves at least two in a group");
+        return Err(c.error("n_group", expected));
+    }
+    let kept = c.integer("topk_group", 1..=groups)?.unwrap_or(1);
+    let top_k = c.required_integer("num_experts_per_tok", 1..=kept * (experts / groups))?;
+    let width = width(c, "moe_intermediate_size")?;
+    Ok(MixtureConfig {
+        router: "gate",
+        router_bias: false,
+        experts,
+        rule: RouterRule {
+            top_k,
+            scores: RouterScores::Sigmoid { bias: None, groups, top_groups: kept },
+            renormalize: c.bool_or("norm_topk_prob", true)?.then_some(1e-20),
+            scale: c.positive_f32("routed_scaling_factor")?.unwrap_or(1.0),
+        },
+        correction: Some("gate.e_score_correction_bias"),
+        expert: MlpConfig { names, ..MlpConfig::silu(width) },
+        latent: None,
+        shared: None,
+    })
 }
 
 /// Kinds of the layers under `key`, one of each of `layers`.

@@ -2,12 +2,11 @@
 //! feed-forward or a mixture. Source: transformers 5.24 nemotron_h, vLLM's mamba_mixer2.py.
 
 use super::{
-    Activation, Architecture, AttentionConfig, Common, HEAD_COUNT, HEAD_DIM, LayerConfig, MambaConfig, MixerConfig,
-    MixtureConfig, MlpConfig, ModelConfig, Names, SharedConfig, StepConfig, expert_count, kv_heads, limit, only, width,
+    Activation, Architecture, AttentionConfig, Common, FfnNames, HEAD_COUNT, HEAD_DIM, LayerConfig, MambaConfig, MixerConfig,
+    MixtureConfig, MlpConfig, ModelConfig, Names, SharedConfig, StepConfig, corrected, kv_heads, limit, only, width,
 };
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
-use crate::logits::{RouterRule, RouterScores};
 
 const NAMES: Names =
     Names { embedding: "backbone.embeddings", layers: "backbone.layers", norm: "backbone.norm_f", head: "lm_head" };
@@ -30,7 +29,7 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
     let mamba = has(Kind::Mamba).then(|| mamba(c)).transpose()?;
     let bias = c.bool_or("mlp_bias", false)?;
     let mlp = |key: &str| -> Result<MlpConfig> {
-        Ok(MlpConfig { width: width(c, key)?, activation: Activation::Relu2, bias })
+        Ok(MlpConfig { width: width(c, key)?, activation: Activation::Relu2, bias, names: FfnNames::UNGATED })
     };
     let dense = has(Kind::Mlp).then(|| mlp("intermediate_size")).transpose()?;
     let mixtures = kinds.iter().filter(|k| **k == Kind::Mixture).count();
@@ -42,7 +41,12 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
             Kind::Mlp => dense.map(MixerConfig::Mlp),
             Kind::Mixture => mixture.clone().map(MixerConfig::Mixture),
         };
-        LayerConfig { steps: mixer.map(|mixer| StepConfig { norm: "norm", at: "mixer", mixer }).into_iter().collect() }
+        LayerConfig {
+            steps: mixer
+                .map(|mixer| StepConfig { norm: "norm", after: None, at: "mixer", mixer })
+                .into_iter()
+                .collect(),
+        }
     };
     let eps = ["layer_norm_epsilon", "norm_eps", "rms_norm_eps"];
     let eps = eps.iter().find_map(|key| c.positive_f32(key).transpose()).transpose()?;
@@ -56,6 +60,7 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
         ropes: Vec::new(),
         layers: kinds.iter().map(layer).collect(),
         offset_norms: false,
+        embedding_scale: None,
         tied_embeddings: common.tied_embeddings,
         eos_tokens: common.eos_tokens,
     })
@@ -112,18 +117,9 @@ fn attention(c: &Object, common: &Common) -> Result<AttentionConfig> {
         Some(d) => d,
         None => c.integer("attention_head_dim", HEAD_DIM)?.unwrap_or(128),
     };
-    Ok(AttentionConfig {
-        heads,
-        kv_heads: kv_heads(c, heads, Some(8.min(heads)))?,
-        head_dim,
-        window: None,
-        rope: None,
-        qkv_bias: bias,
-        output_bias: bias,
-        qk_norm: false,
-        gated: false,
-        sinks: false,
-    })
+    let kv_heads = kv_heads(c, heads, Some(8.min(heads)))?;
+    let plain = AttentionConfig::new(heads, kv_heads, head_dim);
+    Ok(AttentionConfig { rope: None, qkv_bias: bias, output_bias: bias, ..plain })
 }
 
 fn mamba(c: &Object) -> Result<MambaConfig> {
@@ -166,30 +162,13 @@ fn step_limit(c: &Object) -> Result<(f32, f32)> {
 }
 
 fn mixture(c: &Object, mixtures: usize, mlp: &dyn Fn(&str) -> Result<MlpConfig>) -> Result<MixtureConfig> {
-    let experts = expert_count(c, "n_routed_experts", mixtures)?;
-    let groups = c.integer("n_group", 1..=experts)?.unwrap_or(1);
-    if experts % groups != 0 || (groups > 1 && experts / groups < 2) {
-        let expected = format!("a divisor of n_routed_experts = {experts} that leaves at least two in a group");
-        return Err(c.error("n_group", expected));
-    }
-    let kept = c.integer("topk_group", 1..=groups)?.unwrap_or(1);
-    let top_k = c.required_integer("num_experts_per_tok", 1..=kept * (experts / groups))?;
     // More shared experts are one as wide as all of them.
     let shared = c.integer("n_shared_experts", 0..=limit::EXPERTS)?.unwrap_or(1);
     let shared = (shared > 0).then(|| mlp("moe_shared_expert_intermediate_size")).transpose()?;
     Ok(MixtureConfig {
-        router: "gate",
-        router_bias: false,
-        experts,
-        rule: RouterRule {
-            top_k,
-            scores: RouterScores::Sigmoid { bias: None, groups, top_groups: kept },
-            renormalize: c.bool_or("norm_topk_prob", true)?.then_some(1e-20),
-            scale: c.positive_f32("routed_scaling_factor")?.unwrap_or(1.0),
-        },
-        correction: Some("gate.e_score_correction_bias"),
         expert: mlp("moe_intermediate_size")?,
         latent: c.integer("moe_latent_size", 1..=limit::WIDTH)?,
         shared: shared.map(|mlp| SharedConfig { at: "shared_experts", mlp, gate: None }),
+        ..corrected(c, mixtures, FfnNames::UNGATED)?
     })
 }

@@ -3,8 +3,8 @@
 
 use super::llama::{attention_step, ffn_step};
 use super::{
-    Activation, Architecture, AttentionConfig, Common, LayerConfig, MixerConfig, MlpConfig, ModelConfig, Names,
-    head_dim, layer_count, limit, only,
+    Architecture, AttentionConfig, Common, LayerConfig, MixerConfig, MlpConfig, ModelConfig, Names, head_dim,
+    layer_count, limit, only,
 };
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
@@ -23,6 +23,7 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
     let max_positions = c.integer("max_position_embeddings", 1..=limit::POSITIONS)?.unwrap_or(2048);
     let (rope, _) = Rope::read(c, max_positions)?;
     rope.whole_heads(c)?;
+    rope.no_growth(c)?;
     let attention_bias = c.bool_or("attention_bias", false)?;
     let mlp_bias = c.bool_or("mlp_bias", false)?;
     let blocks = blocks(c, layer_count(c)?)?;
@@ -33,23 +34,13 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
             if heads % group != 0 {
                 return Err(part.error("n_heads_in_group", format!("a divisor of num_attention_heads = {heads}")));
             }
-            let attention = AttentionConfig {
-                heads,
-                kv_heads: heads / group,
-                head_dim,
-                window: None,
-                rope: Some(0),
-                qkv_bias: attention_bias,
-                output_bias: attention_bias,
-                qk_norm: false,
-                gated: false,
-                sinks: false,
-            };
+            let plain = AttentionConfig::new(heads, heads / group, head_dim);
+            let attention = AttentionConfig { qkv_bias: attention_bias, output_bias: attention_bias, ..plain };
             steps.push(attention_step(MixerConfig::Attention(attention)));
         }
         if let Some(part) = part(block, "ffn")? {
             let width = ffn_width(&part, hidden)?;
-            let mlp = MlpConfig { width, activation: Activation::Silu, bias: mlp_bias };
+            let mlp = MlpConfig { bias: mlp_bias, ..MlpConfig::silu(width) };
             steps.push(ffn_step(MixerConfig::Mlp(mlp)));
         }
         Ok(LayerConfig { steps })
@@ -64,6 +55,7 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
         ropes: vec![(rope, head_dim)],
         layers: blocks.iter().map(layer).collect::<Result<_>>()?,
         offset_norms: false,
+        embedding_scale: None,
         tied_embeddings,
         eos_tokens,
     })

@@ -3,9 +3,9 @@
 
 use super::llama::plain_layer;
 use super::{
-    Activation, Architecture, AttentionConfig, Common, DeltaConfig, HEAD_COUNT, HEAD_DIM, MixerConfig, MixtureConfig,
-    MlpConfig, ModelConfig, Names, SharedConfig, expert_count, head_dim, kv_heads, layer_count, layer_kinds, limit,
-    only, width,
+    Architecture, AttentionConfig, Common, DeltaConfig, HEAD_COUNT, HEAD_DIM, MixerConfig, MixtureConfig, MlpConfig,
+    ModelConfig, Names, QkNorm, SharedConfig, expert_count, head_dim, kv_heads, layer_count, layer_kinds, limit, only,
+    width,
 };
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
@@ -26,19 +26,10 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
     }
     let max_positions = c.integer("max_position_embeddings", 1..=limit::POSITIONS)?.unwrap_or(32_768);
     let (rope, _) = Rope::read(c, max_positions)?;
+    rope.no_growth(c)?;
     let turned = rope.turned(c, head_dim)?;
-    let attention = AttentionConfig {
-        heads,
-        kv_heads,
-        head_dim,
-        window: None,
-        rope: Some(0),
-        qkv_bias: false,
-        output_bias: false,
-        qk_norm: true,
-        gated: true,
-        sinks: false,
-    };
+    let plain = AttentionConfig::new(heads, kv_heads, head_dim);
+    let attention = AttentionConfig { qk_norm: QkNorm::Heads, gated: true, ..plain };
     let ffn = match architecture {
         Architecture::Qwen3_5Moe => MixerConfig::Mixture(mixture(c, layers)?),
         _ => MixerConfig::Mlp(silu(c, "intermediate_size")?),
@@ -61,6 +52,7 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
         ropes: vec![(rope, turned)],
         layers: full_layers(c, layers)?.iter().map(layer).collect(),
         offset_norms: true,
+        embedding_scale: None,
         tied_embeddings,
         eos_tokens,
     })
@@ -81,7 +73,7 @@ fn full_layers(c: &Object, layers: usize) -> Result<Vec<bool>> {
 }
 
 fn silu(c: &Object, key: &str) -> Result<MlpConfig> {
-    Ok(MlpConfig { width: width(c, key)?, activation: Activation::Silu, bias: false })
+    Ok(MlpConfig::silu(width(c, key)?))
 }
 
 fn delta(c: &Object) -> Result<DeltaConfig> {

@@ -269,7 +269,17 @@ fn both_backends_attend_alike_whichever_rotation_turns_them() {
         (Some(0), 12, 5, 0.2),
     ] {
         for window in [None, Some(5)] {
-            let shape = AttentionShape { layer: 0, cache: 0, heads: 4, kv_heads: 2, head_dim, window, rope, scale };
+            let shape = AttentionShape {
+                layer: 0,
+                cache: 0,
+                heads: 4,
+                kv_heads: 2,
+                head_dim,
+                window,
+                rope,
+                scale,
+                growth: None,
+            };
             let (packed, plain) = (attend(&cpu, &shape, value_dim), attend(&AutogradBackend::new(), &shape, value_dim));
             let off = deviation(&packed, &plain);
             assert!(off < 1e-6, "{shape:?}: {off:e}");
