@@ -63,6 +63,8 @@ fn print_json(checkpoint: &Checkpoint, found: &Inspection) -> Result<()> {
         "max_positions": config.map(|c| c.max_positions),
         "tied_embeddings": config.map(|c| c.tied_embeddings),
         "parameters": found.parameters(),
+        "cache_values_per_token": config.map(ModelConfig::cache_values),
+        "state_bytes_per_sequence": config.map(|c| 4 * c.state_values()),
         "file_bytes": checkpoint.tensors.file_bytes(),
         "modules": modules,
         "notes": notes,
@@ -70,6 +72,18 @@ fn print_json(checkpoint: &Checkpoint, found: &Inspection) -> Result<()> {
     });
     super::outln!("{report:#}");
     Ok(())
+}
+
+/// What a run needs: the weights, and what is kept of each token and each sequence.
+fn memory(c: &ModelConfig, rows: &[Row], fp8: bool) -> String {
+    let bytes = |n: usize| super::human_bytes(n as u64);
+    let weights = bytes(rows.iter().map(|r| r.bytes).sum());
+    let (element, format) = if fp8 { (1, "FP8") } else { (4, "f32, half of that with --kv-cache-dtype bf16") };
+    let mut out = format!("{weights} of weights; {} a token of context ({format})", bytes(element * c.cache_values()));
+    if c.state_values() > 0 {
+        out += &format!("; {} of recurrent state a sequence", bytes(4 * c.state_values()));
+    }
+    out
 }
 
 /// Heads of the attention layers, each kind once.
@@ -141,6 +155,9 @@ fn print_text(checkpoint: &Checkpoint, found: &Inspection, all: bool) -> Result<
                 n as f64 / 1e6
             );
         }
+    }
+    if let Some(c) = config.as_ref().filter(|_| !rows.is_empty()) {
+        super::outln!("memory    {}", memory(c, rows, checkpoint.announced.fp8_kv_cache));
     }
     if !rows.is_empty() {
         super::outln!("{}", table(rows, all));

@@ -11,7 +11,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use recoup_ground::http::address::{is_address, mask};
 use serde_json::{Map, Value, json};
 
-use super::device::{AnyBackend, DeviceChoice};
+use super::device::{AnyBackend, DeviceChoice, Needs};
 use super::machine::cpu_name;
 use crate::backend::cpu::{CpuBackend, isa::Isa};
 use crate::backend::{Either, NUMERICS_VERSION};
@@ -78,16 +78,16 @@ impl std::fmt::Debug for Settled {
 impl EngineOptions {
     /// What runs a model.
     pub(super) fn backend(&self) -> Result<AnyBackend> {
-        self.backend_for(0)
+        self.backend_for(&Needs::default())
     }
 
-    /// What runs a model whose files have `bytes` bytes; decided by the first call, for all that follow.
-    pub(super) fn backend_for(&self, bytes: u64) -> Result<AnyBackend> {
+    /// What runs models of these needs; decided by the first call, for all that follow.
+    pub(super) fn backend_for(&self, needs: &Needs) -> Result<AnyBackend> {
         if let Some(settled) = self.settled.0.get() {
             return Ok(settled.clone());
         }
         let cpu = self.cpu()?;
-        let gpu = self.device.gpu(&cpu, bytes, &mut |note| super::say!("note: {note}"))?;
+        let gpu = self.device.gpu(&cpu, needs, &mut |note| super::say!("note: {note}"))?;
         let backend = match gpu {
             Some(gpu) => {
                 if self.isa.is_some() {
@@ -115,7 +115,7 @@ impl EngineOptions {
     /// instruction set, which change no bit.
     pub(super) fn computation(&self, checkpoint: &Checkpoint) -> Result<Value> {
         let kv = format!("{:?}", self.kv_cache_dtype).to_lowercase();
-        Ok(match self.backend_for(checkpoint.tensors.file_bytes())? {
+        Ok(match self.backend_for(&needs(checkpoint)?)? {
             Either::A(_) => json!({"device": "cpu", "numerics": NUMERICS_VERSION, "kv_cache_dtype": kv}),
             // Sums have another order than the CPU's, and tensor cores of another kind round them otherwise.
             Either::B(gpu) => {
@@ -148,7 +148,7 @@ impl EngineOptions {
 
     /// Loads the model of `folder` onto packed kernels.
     pub(super) fn load(&self, checkpoint: &Checkpoint) -> Result<Decoder<AnyBackend>> {
-        let backend = self.backend_for(checkpoint.tensors.file_bytes())?;
+        let backend = self.backend_for(&needs(checkpoint)?)?;
         let bar = super::progress(0, "loading");
         let model = Decoder::load_with_progress(backend, checkpoint, &mut |done, all| {
             bar.set_length(all as u64);
@@ -293,11 +293,9 @@ pub(super) fn text_notes(folder: &Path) -> Result<Vec<String>, TextError> {
     Ok(Tokenizer::from_folder(folder)?.notes().to_vec())
 }
 
-/// Bytes of a model folder's weights, as far as it can be seen without opening them.
-pub(super) fn weight_bytes(folder: &Path) -> u64 {
-    let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    let weights = files.filter(|f| f.path().extension().is_some_and(|e| e == "safetensors"));
-    weights.filter_map(|f| std::fs::metadata(f.path()).ok()).map(|m| m.len()).sum()
+/// What the model of `checkpoint` asks of a device.
+pub(super) fn needs(checkpoint: &Checkpoint) -> Result<Needs> {
+    Ok(Needs::of(&ModelConfig::read(&checkpoint.config)?, checkpoint.tensors.file_bytes()))
 }
 
 /// The identity of a checkpoint's files; large ones take a while the first time.

@@ -123,7 +123,7 @@ fn cache_bytes(config: &ModelConfig, kv: KvFormat) -> f64 {
         KvFormat::Bf16 => 2.0,
         KvFormat::Fp8 { .. } => 1.0,
     };
-    2.0 * element * config.attentions().iter().map(|(_, _, a)| a.kv_heads * a.head_dim).sum::<usize>() as f64
+    element * config.cache_values() as f64
 }
 
 /// Measures one case; `repeats` prompts.

@@ -217,6 +217,12 @@ impl RandomModel {
         self.config.modules().len()
     }
 
+    /// Its shape.
+    #[must_use]
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
     /// Bytes of weights and scales.
     #[must_use]
     pub fn bytes(&self) -> u64 {

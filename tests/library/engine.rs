@@ -27,6 +27,15 @@ fn model() -> Model {
     Model { decoder, tokenizer: Tokenizer::from_folder(&folder).unwrap() }
 }
 
+/// A hybrid of random weights: Mamba-2 and mixtures, or delta nets, beside attention. Its tokens are the first of the
+/// tokenizer's.
+fn hybrid(name: &str) -> Model {
+    let folder = project().join("tests/fixtures-models/modelopt").join(name);
+    let decoder = Decoder::load(cpu(2), &Checkpoint::open(&folder).unwrap()).unwrap();
+    assert!(decoder.state_bytes() > 0);
+    Model { decoder, tokenizer: model().tokenizer }
+}
+
 /// What is asked of a sequence.
 #[derive(Clone, Debug)]
 enum Job {
@@ -137,11 +146,13 @@ fn some_job(random: &mut Random, vocab: usize) -> Job {
 
 #[test]
 fn what_a_sequence_gets_is_what_it_gets_alone_whatever_runs_beside_it() {
-    let model = model();
-    let vocab = model.decoder.config.vocab;
     // Plenty of room; pages for one sequence and a half; one sequence at a time; passes of a few tokens.
-    for (seed, pages, sequences, pass) in [(1, 200, 8, 512), (2, 9, 6, 64), (3, 6, 1, 5), (4, 12, 5, 23)] {
-        let limits = Limits { context: CONTEXT, pages, kept: seed as usize * 3, sequences, pass, states: None };
+    let cases = [(1, 200, 8, 512), (2, 9, 6, 64), (3, 6, 1, 5), (4, 12, 5, 23)];
+    let models = [model(), hybrid("nemotron_h/bf16"), hybrid("qwen3_5/bf16")];
+    for (model, (seed, pages, sequences, pass)) in models.iter().flat_map(|m| cases.map(|case| (m, case))) {
+        let vocab = model.decoder.config.vocab;
+        let states = Some([9, 1, 0, 4][seed as usize - 1]);
+        let limits = Limits { context: CONTEXT, pages, kept: seed as usize * 3, sequences, pass, states };
         let mut engine = Engine::new(&model.decoder, limits, KvFormat::F32).unwrap();
         let mut random = Random(seed);
         let mut jobs: BTreeMap<Id, (Job, Found)> = BTreeMap::new();

@@ -215,7 +215,7 @@ pub(super) fn attend(
         row += span.len;
     }
     let heads = shape.heads / shape.kv_heads;
-    let value_dim = cache.value_dim(shape.layer);
+    let value_dim = cache.value_dim(shape.cache);
     let (width, share) = (shape.heads * shape.head_dim, heads * shape.head_dim);
     let (out_width, out_share) = (shape.heads * value_dim, heads * value_dim);
     assert_eq!((q.len(), out.len()), (row * width, row * out_width), "queries or their results have the wrong size");

@@ -142,6 +142,12 @@ const KERNELS: [&str; 99] = [
     "totals",
 ];
 
+/// Whether the backend computes this. A router's rule is carried out on the host where no kernel knows it.
+#[must_use]
+pub fn has(feature: Feature) -> bool {
+    feature == Feature::Router
+}
+
 /// Runs the decoder on one GPU. Clones share it.
 #[derive(Clone)]
 pub struct CudaBackend {
@@ -644,9 +650,8 @@ impl Backend for CudaBackend {
         "CUDA"
     }
 
-    /// A router's rule is carried out on the host where no kernel knows it.
     fn has(&self, feature: Feature) -> bool {
-        feature == Feature::Router
+        has(feature)
     }
 
     fn load_vector(&self, values: Vec<f32>) -> Result<CudaVector> {

@@ -12,11 +12,12 @@ use recoup_eval::report::{ReportContext, terminal};
 use recoup_eval::tasks::Selection;
 use serde_json::json;
 
-use super::super::device::AnyBackend;
-use super::super::options::{EngineOptions, identity, model_folder, named, open_noted, weight_bytes};
+use super::super::device::{AnyBackend, Needs};
+use super::super::options::{EngineOptions, identity, model_folder, named, needs, open_noted};
 use super::super::talk::Shown;
 use super::texts::{Texts, texts};
 use super::{TaskOptions, labels, model_name};
+use crate::checkpoint::Checkpoint;
 use crate::evaluate::evaluation::Subject;
 use crate::evaluate::experiment::{self, Contender, Experiment, ExperimentError, Outcome};
 use crate::evaluate::facts;
@@ -94,9 +95,11 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     let Texts { named: texts, notes: text_notes } =
         texts(&args.text, &model_folder(&args.models[0])?, &args.tasks.template_arguments())?;
     // The baseline and one other are in memory at a time.
-    let mut sizes: Vec<u64> = args.models.iter().map(|m| Ok(weight_bytes(&model_folder(m)?))).collect::<Result<_>>()?;
-    sizes.sort_unstable_by(|a, b| b.cmp(a));
-    args.options.backend_for(sizes.iter().take(2).sum())?;
+    let mut all: Vec<Needs> =
+        args.models.iter().map(|m| needs(&Checkpoint::open(&model_folder(m)?)?)).collect::<Result<_>>()?;
+    all.sort_unstable_by_key(|n| std::cmp::Reverse(n.bytes));
+    let features = all.iter().flat_map(|n| n.features.clone()).collect();
+    args.options.backend_for(&Needs { bytes: all.iter().take(2).map(|n| n.bytes).sum(), features })?;
     let mut experiment = Experiment {
         labels: &labels,
         ptq,

@@ -294,6 +294,14 @@ pub struct DeltaConfig {
     pub kernel: usize,
 }
 
+impl DeltaConfig {
+    /// What the convolution runs over: queries, keys and values.
+    #[must_use]
+    pub fn channels(&self) -> usize {
+        2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+    }
+}
+
 /// A feed-forward.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MlpConfig {
@@ -451,6 +459,23 @@ impl ModelConfig {
     #[must_use]
     pub fn attentions(&self) -> Vec<(usize, String, AttentionConfig)> {
         self.mixers(|m| if let MixerConfig::Attention(a) = m { Some(*a) } else { None })
+    }
+
+    /// Values that attention layers keep of a token.
+    #[must_use]
+    pub fn cache_values(&self) -> usize {
+        self.attentions().iter().map(|(_, _, a)| a.kv_heads * (a.head_dim + a.value_dim())).sum()
+    }
+
+    /// Values that recurrent layers keep of a sequence, in f32.
+    #[must_use]
+    pub fn state_values(&self) -> usize {
+        let of = |m: &MixerConfig| match m {
+            MixerConfig::Mamba(m) => Some(m.inner() * m.state + (m.kernel - 1) * m.channels()),
+            MixerConfig::DeltaNet(d) => Some(d.value_heads * d.key_dim * d.value_dim + (d.kernel - 1) * d.channels()),
+            _ => None,
+        };
+        self.mixers(of).iter().map(|m| m.2).sum()
     }
 
     /// Names of the mixtures and the layers they are in.

@@ -2,8 +2,9 @@
 //! feed-forward or a mixture. Source: transformers 5.24 nemotron_h, vLLM's mamba_mixer2.py.
 
 use super::{
-    Activation, Architecture, AttentionConfig, Common, FfnNames, HEAD_COUNT, HEAD_DIM, LayerConfig, MambaConfig, MixerConfig,
-    MixtureConfig, MlpConfig, ModelConfig, Names, SharedConfig, StepConfig, corrected, kv_heads, limit, only, width,
+    Activation, Architecture, AttentionConfig, Common, FfnNames, HEAD_COUNT, HEAD_DIM, LayerConfig, MambaConfig,
+    MixerConfig, MixtureConfig, MlpConfig, ModelConfig, Names, SharedConfig, StepConfig, corrected, kv_heads, limit,
+    only, width,
 };
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
