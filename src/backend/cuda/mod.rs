@@ -543,7 +543,7 @@ impl CudaBackend {
         if head_dim > MAX_HEAD_DIM || head_dim % 2 == 1 {
             return unsupported(format!("heads of {head_dim}: even, and at most {MAX_HEAD_DIM}"));
         }
-        let value_dim = cache.layer(shape.layer).shape.value_dim;
+        let value_dim = cache.layer(shape.cache).shape.value_dim;
         if value_dim != head_dim {
             return unsupported(format!("values of {value_dim} beside keys of {head_dim}"));
         }
