@@ -253,7 +253,7 @@ fn speed() {
     let mut random = Random(1);
     let pool = BufferPool::default();
     let layers = 24;
-    let mut time = |what: &str, kept: RecurrentShape, run: &mut Run<'_>| {
+    let time = |what: &str, kept: RecurrentShape, run: &mut Run<'_>| {
         let bytes = (layers * kept.state * size_of::<f32>()) as f64;
         let mut states = RecurrentStates::new(&vec![Some(kept); layers]);
         states.grow(1);

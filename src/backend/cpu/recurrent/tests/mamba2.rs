@@ -167,7 +167,7 @@ fn mamba2_refuses_tensors_of_another_length_and_keeps_what_is_no_number() {
     assert!(Mamba2::new(Mamba2Shape { kernel: 0, ..SHAPE }, w.clone()).is_err());
     let spans = [RecurrentSpan { rows: 0..3, starts: true, slot: 0 }];
     let mut out = vec![0.0; 3 * SHAPE.inner()];
-    let mut run = |rows: &[f32], out: &mut [f32]| {
+    let run = |rows: &[f32], out: &mut [f32]| {
         let mut states = states(SHAPE.kept(), 1);
         subject.mixer.run(Isa::detect(), &BufferPool::default(), rows, &spans, &mut states, 1, out)
     };
