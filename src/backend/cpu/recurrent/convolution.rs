@@ -55,11 +55,6 @@ impl Convolution {
         Ok(Self { taps, bias, kernel, channels, parts: ranges })
     }
 
-    /// Number of parts.
-    pub(super) fn parts(&self) -> usize {
-        self.parts.len()
-    }
-
     /// silu(conv(inputs)) of every span, which `finish` may change part by part, into `out`: after the spans before, part
     /// after part, each [the span's tokens, the part's width]. Tails move on.
     pub(super) fn run(
