@@ -79,7 +79,8 @@ impl Convolution {
                 tasks.push((i, task, own));
             }
         }
-        let work = inputs.rows.len() / inputs.width.max(1) * self.channels;
+        // An exponential takes about as long as eight taps.
+        let work = inputs.rows.len() / inputs.width.max(1) * self.channels * (self.kernel + 8);
         let least = pieces(tasks.len(), work);
         tasks.into_par_iter().with_min_len(least).for_each(|(i, part, out)| {
             convolve(isa, &part, out);
