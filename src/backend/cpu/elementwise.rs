@@ -162,7 +162,7 @@ multiversion! {
     /// x/2 · (1 + tanh y) = x · sigmoid(2y), which keeps its relative precision for negative x.
     pub(in crate::backend) fn gelu_tanh_mul(gate: &mut [f32], up: &[f32]) {
         /// 2·√(2/π).
-        const TWICE: f32 = 1.595_769_1;
+        const TWICE: f32 = 1.595_769;
         for (g, u) in gate.iter_mut().zip(up) {
             let y = TWICE * (0.044_715 * *g * *g).mul_add(*g, *g);
             *g = *g / (1.0 + exp(-y)) * u;
@@ -288,9 +288,10 @@ mod tests {
     }
 
     type Exact = fn(f64, f64) -> f64;
+    type Activation = (&'static str, fn(Isa, &mut [f32], &[f32]), Exact);
 
     /// Each activation of two inputs (or one), and what it is in f64.
-    fn activations() -> Vec<(&'static str, fn(Isa, &mut [f32], &[f32]), Exact)> {
+    fn activations() -> Vec<Activation> {
         fn sigmoid(x: f64) -> f64 {
             1.0 / (1.0 + (-x).exp())
         }

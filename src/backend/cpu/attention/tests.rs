@@ -1,10 +1,10 @@
 //! Attention against the formula in f64.
 
 use super::*;
-use crate::random::SplitMix64;
 
-fn values(random: &mut SplitMix64, count: usize) -> Vec<f32> {
-    (0..count).map(|_| (random.draw() >> 40) as f32 / (1u64 << 22) as f32 - 2.0).collect()
+/// Values from -2 to 2 in no order.
+fn values(count: usize, seed: usize) -> Vec<f32> {
+    (0..count).map(|i| ((i * 7919 + seed * 104_729) % 1009) as f32 / 252.25 - 2.0).collect()
 }
 
 /// Queries, keys and values of one sequence, and sinks.
@@ -19,16 +19,16 @@ struct Case {
 }
 
 impl Case {
-    fn random(random: &mut SplitMix64, shape: AttentionShape, value_dim: usize, tokens: usize, sinks: bool) -> Self {
+    fn new(shape: AttentionShape, value_dim: usize, tokens: usize, sinks: bool) -> Self {
         let AttentionShape { heads, kv_heads, head_dim, .. } = shape;
         Self {
             shape,
             value_dim,
             tokens,
-            q: values(random, tokens * heads * head_dim),
-            k: values(random, tokens * kv_heads * head_dim),
-            v: values(random, tokens * kv_heads * value_dim),
-            sinks: sinks.then(|| values(random, heads).iter().map(|s| 3.0 * s).collect()),
+            q: values(tokens * heads * head_dim, 1),
+            k: values(tokens * kv_heads * head_dim, 2),
+            v: values(tokens * kv_heads * value_dim, 3),
+            sinks: sinks.then(|| values(heads, 4).iter().map(|s| 3.0 * s).collect()),
         }
     }
 
@@ -81,7 +81,6 @@ impl Case {
 
 #[test]
 fn sinks_windows_and_widths_are_the_formula_in_any_chunks_and_instruction_set() {
-    let mut random = SplitMix64(41);
     for (heads, kv_heads, head_dim, value_dim, window, sinks) in [
         (4, 2, 16, 16, None, true),
         (4, 2, 16, 16, Some(5), true),
@@ -89,8 +88,8 @@ fn sinks_windows_and_widths_are_the_formula_in_any_chunks_and_instruction_set() 
         (4, 1, 10, 33, Some(7), true),
         (2, 1, 192, 128, None, false),
     ] {
-        let shape = AttentionShape { layer: 0, heads, kv_heads, head_dim, window, rope: None, scale: 0.21 };
-        let case = Case::random(&mut random, shape, value_dim, 43, sinks);
+        let shape = AttentionShape { layer: 0, heads, kv_heads, head_dim, window, rope: None, scale: 0.03 };
+        let case = Case::new(shape, value_dim, 43, sinks);
         let exact = case.exact();
         let reference = case.run(Isa::available()[0], 43);
         let largest = exact.iter().fold(0.0f64, |m, v| m.max(v.abs()));
@@ -107,9 +106,8 @@ fn sinks_windows_and_widths_are_the_formula_in_any_chunks_and_instruction_set() 
 
 #[test]
 fn a_sink_far_above_takes_all_and_one_far_below_takes_nothing() {
-    let mut random = SplitMix64(43);
     let shape = AttentionShape { layer: 0, heads: 2, kv_heads: 1, head_dim: 8, window: None, rope: None, scale: 0.3 };
-    let mut case = Case::random(&mut random, shape, 8, 9, false);
+    let mut case = Case::new(shape, 8, 9, false);
     let without = case.run(Isa::detect(), 9);
     case.sinks = Some(vec![-1e30, 1e30]);
     for (with, without) in case.run(Isa::detect(), 9).chunks(8).zip(without.chunks(8)).step_by(2) {

@@ -55,11 +55,6 @@ impl Convolution {
         Ok(Self { taps, bias, kernel, channels, parts: ranges })
     }
 
-    /// Number of parts.
-    pub(super) fn parts(&self) -> usize {
-        self.parts.len()
-    }
-
     /// silu(conv(inputs)) of every span, which `finish` may change part by part, into `out`: after the spans before, part
     /// after part, each [the span's tokens, the part's width]. Tails move on.
     pub(super) fn run(
@@ -84,7 +79,8 @@ impl Convolution {
                 tasks.push((i, task, own));
             }
         }
-        let work = inputs.rows.len() / inputs.width.max(1) * self.channels;
+        // An exponential takes about as long as eight taps.
+        let work = inputs.rows.len() / inputs.width.max(1) * self.channels * (self.kernel + 8);
         let least = pieces(tasks.len(), work);
         tasks.into_par_iter().with_min_len(least).for_each(|(i, part, out)| {
             convolve(isa, &part, out);

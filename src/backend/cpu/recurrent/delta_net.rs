@@ -8,7 +8,7 @@ use super::super::buffer::BufferPool;
 use super::super::elementwise::{LANES, exp, sum_of_squares, tree_sum};
 use super::super::isa::{Isa, multiversion};
 use super::convolution::{Convolution, Inputs};
-use super::{Places, RecurrentShape, RecurrentSpan, RecurrentStates, TOKENS, cover, expect, pieces, softplus};
+use super::{Places, ROWS, RecurrentShape, RecurrentSpan, RecurrentStates, TOKENS, cover, expect, pieces, softplus};
 use crate::backend::BackendError;
 
 /// Names the mixer in errors.
@@ -207,10 +207,6 @@ struct Head<'a> {
     dt_bias: f32,
 }
 
-/// Rows of a state that go through some tokens together: their sums don't wait for each other, and queries and keys are
-/// read once for all of them.
-const ROWS: usize = 4;
-
 multiversion! {
     /// Makes every run of `width` values one of length `scale`; what is all zero stays.
     fn unit(width: usize, scale: f32, x: &mut [f32]) {
@@ -241,14 +237,8 @@ multiversion! {
             let of_block = block * TOKENS * key_dim..(block * TOKENS + count) * key_dim;
             let (queries, keys) = (&t.queries[of_block.clone()], &t.keys[of_block]);
             let tokens = Tokens { betas: &betas[..count], decays: &decays, queries, keys, key_dim, value_dim };
-            let mut row = 0;
-            while row + ROWS <= value_dim {
-                carry::<ROWS>(&tokens, row, v, &mut state[row * key_dim..(row + ROWS) * key_dim]);
-                row += ROWS;
-            }
-            while row < value_dim {
-                carry::<1>(&tokens, row, v, &mut state[row * key_dim..(row + 1) * key_dim]);
-                row += 1;
+            for (rows, state) in state.chunks_mut(ROWS * key_dim).enumerate() {
+                carry(&tokens, rows * ROWS, v, state);
             }
         }
     }
@@ -265,53 +255,51 @@ struct Tokens<'a> {
     value_dim: usize,
 }
 
-/// Takes rows `row..row + R` of a state, [R, key_dim], through some tokens.
+/// Takes the rows of a state from dimension `first` of the values on, at most [`ROWS`] of `key_dim`, through some tokens.
 #[inline(always)]
-fn carry<const R: usize>(t: &Tokens<'_>, row: usize, v: &mut [f32], state: &mut [f32]) {
+fn carry(t: &Tokens<'_>, first: usize, v: &mut [f32], state: &mut [f32]) {
     let width = t.key_dim;
     for (i, (&beta, &decay)) in t.betas.iter().zip(t.decays).enumerate() {
-        let v = &mut v[i * t.value_dim + row..][..R];
         let (keys, keys_rest) = t.keys[i * width..(i + 1) * width].as_chunks::<LANES>();
         let (queries, queries_rest) = t.queries[i * width..(i + 1) * width].as_chunks::<LANES>();
-        let done = width - keys_rest.len();
-        // What the decayed state holds under the key.
-        let mut sums = [[0.0f32; LANES]; R];
-        for (run, key) in keys.iter().enumerate() {
-            for r in 0..R {
-                let state = &mut state[r * width + run * LANES..][..LANES];
+        let v = &mut v[i * t.value_dim + first..];
+        // What the decayed state holds under the key, of all rows before it changes: their sums don't wait for each other.
+        let mut deltas = [0.0f32; ROWS];
+        for ((delta, v), row) in deltas.iter_mut().zip(&*v).zip(state.chunks_exact_mut(width)) {
+            let (runs, rest) = row.as_chunks_mut::<LANES>();
+            let mut sums = [0.0f32; LANES];
+            for (state, key) in runs.iter_mut().zip(keys) {
+                // A copy: what may overlap isn't turned into SIMD.
+                let mut held = *state;
                 for l in 0..LANES {
-                    state[l] *= decay;
-                    sums[r][l] = state[l].mul_add(key[l], sums[r][l]);
+                    held[l] *= decay;
+                    sums[l] = held[l].mul_add(key[l], sums[l]);
                 }
+                *state = held;
             }
-        }
-        let mut deltas = [0.0f32; R];
-        for r in 0..R {
-            for (l, key) in keys_rest.iter().enumerate() {
-                let state = &mut state[r * width + done + l];
+            for ((state, key), sum) in rest.iter_mut().zip(keys_rest).zip(&mut sums) {
                 *state *= decay;
-                sums[r][l] = state.mul_add(*key, sums[r][l]);
+                *sum = state.mul_add(*key, *sum);
             }
-            deltas[r] = beta * (v[r] - tree_sum(sums[r]));
+            *delta = beta * (v - tree_sum(sums));
         }
         // What the query reads after the key's value was put right.
-        let mut sums = [[0.0f32; LANES]; R];
-        for (run, (key, query)) in keys.iter().zip(queries).enumerate() {
-            for r in 0..R {
-                let state = &mut state[r * width + run * LANES..][..LANES];
+        for ((delta, v), row) in deltas.iter().zip(v).zip(state.chunks_exact_mut(width)) {
+            let (runs, rest) = row.as_chunks_mut::<LANES>();
+            let mut sums = [0.0f32; LANES];
+            for ((state, key), query) in runs.iter_mut().zip(keys).zip(queries) {
+                let mut held = *state;
                 for l in 0..LANES {
-                    state[l] = key[l].mul_add(deltas[r], state[l]);
-                    sums[r][l] = state[l].mul_add(query[l], sums[r][l]);
+                    held[l] = key[l].mul_add(*delta, held[l]);
+                    sums[l] = held[l].mul_add(query[l], sums[l]);
                 }
+                *state = held;
             }
-        }
-        for r in 0..R {
-            for (l, (key, query)) in keys_rest.iter().zip(queries_rest).enumerate() {
-                let state = &mut state[r * width + done + l];
-                *state = key.mul_add(deltas[r], *state);
-                sums[r][l] = state.mul_add(*query, sums[r][l]);
+            for (((state, key), query), sum) in rest.iter_mut().zip(keys_rest).zip(queries_rest).zip(&mut sums) {
+                *state = key.mul_add(*delta, *state);
+                *sum = state.mul_add(*query, *sum);
             }
-            v[r] = tree_sum(sums[r]);
+            *v = tree_sum(sums);
         }
     }
 }

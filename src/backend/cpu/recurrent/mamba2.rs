@@ -8,7 +8,7 @@ use super::super::buffer::BufferPool;
 use super::super::elementwise::{LANES, exp, sum_of_squares, tree_sum};
 use super::super::isa::{Isa, multiversion};
 use super::convolution::{Convolution, Inputs};
-use super::{Places, RecurrentShape, RecurrentSpan, RecurrentStates, TOKENS, cover, expect, pieces, softplus};
+use super::{Places, ROWS, RecurrentShape, RecurrentSpan, RecurrentStates, TOKENS, cover, expect, pieces, softplus};
 use crate::backend::BackendError;
 
 /// Names the mixer in errors.
@@ -204,10 +204,6 @@ struct Head<'a> {
     dt_bias: f32,
 }
 
-/// Rows of a state that go through some tokens together: their sums don't wait for each other, and B and C are read once
-/// for all of them.
-const ROWS: usize = 4;
-
 multiversion! {
     /// Replaces `x` [tokens, head_dim] by y, and carries `state` [head_dim, state] on.
     fn scan(t: &Head<'_>, x: &mut [f32], state: &mut [f32]) {
@@ -228,14 +224,8 @@ multiversion! {
             let of_block = block * TOKENS * width..(block * TOKENS + count) * width;
             let (b, c) = (&t.b[of_block.clone()], &t.c[of_block]);
             let tokens = Tokens { steps: &steps[..count], decays: &decays, b, c, d: t.d, head_dim, width };
-            let mut p = 0;
-            while p + ROWS <= head_dim {
-                carry::<ROWS>(&tokens, p, x, &mut state[p * width..(p + ROWS) * width]);
-                p += ROWS;
-            }
-            while p < head_dim {
-                carry::<1>(&tokens, p, x, &mut state[p * width..(p + 1) * width]);
-                p += 1;
+            for (rows, state) in state.chunks_mut(ROWS * width).enumerate() {
+                carry(&tokens, rows * ROWS, x, state);
             }
         }
     }
@@ -253,34 +243,32 @@ struct Tokens<'a> {
     width: usize,
 }
 
-/// Takes rows `p..p + R` of a state, [R, width], through some tokens.
+/// Takes the rows of a state from dimension `first` of the head on, [rows, width], through some tokens.
 #[inline(always)]
-fn carry<const R: usize>(t: &Tokens<'_>, p: usize, x: &mut [f32], state: &mut [f32]) {
-    let Tokens { width, head_dim, .. } = *t;
+fn carry(t: &Tokens<'_>, first: usize, x: &mut [f32], state: &mut [f32]) {
+    let width = t.width;
     for (i, (&step, &decay)) in t.steps.iter().zip(t.decays).enumerate() {
-        let x = &mut x[i * head_dim + p..][..R];
-        let mut gains = [0.0f32; R];
-        gains.iter_mut().zip(&*x).for_each(|(gain, x)| *gain = step * x);
         let (b, b_rest) = t.b[i * width..(i + 1) * width].as_chunks::<LANES>();
         let (c, c_rest) = t.c[i * width..(i + 1) * width].as_chunks::<LANES>();
-        let mut sums = [[0.0f32; LANES]; R];
-        for (run, (b, c)) in b.iter().zip(c).enumerate() {
-            for r in 0..R {
-                let state = &mut state[r * width + run * LANES..][..LANES];
+        let x = &mut x[i * t.head_dim + first..];
+        for (x, row) in x.iter_mut().zip(state.chunks_exact_mut(width)) {
+            let gain = step * *x;
+            let (runs, rest) = row.as_chunks_mut::<LANES>();
+            let mut sums = [0.0f32; LANES];
+            for ((state, b), c) in runs.iter_mut().zip(b).zip(c) {
+                // A copy: what may overlap isn't turned into SIMD.
+                let mut held = *state;
                 for l in 0..LANES {
-                    state[l] = state[l].mul_add(decay, gains[r] * b[l]);
-                    sums[r][l] = state[l].mul_add(c[l], sums[r][l]);
+                    held[l] = held[l].mul_add(decay, gain * b[l]);
+                    sums[l] = held[l].mul_add(c[l], sums[l]);
                 }
+                *state = held;
             }
-        }
-        let done = width - b_rest.len();
-        for r in 0..R {
-            for (l, (b, c)) in b_rest.iter().zip(c_rest).enumerate() {
-                let state = &mut state[r * width + done + l];
-                *state = state.mul_add(decay, gains[r] * b);
-                sums[r][l] = state.mul_add(*c, sums[r][l]);
+            for (((state, b), c), sum) in rest.iter_mut().zip(b_rest).zip(c_rest).zip(&mut sums) {
+                *state = state.mul_add(decay, gain * b);
+                *sum = state.mul_add(*c, *sum);
             }
-            x[r] = t.d.mul_add(x[r], tree_sum(sums[r]));
+            *x = t.d.mul_add(*x, tree_sum(sums));
         }
     }
 }

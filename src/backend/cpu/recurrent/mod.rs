@@ -68,6 +68,9 @@ fn softplus(x: f32) -> f32 {
 /// Tokens that go through a few rows of a state before the next rows do: what they read stays in the first cache.
 const TOKENS: usize = 16;
 
+/// Rows of a state that go through some tokens before the next rows do, for the same reason.
+const ROWS: usize = 8;
+
 /// Where the results of each row of a batch stand: of each span [heads, tokens, head_dim], the spans `channels` a token
 /// apart.
 struct Places {

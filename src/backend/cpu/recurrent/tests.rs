@@ -4,23 +4,35 @@
 use std::ops::Range;
 use std::path::Path;
 
+use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 
 use super::*;
 use crate::backend::cpu::buffer::BufferPool;
 use crate::backend::cpu::isa::Isa;
-use crate::random::SplitMix64;
 
 mod delta_net;
 mod mamba2;
 
-/// Every x from -1 to 1.
-fn uniform(random: &mut SplitMix64, count: usize, scale: f32) -> Vec<f32> {
-    (0..count).map(|_| scale * ((random.draw() >> 40) as f32 / (1u64 << 23) as f32 - 1.0)).collect()
-}
+/// SplitMix64.
+struct Random(u64);
 
-fn below(random: &mut SplitMix64, n: usize) -> usize {
-    (random.draw() % n as u64) as usize
+impl Random {
+    fn draw(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.draw() % n as u64) as usize
+    }
+
+    /// Values from -scale to scale.
+    fn uniform(&mut self, count: usize, scale: f32) -> Vec<f32> {
+        (0..count).map(|_| scale * ((self.draw() >> 40) as f32 / (1u64 << 23) as f32 - 1.0)).collect()
+    }
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {
@@ -79,7 +91,7 @@ fn kept(states: &mut RecurrentStates, shape: RecurrentShape, slot: usize) -> Vec
 }
 
 /// Two sequences, each cut at random, pieces of both in one batch or not, in slots that held something else.
-fn in_pieces(subject: &dyn Subject, isa: Isa, lengths: [usize; 2], random: &mut SplitMix64) -> Vec<[Vec<f32>; 2]> {
+fn in_pieces(subject: &dyn Subject, isa: Isa, lengths: [usize; 2], random: &mut Random) -> Vec<[Vec<f32>; 2]> {
     let shape = subject.kept();
     let mut states = states(shape, 2);
     for slot in 0..2 {
@@ -92,10 +104,10 @@ fn in_pieces(subject: &dyn Subject, isa: Isa, lengths: [usize; 2], random: &mut 
     let mut outs = [Vec::new(), Vec::new()];
     while done != lengths {
         let (mut batch, mut spans, mut owners) = (Vec::new(), Vec::new(), Vec::new());
-        let first = below(random, 2);
+        let first = random.below(2);
         for of in [first, 1 - first] {
             let left = lengths[of] - done[of];
-            let count = below(random, left + 1).min(if below(random, 3) == 0 { 1 } else { left });
+            let count = random.below(left + 1).min(if random.below(3) == 0 { 1 } else { left });
             if left == 0 || (count == 0 && done[of] > 0) {
                 continue;
             }
@@ -110,7 +122,7 @@ fn in_pieces(subject: &dyn Subject, isa: Isa, lengths: [usize; 2], random: &mut 
             outs[of].extend_from_slice(out.split_off(..count * subject.inner()).unwrap());
         }
         // A sequence may go on in another slot.
-        if below(random, 4) == 0 {
+        if random.below(4) == 0 {
             let free = (0..4).find(|s| !slots.contains(s)).unwrap();
             states.copy(slots[0], free).unwrap();
             slots[0] = free;
@@ -120,8 +132,8 @@ fn in_pieces(subject: &dyn Subject, isa: Isa, lengths: [usize; 2], random: &mut 
 }
 
 /// Everything that holds for any mixer.
-fn check(subject: &dyn Subject, what: &str, random: &mut SplitMix64) {
-    let first = 1 + below(random, subject.tokens() - 1);
+fn check(subject: &dyn Subject, what: &str, random: &mut Random) {
+    let first = 1 + random.below(subject.tokens() - 1);
     let sequences = [0..first, first..subject.tokens()];
     let all = Isa::available();
     let reference = sequences.clone().map(|sequence| whole(subject, all[0], sequence));
@@ -233,3 +245,82 @@ fn spans_that_leave_a_row_out_are_refused() {
         assert!(cover("test", &spans, 5).is_err(), "{spans:?}");
     }
 }
+
+/// Not a check but figures: `cargo test --release --lib recurrent -- --ignored --nocapture`.
+#[test]
+#[ignore = "prints how fast the mixers are"]
+fn speed() {
+    let mut random = Random(1);
+    let pool = BufferPool::default();
+    let layers = 24;
+    let time = |what: &str, kept: RecurrentShape, run: &mut Run<'_>| {
+        let bytes = (layers * kept.state * size_of::<f32>()) as f64;
+        let mut states = RecurrentStates::new(&vec![Some(kept); layers]);
+        states.grow(1);
+        for (tokens, starts, repeats) in [(512, true, 3), (1, false, 20)] {
+            let span = [RecurrentSpan { rows: 0..tokens, starts, slot: 0 }];
+            let mut all = || (0..layers).for_each(|layer| run(tokens, &span, &mut states, layer));
+            let s = best_of(repeats, &mut all);
+            let (ms, rate) = (1e3 * s / layers as f64, 1e-9 * bytes / s);
+            println!("{what}, {tokens} tokens: {ms:.3} ms a layer, {rate:.1} GB of state/s");
+        }
+        // What memory gives: each value read once and written once.
+        let mut memory = vec![1.0f32; layers * kept.state];
+        let mut pass = || {
+            let parts = memory.par_chunks_mut(1 << 14);
+            parts.for_each(|part| part.iter_mut().for_each(|x| *x *= 0.999));
+        };
+        println!("{what}, the state read and written alone: {:.1} GB/s", 1e-9 * bytes / best_of(20, &mut pass));
+    };
+
+    // Nemotron-Nano-9B-v2 has 128 heads of 80, Nemotron-H-8B of 64.
+    let (heads, head_dim, groups, state, kernel) = (128, 64, 8, 128, 4);
+    let shape =
+        Mamba2Shape { heads, head_dim, groups, state, kernel, eps: 1e-5, time_step_limit: (0.0, f32::INFINITY) };
+    let weights = Mamba2Weights {
+        conv1d: random.uniform(shape.channels() * kernel, 0.5),
+        conv1d_bias: None,
+        a_log: random.uniform(heads, 1.0),
+        d: random.uniform(heads, 1.0),
+        dt_bias: random.uniform(heads, 1.0),
+        norm: random.uniform(shape.inner(), 1.0),
+    };
+    let mixer = Mamba2::new(shape, weights).unwrap();
+    let rows = random.uniform(512 * shape.projected(), 1.0);
+    let mut out = vec![0.0; 512 * shape.inner()];
+    time("mamba2", shape.kept(), &mut |tokens, span, states, layer| {
+        let (rows, out) = (&rows[..tokens * shape.projected()], &mut out[..tokens * shape.inner()]);
+        mixer.run(Isa::detect(), &pool, rows, span, states, layer, out).unwrap();
+    });
+
+    // Qwen3.5's 16 key and 48 value heads.
+    let (key_heads, value_heads, key_dim, value_dim) = (16, 48, 128, 128);
+    let shape = DeltaNetShape { key_heads, value_heads, key_dim, value_dim, kernel, eps: 1e-6 };
+    let weights = DeltaNetWeights {
+        conv1d: random.uniform(shape.channels() * kernel, 0.5),
+        a_log: random.uniform(value_heads, 1.0),
+        dt_bias: random.uniform(value_heads, 1.0),
+        norm: random.uniform(value_dim, 1.0),
+    };
+    let mixer = DeltaNet::new(shape, weights).unwrap();
+    let [qkv, z, a, b] = [shape.channels(), shape.inner(), value_heads, value_heads]
+        .map(|width| (random.uniform(512 * width, 1.0), width));
+    time("gated delta net", shape.kept(), &mut |tokens, span, states, layer| {
+        let [qkv, z, a, b] = [&qkv, &z, &a, &b].map(|(rows, width)| &rows[..tokens * width]);
+        let inputs = DeltaNetInputs { qkv, z, a, b };
+        mixer.run(Isa::detect(), &pool, inputs, span, states, layer, &mut out[..tokens * shape.inner()]).unwrap();
+    });
+}
+
+/// Seconds of the fastest of some runs.
+fn best_of(runs: usize, run: &mut dyn FnMut()) -> f64 {
+    let time = |_| {
+        let start = std::time::Instant::now();
+        run();
+        start.elapsed().as_secs_f64()
+    };
+    (0..runs).map(time).fold(f64::INFINITY, f64::min)
+}
+
+/// Runs a layer on so many tokens.
+type Run<'a> = dyn FnMut(usize, &[RecurrentSpan], &mut RecurrentStates, usize) + 'a;

@@ -10,15 +10,15 @@ struct Delta {
 }
 
 impl Delta {
-    fn random(random: &mut SplitMix64, shape: DeltaNetShape, tokens: usize) -> Self {
+    fn random(random: &mut Random, shape: DeltaNetShape, tokens: usize) -> Self {
         let weights = DeltaNetWeights {
-            conv1d: uniform(random, shape.channels() * shape.kernel, 0.8),
-            a_log: uniform(random, shape.value_heads, 1.5),
-            dt_bias: uniform(random, shape.value_heads, 2.0),
-            norm: uniform(random, shape.value_dim, 1.5),
+            conv1d: random.uniform(shape.channels() * shape.kernel, 0.8),
+            a_log: random.uniform(shape.value_heads, 1.5),
+            dt_bias: random.uniform(shape.value_heads, 2.0),
+            norm: random.uniform(shape.value_dim, 1.5),
         };
         let widths = [shape.channels(), shape.inner(), shape.value_heads, shape.value_heads];
-        let rows = widths.map(|width| (uniform(random, tokens * width, 2.0), width));
+        let rows = widths.map(|width| (random.uniform(tokens * width, 2.0), width));
         Self { mixer: DeltaNet::new(shape, weights.clone()).unwrap(), weights, rows }
     }
 
@@ -100,14 +100,14 @@ const SHAPE: DeltaNetShape =
 
 #[test]
 fn the_delta_net_is_its_restatement_in_any_chunks_batch_threads_and_instruction_set() {
-    let mut random = SplitMix64(29);
+    let mut random = Random(29);
     let mut shapes = vec![
         SHAPE,
         DeltaNetShape { key_heads: 2, value_heads: 6, key_dim: 128, value_dim: 128, ..SHAPE },
         DeltaNetShape { key_heads: 1, value_heads: 1, key_dim: 1, value_dim: 2, kernel: 1, ..SHAPE },
     ];
     for _ in 0..12 {
-        let mut upto = |n| 1 + below(&mut random, n);
+        let mut upto = |n| 1 + random.below(n);
         let (key_heads, key_dim, value_dim, kernel) = (upto(3), upto(40), 1 + upto(21), upto(6));
         shapes.push(DeltaNetShape { key_heads, value_heads: key_heads * upto(3), key_dim, value_dim, kernel, ..SHAPE });
     }
@@ -147,7 +147,7 @@ fn the_delta_net_gives_what_transformers_gives_for_qwen3_5() {
 
 #[test]
 fn the_delta_net_refuses_tensors_of_another_length_and_keeps_what_is_no_number() {
-    let mut random = SplitMix64(3);
+    let mut random = Random(3);
     let subject = Delta::random(&mut random, SHAPE, 3);
     let w = &subject.weights;
     let wrong = [

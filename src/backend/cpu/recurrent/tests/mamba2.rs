@@ -9,17 +9,17 @@ struct Mamba {
 }
 
 impl Mamba {
-    fn random(random: &mut SplitMix64, shape: Mamba2Shape, tokens: usize) -> Self {
+    fn random(random: &mut Random, shape: Mamba2Shape, tokens: usize) -> Self {
         let (heads, channels) = (shape.heads, shape.channels());
         let weights = Mamba2Weights {
-            conv1d: uniform(random, channels * shape.kernel, 0.8),
-            conv1d_bias: (below(random, 2) == 0).then(|| uniform(random, channels, 0.5)),
-            a_log: uniform(random, heads, 1.5),
-            d: uniform(random, heads, 1.0),
-            dt_bias: uniform(random, heads, 2.0),
-            norm: uniform(random, shape.inner(), 1.5),
+            conv1d: random.uniform(channels * shape.kernel, 0.8),
+            conv1d_bias: (random.below(2) == 0).then(|| random.uniform(channels, 0.5)),
+            a_log: random.uniform(heads, 1.5),
+            d: random.uniform(heads, 1.0),
+            dt_bias: random.uniform(heads, 2.0),
+            norm: random.uniform(shape.inner(), 1.5),
         };
-        let rows = uniform(random, tokens * shape.projected(), 2.0);
+        let rows = random.uniform(tokens * shape.projected(), 2.0);
         Self { mixer: Mamba2::new(shape, weights.clone()).unwrap(), weights, rows }
     }
 }
@@ -99,7 +99,7 @@ const SHAPE: Mamba2Shape = Mamba2Shape {
 
 #[test]
 fn mamba2_is_its_restatement_in_any_chunks_batch_threads_and_instruction_set() {
-    let mut random = SplitMix64(17);
+    let mut random = Random(17);
     let mut shapes = vec![
         SHAPE,
         Mamba2Shape { heads: 8, head_dim: 64, state: 128, groups: 1, ..SHAPE },
@@ -107,8 +107,8 @@ fn mamba2_is_its_restatement_in_any_chunks_batch_threads_and_instruction_set() {
         Mamba2Shape { time_step_limit: (0.3, 1.2), ..SHAPE },
     ];
     for _ in 0..12 {
-        let groups = 1 + below(&mut random, 3);
-        let mut upto = |n| 1 + below(&mut random, n);
+        let groups = 1 + random.below(3);
+        let mut upto = |n| 1 + random.below(n);
         let (heads, head_dim, state, kernel) = (groups * upto(3), upto(21), upto(40), upto(6));
         shapes.push(Mamba2Shape { heads, head_dim, groups, state, kernel, ..SHAPE });
     }
@@ -149,7 +149,7 @@ fn mamba2_gives_what_transformers_gives_for_nemotron_h() {
 
 #[test]
 fn mamba2_refuses_tensors_of_another_length_and_keeps_what_is_no_number() {
-    let mut random = SplitMix64(3);
+    let mut random = Random(3);
     let subject = Mamba::random(&mut random, SHAPE, 3);
     let w = &subject.weights;
     let wrong = [
@@ -167,7 +167,7 @@ fn mamba2_refuses_tensors_of_another_length_and_keeps_what_is_no_number() {
     assert!(Mamba2::new(Mamba2Shape { kernel: 0, ..SHAPE }, w.clone()).is_err());
     let spans = [RecurrentSpan { rows: 0..3, starts: true, slot: 0 }];
     let mut out = vec![0.0; 3 * SHAPE.inner()];
-    let mut run = |rows: &[f32], out: &mut [f32]| {
+    let run = |rows: &[f32], out: &mut [f32]| {
         let mut states = states(SHAPE.kept(), 1);
         subject.mixer.run(Isa::detect(), &BufferPool::default(), rows, &spans, &mut states, 1, out)
     };
