@@ -7,7 +7,9 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use recoup_eval::perplexity::windows;
-use recoup_eval::{GenerationDefaults, GenerationOptions, LanguageModel, Message, Request, Response, TokenModel};
+use recoup_eval::{
+    GenerationDefaults, GenerationOptions, LanguageModel, Message, Prompts, Request, Response, TokenModel,
+};
 use recoup_ground::divergence::{Pair, RowError};
 
 use crate::backend::{Backend, BackendError};
@@ -265,8 +267,6 @@ fn sampling(options: &GenerationOptions) -> SamplingParams {
 }
 
 impl<B: Backend> LanguageModel for EvaluatedModel<'_, B> {
-    type Error = EvaluateError;
-
     fn answer(
         &mut self,
         requests: &[Request],
@@ -277,14 +277,31 @@ impl<B: Backend> LanguageModel for EvaluatedModel<'_, B> {
         }
         Ok(())
     }
+}
+
+impl<B: Backend> Prompts for EvaluatedModel<'_, B> {
+    type Error = EvaluateError;
 
     fn generation_defaults(&self) -> GenerationDefaults {
-        generation_defaults(self.text.generation())
+        Prompts::generation_defaults(self.text)
     }
 
     fn chat_prompt(&self, messages: &[Message], continue_last: bool) -> Result<String, EvaluateError> {
-        let none = || EvaluateError::NoChatTemplate { folder: self.text.folder().into() };
-        let template = self.text.template().ok_or_else(none)?;
+        self.text.chat_prompt(messages, continue_last)
+    }
+}
+
+/// A model of which nothing is computed: its answers are there already.
+impl Prompts for ModelText {
+    type Error = EvaluateError;
+
+    fn generation_defaults(&self) -> GenerationDefaults {
+        generation_defaults(self.generation())
+    }
+
+    fn chat_prompt(&self, messages: &[Message], continue_last: bool) -> Result<String, EvaluateError> {
+        let none = || EvaluateError::NoChatTemplate { folder: self.folder().into() };
+        let template = self.template().ok_or_else(none)?;
         let json: Vec<_> = messages.iter().map(|m| serde_json::json!({"role": m.role, "content": m.content})).collect();
         Ok(if continue_last {
             template.render_continued(&ChatInput { messages: &json, ..ChatInput::default() })?
