@@ -242,7 +242,7 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
         if asked.is_empty() {
             return Ok(());
         }
-        let tokenizer = self.text.tokenizer();
+        let tokenizer = self.text.replies();
         answer_all(self.engine()?, tokenizer, prompts, GENERATE_WIDTH, &mut |i, answer| {
             let (index, options) = asked[i];
             let (tokens, capped) = (Some(answer.tokens.len()), answer.finish == Finish::Length);

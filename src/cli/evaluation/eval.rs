@@ -93,6 +93,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     let (checkpoint, notes) = open_noted(&folder)?;
     let claim = super::claimed(args.output.as_deref())?;
     let text = args.tasks.text(&folder, &checkpoint.config)?;
+    args.tasks.note_thinking(&text, &selection);
     let positions = ModelConfig::read(&checkpoint.config)?.max_positions;
     let context = args.max_length.map_or(positions, |asked| asked.min(positions));
     let computation = match recorded_computation(args)? {
