@@ -21,7 +21,7 @@ pub(super) struct ReplyOptions {
     pub hide_thinking: bool,
     /// How thinking is told from the answer, by vLLM's names; `none`: not at all [default: as the chat template has it]
     #[arg(long, value_name = "NAME", value_parser = named(reasoning()))]
-    reasoning_parser: Option<Option<Reasoning>>,
+    reasoning_parser: Option<Told>,
     /// File with a JSON list of tools that the model may call; calls are printed, not carried out
     #[arg(long, value_name = "FILE")]
     tools: Option<PathBuf>,
@@ -30,9 +30,13 @@ pub(super) struct ReplyOptions {
     tool_call_parser: Option<Calls>,
 }
 
-fn reasoning() -> Vec<(&'static str, Option<Reasoning>)> {
-    let all = Reasoning::names().map(|name| (name, Reasoning::named(name)));
-    all.chain([("none", None)]).collect()
+/// How thinking is told from the answer; nothing: not at all.
+#[derive(Clone, Copy)]
+struct Told(Option<Reasoning>);
+
+fn reasoning() -> Vec<(&'static str, Told)> {
+    let all = Reasoning::names().map(|name| (name, Told(Reasoning::named(name))));
+    all.chain([("none", Told(None))]).collect()
 }
 
 fn calls() -> Vec<(&'static str, Calls)> {
@@ -44,7 +48,7 @@ impl ReplyOptions {
     pub(super) fn format(&self, template: Option<&ChatTemplate>) -> ReplyFormat {
         let own = template.map(ChatTemplate::reply_format).unwrap_or_default();
         ReplyFormat {
-            reasoning: self.reasoning_parser.unwrap_or(own.reasoning),
+            reasoning: self.reasoning_parser.map_or(own.reasoning, |told| told.0),
             calls: self.tool_call_parser.or(own.calls),
         }
     }

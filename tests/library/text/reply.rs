@@ -417,3 +417,29 @@ proptest! {
         prop_assert_eq!(&whole.1.answer, &of(Kind::Answer));
     }
 }
+
+/// Marks of replies are special tokens in many vocabularies, which no text has otherwise.
+#[test]
+fn special_tokens_are_shown_where_replies_are_taken_apart_by_them() {
+    for (name, tokenizer) in super::small_tokenizers() {
+        let of = |text: &str| tokenizer.token_to_id(text);
+        let mark = if name == "byte-level" { "<|im_end|>" } else { "</s>" };
+        let ids = [of("a"), of(mark), of("b"), of("a")].map(Option::unwrap);
+        let shown = tokenizer.showing(&[mark, "no such token"]);
+        assert!(tokenizer.is_special(ids[1]) && !shown.is_special(ids[1]), "{name}");
+        assert!(!tokenizer.decode(&ids, true).unwrap().contains(mark), "{name}");
+        let text = shown.decode(&ids, true).unwrap();
+        assert_eq!(text, tokenizer.decode(&ids, false).unwrap(), "{name}");
+        assert_eq!(super::streamed(&shown, &ids, true), text, "{name}");
+        // Others stay away, also beside it.
+        let other = if name == "byte-level" { "<|endoftext|>" } else { "<s>" };
+        let Some(other) = of(other).filter(|id| tokenizer.is_special(*id)) else { continue };
+        let ids = [ids[0], other, ids[1], ids[2]];
+        assert_eq!(super::streamed(&shown, &ids, true), shown.decode(&ids, true).unwrap(), "{name}");
+        assert_eq!(
+            shown.decode(&ids, true).unwrap(),
+            tokenizer.decode(&[ids[0], ids[2], ids[3]], false).unwrap(),
+            "{name}"
+        );
+    }
+}
