@@ -61,6 +61,8 @@ pub struct EvaluatedModel<'m, B: Backend> {
     context_length: usize,
     /// Contexts that were cut on the left to fit.
     truncated: usize,
+    /// Answers whose thinking never ended.
+    unfinished: usize,
     /// Made when it is first used.
     engine: Option<Engine<'m, B>>,
 }
@@ -71,7 +73,7 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
     pub fn new(model: &'m Decoder<B>, text: &'m ModelText, kv: KvFormat, context_length: Option<usize>) -> Self {
         let positions = model.config.max_positions;
         let context_length = context_length.map_or(positions, |c| c.min(positions));
-        Self { model, text, kv, context_length, truncated: 0, engine: None }
+        Self { model, text, kv, context_length, truncated: 0, unfinished: 0, engine: None }
     }
 
     /// How many contexts so far were longer than the model takes and lost their beginning, as lm-evaluation-harness cuts
@@ -79,6 +81,12 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
     #[must_use]
     pub fn truncated(&self) -> usize {
         self.truncated
+    }
+
+    /// How many answers so far have no end of thinking though they were to have one; they were given as they are.
+    #[must_use]
+    pub fn unfinished(&self) -> usize {
+        self.unfinished
     }
 
     fn engine(&mut self) -> Result<&mut Engine<'m, B>, EngineError> {
@@ -242,13 +250,16 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
         if asked.is_empty() {
             return Ok(());
         }
+        let mut unfinished = 0;
         let tokenizer = self.text.replies();
-        answer_all(self.engine()?, tokenizer, prompts, GENERATE_WIDTH, &mut |i, answer| {
+        let answered = answer_all(self.engine()?, tokenizer, prompts, GENERATE_WIDTH, &mut |i, answer| {
             let (index, options) = asked[i];
             let (tokens, capped) = (Some(answer.tokens.len()), answer.finish == Finish::Length);
+            unfinished += usize::from(options.think_end.as_ref().is_some_and(|end| !answer.text.contains(end)));
             done(index, Response::Generated { text: options.answer(answer.text), tokens, capped })
-        })?;
-        Ok(())
+        });
+        self.unfinished += unfinished;
+        Ok(answered?)
     }
 }
 

@@ -212,9 +212,11 @@ fn thinking_is_told_from_the_answer() {
     for (out, more) in [("by-name", ["--reasoning-parser", "qwen3"]), ("by-token", ["--think-end-token", "</think>"])] {
         let (without, stderr) = of(out, &more);
         assert!(!without.contains(thinking) && with.contains(thinking), "{with:?} {without:?}");
-        assert!(!stderr.contains("leaves it out"), "{stderr}");
+        assert!(!stderr.contains("leaves it out") && !stderr.contains("does not end"), "{stderr}");
         assert_eq!(json(&folder.at(out).join("results.json"))["config"]["think_end_token"], "</think>");
     }
+    let (_, stderr) = of("short", &["--think-end-token", "</think>", "--gen-kwargs", "max_gen_toks=1"]);
+    assert!(stderr.contains("in 1 answers the thinking does not end"), "{stderr}");
 }
 
 #[test]

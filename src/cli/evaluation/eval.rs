@@ -121,6 +121,13 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
             "warning: {n} contexts were longer than the model's; their beginning was cut, as lm-evaluation-harness cuts it"
         );
     }
+    if evaluated.unfinished() > 0 {
+        let n = evaluated.unfinished();
+        super::super::say!(
+            "warning: in {n} answers the thinking does not end; they are scored as they are, as lm-evaluation-harness scores \
+             them. --gen-kwargs max_gen_toks=N gives them more tokens"
+        );
+    }
     Ok(code)
 }
 

@@ -19,8 +19,8 @@ use super::interrupt;
 use super::options::{TemplateOptions, named, with_arguments};
 use crate::checkpoint::json::Object;
 use crate::output::Claim;
-use crate::text::ModelText;
 use crate::text::reply::{Reasoning, ReplyFormat};
+use crate::text::{ChatTemplate, ModelText, ThinkingSwitch};
 
 /// Which tasks, and how they are put.
 #[derive(clap::Args, Clone, Debug)]
@@ -115,6 +115,14 @@ impl TaskOptions {
                     folder.display()
                 );
             }
+        }
+        let switch = text.template().filter(|_| self.enable_thinking.is_some()).and_then(ChatTemplate::thinking_switch);
+        if switch == Some(ThinkingSwitch::Message) {
+            super::say!(
+                "warning: the chat template of {} reads /think and /no_think in messages and not enable_thinking; \
+                 --system-instruction says them",
+                folder.display()
+            );
         }
         if let Some(reasoning) = self.reasoning_parser {
             text = text.with_replies(ReplyFormat { reasoning: Some(reasoning), calls: None });

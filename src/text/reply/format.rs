@@ -72,7 +72,7 @@ const REASONING: [(&str, Reasoning); 8] = [
 ];
 
 /// By the names of vLLM's `--tool-call-parser`, and NVIDIA's for Nemotron.
-const CALLS: [(&str, Calls); 8] = [
+const CALLS: [(&str, Calls); 7] = [
     ("deepseek_v31", DEEPSEEK),
     ("hermes", HERMES),
     ("llama3_json", LLAMA),
@@ -80,7 +80,6 @@ const CALLS: [(&str, Calls); 8] = [
     ("nemotron_json", NEMOTRON),
     ("qwen3_coder", TAGGED),
     ("qwen3_xml", TAGGED),
-    ("qwen3_json", HERMES),
 ];
 
 /// Tokens of harmony.

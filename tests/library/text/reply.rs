@@ -371,6 +371,32 @@ fn a_reply_is_a_message_that_its_template_takes_back() {
     assert!(prompt.contains("to=functions.f<|channel|>commentary json<|message|>{\"x\": 1}<|call|>"), "{prompt}");
 }
 
+/// Makers hand over a reply as it was written and have their template find the thinking in it; taken apart it is the same.
+#[test]
+fn a_reply_taken_apart_makes_the_prompt_that_its_template_makes_of_the_whole_text() {
+    let user = |text: &str| json!({"role": "user", "content": text});
+    for (name, raw) in [
+        ("Qwen-Qwen3-0.6B.jinja", "<think>\nHm.\n\nYes?\n</think>\n\nIt is."),
+        ("Qwen3.5-4B.jinja", "<think>\nHm.\n\nYes?\n</think>\n\nIt is."),
+        ("NVIDIA-Nemotron-3-Nano-30B-A3B-BF16.jinja", "<think>\nHm.\n\nYes?\n</think>\nIt is."),
+        ("NVIDIA-Nemotron-Nano-v2.jinja", "<think>\nHm.\n\nYes?\n</think>\n\nIt is."),
+        ("deepseek-ai-DeepSeek-V3.1.jinja", "<think>Hm.</think>It is."),
+    ] {
+        let template = golden(name);
+        let apart = reply(template.reply_format(), "", &[], raw);
+        assert_eq!((apart.answer.as_str(), apart.thinking.starts_with("Hm.")), ("It is.", true), "{name}");
+        let prompt = |said: Value| {
+            let messages = [user("a"), said, user("b")];
+            template
+                .render(&ChatInput { messages: &messages, add_generation_prompt: true, ..ChatInput::default() })
+                .unwrap()
+        };
+        let whole = prompt(json!({"role": "assistant", "content": raw}));
+        assert_eq!(prompt(apart.message()), whole, "{name}");
+        assert!(!whole.contains("Hm."), "{name}");
+    }
+}
+
 /// Every format there is, with prompts that open thinking or do not.
 fn formats() -> impl Strategy<Value = (ReplyFormat, &'static str)> {
     let reasoning: Vec<Option<Reasoning>> =
