@@ -170,7 +170,7 @@ impl Chat<'_> {
             let before = messages.clone();
             messages.push(json!({"role": "user", "content": line.trim_end()}));
             match self.turn(&mut messages, line.trim_end()) {
-                Ok(reply) => messages.push(reply.message()),
+                Ok(reply) => messages.push(reply.message(&self.format)),
                 Err(e) if self.mute => return Err(e),
                 Err(e) => {
                     super::say!("error: {e:#}; the conversation goes on without this message");

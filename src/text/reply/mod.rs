@@ -70,10 +70,13 @@ pub struct Reply {
 
 impl Reply {
     /// The assistant's message that this reply is in a conversation, for the chat template to write as its maker wants it:
-    /// most drop the thinking of earlier turns.
+    /// most drop the thinking of earlier turns. gpt-oss's has no place for words to the user before a call; it refuses them
+    /// beside thinking, which counts more there.
     #[must_use]
-    pub fn message(&self) -> Value {
-        let mut message = json!({"role": "assistant", "content": self.answer});
+    pub fn message(&self, format: &ReplyFormat) -> Value {
+        let of_call = !self.calls.is_empty() && !self.thinking.is_empty();
+        let is_left_out = of_call && format.reasoning == Some(Reasoning::Harmony);
+        let mut message = json!({"role": "assistant", "content": if is_left_out { "" } else { &self.answer }});
         if !self.thinking.is_empty() {
             message["reasoning_content"] = self.thinking.clone().into();
         }

@@ -354,16 +354,17 @@ fn a_reply_is_a_message_that_its_template_takes_back() {
     let template = golden("openai-gpt-oss-120b.jinja");
     let user = |text: &str| json!({"role": "user", "content": text});
     let text = "<|channel|>analysis<|message|>Secret.<|end|><|start|>assistant<|channel|>final<|message|>Open.";
-    let said = reply(template.reply_format(), HARMONY, &[], text).message();
+    let said = reply(template.reply_format(), HARMONY, &[], text).message(&harmony());
     let messages = [user("a"), said, user("b")];
     let input = ChatInput { messages: &messages, add_generation_prompt: true, ..ChatInput::default() };
     let prompt = template.render(&input).unwrap();
     // OpenAI: thinking of earlier turns is dropped once there is a final answer.
     assert!(prompt.contains("<|start|>assistant<|channel|>final<|message|>Open.<|end|>") && !prompt.contains("Secret"));
 
-    let call = "<|channel|>analysis<|message|>Secret.<|end|><|start|>assistant<|channel|>commentary to=functions.f \
-                <|constrain|>json<|message|>{\"x\": 1}<|call|>";
-    let said = reply(template.reply_format(), HARMONY, &[], call).message();
+    // With words to the user before the call, which this template refuses beside thinking.
+    let call = "<|channel|>analysis<|message|>Secret.<|end|><|start|>assistant<|channel|>commentary<|message|>Wait.<|end|>\
+                <|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{\"x\": 1}<|call|>";
+    let said = reply(template.reply_format(), HARMONY, &[], call).message(&harmony());
     let messages = [user("a"), said, json!({"role": "tool", "content": "7"})];
     let prompt = template.render(&ChatInput { messages: &messages, ..input }).unwrap();
     // While its tools answer, it stays.
@@ -392,7 +393,7 @@ fn a_reply_taken_apart_makes_the_prompt_that_its_template_makes_of_the_whole_tex
                 .unwrap()
         };
         let whole = prompt(json!({"role": "assistant", "content": raw}));
-        assert_eq!(prompt(apart.message()), whole, "{name}");
+        assert_eq!(prompt(apart.message(&template.reply_format())), whole, "{name}");
         assert!(!whole.contains("Hm."), "{name}");
     }
 }
