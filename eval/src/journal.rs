@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{ErrorKind, Read as _, Seek as _, SeekFrom, Write as _};
+use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -31,6 +31,11 @@ pub enum JournalError {
          choose another output folder, or delete this one to begin anew"
     )]
     OtherRun { path: PathBuf, key: String, expected: String, found: String },
+    #[error(
+        "{path} and {other} are no shards of one run: `{key}` is {found} in the first and {expected} in the second; merge \
+         shards that one command made, on devices of one kind"
+    )]
+    ShardsDiffer { path: PathBuf, other: PathBuf, key: String, found: String, expected: String },
     #[error("{path}, line {line}: {problem}; the file was changed or damaged, delete the folder to begin anew")]
     Damaged { path: PathBuf, line: usize, problem: String },
     #[error(
@@ -173,6 +178,21 @@ pub fn load(path: &Path) -> Result<(Value, BTreeMap<Key, Response>), JournalErro
     Ok((header, answers))
 }
 
+/// What the run at `path` is about; its answers are not read.
+///
+/// # Errors
+/// When the file cannot be read, or its first line is none of a journal.
+pub fn about(path: &Path) -> Result<Value, JournalError> {
+    let io = |source| JournalError::Io { path: path.into(), source };
+    let mut line = String::new();
+    BufReader::new(File::open(path).map_err(io)?).read_line(&mut line).map_err(io)?;
+    serde_json::from_str(&line).map_err(|e| JournalError::Damaged {
+        path: path.into(),
+        line: 1,
+        problem: e.to_string(),
+    })
+}
+
 /// Writes a whole journal at once.
 ///
 /// # Errors
@@ -209,8 +229,18 @@ fn read(path: &Path, text: &str, about: Option<&Value>) -> Result<BTreeMap<Key, 
 /// Names the first key in which two runs differ, with the keys that it lies under.
 pub(crate) fn same(path: &Path, found: &Value, expected: &Value) -> Result<(), JournalError> {
     let Some((key, found, expected)) = difference(found, expected) else { return Ok(()) };
-    let short = |v: &Value| shorten(&v.to_string(), 80);
     Err(JournalError::OtherRun { path: path.into(), key, expected: short(expected), found: short(found) })
+}
+
+/// Names the first key in which two shards' models differ, with the keys that it lies under.
+pub(crate) fn alike(shard: (&Path, &Value), other: (&Path, &Value)) -> Result<(), JournalError> {
+    let Some((key, found, expected)) = difference(shard.1, other.1) else { return Ok(()) };
+    let (found, expected, key) = (short(found), short(expected), format!("model.{key}"));
+    Err(JournalError::ShardsDiffer { path: shard.0.into(), other: other.0.into(), key, found, expected })
+}
+
+fn short(value: &Value) -> String {
+    shorten(&value.to_string(), 80)
 }
 
 #[cfg(test)]

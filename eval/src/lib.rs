@@ -15,4 +15,6 @@ pub mod statistics;
 pub mod tasks;
 
 pub use divergence::TokenModel;
-pub use recoup_ground::model::{GenerationDefaults, GenerationOptions, LanguageModel, Message, Request, Response};
+pub use recoup_ground::model::{
+    GenerationDefaults, GenerationOptions, LanguageModel, Message, Prompts, Request, Response,
+};

@@ -17,7 +17,7 @@ use crate::scores::{GenerationLength, MetricScores, ModelFacts, ModelScores};
 pub use crate::settings::Setup;
 use crate::settings::{self, Generations};
 use crate::tasks::{self, BOOTSTRAP_RESAMPLES, Chat, Instance, Options, Sample, Selection, Task};
-use crate::{LanguageModel, Message, Request, Response};
+use crate::{LanguageModel, Message, Prompts, Request, Response};
 use recoup_ground::atomic::write_atomically;
 use recoup_ground::digest::sha256;
 use recoup_ground::names::file_name;
@@ -75,7 +75,7 @@ impl<'t> Plan<'t> {
     ///
     /// # Errors
     /// When a document does not suit its task, or the model has no chat template though one is asked for.
-    pub fn new<M: LanguageModel>(selection: &'t Selection, setup: &'t Setup, model: &M) -> Result<Self, tasks::Error> {
+    pub fn new<M: Prompts>(selection: &'t Selection, setup: &'t Setup, model: &M) -> Result<Self, tasks::Error> {
         let render = |messages: &[Message], open: bool| model.chat_prompt(messages, open).map_err(|e| e.to_string());
         let chat = setup.chat.then_some(Chat { render: &render, fewshot_as_multiturn: setup.fewshot_as_multiturn });
         let of_model = model.generation_defaults();
@@ -290,7 +290,24 @@ impl<'t> Plan<'t> {
     }
 }
 
-/// Reads the answers of several shards of one plan.
+/// What the shards in `folders` say of the model that answered, which is the same in all.
+///
+/// # Errors
+/// When a shard cannot be read, or two were answered by different models, files, devices or kernels: by what differs.
+pub fn answered_by(folders: &[PathBuf]) -> Result<Value, JournalError> {
+    let mut first: Option<(PathBuf, Value)> = None;
+    for folder in folders {
+        let path = folder.join(RESPONSES);
+        let model = journal::about(&path)?["model"].take();
+        match &first {
+            Some((other, expected)) => journal::alike((&path, &model), (other, expected))?,
+            None => first = Some((path, model)),
+        }
+    }
+    Ok(first.map_or(Value::Null, |(_, model)| model))
+}
+
+/// Reads the answers of several shards of one plan, asked of `model`.
 ///
 /// # Errors
 /// When a folder holds another run, a shard is not complete, or shards are missing.

@@ -187,11 +187,26 @@ pub struct Message {
     pub content: String,
 }
 
-/// Something that can be asked.
-pub trait LanguageModel {
-    /// What can go wrong in it.
+/// How what is asked of a model is written: its text side, for which nothing is computed.
+pub trait Prompts {
+    /// What can go wrong in the model.
     type Error: std::error::Error + Send + Sync + 'static;
 
+    /// The prompt that the model's chat template makes of `messages`. With `continue_last` the last message is an
+    /// assistant's turn left open, to be continued; otherwise the template opens a new assistant's turn.
+    ///
+    /// # Errors
+    /// When the model has no chat template, or the template refuses.
+    fn chat_prompt(&self, messages: &[Message], continue_last: bool) -> Result<String, Self::Error>;
+
+    /// How the model's maker wants answers generated, where who asks has to see to that; a server has its own.
+    fn generation_defaults(&self) -> GenerationDefaults {
+        GenerationDefaults::default()
+    }
+}
+
+/// Something that can be asked.
+pub trait LanguageModel: Prompts {
     /// Answers `requests` in whatever order suits it, calling `done(index, response)` as each is ready. When `done`
     /// breaks, it stops early and returns `Ok`.
     ///
@@ -205,18 +220,6 @@ pub trait LanguageModel {
         requests: &[Request],
         done: &mut dyn FnMut(usize, Response) -> ControlFlow<()>,
     ) -> Result<(), Self::Error>;
-
-    /// The prompt that the model's chat template makes of `messages`. With `continue_last` the last message is an
-    /// assistant's turn left open, to be continued; otherwise the template opens a new assistant's turn.
-    ///
-    /// # Errors
-    /// When the model has no chat template, or the template refuses.
-    fn chat_prompt(&self, messages: &[Message], continue_last: bool) -> Result<String, Self::Error>;
-
-    /// How the model's maker wants answers generated, where who asks has to see to that; a server has its own.
-    fn generation_defaults(&self) -> GenerationDefaults {
-        GenerationDefaults::default()
-    }
 }
 
 #[cfg(test)]

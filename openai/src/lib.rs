@@ -65,7 +65,7 @@ use http::Http;
 use protocol::{Answer, Token};
 use recoup_ground::http::address::mask;
 use recoup_ground::http::retry;
-use recoup_ground::model::{GenerationOptions, LanguageModel, Message, Request, Response};
+use recoup_ground::model::{GenerationOptions, LanguageModel, Message, Prompts, Request, Response};
 use scoring::Scored;
 
 const COMPLETIONS: &str = "/completions";
@@ -328,8 +328,6 @@ impl OpenAi {
 }
 
 impl LanguageModel for OpenAi {
-    type Error = Error;
-
     /// Asks `concurrency` requests at once. After a failure the requests under way are finished and passed to `done`; the
     /// error is that of the first failed request in the order of `requests`.
     fn answer(
@@ -382,6 +380,10 @@ impl LanguageModel for OpenAi {
             _ => Ok(()),
         }
     }
+}
+
+impl Prompts for OpenAi {
+    type Error = Error;
 
     /// In chat mode the messages themselves, written so that `answer` reads them back and sends them to the chat API, where
     /// the server's template is applied. Text appended to that prompt starts the assistant's turn.

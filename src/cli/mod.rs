@@ -16,6 +16,7 @@ mod options;
 mod pretrain;
 mod quantize;
 mod recover;
+mod replies;
 mod run;
 mod sampling;
 mod talk;

@@ -45,6 +45,11 @@ pub(super) fn dialect(plain: Option<&'static str>) -> impl TypedValueParser<Valu
 /// How the KV cache can be stored without scales.
 const KV_FORMATS: [(&str, KvFormat); 2] = [("f32", KvFormat::F32), ("bf16", KvFormat::Bf16)];
 
+/// What records of a run call it.
+pub(super) fn kv_name(format: KvFormat) -> String {
+    format!("{format:?}").to_lowercase()
+}
+
 /// What runs the model.
 #[derive(Args, Clone, Debug)]
 pub(super) struct EngineOptions {
@@ -114,7 +119,7 @@ impl EngineOptions {
     /// What of these options decides what a model computes, for keys under which results are kept: not threads nor
     /// instruction set, which change no bit.
     pub(super) fn computation(&self, checkpoint: &Checkpoint) -> Result<Value> {
-        let kv = format!("{:?}", self.kv_cache_dtype).to_lowercase();
+        let kv = kv_name(self.kv_cache_dtype);
         Ok(match self.backend_for(&needs(checkpoint)?)? {
             Either::A(_) => json!({"device": "cpu", "numerics": NUMERICS_VERSION, "kv_cache_dtype": kv}),
             // Sums have another order than the CPU's, and tensor cores of another kind round them otherwise.

@@ -10,10 +10,12 @@ use serde_json::{Map, Value, json};
 
 use super::device::AnyBackend;
 use super::options::{EngineOptions, TemplateOptions, model_folder, open_model, with_arguments};
+use super::replies::{self, ReplyOptions, Shown};
 use super::sampling::SamplingOptions;
 use crate::engine::{Engine, Finish, Generated, Limits, Request, answer};
 use crate::logits::SamplingParams;
 use crate::text::conversation::fit;
+use crate::text::reply::{Reply, ReplyFormat, Splitter};
 use crate::text::{ModelText, Tokenizer};
 
 #[derive(clap::Args)]
@@ -49,6 +51,8 @@ pub(super) struct Args {
     #[command(flatten)]
     template: TemplateOptions,
     #[command(flatten)]
+    replies: ReplyOptions,
+    #[command(flatten)]
     options: EngineOptions,
 }
 
@@ -64,6 +68,10 @@ struct Chat<'a> {
     text: ModelText,
     sampling: SamplingParams,
     stop: Vec<String>,
+    format: ReplyFormat,
+    tools: Option<Vec<Value>>,
+    /// Said in the system message, for templates that read there whether to think.
+    switch: Option<&'static str>,
     /// What is generated can no longer be printed.
     mute: bool,
 }
@@ -76,8 +84,12 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         false => ModelText::from_folder(&folder, &checkpoint.config)?,
     };
     super::say_notes(text.tokenizer().notes());
-    let arguments = if args.raw { Map::new() } else { args.template.arguments() };
+    let mut arguments = if args.raw { Map::new() } else { args.template.arguments() };
+    let switch = args.replies.switch_thinking(text.template(), &mut arguments, &folder)?;
     let text = text.map_template(|template| with_arguments(template, arguments, &folder))?;
+    let format = args.replies.format(text.template());
+    let tools = args.replies.tools(text.template())?;
+    let text = text.with_replies(format);
     if args.system.is_some() && text.template().is_none() {
         bail!(
             "--system needs a chat template, and {} has none{}",
@@ -111,7 +123,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     // All of a conversation stays in the cache.
     let limits = Limits::new(context, 1);
     let engine = Engine::new(&model, Limits { kept: limits.pages, ..limits }, args.options.kv_cache_dtype)?;
-    let mut chat = Chat { args, engine, text, sampling, stop, mute: false };
+    let mut chat = Chat { args, engine, text, sampling, stop, format, tools, switch, mute: false };
     match &args.prompt {
         Some(prompt) => chat.one(prompt)?,
         None if std::io::stdin().is_terminal() => chat.talk()?,
@@ -129,13 +141,11 @@ impl Chat<'_> {
     fn one(&mut self, prompt: &str) -> Result<()> {
         let mut messages = self.opening();
         messages.push(json!({"role": "user", "content": prompt}));
-        let tokens = self.tokens(&messages, prompt)?;
+        let (written, tokens) = self.prompt(&messages, prompt)?;
         let length = tokens.len();
-        let generated = self.answer(tokens)?;
+        let (generated, reply) = self.answer(&written, tokens)?;
         if self.args.json {
-            super::outln!("{:#}", report(self.text.tokenizer(), &generated));
-        } else {
-            super::outln!();
+            super::outln!("{:#}", report(self.text.tokenizer(), &generated, &reply));
         }
         self.name_cut(&generated, length);
         Ok(())
@@ -160,7 +170,7 @@ impl Chat<'_> {
             let before = messages.clone();
             messages.push(json!({"role": "user", "content": line.trim_end()}));
             match self.turn(&mut messages, line.trim_end()) {
-                Ok(generated) => messages.push(json!({"role": "assistant", "content": generated.text})),
+                Ok(reply) => messages.push(reply.message(&self.format)),
                 Err(e) if self.mute => return Err(e),
                 Err(e) => {
                     super::say!("error: {e:#}; the conversation goes on without this message");
@@ -174,11 +184,11 @@ impl Chat<'_> {
     }
 
     /// Answers the last message; where the conversation has become too long, its oldest turns go.
-    fn turn(&mut self, messages: &mut Vec<Value>, raw: &str) -> Result<Generated> {
+    fn turn(&mut self, messages: &mut Vec<Value>, raw: &str) -> Result<Reply> {
         let capacity = self.engine.context();
         // Room for an answer, but for most of the context the conversation's.
         let room = self.args.max_tokens.unwrap_or(DEFAULT_TOKENS).min(capacity / 4);
-        let (dropped, tokens) = fit(messages, capacity - room, |messages| self.tokens(messages, raw))?;
+        let (dropped, written, tokens) = fit(messages, capacity - room, |messages| self.prompt(messages, raw))?;
         if dropped > 0 {
             super::say!(
                 "note: the conversation no longer fits into the context of {capacity} tokens; its {dropped} oldest messages \
@@ -186,26 +196,26 @@ impl Chat<'_> {
             );
         }
         let length = tokens.len();
-        let generated = self.answer(tokens)?;
-        super::outln!();
+        let (generated, reply) = self.answer(&written, tokens)?;
         self.name_cut(&generated, length);
-        Ok(generated)
+        Ok(reply)
     }
 
     fn opening(&self) -> Vec<Value> {
-        self.args.system.iter().map(|s| json!({"role": "system", "content": s})).collect()
+        let said: Vec<&str> = self.args.system.as_deref().into_iter().chain(self.switch).collect();
+        if said.is_empty() { Vec::new() } else { vec![json!({"role": "system", "content": said.join(" ")})] }
     }
 
-    /// The prompt that a conversation is; without a template the line alone.
-    fn tokens(&self, messages: &[Value], raw: &str) -> Result<Vec<u32>> {
-        let tokens = match self.text.prompt(messages)? {
-            Some(tokens) => tokens,
-            None => self.text.tokenizer().encode(raw, true)?,
+    /// The prompt that a conversation is, and its tokens; without a template the line alone.
+    fn prompt(&self, messages: &[Value], raw: &str) -> Result<(String, Vec<u32>)> {
+        let (written, tokens) = match self.text.prompt(messages, self.tools.as_deref())? {
+            Some(prompt) => prompt,
+            None => (raw.to_owned(), self.text.tokenizer().encode(raw, true)?),
         };
         if tokens.is_empty() {
             bail!("the prompt is empty");
         }
-        Ok(tokens)
+        Ok((written, tokens))
     }
 
     /// Tokens of the answer at most, by option or generation_config.json.
@@ -234,26 +244,29 @@ impl Chat<'_> {
         }
     }
 
-    fn answer(&mut self, prompt: Vec<u32>) -> Result<Generated> {
+    /// Answers `prompt`, written as `written`, and shows it.
+    fn answer(&mut self, written: &str, prompt: Vec<u32>) -> Result<(Generated, Reply)> {
         let length = prompt.len();
+        let mut splitter = Splitter::new(self.format, written, self.tools.as_deref().unwrap_or_default());
         let request = Request {
             prompt,
             max_tokens: self.max_tokens(length)?,
             sampling: self.sampling.clone(),
             stop_tokens: self.text.stop_tokens().to_vec(),
             stop: self.stop.clone(),
-            stop_after: None,
+            stop_after: splitter.answer_mark().map(str::to_owned),
         };
         let quiet = self.args.json;
+        let mut shown = Shown::new(quiet, self.args.replies.hide_thinking);
         let mut failed = None;
-        let generated = answer(&mut self.engine, self.text.tokenizer(), request, &mut |text| {
-            if quiet {
-                return ControlFlow::Continue(());
-            }
-            failed = super::talk::out(format_args!("{text}")).err();
-            if failed.is_some() || super::talk::unread() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        let generated = answer(&mut self.engine, self.text.replies(), request, &mut |text| {
+            failed = splitter.push(text).iter().try_for_each(|piece| shown.piece(piece)).err();
+            let gone = failed.is_some() || (!quiet && super::talk::unread());
+            if gone { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })?;
-        if let Some(e) = failed {
+        let (rest, reply) = splitter.finish();
+        let rest = rest.iter().try_for_each(|piece| shown.piece(piece)).and_then(|()| shown.end(&reply));
+        if let Some(e) = failed.or(rest.err()) {
             self.mute = true;
             return Err(e);
         }
@@ -261,7 +274,7 @@ impl Chat<'_> {
             let n = generated.tokens.len();
             let speed = (n.saturating_sub(1)) as f64 / generated.decode.as_secs_f64().max(1e-9);
             super::talk::tell(format_args!(
-                "\n{}",
+                "{}\n",
                 super::style(
                     &format!(
                         "[{} + {n} tokens, first after {:.2} s, then {speed:.1}/s]",
@@ -272,11 +285,11 @@ impl Chat<'_> {
                 )
             ));
         }
-        Ok(generated)
+        Ok((generated, reply))
     }
 }
 
-fn report(tokenizer: &Tokenizer, g: &Generated) -> Value {
+fn report(tokenizer: &Tokenizer, g: &Generated, reply: &Reply) -> Value {
     let name = |id: u32| tokenizer.id_to_token(id);
     let tokens: Vec<Value> = g
         .tokens
@@ -296,6 +309,9 @@ fn report(tokenizer: &Tokenizer, g: &Generated) -> Value {
         Finish::Length => "length",
         Finish::Cancelled => "cancelled",
     };
-    json!({"text": g.text, "finish_reason": finish, "seed": g.seed, "tokens": tokens,
-        "prefill_seconds": g.prefill.as_secs_f64(), "decode_seconds": g.decode.as_secs_f64()})
+    let mut report = replies::fields(reply);
+    let rest = json!({"finish_reason": finish, "seed": g.seed, "tokens": tokens,
+        "prefill_seconds": g.prefill.as_secs_f64(), "decode_seconds": g.decode.as_secs_f64()});
+    report.extend(rest.as_object().cloned().unwrap_or_default());
+    report.into()
 }

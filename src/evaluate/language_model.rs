@@ -7,7 +7,9 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use recoup_eval::perplexity::windows;
-use recoup_eval::{GenerationDefaults, GenerationOptions, LanguageModel, Message, Request, Response, TokenModel};
+use recoup_eval::{
+    GenerationDefaults, GenerationOptions, LanguageModel, Message, Prompts, Request, Response, TokenModel,
+};
 use recoup_ground::divergence::{Pair, RowError};
 
 use crate::backend::{Backend, BackendError};
@@ -59,6 +61,8 @@ pub struct EvaluatedModel<'m, B: Backend> {
     context_length: usize,
     /// Contexts that were cut on the left to fit.
     truncated: usize,
+    /// Answers whose thinking never ended.
+    unfinished: usize,
     /// Made when it is first used.
     engine: Option<Engine<'m, B>>,
 }
@@ -69,7 +73,7 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
     pub fn new(model: &'m Decoder<B>, text: &'m ModelText, kv: KvFormat, context_length: Option<usize>) -> Self {
         let positions = model.config.max_positions;
         let context_length = context_length.map_or(positions, |c| c.min(positions));
-        Self { model, text, kv, context_length, truncated: 0, engine: None }
+        Self { model, text, kv, context_length, truncated: 0, unfinished: 0, engine: None }
     }
 
     /// How many contexts so far were longer than the model takes and lost their beginning, as lm-evaluation-harness cuts
@@ -77,6 +81,12 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
     #[must_use]
     pub fn truncated(&self) -> usize {
         self.truncated
+    }
+
+    /// How many answers so far have no end of thinking though they were to have one; they were given as they are.
+    #[must_use]
+    pub fn unfinished(&self) -> usize {
+        self.unfinished
     }
 
     fn engine(&mut self) -> Result<&mut Engine<'m, B>, EngineError> {
@@ -240,13 +250,16 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
         if asked.is_empty() {
             return Ok(());
         }
-        let tokenizer = self.text.tokenizer();
-        answer_all(self.engine()?, tokenizer, prompts, GENERATE_WIDTH, &mut |i, answer| {
+        let mut unfinished = 0;
+        let tokenizer = self.text.replies();
+        let answered = answer_all(self.engine()?, tokenizer, prompts, GENERATE_WIDTH, &mut |i, answer| {
             let (index, options) = asked[i];
             let (tokens, capped) = (Some(answer.tokens.len()), answer.finish == Finish::Length);
+            unfinished += usize::from(options.think_end.as_ref().is_some_and(|end| !answer.text.contains(end)));
             done(index, Response::Generated { text: options.answer(answer.text), tokens, capped })
-        })?;
-        Ok(())
+        });
+        self.unfinished += unfinished;
+        Ok(answered?)
     }
 }
 
@@ -265,8 +278,6 @@ fn sampling(options: &GenerationOptions) -> SamplingParams {
 }
 
 impl<B: Backend> LanguageModel for EvaluatedModel<'_, B> {
-    type Error = EvaluateError;
-
     fn answer(
         &mut self,
         requests: &[Request],
@@ -277,14 +288,31 @@ impl<B: Backend> LanguageModel for EvaluatedModel<'_, B> {
         }
         Ok(())
     }
+}
+
+impl<B: Backend> Prompts for EvaluatedModel<'_, B> {
+    type Error = EvaluateError;
 
     fn generation_defaults(&self) -> GenerationDefaults {
-        generation_defaults(self.text.generation())
+        Prompts::generation_defaults(self.text)
     }
 
     fn chat_prompt(&self, messages: &[Message], continue_last: bool) -> Result<String, EvaluateError> {
-        let none = || EvaluateError::NoChatTemplate { folder: self.text.folder().into() };
-        let template = self.text.template().ok_or_else(none)?;
+        self.text.chat_prompt(messages, continue_last)
+    }
+}
+
+/// A model of which nothing is computed: its answers are there already.
+impl Prompts for ModelText {
+    type Error = EvaluateError;
+
+    fn generation_defaults(&self) -> GenerationDefaults {
+        generation_defaults(self.generation())
+    }
+
+    fn chat_prompt(&self, messages: &[Message], continue_last: bool) -> Result<String, EvaluateError> {
+        let none = || EvaluateError::NoChatTemplate { folder: self.folder().into() };
+        let template = self.template().ok_or_else(none)?;
         let json: Vec<_> = messages.iter().map(|m| serde_json::json!({"role": m.role, "content": m.content})).collect();
         Ok(if continue_last {
             template.render_continued(&ChatInput { messages: &json, ..ChatInput::default() })?

@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use recoup_jinja::{Error, ErrorKind, Options, Settings, Template};
 use serde_json::{Map, Value as Json};
 
+use super::reply::ReplyFormat;
 use super::settings::{kind, read_json_object};
 use super::{SpecialTokens, TextError};
 
@@ -31,6 +32,8 @@ const MAX_OUTPUT: usize = 32 << 20;
 const DEFAULT: &str = "default";
 /// Name of the template used with tools, where a model has one.
 const TOOL_USE: &str = "tool_use";
+/// Arguments that switch thinking on and off.
+const THINKING_ARGUMENTS: [&str; 2] = ["enable_thinking", "thinking"];
 /// Arguments that [`ChatInput`] has fields for.
 const RESERVED: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
 
@@ -49,6 +52,18 @@ pub struct ChatTemplate {
     arguments: Map<String, Json>,
     /// Names in the templates' text.
     names: HashSet<String>,
+    reply_format: ReplyFormat,
+    /// Whether messages may say `/no_think`.
+    no_think: bool,
+}
+
+/// How a conversation says whether the model is to think.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ThinkingSwitch {
+    /// By the template's argument of this name.
+    Argument(&'static str),
+    /// By `/think` and `/no_think` in a message.
+    Message,
 }
 
 /// What a template renders. `Default` is an empty conversation.
@@ -142,6 +157,37 @@ impl ChatTemplate {
         self.arguments.keys().map(String::as_str).filter(|name| !self.names.contains(*name)).collect()
     }
 
+    /// Whether the template's text has this name: what it does with it is its affair.
+    #[must_use]
+    pub fn mentions(&self, name: &str) -> bool {
+        self.names.contains(name)
+    }
+
+    /// How replies are written, as far as the template shows it.
+    #[must_use]
+    pub fn reply_format(&self) -> ReplyFormat {
+        self.reply_format
+    }
+
+    /// How a conversation switches thinking on and off; nothing where the template has no such switch.
+    #[must_use]
+    pub fn thinking_switch(&self) -> Option<ThinkingSwitch> {
+        // By what it does: a template may have a variable of the name and not read the argument.
+        let messages = [serde_json::json!({"role": "user", "content": "?"})];
+        let with = |name: &str, on: bool| {
+            let extra = Map::from_iter([(name.to_owned(), Json::Bool(on))]);
+            let input = ChatInput {
+                messages: &messages,
+                add_generation_prompt: true,
+                extra: Some(&extra),
+                ..ChatInput::default()
+            };
+            self.render(&input).ok()
+        };
+        let argument = THINKING_ARGUMENTS.into_iter().find(|name| with(name, true) != with(name, false));
+        argument.map(ThinkingSwitch::Argument).or(self.no_think.then_some(ThinkingSwitch::Message))
+    }
+
     /// The text for the model. Encode it without adding special tokens: the template has written them.
     ///
     /// # Errors
@@ -213,6 +259,7 @@ impl ChatTemplate {
         let file = sources.first().map_or(String::new(), |source| source.file.clone());
         let names: Vec<String> = sources.iter().map(|source| source.name.clone()).collect();
         let only = sources.len() == 1;
+        let all: String = sources.iter().map(|source| source.text.as_str()).collect();
         let (mut default, mut tool_use, mut words) = (None, None, HashSet::new());
         for Source { name, file, text } in sources {
             let slot = match name.as_str() {
@@ -241,6 +288,8 @@ impl ChatTemplate {
             clock: Clock::System,
             arguments: Map::new(),
             names: words,
+            reply_format: ReplyFormat::of_template(&all),
+            no_think: all.contains("/no_think"),
         })
     }
 }

@@ -1,5 +1,5 @@
-//! Between people's text and the model's token ids: tokenizer, streaming decoder, chat template, stop strings, and
-//! all of it that one model has ([`ModelText`]).
+//! Between people's text and the model's token ids: tokenizer, streaming decoder, chat template, stop strings, what of a
+//! reply is thinking, answer or a call of a tool ([`reply`]), and all of it that one model has ([`ModelText`]).
 
 mod chat_template;
 mod classes;
@@ -9,13 +9,14 @@ mod error;
 mod generation_config;
 mod model_text;
 mod rebuild;
+pub mod reply;
 mod settings;
 mod special_tokens;
 mod stop;
 mod stream_decoder;
 mod tokenizer;
 
-pub use chat_template::{ChatInput, ChatTemplate, Clock};
+pub use chat_template::{ChatInput, ChatTemplate, Clock, ThinkingSwitch};
 pub use error::TextError;
 pub use generation_config::GenerationConfig;
 pub use model_text::ModelText;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::reply::ReplyFormat;
 use super::{ChatInput, ChatTemplate, GenerationConfig, TextError, Tokenizer};
 use crate::checkpoint::json::Object;
 
@@ -16,6 +17,8 @@ pub struct ModelText {
     beginning: Option<u32>,
     stop_tokens: Vec<u32>,
     generation: GenerationConfig,
+    /// By which replies are decoded.
+    replies: Tokenizer,
 }
 
 impl ModelText {
@@ -58,7 +61,30 @@ impl ModelText {
         stop_tokens.extend(tokenizer.eos_id());
         stop_tokens.sort_unstable();
         stop_tokens.dedup();
-        Ok(Self { folder: folder.into(), tokenizer, template, beginning, stop_tokens, generation })
+        let replies = tokenizer.clone();
+        Ok(Self { folder: folder.into(), tokenizer, template, beginning, stop_tokens, generation, replies })
+    }
+
+    /// The same, whose replies are to be taken apart by `format`: [`replies`](Self::replies) shows its marks, and what ends a
+    /// turn by it is among the [`stop_tokens`](Self::stop_tokens).
+    #[must_use]
+    pub fn with_replies(mut self, format: ReplyFormat) -> Self {
+        self.replies = self.replies.showing(&format.marks());
+        self.stop_tokens.extend(format.ends().iter().filter_map(|end| self.tokenizer.token_to_id(end)));
+        self.stop_tokens.sort_unstable();
+        self.stop_tokens.dedup();
+        self
+    }
+
+    /// The same, of whose replies [`replies`](Self::replies) shows `text`, of whatever tokens it is.
+    ///
+    /// # Errors
+    /// When it cannot be tokenized.
+    pub fn showing(mut self, text: &str) -> Result<Self, TextError> {
+        let ids = self.tokenizer.encode(text, false)?;
+        let tokens: Vec<String> = ids.iter().filter_map(|id| self.tokenizer.id_to_token(*id)).collect();
+        self.replies = self.replies.showing(&tokens);
+        Ok(self)
     }
 
     /// The same with another chat template, made of its own.
@@ -83,6 +109,12 @@ impl ModelText {
     #[must_use]
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
+    }
+
+    /// The tokenizer by which replies are decoded.
+    #[must_use]
+    pub fn replies(&self) -> &Tokenizer {
+        &self.replies
     }
 
     /// How a conversation is written, where the model has a template.
@@ -111,23 +143,26 @@ impl ModelText {
         self.beginning.ok_or_else(|| TextError::NoBeginning { folder: self.folder.clone() })
     }
 
-    /// A conversation as a prompt, up to where the assistant begins to speak; nothing where the model has no template.
+    /// A conversation as a prompt, up to where the assistant begins to speak, and its tokens; nothing where the model has no
+    /// template.
     ///
     /// # Errors
     /// When the template refuses the conversation.
-    pub fn prompt(&self, messages: &[Value]) -> Result<Option<Vec<u32>>, TextError> {
+    pub fn prompt(&self, messages: &[Value], tools: Option<&[Value]>) -> Result<Option<(String, Vec<u32>)>, TextError> {
         let Some(template) = &self.template else { return Ok(None) };
-        let text = template.render(&ChatInput { messages, add_generation_prompt: true, ..ChatInput::default() })?;
+        let text =
+            template.render(&ChatInput { messages, tools, add_generation_prompt: true, ..ChatInput::default() })?;
         // The template writes the special tokens itself.
-        Ok(Some(self.tokenizer.encode(&text, false)?))
+        let tokens = self.tokenizer.encode(&text, false)?;
+        Ok(Some((text, tokens)))
     }
 
-    /// Whether `text` is a token that no answer shows, because it is a special one.
+    /// Whether `text` is one that no reply shows as it is.
     ///
     /// # Errors
     /// When it cannot be tokenized.
     pub fn drops(&self, text: &str) -> Result<bool, TextError> {
         let ids = self.tokenizer.encode(text, false)?;
-        Ok(self.tokenizer.decode(&ids, true)?.trim() != text.trim())
+        Ok(self.replies.decode(&ids, true)?.trim() != text.trim())
     }
 }

@@ -22,6 +22,8 @@ use super::{SpecialTokens, StreamDecoder, TextError};
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Arc<Inner>,
+    /// Special tokens that are decoded like others.
+    shown: Arc<HashSet<u32>>,
 }
 
 struct Inner {
@@ -144,7 +146,16 @@ impl Tokenizer {
                 fill,
                 notes,
             }),
+            shown: Arc::default(),
         })
+    }
+
+    /// The same tokenizer, by which those of `tokens` that are special ones are part of a text all the same.
+    #[must_use]
+    pub fn showing<S: AsRef<str>>(&self, tokens: &[S]) -> Tokenizer {
+        let ids = tokens.iter().filter_map(|token| self.token_to_id(token.as_ref()));
+        let shown = self.shown.iter().copied().chain(ids.filter(|id| self.inner.special_ids.contains(id))).collect();
+        Tokenizer { inner: Arc::clone(&self.inner), shown: Arc::new(shown) }
     }
 
     /// The token ids of `text`. Special tokens written out in the text (`<|im_end|>`) become their ids.
@@ -210,10 +221,13 @@ impl Tokenizer {
         if !ids.iter().any(has_text) {
             return Ok(String::new());
         }
-        self.inner
-            .hf
-            .decode(ids, skip_special)
-            .map_err(|error| TextError::Decode { path: self.inner.path.clone(), detail: error.to_string() })
+        let failed =
+            |error: tokenizers::Error| TextError::Decode { path: self.inner.path.clone(), detail: error.to_string() };
+        if skip_special && !self.shown.is_empty() {
+            let kept: Vec<u32> = ids.iter().copied().filter(|id| !self.is_special(*id)).collect();
+            return self.inner.hf.decode(&kept, false).map_err(failed);
+        }
+        self.inner.hf.decode(ids, skip_special).map_err(failed)
     }
 
     /// A decoder that gives out text while ids arrive; all its text together is what [`decode`](Self::decode) gives.
@@ -239,7 +253,7 @@ impl Tokenizer {
 
     /// Whether `skip_special` leaves this id out.
     pub fn is_special(&self, id: u32) -> bool {
-        self.inner.special_ids.contains(&id)
+        self.inner.special_ids.contains(&id) && !self.shown.contains(&id)
     }
 
     /// What a person should know about these files: settings that are not applied, tokens that are new to the model.

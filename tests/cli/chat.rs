@@ -137,3 +137,121 @@ fn worked_examples_are_turns_of_the_conversation_unless_they_are_to_be_one_messa
     assert_eq!(ask(&["--fewshot-as-multiturn"]), turns);
     assert_eq!(ask(&["--fewshot-as-multiturn", "false"]), one);
 }
+
+/// Opens the thinking in the prompt, as Qwen3.5's and Nemotron's templates do.
+const OPENED: &str = "{%- for m in messages %}{{ m.content }}{% if m.reasoning_content %}[{{ m.reasoning_content }}]{% endif %}\
+    {% endfor %}{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% else %}<think>\n{% endif %}\
+    {# '</think>' #}";
+
+/// The shipped model, whose ` the` ends its thinking, as a special token.
+fn thinker(template: &str) -> (Folder, String) {
+    let (folder, model) = with_model(&[("chat_template.jinja", template)]);
+    let mut tokenizer = json(&folder.at("m/tokenizer.json"));
+    let word = "Ġthe";
+    let vocab = tokenizer["model"]["vocab"].as_object_mut().unwrap();
+    let id = vocab.remove(word).unwrap();
+    vocab.insert("</think>".into(), id.clone());
+    let merges = tokenizer["model"]["merges"].as_array_mut().unwrap();
+    merges.retain(|merge| {
+        let [a, b] = [0, 1].map(|i| merge[i].as_str().unwrap());
+        a != word && b != word && [a, b].concat() != word
+    });
+    let mut added = tokenizer["added_tokens"][0].clone();
+    added["id"] = id;
+    added["content"] = "</think>".into();
+    tokenizer["added_tokens"].as_array_mut().unwrap().push(added);
+    folder.write("m/tokenizer.json", tokenizer.to_string());
+    (folder, model)
+}
+
+#[test]
+fn thinking_is_told_from_the_answer() {
+    let (folder, model) = thinker(OPENED);
+    let limited = |n: &str, more: &[&str]| {
+        succeed(&[&["run", &model, "-p", "Once upon a time", "-n", n, "--temperature", "0"], more].concat())
+    };
+    let ask = |more: &[&str]| limited("40", more);
+    let report = |more: &[&str]| -> Value { serde_json::from_str(&ask(&[&["--json"], more].concat()).0).unwrap() };
+    let own = report(&[]);
+    let (thinking, answer) = (own["thinking"].as_str().unwrap(), own["text"].as_str().unwrap());
+    assert!(!thinking.is_empty() && !answer.is_empty() && own["thinking_finished"] == true, "{own:#}");
+    // The end is in neither, though there may be more than one.
+    assert!(!thinking.contains("think>"), "{thinking}");
+
+    let (stdout, stderr) = ask(&[]);
+    assert_eq!(stdout, format!("{answer}\n"));
+    assert!(stderr.contains(thinking), "{stderr}");
+    let (stdout, stderr) = ask(&["--hide-thinking"]);
+    assert!(stdout == format!("{answer}\n") && !stderr.contains(thinking), "{stderr}");
+    // Not told apart: all is the answer, and the special token is not shown.
+    let whole = report(&["--reasoning-parser", "none"]);
+    assert!(whole["thinking"].is_null() && whole["text"].as_str().unwrap().contains(thinking), "{whole:#}");
+    // Cut short inside of it.
+    let (stdout, stderr) = limited("1", &["--reasoning-parser", "nemotron_v3"]);
+    assert!(stdout.trim().is_empty() && stderr.contains("inside of the thinking"), "{stderr}");
+    let off = report(&["--enable-thinking", "false"]);
+    assert!(off["thinking"].is_null(), "{off:#}");
+
+    // A stop string counts in the answer only.
+    let piece: String = thinking.chars().take(3).collect();
+    let stopped = report(&["--stop", &piece]);
+    assert_eq!(stopped["thinking"], thinking, "{piece:?}");
+
+    // The same for tasks, whose answers are what follows the last end of thinking.
+    folder.write("ask.yaml", TASK.replace("max_gen_toks: 4", "max_gen_toks: 40"));
+    folder.write("d.jsonl", "{\"q\": \"Once upon a time\", \"a\": \"x\"}\n");
+    let tasks = folder.name("");
+    let eval = ["eval", &model, "--tasks", "ask", "--include-path", &tasks, "--apply-chat-template", "-o"];
+    let of = |out: &str, more: &[&str]| {
+        let stderr = succeed(&[&eval[..], &[&folder.name(out)], more].concat()).1;
+        let sample = &json_lines(&folder.at(out).join("samples_ask.jsonl"))[0];
+        (sample["resps"][0][0].as_str().unwrap().to_owned(), stderr)
+    };
+    let (with, stderr) = of("with", &[]);
+    assert!(stderr.contains("--reasoning-parser qwen3 leaves it out"), "{stderr}");
+    for (out, more) in [("by-name", ["--reasoning-parser", "qwen3"]), ("by-token", ["--think-end-token", "</think>"])] {
+        let (without, stderr) = of(out, &more);
+        assert!(!without.contains(thinking) && with.contains(thinking), "{with:?} {without:?}");
+        assert!(!stderr.contains("leaves it out") && !stderr.contains("does not end"), "{stderr}");
+        assert_eq!(json(&folder.at(out).join("results.json"))["config"]["think_end_token"], "</think>");
+    }
+    let (_, stderr) = of("short", &["--think-end-token", "</think>", "--gen-kwargs", "max_gen_toks=1"]);
+    assert!(stderr.contains("in 1 answers the thinking does not end"), "{stderr}");
+}
+
+#[test]
+fn what_a_template_has_no_switch_for_is_refused_and_messages_may_be_one() {
+    let (_folder, model) = with_model(&[("chat_template.jinja", "{{ reasoning_effort }}{{ messages[0].content }}")]);
+    let stderr = fail(&["run", &model, "-p", "a", "--enable-thinking", "false"]);
+    assert!(stderr.contains("no switch") && stderr.contains("reasoning_effort"), "{stderr}");
+    let template = "{% for m in messages %}{{ m.content | replace('/no_think', 'Silent') }}{% endfor %}";
+    let (_folder, model) = with_model(&[("chat_template.jinja", template)]);
+    let ask = |more: &[&str]| -> Value {
+        let words = ["run", &model, "-p", " night", "-n", "8", "--temperature", "0", "--json"];
+        serde_json::from_str(&succeed(&[&words[..], more].concat()).0).unwrap()
+    };
+    let switched = ask(&["--enable-thinking", "false"])["tokens"].clone();
+    assert_eq!(switched, ask(&["--system", "Silent"])["tokens"]);
+    assert_ne!(switched, ask(&[])["tokens"]);
+}
+
+#[test]
+fn tools_reach_the_template_and_what_is_no_list_of_them_is_refused() {
+    let template = "{{ tools[0].function.name if tools else 'no tool' }}{{ messages[0].content }}";
+    let (folder, model) = with_model(&[("chat_template.jinja", template)]);
+    folder.write("tools.json", r#"[{"type": "function", "function": {"name": "Once upon"}}]"#);
+    let ask = |prompt: &str, more: &[&str]| -> Value {
+        let words = ["run", &model, "-p", prompt, "-n", "8", "--temperature", "0", "--json"];
+        serde_json::from_str(&succeed(&[&words[..], more].concat()).0).unwrap()
+    };
+    let tools = folder.name("tools.json");
+    let with = ask(" a time", &["--tools", &tools])["tokens"].clone();
+    assert_ne!(with, ask(" a time", &[])["tokens"]);
+    for (text, part) in [("{}", "a JSON list of tools"), ("[{\"a\": 1}]", "a JSON list of tools"), ("[", "no JSON")] {
+        folder.write("bad.json", text);
+        let stderr = fail(&["run", &model, "-p", "a", "--tools", &folder.name("bad.json")]);
+        assert!(stderr.contains("bad.json") && stderr.contains(part), "{stderr}");
+    }
+    let stderr = fail(&["run", &model, "--raw", "-p", "a", "--tools", &tools]);
+    assert!(stderr.contains("--tools") && stderr.contains("no chat template"), "{stderr}");
+}

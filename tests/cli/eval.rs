@@ -63,6 +63,43 @@ fn shards_merge_to_the_bytes_of_one_run() {
     assert!(other.contains("responses.jsonl") && other.contains("tasks"), "{other}");
 }
 
+/// Rewrites which device answered, as the shard in `folder` records it.
+fn answered_on(folder: &Path, device: &str) {
+    let path = folder.join("responses.jsonl");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (header, answers) = text.split_once('\n').unwrap();
+    let mut header: Value = serde_json::from_str(header).unwrap();
+    header["model"]["computation"] =
+        serde_json::json!({"device": device, "kernels": "k1", "kv_cache_dtype": "f32", "numerics": 1});
+    std::fs::write(path, format!("{header}\n{answers}")).unwrap();
+}
+
+#[test]
+fn shards_of_a_device_that_is_not_here_are_merged_and_those_of_two_devices_are_not() {
+    let folder = Folder::new();
+    let base = ["eval", BF16, "--tasks", "piqa", "--limit", "6"];
+    let with = |more: &[&str]| succeed(&[&base[..], more].concat()).0;
+    let table = with(&["-o", &folder.name("whole")]);
+    for (i, part) in ["a", "b"].iter().enumerate() {
+        with(&["-o", &folder.name(part), "--shard", &format!("{i}/2")]);
+        answered_on(&folder.at(part), "cuda sm_90");
+    }
+    let parts = [folder.name("a"), folder.name("b")].join(",");
+    // Whatever device the command names: none is asked for.
+    assert_eq!(with(&["-o", &folder.name("merged"), "--device", "cuda:7", "--merge", &parts]), table);
+    let results = crate::support::json(&folder.at("merged/results.json"));
+    assert_eq!(results["config"]["model_identity"]["computation"]["device"], "cuda sm_90");
+
+    let refuse = |more: &[&str]| fail(&[&base[..], &["--merge", &parts], more].concat());
+    let bf16 = refuse(&["--kv-cache-dtype", "bf16"]);
+    assert!(bf16.contains("--kv-cache-dtype bf16") && bf16.contains("\"f32\""), "{bf16}");
+    answered_on(&folder.at("b"), "cuda sm_80");
+    let two = refuse(&[]);
+    for part in ["`model.computation.device`", "cuda sm_80", "cuda sm_90", "a/responses", "b/responses"] {
+        assert!(two.contains(part), "{part}: {two}");
+    }
+}
+
 #[test]
 fn an_output_folder_of_another_run_is_left_alone() {
     let folder = Folder::new();

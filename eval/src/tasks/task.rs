@@ -100,7 +100,7 @@ pub type Render<'a> = &'a dyn Fn(&[Message], bool) -> Result<String, String>;
 
 /// Asking through a chat template.
 pub struct Chat<'a> {
-    /// See [`LanguageModel::chat_prompt`](crate::LanguageModel::chat_prompt).
+    /// See [`Prompts::chat_prompt`](crate::Prompts::chat_prompt).
     pub render: Render<'a>,
     /// Few-shot examples as turns of their own; otherwise all in one user's message.
     pub fewshot_as_multiturn: bool,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::{Echo, Quirks, Reply, Server, bigram, expected, greedy, tokenize};
 use recoup_ground::http::Broken;
-use recoup_ground::model::{GenerationOptions, LanguageModel, Message, Request, Response};
+use recoup_ground::model::{GenerationOptions, LanguageModel, Message, Prompts as _, Request, Response};
 use recoup_openai::{ApiKey, Asked, Error, Fault, Fields, OpenAi, Options, Tally};
 use serde_json::json;
 

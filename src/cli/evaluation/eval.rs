@@ -5,15 +5,15 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
-use recoup_eval::LanguageModel;
-use recoup_eval::run::{Plan, Setup, Shard};
+use recoup_eval::run::{Plan, Setup, Shard, answered_by};
 use recoup_eval::tasks::{ListedKind, Selection};
+use recoup_eval::{LanguageModel, Prompts};
 use recoup_ground::http::address::is_address;
 use recoup_openai::{OpenAi, Tally};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::super::device::DeviceChoice;
-use super::super::options::{EngineOptions, identity, model_folder, open_noted};
+use super::super::options::{EngineOptions, identity, kv_name, model_folder, open_noted};
 use super::super::talk::Shown;
 use super::server::UrlArgs;
 use super::{TaskOptions, model_name, parse_shard};
@@ -39,8 +39,9 @@ pub(in crate::cli) struct Args {
     /// Only every n-th document from the i-th on, i/n from 0/n to (n-1)/n; needs -o
     #[arg(long, value_parser = parse_shard, requires = "output", value_name = "I/N")]
     shard: Option<Shard>,
-    /// Ask nothing: make results of the output folders of all shards, with the same options
-    #[arg(long, value_delimiter = ',', conflicts_with = "shard", value_name = "DIRS")]
+    /// Ask nothing: make results of the output folders of all shards, with the same options; on any machine, whatever
+    /// device answered
+    #[arg(long, value_delimiter = ',', conflicts_with_all = ["shard", "check_kernels"], value_name = "DIRS")]
     merge: Vec<PathBuf>,
     /// Print what tasks there are
     #[arg(long)]
@@ -75,8 +76,14 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
         if let Some(name) = of_local_models(args) {
             bail!("{name} is of a model that runs here; a server has settings of its own");
         }
-        let (mut server, subject) = args.url.connect(address, setup.chat, args.tasks.template_arguments())?;
+        // A server that is gone by now need not say which model it had.
+        let answered_by = answered_by(&args.merge)?;
+        let served = answered_by["served_model"].as_str();
+        let (mut server, subject) = args.url.connect(address, served, setup.chat, args.tasks.template_arguments())?;
         let claim = super::claimed(args.output.as_deref())?;
+        if !args.merge.is_empty() {
+            return merge(args, &server, &subject, claim.as_ref(), (&selection, &setup));
+        }
         return evaluate(args, &mut server, &subject, claim.as_ref(), (&selection, &setup), OpenAi::tally);
     }
     if let Some(name) = args.url.given().first() {
@@ -86,13 +93,21 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     let (checkpoint, notes) = open_noted(&folder)?;
     let claim = super::claimed(args.output.as_deref())?;
     let text = args.tasks.text(&folder, &checkpoint.config)?;
+    args.tasks.note_thinking(&text, &selection);
     let positions = ModelConfig::read(&checkpoint.config)?.max_positions;
     let context = args.max_length.map_or(positions, |asked| asked.min(positions));
+    let computation = match recorded_computation(args)? {
+        Some(recorded) => recorded,
+        None => args.options.computation(&checkpoint)?,
+    };
     let subject = Subject {
         facts: facts::facts(&model_name(model), &checkpoint)?,
-        identity: json!({"files": identity(&checkpoint)?, "computation": args.options.computation(&checkpoint)?, "context": context}),
+        identity: json!({"files": identity(&checkpoint)?, "computation": computation, "context": context}),
         notes: [&notes, text.tokenizer().notes()].concat(),
     };
+    if !args.merge.is_empty() {
+        return merge(args, &text, &subject, claim.as_ref(), (&selection, &setup));
+    }
     if args.check_kernels {
         check_kernels(args, &checkpoint, &text)?;
     }
@@ -104,6 +119,13 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
         let n = evaluated.truncated();
         super::super::say!(
             "warning: {n} contexts were longer than the model's; their beginning was cut, as lm-evaluation-harness cuts it"
+        );
+    }
+    if evaluated.unfinished() > 0 {
+        let n = evaluated.unfinished();
+        super::super::say!(
+            "warning: in {n} answers the thinking does not end; they are scored as they are, as lm-evaluation-harness scores \
+             them. --gen-kwargs max_gen_toks=N gives them more tokens"
         );
     }
     Ok(code)
@@ -131,13 +153,9 @@ fn evaluate<M: LanguageModel>(
     (selection, setup): (&Selection, &Setup),
     tally: fn(&M) -> Tally,
 ) -> Result<ExitCode> {
-    let plan = Plan::new(selection, setup, model)?;
-    plan.notes().iter().for_each(|note| super::super::say!("warning: {note}"));
+    let plan = plan(model, selection, setup)?;
     let tasks = args.tasks.describe(setup);
     let evaluation = Evaluation { plan: &plan, subject, tasks, folder: args.output.as_deref(), claim };
-    if !args.merge.is_empty() {
-        return finish(args, &evaluation.merged::<M::Error>(&args.merge)?);
-    }
     let shard = args.shard.unwrap_or(Shard::ALL);
     let Some(evaluated) = evaluation.run(model, shard, tally, &mut Shown::default())? else {
         let (index, of) = (shard.index, shard.of);
@@ -145,6 +163,40 @@ fn evaluate<M: LanguageModel>(
         return super::super::done();
     };
     finish(args, &evaluated)
+}
+
+/// What the shards say computed them: merging computes nothing, so this machine does not count. Nothing where none is merged.
+fn recorded_computation(args: &Args) -> Result<Option<Value>> {
+    if args.merge.is_empty() {
+        return Ok(None);
+    }
+    let computation = answered_by(&args.merge)?["computation"].take();
+    let (asked, recorded) = (kv_name(args.options.kv_cache_dtype), &computation["kv_cache_dtype"]);
+    if args.options.kv_cache_dtype != KvFormat::F32 && *recorded != asked {
+        bail!("--kv-cache-dtype {asked}: the shards were answered with {recorded}; leave the option out to merge them");
+    }
+    Ok(Some(computation))
+}
+
+/// Results of the answers in all shards; of the model its texts are enough.
+fn merge<P: Prompts>(
+    args: &Args,
+    prompts: &P,
+    subject: &Subject,
+    claim: Option<&Claim>,
+    (selection, setup): (&Selection, &Setup),
+) -> Result<ExitCode> {
+    let plan = plan(prompts, selection, setup)?;
+    let tasks = args.tasks.describe(setup);
+    let evaluation = Evaluation { plan: &plan, subject, tasks, folder: args.output.as_deref(), claim };
+    finish(args, &evaluation.merged::<P::Error>(&args.merge)?)
+}
+
+/// What is asked, with what there is to say of it.
+fn plan<'t, P: Prompts>(prompts: &P, selection: &'t Selection, setup: &'t Setup) -> Result<Plan<'t>> {
+    let plan = Plan::new(selection, setup, prompts)?;
+    plan.notes().iter().for_each(|note| super::super::say!("warning: {note}"));
+    Ok(plan)
 }
 
 fn finish(args: &Args, evaluated: &Evaluated) -> Result<ExitCode> {

@@ -16,10 +16,11 @@ use recoup_eval::tasks::{Library, Limit, Options, OutputType, Selection};
 use serde_json::{Map, Value, json};
 
 use super::interrupt;
-use super::options::{TemplateOptions, with_arguments};
+use super::options::{TemplateOptions, named, with_arguments};
 use crate::checkpoint::json::Object;
 use crate::output::Claim;
-use crate::text::ModelText;
+use crate::text::reply::{Reasoning, ReplyFormat};
+use crate::text::{ChatTemplate, ModelText, ThinkingSwitch};
 
 /// Which tasks, and how they are put.
 #[derive(clap::Args, Clone, Debug)]
@@ -48,12 +49,16 @@ pub(super) struct TaskOptions {
     fewshot_as_multiturn: Option<bool>,
     #[command(flatten)]
     template: TemplateOptions,
-    /// lm-evaluation-harness's name for the argument of that name of the chat template; true needs --think-end-token
+    /// lm-evaluation-harness's name for the argument of that name of the chat template; true needs --think-end-token or
+    /// --reasoning-parser
     #[arg(long, requires = "apply_chat_template", value_name = "BOOL")]
     enable_thinking: Option<bool>,
     /// What ends a model's thinking, such as '</think>': the answer is what follows, and only there texts end it
     #[arg(long, value_name = "TEXT")]
     think_end_token: Option<String>,
+    /// The same by the name that vLLM has for a family's way to think: qwen3, nemotron_v3, openai_gptoss, …
+    #[arg(long, value_name = "NAME", value_parser = named(reasoning()), conflicts_with = "think_end_token")]
+    reasoning_parser: Option<Reasoning>,
     /// System message, or text before the task's description
     #[arg(long, value_name = "TEXT")]
     system_instruction: Option<String>,
@@ -95,21 +100,55 @@ impl TaskOptions {
 
     /// What texts of `folder` the tasks are put through.
     fn text(&self, folder: &Path, config: &Object) -> Result<ModelText> {
-        let text = ModelText::from_folder(folder, config)?;
+        let mut text = ModelText::from_folder(folder, config)?;
         super::say_notes(text.tokenizer().notes());
         // What no token can stand before cannot be scored.
         text.beginning()?;
         let arguments = self.template_arguments();
-        if let Some(end) = &self.think_end_token
-            && text.drops(end)?
-        {
-            bail!(
-                "--think-end-token {end}: {} has it as a special token, which no answer shows; its thinking cannot be \
-                 told from its answer",
+        if let Some(end) = self.think_end() {
+            // Also of special tokens, which no answer shows otherwise.
+            text = text.showing(end)?;
+            if text.drops(end)? {
+                bail!(
+                    "--think-end-token {end}: the tokenizer of {} changes it, so that no answer shows it; its thinking \
+                     cannot be told from its answer",
+                    folder.display()
+                );
+            }
+        }
+        let switch = text.template().filter(|_| self.enable_thinking.is_some()).and_then(ChatTemplate::thinking_switch);
+        if switch == Some(ThinkingSwitch::Message) {
+            super::say!(
+                "warning: the chat template of {} reads /think and /no_think in messages and not enable_thinking; \
+                 --system-instruction says them",
                 folder.display()
             );
         }
+        if let Some(reasoning) = self.reasoning_parser {
+            text = text.with_replies(ReplyFormat { reasoning: Some(reasoning), calls: None });
+        }
         text.map_template(|template| with_arguments(template, arguments, folder))
+    }
+
+    /// What ends the thinking, however that is said.
+    fn think_end(&self) -> Option<&str> {
+        self.think_end_token.as_deref().or(self.reasoning_parser.map(|parser| parser.answer_mark()))
+    }
+
+    /// Says that answers will be scored with their thinking, where the chat template of `text` shows that there is some.
+    fn note_thinking(&self, text: &ModelText, selection: &Selection) {
+        let shown = text.template().and_then(|template| template.reply_format().reasoning);
+        let off = self.template_arguments().get("enable_thinking") == Some(&Value::Bool(false));
+        let asks = selection.tasks.iter().any(|t| t.output_type() == OutputType::Generate);
+        if let Some(reasoning) =
+            shown.filter(|_| self.apply_chat_template && asks && !off && self.think_end().is_none())
+        {
+            super::say!(
+                "note: this model may think before it answers, and its thinking is scored as a part of the answer; \
+                 --reasoning-parser {} leaves it out",
+                reasoning.name()
+            );
+        }
     }
 
     /// Refuses to measure what a model that thinks first has no probability for, as lm-evaluation-harness does.
@@ -118,8 +157,11 @@ impl TaskOptions {
         if !thinks {
             return Ok(());
         }
-        if self.think_end_token.is_none() {
-            bail!("thinking is enabled: --think-end-token says where it ends, such as --think-end-token '</think>'");
+        if self.think_end().is_none() {
+            bail!(
+                "thinking is enabled: --think-end-token '</think>' or --reasoning-parser qwen3 says where it ends, whatever \
+                 is the model's"
+            );
         }
         let scored = selection.tasks.iter().find(|t| t.output_type() != OutputType::Generate);
         if let Some(task) = scored {
@@ -154,7 +196,7 @@ impl TaskOptions {
                 seed: self.fewshot_seed,
                 limit,
                 system: self.system_instruction.clone(),
-                think_end: self.think_end_token.clone(),
+                think_end: self.think_end().map(str::to_owned),
                 generation: self.gen_kwargs.as_deref().map(gen_kwargs).transpose()?.unwrap_or_default(),
                 ..Options::default()
             },
@@ -183,10 +225,14 @@ impl TaskOptions {
     fn describe(&self, setup: &Setup) -> Value {
         json!({"num_fewshot": self.num_fewshot, "limit": self.limit, "apply_chat_template": self.apply_chat_template,
             "fewshot_as_multiturn": setup.fewshot_as_multiturn, "system_instruction": self.system_instruction,
-            "chat_template_kwargs": self.template_arguments(), "think_end_token": self.think_end_token,
+            "chat_template_kwargs": self.template_arguments(), "think_end_token": self.think_end(),
             "gen_kwargs": setup.options.generation, "seeds": self.seeds, "fewshot_seed": self.fewshot_seed,
             "recoup_version": env!("CARGO_PKG_VERSION")})
     }
+}
+
+fn reasoning() -> Vec<(&'static str, Reasoning)> {
+    Reasoning::names().filter_map(|name| Some((name, Reasoning::named(name)?))).collect()
 }
 
 /// `key=value,key=value`, where a value is JSON if it begins as a list, an object or a quoted text; or one JSON object.

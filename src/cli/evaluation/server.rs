@@ -81,10 +81,11 @@ impl UrlArgs {
     }
 
     /// The server at `address`, which is asked as `chat` says and with these `arguments` of the chat template; with what
-    /// tells it from others.
+    /// tells it from others. `served`: its model where no option names one; else it is asked.
     pub(super) fn connect(
         &self,
         address: &str,
+        served: Option<&str>,
         chat: bool,
         arguments: Map<String, Value>,
     ) -> Result<(OpenAi, Subject)> {
@@ -95,7 +96,7 @@ impl UrlArgs {
             bail!("chat_template_kwargs: given by --extra-body and by options of their own");
         }
         let options = Options {
-            model: self.served_model.clone(),
+            model: self.served_model.clone().or(served.map(str::to_owned)),
             api_key: ApiKey::from_env(),
             concurrency: self.concurrency.map_or(default.concurrency, |n| n.try_into().unwrap_or(usize::MAX)),
             timeout: self.timeout.map_or(default.timeout, Duration::from_secs),

@@ -4,6 +4,7 @@
 //! variable RECOUP_SHARED names, and their tests say so and pass when it is unset.
 
 mod classes;
+mod reply;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};

@@ -1,0 +1,170 @@
+//! Calls of tools as models write them, read.
+
+use serde_json::{Map, Value};
+
+use super::ToolCall;
+use super::format::Body;
+
+/// A call as it was written.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Section {
+    /// What begins and ends it.
+    pub mark: (&'static str, Option<&'static str>),
+    /// All of it, marks included.
+    pub text: String,
+    /// Harmony: which tool the message is for.
+    pub recipient: Option<String>,
+    /// Harmony: whether the message says to be JSON.
+    pub is_json: bool,
+}
+
+/// The calls in a section; `tools` say of which type arguments without one are.
+///
+/// # Errors
+/// What was expected and what is there.
+pub(super) fn read(body: Body, section: &Section, tools: &[Value]) -> Result<Vec<ToolCall>, String> {
+    let (open, close) = section.mark;
+    let inner = section.text.strip_prefix(open).unwrap_or(&section.text);
+    let inner = close.and_then(|close| inner.strip_suffix(close)).unwrap_or(inner).trim();
+    let calls = match body {
+        Body::Tagged if inner.starts_with(['{', '[']) => listed(&json(inner)?)?,
+        Body::Tagged => functions(&section.text, tools)?,
+        Body::Llama => objects(inner)?,
+        Body::Mistral if inner.starts_with(['{', '[']) => listed(&json(inner)?)?,
+        Body::Mistral => vec![mistral(inner)?],
+        Body::DeepSeek => deep_seek(inner)?,
+    };
+    if calls.is_empty() { Err("no call in it".to_owned()) } else { Ok(calls) }
+}
+
+/// The call that a message of harmony is.
+pub(super) fn harmony(section: &Section) -> Result<Vec<ToolCall>, String> {
+    let name = section.recipient.clone().unwrap_or_default();
+    let arguments = match json(section.text.trim()) {
+        Ok(arguments) => arguments,
+        Err(why) if section.is_json => return Err(why),
+        // Code for a tool that takes code.
+        Err(_) => section.text.clone().into(),
+    };
+    Ok(vec![ToolCall { name, arguments }])
+}
+
+fn json(text: &str) -> Result<Value, String> {
+    serde_json::from_str(text).map_err(|e| format!("no JSON: {e}"))
+}
+
+/// A call, or a list of them.
+fn listed(value: &Value) -> Result<Vec<ToolCall>, String> {
+    match value {
+        Value::Array(calls) => calls.iter().map(call).collect(),
+        one => Ok(vec![call(one)?]),
+    }
+}
+
+/// `{"name": …, "arguments": …}`; Llama calls them parameters, and some models write an object as a text.
+fn call(value: &Value) -> Result<ToolCall, String> {
+    let name = value.get("name").and_then(Value::as_str).filter(|name| !name.is_empty());
+    let Some(name) = name else { return Err("expected an object with the text `name`".to_owned()) };
+    let arguments = match value.get("arguments").or_else(|| value.get("parameters")) {
+        None | Some(Value::Null) => Value::Object(Map::new()),
+        Some(Value::String(text)) => {
+            serde_json::from_str(text).ok().filter(Value::is_object).unwrap_or_else(|| text.clone().into())
+        }
+        Some(arguments) => arguments.clone(),
+    };
+    Ok(ToolCall { name: name.to_owned(), arguments })
+}
+
+/// Objects apart by `;`.
+fn objects(text: &str) -> Result<Vec<ToolCall>, String> {
+    let mut calls = Vec::new();
+    let mut rest = text.trim_start();
+    while !rest.is_empty() {
+        let mut values = serde_json::Deserializer::from_str(rest).into_iter::<Value>();
+        let value = values.next().ok_or("no JSON")?.map_err(|e| format!("no JSON: {e}"))?;
+        let end = values.byte_offset();
+        calls.push(call(&value)?);
+        rest = rest[end..].trim_start();
+        match rest.strip_prefix(';') {
+            Some(more) => rest = more.trim_start(),
+            None if rest.is_empty() => {}
+            None => return Err("text after the call".to_owned()),
+        }
+    }
+    Ok(calls)
+}
+
+/// `NAME[ARGS]{…}`, with a call's id before `[ARGS]` or none; or `NAME{…}`.
+fn mistral(text: &str) -> Result<ToolCall, String> {
+    let (head, arguments) = match text.split_once("[ARGS]") {
+        Some(parts) => parts,
+        None => text.split_at(text.find('{').ok_or("expected NAME[ARGS]{…}")?),
+    };
+    let name = head.split("[CALL_ID]").next().unwrap_or(head).trim();
+    if name.is_empty() {
+        return Err("expected a name before the arguments".to_owned());
+    }
+    Ok(ToolCall { name: name.to_owned(), arguments: json(arguments.trim())? })
+}
+
+fn deep_seek(text: &str) -> Result<Vec<ToolCall>, String> {
+    let calls = text.split("<｜tool▁call▁begin｜>").skip(1).map(|call| {
+        let call = call.split("<｜tool▁call▁end｜>").next().unwrap_or(call);
+        let (name, arguments) = call.split_once("<｜tool▁sep｜>").ok_or("expected NAME<｜tool▁sep｜>{…}")?;
+        Ok(ToolCall { name: name.trim().to_owned(), arguments: json(arguments.trim())? })
+    });
+    calls.collect()
+}
+
+/// `<function=NAME>`, `<parameter=NAME>` VALUE `</parameter>` …, `</function>`, one or more.
+fn functions(text: &str, tools: &[Value]) -> Result<Vec<ToolCall>, String> {
+    let mut calls = Vec::new();
+    for function in text.split("<function=").skip(1) {
+        let (name, rest) = function.split_once('>').ok_or("expected <function=NAME>")?;
+        let name = name.trim();
+        let body = rest.rfind("</function>").map(|end| &rest[..end]).ok_or("</function> is missing")?;
+        let mut arguments = Map::new();
+        for parameter in body.split("<parameter=").skip(1) {
+            let (key, value) = parameter.split_once('>').ok_or("expected <parameter=NAME>")?;
+            let value = value.rfind("</parameter>").map_or(value, |end| &value[..end]);
+            let value = value.strip_prefix('\n').unwrap_or(value);
+            let value = value.strip_suffix('\n').unwrap_or(value);
+            arguments.insert(key.trim().to_owned(), typed(value, kind_of(name, key.trim(), tools)));
+        }
+        calls.push(ToolCall { name: name.to_owned(), arguments: arguments.into() });
+    }
+    if calls.is_empty() { Err("expected a JSON object or <function=NAME>".to_owned()) } else { Ok(calls) }
+}
+
+/// What the definition of a tool says of a parameter's type.
+fn kind_of<'t>(tool: &str, parameter: &str, tools: &'t [Value]) -> Option<&'t Value> {
+    let own = tools.iter().map(|t| t.get("function").unwrap_or(t)).find(|t| t["name"] == tool)?;
+    own.get("parameters")?.get("properties")?.get(parameter)?.get("type")
+}
+
+/// A value that is written without its type: a text, unless the tool's definition says otherwise and it can be read so.
+fn typed(text: &str, kind: Option<&Value>) -> Value {
+    let kinds: Vec<&str> = match kind {
+        Some(Value::String(kind)) => vec![kind],
+        Some(Value::Array(kinds)) => kinds.iter().filter_map(Value::as_str).collect(),
+        _ => Vec::new(),
+    };
+    let word = match text.trim() {
+        "True" => "true",
+        "False" => "false",
+        "None" => "null",
+        other => other,
+    };
+    let read = serde_json::from_str(word).ok().filter(|value: &Value| {
+        kinds.iter().any(|kind| match *kind {
+            "integer" => value.is_i64() || value.is_u64(),
+            "number" => value.is_number(),
+            "boolean" => value.is_boolean(),
+            "object" => value.is_object(),
+            "array" => value.is_array(),
+            "null" => value.is_null(),
+            _ => false,
+        })
+    });
+    read.unwrap_or_else(|| text.into())
+}
