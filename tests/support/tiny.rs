@@ -305,7 +305,8 @@ impl Tiny {
     /// Sylvester's Hadamard matrices beside a module.
     fn rotations(&mut self, module: &str, size: usize) {
         let value = (size as f32).powf(-0.5);
-        let at = |i: usize| if (i / size & i % size).count_ones() % 2 == 0 { value } else { -value };
+        let odd = |i: usize| !((i / size) & (i % size)).count_ones().is_multiple_of(2);
+        let at = |i: usize| if odd(i) { -value } else { value };
         let matrix: Vec<u8> = (0..size * size).flat_map(|i| bf16(at(i))).collect();
         for direction in ["forward", "backward"] {
             self.push(&format!("{module}.{direction}_hadamard_matrix"), "BF16", &[size, size], matrix.clone());

@@ -12,8 +12,11 @@ fn role(part: &str) -> LinearRole {
     LinearRole { n, k, bias: true, may_be_plain: false }
 }
 
-/// Every expert's projections, in f32 with their biases and what else a kernel is told; or why one was refused.
-fn experts(t: &Tiny) -> Result<Vec<(Vec<f32>, Option<Vec<f32>>, String)>, String> {
+/// A projection in f32, its bias, and what else a kernel is told.
+type Told = (Vec<f32>, Option<Vec<f32>>, String);
+
+/// Every expert's projections, or why one was refused.
+fn experts(t: &Tiny) -> Result<Vec<Told>, String> {
     let folder = tempfile::tempdir().unwrap();
     t.write(folder.path());
     let checkpoint = Checkpoint::open(folder.path()).map_err(|e| e.to_string())?;

@@ -75,6 +75,43 @@ fn a_wrapper_may_tie_the_embeddings_for_its_text_model() {
 }
 
 #[test]
+fn nemotron_h_is_read_as_backbone_whatever_it_stands_under() {
+    for (root, head) in [
+        ("backbone.", ""),
+        ("model.", ""),
+        ("", ""),
+        ("language_model.backbone.", "language_model."),
+        ("model.language_model.", "model.language_model."),
+    ] {
+        for exclude in
+            ["layers.0.mixer.out_proj", "layers.0.mixer.o*", "layers.0.mixer.\u{0}backbone.pt_name_sentinel*"]
+        {
+            let excluded = json!([format!("{root}{exclude}"), format!("{head}lm_head"), "vision_model*"]);
+            let folder = changed(Format::Nvfp4, |t| {
+                t.tensors.clear();
+                t.hf_quant_config = None;
+                t.config = json!({"model_type": "nemotron_h", "quantization_config": {"quant_method": "modelopt",
+                    "quant_algo": "NVFP4", "group_size": 16, "exclude_modules": excluded}});
+                t.push(&format!("{root}layers.0.mixer.out_proj.weight"), "BF16", &[2, 16], vec![0; 64]);
+                t.push(&format!("{root}embeddings.weight"), "BF16", &[2, 16], vec![0; 64]);
+                t.push(&format!("{root}norm_f.weight"), "BF16", &[16], vec![0; 32]);
+                t.push(&format!("{head}lm_head.weight"), "BF16", &[2, 16], vec![0; 64]);
+            });
+            let checkpoint = Checkpoint::open(folder.path()).unwrap();
+            let names: Vec<&str> = checkpoint.tensors.names().collect();
+            let expected = ["embeddings.weight", "layers.0.mixer.out_proj.weight", "norm_f.weight"];
+            assert_eq!(names, [&expected.map(|e| format!("backbone.{e}"))[..], &["lm_head.weight".into()]].concat());
+            let role = LinearRole { n: 2, k: 16, bias: false, may_be_plain: false };
+            for module in ["backbone.layers.0.mixer.out_proj", "lm_head"] {
+                checkpoint.linear(module, role).unwrap_or_else(|e| panic!("{root} {exclude}: {e}"));
+            }
+            let may_be_plain = LinearRole { may_be_plain: true, ..role };
+            checkpoint.linear("backbone.embeddings", may_be_plain).unwrap();
+        }
+    }
+}
+
+#[test]
 fn tensors_of_parts_that_nobody_listed_are_left_over() {
     for name in ["audio_tower.conv.weight", "model.audio.weight", "visually.weight", "model.mtp_head.weight"] {
         breaking(Format::Bf16, |t| t.push(name, "BF16", &[2], vec![0; 4]), &[FILE, name, "does not use"]);
