@@ -8,6 +8,7 @@ use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};
 use recoup::backend::cpu::{CpuBackend, isa::Isa};
 use recoup::backend::{Backend, Batch, Span};
 use recoup::checkpoint::Checkpoint;
+use recoup::checkpoint::resolve::LinearRole;
 use recoup::formats::kv::KvFormat;
 use recoup::model::{Decoder, Wanted};
 use recoup_fuzz::Parts;
@@ -40,16 +41,49 @@ fuzz_target!(|data: &[u8]| {
     write("shard.safetensors", if parts.index.is_empty() { &[] } else { &parts.tensors });
 
     let Ok(checkpoint) = Checkpoint::open(folder) else { return };
+    resolve(&checkpoint);
     let backend = BACKEND.get_or_init(|| CpuBackend::new(Isa::detect(), 1).expect("a thread"));
     let Ok(decoder) = Decoder::load(backend.clone(), &checkpoint) else { return };
     let last = decoder.config.vocab as u32 - 1;
-    let batch =
-        Batch { tokens: vec![0, 1.min(last), last], spans: vec![Span { slot: 0, start: 0, len: 3, pages: vec![0] }] };
+    let batch = Batch { tokens: vec![0, 1.min(last), last], spans: vec![Span { start: 0, len: 3, pages: vec![0] }] };
     let mut cache = decoder.new_cache(3, KvFormat::Bf16).expect("one page of cache");
     let logits = decoder.forward(&batch, &mut cache, Wanted::All).expect("three tokens of the vocabulary");
     let logits = backend.to_host(&logits).expect("logits");
     assert_eq!(logits.len(), 3 * decoder.config.vocab);
 });
+
+/// Asks for every tensor's module as a linear, and for each expert of those that hold a layer's: what a model that no
+/// decoder here computes would ask for.
+fn resolve(checkpoint: &Checkpoint) {
+    let names: Vec<String> = checkpoint.tensors.names().map(str::to_owned).collect();
+    for name in &names {
+        let Some(view) = checkpoint.tensors.peek(name) else { continue };
+        let (owner, part) = name.rsplit_once('.').unwrap_or(("", name));
+        let dims: Vec<usize> = view.shape.iter().map(|d| (*d).min(1 << 20)).collect();
+        for packed in [1, 2] {
+            let ask = |module: &str, n: usize, k: usize| {
+                for bias in [false, true] {
+                    let role = LinearRole { n, k: k * packed, bias, may_be_plain: bias };
+                    let _ = checkpoint.linear(module, role).map(|linear| linear.decode());
+                }
+            };
+            match dims[..] {
+                [n, k] => ask(owner, n, k),
+                [e, a, b] | [e, a, b, 16] => {
+                    let (n, k) = if part.ends_with("_blocks") { (a, b * 16) } else { (b, a) };
+                    for expert in [0, e.saturating_sub(1)] {
+                        ask(&format!("{owner}.{expert}.gate_proj"), n / 2, k);
+                        ask(&format!("{owner}.{expert}.up_proj"), n / 2, k);
+                        ask(&format!("{owner}.{expert}.down_proj"), n, k);
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+    let _ = checkpoint.kv_scales("backbone.layers.0.mixer");
+    let _ = checkpoint.finish();
+}
 
 fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
     let mut random = Random::new(seed);

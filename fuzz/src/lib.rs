@@ -1,5 +1,9 @@
 //! What fuzzing shares: how one input holds a whole checkpoint, and mutations that know its structure.
 
+#[path = "../../tests/support/fused.rs"]
+pub mod fused;
+#[path = "../../tests/support/random.rs"]
+pub mod random;
 #[path = "../../tests/support/tiny.rs"]
 pub mod tiny;
 

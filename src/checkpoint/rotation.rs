@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::error::Result;
 use super::tensors::TensorStore;
-use crate::formats::linear::InputRotation;
+use crate::formats::linear::{InputRotation, MAX_ROTATION};
 
 /// How far the squared length of a row may be from 1: the matrix is stored in BF16, whose 32^-0.5 is 0.2 % off.
 const LENGTH: f32 = 0.02;
@@ -30,5 +30,6 @@ pub(super) fn read(tensors: &TensorStore, module: &str, k: usize, group: usize) 
         }
     }
     tensors.take(&format!("{module}.backward_hadamard_matrix"));
-    Ok(Arc::new(InputRotation::new(matrix, group)))
+    let rotation = InputRotation::new(matrix, group);
+    rotation.map(Arc::new).ok_or_else(|| view.wrong_shape(format!("runs of 1 to {MAX_ROTATION} inputs")))
 }

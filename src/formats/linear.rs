@@ -232,11 +232,11 @@ pub struct InputRotation {
 }
 
 impl InputRotation {
-    /// Of a matrix [group, group], group at most [`MAX_ROTATION`].
+    /// Of a matrix [group, group]; `None` where it is not that, empty, or group is beyond [`MAX_ROTATION`].
     #[must_use]
-    pub fn new(matrix: Vec<f32>, group: usize) -> Self {
-        debug_assert!(matrix.len() == group * group && group <= MAX_ROTATION);
-        Self { group, matrix }
+    pub fn new(matrix: Vec<f32>, group: usize) -> Option<Self> {
+        let fits = (1..=MAX_ROTATION).contains(&group) && matrix.len() == group * group;
+        fits.then_some(Self { group, matrix })
     }
 
     /// Rotates each run of `row` in place: every output one chain of fused multiply-adds in the order of the inputs.

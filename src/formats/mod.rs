@@ -110,6 +110,8 @@ mod tests {
             A::Fp8Group,
             A::Mxfp4 { rule: ScaleRule::Ceil },
             A::Mxfp8 { rule: ScaleRule::Even },
+            A::FpQuant { method: fp_quant::Method::AbsMax, global_scale: 1.0 / 3.0 },
+            A::FpQuant { method: fp_quant::Method::Quest, global_scale: 1.0 },
         ];
         for format in formats {
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {

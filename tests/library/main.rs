@@ -6,7 +6,10 @@ mod support;
 mod checkpoint {
     mod architectures;
     mod contradictions;
+    mod fp_quant;
+    mod fused;
     mod hostile;
+    mod wrappers;
 }
 mod model {
     mod architectures;

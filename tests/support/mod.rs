@@ -3,6 +3,7 @@
 
 pub mod command;
 pub mod fixtures;
+pub mod fused;
 pub mod gguf;
 #[cfg(unix)]
 pub mod held;

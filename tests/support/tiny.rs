@@ -31,10 +31,14 @@ pub enum Format {
     /// compressed-tensors MXFP4, W4A4.
     CtMxfp4,
     DeepSeek,
+    /// fp_quant's NVFP4, inputs rotated in runs of 16.
+    FpQuantNvfp4,
+    /// fp_quant's MXFP4 by quest, inputs rotated in runs of 32.
+    FpQuantMxfp4,
 }
 
 impl Format {
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::F32,
         Self::F16,
         Self::Bf16,
@@ -48,6 +52,8 @@ impl Format {
         Self::CtFp8Block,
         Self::CtMxfp4,
         Self::DeepSeek,
+        Self::FpQuantNvfp4,
+        Self::FpQuantMxfp4,
     ];
 }
 
@@ -241,6 +247,21 @@ impl Tiny {
         index
     }
 
+    /// Puts the model inside of a wrapper that has its configuration under `key`, the decoder's tensors under `prefix` and
+    /// the head's under `head`.
+    pub fn wrap(&mut self, key: &str, prefix: &str, head: &str) {
+        let mut text = std::mem::take(&mut self.config);
+        let quantization = text.as_object_mut().and_then(|t| t.remove("quantization_config")).unwrap_or_default();
+        self.config = json!({"architectures": ["SomethingForConditionalGeneration"], "model_type": "something",
+            key: text, "quantization_config": quantization});
+        for tensor in &mut self.tensors {
+            tensor.name = match tensor.name.strip_prefix("model.") {
+                Some(rest) => format!("{prefix}{rest}"),
+                None => format!("{head}{}", tensor.name),
+            };
+        }
+    }
+
     fn random(&mut self) -> u64 {
         // Knuth's MMIX constants; the high bits are the good ones.
         self.state = self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -279,6 +300,17 @@ impl Tiny {
             })
             .collect();
         self.push(name, dtype, &[n, k], bytes);
+    }
+
+    /// Sylvester's Hadamard matrices beside a module.
+    fn rotations(&mut self, module: &str, size: usize) {
+        let value = (size as f32).powf(-0.5);
+        let odd = |i: usize| !((i / size) & (i % size)).count_ones().is_multiple_of(2);
+        let at = |i: usize| if odd(i) { -value } else { value };
+        let matrix: Vec<u8> = (0..size * size).flat_map(|i| bf16(at(i))).collect();
+        for direction in ["forward", "backward"] {
+            self.push(&format!("{module}.{direction}_hadamard_matrix"), "BF16", &[size, size], matrix.clone());
+        }
     }
 
     fn linear(&mut self, format: Format, module: &str, n: usize, k: usize) {
@@ -341,8 +373,30 @@ impl Tiny {
                 self.codes(&name("weight"), "F8_E4M3", &[n, k], e4m3);
                 self.floats(&name("weight_scale_inv"), &grid, 0.125);
             }
+            Format::FpQuantNvfp4 => {
+                self.codes(&name("qweight"), "U8", &[n, k / 2], e2m1);
+                self.codes(&name("scales"), "U8", &[n, k / 16], block_scale);
+                self.scalar(&name("weight_global_scale"), &[1], 2.0);
+                self.scalar(&name("act_global_scale"), &[1], 3.0);
+                self.rotations(module, 16);
+            }
+            Format::FpQuantMxfp4 => {
+                self.codes(&name("qweight"), "U8", &[n, k / 2], e2m1);
+                self.codes(&name("scales"), "U8", &[n, k / 32], e8m0);
+                self.scalar(&name("weight_global_scale"), &[1], 2.0);
+                self.scalar(&name("act_global_scale"), &[1], 1.0);
+                self.rotations(module, 32);
+            }
         }
     }
+}
+
+/// fp_quant's `quantization_config`.
+fn fp_quant(dtype: &str, method: &str, group: usize) -> (Option<Value>, Option<Value>) {
+    let q = json!({"quant_method": "fp_quant", "forward_dtype": dtype, "forward_method": method,
+        "hadamard_group_size": group, "modules_to_not_convert": ["lm_head"], "pseudoquantization": false,
+        "store_master_weights": false});
+    (Some(q), None)
 }
 
 fn bf16(value: f32) -> [u8; 2] {
@@ -405,5 +459,7 @@ fn quantization(format: Format) -> (Option<Value>, Option<Value>) {
                 "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]})),
             None,
         ),
+        Format::FpQuantNvfp4 => fp_quant("nvfp4", "abs_max", 16),
+        Format::FpQuantMxfp4 => fp_quant("mxfp4", "quest", 32),
     }
 }

@@ -1,6 +1,8 @@
-//! Writes one small valid checkpoint of every format, and a sharded and a mixture of experts, into a corpus folder.
+//! Writes one small valid checkpoint of every format, and a sharded one, mixtures of experts, fused ones and a wrapped
+//! model, into a corpus folder.
 
 use recoup_fuzz::Parts;
+use recoup_fuzz::fused::{Stored, pair};
 use recoup_fuzz::tiny::{Format, SMALL, Size, Tiny};
 
 const SEED: Size = Size { layers: 1, hidden: 32, intermediate: 32, heads: 2, kv_heads: 1, vocab: 16, ..SMALL };
@@ -21,6 +23,14 @@ fn main() -> std::io::Result<()> {
         let moe = Tiny::with_size(format, Size { experts: Some(2), ..SEED });
         std::fs::write(format!("{folder}/Moe{format:?}"), pack(&moe).join())?;
     }
+    for stored in Stored::ALL {
+        let [fused, _] = pair(stored);
+        std::fs::write(format!("{folder}/Fused{stored:?}"), pack(&fused).join())?;
+    }
+    let mut wrapped = Tiny::with_size(Format::Nvfp4, SEED);
+    wrapped.wrap("text_config", "language_model.model.", "language_model.");
+    wrapped.push("mtp.fc.weight", "BF16", &[2], vec![0; 4]);
+    std::fs::write(format!("{folder}/Wrapped"), pack(&wrapped).join())?;
     let indexed = Tiny::with_size(Format::Fp8Channel, SEED);
     let map: serde_json::Map<_, _> =
         indexed.tensors.iter().map(|t| (t.name.clone(), "shard.safetensors".into())).collect();

@@ -1,6 +1,7 @@
 //! Dialects: what each exporting tool calls, stores and computes, for reading and for writing. One file beside this one
 //! each, and a line in the list.
 
+mod agreement;
 mod announced;
 mod compressed_tensors;
 mod deepseek;

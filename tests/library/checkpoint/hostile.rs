@@ -14,7 +14,7 @@ const Q: &str = "model.layers.0.self_attn.q_proj";
 const UP: &str = "model.layers.1.mlp.up_proj";
 
 /// Loads a folder and returns logits for a few tokens, or why it was refused.
-fn load(folder: &Path) -> Result<Vec<f32>, String> {
+pub(super) fn load(folder: &Path) -> Result<Vec<f32>, String> {
     load_on(Isa::detect(), folder)
 }
 
@@ -27,7 +27,7 @@ fn load_on(isa: Isa, folder: &Path) -> Result<Vec<f32>, String> {
 
 /// The message with which a folder is refused; it must hold all of `needles`. What loops or allocates without bound never
 /// comes to its end here: no clock is needed to see that.
-fn refused(folder: &Path, needles: &[&str]) {
+pub(super) fn refused(folder: &Path, needles: &[&str]) {
     let message = load(folder).map(|_| ()).expect_err("the checkpoint loaded");
     for needle in needles {
         assert!(message.contains(needle), "`{needle}` is not in: {message}");
@@ -36,7 +36,7 @@ fn refused(folder: &Path, needles: &[&str]) {
 }
 
 /// Breaks a good checkpoint and expects the message.
-fn breaking(format: Format, change: impl FnOnce(&mut Tiny), needles: &[&str]) {
+pub(super) fn breaking(format: Format, change: impl FnOnce(&mut Tiny), needles: &[&str]) {
     let mut t = Tiny::new(format);
     change(&mut t);
     let folder = tempfile::tempdir().unwrap();
@@ -75,7 +75,7 @@ fn config(key: &str, value: serde_json::Value, needles: &[&str]) {
 }
 
 /// Every bad value of the one F32 scale `name`, with the value in the message; and the tensor gone.
-fn scale(format: Format, name: &str) {
+pub(super) fn scale(format: Format, name: &str) {
     for value in [0.0, -0.0, -1.5, f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         breaking(
             format,
@@ -86,7 +86,7 @@ fn scale(format: Format, name: &str) {
     breaking(format, |t| t.remove(name), &[&format!("`{name}` is missing")]);
 }
 
-fn shape(format: Format, name: &str, shape: &[usize], needles: &[&str]) {
+pub(super) fn shape(format: Format, name: &str, shape: &[usize], needles: &[&str]) {
     let change = |t: &mut Tiny| {
         let tensor = t.tensor(name);
         let size = tensor.bytes.len() / tensor.shape.iter().product::<usize>().max(1);
@@ -383,7 +383,7 @@ fn a_missing_tensor_is_refused_by_name() {
 #[test]
 fn a_leftover_tensor_is_refused_by_name() {
     for name in
-        ["model.layers.2.mlp.up_proj.weight", "visual.patch_embed.weight", "model.layers.0.self_attn.q_norm.weight"]
+        ["model.layers.2.mlp.up_proj.weight", "audio.patch_embed.weight", "model.layers.0.self_attn.q_norm.weight"]
     {
         let bytes = vec![0; 4];
         breaking(Format::Bf16, |t| t.push(name, "F32", &[1], bytes), &[FILE, "1 tensor(s)", &format!("`{name}`")]);
