@@ -64,23 +64,6 @@ pub(in crate::backend) fn exp(x: f32) -> f32 {
     if x < -87.3 { 0.0 } else { p * power }
 }
 
-/// tanh x within 3 units in the last place.
-///
-/// Below 0.625 Cephes' tanhf (x + x³ · a polynomial in x²), above 1 - 2/(e²ˣ + 1).
-#[inline(always)]
-#[must_use]
-pub(in crate::backend) fn tanh(x: f32) -> f32 {
-    let (size, square) = (x.abs(), x * x);
-    let mut p = -5.704_988_7e-3f32;
-    p = p.mul_add(square, 2.063_908_8e-2);
-    p = p.mul_add(square, -5.373_971_5e-2);
-    p = p.mul_add(square, 1.333_144_2e-1);
-    p = p.mul_add(square, -3.333_328e-1);
-    let near = (p * square).mul_add(x, x);
-    let far = (1.0 - 2.0 / (exp(2.0 * size) + 1.0)).copysign(x);
-    if size < 0.625 { near } else { far }
-}
-
 multiversion! {
     /// RMS norm of each run of `weight.len()` values of `x` into `out`.
     pub(in crate::backend) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
@@ -204,15 +187,6 @@ multiversion! {
     }
 }
 
-multiversion! {
-    /// `x = cap · tanh(x / cap)`.
-    pub(in crate::backend) fn softcap(x: &mut [f32], cap: f32) {
-        for x in x {
-            *x = cap * tanh(*x / cap);
-        }
-    }
-}
-
 /// Values whose exponentials are added up in f32 before they join the f64 sum.
 const SOFTMAX_RUN: usize = 1024;
 
@@ -273,20 +247,6 @@ mod tests {
         assert!(exp(1e9).is_finite());
     }
 
-    #[test]
-    fn tanh_is_within_three_units_in_the_last_place() {
-        let mut worst = 0.0f64;
-        for i in -1_000_000..1_000_000 {
-            let x = i as f32 * 1e-5;
-            let exact = f64::from(x).tanh();
-            let unit = f64::from(f32::from_bits((exact as f32).to_bits() + 1)) - f64::from(exact as f32);
-            worst = worst.max((f64::from(tanh(x)) - exact).abs() / unit.abs());
-        }
-        assert!(worst < 3.0, "{worst}");
-        assert_eq!([tanh(0.0), tanh(1e9), tanh(-1e9), tanh(1e-30)], [0.0, 1.0, -1.0, 1e-30]);
-        assert!(tanh(f32::NAN).is_nan());
-    }
-
     type Exact = fn(f64, f64) -> f64;
     type Activation = (&'static str, fn(Isa, &mut [f32], &[f32]), Exact);
 
@@ -310,7 +270,6 @@ mod tests {
             ),
             ("sigmoid_mul", sigmoid_mul, |x, y| x * sigmoid(y)),
             ("sigmoid_mul_rows", |isa, x, y| sigmoid_mul_rows(isa, x, y, 1), |x, y| x * sigmoid(y)),
-            ("softcap", |isa, x, _| softcap(isa, x, 3.0), |x, _| 3.0 * (x / 3.0).tanh()),
         ]
     }
 
@@ -324,7 +283,7 @@ mod tests {
             for (i, got) in got.iter().enumerate() {
                 let (x, y) = (f64::from(x[i]), f64::from(y[i]));
                 let exact = exact(x, y);
-                // gelu's and softcap's arguments are rounded before the exponential.
+                // gelu's argument is rounded before the exponential.
                 let allowed = 4e-6 * exact.abs() + 1e-9;
                 assert!((f64::from(*got) - exact).abs() < allowed, "{name}({x}, {y}) = {got}, not {exact}");
             }

@@ -61,13 +61,13 @@ impl Case {
     fn run(&self, isa: Isa, chunk: usize) -> Vec<f32> {
         let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
         let layer = LayerCache { format: KvFormat::F32, kv_heads, head_dim, value_dim: self.value_dim };
-        let mut cache = KvCache::new(&CacheLayout { layers: vec![layer], pages: 0 });
+        let mut cache = KvCache::new(&CacheLayout { layers: vec![layer], pages: 0, ..CacheLayout::default() });
         cache.grow(self.tokens.div_ceil(PAGE) + 1);
         let pages: Vec<u32> = (0..self.tokens.div_ceil(PAGE) as u32).rev().map(|p| p + 1).collect();
         let mut out = Vec::new();
         for start in (0..self.tokens).step_by(chunk) {
             let len = chunk.min(self.tokens - start);
-            let batch = Batch { tokens: vec![0; len], spans: vec![Span { start, len, pages: pages.clone() }] };
+            let batch = Batch { tokens: vec![0; len], spans: vec![Span { start, len, pages: pages.clone(), slot: 0 }] };
             let of = |x: &[f32], width: usize| x[start * width..(start + len) * width].to_vec();
             let (k, v) = (of(&self.k, kv_heads * head_dim), of(&self.v, kv_heads * self.value_dim));
             cache.write(0, &batch, &k, &v);
@@ -88,7 +88,17 @@ fn sinks_windows_and_widths_are_the_formula_in_any_chunks_and_instruction_set() 
         (4, 1, 10, 33, Some(7), true),
         (2, 1, 192, 128, None, false),
     ] {
-        let shape = AttentionShape { layer: 0, heads, kv_heads, head_dim, window, rope: None, scale: 0.03 };
+        let shape = AttentionShape {
+            layer: 0,
+            cache: 0,
+            heads,
+            kv_heads,
+            head_dim,
+            window,
+            rope: None,
+            scale: 0.03,
+            growth: None,
+        };
         let case = Case::new(shape, value_dim, 43, sinks);
         let exact = case.exact();
         let reference = case.run(Isa::available()[0], 43);
@@ -106,7 +116,17 @@ fn sinks_windows_and_widths_are_the_formula_in_any_chunks_and_instruction_set() 
 
 #[test]
 fn a_sink_far_above_takes_all_and_one_far_below_takes_nothing() {
-    let shape = AttentionShape { layer: 0, heads: 2, kv_heads: 1, head_dim: 8, window: None, rope: None, scale: 0.3 };
+    let shape = AttentionShape {
+        layer: 0,
+        cache: 0,
+        heads: 2,
+        kv_heads: 1,
+        head_dim: 8,
+        window: None,
+        rope: None,
+        scale: 0.3,
+        growth: None,
+    };
     let mut case = Case::new(shape, 8, 9, false);
     let without = case.run(Isa::detect(), 9);
     case.sinks = Some(vec![-1e30, 1e30]);
@@ -119,15 +139,15 @@ fn a_sink_far_above_takes_all_and_one_far_below_takes_nothing() {
 #[test]
 fn a_copied_page_holds_keys_and_values_of_their_own_widths() {
     let layer = LayerCache { format: KvFormat::F32, kv_heads: 2, head_dim: 3, value_dim: 5 };
-    let mut cache = KvCache::new(&CacheLayout { layers: vec![layer; 2], pages: 3 });
+    let mut cache = KvCache::new(&CacheLayout { layers: vec![layer; 2], pages: 3, ..CacheLayout::default() });
     let numbers = |count: usize| (0..count).map(|i| i as f32 + 1.0).collect::<Vec<_>>();
     let write = |cache: &mut KvCache, page| {
-        let batch = Batch { tokens: vec![0; 16], spans: vec![Span { start: 0, len: 16, pages: vec![page] }] };
+        let batch = Batch { tokens: vec![0; 16], spans: vec![Span { start: 0, len: 16, pages: vec![page], slot: 0 }] };
         cache.write(1, &batch, &numbers(16 * 6), &numbers(16 * 10));
     };
     write(&mut cache, 0);
     cache.copy_page(0, 2);
-    let mut other = KvCache::new(&CacheLayout { layers: vec![layer; 2], pages: 3 });
+    let mut other = KvCache::new(&CacheLayout { layers: vec![layer; 2], pages: 3, ..CacheLayout::default() });
     write(&mut other, 0);
     write(&mut other, 2);
     for (a, b) in cache.layers.iter().zip(&other.layers) {
