@@ -358,7 +358,9 @@ fn a_recurrent_beginning_is_shared_where_its_state_was_kept() {
     }
     // Without room for states everything is computed.
     let mut world = recurrent(0);
-    (0..3).for_each(|_| drop(world.add(with(&[1]), 0, 70)));
+    for _ in 0..3 {
+        world.add(with(&[1]), 0, 70);
+    }
     world.finish();
     assert_eq!(world.computed, 3 * 71);
 }
