@@ -13,6 +13,7 @@ mod checkpoint {
 }
 mod model {
     mod architectures;
+    mod configurations;
     mod deployed;
     mod not_a_number;
     mod oracle;

@@ -150,15 +150,10 @@ fn mamba(c: &Object) -> Result<MambaConfig> {
 /// Two numbers, the second infinite perhaps.
 fn step_limit(c: &Object) -> Result<(f32, f32)> {
     const KEY: &str = "time_step_limit";
-    let Some(value) = c.get(KEY) else { return Ok((0.0, f32::INFINITY)) };
-    let number = |v: &serde_json::Value| match v.get("__float__").and_then(serde_json::Value::as_str) {
-        Some("Infinity") => Some(f64::INFINITY),
-        _ => v.as_f64(),
-    };
-    let pair = value.as_array().filter(|a| a.len() == 2).and_then(|a| Some((number(&a[0])?, number(&a[1])?)));
-    match pair {
-        Some((low, high)) if low >= 0.0 && low <= high => Ok((low as f32, high as f32)),
-        _ => Err(c.error(KEY, "a list of two numbers, the first at least 0 and at most the second")),
+    match c.numbers(KEY)?.as_deref() {
+        None => Ok((0.0, f32::INFINITY)),
+        Some(&[low, high]) if low >= 0.0 && low <= high => Ok((low as f32, high as f32)),
+        Some(_) => Err(c.error(KEY, "a list of two numbers, the first at least 0 and at most the second")),
     }
 }
 
