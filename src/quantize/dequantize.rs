@@ -6,7 +6,7 @@ use std::path::Path;
 use half::bf16;
 use safetensors::Dtype;
 
-use super::QuantizeError;
+use super::{QuantizeError, describe};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::kv;
 use crate::checkpoint::dialect::store::{Content, content};
@@ -31,6 +31,7 @@ pub struct Dequantized {
 pub fn dequantize(checkpoint: &Checkpoint, out: &Path) -> Result<Dequantized, QuantizeError> {
     let config = ModelConfig::read(&checkpoint.config)?.untied_where_stored(checkpoint)?;
     let modules: BTreeMap<String, Module> = config.modules().into_iter().map(|m| (m.name.clone(), m)).collect();
+    describe::plain_beside(checkpoint)?;
     let mut report = Dequantized::default();
     let mut quantized = BTreeSet::new();
     for (name, m) in &modules {
@@ -64,10 +65,11 @@ pub fn dequantize(checkpoint: &Checkpoint, out: &Path) -> Result<Dequantized, Qu
             None => tensors.extend(Pending::copy(store, tensor)),
         }
     }
+    tensors.extend(Pending::aside(store));
     let writer = FolderWriter::create(out)?;
     let from = [("recoup_dequantized_from", checkpoint.announced.dialect.to_string())];
     writer.tensors(tensors, SHARD_BYTES, &metadata(from))?;
-    let mut plain = checkpoint.config.value().clone();
+    let mut plain = checkpoint.whole_config.value().clone();
     if let Some(map) = plain.as_object_mut() {
         map.shift_remove("quantization_config");
         map.shift_remove("compression_config");
@@ -80,7 +82,8 @@ pub fn dequantize(checkpoint: &Checkpoint, out: &Path) -> Result<Dequantized, Qu
 
 /// The weight of a linear in BF16.
 fn weight<'a>(checkpoint: &'a Checkpoint, m: &'a Module) -> Pending<'a, QuantizeError> {
-    Pending::new(format!("{}.weight", m.name), Dtype::BF16, &[m.role.n, m.role.k], || {
+    let name = checkpoint.tensors.stored_name(&format!("{}.weight", m.name));
+    Pending::new(name, Dtype::BF16, &[m.role.n, m.role.k], || {
         let linear = checkpoint.linear(&m.name, m.role)?;
         let mut w = linear.decode();
         if let Some(scale) = &linear.pre_quant_scale {

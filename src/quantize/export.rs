@@ -10,11 +10,11 @@ use super::auto::{TABLE_FILE, Table};
 use super::calibrate::{self, Calibration};
 use super::encode::{self, Peaks};
 use super::gptq::Prepared;
-use super::recipe::{Recipe, ScaleChoice};
-use super::{QuantizeError, Scheme};
+use super::recipe::{KvCache, Recipe, ScaleChoice};
+use super::{QuantizeError, Scheme, describe};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::store::{parts, store};
-use crate::checkpoint::dialect::{Assigned, Dialect, Tool};
+use crate::checkpoint::dialect::{Dialect, Tool};
 use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, metadata};
 use crate::formats::{LEAST, e4m3, scalable};
 use crate::model::ModelConfig;
@@ -58,7 +58,7 @@ pub fn quantize(
     let tool = dialect.tool().ok_or(QuantizeError::Dialect(dialect))?;
     plain_cache(checkpoint)?;
     let config = ModelConfig::read(&checkpoint.config)?;
-    let (modules, others): (Vec<Module>, Vec<Module>) = config.modules().into_iter().partition(Module::is_block_linear);
+    let modules: Vec<Module> = config.modules().into_iter().filter(Module::is_quantizable).collect();
     let plan = Plan::new(checkpoint, &modules, calibration, recipe, dialect, tool)?;
     let (kv, kv_notes) = kv_scales(checkpoint, &config, calibration, recipe)?;
 
@@ -66,12 +66,9 @@ pub fn quantize(
     let from = [("recoup_recipe", recipe.name.clone()), ("recoup_calibration", calibration.description.clone())];
     let (tensors, bytes_after) = plan.tensors(checkpoint, prepared, recipe.block_scales, &kv);
     writer.tensors(tensors, SHARD_BYTES, &metadata(from))?;
-    let model = Assigned {
-        linears: modules.iter().map(|m| m.name.as_str()).zip(plan.schemes.iter().copied()).collect(),
-        others: others.iter().map(|m| m.name.as_str()).collect(),
-        fp8_kv_cache: recipe.kv_cache.is_some(),
-    };
-    model.write(tool, checkpoint.config.value(), &writer)?;
+    let linears: Vec<(&Module, Scheme)> = modules.iter().zip(plan.schemes.iter().copied()).collect();
+    let model = describe::assigned(&config, &linears, recipe.kv_cache.is_some(), Some(&checkpoint.tensors));
+    model.write(tool, checkpoint.whole_config.value(), &writer)?;
     writer.json("recoup_recipe.json", &serde_json::to_value(recipe).unwrap_or_default())?;
     if let Some(table) = table {
         writer.json(TABLE_FILE, &serde_json::to_value(table).unwrap_or_default())?;
@@ -106,7 +103,7 @@ fn kv_scales(
     recipe: &Recipe,
 ) -> Result<(BTreeMap<String, f32>, Vec<String>), QuantizeError> {
     let (mut out, mut notes) = (BTreeMap::new(), Vec::new());
-    if recipe.kv_cache.is_none() {
+    if recipe.kv_cache != Some(KvCache::Fp8) {
         return Ok((out, notes));
     }
     for names in calibrate::kv_names(config).into_values() {
@@ -258,7 +255,7 @@ impl<'a> Plan<'a> {
         for name in tensors_in.names() {
             let Some(&i) = by_weight.get(name).filter(|i| self.schemes[**i] != Scheme::None) else {
                 let Some(view) = tensors_in.peek(name) else { continue };
-                tensors.push(Pending::new(name, view.dtype, view.shape, move || {
+                tensors.push(Pending::new(tensors_in.stored_name(name), view.dtype, view.shape, move || {
                     tensors_in.release_pages();
                     view.expect_finite()?;
                     Ok(view.bytes.to_vec())
@@ -266,7 +263,8 @@ impl<'a> Plan<'a> {
                 continue;
             };
             let (m, scheme, peaks, tool) = (&self.modules[i], self.schemes[i], self.peaks[i], self.tool);
-            let specs = parts(tool, scheme, m.role.n, m.role.k).into_iter().map(|p| p.of(&m.name));
+            let stored = tensors_in.stored_name(&m.name);
+            let specs = parts(tool, scheme, m.role.n, m.role.k).into_iter().map(|p| p.of(&stored));
             let one = Pending::together(specs.collect(), move || {
                 checkpoint.tensors.release_pages();
                 let linear = match prepared.get(&m.name) {
@@ -279,10 +277,12 @@ impl<'a> Plan<'a> {
             tensors.push(one);
         }
         for (name, &scale) in kv {
+            let name = tensors_in.stored_name(name);
             let one = Pending::new(name, Dtype::F32, self.tool.layout().one, move || Ok(scale.to_le_bytes().to_vec()));
             bytes += one.bytes();
             tensors.push(one);
         }
+        tensors.extend(Pending::aside(tensors_in));
         (tensors, bytes)
     }
 }
