@@ -5,7 +5,8 @@
 pub mod dialect;
 pub mod error;
 mod folder;
-mod fused;
+pub mod fused;
+pub mod fused_write;
 mod header;
 pub mod hub;
 pub mod identity;
@@ -21,6 +22,7 @@ use std::path::Path;
 
 pub use error::{CheckpointError, Result};
 use json::Object;
+pub use text_model::untie;
 
 use dialect::{Announced, kv};
 use tensors::TensorStore;
@@ -29,6 +31,8 @@ use tensors::TensorStore;
 pub struct Checkpoint {
     /// The text model's, which a wrapper's config.json has inside.
     pub config: Object,
+    /// config.json as it is: a wrapper's, or the same.
+    pub whole_config: Object,
     /// What its configuration says of each module.
     pub announced: Announced,
     pub tensors: TensorStore,
@@ -55,10 +59,10 @@ impl Checkpoint {
             let detail = format!("holds no config.json{}", folder::instead(folder));
             return Err(CheckpointError::NotACheckpoint { path: folder.into(), detail });
         }
-        let config = Object::read(&folder.join("config.json"))?;
-        let mut announced = Announced::read(&config, folder)?;
+        let whole_config = Object::read(&folder.join("config.json"))?;
+        let mut announced = Announced::read(&whole_config, folder)?;
         let mut tensors = TensorStore::open(folder)?;
-        let config = text_model::config(config)?;
+        let config = text_model::config(whole_config.clone())?;
         announced.wrapped = text_model::canonical_names(&mut tensors, &config)?;
         let mut notes = tensors.notes().to_vec();
         if let Some(note) = tied_head(&config, &mut tensors)? {
@@ -76,7 +80,7 @@ impl Checkpoint {
                 folder.display()
             ));
         }
-        Ok(Self { config, announced, tensors, notes, unit_kv_scales })
+        Ok(Self { config, whole_config, announced, tensors, notes, unit_kv_scales })
     }
 
     /// Checks that every tensor was used, but for those that follow from the configuration (old Llama files store the

@@ -11,6 +11,7 @@ use safetensors::Dtype;
 use super::error::{CheckpointError, Result};
 use super::header::{self, Stored};
 use super::json::Object;
+use super::text_model::Spelling;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -43,6 +44,9 @@ pub struct TensorStore {
     folder: PathBuf,
     shards: Vec<Shard>,
     entries: BTreeMap<String, Entry>,
+    /// What is of other parts than the text model, by the names in the files.
+    aside: BTreeMap<String, Entry>,
+    spelling: Spelling,
     used: Mutex<BTreeSet<String>>,
     /// What the folder says twice or in another way than usual, and how it was taken.
     notes: Vec<String>,
@@ -82,6 +86,8 @@ impl TensorStore {
             folder: folder.into(),
             shards: Vec::new(),
             entries: BTreeMap::new(),
+            aside: BTreeMap::new(),
+            spelling: Spelling::default(),
             used: Mutex::new(BTreeSet::new()),
             notes,
         };
@@ -121,15 +127,34 @@ impl TensorStore {
         }
     }
 
-    /// Removes the tensors for which `of` names the part that they are of: part, tensors, bytes.
+    /// Sets the spelling of names in the files, under which all that is written of this store appears.
+    pub(super) fn spell(&mut self, spelling: Spelling) {
+        self.spelling = spelling;
+    }
+
+    /// The name that a tensor or module of the text model has in the files.
+    #[must_use]
+    pub fn stored_name(&self, name: &str) -> String {
+        self.spelling.stored(name)
+    }
+
+    /// Tensors of other parts than the text model, under the names that they have in the files.
+    pub fn aside(&self) -> impl Iterator<Item = TensorView<'_>> {
+        self.aside.iter().map(|(name, e)| self.view(name, e))
+    }
+
+    /// Sets those tensors aside for which `of` names the part that they are of: part, tensors, bytes.
     pub(super) fn set_aside(&mut self, of: &dyn Fn(&str) -> Option<String>) -> Vec<(String, usize, usize)> {
         let mut parts: BTreeMap<String, (usize, usize)> = BTreeMap::new();
-        self.entries.retain(|name, entry| {
-            let Some(part) = of(name) else { return true };
+        for (name, entry) in std::mem::take(&mut self.entries) {
+            let Some(part) = of(&name) else {
+                self.entries.insert(name, entry);
+                continue;
+            };
             let (count, bytes) = parts.entry(part).or_default();
             (*count, *bytes) = (*count + 1, *bytes + (entry.end - entry.start));
-            false
-        });
+            self.aside.insert(self.spelling.stored(&name), entry);
+        }
         parts.into_iter().map(|(part, (count, bytes))| (part, count, bytes)).collect()
     }
 
@@ -153,6 +178,8 @@ impl TensorStore {
             folder: file.into(),
             shards: Vec::new(),
             entries: BTreeMap::new(),
+            aside: BTreeMap::new(),
+            spelling: Spelling::default(),
             used: Mutex::new(BTreeSet::new()),
             notes: Vec::new(),
         };
@@ -220,8 +247,12 @@ impl TensorStore {
     #[must_use]
     pub fn peek(&self, name: &str) -> Option<TensorView<'_>> {
         let (name, e) = self.entries.get_key_value(name)?;
+        Some(self.view(name, e))
+    }
+
+    fn view<'a>(&'a self, name: &'a str, e: &'a Entry) -> TensorView<'a> {
         let shard = &self.shards[e.shard];
-        Some(TensorView { name, file: &shard.path, dtype: e.dtype, shape: &e.shape, bytes: &shard.map[e.start..e.end] })
+        TensorView { name, file: &shard.path, dtype: e.dtype, shape: &e.shape, bytes: &shard.map[e.start..e.end] }
     }
 
     /// Takes a tensor if it is there, and marks it as used.

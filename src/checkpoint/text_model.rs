@@ -1,6 +1,8 @@
 //! Where the text model stands in a checkpoint: its configuration inside of a wrapper's, the prefix of its tensors, and
 //! what lies beside it and is knowingly not used.
 
+use serde_json::Value;
+
 use super::error::Result;
 use super::json::{self, Object};
 use super::tensors::TensorStore;
@@ -37,6 +39,35 @@ const UNUSED: [&str; 10] = [
     "model.mtp.",
 ];
 
+/// How the files spell the names of a text model, where not as a plain one's: the one place that knows both.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Spelling {
+    /// What the decoder's names begin with here, and in the files.
+    decoder: Option<(&'static str, &'static str)>,
+    /// What stands before the head's.
+    head: &'static str,
+}
+
+impl Spelling {
+    /// The name in the files of tensor or module `name`.
+    pub(super) fn stored(&self, name: &str) -> String {
+        let is = |name: &str, part: &str| name.strip_prefix(part.trim_end_matches('.')).is_some_and(starts_anew);
+        if is(name, HEAD) {
+            return format!("{}{name}", self.head);
+        }
+        let in_decoder = |(root, prefix): (&str, &str)| {
+            let rest = name.strip_prefix(root).filter(|rest| PARTS.iter().any(|p| is(rest, p)))?;
+            Some(format!("{prefix}{rest}"))
+        };
+        self.decoder.and_then(in_decoder).unwrap_or_else(|| name.to_owned())
+    }
+}
+
+/// Whether `rest` is what can stand behind the name of a module.
+fn starts_anew(rest: &str) -> bool {
+    rest.is_empty() || rest.starts_with('.')
+}
+
 /// The text model's configuration: `config` itself, or what a wrapper has of it.
 ///
 /// # Errors
@@ -50,6 +81,18 @@ pub(super) fn config(config: Object) -> Result<Object> {
         Some(inner) => inner.inheriting(&config, &INHERITED),
         None => config,
     })
+}
+
+/// Says in a config.json, and in what it has of a text model, that the head is a tensor of its own.
+pub fn untie(config: &mut Value) {
+    const KEY: &str = "tie_word_embeddings";
+    let Some(outer) = config.as_object_mut() else { return };
+    outer.insert(KEY.into(), false.into());
+    for key in CONFIGS {
+        if let Some(text) = outer.get_mut(key).and_then(Value::as_object_mut) {
+            text.insert(KEY.into(), false.into());
+        }
+    }
 }
 
 /// What the names of the text model's tensors begin with.
@@ -91,7 +134,7 @@ fn set_aside(tensors: &mut TensorStore, of: &dyn Fn(&str) -> Option<String>) {
     }
 }
 
-fn rename(tensors: &mut TensorStore, root: &str) -> bool {
+fn rename(tensors: &mut TensorStore, root: &'static str) -> bool {
     let part = |name: &str, prefix: &str| {
         name.strip_prefix(prefix).filter(|rest| PARTS.iter().any(|p| rest.starts_with(p))).map(|r| format!("{root}{r}"))
     };
@@ -109,11 +152,20 @@ fn rename(tensors: &mut TensorStore, root: &str) -> bool {
             tensors.folder().display()
         ));
         let head = |n: &str| {
-            let rest = WRAPPERS.iter().find_map(|w| n.strip_prefix(w)).filter(|r| r.starts_with(HEAD))?;
-            Some((n.to_owned(), rest.to_owned()))
+            let wrapper = WRAPPERS.into_iter().find(|w| n.strip_prefix(w).is_some_and(|r| r.starts_with(HEAD)))?;
+            Some((n.to_owned(), wrapper))
         };
-        renames.extend(tensors.names().filter_map(head));
+        let heads: Vec<(String, &str)> = tensors.names().filter_map(head).collect();
+        let plain = tensors.names().any(|n| n.starts_with(HEAD));
+        let wrapper = match heads.first() {
+            Some((_, wrapper)) => wrapper,
+            // Tied: where the class of such a wrapper has it.
+            None if !plain && prefix != WRAPPERS[3] && prefix.starts_with(WRAPPERS[3]) => WRAPPERS[3],
+            None => "",
+        };
+        renames.extend(heads.iter().map(|(from, wrapper)| (from.clone(), from[wrapper.len()..].to_owned())));
         renames.iter().for_each(|(from, to)| tensors.rename(from, to));
+        tensors.spell(Spelling { decoder: Some((root, prefix)), head: if plain { "" } else { wrapper } });
         return !prefix.is_empty();
     }
     false

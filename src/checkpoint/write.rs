@@ -9,7 +9,7 @@ use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
 use super::error::{CheckpointError, Result};
-use super::tensors::TensorStore;
+use super::tensors::{TensorStore, TensorView};
 use super::text_files;
 use crate::output::{self, Claim};
 
@@ -278,13 +278,21 @@ impl<'a, E> Pending<'a, E> {
         Self { specs, make: Box::new(make) }
     }
 
-    /// Tensor `name` of `store` as it is, or nothing where there is none.
+    /// Tensor `name` of `store` as it is, under the name that it has in its files, or nothing where there is none.
     pub fn copy(store: &'a TensorStore, name: &str) -> Option<Self> {
-        let view = store.peek(name)?;
-        Some(Self::new(name, view.dtype, view.shape, move || {
+        Some(Self::copy_view(store, store.peek(name)?, store.stored_name(name)))
+    }
+
+    /// The tensors of `store` that are of other parts than the text model, as they are.
+    pub fn aside(store: &'a TensorStore) -> impl Iterator<Item = Self> {
+        store.aside().map(|view| Self::copy_view(store, view, view.name.to_owned()))
+    }
+
+    fn copy_view(store: &'a TensorStore, view: TensorView<'a>, name: String) -> Self {
+        Self::new(name, view.dtype, view.shape, move || {
             store.release_pages();
             Ok(view.bytes.to_vec())
-        }))
+        })
     }
 
     /// Bytes of all its tensors.

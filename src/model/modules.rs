@@ -58,8 +58,15 @@ impl Module {
         !self.part.may_be_plain()
     }
 
+    /// Whether a recipe may name it: the linears of the blocks, and the head.
+    #[must_use]
+    pub fn is_quantizable(&self) -> bool {
+        self.is_block_linear() || self.part == Part::Head
+    }
+
     /// Modules with the same key read the same input and are fused by deploying engines, so that they share scales:
-    /// q, k and v; gate and up of one MLP or expert; q, k, v and z of a delta net.
+    /// q, k and v; gate and up of one MLP or expert; q, k, v and z of a delta net; what latent attention's queries and keys
+    /// come of.
     #[must_use]
     pub fn fusion_key(&self) -> String {
         let suffix = match self.part {
@@ -67,6 +74,7 @@ impl Module {
             Part::Q | Part::K | Part::V if !self.name.ends_with("_b_proj") => "qkv",
             Part::Gate | Part::Up => "gate_up",
             Part::DeltaIn => "in_proj",
+            Part::LatentIn => "latent",
             _ => return self.name.clone(),
         };
         let parent = self.name.rsplit_once('.').map_or("", |(parent, _)| parent);

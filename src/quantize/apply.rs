@@ -88,7 +88,7 @@ pub fn apply<B: Backend + Clone>(
     let tool = dialect.tool().ok_or(QuantizeError::Dialect(dialect))?;
     plain_cache(checkpoint)?;
     let modules: Vec<Module> = ModelConfig::read(&checkpoint.config)?.modules();
-    let modules: Vec<Module> = modules.into_iter().filter(Module::is_block_linear).collect();
+    let modules: Vec<Module> = modules.into_iter().filter(Module::is_quantizable).collect();
     let assigned = |recipe: &Recipe| -> Result<BTreeMap<String, Scheme>, QuantizeError> {
         Ok(modules.iter().map(|m| m.name.clone()).zip(recipe.assign(&modules)?).collect())
     };
@@ -193,12 +193,13 @@ fn copy(source: &Checkpoint, prepared: &BTreeMap<String, Prepared>, out: &Path) 
             return Pending::copy(&source.tensors, name);
         };
         let view = source.tensors.peek(name)?;
-        Some(Pending::new(name, view.dtype, view.shape, move || {
+        Some(Pending::new(source.tensors.stored_name(name), view.dtype, view.shape, move || {
             let values: Vec<f32> = moved.unrounded.iter().map(|v| v.to_f32()).collect();
             Ok(float_bytes(view.dtype, &values))
         }))
     };
-    let tensors: Vec<Pending<'_, QuantizeError>> = source.tensors.names().filter_map(tensor).collect();
+    let own = source.tensors.names().filter_map(tensor);
+    let tensors: Vec<Pending<'_, QuantizeError>> = own.chain(Pending::aside(&source.tensors)).collect();
     let mut metadata = Map::new();
     metadata.insert("format".into(), "pt".into());
     writer.tensors(tensors, SHARD_BYTES, &metadata)?;

@@ -6,15 +6,16 @@ use std::path::Path;
 
 use safetensors::Dtype;
 
-use super::QuantizeError;
 use super::export::plain_cache;
+use super::{QuantizeError, describe};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::store::{content, store};
-use crate::checkpoint::dialect::{Assigned, Dialect, Tool, kv};
+use crate::checkpoint::dialect::{Dialect, Tool, kv};
 use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, metadata};
 use crate::formats::linear::LinearTensors;
 use crate::formats::scheme::Scheme;
 use crate::model::ModelConfig;
+use crate::model::modules::Module;
 
 /// What converting did.
 #[derive(Clone, Debug, Default)]
@@ -37,7 +38,8 @@ pub fn convert(checkpoint: &Checkpoint, dialect: Dialect, out: &Path) -> Result<
     let config = ModelConfig::read(&checkpoint.config)?.untied_where_stored(checkpoint)?;
     let modules = config.modules();
     let mut report = Converted::default();
-    let mut assigned: Vec<(&str, Scheme)> = Vec::new();
+    describe::plain_beside(checkpoint)?;
+    let mut assigned: Vec<(&Module, Scheme)> = Vec::new();
     let mut tensors: Vec<Pending<'_, QuantizeError>> = Vec::new();
     let mut quantized = BTreeSet::new();
     for m in &modules {
@@ -59,14 +61,14 @@ pub fn convert(checkpoint: &Checkpoint, dialect: Dialect, out: &Path) -> Result<
                 linear.element, linear.activation
             ))
         })?;
-        if m.is_block_linear() {
-            assigned.push((&m.name, scheme));
+        if m.is_quantizable() {
+            assigned.push((m, scheme));
         }
         if scheme == Scheme::None {
             continue;
         }
-        if !m.is_block_linear() {
-            return Err(fail("is quantized, which `convert` knows of the blocks' linears only".into()));
+        if !m.is_quantizable() {
+            return Err(fail("is quantized, which `convert` knows of the blocks' linears and the head only".into()));
         }
         if !tool.says(scheme) {
             return Err(fail(format!("is {scheme}, which the {dialect} dialect has no name for")));
@@ -83,7 +85,7 @@ pub fn convert(checkpoint: &Checkpoint, dialect: Dialect, out: &Path) -> Result<
         let stored = store(tool, &linear, scheme);
         report.inexact += stored.inexact;
         tensors.push(Pending::together(
-            stored.parts.into_iter().map(|(part, _)| part.of(&m.name)).collect(),
+            stored.parts.into_iter().map(|(part, _)| part.of(&checkpoint.tensors.stored_name(&m.name))).collect(),
             move || {
                 checkpoint.tensors.release_pages();
                 let stored = store(tool, &checkpoint.linear(&m.name, m.role)?, scheme);
@@ -97,13 +99,15 @@ pub fn convert(checkpoint: &Checkpoint, dialect: Dialect, out: &Path) -> Result<
         return Err(QuantizeError::Nothing(checkpoint.tensors.folder().into()));
     }
     let mut kv_cache = BTreeMap::new();
-    for (_, module, _) in config.attentions() {
+    let attentions = if checkpoint.unit_kv_scales { Vec::new() } else { config.attentions() };
+    for (_, module, _) in attentions {
         if let Some(scales) = checkpoint.kv_scales(&module)? {
             kv_cache.extend(kv::written(&module).into_iter().zip([scales.k, scales.v]));
         }
     }
     for (name, &scale) in &kv_cache {
         let bytes = move || Ok(scale.to_le_bytes().to_vec());
+        let name = checkpoint.tensors.stored_name(name);
         tensors.push(Pending::new(name, Dtype::F32, tool.layout().one, bytes));
     }
     let own = |name: &str| {
@@ -111,12 +115,12 @@ pub fn convert(checkpoint: &Checkpoint, dialect: Dialect, out: &Path) -> Result<
     };
     let others = checkpoint.tensors.names().filter(|name| !own(name) && !kv::is_scale(name));
     tensors.extend(others.filter_map(|name| Pending::copy(&checkpoint.tensors, name)));
+    tensors.extend(Pending::aside(&checkpoint.tensors));
     let writer = FolderWriter::create(out)?;
     let from = [("recoup_converted_from", checkpoint.announced.dialect.to_string())];
     writer.tensors(tensors, SHARD_BYTES, &metadata(from))?;
-    let others = modules.iter().filter(|m| !m.is_block_linear()).map(|m| m.name.as_str()).collect();
-    let model = Assigned { linears: assigned, others, fp8_kv_cache: !kv_cache.is_empty() };
-    model.write(tool, checkpoint.config.value(), &writer)?;
+    let model = describe::assigned(&config, &assigned, checkpoint.announced.fp8_kv_cache, Some(&checkpoint.tensors));
+    model.write(tool, checkpoint.whole_config.value(), &writer)?;
     writer.copy_text_files(checkpoint.tensors.folder())?;
     writer.commit()?;
     Ok(report)

@@ -5,6 +5,7 @@ pub mod auto;
 pub mod calibrate;
 pub mod convert;
 pub mod dequantize;
+mod describe;
 mod encode;
 mod error;
 mod export;

@@ -8,10 +8,11 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
+use super::recipe::KvCache;
 use super::{QuantizeError, Recipe, Scheme};
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::dialect::store::{parts, store};
-use crate::checkpoint::dialect::{Assigned, Dialect, Tool};
+use crate::checkpoint::dialect::{Dialect, Tool};
 use crate::checkpoint::json::Object;
 use crate::checkpoint::resolve::LinearRole;
 use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, metadata};
@@ -43,7 +44,7 @@ pub struct RandomModel {
     json: Value,
     schemes: HashMap<String, Scheme>,
     tool: &'static dyn Tool,
-    fp8_cache: bool,
+    kv_cache: Option<KvCache>,
 }
 
 /// The names of shapes.
@@ -81,7 +82,7 @@ impl RandomModel {
                 );
                 return Err(QuantizeError::Shape(detail));
             }
-            let modules: Vec<Module> = config.modules().into_iter().filter(Module::is_block_linear).collect();
+            let modules: Vec<Module> = config.modules().into_iter().filter(Module::is_quantizable).collect();
             for (module, scheme) in modules.iter().zip(recipe.assign(&modules)?) {
                 let fail = |detail: String| QuantizeError::Module { module: module.name.clone(), detail };
                 if scheme != Scheme::None && !tool.says(scheme) {
@@ -93,8 +94,8 @@ impl RandomModel {
                 schemes.insert(module.name.clone(), scheme);
             }
         }
-        let fp8_cache = recipe.is_some_and(|r| r.kv_cache.is_some());
-        Ok(Self { shape: name.into(), config, json, schemes, tool, fp8_cache })
+        let kv_cache = recipe.and_then(|r| r.kv_cache);
+        Ok(Self { shape: name.into(), config, json, schemes, tool, kv_cache })
     }
 
     fn scheme(&self, module: &str) -> Scheme {
@@ -186,7 +187,7 @@ impl RandomModel {
             let count = shape.iter().product();
             tensors.push(Pending::new(&name, Dtype::BF16, &shape, move || Ok(ones(count))));
         }
-        if self.fp8_cache {
+        if self.kv_cache == Some(KvCache::Fp8) {
             for name in super::calibrate::kv_names(&self.config).into_values().flatten() {
                 let bytes = || Ok(KV_SCALE.to_le_bytes().to_vec());
                 tensors.push(Pending::new(&name, Dtype::F32, self.tool.layout().one, bytes));
@@ -198,12 +199,9 @@ impl RandomModel {
         if self.schemes.is_empty() {
             writer.json("config.json", &self.json)?;
         } else {
-            let (linears, others): (Vec<&Module>, Vec<&Module>) = modules.iter().partition(|m| m.is_block_linear());
-            let model = Assigned {
-                linears: linears.iter().map(|m| (m.name.as_str(), self.scheme(&m.name))).collect(),
-                others: others.iter().map(|m| m.name.as_str()).collect(),
-                fp8_kv_cache: self.fp8_cache,
-            };
+            let linears: Vec<(&Module, Scheme)> =
+                modules.iter().filter(|m| m.is_quantizable()).map(|m| (m, self.scheme(&m.name))).collect();
+            let model = super::describe::assigned(&self.config, &linears, self.kv_cache.is_some(), None);
             model.write(self.tool, &self.json, &writer)?;
         }
         writer.file("tokenizer.json", TOKENIZER)?;
@@ -300,7 +298,10 @@ impl Source for RandomModel {
     }
 
     fn kv(&self, _: &str) -> Result<Option<KvFormat>, CheckpointError> {
-        Ok(self.fp8_cache.then_some(KvFormat::Fp8 { k_scale: KV_SCALE, v_scale: KV_SCALE }))
+        Ok(self.kv_cache.map(|cache| {
+            let scale = if cache == KvCache::Fp8 { KV_SCALE } else { 1.0 };
+            KvFormat::Fp8 { k_scale: scale, v_scale: scale }
+        }))
     }
 
     fn finish(&self) -> Result<(), CheckpointError> {

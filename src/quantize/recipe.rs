@@ -19,7 +19,7 @@ pub struct Recipe {
     #[serde(default)]
     pub description: String,
     /// Which modules become what; of several rules that match, the last holds. Modules that none matches stay as they are.
-    /// Embedding, head and routers are never quantized.
+    /// The head is quantized where a rule gives its whole name, embedding and routers never.
     pub rules: Vec<Rule>,
     /// What the KV cache is stored in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -45,7 +45,7 @@ pub struct Recipe {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rule {
-    /// Module names, `*` for any characters: `*.mlp.*`.
+    /// Module names, `*` for any characters: `*.mlp.*`; `lm_head` for the head.
     pub modules: String,
     pub scheme: Scheme,
 }
@@ -56,6 +56,8 @@ pub struct Rule {
 pub enum KvCache {
     /// E4M3 under a calibrated scale for keys (after RoPE) and one for values in each layer.
     Fp8,
+    /// E4M3 as they are, under scales of 1 that are not stored (ModelOpt's `kv_fp8_cast`).
+    Fp8Cast,
 }
 
 /// How the scale of an NVFP4 block is chosen.
@@ -156,7 +158,7 @@ impl Default for Gptq {
 }
 
 /// Recipes that ship, by name.
-const SHIPPED: [(&str, &str); 24] = [
+const SHIPPED: [(&str, &str); 29] = [
     ("nvfp4", include_str!("recipes/nvfp4.json")),
     ("nvfp4_best", include_str!("recipes/nvfp4_best.json")),
     ("nvfp4_best_channels", include_str!("recipes/nvfp4_best_channels.json")),
@@ -168,6 +170,7 @@ const SHIPPED: [(&str, &str); 24] = [
     ("nvfp4_four_over_six", include_str!("recipes/nvfp4_four_over_six.json")),
     ("nvfp4_gptq", include_str!("recipes/nvfp4_gptq.json")),
     ("nvfp4_kv_fp8", include_str!("recipes/nvfp4_kv_fp8.json")),
+    ("nvfp4_kv_fp8_cast", include_str!("recipes/nvfp4_kv_fp8_cast.json")),
     ("nvfp4_mlp_only", include_str!("recipes/nvfp4_mlp_only.json")),
     ("nvfp4_experts_only", include_str!("recipes/nvfp4_experts_only.json")),
     ("w4a16_nvfp4", include_str!("recipes/w4a16_nvfp4.json")),
@@ -181,6 +184,10 @@ const SHIPPED: [(&str, &str); 24] = [
     ("fp8_block", include_str!("recipes/fp8_block.json")),
     ("mxfp8", include_str!("recipes/mxfp8.json")),
     ("mxfp4", include_str!("recipes/mxfp4.json")),
+    ("nano_nvfp4_kv_fp8_cast", include_str!("recipes/nano_nvfp4_kv_fp8_cast.json")),
+    ("super-nvfp4-max-calib", include_str!("recipes/super-nvfp4-max-calib.json")),
+    ("lightning_w4a16_nvfp4_4o6", include_str!("recipes/lightning_w4a16_nvfp4_4o6.json")),
+    ("w4a16_nvfp4-fp8_attn-kv_fp8_cast", include_str!("recipes/w4a16_nvfp4-fp8_attn-kv_fp8_cast.json")),
 ];
 
 impl Recipe {
@@ -261,7 +268,8 @@ impl Recipe {
     #[must_use]
     pub fn calibrates(&self) -> bool {
         let candidates = self.auto.iter().flat_map(|a| &a.schemes);
-        self.kv_cache.is_some() || self.rules.iter().map(|r| &r.scheme).chain(candidates).any(|s| s.has_input_scale())
+        self.kv_cache == Some(KvCache::Fp8)
+            || self.rules.iter().map(|r| &r.scheme).chain(candidates).any(|s| s.has_input_scale())
     }
 
     /// Whether anything in it runs text through the model.
@@ -276,7 +284,7 @@ impl Recipe {
         if self.gptq.is_some() { 16 } else { 8 }
     }
 
-    /// What each of `modules` becomes, in their order.
+    /// What each of `modules`, which [`Module::is_quantizable`], becomes, in their order.
     ///
     /// # Errors
     /// When a rule matches no module, or nothing is quantized.
@@ -285,7 +293,9 @@ impl Recipe {
         let mut out = vec![Scheme::None; modules.len()];
         for rule in &self.rules {
             let mut matched = false;
-            for (m, scheme) in modules.iter().zip(&mut out).filter(|(m, _)| glob(&rule.modules, &m.name)) {
+            let names =
+                |m: &Module| if m.is_block_linear() { glob(&rule.modules, &m.name) } else { rule.modules == m.name };
+            for (m, scheme) in modules.iter().zip(&mut out).filter(|(m, _)| names(m)) {
                 *scheme = rule.scheme;
                 matched |= !m.name.is_empty();
             }

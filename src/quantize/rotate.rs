@@ -13,7 +13,7 @@ use std::path::Path;
 
 use rayon::prelude::*;
 use safetensors::Dtype;
-use serde_json::{Map, Value};
+use serde_json::Map;
 
 use super::QuantizeError;
 use super::error::plain;
@@ -122,17 +122,19 @@ pub fn rotate(
         for name in std::iter::once(stored).chain(head) {
             let is_linear = module_of(name).is_some_and(|(m, suffix)| suffix == "weight" && quantized(m));
             let dtype = if is_linear { Dtype::F32 } else { view.dtype };
-            tensors.push(Pending::new(name, dtype, view.shape, move || match rotated(name, stored)? {
+            let spelled = checkpoint.tensors.stored_name(name);
+            tensors.push(Pending::new(spelled, dtype, view.shape, move || match rotated(name, stored)? {
                 Some(values) => Ok(float_bytes(dtype, &values)),
                 None => Ok(view.bytes.to_vec()),
             }));
         }
     }
+    tensors.extend(Pending::aside(&checkpoint.tensors));
     let writer = FolderWriter::create(folder)?;
     writer.tensors(tensors, SHARD_BYTES, &Map::new())?;
-    let mut json = checkpoint.config.value().clone();
-    if let Some(map) = json.as_object_mut().filter(|_| untie) {
-        map.insert("tie_word_embeddings".into(), Value::Bool(false));
+    let mut json = checkpoint.whole_config.value().clone();
+    if untie {
+        crate::checkpoint::untie(&mut json);
     }
     writer.json("config.json", &json)?;
     writer.copy_text_files(checkpoint.tensors.folder())?;

@@ -418,15 +418,16 @@ impl Smoothing {
             // Biases of exact forms are rounded: only what is quantized next may need more than its type.
             let may_grow = self.form.is_exact() || linears.contains(name);
             let dtype = if may_grow && !holds(view.dtype, &values) { Dtype::F32 } else { view.dtype };
-            tensors.push(Pending::new(name, dtype, view.shape, move || {
+            tensors.push(Pending::new(checkpoint.tensors.stored_name(name), dtype, view.shape, move || {
                 checkpoint.tensors.release_pages();
                 let values = self.apply(name, || floats(name))?.unwrap_or_default();
                 Ok(float_bytes(dtype, &values))
             }));
         }
+        tensors.extend(Pending::aside(&checkpoint.tensors));
         let writer = FolderWriter::create(folder)?;
         writer.tensors(tensors, SHARD_BYTES, &Map::new())?;
-        writer.json("config.json", checkpoint.config.value())?;
+        writer.json("config.json", checkpoint.whole_config.value())?;
         writer.copy_text_files(checkpoint.tensors.folder())?;
         Ok(writer.commit()?)
     }

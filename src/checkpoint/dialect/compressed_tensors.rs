@@ -10,7 +10,7 @@ use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
 use super::pattern::{Pattern, PatternSet};
-use super::{Announced, Assigned, Conventions, Declared, Dialect, Layout, Tool};
+use super::{Announced, Assigned, Conventions, Declared, Dialect, Kind, Layout, Tool};
 use crate::checkpoint::error::{CheckpointError, Result};
 use crate::checkpoint::json::Object;
 use crate::formats::e8m0::ScaleRule;
@@ -79,11 +79,9 @@ impl Tool for CompressedTensors {
         }
     }
 
-    fn describe(&self, model: &Assigned<'_>) -> (Value, Option<Value>) {
-        // Linears only, which an embedding is not; the head is named even where it is tied.
-        let mut ignore: BTreeSet<&str> = model.others.iter().copied().filter(|m| *m != "model.embed_tokens").collect();
-        ignore.insert("lm_head");
-        ignore.extend(model.left());
+    fn describe(&self, model: &Assigned) -> (Value, Option<Value>) {
+        let linears = model.others.iter().filter(|m| m.kind == Kind::Linear).map(|m| m.name.as_str());
+        let ignore: BTreeSet<&str> = linears.chain(model.left()).chain(model.plain_head()).collect();
         (quantization_config(model, &ignore), None)
     }
 
@@ -300,7 +298,7 @@ fn group(scheme: Scheme) -> Option<(&'static str, Value, Value)> {
     })
 }
 
-fn quantization_config(model: &Assigned<'_>, ignore: &BTreeSet<&str>) -> Value {
+fn quantization_config(model: &Assigned, ignore: &BTreeSet<&str>) -> Value {
     let schemes = model.schemes();
     let mut groups = Map::new();
     let mut formats = BTreeSet::new();

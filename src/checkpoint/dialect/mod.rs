@@ -18,6 +18,7 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 use super::error::Result;
+use super::fused_write::FusedLayout;
 use super::json::Object;
 use super::write::FolderWriter;
 use crate::formats::e8m0::ScaleRule;
@@ -43,7 +44,7 @@ macro_rules! dialects {
 
 dialects! {
     /// No quantization.
-    Plain = Plain;
+    Plain = Unquantized;
     ModelOpt = modelopt::ModelOpt;
     CompressedTensors = compressed_tensors::CompressedTensors;
     /// `quant_method: fp8` with 128x128 blocks.
@@ -153,11 +154,26 @@ pub trait Tool: Conventions {
         scheme.input()
     }
 
+    /// How experts of `scheme` are stored that lie in one tensor for a layer; nothing where there is no such.
+    fn fused(&self, _scheme: Scheme) -> Option<FusedLayout> {
+        None
+    }
+
+    /// Whether linears that are stored one by one can be of `scheme`.
+    fn says_alone(&self, scheme: Scheme) -> bool {
+        self.says(scheme)
+    }
+
+    /// Whether it has a place for an FP8 KV cache.
+    fn says_fp8_cache(&self) -> bool {
+        true
+    }
+
     /// The shape of the scales of an FP8 weight [n, k].
     fn fp8_scale_shape(&self, scheme: Scheme, n: usize, k: usize) -> Vec<usize>;
 
     /// `quantization_config`, and hf_quant_config.json where the tool writes one.
-    fn describe(&self, model: &Assigned<'_>) -> (Value, Option<Value>);
+    fn describe(&self, model: &Assigned) -> (Value, Option<Value>);
 
     /// Rounds as the tool does in the model's own type.
     fn round(&self, x: f32) -> f32 {
@@ -193,9 +209,9 @@ impl dyn Tool + '_ {
 }
 
 /// No quantization at all.
-struct Plain;
+struct Unquantized;
 
-impl Conventions for Plain {
+impl Conventions for Unquantized {
     fn name(&self) -> &'static str {
         "plain"
     }
@@ -209,17 +225,36 @@ impl Conventions for Plain {
     }
 }
 
-/// A quantized model, for whoever describes it.
-pub struct Assigned<'a> {
-    /// The blocks' linears in the model's order, and what each became.
-    pub linears: Vec<(&'a str, Scheme)>,
-    /// The modules that are never quantized: embedding, head, routers.
-    pub others: Vec<&'a str>,
+/// A quantized model, for whoever describes it, by the names that its files have.
+pub struct Assigned {
+    /// The blocks' linears in the model's order, and what each became; the head, where it is quantized.
+    pub linears: Vec<(String, Scheme)>,
+    /// Modules with a weight that stay as they are, whatever the recipe says of the blocks' linears.
+    pub others: Vec<Plain>,
+    /// The head's name. Tools name it where it is tied, too.
+    pub head: String,
     /// Whether K and V are stored in FP8.
     pub fp8_kv_cache: bool,
 }
 
-impl<'a> Assigned<'a> {
+/// A module that is not quantized.
+#[derive(Clone, Debug)]
+pub struct Plain {
+    pub name: String,
+    pub kind: Kind,
+}
+
+/// What a module that is not quantized is to the tools.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Linear,
+    Embedding,
+    /// An embedding of a class of its own, which ModelOpt passes by.
+    ScaledEmbedding,
+    Convolution,
+}
+
+impl Assigned {
     /// Writes config.json, which else is `config`, and hf_quant_config.json where `tool` has one.
     ///
     /// # Errors
@@ -237,17 +272,23 @@ impl<'a> Assigned<'a> {
     }
 
     /// Linears that are quantized.
-    fn quantized(&self) -> impl Iterator<Item = (&'a str, Scheme)> {
-        self.linears.iter().copied().filter(|(_, s)| *s != Scheme::None)
+    fn quantized(&self) -> impl Iterator<Item = (&str, Scheme)> {
+        self.linears.iter().map(|(m, s)| (m.as_str(), *s)).filter(|(_, s)| *s != Scheme::None)
     }
 
     /// Linears that stay as they are.
-    fn left(&self) -> impl Iterator<Item = &'a str> {
-        self.linears.iter().filter(|(_, s)| *s == Scheme::None).map(|(m, _)| *m)
+    fn left(&self) -> impl Iterator<Item = &str> {
+        self.linears.iter().filter(|(_, s)| *s == Scheme::None).map(|(m, _)| m.as_str())
+    }
+
+    /// The head, unless it is quantized.
+    fn plain_head(&self) -> Option<&str> {
+        let quantized = self.quantized().any(|(m, _)| m == self.head);
+        (!quantized).then_some(self.head.as_str())
     }
 
     /// Linears of one scheme.
-    fn of(&self, scheme: Scheme) -> impl Iterator<Item = &'a str> {
+    fn of(&self, scheme: Scheme) -> impl Iterator<Item = &str> {
         self.quantized().filter(move |(_, s)| *s == scheme).map(|(m, _)| m)
     }
 

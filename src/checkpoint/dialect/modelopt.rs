@@ -10,8 +10,9 @@ use serde_json::{Map, Value, json};
 
 use super::agreement::{agree, broken_names, different_excludes, kv_algo, kv_cache};
 use super::pattern::{self, Pattern, repaired};
-use super::{Announced, Assigned, Conventions, Declared, Dialect, Layout, Tool};
+use super::{Announced, Assigned, Conventions, Declared, Dialect, Kind, Layout, Tool};
 use crate::checkpoint::error::{CheckpointError, Result};
+use crate::checkpoint::fused_write::FusedLayout;
 use crate::checkpoint::json::Object;
 use crate::formats::scheme::{Scheme, WeightFormat};
 use crate::formats::{e2m1, fp8, mx, nvfp4, scalable};
@@ -86,6 +87,10 @@ impl Tool for ModelOpt {
         algorithm(scheme).is_some()
     }
 
+    fn fused(&self, scheme: Scheme) -> Option<FusedLayout> {
+        matches!(scheme, Scheme::Nvfp4 | Scheme::W4a16Nvfp4).then_some(FusedLayout::Columns)
+    }
+
     fn fp8_scale_shape(&self, scheme: Scheme, n: usize, k: usize) -> Vec<usize> {
         match scheme {
             Scheme::Fp8PcPt => vec![n],
@@ -96,11 +101,8 @@ impl Tool for ModelOpt {
         }
     }
 
-    fn describe(&self, model: &Assigned<'_>) -> (Value, Option<Value>) {
-        // The head is named even where it is tied.
-        let mut excluded: BTreeSet<String> = model.others.iter().map(|m| (*m).to_owned()).collect();
-        excluded.insert("lm_head".into());
-        excluded.extend(untouched(model));
+    fn describe(&self, model: &Assigned) -> (Value, Option<Value>) {
+        let excluded = untouched(model);
         (embedded(model, &excluded), Some(hf_quant_config(model, &excluded)))
     }
 
@@ -277,13 +279,37 @@ fn declare(q: &Object, algorithm: &str, group: Option<usize>) -> Result<Declared
     }
 }
 
-/// Linears that stay as they are, as ModelOpt names them: `….self_attn*` where no part of an attention is quantized.
-fn untouched(model: &Assigned<'_>) -> BTreeSet<String> {
-    fn parent(module: &str) -> &str {
-        module.rsplit_once('.').map_or("", |(parent, _)| parent)
+/// Modules that stay as they are, as ModelOpt names them: each by the shortest beginning that no quantized module's name
+/// has, so `….self_attn*` where no part of an attention is quantized.
+fn untouched(model: &Assigned) -> BTreeSet<String> {
+    let quantized: BTreeSet<&str> = model.quantized().map(|(m, _)| m).collect();
+    // As the pattern is matched, not by its dots: `layers.2*` would leave out `layers.20` too.
+    let touched = |start: &str| quantized.range(start..).next().is_some_and(|m| m.starts_with(start));
+    let others = model.others.iter().filter(|m| m.kind != Kind::ScaledEmbedding).map(|m| m.name.as_str());
+    let shortest = |m: &str| {
+        let start = m.match_indices('.').map(|(at, _)| &m[..at]).find(|start| !touched(start));
+        start.map_or_else(|| m.to_owned(), |start| format!("{start}*"))
+    };
+    let head = model.plain_head().map(str::to_owned);
+    others.chain(model.left()).filter(|m| *m != model.head).map(shortest).chain(head).collect()
+}
+
+/// The quantized modules as `quantized_layers` names them: a mixture's experts by what contains them, where all of a layer
+/// are of one scheme.
+fn named(model: &Assigned) -> Vec<(&str, Scheme)> {
+    let container = |m: &str| m.find(".experts.").map(|at| at + ".experts".len());
+    let mut mixtures: BTreeMap<&str, Option<Scheme>> = BTreeMap::new();
+    for (m, scheme) in &model.linears {
+        if let Some(end) = container(m) {
+            let all = mixtures.entry(&m[..end]).or_insert(Some(*scheme));
+            *all = all.filter(|s| s == scheme);
+        }
     }
-    let touched: BTreeSet<&str> = model.quantized().map(|(m, _)| parent(m)).collect();
-    model.left().map(|m| if touched.contains(parent(m)) { m.to_owned() } else { format!("{}*", parent(m)) }).collect()
+    let whole = |m: &str| container(m).filter(|end| mixtures.get(&m[..*end]).copied().flatten().is_some());
+    let mut out: Vec<(&str, Scheme)> =
+        model.quantized().map(|(m, s)| (whole(m).map_or(m, |end| &m[..end]), s)).collect();
+    out.dedup();
+    out
 }
 
 fn producer() -> Value {
@@ -300,7 +326,7 @@ fn stated_group(scheme: Scheme) -> Option<usize> {
 }
 
 /// ModelOpt's `quantized_layers` of a mixed checkpoint.
-fn quantized_layers(model: &Assigned<'_>) -> Value {
+fn quantized_layers(model: &Assigned) -> Value {
     let entry = |scheme: Scheme| {
         let mut entry = json!({"quant_algo": algorithm(scheme)});
         if let Some(size) = stated_group(scheme) {
@@ -308,11 +334,11 @@ fn quantized_layers(model: &Assigned<'_>) -> Value {
         }
         entry
     };
-    Value::Object(model.quantized().map(|(m, s)| (m.to_owned(), entry(s))).collect())
+    Value::Object(named(model).into_iter().map(|(m, s)| (m.to_owned(), entry(s))).collect())
 }
 
 /// hf_quant_config.json.
-fn hf_quant_config(model: &Assigned<'_>, excluded: &BTreeSet<String>) -> Value {
+fn hf_quant_config(model: &Assigned, excluded: &BTreeSet<String>) -> Value {
     let kv = model.fp8_kv_cache.then_some("FP8");
     let quantization = match model.schemes()[..] {
         [scheme] => {
@@ -346,13 +372,16 @@ fn config_group(scheme: Scheme, targets: Value) -> Option<Value> {
 }
 
 /// `quantization_config`.
-fn embedded(model: &Assigned<'_>, excluded: &BTreeSet<String>) -> Value {
+fn embedded(model: &Assigned, excluded: &BTreeSet<String>) -> Value {
     let schemes = model.schemes();
     let mut out = Map::new();
     let mut groups = Map::new();
     for scheme in &schemes {
-        let targets =
-            if schemes.len() == 1 { json!(["Linear"]) } else { json!(model.of(*scheme).collect::<BTreeSet<_>>()) };
+        let of_scheme = || named(model).into_iter().filter(|(_, s)| s == scheme).map(|(m, _)| m);
+        let targets = match schemes.len() {
+            1 => json!(["Linear"]),
+            _ => json!(of_scheme().collect::<BTreeSet<_>>()),
+        };
         if let Some(group) = config_group(*scheme, targets) {
             groups.insert(format!("group_{}", groups.len()), group);
         }
