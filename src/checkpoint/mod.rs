@@ -5,7 +5,7 @@
 pub mod dialect;
 pub mod error;
 mod folder;
-mod fused;
+pub mod fused;
 mod header;
 pub mod hub;
 pub mod identity;
