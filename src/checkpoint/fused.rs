@@ -1,4 +1,4 @@
-//! Experts that gpt-oss stores as one tensor for a layer: one expert's projection of it as a linear of its own.
+//! Experts that gpt-oss stores as one tensor for a layer: one expert's projection of it as a linear of its own, and back.
 //!
 //! `P.experts.gate_up_proj` has the rows of gate and up in turns, gate first. With E experts, inner width I, hidden H:
 //! OpenAI's MXFP4 is row-major, `gate_up_proj_blocks` [E, 2I, H/32, 16], `gate_up_proj_scales` [E, 2I, H/32]; floats
@@ -11,6 +11,7 @@ use safetensors::Dtype;
 
 use super::Checkpoint;
 use super::dialect::Declared;
+use super::dialect::store::Content;
 use super::error::{CheckpointError, Result};
 use super::json;
 use super::resolve::{LinearRole, cross_check, expect_e4m3_scales, expect_e8m0_scales, scalar_scale};
@@ -264,5 +265,74 @@ impl Fused {
             }
         }
         out
+    }
+}
+
+/// A tensor that holds a part of a projection of all experts of a layer.
+#[derive(Clone, Copy, Debug)]
+pub struct FusedTensor<'a> {
+    /// `model.layers.0.mlp.experts`.
+    experts: &'a str,
+    projection: &'static str,
+    content: Content,
+    /// Whether outputs are its last dimension.
+    transposed: bool,
+    count: usize,
+    /// Rows of a linear in it.
+    n: usize,
+}
+
+impl<'a> FusedTensor<'a> {
+    /// `name`, if it is one whose values training may change.
+    #[must_use]
+    pub fn of(tensors: &TensorStore, name: &'a str) -> Option<Self> {
+        let (parent, own) = name.rsplit_once('.')?;
+        let projection = ["gate_up_proj", "down_proj"].into_iter().find(|p| own.starts_with(p))?;
+        let (content, transposed) = match &own[projection.len()..] {
+            "_blocks" => (Content::Elements, false),
+            "_scales" => (Content::Scales, false),
+            "" => (Content::Elements, true),
+            "_weight_scale" => (Content::Scales, true),
+            _ => return None,
+        };
+        let view = tensors.peek(name).filter(|_| parent.ends_with(".experts"))?;
+        // Floats are no codes.
+        let coded = matches!(view.dtype, Dtype::U8 | Dtype::F8_E4M3 | Dtype::F8_E8M0);
+        let count = view.shape.first().copied().filter(|_| coded)?;
+        let all = *view.shape.get(if transposed { 2 } else { 1 })?;
+        let n = if projection == "down_proj" { all } else { all / 2 };
+        Some(Self { experts: parent, projection, content, transposed, count, n })
+    }
+
+    /// Its bytes, those of every linear of which `own` gives some in their places; row-major, as [`Fused::linear`] gives them.
+    pub fn with(&self, bytes: &[u8], own: &dyn Fn(&str, Content) -> Option<Vec<u8>>) -> Vec<u8> {
+        let mut out = bytes.to_vec();
+        let parts: &[&str] = if self.projection == "down_proj" { &["down_proj"] } else { &["gate_proj", "up_proj"] };
+        for expert in 0..self.count {
+            for (first, part) in parts.iter().enumerate() {
+                let module = format!("{}.{expert}.{part}", self.experts);
+                let Some(values) = own(&module, self.content) else { continue };
+                let place = Fused { stem: String::new(), expert, first, step: parts.len() };
+                place.insert(&mut out, &values, self.n, self.transposed);
+            }
+        }
+        out
+    }
+}
+
+impl Fused {
+    /// Puts `own` [n, length], one byte an element, where [`Self::rows`] or [`Self::columns`] takes it from.
+    fn insert(&self, bytes: &mut [u8], own: &[u8], n: usize, transposed: bool) {
+        let length = own.len() / n.max(1);
+        for (row, own) in own.chunks_exact(length.max(1)).enumerate() {
+            if transposed {
+                let width = n * self.step;
+                for (unit, byte) in own.iter().enumerate() {
+                    bytes[(self.expert * length + unit) * width + row * self.step + self.first] = *byte;
+                }
+            } else {
+                bytes[self.row(row, n) * length..][..length].copy_from_slice(own);
+            }
+        }
     }
 }

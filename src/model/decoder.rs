@@ -74,6 +74,21 @@ impl<B: Backend> Decoder<B> {
         layers.chain(std::iter::once((None, &self.norm)))
     }
 
+    /// Mamba-2 mixers, under the names of their modules, and the layers they are in.
+    pub fn mambas(&self) -> impl Iterator<Item = (usize, &Named<B::Mamba>)> {
+        self.mixers().filter_map(|(i, m)| if let Mixer::Mamba(m) = m { Some((i, &m.mixer)) } else { None })
+    }
+
+    /// Gated delta nets likewise.
+    pub fn delta_nets(&self) -> impl Iterator<Item = (usize, &Named<B::DeltaNet>)> {
+        self.mixers().filter_map(|(i, m)| if let Mixer::DeltaNet(d) = m { Some((i, &d.mixer)) } else { None })
+    }
+
+    fn mixers(&self) -> impl Iterator<Item = (usize, &Mixer<B>)> {
+        let layers = self.layers.iter().enumerate();
+        layers.flat_map(|(i, layer)| layer.steps.iter().map(move |s| (i, &s.mixer)))
+    }
+
     /// The embedding.
     #[must_use]
     pub fn embedding(&self) -> &B::Linear {

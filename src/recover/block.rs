@@ -38,7 +38,7 @@ pub struct Options {
     /// Uses so many of the data's sequences, evenly spaced; each costs a pass through every block. Fewer than steps ·
     /// sequences are seen more than once, and learned by heart. `None`: all.
     pub samples: Option<usize>,
-    /// Trains the norms as well.
+    /// Trains what is no matrix as well: norms, sinks, a mixer's own numbers.
     pub norms: bool,
     /// Trains block scales as well, where they are E4M3 codes.
     pub scales: bool,

@@ -42,7 +42,7 @@ pub struct Options {
     pub top_k: Option<usize>,
     /// What is watched and kept is a running mean of the masters, of which this share stays at each step; 0: the masters.
     pub average: f32,
-    /// Trains the norms as well.
+    /// Trains what is no matrix as well: norms, sinks, a mixer's own numbers.
     pub norms: bool,
     /// Trains block scales as well, where they are E4M3 codes.
     pub scales: bool,

@@ -7,13 +7,20 @@ use safetensors::Dtype;
 
 use super::optimizer::{AdamW, Moments};
 use crate::backend::autograd::{Linear, Norm};
+use crate::checkpoint::write::float_bytes;
 
 /// What a weight belongs to.
 #[derive(Clone, Debug)]
 pub enum Weight {
     Linear(Linear),
-    /// And the type that its checkpoint holds it in.
-    Norm(Norm, Dtype),
+    /// What is no matrix: a norm's weight, sinks, a mixer's own numbers.
+    Norm {
+        norm: Norm,
+        /// The type that its checkpoint holds it in.
+        dtype: Dtype,
+        /// What it is more than what its checkpoint holds: 1 for norms by 1 + w.
+        offset: f32,
+    },
 }
 
 /// What of a weight a stage moves.
@@ -151,10 +158,10 @@ impl Parameter {
         matches!(&self.weight, Weight::Linear(l) if !l.grid().is_float())
     }
 
-    /// Whether it is the weight of a norm.
+    /// Whether it is no matrix: the weight of a norm, sinks, a mixer's own numbers.
     #[must_use]
     pub fn is_norm(&self) -> bool {
-        matches!(&self.weight, Weight::Norm(..))
+        matches!(&self.weight, Weight::Norm { .. })
     }
 
     /// The summed gradient, `None` if it is not trained.
@@ -181,8 +188,8 @@ impl Parameter {
         match &self.weight {
             Weight::Linear(l) if learned.weight => l.train(),
             Weight::Linear(l) => l.freeze(),
-            Weight::Norm(n, _) if learned.weight => n.train(),
-            Weight::Norm(n, _) => n.freeze(),
+            Weight::Norm { norm, .. } if learned.weight => norm.train(),
+            Weight::Norm { norm, .. } => norm.freeze(),
         }
         if let Weight::Linear(l) = &self.weight
             && learned.weight
@@ -298,11 +305,10 @@ impl Parameter {
         let master = &self.master.values;
         match &self.weight {
             Weight::Linear(l) => l.grid().encode(master),
-            Weight::Norm(_, Dtype::BF16) => {
-                master.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect()
+            Weight::Norm { dtype, offset, .. } => {
+                let stored: Vec<f32> = master.iter().map(|v| v - offset).collect();
+                float_bytes(*dtype, &stored)
             }
-            Weight::Norm(_, Dtype::F16) => master.iter().flat_map(|v| half::f16::from_f32(*v).to_le_bytes()).collect(),
-            Weight::Norm(..) => master.iter().flat_map(|v| v.to_le_bytes()).collect(),
         }
     }
 
@@ -318,7 +324,7 @@ impl Parameter {
 fn gradient(weight: &Weight) -> MutexGuard<'_, Option<Vec<f32>>> {
     match weight {
         Weight::Linear(l) => l.gradient(),
-        Weight::Norm(n, _) => n.gradient(),
+        Weight::Norm { norm, .. } => norm.gradient(),
     }
 }
 
@@ -328,7 +334,9 @@ fn put(weight: &Weight, scales: Option<&[f32]>, values: &mut [f32]) {
     match (weight, scales) {
         (Weight::Linear(l), Some(scales)) => l.set_scaled(values, scales.iter().map(|s| s.exp())),
         (Weight::Linear(l), None) => l.set(values),
-        (Weight::Norm(n, dtype), _) => n.set(values.iter().map(|v| rounded(*v, *dtype)).collect()),
+        (Weight::Norm { norm, dtype, offset }, _) => {
+            norm.set(values.iter().map(|v| rounded(v - offset, *dtype) + offset).collect());
+        }
     }
 }
 

@@ -8,10 +8,10 @@ use safetensors::Dtype;
 use super::optimizer::{AdamW, sum_of_squares};
 use super::parameter::{Learned, Parameter, Weight};
 use super::{RecoverError, Result};
-use crate::backend::Named;
 use crate::backend::autograd::{AutogradBackend, Linear, Norm};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::store::{Content, content};
+use crate::checkpoint::fused::FusedTensor;
 use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, metadata};
 use crate::model::modules::Module;
 use crate::model::modules::Part;
@@ -189,7 +189,7 @@ impl Student {
     /// When `out` is in the way or cannot be written.
     pub fn write(&self, from: &Checkpoint, files: &[(&str, Vec<u8>)], out: &Path) -> Result<()> {
         let writer = FolderWriter::create(out)?;
-        let trained: BTreeMap<&str, &Parameter> = self.parameters.iter().map(|p| (p.name.as_str(), p)).collect();
+        let trained: &BTreeMap<&str, &Parameter> = &self.parameters.iter().map(|p| (p.name.as_str(), p)).collect();
         let tensor = |name| {
             let part = str::rsplit_once(name, '.').and_then(|(m, suffix)| Some((*trained.get(m)?, content(suffix)?)));
             let own = match part {
@@ -197,6 +197,16 @@ impl Student {
                 Some((p, Content::Scales)) if p.scale_bytes().is_some() => Some((p, true)),
                 _ => None,
             };
+            if let Some(fused) = FusedTensor::of(&from.tensors, name) {
+                let view = from.tensors.peek(name)?;
+                return Some(Pending::new(name, view.dtype, view.shape, move || {
+                    Ok(fused.with(view.bytes, &|module, content| match (trained.get(module), content) {
+                        (Some(p), Content::Elements) => Some(p.bytes()),
+                        (Some(p), Content::Scales) => p.scale_bytes(),
+                        _ => None,
+                    }))
+                }));
+            }
             let Some((p, scales)) = own.or_else(|| trained.get(name).map(|p| (*p, false))) else {
                 return Pending::copy(&from.tensors, name);
             };
@@ -221,13 +231,24 @@ fn parameter(linear: Linear, module: &Module, mut master: Vec<f32>) -> Parameter
 }
 
 fn norms(decoder: &Decoder<AutogradBackend>, checkpoint: &Checkpoint) -> Vec<Parameter> {
-    let parameter = |(layer, named): (Option<usize>, &Named<Norm>)| {
-        let dtype = checkpoint.tensors.peek(&named.name).map_or(Dtype::F32, |v| v.dtype);
-        let norm = Norm::clone(named);
+    let parameter = |layer: Option<usize>, name: &str, norm: &Norm, offset: f32| {
+        let dtype = checkpoint.tensors.peek(name).map_or(Dtype::F32, |v| v.dtype);
         let master = norm.weight().to_vec();
-        Parameter::new(named.name.to_string(), Weight::Norm(norm, dtype), layer, master)
+        Parameter::new(name.to_owned(), Weight::Norm { norm: norm.clone(), dtype, offset }, layer, master)
     };
-    decoder.vectors().map(parameter).collect()
+    // Sinks are nobody's who has such norms.
+    let offset = if decoder.config.offset_norms { 1.0 } else { 0.0 };
+    let mut out: Vec<Parameter> =
+        decoder.vectors().map(|(layer, named)| parameter(layer, &named.name, named, offset)).collect();
+    for (layer, mixer) in decoder.mambas() {
+        let own = mixer.vectors().map(|(part, v)| parameter(Some(layer), &format!("{}.{part}", mixer.name), v, 0.0));
+        out.extend(own);
+    }
+    for (layer, mixer) in decoder.delta_nets() {
+        let own = mixer.vectors().map(|(part, v)| parameter(Some(layer), &format!("{}.{part}", mixer.name), v, 0.0));
+        out.extend(own);
+    }
+    out
 }
 
 /// Where a checkpoint keeps how it was recovered.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::host;
+use super::{Norm, host};
 use crate::backend::autograd::dense::{View, serial_f32};
 use crate::backend::cpu::elementwise::exp;
 use crate::backend::cpu::isa::{Isa, multiversion};
@@ -114,11 +114,14 @@ impl Layer {
 
 /// Writes k and v to the cache and attends: q [T, heads · d], k [T, kv_heads · d], v [T, kv_heads · value_dim] to
 /// [T, heads · value_dim]. Gradients go to what is new in the batch; what was in the cache is constant, and rounding into
-/// the cache is passed straight through.
+/// the cache is passed straight through. `sinks` [heads] are scores that join each softmax and have no value; their gradient
+/// is summed in themselves.
+#[allow(clippy::too_many_arguments)]
 pub(super) fn attend(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
+    sinks: Option<&Norm>,
     shape: &AttentionShape,
     pass: &HostPass,
     cache: &mut KvCache,
@@ -129,7 +132,11 @@ pub(super) fn attend(
     let (width, value_width) = (shape.kv_heads * shape.head_dim, shape.kv_heads * value_dim);
     let copy = |x: &Tensor| host::with(x, |x| Ok(x.to_vec()));
     let (mut queries, mut keys, values) = (copy(q)?, copy(k)?, copy(v)?);
+    if let Some(sinks) = sinks.filter(|s| s.weight().len() != shape.heads) {
+        bail!("{} sinks of {} heads", sinks.weight().len(), shape.heads)
+    }
     rotate(&mut queries, shape, pass, 1.0);
+    grow(&mut queries, shape, pass);
     rotate(&mut keys, shape, pass, 1.0);
     let mut spans = Vec::with_capacity(pass.batch.spans.len());
     let mut row = 0;
@@ -144,7 +151,8 @@ pub(super) fn attend(
         spans.push(Sequence { row, start: span.start, len: span.len, keys, values });
         row += span.len;
     }
-    let attention = Attention { shape: *shape, value_dim, pass: pass.clone(), queries, spans };
+    let sinks = sinks.map(|s| (s.clone(), s.weight()));
+    let attention = Attention { shape: *shape, value_dim, pass: pass.clone(), queries, spans, sinks };
     q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, attention)
 }
 
@@ -154,6 +162,17 @@ pub(super) fn rotate(x: &mut [f32], shape: &AttentionShape, pass: &HostPass, dir
     let width = x.len() / pass.positions.len().max(1);
     let tokens = x.par_chunks_mut(width.max(1)).zip(&pass.positions);
     tokens.for_each(|(token, &position)| rope.turn(token, shape.head_dim, position, direction));
+}
+
+/// Multiplies queries by what they grow by with their position.
+fn grow(x: &mut [f32], shape: &AttentionShape, pass: &HostPass) {
+    let Some(growth) = shape.growth else { return };
+    let width = shape.heads * shape.head_dim;
+    let tokens = x.par_chunks_mut(width.max(1)).zip(&pass.positions);
+    tokens.for_each(|(token, &position)| {
+        let factor = growth.at(position);
+        token.iter_mut().for_each(|v| *v *= factor);
+    });
 }
 
 /// New tokens of one sequence with all of its keys and values.
@@ -173,17 +192,20 @@ struct Attention {
     /// Rotated, [T, heads · d].
     queries: Vec<f32>,
     spans: Vec<Sequence>,
+    /// And their values, [heads].
+    sinks: Option<(Norm, Arc<Vec<f32>>)>,
 }
 
 /// Queries in a tile.
 const TILE: usize = 64;
 
-/// Gradients of one KV head of one sequence: of its queries [heads that share it, len, d], keys [len, d] and values
-/// [len, value_dim].
+/// Gradients of one KV head of one sequence: of its queries [heads that share it, len, d], keys [len, d], values
+/// [len, value_dim], and sinks [heads that share it].
 struct HeadGradient {
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
+    sinks: Vec<f32>,
 }
 
 impl Attention {
@@ -223,8 +245,20 @@ impl Attention {
         (first, span.start + from + rows)
     }
 
-    /// Probabilities [rows, seen] of queries `from..from + rows`.
-    fn probabilities(&self, span: &Sequence, kv_head: usize, head: usize, from: usize, rows: usize, p: &mut Vec<f32>) {
+    /// Probabilities [rows, seen] of queries `from..from + rows`, and [rows] what the head's sink takes of each.
+    #[allow(clippy::too_many_arguments)]
+    fn probabilities(
+        &self,
+        span: &Sequence,
+        kv_head: usize,
+        head: usize,
+        from: usize,
+        rows: usize,
+        p: &mut Vec<f32>,
+        sink_shares: &mut Vec<f32>,
+    ) {
+        let sink = self.sinks.as_ref().and_then(|(_, s)| s.get(head).copied()).unwrap_or(f32::NEG_INFINITY);
+        sink_shares.clear();
         let (first, end) = self.seen(span, from, rows);
         let seen = end - first;
         p.clear();
@@ -239,7 +273,9 @@ impl Attention {
             let hidden = (query + 1).saturating_sub(window).saturating_sub(first);
             p[own..].fill(0.0);
             p[..hidden].fill(0.0);
-            softmax(Isa::detect(), &mut p[hidden..own]);
+            let mut share = 0.0;
+            softmax(Isa::detect(), &mut p[hidden..own], sink, &mut share);
+            sink_shares.push(share);
         }
     }
 
@@ -248,11 +284,11 @@ impl Attention {
         let (span, d) = (&self.spans[s], self.value_dim);
         let share = self.shape.heads / self.shape.kv_heads;
         let mut out = vec![0.0; share * span.len * d];
-        let mut p = Vec::new();
+        let (mut p, mut sink_shares) = (Vec::new(), Vec::new());
         for (i, out) in out.chunks_exact_mut(span.len * d).enumerate() {
             for (from, out) in (0..span.len).step_by(TILE).zip(out.chunks_mut(TILE * d)) {
                 let rows = out.len() / d;
-                self.probabilities(span, kv_head, kv_head * share + i, from, rows, &mut p);
+                self.probabilities(span, kv_head, kv_head * share + i, from, rows, &mut p, &mut sink_shares);
                 let (first, end) = self.seen(span, from, rows);
                 let values = self.values_of(span, kv_head).rows(first, end - first);
                 serial_f32(out, d, false, 1.0, View::new(&p, rows, end - first), values);
@@ -266,8 +302,13 @@ impl Attention {
         let share = self.shape.heads / self.shape.kv_heads;
         let all = span.start + span.len;
         let zeros = |count: usize| vec![0.0; count];
-        let mut out = HeadGradient { q: zeros(share * span.len * d), k: zeros(all * d), v: zeros(all * value_dim) };
-        let (mut p, mut dp) = (Vec::new(), Vec::new());
+        let mut out = HeadGradient {
+            q: zeros(share * span.len * d),
+            k: zeros(all * d),
+            v: zeros(all * value_dim),
+            sinks: zeros(share),
+        };
+        let (mut p, mut dp, mut sink_shares) = (Vec::new(), Vec::new(), Vec::new());
         let width = self.shape.heads * value_dim;
         for i in 0..share {
             let head = kv_head * share + i;
@@ -275,7 +316,7 @@ impl Attention {
                 let rows = TILE.min(span.len - from);
                 let (first, end) = self.seen(span, from, rows);
                 let seen = end - first;
-                self.probabilities(span, kv_head, head, from, rows, &mut p);
+                self.probabilities(span, kv_head, head, from, rows, &mut p, &mut sink_shares);
                 let own_grad = self.of_head(grad, span, head, value_dim).rows(from, rows);
                 // dV += Pᵀ · dO, dP = dO · Vᵀ.
                 let weights = View::new(&p, rows, seen);
@@ -291,6 +332,7 @@ impl Attention {
                     let part = at..at + value_dim;
                     let along: f32 = grad[part.clone()].iter().zip(&result[part]).map(|(g, o)| g * o).sum();
                     dp.iter_mut().zip(p).for_each(|(dp, p)| *dp = p * (*dp - along));
+                    out.sinks[i] -= sink_shares[row] * along;
                 }
                 let ds = View::new(&dp, rows, seen);
                 let q = self.queries_of(span, head).rows(from, rows);
@@ -349,10 +391,15 @@ impl CustomOp3 for Attention {
             [heads * d, kv_heads * d, kv_heads * value_dim].map(|width| vec![0.0; tokens * width]);
         for ((s, kv_head), part) in pieces.into_iter().zip(parts) {
             let span = &self.spans[s];
+            if let Some(sum) = self.sinks.as_ref().map(|(s, _)| s.gradient()).as_mut().and_then(|g| g.as_mut()) {
+                let own = &mut sum[kv_head * (heads / kv_heads)..];
+                own.iter_mut().zip(&part.sinks).for_each(|(sum, part)| *sum += part);
+            }
             scatter(&part.q, &mut dq, span.row, span.len, heads, d, kv_head * (heads / kv_heads));
             scatter(&part.k[span.start * d..], &mut dk, span.row, span.len, kv_heads, d, kv_head);
             scatter(&part.v[span.start * value_dim..], &mut dv, span.row, span.len, kv_heads, value_dim, kv_head);
         }
+        grow(&mut dq, &self.shape, &self.pass);
         rotate(&mut dq, &self.shape, &self.pass, -1.0);
         rotate(&mut dk, &self.shape, &self.pass, -1.0);
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
@@ -377,8 +424,9 @@ fn scatter(part: &[f32], all: &mut [f32], row: usize, len: usize, heads: usize, 
 }
 
 multiversion! {
-    fn softmax(row: &mut [f32]) {
-        let max = row.iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
+    /// `sink`: a score that joins and takes `share`; -∞: none.
+    fn softmax(row: &mut [f32], sink: f32, share: &mut f32) {
+        let max = row.iter().fold(sink, |m, v| m.max(*v));
         let mut lanes = [0.0f32; 16];
         for run in row.chunks_mut(16) {
             for (v, lane) in run.iter_mut().zip(&mut lanes) {
@@ -386,7 +434,9 @@ multiversion! {
                 *lane += *v;
             }
         }
-        let inverse = 1.0 / lanes.iter().sum::<f32>();
+        *share = exp(sink - max);
+        let inverse = 1.0 / (lanes.iter().sum::<f32>() + *share);
+        *share *= inverse;
         row.iter_mut().for_each(|v| *v *= inverse);
     }
 }

@@ -10,20 +10,22 @@ mod elementwise;
 mod host;
 mod linear;
 pub mod loss;
+mod mixture;
 mod norm;
 pub mod operand;
+mod recurrent;
 pub mod recycle;
-
-use std::convert::Infallible;
 
 pub use attention::KvCache;
 use candle_core::{Device, Tensor};
 pub use linear::Linear;
 pub use norm::Norm;
+pub use recurrent::{DeltaNet, Mamba};
 
 use self::operand::Precision;
 use super::{
-    AttentionShape, Backend, BackendError, Batch, CacheLayout, Feature, HostPass, Result, RopeTable, Rotation, Span,
+    Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, DeltaInputs, DeltaNetShape, DeltaNetWeights,
+    Feature, Ffn, HostPass, Mamba2Shape, Mamba2Weights, Result, RopeTable, Rotation, Run, Span, one,
 };
 use crate::formats::linear::{ActivationFormat, LinearTensors};
 use crate::logits::{RouterRule, Routing, TokenScore, score_row};
@@ -75,8 +77,8 @@ impl Backend for AutogradBackend {
     type Tensor = Tensor;
     type Linear = Linear;
     type Vector = Norm;
-    type Mamba = Infallible;
-    type DeltaNet = Infallible;
+    type Mamba = Mamba;
+    type DeltaNet = DeltaNet;
     type Cache = KvCache;
     type Rope = RopeTable;
     type Pass = HostPass;
@@ -102,11 +104,19 @@ impl Backend for AutogradBackend {
     }
 
     fn has(&self, _: Feature) -> bool {
-        false
+        true
     }
 
     fn load_vector(&self, values: Vec<f32>) -> Result<Norm> {
         Ok(Norm::new(values))
+    }
+
+    fn load_mamba(&self, shape: Mamba2Shape, weights: Mamba2Weights) -> Result<Mamba> {
+        Mamba::new(shape, weights)
+    }
+
+    fn load_delta_net(&self, shape: DeltaNetShape, weights: DeltaNetWeights) -> Result<DeltaNet> {
+        DeltaNet::new(shape, weights)
     }
 
     fn load_rope(&self, rotation: Rotation) -> Result<RopeTable> {
@@ -163,12 +173,12 @@ impl Backend for AutogradBackend {
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        _: Option<&Norm>,
+        sinks: Option<&Norm>,
         shape: &AttentionShape,
         pass: &HostPass,
         cache: &mut KvCache,
     ) -> Result<Tensor> {
-        attention::attend(&q, &k, &v, shape, pass, cache).context("attention")
+        attention::attend(&q, &k, &v, sinks, shape, pass, cache).context("attention")
     }
 
     fn rotated(&self, k: &Tensor, shape: &AttentionShape, pass: &HostPass) -> Result<Vec<f32>> {
@@ -188,14 +198,95 @@ impl Backend for AutogradBackend {
     }
 
     fn silu_mul(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
-        let apply = || gate.contiguous()?.apply_op2(&up.contiguous()?, elementwise::SiluMul);
-        apply().context("silu_mul")
+        self.activate(gate, Some(up), Activation::Silu)
     }
 
-    /// On the host: a router's choice and its weights get no gradient yet.
+    fn activate(&self, x: Tensor, up: Option<&Tensor>, activation: Activation) -> Result<Tensor> {
+        let apply = || match up.filter(|_| activation.is_gated()) {
+            Some(up) => x.contiguous()?.apply_op2(&up.contiguous()?, elementwise::Gated(activation)),
+            None => x.contiguous()?.apply_op1(elementwise::Relu2),
+        };
+        apply().context("activation")
+    }
+
+    fn gate(&self, x: Tensor, gate: &Tensor) -> Result<Tensor> {
+        let apply = || x.contiguous()?.apply_op2(&gate.contiguous()?, elementwise::Gate);
+        apply().context("gate")
+    }
+
+    fn scale(&self, x: Tensor, factor: f32) -> Result<Tensor> {
+        x.affine(f64::from(factor), 0.0).context("scale")
+    }
+
+    fn rearrange(&self, sources: &[&Tensor], runs: &[Run]) -> Result<Tensor> {
+        let pick = || {
+            if let [Run { source, first, count }] = *runs {
+                return sources[source].narrow(1, first, count)?.contiguous();
+            }
+            let widths = sources.iter().map(|s| s.dim(1)).collect::<candle_core::Result<Vec<usize>>>()?;
+            let before = |source: usize| widths[..source].iter().sum::<usize>();
+            let columns = runs.iter().flat_map(|r| (0..r.count).map(|i| before(r.source) + r.first + i));
+            Tensor::cat(sources, 1)?.index_select(&self.indices(columns)?, 1)
+        };
+        pick().context("rearrange")
+    }
+
+    fn mamba(&self, x: Tensor, mixer: &Mamba, _: usize, pass: &HostPass, _: &mut KvCache) -> Result<Tensor> {
+        recurrent::mamba(&x, mixer, &pass.batch).context("mamba2")
+    }
+
+    fn delta_net(
+        &self,
+        inputs: DeltaInputs<Tensor>,
+        mixer: &DeltaNet,
+        _: usize,
+        pass: &HostPass,
+        _: &mut KvCache,
+    ) -> Result<Tensor> {
+        recurrent::delta_net(&inputs, mixer, &pass.batch).context("gated delta net")
+    }
+
     fn route(&self, logits: &Tensor, rule: &RouterRule) -> Result<Vec<Routing>> {
         let rows = logits.to_vec2::<f32>().context("route")?;
         Ok(rows.iter().map(|row| rule.route(row)).collect())
+    }
+
+    /// As the default, with a gradient for the router.
+    fn mixture(
+        &self,
+        x: &Tensor,
+        routed: &Tensor,
+        router: &Linear,
+        experts: &[Ffn<'_, Linear>],
+        rule: &RouterRule,
+    ) -> Result<Tensor> {
+        let logits = one(self.linears(routed, &[router])?)?;
+        let routing = self.route(&logits, rule)?;
+        // Rows that an expert takes, and where in the weights [rows, top_k] its own are.
+        let mut takers: Vec<(Vec<usize>, Vec<usize>)> = vec![Default::default(); experts.len()];
+        let choices = routing.iter().enumerate().flat_map(|(row, chosen)| chosen.iter().map(move |c| (row, c.0)));
+        for (place, (row, expert)) in choices.enumerate() {
+            takers[expert].0.push(row);
+            takers[expert].1.push(place);
+        }
+        let (mut parts, mut rows, mut places) = (Vec::new(), Vec::new(), Vec::new());
+        for (expert, (own, weights)) in experts.iter().zip(takers).filter(|(_, (rows, _))| !rows.is_empty()) {
+            let h = self.expanded(&self.select_rows(x, &own)?, expert)?;
+            parts.push(one(self.linears(&h, &[expert.down])?)?);
+            rows.extend(own);
+            places.extend(weights);
+        }
+        let sum = self.zeros_like(x)?;
+        if parts.is_empty() {
+            return Ok(sum);
+        }
+        let add = || {
+            let weights = mixture::weights(&logits, rule, &routing)?.flatten_all()?;
+            let weights = weights.index_select(&self.indices(places.into_iter())?, 0)?.unsqueeze(1)?;
+            let parts = Tensor::cat(&parts, 0)?.broadcast_mul(&weights)?;
+            sum.index_add(&self.indices(rows.into_iter())?, &parts, 0)
+        };
+        add().context("mixture")
     }
 
     fn select_rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {

@@ -2,13 +2,17 @@
 //!
 //! Source: Hugging Face transformers, models/qwen3_5.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::super::buffer::BufferPool;
 use super::super::elementwise::{LANES, exp, sum_of_squares, tree_sum};
 use super::super::isa::{Isa, multiversion};
 use super::convolution::{Convolution, Inputs};
-use super::{Places, ROWS, RecurrentShape, RecurrentSpan, RecurrentStates, TOKENS, cover, expect, pieces, softplus};
+use super::{
+    Places, ROWS, RecurrentShape, RecurrentSpan, RecurrentStates, TOKENS, cover, expect, pieces, softplus, whole,
+};
 use crate::backend::BackendError;
 
 /// Names the mixer in errors.
@@ -189,6 +193,20 @@ impl DeltaNet {
             gated_norm(isa, &inputs.z[row * inner..][..inner], &self.norm, shape.eps, out);
         });
         Ok(())
+    }
+
+    /// As [`Self::run`], of whole sequences of the given rows, of which nothing is kept.
+    ///
+    /// # Errors
+    /// When the lengths don't fit.
+    pub(in crate::backend) fn run_whole(
+        &self,
+        inputs: DeltaNetInputs<'_>,
+        sequences: &[Range<usize>],
+        out: &mut [f32],
+    ) -> Result<(), BackendError> {
+        let (spans, mut states) = whole(self.shape.kept(), sequences);
+        self.run(Isa::detect(), &BufferPool::default(), inputs, &spans, &mut states, 0, out)
     }
 }
 

@@ -2,13 +2,17 @@
 //!
 //! Source: Hugging Face transformers, models/nemotron_h; vLLM, layers/mamba/mamba_mixer2.py.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::super::buffer::BufferPool;
 use super::super::elementwise::{LANES, exp, sum_of_squares, tree_sum};
 use super::super::isa::{Isa, multiversion};
 use super::convolution::{Convolution, Inputs};
-use super::{Places, ROWS, RecurrentShape, RecurrentSpan, RecurrentStates, TOKENS, cover, expect, pieces, softplus};
+use super::{
+    Places, ROWS, RecurrentShape, RecurrentSpan, RecurrentStates, TOKENS, cover, expect, pieces, softplus, whole,
+};
 use crate::backend::BackendError;
 
 /// Names the mixer in errors.
@@ -178,6 +182,20 @@ impl Mamba2 {
             gated_norm(isa, &rows[row * width..][..inner], &self.norm, inner / groups, shape.eps, out);
         });
         Ok(())
+    }
+
+    /// As [`Self::run`], of whole sequences of the given rows, of which nothing is kept.
+    ///
+    /// # Errors
+    /// When the lengths don't fit.
+    pub(in crate::backend) fn run_whole(
+        &self,
+        rows: &[f32],
+        sequences: &[Range<usize>],
+        out: &mut [f32],
+    ) -> Result<(), BackendError> {
+        let (spans, mut states) = whole(self.shape.kept(), sequences);
+        self.run(Isa::detect(), &BufferPool::default(), rows, &spans, &mut states, 0, out)
     }
 }
 

@@ -38,6 +38,14 @@ pub(super) fn spans(batch: &Batch) -> Vec<RecurrentSpan> {
     batch.spans.iter().map(&mut one).collect()
 }
 
+/// Spans of whole sequences, and states for them in layer 0.
+fn whole(shape: RecurrentShape, sequences: &[Range<usize>]) -> (Vec<RecurrentSpan>, RecurrentStates) {
+    let span = |(slot, rows): (usize, &Range<usize>)| RecurrentSpan { rows: rows.clone(), starts: true, slot };
+    let mut states = RecurrentStates::new(&[Some(shape)]);
+    states.grow(sequences.len());
+    (sequences.iter().enumerate().map(span).collect(), states)
+}
+
 /// Whether `spans` are all of `rows` rows, one after the other.
 fn cover(context: &'static str, spans: &[RecurrentSpan], rows: usize) -> Result<(), BackendError> {
     let mut next = 0;
@@ -59,7 +67,7 @@ fn pieces(tasks: usize, work: usize) -> usize {
 }
 
 /// ln(1 + eˣ); x where eˣ is large.
-fn softplus(x: f32) -> f32 {
+pub(in crate::backend) fn softplus(x: f32) -> f32 {
     // Not f32::max, which would make a number of NaN.
     let positive = if x < 0.0 { 0.0 } else { x };
     positive + libm::log1pf(libm::expf(-x.abs()))
