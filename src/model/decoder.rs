@@ -258,8 +258,8 @@ impl<B: Backend> Decoder<B> {
     /// What leaves the last of the decoder layers `range` when what `enter` gives, [tokens, hidden], enters the first.
     ///
     /// A residual stream keeps what is no number, and what is so large that its square is none and a norm makes zeros of it,
-    /// so it is looked at once, at the end; where something is, the layers run again (over the same cache, which changes
-    /// nothing in it) to find the first module that gives it.
+    /// so it is looked at once, at the end; where something is, the layers run again to find the first module that gives it
+    /// (over the same cache, which changes nothing in what attention keeps; recurrent states have moved on).
     ///
     /// # Errors
     /// As [`Self::block`]; and when what leaves is not finite: with the first module to blame.
