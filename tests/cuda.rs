@@ -14,7 +14,9 @@ use recoup::formats::kv::KvFormat;
 use recoup::formats::linear::ActivationFormat;
 use recoup::logits::{Draw, History, RouterRule, Sampler, SamplingParams, Scratch};
 use recoup::model::{Decoder, ModelConfig};
-use support::fixtures::{Fixture, Report, Session, all_fixtures, bits, cpu, deviation, incremental_logits, logits};
+use support::fixtures::{
+    Fixture, Report, Session, all_fixtures, architecture_fixtures, bits, cpu, deviation, incremental_logits, logits,
+};
 use support::project;
 use support::random::Random;
 
@@ -41,6 +43,44 @@ fn every_checkpoint_gives_the_logits_it_gives_when_deployed() {
         report.check(&fixture.name, deviation(&got, &fixture.golden_logits()), bound);
         let split = incremental_logits(&decoder, &fixture.input_ids(), 3);
         assert!(bits(&split) == bits(&got), "{}: pieces give other bits", fixture.name);
+    }
+    report.finish();
+}
+
+#[test]
+fn every_architecture_gives_the_logits_it_gives_when_deployed() {
+    let Some(backend) = device() else { return };
+    let mut report = Report::default();
+    for fixture in architecture_fixtures() {
+        let decoder = fixture.load(backend.clone());
+        let ids = fixture.input_ids();
+        let got = logits(&decoder, &ids);
+        let bound =
+            if fixture.checkpoint().announced.fp8_kv_cache { fixture.bound() } else { fixture.bound().min(1e-3) };
+        report.check(&fixture.name, deviation(&got, &fixture.golden_logits()), bound);
+        // One sequence alone, at once and in pieces of every size; three, eight.
+        let first = &ids[0][..];
+        let alone = Session::new(&decoder, 1, first.len()).forward(&[(0, 0, first)]).remove(0);
+        assert!(bits(&alone) == bits(&got[..alone.len()]), "{}: alone other bits than beside another", fixture.name);
+        let mut session = Session::new(&decoder, 1, first.len());
+        let (mut from, mut pieces) = (0, Vec::new());
+        for len in [1, 3, 2, 1, 7].into_iter().cycle() {
+            let to = (from + len).min(first.len());
+            pieces.extend(session.forward(&[(0, from, &first[from..to])]).concat());
+            if to == first.len() {
+                break;
+            }
+            from = to;
+        }
+        assert!(bits(&pieces) == bits(&alone), "{}: pieces give other bits", fixture.name);
+        for batch in [3, 8] {
+            let mut session = Session::new(&decoder, batch, first.len());
+            let part = |i: usize| &first[..first.len() - i * 2 % 7];
+            let new: Vec<_> = (0..batch).map(|i| (i, 0, part(i))).collect();
+            for (i, got) in session.forward(&new).iter().enumerate() {
+                assert!(bits(got) == bits(&alone[..got.len()]), "{}: sequence {i} of {batch}", fixture.name);
+            }
+        }
     }
     report.finish();
 }
