@@ -46,6 +46,8 @@ FAULTS = [
     ("operand: a shuffle that some lanes skip", "operand.cu", "            const float o = shfl_xor(a, 1);", "            if (u >= units) continue;\n            const float o = shfl_xor(a, 1);"),
     ("operand: aligned load at the end of a row", "operand.cu", "k % 4 == 0 && k0 + UNIT <= k", "k0 + UNIT <= k"),
     ("operand: row of the low plane", "operand.cu", "(long)(2 * row + 1) * kp", "(long)(2 * row) * kp"),
+    ("operand: fp_quant's deviation without its mean", "operand.cu", "(v[i] - mean) * (v[i] - mean)", "v[i] * v[i]"),
+    ("rows: rotation by the transpose", "rows.cu", "ld(matrix + j * group + i - first)", "ld(matrix + (i - first) * group + j)"),
     ("rope: sines from the cosines", "attention.cu", "s = ld(turn + half + i)", "s = ld(turn + i)"),
     ("rope: a head's end where half of it turns", "attention.cu", "give(i + pairs, value(i + pairs));", "give(i, value(i));"),
     ("rope: keys grow too", "attention.cu", "query && growth ?", "growth ?"),

@@ -31,7 +31,8 @@ use super::{
     exactly, expanded_by_parts, mixture_by_expert, one,
 };
 use crate::formats::e8m0::ScaleRule;
-use crate::formats::linear::{ActivationFormat, LinearTensors};
+use crate::formats::fp_quant::Method;
+use crate::formats::linear::{ActivationFormat, InputRotation, LinearTensors};
 use crate::logits::{Draw, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore};
 
 /// Tokens of a run, consecutive ones of a sequence whose rows (query heads that share keys) make blocks: any number will do;
@@ -39,7 +40,7 @@ use crate::logits::{Draw, RouterRule, Routing, Sampled, SamplingError, Scratch, 
 const RUN: usize = 32;
 
 /// Kernels that are launched by name; matmul_*, tile_*, mixture_* and embed_* for each kind of weight.
-const KERNELS: [&str; 111] = [
+const KERNELS: [&str; 112] = [
     "activate",
     "add",
     "add_rows",
@@ -130,6 +131,7 @@ const KERNELS: [&str; 111] = [
     "penalise",
     "rearrange",
     "rope_cache",
+    "rotate",
     "sample_count",
     "sample_gather",
     "sample_head",
@@ -199,6 +201,7 @@ pub struct CudaTensor {
 struct Operand {
     activation: ActivationFormat,
     pre_quant_scale: Option<Vec<f32>>,
+    rotation: Option<Arc<InputRotation>>,
     x: Memory,
     /// Per row, or per row and 128 columns.
     scales: Option<Memory>,
@@ -208,13 +211,15 @@ struct Operand {
 
 impl Operand {
     fn fits(&self, w: &CudaLinear) -> bool {
-        self.activation == w.activation && self.pre_quant_scale.as_ref() == w.pre_quant_scale.as_ref().map(|p| &p.0)
+        self.activation == w.activation
+            && self.pre_quant_scale.as_ref() == w.pre_quant_scale.as_ref().map(|p| &p.0)
+            && self.rotation.as_ref() == w.rotation.as_ref().map(|r| &r.0)
     }
 
     /// What every product with it is multiplied by.
     fn scale(&self) -> f32 {
         match self.activation {
-            ActivationFormat::Nvfp4 { global_scale } => global_scale,
+            ActivationFormat::Nvfp4 { global_scale } | ActivationFormat::FpQuant { global_scale, .. } => global_scale,
             ActivationFormat::Fp8Static { scale } => scale,
             _ => 1.0,
         }
@@ -269,8 +274,9 @@ fn format(activation: ActivationFormat) -> (usize, f32, usize) {
         ScaleRule::Even => 2,
     };
     match activation {
-        // fp_quant's are refused when they are loaded.
-        ActivationFormat::Float | ActivationFormat::FpQuant { .. } => (0, 1.0, 0),
+        ActivationFormat::Float => (0, 1.0, 0),
+        ActivationFormat::FpQuant { method: Method::AbsMax, global_scale } => (7, global_scale, 0),
+        ActivationFormat::FpQuant { method: Method::Quest, global_scale } => (8, global_scale, 0),
         ActivationFormat::Nvfp4 { global_scale } => (1, global_scale, 0),
         ActivationFormat::Fp8Static { scale } => (2, scale, 0),
         ActivationFormat::Fp8Token => (3, 1.0, 0),
@@ -424,6 +430,7 @@ impl CudaBackend {
         Ok(Operand {
             activation: w.activation,
             pre_quant_scale: w.pre_quant_scale.as_ref().map(|p| p.0.clone()),
+            rotation: w.rotation.as_ref().map(|r| r.0.clone()),
             x: self.device.take(2 * planes * rows * padded)?,
             scales,
             planes,
@@ -436,11 +443,19 @@ impl CudaBackend {
             return Ok(operand.clone());
         }
         let operand = self.operand(w, x.rows)?;
+        let turned;
+        let (x, pre) = match &w.rotation {
+            Some((rotation, matrix)) => {
+                turned = self.rotated_input(x, w, rotation.group(), matrix)?;
+                (&turned, None)
+            }
+            None => (x, w.pre_quant_scale.as_ref()),
+        };
         let (number, scale, rule) = format(w.activation);
         let args = Args::new().memory(&x.data);
         let args = if let Some(up) = &x.up { args.memory(up) } else { args };
         let args = args
-            .optional(w.pre_quant_scale.as_ref().map(|p| &p.1))
+            .optional(pre.map(|p| &p.1))
             .int(number)
             .float(scale)
             .int(rule)
@@ -451,6 +466,21 @@ impl CudaBackend {
         let name = if x.up.is_some() { "operand_silu" } else { "operand_plain" };
         self.launch(name, [x.rows, 1, 1], 256, args)?;
         Ok(Arc::new(operand))
+    }
+
+    /// Each run of `group` columns of `x`, scaled as `w` wants it, times `matrix`.
+    fn rotated_input(&self, x: &CudaTensor, w: &CudaLinear, group: usize, matrix: &Memory) -> Result<CudaTensor> {
+        let x = self.settled(x)?;
+        let out = self.empty(x.rows, x.columns)?;
+        let args = Args::new()
+            .memory(&x.data)
+            .optional(w.pre_quant_scale.as_ref().map(|p| &p.1))
+            .memory(matrix)
+            .int(group)
+            .memory(&out.data)
+            .int(x.columns);
+        self.launch("rotate", [x.rows, 1, 1], 128, args)?;
+        Ok(out)
     }
 
     /// The product of one weight with an input that is ready.
@@ -504,7 +534,7 @@ impl CudaBackend {
         let (rows, width) = (x.rows * x.columns / weight.features.max(1), weight.features);
         let sum = update.map(|_| self.empty(x.rows, x.columns)).transpose()?;
         let mut normed = self.empty(x.rows, x.columns)?;
-        let reader = readers.first().filter(|w| w.kind != Kind::F32 && w.k == width);
+        let reader = readers.first().filter(|w| w.kind != Kind::F32 && w.k == width && w.rotation.is_none());
         let operand = reader.map(|w| self.operand(w, rows)).transpose()?;
         let (number, scale, rule) = reader.map_or((0, 1.0, 0), |w| format(w.activation));
         let args = Args::new()

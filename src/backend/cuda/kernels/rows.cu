@@ -83,6 +83,20 @@ KERNEL(activate, 128, (float* x, const float* up, int kind, float limit, int k))
     }
 }
 
+// Each run of `group` columns times a matrix [group, group]: out [rows, k]. `pre` multiplies columns before, or is null.
+KERNEL(rotate, 128, (const float* x, const float* pre, const float* matrix, int group, float* out, int k)) {
+    const long row = (long)block_x() * k;
+    for (int i = thread_index(); i < k; i += ROW) {
+        const int first = i / group * group;
+        float sum = 0.0f;
+        for (int j = 0; j < group; j++) {
+            const float v = ld(x + row + first + j);
+            sum = fmaf(pre ? v * ld(pre + first + j) : v, ld(matrix + j * group + i - first), sum);
+        }
+        st(out + row + i, sum);
+    }
+}
+
 // x · sigmoid(gate), rows of k; gate has `width` values a row: k, or one.
 KERNEL(gate, 128, (float* x, const float* gate, int width, int k)) {
     const long row = (long)block_x() * k;

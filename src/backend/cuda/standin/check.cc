@@ -305,7 +305,7 @@ static double e8m0_scale(double amax, double largest, int emax, int rule) {
 static void define(const std::vector<float>& v, int format, float scale, int rule, std::vector<float>& out, std::vector<float>& scales) {
     const int k = (int)v.size();
     out.assign(k, 0), scales.assign((k + 127) / 128, 1);
-    const int block = format == NVFP4 ? 16 : format == MXFP4 || format == MXFP8 ? 32 : format == FP8_GROUP ? 128 : k;
+    const int block = format == NVFP4 ? 16 : format >= MXFP4 ? 32 : format == FP8_GROUP ? 128 : k;
     for (int b = 0; b < k; b += block) {
         float amax = 0;
         bool sound = true;
@@ -315,8 +315,21 @@ static void define(const std::vector<float>& v, int format, float scale, int rul
         if (format == FP8_TOKEN || format == FP8_GROUP) { s = amax / 448.0f; if (!(s > 0)) s = 1; scales[b / 128] = s; }
         if (format == MXFP4) s = (float)e8m0_scale(amax, 6, 2, rule);
         if (format == MXFP8) s = (float)e8m0_scale(amax, 448, 8, rule);
+        if (format == FP_QUANT_AMAX || format == FP_QUANT_QUEST) {
+            // As formats/fp_quant.rs adds up: eight sums by index modulo 8.
+            auto sum = [&](auto of) {
+                float lanes[8] = {};
+                for (int i = 0; i < 32; i++) lanes[i % 8] += of(v[b + i]);
+                return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+            };
+            const float mean = sum([](float x) { return x; }) / 32;
+            float x = format == FP_QUANT_AMAX ? amax : 2.92247856f / 6 * sqrtf(sum([&](float x) { return (x - mean) * (x - mean); }) / 32) + 1e-8f;
+            x = std::max(x, ldexpf(1, -96));
+            s = std::isfinite(x) ? ldexpf(1, ilogbf(x)) : x;
+        }
         for (int i = b; i < std::min(k, b + block); i++) {
             if (format == FLOAT) out[i] = v[i];
+            else if (format >= FP_QUANT_AMAX) out[i] = sound && std::isfinite(s) ? (float)nearest_e2m1(v[i] * (1.0f / scale / s)) * s : NAN;
             else if (format == NVFP4) out[i] = !sound ? NAN : s * scale > 0 ? (float)nearest_e2m1(v[i] / (s * scale)) * s : 0;
             else if (format == MXFP4) out[i] = sound ? (float)nearest_e2m1(v[i] / s) * s : NAN;
             else if (format == MXFP8) out[i] = sound ? (float)nearest_e4m3(v[i] / s) * s : NAN;
@@ -358,13 +371,13 @@ static std::vector<float> random_row(int k, int kind) {
     return v;
 }
 static void check_operand() {
-    for (int format = 0; format <= MXFP8; format++)
-        for (int rule = 0; rule < (format >= MXFP4 ? 3 : 1); rule++)
+    for (int format = 0; format <= FP_QUANT_QUEST; format++)
+        for (int rule = 0; rule < (format == MXFP4 || format == MXFP8 ? 3 : 1); rule++)
             for (int k : {16, 48, 99, 100, 128, 416, 4608}) {
-                if ((format == MXFP4 || format == MXFP8) && k % 32) continue;
+                if (format >= MXFP4 && k % 32) continue;
                 if (format == NVFP4 && k % 16) continue;
                 const int rows = 5, kp = (k + 127) / 128 * 128, planes = format == FLOAT ? 2 : 1;
-                const float scale = format == NVFP4 ? .01f : .02f;
+                const float scale = format == NVFP4 ? .01f : format >= FP_QUANT_AMAX ? 1 / 3.f : .02f;
                 std::vector<std::vector<float>> v, w, g;
                 std::vector<float> flat, up, gate, pre(k);
                 for (auto& p : pre) p = (float)uniform(.5, 2);
@@ -667,6 +680,23 @@ static void check_rows() {
             // gelu's argument is rounded before the exponential.
             const double size = fabs(exact) * (1 + (kind == 1 ? 4e-2 * fabs((double)x * x * x) : fabs(x))) + 1e-30;
             if (bad ? got[i] == got[i] : !(fabs(got[i] - exact) <= 3e-6 * size + 1e-28) && !(std::isinf(exact) && std::isinf(got[i]))) { printf("FAIL activate %d: %g of %g and %g, expected %g\n", kind, got[i], x, u[i], exact), FAILED++; break; }
+        }
+    }
+    for (int group : {16, 32}) {
+        const int n = 320;
+        const auto m = std::vector<float>([&] { std::vector<float> m(group * group); for (auto& v : m) v = (float)uniform(-1, 1); return m; }());
+        std::vector<float> in(2 * n), pre(n), e;
+        for (auto* v : {&in, &pre}) for (auto& f : *v) f = (float)uniform(-2, 2);
+        for (bool scaled : {false, true}) {
+            Array<float> dx(in), dp(pre), dm(m), out(2 * n);
+            run("rotate", 2, 1, 1, dx.p, scaled ? dp.p : nullptr, dm.p, group, out.p, n);
+            e.clear();
+            for (int i = 0; i < 2 * n; i++) {
+                float sum = 0;
+                for (int j = 0; j < group; j++) { const int at = i / group * group + j; const float v = scaled ? in[at] * pre[at % n] : in[at]; sum = fmaf(v, m[j * group + i % group], sum); }
+                e.push_back(sum);
+            }
+            equal("rotate", out.get("rotate"), e);
         }
     }
     for (int width : {1, k}) {
