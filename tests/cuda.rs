@@ -175,6 +175,38 @@ fn a_cache_that_grows_and_forks_keeps_what_it_holds() {
     assert!(bits(&one) == bits(&other));
 }
 
+#[test]
+fn states_that_grow_and_are_copied_go_on_as_they_were() {
+    let Some(backend) = device() else { return };
+    for name in ["modelopt/nemotron_h/bf16", "modelopt/qwen3_5/bf16"] {
+        let folder = project().join("tests/fixtures-models").join(name);
+        let decoder = Fixture { name: name.into(), folder }.load(backend.clone());
+        let span = |start, len, pages: &[u32], slot| recoup::backend::Span { start, len, pages: pages.to_vec(), slot };
+        let tokens: Vec<u32> = (0..20).map(|i| i * 7 % 50).collect();
+        let rows = |cache: &mut _, spans: Vec<recoup::backend::Span>| {
+            let tokens = spans.iter().flat_map(|s| tokens[s.start..s.start + s.len].to_vec()).collect();
+            let batch = recoup::backend::Batch { tokens, spans };
+            let x = decoder.forward(&batch, cache, recoup::model::Wanted::Last)?;
+            decoder.backend().to_host(&x)
+        };
+        let whole =
+            rows(&mut decoder.new_cache(32, 1, KvFormat::Bf16).unwrap(), vec![span(0, 20, &[0, 1], 0)]).unwrap();
+        let mut cache = decoder.new_cache(16, 1, KvFormat::Bf16).unwrap();
+        rows(&mut cache, vec![span(0, 12, &[0], 0)]).unwrap();
+        decoder.backend().grow(&mut cache, 5, 3).unwrap();
+        decoder.backend().fork(&mut cache, &span(0, 12, &[0], 0), &span(12, 0, &[3], 2)).unwrap();
+        decoder.backend().copy_state(&mut cache, 0, 2).unwrap();
+        let both = vec![span(12, 8, &[0, 1], 0), span(12, 8, &[3, 4], 2)];
+        let got = rows(&mut cache, both).unwrap();
+        assert!(bits(&got) == bits(&[&whole[..], &whole].concat()), "{name}");
+        assert!(decoder.backend().copy_state(&mut cache, 0, 3).is_err());
+        for slot in [0, 3] {
+            let spans = vec![span(0, 2, &[0], 0), span(0, 2, &[1], slot)];
+            assert!(matches!(rows(&mut cache, spans), Err(BackendError::Failed { .. })), "{name}: slot {slot}");
+        }
+    }
+}
+
 /// Rows of logits of every kind: usual ones, many that are equal, some ruled out, far apart, hardly apart, all alike.
 fn rows_of_logits(random: &mut Random, count: usize, vocab: usize) -> Vec<f32> {
     let mut rows = Vec::with_capacity(count * vocab);
