@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every kernel, compiled for the CPU, against its definition, with every access checked (src/backend/cuda/standin).
-# usage: cuda-check.sh [--only FILE] [DIR]   FILE: matmul, tile, operand, attention, rows, mixture or sample (.cu); DIR: the kernels' folder
+# usage: cuda-check.sh [--only FILE] [DIR]   FILE: matmul, tile, operand, attention, recurrent, rows, mixture or sample (.cu); DIR: the kernels' folder
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 only=()

@@ -14,7 +14,9 @@ use recoup::formats::kv::KvFormat;
 use recoup::formats::linear::ActivationFormat;
 use recoup::logits::{Draw, History, RouterRule, Sampler, SamplingParams, Scratch};
 use recoup::model::{Decoder, ModelConfig};
-use support::fixtures::{Fixture, Report, Session, all_fixtures, bits, cpu, deviation, incremental_logits, logits};
+use support::fixtures::{
+    Fixture, Report, Session, all_fixtures, architecture_fixtures, bits, cpu, deviation, incremental_logits, logits,
+};
 use support::project;
 use support::random::Random;
 
@@ -41,6 +43,44 @@ fn every_checkpoint_gives_the_logits_it_gives_when_deployed() {
         report.check(&fixture.name, deviation(&got, &fixture.golden_logits()), bound);
         let split = incremental_logits(&decoder, &fixture.input_ids(), 3);
         assert!(bits(&split) == bits(&got), "{}: pieces give other bits", fixture.name);
+    }
+    report.finish();
+}
+
+#[test]
+fn every_architecture_gives_the_logits_it_gives_when_deployed() {
+    let Some(backend) = device() else { return };
+    let mut report = Report::default();
+    for fixture in architecture_fixtures() {
+        let decoder = fixture.load(backend.clone());
+        let ids = fixture.input_ids();
+        let got = logits(&decoder, &ids);
+        let bound =
+            if fixture.checkpoint().announced.fp8_kv_cache { fixture.bound() } else { fixture.bound().min(1e-3) };
+        report.check(&fixture.name, deviation(&got, &fixture.golden_logits()), bound);
+        // One sequence alone, at once and in pieces of every size; three, eight.
+        let first = &ids[0][..];
+        let alone = Session::new(&decoder, 1, first.len()).forward(&[(0, 0, first)]).remove(0);
+        assert!(bits(&alone) == bits(&got[..alone.len()]), "{}: alone other bits than beside another", fixture.name);
+        let mut session = Session::new(&decoder, 1, first.len());
+        let (mut from, mut pieces) = (0, Vec::new());
+        for len in [1, 3, 2, 1, 7].into_iter().cycle() {
+            let to = (from + len).min(first.len());
+            pieces.extend(session.forward(&[(0, from, &first[from..to])]).concat());
+            if to == first.len() {
+                break;
+            }
+            from = to;
+        }
+        assert!(bits(&pieces) == bits(&alone), "{}: pieces give other bits", fixture.name);
+        for batch in [3, 8] {
+            let mut session = Session::new(&decoder, batch, first.len());
+            let part = |i: usize| &first[..first.len() - i * 2 % 7];
+            let new: Vec<_> = (0..batch).map(|i| (i, 0, part(i))).collect();
+            for (i, got) in session.forward(&new).iter().enumerate() {
+                assert!(bits(got) == bits(&alone[..got.len()]), "{}: sequence {i} of {batch}", fixture.name);
+            }
+        }
     }
     report.finish();
 }
@@ -133,6 +173,38 @@ fn a_cache_that_grows_and_forks_keeps_what_it_holds() {
     let one = forward(&mut cache, 12, 20, &[0, 1]);
     let other = forward(&mut cache, 12, 20, &[3, 4]);
     assert!(bits(&one) == bits(&other));
+}
+
+#[test]
+fn states_that_grow_and_are_copied_go_on_as_they_were() {
+    let Some(backend) = device() else { return };
+    for name in ["modelopt/nemotron_h/bf16", "modelopt/qwen3_5/bf16"] {
+        let folder = project().join("tests/fixtures-models").join(name);
+        let decoder = Fixture { name: name.into(), folder }.load(backend.clone());
+        let span = |start, len, pages: &[u32], slot| recoup::backend::Span { start, len, pages: pages.to_vec(), slot };
+        let tokens: Vec<u32> = (0..20).map(|i| i * 7 % 50).collect();
+        let rows = |cache: &mut _, spans: Vec<recoup::backend::Span>| {
+            let tokens = spans.iter().flat_map(|s| tokens[s.start..s.start + s.len].to_vec()).collect();
+            let batch = recoup::backend::Batch { tokens, spans };
+            let x = decoder.forward(&batch, cache, recoup::model::Wanted::Last)?;
+            decoder.backend().to_host(&x)
+        };
+        let whole =
+            rows(&mut decoder.new_cache(32, 1, KvFormat::Bf16).unwrap(), vec![span(0, 20, &[0, 1], 0)]).unwrap();
+        let mut cache = decoder.new_cache(16, 1, KvFormat::Bf16).unwrap();
+        rows(&mut cache, vec![span(0, 12, &[0], 0)]).unwrap();
+        decoder.backend().grow(&mut cache, 5, 3).unwrap();
+        decoder.backend().fork(&mut cache, &span(0, 12, &[0], 0), &span(12, 0, &[3], 2)).unwrap();
+        decoder.backend().copy_state(&mut cache, 0, 2).unwrap();
+        let both = vec![span(12, 8, &[0, 1], 0), span(12, 8, &[3, 4], 2)];
+        let got = rows(&mut cache, both).unwrap();
+        assert!(bits(&got) == bits(&[&whole[..], &whole].concat()), "{name}");
+        assert!(decoder.backend().copy_state(&mut cache, 0, 3).is_err());
+        for slot in [0, 3] {
+            let spans = vec![span(0, 2, &[0], 0), span(0, 2, &[1], slot)];
+            assert!(matches!(rows(&mut cache, spans), Err(BackendError::Failed { .. })), "{name}: slot {slot}");
+        }
+    }
 }
 
 /// Rows of logits of every kind: usual ones, many that are equal, some ruled out, far apart, hardly apart, all alike.

@@ -267,21 +267,7 @@ pub trait Backend: Send + Sync + Sized {
 
     /// What a feed-forward's last linear reads: activation(gate x, up x).
     fn expanded(&self, x: &Self::Tensor, ffn: &Ffn<'_, Self::Linear>) -> Result<Self::Tensor> {
-        let [gate, up] = match ffn.gate {
-            Some(gate) => exactly(self.linears(x, &[gate, ffn.up])?)?,
-            None => {
-                let up = one(self.linears(x, &[ffn.up])?)?;
-                if !ffn.activation.is_gated() {
-                    return self.activate(up, None, ffn.activation);
-                }
-                let half = self.inputs(ffn.down);
-                [self.rearrange(&[&up], &[Run::of(0, 0, half)])?, self.rearrange(&[&up], &[Run::of(0, half, half)])?]
-            }
-        };
-        match ffn.activation {
-            Activation::Silu => self.silu_mul(gate, &up),
-            other => self.activate(gate, Some(&up), other),
-        }
+        expanded_by_parts(self, x, ffn)
     }
 
     /// The weighted sum of what each token's experts make of its row of `x`, added in the order of experts; its row of
@@ -407,6 +393,25 @@ pub trait Backend: Send + Sync + Sized {
 /// What a backend answers that does not have a feature; loading has refused the model before.
 fn missing<T, B: Backend>(backend: &B, feature: Feature) -> Result<T> {
     Err(BackendError::Lacks { backend: backend.name(), what: feature.name() })
+}
+
+/// [`Backend::expanded`], one operation after the other.
+fn expanded_by_parts<B: Backend>(backend: &B, x: &B::Tensor, ffn: &Ffn<'_, B::Linear>) -> Result<B::Tensor> {
+    let [gate, up] = match ffn.gate {
+        Some(gate) => exactly(backend.linears(x, &[gate, ffn.up])?)?,
+        None => {
+            let up = one(backend.linears(x, &[ffn.up])?)?;
+            if !ffn.activation.is_gated() {
+                return backend.activate(up, None, ffn.activation);
+            }
+            let half = backend.inputs(ffn.down);
+            [backend.rearrange(&[&up], &[Run::of(0, 0, half)])?, backend.rearrange(&[&up], &[Run::of(0, half, half)])?]
+        }
+    };
+    match ffn.activation {
+        Activation::Silu => backend.silu_mul(gate, &up),
+        other => backend.activate(gate, Some(&up), other),
+    }
 }
 
 /// [`Backend::mixture`], one expert after the other.

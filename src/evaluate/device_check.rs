@@ -1,5 +1,7 @@
 //! Whether a device computes what the CPU computes: every operation of the seam on random numbers, on both.
 
+mod architectures;
+
 use std::fmt;
 
 use crate::backend::{
@@ -77,7 +79,8 @@ pub fn small<A: Backend, B: Backend>(cpu: &A, device: &B) -> Result<Vec<Checked>
     Ok(out)
 }
 
-/// Everything: all formats of weight and input on ragged shapes and for prompts short and long; then what stands between products, mixtures, and what is read off logits.
+/// Everything: all formats of weight and input on ragged shapes and for prompts short and long; then what stands between
+/// products, mixtures, what only some architectures need, and what is read off logits.
 ///
 /// # Errors
 /// The device's own.
@@ -121,6 +124,8 @@ pub fn thorough<A: Backend, B: Backend>(
         seed += 1;
         mixture(cpu, device, seed, weight, &mut out)?;
     }
+    seed += 1;
+    architectures::check(cpu, device, seed, &mut out)?;
     for vocab in [7, 1000, 50_000] {
         seed += 1;
         readings(cpu, device, seed, vocab, &mut out)?;

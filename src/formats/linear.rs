@@ -270,6 +270,18 @@ impl InputRotation {
     pub fn bytes(&self) -> usize {
         4 * self.matrix.len()
     }
+
+    /// Values in a run.
+    #[must_use]
+    pub fn group(&self) -> usize {
+        self.group
+    }
+
+    /// H [group, group], row-major.
+    #[must_use]
+    pub fn matrix(&self) -> &[f32] {
+        &self.matrix
+    }
 }
 
 /// A linear layer as stored: y = x · Wᵀ + bias, W [N, K].

@@ -75,10 +75,10 @@ fn gated<'a>(experts: &[Ffn<'a, CudaLinear>]) -> Option<Vec<Gated<'a>>> {
 /// Whether kernels/mixture.cu has what these take.
 fn has_kernels(experts: &[Gated<'_>]) -> bool {
     let Some(first) = experts.first() else { return false };
-    let known = |w: &CudaLinear| w.kind != Kind::F32 && (!w.grouped() || w.kind == Kind::E4m3);
+    let known = |w: &CudaLinear| w.kind != Kind::F32 && (!w.grouped() || w.kind == Kind::E4m3) && w.rotation.is_none();
     let fits = |e: &Gated<'_>| alike(e.gate, first.gate) && alike(e.up, first.up) && alike(e.down, first.down);
     experts.len() <= MAX_EXPERTS
-        && [first.gate, first.up, first.down].into_iter().all(known)
+        && experts.iter().flat_map(|e| [e.gate, e.up, e.down]).all(known)
         && first.gate.n == first.up.n
         && first.up.n == first.down.k
         && first.gate.k == first.up.k

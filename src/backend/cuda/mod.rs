@@ -4,43 +4,44 @@
 //! `kernels/`; `standin/` compiles the same sources for the CPU, as a driver library that needs no GPU.
 //! **No GPU has run this yet.** docs/cuda.md says what was checked, and how.
 
+mod attention;
 mod cache;
 mod driver;
+mod elementwise;
 mod graph;
 mod mixture;
+mod recurrent;
 mod sample;
 mod weight;
 
-use std::convert::Infallible;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use cache::CudaCache;
 pub use driver::Device;
 use driver::{Args, Memory};
+pub use recurrent::{CudaDeltaNet, CudaMamba};
 pub use weight::CudaLinear;
 use weight::{Kind, STEP};
 
 use recoup_ground::divergence::{Pair, RowError};
 
 use super::{
-    Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, Feature, Ffn, HeadNorms, HeadParameters,
-    PAGE, Result, RopeTable, Rotation, Span, Update, exactly, missing, mixture_by_expert, one,
+    Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, DeltaInputs, DeltaNetShape, DeltaNetWeights,
+    Feature, Ffn, HeadParameters, Mamba2Shape, Mamba2Weights, PAGE, Result, RopeTable, Rotation, Run, Span, Update,
+    exactly, expanded_by_parts, mixture_by_expert, one,
 };
 use crate::formats::e8m0::ScaleRule;
-use crate::formats::kv::KvFormat;
-use crate::formats::linear::{ActivationFormat, LinearTensors};
+use crate::formats::fp_quant::Method;
+use crate::formats::linear::{ActivationFormat, InputRotation, LinearTensors};
 use crate::logits::{Draw, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore};
 
-/// Keys that one block of attention looks at: `SPLIT` of kernels/attention.cu.
-const SPLIT: usize = 256;
 /// Tokens of a run, consecutive ones of a sequence whose rows (query heads that share keys) make blocks: any number will do;
 /// this one leaves no block of 32 rows incomplete.
 const RUN: usize = 32;
-/// The widest head that fits its shared memory.
-const MAX_HEAD_DIM: usize = 256;
 
 /// Kernels that are launched by name; matmul_*, tile_*, mixture_* and embed_* for each kind of weight.
-const KERNELS: [&str; 99] = [
+const KERNELS: [&str; 112] = [
+    "activate",
     "add",
     "add_rows",
     "attention_bf16_16",
@@ -49,6 +50,10 @@ const KERNELS: [&str; 99] = [
     "attention_f32_16",
     "attention_fp8_16",
     "attention_fp8_32",
+    "delta_convolve",
+    "delta_norm",
+    "delta_scan",
+    "delta_unit",
     "embed_bf16",
     "embed_e2m1_16",
     "embed_e2m1_32",
@@ -56,9 +61,14 @@ const KERNELS: [&str; 99] = [
     "embed_f32",
     "embed_mxfp4",
     "embed_mxfp8",
+    "gate",
     "gather",
+    "keep_tail",
     "logits_at",
     "look",
+    "mamba_convolve",
+    "mamba_norm",
+    "mamba_scan",
     "matmul_bf16_16",
     "matmul_bf16_16g",
     "matmul_bf16_32",
@@ -119,13 +129,16 @@ const KERNELS: [&str; 99] = [
     "operand_plain",
     "operand_silu",
     "penalise",
+    "rearrange",
     "rope_cache",
+    "rotate",
     "sample_count",
     "sample_gather",
     "sample_head",
     "sample_max",
     "sample_pick",
     "sample_sums",
+    "scale",
     "silu_mul",
     "tile_bf16",
     "tile_bf16g",
@@ -145,7 +158,20 @@ const KERNELS: [&str; 99] = [
 /// Whether the backend computes this. A router's rule is carried out on the host where no kernel knows it.
 #[must_use]
 pub fn has(feature: Feature) -> bool {
-    feature == Feature::Router
+    match feature {
+        Feature::Mamba
+        | Feature::DeltaNet
+        | Feature::Sinks
+        | Feature::Gate
+        | Feature::PartialRotation
+        | Feature::Router
+        | Feature::Activation(_)
+        | Feature::EmbeddingScale
+        | Feature::Rearranged
+        | Feature::ValueWidth
+        | Feature::RowNorms
+        | Feature::QueryGrowth => true,
+    }
 }
 
 /// Runs the decoder on one GPU. Clones share it.
@@ -154,6 +180,8 @@ pub struct CudaBackend {
     device: Arc<Device>,
     /// Where the weights of mixtures lie, as kernels read it.
     mixtures: Arc<mixture::Tables>,
+    /// Which columns rearranged tensors are made of.
+    columns: Arc<elementwise::Columns>,
 }
 
 /// Activations on the device, row-major f32.
@@ -173,6 +201,7 @@ pub struct CudaTensor {
 struct Operand {
     activation: ActivationFormat,
     pre_quant_scale: Option<Vec<f32>>,
+    rotation: Option<Arc<InputRotation>>,
     x: Memory,
     /// Per row, or per row and 128 columns.
     scales: Option<Memory>,
@@ -182,13 +211,15 @@ struct Operand {
 
 impl Operand {
     fn fits(&self, w: &CudaLinear) -> bool {
-        self.activation == w.activation && self.pre_quant_scale.as_ref() == w.pre_quant_scale.as_ref().map(|p| &p.0)
+        self.activation == w.activation
+            && self.pre_quant_scale.as_ref() == w.pre_quant_scale.as_ref().map(|p| &p.0)
+            && self.rotation.as_ref() == w.rotation.as_ref().map(|r| &r.0)
     }
 
     /// What every product with it is multiplied by.
     fn scale(&self) -> f32 {
         match self.activation {
-            ActivationFormat::Nvfp4 { global_scale } => global_scale,
+            ActivationFormat::Nvfp4 { global_scale } | ActivationFormat::FpQuant { global_scale, .. } => global_scale,
             ActivationFormat::Fp8Static { scale } => scale,
             _ => 1.0,
         }
@@ -230,6 +261,9 @@ pub struct CudaPass {
     ropes: Vec<(usize, Arc<Memory>)>,
     /// One past the highest page in use.
     pages: usize,
+    /// What only some layers need, made when the first of them asks.
+    grown: attention::Grown,
+    spans: recurrent::Spans,
 }
 
 /// Number and scale of an input's format as kernels/formats.cuh has them, and the rule of MX scales.
@@ -240,8 +274,9 @@ fn format(activation: ActivationFormat) -> (usize, f32, usize) {
         ScaleRule::Even => 2,
     };
     match activation {
-        // fp_quant's are refused when they are loaded.
-        ActivationFormat::Float | ActivationFormat::FpQuant { .. } => (0, 1.0, 0),
+        ActivationFormat::Float => (0, 1.0, 0),
+        ActivationFormat::FpQuant { method: Method::AbsMax, global_scale } => (7, global_scale, 0),
+        ActivationFormat::FpQuant { method: Method::Quest, global_scale } => (8, global_scale, 0),
         ActivationFormat::Nvfp4 { global_scale } => (1, global_scale, 0),
         ActivationFormat::Fp8Static { scale } => (2, scale, 0),
         ActivationFormat::Fp8Token => (3, 1.0, 0),
@@ -336,7 +371,11 @@ impl CudaBackend {
     /// # Errors
     /// No driver, one that is too old, no such device, or one that cannot run the kernels.
     pub fn new(ordinal: usize) -> Result<Self> {
-        Ok(Self { device: Arc::new(Device::open(ordinal, &KERNELS)?), mixtures: Arc::default() })
+        Ok(Self {
+            device: Arc::new(Device::open(ordinal, &KERNELS)?),
+            mixtures: Arc::default(),
+            columns: Arc::default(),
+        })
     }
 
     /// The device in use.
@@ -391,6 +430,7 @@ impl CudaBackend {
         Ok(Operand {
             activation: w.activation,
             pre_quant_scale: w.pre_quant_scale.as_ref().map(|p| p.0.clone()),
+            rotation: w.rotation.as_ref().map(|r| r.0.clone()),
             x: self.device.take(2 * planes * rows * padded)?,
             scales,
             planes,
@@ -403,11 +443,19 @@ impl CudaBackend {
             return Ok(operand.clone());
         }
         let operand = self.operand(w, x.rows)?;
+        let turned;
+        let (x, pre) = match &w.rotation {
+            Some((rotation, matrix)) => {
+                turned = self.rotated_input(x, w, rotation.group(), matrix)?;
+                (&turned, None)
+            }
+            None => (x, w.pre_quant_scale.as_ref()),
+        };
         let (number, scale, rule) = format(w.activation);
         let args = Args::new().memory(&x.data);
         let args = if let Some(up) = &x.up { args.memory(up) } else { args };
         let args = args
-            .optional(w.pre_quant_scale.as_ref().map(|p| &p.1))
+            .optional(pre.map(|p| &p.1))
             .int(number)
             .float(scale)
             .int(rule)
@@ -418,6 +466,21 @@ impl CudaBackend {
         let name = if x.up.is_some() { "operand_silu" } else { "operand_plain" };
         self.launch(name, [x.rows, 1, 1], 256, args)?;
         Ok(Arc::new(operand))
+    }
+
+    /// Each run of `group` columns of `x`, scaled as `w` wants it, times `matrix`.
+    fn rotated_input(&self, x: &CudaTensor, w: &CudaLinear, group: usize, matrix: &Memory) -> Result<CudaTensor> {
+        let x = self.settled(x)?;
+        let out = self.empty(x.rows, x.columns)?;
+        let args = Args::new()
+            .memory(&x.data)
+            .optional(w.pre_quant_scale.as_ref().map(|p| &p.1))
+            .memory(matrix)
+            .int(group)
+            .memory(&out.data)
+            .int(x.columns);
+        self.launch("rotate", [x.rows, 1, 1], 128, args)?;
+        Ok(out)
     }
 
     /// The product of one weight with an input that is ready.
@@ -471,7 +534,7 @@ impl CudaBackend {
         let (rows, width) = (x.rows * x.columns / weight.features.max(1), weight.features);
         let sum = update.map(|_| self.empty(x.rows, x.columns)).transpose()?;
         let mut normed = self.empty(x.rows, x.columns)?;
-        let reader = readers.first().filter(|w| w.kind != Kind::F32 && w.k == width);
+        let reader = readers.first().filter(|w| w.kind != Kind::F32 && w.k == width && w.rotation.is_none());
         let operand = reader.map(|w| self.operand(w, rows)).transpose()?;
         let (number, scale, rule) = reader.map_or((0, 1.0, 0), |w| format(w.activation));
         let args = Args::new()
@@ -524,112 +587,14 @@ impl CudaBackend {
         *held = Some((positions, memory.clone()));
         Ok(memory)
     }
-
-    fn attend(
-        &self,
-        [q, k, v]: [&CudaTensor; 3],
-        norms: Option<&HeadNorms<'_, Self>>,
-        shape: &AttentionShape,
-        pass: &CudaPass,
-        cache: &mut CudaCache,
-    ) -> Result<CudaTensor> {
-        if pass.pages > cache.pages() {
-            let (capacity, needed) = (cache.pages() * PAGE, pass.pages * PAGE);
-            return Err(BackendError::CacheTooSmall { capacity, needed });
-        }
-        let &AttentionShape { heads, kv_heads, head_dim, .. } = shape;
-        let unsupported =
-            |what| Err(BackendError::Unsupported { module: format!("layer {}", shape.layer), backend: "cuda", what });
-        if head_dim > MAX_HEAD_DIM || head_dim % 2 == 1 {
-            return unsupported(format!("heads of {head_dim}: even, and at most {MAX_HEAD_DIM}"));
-        }
-        let value_dim = cache.layer(shape.cache).shape.value_dim;
-        if value_dim != head_dim {
-            return unsupported(format!("values of {value_dim} beside keys of {head_dim}"));
-        }
-        if let Some(half) = shape.rope.map(|r| pass.ropes[r].0).filter(|half| 2 * half != head_dim) {
-            return unsupported(format!("heads of {head_dim} of which {} dimensions turn", 2 * half));
-        }
-        let tokens = q.rows;
-        let layer = cache.layer(shape.cache);
-        let (kv, k_scale, v_scale) = match layer.shape.format {
-            KvFormat::F32 => (0, 1.0, 1.0),
-            KvFormat::Bf16 => (1, 1.0, 1.0),
-            KvFormat::Fp8 { k_scale, v_scale } => (2, k_scale, v_scale),
-        };
-        let turned = self.empty(tokens, q.columns)?;
-        let args = Args::new()
-            .memory(&q.data)
-            .memory(&k.data)
-            .memory(&v.data)
-            .memory(&turned.data)
-            .memory(&layer.keys)
-            .memory(&layer.values)
-            .optional(norms.map(|n| &n.q.weight))
-            .optional(norms.map(|n| &n.k.weight))
-            .float(norms.map_or(0.0, |n| n.eps))
-            .optional(shape.rope.map(|r| &*pass.ropes[r].1))
-            .memory(&pass.positions)
-            .memory(&pass.slots)
-            .int(tokens)
-            .int(heads)
-            .int(kv_heads)
-            .int(head_dim)
-            .int(kv)
-            .float(k_scale)
-            .float(v_scale);
-        self.launch("rope_cache", [(tokens * (heads + 2 * kv_heads)).div_ceil(4), 1, 1], 128, args)?;
-
-        let pieces = pass.batch.reach().div_ceil(SPLIT);
-        let parts = self.device.take(4 * tokens * heads * pieces * head_dim)?;
-        let totals = self.device.take(8 * tokens * heads * pieces)?;
-        let window = shape.window.unwrap_or(0);
-        // Blocks of 32 rows read the cache half as often, where there are as many rows. Three terms of f32 leave no room for them.
-        let most = pass.longest_run * (heads / kv_heads);
-        let rows = if most <= 16 || kv == 0 { 16 } else { 32 };
-        let groups = most.div_ceil(rows);
-        let args = Args::new()
-            .memory(&turned.data)
-            .memory(&layer.keys)
-            .memory(&layer.values)
-            .memory(&parts)
-            .memory(&totals)
-            .memory(&pass.positions)
-            .memory(&pass.tables)
-            .memory(&pass.table_of)
-            .memory(&pass.runs)
-            .int(groups)
-            .int(heads)
-            .int(kv_heads)
-            .int(head_dim)
-            .int(window)
-            .float(shape.scale)
-            .float(k_scale)
-            .float(v_scale)
-            .int(pieces);
-        let name = kernel(&format!("attention_{}_{rows}", ["f32", "bf16", "fp8"][kv]))?;
-        self.launch(name, [pass.run_count, kv_heads * groups, pieces], 128, args)?;
-        let out = self.empty(tokens, q.columns)?;
-        let args = Args::new()
-            .memory(&parts)
-            .memory(&totals)
-            .memory(&out.data)
-            .memory(&pass.positions)
-            .int(heads)
-            .int(head_dim)
-            .int(window)
-            .int(pieces);
-        self.launch("attention_combine", [tokens, heads, 1], 128, args)?;
-        Ok(out)
-    }
 }
 
 impl Backend for CudaBackend {
     type Tensor = CudaTensor;
     type Linear = CudaLinear;
     type Vector = CudaVector;
-    type Mamba = Infallible;
-    type DeltaNet = Infallible;
+    type Mamba = CudaMamba;
+    type DeltaNet = CudaDeltaNet;
     type Cache = CudaCache;
     type Rope = CudaRope;
     type Pass = CudaPass;
@@ -658,6 +623,14 @@ impl Backend for CudaBackend {
         Ok(CudaVector { features: values.len(), weight: self.device.upload(&values)? })
     }
 
+    fn load_mamba(&self, shape: Mamba2Shape, weights: Mamba2Weights) -> Result<CudaMamba> {
+        CudaMamba::load(&self.device, shape, weights)
+    }
+
+    fn load_delta_net(&self, shape: DeltaNetShape, weights: DeltaNetWeights) -> Result<CudaDeltaNet> {
+        CudaDeltaNet::load(&self.device, shape, weights)
+    }
+
     fn load_rope(&self, rotation: Rotation) -> Result<CudaRope> {
         let half = rotation.frequencies.len();
         Ok(CudaRope { half, table: RopeTable::new(rotation), device: Mutex::default() })
@@ -667,8 +640,12 @@ impl Backend for CudaBackend {
         CudaCache::new(&self.device, layout)
     }
 
-    fn grow(&self, cache: &mut CudaCache, pages: usize, _: usize) -> Result<()> {
-        cache.grow(&self.device, pages)
+    fn grow(&self, cache: &mut CudaCache, pages: usize, slots: usize) -> Result<()> {
+        cache.grow(&self.device, pages, slots)
+    }
+
+    fn copy_state(&self, cache: &mut CudaCache, from: u32, to: u32) -> Result<()> {
+        cache.copy_state(&self.device, from as usize, to as usize)
     }
 
     fn fork(&self, cache: &mut CudaCache, from: &Span, to: &Span) -> Result<()> {
@@ -709,6 +686,8 @@ impl Backend for CudaBackend {
             runs: self.device.upload(&runs.concat())?,
             ropes: ropes.iter().map(|r| Ok((r.half, self.rope(r, batch.reach())?))).collect::<Result<_>>()?,
             pages,
+            grown: attention::Grown::default(),
+            spans: recurrent::Spans::default(),
         })
     }
 
@@ -763,12 +742,12 @@ impl Backend for CudaBackend {
         q: CudaTensor,
         k: CudaTensor,
         v: CudaTensor,
-        _: Option<&CudaVector>,
+        sinks: Option<&CudaVector>,
         shape: &AttentionShape,
         pass: &CudaPass,
         cache: &mut CudaCache,
     ) -> Result<CudaTensor> {
-        self.attend([&q, &k, &v], None, shape, pass, cache)
+        self.attend([q, k, v], HeadParameters { norms: None, sinks }, shape, pass, cache)
     }
 
     fn normed_attention(
@@ -781,7 +760,7 @@ impl Backend for CudaBackend {
         pass: &CudaPass,
         cache: &mut CudaCache,
     ) -> Result<CudaTensor> {
-        self.attend([&q, &k, &v], heads.norms.as_ref(), shape, pass, cache)
+        self.attend([q, k, v], heads, shape, pass, cache)
     }
 
     fn rotated(&self, k: &CudaTensor, shape: &AttentionShape, pass: &CudaPass) -> Result<Vec<f32>> {
@@ -862,7 +841,7 @@ impl Backend for CudaBackend {
 
     fn expanded(&self, x: &CudaTensor, ffn: &Ffn<'_, CudaLinear>) -> Result<CudaTensor> {
         let (Some(gate), Activation::Silu) = (ffn.gate, ffn.activation) else {
-            return missing(self, Feature::Activation(ffn.activation));
+            return expanded_by_parts(self, x, ffn);
         };
         let [gate, up] = exactly(self.linears(x, &[gate, ffn.up])?)?;
         Ok(CudaTensor { up: Some(up.data), ..gate })
@@ -880,6 +859,44 @@ impl Backend for CudaBackend {
             Some(sum) => Ok(sum),
             None => mixture_by_expert(self, x, routed, router, experts, rule),
         }
+    }
+
+    fn activate(&self, x: CudaTensor, up: Option<&CudaTensor>, activation: Activation) -> Result<CudaTensor> {
+        self.activated(x, up, activation)
+    }
+
+    fn gate(&self, x: CudaTensor, gate: &CudaTensor) -> Result<CudaTensor> {
+        self.gated(x, gate)
+    }
+
+    fn scale(&self, x: CudaTensor, factor: f32) -> Result<CudaTensor> {
+        self.scaled(x, factor)
+    }
+
+    fn rearrange(&self, sources: &[&CudaTensor], runs: &[Run]) -> Result<CudaTensor> {
+        self.rearranged(sources, runs)
+    }
+
+    fn mamba(
+        &self,
+        x: CudaTensor,
+        mixer: &CudaMamba,
+        layer: usize,
+        pass: &CudaPass,
+        cache: &mut CudaCache,
+    ) -> Result<CudaTensor> {
+        self.run_mamba(x, mixer, layer, pass, cache)
+    }
+
+    fn delta_net(
+        &self,
+        inputs: DeltaInputs<CudaTensor>,
+        mixer: &CudaDeltaNet,
+        layer: usize,
+        pass: &CudaPass,
+        cache: &mut CudaCache,
+    ) -> Result<CudaTensor> {
+        self.run_delta_net(inputs, mixer, layer, pass, cache)
     }
 
     fn score(&self, logits: &CudaTensor, picks: &[(usize, u32)]) -> Result<Vec<TokenScore>> {

@@ -9,7 +9,7 @@ use super::driver::{Device, Memory};
 use crate::backend::{BackendError, Result};
 use crate::formats::e8m0;
 use crate::formats::fp8;
-use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, decode_elements};
+use crate::formats::linear::{ActivationFormat, BlockScales, Element, InputRotation, LinearTensors, decode_elements};
 
 /// Columns of one step along K; K is padded to a multiple.
 pub const STEP: usize = 128;
@@ -50,6 +50,8 @@ pub struct CudaLinear {
     pub bias: Option<Memory>,
     /// Multiplies the input before it is quantized.
     pub pre_quant_scale: Option<(Vec<f32>, Memory)>,
+    /// Turns the scaled input, run by run, before it is quantized.
+    pub rotation: Option<(Arc<InputRotation>, Memory)>,
 }
 
 /// A weight in the kernels' layout, on the host.
@@ -67,9 +69,6 @@ impl CudaLinear {
     /// No kernel for these formats, or not enough memory.
     pub fn load(device: &Arc<Device>, t: &LinearTensors<'_>) -> Result<Self> {
         let unsupported = |what: String| BackendError::Unsupported { module: t.name.clone(), backend: "cuda", what };
-        if t.rotation.is_some() || matches!(t.activation, ActivationFormat::FpQuant { .. }) {
-            return Err(unsupported("fp_quant's rotated inputs".into()));
-        }
         let kind = match (t.element, &t.block_scales) {
             (Element::E2m1, BlockScales::E4m3 { block: block @ (16 | 32), .. }) => Kind::E2m1 { block: *block },
             (Element::E2m1, BlockScales::E8m0 { block: 32, .. }) => Kind::Mxfp4,
@@ -81,6 +80,9 @@ impl CudaLinear {
         };
         if kind == Kind::F32 && t.activation != ActivationFormat::Float {
             return Err(unsupported(format!("{} weights with {} inputs", t.weight_format(), t.activation)));
+        }
+        if kind == Kind::F32 && t.rotation.is_some() {
+            return Err(unsupported(format!("{} weights with rotated inputs", t.weight_format())));
         }
         let packed = if kind == Kind::F32 { plain(t) } else { pack(t, kind) };
         let upload = |v: &Vec<f32>| device.upload(v);
@@ -96,6 +98,10 @@ impl CudaLinear {
             Some(s) => Some((s.clone(), upload(s)?)),
             None => None,
         };
+        let rotation = match &t.rotation {
+            Some(rotation) => Some((rotation.clone(), device.upload(rotation.matrix())?)),
+            None => None,
+        };
         Ok(Self {
             id: LOADED.fetch_add(1, Ordering::Relaxed),
             name: t.name.clone(),
@@ -109,6 +115,7 @@ impl CudaLinear {
             row_scales: upload(&row_scales)?,
             bias: t.bias.as_ref().map(upload).transpose()?,
             pre_quant_scale,
+            rotation,
         })
     }
 

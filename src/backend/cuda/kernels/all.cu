@@ -3,6 +3,7 @@
 #include "matmul.cu"
 #include "operand.cu"
 #include "mixture.cu"
+#include "recurrent.cu"
 #include "rows.cu"
 #include "sample.cu"
 #include "tile.cu"

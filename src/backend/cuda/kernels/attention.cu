@@ -1,7 +1,7 @@
 // Keys and values into the paged cache, and causal grouped-query attention over it, on tensor cores.
 //
 // The cache holds, per layer, page of 16 tokens and KV head, 16 rows of keys, and values likewise: f32, BF16 or E4M3, head_dim
-// padded to 16. The keys of a sequence are cut into pieces of SPLIT positions, which begin at multiples of SPLIT whatever the
+// padded to 16 (values have a width dv of their own). The keys of a sequence are cut into pieces of SPLIT positions, which begin at multiples of SPLIT whatever the
 // batch; a block has a piece, a KV head and 16·MT rows, and `attention_combine` adds the pieces in order. A row is a query head
 // of a token; the rows of a block belong to up to RUN consecutive tokens of one sequence. Each of the four warps has a quarter
 // of the piece, 64 keys, for all rows: it keeps their scores in registers, which become the A operand of the product with the
@@ -10,7 +10,7 @@
 // Operands are BF16. Over a cache of f32 each f32 is the sum of three (24 bits), and six of their nine products are computed:
 // what f32 gives. Otherwise queries and numerators are two (16 bits), the cache is exact, and the scales of E4M3 multiply scores
 // and sums. Sums are f32.
-// Roofline: the cache once per 16·MT rows. Limits: head_dim even, up to MAX_DIM.
+// Roofline: the cache once per 16·MT rows. Limits: head_dim of queries and keys even, up to MAX_DIM.
 // nvcc 13.0.88, sm_80 / 90 / 120, no spills; issue slots per HMMA in the loop over keys:
 //   BF16 16 rows 5.1 / 5.4 / 4.1, 32 rows 2.0 / 2.1 / 2.9; E4M3 16 rows 9.4 / 9.6 / 8.8, 32 rows 4.8 / 4.8 / 5.3
 // Decode of BF16, d = 128, sm_90: 173 slots for the keys of a page, 326 for its values, about 280 for 16 rows of numerators: 44 %
@@ -30,10 +30,12 @@ DEV void kv_store(void* cache, int format, long at, float v, float scale) {
 }
 
 // Norms (where given) and rotates queries and keys, and writes keys and values to the cache. A warp has one head of one token:
-// queries first, then keys, then values. `rope` is [positions, 2, d/2], cosines then sines, or null.
+// queries first, then keys, then values. `rope` is [positions, 2, half], cosines then sines, or null: the first 2·half dimensions
+// turn. `growth` [tokens] multiplies turned queries, or is null.
 KERNEL(rope_cache, 128, (const float* q, const float* k, const float* v, float* q_out, void* keys, void* values,
                          const float* q_norm, const float* k_norm, float eps, const float* rope, const int* positions,
-                         const int* slots, int tokens, int heads, int kv_heads, int d, int format, float k_scale, float v_scale)) {
+                         const int* slots, const float* growth, int tokens, int heads, int kv_heads, int d, int dv, int half,
+                         int format, float k_scale, float v_scale)) {
     const int per_token = heads + 2 * kv_heads, unit = block_x() * (ATTEND / 32) + warp_index();
     // Whole warps leave; nobody waits for them.
     if (unit >= tokens * per_token) return;
@@ -42,8 +44,8 @@ KERNEL(rope_cache, 128, (const float* q, const float* k, const float* v, float* 
     const int slot = ld(slots + token), pitch = row_pitch(d);
     if (head >= heads + kv_heads) {
         const int h = head - heads - kv_heads;
-        const long to = ((long)(slot / PAGE) * kv_heads + h) * PAGE * pitch + (long)(slot % PAGE) * pitch;
-        for (int i = lane; i < d; i += 32) kv_store(values, format, to + i, ld(v + ((long)token * kv_heads + h) * d + i), v_scale);
+        const long to = (((long)(slot / PAGE) * kv_heads + h) * PAGE + slot % PAGE) * row_pitch(dv);
+        for (int i = lane; i < dv; i += 32) kv_store(values, format, to + i, ld(v + ((long)token * kv_heads + h) * dv + i), v_scale);
         return;
     }
     const bool query = head < heads;
@@ -60,23 +62,23 @@ KERNEL(rope_cache, 128, (const float* q, const float* k, const float* v, float* 
         UNROLL for (int m = 16; m > 0; m /= 2) squares += shfl_xor(squares, m);
         inverse = 1.0f / sqrtf(squares / (float)d + eps);
     }
-    const float* turn = rope ? rope + (long)ld(positions + token) * d : nullptr;
+    const float* turn = rope ? rope + (long)ld(positions + token) * 2 * half : nullptr;
+    const float grown = query && growth ? ld(growth + token) : 1.0f;
     const long to = ((long)(slot / PAGE) * kv_heads + h) * PAGE * pitch + (long)(slot % PAGE) * pitch;
-    for (int i = lane; i < d / 2; i += 32) {
-        float a = ld(from + i), b = ld(from + d / 2 + i);
-        if (norm) a = a * inverse * ld(norm + i), b = b * inverse * ld(norm + d / 2 + i);
-        if (turn) {
-            const float c = ld(turn + i), s = ld(turn + d / 2 + i), x = a * c - b * s;
-            b = b * c + a * s;
-            a = x;
+    auto value = [&](int i) { return norm ? ld(from + i) * inverse * ld(norm + i) : ld(from + i); };
+    auto give = [&](int i, float x) {
+        if (query) st(q_out + ((long)token * heads + h) * d + i, x * grown);
+        else kv_store(keys, format, to + i, x, k_scale);
+    };
+    const int pairs = turn ? half : 0;
+    for (int i = lane; i < d - pairs; i += 32) {
+        // Pairs first, then what does not turn.
+        if (i >= pairs) {
+            give(i + pairs, value(i + pairs));
+            continue;
         }
-        if (query) {
-            st(q_out + ((long)token * heads + h) * d + i, a);
-            st(q_out + ((long)token * heads + h) * d + d / 2 + i, b);
-        } else {
-            kv_store(keys, format, to + i, a, k_scale);
-            kv_store(keys, format, to + d / 2 + i, b, k_scale);
-        }
+        const float a = value(i), b = value(i + half), c = ld(turn + i), s = ld(turn + half + i);
+        give(i, a * c - b * s), give(i + half, b * c + a * s);
     }
 }
 
@@ -141,13 +143,13 @@ DEV void mma_terms(float (&d)[4], float (&rest)[4], const uint32_t (&a)[A][4], c
 // The two sums of mma_terms together.
 template <int F> DEV float joined(float d, float rest) { return terms(F) == 3 ? d + rest : d; }
 
-// Softmax numerators times values over one piece of the keys: parts [tokens, heads, pieces, d] and their maximum and sum
+// Softmax numerators times values over one piece of the keys: parts [tokens, heads, pieces, dv] and their maximum and sum
 // [tokens, heads, pieces, 2]. `runs` [blocks, 2]: the first token of a run, and how many they are; `groups`: blocks of rows of
 // the longest run.
 template <int F, int MT>
 DEV void attend(const float* q, const void* keys, const void* values, float* parts, float* totals, const int* positions,
-                const int* tables, const int* table_of, const int* runs, int groups, int heads, int kv_heads, int d, int window,
-                float scale, float k_scale, float v_scale, int pieces, SharedArray<U4> shared, SharedArray<float> maxima,
+                const int* tables, const int* table_of, const int* runs, int groups, int heads, int kv_heads, int d, int dv,
+                int window, float scale, float k_scale, float v_scale, int pieces, SharedArray<U4> shared, SharedArray<float> maxima,
                 SharedArray<float> sums) {
     constexpr int V = vector_of(F), TERMS = terms(F), ROWS = 16 * MT;
     constexpr int COLS = 9;  // a row of 32 dimensions, and 16 bytes against bank conflicts
@@ -182,7 +184,7 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
     }
     const int key0 = base + warp * PAGES * PAGE;
     const int* table = tables + ld(table_of + first) + key0 / PAGE;
-    // Pages that any row sees (the others are zeros), where their rows begin, and of the values that lane's part: bit 4·page + i
+    // Pages that any row sees (the others are zeros), their first rows, and of the values that lane's part: bit 4·page + i
     // for its key i.
     const bool any = key0 < block_end && key0 + PAGES * PAGE > block_begin;
     bool seen[PAGES];
@@ -191,7 +193,7 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
     UNROLL for (int p = 0; p < PAGES; p++) {
         const int start = key0 + p * PAGE;
         seen[p] = start < block_end && start + PAGE > block_begin;
-        at[p] = seen[p] ? ((long)ld(table + p) * kv_heads + kv_head) * PAGE * pitch : 0;
+        at[p] = seen[p] ? ((long)ld(table + p) * kv_heads + kv_head) * PAGE : 0;
         UNROLL for (int i = 0; i < 4; i++) {
             const int key = start + 2 * t + (i & 1) + (i >> 1) * 8;
             if (key < block_end && key >= block_begin) wanted |= 1u << (4 * p + i);
@@ -202,7 +204,7 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
     // Scores: columns of a product are eight keys, two products a page.
     float s[MT][2 * PAGES][4] = {}, s_rest[MT][2 * PAGES][4] = {};
     const char* key[PAGES];
-    UNROLL for (int p = 0; p < PAGES; p++) key[p] = (const char*)keys + (at[p] + g * pitch + t * V) * (16 / V);
+    UNROLL for (int p = 0; p < PAGES; p++) key[p] = (const char*)keys + ((at[p] + g) * pitch + t * V) * (16 / V);
     for (int chunk = 0; any && chunk * 4 * V < pitch; chunk++) {
         const bool inside = chunk * 4 * V + t * V < pitch;
         U4 raw[PAGES][2];
@@ -277,20 +279,21 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
     UNROLL for (int m = 0; m < MT; m++) {
         const int row = row0 + m * 16 + thread_index() / 8, last = row < count ? end_of(row) : 0;
         const bool sees = row < count && last > base && begin_of(last) < base + SPLIT;
-        to[m] = sees ? parts + (head_of(row) * pieces + piece) * d : nullptr;
+        to[m] = sees ? parts + (head_of(row) * pieces + piece) * dv : nullptr;
     }
     // Values, 32 dimensions at a time: lane 4g+t has dimensions 4g..4g+3 of keys 2t, 2t+1, 2t+8, 2t+9 of each page.
     const char* value[PAGES];
-    UNROLL for (int p = 0; p < PAGES; p++) value[p] = (const char*)values + (at[p] + 2 * t * pitch + 4 * g) * (16 / V);
-    for (int dim0 = 0; dim0 < pitch; dim0 += 32) {
+    const int wide = row_pitch(dv);
+    UNROLL for (int p = 0; p < PAGES; p++) value[p] = (const char*)values + ((at[p] + 2 * t) * wide + 4 * g) * (16 / V);
+    for (int dim0 = 0; dim0 < wide; dim0 += 32) {
         float o[MT][4][4] = {}, o_rest[MT][4][4] = {};
         if (any) {
-            const bool inside = dim0 + 4 * g < pitch;
+            const bool inside = dim0 + 4 * g < wide;
             U4 raw[PAGES][4];
             uint32_t nan = 0;
             UNROLL for (int p = 0; p < PAGES; p++)
                 UNROLL for (int i = 0; i < 4; i++) {
-                    const char* from = value[p] + ((i & 1) + (i >> 1) * 8) * pitch * (16 / V) + dim0 * (16 / V);
+                    const char* from = value[p] + ((i & 1) + (i >> 1) * 8) * wide * (16 / V) + dim0 * (16 / V);
                     raw[p][i] = (wanted >> (4 * p + i) & 1) && inside ? load_v<F>(from) : U4{0, 0, 0, 0};
                     if (F == KV_FP8) nan |= nan_codes(raw[p][i].x);
                 }
@@ -315,15 +318,15 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
         block_sync();
         const int dim = dim0 + thread_index() % 8 * 4;
         UNROLL for (int m = 0; m < MT; m++) {
-            if (!to[m] || dim >= d) continue;
+            if (!to[m] || dim >= dv) continue;
             float v[4] = {};
             UNROLL for (int w = 0; w < ATTEND / 32; w++) {
                 const U4 part = shared[(w * ROWS + m * 16 + thread_index() / 8) * COLS + thread_index() % 8];
                 v[0] += float_of(part.x), v[1] += float_of(part.y), v[2] += float_of(part.z), v[3] += float_of(part.w);
             }
             if (F == KV_FP8) UNROLL for (int e = 0; e < 4; e++) v[e] *= v_scale;
-            if (d % 4 == 0) st((U4*)(to[m] + dim), U4{bits_of(v[0]), bits_of(v[1]), bits_of(v[2]), bits_of(v[3])});
-            else UNROLL for (int e = 0; e < 4; e++) if (dim + e < d) st(to[m] + dim + e, v[e]);
+            if (dv % 4 == 0) st((U4*)(to[m] + dim), U4{bits_of(v[0]), bits_of(v[1]), bits_of(v[2]), bits_of(v[3])});
+            else UNROLL for (int e = 0; e < 4; e++) if (dim + e < dv) st(to[m] + dim + e, v[e]);
         }
     }
     UNROLL for (int m = 0; m < MT; m++) {
@@ -343,12 +346,12 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
     KERNEL_OF(MT == 1 && F != KV_F32 ? 4 : 2, attention_##name, 128,                                                       \
               (const float* q, const void* keys, const void* values, float* parts, float* totals, const int* positions,   \
                const int* tables, const int* table_of, const int* runs, int groups, int heads, int kv_heads, int d,       \
-               int window, float scale, float k_scale, float v_scale, int pieces)) {                                      \
+               int dv, int window, float scale, float k_scale, float v_scale, int pieces)) {                                      \
         SHARED(U4, shared, MAX_DIM / 16 * 32 * terms(F) * MT);                                                             \
         SHARED(float, maxima, ATTEND / 32 * 16 * MT);                                                                      \
         SHARED(float, sums, ATTEND / 32 * 16 * MT);                                                                        \
         attend<F, MT>(q, keys, values, parts, totals, positions, tables, table_of, runs, groups, heads, kv_heads, d,      \
-                      window, scale, k_scale, v_scale, pieces, shared, maxima, sums);                                      \
+                      dv, window, scale, k_scale, v_scale, pieces, shared, maxima, sums);                                      \
     }
 ATTENTION(f32_16, KV_F32, 1)
 ATTENTION(bf16_16, KV_BF16, 1)
@@ -356,21 +359,23 @@ ATTENTION(bf16_32, KV_BF16, 2)
 ATTENTION(fp8_16, KV_FP8, 1)
 ATTENTION(fp8_32, KV_FP8, 2)
 
-// Adds the pieces of a token's head, in order: [tokens, heads, d].
-KERNEL(attention_combine, 128, (const float* parts, const float* totals, float* out, const int* positions, int heads, int d,
-                                int window, int pieces)) {
+// Adds the pieces of a token's head, in order: [tokens, heads, dv]. `sinks` [heads], or null: a score that joins the maximum and,
+// last, the sum, and has no value.
+KERNEL(attention_combine, 128, (const float* parts, const float* totals, const float* sinks, float* out, const int* positions,
+                                int heads, int dv, int window, int pieces)) {
     const int token = block_x(), head = block_y();
     const int end = ld(positions + token) + 1, begin = window > 0 ? max(0, end - window) : 0;
     const int first = begin / SPLIT, last = (end - 1) / SPLIT;
     const long row = (long)token * heads + head;
-    float most = -INFINITY, sum = 0.0f;
+    float most = sinks ? ld(sinks + head) : -INFINITY, sum = 0.0f;
     for (int p = first; p <= last; p++) most = fmaxf(most, ld(totals + (row * pieces + p) * 2));
     for (int p = first; p <= last; p++)
         sum = fmaf(exp_f32(ld(totals + (row * pieces + p) * 2) - most), ld(totals + (row * pieces + p) * 2 + 1), sum);
-    for (int i = thread_index(); i < d; i += ATTEND) {
+    if (sinks) sum += exp_f32(ld(sinks + head) - most);
+    for (int i = thread_index(); i < dv; i += ATTEND) {
         float v = 0.0f;
         for (int p = first; p <= last; p++)
-            v = fmaf(exp_f32(ld(totals + (row * pieces + p) * 2) - most), ld(parts + (row * pieces + p) * d + i), v);
-        st(out + row * d + i, v / sum);
+            v = fmaf(exp_f32(ld(totals + (row * pieces + p) * 2) - most), ld(parts + (row * pieces + p) * dv + i), v);
+        st(out + row * dv + i, v / sum);
     }
 }

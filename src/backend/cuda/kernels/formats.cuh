@@ -3,7 +3,7 @@
 #include "prim.cuh"
 
 // What an input is quantized to before a product; the numbers are those of `Activation` in operand.rs.
-enum Activation { FLOAT = 0, NVFP4 = 1, FP8_STATIC = 2, FP8_TOKEN = 3, FP8_GROUP = 4, MXFP4 = 5, MXFP8 = 6 };
+enum Activation { FLOAT = 0, NVFP4 = 1, FP8_STATIC = 2, FP8_TOKEN = 3, FP8_GROUP = 4, MXFP4 = 5, MXFP8 = 6, FP_QUANT_AMAX = 7, FP_QUANT_QUEST = 8 };
 // How the scale of an MX block follows from its largest magnitude.
 enum Rule { RULE_CEIL = 0, RULE_FLOOR = 1, RULE_EVEN = 2 };
 
@@ -73,3 +73,45 @@ DEV float exp_f32(float x) {
     const float power = float_of((bits_of(shifted) << 23) + 0x3f800000u);
     return x < -87.3f ? 0.0f : p * power;
 }
+
+// e^x, bit for bit that of the `libm` crate, which the host routes and steps by. Source of the method and its constants: FreeBSD,
+// e_expf.c.
+DEV float exp_libm(float x) {
+    const float a = magnitude(x);
+    if (x != x) return x;
+    if (x >= 88.72283935546875f) return INFINITY;
+    if (x < 0.0f && bits_of(a) >= 0x42cff1b5u) return 0.0f;
+    int n = 0;
+    float high = x, low = 0.0f, r = x;
+    if (bits_of(a) > 0x3eb17218u) {
+        n = bits_of(a) > 0x3f851592u ? (int)(1.4426950216f * x + (x < 0.0f ? -0.5f : 0.5f)) : x < 0.0f ? -1 : 1;
+        high = x - (float)n * 6.9314575195e-01f;
+        low = (float)n * 1.4286067653e-06f;
+        r = high - low;
+    } else if (bits_of(a) <= 0x39000000u) {
+        return 1.0f + x;
+    }
+    const float rr = r * r, c = r - rr * (1.6666625440e-1f + rr * -2.7667332906e-3f);
+    const float y = 1.0f + (r * c / (2.0f - c) - low + high);
+    // 2^n in two steps where it would not be a normal number: the last multiplication rounds.
+    if (n > 127) return y * float_of(254u << 23) * 2.0f;
+    return n >= -126 ? y * float_of((uint32_t)(n + 127) << 23) : y * float_of(25u << 23) * float_of((uint32_t)(n + 102 + 127) << 23);
+}
+// ln(1 + x) for x from 0 to 1, likewise. Source: FreeBSD, s_log1pf.c.
+DEV float log1p_libm(float x) {
+    if (x != x || x < 5.9604644775390625e-8f) return x;
+    float f = x, c = 0.0f, k = 0.0f;
+    if (bits_of(x) >= 0x3ed413d0u) {
+        // 1 + x = 2^k · (1 + f), and what its rounding lost; half of it where it is beyond √2.
+        const float u = 1.0f + x;
+        const uint32_t moved = bits_of(u) + (0x3f800000u - 0x3f3504f3u);
+        k = (float)((int)(moved >> 23) - 127);
+        c = (x - (u - 1.0f)) / u;
+        f = float_of((moved & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
+    }
+    const float s = f / (2.0f + f), z = s * s, w = z * z;
+    const float r = z * (6.6666662693e-1f + w * 2.8498786688e-1f) + w * (4.0000972152e-1f + w * 2.4279078841e-1f), half = 0.5f * f * f;
+    return s * (half + r) + (k * 9.0580006145e-6f + c) - half + f + k * 6.9313812256e-1f;
+}
+// ln(1 + e^x); x where e^x is large.
+DEV float softplus(float x) { return (x < 0.0f ? 0.0f : x) + log1p_libm(exp_libm(-magnitude(x))); }

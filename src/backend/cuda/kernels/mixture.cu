@@ -6,28 +6,6 @@
 
 constexpr int MIX = 256, MAX_EXPERTS = 512, ROUTERS = 4;
 
-// e^x for x <= 0, bit for bit that of the `libm` crate, which routes on the host. Source of the method and its constants: FreeBSD,
-// e_expf.c.
-DEV float exp_libm(float x) {
-    const float a = magnitude(x);
-    if (x != x) return x;
-    if (bits_of(a) >= 0x42cff1b5u) return 0.0f;
-    int n = 0;
-    float high = x, low = 0.0f, r = x;
-    if (bits_of(a) > 0x3eb17218u) {
-        n = bits_of(a) > 0x3f851592u ? (int)(1.4426950216f * x - 0.5f) : -1;
-        high = x - (float)n * 6.9314575195e-01f;
-        low = (float)n * 1.4286067653e-06f;
-        r = high - low;
-    } else if (bits_of(a) <= 0x39000000u) {
-        return 1.0f + x;
-    }
-    const float rr = r * r, c = r - rr * (1.6666625440e-1f + rr * -2.7667332906e-3f);
-    const float y = 1.0f + (r * c / (2.0f - c) - low + high);
-    // 2^n in two steps where it would not be a normal number: the last multiplication rounds.
-    return n >= -126 ? y * float_of((uint32_t)(n + 127) << 23) : y * float_of(25u << 23) * float_of((uint32_t)(n + 102 + 127) << 23);
-}
-
 // Of equal bits only equal; ascends as the numbers do, NaN beyond both ends.
 DEV int order_of(float x) {
     const int bits = (int)bits_of(x);

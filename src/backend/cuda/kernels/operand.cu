@@ -55,6 +55,35 @@ DEV void store16(uint16_t* row, int k0, const float (&v)[UNIT]) {
                                    to_bf16x2(v[8 * i + 4], v[8 * i + 5]), to_bf16x2(v[8 * i + 6], v[8 * i + 7])});
 }
 
+// The least scale of fp_quant's blocks.
+constexpr float LEAST = 1.262177448e-29f;
+
+// Sum over a block of 32, which two neighbouring lanes have: eight partial sums by index modulo 8, then halves onto halves.
+DEV float sum32(const float (&v)[UNIT]) {
+    float s[8];
+    UNROLL for (int j = 0; j < 8; j++) {
+        const float other[2] = {shfl_xor(v[j], 1), shfl_xor(v[j + 8], 1)};
+        const bool odd = lane_index() & 1;
+        s[j] = (odd ? other[0] : v[j]) + (odd ? other[1] : v[j + 8]);
+        s[j] += odd ? v[j] : other[0];
+        s[j] += odd ? v[j + 8] : other[1];
+    }
+    UNROLL for (int w = 4; w > 0; w /= 2)
+        UNROLL for (int j = 0; j < w; j++) s[j] += s[j + w];
+    return s[0];
+}
+// fp_quant's scale of such a block: a power of two, of its largest magnitude or of its standard deviation.
+DEV float scale_fp_quant(const float (&v)[UNIT], float amax, bool quest) {
+    float x = amax;
+    if (quest) {
+        const float mean = sum32(v) / 32.0f;
+        float squares[UNIT];
+        UNROLL for (int i = 0; i < UNIT; i++) squares[i] = (v[i] - mean) * (v[i] - mean);
+        x = 2.9224786f / 6.0f * sqrtf(sum32(squares) / 32.0f) + 1e-8f;
+    }
+    return float_of(bits_of(x > LEAST ? x : LEAST) & 0x7f800000u);
+}
+
 // Quantizes a row. `value(k0, v)` gives 16 columns, zeros beyond k; `pre` multiplies columns, or is null. `kp` is k padded to
 // 128; `scales` [rows] or [rows, kp/128] where the format has any.
 template <class Value>
@@ -114,6 +143,12 @@ DEV void quantize_row(const Value& value, const float* pre, int format, float sc
             const float o = shfl_xor(a, 1);
             a = o > a ? o : a;
             sound &= shfl_xor(sound, 1);
+            if (format >= FP_QUANT_AMAX) {
+                const float s = scale_fp_quant(v, a, format == FP_QUANT_QUEST), factor = 1.0f / scale / s;
+                UNROLL for (int i = 0; i < UNIT; i++) v[i] = sound ? round_e2m1(v[i] * factor) * s : nan_value();
+                if (u < units) store16(x + (long)row * kp, u * UNIT, v);
+                continue;
+            }
             const bool four = format == MXFP4;
             const float s = sound ? scale_e8m0(a, four ? 6.0f : 448.0f, four ? 2 : 8, rule) : nan_value();
             UNROLL for (int i = 0; i < UNIT; i++) v[i] = (four ? round_e2m1(v[i] / s) : round_e4m3(v[i] / s)) * s;

@@ -1,4 +1,5 @@
-// Rows: out of the embedding, chosen, added to others, looked at. A block has a row. Roofline: memory.
+// Rows: out of the embedding, chosen, added to others, activated, gated, their columns picked, looked at. A block has a row.
+// Roofline: memory.
 #include "weight.cuh"
 
 constexpr int ROW = 128;
@@ -53,6 +54,68 @@ KERNEL(silu_mul, 128, (float* gate, const float* up, int k)) {
     for (int i = thread_index(); i < k; i += ROW) {
         const float x = get(gate + row + i);
         st(gate + row + i, x / (1.0f + exp_f32(-x)) * ld(up + row + i));
+    }
+}
+
+// x = activation(x, up), rows of k; up is null for relu².
+enum ActivationOf { RELU2 = 0, GELU_TANH = 1, CLAMPED_SWIGLU = 2 };
+KERNEL(activate, 128, (float* x, const float* up, int kind, float limit, int k)) {
+    const long row = (long)block_x() * k;
+    for (int i = thread_index(); i < k; i += ROW) {
+        float g = get(x + row + i);
+        if (kind == RELU2) {
+            g = g < 0.0f ? 0.0f : g;
+            st(x + row + i, g * g);
+            continue;
+        }
+        float u = ld(up + row + i);
+        if (kind == GELU_TANH) {
+            // x/2 · (1 + tanh y) = x · sigmoid(2y), 2y = 2·√(2/π) · (x + 0.044715 x³).
+            const float y = 1.595769122f * fmaf(0.044715f * g * g, g, g);
+            g = g / (1.0f + exp_f32(-y)) * u;
+        } else {
+            g = g > limit ? limit : g;
+            u = u > limit ? limit : u;
+            u = u < -limit ? -limit : u;
+            g = (u + 1.0f) * (g / (1.0f + exp_f32(-1.702f * g)));
+        }
+        st(x + row + i, g);
+    }
+}
+
+// Each run of `group` columns times a matrix [group, group]: out [rows, k]. `pre` multiplies columns before, or is null.
+KERNEL(rotate, 128, (const float* x, const float* pre, const float* matrix, int group, float* out, int k)) {
+    const long row = (long)block_x() * k;
+    for (int i = thread_index(); i < k; i += ROW) {
+        const int first = i / group * group;
+        float sum = 0.0f;
+        for (int j = 0; j < group; j++) {
+            const float v = ld(x + row + first + j);
+            sum = fmaf(pre ? v * ld(pre + first + j) : v, ld(matrix + j * group + i - first), sum);
+        }
+        st(out + row + i, sum);
+    }
+}
+
+// x · sigmoid(gate), rows of k; gate has `width` values a row: k, or one.
+KERNEL(gate, 128, (float* x, const float* gate, int width, int k)) {
+    const long row = (long)block_x() * k;
+    for (int i = thread_index(); i < k; i += ROW)
+        st(x + row + i, get(x + row + i) / (1.0f + exp_f32(-ld(gate + (long)block_x() * width + (width == 1 ? 0 : i)))));
+}
+
+// x · factor, rows of k.
+KERNEL(scale, 128, (float* x, float factor, int k)) {
+    const long row = (long)block_x() * k;
+    for (int i = thread_index(); i < k; i += ROW) st(x + row + i, get(x + row + i) * factor);
+}
+
+// Columns of two tensors side by side, out [rows, k]: columns[i] of a, or -1 - that of b. b may be null.
+KERNEL(rearrange, 128, (const float* a, const float* b, int width_a, int width_b, const int* columns, float* out, int k)) {
+    const long row = block_x();
+    for (int i = thread_index(); i < k; i += ROW) {
+        const int c = ld(columns + i);
+        st(out + row * k + i, c >= 0 ? ld(a + row * width_a + c) : ld(b + row * width_b + (-1 - c)));
     }
 }
 

@@ -1,7 +1,7 @@
 // Every kernel against its definition, on ragged shapes, with every access checked: what scripts/cuda-check.sh runs. The
 // definitions here are plain loops over whole matrices and know nothing of tiles, lanes or pages.
 //
-// usage: check [FILE...]: the kernels of these files (matmul, tile, operand, attention, rows, mixture, sample); all without.
+// usage: check [FILE...]: the kernels of these files (matmul, tile, operand, attention, recurrent, rows, mixture, sample); all without.
 #include KERNELS
 
 #include <random>
@@ -305,7 +305,7 @@ static double e8m0_scale(double amax, double largest, int emax, int rule) {
 static void define(const std::vector<float>& v, int format, float scale, int rule, std::vector<float>& out, std::vector<float>& scales) {
     const int k = (int)v.size();
     out.assign(k, 0), scales.assign((k + 127) / 128, 1);
-    const int block = format == NVFP4 ? 16 : format == MXFP4 || format == MXFP8 ? 32 : format == FP8_GROUP ? 128 : k;
+    const int block = format == NVFP4 ? 16 : format >= MXFP4 ? 32 : format == FP8_GROUP ? 128 : k;
     for (int b = 0; b < k; b += block) {
         float amax = 0;
         bool sound = true;
@@ -315,8 +315,21 @@ static void define(const std::vector<float>& v, int format, float scale, int rul
         if (format == FP8_TOKEN || format == FP8_GROUP) { s = amax / 448.0f; if (!(s > 0)) s = 1; scales[b / 128] = s; }
         if (format == MXFP4) s = (float)e8m0_scale(amax, 6, 2, rule);
         if (format == MXFP8) s = (float)e8m0_scale(amax, 448, 8, rule);
+        if (format == FP_QUANT_AMAX || format == FP_QUANT_QUEST) {
+            // As formats/fp_quant.rs adds up: eight sums by index modulo 8.
+            auto sum = [&](auto of) {
+                float lanes[8] = {};
+                for (int i = 0; i < 32; i++) lanes[i % 8] += of(v[b + i]);
+                return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+            };
+            const float mean = sum([](float x) { return x; }) / 32;
+            float x = format == FP_QUANT_AMAX ? amax : 2.92247856f / 6 * sqrtf(sum([&](float x) { return (x - mean) * (x - mean); }) / 32) + 1e-8f;
+            x = std::max(x, ldexpf(1, -96));
+            s = std::isfinite(x) ? ldexpf(1, ilogbf(x)) : x;
+        }
         for (int i = b; i < std::min(k, b + block); i++) {
             if (format == FLOAT) out[i] = v[i];
+            else if (format >= FP_QUANT_AMAX) out[i] = sound && std::isfinite(s) ? (float)nearest_e2m1(v[i] * (1.0f / scale / s)) * s : NAN;
             else if (format == NVFP4) out[i] = !sound ? NAN : s * scale > 0 ? (float)nearest_e2m1(v[i] / (s * scale)) * s : 0;
             else if (format == MXFP4) out[i] = sound ? (float)nearest_e2m1(v[i] / s) * s : NAN;
             else if (format == MXFP8) out[i] = sound ? (float)nearest_e4m3(v[i] / s) * s : NAN;
@@ -358,13 +371,13 @@ static std::vector<float> random_row(int k, int kind) {
     return v;
 }
 static void check_operand() {
-    for (int format = 0; format <= MXFP8; format++)
-        for (int rule = 0; rule < (format >= MXFP4 ? 3 : 1); rule++)
+    for (int format = 0; format <= FP_QUANT_QUEST; format++)
+        for (int rule = 0; rule < (format == MXFP4 || format == MXFP8 ? 3 : 1); rule++)
             for (int k : {16, 48, 99, 100, 128, 416, 4608}) {
-                if ((format == MXFP4 || format == MXFP8) && k % 32) continue;
+                if (format >= MXFP4 && k % 32) continue;
                 if (format == NVFP4 && k % 16) continue;
                 const int rows = 5, kp = (k + 127) / 128 * 128, planes = format == FLOAT ? 2 : 1;
-                const float scale = format == NVFP4 ? .01f : .02f;
+                const float scale = format == NVFP4 ? .01f : format >= FP_QUANT_AMAX ? 1 / 3.f : .02f;
                 std::vector<std::vector<float>> v, w, g;
                 std::vector<float> flat, up, gate, pre(k);
                 for (auto& p : pre) p = (float)uniform(.5, 2);
@@ -422,7 +435,10 @@ static void check_operand() {
 
 // --- attention ---
 
-static void attention_case(int heads, int kv_heads, int d, int format, int window, bool norms, bool turned, std::vector<std::pair<int, int>> spans, int broken = 0, float loud = 1) {
+// `dv`: values of another width; `half`: pairs that turn, where it is not all of a head; sinks; queries that grow.
+struct More { int dv = 0, half = 0; bool sinks = false, grows = false; };
+static void attention_case(int heads, int kv_heads, int d, int format, int window, bool norms, bool turned, std::vector<std::pair<int, int>> spans, int broken = 0, float loud = 1, More more = {}) {
+    const int dv = more.dv ? more.dv : d, half = more.half ? more.half : d / 2;
     const float k_scale = format == KV_FP8 ? .02f : 1, v_scale = format == KV_FP8 ? .03f : 1, scale = loud / sqrtf((float)d);
     int tokens = 0, pages = 1, reach = 0;
     std::vector<int> positions, slots, tables, table_of;
@@ -433,16 +449,19 @@ static void attention_case(int heads, int kv_heads, int d, int format, int windo
         pages += count, tokens += len, reach = std::max(reach, start + len);
     }
     auto row = [&](size_t n) { std::vector<float> v(n); for (auto& x : v) x = (float)std::normal_distribution<>(0, 1)(RANDOM); return v; };
-    const auto q = row((size_t)tokens * heads * d), k = row((size_t)tokens * kv_heads * d), v = row((size_t)tokens * kv_heads * d), qn = row(d), kn = row(d);
-    std::vector<float> rope((size_t)reach * d);
-    for (int p = 0; p < reach; p++) for (int i = 0; i < d / 2; i++) rope[(size_t)p * d + i] = cosf(p * powf(100, -2.f * i / d)), rope[(size_t)p * d + d / 2 + i] = sinf(p * powf(100, -2.f * i / d));
-    const int pitch = (d + 15) / 16 * 16;
-    const size_t elements = (size_t)pages * kv_heads * 16 * pitch;
+    const auto q = row((size_t)tokens * heads * d), k = row((size_t)tokens * kv_heads * d), v = row((size_t)tokens * kv_heads * dv), qn = row(d), kn = row(d);
+    const auto sinks = row(heads);
+    std::vector<float> growth(tokens);
+    for (auto& g : growth) g = (float)uniform(.5, 2);
+    std::vector<float> rope((size_t)reach * 2 * half);
+    for (int p = 0; p < reach; p++) for (int i = 0; i < half; i++) rope[(size_t)p * 2 * half + i] = cosf(p * powf(100, -2.f * i / d)), rope[(size_t)p * 2 * half + half + i] = sinf(p * powf(100, -2.f * i / d));
+    const int pitch = (d + 15) / 16 * 16, wide = (dv + 15) / 16 * 16;
+    const size_t elements = (size_t)pages * kv_heads * 16 * pitch, of_values = (size_t)pages * kv_heads * 16 * wide;
     const int bytes = format == KV_F32 ? 4 : format == KV_BF16 ? 2 : 1;
     auto decode = [&](const uint8_t* c, size_t i, float s) { return format == KV_F32 ? (double)((float*)c)[i] : format == KV_BF16 ? (double)standin::bf(((uint16_t*)c)[i]) : e4m3_value(c[i]) * s; };
     // What was in the cache before: random, finite.
-    std::vector<uint8_t> before_k(elements * bytes), before_v(elements * bytes);
-    for (size_t i = 0; i < elements; i++) for (auto* c : {&before_k, &before_v}) {
+    std::vector<uint8_t> before_k(elements * bytes), before_v(of_values * bytes);
+    for (auto* c : {&before_k, &before_v}) for (size_t i = 0; i < c->size() / bytes; i++) {
         const float x = (float)std::normal_distribution<>(0, 1)(RANDOM);
         if (format == KV_F32) memcpy(c->data() + 4 * i, &x, 4);
         else if (format == KV_BF16) ((uint16_t*)c->data())[i] = (uint16_t)to_bf16(x);
@@ -452,7 +471,7 @@ static void attention_case(int heads, int kv_heads, int d, int format, int windo
     auto break_at = [&](std::vector<uint8_t>& c, int first, int p) {
         // In every byte of a word.
         for (int dim : {4, 5, 6, 7}) {
-            const size_t at = ((size_t)tables[first + p / 16] * kv_heads * 16 + p % 16) * pitch + dim;
+            const size_t at = ((size_t)tables[first + p / 16] * kv_heads * 16 + p % 16) * (&c == &before_k ? pitch : wide) + dim;
             if (format == KV_F32) ((float*)c.data())[at] = NAN;
             else if (format == KV_BF16) ((uint16_t*)c.data())[at] = 0x7fc0;
             else c[at] = 0xff;
@@ -463,29 +482,28 @@ static void attention_case(int heads, int kv_heads, int d, int format, int windo
         for (int p = stop; p % 16; p++) break_at(before_k, table_of[token], p), break_at(before_v, table_of[token], p);
     }
     if (broken) break_at(broken == 1 ? before_k : before_v, 0, 2);
-    Array<float> dq(q), dk(k), dv(v), dqn(qn), dkn(kn), drope(rope), turned_q((size_t)tokens * heads * d);
+    Array<float> dq(q), dk(k), dvalues(v), dqn(qn), dkn(kn), drope(rope), dsinks(sinks), dgrowth(growth), turned_q((size_t)tokens * heads * d);
     Array<int> dp(positions), ds(slots), dt(tables), dof(table_of);
     Array<uint8_t> keys(before_k), values(before_v);
     char what[160];
-    snprintf(what, sizeof what, "attention heads=%d/%d d=%d format=%d window=%d norms=%d", heads, kv_heads, d, format, window, norms);
-    if (!run("rope_cache", (tokens * (heads + 2 * kv_heads) + 3) / 4, 1, 1, dq.p, dk.p, dv.p, turned_q.p, (void*)keys.p, (void*)values.p, norms ? dqn.p : nullptr, norms ? dkn.p : nullptr, 1e-5f, turned ? drope.p : nullptr, dp.p, ds.p, tokens, heads, kv_heads, d, format, k_scale, v_scale)) return;
+    snprintf(what, sizeof what, "attention heads=%d/%d d=%d/%d half=%d format=%d window=%d norms=%d sinks=%d", heads, kv_heads, d, dv, half, format, window, norms, more.sinks);
+    if (!run("rope_cache", (tokens * (heads + 2 * kv_heads) + 3) / 4, 1, 1, dq.p, dk.p, dvalues.p, turned_q.p, (void*)keys.p, (void*)values.p, norms ? dqn.p : nullptr, norms ? dkn.p : nullptr, 1e-5f, turned ? drope.p : nullptr, dp.p, ds.p, more.grows ? dgrowth.p : nullptr, tokens, heads, kv_heads, d, dv, half, format, k_scale, v_scale)) return;
     auto turn = [&](const float* x, const std::vector<float>& norm, int p, std::vector<double>& out) {
         double squares = 0;
         for (int i = 0; i < d; i++) squares += (double)x[i] * x[i];
         const double inverse = norms ? 1 / sqrt(squares / d + 1e-5) : 1;
-        for (int i = 0; i < d / 2; i++) {
-            const double a = x[i] * inverse * (norms ? norm[i] : 1), b = x[i + d / 2] * inverse * (norms ? norm[i + d / 2] : 1);
-            const double c = turned ? rope[(size_t)p * d + i] : 1, s = turned ? rope[(size_t)p * d + d / 2 + i] : 0;
-            out.push_back(a * c - b * s);
-        }
-        for (int i = 0; i < d / 2; i++) {
-            const double a = x[i] * inverse * (norms ? norm[i] : 1), b = x[i + d / 2] * inverse * (norms ? norm[i + d / 2] : 1);
-            const double c = turned ? rope[(size_t)p * d + i] : 1, s = turned ? rope[(size_t)p * d + d / 2 + i] : 0;
-            out.push_back(b * c + a * s);
+        for (int i = 0; i < d; i++) {
+            auto of = [&](int i) { return x[i] * inverse * (norms ? norm[i] : 1); };
+            if (!turned || i >= 2 * half) { out.push_back(of(i)); continue; }
+            const double c = rope[(size_t)p * 2 * half + i % half], s = rope[(size_t)p * 2 * half + half + i % half];
+            out.push_back(i < half ? of(i) * c - of(i + half) * s : of(i) * c + of(i - half) * s);
         }
     };
     std::vector<double> expected_q, ones((size_t)tokens * heads * d, 4);
-    for (int t = 0; t < tokens; t++) for (int h = 0; h < heads; h++) turn(&q[((size_t)t * heads + h) * d], qn, positions[t], expected_q);
+    for (int t = 0; t < tokens; t++) for (int h = 0; h < heads; h++) {
+        turn(&q[((size_t)t * heads + h) * d], qn, positions[t], expected_q);
+        if (more.grows) for (size_t i = expected_q.size() - d; i < expected_q.size(); i++) expected_q[i] *= growth[t];
+    }
     const auto gq = turned_q.get(what);
     close(std::string(what) + " queries", gq, expected_q, ones, 1e-6);
     // The cache: new rows where they belong, everything else as it was.
@@ -495,12 +513,12 @@ static void attention_case(int heads, int kv_heads, int d, int format, int windo
         for (int h = 0; h < kv_heads; h++) {
             std::vector<double> key;
             turn(&k[((size_t)t * kv_heads + h) * d], kn, positions[t], key);
-            for (int i = 0; i < d; i++) {
-                const size_t at = ((size_t)(slots[t] / 16) * kv_heads + h) * 16 * pitch + (slots[t] % 16) * pitch + i;
-                const double value = v[((size_t)t * kv_heads + h) * d + i];
+            for (int i = 0; i < max(d, dv); i++) {
+                const size_t row = ((size_t)(slots[t] / 16) * kv_heads + h) * 16 + slots[t] % 16;
                 const double step = format == KV_F32 ? 1e-6 : format == KV_BF16 ? 1 / 256. : 1 / 16.;
                 const double small = format == KV_FP8 ? .001 : 1e-6;
-                if (!(fabs(decode(keys.p, at, k_scale) - key[i]) <= fabs(key[i]) * step + small) || !(fabs(decode(values.p, at, v_scale) - value) <= fabs(value) * step + small)) {
+                auto off = [&](double got, double x) { return !(fabs(got - x) <= fabs(x) * step + small); };
+                if ((i < d && off(decode(keys.p, row * pitch + i, k_scale), key[i])) || (i < dv && off(decode(values.p, row * wide + i, v_scale), v[((size_t)t * kv_heads + h) * dv + i]))) {
                     printf("FAIL %s: key or value %d of token %d\n", what, i, t), FAILED++;
                     return;
                 }
@@ -508,11 +526,11 @@ static void attention_case(int heads, int kv_heads, int d, int format, int windo
         }
     }
     for (int s = 0; s < pages * 16; s++) if (!fresh[s]) for (int h = 0; h < kv_heads; h++) {
-        const size_t at = (((size_t)(s / 16) * kv_heads + h) * 16 * pitch + (s % 16) * pitch) * bytes;
-        if (memcmp(keys.p + at, before_k.data() + at, d * bytes) || memcmp(values.p + at, before_v.data() + at, d * bytes)) { printf("FAIL %s: slot %d changed\n", what, s), FAILED++; return; }
+        const size_t row = (((size_t)(s / 16) * kv_heads + h) * 16 + s % 16) * bytes;
+        if (memcmp(keys.p + row * pitch, before_k.data() + row * pitch, d * bytes) || memcmp(values.p + row * wide, before_v.data() + row * wide, dv * bytes)) { printf("FAIL %s: slot %d changed\n", what, s), FAILED++; return; }
     }
     const int pieces = (reach + 255) / 256, share = heads / kv_heads;
-    Array<float> out((size_t)tokens * heads * d), other((size_t)tokens * heads * d);
+    Array<float> out((size_t)tokens * heads * dv), other((size_t)tokens * heads * dv);
     // In blocks of 16 or 32 rows, of runs of so many tokens at most.
     auto attend = [&](int rows, int longest, Array<float>& out) {
         std::vector<int> runs;
@@ -522,11 +540,11 @@ static void attention_case(int heads, int kv_heads, int d, int format, int windo
             first += len;
         }
         Array<int> dr(runs);
-        Array<float> parts((size_t)tokens * heads * pieces * d), totals((size_t)tokens * heads * pieces * 2);
+        Array<float> parts((size_t)tokens * heads * pieces * dv), totals((size_t)tokens * heads * pieces * 2);
         const int groups = (most * share + rows - 1) / rows;
         const std::string name = std::string("attention_") + (format == KV_F32 ? "f32_" : format == KV_BF16 ? "bf16_" : "fp8_") + std::to_string(rows);
-        return run(name.c_str(), (int)runs.size() / 2, kv_heads * groups, pieces, turned_q.p, (void*)keys.p, (void*)values.p, parts.p, totals.p, dp.p, dt.p, dof.p, dr.p, groups, heads, kv_heads, d, window, scale, k_scale, v_scale, pieces) &&
-            run("attention_combine", tokens, heads, 1, parts.p, totals.p, out.p, dp.p, heads, d, window, pieces);
+        return run(name.c_str(), (int)runs.size() / 2, kv_heads * groups, pieces, turned_q.p, (void*)keys.p, (void*)values.p, parts.p, totals.p, dp.p, dt.p, dof.p, dr.p, groups, heads, kv_heads, d, dv, window, scale, k_scale, v_scale, pieces) &&
+            run("attention_combine", tokens, heads, 1, parts.p, totals.p, more.sinks ? dsinks.p : nullptr, out.p, dp.p, heads, dv, window, pieces);
     };
     if (!attend(16, 32, out)) return;
     const auto got = out.get(what);
@@ -540,18 +558,19 @@ static void attention_case(int heads, int kv_heads, int d, int format, int windo
     for (int t = 0; t < tokens; t++)
         for (int h = 0; h < heads; h++) {
             const int from = window ? std::max(0, positions[t] + 1 - window) : 0, g = h / (heads / kv_heads);
-            auto at = [&](int p) { return ((size_t)tables[table_of[t] + p / 16] * kv_heads + g) * 16 * pitch + (p % 16) * pitch; };
+            auto at = [&](int p) { return ((size_t)tables[table_of[t] + p / 16] * kv_heads + g) * 16 + p % 16; };
             std::vector<double> s;
             double most = -1e300, total = 0;
             for (int p = from; p <= positions[t]; p++) {
                 double x = 0;
-                for (int i = 0; i < d; i++) x += (double)gq[((size_t)t * heads + h) * d + i] * decode(keys.p, at(p) + i, k_scale);
+                for (int i = 0; i < d; i++) x += (double)gq[((size_t)t * heads + h) * d + i] * decode(keys.p, at(p) * pitch + i, k_scale);
                 s.push_back(x * scale), most = std::max(most, x * scale);
             }
+            if (more.sinks) most = std::max(most, (double)sinks[h]), total = exp(sinks[h] - most);
             for (auto& x : s) x = exp(x - most), total += x;
-            for (int i = 0; i < d; i++) {
+            for (int i = 0; i < dv; i++) {
                 double x = 0, a = 0;
-                for (int p = from; p <= positions[t]; p++) { const double y = s[p - from] / total * decode(values.p, at(p) + i, v_scale); x += y, a += fabs(y); }
+                for (int p = from; p <= positions[t]; p++) { const double y = s[p - from] / total * decode(values.p, at(p) * wide + i, v_scale); x += y, a += fabs(y); }
                 // What e^x in f32 has no number for counts as nothing.
                 expected.push_back(x), size.push_back(a + 1e-20);
             }
@@ -571,6 +590,13 @@ static void check_attention() {
     // Scores so far apart that numerators overflow without the right maximum.
     for (int format = 0; format < 3; format++) attention_case(4, 2, 32, format, 0, false, true, {{300, 3}, {70, 1}}, 0, 200);
     attention_case(4, 1, 256, KV_F32, 0, false, true, {{1023, 2}});
+    for (int format = 0; format < 3; format++) {
+        attention_case(4, 2, 24, format, 0, true, true, {{0, 19}, {300, 2}}, 0, 1, {40, 4, false, false});
+        attention_case(6, 2, 40, format, 5, false, true, {{0, 3}, {513, 3}}, 0, 1, {10, 13, true, true});
+    }
+    // Sinks that count for much, and hardly.
+    attention_case(3, 1, 32, KV_BF16, 0, false, false, {{0, 1}, {270, 1}}, 0, 1, {0, 0, true, true});
+    attention_case(3, 3, 32, KV_F32, 0, false, true, {{0, 2}, {270, 1}}, 0, 200, {33, 8, true, false});
 }
 
 // --- rows ---
@@ -632,6 +658,74 @@ static void check_rows() {
         for (int i = 0; i < rows * k; i++) e.push_back(wide[i] / (1 + exp_defined(-wide[i])) * y[i]);
         equal("silu_mul", dx.get("silu_mul"), e);
     }
+    const std::vector<float> given = [&] {
+        std::vector<float> v(x);
+        for (int i = 0; i < k; i++) v[i] = (float)(i - k / 2) * .65f, v[k + i] = (float)uniform(-90, 90);
+        v[0] = NAN, v[1] = 1e9f, v[2] = -1e9f, v[3] = 0.0f, v[4] = 7.0f;
+        return v;
+    }();
+    for (int kind = 0; kind < 3; kind++) {
+        std::vector<float> u(y), e;
+        for (int i = 0; i < rows * k; i++) u[i] *= 6;
+        u[5] = NAN;
+        Array<float> dx(given), du(u);
+        run("activate", rows, 1, 1, dx.p, kind == 0 ? nullptr : du.p, kind, 7.0f, k);
+        const auto got = dx.get("activate");
+        for (int i = 0; i < rows * k; i++) {
+            const float x = given[i];
+            const bool bad = x != x || (kind > 0 && u[i] != u[i]);
+            double exact = std::max((double)x, 0.0) * std::max((double)x, 0.0);
+            if (kind == 1) exact = x / (1 + exp(-2 * sqrt(2 / M_PI) * (x + .044715 * x * x * x))) * u[i];
+            if (kind == 2) { const double g = std::min((double)x, 7.0), up = std::clamp((double)u[i], -7.0, 7.0); exact = (up + 1) * g / (1 + exp(-1.702 * g)); }
+            // gelu's argument is rounded before the exponential.
+            const double size = fabs(exact) * (1 + (kind == 1 ? 4e-2 * fabs((double)x * x * x) : fabs(x))) + 1e-30;
+            if (bad ? got[i] == got[i] : !(fabs(got[i] - exact) <= 3e-6 * size + 1e-28) && !(std::isinf(exact) && std::isinf(got[i]))) { printf("FAIL activate %d: %g of %g and %g, expected %g\n", kind, got[i], x, u[i], exact), FAILED++; break; }
+        }
+    }
+    for (int group : {16, 32}) {
+        const int n = 320;
+        const auto m = std::vector<float>([&] { std::vector<float> m(group * group); for (auto& v : m) v = (float)uniform(-1, 1); return m; }());
+        std::vector<float> in(2 * n), pre(n), e;
+        for (auto* v : {&in, &pre}) for (auto& f : *v) f = (float)uniform(-2, 2);
+        for (bool scaled : {false, true}) {
+            Array<float> dx(in), dp(pre), dm(m), out(2 * n);
+            run("rotate", 2, 1, 1, dx.p, scaled ? dp.p : nullptr, dm.p, group, out.p, n);
+            e.clear();
+            for (int i = 0; i < 2 * n; i++) {
+                float sum = 0;
+                for (int j = 0; j < group; j++) { const int at = i / group * group + j; const float v = scaled ? in[at] * pre[at % n] : in[at]; sum = fmaf(v, m[j * group + i % group], sum); }
+                e.push_back(sum);
+            }
+            equal("rotate", out.get("rotate"), e);
+        }
+    }
+    for (int width : {1, k}) {
+        std::vector<float> g(rows * width), e;
+        for (auto& v : g) v = (float)uniform(-20, 20);
+        Array<float> dx(given), dg(g);
+        run("gate", rows, 1, 1, dx.p, dg.p, width, k);
+        for (int i = 0; i < rows * k; i++) e.push_back(given[i] / (1 + exp_defined(-g[width == 1 ? i / k : i])));
+        equal("gate", dx.get("gate"), e);
+    }
+    {
+        Array<float> dx(given);
+        run("scale", rows, 1, 1, dx.p, 1.37f, k);
+        std::vector<float> e(given);
+        for (auto& v : e) v *= 1.37f;
+        equal("scale", dx.get("scale"), e);
+    }
+    {
+        const int wide = 41, n = 333;
+        std::vector<int> columns;
+        for (int i = 0; i < n; i++) columns.push_back(i % 3 == 1 ? -1 - below(wide) : below(k));
+        columns[1] = -wide, columns[2] = k - 1, columns[0] = 0;
+        Array<float> dx(given), dy2(std::vector<float>(y.begin(), y.begin() + rows * wide)), out(rows * n);
+        Array<int> dc(columns);
+        run("rearrange", rows, 1, 1, dx.p, dy2.p, k, wide, dc.p, out.p, n);
+        std::vector<float> e;
+        for (int r = 0; r < rows; r++) for (int c : columns) e.push_back(c >= 0 ? given[r * k + c] : y[r * wide - 1 - c]);
+        equal("rearrange", out.get("rearrange"), e);
+    }
     {
         std::vector<float> broken(x);
         broken[2 * k + 17] = NAN, broken[4 * k] = INFINITY, broken[4 * k + 299] = -INFINITY, broken[5 * k + 3] = 1e30f;
@@ -666,6 +760,7 @@ static void check_rows() {
 }
 
 #include "check_mixture.h"
+#include "check_recurrent.h"
 #include "check_sample.h"
 
 int main(int argc, char** argv) {
@@ -678,7 +773,7 @@ int main(int argc, char** argv) {
     }
 #endif
     standin::STRICT = true;
-    const std::vector<std::pair<std::string, void (*)()>> all{{"matmul", check_matmul}, {"tile", check_tile}, {"operand", check_operand}, {"attention", check_attention}, {"rows", check_rows}, {"mixture", check_mixture}, {"sample", check_sample}};
+    const std::vector<std::pair<std::string, void (*)()>> all{{"matmul", check_matmul}, {"tile", check_tile}, {"operand", check_operand}, {"attention", check_attention}, {"recurrent", check_recurrent}, {"rows", check_rows}, {"mixture", check_mixture}, {"sample", check_sample}};
     for (auto& [name, check] : all) {
         bool wanted = argc == 1;
         for (int i = 1; i < argc; i++) wanted |= name == argv[i];
