@@ -454,6 +454,8 @@ fn unused(p: &Object, kind: &str, notes: &mut Vec<String>) -> Result<()> {
 #[cfg(test)]
 #[allow(clippy::excessive_precision)] // As the other implementation prints them.
 mod tests {
+    use std::path::Path;
+
     use super::*;
     use serde_json::{Value, json};
 
@@ -601,7 +603,8 @@ mod tests {
     #[test]
     fn rules_that_are_not_computed_are_refused_by_name() {
         let refused = |config: Value, needle: &str| {
-            let message = read(&config).unwrap_err().to_string();
+            let of_whole_heads = |(rope, _): (Rope, _)| rope.whole_heads(&Object::of(Path::new("config.json"), config.clone())?);
+            let message = read(&config).and_then(of_whole_heads).unwrap_err().to_string();
             assert!(message.contains(needle), "{config}: {needle} is not in {message}");
         };
         refused(

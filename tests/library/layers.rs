@@ -12,7 +12,7 @@ const ALLOWED: [(&str, &[&str]); 16] = [
     ("output", &[]),
     ("checkpoint", &["formats", "output"]),
     ("backend", &["formats", "logits"]),
-    ("model", &["formats", "checkpoint", "backend"]),
+    ("model", &["formats", "logits", "checkpoint", "backend"]),
     ("gguf", &["formats", "checkpoint", "model"]),
     ("text", &["logits", "checkpoint"]),
     ("corpus", &["random", "text"]),

@@ -46,7 +46,8 @@ fn refused(what: &str, config: &Map<String, Value>, keys: Value, words: &[&str])
 fn a_key_of_another_type_or_out_of_every_range_is_named() {
     for (name, config) in configurations() {
         let mut numbers = 0;
-        for (key, value) in &config {
+        // An empty list of ids is one.
+        for (key, value) in config.iter().filter(|(key, _)| !key.ends_with("_token_id")) {
             let taken: Vec<Value> = match value {
                 Value::Number(n) if n.as_u64().is_some_and(|n| n > 0) => {
                     vec![json!("x"), json!(-1), json!(1e30), json!([])]
