@@ -187,6 +187,7 @@ pub trait Backend: Send + Sync + Sized {
 
     /// Rotates q and k, writes k and v to the cache, and attends causally: q [T, heads·d], k [T, kv_heads·d],
     /// v [T, kv_heads·value_dim] to [T, heads·value_dim].
+    #[allow(clippy::too_many_arguments)]
     fn attention(
         &self,
         q: Self::Tensor,

@@ -280,6 +280,8 @@ pub struct FusedTensor<'a> {
     count: usize,
     /// Rows of a linear in it.
     n: usize,
+    /// Bytes of an element.
+    size: usize,
 }
 
 impl<'a> FusedTensor<'a> {
@@ -296,12 +298,11 @@ impl<'a> FusedTensor<'a> {
             _ => return None,
         };
         let view = tensors.peek(name).filter(|_| parent.ends_with(".experts"))?;
-        // Floats are no codes.
-        let coded = matches!(view.dtype, Dtype::U8 | Dtype::F8_E4M3 | Dtype::F8_E8M0);
-        let count = view.shape.first().copied().filter(|_| coded)?;
+        let count = view.shape.first().copied()?;
         let all = *view.shape.get(if transposed { 2 } else { 1 })?;
         let n = if projection == "down_proj" { all } else { all / 2 };
-        Some(Self { experts: parent, projection, content, transposed, count, n })
+        let size = view.dtype.bitsize() / 8;
+        Some(Self { experts: parent, projection, content, transposed, count, n, size })
     }
 
     /// Its bytes, those of every linear of which `own` gives some in their places; row-major, as [`Fused::linear`] gives them.
@@ -313,7 +314,7 @@ impl<'a> FusedTensor<'a> {
                 let module = format!("{}.{expert}.{part}", self.experts);
                 let Some(values) = own(&module, self.content) else { continue };
                 let place = Fused { stem: String::new(), expert, first, step: parts.len() };
-                place.insert(&mut out, &values, self.n, self.transposed);
+                place.insert(&mut out, &values, self.n, self.transposed.then_some(self.size));
             }
         }
         out
@@ -321,17 +322,18 @@ impl<'a> FusedTensor<'a> {
 }
 
 impl Fused {
-    /// Puts `own` [n, length], one byte an element, where [`Self::rows`] or [`Self::columns`] takes it from.
-    fn insert(&self, bytes: &mut [u8], own: &[u8], n: usize, transposed: bool) {
+    /// Puts `own` [n, length in bytes] where [`Self::rows`] takes it from, or [`Self::columns`] of elements of that size.
+    fn insert(&self, bytes: &mut [u8], own: &[u8], n: usize, columns: Option<usize>) {
         let length = own.len() / n.max(1);
         for (row, own) in own.chunks_exact(length.max(1)).enumerate() {
-            if transposed {
-                let width = n * self.step;
-                for (unit, byte) in own.iter().enumerate() {
-                    bytes[(self.expert * length + unit) * width + row * self.step + self.first] = *byte;
-                }
-            } else {
+            let Some(size) = columns else {
                 bytes[self.row(row, n) * length..][..length].copy_from_slice(own);
+                continue;
+            };
+            let (units, width) = (length / size, n * self.step);
+            for (unit, element) in own.chunks_exact(size).enumerate() {
+                let at = (self.expert * units + unit) * width + row * self.step + self.first;
+                bytes[at * size..][..size].copy_from_slice(element);
             }
         }
     }

@@ -45,10 +45,16 @@ pub(super) enum Inputs<B: Backend> {
     Latent(Latent<B>),
 }
 
+/// A narrow vector that others come of: its linear and its norm.
+pub(super) type Narrow<B> = (Named<<B as Backend>::Linear>, Named<<B as Backend>::Vector>);
+
+/// An expert that every token goes to, and its gate.
+pub(super) type Shared<B> = (Mlp<B>, Option<Named<<B as Backend>::Linear>>);
+
 /// Multi-head latent attention.
 pub(super) struct Latent<B: Backend> {
     /// What queries come of, and its norm; `None`: the step's input.
-    pub q_narrow: Option<(Named<B::Linear>, Named<B::Vector>)>,
+    pub q_narrow: Option<Narrow<B>>,
     pub q: Named<B::Linear>,
     /// What keys and values come of, followed by the part of keys that turns; and the norm of the first.
     pub kv_narrow: Named<B::Linear>,
@@ -141,7 +147,7 @@ pub(super) struct Mixture<B: Backend> {
     /// What experts read instead of the step's input, and what makes their sum one of its width again.
     pub latent: Option<[Named<B::Linear>; 2]>,
     /// An expert that every token goes to, and its gate.
-    pub shared: Option<(Mlp<B>, Option<Named<B::Linear>>)>,
+    pub shared: Option<Shared<B>>,
 }
 
 impl<B: Backend> Layer<B> {

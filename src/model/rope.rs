@@ -151,7 +151,7 @@ impl Rope {
     /// When that is no even number of at most `head_dim`.
     pub fn turned(&self, c: &Object, head_dim: usize) -> Result<usize> {
         let turned = (self.part.unwrap_or(DEFAULT_PART) * head_dim as f64) as usize;
-        if turned == 0 || turned % 2 != 0 || turned > head_dim {
+        if turned == 0 || !turned.is_multiple_of(2) || turned > head_dim {
             let expected = format!("a part of head_dim = {head_dim} that is even (RoPE rotates pairs)");
             return Err(block_of(c)?.as_ref().unwrap_or(c).error("partial_rotary_factor", expected));
         }
@@ -603,7 +603,8 @@ mod tests {
     #[test]
     fn rules_that_are_not_computed_are_refused_by_name() {
         let refused = |config: Value, needle: &str| {
-            let of_whole_heads = |(rope, _): (Rope, _)| rope.whole_heads(&Object::of(Path::new("config.json"), config.clone())?);
+            let of_whole_heads =
+                |(rope, _): (Rope, _)| rope.whole_heads(&Object::of(Path::new("config.json"), config.clone())?);
             let message = read(&config).and_then(of_whole_heads).unwrap_err().to_string();
             assert!(message.contains(needle), "{config}: {needle} is not in {message}");
         };

@@ -225,7 +225,11 @@ pub fn gradients(
         gradient = taken(&seed, &leaf)?;
     }
     if student.embedding().gradient().is_some() {
-        student.embedding().add_row_gradient(&part.tokens, &student.backend().to_host(&gradient)?);
+        // What entered the first block is the rows looked up, times the model's factor.
+        let mut rows = student.backend().to_host(&gradient)?;
+        let factor = student.config.embedding_scale.unwrap_or(1.0);
+        rows.iter_mut().for_each(|g| *g *= factor);
+        student.embedding().add_row_gradient(&part.tokens, &rows);
     }
     Ok((sums, hidden))
 }

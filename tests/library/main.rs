@@ -32,6 +32,7 @@ mod quantize {
 }
 mod evaluate;
 mod gguf;
+mod hybrids;
 mod layers;
 mod recover;
 mod smollm2;

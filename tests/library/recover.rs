@@ -18,7 +18,7 @@ use crate::support::fixtures::{Fixture, cpu, deviation, logits, own_fixtures};
 use crate::support::project;
 use crate::support::random::Random;
 
-fn tensor(values: &[f32], columns: usize) -> Tensor {
+pub(crate) fn tensor(values: &[f32], columns: usize) -> Tensor {
     Tensor::from_slice(values, (values.len() / columns, columns), &Device::Cpu).unwrap()
 }
 
@@ -26,13 +26,13 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
 }
 
-fn host(t: &Tensor) -> Vec<f32> {
+pub(crate) fn host(t: &Tensor) -> Vec<f32> {
     t.flatten_all().unwrap().to_vec1().unwrap()
 }
 
 /// Compares the gradients of Σ weights · f(inputs) with central differences along random directions, input by input.
 /// `inputs` are matrices: values and columns.
-fn check_gradients(what: &str, inputs: &[(Vec<f32>, usize)], f: impl Fn(&[Tensor]) -> Tensor) {
+pub(crate) fn check_gradients(what: &str, inputs: &[(Vec<f32>, usize)], f: impl Fn(&[Tensor]) -> Tensor) {
     let mut random = Random(42);
     let vars: Vec<Var> = inputs.iter().map(|(v, c)| Var::from_tensor(&tensor(v, *c)).unwrap()).collect();
     let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
@@ -162,7 +162,7 @@ fn gradients_of_attention_are_those_of_finite_differences() {
 }
 
 /// A linear of floats.
-fn float_linear<'a>(
+pub(crate) fn float_linear<'a>(
     weight: &[f32],
     n: usize,
     scale: OutputScale,

@@ -13,15 +13,17 @@ use super::{Norm, host};
 use crate::backend::autograd::dense::{View, serial_f32};
 use crate::backend::cpu::elementwise::exp;
 use crate::backend::cpu::isa::{Isa, multiversion};
+use crate::backend::cpu::recurrent::RecurrentStates;
 use crate::backend::{AttentionShape, CacheLayout, HostPass, LayerCache, PAGE, Span};
 use crate::formats::fp8;
 use crate::formats::kv::KvFormat;
 
-/// Keys (rotated) and values of every layer, rounded as the layer's format stores them.
+/// Keys (rotated) and values of every layer, rounded as the layer's format stores them; and states of recurrent layers.
 #[derive(Debug)]
 pub struct KvCache {
     layers: Vec<Layer>,
     pages: usize,
+    pub(super) states: RecurrentStates,
 }
 
 #[derive(Debug)]
@@ -44,7 +46,14 @@ type Cached = (Arc<Vec<f32>>, Arc<Vec<f32>>);
 impl KvCache {
     pub(super) fn new(layout: &CacheLayout) -> Self {
         let layer = |&shape| Layer { shape, pages: BTreeMap::new() };
-        Self { layers: layout.layers.iter().map(layer).collect(), pages: layout.pages }
+        let mut states = RecurrentStates::new(&layout.recurrent.iter().copied().map(Some).collect::<Vec<_>>());
+        states.grow(layout.slots);
+        Self { layers: layout.layers.iter().map(layer).collect(), pages: layout.pages, states }
+    }
+
+    /// What recurrent layer `layer` keeps; nothing where there is room for no sequence.
+    pub(super) fn states_of(&mut self, layer: usize) -> Option<(&mut RecurrentStates, usize)> {
+        (self.states.slots() > 0).then_some((&mut self.states, layer))
     }
 
     /// Room for `pages` pages, if there are fewer.

@@ -138,22 +138,37 @@ impl CustomOp2 for Gate {
         let (dx, d_gate) = host::with(x, |x| {
             host::with(gate, |gate| {
                 host::with(grad, |grad| {
-                    let columns = x.len() / gate.len().max(1);
-                    let (mut dx, mut d_gate) = (grad.to_vec(), gate.to_vec());
-                    dx.par_chunks_mut(columns.max(1)).zip(x.par_chunks(columns.max(1))).zip(&mut d_gate).for_each(
-                        |((dx, x), gate)| {
-                            let sigmoid = 1.0 / (1.0 + exp(-*gate));
-                            let along: f32 = dx.iter().zip(x).map(|(g, x)| g * x).sum();
-                            *gate = along * sigmoid * (1.0 - sigmoid);
-                            dx.iter_mut().for_each(|g| *g *= sigmoid);
-                        },
-                    );
+                    let columns = (x.len() / gate.len().max(1)).max(1);
+                    let (mut dx, mut d_gate) = (vec![0.0; x.len()], vec![0.0; gate.len()]);
+                    dx.par_chunks_mut(CHUNK * columns)
+                        .zip(d_gate.par_chunks_mut(CHUNK))
+                        .zip(x.par_chunks(CHUNK * columns).zip(gate.par_chunks(CHUNK)))
+                        .zip(grad.par_chunks(CHUNK * columns))
+                        .for_each(|(((dx, d_gate), (x, gate)), grad)| {
+                            gate_gradient(Isa::detect(), x, gate, columns, grad, dx, d_gate);
+                        });
                     Ok((dx, d_gate))
                 })
             })
         })?;
         let tensor = |v, like: &Tensor| Tensor::from_vec(v, like.shape(), like.device());
         Ok((Some(tensor(dx, x)?), Some(tensor(d_gate, gate)?)))
+    }
+}
+
+multiversion! {
+    /// Of x · sigmoid(gate), each gate that of `columns` values.
+    fn gate_gradient(x: &[f32], gate: &[f32], columns: usize, grad: &[f32], dx: &mut [f32], d_gate: &mut [f32]) {
+        let rows = x.chunks_exact(columns).zip(grad.chunks_exact(columns)).zip(dx.chunks_exact_mut(columns));
+        for (((x, grad), dx), (gate, d_gate)) in rows.zip(gate.iter().zip(d_gate)) {
+            let sigmoid = 1.0 / (1.0 + exp(-*gate));
+            let mut along = 0.0;
+            for ((x, g), dx) in x.iter().zip(grad).zip(dx) {
+                along += g * x;
+                *dx = g * sigmoid;
+            }
+            *d_gate = along * sigmoid * (1.0 - sigmoid);
+        }
     }
 }
 

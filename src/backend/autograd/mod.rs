@@ -127,9 +127,14 @@ impl Backend for AutogradBackend {
         Ok(KvCache::new(layout))
     }
 
-    fn grow(&self, cache: &mut KvCache, pages: usize, _: usize) -> Result<()> {
+    fn grow(&self, cache: &mut KvCache, pages: usize, slots: usize) -> Result<()> {
         cache.grow(pages);
+        cache.states.grow(slots);
         Ok(())
+    }
+
+    fn copy_state(&self, cache: &mut KvCache, from: u32, to: u32) -> Result<()> {
+        cache.states.copy(from as usize, to as usize)
     }
 
     fn fork(&self, cache: &mut KvCache, from: &Span, to: &Span) -> Result<()> {
@@ -231,19 +236,19 @@ impl Backend for AutogradBackend {
         pick().context("rearrange")
     }
 
-    fn mamba(&self, x: Tensor, mixer: &Mamba, _: usize, pass: &HostPass, _: &mut KvCache) -> Result<Tensor> {
-        recurrent::mamba(&x, mixer, &pass.batch).context("mamba2")
+    fn mamba(&self, x: Tensor, mixer: &Mamba, layer: usize, pass: &HostPass, cache: &mut KvCache) -> Result<Tensor> {
+        recurrent::mamba(&x, mixer, &pass.batch, cache.states_of(layer)).context("mamba2")
     }
 
     fn delta_net(
         &self,
         inputs: DeltaInputs<Tensor>,
         mixer: &DeltaNet,
-        _: usize,
+        layer: usize,
         pass: &HostPass,
-        _: &mut KvCache,
+        cache: &mut KvCache,
     ) -> Result<Tensor> {
-        recurrent::delta_net(&inputs, mixer, &pass.batch).context("gated delta net")
+        recurrent::delta_net(&inputs, mixer, &pass.batch, cache.states_of(layer)).context("gated delta net")
     }
 
     fn route(&self, logits: &Tensor, rule: &RouterRule) -> Result<Vec<Routing>> {

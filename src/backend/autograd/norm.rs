@@ -9,7 +9,7 @@ use super::host;
 use crate::backend::cpu::elementwise;
 use crate::backend::cpu::isa::{Isa, multiversion};
 
-/// The weight of a norm, [features]. Clones share it.
+/// The weight of a norm, [features]; or other numbers that are no matrix: sinks, a mixer's own. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Norm(Arc<Inner>);
 

@@ -10,10 +10,13 @@ use crate::backend::{Activation, Backend, BackendError, Feature, Result, Run, mi
 /// Lists of runs that are remembered at most.
 const REMEMBERED: usize = 4096;
 
+/// A list of runs, and its columns on the device.
+type Uploaded = (Vec<Run>, Arc<Memory>);
+
 /// Columns of rearranged tensors as the kernel reads them, by where the list of their runs lies; that may lie elsewhere later, so
 /// the list is compared.
 #[derive(Debug, Default)]
-pub(super) struct Columns(Mutex<HashMap<usize, (Vec<Run>, Arc<Memory>)>>);
+pub(super) struct Columns(Mutex<HashMap<usize, Uploaded>>);
 
 impl CudaBackend {
     /// [`Backend::activate`].

@@ -30,7 +30,7 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
         value_dim: c.required_integer("v_head_dim", HEAD_DIM)?,
         interleaved: c.bool_or("rope_interleave", true)?,
     };
-    if latent.turned % 2 != 0 {
+    if !latent.turned.is_multiple_of(2) {
         return Err(c.error("qk_rope_head_dim", "an even number (RoPE rotates pairs)"));
     }
     let bias = c.bool_or("attention_bias", false)?;

@@ -65,7 +65,7 @@ pub(super) fn kv_heads(c: &Object, heads: usize, absent: Option<usize>) -> Resul
         None if c.has("num_key_value_heads") => heads,
         None => absent.unwrap_or(heads),
     };
-    if heads % kv_heads != 0 {
+    if !heads.is_multiple_of(kv_heads) {
         return Err(c.error("num_key_value_heads", format!("a divisor of num_attention_heads = {heads}")));
     }
     Ok(kv_heads)
@@ -76,7 +76,7 @@ pub(super) fn head_dim(c: &Object, hidden: usize, heads: usize, absent: Option<u
     match c.integer("head_dim", HEAD_DIM)? {
         Some(d) => Ok(d),
         None if absent.is_some() && !c.has("head_dim") => Ok(absent.unwrap_or_default()),
-        None if hidden % heads == 0 && hidden / heads <= limit::HEAD_DIM => Ok(hidden / heads),
+        None if hidden.is_multiple_of(heads) && hidden / heads <= limit::HEAD_DIM => Ok(hidden / heads),
         None => Err(c.error("num_attention_heads", format!("a divisor of hidden_size = {hidden}"))),
     }
 }

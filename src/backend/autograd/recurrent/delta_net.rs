@@ -3,13 +3,13 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{Convolved, ConvolvedGradient, LANES, PIECE, add, columns, put, sequences, silu};
+use super::{Convolved, ConvolvedGradient, Given, LANES, PIECE, add, columns, put, sequences, silu};
 use crate::backend::autograd::{Norm, host};
 use crate::backend::cpu::isa::{Isa, multiversion};
-use crate::backend::cpu::recurrent::{DeltaNet as Kernel, DeltaNetInputs, softplus};
+use crate::backend::cpu::recurrent::{DeltaNet as Kernel, DeltaNetInputs, RecurrentStates, softplus};
 use crate::backend::{BackendError, Batch, DeltaInputs, DeltaNetShape, DeltaNetWeights};
 
 /// Added to squared lengths of queries and keys, as the forward kernel does.
@@ -59,13 +59,22 @@ impl DeltaNet {
     }
 }
 
-/// What out_proj reads, [T, value heads · value_dim].
+/// What out_proj reads, [T, value heads · value_dim]. `states`: as [`Kernel::run_batch`] has them.
 pub(in crate::backend::autograd) fn delta_net(
     inputs: &DeltaInputs<Tensor>,
     mixer: &DeltaNet,
     batch: &Batch,
+    states: Option<(&mut RecurrentStates, usize)>,
 ) -> Result<Tensor> {
-    let scan = Scan { sequences: sequences(batch)?, weights: mixer.weights(), mixer: mixer.clone() };
+    let (shape, weights) = (mixer.0.shape, mixer.weights());
+    let mut out = vec![0.0; batch.tokens.len() * shape.inner()];
+    let host = |x: &Tensor| host::with(x, |x| Ok(x.to_vec()));
+    let (qkv, z, a, b) = (host(&inputs.qkv)?, host(&inputs.z)?, host(&inputs.a)?, host(&inputs.b)?);
+    let rows = DeltaNetInputs { qkv: &qkv, z: &z, a: &a, b: &b };
+    let run = Kernel::new(shape, weights.clone()).and_then(|k| k.run_batch(rows, batch, states, &mut out));
+    run.map_err(candle_core::Error::wrap)?;
+    let scan = Scan { mixer: mixer.clone(), weights, batch: batch.clone(), out: Given::new(out) };
+    // candle's operations have three inputs at most.
     Tensor::cat(&[&inputs.qkv, &inputs.z, &inputs.a, &inputs.b], 1)?.contiguous()?.apply_op1(scan)
 }
 
@@ -73,7 +82,8 @@ struct Scan {
     mixer: DeltaNet,
     /// As they were when the forward pass ran.
     weights: DeltaNetWeights,
-    sequences: Vec<Range<usize>>,
+    batch: Batch,
+    out: Given,
 }
 
 /// Gradients of the value heads of one key head of one sequence.
@@ -168,7 +178,7 @@ impl Scan {
             for (t, read) in read.chunks_exact_mut(value_dim).enumerate() {
                 let at = value(t, h);
                 let dz = &mut out.z[at.clone()];
-                gated_norm_gradient(&z[at.clone()], &weights.norm, eps, &grad[at], read, dz, &mut out.norm);
+                gated_norm_gradient(isa, &z[at.clone()], &weights.norm, eps, &grad[at], read, dz, &mut out.norm);
             }
             let a = -libm::expf(weights.a_log[first_head + h]);
             let mut d_state = vec![0.0; size];
@@ -222,26 +232,16 @@ impl CustomOp1 for Scan {
         "gated delta net"
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = host::values(x, layout)?;
-        let (shape, all) = (self.shape(), 0..layout.dims()[0]);
-        let [z, a, b, width] = self.places();
-        let mut out = vec![0.0; all.len() * shape.inner()];
-        let part = |from: usize, to: usize| columns(x, width, &all, from, to - from);
-        let (qkv, z, a, b) = (part(0, z), part(z, a), part(a, b), part(b, width));
-        let inputs = DeltaNetInputs { qkv: &qkv, z: &z, a: &a, b: &b };
-        let mut run = || Kernel::new(*shape, self.weights.clone())?.run_whole(inputs, &self.sequences, &mut out);
-        match run() {
-            Ok(()) => Ok((CpuStorage::F32(out), Shape::from((all.len(), shape.inner())))),
-            Err(e) => bail!("{e}"),
-        }
+    fn cpu_fwd(&self, _: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(self.out.take()), Shape::from((layout.dims()[0], self.shape().inner()))))
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let DeltaNetShape { key_heads, value_heads, value_dim, kernel, .. } = *self.shape();
         let [z, a, b, width] = self.places();
         let own_heads = value_heads / key_heads;
-        let tasks: Vec<_> = self.sequences.iter().flat_map(|rows| (0..key_heads).map(move |h| (rows, h))).collect();
+        let sequences = sequences(&self.batch)?;
+        let tasks: Vec<_> = sequences.iter().flat_map(|rows| (0..key_heads).map(move |h| (rows, h))).collect();
         let dx = host::with(x, |x| {
             host::with(grad, |grad| {
                 let pieces: Vec<Piece> = tasks.par_iter().map(|(rows, h)| self.backward(x, grad, rows, *h)).collect();
@@ -393,24 +393,31 @@ multiversion! {
     }
 }
 
-/// Of out = rms(o) · weight · silu(z) of one head of one token: `o` becomes dL/do.
-fn gated_norm_gradient(
-    z: &[f32],
-    weight: &[f32],
-    eps: f32,
-    grad: &[f32],
-    o: &mut [f32],
-    dz: &mut [f32],
-    d_weight: &mut [f32],
-) {
-    let n = weight.len() as f32;
-    let inverse = 1.0 / (o.iter().map(|v| v * v).sum::<f32>() / n + eps).sqrt();
-    let inputs = || z.iter().zip(grad).zip(weight).map(|((z, g), w)| g * w * silu(*z).0);
-    let pull = o.iter().zip(inputs()).map(|(o, g)| o * g).sum::<f32>() * inverse * inverse * inverse / n;
-    for (i, g) in inputs().enumerate() {
-        let (gate, slope) = silu(z[i]);
-        d_weight[i] += grad[i] * gate * o[i] * inverse;
-        dz[i] = grad[i] * weight[i] * o[i] * inverse * slope;
-        o[i] = g * inverse - o[i] * pull;
+multiversion! {
+    /// Of out = rms(o) · weight · silu(z) of one head of one token: `o` becomes dL/do.
+    fn gated_norm_gradient(
+        z: &[f32],
+        weight: &[f32],
+        eps: f32,
+        grad: &[f32],
+        o: &mut [f32],
+        dz: &mut [f32],
+        d_weight: &mut [f32],
+    ) {
+        let n = weight.len() as f32;
+        let (mut square, mut along) = (0.0f32, 0.0f32);
+        for (((o, z), g), w) in o.iter().zip(z).zip(grad).zip(weight) {
+            square += o * o;
+            along += o * g * w * silu(*z).0;
+        }
+        let inverse = 1.0 / (square / n + eps).sqrt();
+        let pull = along * inverse * inverse * inverse / n;
+        let values = o.iter_mut().zip(z).zip(grad.iter().zip(weight)).zip(dz.iter_mut().zip(d_weight));
+        for (((o, z), (g, w)), (dz, dw)) in values {
+            let (gate, slope) = silu(*z);
+            *dw += g * gate * *o * inverse;
+            *dz = g * w * *o * inverse * slope;
+            *o = g * w * gate * inverse - *o * pull;
+        }
     }
 }

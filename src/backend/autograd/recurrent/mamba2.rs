@@ -3,13 +3,13 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{Convolved, ConvolvedGradient, LANES, PIECE, add, columns, put, sequences, silu};
+use super::{Convolved, ConvolvedGradient, Given, LANES, PIECE, add, columns, put, sequences, silu};
 use crate::backend::autograd::{Norm, host};
 use crate::backend::cpu::isa::{Isa, multiversion};
-use crate::backend::cpu::recurrent::{Mamba2, softplus};
+use crate::backend::cpu::recurrent::{Mamba2, RecurrentStates, softplus};
 use crate::backend::{BackendError, Batch, Mamba2Shape, Mamba2Weights};
 
 /// A Mamba-2 mixer without its projections. Clones share its parameters.
@@ -61,17 +61,28 @@ impl Mamba {
     }
 }
 
-/// What out_proj reads, [T, inner], of what in_proj gave.
-pub(in crate::backend::autograd) fn mamba(x: &Tensor, mixer: &Mamba, batch: &Batch) -> Result<Tensor> {
-    let scan = Scan { sequences: sequences(batch)?, weights: mixer.weights(), mixer: mixer.clone() };
-    x.contiguous()?.apply_op1(scan)
+/// What out_proj reads, [T, inner], of what in_proj gave. `states`: as [`Mamba2::run_batch`] has them.
+pub(in crate::backend::autograd) fn mamba(
+    x: &Tensor,
+    mixer: &Mamba,
+    batch: &Batch,
+    states: Option<(&mut RecurrentStates, usize)>,
+) -> Result<Tensor> {
+    let (shape, weights, x) = (mixer.0.shape, mixer.weights(), x.contiguous()?);
+    let mut out = vec![0.0; batch.tokens.len() * shape.inner()];
+    host::with(&x, |x| {
+        let run = Mamba2::new(shape, weights.clone()).and_then(|m| m.run_batch(x, batch, states, &mut out));
+        run.map_err(candle_core::Error::wrap)
+    })?;
+    x.apply_op1(Scan { mixer: mixer.clone(), weights, batch: batch.clone(), out: Given::new(out) })
 }
 
 struct Scan {
     mixer: Mamba,
     /// As they were when the forward pass ran.
     weights: Mamba2Weights,
-    sequences: Vec<Range<usize>>,
+    batch: Batch,
+    out: Given,
 }
 
 /// Gradients of one group of heads of one sequence.
@@ -219,22 +230,16 @@ impl CustomOp1 for Scan {
         "mamba2"
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = host::values(x, layout)?;
-        let (shape, rows) = (self.shape(), layout.dims()[0]);
-        let mut out = vec![0.0; rows * shape.inner()];
-        let mut run = || Mamba2::new(*shape, self.weights.clone())?.run_whole(x, &self.sequences, &mut out);
-        match run() {
-            Ok(()) => Ok((CpuStorage::F32(out), Shape::from((rows, shape.inner())))),
-            Err(e) => bail!("{e}"),
-        }
+    fn cpu_fwd(&self, _: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(self.out.take()), Shape::from((layout.dims()[0], self.shape().inner()))))
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let shape @ &Mamba2Shape { heads, groups, kernel, .. } = self.shape();
         let (inner, projected, own_heads) = (shape.inner(), shape.projected(), heads / groups);
         let width = inner / groups;
-        let tasks: Vec<_> = self.sequences.iter().flat_map(|rows| (0..groups).map(move |g| (rows, g))).collect();
+        let sequences = sequences(&self.batch)?;
+        let tasks: Vec<_> = sequences.iter().flat_map(|rows| (0..groups).map(move |g| (rows, g))).collect();
         let dx = host::with(x, |x| {
             host::with(grad, |grad| {
                 let pieces: Vec<Piece> = tasks.par_iter().map(|(rows, g)| self.backward(x, grad, rows, *g)).collect();

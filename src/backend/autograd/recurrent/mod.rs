@@ -6,6 +6,7 @@ mod delta_net;
 mod mamba2;
 
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 pub use delta_net::DeltaNet;
 pub(super) use delta_net::delta_net;
@@ -17,27 +18,38 @@ use candle_core::{Result, bail};
 use super::norm::Norm;
 use crate::backend::Batch;
 use crate::backend::cpu::elementwise::exp;
+use crate::backend::cpu::isa::{Isa, multiversion};
 
 /// Tokens whose states are there at a time.
 const PIECE: usize = 64;
 /// Partial sums of what is added along a state.
 const LANES: usize = 16;
 
-/// Rows of each sequence of a batch. Training begins all of them with their first token, and keeps no state.
+/// The rows of each sequence of a batch that begins with its first token: gradients are of whole sequences.
 fn sequences(batch: &Batch) -> Result<Vec<Range<usize>>> {
     let mut end = 0;
     let mut out = Vec::with_capacity(batch.spans.len());
     for span in &batch.spans {
         if span.start > 0 {
-            bail!(
-                "a sequence goes on at token {}: recurrent layers are trained on whole sequences and keep no state here",
-                span.start
-            )
+            bail!("gradients of recurrent layers are of whole sequences; one goes on at token {}", span.start)
         }
         out.push(end..end + span.len);
         end += span.len;
     }
     Ok(out)
+}
+
+/// What a forward pass gave, until candle takes it.
+struct Given(Mutex<Vec<f32>>);
+
+impl Given {
+    fn new(values: Vec<f32>) -> Self {
+        Self(Mutex::new(values))
+    }
+
+    fn take(&self) -> Vec<f32> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 /// `count` columns from `first` on of the rows `rows` of x, [rows, count].
@@ -63,9 +75,23 @@ fn add(vector: &Norm, first: usize, part: &[f32]) {
 }
 
 /// silu(x), and its slope.
+#[inline(always)]
 fn silu(x: f32) -> (f32, f32) {
     let sigmoid = 1.0 / (1.0 + exp(-x));
     (x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid)))
+}
+
+multiversion! {
+    fn silu_of(x: &[f32], out: &mut [f32]) {
+        out.iter_mut().zip(x).for_each(|(o, x)| *o = silu(*x).0);
+    }
+}
+
+multiversion! {
+    /// Turns dL/d(silu(x)) into dL/dx.
+    fn multiply_by_slope(x: &[f32], grad: &mut [f32]) {
+        grad.iter_mut().zip(x).for_each(|(g, x)| *g *= silu(*x).1);
+    }
 }
 
 /// Some channels of the causal depthwise convolution over one sequence, and the silu of it.
@@ -101,10 +127,11 @@ impl Convolved {
             for (j, taps) in taps.chunks_exact(count).enumerate() {
                 let Some(row) = (token + j + 1).checked_sub(kernel) else { continue };
                 let input = &input[row * count..][..count];
-                out.iter_mut().zip(taps).zip(input).for_each(|((o, w), x)| *o = w.mul_add(*x, *o));
+                out.iter_mut().zip(taps).zip(input).for_each(|((o, w), x)| *o += w * x);
             }
         }
-        let after = before.iter().map(|x| silu(*x).0).collect();
+        let mut after = vec![0.0; before.len()];
+        silu_of(Isa::detect(), &before, &mut after);
         Self { first, count, taps, input, before, after }
     }
 
@@ -112,7 +139,7 @@ impl Convolved {
     fn gradient(&self, mut grad: Vec<f32>) -> ConvolvedGradient {
         let count = self.count;
         let kernel = self.taps.len() / count.max(1);
-        grad.iter_mut().zip(&self.before).for_each(|(g, x)| *g *= silu(*x).1);
+        multiply_by_slope(Isa::detect(), &self.before, &mut grad);
         let mut input = vec![0.0; grad.len()];
         let (mut taps, mut bias) = (vec![0.0; self.taps.len()], vec![0.0; count]);
         for (token, grad) in grad.chunks_exact(count).enumerate() {

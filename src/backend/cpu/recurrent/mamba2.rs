@@ -2,8 +2,6 @@
 //!
 //! Source: Hugging Face transformers, models/nemotron_h; vLLM, layers/mamba/mamba_mixer2.py.
 
-use std::ops::Range;
-
 use rayon::prelude::*;
 
 use super::super::buffer::BufferPool;
@@ -11,9 +9,9 @@ use super::super::elementwise::{LANES, exp, sum_of_squares, tree_sum};
 use super::super::isa::{Isa, multiversion};
 use super::convolution::{Convolution, Inputs};
 use super::{
-    Places, ROWS, RecurrentShape, RecurrentSpan, RecurrentStates, TOKENS, cover, expect, pieces, softplus, whole,
+    Places, ROWS, RecurrentShape, RecurrentSpan, RecurrentStates, TOKENS, cover, expect, pieces, softplus, spans, whole,
 };
-use crate::backend::BackendError;
+use crate::backend::{BackendError, Batch};
 
 /// Names the mixer in errors.
 const CONTEXT: &str = "mamba2";
@@ -184,18 +182,26 @@ impl Mamba2 {
         Ok(())
     }
 
-    /// As [`Self::run`], of whole sequences of the given rows, of which nothing is kept.
+    /// As [`Self::run`] on the best instruction set, of a batch. `states`: those of sequences, and the layer; `None`: all begin
+    /// here and nothing is kept.
     ///
     /// # Errors
-    /// When the lengths don't fit.
-    pub(in crate::backend) fn run_whole(
+    /// As [`Self::run`].
+    pub(in crate::backend) fn run_batch(
         &self,
         rows: &[f32],
-        sequences: &[Range<usize>],
+        batch: &Batch,
+        states: Option<(&mut RecurrentStates, usize)>,
         out: &mut [f32],
     ) -> Result<(), BackendError> {
-        let (spans, mut states) = whole(self.shape.kept(), sequences);
-        self.run(Isa::detect(), &BufferPool::default(), rows, &spans, &mut states, 0, out)
+        let (isa, buffers) = (Isa::detect(), BufferPool::default());
+        match states {
+            Some((states, layer)) => self.run(isa, &buffers, rows, &spans(batch), states, layer, out),
+            None => {
+                let (spans, mut states) = whole(CONTEXT, self.shape.kept(), batch)?;
+                self.run(isa, &buffers, rows, &spans, &mut states, 0, out)
+            }
+        }
     }
 }
 

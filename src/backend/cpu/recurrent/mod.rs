@@ -38,12 +38,21 @@ pub(super) fn spans(batch: &Batch) -> Vec<RecurrentSpan> {
     batch.spans.iter().map(&mut one).collect()
 }
 
-/// Spans of whole sequences, and states for them in layer 0.
-fn whole(shape: RecurrentShape, sequences: &[Range<usize>]) -> (Vec<RecurrentSpan>, RecurrentStates) {
-    let span = |(slot, rows): (usize, &Range<usize>)| RecurrentSpan { rows: rows.clone(), starts: true, slot };
+/// Spans of a batch whose sequences all begin, and states for them in layer 0.
+fn whole(
+    context: &'static str,
+    shape: RecurrentShape,
+    batch: &Batch,
+) -> Result<(Vec<RecurrentSpan>, RecurrentStates), BackendError> {
+    if let Some(span) = batch.spans.iter().find(|s| s.start > 0) {
+        let message = format!("a sequence goes on at token {}, and no state of it is kept", span.start);
+        return Err(BackendError::Failed { context, message });
+    }
     let mut states = RecurrentStates::new(&[Some(shape)]);
-    states.grow(sequences.len());
-    (sequences.iter().enumerate().map(span).collect(), states)
+    states.grow(batch.spans.len());
+    let mut spans = spans(batch);
+    spans.iter_mut().enumerate().for_each(|(slot, span)| span.slot = slot);
+    Ok((spans, states))
 }
 
 /// Whether `spans` are all of `rows` rows, one after the other.
