@@ -186,7 +186,7 @@ multiversion! {
 multiversion! {
     /// gelu(x) = x · sigmoid(2y), y = √(2/π) · (x + 0.044715 x³).
     fn gelu_tanh_mul_gradient(gate: &[f32], up: &[f32], grad: &[f32], d_gate: &mut [f32], d_up: &mut [f32]) {
-        const TWICE: f32 = 1.595_769_1;
+        const TWICE: f32 = 1.595_769;
         let values = gate.iter().zip(up).zip(grad);
         for (((g, u), grad), (d_gate, d_up)) in values.zip(d_gate.iter_mut().zip(d_up)) {
             let sigmoid = 1.0 / (1.0 + exp(-TWICE * (0.044_715 * g * g * g + g)));

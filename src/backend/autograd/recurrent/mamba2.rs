@@ -325,7 +325,7 @@ multiversion! {
     ) {
         let width = t.b.len();
         let mut along = [0.0f32; LANES];
-        for p in 0..t.x.len() {
+        for (p, dx) in dx.iter_mut().enumerate() {
             let (x, dy) = (t.x[p], t.dy[p]);
             let gain = t.step * x;
             let row = p * width..(p + 1) * width;
@@ -344,7 +344,7 @@ multiversion! {
                 }
             }
             let written: f32 = written.iter().sum();
-            dx[p] += t.step * written;
+            *dx += t.step * written;
             *by_step += x * written;
         }
         *by_decay += along.iter().sum::<f32>();

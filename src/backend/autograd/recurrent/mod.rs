@@ -96,8 +96,7 @@ multiversion! {
 
 /// Some channels of the causal depthwise convolution over one sequence, and the silu of it.
 struct Convolved {
-    /// First channel, and how many.
-    first: usize,
+    /// How many.
     count: usize,
     /// [kernel, count].
     taps: Vec<f32>,
@@ -132,7 +131,7 @@ impl Convolved {
         }
         let mut after = vec![0.0; before.len()];
         silu_of(Isa::detect(), &before, &mut after);
-        Self { first, count, taps, input, before, after }
+        Self { count, taps, input, before, after }
     }
 
     /// Of dL/d(after).
