@@ -25,13 +25,13 @@ const BLOCK_BYTES: usize = mx::BLOCK / 2;
 const COUNTS: [&str; 3] = ["num_local_experts", "num_experts", "n_routed_experts"];
 
 /// Where one expert's projection lies in the tensors of its layer.
-pub(super) struct Fused {
+pub struct Fused {
     /// What their names begin with: `model.layers.0.mlp.experts.gate_up_proj`.
-    stem: String,
-    expert: usize,
+    pub(super) stem: String,
+    pub(super) expert: usize,
     /// Its first row, and how far they are apart.
-    first: usize,
-    step: usize,
+    pub(super) first: usize,
+    pub(super) step: usize,
 }
 
 impl Fused {
@@ -236,7 +236,7 @@ impl Fused {
     }
 
     /// The stored row of row `row` of `n`.
-    fn row(&self, row: usize, n: usize) -> usize {
+    pub(super) fn row(&self, row: usize, n: usize) -> usize {
         (self.expert * n + row) * self.step + self.first
     }
 

@@ -5,7 +5,8 @@
 pub mod dialect;
 pub mod error;
 mod folder;
-mod fused;
+pub mod fused;
+pub mod fused_write;
 mod header;
 pub mod hub;
 pub mod identity;
@@ -20,8 +21,8 @@ pub mod write;
 use std::path::Path;
 
 pub use error::{CheckpointError, Result};
-pub use text_model::untie;
 use json::Object;
+pub use text_model::untie;
 
 use dialect::{Announced, kv};
 use tensors::TensorStore;

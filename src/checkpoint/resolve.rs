@@ -51,7 +51,19 @@ impl Checkpoint {
     /// Whether linear `module` is an expert that is stored in one tensor with the others of its layer.
     #[must_use]
     pub fn is_fused(&self, module: &str) -> bool {
-        Fused::find(&self.tensors, module).is_some()
+        self.fused(module).is_some()
+    }
+
+    /// Where linear `module` lies in the tensors that it is stored in with the other experts of its layer.
+    #[must_use]
+    pub fn fused(&self, module: &str) -> Option<Fused> {
+        Fused::find(&self.tensors, module)
+    }
+
+    /// The tensor that holds the weight of linear `module`, unquantized.
+    #[must_use]
+    pub fn weight_name(&self, module: &str) -> String {
+        self.fused(module).map_or_else(|| format!("{module}.{WEIGHT}"), |fused| fused.stem().to_owned())
     }
 
     /// The linear `module`.

@@ -6,8 +6,8 @@ use std::path::Path;
 
 use safetensors::Dtype;
 
-use super::{QuantizeError, describe};
 use super::export::plain_cache;
+use super::{QuantizeError, describe};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::store::{content, store};
 use crate::checkpoint::dialect::{Dialect, Tool, kv};

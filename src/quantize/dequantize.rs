@@ -10,7 +10,9 @@ use super::{QuantizeError, describe};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::kv;
 use crate::checkpoint::dialect::store::{Content, content};
-use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, metadata};
+use crate::checkpoint::fused_write::{Extent, FusedLayout};
+use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, TensorSpec, float_bytes, metadata};
+use crate::formats::scheme::Scheme;
 use crate::model::ModelConfig;
 use crate::model::modules::Module;
 
@@ -34,6 +36,7 @@ pub fn dequantize(checkpoint: &Checkpoint, out: &Path) -> Result<Dequantized, Qu
     describe::plain_beside(checkpoint)?;
     let mut report = Dequantized::default();
     let mut quantized = BTreeSet::new();
+    let mut fused: BTreeMap<String, Vec<&Module>> = BTreeMap::new();
     for (name, m) in &modules {
         let linear = checkpoint.linear(name, m.role)?;
         let refuse = |detail: &str| QuantizeError::Module { module: name.clone(), detail: detail.into() };
@@ -41,10 +44,8 @@ pub fn dequantize(checkpoint: &Checkpoint, out: &Path) -> Result<Dequantized, Qu
             return Err(refuse("has its input rotated (fp_quant); its weight is not rotated back here"));
         }
         if !linear.element.is_float() {
-            if checkpoint.is_fused(name) {
-                return Err(refuse(
-                    "is stored in one tensor with the layer's other experts, which is not taken apart here",
-                ));
+            if let Some(place) = checkpoint.fused(name) {
+                fused.entry(place.stem().to_owned()).or_default().push(m);
             }
             quantized.insert(name.clone());
         }
@@ -56,6 +57,16 @@ pub fn dequantize(checkpoint: &Checkpoint, out: &Path) -> Result<Dequantized, Qu
     let store = &checkpoint.tensors;
     let mut tensors: Vec<Pending<'_, QuantizeError>> = Vec::new();
     for tensor in store.names() {
+        if let Some((stem, suffix)) = fused.keys().find_map(|s| Some((s, tensor.strip_prefix(s.as_str())?))) {
+            // The first of them stands for all, the bias for itself.
+            match suffix {
+                "" | "_blocks" => tensors.push(experts(checkpoint, fused[stem].clone())),
+                "_input_scale" => report.dropped.push(tensor.into()),
+                "_bias" => tensors.extend(Pending::copy(store, tensor)),
+                _ => {}
+            }
+            continue;
+        }
         let (owner, suffix) = tensor.rsplit_once('.').unwrap_or(("", tensor));
         match content(suffix).filter(|_| quantized.contains(owner)) {
             Some(Content::Elements) => tensors.push(weight(checkpoint, &modules[owner])),
@@ -78,6 +89,27 @@ pub fn dequantize(checkpoint: &Checkpoint, out: &Path) -> Result<Dequantized, Qu
     writer.copy_text_files(checkpoint.tensors.folder())?;
     writer.commit()?;
     Ok(report)
+}
+
+/// A projection of all experts of a layer, which are stored in one tensor, in BF16: [E, K, N].
+fn experts<'a>(checkpoint: &'a Checkpoint, modules: Vec<&'a Module>) -> Pending<'a, QuantizeError> {
+    let places = move || modules.clone().into_iter().filter_map(|m| Some((m, checkpoint.fused(&m.name)?)));
+    let experts = 1 + places().filter_map(|(m, _)| m.expert).max().unwrap_or(0);
+    let specs = places().next().map_or_else(Vec::new, |(m, fused)| {
+        let extent = Extent { experts, n: m.role.n, k: m.role.k };
+        fused.specs(FusedLayout::Plain, Scheme::None, extent, &checkpoint.tensors.stored_name(fused.stem()))
+    });
+    let bytes: Vec<u64> = specs.iter().map(TensorSpec::bytes).collect();
+    Pending::together(specs, move || {
+        let mut out: Vec<Vec<u8>> = bytes.iter().map(|b| vec![0; *b as usize]).collect();
+        for (m, fused) in places() {
+            let mut linear = checkpoint.linear(&m.name, m.role)?;
+            linear.data = float_bytes(Dtype::BF16, &linear.decode()).into();
+            fused.put(FusedLayout::Plain, &linear, &mut out);
+        }
+        checkpoint.tensors.release_pages();
+        Ok(out)
+    })
 }
 
 /// The weight of a linear in BF16.

@@ -30,6 +30,16 @@ pub(super) struct Peaks {
 
 /// The weight in f32, row-major.
 pub(super) fn floats(checkpoint: &Checkpoint, m: &Module) -> Result<Vec<f32>, QuantizeError> {
+    if checkpoint.is_fused(&m.name) {
+        let linear = checkpoint.linear(&m.name, m.role)?;
+        return match linear.element.is_float() {
+            true => Ok(linear.decode()),
+            false => Err(QuantizeError::Module {
+                module: m.name.clone(),
+                detail: format!("is stored as {:?} already; quantize the BF16 model instead", linear.element),
+            }),
+        };
+    }
     let view = checkpoint.tensors.require(&format!("{}.weight", m.name), "it is to be quantized")?;
     if !matches!(view.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
         return Err(QuantizeError::Module {

@@ -15,6 +15,8 @@ use super::{QuantizeError, Scheme, describe};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::store::{parts, store};
 use crate::checkpoint::dialect::{Dialect, Tool};
+use crate::checkpoint::fused_write::{Extent, FusedLayout};
+use crate::checkpoint::resolve::LinearRole;
 use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, metadata};
 use crate::formats::{LEAST, e4m3, scalable};
 use crate::model::ModelConfig;
@@ -161,6 +163,50 @@ fn producers(m: &Module) -> Vec<String> {
     }
 }
 
+/// What the tensor of each module is called that is stored in one with other experts and is to be quantized.
+///
+/// # Errors
+/// When the dialect has no such tensors of its scheme, or those in one tensor differ.
+fn stems(
+    checkpoint: &Checkpoint,
+    modules: &[Module],
+    schemes: &[Scheme],
+    tool: &dyn Tool,
+) -> Result<BTreeMap<String, String>, QuantizeError> {
+    let mut seen: BTreeMap<String, (&Module, Scheme)> = BTreeMap::new();
+    let mut out = BTreeMap::new();
+    for (m, &scheme) in modules.iter().zip(schemes) {
+        let fail = |detail: String| Err(QuantizeError::Module { module: m.name.clone(), detail });
+        let dialect = tool.name();
+        let Some(fused) = checkpoint.fused(&m.name) else {
+            if scheme != Scheme::None && !tool.says_alone(scheme) {
+                return fail(format!(
+                    "is no expert; the {dialect} dialect has {scheme} for experts only: leave it plain"
+                ));
+            }
+            continue;
+        };
+        let (first, other) = *seen.entry(fused.stem().to_owned()).or_insert((m, scheme));
+        if other != scheme {
+            let other = if other == Scheme::None { "plain".into() } else { other.to_string() };
+            return fail(format!(
+                "is stored in one tensor with `{}`, which the recipe makes {other}; one rule has to hold for both",
+                first.name
+            ));
+        }
+        if scheme == Scheme::None {
+            continue;
+        }
+        if tool.fused(scheme).is_none() {
+            return fail(format!(
+                "is stored in one tensor with the layer's other experts, for which the {dialect} dialect has no {scheme}"
+            ));
+        }
+        out.insert(m.name.clone(), fused.stem().to_owned());
+    }
+    Ok(out)
+}
+
 /// What every module becomes and what its scales come from, decided before anything is written.
 struct Plan<'a> {
     tool: &'a dyn Tool,
@@ -182,10 +228,14 @@ impl<'a> Plan<'a> {
     ) -> Result<Self, QuantizeError> {
         let schemes = recipe.assign(modules)?;
         let assigned = || modules.iter().zip(&schemes).filter(|(_, s)| **s != Scheme::None);
+        if recipe.kv_cache.is_some() && !tool.says_fp8_cache() {
+            return Err(QuantizeError::Calibration(format!("the {dialect} dialect has no FP8 KV cache")));
+        }
         if let Some((m, scheme)) = assigned().find(|(_, s)| !tool.says(**s)) {
             let detail = format!("the {dialect} dialect has no {scheme}; choose another dialect or recipe");
             return Err(QuantizeError::Module { module: m.name.clone(), detail });
         }
+        let stems = stems(checkpoint, modules, &schemes, tool)?;
         let inputs = calibration.shared(modules);
         let unreached = assigned().filter(|(m, s)| s.has_input_scale() && !calibration.amax.contains_key(&m.name));
         let unreached: Vec<String> = unreached.map(|(m, _)| m.name.clone()).collect();
@@ -195,7 +245,7 @@ impl<'a> Plan<'a> {
             let amax = if *scheme == Scheme::None { 0.0 } else { encode::weight_amax(checkpoint, m, *scheme)? };
             checkpoint.tensors.release_pages();
             own.push(amax);
-            let shared = fused.entry(Self::key(m, *scheme, tool)).or_default();
+            let shared = fused.entry(Self::key(m, *scheme, tool, &stems)).or_default();
             *shared = shared.max(amax);
         }
         let (mut peaks, mut notes) = (Vec::new(), Vec::new());
@@ -228,14 +278,17 @@ impl<'a> Plan<'a> {
                     m.name
                 ));
             }
-            let fused = fused.get(&Self::key(m, *scheme, tool)).copied().unwrap_or(own);
+            let fused = fused.get(&Self::key(m, *scheme, tool, &stems)).copied().unwrap_or(own);
             peaks.push(Peaks { fused, input });
         }
         Ok(Self { tool, modules, schemes, peaks, unreached, notes })
     }
 
-    /// Modules with the same key share the scale of their weights.
-    fn key(m: &Module, scheme: Scheme, tool: &dyn Tool) -> String {
+    /// Modules with the same key share the scale of their weights: all that are stored in one tensor, too.
+    fn key(m: &Module, scheme: Scheme, tool: &dyn Tool, stems: &BTreeMap<String, String>) -> String {
+        if let Some(stem) = stems.get(&m.name) {
+            return stem.clone();
+        }
         let key = if encode::shares_scale(m, scheme, tool) { m.fusion_key() } else { m.name.clone() };
         format!("{scheme} {key}")
     }
@@ -248,12 +301,15 @@ impl<'a> Plan<'a> {
         choice: ScaleChoice,
         kv: &BTreeMap<String, f32>,
     ) -> (Vec<Pending<'a, QuantizeError>>, u64) {
-        let by_weight: BTreeMap<String, usize> =
-            self.modules.iter().enumerate().map(|(i, m)| (format!("{}.weight", m.name), i)).collect();
+        let mut by_weight: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+        for (i, m) in self.modules.iter().enumerate() {
+            by_weight.entry(checkpoint.weight_name(&m.name)).or_default().push(i);
+        }
         let tensors_in = &checkpoint.tensors;
         let (mut tensors, mut bytes) = (Vec::new(), 0);
         for name in tensors_in.names() {
-            let Some(&i) = by_weight.get(name).filter(|i| self.schemes[**i] != Scheme::None) else {
+            let members = by_weight.remove(name).filter(|m| m.iter().any(|i| self.schemes[*i] != Scheme::None));
+            let Some((&i, more)) = members.as_deref().and_then(<[usize]>::split_first) else {
                 let Some(view) = tensors_in.peek(name) else { continue };
                 tensors.push(Pending::new(tensors_in.stored_name(name), view.dtype, view.shape, move || {
                     tensors_in.release_pages();
@@ -263,6 +319,12 @@ impl<'a> Plan<'a> {
                 continue;
             };
             let (m, scheme, peaks, tool) = (&self.modules[i], self.schemes[i], self.peaks[i], self.tool);
+            if !more.is_empty() || checkpoint.is_fused(&m.name) {
+                let one = self.together(checkpoint, members.unwrap_or_default(), choice);
+                bytes += one.bytes();
+                tensors.push(one);
+                continue;
+            }
             let stored = tensors_in.stored_name(&m.name);
             let specs = parts(tool, scheme, m.role.n, m.role.k).into_iter().map(|p| p.of(&stored));
             let one = Pending::together(specs.collect(), move || {
@@ -284,5 +346,33 @@ impl<'a> Plan<'a> {
         }
         tensors.extend(Pending::aside(tensors_in));
         (tensors, bytes)
+    }
+
+    /// A projection of all experts of a layer, which are stored in one tensor: `members` are its modules.
+    fn together(
+        &'a self,
+        checkpoint: &'a Checkpoint,
+        members: Vec<usize>,
+        choice: ScaleChoice,
+    ) -> Pending<'a, QuantizeError> {
+        let places =
+            move || members.clone().into_iter().filter_map(|i| Some((i, checkpoint.fused(&self.modules[i].name)?)));
+        let experts = 1 + places().filter_map(|(i, _)| self.modules[i].expert).max().unwrap_or(0);
+        let first = places().next().and_then(|(i, fused)| Some((i, self.tool.fused(self.schemes[i])?, fused)));
+        let (layout, specs) = first.map_or((FusedLayout::Plain, Vec::new()), |(i, layout, fused)| {
+            let LinearRole { n, k, .. } = self.modules[i].role;
+            let stem = checkpoint.tensors.stored_name(fused.stem());
+            (layout, fused.specs(layout, self.schemes[i], Extent { experts, n, k }, &stem))
+        });
+        let sizes: Vec<usize> = specs.iter().map(|s| s.bytes() as usize).collect();
+        Pending::together(specs, move || {
+            checkpoint.tensors.release_pages();
+            let mut out: Vec<Vec<u8>> = sizes.iter().map(|bytes| vec![0; *bytes]).collect();
+            for (i, fused) in places() {
+                let (m, scheme, peaks) = (&self.modules[i], self.schemes[i], self.peaks[i]);
+                fused.put(layout, &encode::encode(checkpoint, m, scheme, self.tool, choice, peaks)?, &mut out);
+            }
+            Ok(out)
+        })
     }
 }

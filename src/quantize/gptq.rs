@@ -75,6 +75,15 @@ pub fn gptq<B: Backend + Clone>(
         let mut groups: Vec<Group<'_>> = Vec::new();
         for m in modules.iter().filter(|m| m.layer == Some(layer)) {
             let Some(activation) = target(m) else { continue };
+            if checkpoint.is_fused(&m.name) {
+                return Err(QuantizeError::Module {
+                    module: m.name.clone(),
+                    detail:
+                        "is stored in one tensor with the layer's other experts, all under one scale, which GPTQ does \
+                             not round; leave `gptq` out of the recipe"
+                            .into(),
+                });
+            }
             let fused = |g: &&mut Group<'_>| g.modules[0].fusion_key() == m.fusion_key() && g.activation == activation;
             match groups.iter_mut().find(fused) {
                 Some(group) => group.modules.push(m),

@@ -268,7 +268,8 @@ impl Recipe {
     #[must_use]
     pub fn calibrates(&self) -> bool {
         let candidates = self.auto.iter().flat_map(|a| &a.schemes);
-        self.kv_cache == Some(KvCache::Fp8) || self.rules.iter().map(|r| &r.scheme).chain(candidates).any(|s| s.has_input_scale())
+        self.kv_cache == Some(KvCache::Fp8)
+            || self.rules.iter().map(|r| &r.scheme).chain(candidates).any(|s| s.has_input_scale())
     }
 
     /// Whether anything in it runs text through the model.
@@ -292,7 +293,8 @@ impl Recipe {
         let mut out = vec![Scheme::None; modules.len()];
         for rule in &self.rules {
             let mut matched = false;
-            let names = |m: &Module| if m.is_block_linear() { glob(&rule.modules, &m.name) } else { rule.modules == m.name };
+            let names =
+                |m: &Module| if m.is_block_linear() { glob(&rule.modules, &m.name) } else { rule.modules == m.name };
             for (m, scheme) in modules.iter().zip(&mut out).filter(|(m, _)| names(m)) {
                 *scheme = rule.scheme;
                 matched |= !m.name.is_empty();

@@ -26,11 +26,12 @@ pub(super) fn needed(
 ) -> Space {
     let stored = |name: &str| checkpoint.tensors.peek(name).map_or(0, |view| view.bytes.len() as u64);
     let plain: u64 = checkpoint.tensors.names().map(stored).sum();
-    let weights: BTreeSet<String> = modules.iter().map(|m| format!("{}.weight", m.name)).collect();
+    let weights: BTreeSet<String> = modules.iter().map(|m| checkpoint.weight_name(&m.name)).collect();
     let others: u64 = checkpoint.tensors.names().filter(|n| !weights.contains(*n)).map(stored).sum();
     let model = |scheme: &dyn Fn(&Module) -> Scheme| {
         let linear = |m: &Module| match scheme(m) {
-            Scheme::None => stored(&format!("{}.weight", m.name)),
+            Scheme::None if checkpoint.is_fused(&m.name) => 2 * (m.role.n * m.role.k) as u64,
+            Scheme::None => stored(&checkpoint.weight_name(&m.name)),
             s => ((m.role.n * m.role.k) as f64 * s.bits_per_weight() / 8.0) as u64,
         };
         others + modules.iter().map(linear).sum::<u64>()

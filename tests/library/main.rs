@@ -20,6 +20,8 @@ mod backend {
 }
 mod engine;
 mod quantize {
+    mod architectures;
+    mod compared;
     mod dead_places;
     mod exports;
     mod random_model;

@@ -17,6 +17,7 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 use super::error::Result;
+use super::fused_write::FusedLayout;
 use super::json::Object;
 use super::write::FolderWriter;
 use crate::formats::e8m0::ScaleRule;
@@ -150,6 +151,21 @@ pub trait Tool: Conventions {
     /// How inputs of a linear of `scheme` are quantized by what loads it.
     fn input(&self, scheme: Scheme) -> InputFormat {
         scheme.input()
+    }
+
+    /// How experts of `scheme` are stored that lie in one tensor for a layer; nothing where there is no such.
+    fn fused(&self, _scheme: Scheme) -> Option<FusedLayout> {
+        None
+    }
+
+    /// Whether linears that are stored one by one can be of `scheme`.
+    fn says_alone(&self, scheme: Scheme) -> bool {
+        self.says(scheme)
+    }
+
+    /// Whether it has a place for an FP8 KV cache.
+    fn says_fp8_cache(&self) -> bool {
+        true
     }
 
     /// The shape of the scales of an FP8 weight [n, k].

@@ -11,6 +11,7 @@ use serde_json::{Map, Value, json};
 use super::pattern::{self, Pattern, repaired};
 use super::{Announced, Assigned, Conventions, Declared, Dialect, Kind, Layout, Tool};
 use crate::checkpoint::error::{CheckpointError, Result};
+use crate::checkpoint::fused_write::FusedLayout;
 use crate::checkpoint::json::Object;
 use crate::formats::scheme::{Scheme, WeightFormat};
 use crate::formats::{e2m1, fp8, mx, nvfp4, scalable};
@@ -83,6 +84,10 @@ impl Conventions for ModelOpt {
 impl Tool for ModelOpt {
     fn says(&self, scheme: Scheme) -> bool {
         algorithm(scheme).is_some()
+    }
+
+    fn fused(&self, scheme: Scheme) -> Option<FusedLayout> {
+        matches!(scheme, Scheme::Nvfp4 | Scheme::W4a16Nvfp4).then_some(FusedLayout::Columns)
     }
 
     fn fp8_scale_shape(&self, scheme: Scheme, n: usize, k: usize) -> Vec<usize> {
@@ -396,7 +401,8 @@ fn named(model: &Assigned) -> Vec<(&str, Scheme)> {
         }
     }
     let whole = |m: &str| container(m).filter(|end| mixtures.get(&m[..*end]).copied().flatten().is_some());
-    let mut out: Vec<(&str, Scheme)> = model.quantized().map(|(m, s)| (whole(m).map_or(m, |end| &m[..end]), s)).collect();
+    let mut out: Vec<(&str, Scheme)> =
+        model.quantized().map(|(m, s)| (whole(m).map_or(m, |end| &m[..end]), s)).collect();
     out.dedup();
     out
 }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::compared::{calibrated, compare};
 use crate::support::command::{BF16, Folder, NVFP4, shown_json, succeed};
 use crate::support::fixtures::{all_fixtures, cpu, deviation, is_full, own_folder, try_logits};
 use crate::support::project;
@@ -15,15 +16,9 @@ use recoup::model::{Decoder, ModelConfig};
 use recoup::quantize::calibrate::{Calibration, calibrate};
 use recoup::quantize::convert::convert;
 use recoup::quantize::dequantize::dequantize;
-use recoup::quantize::recipe::{Rotate, ScaleChoice, Smooth};
+use recoup::quantize::recipe::{Rotate, Smooth};
 use recoup::quantize::rotate::rotate;
 use recoup::quantize::{CalibrationText, Places, QuantizeError, Recipe, Scheme, apply, quantize, smooth};
-use serde_json::Value;
-
-fn calibrated(source: &Checkpoint) -> Calibration {
-    let tokens: Vec<Vec<u32>> = (0..4).map(|s| (0..64).map(|i| (i * 37 + s * 101) % 384).collect()).collect();
-    calibrate(source, cpu(2), &tokens, "test", &mut |_, _| {}).unwrap()
-}
 
 /// Recipes, and the names of the tools' exports that they equal.
 const MODELOPT: [(&str, &str); 14] = [
@@ -65,58 +60,6 @@ fn recipe(name: &str) -> Recipe {
     recipe
 }
 
-/// The quantization that a checkpoint's configurations state, without who wrote it.
-fn stated(folder: &Path) -> [Option<Value>; 2] {
-    ["config.json", "hf_quant_config.json"].map(|file| {
-        let text = std::fs::read_to_string(folder.join(file)).ok()?;
-        let mut value: Value = serde_json::from_str(&text).unwrap();
-        let mut quantization = value
-            .get_mut("quantization_config")
-            .or(None)
-            .map(Value::take)
-            .unwrap_or_else(|| value["quantization"].take());
-        // What llm-compressor says of itself, and engines do not read.
-        for key in ["producer", "moe_sparsity_config"] {
-            quantization.as_object_mut().unwrap().remove(key);
-        }
-        Some(quantization)
-    })
-}
-
-/// Quantizes the BF16 model in `source` and compares with what the dialect's tool exported to `theirs`: weights, their
-/// scales, names, types and configurations. Activation and KV scales depend on the calibration text, which fixtures do not
-/// hold.
-fn compare(source: &Path, recipe: &Recipe, dialect: Dialect, theirs: &Path) {
-    let source = Checkpoint::open(source).unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    let out = folder.path().join("quantized");
-    let at = theirs.display();
-    quantize(&source, &calibrated(&source), recipe, dialect, &Default::default(), None, &out).unwrap();
-    let ours = Checkpoint::open(&out).unwrap();
-    let exported = TensorStore::open(theirs).unwrap();
-    assert_eq!(ours.tensors.names().collect::<Vec<_>>(), exported.names().collect::<Vec<_>>(), "{at}");
-    let (mut weights, mut wrong) = (0, Vec::new());
-    for name in exported.names() {
-        let (a, b) = (ours.tensors.peek(name).unwrap(), exported.peek(name).unwrap());
-        assert_eq!((a.dtype, a.shape), (b.dtype, b.shape), "{at}: {name}");
-        if !name.contains("input_") && !name.ends_with("k_scale") && !name.ends_with("v_scale") {
-            let differing = a.bytes.iter().zip(b.bytes).filter(|(a, b)| a != b).count();
-            // The tools' searches ran on a simulation of theirs, whose f32 rounding decides where two scales err nearly
-            // equally: the scales of 4 blocks in 1,000 and their codes may differ.
-            let scales = if recipe.block_scales == ScaleChoice::Max { 0 } else { 4 };
-            let ties = a.bytes.len() * scales / 1000;
-            if differing > ties {
-                wrong.push(format!("{name}: {differing} of {}", a.bytes.len()));
-            }
-            weights += usize::from(name.contains("proj"));
-        }
-    }
-    assert!(wrong.is_empty(), "{at}: {} of {weights} differ: {:?}", wrong.len(), &wrong[..wrong.len().min(4)]);
-    assert!(weights >= 14);
-    assert_eq!(stated(&out), stated(theirs), "{at}");
-    Decoder::load(cpu(2), &ours).unwrap();
-}
-
 /// Every export of `dialect`'s tool whose BF16 form is at hand: the repository's own, and the full set where it is.
 fn compare_all(tool: &str, dialect: Dialect, recipes: &[(&str, &str)]) {
     let mut compared = 0;
@@ -128,7 +71,7 @@ fn compare_all(tool: &str, dialect: Dialect, recipes: &[(&str, &str)]) {
         let Some(source) = sources.into_iter().find(|s| s.is_dir()) else { continue };
         if let Some((name, _)) = recipes.iter().find(|(_, e)| t == tool && *e == export) {
             println!("{}", fixture.name);
-            compare(&source, &recipe(name), dialect, &fixture.folder);
+            compare(&source, &recipe(name), dialect, &fixture.folder, &|_| ());
             compared += 1;
         }
     }

@@ -1,0 +1,113 @@
+//! Experts of a layer written as one tensor, in the layouts that [`super::fused`] reads.
+
+use safetensors::Dtype;
+
+use super::fused::Fused;
+use super::write::TensorSpec;
+use crate::formats::linear::{ActivationFormat, BlockScales, LinearTensors};
+use crate::formats::scheme::Scheme;
+use crate::formats::{mx, nvfp4};
+
+/// How a dialect stores the experts of a layer together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FusedLayout {
+    /// Outputs last, [E, K/2, N]; a scale of the weights and one of the input for all experts (ModelOpt's NVFP4).
+    Columns,
+    /// Blocks of 32 along K, [E, N, K/32, 16] (OpenAI's MXFP4).
+    Blocks,
+    /// Floats with the outputs last, [E, K, N], in BF16.
+    Plain,
+}
+
+/// One projection of all experts of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    pub experts: usize,
+    /// Rows of one expert's, those of gate and up counted once.
+    pub n: usize,
+    pub k: usize,
+}
+
+impl Fused {
+    /// What the tensors' names begin with.
+    #[must_use]
+    pub fn stem(&self) -> &str {
+        &self.stem
+    }
+
+    /// The tensors that hold all experts, spelled as `stem`, quantized by `scheme` ([`Scheme::None`] in the plain layout).
+    #[must_use]
+    pub fn specs(&self, layout: FusedLayout, scheme: Scheme, extent: Extent, stem: &str) -> Vec<TensorSpec> {
+        let Extent { experts, n, k } = extent;
+        let rows = n * self.step;
+        let spec = |suffix: &str, dtype, shape: &[usize]| TensorSpec {
+            name: format!("{stem}{suffix}"),
+            dtype,
+            shape: shape.to_vec(),
+        };
+        match layout {
+            FusedLayout::Columns => {
+                let mut out = vec![
+                    spec("", Dtype::U8, &[experts, k / 2, rows]),
+                    spec("_weight_scale", Dtype::F8_E4M3, &[experts, k / nvfp4::BLOCK, rows]),
+                    spec("_weight_scale_2", Dtype::F32, &[]),
+                ];
+                if scheme.has_input_scale() {
+                    out.push(spec("_input_scale", Dtype::F32, &[]));
+                }
+                out
+            }
+            FusedLayout::Blocks => vec![
+                spec("_blocks", Dtype::U8, &[experts, rows, k / mx::BLOCK, mx::BLOCK / 2]),
+                spec("_scales", Dtype::U8, &[experts, rows, k / mx::BLOCK]),
+            ],
+            FusedLayout::Plain => vec![spec("", Dtype::BF16, &[experts, k, rows])],
+        }
+    }
+
+    /// Puts one expert's projection where it lies in `out`, the bytes of the tensors of [`Self::specs`].
+    pub fn put(&self, layout: FusedLayout, linear: &LinearTensors<'_>, out: &mut [Vec<u8>]) {
+        let LinearTensors { n, k, .. } = *linear;
+        let scales: &[u8] = match &linear.block_scales {
+            BlockScales::E4m3 { codes, .. } | BlockScales::E8m0 { codes, .. } => codes,
+            _ => &[],
+        };
+        match (layout, out) {
+            (FusedLayout::Columns, [elements, blocks, rest @ ..]) => {
+                self.put_columns(elements, &linear.data, [n, k / 2, 1]);
+                self.put_columns(blocks, scales, [n, k / nvfp4::BLOCK, 1]);
+                let input = match linear.activation {
+                    ActivationFormat::Nvfp4 { global_scale } => global_scale,
+                    _ => 1.0,
+                };
+                for (bytes, scale) in rest.iter_mut().zip([linear.output_scale.at(0), input]) {
+                    bytes.copy_from_slice(&scale.to_le_bytes());
+                }
+            }
+            (FusedLayout::Blocks, [elements, blocks, ..]) => {
+                self.put_rows(elements, &linear.data, n, k / 2);
+                self.put_rows(blocks, scales, n, k / mx::BLOCK);
+            }
+            (FusedLayout::Plain, [elements, ..]) => self.put_columns(elements, &linear.data, [n, k, 2]),
+            _ => {}
+        }
+    }
+
+    fn put_rows(&self, out: &mut [u8], rows: &[u8], n: usize, length: usize) {
+        for (row, from) in rows.chunks_exact(length).enumerate() {
+            out[self.row(row, n) * length..][..length].copy_from_slice(from);
+        }
+    }
+
+    /// Rows of `units` of `size` bytes as columns.
+    fn put_columns(&self, out: &mut [u8], rows: &[u8], [n, units, size]: [usize; 3]) {
+        let width = n * self.step;
+        let own = &mut out[self.expert * units * width * size..][..units * width * size];
+        for (row, from) in rows.chunks_exact(units * size).enumerate() {
+            let column = row * self.step + self.first;
+            for (unit, value) in from.chunks_exact(size).enumerate() {
+                own[(unit * width + column) * size..][..size].copy_from_slice(value);
+            }
+        }
+    }
+}
