@@ -170,3 +170,30 @@ fn rename(tensors: &mut TensorStore, root: &'static str) -> bool {
     }
     false
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_spelled_as_the_files_have_them() {
+        let wrapped = Spelling { decoder: Some(("backbone.", "language_model.backbone.")), head: "language_model." };
+        let other_root = Spelling { decoder: Some(("backbone.", "model.")), head: "" };
+        for (name, in_wrapper, by_other_root) in [
+            (
+                "backbone.layers.3.mixer.in_proj",
+                "language_model.backbone.layers.3.mixer.in_proj",
+                "model.layers.3.mixer.in_proj",
+            ),
+            ("backbone.embeddings.weight", "language_model.backbone.embeddings.weight", "model.embeddings.weight"),
+            ("backbone.norm_f", "language_model.backbone.norm_f", "model.norm_f"),
+            ("lm_head", "language_model.lm_head", "lm_head"),
+            ("lm_head.weight_scale", "language_model.lm_head.weight_scale", "lm_head.weight_scale"),
+            ("mtp.layers.0.norm.weight", "mtp.layers.0.norm.weight", "mtp.layers.0.norm.weight"),
+        ] {
+            assert_eq!(wrapped.stored(name), in_wrapper);
+            assert_eq!(other_root.stored(name), by_other_root);
+            assert_eq!(Spelling::default().stored(name), name);
+        }
+    }
+}

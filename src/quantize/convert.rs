@@ -70,7 +70,7 @@ pub fn convert(checkpoint: &Checkpoint, dialect: Dialect, out: &Path) -> Result<
         if !m.is_quantizable() {
             return Err(fail("is quantized, which `convert` knows of the blocks' linears and the head only".into()));
         }
-        if !tool.says(scheme) {
+        if !tool.says_alone(scheme) {
             return Err(fail(format!("is {scheme}, which the {dialect} dialect has no name for")));
         }
         if linear.pre_quant_scale.is_some() {

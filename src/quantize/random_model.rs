@@ -85,7 +85,7 @@ impl RandomModel {
             let modules: Vec<Module> = config.modules().into_iter().filter(Module::is_quantizable).collect();
             for (module, scheme) in modules.iter().zip(recipe.assign(&modules)?) {
                 let fail = |detail: String| QuantizeError::Module { module: module.name.clone(), detail };
-                if scheme != Scheme::None && !tool.says(scheme) {
+                if scheme != Scheme::None && !tool.says_alone(scheme) {
                     return Err(fail(format!("is to be {scheme}, which the {dialect} dialect has no name for")));
                 }
                 if let Some(block) = scheme.block().filter(|b| !module.role.k.is_multiple_of(*b)) {

@@ -158,7 +158,7 @@ impl Default for Gptq {
 }
 
 /// Recipes that ship, by name.
-const SHIPPED: [(&str, &str); 29] = [
+const SHIPPED: [(&str, &str); 30] = [
     ("nvfp4", include_str!("recipes/nvfp4.json")),
     ("nvfp4_best", include_str!("recipes/nvfp4_best.json")),
     ("nvfp4_best_channels", include_str!("recipes/nvfp4_best_channels.json")),
@@ -184,6 +184,7 @@ const SHIPPED: [(&str, &str); 29] = [
     ("fp8_block", include_str!("recipes/fp8_block.json")),
     ("mxfp8", include_str!("recipes/mxfp8.json")),
     ("mxfp4", include_str!("recipes/mxfp4.json")),
+    ("mxfp4a16_experts_only", include_str!("recipes/mxfp4a16_experts_only.json")),
     ("nano_nvfp4_kv_fp8_cast", include_str!("recipes/nano_nvfp4_kv_fp8_cast.json")),
     ("super-nvfp4-max-calib", include_str!("recipes/super-nvfp4-max-calib.json")),
     ("lightning_w4a16_nvfp4_4o6", include_str!("recipes/lightning_w4a16_nvfp4_4o6.json")),
@@ -298,6 +299,11 @@ impl Recipe {
             for (m, scheme) in modules.iter().zip(&mut out).filter(|(m, _)| names(m)) {
                 *scheme = rule.scheme;
                 matched |= !m.name.is_empty();
+            }
+            if !matched && rule.modules == "lm_head" {
+                return Err(fail(
+                    "the rule for `lm_head` matches nothing: this model's head is its embedding (tied)".into(),
+                ));
             }
             if !matched {
                 let example = modules.first().map_or("", |m| m.name.as_str());

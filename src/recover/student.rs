@@ -201,11 +201,12 @@ impl Student {
                 return Pending::copy(&from.tensors, name);
             };
             let view = from.tensors.peek(name)?;
-            Some(Pending::new(name, view.dtype, view.shape, move || {
+            Some(Pending::new(from.tensors.stored_name(name), view.dtype, view.shape, move || {
                 Ok(if scales { p.scale_bytes().unwrap_or_default() } else { p.bytes() })
             }))
         };
-        let tensors: Vec<Pending<'_, RecoverError>> = from.tensors.names().filter_map(tensor).collect();
+        let own = from.tensors.names().filter_map(tensor);
+        let tensors: Vec<Pending<'_, RecoverError>> = own.chain(Pending::aside(&from.tensors)).collect();
         writer.tensors(tensors, SHARD_BYTES, &metadata([]))?;
         writer.copy_settings(from.tensors.folder())?;
         files.iter().try_for_each(|(name, contents)| writer.file(name, contents))?;

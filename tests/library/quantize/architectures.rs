@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use super::compared::{calibrated, compare, stated};
-use crate::support::fixtures::{Fixture, architecture_fixtures, cpu};
+use crate::support::fixtures::{Fixture, architecture_fixtures, cpu, is_full};
 use recoup::checkpoint::Checkpoint;
 use recoup::checkpoint::dialect::Dialect;
 use recoup::checkpoint::tensors::TensorStore;
@@ -13,7 +13,7 @@ use recoup::model::modules::Part;
 use recoup::model::{Decoder, ModelConfig};
 use recoup::quantize::convert::convert;
 use recoup::quantize::dequantize::dequantize;
-use recoup::quantize::recipe::{Gptq, Rotate, Smooth};
+use recoup::quantize::recipe::{Gptq, KvCache, Rotate, Smooth};
 use recoup::quantize::{CalibrationText, Places, QuantizeError, Recipe, Scheme, apply, quantize};
 use serde_json::{Value, json};
 
@@ -76,6 +76,7 @@ fn architectures_quantized_equal_modelopts_own_exports() {
     }
     println!("{compared} exports");
     assert!(failed.is_empty(), "{failed:?}");
+    assert!(compared >= if is_full() { 18 } else { 0 }, "{compared}");
 }
 
 #[test]
@@ -83,13 +84,18 @@ fn experts_become_openais_mxfp4_as_gpt_oss_has_it() {
     let all = architecture_fixtures();
     let find = |name: &str| all.iter().find(|f| f.name == name);
     let (Some(source), Some(theirs)) = (find("modelopt/gpt_oss/bf16"), find("native/gpt_oss/mxfp4")) else { return };
-    let mut recipe = Recipe::uniform(Scheme::Mxfp4a16);
-    recipe.rules[0].modules = "*.mlp.experts.*".into();
+    let mut recipe = Recipe::find("mxfp4a16_experts_only").unwrap();
     compare(&source.folder, &recipe, Dialect::Mxfp4, &theirs.folder, &|_| ());
     let e = refused(&source.checkpoint(), &Recipe::uniform(Scheme::Mxfp4a16), Dialect::Mxfp4);
     assert!(e.contains("self_attn") && e.contains("openai-mxfp4"), "{e}");
     let e = refused(&source.checkpoint(), &Recipe::uniform(Scheme::Fp8), Dialect::ModelOpt);
     assert!(e.contains("mlp.experts.0") && e.contains("one tensor"), "{e}");
+    let e = refused(&source.checkpoint(), &Recipe::uniform(Scheme::Nvfp4), Dialect::CompressedTensors);
+    assert!(e.contains("mlp.experts.0") && e.contains("compressed-tensors"), "{e}");
+    let mut cached = recipe.clone();
+    cached.kv_cache = Some(KvCache::Fp8Cast);
+    let e = refused(&source.checkpoint(), &cached, Dialect::Mxfp4);
+    assert!(e.contains("KV cache") && e.contains("openai-mxfp4"), "{e}");
     recipe.rules[0].modules = "*.mlp.experts.1.*".into();
     let e = refused(&source.checkpoint(), &recipe, Dialect::Mxfp4);
     assert!(e.contains("mlp.experts.1") && e.contains("one rule"), "{e}");
@@ -160,6 +166,7 @@ fn every_architecture_is_dequantized_or_refused_by_name() {
         compared += 1;
     }
     println!("{compared} dequantized");
+    assert!(compared >= if is_full() { 23 } else { 0 }, "{compared}");
 }
 
 /// Names of the tensors that the text model does not use.
@@ -212,6 +219,7 @@ fn architectures_in_the_other_dialect_and_back_are_the_same_files() {
         compared += 1;
     }
     println!("{compared} there and back");
+    assert!(compared >= if is_full() { 19 } else { 0 }, "{compared}");
 }
 
 #[test]
