@@ -62,7 +62,7 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if args.list_recipes {
         for recipe in Recipe::shipped()? {
-            super::outln!("{:<26} {}", recipe.name, recipe.description);
+            super::outln!("{:<34} {}", recipe.name, recipe.description);
         }
         return super::done();
     }

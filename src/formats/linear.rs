@@ -253,6 +253,18 @@ impl InputRotation {
         }
     }
 
+    /// Makes of each run of a weight's row, which meets rotated inputs, what meets them as they are: H · w.
+    pub fn fold(&self, row: &mut [f32]) {
+        for run in row.chunks_exact_mut(self.group) {
+            let folded: Vec<f32> = self
+                .matrix
+                .chunks_exact(self.group)
+                .map(|h| h.iter().zip(run.iter()).fold(0.0f32, |sum, (h, w)| h.mul_add(*w, sum)))
+                .collect();
+            run.copy_from_slice(&folded);
+        }
+    }
+
     /// Bytes of the matrix.
     #[must_use]
     pub fn bytes(&self) -> usize {

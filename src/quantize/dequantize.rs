@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use half::bf16;
+use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::{QuantizeError, describe};
@@ -16,6 +17,9 @@ use crate::formats::scheme::Scheme;
 use crate::model::ModelConfig;
 use crate::model::modules::Module;
 
+/// Matrices that fp_quant stores beside a linear.
+const ROTATIONS: [&str; 2] = ["forward_hadamard_matrix", "backward_hadamard_matrix"];
+
 /// What writing the BF16 model did.
 #[derive(Clone, Debug, Default)]
 pub struct Dequantized {
@@ -26,7 +30,8 @@ pub struct Dequantized {
 }
 
 /// Writes every weight as its codes times its scales, computed in f32 and rounded to BF16 once; a scale that AWQ left on
-/// the input goes into the weight's columns. How inputs were quantized is lost. One tensor is in memory at a time.
+/// the input goes into the weight's columns, a rotation of the input (fp_quant) into its rows. How inputs were quantized is
+/// lost. One tensor is in memory at a time.
 ///
 /// # Errors
 /// When nothing is quantized, the checkpoint is faulty, or `out` cannot be written.
@@ -39,10 +44,6 @@ pub fn dequantize(checkpoint: &Checkpoint, out: &Path) -> Result<Dequantized, Qu
     let mut fused: BTreeMap<String, Vec<&Module>> = BTreeMap::new();
     for (name, m) in &modules {
         let linear = checkpoint.linear(name, m.role)?;
-        let refuse = |detail: &str| QuantizeError::Module { module: name.clone(), detail: detail.into() };
-        if linear.rotation.is_some() {
-            return Err(refuse("has its input rotated (fp_quant); its weight is not rotated back here"));
-        }
         if !linear.element.is_float() {
             if let Some(place) = checkpoint.fused(name) {
                 fused.entry(place.stem().to_owned()).or_default().push(m);
@@ -72,6 +73,7 @@ pub fn dequantize(checkpoint: &Checkpoint, out: &Path) -> Result<Dequantized, Qu
             Some(Content::Elements) => tensors.push(weight(checkpoint, &modules[owner])),
             Some(Content::Input) => report.dropped.push(tensor.into()),
             Some(Content::Scales | Content::Global | Content::Factors) => {}
+            None if ROTATIONS.contains(&suffix) && quantized.contains(owner) => {}
             None if kv::is_scale(tensor) => report.dropped.push(tensor.into()),
             None => tensors.extend(Pending::copy(store, tensor)),
         }
@@ -120,6 +122,9 @@ fn weight<'a>(checkpoint: &'a Checkpoint, m: &'a Module) -> Pending<'a, Quantize
         let mut w = linear.decode();
         if let Some(scale) = &linear.pre_quant_scale {
             w.chunks_mut(m.role.k).for_each(|row| row.iter_mut().zip(scale).for_each(|(w, s)| *w *= s));
+        }
+        if let Some(rotation) = &linear.rotation {
+            w.par_chunks_mut(m.role.k).for_each(|row| rotation.fold(row));
         }
         checkpoint.tensors.release_pages();
         Ok(w.iter().flat_map(|w| bf16::from_f32(*w).to_le_bytes()).collect())
