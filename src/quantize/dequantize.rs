@@ -62,7 +62,7 @@ pub fn dequantize(checkpoint: &Checkpoint, out: &Path) -> Result<Dequantized, Qu
             // The first of them stands for all, the bias for itself.
             match suffix {
                 "" | "_blocks" => tensors.push(experts(checkpoint, fused[stem].clone())),
-                "_input_scale" => report.dropped.push(tensor.into()),
+                "_input_scale" => report.dropped.push(store.stored_name(tensor)),
                 "_bias" => tensors.extend(Pending::copy(store, tensor)),
                 _ => {}
             }
@@ -71,10 +71,10 @@ pub fn dequantize(checkpoint: &Checkpoint, out: &Path) -> Result<Dequantized, Qu
         let (owner, suffix) = tensor.rsplit_once('.').unwrap_or(("", tensor));
         match content(suffix).filter(|_| quantized.contains(owner)) {
             Some(Content::Elements) => tensors.push(weight(checkpoint, &modules[owner])),
-            Some(Content::Input) => report.dropped.push(tensor.into()),
+            Some(Content::Input) => report.dropped.push(store.stored_name(tensor)),
             Some(Content::Scales | Content::Global | Content::Factors) => {}
             None if ROTATIONS.contains(&suffix) && quantized.contains(owner) => {}
-            None if kv::is_scale(tensor) => report.dropped.push(tensor.into()),
+            None if kv::is_scale(tensor) => report.dropped.push(store.stored_name(tensor)),
             None => tensors.extend(Pending::copy(store, tensor)),
         }
     }
