@@ -581,6 +581,8 @@ fn a_small_hybrid_is_trained_quantized_and_recovered() {
     block::train(&mut student, &teacher, &data, &options, 0, folder.path(), &mut report).unwrap();
     assert_eq!(reports.len(), 4);
     let by_block = kl(&student);
+    // The other method from the same beginning.
+    let mut student = Student::load(&checkpoint, Some(&plain), AutogradBackend::new()).unwrap();
     student.train(|p| Learned::weight(p.is_quantized() || p.is_norm()));
     let options = distill::Options {
         steps: 60,
@@ -594,8 +596,10 @@ fn a_small_hybrid_is_trained_quantized_and_recovered() {
     distill::train(&mut student, Some(&teacher), &data, &options, 0, go_on).unwrap();
     let recovered = kl(&student);
     println!("KL to the teacher: {rounded:.4?} rounded, {by_block:.4?} by block, {recovered:.4?} by QAD; {reports:?}");
-    assert!(reports.iter().all(|r| r.after <= r.before) && by_block[0] < rounded[0], "{reports:?}");
-    assert!(recovered[0] < by_block[0] && recovered[1] < rounded[1], "{rounded:?} {by_block:?} {recovered:?}");
+    assert!(reports.iter().all(|r| r.after <= r.before), "{reports:?}");
+    for kl in [by_block, recovered] {
+        assert!(kl[0] < 0.9 * rounded[0] && kl[1] < 0.9 * rounded[1], "{rounded:?} {kl:?}");
+    }
 
     student.write(&checkpoint, &[], &at("recovered")).unwrap();
     let written = Checkpoint::open(&at("recovered")).unwrap();
