@@ -396,23 +396,28 @@ fn the_embeddings_gradient_of_every_architecture_is_that_of_finite_differences()
         let watched = distill::Watched::new("text".into(), rows, None).unwrap();
         let table: Vec<f32> = (0..vocab as usize).flat_map(|t| embedding.weight_row(t)).collect();
         // Along the gradient of one token, where the slope is its length.
-        let token = 34 % vocab as usize * width;
-        let own = &gradient[token..token + width];
-        let length = own.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
-        let size = table[token..token + width].iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
-        let slope = |step: f64| {
-            let at = |sign: f64| {
-                let mut moved = table.clone();
-                let along = moved[token..token + width].iter_mut().zip(own);
-                along.for_each(|(v, g)| *v += (sign * step * f64::from(*g) / length) as f32);
-                embedding.set_values(moved);
-                watched.loss(decoder, None).unwrap()
+        let mut apart = [1, 5, 9].map(|t| {
+            let token = ((t * 29 + 5) % vocab as usize) * width;
+            let own = &gradient[token..token + width];
+            let length = own.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
+            let size = table[token..token + width].iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+            let slope = |step: f64| {
+                let at = |sign: f64| {
+                    let mut moved = table.clone();
+                    let along = moved[token..token + width].iter_mut().zip(own);
+                    along.for_each(|(v, g)| *v += (sign * step * f64::from(*g) / length) as f32);
+                    embedding.set_values(moved);
+                    watched.loss(decoder, None).unwrap()
+                };
+                (at(1.0) - at(-1.0)) / (2.0 * step)
             };
-            (at(1.0) - at(-1.0)) / (2.0 * step)
-        };
-        // The largest may change which experts are chosen, and bends most.
-        let apart = [2e-3, 5e-4, 1e-4].map(|step| (slope(step * size) / length - 1.0).abs());
-        report.check(&fixture.name, apart.into_iter().fold(f64::INFINITY, f64::min), 5e-3);
+            // The largest bends most, and any may change which experts are chosen.
+            let apart = [2e-3, 5e-4, 1e-4].map(|step| (slope(step * size) / length - 1.0).abs());
+            println!("{}, token {t}: {apart:.6?}", fixture.name);
+            apart.into_iter().fold(f64::INFINITY, f64::min)
+        });
+        apart.sort_by(f64::total_cmp);
+        report.check(&fixture.name, apart[1], 5e-3);
     }
     report.finish();
 }
@@ -581,6 +586,8 @@ fn a_small_hybrid_is_trained_quantized_and_recovered() {
     block::train(&mut student, &teacher, &data, &options, 0, folder.path(), &mut report).unwrap();
     assert_eq!(reports.len(), 4);
     let by_block = kl(&student);
+    // The other method from the same beginning.
+    let mut student = Student::load(&checkpoint, Some(&plain), AutogradBackend::new()).unwrap();
     student.train(|p| Learned::weight(p.is_quantized() || p.is_norm()));
     let options = distill::Options {
         steps: 60,
@@ -594,8 +601,10 @@ fn a_small_hybrid_is_trained_quantized_and_recovered() {
     distill::train(&mut student, Some(&teacher), &data, &options, 0, go_on).unwrap();
     let recovered = kl(&student);
     println!("KL to the teacher: {rounded:.4?} rounded, {by_block:.4?} by block, {recovered:.4?} by QAD; {reports:?}");
-    assert!(reports.iter().all(|r| r.after <= r.before) && by_block[0] < rounded[0], "{reports:?}");
-    assert!(recovered[0] < by_block[0] && recovered[1] < rounded[1], "{rounded:?} {by_block:?} {recovered:?}");
+    assert!(reports.iter().all(|r| r.after <= r.before), "{reports:?}");
+    for kl in [by_block, recovered] {
+        assert!(kl[0] < 0.9 * rounded[0] && kl[1] < 0.9 * rounded[1], "{rounded:?} {kl:?}");
+    }
 
     student.write(&checkpoint, &[], &at("recovered")).unwrap();
     let written = Checkpoint::open(&at("recovered")).unwrap();
