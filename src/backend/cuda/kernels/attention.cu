@@ -188,12 +188,12 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
     // for its key i.
     const bool any = key0 < block_end && key0 + PAGES * PAGE > block_begin;
     bool seen[PAGES];
-    long at[PAGES];
+    int at[PAGES];
     uint32_t wanted = 0;
     UNROLL for (int p = 0; p < PAGES; p++) {
         const int start = key0 + p * PAGE;
         seen[p] = start < block_end && start + PAGE > block_begin;
-        at[p] = seen[p] ? ((long)ld(table + p) * kv_heads + kv_head) * PAGE : 0;
+        at[p] = seen[p] ? (ld(table + p) * kv_heads + kv_head) * PAGE : 0;
         UNROLL for (int i = 0; i < 4; i++) {
             const int key = start + 2 * t + (i & 1) + (i >> 1) * 8;
             if (key < block_end && key >= block_begin) wanted |= 1u << (4 * p + i);
@@ -204,7 +204,7 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
     // Scores: columns of a product are eight keys, two products a page.
     float s[MT][2 * PAGES][4] = {}, s_rest[MT][2 * PAGES][4] = {};
     const char* key[PAGES];
-    UNROLL for (int p = 0; p < PAGES; p++) key[p] = (const char*)keys + ((at[p] + g) * pitch + t * V) * (16 / V);
+    UNROLL for (int p = 0; p < PAGES; p++) key[p] = (const char*)keys + ((long)(at[p] + g) * pitch + t * V) * (16 / V);
     for (int chunk = 0; any && chunk * 4 * V < pitch; chunk++) {
         const bool inside = chunk * 4 * V + t * V < pitch;
         U4 raw[PAGES][2];
@@ -284,7 +284,7 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
     // Values, 32 dimensions at a time: lane 4g+t has dimensions 4g..4g+3 of keys 2t, 2t+1, 2t+8, 2t+9 of each page.
     const char* value[PAGES];
     const int wide = row_pitch(dv);
-    UNROLL for (int p = 0; p < PAGES; p++) value[p] = (const char*)values + ((at[p] + 2 * t) * wide + 4 * g) * (16 / V);
+    UNROLL for (int p = 0; p < PAGES; p++) value[p] = (const char*)values + ((long)(at[p] + 2 * t) * wide + 4 * g) * (16 / V);
     for (int dim0 = 0; dim0 < wide; dim0 += 32) {
         float o[MT][4][4] = {}, o_rest[MT][4][4] = {};
         if (any) {
