@@ -12,7 +12,7 @@
 // and sums. Sums are f32.
 // Roofline: the cache once per 16·MT rows. Limits: head_dim of queries and keys even, up to MAX_DIM.
 // nvcc 13.0.88, sm_80 / 90 / 120, no spills; issue slots per HMMA in the loop over keys:
-//   BF16 16 rows 5.1 / 5.4 / 4.1, 32 rows 2.0 / 2.1 / 2.9; E4M3 16 rows 9.4 / 9.6 / 8.8, 32 rows 4.8 / 4.8 / 5.3
+//   BF16 16 rows 3.7 / 3.9 / 4.5, 32 rows 2.0 / 2.1 / 2.9; E4M3 16 rows 8.8 / 8.8 / 8.8, 32 rows 4.8 / 4.8 / 5.3
 // Decode of BF16, d = 128, sm_90: 173 slots for the keys of a page, 326 for its values, about 280 for 16 rows of numerators: 44 %
 // of what an H200 at full bandwidth leaves; of E4M3 306 + 417 + 280, a tenth more than that.
 #include "formats.cuh"
