@@ -57,7 +57,7 @@ FAULTS = [
     ("attention: a sink left out of the maximum", "attention.cu", "most = sinks ? ld(sinks + head) : -INFINITY", "most = -INFINITY"),
     ("cache: page of the wrong head", "attention.cu", "ld(table + p) * kv_heads + kv_head", "ld(table + p) * kv_heads"),
     ("attention: a piece left out of the sum", "attention.cu", "last = (end - 1) / SPLIT", "last = (end - 2) / SPLIT"),
-    ("attention: the other page", "attention.cu", "((long)ld(table + p) * kv_heads", "((long)ld(table + (p ^ 1)) * kv_heads"),
+    ("attention: the other page", "attention.cu", "(ld(table + p) * kv_heads", "(ld(table + (p ^ 1)) * kv_heads"),
     ("attention: window too wide by one", "attention.cu", "max(0, end - window) : 0; }", "max(0, end - window - 1) : 0; }"),
     ("attention: a key after the end", "attention.cu", "last - key0 - 2 * t;", "last - key0 - 2 * t + 1;"),
     ("attention: no barrier before maxima are read", "attention.cu", "maxima[warp * ROWS + row] = most;\n        }\n    block_sync();", "maxima[warp * ROWS + row] = most;\n        }"),

@@ -12,7 +12,7 @@
 // and sums. Sums are f32.
 // Roofline: the cache once per 16·MT rows. Limits: head_dim of queries and keys even, up to MAX_DIM.
 // nvcc 13.0.88, sm_80 / 90 / 120, no spills; issue slots per HMMA in the loop over keys:
-//   BF16 16 rows 5.1 / 5.4 / 4.1, 32 rows 2.0 / 2.1 / 2.9; E4M3 16 rows 9.4 / 9.6 / 8.8, 32 rows 4.8 / 4.8 / 5.3
+//   BF16 16 rows 3.7 / 3.9 / 4.5, 32 rows 2.0 / 2.1 / 2.9; E4M3 16 rows 8.8 / 8.8 / 8.8, 32 rows 4.8 / 4.8 / 5.3
 // Decode of BF16, d = 128, sm_90: 173 slots for the keys of a page, 326 for its values, about 280 for 16 rows of numerators: 44 %
 // of what an H200 at full bandwidth leaves; of E4M3 306 + 417 + 280, a tenth more than that.
 #include "formats.cuh"
@@ -188,12 +188,12 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
     // for its key i.
     const bool any = key0 < block_end && key0 + PAGES * PAGE > block_begin;
     bool seen[PAGES];
-    long at[PAGES];
+    int at[PAGES];
     uint32_t wanted = 0;
     UNROLL for (int p = 0; p < PAGES; p++) {
         const int start = key0 + p * PAGE;
         seen[p] = start < block_end && start + PAGE > block_begin;
-        at[p] = seen[p] ? ((long)ld(table + p) * kv_heads + kv_head) * PAGE : 0;
+        at[p] = seen[p] ? (ld(table + p) * kv_heads + kv_head) * PAGE : 0;
         UNROLL for (int i = 0; i < 4; i++) {
             const int key = start + 2 * t + (i & 1) + (i >> 1) * 8;
             if (key < block_end && key >= block_begin) wanted |= 1u << (4 * p + i);
@@ -204,7 +204,7 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
     // Scores: columns of a product are eight keys, two products a page.
     float s[MT][2 * PAGES][4] = {}, s_rest[MT][2 * PAGES][4] = {};
     const char* key[PAGES];
-    UNROLL for (int p = 0; p < PAGES; p++) key[p] = (const char*)keys + ((at[p] + g) * pitch + t * V) * (16 / V);
+    UNROLL for (int p = 0; p < PAGES; p++) key[p] = (const char*)keys + ((long)(at[p] + g) * pitch + t * V) * (16 / V);
     for (int chunk = 0; any && chunk * 4 * V < pitch; chunk++) {
         const bool inside = chunk * 4 * V + t * V < pitch;
         U4 raw[PAGES][2];
@@ -284,7 +284,7 @@ DEV void attend(const float* q, const void* keys, const void* values, float* par
     // Values, 32 dimensions at a time: lane 4g+t has dimensions 4g..4g+3 of keys 2t, 2t+1, 2t+8, 2t+9 of each page.
     const char* value[PAGES];
     const int wide = row_pitch(dv);
-    UNROLL for (int p = 0; p < PAGES; p++) value[p] = (const char*)values + ((at[p] + 2 * t) * wide + 4 * g) * (16 / V);
+    UNROLL for (int p = 0; p < PAGES; p++) value[p] = (const char*)values + ((long)(at[p] + 2 * t) * wide + 4 * g) * (16 / V);
     for (int dim0 = 0; dim0 < wide; dim0 += 32) {
         float o[MT][4][4] = {}, o_rest[MT][4][4] = {};
         if (any) {
