@@ -13,7 +13,10 @@ const REMEMBERED: usize = 4096;
 /// Columns of rearranged tensors as the kernel reads them, by where the list of their runs lies; that may lie elsewhere later, so
 /// the list is compared.
 #[derive(Debug, Default)]
-pub(super) struct Columns(Mutex<HashMap<usize, (Vec<Run>, Arc<Memory>)>>);
+pub(super) struct Columns(Mutex<HashMap<usize, Listed>>);
+
+/// A list of runs, and its columns.
+type Listed = (Vec<Run>, Arc<Memory>);
 
 impl CudaBackend {
     /// [`Backend::activate`].
