@@ -71,8 +71,8 @@ fn a_hybrid_is_trained_quantized_and_recovered() {
     succeed(&line.split_whitespace().collect::<Vec<_>>());
     succeed(&["quantize", &plain, "-o", &quantized, "--recipe", "nvfp4"]);
     let line = format!(
-        "recover {quantized} --teacher {plain} --data {TEXT} --method block:steps=20,norms=true --method \
-         qad:steps=20,norms=true --length 64 --watch-samples 4 --samples 64 --threads 2 -o {recovered}"
+        "recover {quantized} --teacher {plain} --data {TEXT} --method block:steps=40 --method qad:steps=60,lr=1e-5 \
+         --length 64 --watch-samples 32 --samples 256 --threads 2 -o {recovered}"
     );
     let (_, stderr) = succeed(&line.split_whitespace().collect::<Vec<_>>());
     let curve = json_lines(&folder.at("recovered/recoup_curve.jsonl"));
@@ -81,6 +81,6 @@ fn a_hybrid_is_trained_quantized_and_recovered() {
         .filter(|e| e["event"] == "watched")
         .map(|e| e["loss"].as_object().unwrap().values().map(|v| v.as_f64().unwrap()).sum())
         .collect();
-    assert!(watched.last().unwrap() < &(0.95 * watched[0]), "{watched:?}\n{stderr}");
+    assert!(watched.last().unwrap() < &(0.85 * watched[0]), "{watched:?}\n{stderr}");
     succeed(&["run", &recovered, "-p", "The", "--max-tokens", "4"]);
 }
