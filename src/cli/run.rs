@@ -255,6 +255,7 @@ impl Chat<'_> {
             stop_tokens: self.text.stop_tokens().to_vec(),
             stop: self.stop.clone(),
             stop_after: splitter.answer_mark().map(str::to_owned),
+            ..Request::default()
         };
         let quiet = self.args.json;
         let mut shown = Shown::new(quiet, self.args.replies.hide_thinking);

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use super::generate::{Answer, Generated, Request};
+use super::generate::{Answer, Generated, PromptScore, Request};
 use super::scheduler::{Plan, Scheduler};
 use super::{Id, Limits};
 use crate::backend::{Backend, BackendError, Batch, PAGE, Span};
@@ -42,18 +42,42 @@ pub enum EngineError {
 }
 
 /// What a step led to. A sequence's last event ends it.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub enum Event<T> {
     /// An answer's next token, and text that is certain with it.
     Token { id: Id, token: Sampled, text: String },
     /// An answer is complete; `rest` is the end of its text, which came with no token.
     Answered { id: Id, answer: Generated, rest: String },
+    /// How probable a prompt's tokens are, from the second on; before the first token of the answer.
+    Prompt { id: Id, scores: Vec<PromptScore> },
+    /// An answer cannot go on; the others do.
+    Failed { id: Id, error: EngineError },
     /// The scores that were asked for, in that order.
     Scored { id: Id, scores: Vec<TokenScore> },
     /// Logits [rows, vocab] after the tokens from position `from` on; ends the sequence with its last token.
     Logits { id: Id, from: usize, rows: usize, logits: T },
     /// What enters the head after those tokens, [rows, hidden]: [`Decoder::head_logits`] makes logits of it.
     States { id: Id, from: usize, rows: usize, states: T },
+}
+
+/// What an engine is at, and what it has done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Sequences that run, and that wait for their turn.
+    pub running: usize,
+    pub waiting: usize,
+    /// Pages that sequences hold, that are kept for others to come, and that there can be.
+    pub pages_used: usize,
+    pub pages_kept: usize,
+    pub pages: usize,
+    /// Tokens whose keys and values were looked for in what is kept, and those found there, since the beginning.
+    pub prefix_asked: u64,
+    pub prefix_found: u64,
+    /// Sequences that had to give way.
+    pub preemptions: u64,
+    /// Tokens that were guessed, and those of them that were right.
+    pub drafted: u64,
+    pub accepted: u64,
 }
 
 /// What is to be known of a sequence.
@@ -114,6 +138,12 @@ impl<'m, B: Backend> Engine<'m, B> {
     #[must_use]
     pub fn room(&self) -> usize {
         self.room * PAGE
+    }
+
+    /// What it is at.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        Stats { waiting: self.len(), pages: self.scheduler.limits().pages, ..Stats::default() }
     }
 
     /// Sequences that have not ended.

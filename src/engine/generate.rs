@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use super::{Engine, EngineError, Event, Id};
 use crate::backend::Backend;
-use crate::logits::{Draw, History, Sampled, Sampler, SamplingParams};
+use crate::logits::{Constraint, Draw, History, Sampled, Sampler, SamplingParams};
 use crate::text::{StopDecoder, TextError, Tokenizer};
 
 /// What to generate.
-#[derive(Clone, Debug, Default)]
+#[derive(Default)]
 pub struct Request {
     pub prompt: Vec<u32>,
     /// Tokens to generate at most.
@@ -22,6 +22,37 @@ pub struct Request {
     pub stop: Vec<String>,
     /// Strings end the answer only after this text: what comes before is thinking.
     pub stop_after: Option<String>,
+    /// No stop token is chosen, and no stop string counts, before this many tokens.
+    pub min_tokens: usize,
+    /// The stop string that ends the answer stays in its text.
+    pub keep_stop: bool,
+    /// Also log-probabilities of the prompt's tokens from the second on, and of this many most probable tokens there.
+    pub prompt_logprobs: Option<usize>,
+    /// What the answer has to follow; after `stop_after`, where there is one.
+    pub constraint: Option<Box<dyn Constraint>>,
+    /// Special tokens are part of the text.
+    pub show_special: bool,
+}
+
+/// How probable a token of a prompt is where it stands.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PromptScore {
+    pub token: u32,
+    /// Natural logarithm of its probability.
+    pub logprob: f32,
+    /// How many tokens are at least as probable; 1 is the most probable.
+    pub rank: usize,
+    /// The most probable tokens there, the most probable first.
+    pub top_logprobs: Vec<(u32, f32)>,
+}
+
+/// What made an answer stop.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StopReason {
+    Token(u32),
+    Text(String),
+    /// Its grammar lets nothing follow.
+    Grammar,
 }
 
 /// Why an answer ended.
@@ -41,6 +72,8 @@ pub struct Generated {
     pub tokens: Vec<Sampled>,
     pub text: String,
     pub finish: Finish,
+    /// What stopped it, where it is [`Finish::Stop`].
+    pub stop: Option<StopReason>,
     /// Seed that repeats this answer.
     pub seed: u64,
     /// From the request until the first token was chosen.
@@ -86,6 +119,7 @@ impl Answer {
                 tokens: Vec::new(),
                 text: String::new(),
                 finish: Finish::Length,
+                stop: None,
                 seed: sampler.seed(),
                 prefill: Duration::ZERO,
                 decode: Duration::ZERO,
@@ -165,7 +199,8 @@ pub fn answer<B: Backend>(
             let (certain, answer) = match event {
                 Event::Token { text, .. } => (text, None),
                 Event::Answered { answer, rest, .. } => (rest, Some(answer)),
-                Event::Scored { .. } | Event::Logits { .. } | Event::States { .. } => continue,
+                Event::Failed { error, .. } => return Err(error),
+                Event::Prompt { .. } | Event::Scored { .. } | Event::Logits { .. } | Event::States { .. } => continue,
             };
             heard = heard && (certain.is_empty() || text(&certain).is_continue());
             // An answer that has ended meanwhile is as it is.

@@ -9,8 +9,8 @@ mod scheduler;
 mod scoring;
 mod sequence;
 
-pub use engine::{Engine, EngineError, Event};
-pub use generate::{Finish, Generated, Request, answer, answer_all};
+pub use engine::{Engine, EngineError, Event, Stats};
+pub use generate::{Finish, Generated, PromptScore, Request, StopReason, answer, answer_all};
 pub use logits::logits;
 pub use scheduler::Limits;
 pub use scoring::{Sequence, score_all};

@@ -22,6 +22,8 @@ pub struct SamplingParams {
     pub presence_penalty: f32,
     /// Subtracted from the logits of tokens in the generated text, once for each time they occur; in [-2, 2].
     pub frequency_penalty: f32,
+    /// Added to the logits of these tokens, ascending, before penalties; each in [-100, 100].
+    pub logit_bias: Vec<(u32, f32)>,
     /// The same seed gives the same tokens for the same logits, on every machine; `None` takes a random one.
     pub seed: Option<u64>,
     /// Also report the log-probability of the token, and of this many most probable tokens (0 is allowed).
@@ -38,6 +40,7 @@ impl Default for SamplingParams {
             repetition_penalty: 1.0,
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
             seed: None,
             logprobs: None,
         }
