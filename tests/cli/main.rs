@@ -14,3 +14,4 @@ mod pretrain;
 mod quantize;
 mod recover;
 mod settings;
+mod verify;
