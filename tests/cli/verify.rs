@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::support::command::{BF16, Folder, NVFP4, run, said, succeed};
 use crate::support::engine_server::{Fault, Protocol, start};
-use crate::support::json;
+use crate::support::{json, project};
 
 const TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
     {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
@@ -93,6 +93,16 @@ fn a_wrong_scale_is_found_in_its_layer() {
 }
 
 #[test]
+fn another_checkpoint_of_the_same_shape_is_no_noise() {
+    let (_folder, model) = model(NVFP4);
+    let served = start(&project().join("models/books-nvfp4-qad"), Protocol::Vllm, Fault::None);
+    let out = run(&["verify", &served, &model, "--json", "--no-search", "-n", "6"]);
+    let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!((out.status.code(), &report["log_probabilities_within"]), (Some(3), &false.into()), "{report:#}");
+    assert!(kinds(&report).contains(&"unknown"), "{}", report["findings"]);
+}
+
+#[test]
 fn gate_and_up_taken_for_each_other_are_found_in_one_layer_and_in_all() {
     let (_folder, model) = model(NVFP4);
     found(&model, Fault::GateUp(None), "weights", "in every layer", &[]);
@@ -136,7 +146,10 @@ fn texts_without_their_beginning_are_told_from_wrong_numbers() {
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}});
     folder.write("m/tokenizer.json", tokenizer.to_string());
-    folder.write("m/tokenizer_config.json", r#"{"bos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}"#);
+    folder.write(
+        "m/tokenizer_config.json",
+        r#"{"bos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}"#,
+    );
     let report = found(&model, Fault::NoBeginning, "bos", "missing on the server", &[]);
     assert_eq!((kinds(&report), &report["log_probabilities_within"]), (vec!["bos"], &true.into()), "{report:#}");
     // Where the server gives numbers of tokens only.

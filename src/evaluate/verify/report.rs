@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::ask::Manner;
-use super::{Agreement, Kind, Segment, Suspect, Tokens, Tolerance};
+use super::{Agreement, Kind, Phase, Segment, Suspect, Tokens, Tolerance};
 
 /// Explanations as good as the best by this factor cannot be told from it.
 const AS_GOOD: f64 = 1.25;
@@ -95,6 +95,8 @@ pub struct Report {
     /// Root mean square of differences between two positions.
     pub by_position: Vec<(usize, usize, f64)>,
     pub segments: Vec<Segment>,
+    /// Of prompts, and of what was generated.
+    pub phases: [Option<Phase>; 2],
     pub tokens: Vec<Tokens>,
     pub chats: Vec<Tokens>,
     pub sampling: Sampling,
@@ -103,10 +105,15 @@ pub struct Report {
 }
 
 /// What explains a difference. `within`: it is one that noise allows, which only a fault that fits much better makes one.
-pub(super) fn explanation(suspects: &[Suspect], segments: &[Segment], within: bool) -> Option<Finding> {
+pub(super) fn explanation(
+    suspects: &[Suspect],
+    segments: &[Segment],
+    phases: &[Option<Phase>; 2],
+    within: bool,
+) -> Option<Finding> {
     let fits = |s: &&Suspect| s.explains && (!within || s.fault);
     let Some(best) = suspects.iter().find(fits) else {
-        return (!within).then(|| unexplained(suspects, segments));
+        return (!within).then(|| unexplained(suspects, segments, phases));
     };
     // What some engines do by design and fits as well is no fault.
     if within && suspects.iter().any(|s| !s.fault && s.nearer && s.after <= AS_GOOD * best.after) {
@@ -125,10 +132,10 @@ fn improvement(suspect: &Suspect) -> String {
 }
 
 /// What there is to say where no explanation fits.
-fn unexplained(suspects: &[Suspect], segments: &[Segment]) -> Finding {
+fn unexplained(suspects: &[Suspect], segments: &[Segment], phases: &[Option<Phase>; 2]) -> Finding {
     let off: Vec<&Segment> = segments.iter().filter(|s| !s.within).collect();
-    let prompts_agree = segments.iter().any(|s| !s.generated) && !off.iter().any(|s| !s.generated);
-    if prompts_agree && !off.is_empty() {
+    let prompts_agree = phases[0].is_some_and(|p| p.within) && !off.iter().any(|s| !s.generated);
+    if prompts_agree && phases[1].is_some_and(|p| !p.within || off.iter().any(|s| s.generated)) {
         return Finding {
             kind: Kind::Decoding,
             what: "what it says of prompts agrees, what it says of tokens that it generates does not: look at the kernels of \
@@ -137,7 +144,10 @@ fn unexplained(suspects: &[Suspect], segments: &[Segment]) -> Finding {
             others: Vec::new(),
         };
     }
-    let mut what = format!("none of {} explanations fits", suspects.len());
+    let mut what = format!(
+        "none of {} explanations fits: is it this checkpoint that is served? Or a fault that is not among them",
+        suspects.len()
+    );
     let begins = off.iter().map(|s| s.from).min().filter(|from| *from > 1);
     if let Some(from) = begins.filter(|from| !segments.iter().any(|s| s.to <= *from && !s.within)) {
         let _ = write!(what, "; every text agrees up to token {from} at least");
@@ -146,7 +156,9 @@ fn unexplained(suspects: &[Suspect], segments: &[Segment]) -> Finding {
     Finding {
         kind: Kind::Unknown,
         what,
-        others: nearer.map(|s| format!("nearer, but not within the noise: the server {} ({})", s.what, improvement(s))).collect(),
+        others: nearer
+            .map(|s| format!("nearer, but not within the noise: the server {} ({})", s.what, improvement(s)))
+            .collect(),
     }
 }
 
@@ -163,12 +175,14 @@ impl Report {
                 "refused": refused},
             "checkpoint": self.checkpoint,
             "tolerance": {"factor": self.tolerance.factor, "floor": self.tolerance.floor, "noise": self.tolerance.noise,
-                "allowed": self.tolerance.all(), "allowed_in_a_segment": self.tolerance.one(0.0)},
+                "allowed": self.tolerance.all(self.agreement.tokens), "allowed_in_a_segment": self.tolerance.one(0.0)},
             "log_probabilities_within": self.within,
             "agreement": self.agreement,
             "parting": self.parting,
             "by_position": self.by_position,
             "segments": self.segments,
+            "prompts": self.phases[0],
+            "generated": self.phases[1],
             "texts": self.tokens,
             "chats": self.chats,
             "sampling": self.sampling,
@@ -201,7 +215,9 @@ impl Report {
             line(&kind(finding.kind), finding.what.clone());
             finding.others.iter().for_each(|other| line("", format!("or {other}")));
         }
-        let Agreement { tokens, within, rms, mean, mean_magnitude, largest, kl, greedy, greedy_same, .. } = self.agreement;
+        let Agreement {
+            tokens, within, rms, mean, mean_magnitude, mean_allowed, largest, kl, greedy, greedy_same, ..
+        } = self.agreement;
         let Tolerance { factor, floor, noise } = self.tolerance;
         if tokens > 0 {
             line(
@@ -209,7 +225,7 @@ impl Report {
                 format!(
                     "{within} of {tokens} log-probabilities within the noise; rms {rms:.4} nats, of which {:.4} is allowed \
                      ({factor} x {noise:.4} that rounding to BF16 makes here, + {floor})",
-                    self.tolerance.all()
+                    self.tolerance.all(self.agreement.tokens)
                 ),
             );
             let kl = kl.map_or_else(String::new, |kl| format!(", KL {kl:.5}"));
@@ -220,14 +236,25 @@ impl Report {
             line(
                 "",
                 format!(
-                    "of the tokens themselves: mean {mean:+.4}, mean magnitude {mean_magnitude:.4}, largest {largest:+.3}{kl}{greedy}"
+                    "of the tokens themselves: mean {mean:+.4} (±{mean_allowed:.4} allowed), mean magnitude {mean_magnitude:.4}, largest {largest:+.3}{kl}{greedy}"
                 ),
             );
+        }
+        if let [Some(prompts), Some(generated)] = &self.phases {
+            let of = |p: &Phase| format!("{:.4} in {} (noise {:.4})", p.rms, p.tokens, p.noise);
+            line("", format!("rms of prompts' tokens {}, of generated ones {}", of(prompts), of(generated)));
         }
         let off = self.segments.iter().filter(|s| !s.within).count();
         if off > 0 {
             let positions = self.by_position.iter().map(|(a, b, rms)| format!("{a}-{b}: {rms:.3}"));
-            line("where", format!("{off} of {} segments are beyond the noise; rms by position {}", self.segments.len(), positions.collect::<Vec<_>>().join(", ")));
+            line(
+                "where",
+                format!(
+                    "{off} of {} segments are beyond the noise; rms by position {}",
+                    self.segments.len(),
+                    positions.collect::<Vec<_>>().join(", ")
+                ),
+            );
         }
         if let Some(p) = &self.parting {
             let server = p.server.map_or_else(|| "nothing".to_owned(), |s| format!("{s:.3}"));
@@ -275,7 +302,13 @@ impl Report {
         }
         let fits = self.suspects.iter().filter(|s| s.nearer).count();
         if !self.suspects.is_empty() {
-            line("tried", format!("{} explanations, of which {fits} are nearer than the checkpoint as it is", self.suspects.len()));
+            line(
+                "tried",
+                format!(
+                    "{} explanations, of which {fits} are nearer than the checkpoint as it is",
+                    self.suspects.len()
+                ),
+            );
         }
         self.notes.iter().for_each(|note| line("note", note.clone()));
         out
