@@ -27,7 +27,6 @@ pub use self::report::{Parting, Report, Sampling, Verdict};
 pub use self::suspects::Suspect;
 pub use self::texts::{Chat, Text, Texts};
 use super::Watch;
-use crate::backend::rounded::Rounding;
 use crate::backend::{Backend, BackendError};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::engine::EngineError;
@@ -160,7 +159,7 @@ pub fn verify<B: Backend + Clone>(
     watch.begin("computing the same", 2 * sequences.len() as u64, 0);
     let here = facts(subject.model, subject.kv, &sequences, 1.0, &mut || watch.part())?;
     // Engines on GPUs keep BF16 between their kernels, and keys and values in it too where nothing else is said.
-    let bf16 = subject.model.rounded(Rounding::Bf16);
+    let bf16 = subject.model.rounded();
     let rounded = facts(&bf16, KvFormat::Bf16, &sequences, 1.0, &mut || watch.part())?;
     drop(bf16);
     watch.end();

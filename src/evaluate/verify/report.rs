@@ -218,12 +218,13 @@ impl Report {
         let Agreement {
             tokens, within, rms, mean, mean_magnitude, mean_allowed, largest, kl, greedy, greedy_same, ..
         } = self.agreement;
+        let compared = tokens - self.agreement.missing - self.agreement.ruled_out;
         let Tolerance { factor, floor, noise } = self.tolerance;
         if tokens > 0 {
             line(
                 "agreement",
                 format!(
-                    "{within} of {tokens} log-probabilities within the noise; rms {rms:.4} nats, of which {:.4} is allowed \
+                    "{within} of {compared} log-probabilities within the noise; rms {rms:.4} nats, of which {:.4} is allowed \
                      ({factor} x {noise:.4} that rounding to BF16 makes here, + {floor})",
                     self.tolerance.all(self.agreement.tokens)
                 ),

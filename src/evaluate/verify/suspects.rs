@@ -8,7 +8,6 @@ use super::altered::{Alteration, Altered, Possible};
 use super::facts::{Fact, Said, Sequence, facts};
 use super::{Subject, VerifyError};
 use crate::backend::Backend;
-use crate::backend::rounded::Rounding;
 use crate::evaluate::Watch;
 use crate::formats::kv::KvFormat;
 use crate::model::Decoder;
@@ -71,20 +70,12 @@ pub fn try_all<B: Backend + Clone>(
     let possible = Possible::of(subject.checkpoint, &subject.model.config)?;
     let alterations = alterations(&possible);
     let mut list = List { subject, sequences, here, tolerance, found: Vec::new() };
-    watch.begin("trying explanations", alterations.len() as u64 + 4, 0);
+    watch.begin("trying explanations", alterations.len() as u64 + 3, 0);
     list.shifts();
     list.temperature()?;
     watch.part();
     list.beginning()?;
     watch.part();
-    for rounding in
-        [(Rounding::Int8Inputs, "quantizes inputs of products to 8-bit integers in blocks of 32, as llama.cpp does")]
-    {
-        let model = subject.model.rounded(rounding.0);
-        let altered = facts(&model, subject.kv, sequences, 1.0, &mut || {})?;
-        list.add(Kind::Activations, rounding.1, &altered, false);
-        watch.part();
-    }
     let cache = subject.model.cache_format(subject.kv);
     if cache == KvFormat::F32 {
         let altered = facts(subject.model, KvFormat::Bf16, sequences, 1.0, &mut || {})?;
