@@ -8,7 +8,7 @@ use super::facts::{Fact, Said, Sequence};
 pub const RULED_OUT: f64 = -1000.0;
 /// Standard errors by which the mean difference may be off 0: neighbouring places are not independent, so that a few are
 /// nothing.
-const BIASED: f64 = 6.0;
+const BIASED: f64 = 4.0;
 /// A difference counts this much at most, so that one token cannot outweigh the rest.
 const MOST: f64 = 5.0;
 /// Places that are judged together.

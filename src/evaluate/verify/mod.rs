@@ -336,7 +336,9 @@ fn heard<B: Backend>(
         }
         match heard.sequence {
             Some(sequence) => sequences.push(sequence),
-            None => notes.push(format!("`{name}` was not compared: the server reads it as other tokens")),
+            None => notes.push(format!(
+                "`{name}` was not compared: the server reads it as other tokens, or generated none after it"
+            )),
         }
     }
     watch.end();
