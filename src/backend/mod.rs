@@ -25,7 +25,9 @@ pub use self::pass::{Batch, HostPass, PAGE, RopeRows, RopeTable, Rotation, Span}
 pub use self::shapes::*;
 use crate::formats::linear::LinearTensors;
 use crate::formats::{all_finite, squares_finite};
-use crate::logits::{Draw, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore};
+use crate::logits::{
+    Draw, RankedScore, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore, most_probable, rank_of,
+};
 
 /// Version of what is computed: to be raised with every change that changes a bit of any logits, or the tokens that a text
 /// becomes. Results that are kept on disk are kept under it, so that another version's are never given out as this one's;
@@ -343,7 +345,13 @@ pub trait Backend: Send + Sync + Sized {
     /// How probable token `picks[i].1` is under the softmax of row `picks[i].0`.
     fn score(&self, logits: &Self::Tensor, picks: &[(usize, u32)]) -> Result<Vec<TokenScore>>;
 
-    /// The token that `draws[i]` chooses from row `i`.
+    /// How probable token `tokens[i]` is under the softmax of row `i`, as [`Backend::score`] says it, its rank, and the
+    /// `count` most probable tokens there.
+    fn score_ranked(&self, logits: &Self::Tensor, tokens: &[u32], count: usize) -> Result<Vec<RankedScore>> {
+        score_ranked_on_host(self, logits, tokens, count)
+    }
+
+    /// The token that `draws[i]` chooses from row `i`: [`Draw::choose`] to the last bit.
     fn sample(
         &self,
         logits: &Self::Tensor,
@@ -441,6 +449,34 @@ fn mixture_by_expert<B: Backend>(
     Ok(sum)
 }
 
+/// [`Backend::score_ranked`], ranks found on the host.
+fn score_ranked_on_host<B: Backend>(
+    backend: &B,
+    logits: &B::Tensor,
+    tokens: &[u32],
+    count: usize,
+) -> Result<Vec<RankedScore>> {
+    let host = backend.to_host(logits)?;
+    let vocab = host.len() / tokens.len().max(1);
+    if let Some(&token) = tokens.iter().find(|t| **t as usize >= vocab) {
+        return Err(BackendError::TokenOutOfRange { token, vocab });
+    }
+    let rows = || host.chunks(vocab.max(1)).zip(tokens.iter().copied());
+    let tops: Vec<Vec<u32>> = rows().map(|(row, _)| most_probable(row, count)).collect();
+    let of_row = |(row, (&token, top)): (usize, (&u32, &Vec<u32>))| {
+        std::iter::once(token).chain(top.iter().copied()).map(|t| (row, t)).collect::<Vec<_>>()
+    };
+    let picks: Vec<(usize, u32)> = tokens.iter().zip(&tops).enumerate().flat_map(of_row).collect();
+    let mut scores = backend.score(logits, &picks)?.into_iter().map(|s| s.log_prob);
+    let mut next = || scores.next().unwrap_or(f64::NAN);
+    let ranked = |((row, token), top): ((&[f32], u32), &Vec<u32>)| RankedScore {
+        log_prob: next(),
+        rank: rank_of(row, token),
+        top: top.iter().map(|&t| (t, next())).collect(),
+    };
+    Ok(rows().zip(&tops).map(ranked).collect())
+}
+
 /// [`Backend::sample`] of logits on the host.
 fn sample_rows(
     logits: &[f32],
@@ -449,7 +485,7 @@ fn sample_rows(
 ) -> Vec<std::result::Result<Sampled, SamplingError>> {
     let vocab = logits.len() / draws.len().max(1);
     let rows = logits.chunks(vocab.max(1)).zip(draws);
-    rows.map(|(row, draw)| draw.sampler.sample(row, draw.history, scratch)).collect()
+    rows.map(|(row, draw)| draw.choose(row, scratch)).collect()
 }
 
 /// The only one of the tensors that a backend gave for one weight.

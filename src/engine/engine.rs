@@ -8,10 +8,10 @@ use std::ops::Range;
 
 use super::generate::{Answer, Generated, PromptScore, Request};
 use super::scheduler::{Plan, Scheduler};
-use super::{Id, Limits};
+use super::{Id, Limits, Stats};
 use crate::backend::{Backend, BackendError, Batch, PAGE, Span};
 use crate::formats::kv::KvFormat;
-use crate::logits::{Draw, Sampled, SamplingError, Scratch, TokenScore};
+use crate::logits::{ConstraintError, Draw, Sampled, SamplingError, Scratch, TokenScore};
 use crate::model::Decoder;
 use crate::text::{TextError, Tokenizer};
 
@@ -33,6 +33,8 @@ pub enum EngineError {
     Text(#[from] TextError),
     #[error(transparent)]
     Sampling(#[from] SamplingError),
+    #[error(transparent)]
+    Constraint(#[from] ConstraintError),
     #[error("the prompt is empty; a model continues at least one token")]
     EmptyPrompt,
     #[error(
@@ -58,26 +60,6 @@ pub enum Event<T> {
     Logits { id: Id, from: usize, rows: usize, logits: T },
     /// What enters the head after those tokens, [rows, hidden]: [`Decoder::head_logits`] makes logits of it.
     States { id: Id, from: usize, rows: usize, states: T },
-}
-
-/// What an engine is at, and what it has done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Sequences that run, and that wait for their turn.
-    pub running: usize,
-    pub waiting: usize,
-    /// Pages that sequences hold, that are kept for others to come, and that there can be.
-    pub pages_used: usize,
-    pub pages_kept: usize,
-    pub pages: usize,
-    /// Tokens whose keys and values were looked for in what is kept, and those found there, since the beginning.
-    pub prefix_asked: u64,
-    pub prefix_found: u64,
-    /// Sequences that had to give way.
-    pub preemptions: u64,
-    /// Tokens that were guessed, and those of them that were right.
-    pub drafted: u64,
-    pub accepted: u64,
 }
 
 /// What is to be known of a sequence.
@@ -143,7 +125,7 @@ impl<'m, B: Backend> Engine<'m, B> {
     /// What it is at.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        Stats { waiting: self.len(), pages: self.scheduler.limits().pages, ..Stats::default() }
+        self.scheduler.stats()
     }
 
     /// Sequences that have not ended.
@@ -171,9 +153,12 @@ impl<'m, B: Backend> Engine<'m, B> {
             return Err(EngineError::PromptTooLong { prompt, capacity });
         }
         self.check(&request.prompt)?;
+        let biased: Vec<u32> = request.sampling.logit_bias.iter().map(|b| b.0).collect();
+        self.in_vocabulary(&biased)?;
         let (answer, prompt) = Answer::new(tokenizer, request, capacity)?;
-        let last = prompt.len() - 1;
-        Ok(self.add(prompt, last, Task::Answer(Box::new(answer))))
+        // Scores are found where the model computes, even where the cache holds the tokens.
+        let wanted = answer.next_scored().min(prompt.len() - 1);
+        Ok(self.add(prompt, wanted, Task::Answer(Box::new(answer))))
     }
 
     /// Asks how probable tokens are: `picks` holds positions in `tokens`, ascending, each with a token that could follow.
@@ -217,10 +202,15 @@ impl<'m, B: Backend> Engine<'m, B> {
     }
 
     fn check(&self, tokens: &[u32]) -> Result<(), EngineError> {
-        let (capacity, vocab) = (self.context(), self.model.config.vocab);
+        let capacity = self.context();
         if tokens.len() > capacity {
             return Err(BackendError::CacheTooSmall { capacity, needed: tokens.len() }.into());
         }
+        self.in_vocabulary(tokens)
+    }
+
+    fn in_vocabulary(&self, tokens: &[u32]) -> Result<(), EngineError> {
+        let vocab = self.model.config.vocab;
         match tokens.iter().find(|&&t| t as usize >= vocab) {
             Some(&token) => Err(BackendError::TokenOutOfRange { token, vocab }.into()),
             None => Ok(()),
@@ -242,7 +232,8 @@ impl<'m, B: Backend> Engine<'m, B> {
         }
     }
 
-    /// Computes one pass. Without events there may still be something to do; see [`Self::is_empty`].
+    /// Computes one pass. Without events there may still be something to do; see [`Self::is_empty`]. What goes wrong with one
+    /// answer alone ends it by [`Event::Failed`].
     ///
     /// # Errors
     /// The backend's failure, or a model that computes what is no number. The engine is of no more use then.
@@ -261,12 +252,20 @@ impl<'m, B: Backend> Engine<'m, B> {
             }
         }
         let (mut next, mut scores, mut logits) = (Vec::new(), Vec::new(), Vec::new());
+        let mut prompts = Vec::new();
         let mut first = 0;
         for part in &plan.parts {
             let row = |position: usize| first + position - part.range.start;
             match self.tasks.get(&part.id) {
-                Some(Task::Answer(_)) if part.range.end == self.scheduler.tokens(part.id).len() => {
-                    next.push((part.id, row(part.range.end - 1)));
+                Some(Task::Answer(answer)) => {
+                    let tokens = self.scheduler.tokens(part.id);
+                    if answer.prompt_scores().is_some() {
+                        let end = part.range.end.min(answer.prompt() - 1);
+                        prompts.extend((answer.next_scored()..end).map(|p| (part.id, row(p), tokens[p + 1])));
+                    }
+                    if part.range.end == tokens.len() {
+                        next.push((part.id, row(part.range.end - 1)));
+                    }
                 }
                 Some(Task::Scores { picks, found }) => {
                     let here = picks[found.len()..].iter().take_while(|p| p.0 < part.range.end);
@@ -280,6 +279,7 @@ impl<'m, B: Backend> Engine<'m, B> {
             }
             first += part.range.len();
         }
+        self.score_prompts(&hidden, &prompts)?;
         self.choose(&hidden, &next, &mut events)?;
         self.find_scores(&hidden, &scores, &mut events)?;
         self.hand_out(&hidden, logits, &mut events)?;
@@ -322,13 +322,22 @@ impl<'m, B: Backend> Engine<'m, B> {
         next: &[(Id, usize)],
         events: &mut Vec<Event<B::Tensor>>,
     ) -> Result<(), EngineError> {
-        let is_full = |id| self.answer(id).is_some_and(Answer::is_full);
-        let (full, next): (Vec<_>, Vec<_>) = next.iter().copied().partition(|n| is_full(n.0));
-        for (id, _) in full {
-            self.finish(id, events)?;
+        let mut choosing = Vec::with_capacity(next.len());
+        for &(id, row) in next {
+            let Some(Task::Answer(answer)) = self.tasks.get_mut(&id) else { continue };
+            if let Some(scores) = answer.all_prompt_scores() {
+                events.push(Event::Prompt { id, scores });
+            }
+            if answer.is_full() {
+                self.finish(id, events);
+            } else if let Err(error) = answer.prepare(self.model.config.vocab) {
+                self.fail(id, error, events);
+            } else {
+                choosing.push((id, row));
+            }
         }
         let backend = self.model.backend();
-        for part in next.chunks(LOGIT_ROWS) {
+        for part in choosing.chunks(LOGIT_ROWS) {
             let rows: Vec<usize> = part.iter().map(|n| n.1).collect();
             let logits = self.model.logits(&backend.select_rows(hidden, &rows)?)?;
             let mut scratch = std::mem::take(&mut self.scratch);
@@ -337,7 +346,29 @@ impl<'m, B: Backend> Engine<'m, B> {
             let sampled = backend.sample(&logits, &draws, &mut scratch)?;
             self.scratch = scratch;
             for (&(id, _), token) in part.iter().zip(sampled) {
-                self.take(id, token?, events)?;
+                match token {
+                    Ok(token) => self.take(id, token, events),
+                    Err(error) => self.fail(id, error.into(), events),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Scores tokens of prompts, each after the given row.
+    fn score_prompts(&mut self, hidden: &B::Tensor, picks: &[(Id, usize, u32)]) -> Result<(), EngineError> {
+        let backend = self.model.backend();
+        for part in picks.chunks(LOGIT_ROWS) {
+            let rows: Vec<usize> = part.iter().map(|p| p.1).collect();
+            let tokens: Vec<u32> = part.iter().map(|p| p.2).collect();
+            let top = |p: &(Id, usize, u32)| self.answer(p.0)?.prompt_scores().map(|s| s.top);
+            let most = part.iter().filter_map(top).max().unwrap_or(0);
+            let logits = self.model.logits(&backend.select_rows(hidden, &rows)?)?;
+            let scores = backend.score_ranked(&logits, &tokens, most)?;
+            for (&(id, _, token), score) in part.iter().zip(scores) {
+                if let Some(Task::Answer(answer)) = self.tasks.get_mut(&id) {
+                    answer.take_prompt_score(token, score);
+                }
             }
         }
         Ok(())
@@ -351,23 +382,33 @@ impl<'m, B: Backend> Engine<'m, B> {
     }
 
     /// Gives an answer its next token.
-    fn take(&mut self, id: Id, token: Sampled, events: &mut Vec<Event<B::Tensor>>) -> Result<(), EngineError> {
-        let Some(Task::Answer(answer)) = self.tasks.get_mut(&id) else { return Ok(()) };
-        let taken = answer.take(token.clone())?;
+    fn take(&mut self, id: Id, token: Sampled, events: &mut Vec<Event<B::Tensor>>) {
+        let Some(Task::Answer(answer)) = self.tasks.get_mut(&id) else { return };
+        let taken = match answer.take(token.clone()) {
+            Ok(taken) => taken,
+            Err(error) => return self.fail(id, error, events),
+        };
         events.push(Event::Token { id, token, text: taken.text });
         match taken.next {
             Some(token) => self.scheduler.push(id, token),
-            None => self.finish(id, events)?,
+            None => self.finish(id, events),
         }
-        Ok(())
     }
 
-    fn finish(&mut self, id: Id, events: &mut Vec<Event<B::Tensor>>) -> Result<(), EngineError> {
+    /// Ends an answer that is complete.
+    fn finish(&mut self, id: Id, events: &mut Vec<Event<B::Tensor>>) {
         if let Some(Task::Answer(answer)) = self.end(id) {
-            let (answer, rest) = answer.finish()?;
-            events.push(Event::Answered { id, answer, rest });
+            events.push(match answer.finish() {
+                Ok((answer, rest)) => Event::Answered { id, answer, rest },
+                Err(error) => Event::Failed { id, error: error.into() },
+            });
         }
-        Ok(())
+    }
+
+    /// Ends an answer that cannot go on.
+    fn fail(&mut self, id: Id, error: EngineError, events: &mut Vec<Event<B::Tensor>>) {
+        self.end(id);
+        events.push(Event::Failed { id, error });
     }
 
     /// Scores tokens after the given rows.

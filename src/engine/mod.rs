@@ -8,10 +8,12 @@ mod pages;
 mod scheduler;
 mod scoring;
 mod sequence;
+mod stats;
 
-pub use engine::{Engine, EngineError, Event, Stats};
+pub use engine::{Engine, EngineError, Event};
 pub use generate::{Finish, Generated, PromptScore, Request, StopReason, answer, answer_all};
 pub use logits::logits;
 pub use scheduler::Limits;
 pub use scoring::{Sequence, score_all};
 pub use sequence::Id;
+pub use stats::Stats;

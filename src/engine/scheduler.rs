@@ -20,6 +20,7 @@ use std::ops::{Bound, Range};
 
 use super::pages::{Held, Pages, common};
 use super::sequence::{Id, Sequence};
+use super::stats::Stats;
 use crate::backend::PAGE;
 
 /// A beginning is waited for if it has at least this many tokens more than what the cache holds: fewer are computed anew.
@@ -102,6 +103,8 @@ pub struct Scheduler {
     waiting: BTreeMap<Id, Sequence>,
     running: BTreeMap<Id, Sequence>,
     next: u64,
+    /// What was done so far; what it is at is counted when asked for.
+    done: Stats,
 }
 
 impl Scheduler {
@@ -116,7 +119,8 @@ impl Scheduler {
         };
         let slots = limits.states.map_or(0, |kept| limits.sequences.saturating_add(kept));
         let pages = Pages::new(limits.pages, limits.kept).with_slots(slots);
-        Self { limits, pages, waiting: BTreeMap::new(), running: BTreeMap::new(), next: 0 }
+        let (waiting, running) = (BTreeMap::new(), BTreeMap::new());
+        Self { limits, pages, waiting, running, next: 0, done: Stats::default() }
     }
 
     /// The bounds.
@@ -135,6 +139,19 @@ impl Scheduler {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// What it is at, and what it has done.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        Stats {
+            running: self.running.len(),
+            waiting: self.waiting.len(),
+            pages_used: self.limits.pages - self.pages.available(),
+            pages_kept: self.pages.kept(),
+            pages: self.limits.pages,
+            ..self.done
+        }
     }
 
     /// Tokens of a sequence that has not ended.
@@ -214,6 +231,8 @@ impl Scheduler {
                 }
                 let Some((newest, mut sequence)) = self.running.pop_last() else { break };
                 sequence.retire(&mut self.pages);
+                sequence.gave_way = true;
+                self.done.preemptions += 1;
                 self.waiting.insert(newest, sequence);
                 if let Some(at) = plan.parts.iter().position(|p| p.id == newest) {
                     *budget += plan.parts.remove(at).range.len();
@@ -252,6 +271,7 @@ impl Scheduler {
                 break;
             }
             let Some(mut sequence) = self.waiting.remove(&id) else { break };
+            let asked = sequence.reusable().len();
             let whole = pages.len();
             let mut computed = whole * PAGE;
             if let Some((from, tokens)) = held.partial
@@ -271,6 +291,10 @@ impl Scheduler {
                     sequence.slot = self.pages.take_slot();
                 }
                 sequence.cuts = cuts;
+            }
+            if !sequence.gave_way {
+                self.done.prefix_asked += asked as u64;
+                self.done.prefix_found += computed as u64;
             }
             sequence.begin(pages, whole, computed);
             if let Some(part) = part(id, &mut sequence, &mut self.pages, *budget) {

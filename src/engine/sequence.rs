@@ -27,11 +27,14 @@ pub(super) struct Sequence {
     pub slot: Option<u32>,
     /// Numbers of tokens, whole pages, after which the state is to be kept for others: a pass ends there.
     pub cuts: BTreeSet<usize>,
+    /// Whether it ran and had to wait again.
+    pub gave_way: bool,
 }
 
 impl Sequence {
     pub fn new(tokens: Vec<u32>, wanted: usize) -> Self {
-        Self { tokens, computed: 0, wanted, pages: Vec::new(), kept: 0, slot: None, cuts: BTreeSet::new() }
+        let (pages, cuts) = (Vec::new(), BTreeSet::new());
+        Self { tokens, computed: 0, wanted, pages, kept: 0, slot: None, cuts, gave_way: false }
     }
 
     /// Tokens to compute.
