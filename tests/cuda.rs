@@ -268,9 +268,8 @@ fn the_same_tokens_are_chosen_as_on_the_host() {
             let texts: Vec<Vec<u32>> =
                 (0..count).map(|i| (0..i * 3).map(|_| random.below(vocab + 2) as u32).collect()).collect();
             let words = |random: &mut Random| (0..vocab.div_ceil(32)).map(|_| random.next() as u32).collect();
-            let sets: Vec<Option<TokenSet>> = (0..count)
-                .map(|_| (random.below(4) == 0).then(|| TokenSet::from_words(words(&mut random))))
-                .collect();
+            let sets: Vec<Option<TokenSet>> =
+                (0..count).map(|_| (random.below(4) == 0).then(|| TokenSet::from_words(words(&mut random)))).collect();
             let draw = |i: usize| {
                 let (prompt, generated) = texts[i].split_at(texts[i].len() / 3);
                 Draw { sampler: &samplers[i], history: History { prompt, generated }, allowed: sets[i].as_ref() }

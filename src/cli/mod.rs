@@ -19,6 +19,7 @@ mod recover;
 mod replies;
 mod run;
 mod sampling;
+mod serve;
 mod talk;
 mod training;
 mod training_data;
@@ -60,6 +61,8 @@ enum Verb {
     Convert(convert::Args),
     /// What a checkpoint computes: logits of given token ids
     Logits(logits::Args),
+    /// Answer over OpenAI's API, and on a page: one model or several
+    Serve(serve::Args),
     /// How fast a model answers on this machine, beside what the machine allows
     Bench(bench::Args),
     /// What this machine has, which kernel each format gets, and whether a GPU computes what it should
@@ -76,7 +79,7 @@ pub fn main() -> ExitCode {
         // SAFETY: the process has begun no other thread yet.
         unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
     }
-    if !matches!(verb, Verb::Run(_) | Verb::Inspect(_) | Verb::Bench(_) | Verb::Doctor(_)) {
+    if !matches!(verb, Verb::Run(_) | Verb::Inspect(_) | Verb::Bench(_) | Verb::Doctor(_) | Verb::Serve(_)) {
         interrupt::watch();
     }
     let result = run(verb);
@@ -102,6 +105,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Pretrain(a) => pretrain::run(&a),
         Verb::Convert(a) => convert::run(&a),
         Verb::Logits(a) => logits::run(&a),
+        Verb::Serve(a) => serve::run(&a),
         Verb::Bench(a) => bench::run(&a),
         Verb::Doctor(a) => doctor::run(&a),
     }

@@ -159,6 +159,15 @@ impl<B: Backend> Decoder<B> {
         })
     }
 
+    /// Bytes of a page of the cache, over all layers, where keys and values are kept as the checkpoint says it, else as `format`.
+    #[must_use]
+    pub fn page_bytes(&self, format: KvFormat) -> usize {
+        let layer = |(shape, own): &(LayerCache, Option<KvFormat>)| {
+            shape.kv_heads * (shape.head_dim + shape.value_dim) * PAGE * own.unwrap_or(format).bytes()
+        };
+        self.caches.iter().map(layer).sum()
+    }
+
     /// Bytes that recurrent layers keep of one sequence; 0 where there are none.
     #[must_use]
     pub fn state_bytes(&self) -> usize {

@@ -7,6 +7,7 @@ mod clean_up;
 pub mod conversation;
 mod error;
 mod generation_config;
+pub mod grammar;
 mod model_text;
 mod rebuild;
 pub mod reply;

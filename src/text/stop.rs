@@ -230,7 +230,8 @@ mod tests {
         for n in least + 1..=ids.len() {
             let (whole, shown) = (text(&ids[..n], true), text(&ids[..n], false));
             if stops.iter().any(|stop| first(&whole, stop, true).or(first(&shown, stop, false)).is_some()) {
-                let cut = |kept: String, stop| first(&kept, stop, false).map_or(kept.clone(), |at| kept[..at].to_owned());
+                let cut =
+                    |kept: String, stop| first(&kept, stop, false).map_or(kept.clone(), |at| kept[..at].to_owned());
                 return (stops.iter().fold(shown, cut), true, n);
             }
         }
