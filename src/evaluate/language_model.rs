@@ -245,7 +245,7 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
                 stop_tokens: self.text.stop_tokens().to_vec(),
                 stop: options.until.clone(),
                 stop_after: options.think_end.clone(),
-                ..Request::default()
+                ..engine::Request::default()
             });
         }
         if asked.is_empty() {
