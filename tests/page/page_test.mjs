@@ -225,15 +225,25 @@ describe("chat", () => {
     await close();
   });
 
-  test("a model without a template goes on as plain text", async () => {
-    const { page, server, say, ended, close } = await opened();
-    await say("NO-TEMPLATE It was a dark night, and");
+  test("a model without a template continues plain text; thinking is not switched where it cannot be", async () => {
+    const { page, server, say, ended, close } = await opened({ models: ["base-model", "still-model"] });
+    await page.getByRole("button", { name: "It was a dark and stormy night, and" }).click();
     await ended();
-    await page.getByRole("button", { name: "Continue as plain text" }).click();
-    await ended();
-    assert.equal(server.seen[1].path, "/v1/completions");
-    assert.equal(server.seen[1].body.prompt, "NO-TEMPLATE It was a dark night, and");
+    assert.equal(server.seen[0].path, "/v1/completions");
+    assert.equal(server.seen[0].body.prompt, "It was a dark and stormy night, and");
     assert.match(await answers(page).textContent(), /the door stood open/);
+    await page.click("#settings-button");
+    await page.selectOption("#set-thinking", "true");
+    await page.selectOption("#model", "still-model");
+    assert.equal(await page.locator("#set-thinking").isDisabled(), true);
+    await page.click("#fresh");
+    await say("hello");
+    await ended();
+    assert.deepEqual([server.seen[1].path, server.seen[1].body.chat_template_kwargs], ["/v1/chat/completions", undefined]);
+    await page.selectOption("#set-format", "plain");
+    await say(" more");
+    await ended();
+    assert.match(server.seen[2].body.prompt, /^hello[^]* more$/);
     await close();
   });
 

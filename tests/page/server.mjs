@@ -86,7 +86,6 @@ export async function serve({ key = null, models = ["books-bf16", "books-nvfp4"]
     const named = (word) => typeof last === "string" && last.includes(word);
     if (!models.includes(body.model)) return error(response, 404, `The model ${body.model} is not here.`, { code: "model_not_found", param: "model" });
     if (body.temperature > 2) return error(response, 400, "temperature is 5, and may be 0 to 2", { param: "temperature" });
-    if (chat && named("NO-TEMPLATE")) return error(response, 400, "This model has no chat template; /v1/completions goes on with a plain text.");
     if (named("FULL")) return error(response, 429, "The queue is full: 128 wait.", { type: "overloaded" }, { "retry-after": "2" });
     if (named("BROKEN")) return say(response, 502, "<html><h1>Bad gateway</h1></html>", { "content-type": "text/html" });
     if (body.prompt_logprobs !== undefined) {
@@ -145,7 +144,7 @@ export async function serve({ key = null, models = ["books-bf16", "books-nvfp4"]
       return response.end(html);
     }
     if (key && request.headers.authorization !== `Bearer ${key}`) return error(response, 401, "This server asks for a key.", { code: "invalid_api_key" });
-    if (path === "/v1/models") return say(response, 200, { object: "list", data: models.map((id) => ({ id, object: "model", owned_by: "recoup", max_model_len: 256 })) });
+    if (path === "/v1/models") return say(response, 200, { object: "list", data: models.map((id) => ({ id, object: "model", owned_by: "recoup", max_model_len: 256, formats: /nvfp4/.test(id) ? "NVFP4" : "BF16", has_chat_template: !id.startsWith("base"), thinking_switch: !id.startsWith("still") })) });
     if (path === "/reports" && reports) return say(response, 200, { reports: Object.entries(reports).map(([name, text], i) => ({ name, bytes: text.length, modified: `2026-11-2${i + 1}T10:00:00Z` })) });
     if (path.startsWith("/reports/") && reports) {
       const name = decodeURIComponent(path.slice(9));
