@@ -174,6 +174,12 @@ impl<B: Backend> Decoder<B> {
         self.recurrent.iter().map(RecurrentShape::bytes).sum()
     }
 
+    /// The longest sequence that it is computed for, where RoPE's rule has a bound (dynamic scaling).
+    #[must_use]
+    pub fn context_bound(&self) -> Option<usize> {
+        self.config.ropes.iter().filter_map(|(rope, _)| rope.bound()).min()
+    }
+
     /// How keys and values are kept: as the checkpoint says it, else as `format`.
     #[must_use]
     pub fn cache_format(&self, format: KvFormat) -> KvFormat {
@@ -185,8 +191,7 @@ impl<B: Backend> Decoder<B> {
     /// # Errors
     /// A sequence longer than dynamic RoPE is computed for, or the backend's own failure.
     pub fn pass(&self, batch: &Batch) -> backend::Result<B::Pass> {
-        let bound = self.config.ropes.iter().filter_map(|(rope, _)| rope.bound()).min();
-        if let Some(bound) = bound.filter(|&bound| batch.reach() > bound) {
+        if let Some(bound) = self.context_bound().filter(|&bound| batch.reach() > bound) {
             return Err(BackendError::Failed {
                 context: "RoPE",
                 message: format!(
