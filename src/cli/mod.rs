@@ -8,6 +8,7 @@ mod doctor;
 #[cfg(test)]
 mod documents;
 mod evaluation;
+mod guessing;
 mod inspect;
 mod interrupt;
 mod logits;

@@ -3,20 +3,24 @@
 use std::io::Read as _;
 use std::io::Write as _;
 use std::net::TcpStream;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use recoup::formats::kv::KvFormat;
+use recoup::model::Decoder;
+
 use crate::support::command::{BF16, Folder, NVFP4, recoup, succeed};
+use crate::support::fixtures::cpu;
 use crate::support::http::Server;
+use crate::support::project;
 
 const COMPLETIONS: &str = "/v1/completions";
 const CHAT: &str = "/v1/chat/completions";
 
 /// A chat template as Qwen's are, without its words.
 const TEMPLATE: &str = "\
-{%- if tools %}Tools: {% for tool in tools %}{{ tool | tojson }}{% endfor %}\n\
-Call them so: <tool_call>\n{\"name\": NAME, \"arguments\": ARGUMENTS}\n</tool_call>\n{% endif %}\
+{%- if tools %}Tools:{% for tool in tools %} {{ tool.function.name }}{% endfor %}, by <tool_call>{}</tool_call>\n{% endif %}\
 {%- for m in messages %}{{ m.role }}: {{ m.content }}\n\
 {%- if m.tool_calls %}{% for c in m.tool_calls %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}{% endif %}\
 {% endfor %}{% if add_generation_prompt %}assistant:{% if style %} {{ style }}{% endif %}{% endif %}";
@@ -77,13 +81,18 @@ fn a_stream_says_what_the_whole_answer_says() {
     (body["stream"], body["stream_options"]) = (json!(true), json!({"include_usage": true}));
     let events = server.post(COMPLETIONS, &body).events();
     for choice in whole["choices"].as_array().unwrap() {
-        let own: Vec<&Value> =
-            events.iter().flat_map(|e| e["choices"].as_array().unwrap()).filter(|c| c["index"] == choice["index"]).collect();
+        let own: Vec<&Value> = events
+            .iter()
+            .flat_map(|e| e["choices"].as_array().unwrap())
+            .filter(|c| c["index"] == choice["index"])
+            .collect();
         let text: String = own.iter().map(|c| c["text"].as_str().unwrap()).collect();
         assert_eq!(text, choice["text"].as_str().unwrap());
-        let logprobs: Vec<&Value> = own.iter().filter_map(|c| c["logprobs"]["token_logprobs"].as_array()).flatten().collect();
+        let logprobs: Vec<&Value> =
+            own.iter().filter_map(|c| c["logprobs"]["token_logprobs"].as_array()).flatten().collect();
         assert_eq!(json!(logprobs), choice["logprobs"]["token_logprobs"]);
-        let offsets: Vec<&Value> = own.iter().filter_map(|c| c["logprobs"]["text_offset"].as_array()).flatten().collect();
+        let offsets: Vec<&Value> =
+            own.iter().filter_map(|c| c["logprobs"]["text_offset"].as_array()).flatten().collect();
         assert_eq!(json!(offsets), choice["logprobs"]["text_offset"]);
         assert_eq!(own.last().unwrap()["finish_reason"], choice["finish_reason"]);
     }
@@ -98,7 +107,8 @@ fn a_stream_says_what_the_whole_answer_says() {
     assert_eq!(events[0]["choices"][0]["delta"]["role"], "assistant");
     let deltas: String = events.iter().filter_map(|e| e["choices"][0]["delta"]["content"].as_str()).collect();
     assert_eq!(deltas, whole["choices"][0]["message"]["content"].as_str().unwrap());
-    let told: Vec<&Value> = events.iter().filter_map(|e| e["choices"][0]["logprobs"]["content"].as_array()).flatten().collect();
+    let told: Vec<&Value> =
+        events.iter().filter_map(|e| e["choices"][0]["logprobs"]["content"].as_array()).flatten().collect();
     assert_eq!(json!(told), whole["choices"][0]["logprobs"]["content"]);
     assert!(events.iter().all(|e| e.get("usage").is_none()));
     server.is_well();
@@ -115,7 +125,8 @@ fn token_ids_and_echo_score_what_they_are_given() {
     assert_eq!(by_text["choices"][0]["text"], text);
     assert_eq!(logprobs["tokens"].as_array().unwrap().iter().map(|t| t.as_str().unwrap()).collect::<String>(), text);
     assert_eq!(logprobs["token_logprobs"][0], Value::Null);
-    let asked = json!({"prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 2, "return_token_ids": true});
+    let asked =
+        json!({"prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 2, "return_token_ids": true});
     let by_ids = server.asked(COMPLETIONS, &asked);
     let choice = &by_ids["choices"][0];
     assert_eq!(choice["prompt_token_ids"], ids);
@@ -210,7 +221,8 @@ fn calls_of_tools_and_schemas_are_followed() {
 fn the_responses_api_tells_a_text_at_once_and_as_it_comes() {
     let folder = Folder::new();
     let server = chat_server(&folder, &[]);
-    let mut body = json!({"input": "Tell of a ship.", "instructions": "Be brief.", "max_output_tokens": 12, "temperature": 0});
+    let mut body =
+        json!({"input": "Tell of a ship.", "instructions": "Be brief.", "max_output_tokens": 12, "temperature": 0});
     let whole = server.asked("/v1/responses", &body);
     assert_eq!(whole["object"], "response");
     let text = whole["output"][0]["content"][0]["text"].as_str().unwrap();
@@ -222,14 +234,21 @@ fn the_responses_api_tells_a_text_at_once_and_as_it_comes() {
     let told = answer.text();
     let events: Vec<Value> =
         told.lines().filter_map(|l| serde_json::from_str(l.strip_prefix("data: ")?).ok()).collect();
-    let deltas: String = events.iter().filter(|e| e["type"] == "response.output_text.delta").filter_map(|e| e["delta"].as_str()).collect();
+    let deltas: String = events
+        .iter()
+        .filter(|e| e["type"] == "response.output_text.delta")
+        .filter_map(|e| e["delta"].as_str())
+        .collect();
     assert_eq!(deltas, text);
     assert_eq!(events[0]["type"], "response.created");
     assert_eq!(events.last().unwrap()["type"], "response.incomplete");
     assert_eq!(events.last().unwrap()["response"]["output"][0]["content"][0]["text"], text);
     assert!(events.iter().enumerate().all(|(i, e)| e["sequence_number"] == i));
-    let chat = server.asked(CHAT, &json!({"messages": [{"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Tell of a ship."}], "max_tokens": 12, "temperature": 0}));
+    let chat = server.asked(
+        CHAT,
+        &json!({"messages": [{"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Tell of a ship."}], "max_tokens": 12, "temperature": 0}),
+    );
     assert_eq!(chat["choices"][0]["message"]["content"], text);
     let refused = server.post("/v1/responses", &json!({"input": "x", "previous_response_id": "resp_1"}));
     assert_eq!(refused.error(), (400, "previous_response_id".into()));
@@ -275,7 +294,10 @@ fn what_cannot_be_done_is_refused_by_name_and_others_are_served() {
     let chats = [
         (json!({"messages": []}), "messages"),
         (json!({"messages": [{"role": "user"}]}), "messages"),
-        (json!({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]}), "messages"),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]}),
+            "messages",
+        ),
         (json!({"messages": messages, "chat_template": "{{ 1 }}"}), "chat_template"),
         (json!({"messages": messages, "chat_template_kwargs": {"enable_thinking": true}}), "chat_template_kwargs"),
         (json!({"messages": messages, "top_logprobs": 3}), "top_logprobs"),
@@ -286,7 +308,8 @@ fn what_cannot_be_done_is_refused_by_name_and_others_are_served() {
         assert_eq!(server.post(CHAT, &body).error(), (400, param.to_owned()), "{body}");
     }
     // Arguments that the template reads reach it as data.
-    let hostile = json!({"messages": messages, "max_tokens": 1, "chat_template_kwargs": {"style": "{{ 7 * 7 }}".repeat(100)}});
+    let hostile =
+        json!({"messages": messages, "max_tokens": 1, "chat_template_kwargs": {"style": "{{ 7 * 7 }}".repeat(100)}});
     assert!(server.post(CHAT, &hostile).status < 500);
     // Bodies that are none.
     for body in [&b""[..], b"{", b"[1]", b"\xff\xfe\x00", b"{\"prompt\": NaN}", b"{\"prompt\": \"\\ud800\"}"] {
@@ -311,6 +334,31 @@ fn what_cannot_be_done_is_refused_by_name_and_others_are_served() {
 }
 
 #[test]
+fn guessing_ahead_changes_no_answer() {
+    let plain = Server::start(&[NVFP4]);
+    let body = |i: usize| {
+        let mut body = prompt(&"the cat sat on the mat and the cat sat on the hat; ".repeat(1 + i % 3), 60);
+        (body["temperature"], body["seed"], body["ignore_eos"]) = (json!([0.0, 0.8][i % 2]), json!(i), json!(true));
+        body
+    };
+    let expected: Vec<Value> = (0..8).map(|i| choices(&plain.asked(COMPLETIONS, &body(i)))).collect();
+    let draft = format!("{{\"model\": \"{BF16}\", \"num_speculative_tokens\": 3}}");
+    for config in ["{\"method\": \"ngram\", \"num_speculative_tokens\": 4, \"prompt_lookup_min\": 2}", &draft] {
+        let server = Server::start(&[NVFP4, "--speculative-config", config]);
+        std::thread::scope(|scope| {
+            let (server, expected) = (&server, &expected);
+            for i in 0..8 {
+                scope.spawn(move || assert_eq!(choices(&server.asked(COMPLETIONS, &body(i))), expected[i], "{i}"));
+            }
+        });
+        let [guessed, right] =
+            ["draft", "accepted"].map(|what| server.metric(&format!("vllm:spec_decode_num_{what}_tokens_total")));
+        assert!(right > 0.0 && right <= guessed, "{right} of {guessed}");
+        server.is_well();
+    }
+}
+
+#[test]
 fn keys_are_asked_for() {
     let server = Server::of(&mut {
         let mut command = recoup(&["serve", NVFP4, "--port", "0", "--api-key", "one", "--api-key", "two"]);
@@ -321,7 +369,7 @@ fn keys_are_asked_for() {
     let with = |value: &str| server.ask("POST", COMPLETIONS, &[("Authorization", value)], body.as_bytes()).status;
     assert_eq!([with("Bearer one"), with("bearer two"), with("Bearer three")], [200, 200, 401]);
     assert_eq!([with("Bearer"), with("Bearer onee"), with("Basic one"), with("")], [401; 4]);
-    for path in ["/v1/models", "/reports", "/tokenize"] {
+    for path in ["/v1/models", "/reports", "/v1/models/x"] {
         let answer = server.get(path);
         assert_eq!(answer.error().0, 401);
         assert_eq!(answer.header("www-authenticate"), Some("Bearer"));
@@ -391,13 +439,8 @@ fn a_full_queue_sends_away_and_a_small_cache_serves_all() {
     let long = json!({"prompt": "The king", "max_tokens": 220, "ignore_eos": true, "seed": 1});
     let waiting: Vec<TcpStream> =
         (0..4).map(|_| server.send("POST", COMPLETIONS, &[], long.to_string().as_bytes()).unwrap()).collect();
-    let end = Instant::now() + Duration::from_secs(30);
-    let full = loop {
-        let answer = server.post(COMPLETIONS, &prompt("x", 1));
-        if answer.status != 200 || Instant::now() > end {
-            break answer;
-        }
-    };
+    server.until("vllm:num_requests_waiting", 2.0);
+    let full = server.post(COMPLETIONS, &prompt("x", 1));
     assert_eq!(full.error().0, 503);
     assert!(full.header("retry-after").is_some_and(|s| s.parse::<u32>().is_ok()));
     assert!(server.metric("vllm:requests_refused_total") >= 1.0);
@@ -409,11 +452,13 @@ fn a_full_queue_sends_away_and_a_small_cache_serves_all() {
     server.is_well();
     drop(server);
 
+    let of_model = recoup::checkpoint::Checkpoint::open(std::path::Path::new(&project().join(NVFP4))).unwrap();
+    let page = Decoder::load(cpu(1), &of_model).unwrap().page_bytes(KvFormat::F32);
+    let room = (40 * page) as f64 / f64::from(1 << 30);
+    let room = room.to_string();
     // Room for two whole sequences, sixteen at a time: some give way, all end as they end alone.
-    let server = Server::start(&[NVFP4, "--max-num-seqs", "16", "--kv-cache-memory", "0.0001", "--max-model-len", "200"]);
-    let body = |i: usize| {
-        json!({"prompt": format!("Story number {i}: there was a"), "max_tokens": 120, "ignore_eos": true, "seed": i, "logprobs": 0})
-    };
+    let server = Server::start(&[NVFP4, "--max-num-seqs", "16", "--kv-cache-memory", &room, "--max-model-len", "200"]);
+    let body = |i: usize| json!({"prompt": format!("Story number {i}: there was a"), "max_tokens": 120, "ignore_eos": true, "seed": i, "logprobs": 0});
     let alone: Vec<Value> = (0..16).map(|i| choices(&server.asked(COMPLETIONS, &body(i)))).collect();
     std::thread::scope(|scope| {
         let (server, alone) = (&server, &alone);

@@ -13,7 +13,12 @@ const STACK: usize = 256 << 20;
 
 /// Of work and memory, for one grammar: compiled, and per token.
 pub(super) fn limits() -> ParserLimits {
-    ParserLimits { initial_lexer_fuel: 1_000_000, max_lexer_states: 50_000, verbose_errors: false, ..Default::default() }
+    ParserLimits {
+        initial_lexer_fuel: 1_000_000,
+        max_lexer_states: 50_000,
+        verbose_errors: false,
+        ..Default::default()
+    }
 }
 
 /// A grammar that is ready for the first token.
@@ -33,7 +38,8 @@ pub(super) fn compile(factory: &ParserFactory, grammar: GrammarWithLexer) -> Res
     };
     let run = || std::thread::Builder::new().name("grammar".to_owned()).stack_size(STACK);
     std::thread::scope(|scope| {
-        let thread = run().spawn_scoped(scope, build).map_err(|error| format!("no thread to compile it on: {error}"))?;
+        let thread =
+            run().spawn_scoped(scope, build).map_err(|error| format!("no thread to compile it on: {error}"))?;
         thread.join().unwrap_or_else(|panic| Err(format!("llguidance gave up: {}", said(&*panic))))
     })
 }

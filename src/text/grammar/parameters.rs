@@ -9,8 +9,7 @@ use super::{GrammarError, lark};
 use crate::text::reply::kinds;
 
 /// What a value may not have in it, since it would be taken for what follows.
-const TAGS: [&str; 6] =
-    ["</parameter>", "<parameter=", "</function>", "<function=", "</tool_call>", "<tool_call>"];
+const TAGS: [&str; 6] = ["</parameter>", "<parameter=", "</function>", "<function=", "</tool_call>", "<tool_call>"];
 /// Schemas of one parameter, which may be one or another.
 const MAX_OPTIONS: usize = 100;
 /// Keywords of an object of parameters that stand for nothing here but what the parameters are.
@@ -31,12 +30,18 @@ pub(super) fn function(out: &mut Text, name: &str, tool: &Tool) -> Result<(), Gr
     let any = json!({});
     let unknown = required.iter().filter(|name| !known.contains_key(**name)).map(|name| (*name, &any));
     let mut parts = vec![lark::literal(&format!("<function={}>\n", tool.name))];
-    for (index, (parameter, schema)) in known.iter().map(|(name, schema)| (name.as_str(), schema)).chain(unknown).enumerate() {
+    for (index, (parameter, schema)) in
+        known.iter().map(|(name, schema)| (name.as_str(), schema)).chain(unknown).enumerate()
+    {
         if parameter.contains(['>', '<', '\n', '\r']) || parameter.trim() != parameter || parameter.is_empty() {
-            return Err(of_tool(refused("#/properties", &format!("`{parameter}` cannot be written as the name of a tag"))));
+            return Err(of_tool(refused(
+                "#/properties",
+                &format!("`{parameter}` cannot be written as the name of a tag"),
+            )));
         }
         let rule = format!("{name}_{index}");
-        value(out, &rule, tool, schema).map_err(|detail| of_tool(refused(&format!("#/properties/{parameter}"), &detail)))?;
+        value(out, &rule, tool, schema)
+            .map_err(|detail| of_tool(refused(&format!("#/properties/{parameter}"), &detail)))?;
         let optional = if required.contains(&parameter) { "" } else { "?" };
         parts.push(format!("({} {rule}){optional}", lark::literal(&format!("<parameter={parameter}>\n"))));
     }
@@ -76,7 +81,9 @@ fn value(out: &mut Text, rule: &str, tool: &Tool, schema: &Value) -> Result<(), 
         let nested = ["anyOf", "oneOf"].iter().find_map(|key| schema.get(*key)?.as_array());
         if let Some(nested) = nested {
             if schema.as_object().is_some_and(|keys| keys.len() > 1) {
-                return Err("options beside other keywords cannot be enforced where parameters stand between tags".to_owned());
+                return Err(
+                    "options beside other keywords cannot be enforced where parameters stand between tags".to_owned()
+                );
             }
             rest.extend(nested.iter().rev());
             continue;
@@ -85,7 +92,8 @@ fn value(out: &mut Text, rule: &str, tool: &Tool, schema: &Value) -> Result<(), 
         // Whatever is said of no type, a text is one.
         let is_text = of.is_empty() || of.contains(&"string");
         if is_text {
-            text(out, &format!("{}_{}", rule.to_uppercase(), options.len()), schema, of.is_empty()).map(|t| options.push(t))?;
+            text(out, &format!("{}_{}", rule.to_uppercase(), options.len()), schema, of.is_empty())
+                .map(|t| options.push(t))?;
         }
         if let Some(other) = without_texts(schema, &of) {
             let name = format!("{rule}_{}", options.len());
