@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::config::ModelConfig;
 use super::layer::{Inputs, Layer, Mixer, Mixture, Mlp, Step};
 use crate::backend::observe::{FirstBroken, Observed, Observer};
+use crate::backend::rounded::{Rounded, Rounding};
 use crate::backend::{
     self, Backend, BackendError, Batch, CacheLayout, DeltaInputs, HeadNorms, HeadParameters, LayerCache, Named, PAGE,
     RecurrentShape, Update, exactly, one,
@@ -138,6 +139,23 @@ impl<B: Backend> Decoder<B> {
             config: self.config.clone(),
             folder: self.folder.clone(),
             backend: Arc::new(Observed::shared(self.backend.clone(), observer)),
+            ropes: self.ropes.clone(),
+            caches: self.caches.clone(),
+            recurrent: self.recurrent.clone(),
+        }
+    }
+
+    /// This model, its weights shared, computed with its results rounded.
+    #[must_use]
+    pub fn rounded(&self, rounding: Rounding) -> Decoder<Rounded<B>> {
+        Decoder {
+            embedding: self.embedding.clone(),
+            layers: self.layers.iter().map(|l| l.map(Named::clone, Named::clone)).collect(),
+            norm: self.norm.clone(),
+            head: self.head.clone(),
+            config: self.config.clone(),
+            folder: self.folder.clone(),
+            backend: Arc::new(Rounded::shared(self.backend.clone(), rounding)),
             ropes: self.ropes.clone(),
             caches: self.caches.clone(),
             recurrent: self.recurrent.clone(),
