@@ -10,6 +10,7 @@ mod either;
 mod feature;
 pub mod observe;
 mod pass;
+pub mod rounded;
 mod shapes;
 
 use std::ops::Deref;

@@ -8,6 +8,7 @@ mod doctor;
 #[cfg(test)]
 mod documents;
 mod evaluation;
+mod guessing;
 mod inspect;
 mod interrupt;
 mod logits;
@@ -23,6 +24,7 @@ mod serve;
 mod talk;
 mod training;
 mod training_data;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -51,6 +53,8 @@ enum Verb {
     Eval(evaluation::eval::Args),
     /// What quantization cost and what recovery won back: models against their BF16 original, with intervals
     Compare(evaluation::compare::Args),
+    /// Whether the engine behind a URL computes what a checkpoint says, and what its fault is
+    Verify(verify::Args),
     /// Post-training quantization of a BF16 checkpoint
     Quantize(quantize::Args),
     /// Train a quantized model to give back what the rounding cost
@@ -100,6 +104,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Run(a) => run::run(&a),
         Verb::Eval(a) => evaluation::eval::run(&a),
         Verb::Compare(a) => evaluation::compare::run(&a),
+        Verb::Verify(a) => verify::run(&a),
         Verb::Quantize(a) => quantize::run(&a),
         Verb::Recover(a) => recover::run(&a),
         Verb::Pretrain(a) => pretrain::run(&a),

@@ -339,7 +339,7 @@ pub(super) fn model_folder(model: impl AsRef<OsStr>) -> Result<PathBuf> {
     }
     let Some(model) = model.to_str() else { bail!("{}: no such folder", path.display()) };
     if is_address(model) {
-        bail!("{}: the address of a server; only `recoup eval` asks servers", mask(model));
+        bail!("{}: the address of a server; only `recoup eval` and `recoup verify` ask servers", mask(model));
     }
     let looks_like_id = model.split('@').next().is_some_and(|name| name.split('/').count() == 2)
         && !model.starts_with(['.', '/', '~'])

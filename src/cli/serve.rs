@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, Result, bail};
 
 use super::device::AnyBackend;
+use super::guessing::{Guesser, Guessing};
 use super::machine;
 use super::options::{EngineOptions, TemplateOptions, at_least_one, model_folder, open_model, with_arguments};
 use super::replies::ParserOptions;
@@ -62,6 +63,11 @@ pub(super) struct Args {
     /// Share of a GPU's memory that may be used, weights included
     #[arg(long, value_name = "SHARE", default_value_t = 0.9)]
     gpu_memory_utilization: f64,
+    /// Guess tokens and compute several at once; answers stay what they are. As vLLM's: '{"method": "ngram",
+    /// "num_speculative_tokens": 4}' repeats what the text has had before, '{"model": "FOLDER", "num_speculative_tokens": 4}'
+    /// asks a smaller model of the same tokenizer
+    #[arg(long, value_name = "JSON")]
+    speculative_config: Option<Guessing>,
     /// File with a chat template instead of the model's own
     #[arg(long, value_name = "FILE")]
     chat_template: Option<PathBuf>,
@@ -91,7 +97,7 @@ pub(super) struct Args {
     options: EngineOptions,
 }
 
-/// Bytes of a model's KV cache at least.
+/// Bytes of a model's KV cache at least, where it is not said.
 const LEAST_CACHE: f64 = 64.0 * MIB;
 const MIB: f64 = 1024.0 * 1024.0;
 
@@ -271,7 +277,13 @@ fn load(args: &Args, model: &Path, names: Vec<String>, metrics: &Metrics) -> Res
     let formats = facts("", &checkpoint)?.format.unwrap_or_default();
     let decoder = args.options.load(&checkpoint)?;
     drop(checkpoint);
+    let draft =
+        args.speculative_config.as_ref().map(|guessing| guessing.load(&args.options, text.tokenizer())).transpose()?;
     let limits = limits(args, &decoder)?;
+    if let Some(guesser) = &draft {
+        // What does not go together is found here, not by the thread that is to work with it.
+        Engine::new(&decoder, limits, args.options.kv_cache_dtype)?.with_speculation(guesser.speculation())?;
+    }
     let vocab = decoder.config.vocab;
     let grammars = GrammarFactory::new(text.tokenizer(), vocab, text.stop_tokens())?;
     let most = args.max_num_seqs.saturating_add(args.max_queue);
@@ -293,12 +305,21 @@ fn load(args: &Args, model: &Path, names: Vec<String>, metrics: &Metrics) -> Res
         formats,
         worker,
     };
-    Ok(Loaded { model, work: Box::new(move || answer(&decoder, limits, kv, desk)) })
+    Ok(Loaded { model, work: Box::new(move || answer(&decoder, draft.as_ref(), limits, kv, desk)) })
 }
 
 /// Does the work of one model until nobody asks any more.
-fn answer(decoder: &Decoder<AnyBackend>, limits: Limits, kv: KvFormat, desk: Desk) -> Result<()> {
+fn answer(
+    decoder: &Decoder<AnyBackend>,
+    guesser: Option<&Guesser>,
+    limits: Limits,
+    kv: KvFormat,
+    desk: Desk,
+) -> Result<()> {
     let mut engine = Engine::new(decoder, limits, kv)?;
+    if let Some(guesser) = guesser {
+        engine = engine.with_speculation(guesser.speculation())?;
+    }
     Ok(work(&mut engine, desk)?)
 }
 
@@ -309,19 +330,21 @@ fn limits(args: &Args, decoder: &Decoder<AnyBackend>) -> Result<Limits> {
         (Some(gib), _) => gib * 1024.0 * MIB,
         (None, Either::B(gpu)) => {
             let (free, all) = gpu.device().memory()?;
-            (free as f64 - all as f64 * (1.0 - args.gpu_memory_utilization)) / models
+            ((free as f64 - all as f64 * (1.0 - args.gpu_memory_utilization)) / models).max(LEAST_CACHE)
         }
-        (None, Either::A(_)) => machine::available_bytes().map_or(1024.0 * MIB, |free| free as f64 / 4.0 / models),
+        (None, Either::A(_)) => {
+            machine::available_bytes().map_or(1024.0 * MIB, |free| (free as f64 / 4.0 / models).max(LEAST_CACHE))
+        }
     };
     let page = decoder.page_bytes(kv).max(1);
-    let pages = (bytes.max(LEAST_CACHE) / page as f64) as usize;
+    let pages = (bytes / page as f64) as usize;
     let positions = decoder.config.max_positions;
     let room = pages.saturating_sub(2).max(1) * PAGE;
     let context = match args.max_model_len {
         Some(n) if n > positions => bail!("--max-model-len {n}: the model has {positions} positions"),
         Some(n) if n > room => bail!(
             "--max-model-len {n}: the KV cache of {} has room for {room} tokens; --kv-cache-memory sets another size",
-            super::human_bytes(bytes.max(LEAST_CACHE) as u64)
+            super::human_bytes(bytes as u64)
         ),
         Some(n) => n,
         None => positions.min(room),

@@ -7,19 +7,15 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use super::generate::{Answer, Generated, PromptScore, Request};
+use super::runner::{LOGIT_ROWS, Runner};
 use super::scheduler::{Plan, Scheduler};
-use super::{Id, Limits, Stats};
-use crate::backend::{Backend, BackendError, Batch, PAGE, Span};
+use super::speculation::{Asked, Proposer};
+use super::{Id, Limits, Speculation, Stats};
+use crate::backend::{Backend, BackendError};
 use crate::formats::kv::KvFormat;
 use crate::logits::{ConstraintError, Draw, Sampled, SamplingError, Scratch, TokenScore};
 use crate::model::Decoder;
 use crate::text::{TextError, Tokenizer};
-
-/// Rows of logits at a time: bounds their memory, changes no result.
-const LOGIT_ROWS: usize = 128;
-
-/// Pages by which the cache grows, at least.
-const GROWTH: usize = 16;
 
 /// Bytes of recurrent states that are kept for sequences to come, unless that is less than two of them.
 const KEPT_STATES: usize = 256 << 20;
@@ -35,6 +31,9 @@ pub enum EngineError {
     Sampling(#[from] SamplingError),
     #[error(transparent)]
     Constraint(#[from] ConstraintError),
+    /// Speculative decoding that cannot be.
+    #[error("speculative decoding: {0}")]
+    Speculation(String),
     #[error("the prompt is empty; a model continues at least one token")]
     EmptyPrompt,
     #[error(
@@ -77,12 +76,19 @@ enum Task {
 /// A model, its KV cache and the sequences on their way.
 pub struct Engine<'m, B: Backend> {
     model: &'m Decoder<B>,
-    cache: B::Cache,
-    /// Pages that the cache has.
-    room: usize,
+    runner: Runner<'m, B>,
+    kv: KvFormat,
     scheduler: Scheduler,
+    proposer: Option<Proposer<'m, B>>,
     tasks: HashMap<Id, Task>,
     scratch: Scratch,
+}
+
+/// An answer that chooses in a pass, the row of the last of its tokens, and how many guesses stand behind it.
+struct Choosing {
+    id: Id,
+    row: usize,
+    guesses: usize,
 }
 
 impl<'m, B: Backend> Engine<'m, B> {
@@ -96,12 +102,22 @@ impl<'m, B: Backend> Engine<'m, B> {
         let limits = Limits { states, ..limits };
         Ok(Self {
             model,
-            cache: model.new_cache(0, 0, kv)?,
-            room: 0,
+            runner: Runner::new(model, kv)?,
+            kv,
             scheduler: Scheduler::new(limits),
+            proposer: None,
             tasks: HashMap::new(),
             scratch: Scratch::default(),
         })
+    }
+
+    /// The same engine, which guesses what comes next; its answers stay what they are.
+    ///
+    /// # Errors
+    /// A model with recurrent layers, numbers of tokens that mean nothing, a draft model of another vocabulary.
+    pub fn with_speculation(self, speculation: Speculation<'m, B>) -> Result<Self, EngineError> {
+        let proposer = Proposer::new(self.model, speculation, self.scheduler.limits(), self.kv)?;
+        Ok(Self { proposer: Some(proposer), ..self })
     }
 
     /// The model.
@@ -119,7 +135,7 @@ impl<'m, B: Backend> Engine<'m, B> {
     /// Tokens that the cache has room for now.
     #[must_use]
     pub fn room(&self) -> usize {
-        self.room * PAGE
+        self.runner.room()
     }
 
     /// What it is at.
@@ -225,8 +241,7 @@ impl<'m, B: Backend> Engine<'m, B> {
 
     /// Ends a sequence now; returns what there is of an answer.
     pub fn cancel(&mut self, id: Id) -> Option<Generated> {
-        self.scheduler.remove(id);
-        match self.tasks.remove(&id)? {
+        match self.end(id)? {
             Task::Answer(answer) => Some(answer.cancel()),
             Task::Scores { .. } | Task::Logits | Task::States => None,
         }
@@ -238,19 +253,15 @@ impl<'m, B: Backend> Engine<'m, B> {
     /// # Errors
     /// The backend's failure, or a model that computes what is no number. The engine is of no more use then.
     pub fn step(&mut self) -> Result<Vec<Event<B::Tensor>>, EngineError> {
-        let plan = self.scheduler.plan();
+        let mut plan = self.scheduler.plan();
         let mut events = Vec::new();
         if plan.parts.is_empty() {
             return Ok(events);
         }
-        let hidden = self.compute(&plan)?;
+        self.guess(&mut plan)?;
+        let hidden = self.runner.compute(&self.scheduler, &plan)?;
         let copies = self.scheduler.computed(&plan);
-        if !copies.is_empty() {
-            self.model.backend().grow(&mut self.cache, self.room, self.scheduler.slots())?;
-            for (from, to) in copies {
-                self.model.backend().copy_state(&mut self.cache, from, to)?;
-            }
-        }
+        self.runner.copy_states(&copies, self.scheduler.slots())?;
         let (mut next, mut scores, mut logits) = (Vec::new(), Vec::new(), Vec::new());
         let mut prompts = Vec::new();
         let mut first = 0;
@@ -264,7 +275,8 @@ impl<'m, B: Backend> Engine<'m, B> {
                         prompts.extend((answer.next_scored()..end).map(|p| (part.id, row(p), tokens[p + 1])));
                     }
                     if part.range.end == tokens.len() {
-                        next.push((part.id, row(part.range.end - 1)));
+                        let (row, guesses) = (row(part.range.end - 1), part.guesses.len());
+                        next.push(Choosing { id: part.id, row, guesses });
                     }
                 }
                 Some(Task::Scores { picks, found }) => {
@@ -277,82 +289,169 @@ impl<'m, B: Backend> Engine<'m, B> {
                 }
                 _ => {}
             }
-            first += part.range.len();
+            first += part.tokens();
         }
         self.score_prompts(&hidden, &prompts)?;
-        self.choose(&hidden, &next, &mut events)?;
+        self.choose(&hidden, next, &mut events)?;
         self.find_scores(&hidden, &scores, &mut events)?;
         self.hand_out(&hidden, logits, &mut events)?;
         Ok(events)
     }
 
-    /// Carries a plan out: what leaves the last layer for each of its tokens, [tokens, hidden].
-    fn compute(&mut self, plan: &Plan) -> Result<B::Tensor, BackendError> {
-        let backend = self.model.backend();
-        if plan.pages > self.room {
-            let room = (self.room + (self.room / 4).max(GROWTH)).min(self.scheduler.limits().pages);
-            self.room = room.max(plan.pages);
-        }
-        backend.grow(&mut self.cache, self.room, plan.slots)?;
-        for copy in &plan.copies {
-            let span = |page| Span {
-                start: copy.before.len() * PAGE + copy.tokens,
-                len: 0,
-                pages: [&copy.before[..], &[page]].concat(),
-                slot: 0,
-            };
-            backend.fork(&mut self.cache, &span(copy.from), &span(copy.to))?;
-        }
-        for &(from, to) in &plan.states {
-            backend.copy_state(&mut self.cache, from, to)?;
-        }
-        let mut batch = Batch::default();
+    /// Adds guesses to a plan, of what answers that choose go on with.
+    fn guess(&mut self, plan: &mut Plan) -> Result<(), EngineError> {
+        let Some(proposer) = &mut self.proposer else { return Ok(()) };
+        let reach = self.model.context_bound().unwrap_or(usize::MAX).min(self.scheduler.limits().context);
+        let mut asked = Vec::new();
         for part in &plan.parts {
-            batch.tokens.extend_from_slice(&self.scheduler.tokens(part.id)[part.range.clone()]);
-            let (start, len, pages) = (part.range.start, part.range.len(), part.pages.clone());
-            batch.spans.push(Span { start, len, pages, slot: part.slot });
+            let tokens = self.scheduler.tokens(part.id);
+            if let Some(Task::Answer(answer)) = self.tasks.get(&part.id)
+                && part.range.end == tokens.len()
+                && !answer.is_full()
+            {
+                // After the last token that an answer takes, nothing is computed.
+                let of_use = (answer.room() - 1).min(reach.saturating_sub(tokens.len())).min(proposer.tokens());
+                asked.push(Asked { id: part.id, tokens, count: of_use });
+            }
         }
-        self.model.hidden(&batch, &mut self.cache)
+        let most = self.scheduler.guesses(plan, asked.len());
+        asked.iter_mut().for_each(|a| a.count = a.count.min(most));
+        asked.retain(|a| a.count > 0);
+        if asked.is_empty() {
+            return Ok(());
+        }
+        let ids: Vec<Id> = asked.iter().map(|a| a.id).collect();
+        for (id, guesses) in ids.into_iter().zip(proposer.propose(&asked)?) {
+            self.scheduler.guess(plan, id, &guesses);
+        }
+        Ok(())
     }
 
-    /// Chooses the next token of answers after the given rows.
+    /// Chooses the next token of answers, and those after it as long as they were guessed.
     fn choose(
         &mut self,
         hidden: &B::Tensor,
-        next: &[(Id, usize)],
+        mut next: Vec<Choosing>,
         events: &mut Vec<Event<B::Tensor>>,
     ) -> Result<(), EngineError> {
-        let mut choosing = Vec::with_capacity(next.len());
-        for &(id, row) in next {
-            let Some(Task::Answer(answer)) = self.tasks.get_mut(&id) else { continue };
+        next.retain(|&Choosing { id, .. }| {
+            let Some(Task::Answer(answer)) = self.tasks.get_mut(&id) else { return false };
             if let Some(scores) = answer.all_prompt_scores() {
                 events.push(Event::Prompt { id, scores });
             }
-            if answer.is_full() {
+            let goes_on = !answer.is_full();
+            if !goes_on {
                 self.finish(id, events);
-            } else if let Err(error) = answer.prepare(self.model.config.vocab) {
-                self.fail(id, error, events);
-            } else {
-                choosing.push((id, row));
             }
-        }
-        let backend = self.model.backend();
-        for part in choosing.chunks(LOGIT_ROWS) {
-            let rows: Vec<usize> = part.iter().map(|n| n.1).collect();
-            let logits = self.model.logits(&backend.select_rows(hidden, &rows)?)?;
-            let mut scratch = std::mem::take(&mut self.scratch);
-            let draws: Vec<Draw> =
-                part.iter().filter_map(|(id, _)| Some(self.answer(*id)?.draw(self.scheduler.tokens(*id)))).collect();
-            let sampled = backend.sample(&logits, &draws, &mut scratch)?;
-            self.scratch = scratch;
-            for (&(id, _), token) in part.iter().zip(sampled) {
-                match token {
-                    Ok(token) => self.take(id, token, events),
-                    Err(error) => self.fail(id, error.into(), events),
-                }
-            }
+            goes_on
+        });
+        let mut rest = &next[..];
+        while !rest.is_empty() {
+            let mut rows = 0;
+            let fits = |c: &&Choosing| {
+                rows += 1 + c.guesses;
+                rows <= LOGIT_ROWS
+            };
+            let (some, after) = rest.split_at(rest.iter().take_while(fits).count().max(1));
+            self.choose_of(hidden, some, events)?;
+            rest = after;
         }
         Ok(())
+    }
+
+    /// [`Self::choose`] for a few answers.
+    fn choose_of(
+        &mut self,
+        hidden: &B::Tensor,
+        next: &[Choosing],
+        events: &mut Vec<Event<B::Tensor>>,
+    ) -> Result<(), EngineError> {
+        let backend = self.model.backend();
+        let rows: Vec<usize> = next.iter().flat_map(|c| c.row..=c.row + c.guesses).collect();
+        let all = self.model.logits(&backend.select_rows(hidden, &rows)?)?;
+        let mut first = 0;
+        // Whose turn it is, and the row of logits that it chooses from.
+        let mut turns = Vec::with_capacity(next.len());
+        for choosing in next {
+            turns.push((choosing.id, first));
+            first += 1 + choosing.guesses;
+        }
+        while !turns.is_empty() {
+            turns.retain(|turn| self.prepare(turn.0, events));
+            let places: Vec<usize> = turns.iter().map(|t| t.1).collect();
+            let some;
+            let logits = match places.len() {
+                0 => break,
+                count if count == rows.len() => &all,
+                _ => {
+                    some = backend.select_rows(&all, &places)?;
+                    &some
+                }
+            };
+            let mut scratch = std::mem::take(&mut self.scratch);
+            let draws: Vec<Draw> =
+                turns.iter().filter_map(|(id, _)| Some(self.answer(*id)?.draw(self.scheduler.tokens(*id)))).collect();
+            let sampled = backend.sample(logits, &draws, &mut scratch)?;
+            self.scratch = scratch;
+            let mut sampled = sampled.into_iter();
+            turns.retain_mut(|(id, row)| {
+                *row += 1;
+                match sampled.next() {
+                    Some(Ok(token)) => self.take(*id, token, events),
+                    Some(Err(error)) => self.fail(*id, error.into(), events),
+                    None => false,
+                }
+            });
+        }
+        Ok(())
+    }
+
+    /// Makes an answer ready to choose; one that cannot ends.
+    fn prepare(&mut self, id: Id, events: &mut Vec<Event<B::Tensor>>) -> bool {
+        let Some(Task::Answer(answer)) = self.tasks.get_mut(&id) else { return false };
+        match answer.prepare(self.model.config.vocab) {
+            Ok(()) => true,
+            Err(error) => self.fail(id, error, events),
+        }
+    }
+
+    fn answer(&self, id: Id) -> Option<&Answer> {
+        match self.tasks.get(&id) {
+            Some(Task::Answer(answer)) => Some(answer),
+            _ => None,
+        }
+    }
+
+    /// Gives an answer its next token; whether that was guessed, so that what follows it is known already.
+    fn take(&mut self, id: Id, token: Sampled, events: &mut Vec<Event<B::Tensor>>) -> bool {
+        let Some(Task::Answer(answer)) = self.tasks.get_mut(&id) else { return false };
+        let taken = match answer.take(token.clone()) {
+            Ok(taken) => taken,
+            Err(error) => return self.fail(id, error, events),
+        };
+        events.push(Event::Token { id, token, text: taken.text });
+        let Some(token) = taken.next else {
+            self.finish(id, events);
+            return false;
+        };
+        self.scheduler.push(id, token)
+    }
+
+    /// Ends an answer that is complete.
+    fn finish(&mut self, id: Id, events: &mut Vec<Event<B::Tensor>>) {
+        if let Some(Task::Answer(answer)) = self.end(id) {
+            events.push(match answer.finish() {
+                Ok((answer, rest)) => Event::Answered { id, answer, rest },
+                Err(error) => Event::Failed { id, error: error.into() },
+            });
+        }
+    }
+
+    /// Ends an answer that cannot go on: it does not.
+    fn fail(&mut self, id: Id, error: EngineError, events: &mut Vec<Event<B::Tensor>>) -> bool {
+        self.end(id);
+        events.push(Event::Failed { id, error });
+        false
     }
 
     /// Scores tokens of prompts, each after the given row.
@@ -372,43 +471,6 @@ impl<'m, B: Backend> Engine<'m, B> {
             }
         }
         Ok(())
-    }
-
-    fn answer(&self, id: Id) -> Option<&Answer> {
-        match self.tasks.get(&id) {
-            Some(Task::Answer(answer)) => Some(answer),
-            _ => None,
-        }
-    }
-
-    /// Gives an answer its next token.
-    fn take(&mut self, id: Id, token: Sampled, events: &mut Vec<Event<B::Tensor>>) {
-        let Some(Task::Answer(answer)) = self.tasks.get_mut(&id) else { return };
-        let taken = match answer.take(token.clone()) {
-            Ok(taken) => taken,
-            Err(error) => return self.fail(id, error, events),
-        };
-        events.push(Event::Token { id, token, text: taken.text });
-        match taken.next {
-            Some(token) => self.scheduler.push(id, token),
-            None => self.finish(id, events),
-        }
-    }
-
-    /// Ends an answer that is complete.
-    fn finish(&mut self, id: Id, events: &mut Vec<Event<B::Tensor>>) {
-        if let Some(Task::Answer(answer)) = self.end(id) {
-            events.push(match answer.finish() {
-                Ok((answer, rest)) => Event::Answered { id, answer, rest },
-                Err(error) => Event::Failed { id, error: error.into() },
-            });
-        }
-    }
-
-    /// Ends an answer that cannot go on.
-    fn fail(&mut self, id: Id, error: EngineError, events: &mut Vec<Event<B::Tensor>>) {
-        self.end(id);
-        events.push(Event::Failed { id, error });
     }
 
     /// Scores tokens after the given rows.
@@ -465,6 +527,9 @@ impl<'m, B: Backend> Engine<'m, B> {
     }
 
     fn end(&mut self, id: Id) -> Option<Task> {
+        if let Some(proposer) = &mut self.proposer {
+            proposer.forget(id);
+        }
         self.scheduler.remove(id);
         self.tasks.remove(&id)
     }

@@ -207,9 +207,14 @@ impl Answer {
         Draw { sampler: &self.sampler, history: History { prompt, generated }, allowed: self.allowed.as_ref() }
     }
 
+    /// Tokens that it takes at most from now on.
+    pub fn room(&self) -> usize {
+        self.limit.saturating_sub(self.out.tokens.len())
+    }
+
     /// Whether it takes no more tokens.
     pub fn is_full(&self) -> bool {
-        self.out.tokens.len() >= self.limit
+        self.room() == 0
     }
 
     /// Takes the next token.

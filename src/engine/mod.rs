@@ -5,9 +5,11 @@ mod engine;
 mod generate;
 mod logits;
 mod pages;
+mod runner;
 mod scheduler;
 mod scoring;
 mod sequence;
+mod speculation;
 mod stats;
 
 pub use engine::{Engine, EngineError, Event};
@@ -16,4 +18,5 @@ pub use logits::logits;
 pub use scheduler::Limits;
 pub use scoring::{Sequence, score_all};
 pub use sequence::Id;
+pub use speculation::Speculation;
 pub use stats::Stats;

@@ -79,7 +79,7 @@ impl Chat {
 
     /// What takes the first answer apart, and each other.
     pub(super) fn reader(&self) -> Reader {
-        Reader { splitter: self.splitter.clone(), calls: 0, reasoning: self.reasoning }
+        Reader { splitter: self.splitter.clone(), calls: 0, malformed: 0, reasoning: self.reasoning }
     }
 }
 
@@ -87,6 +87,7 @@ impl Chat {
 pub(super) struct Reader {
     splitter: Splitter,
     calls: usize,
+    malformed: usize,
     reasoning: bool,
 }
 
@@ -108,14 +109,17 @@ impl News {
 impl Reader {
     pub(super) fn push(&mut self, text: &str) -> News {
         let pieces = self.splitter.push(text);
-        self.news(pieces, Vec::new())
+        let calls = self.splitter.take_calls();
+        self.news(pieces, calls)
     }
 
     /// The end of the answer; whether it had calls.
     pub(super) fn finish(mut self, rest: &str) -> (News, bool) {
         let mut news = self.push(rest);
         let (pieces, reply) = self.splitter.clone().finish();
-        let calls = reply.calls.into_iter().map(Ok).chain(reply.malformed.into_iter().map(Err)).collect();
+        // What was given before is not given again.
+        let calls = reply.calls.into_iter().skip(self.calls).map(Ok);
+        let calls = calls.chain(reply.malformed.into_iter().skip(self.malformed).map(Err)).collect();
         let last = self.news(pieces, calls);
         news.thinking += &last.thinking;
         news.content += &last.content;
@@ -139,7 +143,10 @@ impl Reader {
                     self.calls += 1;
                 }
                 // What cannot be read is not lost: the client sees what the model wrote.
-                Err(malformed) => news.content += &malformed.text,
+                Err(malformed) => {
+                    news.content += &malformed.text;
+                    self.malformed += 1;
+                }
             }
         }
         news

@@ -1,0 +1,62 @@
+//! Grammars compiled by llguidance, within bounds of work, memory and stack, and what it says when it cannot.
+
+use llguidance::api::{GrammarWithLexer, ParserLimits, TopLevelGrammar};
+use llguidance::{Matcher, ParserFactory};
+use recoup_ground::shorten::shorten;
+
+/// Of a grammar's text.
+pub(super) const MAX_TEXT: usize = 256 * 1024;
+
+/// llguidance goes down rules that follow each other, and schemas that refer to each other, by recursion. Reserved, not
+/// used, unless a grammar is as deep as the limits on sizes let it be.
+const STACK: usize = 256 << 20;
+
+/// Of work and memory, for one grammar: compiled, and per token.
+pub(super) fn limits() -> ParserLimits {
+    ParserLimits {
+        initial_lexer_fuel: 1_000_000,
+        max_lexer_states: 50_000,
+        verbose_errors: false,
+        ..Default::default()
+    }
+}
+
+/// A grammar that is ready for the first token.
+///
+/// # Errors
+/// llguidance's reason, for people.
+pub(super) fn compile(factory: &ParserFactory, grammar: GrammarWithLexer) -> Result<Matcher, String> {
+    let build = || {
+        // It catches its own panics.
+        let mut matcher = Matcher::new(factory.create_parser(TopLevelGrammar::from_grammar(grammar)));
+        if let Some(error) = matcher.get_error() {
+            return Err(reason(&error));
+        }
+        // Whether anything follows the grammar is seen by looking for a first token.
+        matcher.compute_mask_or_eos().map_err(|error| reason(&error))?;
+        Ok(matcher)
+    };
+    let run = || std::thread::Builder::new().name("grammar".to_owned()).stack_size(STACK);
+    std::thread::scope(|scope| {
+        let thread =
+            run().spawn_scoped(scope, build).map_err(|error| format!("no thread to compile it on: {error}"))?;
+        thread.join().unwrap_or_else(|panic| Err(format!("llguidance gave up: {}", said(&*panic))))
+    })
+}
+
+/// An error as people may read it: the first lines, without the state of the machine.
+pub(super) fn reason(error: &impl std::fmt::Display) -> String {
+    let text = error.to_string();
+    let end = ["\n<state>", "\n<non-verbose/>", "\n<backtrace>"].iter().filter_map(|mark| text.find(mark)).min();
+    let text = text[..end.unwrap_or(text.len())].trim();
+    match text.strip_prefix("panic: ") {
+        Some(why) => format!("llguidance gave up: {}", shorten(why, 300)),
+        None => shorten(text, 600),
+    }
+}
+
+/// What a panic said.
+pub(super) fn said(panic: &(dyn std::any::Any + Send)) -> String {
+    let said = panic.downcast_ref::<String>().map(String::as_str);
+    shorten(said.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no reason given"), 300)
+}
