@@ -163,11 +163,12 @@ def test_requests_that_are_no_http(server):
     for text in (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\ncontent-length: -5\r\n\r\n",
                  b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\n\r\n", b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n"):
         with connect(server) as stream:
-            stream.sendall(text)
-            stream.shutdown(socket.SHUT_WR)
             try:
+                stream.sendall(text)
+                stream.shutdown(socket.SHUT_WR)
                 answer = stream.recv(1000)
-            except ConnectionResetError:
+            except OSError:
+                # It may hang up at any time.
                 answer = b""
         assert not answer or answer.startswith((b"HTTP/1.1 4", b"HTTP/1.0 4", b"HTTP/1.1 505")), answer
 
