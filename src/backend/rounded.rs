@@ -234,13 +234,7 @@ impl<B: Backend> Backend for Rounded<B> {
         Ok(Rows { inner: self.inner.select_rows(&x.inner, rows)?, rows: rows.len() })
     }
 
-    fn add_rows(
-        &self,
-        sum: Self::Tensor,
-        y: &Self::Tensor,
-        rows: &[usize],
-        weights: &[f32],
-    ) -> Result<Self::Tensor> {
+    fn add_rows(&self, sum: Self::Tensor, y: &Self::Tensor, rows: &[usize], weights: &[f32]) -> Result<Self::Tensor> {
         self.result(self.inner.add_rows(sum.inner, &y.inner, rows, weights)?, sum.rows)
     }
 
