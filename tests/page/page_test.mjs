@@ -124,7 +124,7 @@ describe("chat", () => {
     assert.deepEqual(rest, { temperature: 0.5, max_tokens: 7, top_p: 0.9, top_k: 40, min_p: 0.05, seed: 7, chat_template_kwargs: { enable_thinking: false } });
     assert.deepEqual(messages[0], { role: "system", content: "Be brief." });
     assert.deepEqual([stream, stream_options, model], [true, { include_usage: true }, "books-bf16"]);
-    assert.match(await answers(page).locator(".numbers").textContent(), /cut at the most tokens/);
+    assert.match(await answers(page).locator(".numbers").textContent(), /cut at the token limit/);
     assert.equal(await page.locator(".thinking:visible").count(), 0);
     await close();
   });
@@ -439,6 +439,7 @@ describe("look", () => {
         await ended();
         await page.click("#settings-button");
         await noSideways(page, "chat");
+        assert.equal(await page.evaluate(() => Math.round(innerHeight - document.getElementById("composer").getBoundingClientRect().bottom)), 0, "the composer is at the bottom");
         await accessible(page, "chat");
         await shot("chat");
         await page.click("#tab-compare");
