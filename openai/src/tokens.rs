@@ -32,8 +32,7 @@ pub enum Way {
 
 impl Way {
     /// All, in the order in which they are tried.
-    pub const ALL: [Self; 5] =
-        [Self::PromptLogprobs, Self::Echo, Self::Generate, Self::Completion, Self::Logprobs];
+    pub const ALL: [Self; 5] = [Self::PromptLogprobs, Self::Echo, Self::Generate, Self::Completion, Self::Logprobs];
 
     /// Whether it gives log-probabilities of tokens that the server is given.
     #[must_use]

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use super::{
-    Activation, AttentionShape, Backend, Batch, CacheLayout, DeltaInputs, DeltaNetShape, DeltaNetWeights, Feature,
-    Mamba2Shape, Mamba2Weights, Result, Rotation, Run, Span,
+    Activation, AttentionShape, Backend, Batch, CacheLayout, DeltaInputs, DeltaNetShape, DeltaNetWeights, Mamba2Shape,
+    Mamba2Weights, Result, Rotation, Run, Span,
 };
 use crate::formats::linear::LinearTensors;
 use crate::logits::{RouterRule, Routing, TokenScore};
@@ -86,10 +86,6 @@ impl<B: Backend> Backend for Rounded<B> {
 
     fn name(&self) -> &'static str {
         self.inner.name()
-    }
-
-    fn has(&self, feature: Feature) -> bool {
-        self.inner.has(feature)
     }
 
     fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<B::Linear> {
@@ -234,13 +230,7 @@ impl<B: Backend> Backend for Rounded<B> {
         Ok(Rows { inner: self.inner.select_rows(&x.inner, rows)?, rows: rows.len() })
     }
 
-    fn add_rows(
-        &self,
-        sum: Self::Tensor,
-        y: &Self::Tensor,
-        rows: &[usize],
-        weights: &[f32],
-    ) -> Result<Self::Tensor> {
+    fn add_rows(&self, sum: Self::Tensor, y: &Self::Tensor, rows: &[usize], weights: &[f32]) -> Result<Self::Tensor> {
         self.result(self.inner.add_rows(sum.inner, &y.inner, rows, weights)?, sum.rows)
     }
 

@@ -1,6 +1,7 @@
 //! The command line: one file per verb, and the only place that prints. stdout carries data, stderr the talk.
 
 mod bench;
+mod completions;
 mod convert;
 mod demo;
 mod device;
@@ -30,7 +31,7 @@ use std::process::ExitCode;
 
 use crate::output::space::human_bytes;
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 use talk::{outln, progress, say, style};
 
 /// Run, quantize and check LLMs in NVFP4 and FP8, with the deployed numerics on any CPU.
@@ -71,6 +72,8 @@ enum Verb {
     Bench(bench::Args),
     /// What this machine has, which kernel each format gets, and whether a GPU computes what it should
     Doctor(doctor::Args),
+    /// Completions for a shell
+    Completions(completions::Args),
 }
 
 /// Exit codes: 0 ok, 1 error, 2 usage (clap's own), 3 gate not met.
@@ -83,7 +86,10 @@ pub fn main() -> ExitCode {
         // SAFETY: the process has begun no other thread yet.
         unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
     }
-    if !matches!(verb, Verb::Run(_) | Verb::Inspect(_) | Verb::Bench(_) | Verb::Doctor(_) | Verb::Serve(_)) {
+    if !matches!(
+        verb,
+        Verb::Run(_) | Verb::Inspect(_) | Verb::Bench(_) | Verb::Doctor(_) | Verb::Serve(_) | Verb::Completions(_)
+    ) {
         interrupt::watch();
     }
     let result = run(verb);
@@ -113,6 +119,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Serve(a) => serve::run(&a),
         Verb::Bench(a) => bench::run(&a),
         Verb::Doctor(a) => doctor::run(&a),
+        Verb::Completions(a) => completions::run(&a, Cli::command()),
     }
 }
 

@@ -292,6 +292,8 @@ fn load(args: &Args, model: &Path, names: Vec<String>, metrics: &Metrics) -> Res
     tracing::info!(model = name, formats, context = limits.context, cache_tokens = limits.pages * PAGE, "loaded");
     let kv = args.options.kv_cache_dtype;
     let thinking_switch = text.template().is_some_and(|template| template.thinking_switch().is_some());
+    let of_token = |id| text.tokenizer().token_bytes(id).map_or(0, |bytes| bytes.len());
+    let longest = (0..u32::try_from(vocab).unwrap_or(u32::MAX)).map(of_token).max().unwrap_or(1);
     let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let model = ServedModel {
         names,
@@ -300,6 +302,7 @@ fn load(args: &Args, model: &Path, names: Vec<String>, metrics: &Metrics) -> Res
         grammars,
         thinking_switch,
         context: limits.context,
+        longest,
         vocab,
         created,
         formats,

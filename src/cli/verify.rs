@@ -9,9 +9,7 @@ use anyhow::{Context as _, Result, bail};
 use recoup_ground::http::address::Address;
 use recoup_openai::{ApiKey, OpenAi, Options as ServerOptions};
 
-use super::options::{
-    EngineOptions, TemplateOptions, at_least_one, model_folder, open_model, text_to_read,
-};
+use super::options::{EngineOptions, TemplateOptions, at_least_one, model_folder, open_model, text_to_read};
 use super::talk::Shown;
 use crate::corpus::{Opened, text_of};
 use crate::evaluate::verify::{NoWay, Options, Subject, Text, Texts, Verdict, VerifyError, verify};
@@ -155,7 +153,8 @@ fn texts(args: &Args, text: &ModelText) -> Result<Texts> {
     for file in &args.texts {
         let opened = Opened::read(file).with_context(|| format!("--texts {}", file.display()))?;
         let (text, counts) = text_of(&opened, text.template())?;
-        let name = file.file_name().map_or_else(|| Path::new("-").display().to_string(), |n| n.to_string_lossy().into());
+        let name =
+            file.file_name().map_or_else(|| Path::new("-").display().to_string(), |n| n.to_string_lossy().into());
         counts.notes(&name, 0).iter().for_each(|note| super::say!("{note}"));
         texts.push(Text { name, text });
     }

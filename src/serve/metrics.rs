@@ -20,13 +20,16 @@ const TIMES: [f64; 16] =
 const TOKENS: [f64; 15] =
     [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10_000.0, 50_000.0, 100_000.0];
 
+/// A measure, and what of an engine it tells.
+type Told<M, V> = (M, fn(&Stats) -> V);
+
 /// The measures of all models.
 pub struct Metrics {
     registry: Registry,
     /// One at a time takes over what the engines count.
     taking: Mutex<()>,
-    gauges: Vec<(GaugeVec, fn(&Stats) -> f64)>,
-    counters: Vec<(IntCounterVec, fn(&Stats) -> u64)>,
+    gauges: Vec<Told<GaugeVec, f64>>,
+    counters: Vec<Told<IntCounterVec, u64>>,
     prompt_tokens: IntCounterVec,
     generation_tokens: IntCounterVec,
     success: IntCounterVec,
@@ -81,14 +84,14 @@ impl Metrics {
             Ok(made)
         };
         let share = |s: &Stats| if s.pages == 0 { 0.0 } else { s.pages_used as f64 / s.pages as f64 };
-        let gauges: Vec<(GaugeVec, fn(&Stats) -> f64)> = vec![
+        let gauges: Vec<Told<GaugeVec, f64>> = vec![
             (gauge("num_requests_running", "Sequences that run.")?, |s| s.running as f64),
             (gauge("num_requests_waiting", "Sequences that wait for their turn.")?, |s| s.waiting as f64),
             (gauge("kv_cache_usage_perc", "Share of the KV cache that sequences hold; 1 is all.")?, share),
             (gauge("kv_cache_pages_kept", "Pages kept for sequences to come (not of vLLM).")?, |s| s.pages_kept as f64),
         ];
         let model = &["model_name"][..];
-        let counters: Vec<(IntCounterVec, fn(&Stats) -> u64)> = vec![
+        let counters: Vec<Told<IntCounterVec, u64>> = vec![
             (counter("prefix_cache_queries_total", "Tokens looked for in the prefix cache.", model)?, |s| {
                 s.prefix_asked
             }),

@@ -8,6 +8,9 @@ use crate::text::grammar::GrammarFactory;
 use crate::text::reply::ReplyFormat;
 use crate::text::{ChatInput, ModelText};
 
+/// How many times shorter a tokenizer may make a text before it cuts it: accents composed, spaces stripped.
+const SHRINKING: usize = 4;
+
 /// A model that is served.
 pub struct ServedModel {
     /// What requests call it; the first is its own name.
@@ -20,6 +23,8 @@ pub struct ServedModel {
     pub thinking_switch: bool,
     /// Tokens of prompt and answer at most.
     pub context: usize,
+    /// Bytes of its longest token.
+    pub longest: usize,
     /// Logits that the model has for each token.
     pub vocab: usize,
     /// When it was loaded, in seconds since 1970.
@@ -78,8 +83,20 @@ impl ServedModel {
             true => template.render_continued(&input)?,
             false => template.render(&input)?,
         };
-        let tokens = self.text.tokenizer().encode(&text, false)?;
+        let tokens = self.encode(&text, false)?;
         Ok((text, tokens))
+    }
+
+    /// The tokens of a text. One that is certain to be too long is not looked at: that would take its time.
+    ///
+    /// # Errors
+    /// When it is too long, or cannot be tokenized.
+    pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, ApiError> {
+        let least = text.len() / (self.longest.max(1) * SHRINKING);
+        if least > self.context {
+            return Err(ApiError::too_long(least, self.context));
+        }
+        Ok(self.text.tokenizer().encode(text, special)?)
     }
 
     /// The text of a token by itself, and its bytes where they are no text of their own.

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -203,11 +203,8 @@ impl Bench<'_> {
                     Err(_) => return Ok(()),
                 }
             }
-            loop {
-                match self.jobs.try_recv() {
-                    Ok(job) => self.begin(engine, job),
-                    Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
-                }
+            while let Ok(job) = self.jobs.try_recv() {
+                self.begin(engine, job);
             }
             self.let_go(engine);
             match engine.step() {

@@ -279,6 +279,7 @@ fn what_cannot_be_done_is_refused_by_name_and_others_are_served() {
         (with(json!({"prompt": [99_999_999]})), 400, "prompt"),
         (with(json!({"prompt": [[1, "x"]]})), 400, "prompt"),
         (with(json!({"prompt": "word ".repeat(2000)})), 400, ""),
+        (with(json!({"prompt": "word ".repeat(200_000)})), 400, ""),
         (with(json!({"temprature": 1})), 400, "temprature"),
         (with(json!({"suffix": "x"})), 400, "suffix"),
         (with(json!({"n": 129})), 400, "n"),

@@ -27,8 +27,8 @@ use recoup_ground::divergence::{Pair, RowError};
 
 use super::{
     Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, DeltaInputs, DeltaNetShape, DeltaNetWeights,
-    Feature, Ffn, HeadParameters, Mamba2Shape, Mamba2Weights, PAGE, Result, RopeTable, Rotation, Run, Span, Update,
-    exactly, expanded_by_parts, mixture_by_expert, one,
+    Ffn, HeadParameters, Mamba2Shape, Mamba2Weights, PAGE, Result, RopeTable, Rotation, Run, Span, Update, exactly,
+    expanded_by_parts, mixture_by_expert, one,
 };
 use crate::formats::e8m0::ScaleRule;
 use crate::formats::fp_quant::Method;
@@ -157,23 +157,6 @@ const KERNELS: [&str; 112] = [
 
 /// Whether the backend computes this. A router's rule is carried out on the host where no kernel knows it.
 #[must_use]
-pub fn has(feature: Feature) -> bool {
-    match feature {
-        Feature::Mamba
-        | Feature::DeltaNet
-        | Feature::Sinks
-        | Feature::Gate
-        | Feature::PartialRotation
-        | Feature::Router
-        | Feature::Activation(_)
-        | Feature::EmbeddingScale
-        | Feature::Rearranged
-        | Feature::ValueWidth
-        | Feature::RowNorms
-        | Feature::QueryGrowth => true,
-    }
-}
-
 /// Runs the decoder on one GPU. Clones share it.
 #[derive(Clone)]
 pub struct CudaBackend {
@@ -613,10 +596,6 @@ impl Backend for CudaBackend {
 
     fn name(&self) -> &'static str {
         "CUDA"
-    }
-
-    fn has(&self, feature: Feature) -> bool {
-        has(feature)
     }
 
     fn load_vector(&self, values: Vec<f32>) -> Result<CudaVector> {

@@ -48,7 +48,8 @@ pub fn apart(said: &Said, fact: &Fact) -> Option<f64> {
 /// The same of two computations.
 #[must_use]
 pub fn spread(one: &Fact, other: &Fact) -> Option<f64> {
-    let pairs = std::iter::once((one.logprob, other.logprob)).chain(one.top.iter().copied().zip(other.top.iter().copied()));
+    let pairs =
+        std::iter::once((one.logprob, other.logprob)).chain(one.top.iter().copied().zip(other.top.iter().copied()));
     root_mean_square(pairs.filter_map(difference))
 }
 
@@ -283,9 +284,8 @@ mod tests {
 
     #[test]
     fn a_few_places_nearer_by_chance_are_no_rival() {
-        let rivals = |n: usize, better: usize| {
-            Rivals::of((0..n).map(|i| (Some(1.0), Some(if i < better { 0.1 } else { 1.1 }))))
-        };
+        let rivals =
+            |n: usize, better: usize| Rivals::of((0..n).map(|i| (Some(1.0), Some(if i < better { 0.1 } else { 1.1 }))));
         assert!(rivals(100, 95).is_nearer());
         assert!(!rivals(100, 60).is_nearer() && !rivals(6, 6).is_nearer());
     }

@@ -7,10 +7,10 @@ use crate::checkpoint::resolve::LinearRole;
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::formats::kv::KvFormat;
 use crate::formats::linear::{ActivationFormat, LinearTensors, OutputScale};
+use crate::model::Source;
+use crate::model::config::{MixerConfig, ModelConfig};
 use crate::model::modules::{Module, Part};
 use crate::model::rope::RopeScaling;
-use crate::model::config::{MixerConfig, ModelConfig};
-use crate::model::Source;
 
 /// What is done otherwise than the checkpoint says.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -186,7 +186,8 @@ impl Possible {
     /// Anything wrong with it.
     pub fn of(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Self, CheckpointError> {
         let modules = config.modules();
-        let mut out = Self { stretched: config.ropes.iter().any(|r| r.0.scaling != RopeScaling::None), ..Self::default() };
+        let mut out =
+            Self { stretched: config.ropes.iter().any(|r| r.0.scaling != RopeScaling::None), ..Self::default() };
         let mut scales: HashMap<(String, &[Part]), f32> = HashMap::new();
         for module in modules.iter().filter(|m| m.layer.is_some() && checkpoint.has_linear(&m.name)) {
             let linear = checkpoint.linear(&module.name, module.role)?;
@@ -202,7 +203,8 @@ impl Possible {
         for (index, step) in config.layers.iter().enumerate().flat_map(|(i, l)| l.steps.iter().map(move |s| (i, s))) {
             let MixerConfig::Attention(attention) = &step.mixer else { continue };
             out.window = out.window.max(attention.window);
-            if let Some(KvFormat::Fp8 { k_scale, v_scale }) = Source::kv(checkpoint, &config.in_layer(index, step.at))? {
+            if let Some(KvFormat::Fp8 { k_scale, v_scale }) = Source::kv(checkpoint, &config.in_layer(index, step.at))?
+            {
                 out.fp8_cache = true;
                 out.fp8_cache_scales_differ |= k_scale != v_scale;
             }

@@ -73,7 +73,8 @@ pub fn chats(
         return Ok(all);
     }
     for Chat { name, messages } in chats {
-        let json: Vec<Value> = messages.iter().map(|Message { role, content }| json!({"role": role, "content": content})).collect();
+        let json: Vec<Value> =
+            messages.iter().map(|Message { role, content }| json!({"role": role, "content": content})).collect();
         let (rendered, here) = match text.prompt(&json, None) {
             Ok(Some(prompt)) => prompt,
             Ok(None) => continue,
@@ -90,7 +91,8 @@ pub fn chats(
             }
         };
         let own = |difference: Option<(Kind, String)>| difference;
-        let mut tokens = Tokens { name: name.clone(), here: here.len(), server: told.count, same: None, difference: None };
+        let mut tokens =
+            Tokens { name: name.clone(), here: here.len(), server: told.count, same: None, difference: None };
         if let Some(ids) = &told.ids {
             tokens.server = Some(ids.len());
             tokens.same = Some(*ids == here);
@@ -145,7 +147,8 @@ fn difference(text: &ModelText, here: &[u32], server: &[u32], kind: Kind) -> Opt
         None => "the end".to_owned(),
     };
     let before = name(&here[at.saturating_sub(AROUND)..at]);
-    let what = format!("token {at}, after `{}`: here {}, on the server {}", before.escape_debug(), show(here), show(server));
+    let what =
+        format!("token {at}, after `{}`: here {}, on the server {}", before.escape_debug(), show(here), show(server));
     Some((kind, what))
 }
 

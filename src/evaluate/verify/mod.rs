@@ -16,16 +16,16 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 pub use self::agreement::{Agreement, Segment, Tolerance};
+use self::agreement::{RULED_OUT, apart, by_position, pairs, root_mean_square, segments, spread};
+use self::altered::Possible;
 pub use self::ask::NoWay;
+use self::ask::{Manner, Names, find, hear};
 pub use self::checks::{CheckError, Tokens};
+use self::facts::{Fact, Sequence, facts};
+use self::report::Finding;
 pub use self::report::{Parting, Report, Sampling, Verdict};
 pub use self::suspects::Suspect;
 pub use self::texts::{Chat, Text, Texts};
-use self::agreement::{RULED_OUT, apart, by_position, pairs, root_mean_square, segments, spread};
-use self::altered::Possible;
-use self::ask::{Manner, Names, find, hear};
-use self::facts::{Fact, Sequence, facts};
-use self::report::Finding;
 use super::Watch;
 use crate::backend::rounded::Rounding;
 use crate::backend::{Backend, BackendError};
@@ -321,7 +321,8 @@ fn heard<B: Backend>(
             Err(error) => return Err(error.into()),
         };
         if heard.renamed > 0 {
-            notes.push(format!("`{name}`: the server lists other tokens than it was given in {} places", heard.renamed));
+            notes
+                .push(format!("`{name}`: the server lists other tokens than it was given in {} places", heard.renamed));
         }
         match heard.sequence {
             Some(sequence) => sequences.push(sequence),

@@ -146,7 +146,9 @@ fn unexplained(suspects: &[Suspect], segments: &[Segment]) -> Finding {
     Finding {
         kind: Kind::Unknown,
         what,
-        others: nearer.map(|s| format!("nearer, but not within the noise: the server {} ({})", s.what, improvement(s))).collect(),
+        others: nearer
+            .map(|s| format!("nearer, but not within the noise: the server {} ({})", s.what, improvement(s)))
+            .collect(),
     }
 }
 
@@ -201,7 +203,8 @@ impl Report {
             line(&kind(finding.kind), finding.what.clone());
             finding.others.iter().for_each(|other| line("", format!("or {other}")));
         }
-        let Agreement { tokens, within, rms, mean, mean_magnitude, largest, kl, greedy, greedy_same, .. } = self.agreement;
+        let Agreement { tokens, within, rms, mean, mean_magnitude, largest, kl, greedy, greedy_same, .. } =
+            self.agreement;
         let Tolerance { factor, floor, noise } = self.tolerance;
         if tokens > 0 {
             line(
@@ -227,7 +230,14 @@ impl Report {
         let off = self.segments.iter().filter(|s| !s.within).count();
         if off > 0 {
             let positions = self.by_position.iter().map(|(a, b, rms)| format!("{a}-{b}: {rms:.3}"));
-            line("where", format!("{off} of {} segments are beyond the noise; rms by position {}", self.segments.len(), positions.collect::<Vec<_>>().join(", ")));
+            line(
+                "where",
+                format!(
+                    "{off} of {} segments are beyond the noise; rms by position {}",
+                    self.segments.len(),
+                    positions.collect::<Vec<_>>().join(", ")
+                ),
+            );
         }
         if let Some(p) = &self.parting {
             let server = p.server.map_or_else(|| "nothing".to_owned(), |s| format!("{s:.3}"));
@@ -275,7 +285,13 @@ impl Report {
         }
         let fits = self.suspects.iter().filter(|s| s.nearer).count();
         if !self.suspects.is_empty() {
-            line("tried", format!("{} explanations, of which {fits} are nearer than the checkpoint as it is", self.suspects.len()));
+            line(
+                "tried",
+                format!(
+                    "{} explanations, of which {fits} are nearer than the checkpoint as it is",
+                    self.suspects.len()
+                ),
+            );
         }
         self.notes.iter().for_each(|note| line("note", note.clone()));
         out

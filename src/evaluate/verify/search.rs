@@ -151,10 +151,12 @@ pub fn search<B: Backend>(
     }
     watch.begin("looking at the scale", finalists.len() as u64, 0);
     for (_, start, place) in finalists {
-        let (factor, after) = narrowed(start, &mut |factor| {
-            Ok(ladder.distances(place.layer, subject.scaled(place, factor)?))
-        })?;
-        let what = format!("has a scale of `{}` (layer {}) that is {factor:.3} times the checkpoint's", place.name, place.layer);
+        let (factor, after) =
+            narrowed(start, &mut |factor| Ok(ladder.distances(place.layer, subject.scaled(place, factor)?)))?;
+        let what = format!(
+            "has a scale of `{}` (layer {}) that is {factor:.3} times the checkpoint's",
+            place.name, place.layer
+        );
         found.push(judge(Kind::Scale, what, &after));
         watch.part();
     }
@@ -187,7 +189,11 @@ fn narrowed(
         let probe = if right { best + GOLDEN * (high - best) } else { best - GOLDEN * (best - low) };
         let there = at(probe.exp())?;
         if size(&there) < size(&distances) {
-            if right { low = best } else { high = best }
+            if right {
+                low = best
+            } else {
+                high = best
+            }
             (best, distances) = (probe, there);
         } else if right {
             high = probe;

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::Kind;
 use super::agreement::{Rivals, Tolerance, apart, pairs};
-use super::altered::{Altered, Alteration, Possible};
+use super::altered::{Alteration, Altered, Possible};
 use super::facts::{Fact, Said, Sequence, facts};
 use super::{Subject, VerifyError};
 use crate::backend::Backend;
@@ -35,7 +35,13 @@ pub struct Suspect {
 
 impl Suspect {
     /// Judged by how it compares with the checkpoint.
-    pub(super) fn judged(kind: Kind, what: impl Into<String>, rivals: Rivals, tolerance: &Tolerance, fault: bool) -> Self {
+    pub(super) fn judged(
+        kind: Kind,
+        what: impl Into<String>,
+        rivals: Rivals,
+        tolerance: &Tolerance,
+        fault: bool,
+    ) -> Self {
         let nearer = rivals.is_nearer();
         let explains = nearer && rivals.after <= tolerance.all();
         Self { kind, what: what.into(), before: rivals.before, after: rivals.after, nearer, explains, fault }
@@ -71,7 +77,9 @@ pub fn try_all<B: Backend + Clone>(
     watch.part();
     list.beginning()?;
     watch.part();
-    for rounding in [(Rounding::Int8Inputs, "quantizes inputs of products to 8-bit integers in blocks of 32, as llama.cpp does")] {
+    for rounding in
+        [(Rounding::Int8Inputs, "quantizes inputs of products to 8-bit integers in blocks of 32, as llama.cpp does")]
+    {
         let model = subject.model.rounded(rounding.0);
         let altered = facts(&model, subject.kv, sequences, 1.0, &mut || {})?;
         list.add(Kind::Activations, rounding.1, &altered, false);
@@ -141,7 +149,12 @@ fn alterations(possible: &Possible) -> Vec<(Alteration, Kind, &'static str)> {
             "has q, k and v, and gate and up, under the largest of their global scales",
         ),
         (possible.window.is_some(), Alteration::NoWindow, Kind::Window, "ignores the sliding window"),
-        (possible.stretched, Alteration::NoRopeScaling, Kind::Rope, "ignores how positions are stretched (rope scaling)"),
+        (
+            possible.stretched,
+            Alteration::NoRopeScaling,
+            Kind::Rope,
+            "ignores how positions are stretched (rope scaling)",
+        ),
     ];
     all.into_iter().filter(|(possible, ..)| *possible).map(|(_, a, kind, what)| (a, kind, what)).collect()
 }
@@ -235,7 +248,9 @@ fn beheaded(sequence: &Sequence) -> Sequence {
 fn temperature<'a>(places: impl Iterator<Item = (&'a Said, &'a Fact)>) -> Option<f64> {
     let (mut both, mut own, mut n) = (0.0, 0.0, 0usize);
     for (said, fact) in places {
-        let Some(best) = said.top.iter().map(|t| t.1).zip(&fact.top).max_by(|a, b| a.0.total_cmp(&b.0)) else { continue };
+        let Some(best) = said.top.iter().map(|t| t.1).zip(&fact.top).max_by(|a, b| a.0.total_cmp(&b.0)) else {
+            continue;
+        };
         let entries = said.top.iter().map(|t| t.1).zip(fact.top.iter().copied());
         for (server, here) in entries.chain(said.logprob.map(|l| (l, fact.logprob))) {
             let (server, here) = (server - best.0, here - best.1);
@@ -245,7 +260,8 @@ fn temperature<'a>(places: impl Iterator<Item = (&'a Said, &'a Fact)>) -> Option
         }
     }
     let temperature = own / both;
-    (n > 8 && temperature > 0.05 && temperature < 20.0 && (temperature - 1.0).abs() > LEAST_TEMPERATURE).then_some(temperature)
+    (n > 8 && temperature > 0.05 && temperature < 20.0 && (temperature - 1.0).abs() > LEAST_TEMPERATURE)
+        .then_some(temperature)
 }
 
 #[cfg(test)]
@@ -277,7 +293,8 @@ mod tests {
     #[test]
     fn a_token_more_or_fewer_keeps_what_is_said_beside_its_token() {
         let said: Vec<Said> = (1..4).map(|i| Said { logprob: Some(f64::from(-i)), top: Vec::new() }).collect();
-        let sequence = Sequence { name: "a".into(), tokens: vec![0, 5, 6, 7], first: 1, generated: 4, said: said.clone() };
+        let sequence =
+            Sequence { name: "a".into(), tokens: vec![0, 5, 6, 7], first: 1, generated: 4, said: said.clone() };
         let with = preceded(&sequence, 9);
         assert_eq!((with.tokens.len(), with.first, with.said.len()), (5, 2, 3));
         let without = beheaded(&sequence);

@@ -71,7 +71,9 @@ impl Chat {
         }
         let (written, prompt) = model.write(&wish.conversation)?;
         let splitter = Splitter::new(format, &written, tools);
-        let stop_after = splitter.answer_mark().map(str::to_owned);
+        // A grammar of gpt-oss's calls has its thinking too, which ends in no answer.
+        let of_calls = harmony && matches!(parameters.grammar, Some(Grammar::Calls(_)));
+        let stop_after = splitter.answer_mark().filter(|_| !of_calls).map(str::to_owned);
         let asked = Prompt { tokens: prompt.clone(), stop_after };
         let answers = Answers::ask(&model, &parameters, &[asked], wish.max_tokens)?;
         Ok(Self { model, parameters, prompt, splitter, answers, reasoning: wish.reasoning })

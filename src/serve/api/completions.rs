@@ -244,7 +244,7 @@ struct Given {
 fn prompts(model: &ServedModel, given: Value) -> Result<Vec<Given>> {
     let wrong = |message: String| ApiError::parameter("prompt", message);
     let encode = |text: String| {
-        let mut tokens = model.text.tokenizer().encode(&text, true).map_err(|e| wrong(format!("`prompt`: {e}")))?;
+        let mut tokens = model.encode(&text, true)?;
         if tokens.is_empty() {
             // An empty text continues from the beginning of texts, where the model has such a token.
             tokens.push(model.text.beginning().map_err(|_| wrong("`prompt` is empty".into()))?);

@@ -19,7 +19,7 @@ pub fn tokenize(models: &Models, body: &[u8]) -> Result<Value> {
     let model = models.named(fields.take::<String>("model")?.as_deref())?;
     let strings = fields.switch("return_token_strs", false)?;
     let tokens = match fields.take::<String>("prompt")? {
-        Some(text) => model.text.tokenizer().encode(&text, fields.switch("add_special_tokens", true)?)?,
+        Some(text) => model.encode(&text, fields.switch("add_special_tokens", true)?)?,
         None => {
             let (mut conversation, choice) = conversation(&model, &mut fields)?;
             fields.refuse("add_special_tokens", &[json!(false)], "the template writes special tokens itself")?;
