@@ -164,7 +164,7 @@ pub(super) fn arguments(call: &ToolCall) -> String {
 }
 
 fn call(call: &ToolCall) -> Value {
-    json!({"id": fresh("call"), "type": "function", "function": {"name": call.name, "arguments": arguments(call)}})
+    json!({"id": fresh("call_"), "type": "function", "function": {"name": call.name, "arguments": arguments(call)}})
 }
 
 /// A request to /v1/chat/completions that has been understood and asked.
@@ -205,7 +205,7 @@ impl ChatCompletion {
         fields.finish()?;
         let wish = Wish { conversation, choice, parallel, max_tokens, reasoning };
         let chat = Chat::begin(model, parameters, wish)?;
-        let head = Head::new("chatcmpl", "chat.completion", &chat.model);
+        let head = Head::new("chatcmpl-", "chat.completion", &chat.model);
         Ok(Self { chat, logprobs, head })
     }
 

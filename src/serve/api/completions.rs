@@ -62,7 +62,7 @@ impl Completion {
         let answers = Answers::ask(&model, &parameters, &asked, Some(max_tokens.unwrap_or(DEFAULT_TOKENS)))?;
         // From here on it says what is told.
         parameters.prompt_logprobs = told;
-        let head = Head::new("cmpl", "text_completion", &model);
+        let head = Head::new("cmpl-", "text_completion", &model);
         Ok(Self { model, parameters, prompts, echo, logprobs, answers, head })
     }
 

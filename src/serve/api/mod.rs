@@ -37,11 +37,11 @@ pub(super) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
-/// A name that no other answer has.
+/// A name that no other answer has, with a beginning that tells what it is of.
 fn fresh(prefix: &str) -> String {
     use std::hash::{BuildHasher as _, RandomState};
     let [a, b] = [(); 2].map(|()| RandomState::new().hash_one(now()));
-    format!("{prefix}-{a:016x}{b:016x}")
+    format!("{prefix}{a:016x}{b:016x}")
 }
 
 /// Tokens used.

@@ -93,7 +93,7 @@ impl ModelResponse {
             open: true,
             continue_last: false,
         };
-        let told = json!({"id": fresh("resp"), "object": "response", "created_at": now(), "status": "in_progress",
+        let told = json!({"id": fresh("resp_"), "object": "response", "created_at": now(), "status": "in_progress",
             "error": null, "incomplete_details": null, "instructions": instructions, "max_output_tokens": max_tokens,
             "model": model.name(), "output": [], "parallel_tool_calls": parallel, "previous_response_id": null,
             "temperature": parameters.sampling.temperature, "top_p": parameters.sampling.top_p, "store": false,
@@ -116,11 +116,11 @@ impl ModelResponse {
         let reader = chat.reader();
         let prompt = chat.prompt.len();
         let whole = chat.answers.whole().await?.pop().ok_or_else(ApiError::stopped)?;
-        let (news, _) = reader.finish(&whole.texts.concat());
         let ending = whole.finish.as_ref().ok_or_else(ApiError::stopped)?;
+        let (news, _) = reader.finish(&whole.texts.concat());
         let mut items = Items::default();
         items.take(news, &mut Vec::new());
-        items.close(&mut Vec::new());
+        items.close(whole_status(ending), &mut Vec::new());
         finish(&mut told, items.done, ending, prompt);
         Ok(axum::response::IntoResponse::into_response(axum::Json(Value::Object(told))))
     }
@@ -158,8 +158,8 @@ impl ModelResponse {
                         if let Some(reader) = reader.take() {
                             items.take(reader.finish(&rest).0, &mut events);
                         }
-                        items.close(&mut events);
                         let ending = Ending::of(&answer);
+                        items.close(whole_status(&ending), &mut events);
                         finish(&mut told, std::mem::take(&mut items.done), &ending, prompt);
                         let kind =
                             if told["status"] == "completed" { "response.completed" } else { "response.incomplete" };
@@ -173,11 +173,14 @@ impl ModelResponse {
     }
 }
 
+fn whole_status(ending: &Ending) -> &'static str {
+    if ending.reason() == "stop" { "completed" } else { "incomplete" }
+}
+
 /// What the response has at its end.
 fn finish(told: &mut Map<String, Value>, output: Vec<Value>, ending: &Ending, prompt: usize) {
-    let cut = ending.reason() != "stop";
-    told["status"] = json!(if cut { "incomplete" } else { "completed" });
-    if cut {
+    told["status"] = whole_status(ending).into();
+    if told["status"] == "incomplete" {
         told["incomplete_details"] = json!({"reason": "max_output_tokens"});
     }
     told["output"] = output.into();
@@ -236,11 +239,11 @@ impl Items {
             return;
         }
         if self.open.as_ref().is_some_and(|open| open.thinking != thinking) {
-            self.close(events);
+            self.close("completed", events);
         }
         let index = self.done.len();
         let open = self.open.get_or_insert_with(|| {
-            let open = Open { id: fresh(if thinking { "rs" } else { "msg" }), thinking, text: String::new() };
+            let open = Open { id: fresh(if thinking { "rs_" } else { "msg_" }), thinking, text: String::new() };
             let item = open.item("in_progress", &[]);
             events.push(json!({"type": "response.output_item.added", "output_index": index, "item": item}));
             events.push(json!({"type": "response.content_part.added", "item_id": open.id, "output_index": index,
@@ -257,9 +260,9 @@ impl Items {
     }
 
     fn call(&mut self, call: &ToolCall, events: &mut Vec<Value>) {
-        self.close(events);
+        self.close("completed", events);
         let (index, arguments) = (self.done.len(), arguments(call));
-        let item = json!({"id": fresh("fc"), "type": "function_call", "call_id": fresh("call"), "name": call.name,
+        let item = json!({"id": fresh("fc_"), "type": "function_call", "call_id": fresh("call_"), "name": call.name,
             "arguments": arguments, "status": "completed"});
         let mut empty = item.clone();
         (empty["arguments"], empty["status"]) = (json!(""), json!("in_progress"));
@@ -277,10 +280,10 @@ impl Items {
         self.done.push(item);
     }
 
-    fn close(&mut self, events: &mut Vec<Value>) {
+    fn close(&mut self, status: &str, events: &mut Vec<Value>) {
         let Some(open) = self.open.take() else { return };
         let index = self.done.len();
-        let item = open.item("completed", &[open.part()]);
+        let item = open.item(status, &[open.part()]);
         let mut done = json!({"type": format!("response.{}.done", open.name()), "item_id": open.id,
             "output_index": index, "content_index": 0, "text": open.text});
         if !open.thinking {
