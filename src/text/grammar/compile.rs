@@ -4,8 +4,9 @@ use llguidance::api::{GrammarWithLexer, ParserLimits, TopLevelGrammar};
 use llguidance::{Matcher, ParserFactory};
 use recoup_ground::shorten::shorten;
 
-/// Of a grammar's text.
+/// Of a grammar's text, and its rules: what terminals that are made of each other take grows with the cube of their number.
 pub(super) const MAX_TEXT: usize = 256 * 1024;
+pub(super) const MAX_RULES: usize = 1_000;
 
 /// llguidance goes down rules that follow each other, and schemas that refer to each other, by recursion. Reserved, not
 /// used, unless a grammar is as deep as the limits on sizes let it be.
@@ -43,9 +44,10 @@ pub(super) fn reason(error: &impl std::fmt::Display) -> String {
     let text = error.to_string();
     let end = ["\n<state>", "\n<non-verbose/>", "\n<backtrace>"].iter().filter_map(|mark| text.find(mark)).min();
     let text = text[..end.unwrap_or(text.len())].trim();
-    match text.strip_prefix("panic: ") {
-        Some(why) => format!("llguidance gave up: {}", shorten(why, 300)),
-        None => shorten(text, 600),
+    match (text, text.strip_prefix("panic: ")) {
+        ("NoExtensionBias", _) => "there is no text that follows it".to_owned(),
+        (_, Some(why)) => format!("llguidance gave up: {}", shorten(why, 300)),
+        (_, None) => shorten(text, 600),
     }
 }
 

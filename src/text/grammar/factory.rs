@@ -7,7 +7,7 @@ use llguidance::ParserFactory;
 use llguidance::api::GrammarWithLexer;
 use llguidance::toktrie::{ApproximateTokEnv, INVALID_TOKEN, InferenceCapabilities, TokEnv, TokRxInfo, TokTrie};
 
-use super::compile::{MAX_TEXT, compile, limits, said};
+use super::compile::{MAX_RULES, MAX_TEXT, compile, limits, said};
 use super::constraint::Matched;
 use super::schema::Enforced;
 use super::{Grammar, GrammarError, calls, gbnf, lark, regex};
@@ -87,6 +87,10 @@ impl GrammarFactory {
             Grammar::Lark(text) => {
                 if text.len() > MAX_TEXT {
                     return Err(grammar_error(format!("{} bytes; {MAX_TEXT} are allowed", text.len())));
+                }
+                let rules = text.lines().filter(|line| line.contains(':')).count();
+                if rules > MAX_RULES {
+                    return Err(grammar_error(format!("{rules} rules; {MAX_RULES} are allowed")));
                 }
                 let text = if gbnf::is_one(text) { gbnf::to_lark(text).map_err(grammar_error)? } else { text.clone() };
                 self.make(GrammarWithLexer::from_lark(text), grammar_error)
