@@ -212,6 +212,7 @@ fn grammars() {
     })));
     survive("many lexemes", &lark(format!("start: {}", (0..20_000).map(|i| format!("\"{i}\" ")).collect::<String>())));
     survive("gbnf", &lark(format!("root ::= {}", "(\"a\" | root)* ".repeat(5_000))));
+    survive("many options at once", &lark(format!("root ::= {}", "(root)* ".repeat(2_500))));
     survive("gbnf counts", &lark("root ::= ([a-z]{100000} root?){100000}".to_owned()));
 }
 
