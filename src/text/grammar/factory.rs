@@ -3,11 +3,11 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use llguidance::ParserFactory;
 use llguidance::api::GrammarWithLexer;
 use llguidance::toktrie::{ApproximateTokEnv, INVALID_TOKEN, InferenceCapabilities, TokEnv, TokRxInfo, TokTrie};
+use llguidance::{Matcher, ParserFactory};
 
-use super::compile::{MAX_TEXT, compile, limits, said};
+use super::compile::{MAX_RULES, MAX_TEXT, compile, limits, limits_of_rules, said};
 use super::constraint::Matched;
 use super::schema::Enforced;
 use super::{Grammar, GrammarError, calls, gbnf, lark, regex};
@@ -51,8 +51,7 @@ impl GrammarFactory {
             // How a text is cut into tokens is left to the model.
             let tokens: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
             let slices = llguidance::earley::SlicedBiasComputer::general_slices();
-            let mut parsers = ParserFactory::new(&tokens, InferenceCapabilities::default(), &slices)?;
-            *parsers.quiet().limits_mut() = limits();
+            let parsers = ParserFactory::new(&tokens, InferenceCapabilities::default(), &slices)?;
             Ok::<_, Box<dyn std::error::Error>>(parsers)
         };
         let built = catch_unwind(AssertUnwindSafe(|| build().map_err(|error| error.to_string())));
@@ -87,8 +86,13 @@ impl GrammarFactory {
                 if text.len() > MAX_TEXT {
                     return Err(grammar_error(format!("{} bytes; {MAX_TEXT} are allowed", text.len())));
                 }
+                let rules = text.lines().filter(|line| line.contains(':')).count();
+                if rules > MAX_RULES {
+                    return Err(grammar_error(format!("{rules} rules; {MAX_RULES} are allowed")));
+                }
                 let text = if gbnf::is_one(text) { gbnf::to_lark(text).map_err(grammar_error)? } else { text.clone() };
-                self.make(GrammarWithLexer::from_lark(text), grammar_error)
+                let matcher = compile(&self.parsers, GrammarWithLexer::from_lark(text), &limits_of_rules());
+                self.at_work(matcher.map_err(grammar_error)?)
             }
             Grammar::Calls(wanted) => {
                 let text = calls::to_lark(wanted, &|mark| self.mark(mark))?;
@@ -102,7 +106,10 @@ impl GrammarFactory {
         grammar: GrammarWithLexer,
         error: impl Fn(String) -> GrammarError,
     ) -> Result<Box<dyn Constraint>, GrammarError> {
-        let matcher = compile(&self.parsers, grammar).map_err(error)?;
+        self.at_work(compile(&self.parsers, grammar, &limits()).map_err(error)?)
+    }
+
+    fn at_work(&self, matcher: Matcher) -> Result<Box<dyn Constraint>, GrammarError> {
         Ok(Box::new(Matched::new(matcher, Arc::clone(&self.known))))
     }
 

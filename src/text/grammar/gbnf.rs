@@ -8,10 +8,9 @@
 use std::collections::HashMap;
 use std::fmt::Write;
 
+use super::compile::MAX_RULES;
 use super::lark;
 
-/// Rules of a grammar.
-const MAX_RULES: usize = 2_000;
 /// Groups in each other; llguidance takes no more.
 const MAX_NESTING: usize = 24;
 
@@ -59,7 +58,7 @@ impl Rules {
         }
         let number = self.names.len();
         if number == MAX_RULES {
-            return Err(format!("more than {MAX_RULES} rules"));
+            return Err(format!("it has more rules than the {MAX_RULES} that are allowed"));
         }
         self.numbers.insert(name.to_owned(), number);
         self.names.push(name.to_owned());

@@ -15,6 +15,8 @@ const MAX_BYTES: usize = 1 << 20;
 const MAX_PROPERTIES: usize = 1_000;
 /// Schemas that may follow each other by `$ref`, one below the other, each as deep as it is.
 const MAX_CHAIN: usize = 4_000;
+/// Of numbers: llguidance counts with binary fractions of 53 bits, and integers of 64.
+const MAX_NUMBER: f64 = 1e15;
 /// Of repetition: characters, items, properties.
 const MAX_COUNT: u64 = 100_000;
 
@@ -241,7 +243,10 @@ impl Cleaner<'_> {
         let kept = match (key, value) {
             ("$ref", Value::String(reference)) => self.reference(reference, place)?,
             ("type", _) => check_type(value, place)?,
-            ("enum", Value::Array(values)) if !values.is_empty() => value.clone(),
+            ("enum", Value::Array(values)) if !values.is_empty() => {
+                check_numbers(value, place)?;
+                value.clone()
+            }
             ("enum", _) => return Err(place.error("", "expected a list of values")),
             ("format", Value::String(format)) if FORMATS.contains(&format.as_str()) => value.clone(),
             ("format", _) | ("uniqueItems", Value::Bool(false)) => return Ok(None),
@@ -284,7 +289,10 @@ impl Cleaner<'_> {
                 Some(count) => return Err(place.error("", format!("{count}; up to {MAX_COUNT} can be enforced"))),
                 None => return Err(place.error("", format!("expected a number from 0, found {}", kind(value)))),
             },
-            _ if PLAIN.contains(&key) => value.clone(),
+            _ if PLAIN.contains(&key) => {
+                check_numbers(value, place)?;
+                value.clone()
+            }
             _ if REFUSED.contains(&key) => return Err(refused(key, place)),
             _ => return Ok(None),
         };
@@ -328,6 +336,22 @@ fn check_type(value: &Value, place: &Place) -> Result<Value, GrammarError> {
         one if is_type(one) => Ok(value.clone()),
         other => Err(place.error("", format!("expected one of {TYPES:?} or a list of them, found {other}"))),
     }
+}
+
+/// Whether llguidance can tell the numbers in a value from others.
+fn check_numbers(value: &Value, place: &Place) -> Result<(), GrammarError> {
+    let mut rest = vec![value];
+    while let Some(value) = rest.pop() {
+        match value {
+            Value::Number(number) if number.as_f64().is_none_or(|number| number.abs() > MAX_NUMBER) => {
+                return Err(place.error("", format!("{number}; numbers up to {MAX_NUMBER:e} can be enforced")));
+            }
+            Value::Array(items) => rest.extend(items),
+            Value::Object(fields) => rest.extend(fields.values()),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// llguidance gives a group of this name a meaning of its own.

@@ -43,18 +43,21 @@ fn the_bytes_of_the_tokens_of_a_text_are_its_text() {
         proptest!(unsaved(), |(text in text)| {
             // A vocabulary of words alone has no token for what it does not know.
             let Ok(ids) = tokenizer.encode(&text, false) else { return Ok(()) };
+            // Nor is it text that a special token stands for.
+            prop_assume!(!ids.iter().any(|id| tokenizer.is_special(*id)));
             let decoded = tokenizer.decode(&ids, false).unwrap();
             let bytes = bytes(&tokenizer, &ids);
             let mut bytes = &bytes[..];
             // In the middle of a text there are spaces that none of its ends has.
-            if bytes.len() > decoded.len() {
-                bytes = bytes.strip_prefix(b" ").unwrap_or(bytes);
+            while bytes.len() > decoded.len() && bytes.starts_with(b" ") {
+                bytes = &bytes[1..];
             }
             if bytes.len() > decoded.len() && name == "word suffix" {
                 bytes = bytes.strip_suffix(b" ").unwrap_or(bytes);
             }
             let found = String::from_utf8_lossy(bytes);
-            prop_assert!(bytes == decoded.as_bytes() || decoded == text && found == text,
+            // What is no character by itself is one sign to the decoder as well.
+            prop_assert!(bytes == decoded.as_bytes() || decoded != text && found == decoded,
                 "{}: {:?} became {:?}, {:?} by token", name, text, decoded, found);
         });
     }

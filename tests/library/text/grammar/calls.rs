@@ -31,10 +31,8 @@ const FAMILIES: [&str; 8] =
     ["hermes", "qwen3_coder", "nemotron_json", "llama3_json", "mistral", "deepseek_v31", "qwen3_xml", "openai_gptoss"];
 
 fn format(family: &str) -> ReplyFormat {
-    match Reasoning::named(family) {
-        Some(reasoning) => ReplyFormat { reasoning: Some(reasoning), calls: None },
-        None => ReplyFormat { reasoning: None, calls: Some(reply::Calls::named(family).unwrap()) },
-    }
+    let calls = reply::Calls::named(family);
+    ReplyFormat { reasoning: calls.is_none().then(|| Reasoning::named(family).unwrap()), calls }
 }
 
 /// Where a prompt ends.
@@ -108,6 +106,10 @@ fn judge(
     let (mut ended, mut several) = (0, 0);
     for _ in 0..rounds {
         let Some(answer) = held.walk(held.constraint(&grammar).unwrap(), random) else { continue };
+        // A number that no f64 is; grammars know of no such limit.
+        if super::overflows(&answer) {
+            continue;
+        }
         ended += 1;
         let (reply, _) = read(family, &tools, &answer, 1 + random.below(9));
         assert!(reply.malformed.is_empty() && !reply.calls.is_empty(), "{family}: {answer:?} gave {reply:?}");

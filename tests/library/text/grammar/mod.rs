@@ -80,6 +80,12 @@ fn with_tokens(special: &[&str], added: &[&str]) -> Tokenizer {
     tokenizer(&file.to_string(), &[]).unwrap()
 }
 
+/// Whether there is an exponent in a text that makes a number too large.
+fn overflows(text: &str) -> bool {
+    let exponents = text.split(['e', 'E']).skip(1).map(|rest| rest.trim_start_matches(['+', '-', '0']));
+    exponents.map(|rest| rest.bytes().take_while(u8::is_ascii_digit).count()).any(|digits| digits > 2)
+}
+
 fn schema(schema: Value) -> Grammar {
     Grammar::JsonSchema(schema)
 }
