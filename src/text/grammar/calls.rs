@@ -138,7 +138,9 @@ fn as_object(enforced: Enforced) -> Result<Enforced, GrammarError> {
     let mut schema = match enforced.schema {
         Value::Object(schema) => schema,
         Value::Bool(true) => Map::new(),
-        other => return Err(GrammarError::Schema { place: "#".to_owned(), detail: format!("{other} describes no object") }),
+        other => {
+            return Err(GrammarError::Schema { place: "#".to_owned(), detail: format!("{other} describes no object") });
+        }
     };
     if !schema.contains_key("$ref") {
         schema.entry("type").or_insert_with(|| "object".into());

@@ -46,7 +46,8 @@ pub(super) fn compile(
         Ok(matcher)
     };
     std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("grammar".to_owned()).stack_size(STACK).spawn_scoped(scope, build);
+        let thread =
+            std::thread::Builder::new().name("grammar".to_owned()).stack_size(STACK).spawn_scoped(scope, build);
         let thread = thread.map_err(|error| format!("no thread to compile it on: {error}"))?;
         thread.join().unwrap_or_else(|panic| Err(format!("llguidance gave up: {}", said(&*panic))))
     })

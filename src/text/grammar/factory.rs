@@ -37,8 +37,7 @@ impl GrammarFactory {
     pub fn new(tokenizer: &Tokenizer, vocab: usize, stop_tokens: &[u32]) -> Result<Self, TextError> {
         let marks: Vec<u32> = ReplyFormat::all_marks().iter().filter_map(|mark| added(tokenizer, mark)).collect();
         let ids = 0..u32::try_from(vocab).unwrap_or(u32::MAX);
-        let is_special =
-            |id: u32| tokenizer.is_special_by_file(id) || marks.contains(&id) || stop_tokens.contains(&id);
+        let is_special = |id: u32| tokenizer.is_special_by_file(id) || marks.contains(&id) || stop_tokens.contains(&id);
         let words: Vec<Vec<u8>> = ids.clone().map(|id| word(tokenizer, id, is_special(id))).collect();
         let mut known = TokenSet::empty(vocab);
         ids.filter(|id| !words[*id as usize].is_empty()).for_each(|id| known.insert(id));

@@ -406,7 +406,8 @@ impl Reader<'_> {
             Some(c) if !c.is_ascii_alphanumeric() => return Ok(c),
             _ => return self.error("a backslash before what it says nothing of"),
         };
-        let code = self.rest().get(..digits).and_then(|code| u32::from_str_radix(code, 16).ok()).and_then(char::from_u32);
+        let code =
+            self.rest().get(..digits).and_then(|code| u32::from_str_radix(code, 16).ok()).and_then(char::from_u32);
         match code {
             Some(c) => {
                 self.at += digits;
@@ -459,7 +460,11 @@ mod tests {
             let error = to_lark(gbnf).unwrap_err();
             assert!(error.contains(why), "{gbnf}: {error}");
         }
-        assert!(to_lark(&format!("root ::= {}{}", "(".repeat(9999), ")".repeat(9999))).unwrap_err().contains("in each other"));
+        assert!(
+            to_lark(&format!("root ::= {}{}", "(".repeat(9999), ")".repeat(9999)))
+                .unwrap_err()
+                .contains("in each other")
+        );
         let many: String = (0..9999).map(|i| format!("r{i} ::= \"x\"\n")).collect();
         assert!(to_lark(&many).unwrap_err().contains("rules"));
         assert!(!is_one("start: \"a\" # like root ::= a"));

@@ -184,7 +184,8 @@ impl Reader<'_> {
     fn code(&mut self, letter: char, digits: usize) -> Result<String, String> {
         let number: String = self.rest.by_ref().take(digits).collect();
         let code = u32::from_str_radix(&number, 16).ok().filter(|_| number.len() == digits).and_then(char::from_u32);
-        code.map(|c| format!("\\x{{{:X}}}", u32::from(c))).ok_or_else(|| format!("`\\{letter}{number}` is no character"))
+        code.map(|c| format!("\\x{{{:X}}}", u32::from(c)))
+            .ok_or_else(|| format!("`\\{letter}{number}` is no character"))
     }
 
     /// A character by its octal number, of which the zero was read.

@@ -80,7 +80,8 @@ impl Enforced {
     /// As [`Self::new`].
     pub(super) fn with_prefix(schema: &Value, prefix: &str) -> Result<Self, GrammarError> {
         measure(schema)?;
-        let mut cleaner = Cleaner { root: schema, prefix, targets: HashMap::new(), queue: Vec::new(), depth: 0, deepest: 0 };
+        let mut cleaner =
+            Cleaner { root: schema, prefix, targets: HashMap::new(), queue: Vec::new(), depth: 0, deepest: 0 };
         let cleaned = cleaner.schema(schema, &mut Place::default())?;
         let (mut definitions, mut chain) = (Map::new(), cleaner.deepest);
         while let Some((pointer, name)) = cleaner.queue.pop() {
@@ -175,8 +176,12 @@ struct Place(Vec<String>);
 
 impl Place {
     fn error(&self, keyword: &str, detail: impl Into<String>) -> GrammarError {
-        let place: String =
-            self.0.iter().map(String::as_str).chain(Some(keyword).filter(|k| !k.is_empty())).fold("#".into(), |p, s| p + "/" + s);
+        let place: String = self
+            .0
+            .iter()
+            .map(String::as_str)
+            .chain(Some(keyword).filter(|k| !k.is_empty()))
+            .fold("#".into(), |p, s| p + "/" + s);
         at(&recoup_ground::shorten::shorten(&place, 200), detail)
     }
 }
@@ -297,10 +302,15 @@ impl Cleaner<'_> {
     /// A reference to a definition by its new name.
     fn reference(&mut self, reference: &str, place: &Place) -> Result<Value, GrammarError> {
         if !reference.starts_with('#') {
-            return Err(place.error("", format!("`{reference}` is outside of the schema; nothing is fetched, put it into `$defs`")));
+            return Err(place.error(
+                "",
+                format!("`{reference}` is outside of the schema; nothing is fetched, put it into `$defs`"),
+            ));
         }
         if resolve(self.root, reference).is_none() {
-            return Err(place.error("", format!("`{reference}` is not in the schema; references are like `#/$defs/NAME`")));
+            return Err(
+                place.error("", format!("`{reference}` is not in the schema; references are like `#/$defs/NAME`"))
+            );
         }
         let name = match self.targets.get(reference) {
             Some(name) => name.clone(),
@@ -354,7 +364,8 @@ fn check_counts(cleaned: &Map<String, Value>, place: &Place) -> Result<(), Gramm
     let Some(least) = cleaned.get("minProperties").and_then(Value::as_u64) else { return Ok(()) };
     let required = cleaned.get("required").and_then(length).unwrap_or(0) as u64;
     if least > required + 1 {
-        let detail = format!("at most one more than the {required} required properties can be asked for, found {least}");
+        let detail =
+            format!("at most one more than the {required} required properties can be asked for, found {least}");
         return Err(place.error("minProperties", detail));
     }
     Ok(())
@@ -366,7 +377,7 @@ fn length(value: &Value) -> Option<usize> {
 
 /// A number that is a whole one, written with a point.
 fn whole(value: &Value) -> Option<u64> {
-    let number = value.as_f64().filter(|n| n.fract() == 0.0 && (0.0..1e15).contains(n))?;
+    let number = value.as_f64().filter(|n| n.fract() == 0.0 && (0.0..1e19).contains(n))?;
     Some(number as u64)
 }
 

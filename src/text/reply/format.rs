@@ -138,13 +138,7 @@ pub(crate) enum CallStyle {
     /// `before`, a name, `between`, arguments.
     Named { before: &'static str, between: &'static str },
     /// Between `open` and `close`: `begin`, a name, `between`, arguments, `end`.
-    DeepSeek {
-        open: &'static str,
-        begin: &'static str,
-        between: &'static str,
-        end: &'static str,
-        close: &'static str,
-    },
+    DeepSeek { open: &'static str, begin: &'static str, between: &'static str, end: &'static str, close: &'static str },
 }
 
 impl Calls {

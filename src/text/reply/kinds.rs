@@ -31,9 +31,12 @@ pub(crate) fn kinds<'v>(root: &'v Value, schema: &'v Value) -> Vec<&'v str> {
             _ => {
                 let values = schema.get("enum").and_then(Value::as_array).into_iter().flatten();
                 kinds.extend(values.chain(schema.get("const")).map(|value| -> &'v str { kind_of(value) }));
-                let options = ["anyOf", "oneOf", "allOf"].iter().filter_map(|key| schema.get(*key)?.as_array()).flatten();
+                let options =
+                    ["anyOf", "oneOf", "allOf"].iter().filter_map(|key| schema.get(*key)?.as_array()).flatten();
                 rest.extend(options);
-                rest.extend(schema.get("$ref").and_then(Value::as_str).and_then(|to| root.pointer(to.strip_prefix('#')?)));
+                rest.extend(
+                    schema.get("$ref").and_then(Value::as_str).and_then(|to| root.pointer(to.strip_prefix('#')?)),
+                );
             }
         }
     }
@@ -64,7 +67,10 @@ mod tests {
         let root = json!({"$defs": {"n": {"type": ["integer", "null"]}, "loop": {"$ref": "#/$defs/loop"}}});
         for (schema, expected) in [
             (json!({"type": "string"}), vec!["string"]),
-            (json!({"anyOf": [{"$ref": "#/$defs/n"}, {"enum": ["a", true]}]}), vec!["boolean", "integer", "null", "string"]),
+            (
+                json!({"anyOf": [{"$ref": "#/$defs/n"}, {"enum": ["a", true]}]}),
+                vec!["boolean", "integer", "null", "string"],
+            ),
             (json!({"const": 1.5}), vec!["number"]),
             (json!({"$ref": "#/$defs/loop"}), vec![]),
             (json!({}), vec![]),

@@ -8,7 +8,8 @@ use crate::support::{path_from, project};
 
 /// Every tokenizer there is, by its file.
 fn all() -> Vec<(String, Tokenizer)> {
-    let mut all: Vec<_> = small_tokenizers().into_iter().map(|(name, tokenizer)| (name.to_owned(), tokenizer)).collect();
+    let mut all: Vec<_> =
+        small_tokenizers().into_iter().map(|(name, tokenizer)| (name.to_owned(), tokenizer)).collect();
     for file in std::fs::read_dir(data().join("tokenizers")).unwrap() {
         let file = file.unwrap().path();
         let folder = folder(&[("tokenizer.json", &std::fs::read_to_string(&file).unwrap())]);
@@ -36,7 +37,8 @@ fn the_bytes_of_the_tokens_of_a_text_are_its_text() {
     let all = all();
     assert!(all.len() > 14, "{}", all.len());
     for (name, tokenizer) in all {
-        let piece = prop_oneof![any::<char>().prop_map(String::from), "[a-z ]{0,8}", "\\PC{0,4}", "[ \n\t\"{},:0-9]{0,4}"];
+        let piece =
+            prop_oneof![any::<char>().prop_map(String::from), "[a-z ]{0,8}", "\\PC{0,4}", "[ \n\t\"{},:0-9]{0,4}"];
         let text = prop::collection::vec(piece, 0..12).prop_map(|pieces| pieces.concat());
         proptest!(unsaved(), |(text in text)| {
             // A vocabulary of words alone has no token for what it does not know.

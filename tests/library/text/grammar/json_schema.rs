@@ -39,7 +39,9 @@ pub fn wrong(root: &Value, schema: &Value, value: &Value) -> Option<String> {
                 value.as_str().is_none_or(|text| pattern.is_match(text).unwrap())
             }
             "format" => value.as_str().is_none_or(|text| of != "date" || text.parse::<jiff::civil::Date>().is_ok()),
-            "required" => value.as_object().is_none_or(|fields| list().iter().all(|n| fields.contains_key(n.as_str().unwrap()))),
+            "required" => {
+                value.as_object().is_none_or(|fields| list().iter().all(|n| fields.contains_key(n.as_str().unwrap())))
+            }
             "items" => value.as_array().is_none_or(|items| {
                 let before = keywords.get("prefixItems").map_or(0, |p| p.as_array().unwrap().len());
                 items.iter().skip(before).all(|item| wrong(root, of, item).is_none())
@@ -48,7 +50,8 @@ pub fn wrong(root: &Value, schema: &Value, value: &Value) -> Option<String> {
                 .as_array()
                 .is_none_or(|items| items.iter().zip(list()).all(|(item, of)| wrong(root, of, item).is_none())),
             "properties" => value.as_object().is_none_or(|fields| {
-                let given = |(name, of): (&String, &Value)| fields.get(name).is_none_or(|v| wrong(root, of, v).is_none());
+                let given =
+                    |(name, of): (&String, &Value)| fields.get(name).is_none_or(|v| wrong(root, of, v).is_none());
                 of.as_object().unwrap().iter().all(given)
             }),
             "additionalProperties" => value.as_object().is_none_or(|fields| {
@@ -171,7 +174,11 @@ fn what_cannot_be_enforced_is_refused_by_its_place() {
         (json!({"anyOf": [text, {"contains": text}]}), "#/anyOf/1/contains", "`contains` cannot"),
         // A keyword of an older draft, which a newer one does not know.
         (json!({"dependencies": {"a": ["b"]}}), "#/dependencies", "`dependencies` cannot"),
-        (json!({"$ref": "#/$defs/x", "$defs": {"x": {"propertyNames": text}}}), "#/$defs/x/propertyNames", "`propertyNames`"),
+        (
+            json!({"$ref": "#/$defs/x", "$defs": {"x": {"propertyNames": text}}}),
+            "#/$defs/x/propertyNames",
+            "`propertyNames`",
+        ),
         (json!({"$ref": "https://example.com/schema.json"}), "#/$ref", "nothing is fetched"),
         (json!({"$ref": "file:///etc/passwd"}), "#/$ref", "nothing is fetched"),
         (json!({"$ref": "other.json"}), "#/$ref", "nothing is fetched"),
@@ -196,14 +203,17 @@ fn what_cannot_be_enforced_is_refused_by_its_place() {
 
 #[test]
 fn what_says_nothing_of_the_value_is_left_out() {
-    let of = schema(json!({"$schema": "http://json-schema.org/draft-07/schema#", "$id": "https://example.com/x", "title": "t",
+    let of = schema(
+        json!({"$schema": "http://json-schema.org/draft-07/schema#", "$id": "https://example.com/x", "title": "t",
         "description": "d", "default": 1, "examples": [1], "x-guidance": {"lenient": true}, "format": "color", "strange": {"not": {}},
-        "uniqueItems": false, "type": "string", "maxLength": 3.0}));
+        "uniqueItems": false, "type": "string", "maxLength": 3.0}),
+    );
     assert!(BOOKS.accepts(&of, "\"abc\""));
     assert!(!BOOKS.accepts(&of, "\"abcd\""));
     // Any value, and a reference to where no keyword stands.
     assert!(BOOKS.accepts(&schema(json!(true)), "[1, \"x\"]"));
-    let elsewhere = json!({"components": {"a b": {"type": "boolean"}}, "items": {"$ref": "#/components/a%20b"}, "type": "array"});
+    let elsewhere =
+        json!({"components": {"a b": {"type": "boolean"}}, "items": {"$ref": "#/components/a%20b"}, "type": "array"});
     assert!(BOOKS.accepts(&schema(elsewhere.clone()), "[true]"));
     assert!(!BOOKS.accepts(&schema(elsewhere), "[1]"));
 }

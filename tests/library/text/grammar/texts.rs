@@ -43,20 +43,26 @@ fn regular_expressions_mean_what_python_means() {
 fn a_choice_is_one_of_its_texts_exactly() {
     let choice = |texts: &[&str]| Grammar::Choice(texts.iter().map(|text| (*text).to_owned()).collect());
     let texts = ["yes", "yes, sir", "no \"x\"\n", "a\\b", "/é<|im_end|>", "\u{1}"];
-    check(&choice(&["yes", "yes, sir", "no \"x\"\n", "a\\b", "é/"]), &["yes", "yes, sir", "no \"x\"\n", "a\\b", "é/"], &[
-        "ye", "yes,", "no", "", "yesyes",
-    ]);
+    check(
+        &choice(&["yes", "yes, sir", "no \"x\"\n", "a\\b", "é/"]),
+        &["yes", "yes, sir", "no \"x\"\n", "a\\b", "é/"],
+        &["ye", "yes,", "no", "", "yesyes"],
+    );
     let mut random = Random(1);
     for _ in 0..40 {
         let answer = BOOKS.walk(BOOKS.constraint(&choice(&texts)).unwrap(), &mut random).unwrap();
         assert!(texts.contains(&&answer[..]), "{answer:?}");
     }
     assert!(BOOKS.error(&choice(&[])).contains("there is none"));
+    check(&choice(&["", "a"]), &["", "a"], &["b", "aa"]);
+    check(&choice(&[""]), &[""], &["a"]);
+    check(&regex(""), &[""], &["a"]);
 }
 
 #[test]
 fn lark_is_llguidances() {
-    let grammar = Grammar::Lark("start: item (\", \" item)*\nitem: NUMBER | \"(\" start \")\"\nNUMBER: /[0-9]+/".into());
+    let grammar =
+        Grammar::Lark("start: item (\", \" item)*\nitem: NUMBER | \"(\" start \")\"\nNUMBER: /[0-9]+/".into());
     check(&grammar, &["1, (2, 3), 45", "7"], &["", "1,", "(1"]);
     for (text, why) in [("start: x", "unknown name"), ("root: \"x\"", "no start"), ("start: \"x", "lexer error")] {
         let error = BOOKS.error(&Grammar::Lark(text.into()));
@@ -96,12 +102,11 @@ ws ::= | " " | "\n" [ \t]{0,20}
 #[test]
 fn gbnf_derives_what_it_derives_in_llama_cpp() {
     let json = Grammar::Lark(GBNF_JSON.into());
-    check(&json, &[r#"{}"#, r#"{"a": [1, -2.5e+1, "x\n\u00e9", {"b":null}], "é":true}"#, "{\n  \"a\":1}"], &[
-        "[1]",
-        r#"{"a"}"#,
-        r#"{"a": 01}"#,
-        r#"{"a": "b}"#,
-    ]);
+    check(
+        &json,
+        &[r#"{}"#, r#"{"a": [1, -2.5e+1, "x\n\u00e9", {"b":null}], "é":true}"#, "{\n  \"a\":1}"],
+        &["[1]", r#"{"a"}"#, r#"{"a": 01}"#, r#"{"a": "b}"#],
+    );
     let mut random = Random(2);
     let mut ended = 0;
     for _ in 0..30 {
