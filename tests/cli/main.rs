@@ -13,4 +13,5 @@ mod output;
 mod pretrain;
 mod quantize;
 mod recover;
+mod serve;
 mod settings;

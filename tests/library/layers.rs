@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::support::project;
 
 /// What each layer may use of the others.
-const ALLOWED: [(&str, &[&str]); 16] = [
+const ALLOWED: [(&str, &[&str]); 17] = [
     ("formats", &["random"]),
     ("random", &[]),
     ("logits", &["random"]),
@@ -26,6 +26,7 @@ const ALLOWED: [(&str, &[&str]); 16] = [
         &["formats", "random", "logits", "output", "checkpoint", "backend", "model", "text", "corpus", "engine"],
     ),
     ("evaluate", &["formats", "random", "logits", "output", "checkpoint", "backend", "model", "text", "engine"]),
+    ("serve", &["logits", "backend", "text", "engine"]),
     (
         "cli",
         &[
@@ -41,6 +42,7 @@ const ALLOWED: [(&str, &[&str]); 16] = [
             "recover",
             "engine",
             "evaluate",
+            "serve",
             "gguf",
         ],
     ),

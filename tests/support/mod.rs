@@ -7,6 +7,7 @@ pub mod fused;
 pub mod gguf;
 #[cfg(unix)]
 pub mod held;
+pub mod http;
 pub mod random;
 pub mod tiny;
 

@@ -110,7 +110,7 @@ impl Enforced {
         }
         let writing = json!({
             // A model that is fond of white space would fill its answer with it.
-            "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}",
+            "whitespace_pattern": r"\x20|\x0D?\x0A(\x20{0,32}|\x09{0,16})",
             // A name has one spelling, so that none is written twice.
             "json_allowed_escapes": "nrbtf\\\"",
         });
