@@ -92,14 +92,17 @@ fn value(out: &mut Text, rule: &str, tool: &Tool, schema: &Value) -> Result<(), 
         // Whatever is said of no type, a text is one.
         let is_text = of.is_empty() || of.contains(&"string");
         if is_text {
-            text(out, &format!("{}_{}", rule.to_uppercase(), options.len()), schema, of.is_empty())
-                .map(|t| options.push(t))?;
+            let name = format!("{}_{}", rule.to_uppercase(), options.len());
+            options.extend(text(out, &name, schema, of.is_empty())?.then_some(name));
         }
         if let Some(other) = without_texts(schema, &of) {
             let name = format!("{rule}_{}", options.len());
             out.rule(&format!("{name}: {}", json_value(&other, &tool.enforced.definitions)));
             options.push(format!("{name} {close}"));
         }
+    }
+    if options.is_empty() {
+        return Err("there is no value that it describes".to_owned());
     }
     out.rule(&format!("{rule}: {}", lark::any_of(&options)));
     Ok(())
@@ -121,8 +124,9 @@ fn without_texts(schema: &Value, kinds: &[&str]) -> Option<Value> {
     Some(schema)
 }
 
-/// A terminal of a text and the tag that closes it: both in one, since the text would take the beginning of the tag.
-fn text(out: &mut Text, name: &str, schema: &Value, is_any: bool) -> Result<String, String> {
+/// A terminal of a text and the tag that closes it: both in one, since the text would take the beginning of the tag. Whether
+/// there is a text.
+fn text(out: &mut Text, name: &str, schema: &Value, is_any: bool) -> Result<bool, String> {
     let close = lark::literal("\n</parameter>\n");
     let chosen = match (schema.get("const"), schema.get("enum").and_then(Value::as_array)) {
         (Some(one), _) => Some(vec![one]),
@@ -135,8 +139,10 @@ fn text(out: &mut Text, name: &str, schema: &Value, is_any: bool) -> Result<Stri
             return Err(format!("`{text}` has a tag in it"));
         }
         let texts: Vec<String> = texts.into_iter().map(lark::literal).collect();
-        out.rule(&format!("{name}: {} {close}", lark::any_of(&texts)));
-        return Ok(name.to_owned());
+        if !texts.is_empty() {
+            out.rule(&format!("{name}: {} {close}", lark::any_of(&texts)));
+        }
+        return Ok(!texts.is_empty());
     }
     let keys = schema.as_object().into_iter().flatten().map(|(key, _)| key.as_str());
     if let Some(key) = keys.filter(|_| is_any).find(|key| !OF_TEXT.contains(key)) {
@@ -156,7 +162,7 @@ fn text(out: &mut Text, name: &str, schema: &Value, is_any: bool) -> Result<Stri
         conditions.push(searched(pattern)?);
     }
     out.rule(&format!("{name}: ({}) {close}", conditions.join(" & ")));
-    Ok(name.to_owned())
+    Ok(true)
 }
 
 /// A pattern, which need not match all of a text, as an expression that does.

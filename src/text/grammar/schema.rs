@@ -377,7 +377,7 @@ fn length(value: &Value) -> Option<usize> {
 
 /// A number that is a whole one, written with a point.
 fn whole(value: &Value) -> Option<u64> {
-    let number = value.as_f64().filter(|n| n.fract() == 0.0 && (0.0..1e15).contains(n))?;
+    let number = value.as_f64().filter(|n| n.fract() == 0.0 && (0.0..1e19).contains(n))?;
     Some(number as u64)
 }
 

@@ -3,6 +3,7 @@
 mod calls;
 mod hostile;
 mod json_schema;
+mod speed;
 mod texts;
 mod walk;
 
@@ -106,6 +107,19 @@ fn only_what_stands_for_something_is_ever_allowed() {
     let words = constraint.allowed().unwrap().words();
     assert_eq!(words.len(), 300usize.div_ceil(32));
     assert!(words.iter().any(|word| *word != 0));
+}
+
+#[test]
+fn a_factory_is_for_all_threads() {
+    fn shared<T: Send + Sync>(_: &T) {}
+    shared(&BOOKS.factory);
+    let constraint = BOOKS.constraint(&Grammar::JsonObject).unwrap();
+    let done = std::thread::spawn(move || {
+        let mut constraint = constraint;
+        constraint.allowed().unwrap();
+        constraint.is_done()
+    });
+    assert!(!done.join().unwrap());
 }
 
 #[test]

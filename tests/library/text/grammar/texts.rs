@@ -54,6 +54,9 @@ fn a_choice_is_one_of_its_texts_exactly() {
         assert!(texts.contains(&&answer[..]), "{answer:?}");
     }
     assert!(BOOKS.error(&choice(&[])).contains("there is none"));
+    check(&choice(&["", "a"]), &["", "a"], &["b", "aa"]);
+    check(&choice(&[""]), &[""], &["a"]);
+    check(&regex(""), &[""], &["a"]);
 }
 
 #[test]
