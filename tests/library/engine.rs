@@ -296,7 +296,7 @@ fn all_get_what_they_get_alone(
     speculation: Option<Speculation<'_, CpuBackend>>,
 ) -> Stats {
     // Guesses stand in passes that have no prompts to read, so fewer arrive at once.
-    let (count, calm) = if speculation.is_some() { (40, 8) } else { (40, 1) };
+    let (count, calm) = if speculation.is_some() { (40, 4) } else { (40, 1) };
     let vocab = model.decoder.config.vocab;
     let states = Some([9, 1, 0, 4][seed as usize - 1]);
     let limits = Limits { context: CONTEXT, pages, kept: seed as usize * 3, sequences, pass, states };
@@ -407,9 +407,8 @@ fn guesses_change_nothing_of_what_a_sequence_gets() {
             let stats = all_get_what_they_get_alone(&model, case, Some(speculation));
             all.drafted += stats.drafted;
             all.accepted += stats.accepted;
-            all.preemptions += stats.preemptions;
         }
-        assert!(all.accepted > 10 && all.accepted < all.drafted && all.preemptions > 0, "{speculation}: {all:?}");
+        assert!(all.accepted > 10 && all.accepted < all.drafted, "{speculation}: {all:?}");
     }
 }
 
@@ -421,6 +420,43 @@ fn answer(engine: &mut Engine<'_, CpuBackend>, model: &Model, request: Request) 
                 return answer;
             }
         }
+    }
+}
+
+#[test]
+fn guesses_change_nothing_where_pages_are_short() {
+    let model = model();
+    let prompts: Vec<Vec<u32>> =
+        (0..8).map(|i| (0..4).map(|j| 300 + i * 11 + j).cycle().take(10 + 5 * i as usize).collect()).collect();
+    let sampling = |i: usize| SamplingParams {
+        temperature: [0.0, 0.6][i % 2],
+        seed: Some(i as u64),
+        logprobs: Some(1),
+        ..SamplingParams::default()
+    };
+    let run = |pages: usize, speculation: Option<Speculation<'_, CpuBackend>>| {
+        let limits = Limits { pages, ..Limits::new(CONTEXT, 8) };
+        let mut engine = Engine::new(&model.decoder, limits, KvFormat::F32).unwrap();
+        if let Some(speculation) = speculation {
+            engine = engine.with_speculation(speculation).unwrap();
+        }
+        let requests = prompts.iter().enumerate().map(|(i, p)| Model::request(p, 48, &sampling(i))).collect();
+        let mut found = vec![None; prompts.len()];
+        answer_all(&mut engine, &model.tokenizer, requests, 8, &mut |i, answer| {
+            found[i] = Some(whole(&answer));
+            std::ops::ControlFlow::Continue(())
+        })
+        .unwrap();
+        (found, engine.stats())
+    };
+    let (expected, roomy) = run(200, None);
+    assert_eq!(roomy.preemptions, 0);
+    for speculation in [
+        Speculation::PromptLookup { tokens: 4, min: 1, max: 3 },
+        Speculation::Draft { model: &model.decoder, tokens: 3 },
+    ] {
+        let (found, stats) = run(13, Some(speculation));
+        assert!(found == expected && stats.preemptions > 3 && stats.accepted > 20, "{stats:?}");
     }
 }
 
@@ -671,6 +707,122 @@ fn what_guesses_are_worth() {
             }
         }
     }
+}
+
+#[test]
+fn the_cache_grows_with_what_is_in_it() {
+    let model = model();
+    let mut engine = Engine::new(&model.decoder, Limits::new(8192, 1), KvFormat::F32).unwrap();
+    assert_eq!(engine.room(), 0);
+    let prompt = model.tokenizer.encode("It was a dark and stormy night", true).unwrap();
+    let first = answer(&mut engine, &model, Model::request(&prompt, 8, &SamplingParams::greedy()));
+    assert_eq!(engine.room(), 16 * PAGE);
+    let long: Vec<u32> = prompt.iter().copied().cycle().take(600).collect();
+    answer(&mut engine, &model, Model::request(&long, 8, &SamplingParams::greedy()));
+    assert!((600..900).contains(&engine.room()), "{}", engine.room());
+    // What was there before it grew still is, and is right.
+    let again = answer(&mut engine, &model, Model::request(&prompt, 8, &SamplingParams::greedy()));
+    assert_eq!(first.tokens, again.tokens);
+}
+
+#[test]
+fn a_request_that_cannot_be_is_refused_and_harms_nobody() {
+    let model = model();
+    let mut engine = Engine::new(&model.decoder, Limits::new(20, 4), KvFormat::F32).unwrap();
+    let greedy = SamplingParams::greedy();
+    let kept = engine.generate(&model.tokenizer, Model::request(&[5, 6], 40, &greedy)).unwrap();
+    let mut refused = |request| engine.generate(&model.tokenizer, request).unwrap_err();
+    assert!(matches!(refused(Model::request(&[], 3, &greedy)), EngineError::EmptyPrompt));
+    let bias = SamplingParams { logit_bias: vec![(1_000_000, 1.0)], ..greedy.clone() };
+    assert!(refused(Model::request(&[5], 3, &bias)).to_string().contains("1000000"));
+    assert!(matches!(
+        refused(Model::request(&[7; 21], 3, &greedy)),
+        EngineError::PromptTooLong { prompt: 21, capacity: 20 }
+    ));
+    let error = refused(Model::request(&[1, 1_000_000], 3, &greedy)).to_string();
+    assert!(error.contains("1000000"), "{error}");
+    assert!(engine.score(vec![1, 2], vec![]).is_err());
+    assert!(engine.score(vec![1, 2], vec![(1, 3), (0, 3)]).is_err());
+    assert!(engine.score(vec![1, 2], vec![(2, 3)]).is_err());
+    assert!(engine.logits(vec![1, 2], 2).is_err());
+    assert!(engine.logits(vec![1; 21], 0).is_err());
+    let nothing = engine.generate(&model.tokenizer, Model::request(&[5, 6], 0, &greedy)).unwrap();
+    assert_eq!(engine.len(), 2);
+    let mut answers = BTreeMap::new();
+    while !engine.is_empty() {
+        for event in engine.step().unwrap() {
+            if let Event::Answered { id, answer, .. } = event {
+                answers.insert(id, (answer.tokens.len(), answer.finish));
+            }
+        }
+    }
+    // Nothing is computed after the last token, so it needs no room.
+    assert_eq!(answers[&kept], (19, Finish::Length));
+    assert_eq!(answers[&nothing], (0, Finish::Length));
+}
+
+#[test]
+fn an_answer_can_be_cancelled_and_what_there_is_of_it_is_given_back() {
+    let model = model();
+    let mut engine = Engine::new(&model.decoder, Limits::new(CONTEXT, 4), KvFormat::F32).unwrap();
+    let request = || Model::request(&[300, 301, 302], 40, &SamplingParams::greedy());
+    let whole = answer(&mut engine, &model, request());
+    let id = engine.generate(&model.tokenizer, request()).unwrap();
+    for _ in 0..5 {
+        engine.step().unwrap();
+    }
+    let part = engine.cancel(id).unwrap();
+    assert_eq!((part.finish, &part.tokens[..]), (Finish::Cancelled, &whole.tokens[..5]));
+    assert!(whole.text.starts_with(&part.text));
+    assert!(engine.is_empty() && engine.step().unwrap().is_empty() && engine.cancel(id).is_none());
+}
+
+#[test]
+fn scores_that_share_beginnings_are_those_of_each_sequence_alone() {
+    let model = model();
+    let vocab = model.decoder.config.vocab;
+    let mut random = Random(11);
+    let mut sequences: Vec<Sequence> = (0..60)
+        .map(|_| {
+            let tokens = some_tokens(&mut random, CONTEXT, vocab);
+            let first = 1 + random.below(tokens.len());
+            Sequence { tokens, first }
+        })
+        .collect();
+    // The same again, the same up to the last token, and a part of it.
+    for i in 0..10 {
+        let mut same = sequences[i].clone();
+        sequences.push(same.clone());
+        *same.tokens.last_mut().unwrap() = 17;
+        sequences.push(same.clone());
+        same.tokens.truncate(same.tokens.len() / 2 + 1);
+        same.first = same.first.min(same.tokens.len());
+        sequences.push(same);
+    }
+    let mut engine =
+        Engine::new(&model.decoder, Limits { pass: 50, ..Limits::new(CONTEXT, 5) }, KvFormat::F32).unwrap();
+    let mut found: Vec<Option<Vec<TokenScore>>> = vec![None; sequences.len()];
+    score_all(&mut engine, &sequences, &mut |i, scores| {
+        assert!(found[i].replace(scores).is_none());
+        std::ops::ControlFlow::Continue(())
+    })
+    .unwrap();
+    for (s, found) in sequences.iter().zip(found) {
+        let picks: Vec<(usize, u32)> = (s.first..s.tokens.len()).map(|i| (i - 1, s.tokens[i])).collect();
+        if picks.is_empty() {
+            assert_eq!(found, None);
+            continue;
+        }
+        let alone = model.alone(&Job::Scores { tokens: s.tokens[..s.tokens.len() - 1].to_vec(), picks });
+        assert_eq!(exact(&found.unwrap()), alone.scores);
+    }
+}
+
+#[test]
+fn an_engine_can_be_handed_to_another_thread() {
+    fn is_send<T: Send>(_: &T) {}
+    let model = model();
+    is_send(&Engine::new(&model.decoder, Limits::new(CONTEXT, 1), KvFormat::F32).unwrap());
 }
 
 #[test]
