@@ -149,10 +149,14 @@ fn any_object_is_one() {
 }
 
 #[test]
-fn white_space_ends() {
-    let spaces = |count: usize| format!("{{\"a\":{}1}}", " ".repeat(count));
-    assert!(BOOKS.accepts(&Grammar::JsonObject, &spaces(64)));
-    assert!(!BOOKS.accepts(&Grammar::JsonObject, &spaces(65)));
+fn white_space_is_a_space_or_a_lines_end_and_its_indentation() {
+    let with = |space: &str| format!("{{\"a\":{space}1}}");
+    for space in ["", " ", "\n", "\n\t\t", &format!("\r\n{}", " ".repeat(32))] {
+        assert!(BOOKS.accepts(&Grammar::JsonObject, &with(space)), "{space:?}");
+    }
+    for space in ["  ", "\n\n", "\t", &format!("\n{}", " ".repeat(33))] {
+        assert!(!BOOKS.accepts(&Grammar::JsonObject, &with(space)), "{space:?}");
+    }
 }
 
 #[test]
