@@ -159,7 +159,12 @@ impl OpenAi {
                     found: "there is no list `completion_probabilities`".into(),
                 })?;
                 let prompt_tokens = value["tokens_evaluated"].as_u64().map(|n| n as usize);
-                Ok(Told { generated: listed.iter().map(described).collect(), prompt_tokens, ..Told::default() })
+                let listed = listed.iter().map(described).collect();
+                let generated = match ids(&value["tokens"]) {
+                    Some(ids) => spread(ids, listed),
+                    None => listed,
+                };
+                Ok(Told { generated, prompt_tokens, ..Told::default() })
             }
         }
     }
@@ -257,6 +262,17 @@ fn described(value: &Value) -> Place {
     let top = value["top_logprobs"].as_array();
     let top = top.into_iter().flatten().filter_map(|t| Some((name(t), t["logprob"].as_f64()?))).collect();
     Place { token: name(value), logprob: value["logprob"].as_f64(), top }
+}
+
+/// Places for all tokens where only some are listed: llama.cpp leaves those out that end within a character.
+fn spread(ids: Vec<u32>, listed: Vec<Place>) -> Vec<Place> {
+    let mut listed = listed.into_iter().peekable();
+    ids.into_iter()
+        .map(|id| {
+            let here = listed.next_if(|place| place.token.id == Some(id));
+            here.unwrap_or_else(|| Place { token: Name { id: Some(id), text: None }, ..Place::default() })
+        })
+        .collect()
 }
 
 /// Places of either form of `logprobs`.
@@ -417,6 +433,9 @@ mod tests {
         assert_eq!((told.prompt[1].logprob, told.prompt[1].top.len(), told.generated.len()), (Some(-1.0), 2, 1));
         let object = json!({"id": 3, "token": " a", "logprob": -0.2, "top_logprobs": [{"id": 4, "token": "b", "logprob": -2.0}]});
         let place = described(&object);
+        let parts = spread(vec![1, 3, 2], vec![place.clone()]);
+        assert_eq!(parts.iter().map(|p| p.logprob).collect::<Vec<_>>(), [None, Some(-0.2), None]);
+        assert_eq!(parts[2].token.id, Some(2));
         assert_eq!((place.token.id, place.top[0].0.id, place.top[0].1), (Some(3), Some(4), -2.0));
     }
 }

@@ -15,3 +15,4 @@ mod quantize;
 mod recover;
 mod serve;
 mod settings;
+mod verify;

@@ -2,6 +2,7 @@
 #![allow(dead_code)] // Each binary uses a part of this.
 
 pub mod command;
+pub mod engine_server;
 pub mod fixtures;
 pub mod fused;
 pub mod gguf;

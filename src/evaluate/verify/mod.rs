@@ -4,6 +4,7 @@
 mod agreement;
 mod altered;
 mod ask;
+mod bias;
 mod checks;
 mod facts;
 mod report;
@@ -20,6 +21,7 @@ use self::agreement::{RULED_OUT, apart, by_position, pairs, root_mean_square, se
 use self::altered::Possible;
 pub use self::ask::NoWay;
 use self::ask::{Manner, Names, find, hear};
+pub use self::bias::Bias;
 pub use self::checks::{CheckError, Tokens};
 use self::facts::{Fact, Sequence, facts};
 use self::report::Finding;
@@ -42,8 +44,6 @@ const REACHED_WINDOW: usize = 2048;
 const SECOND: usize = 64;
 /// Pieces of one text at most.
 const PIECES: usize = 8;
-/// Differences this many times the noise are looked into even where they are allowed.
-const SUSPICIOUS: f64 = 1.3;
 /// A token that the server chose although it says another is more probable by this much was not chosen greedily.
 const CHOSEN: f64 = 0.05;
 
@@ -108,7 +108,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { top: 20, longest: None, generate: 24, factor: 3.0, floor: 0.005, search: true, template: Map::new() }
+        Self { top: 20, longest: None, generate: 24, factor: 1.5, floor: 0.005, search: true, template: Map::new() }
     }
 }
 
@@ -173,7 +173,8 @@ pub fn verify<B: Backend + Clone>(
     let agreement = Agreement::of(pairs(&sequences, &here), &tolerance);
     let segments = segments(&sequences, &here, &rounded, &tolerance);
     let sampling = sampling(&sequences);
-    let within = agreement.rms <= tolerance.all() && segments.iter().all(|s| s.within);
+    let bias = Bias::of(&sequences, &here, &rounded, options.floor);
+    let within = agreement.rms <= tolerance.all() && segments.iter().all(|s| s.within) && bias.is_none_or(|b| b.within);
     let mut suspects = Vec::new();
     let mut findings: Vec<Finding> = Vec::new();
     let named = tokens.iter().chain(&chats).filter_map(|t| Some((t, t.difference.as_ref()?)));
@@ -183,19 +184,21 @@ pub fn verify<B: Backend + Clone>(
         }
     }
     findings.extend(sampling.finding());
-    let hidden = agreement.ruled_out + agreement.missing;
-    if hidden * 100 > agreement.tokens {
+    if agreement.ruled_out * 100 > agreement.tokens {
         findings.push(Finding {
             kind: Kind::Sampling,
             what: format!(
-                "of {} tokens it rules {} out and says nothing of {}: its distribution is cut off (top-k, top-p, min-p), or \
-                 it does not list all",
-                agreement.tokens, agreement.ruled_out, agreement.missing
+                "it rules out {} of {} tokens: its distribution is cut off (top-k, top-p, min-p)",
+                agreement.ruled_out, agreement.tokens
             ),
             others: Vec::new(),
         });
     }
-    if !sequences.is_empty() && (!within || agreement.rms > SUSPICIOUS * noise + options.floor) {
+    if agreement.missing * 20 > agreement.tokens {
+        notes.push(format!("the server says nothing of {} of {} tokens", agreement.missing, agreement.tokens));
+    }
+    // Also where the noise allows it: a fault that fits much better than the checkpoint is one all the same.
+    if !sequences.is_empty() && (!within || agreement.rms > options.floor) {
         let (tried, known) = worst(&sequences, &here);
         suspects = suspects::try_all(subject, &tried, &known, tolerance, watch)?;
         let explained = suspects.iter().any(|s| s.explains);
@@ -208,7 +211,12 @@ pub fn verify<B: Backend + Clone>(
             }
         }
         suspects.sort_by(|a, b| a.after.total_cmp(&b.after));
-        findings.extend(report::explanation(&suspects, &segments, within));
+        let explained = report::explanation(&suspects, &segments, within);
+        if explained.as_ref().is_some_and(|f| f.kind == Kind::Shift) {
+            // What it holds more probable is of another place.
+            findings.retain(|f| f.kind != Kind::Sampling);
+        }
+        findings.extend(explained);
     }
     let verdict = match (sequences.is_empty(), findings.is_empty()) {
         (_, false) => Verdict::Differs,
@@ -228,6 +236,7 @@ pub fn verify<B: Backend + Clone>(
         parting: parting(subject, &sequences, &here, &segments, &tolerance),
         by_position: by_position(&sequences, &here),
         segments,
+        bias,
         tokens,
         chats,
         sampling,
