@@ -1,5 +1,5 @@
-//! Grammars of calls of tools, as each family of models writes them; what they accept, [`Splitter`](crate::text::reply::Splitter)
-//! reads.
+//! Grammars of calls of tools, as each family of models writes them; what they accept, a
+//! [`Splitter`](crate::text::reply::Splitter) reads.
 
 use std::fmt::Write;
 

@@ -15,7 +15,7 @@ const STACK: usize = 256 << 20;
 
 /// Of work and memory, for one grammar: compiled, and per token.
 pub(super) fn limits() -> ParserLimits {
-    ParserLimits { max_lexer_states: 50_000, verbose_errors: false, ..Default::default() }
+    ParserLimits { max_lexer_states: 200_000, verbose_errors: false, ..Default::default() }
 }
 
 /// The same where people write rules, of which many may apply at once, at a cost that grows with the square of their number.

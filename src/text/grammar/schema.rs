@@ -17,8 +17,9 @@ const MAX_PROPERTIES: usize = 1_000;
 const MAX_CHAIN: usize = 4_000;
 /// Of numbers: llguidance counts with binary fractions of 53 bits, and integers of 64.
 const MAX_NUMBER: f64 = 1e15;
-/// Of repetition: characters, items, properties.
+/// Of repetition: items and properties; and characters, each of which takes some ten states of the automaton.
 const MAX_COUNT: u64 = 100_000;
+const MAX_LENGTH: u64 = 20_000;
 
 /// Keywords whose value is a schema, a list of schemas, and schemas by name.
 const ONE: [&str; 3] = ["items", "additionalItems", "additionalProperties"];
@@ -284,11 +285,14 @@ impl Cleaner<'_> {
             _ if LIST.contains(&key) || NAMED.contains(&key) || key == "$ref" => {
                 return Err(place.error("", format!("found {}, which means nothing here", kind(value))));
             }
-            _ if COUNTS.contains(&key) => match value.as_u64().or_else(|| whole(value)) {
-                Some(count) if count <= MAX_COUNT => count.into(),
-                Some(count) => return Err(place.error("", format!("{count}; up to {MAX_COUNT} can be enforced"))),
-                None => return Err(place.error("", format!("expected a number from 0, found {}", kind(value)))),
-            },
+            _ if COUNTS.contains(&key) => {
+                let most = if key.ends_with("Length") { MAX_LENGTH } else { MAX_COUNT };
+                match value.as_u64().or_else(|| whole(value)) {
+                    Some(count) if count <= most => count.into(),
+                    Some(count) => return Err(place.error("", format!("{count}; up to {most} can be enforced"))),
+                    None => return Err(place.error("", format!("expected a number from 0, found {}", kind(value)))),
+                }
+            }
             _ if PLAIN.contains(&key) => {
                 check_numbers(value, place)?;
                 value.clone()
