@@ -215,7 +215,7 @@ mod tests {
         model.next_token(Duration::from_millis(2));
         model.ended("stop");
         let stats = Stats { running: 2, pages_used: 5, pages: 10, prefix_asked: 9, ..Stats::default() };
-        metrics.text(&[("m", stats)]);
+        let _ = metrics.text(&[("m", stats)]);
         let text = metrics.text(&[("m", stats)]);
         for line in [
             "vllm:num_requests_running{model_name=\"m\"} 2",

@@ -136,7 +136,10 @@ fn texts_without_their_beginning_are_told_from_wrong_numbers() {
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}});
     folder.write("m/tokenizer.json", tokenizer.to_string());
-    folder.write("m/tokenizer_config.json", r#"{"bos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}"#);
+    folder.write(
+        "m/tokenizer_config.json",
+        r#"{"bos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}"#,
+    );
     let report = found(&model, Fault::NoBeginning, "bos", "missing on the server", &[]);
     assert_eq!((kinds(&report), &report["log_probabilities_within"]), (vec!["bos"], &true.into()), "{report:#}");
     // Where the server gives numbers of tokens only.

@@ -25,7 +25,10 @@ const ALLOWED: [(&str, &[&str]); 17] = [
         "recover",
         &["formats", "random", "logits", "output", "checkpoint", "backend", "model", "text", "corpus", "engine"],
     ),
-    ("evaluate", &["formats", "random", "logits", "output", "checkpoint", "backend", "model", "text", "engine"]),
+    (
+        "evaluate",
+        &["formats", "random", "logits", "output", "checkpoint", "backend", "model", "text", "corpus", "engine"],
+    ),
     ("serve", &["logits", "backend", "text", "engine"]),
     (
         "cli",

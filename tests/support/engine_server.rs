@@ -200,7 +200,10 @@ impl Served {
             ("/v1/chat/completions", _) => {
                 let ids = self.chat(body["messages"].as_array().unwrap());
                 let message = json!({"role": "assistant", "content": "x"});
-                (200, json!({"choices": [{"message": message}], "usage": {"prompt_tokens": ids.len(), "completion_tokens": 1}}))
+                (
+                    200,
+                    json!({"choices": [{"message": message}], "usage": {"prompt_tokens": ids.len(), "completion_tokens": 1}}),
+                )
             }
             (path, _) => (404, json!({"detail": format!("no {path}")})),
         }
@@ -232,9 +235,7 @@ impl Served {
         let request = Request { prompt: prompt.to_vec(), max_tokens: generate, sampling, ..Request::default() };
         let answered = answer(&mut engine, self.text.tokenizer(), request, &mut |_| ControlFlow::Continue(())).unwrap();
         let all: Vec<u32> = prompt.iter().copied().chain(answered.tokens.iter().map(|t| t.token)).collect();
-        let rows = |model: &Decoder<CpuBackend>| {
-            logits(model, &[all.clone()], KvFormat::F32, &mut || {}).unwrap()
-        };
+        let rows = |model: &Decoder<CpuBackend>| logits(model, &[all.clone()], KvFormat::F32, &mut || {}).unwrap();
         let (of_prompt, of_answer) = (rows(&self.model), self.decoding.as_ref().map(rows));
         let vocab = self.model.config.vocab;
         let place = |i: usize| {
@@ -294,7 +295,9 @@ impl Served {
             choice["logprobs"] = logprobs;
         }
         if protocol == Protocol::Vllm && !body["prompt_logprobs"].is_null() {
-            let entry = |(id, logprob): (u32, f64)| (id.to_string(), json!({"logprob": logprob, "decoded_token": self.name(id)}));
+            let entry = |(id, logprob): (u32, f64)| {
+                (id.to_string(), json!({"logprob": logprob, "decoded_token": self.name(id)}))
+            };
             let place = |s: &Scored| match s.own {
                 None => Value::Null,
                 Some(own) => {
@@ -313,7 +316,9 @@ impl Served {
         let (prompt, generated) = self.scored(&ids, count, body["top_logprobs_num"].as_u64().unwrap() as usize);
         let own = |side: &[Scored]| side.iter().map(|s| json!([s.own, s.token, null])).collect::<Value>();
         let top = |side: &[Scored]| {
-            let places = side.iter().map(|s| s.own.map(|_| s.top.iter().map(|(id, l)| json!([l, id, null])).collect::<Vec<_>>()));
+            let places = side
+                .iter()
+                .map(|s| s.own.map(|_| s.top.iter().map(|(id, l)| json!([l, id, null])).collect::<Vec<_>>()));
             json!(places.collect::<Vec<_>>())
         };
         let meta = json!({"prompt_tokens": ids.len(), "completion_tokens": generated.len(),

@@ -99,7 +99,7 @@ impl<'m, B: Backend> Proposer<'m, B> {
     pub fn propose(&mut self, asked: &[Asked<'_>]) -> Result<Vec<Vec<u32>>, BackendError> {
         match self {
             Self::Lookup { min, max, .. } => {
-                Ok(asked.iter().map(|a| lookup::lookup(a.tokens, a.count, *min, *max).to_vec()).collect())
+                Ok(asked.iter().map(|a| lookup::lookup(a.tokens, a.count, *min, *max)).collect())
             }
             Self::Draft(draft) => draft.propose(asked),
         }

@@ -4,6 +4,7 @@
 mod agreement;
 mod altered;
 mod ask;
+mod bias;
 mod checks;
 mod facts;
 mod report;
@@ -20,6 +21,7 @@ use self::agreement::{RULED_OUT, apart, by_position, pairs, root_mean_square, se
 use self::altered::Possible;
 pub use self::ask::NoWay;
 use self::ask::{Manner, Names, find, hear};
+pub use self::bias::Bias;
 pub use self::checks::{CheckError, Tokens};
 use self::facts::{Fact, Sequence, facts};
 use self::report::Finding;
@@ -106,7 +108,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { top: 20, longest: None, generate: 24, factor: 2.0, floor: 0.005, search: true, template: Map::new() }
+        Self { top: 20, longest: None, generate: 24, factor: 1.5, floor: 0.005, search: true, template: Map::new() }
     }
 }
 
@@ -171,7 +173,8 @@ pub fn verify<B: Backend + Clone>(
     let agreement = Agreement::of(pairs(&sequences, &here), &tolerance);
     let segments = segments(&sequences, &here, &rounded, &tolerance);
     let sampling = sampling(&sequences);
-    let within = agreement.rms <= tolerance.all() && segments.iter().all(|s| s.within);
+    let bias = Bias::of(&sequences, &here, &rounded, options.floor);
+    let within = agreement.rms <= tolerance.all() && segments.iter().all(|s| s.within) && bias.is_none_or(|b| b.within);
     let mut suspects = Vec::new();
     let mut findings: Vec<Finding> = Vec::new();
     let named = tokens.iter().chain(&chats).filter_map(|t| Some((t, t.difference.as_ref()?)));
@@ -233,6 +236,7 @@ pub fn verify<B: Backend + Clone>(
         parting: parting(subject, &sequences, &here, &segments, &tolerance),
         by_position: by_position(&sequences, &here),
         segments,
+        bias,
         tokens,
         chats,
         sampling,

@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::ask::Manner;
-use super::{Agreement, Kind, Segment, Suspect, Tokens, Tolerance};
+use super::{Agreement, Bias, Kind, Segment, Suspect, Tokens, Tolerance};
 
 /// Explanations as good as the best by this factor cannot be told from it.
 const AS_GOOD: f64 = 1.25;
@@ -95,6 +95,8 @@ pub struct Report {
     /// Root mean square of differences between two positions.
     pub by_position: Vec<(usize, usize, f64)>,
     pub segments: Vec<Segment>,
+    /// Where there are tokens enough to tell.
+    pub bias: Option<Bias>,
     pub tokens: Vec<Tokens>,
     pub chats: Vec<Tokens>,
     pub sampling: Sampling,
@@ -171,6 +173,7 @@ impl Report {
             "parting": self.parting,
             "by_position": self.by_position,
             "segments": self.segments,
+            "bias": self.bias,
             "texts": self.tokens,
             "chats": self.chats,
             "sampling": self.sampling,
@@ -224,6 +227,14 @@ impl Report {
                 "",
                 format!(
                     "of the tokens themselves: mean {mean:+.4}, mean magnitude {mean_magnitude:.4}, largest {largest:+.3}{kl}{greedy}"
+                ),
+            );
+        }
+        if let Some(Bias { mean, error, allowed, within: false, .. }) = self.bias {
+            line(
+                "one-sided",
+                format!(
+                    "tokens are {mean:+.4} ± {error:.4} nats more probable there than here; noise goes to both sides                      ({allowed:.4} is allowed)"
                 ),
             );
         }

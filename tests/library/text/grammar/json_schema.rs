@@ -150,9 +150,14 @@ fn any_object_is_one() {
 
 #[test]
 fn white_space_ends() {
-    let spaces = |count: usize| format!("{{\"a\":{}1}}", " ".repeat(count));
-    assert!(BOOKS.accepts(&Grammar::JsonObject, &spaces(64)));
-    assert!(!BOOKS.accepts(&Grammar::JsonObject, &spaces(65)));
+    let with = |white: &str| BOOKS.accepts(&Grammar::JsonObject, &format!("{{\"a\":{white}1}}"));
+    let line = |indentation: &str, count: usize| format!("\n{}", indentation.repeat(count));
+    for white in ["", " ", "\n", "\r\n  ", &line(" ", 32), &line("\t", 16)] {
+        assert!(with(white), "{white:?}");
+    }
+    for white in ["  ", "\t", "\n\n", " \n", &line(" ", 33), &line("\t", 17)] {
+        assert!(!with(white), "{white:?}");
+    }
 }
 
 #[test]
