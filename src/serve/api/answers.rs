@@ -76,8 +76,8 @@ impl Answers {
     /// Asks `model` for `parameters.n` answers to each prompt, of at most `max_tokens` tokens each.
     ///
     /// # Errors
-    /// When too many wait, a grammar cannot be followed, or parameters do not go together or with the model. What is wrong with a prompt is found by the engine, and is the first
-    /// output of its answers.
+    /// When too many wait, a grammar cannot be followed, or parameters do not go together or with the model. What is wrong with
+    /// a prompt is found by the engine, and is the first output of its answers.
     pub fn ask(
         model: &ServedModel,
         parameters: &Parameters,
