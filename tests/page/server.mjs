@@ -145,7 +145,7 @@ export async function serve({ key = null, models = ["books-bf16", "books-nvfp4"]
     }
     if (key && request.headers.authorization !== `Bearer ${key}`) return error(response, 401, "This server asks for a key.", { code: "invalid_api_key" });
     if (path === "/v1/models") return say(response, 200, { object: "list", data: models.map((id) => ({ id, object: "model", owned_by: "recoup", max_model_len: 256, formats: /nvfp4/.test(id) ? "NVFP4" : "BF16", has_chat_template: !id.startsWith("base"), thinking_switch: !id.startsWith("still") })) });
-    if (path === "/reports" && reports) return say(response, 200, { reports: Object.entries(reports).map(([name, text], i) => ({ name, bytes: text.length, modified: `2026-11-2${i + 1}T10:00:00Z` })) });
+    if (path === "/reports" && reports) return say(response, 200, { reports: Object.entries(reports).map(([name, text], i) => ({ name, bytes: text.length, modified: `2026-11-2${9 - i}T10:00:00Z` })) });
     if (path.startsWith("/reports/") && reports) {
       const name = decodeURIComponent(path.slice(9));
       if (name in reports) return say(response, 200, reports[name], { "content-type": name.endsWith("html") ? "text/html" : "application/json" });

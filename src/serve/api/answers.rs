@@ -76,8 +76,8 @@ impl Answers {
     /// Asks `model` for `parameters.n` answers to each prompt, of at most `max_tokens` tokens each.
     ///
     /// # Errors
-    /// When too many wait, or a grammar cannot be followed. What is wrong with a prompt is found by the engine, and is the first
-    /// output of its answers.
+    /// When too many wait, a grammar cannot be followed, or parameters do not go together or with the model. What is wrong with
+    /// a prompt is found by the engine, and is the first output of its answers.
     pub fn ask(
         model: &ServedModel,
         parameters: &Parameters,
@@ -88,6 +88,15 @@ impl Answers {
         let fits = |prompt: &&Prompt| prompt.tokens.len() > model.context;
         if let Some(long) = prompts.iter().find(fits) {
             return Err(ApiError::too_long(long.tokens.len(), model.context));
+        }
+        let largest = parameters.sampling.logit_bias.last().map(|(token, _)| *token);
+        if let Some(token) = largest.filter(|token| *token as usize >= model.vocab) {
+            let message = format!("`logit_bias`: token {token} is outside the vocabulary of {}", model.vocab);
+            return Err(ApiError::parameter("logit_bias", message));
+        }
+        if let Some(most) = max_tokens.filter(|most| parameters.min_tokens > *most) {
+            let message = format!("`min_tokens` is {}, more than `max_tokens` ({most})", parameters.min_tokens);
+            return Err(ApiError::parameter("min_tokens", message));
         }
         let tickets = model.worker.places(count)?;
         let (out, outputs) = unbounded_channel();
