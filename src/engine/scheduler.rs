@@ -167,7 +167,7 @@ impl Scheduler {
             running: self.running.len(),
             waiting: self.waiting.len(),
             pages_used: self.limits.pages - self.pages.available(),
-            pages_kept: self.pages.kept(),
+            pages_kept: self.pages.idle(),
             pages: self.limits.pages,
             ..self.done
         }

@@ -77,14 +77,11 @@ pub fn try_all<B: Backend + Clone>(
     watch.part();
     list.beginning()?;
     watch.part();
-    for rounding in
-        [(Rounding::Int8Inputs, "quantizes inputs of products to 8-bit integers in blocks of 32, as llama.cpp does")]
-    {
-        let model = subject.model.rounded(rounding.0);
-        let altered = facts(&model, subject.kv, sequences, 1.0, &mut || {})?;
-        list.add(Kind::Activations, rounding.1, &altered, false);
-        watch.part();
-    }
+    let rounded = subject.model.rounded(Rounding::Int8Inputs);
+    let altered = facts(&rounded, subject.kv, sequences, 1.0, &mut || {})?;
+    let what = "quantizes inputs of products to 8-bit integers in blocks of 32, as llama.cpp does";
+    list.add(Kind::Activations, what, &altered, false);
+    watch.part();
     let cache = subject.model.cache_format(subject.kv);
     if cache == KvFormat::F32 {
         let altered = facts(subject.model, KvFormat::Bf16, sequences, 1.0, &mut || {})?;
