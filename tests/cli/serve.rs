@@ -348,8 +348,8 @@ fn guessing_ahead_changes_no_answer() {
         let server = Server::start(&[NVFP4, "--speculative-config", config]);
         std::thread::scope(|scope| {
             let (server, expected) = (&server, &expected);
-            for i in 0..8 {
-                scope.spawn(move || assert_eq!(choices(&server.asked(COMPLETIONS, &body(i))), expected[i], "{i}"));
+            for (i, expected) in expected.iter().enumerate() {
+                scope.spawn(move || assert_eq!(choices(&server.asked(COMPLETIONS, &body(i))), *expected, "{i}"));
             }
         });
         let [guessed, right] =
@@ -463,8 +463,8 @@ fn a_full_queue_sends_away_and_a_small_cache_serves_all() {
     let alone: Vec<Value> = (0..16).map(|i| choices(&server.asked(COMPLETIONS, &body(i)))).collect();
     std::thread::scope(|scope| {
         let (server, alone) = (&server, &alone);
-        for i in 0..16 {
-            scope.spawn(move || assert_eq!(choices(&server.asked(COMPLETIONS, &body(i))), alone[i]));
+        for (i, alone) in alone.iter().enumerate() {
+            scope.spawn(move || assert_eq!(choices(&server.asked(COMPLETIONS, &body(i))), *alone));
         }
     });
     assert!(server.metric("vllm:num_preemptions_total") > 0.0, "the cache was never too small");

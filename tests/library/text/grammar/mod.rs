@@ -70,13 +70,12 @@ static PIECES: LazyLock<Held> = LazyLock::new(|| Held::new(llama_2(), &["</s>"])
 /// The same as `BOOKS`, in which these are tokens: special ones, and ones that are only added, as in Qwen3.
 fn with_tokens(special: &[&str], added: &[&str]) -> Tokenizer {
     let mut file: Value = serde_json::from_str(&books_json()).unwrap();
-    let mut id = file["model"]["vocab"].as_object().unwrap().len();
+    let known = file["model"]["vocab"].as_object().unwrap().len();
     let all = special.iter().map(|token| (token, true)).chain(added.iter().map(|token| (token, false)));
-    for (token, special) in all {
+    for (id, (token, special)) in (known..).zip(all) {
         let token = json!({"id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
             "normalized": false, "special": special});
         file["added_tokens"].as_array_mut().unwrap().push(token);
-        id += 1;
     }
     tokenizer(&file.to_string(), &[]).unwrap()
 }
