@@ -25,7 +25,7 @@ async function opened(options = {}, { width = 1280, height = 860, scheme = "ligh
   const server = await serve(options);
   servers.push(server);
   const context = await browser.newContext({ viewport: { width, height }, colorScheme: scheme, acceptDownloads: true, serviceWorkers: "block" });
-  context.setDefaultTimeout(10000);
+  context.setDefaultTimeout(30000);
   const page = await context.newPage();
   const faults = [];
   const elsewhere = [];
@@ -367,6 +367,21 @@ describe("compare", () => {
     const { page, close } = await opened({ models: ["only"] }, { path: "#compare" });
     await page.waitForSelector("#compare pre");
     assert.match(await page.locator("#compare").textContent(), /has not two models[^]*recoup serve \S+ \S+/);
+    await close();
+  });
+
+  test("Escape stops both, and another comparison can begin", async () => {
+    const { page, server, close } = await opened({}, { path: "#compare" });
+    await page.fill("#prompt", "SLOW");
+    await page.press("#prompt", "Enter");
+    await page.waitForFunction(() => [...document.querySelectorAll(".side .md")].filter((md) => /word 2/.test(md.textContent)).length === 2);
+    await page.keyboard.press("Escape");
+    await page.getByRole("button", { name: "Compare", exact: true }).waitFor();
+    assert.equal(await page.locator(".side .stat", { hasText: "stopped" }).count(), 2);
+    assert.equal(server.seen.filter(({ body }) => body.prompt_logprobs).length, 0, "nothing is scored of what was stopped");
+    await page.fill("#prompt", "again");
+    await page.press("#prompt", "Enter");
+    await page.waitForSelector(".chips");
     await close();
   });
 
