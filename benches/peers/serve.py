@@ -136,6 +136,7 @@ def main():
     def llama(port):
         return [args.llama_server, "-m", args.model, "--port", port, "-c", context * most, "-np", most, "-t", args.threads, "-tb", args.threads]
 
+    load = os.getloadavg()[0]
     found = {(name, n): [] for name in ("recoup", "llama.cpp") for n in clients}
     for turn in range(args.rounds):
         for name, command in (("recoup", recoup), ("llama.cpp", llama)):
@@ -145,6 +146,7 @@ def main():
                 for n in clients:
                     found[name, n].append(measure(port, n, args.each, args.prompt, args.answer, f"{turn} {n}"))
 
+    print(f"load of the machine before: {load:.1f} (what else ran makes this worthless: threads that wait spin)")
     print(f"{args.model.name}: prompts of {args.prompt} words, answers of {args.answer} tokens, {args.each} for each client, {args.rounds} rounds, {args.threads} threads")
     print("| clients | | recoup | llama.cpp | ratio |\n|---|---|---|---|---|")
     rows = []
