@@ -1,5 +1,5 @@
-//! A backend whose results are rounded on the way as other engines round them: how far valid computations of one model
-//! are apart, and whose computation a server's is.
+//! A backend whose results are rounded to BF16 on the way, as engines on GPUs keep them between their kernels: how far valid
+//! computations of one model are apart.
 //!
 //! Values go over the host, which is slow: for experiments on some tokens.
 
@@ -12,23 +12,9 @@ use super::{
 use crate::formats::linear::LinearTensors;
 use crate::logits::{RouterRule, Routing, TokenScore};
 
-/// Values that 8-bit integers share a scale of, in llama.cpp.
-const BLOCK: usize = 32;
-
-/// What is rounded, and to what.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rounding {
-    /// What every operation gives, to BF16: what engines on GPUs keep between their kernels.
-    Bf16,
-    /// What enters products, to 8-bit integers under a scale for 32 of them: what llama.cpp's CPU kernels read beside
-    /// quantized weights.
-    Int8Inputs,
-}
-
 /// `inner` with results rounded.
 pub struct Rounded<B> {
     inner: Arc<B>,
-    rounding: Rounding,
 }
 
 /// A tensor, and how many rows it has.
@@ -40,37 +26,16 @@ pub struct Rows<T> {
 
 impl<B: Backend> Rounded<B> {
     /// Rounds what a backend computes that others use too.
-    pub fn shared(inner: Arc<B>, rounding: Rounding) -> Self {
-        Self { inner, rounding }
+    pub fn shared(inner: Arc<B>) -> Self {
+        Self { inner }
     }
 
-    /// A result of `rows` rows, rounded where results are.
+    /// A result of `rows` rows, rounded.
     fn result(&self, x: B::Tensor, rows: usize) -> Result<Rows<B::Tensor>> {
-        match self.rounding {
-            Rounding::Bf16 => self.rounded(&x, rows, |values| values.iter_mut().for_each(|v| *v = to_bf16(*v))),
-            Rounding::Int8Inputs => Ok(Rows { inner: x, rows }),
-        }
-    }
-
-    fn rounded(&self, x: &B::Tensor, rows: usize, round: impl Fn(&mut [f32])) -> Result<Rows<B::Tensor>> {
-        let mut host = self.inner.to_host(x)?;
+        let mut host = self.inner.to_host(&x)?;
+        host.iter_mut().for_each(|v| *v = half::bf16::from_f32(*v).to_f32());
         let columns = host.len() / rows.max(1);
-        host.chunks_mut(columns.max(1)).for_each(round);
         Ok(Rows { inner: self.inner.tensor(host, columns)?, rows })
-    }
-}
-
-fn to_bf16(x: f32) -> f32 {
-    half::bf16::from_f32(x).to_f32()
-}
-
-/// Each run of values as integers times a scale that is kept in half precision.
-fn to_int8(row: &mut [f32]) {
-    for block in row.chunks_mut(BLOCK) {
-        let amax = block.iter().fold(0.0f32, |a, v| a.max(v.abs()));
-        let scale = amax / 127.0;
-        let (inverse, kept) = (if scale > 0.0 { 1.0 / scale } else { 0.0 }, half::f16::from_f32(scale).to_f32());
-        block.iter_mut().for_each(|v| *v = (*v * inverse).round() * kept);
     }
 }
 
@@ -147,10 +112,7 @@ impl<B: Backend> Backend for Rounded<B> {
     }
 
     fn linears(&self, x: &Self::Tensor, weights: &[&B::Linear]) -> Result<Vec<Self::Tensor>> {
-        let outputs = match self.rounding {
-            Rounding::Bf16 => self.inner.linears(&x.inner, weights)?,
-            Rounding::Int8Inputs => self.inner.linears(&self.rounded(&x.inner, x.rows, to_int8)?.inner, weights)?,
-        };
+        let outputs = self.inner.linears(&x.inner, weights)?;
         outputs.into_iter().map(|y| self.result(y, x.rows)).collect()
     }
 
@@ -255,19 +217,16 @@ impl<B: Backend> Backend for Rounded<B> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::cpu::{CpuBackend, isa::Isa};
 
     #[test]
-    fn eight_bits_keep_the_largest_of_a_block_and_round_the_rest_by_half_a_step() {
-        let mut row: Vec<f32> = (0..70).map(|i| (i as f32 - 33.0) * 0.031).collect();
-        let before = row.clone();
-        to_int8(&mut row);
-        for (block, old) in row.chunks(BLOCK).zip(before.chunks(BLOCK)) {
-            let amax = old.iter().fold(0.0f32, |a, v| a.max(v.abs()));
-            assert!(block.iter().zip(old).all(|(a, b)| (a - b).abs() <= amax * (0.5 / 127.0 + 1e-3)));
-        }
-        assert!(row != before);
-        let mut zeros = [0.0; BLOCK];
-        to_int8(&mut zeros);
-        assert_eq!(zeros, [0.0; BLOCK]);
+    fn results_are_rounded_and_keep_their_shape() {
+        let rounded = Rounded::shared(Arc::new(CpuBackend::new(Isa::detect(), 1).unwrap()));
+        let x = rounded.tensor(vec![1.0, 2.0, 3.003, -4.0, 0.1, 1e-3], 3).unwrap();
+        let sum = rounded.add(x.clone(), &x).unwrap();
+        let host = rounded.to_host(&sum).unwrap();
+        assert_eq!(sum.rows, 2);
+        assert_eq!(host, [2.0f32, 4.0, 6.006, -8.0, 0.2, 2e-3].map(|v| half::bf16::from_f32(v).to_f32()));
+        assert_eq!(rounded.select_rows(&sum, &[1]).unwrap().rows, 1);
     }
 }

@@ -84,6 +84,9 @@ pub(super) struct Args {
     /// Pages of these origins may ask too; * for all
     #[arg(long, value_name = "ORIGIN")]
     allowed_origins: Vec<String>,
+    /// Names by which it may be asked where it listens for this machine only and without a key, beside localhost and addresses
+    #[arg(long, value_name = "NAME")]
+    allowed_hosts: Vec<String>,
     /// Folder of evaluation reports that the page shows
     #[arg(long, value_name = "FOLDER")]
     reports: Option<PathBuf>,
@@ -110,6 +113,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         bail!("--kv-cache-memory must be above 0");
     }
     let keys = keys(args)?;
+    let has_keys = !keys.is_empty();
     if let Some(folder) = &args.reports
         && !folder.is_dir()
     {
@@ -153,6 +157,8 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         body: args.max_body_mib << 20,
         reports: args.reports.clone(),
         origins: args.allowed_origins.clone(),
+        local: args.host.is_loopback() && !has_keys,
+        hosts: args.allowed_hosts.clone(),
         page: !args.no_page,
         draining: false.into(),
     });
@@ -196,6 +202,9 @@ fn names(args: &Args) -> Result<Vec<Vec<String>>> {
         (n, m) => bail!("--served-model-name: {n} names for {m} models; give one for each"),
     };
     let mut all: Vec<&String> = names.iter().flatten().collect();
+    if all.iter().any(|name| name.trim().is_empty()) {
+        bail!("--served-model-name must not be empty");
+    }
     all.sort();
     if let Some(twice) = all.windows(2).find(|pair| pair[0] == pair[1]) {
         bail!("two models would be called {}; --served-model-name gives each a name of its own", twice[0]);

@@ -66,6 +66,19 @@ impl ApiError {
         Self { code, ..Self::new(StatusCode::UNAUTHORIZED, "invalid_request_error", message) }
     }
 
+    /// Not for whoever asks.
+    #[must_use]
+    pub fn forbidden(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "invalid_request_error", message)
+    }
+
+    /// The body is packed.
+    #[must_use]
+    pub fn encoding() -> Self {
+        let message = "bodies are read as they are; send it without Content-Encoding";
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error", message)
+    }
+
     /// There is no model of that name.
     #[must_use]
     pub fn no_model(name: &str, there: &str) -> Self {

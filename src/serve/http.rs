@@ -36,8 +36,8 @@ type Result<T> = std::result::Result<T, ApiError>;
 /// Connections at a time; more wait to be taken.
 const CONNECTIONS: usize = 4096;
 
-/// For the headers of a request to come.
-const HEADER_TIME: Duration = Duration::from_secs(30);
+/// For the headers of a request to come, the first and every later one of a connection.
+const HEADER_TIME: Duration = Duration::from_secs(10);
 
 /// For the body of a request to come.
 const BODY_TIME: Duration = Duration::from_secs(120);
@@ -167,10 +167,11 @@ async fn around(extract::State(state): extract::State<Shared>, request: Request,
     let began = Instant::now();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let origin = request.headers().get(header::ORIGIN).cloned();
-    let mut response = match method {
+    let mut response = match foreign(&state, &request) {
+        Some(refused) => refused.into_response(),
         // What a browser asks before it lets another page ask.
-        Method::OPTIONS => StatusCode::NO_CONTENT.into_response(),
-        _ => next.run(request).await,
+        None if method == Method::OPTIONS => StatusCode::NO_CONTENT.into_response(),
+        None => next.run(request).await,
     };
     let headers = response.headers_mut();
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
@@ -190,6 +191,24 @@ async fn around(extract::State(state): extract::State<Shared>, request: Request,
         _ => tracing::info!(%method, path, status, seconds),
     }
     response
+}
+
+/// Why a request of a page that is not ours is refused: browsers let any page send one, and names that lead here are easily
+/// made.
+fn foreign(state: &State, request: &Request) -> Option<ApiError> {
+    let text = |name| request.headers().get(name).and_then(|v: &HeaderValue| v.to_str().ok());
+    let host = text(header::HOST).unwrap_or_default();
+    let name = host.rsplit_once(':').map_or(host, |(name, port)| if port.contains(']') { host } else { name });
+    let known = name == "localhost" || name.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok();
+    if state.local && !known && !name.is_empty() && !state.hosts.iter().any(|h| h == name) {
+        return Some(ApiError::forbidden(format!(
+            "`{name}` is not a name of this server, which listens for this machine only; --allowed-hosts adds it"
+        )));
+    }
+    let origin = text(header::ORIGIN)?;
+    let own = origin.split_once("://").is_some_and(|(_, authority)| authority == host);
+    let allowed = own || state.origins.iter().any(|o| o == "*" || o == origin);
+    (!allowed).then(|| ApiError::forbidden(format!("pages of {origin} may not ask; --allowed-origins lets them")))
 }
 
 /// A request's body, whole. What is too large is read to its end all the same, within bounds, and kept nowhere: who is still
@@ -221,6 +240,10 @@ async fn understand<T: Send + 'static>(
     request: Request,
     understand: impl FnOnce(&Models, &[u8]) -> Result<T> + Send + 'static,
 ) -> Result<T> {
+    let encoding = request.headers().get(header::CONTENT_ENCODING);
+    if encoding.is_some_and(|e| e != "identity") {
+        return Err(ApiError::encoding());
+    }
     let body = body(&state, request.into_body()).await?;
     match tokio::task::spawn_blocking(move || understand(&state.models, &body)).await {
         Ok(result) => result,

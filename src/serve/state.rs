@@ -51,6 +51,10 @@ pub struct State {
     pub reports: Option<PathBuf>,
     /// Origins of other pages that may ask, `*` for all.
     pub origins: Vec<String>,
+    /// It listens for this machine only, and asks for no key.
+    pub local: bool,
+    /// Names by which it may be asked then, beside the machine's own.
+    pub hosts: Vec<String>,
     /// The page is shown.
     pub page: bool,
     /// No new requests are taken.

@@ -359,6 +359,103 @@ fn guessing_ahead_changes_no_answer() {
     }
 }
 
+/// What a forced answer becomes: (content, calls, reason), whole and in a stream, which are the same.
+fn forced(server: &Server, text: &str, more: Value) -> (String, usize, Value) {
+    let tool =
+        json!({"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}});
+    let mut body = json!({"messages": [{"role": "user", "content": "x"}], "tools": [tool], "temperature": 0,
+        "structured_outputs": {"choice": [text]}});
+    body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    let whole = server.asked(CHAT, &body);
+    let choice = &whole["choices"][0];
+    let calls = |v: &Value| v.as_array().map_or(0, Vec::len);
+    let content = choice["message"]["content"].as_str().unwrap_or_default().to_owned();
+    body["stream"] = json!(true);
+    let events = server.post(CHAT, &body).events();
+    let deltas = || events.iter().map(|e| &e["choices"][0]["delta"]);
+    assert_eq!(deltas().filter_map(|d| d["content"].as_str()).collect::<String>(), content, "{text}");
+    assert_eq!(
+        deltas().map(|d| calls(&d["tool_calls"])).sum::<usize>(),
+        calls(&choice["message"]["tool_calls"]),
+        "{text}"
+    );
+    (content, calls(&choice["message"]["tool_calls"]), choice["finish_reason"].clone())
+}
+
+#[test]
+fn calls_are_told_where_they_stand_and_one_where_one_is_wanted() {
+    let folder = Folder::new();
+    let server = chat_server(&folder, &[]);
+    let call = "<tool_call>{\"name\": \"f\", \"arguments\": {}}</tool_call>";
+    let torn = "<tool_call>{\"name\": \"f\", \"arg</tool_call>";
+    let nothing = json!({});
+    assert_eq!(forced(&server, &format!("a{torn}tail"), nothing.clone()), (format!("a{torn}tail"), 0, json!("stop")));
+    assert_eq!(forced(&server, &format!("a{call}"), nothing.clone()), ("a".into(), 1, json!("tool_calls")));
+    assert_eq!(forced(&server, &format!("{call}\n{call}"), nothing), (String::new(), 2, json!("tool_calls")));
+    let one = json!({"parallel_tool_calls": false});
+    assert_eq!(forced(&server, &format!("{call}\n{call}"), one), (String::new(), 1, json!("tool_calls")));
+}
+
+#[test]
+fn offsets_point_to_where_tokens_stand_in_the_text() {
+    let server = Server::start(&[NVFP4]);
+    let text = "<|im_start|>user\nHi – é<|im_end|>\nso";
+    for show in [true, false] {
+        let body = json!({"prompt": text, "echo": true, "logprobs": 0, "max_tokens": 3, "skip_special_tokens": show});
+        let choice = server.asked(COMPLETIONS, &body)["choices"][0].clone();
+        let told: Vec<char> = choice["text"].as_str().unwrap().chars().collect();
+        let lists = ["tokens", "text_offset"].map(|l| choice["logprobs"][l].as_array().unwrap().clone());
+        for (token, offset) in lists[0].iter().zip(&lists[1]) {
+            let token = token.as_str().unwrap();
+            if token.is_ascii() {
+                let offset = offset.as_u64().unwrap() as usize;
+                let there: String = told[offset..].iter().take(token.len()).collect();
+                assert!(there == token || token.starts_with("<|") && offset >= text.chars().count(), "{token} {there}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_grammar_is_compiled_once_for_all_answers_of_a_request() {
+    let server = Server::start(&[NVFP4]);
+    let choices: Vec<String> = (0..20_000).map(|i| format!("choice {i}")).collect();
+    let body = |n: usize| json!({"prompt": "x", "max_tokens": 1, "n": n, "structured_outputs": {"choice": choices}});
+    let took = |n: usize| {
+        let began = std::time::Instant::now();
+        server.asked(COMPLETIONS, &body(n));
+        began.elapsed()
+    };
+    let (one, many) = (took(1), took(64));
+    assert!(many < 16 * one + Duration::from_secs(5), "64 answers took {many:?}, one {one:?}");
+}
+
+#[test]
+fn pages_of_others_may_not_ask() {
+    let server = Server::start(&[NVFP4, "--allowed-origins", "https://mine.example", "--allowed-hosts", "box.lan"]);
+    let body = prompt("The", 1).to_string();
+    let with = |headers: &[(&str, &str)]| server.ask("POST", COMPLETIONS, headers, body.as_bytes());
+    let own = format!("http://{}", server.address);
+    assert_eq!(with(&[("Origin", &own)]).status, 200);
+    let mine = with(&[("Origin", "https://mine.example")]);
+    assert_eq!((mine.status, mine.header("access-control-allow-origin")), (200, Some("https://mine.example")));
+    assert_eq!(with(&[("Origin", "https://evil.example"), ("Content-Type", "text/plain")]).error().0, 403);
+    assert_eq!(with(&[("Origin", "null")]).error().0, 403);
+    assert_eq!(with(&[("Content-Encoding", "gzip")]).error().0, 415);
+    let named = |host: &str| {
+        let mut stream = TcpStream::connect(&server.address).unwrap();
+        write!(stream, "GET /v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer.split(' ').nth(1).unwrap().to_owned()
+    };
+    assert_eq!(
+        ["localhost", "localhost:8000", "127.0.0.1:1", "[::1]:8000", "[::1]", "box.lan:8000"].map(named),
+        ["200"; 6]
+    );
+    assert_eq!(["evil.example", "evil.example:8000", "localhost.evil.example"].map(named), ["403"; 3]);
+}
+
 #[test]
 fn keys_are_asked_for() {
     let server = Server::of(&mut {

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::support::command::{BF16, Folder, NVFP4, run, said, succeed};
 use crate::support::engine_server::{Fault, Protocol, start};
-use crate::support::json;
+use crate::support::{json, project};
 
 const TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
     {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
@@ -90,6 +90,16 @@ fn a_wrong_scale_is_found_in_its_layer() {
     let factor: f64 = what.split("that is ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
     assert!((2.7..3.3).contains(&factor), "{what}");
     assert!(report["parting"]["position"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn another_checkpoint_of_the_same_shape_is_no_noise() {
+    let (_folder, model) = model(NVFP4);
+    let served = start(&project().join("models/books-nvfp4-qad"), Protocol::Vllm, Fault::None);
+    let out = run(&["verify", &served, &model, "--json", "--no-search", "-n", "6"]);
+    let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!((out.status.code(), &report["log_probabilities_within"]), (Some(3), &false.into()), "{report:#}");
+    assert!(kinds(&report).contains(&"unknown"), "{}", report["findings"]);
 }
 
 #[test]

@@ -6,6 +6,9 @@ use super::facts::{Fact, Said, Sequence};
 
 /// A log-probability below this rules a token out.
 pub const RULED_OUT: f64 = -1000.0;
+/// Standard errors by which the mean difference may be off 0: neighbouring places are not independent, so that a few are
+/// nothing.
+const BIASED: f64 = 6.0;
 /// A difference counts this much at most, so that one token cannot outweigh the rest.
 const MOST: f64 = 5.0;
 /// Places that are judged together.
@@ -23,10 +26,10 @@ pub struct Tolerance {
 }
 
 impl Tolerance {
-    /// What the root mean square over all places may be.
+    /// What the root mean square over `places` places may be: more where there are few.
     #[must_use]
-    pub fn all(&self) -> f64 {
-        self.factor * self.noise + self.floor
+    pub fn all(&self, places: usize) -> f64 {
+        self.factor * self.noise * (1.0 + 2.0 / (places.max(1) as f64).sqrt()) + self.floor
     }
 
     /// What it may be over one segment whose own noise is `noise`, and the difference at one place.
@@ -83,6 +86,8 @@ pub struct Agreement {
     pub mean: f64,
     pub mean_magnitude: f64,
     pub largest: f64,
+    /// What the mean may be: valid computations of one model are as often above as below each other.
+    pub mean_allowed: f64,
     /// Mean KL divergence of the distribution here from the server's, over the tokens that it names.
     pub kl: Option<f64>,
     /// Places where the server names the most probable token, and where that is the same here.
@@ -97,7 +102,8 @@ impl Agreement {
     /// Of these places.
     pub fn of<'a>(places: impl Iterator<Item = (&'a Said, &'a Fact)>, tolerance: &Tolerance) -> Self {
         let mut out = Self::default();
-        let (mut squares, mut kl, mut compared, mut counted) = (Vec::new(), Vec::new(), 0usize, 0usize);
+        let (mut squares, mut kl, mut own) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut compared, mut counted) = (0usize, 0usize);
         for (said, fact) in places {
             out.tokens += 1;
             match said.logprob {
@@ -106,7 +112,8 @@ impl Agreement {
                 Some(logprob) => {
                     let d = logprob - fact.logprob;
                     if d.is_finite() {
-                        out.mean += d;
+                        own.push(d.clamp(-MOST, MOST));
+                        out.mean += d.clamp(-MOST, MOST);
                         out.mean_magnitude += d.abs();
                         out.largest = if d.abs() > out.largest.abs() { d } else { out.largest };
                         counted += 1;
@@ -127,6 +134,8 @@ impl Agreement {
         out.tokens = out.tokens.max(compared);
         out.mean /= counted.max(1) as f64;
         out.mean_magnitude /= counted.max(1) as f64;
+        let error = root_mean_square(own.into_iter()).unwrap_or(0.0) / (counted.max(1) as f64).sqrt();
+        out.mean_allowed = BIASED * error + tolerance.floor;
         out.rms = root_mean_square(squares.into_iter()).unwrap_or(0.0);
         out.kl = (!kl.is_empty()).then(|| kl.iter().sum::<f64>() / kl.len() as f64);
         out
@@ -198,6 +207,37 @@ pub fn segments(
     out
 }
 
+/// Tokens of prompts, or those that the server generated: other kernels compute them.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Phase {
+    pub tokens: usize,
+    /// Root mean square of differences, and of this checkpoint's own noise.
+    pub rms: f64,
+    pub noise: f64,
+    pub within: bool,
+}
+
+/// One of the two; nothing where it has no tokens.
+#[must_use]
+pub fn phase(
+    sequences: &[Sequence],
+    facts: &[Vec<Fact>],
+    rounded: &[Vec<Fact>],
+    generated: bool,
+    tolerance: &Tolerance,
+) -> Option<Phase> {
+    let places = sequences.iter().zip(facts).zip(rounded).flat_map(|((s, facts), rounded)| {
+        let here = move |i: &usize| (s.first + i >= s.generated) == generated;
+        (0..s.said.len()).filter(here).map(move |i| (&s.said[i], &facts[i], &rounded[i]))
+    });
+    let apart: Vec<f64> = places.clone().filter_map(|(s, f, _)| apart(s, f)).collect();
+    let tokens = apart.len();
+    let rms = root_mean_square(apart.into_iter())?;
+    let noise = root_mean_square(places.filter_map(|(_, f, r)| spread(f, r))).unwrap_or(0.0);
+    // By their own noise: what is generated is more certain than what people write.
+    Some(Phase { tokens, rms, noise, within: rms <= Tolerance { noise, ..*tolerance }.all(tokens) })
+}
+
 /// Root mean square of differences over ranges of positions: what grows with the position is of the cache.
 #[must_use]
 pub fn by_position(sequences: &[Sequence], facts: &[Vec<Fact>]) -> Vec<(usize, usize, f64)> {
@@ -219,7 +259,7 @@ pub struct Rivals {
     pub before: f64,
     pub after: f64,
     nearer: usize,
-    places: usize,
+    pub places: usize,
 }
 
 impl Rivals {
@@ -280,6 +320,22 @@ mod tests {
         assert!(a.kl.unwrap() < 1e-9, "what is the same on both sides diverges by nothing");
         let other = divergence(&said(-0.1, &[(1, -0.1)]), &fact(-3.0, &[-3.0])).unwrap();
         assert!(other > 1.0);
+    }
+
+    #[test]
+    fn a_mean_off_zero_shows_where_noise_of_the_same_size_does_not() {
+        let tolerance = Tolerance { factor: 1.5, floor: 0.005, noise: 0.5 };
+        let agreement = |bias: f64| {
+            let places: Vec<_> = (0..400)
+                .map(|i| (said(-2.0 + bias + if i % 2 == 0 { 0.5 } else { -0.5 }, &[]), fact(-2.0, &[])))
+                .collect();
+            Agreement::of(places.iter().map(|(s, f)| (s, f)), &tolerance)
+        };
+        let (fair, biased) = (agreement(0.0), agreement(0.3));
+        assert!(fair.mean.abs() <= fair.mean_allowed && biased.mean > biased.mean_allowed);
+        assert!(
+            fair.rms <= tolerance.all(400) && biased.rms <= tolerance.all(400) && tolerance.all(4) > tolerance.all(400)
+        );
     }
 
     #[test]

@@ -4,7 +4,6 @@
 mod agreement;
 mod altered;
 mod ask;
-mod bias;
 mod checks;
 mod facts;
 mod report;
@@ -16,12 +15,11 @@ use recoup_openai::{Error, Fault, OpenAi};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-pub use self::agreement::{Agreement, Segment, Tolerance};
-use self::agreement::{RULED_OUT, apart, by_position, pairs, root_mean_square, segments, spread};
+pub use self::agreement::{Agreement, Phase, Segment, Tolerance};
+use self::agreement::{RULED_OUT, apart, by_position, pairs, phase, root_mean_square, segments, spread};
 use self::altered::Possible;
 pub use self::ask::NoWay;
 use self::ask::{Manner, Names, find, hear};
-pub use self::bias::Bias;
 pub use self::checks::{CheckError, Tokens};
 use self::facts::{Fact, Sequence, facts};
 use self::report::Finding;
@@ -29,7 +27,6 @@ pub use self::report::{Parting, Report, Sampling, Verdict};
 pub use self::suspects::Suspect;
 pub use self::texts::{Chat, Text, Texts};
 use super::Watch;
-use crate::backend::rounded::Rounding;
 use crate::backend::{Backend, BackendError};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::engine::EngineError;
@@ -162,7 +159,7 @@ pub fn verify<B: Backend + Clone>(
     watch.begin("computing the same", 2 * sequences.len() as u64, 0);
     let here = facts(subject.model, subject.kv, &sequences, 1.0, &mut || watch.part())?;
     // Engines on GPUs keep BF16 between their kernels, and keys and values in it too where nothing else is said.
-    let bf16 = subject.model.rounded(Rounding::Bf16);
+    let bf16 = subject.model.rounded();
     let rounded = facts(&bf16, KvFormat::Bf16, &sequences, 1.0, &mut || watch.part())?;
     drop(bf16);
     watch.end();
@@ -173,8 +170,11 @@ pub fn verify<B: Backend + Clone>(
     let agreement = Agreement::of(pairs(&sequences, &here), &tolerance);
     let segments = segments(&sequences, &here, &rounded, &tolerance);
     let sampling = sampling(&sequences);
-    let bias = Bias::of(&sequences, &here, &rounded, options.floor);
-    let within = agreement.rms <= tolerance.all() && segments.iter().all(|s| s.within) && bias.is_none_or(|b| b.within);
+    let phases = [false, true].map(|generated| phase(&sequences, &here, &rounded, generated, &tolerance));
+    let within = agreement.rms <= tolerance.all(agreement.tokens)
+        && agreement.mean.abs() <= agreement.mean_allowed
+        && segments.iter().all(|s| s.within)
+        && phases.iter().flatten().all(|p| p.within);
     let mut suspects = Vec::new();
     let mut findings: Vec<Finding> = Vec::new();
     let named = tokens.iter().chain(&chats).filter_map(|t| Some((t, t.difference.as_ref()?)));
@@ -206,18 +206,19 @@ pub fn verify<B: Backend + Clone>(
             let beginning = tried[0].cut(tried[0].first + search::TOKENS);
             let known = &known[0][..beginning.said.len()];
             let distances = beginning.said.iter().zip(known).filter_map(|(s, f)| apart(s, f));
-            if root_mean_square(distances).is_some_and(|d| d > tolerance.all()) {
+            if root_mean_square(distances).is_some_and(|d| d > tolerance.all(beginning.said.len())) {
                 suspects.extend(search::search(subject, &beginning, known, &tolerance, watch)?);
             }
         }
         suspects.sort_by(|a, b| a.after.total_cmp(&b.after));
-        let explained = report::explanation(&suspects, &segments, within);
+        let explained = report::explanation(&suspects, &segments, &phases, within);
         if explained.as_ref().is_some_and(|f| f.kind == Kind::Shift) {
             // What it holds more probable is of another place.
             findings.retain(|f| f.kind != Kind::Sampling);
         }
         findings.extend(explained);
     }
+    let differs = !within || findings.iter().any(|f| suspects.iter().any(|s| s.explains && s.kind == f.kind));
     let verdict = match (sequences.is_empty(), findings.is_empty()) {
         (_, false) => Verdict::Differs,
         (true, true) => Verdict::Unknown,
@@ -233,10 +234,10 @@ pub fn verify<B: Backend + Clone>(
         tolerance,
         agreement,
         within,
-        parting: parting(subject, &sequences, &here, &segments, &tolerance),
+        parting: if differs { parting(subject, &sequences, &here, &segments, &tolerance) } else { None },
         by_position: by_position(&sequences, &here),
         segments,
-        bias,
+        phases,
         tokens,
         chats,
         sampling,
@@ -374,7 +375,8 @@ fn sampling(sequences: &[Sequence]) -> Sampling {
     out
 }
 
-/// The first place beyond the noise in the text that is farthest from it.
+/// The first place beyond the noise in the text that is farthest from what is computed here; its farthest place where
+/// none is beyond.
 fn parting<B: Backend>(
     subject: &Subject<'_, B>,
     sequences: &[Sequence],
@@ -382,11 +384,13 @@ fn parting<B: Backend>(
     segments: &[Segment],
     tolerance: &Tolerance,
 ) -> Option<Parting> {
-    let worst = segments.iter().filter(|s| !s.within).max_by(|a, b| a.rms.total_cmp(&b.rms))?;
+    let worst = segments.iter().max_by(|a, b| a.rms.total_cmp(&b.rms))?;
     let at = sequences.iter().position(|s| s.name == worst.text)?;
     let (sequence, facts) = (&sequences[at], &here[at]);
-    let mut places = sequence.said.iter().zip(facts).enumerate();
-    let (i, (said, fact)) = places.find(|(_, (s, f))| apart(s, f).is_some_and(|d| d > tolerance.one(0.0)))?;
+    let distances: Vec<f64> = sequence.said.iter().zip(facts).map(|(s, f)| apart(s, f).unwrap_or(0.0)).collect();
+    let farthest = (0..distances.len()).max_by(|a, b| distances[*a].total_cmp(&distances[*b]))?;
+    let i = distances.iter().position(|d| *d > tolerance.one(0.0)).unwrap_or(farthest);
+    let (said, fact) = (&sequence.said[i], &facts[i]);
     let position = sequence.first + i;
     let show = |ids: &[u32]| subject.text.tokenizer().decode(ids, false).unwrap_or_default();
     Some(Parting {

@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::ask::Manner;
-use super::{Agreement, Bias, Kind, Segment, Suspect, Tokens, Tolerance};
+use super::{Agreement, Kind, Phase, Segment, Suspect, Tokens, Tolerance};
 
 /// Explanations as good as the best by this factor cannot be told from it.
 const AS_GOOD: f64 = 1.25;
@@ -95,8 +95,8 @@ pub struct Report {
     /// Root mean square of differences between two positions.
     pub by_position: Vec<(usize, usize, f64)>,
     pub segments: Vec<Segment>,
-    /// Where there are tokens enough to tell.
-    pub bias: Option<Bias>,
+    /// Of prompts, and of what was generated.
+    pub phases: [Option<Phase>; 2],
     pub tokens: Vec<Tokens>,
     pub chats: Vec<Tokens>,
     pub sampling: Sampling,
@@ -105,10 +105,15 @@ pub struct Report {
 }
 
 /// What explains a difference. `within`: it is one that noise allows, which only a fault that fits much better makes one.
-pub(super) fn explanation(suspects: &[Suspect], segments: &[Segment], within: bool) -> Option<Finding> {
+pub(super) fn explanation(
+    suspects: &[Suspect],
+    segments: &[Segment],
+    phases: &[Option<Phase>; 2],
+    within: bool,
+) -> Option<Finding> {
     let fits = |s: &&Suspect| s.explains && (!within || s.fault);
     let Some(best) = suspects.iter().find(fits) else {
-        return (!within).then(|| unexplained(suspects, segments));
+        return (!within).then(|| unexplained(suspects, segments, phases));
     };
     // What some engines do by design and fits as well is no fault.
     if within && suspects.iter().any(|s| !s.fault && s.nearer && s.after <= AS_GOOD * best.after) {
@@ -127,10 +132,10 @@ fn improvement(suspect: &Suspect) -> String {
 }
 
 /// What there is to say where no explanation fits.
-fn unexplained(suspects: &[Suspect], segments: &[Segment]) -> Finding {
+fn unexplained(suspects: &[Suspect], segments: &[Segment], phases: &[Option<Phase>; 2]) -> Finding {
     let off: Vec<&Segment> = segments.iter().filter(|s| !s.within).collect();
-    let prompts_agree = segments.iter().any(|s| !s.generated) && !off.iter().any(|s| !s.generated);
-    if prompts_agree && !off.is_empty() {
+    let prompts_agree = phases[0].is_some_and(|p| p.within) && !off.iter().any(|s| !s.generated);
+    if prompts_agree && phases[1].is_some_and(|p| !p.within || off.iter().any(|s| s.generated)) {
         return Finding {
             kind: Kind::Decoding,
             what: "what it says of prompts agrees, what it says of tokens that it generates does not: look at the kernels of \
@@ -139,7 +144,10 @@ fn unexplained(suspects: &[Suspect], segments: &[Segment]) -> Finding {
             others: Vec::new(),
         };
     }
-    let mut what = format!("none of {} explanations fits", suspects.len());
+    let mut what = format!(
+        "none of {} explanations fits: is it this checkpoint that is served? Or a fault that is not among them",
+        suspects.len()
+    );
     let begins = off.iter().map(|s| s.from).min().filter(|from| *from > 1);
     if let Some(from) = begins.filter(|from| !segments.iter().any(|s| s.to <= *from && !s.within)) {
         let _ = write!(what, "; every text agrees up to token {from} at least");
@@ -167,13 +175,14 @@ impl Report {
                 "refused": refused},
             "checkpoint": self.checkpoint,
             "tolerance": {"factor": self.tolerance.factor, "floor": self.tolerance.floor, "noise": self.tolerance.noise,
-                "allowed": self.tolerance.all(), "allowed_in_a_segment": self.tolerance.one(0.0)},
+                "allowed": self.tolerance.all(self.agreement.tokens), "allowed_in_a_segment": self.tolerance.one(0.0)},
             "log_probabilities_within": self.within,
             "agreement": self.agreement,
             "parting": self.parting,
             "by_position": self.by_position,
             "segments": self.segments,
-            "bias": self.bias,
+            "prompts": self.phases[0],
+            "generated": self.phases[1],
             "texts": self.tokens,
             "chats": self.chats,
             "sampling": self.sampling,
@@ -206,16 +215,18 @@ impl Report {
             line(&kind(finding.kind), finding.what.clone());
             finding.others.iter().for_each(|other| line("", format!("or {other}")));
         }
-        let Agreement { tokens, within, rms, mean, mean_magnitude, largest, kl, greedy, greedy_same, .. } =
-            self.agreement;
+        let Agreement {
+            tokens, within, rms, mean, mean_magnitude, mean_allowed, largest, kl, greedy, greedy_same, ..
+        } = self.agreement;
+        let compared = tokens - self.agreement.missing - self.agreement.ruled_out;
         let Tolerance { factor, floor, noise } = self.tolerance;
         if tokens > 0 {
             line(
                 "agreement",
                 format!(
-                    "{within} of {tokens} log-probabilities within the noise; rms {rms:.4} nats, of which {:.4} is allowed \
+                    "{within} of {compared} log-probabilities within the noise; rms {rms:.4} nats, of which {:.4} is allowed \
                      ({factor} x {noise:.4} that rounding to BF16 makes here, + {floor})",
-                    self.tolerance.all()
+                    self.tolerance.all(self.agreement.tokens)
                 ),
             );
             let kl = kl.map_or_else(String::new, |kl| format!(", KL {kl:.5}"));
@@ -226,17 +237,13 @@ impl Report {
             line(
                 "",
                 format!(
-                    "of the tokens themselves: mean {mean:+.4}, mean magnitude {mean_magnitude:.4}, largest {largest:+.3}{kl}{greedy}"
+                    "of the tokens themselves: mean {mean:+.4} (±{mean_allowed:.4} allowed), mean magnitude {mean_magnitude:.4}, largest {largest:+.3}{kl}{greedy}"
                 ),
             );
         }
-        if let Some(Bias { mean, error, allowed, within: false, .. }) = self.bias {
-            line(
-                "one-sided",
-                format!(
-                    "tokens are {mean:+.4} ± {error:.4} nats more probable there than here; noise goes to both sides                      ({allowed:.4} is allowed)"
-                ),
-            );
+        if let [Some(prompts), Some(generated)] = &self.phases {
+            let of = |p: &Phase| format!("{:.4} in {} (noise {:.4})", p.rms, p.tokens, p.noise);
+            line("", format!("rms of prompts' tokens {}, of generated ones {}", of(prompts), of(generated)));
         }
         let off = self.segments.iter().filter(|s| !s.within).count();
         if off > 0 {

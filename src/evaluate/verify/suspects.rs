@@ -8,7 +8,6 @@ use super::altered::{Alteration, Altered, Possible};
 use super::facts::{Fact, Said, Sequence, facts};
 use super::{Subject, VerifyError};
 use crate::backend::Backend;
-use crate::backend::rounded::Rounding;
 use crate::evaluate::Watch;
 use crate::formats::kv::KvFormat;
 use crate::model::Decoder;
@@ -43,7 +42,7 @@ impl Suspect {
         fault: bool,
     ) -> Self {
         let nearer = rivals.is_nearer();
-        let explains = nearer && rivals.after <= tolerance.all();
+        let explains = nearer && rivals.after <= tolerance.all(rivals.places);
         Self { kind, what: what.into(), before: rivals.before, after: rivals.after, nearer, explains, fault }
     }
 }
@@ -71,16 +70,11 @@ pub fn try_all<B: Backend + Clone>(
     let possible = Possible::of(subject.checkpoint, &subject.model.config)?;
     let alterations = alterations(&possible);
     let mut list = List { subject, sequences, here, tolerance, found: Vec::new() };
-    watch.begin("trying explanations", alterations.len() as u64 + 4, 0);
+    watch.begin("trying explanations", alterations.len() as u64 + 3, 0);
     list.shifts();
     list.temperature()?;
     watch.part();
     list.beginning()?;
-    watch.part();
-    let rounded = subject.model.rounded(Rounding::Int8Inputs);
-    let altered = facts(&rounded, subject.kv, sequences, 1.0, &mut || {})?;
-    let what = "quantizes inputs of products to 8-bit integers in blocks of 32, as llama.cpp does";
-    list.add(Kind::Activations, what, &altered, false);
     watch.part();
     let cache = subject.model.cache_format(subject.kv);
     if cache == KvFormat::F32 {

@@ -98,6 +98,14 @@ impl Answers {
             let message = format!("`min_tokens` is {}, more than `max_tokens` ({most})", parameters.min_tokens);
             return Err(ApiError::parameter("min_tokens", message));
         }
+        if let Some(token) = parameters.stop_tokens.iter().find(|token| **token as usize >= model.vocab) {
+            let message = format!("`stop_token_ids`: token {token} is outside the vocabulary of {}", model.vocab);
+            return Err(ApiError::parameter("stop_token_ids", message));
+        }
+        // Compiled once for all answers, and before any place is taken.
+        let constraints = parameters.grammar.as_ref().map(|grammar| model.grammars.constraints(grammar, count));
+        let constraints = constraints.transpose().map_err(|e| ApiError::bad(e.to_string()))?;
+        let mut constraints = constraints.unwrap_or_default().into_iter();
         let tickets = model.worker.places(count)?;
         let (out, outputs) = unbounded_channel();
         let mut stop_tokens = parameters.stop_tokens.clone();
@@ -108,10 +116,6 @@ impl Answers {
         for (index, ticket) in tickets.into_iter().enumerate() {
             let prompt = &prompts[index / parameters.n];
             let limit = model.text.generation().max_new_tokens;
-            let constraint = match &parameters.grammar {
-                Some(grammar) => Some(model.grammars.constraint(grammar).map_err(|e| ApiError::bad(e.to_string()))?),
-                None => None,
-            };
             let request = Request {
                 prompt: prompt.tokens.clone(),
                 max_tokens: max_tokens.or(limit).unwrap_or(usize::MAX),
@@ -122,7 +126,7 @@ impl Answers {
                 min_tokens: parameters.min_tokens,
                 keep_stop: parameters.keep_stop,
                 prompt_logprobs: parameters.prompt_logprobs.filter(|_| index % parameters.n == 0),
-                constraint,
+                constraint: constraints.next(),
                 show_special: parameters.show_special,
             };
             model.worker.ask(ticket, request, model.text.replies().clone(), index, out.clone())?;

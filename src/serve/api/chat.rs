@@ -1,11 +1,12 @@
 //! /v1/chat/completions: conversations, with thinking and calls of tools taken apart.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use axum::response::Response;
 use serde_json::{Map, Value, json};
 
-use super::answers::{Answers, Ending, Prompt};
+use super::answers::{Answers, Ending, Prompt, Whole};
 use super::fields::Fields;
 use super::logprobs::Names;
 use super::messages::{ToolChoice, messages, tool_choice, tools};
@@ -30,6 +31,8 @@ pub(super) struct Chat {
     pub answers: Answers,
     /// Thinking is told.
     reasoning: bool,
+    /// One call at most.
+    single: bool,
 }
 
 /// What is asked of the model beside the conversation.
@@ -76,12 +79,21 @@ impl Chat {
         let stop_after = splitter.answer_mark().filter(|_| !of_calls).map(str::to_owned);
         let asked = Prompt { tokens: prompt.clone(), stop_after };
         let answers = Answers::ask(&model, &parameters, &[asked], wish.max_tokens)?;
-        Ok(Self { model, parameters, prompt, splitter, answers, reasoning: wish.reasoning })
+        Ok(Self { model, parameters, prompt, splitter, answers, reasoning: wish.reasoning, single: !wish.parallel })
     }
 
     /// What takes the first answer apart, and each other.
     pub(super) fn reader(&self) -> Reader {
-        Reader { splitter: self.splitter.clone(), calls: 0, malformed: 0, reasoning: self.reasoning }
+        Reader {
+            splitter: self.splitter.clone(),
+            calls: 0,
+            malformed: 0,
+            section: String::new(),
+            single: self.single,
+            reasoning: self.reasoning,
+            thinks: self.splitter.answer_mark().is_some(),
+            thought: 0,
+        }
     }
 }
 
@@ -90,7 +102,14 @@ pub(super) struct Reader {
     splitter: Splitter,
     calls: usize,
     malformed: usize,
+    /// Text of a call that is being written.
+    section: String,
+    /// Only the first call is told.
+    single: bool,
     reasoning: bool,
+    /// What came last is thinking, and how many tokens were.
+    thinks: bool,
+    thought: usize,
 }
 
 /// What is new of an answer.
@@ -103,13 +122,44 @@ pub(super) struct News {
 }
 
 impl News {
+    fn extend(&mut self, more: Self) {
+        self.thinking += &more.thinking;
+        self.content += &more.content;
+        self.calls.extend(more.calls);
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.thinking.is_empty() && self.content.is_empty() && self.calls.is_empty()
     }
 }
 
 impl Reader {
+    /// The text that came with one token.
     pub(super) fn push(&mut self, text: &str) -> News {
+        let news = self.read(text);
+        self.thought += usize::from(self.thinks);
+        news
+    }
+
+    /// A whole answer; whether it had calls, and how many of its tokens were thinking.
+    pub(super) fn whole(mut self, answer: &Whole) -> (News, bool, usize) {
+        let mut all = News::default();
+        let tokens = answer.tokens.len();
+        for text in &answer.texts[..tokens.min(answer.texts.len())] {
+            all.extend(self.push(text));
+        }
+        let thought = self.thought;
+        let (last, called) = self.finish(answer.texts.get(tokens).map_or("", String::as_str));
+        all.extend(last);
+        (all, called, thought)
+    }
+
+    /// Tokens that were thinking so far.
+    pub(super) fn thought(&self) -> usize {
+        self.thought
+    }
+
+    fn read(&mut self, text: &str) -> News {
         let pieces = self.splitter.push(text);
         let calls = self.splitter.take_calls();
         self.news(pieces, calls)
@@ -117,41 +167,66 @@ impl Reader {
 
     /// The end of the answer; whether it had calls.
     pub(super) fn finish(mut self, rest: &str) -> (News, bool) {
-        let mut news = self.push(rest);
+        let mut news = self.read(rest);
         let (pieces, reply) = self.splitter.clone().finish();
         // What was given before is not given again.
         let calls = reply.calls.into_iter().skip(self.calls).map(Ok);
         let calls = calls.chain(reply.malformed.into_iter().skip(self.malformed).map(Err)).collect();
-        let last = self.news(pieces, calls);
-        news.thinking += &last.thinking;
-        news.content += &last.content;
-        news.calls.extend(last.calls);
+        news.extend(self.news(pieces, calls));
         (news, self.calls > 0)
     }
 
     fn news(&mut self, pieces: Vec<Piece>, calls: Vec<std::result::Result<ToolCall, Malformed>>) -> News {
         let mut news = News::default();
-        for piece in pieces {
-            match piece.kind {
-                Kind::Thinking if self.reasoning => news.thinking += &piece.text,
-                Kind::Answer => news.content += &piece.text,
-                Kind::Thinking | Kind::Call | Kind::Markup => {}
-            }
-        }
+        let mut malformed = VecDeque::new();
         for call in calls {
             match call {
                 Ok(call) => {
-                    news.calls.push((self.calls, call));
+                    if self.calls == 0 || !self.single {
+                        news.calls.push((self.calls, call));
+                    }
                     self.calls += 1;
                 }
-                // What cannot be read is not lost: the client sees what the model wrote.
-                Err(malformed) => {
-                    news.content += &malformed.text;
-                    self.malformed += 1;
-                }
+                Err(call) => malformed.push_back(call.text),
             }
         }
+        for piece in pieces {
+            if piece.kind == Kind::Call {
+                self.section += &piece.text;
+                self.thinks = false;
+                continue;
+            }
+            self.end_section(&mut malformed, &mut news);
+            self.section.clear();
+            match piece.kind {
+                Kind::Thinking => {
+                    self.thinks = true;
+                    if self.reasoning {
+                        news.thinking += &piece.text;
+                    }
+                }
+                Kind::Answer => {
+                    self.thinks = false;
+                    news.content += &piece.text;
+                }
+                Kind::Call | Kind::Markup => {}
+            }
+        }
+        self.end_section(&mut malformed, &mut news);
+        for text in malformed {
+            self.malformed += 1;
+            news.content += &text;
+        }
         news
+    }
+
+    /// A call that cannot be read is not lost: the client sees what the model wrote, where it stood.
+    fn end_section(&mut self, malformed: &mut VecDeque<String>, news: &mut News) {
+        if malformed.front().is_some_and(|text| *text == self.section) {
+            self.malformed += 1;
+            news.content += &malformed.pop_front().unwrap_or_default();
+            self.section.clear();
+        }
     }
 }
 
@@ -222,9 +297,10 @@ impl ChatCompletion {
         let Chat { model, parameters, prompt, answers, .. } = chat;
         let whole = answers.whole().await?;
         let names = Names { model: &model, by_id: parameters.name_by_id };
-        let (mut choices, mut tokens) = (Vec::new(), 0);
+        let (mut choices, mut tokens, mut thoughts) = (Vec::new(), 0, 0);
         for (index, (answer, reader)) in whole.iter().zip(readers).enumerate() {
-            let (news, called) = reader.finish(&answer.texts.concat());
+            let (news, called, thought) = reader.whole(answer);
+            thoughts += thought;
             let ending = answer.finish.as_ref().ok_or_else(ApiError::stopped)?;
             tokens += ending.tokens;
             let mut message = Map::from_iter([("role".to_owned(), json!("assistant"))]);
@@ -245,7 +321,7 @@ impl ChatCompletion {
             }
             choices.push(choice);
         }
-        let mut body = json!({"choices": choices, "usage": usage(prompt.len(), tokens)});
+        let mut body = json!({"choices": choices, "usage": with_thoughts(usage(prompt.len(), tokens), thoughts)});
         if parameters.prompt_logprobs.is_some() {
             body["prompt_logprobs"] = names.prompt(&whole[0].prompt);
         }
@@ -262,7 +338,7 @@ impl ChatCompletion {
         let Chat { model, parameters, prompt, mut answers, .. } = chat;
         events(move |out| async move {
             let stream = parameters.stream.unwrap_or_default();
-            let mut told = 0;
+            let (mut told, mut thoughts) = (0, 0);
             let chunk = |choices: Value, told: usize| {
                 let mut chunk = json!({ "choices": choices });
                 if stream.running_usage {
@@ -293,6 +369,7 @@ impl ChatCompletion {
                     Output::Token { token, text } => (reader.push(&text), vec![token], None),
                     Output::Done { answer, rest } => {
                         let Some(reader) = readers[index].take() else { continue };
+                        thoughts += reader.thought();
                         let (news, called) = reader.finish(&rest);
                         let ending = Ending::of(&answer);
                         (news, Vec::new(), Some((ending, called)))
@@ -328,11 +405,20 @@ impl ChatCompletion {
                 return Err(ApiError::stopped());
             }
             if stream.usage {
-                out.send(&head.chunk(json!({"choices": [], "usage": usage(prompt.len(), told)}))).await?;
+                out.send(
+                    &head.chunk(json!({"choices": [], "usage": with_thoughts(usage(prompt.len(), told), thoughts)})),
+                )
+                .await?;
             }
             out.done().await
         })
     }
+}
+
+/// What was used, of which so many tokens were thinking.
+fn with_thoughts(mut usage: Value, thoughts: usize) -> Value {
+    usage["completion_tokens_details"] = json!({"reasoning_tokens": thoughts});
+    usage
 }
 
 /// News as deltas of messages, in the order in which they are read; `must`: one at least.

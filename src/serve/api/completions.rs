@@ -176,11 +176,24 @@ impl Teller<'_> {
         if self.echo {
             choice.text = match &prompt.text {
                 Some(text) => text.clone(),
-                None => self.model.text.tokenizer().decode(&prompt.tokens, true).unwrap_or_default(),
+                None => self
+                    .model
+                    .text
+                    .tokenizer()
+                    .decode(&prompt.tokens, !self.parameters.show_special)
+                    .unwrap_or_default(),
             };
             if let Some(k) = self.logprobs {
-                choice.logprobs =
-                    self.names().completion(Names::given(prompt.tokens.first().copied(), scores), k, offset);
+                choice.logprobs = {
+                    let first = prompt.tokens.first().copied();
+                    // A text shows its special tokens, but for one that the tokenizer puts before it.
+                    let name = first.map(|id| self.model.token_text(id).0).unwrap_or_default();
+                    let (begins, special) = match &prompt.text {
+                        Some(text) => (text.starts_with(&name), true),
+                        None => [(); 2].map(|()| self.parameters.show_special).into(),
+                    };
+                    self.names().completion(Names::given(first, scores, begins, special), k, offset)
+                };
             }
         }
         choice
@@ -190,7 +203,7 @@ impl Teller<'_> {
         choice.text.push_str(text);
         choice.ids.extend(tokens.iter().map(|t| t.token));
         if let Some(k) = self.logprobs {
-            let more = self.names().completion(Names::chosen(tokens), k, offset);
+            let more = self.names().completion(Names::chosen(tokens, self.parameters.show_special), k, offset);
             match (&mut choice.logprobs, more) {
                 (Value::Object(known), Value::Object(more)) => {
                     for (name, values) in more {

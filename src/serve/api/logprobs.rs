@@ -24,10 +24,9 @@ impl Names<'_> {
         if self.by_id { format!("token_id:{id}") } else { self.model.token_text(id).0 }
     }
 
-    /// Characters of the text that begin with a token: one that is split over tokens counts where its first byte is, a special
-    /// token, which the text does not show, has none.
-    fn characters(&self, id: u32) -> usize {
-        if self.model.text.tokenizer().is_special(id) {
+    /// Characters of the text that begin with a token: one that is split over tokens counts where its first byte is.
+    fn characters(&self, id: u32, special: bool) -> usize {
+        if !special && self.model.text.tokenizer().is_special(id) {
             return 0;
         }
         self.model.token_text(id).1.iter().filter(|byte| **byte & 0xc0 != 0x80).count()
@@ -49,14 +48,26 @@ impl Names<'_> {
     }
 
     /// Tokens of a chosen answer for [`Self::completion`].
-    pub fn chosen<'t>(tokens: &'t [Sampled]) -> impl Iterator<Item = Scored<'t>> {
-        tokens.iter().map(|t| Scored { token: t.token, logprob: t.logprob, top: &t.top_logprobs })
+    pub fn chosen<'t>(tokens: &'t [Sampled], special: bool) -> impl Iterator<Item = Scored<'t>> {
+        tokens.iter().map(move |t| Scored { token: t.token, logprob: t.logprob, top: &t.top_logprobs, special })
     }
 
     /// A prompt's tokens for [`Self::completion`]; nothing is known of the first.
-    pub fn given<'t>(first: Option<u32>, scores: &'t [PromptScore]) -> impl Iterator<Item = Scored<'t>> {
-        let first = first.map(|token| Scored { token, logprob: None, top: &[] });
-        let rest = scores.iter().map(|s| Scored { token: s.token, logprob: Some(s.logprob), top: &s.top_logprobs });
+    ///
+    /// `begins`: the text shows the first token too, where it is a special one; `special`: the others.
+    pub fn given<'t>(
+        first: Option<u32>,
+        scores: &'t [PromptScore],
+        begins: bool,
+        special: bool,
+    ) -> impl Iterator<Item = Scored<'t>> {
+        let first = first.map(|token| Scored { token, logprob: None, top: &[], special: begins });
+        let rest = scores.iter().map(move |s| Scored {
+            token: s.token,
+            logprob: Some(s.logprob),
+            top: &s.top_logprobs,
+            special,
+        });
         first.into_iter().chain(rest)
     }
 
@@ -67,7 +78,7 @@ impl Names<'_> {
         for scored in tokens {
             let name = self.name(scored.token);
             offsets.push(*offset);
-            *offset += self.characters(scored.token);
+            *offset += self.characters(scored.token, scored.special);
             logprobs.push(scored.logprob.map_or(Value::Null, number));
             tops.push(match scored.logprob {
                 None => Value::Null,
@@ -108,4 +119,6 @@ pub struct Scored<'a> {
     pub token: u32,
     pub logprob: Option<f32>,
     pub top: &'a [(u32, f32)],
+    /// The text shows it where it is a special token.
+    pub special: bool,
 }

@@ -6,6 +6,9 @@ use crate::serve::error::ApiError;
 
 type Result<T> = std::result::Result<T, ApiError>;
 
+/// Messages of one conversation at most.
+const MOST: usize = 10_000;
+
 fn wrong(at: usize, message: &str) -> ApiError {
     ApiError::parameter("messages", format!("`messages[{at}]`: {message}"))
 }
@@ -17,6 +20,10 @@ fn wrong(at: usize, message: &str) -> ApiError {
 pub fn messages(given: Vec<Value>, developer: bool) -> Result<Vec<Value>> {
     if given.is_empty() {
         return Err(ApiError::parameter("messages", "`messages` is empty"));
+    }
+    if given.len() > MOST {
+        let message = format!("`messages`: {MOST} at most, found {}", given.len());
+        return Err(ApiError::parameter("messages", message));
     }
     given.into_iter().enumerate().map(|(at, message)| one(at, message, developer)).collect()
 }

@@ -10,10 +10,10 @@ use crate::text::grammar::Grammar;
 type Result<T> = std::result::Result<T, ApiError>;
 
 /// Stop strings of one request at most: each is looked for after every token.
-const MOST_STOPS: usize = 128;
+const MOST_STOPS: usize = 64;
 
 /// Bytes of one stop string at most.
-const LONGEST_STOP: usize = 4096;
+const LONGEST_STOP: usize = 512;
 
 /// Stop tokens of one request at most.
 const MOST_STOP_TOKENS: usize = 1024;

@@ -36,9 +36,11 @@ impl ModelResponse {
         let input: Value = fields.need("input")?;
         let max_tokens = fields.take::<usize>("max_output_tokens")?;
         let text: Option<Map<String, Value>> = fields.take("text")?;
+        let told_text = text.clone().map_or_else(|| json!({"format": {"type": "text"}}), Value::Object);
         let reasoning: Option<Map<String, Value>> = fields.take("reasoning")?;
         let given_tools: Option<Vec<Value>> = fields.take("tools")?;
-        let choice = fields.take("tool_choice")?;
+        let choice: Option<Value> = fields.take("tool_choice")?;
+        let told_choice = choice.clone().unwrap_or_else(|| json!("auto"));
         let parallel = fields.switch("parallel_tool_calls", true)?;
         let metadata: Option<Value> = fields.take("metadata")?;
         fields.refuse("previous_response_id", &[], "nothing is stored; send the conversation as `input`")?;
@@ -56,6 +58,19 @@ impl ModelResponse {
         let arguments = fields.take::<Map<String, Value>>("chat_template_kwargs")?.unwrap_or_default();
         let mut parameters = Parameters::take(&mut fields, &model.text.generation().drawn)?;
         fields.finish()?;
+        let only = |name: &str| Err(ApiError::parameter(name, format!("`{name}` is for /v1/chat/completions")));
+        if parameters.ids {
+            return only("return_token_ids");
+        }
+        if parameters.name_by_id {
+            return only("return_tokens_as_token_ids");
+        }
+        if parameters.prompt_logprobs.is_some() {
+            return only("prompt_logprobs");
+        }
+        if parameters.stream.is_some_and(|s| s.usage || s.running_usage) {
+            return only("stream_options");
+        }
         if parameters.n != 1 {
             return Err(ApiError::parameter("n", "`n`: a response has one answer"));
         }
@@ -64,7 +79,12 @@ impl ModelResponse {
             let format = text.take::<Map<String, Value>>("format")?.map(response_format).transpose()?;
             text.take::<String>("verbosity")?;
             text.finish()?;
-            parameters.grammar = format.flatten().or(parameters.grammar);
+            let format = format.flatten();
+            if format.is_some() && parameters.grammar.is_some() {
+                let message = "`text.format` and another way to say what the answer is; one of both";
+                return Err(ApiError::parameter("text.format", message));
+            }
+            parameters.grammar = format.or(parameters.grammar);
         }
         let mentions = |name: &str| model.text.template().is_some_and(|template| template.mentions(name));
         let mut arguments = arguments;
@@ -77,8 +97,10 @@ impl ModelResponse {
                 }
                 arguments.insert("reasoning_effort".into(), effort.into());
             }
-            reasoning.take::<Value>("summary")?;
-            reasoning.take::<Value>("generate_summary")?;
+            for summary in ["summary", "generate_summary"] {
+                // `auto` is whatever there is.
+                reasoning.refuse(summary, &[json!("auto")], "thinking is told as it is, not summed up")?;
+            }
             reasoning.finish()?;
         }
         let mut said: Vec<Value> = instructions.iter().map(|i| json!({"role": "system", "content": i})).collect();
@@ -86,7 +108,8 @@ impl ModelResponse {
         let tools = tools(given_tools.clone().map(|all| all.into_iter().map(nested).collect()))?;
         let choice = tool_choice(choice, &tools)?;
         let conversation = Conversation {
-            messages: messages(said, mentions("developer"))?,
+            messages: messages(said, mentions("developer"))
+                .map_err(|e| ApiError::parameter("input", format!("`input`: {e}")))?,
             tools: (!tools.is_empty()).then_some(tools),
             documents: None,
             arguments,
@@ -97,7 +120,7 @@ impl ModelResponse {
             "error": null, "incomplete_details": null, "instructions": instructions, "max_output_tokens": max_tokens,
             "model": model.name(), "output": [], "parallel_tool_calls": parallel, "previous_response_id": null,
             "temperature": parameters.sampling.temperature, "top_p": parameters.sampling.top_p, "store": false,
-            "tool_choice": "auto", "tools": given_tools.unwrap_or_default(), "truncation": "disabled", "usage": null,
+            "text": told_text, "tool_choice": told_choice, "tools": given_tools.unwrap_or_default(), "truncation": "disabled", "usage": null,
             "metadata": metadata.unwrap_or_else(|| json!({}))});
         let wish = Wish { conversation, choice, parallel, max_tokens, reasoning: true };
         let chat = Chat::begin(model, parameters, wish)?;
@@ -117,11 +140,11 @@ impl ModelResponse {
         let prompt = chat.prompt.len();
         let whole = chat.answers.whole().await?.pop().ok_or_else(ApiError::stopped)?;
         let ending = whole.finish.as_ref().ok_or_else(ApiError::stopped)?;
-        let (news, _) = reader.finish(&whole.texts.concat());
+        let (news, _, thoughts) = reader.whole(&whole);
         let mut items = Items::default();
         items.take(news, &mut Vec::new());
         items.close(whole_status(ending), &mut Vec::new());
-        finish(&mut told, items.done, ending, prompt);
+        finish(&mut told, items.done, ending, (prompt, thoughts));
         Ok(axum::response::IntoResponse::into_response(axum::Json(Value::Object(told))))
     }
 
@@ -155,12 +178,14 @@ impl ModelResponse {
                         }
                     }
                     Output::Done { answer, rest } => {
+                        let mut thoughts = 0;
                         if let Some(reader) = reader.take() {
+                            thoughts = reader.thought();
                             items.take(reader.finish(&rest).0, &mut events);
                         }
                         let ending = Ending::of(&answer);
                         items.close(whole_status(&ending), &mut events);
-                        finish(&mut told, std::mem::take(&mut items.done), &ending, prompt);
+                        finish(&mut told, std::mem::take(&mut items.done), &ending, (prompt, thoughts));
                         let kind =
                             if told["status"] == "completed" { "response.completed" } else { "response.incomplete" };
                         events.push(json!({"type": kind, "response": told}));
@@ -178,14 +203,14 @@ fn whole_status(ending: &Ending) -> &'static str {
 }
 
 /// What the response has at its end.
-fn finish(told: &mut Map<String, Value>, output: Vec<Value>, ending: &Ending, prompt: usize) {
+fn finish(told: &mut Map<String, Value>, output: Vec<Value>, ending: &Ending, (prompt, thoughts): (usize, usize)) {
     told["status"] = whole_status(ending).into();
     if told["status"] == "incomplete" {
         told["incomplete_details"] = json!({"reason": "max_output_tokens"});
     }
     told["output"] = output.into();
     told["usage"] = json!({"input_tokens": prompt, "input_tokens_details": {"cached_tokens": 0},
-        "output_tokens": ending.tokens, "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens": ending.tokens, "output_tokens_details": {"reasoning_tokens": thoughts},
         "total_tokens": prompt + ending.tokens});
 }
 

@@ -43,5 +43,9 @@ pub fn detokenize(models: &Models, body: &[u8]) -> Result<Value> {
     let model = models.named(fields.take::<String>("model")?.as_deref())?;
     let tokens: Vec<u32> = fields.need("tokens")?;
     fields.finish()?;
+    if let Some(id) = tokens.iter().find(|id| **id as usize >= model.vocab) {
+        let message = format!("`tokens`: token {id} is outside the vocabulary of {}", model.vocab);
+        return Err(ApiError::parameter("tokens", message));
+    }
     Ok(json!({"prompt": model.text.tokenizer().decode(&tokens, false)?}))
 }

@@ -8,7 +8,7 @@ use llguidance::toktrie::{ApproximateTokEnv, INVALID_TOKEN, InferenceCapabilitie
 use llguidance::{Matcher, ParserFactory};
 
 use super::compile::{MAX_RULES, MAX_TEXT, compile, limits, limits_of_rules, said};
-use super::constraint::Matched;
+use super::constraint::{Copied, Matched};
 use super::schema::Enforced;
 use super::{Grammar, GrammarError, calls, gbnf, lark, regex};
 use crate::logits::{Constraint, TokenSet};
@@ -64,6 +64,18 @@ impl GrammarFactory {
     /// # Errors
     /// What it says that cannot be enforced, what makes it none, or that it is too large.
     pub fn constraint(&self, grammar: &Grammar) -> Result<Box<dyn Constraint>, GrammarError> {
+        Ok(Box::new(Matched::new(self.compiled(grammar)?, Arc::clone(&self.known))))
+    }
+
+    /// The same on `count` answers, compiled once.
+    ///
+    /// # Errors
+    /// As [`Self::constraint`].
+    pub fn constraints(&self, grammar: &Grammar, count: usize) -> Result<Vec<Box<dyn Constraint>>, GrammarError> {
+        Ok(Copied::several(self.compiled(grammar)?, &self.known, count))
+    }
+
+    fn compiled(&self, grammar: &Grammar) -> Result<Matcher, GrammarError> {
         let grammar_error = GrammarError::Grammar;
         match grammar {
             Grammar::JsonObject => self.make(json(&Enforced::any_object()), grammar_error),
@@ -92,7 +104,7 @@ impl GrammarFactory {
                 }
                 let text = if gbnf::is_one(text) { gbnf::to_lark(text).map_err(grammar_error)? } else { text.clone() };
                 let matcher = compile(&self.parsers, GrammarWithLexer::from_lark(text), &limits_of_rules());
-                self.at_work(matcher.map_err(grammar_error)?)
+                matcher.map_err(grammar_error)
             }
             Grammar::Calls(wanted) => {
                 let text = calls::to_lark(wanted, &|mark| self.mark(mark))?;
@@ -101,16 +113,8 @@ impl GrammarFactory {
         }
     }
 
-    fn make(
-        &self,
-        grammar: GrammarWithLexer,
-        error: impl Fn(String) -> GrammarError,
-    ) -> Result<Box<dyn Constraint>, GrammarError> {
-        self.at_work(compile(&self.parsers, grammar, &limits()).map_err(error)?)
-    }
-
-    fn at_work(&self, matcher: Matcher) -> Result<Box<dyn Constraint>, GrammarError> {
-        Ok(Box::new(Matched::new(matcher, Arc::clone(&self.known))))
+    fn make(&self, grammar: GrammarWithLexer, error: impl Fn(String) -> GrammarError) -> Result<Matcher, GrammarError> {
+        compile(&self.parsers, grammar, &limits()).map_err(error)
     }
 
     /// The token that is a mark, where one is.
