@@ -31,6 +31,8 @@ pub enum Asked {
     Request(usize),
     /// To render a chat.
     ChatPrompt,
+    /// What it says of given tokens, or makes of a text.
+    Tokens,
 }
 
 impl fmt::Display for Asked {
@@ -41,6 +43,7 @@ impl fmt::Display for Asked {
             Self::EchoCheck => f.write_str("check of the server's log-probabilities"),
             Self::Request(index) => write!(f, "request {index}"),
             Self::ChatPrompt => f.write_str("chat prompt"),
+            Self::Tokens => f.write_str("log-probabilities of tokens"),
         }
     }
 }

@@ -49,6 +49,8 @@ impl fmt::Debug for ApiKey {
 pub(super) struct Http {
     client: Client,
     address: Address,
+    /// Without the API's version: where engines have what is their own.
+    root: Address,
     /// The value of the `Authorization` header.
     authorization: Option<String>,
     /// Longest first.
@@ -80,6 +82,7 @@ impl Http {
         secrets.sort_by_key(|s| std::cmp::Reverse(s.len()));
         Ok(Self {
             client: client.map_err(|e| Fault::Unusable(Box::new(e)))?,
+            root: address.clone().without(&["/v1"]),
             authorization: address.basic().or_else(|| key.map(|k| format!("Bearer {k}"))),
             address,
             secrets,
@@ -96,6 +99,11 @@ impl Http {
         self.address.shown(path)
     }
 
+    /// The same of a path outside of OpenAI's API.
+    pub fn shown_root(&self, path: &str) -> String {
+        self.root.shown(path)
+    }
+
     /// The proxy that is asked, in words.
     pub fn via(&self) -> Option<String> {
         self.client.via().map(ToString::to_string)
@@ -103,10 +111,19 @@ impl Http {
 
     /// The answer to a GET, or to a POST of `body`. Tries again while the fault may pass and nobody said stop.
     pub fn call(&self, path: &str, body: Option<&Value>) -> Result<Value, Fault> {
+        self.persist(&self.address.url(path), body)
+    }
+
+    /// The same of a path outside of OpenAI's API.
+    pub fn call_root(&self, path: &str, body: Option<&Value>) -> Result<Value, Fault> {
+        self.persist(&self.root.url(path), body)
+    }
+
+    fn persist(&self, url: &str, body: Option<&Value>) -> Result<Value, Fault> {
         let stopped = || self.stop.load(Ordering::Relaxed);
         let mut tries = 0;
         loop {
-            let (fault, asked) = match self.try_once(path, body) {
+            let (fault, asked) = match self.try_once(url, body) {
                 Ok(value) => return Ok(value),
                 Err((fault, _)) if !fault.is_transient() => return Err(fault),
                 Err(failed) => failed,
@@ -133,7 +150,7 @@ impl Http {
     }
 
     /// One try; with a fault the time that the server asks to wait.
-    fn try_once(&self, path: &str, body: Option<&Value>) -> Result<Value, (Fault, Option<Duration>)> {
+    fn try_once(&self, url: &str, body: Option<&Value>) -> Result<Value, (Fault, Option<Duration>)> {
         let transport = |broken: Broken| {
             // A transport's words may hold the address.
             let broken = match broken {
@@ -145,7 +162,7 @@ impl Http {
         };
         let authorization = self.authorization.as_deref().map(|v| ("authorization", v));
         let text = body.map(Value::to_string);
-        let reply = self.client.ask(&self.address.url(path), authorization.as_slice(), text.as_deref());
+        let reply = self.client.ask(url, authorization.as_slice(), text.as_deref());
         let mut reply = reply.map_err(transport)?;
         self.heard.store(true, Ordering::Relaxed);
         let wait = retry::asked(|name| reply.header(name), SystemTime::now());

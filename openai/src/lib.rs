@@ -44,11 +44,12 @@ mod protocol;
 mod said;
 mod scoring;
 mod tally;
+mod tokens;
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
@@ -58,6 +59,7 @@ pub use error::{Asked, Error, Fault};
 pub use fields::Fields;
 pub use http::ApiKey;
 pub use tally::Tally;
+pub use tokens::{ChatTold, Given, Name, Place, Told, Way};
 
 use chat::Chat;
 use fields::Learned;
@@ -132,6 +134,8 @@ pub struct OpenAi {
     lengths: Mutex<BTreeMap<String, usize>>,
     /// What the server turned out to refuse.
     learned: Mutex<Learned>,
+    /// Whether it refuses fields that only some servers know.
+    plain: AtomicBool,
 }
 
 impl OpenAi {
@@ -147,8 +151,8 @@ impl OpenAi {
             Some(model) => model.clone(),
             None => only_model(&http).map_err(failed(Asked::Models, http.shown("/models"), http.via()))?,
         };
-        let (lengths, learned) = Default::default();
-        Ok(Self { http, model, options, echo_checked: false, lengths, learned })
+        let (lengths, learned, plain) = Default::default();
+        Ok(Self { http, model, options, echo_checked: false, lengths, learned, plain })
     }
 
     /// The server's address without what is secret in it.

@@ -7,9 +7,9 @@ pub mod autograd;
 pub mod cpu;
 pub mod cuda;
 mod either;
-mod feature;
 pub mod observe;
 mod pass;
+pub mod rounded;
 mod shapes;
 
 use std::ops::Deref;
@@ -20,7 +20,6 @@ use recoup_ground::divergence::{Pair, RowError, compare_rows};
 
 pub use self::cpu::recurrent::{DeltaNetShape, DeltaNetWeights, Mamba2Shape, Mamba2Weights, RecurrentShape};
 pub use self::either::Either;
-pub use self::feature::Feature;
 pub use self::pass::{Batch, HostPass, PAGE, RopeRows, RopeTable, Rotation, Span};
 pub use self::shapes::*;
 use crate::formats::linear::LinearTensors;
@@ -53,9 +52,6 @@ pub enum BackendError {
          scale there is wrong, or overflows", model.display()
     )]
     NotFinite { model: PathBuf, place: String, value: f32 },
-    /// The architecture needs what this backend does not have.
-    #[error("the {backend} backend has no kernel for {what}, which this architecture needs")]
-    Lacks { backend: &'static str, what: &'static str },
     /// The backend's own library failed.
     #[error("{context}: {message}")]
     Failed { context: &'static str, message: String },
@@ -122,9 +118,6 @@ pub trait Backend: Send + Sync + Sized {
     /// `cpu`, for messages.
     fn name(&self) -> &'static str;
 
-    /// Whether it computes this.
-    fn has(&self, feature: Feature) -> bool;
-
     // What happens at load.
 
     /// Takes a linear layer's tensors over, in whatever layout the kernels want.
@@ -143,16 +136,10 @@ pub trait Backend: Send + Sync + Sized {
     fn load_vector(&self, values: Vec<f32>) -> Result<Self::Vector>;
 
     /// Takes the numbers of a Mamba-2 mixer over.
-    #[allow(unused_variables)]
-    fn load_mamba(&self, shape: Mamba2Shape, weights: Mamba2Weights) -> Result<Self::Mamba> {
-        missing(self, Feature::Mamba)
-    }
+    fn load_mamba(&self, shape: Mamba2Shape, weights: Mamba2Weights) -> Result<Self::Mamba>;
 
     /// Takes the numbers of a gated delta net over.
-    #[allow(unused_variables)]
-    fn load_delta_net(&self, shape: DeltaNetShape, weights: DeltaNetWeights) -> Result<Self::DeltaNet> {
-        missing(self, Feature::DeltaNet)
-    }
+    fn load_delta_net(&self, shape: DeltaNetShape, weights: DeltaNetWeights) -> Result<Self::DeltaNet>;
 
     /// Takes a rotation over.
     fn load_rope(&self, rotation: Rotation) -> Result<Self::Rope>;
@@ -164,10 +151,7 @@ pub trait Backend: Send + Sync + Sized {
     fn grow(&self, cache: &mut Self::Cache, pages: usize, slots: usize) -> Result<()>;
 
     /// Makes what recurrent layers keep in slot `to` what they keep in slot `from`.
-    #[allow(unused_variables)]
-    fn copy_state(&self, cache: &mut Self::Cache, from: u32, to: u32) -> Result<()> {
-        missing(self, Feature::Mamba)
-    }
+    fn copy_state(&self, cache: &mut Self::Cache, from: u32, to: u32) -> Result<()>;
 
     /// Makes the sequence `to` begin with the first `to.start` tokens of the sequence `from`. Their whole pages are in
     /// both lists; the page in which the two part is copied.
@@ -286,36 +270,23 @@ pub trait Backend: Send + Sync + Sized {
         mixture_by_expert(self, x, routed, router, experts, rule)
     }
 
-    // What only some architectures need, see [`Feature`].
+    // What only some architectures need.
 
     /// activation(x, up); of x alone where it has no gate.
-    #[allow(unused_variables)]
-    fn activate(&self, x: Self::Tensor, up: Option<&Self::Tensor>, activation: Activation) -> Result<Self::Tensor> {
-        missing(self, Feature::Activation(activation))
-    }
+    fn activate(&self, x: Self::Tensor, up: Option<&Self::Tensor>, activation: Activation) -> Result<Self::Tensor>;
 
     /// x · sigmoid(gate), `gate` of x's shape or with one value a row.
-    #[allow(unused_variables)]
-    fn gate(&self, x: Self::Tensor, gate: &Self::Tensor) -> Result<Self::Tensor> {
-        missing(self, Feature::Gate)
-    }
+    fn gate(&self, x: Self::Tensor, gate: &Self::Tensor) -> Result<Self::Tensor>;
 
     /// x · factor.
-    #[allow(unused_variables)]
-    fn scale(&self, x: Self::Tensor, factor: f32) -> Result<Self::Tensor> {
-        missing(self, Feature::EmbeddingScale)
-    }
+    fn scale(&self, x: Self::Tensor, factor: f32) -> Result<Self::Tensor>;
 
     /// The runs, side by side, of every row.
-    #[allow(unused_variables)]
-    fn rearrange(&self, sources: &[&Self::Tensor], runs: &[Run]) -> Result<Self::Tensor> {
-        missing(self, Feature::Rearranged)
-    }
+    fn rearrange(&self, sources: &[&Self::Tensor], runs: &[Run]) -> Result<Self::Tensor>;
 
     /// A Mamba-2 mixer between its two products, x [T, inner | channels | heads] → [T, inner]: convolution, recurrence, and
     /// the norm over what z gates. Reads and leaves the state that recurrent layer `layer` of the cache keeps in each span's
     /// slot; a span that starts at 0 begins anew.
-    #[allow(unused_variables)]
     fn mamba(
         &self,
         x: Self::Tensor,
@@ -323,12 +294,9 @@ pub trait Backend: Send + Sync + Sized {
         layer: usize,
         pass: &Self::Pass,
         cache: &mut Self::Cache,
-    ) -> Result<Self::Tensor> {
-        missing(self, Feature::Mamba)
-    }
+    ) -> Result<Self::Tensor>;
 
     /// A gated delta net between its products, → [T, value heads · value_dim]; state as in [`Backend::mamba`].
-    #[allow(unused_variables)]
     fn delta_net(
         &self,
         inputs: DeltaInputs<Self::Tensor>,
@@ -336,9 +304,7 @@ pub trait Backend: Send + Sync + Sized {
         layer: usize,
         pass: &Self::Pass,
         cache: &mut Self::Cache,
-    ) -> Result<Self::Tensor> {
-        missing(self, Feature::DeltaNet)
-    }
+    ) -> Result<Self::Tensor>;
 
     // What is read off logits [rows, vocab].
 
@@ -397,11 +363,6 @@ pub trait Backend: Send + Sync + Sized {
 
     /// Values, row-major.
     fn to_host(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
-}
-
-/// What a backend answers that does not have a feature; loading has refused the model before.
-fn missing<T, B: Backend>(backend: &B, feature: Feature) -> Result<T> {
-    Err(BackendError::Lacks { backend: backend.name(), what: feature.name() })
 }
 
 /// [`Backend::expanded`], one operation after the other.

@@ -10,6 +10,7 @@ pub mod facts;
 pub mod kernel_check;
 mod language_model;
 pub mod throughput;
+pub mod verify;
 mod watch;
 
 pub use crate::text::ModelText;

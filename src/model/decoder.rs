@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::config::ModelConfig;
 use super::layer::{Inputs, Layer, Mixer, Mixture, Mlp, Step};
 use crate::backend::observe::{FirstBroken, Observed, Observer};
+use crate::backend::rounded::Rounded;
 use crate::backend::{
     self, Backend, BackendError, Batch, CacheLayout, DeltaInputs, HeadNorms, HeadParameters, LayerCache, Named, PAGE,
     RecurrentShape, Update, exactly, one,
@@ -144,6 +145,23 @@ impl<B: Backend> Decoder<B> {
         }
     }
 
+    /// This model, its weights shared, computed with every result rounded to BF16.
+    #[must_use]
+    pub fn rounded(&self) -> Decoder<Rounded<B>> {
+        Decoder {
+            embedding: self.embedding.clone(),
+            layers: self.layers.iter().map(|l| l.map(Named::clone, Named::clone)).collect(),
+            norm: self.norm.clone(),
+            head: self.head.clone(),
+            config: self.config.clone(),
+            folder: self.folder.clone(),
+            backend: Arc::new(Rounded::shared(self.backend.clone())),
+            ropes: self.ropes.clone(),
+            caches: self.caches.clone(),
+            recurrent: self.recurrent.clone(),
+        }
+    }
+
     /// A cache for `tokens` tokens of `sequences` sequences in all; `format` where the checkpoint does not fix one.
     ///
     /// # Errors
@@ -157,6 +175,15 @@ impl<B: Backend> Decoder<B> {
             pages: tokens.div_ceil(PAGE),
             slots: sequences,
         })
+    }
+
+    /// Bytes of a page of the cache, over all layers, where keys and values are kept as the checkpoint says it, else as `format`.
+    #[must_use]
+    pub fn page_bytes(&self, format: KvFormat) -> usize {
+        let layer = |(shape, own): &(LayerCache, Option<KvFormat>)| {
+            shape.kv_heads * (shape.head_dim + shape.value_dim) * PAGE * own.unwrap_or(format).bytes()
+        };
+        self.caches.iter().map(layer).sum()
     }
 
     /// Bytes that recurrent layers keep of one sequence; 0 where there are none.

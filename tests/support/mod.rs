@@ -2,11 +2,13 @@
 #![allow(dead_code)] // Each binary uses a part of this.
 
 pub mod command;
+pub mod engine_server;
 pub mod fixtures;
 pub mod fused;
 pub mod gguf;
 #[cfg(unix)]
 pub mod held;
+pub mod http;
 pub mod random;
 pub mod tiny;
 

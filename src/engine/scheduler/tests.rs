@@ -150,8 +150,8 @@ impl World {
         for part in &plan.parts {
             let tokens = [&self.scheduler.tokens(part.id)[..part.range.end], &part.guesses].concat();
             let mut before = tokens[..part.range.start].iter().fold(0, |s, &t| state(s, t));
-            for position in part.range.start..tokens.len() {
-                before = state(before, tokens[position]);
+            for (position, &token) in tokens.iter().enumerate().skip(part.range.start) {
+                before = state(before, token);
                 let page = part.pages[position / PAGE];
                 assert_eq!(self.scheduler.pages.users(page), 1, "a shared page is written");
                 self.cache[page as usize][position % PAGE] = before;
@@ -251,7 +251,7 @@ fn thousands_of_arrivals_cancellations_and_shortages_end_well() {
         let mut random = Random(seed);
         let limits = limits(12 * PAGE, pages, 1 + random.below(12), [7, 33, 64, 200][random.below(4)]);
         let mut world = World::new(Limits { states, ..limits });
-        world.guesser = (states.is_none() && seed > 2).then(|| Random(seed));
+        world.guesser = (states.is_none() && seed > 2).then_some(Random(seed));
         let (mut added, mut cancelled) = (0, 0);
         while added < 1500 {
             for _ in 0..random.below(3) {
