@@ -256,7 +256,9 @@ fn tools() {
             "128 are allowed",
         );
         let tools = (0..128).map(|i| tool(format!("f{i}"), json!({"properties": properties}))).collect();
-        survive("128 tools of 100 parameters", &of(tools, format));
+        let error = survive("128 tools of 100 parameters", &of(tools, format));
+        // llguidance panics where a grammar has more symbols than it can number.
+        assert_eq!(error.is_some_and(|e| e.contains("llguidance gave up: assertion failed")), format == "deepseek_v31");
         for name in ["", "a b", "f>", "f\n", "<tool_call>"] {
             refused("a name", &of(vec![tool(name.into(), json!({}))], format), "needs a name");
         }
