@@ -142,7 +142,11 @@ impl OpenAi {
             Way::Logprobs => {
                 let body = open(json!({"logprobs": top}));
                 let value = self.post_with(COMPLETIONS, body, &["return_tokens_as_token_ids"])?;
-                Ok(Told { generated: places(&value["choices"][0]["logprobs"])?, ..counted(&value) })
+                let generated = match places(&value["choices"][0]["logprobs"]) {
+                    Err(_) if value["choices"][0]["text"] == "" => Vec::new(),
+                    places => places?,
+                };
+                Ok(Told { generated, ..counted(&value) })
             }
             Way::Generate => {
                 let field = if matches!(given, Given::Ids(_)) { "input_ids" } else { "text" };
@@ -154,7 +158,9 @@ impl OpenAi {
                 let body = json!({"prompt": given.json(), "n_predict": generate, "n_probs": top, "temperature": 0,
                     "cache_prompt": false, "return_tokens": true});
                 let value = self.http.call_root(COMPLETION, Some(&body))?;
-                let listed = value["completion_probabilities"].as_array();
+                let none = Vec::new();
+                // An answer that ends at once lists nothing.
+                let listed = value["completion_probabilities"].as_array().or((value["content"] == "").then_some(&none));
                 let listed = listed.ok_or_else(|| Fault::NoPromptLogProbs {
                     found: "there is no list `completion_probabilities`".into(),
                 })?;
