@@ -187,7 +187,7 @@ impl Pages {
 
     /// Pages that nobody uses and that hold earlier tokens.
     #[must_use]
-    pub fn kept(&self) -> usize {
+    pub fn idle(&self) -> usize {
         self.idle
     }
 
