@@ -310,8 +310,8 @@ impl<'m, B: Backend> Engine<'m, B> {
                 && !answer.is_full()
             {
                 // After the last token that an answer takes, nothing is computed.
-                let of_use = (answer.room() - 1).min(reach.saturating_sub(tokens.len())).min(proposer.tokens());
-                asked.push(Asked { id: part.id, tokens, count: of_use });
+                let of_use = (answer.room() - 1).min(reach.saturating_sub(tokens.len()));
+                asked.push(Asked { id: part.id, tokens, count: of_use.min(answer.trust()).min(proposer.tokens()) });
             }
         }
         let most = self.scheduler.guesses(plan, asked.len());
@@ -322,7 +322,11 @@ impl<'m, B: Backend> Engine<'m, B> {
         }
         let ids: Vec<Id> = asked.iter().map(|a| a.id).collect();
         for (id, guesses) in ids.into_iter().zip(proposer.propose(&asked)?) {
-            self.scheduler.guess(plan, id, &guesses);
+            if self.scheduler.guess(plan, id, &guesses) > 0
+                && let Some(Task::Answer(answer)) = self.tasks.get_mut(&id)
+            {
+                answer.begin_guesses();
+            }
         }
         Ok(())
     }
@@ -434,7 +438,11 @@ impl<'m, B: Backend> Engine<'m, B> {
             self.finish(id, events);
             return false;
         };
-        self.scheduler.push(id, token)
+        let guessed = self.scheduler.push(id, token);
+        if guessed {
+            answer.count_right();
+        }
+        guessed
     }
 
     /// Ends an answer that is complete.

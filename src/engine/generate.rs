@@ -104,6 +104,8 @@ pub(super) struct Answer {
     /// Tokens of the prompt.
     prompt: usize,
     prompt_scores: Option<PromptScores>,
+    /// How many of the last guesses were right.
+    right: Option<usize>,
     /// Tokens at most: the request's limit, or what the context has room for.
     limit: usize,
     out: Generated,
@@ -135,6 +137,7 @@ impl Answer {
             constraint: request.constraint,
             allowed: None,
             prompt,
+            right: None,
             prompt_scores: request.prompt_logprobs.map(|top| PromptScores { top, found: Vec::new() }),
             // The last token needs no room: nothing is computed after it.
             limit: request.max_tokens.min(capacity.saturating_sub(prompt) + 1),
@@ -210,6 +213,21 @@ impl Answer {
     /// Tokens that it takes at most from now on.
     pub fn room(&self) -> usize {
         self.limit.saturating_sub(self.out.tokens.len())
+    }
+
+    /// Guesses of what follows that are worth computing: twice as many as were right last time, and one more.
+    pub fn trust(&self) -> usize {
+        self.right.map_or(usize::MAX, |right| 2 * right + 1)
+    }
+
+    /// Guesses are computed.
+    pub fn begin_guesses(&mut self) {
+        self.right = Some(0);
+    }
+
+    /// One of them was right.
+    pub fn count_right(&mut self) {
+        self.right = self.right.map(|right| right + 1);
     }
 
     /// Whether it takes no more tokens.

@@ -208,18 +208,18 @@ impl Scheduler {
     }
 
     /// Adds guesses of what follows a sequence, the last of whose tokens the plan computes: as many of them as there are
-    /// pages for.
-    pub fn guess(&mut self, plan: &mut Plan, id: Id, guesses: &[u32]) {
+    /// pages for, which it returns.
+    pub fn guess(&mut self, plan: &mut Plan, id: Id, guesses: &[u32]) -> usize {
         let part = plan.parts.iter_mut().find(|p| p.id == id);
-        if let (Some(part), Some(sequence)) = (part, self.running.get_mut(&id)) {
-            let end = part.range.end;
-            debug_assert!(end == sequence.tokens.len() && sequence.slot.is_none());
-            let reach = sequence.take_pages((end + guesses.len()).min(self.limits.context), &mut self.pages);
-            part.guesses = guesses[..reach.saturating_sub(end)].to_vec();
-            part.pages = sequence.pages[..reach.div_ceil(PAGE)].to_vec();
-            plan.pages = self.pages.made();
-            self.done.drafted += part.guesses.len() as u64;
-        }
+        let (Some(part), Some(sequence)) = (part, self.running.get_mut(&id)) else { return 0 };
+        let end = part.range.end;
+        debug_assert!(end == sequence.tokens.len() && sequence.slot.is_none());
+        let reach = sequence.take_pages((end + guesses.len()).min(self.limits.context), &mut self.pages);
+        part.guesses = guesses[..reach.saturating_sub(end)].to_vec();
+        part.pages = sequence.pages[..reach.div_ceil(PAGE)].to_vec();
+        plan.pages = self.pages.made();
+        self.done.drafted += part.guesses.len() as u64;
+        part.guesses.len()
     }
 
     /// A part that computes the last of `guesses`, those before it being computed already, behind a sequence all of which
