@@ -21,4 +21,5 @@ pub mod output;
 pub mod quantize;
 pub mod random;
 pub mod recover;
+pub mod serve;
 pub mod text;

@@ -12,7 +12,7 @@ use recoup::backend::{Activation, Backend, BackendError, Ffn};
 use recoup::checkpoint::Checkpoint;
 use recoup::formats::kv::KvFormat;
 use recoup::formats::linear::ActivationFormat;
-use recoup::logits::{Draw, History, RouterRule, Sampler, SamplingParams, Scratch};
+use recoup::logits::{Draw, History, RouterRule, Sampler, SamplingParams, Scratch, TokenSet};
 use recoup::model::{Decoder, ModelConfig};
 use support::fixtures::{
     Fixture, Report, Session, all_fixtures, architecture_fixtures, bits, cpu, deviation, incremental_logits, logits,
@@ -239,6 +239,7 @@ fn parameters(random: &mut Random, usual: bool) -> SamplingParams {
         repetition_penalty: pick(&[1.0, 1.0, 1.2, 0.5, 1e-20]),
         presence_penalty: pick(&[0.0, 0.0, 1.5, -2.0]),
         frequency_penalty: pick(&[0.0, 0.0, 0.3, -0.7]),
+        logit_bias: if random.below(5) == 0 { vec![(0, 3.5), (random.below(90) as u32 + 1, -100.0)] } else { vec![] },
         logprobs: [None, None, Some(0), Some(1), Some(20)][random.below(5)],
         seed: Some(random.next()),
     }
@@ -266,15 +267,18 @@ fn the_same_tokens_are_chosen_as_on_the_host() {
                 (0..count).map(|_| Sampler::new(parameters(&mut random, batch % 2 == 0)).unwrap()).collect();
             let texts: Vec<Vec<u32>> =
                 (0..count).map(|i| (0..i * 3).map(|_| random.below(vocab + 2) as u32).collect()).collect();
+            let words = |random: &mut Random| (0..vocab.div_ceil(32)).map(|_| random.next() as u32).collect();
+            let sets: Vec<Option<TokenSet>> =
+                (0..count).map(|_| (random.below(4) == 0).then(|| TokenSet::from_words(words(&mut random)))).collect();
             let draw = |i: usize| {
                 let (prompt, generated) = texts[i].split_at(texts[i].len() / 3);
-                Draw { sampler: &samplers[i], history: History { prompt, generated } }
+                Draw { sampler: &samplers[i], history: History { prompt, generated }, allowed: sets[i].as_ref() }
             };
             let draws: Vec<Draw> = (0..count).map(draw).collect();
             let logits = backend.tensor(rows.clone(), vocab).unwrap();
             let got = backend.sample(&logits, &draws, &mut Scratch::default()).unwrap();
             for ((got, draw), row) in got.iter().zip(&draws).zip(rows.chunks(vocab)) {
-                let expected = draw.sampler.sample(row, draw.history, &mut Scratch::default());
+                let expected = draw.choose(row, &mut Scratch::default());
                 assert_eq!(format!("{got:?}"), format!("{expected:?}"), "{vocab} {:?}", draw.sampler.params());
                 chosen += 1;
             }
@@ -312,7 +316,8 @@ fn what_is_chosen_comes_to_the_host_and_no_rows_of_logits() {
     ];
     for params in usual {
         let sampler = Sampler::new(params.clone()).unwrap();
-        let draws = [Draw { sampler: &sampler, history: History { prompt: &[1, 2], generated: &[3] } }; 2];
+        let history = History { prompt: &[1, 2], generated: &[3] };
+        let draws = [Draw { sampler: &sampler, history, allowed: None }; 2];
         let before = backend.device().downloaded();
         backend.sample(&logits, &draws, &mut Scratch::default()).unwrap();
         let bytes = backend.device().downloaded() - before;

@@ -4,7 +4,7 @@ use recoup_ground::divergence::{Pair, RowError};
 
 use super::{
     Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, DeltaInputs, DeltaNetShape, DeltaNetWeights,
-    Feature, Ffn, HeadNorms, HeadParameters, Mamba2Shape, Mamba2Weights, Result, Rotation, Run, Span, Update,
+    Ffn, HeadNorms, HeadParameters, Mamba2Shape, Mamba2Weights, Result, Rotation, Run, Span, Update,
 };
 use crate::formats::linear::LinearTensors;
 use crate::logits::{Draw, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore};
@@ -135,10 +135,6 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
 
     fn name(&self) -> &'static str {
         of!(self, |x| x.name(), x.name())
-    }
-
-    fn has(&self, feature: Feature) -> bool {
-        of!(self, |x| x.has(feature), x.has(feature))
     }
 
     fn load_vector(&self, values: Vec<f32>) -> Result<Self::Vector> {

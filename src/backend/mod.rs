@@ -7,7 +7,6 @@ pub mod autograd;
 pub mod cpu;
 pub mod cuda;
 mod either;
-mod feature;
 pub mod observe;
 mod pass;
 pub mod rounded;
@@ -21,12 +20,13 @@ use recoup_ground::divergence::{Pair, RowError, compare_rows};
 
 pub use self::cpu::recurrent::{DeltaNetShape, DeltaNetWeights, Mamba2Shape, Mamba2Weights, RecurrentShape};
 pub use self::either::Either;
-pub use self::feature::Feature;
 pub use self::pass::{Batch, HostPass, PAGE, RopeRows, RopeTable, Rotation, Span};
 pub use self::shapes::*;
 use crate::formats::linear::LinearTensors;
 use crate::formats::{all_finite, squares_finite};
-use crate::logits::{Draw, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore};
+use crate::logits::{
+    Draw, RankedScore, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore, most_probable, rank_of,
+};
 
 /// Version of what is computed: to be raised with every change that changes a bit of any logits, or the tokens that a text
 /// becomes. Results that are kept on disk are kept under it, so that another version's are never given out as this one's;
@@ -52,9 +52,6 @@ pub enum BackendError {
          scale there is wrong, or overflows", model.display()
     )]
     NotFinite { model: PathBuf, place: String, value: f32 },
-    /// The architecture needs what this backend does not have.
-    #[error("the {backend} backend has no kernel for {what}, which this architecture needs")]
-    Lacks { backend: &'static str, what: &'static str },
     /// The backend's own library failed.
     #[error("{context}: {message}")]
     Failed { context: &'static str, message: String },
@@ -121,9 +118,6 @@ pub trait Backend: Send + Sync + Sized {
     /// `cpu`, for messages.
     fn name(&self) -> &'static str;
 
-    /// Whether it computes this.
-    fn has(&self, feature: Feature) -> bool;
-
     // What happens at load.
 
     /// Takes a linear layer's tensors over, in whatever layout the kernels want.
@@ -142,16 +136,10 @@ pub trait Backend: Send + Sync + Sized {
     fn load_vector(&self, values: Vec<f32>) -> Result<Self::Vector>;
 
     /// Takes the numbers of a Mamba-2 mixer over.
-    #[allow(unused_variables)]
-    fn load_mamba(&self, shape: Mamba2Shape, weights: Mamba2Weights) -> Result<Self::Mamba> {
-        missing(self, Feature::Mamba)
-    }
+    fn load_mamba(&self, shape: Mamba2Shape, weights: Mamba2Weights) -> Result<Self::Mamba>;
 
     /// Takes the numbers of a gated delta net over.
-    #[allow(unused_variables)]
-    fn load_delta_net(&self, shape: DeltaNetShape, weights: DeltaNetWeights) -> Result<Self::DeltaNet> {
-        missing(self, Feature::DeltaNet)
-    }
+    fn load_delta_net(&self, shape: DeltaNetShape, weights: DeltaNetWeights) -> Result<Self::DeltaNet>;
 
     /// Takes a rotation over.
     fn load_rope(&self, rotation: Rotation) -> Result<Self::Rope>;
@@ -163,10 +151,7 @@ pub trait Backend: Send + Sync + Sized {
     fn grow(&self, cache: &mut Self::Cache, pages: usize, slots: usize) -> Result<()>;
 
     /// Makes what recurrent layers keep in slot `to` what they keep in slot `from`.
-    #[allow(unused_variables)]
-    fn copy_state(&self, cache: &mut Self::Cache, from: u32, to: u32) -> Result<()> {
-        missing(self, Feature::Mamba)
-    }
+    fn copy_state(&self, cache: &mut Self::Cache, from: u32, to: u32) -> Result<()>;
 
     /// Makes the sequence `to` begin with the first `to.start` tokens of the sequence `from`. Their whole pages are in
     /// both lists; the page in which the two part is copied.
@@ -285,36 +270,23 @@ pub trait Backend: Send + Sync + Sized {
         mixture_by_expert(self, x, routed, router, experts, rule)
     }
 
-    // What only some architectures need, see [`Feature`].
+    // What only some architectures need.
 
     /// activation(x, up); of x alone where it has no gate.
-    #[allow(unused_variables)]
-    fn activate(&self, x: Self::Tensor, up: Option<&Self::Tensor>, activation: Activation) -> Result<Self::Tensor> {
-        missing(self, Feature::Activation(activation))
-    }
+    fn activate(&self, x: Self::Tensor, up: Option<&Self::Tensor>, activation: Activation) -> Result<Self::Tensor>;
 
     /// x · sigmoid(gate), `gate` of x's shape or with one value a row.
-    #[allow(unused_variables)]
-    fn gate(&self, x: Self::Tensor, gate: &Self::Tensor) -> Result<Self::Tensor> {
-        missing(self, Feature::Gate)
-    }
+    fn gate(&self, x: Self::Tensor, gate: &Self::Tensor) -> Result<Self::Tensor>;
 
     /// x · factor.
-    #[allow(unused_variables)]
-    fn scale(&self, x: Self::Tensor, factor: f32) -> Result<Self::Tensor> {
-        missing(self, Feature::EmbeddingScale)
-    }
+    fn scale(&self, x: Self::Tensor, factor: f32) -> Result<Self::Tensor>;
 
     /// The runs, side by side, of every row.
-    #[allow(unused_variables)]
-    fn rearrange(&self, sources: &[&Self::Tensor], runs: &[Run]) -> Result<Self::Tensor> {
-        missing(self, Feature::Rearranged)
-    }
+    fn rearrange(&self, sources: &[&Self::Tensor], runs: &[Run]) -> Result<Self::Tensor>;
 
     /// A Mamba-2 mixer between its two products, x [T, inner | channels | heads] → [T, inner]: convolution, recurrence, and
     /// the norm over what z gates. Reads and leaves the state that recurrent layer `layer` of the cache keeps in each span's
     /// slot; a span that starts at 0 begins anew.
-    #[allow(unused_variables)]
     fn mamba(
         &self,
         x: Self::Tensor,
@@ -322,12 +294,9 @@ pub trait Backend: Send + Sync + Sized {
         layer: usize,
         pass: &Self::Pass,
         cache: &mut Self::Cache,
-    ) -> Result<Self::Tensor> {
-        missing(self, Feature::Mamba)
-    }
+    ) -> Result<Self::Tensor>;
 
     /// A gated delta net between its products, → [T, value heads · value_dim]; state as in [`Backend::mamba`].
-    #[allow(unused_variables)]
     fn delta_net(
         &self,
         inputs: DeltaInputs<Self::Tensor>,
@@ -335,16 +304,20 @@ pub trait Backend: Send + Sync + Sized {
         layer: usize,
         pass: &Self::Pass,
         cache: &mut Self::Cache,
-    ) -> Result<Self::Tensor> {
-        missing(self, Feature::DeltaNet)
-    }
+    ) -> Result<Self::Tensor>;
 
     // What is read off logits [rows, vocab].
 
     /// How probable token `picks[i].1` is under the softmax of row `picks[i].0`.
     fn score(&self, logits: &Self::Tensor, picks: &[(usize, u32)]) -> Result<Vec<TokenScore>>;
 
-    /// The token that `draws[i]` chooses from row `i`.
+    /// How probable token `tokens[i]` is under the softmax of row `i`, as [`Backend::score`] says it, its rank, and the
+    /// `count` most probable tokens there.
+    fn score_ranked(&self, logits: &Self::Tensor, tokens: &[u32], count: usize) -> Result<Vec<RankedScore>> {
+        score_ranked_on_host(self, logits, tokens, count)
+    }
+
+    /// The token that `draws[i]` chooses from row `i`: [`Draw::choose`] to the last bit.
     fn sample(
         &self,
         logits: &Self::Tensor,
@@ -392,11 +365,6 @@ pub trait Backend: Send + Sync + Sized {
     fn to_host(&self, x: &Self::Tensor) -> Result<Vec<f32>>;
 }
 
-/// What a backend answers that does not have a feature; loading has refused the model before.
-fn missing<T, B: Backend>(backend: &B, feature: Feature) -> Result<T> {
-    Err(BackendError::Lacks { backend: backend.name(), what: feature.name() })
-}
-
 /// [`Backend::expanded`], one operation after the other.
 fn expanded_by_parts<B: Backend>(backend: &B, x: &B::Tensor, ffn: &Ffn<'_, B::Linear>) -> Result<B::Tensor> {
     let [gate, up] = match ffn.gate {
@@ -442,6 +410,34 @@ fn mixture_by_expert<B: Backend>(
     Ok(sum)
 }
 
+/// [`Backend::score_ranked`], ranks found on the host.
+fn score_ranked_on_host<B: Backend>(
+    backend: &B,
+    logits: &B::Tensor,
+    tokens: &[u32],
+    count: usize,
+) -> Result<Vec<RankedScore>> {
+    let host = backend.to_host(logits)?;
+    let vocab = host.len() / tokens.len().max(1);
+    if let Some(&token) = tokens.iter().find(|t| **t as usize >= vocab) {
+        return Err(BackendError::TokenOutOfRange { token, vocab });
+    }
+    let rows = || host.chunks(vocab.max(1)).zip(tokens.iter().copied());
+    let tops: Vec<Vec<u32>> = rows().map(|(row, _)| most_probable(row, count)).collect();
+    let of_row = |(row, (&token, top)): (usize, (&u32, &Vec<u32>))| {
+        std::iter::once(token).chain(top.iter().copied()).map(|t| (row, t)).collect::<Vec<_>>()
+    };
+    let picks: Vec<(usize, u32)> = tokens.iter().zip(&tops).enumerate().flat_map(of_row).collect();
+    let mut scores = backend.score(logits, &picks)?.into_iter().map(|s| s.log_prob);
+    let mut next = || scores.next().unwrap_or(f64::NAN);
+    let ranked = |((row, token), top): ((&[f32], u32), &Vec<u32>)| RankedScore {
+        log_prob: next(),
+        rank: rank_of(row, token),
+        top: top.iter().map(|&t| (t, next())).collect(),
+    };
+    Ok(rows().zip(&tops).map(ranked).collect())
+}
+
 /// [`Backend::sample`] of logits on the host.
 fn sample_rows(
     logits: &[f32],
@@ -450,7 +446,7 @@ fn sample_rows(
 ) -> Vec<std::result::Result<Sampled, SamplingError>> {
     let vocab = logits.len() / draws.len().max(1);
     let rows = logits.chunks(vocab.max(1)).zip(draws);
-    rows.map(|(row, draw)| draw.sampler.sample(row, draw.history, scratch)).collect()
+    rows.map(|(row, draw)| draw.choose(row, scratch)).collect()
 }
 
 /// The only one of the tensors that a backend gave for one weight.

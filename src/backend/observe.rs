@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use recoup_ground::divergence::{Pair, RowError};
 
 use super::{
-    Activation, AttentionShape, Backend, Batch, CacheLayout, DeltaInputs, DeltaNetShape, DeltaNetWeights, Feature,
-    Mamba2Shape, Mamba2Weights, Named, Result, Rotation, Run, Span,
+    Activation, AttentionShape, Backend, Batch, CacheLayout, DeltaInputs, DeltaNetShape, DeltaNetWeights, Mamba2Shape,
+    Mamba2Weights, Named, Result, Rotation, Run, Span,
 };
 use crate::formats::linear::LinearTensors;
 use crate::logits::{Draw, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore};
@@ -155,10 +155,6 @@ impl<B: Backend, O: Observer + Send> Backend for Observed<B, O> {
 
     fn name(&self) -> &'static str {
         self.inner.name()
-    }
-
-    fn has(&self, feature: Feature) -> bool {
-        self.inner.has(feature)
     }
 
     fn load_vector(&self, values: Vec<f32>) -> Result<B::Vector> {

@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use super::{
-    Activation, AttentionShape, Backend, Batch, CacheLayout, DeltaInputs, DeltaNetShape, DeltaNetWeights, Feature,
-    Mamba2Shape, Mamba2Weights, Result, Rotation, Run, Span,
+    Activation, AttentionShape, Backend, Batch, CacheLayout, DeltaInputs, DeltaNetShape, DeltaNetWeights, Mamba2Shape,
+    Mamba2Weights, Result, Rotation, Run, Span,
 };
 use crate::formats::linear::LinearTensors;
 use crate::logits::{RouterRule, Routing, TokenScore};
@@ -51,10 +51,6 @@ impl<B: Backend> Backend for Rounded<B> {
 
     fn name(&self) -> &'static str {
         self.inner.name()
-    }
-
-    fn has(&self, feature: Feature) -> bool {
-        self.inner.has(feature)
     }
 
     fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<B::Linear> {

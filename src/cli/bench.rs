@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
-use super::device::{AnyBackend, Needs};
+use super::device::AnyBackend;
 use super::options::{EngineOptions, ShapeOptions, at_least_one, model_folder, open_model};
 use crate::backend::Either;
 use crate::checkpoint::dialect::Dialect;
@@ -42,14 +42,11 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let (name, model) = if let Some(random) = args.shape.model(Dialect::ModelOpt)? {
         let bar = super::progress(0, "making random weights");
-        let model = Decoder::load_with_progress(
-            args.options.backend_for(&Needs::of(random.config(), random.bytes()))?,
-            &random,
-            &mut |done, all| {
+        let model =
+            Decoder::load_with_progress(args.options.backend_for(random.bytes())?, &random, &mut |done, all| {
                 bar.set_length(all as u64);
                 bar.set_position(done as u64);
-            },
-        )?;
+            })?;
         bar.finish();
         (args.shape.name().to_owned(), model)
     } else {

@@ -6,12 +6,11 @@ use anyhow::{Context as _, Result, bail};
 use recoup_ground::cache::cache_folder;
 use serde_json::json;
 
+use crate::backend::Either;
 use crate::backend::cpu::CpuBackend;
-use crate::backend::cuda::{self, CudaBackend, Device};
-use crate::backend::{Either, Feature};
+use crate::backend::cuda::{CudaBackend, Device};
 use crate::checkpoint::identity::value_hash;
 use crate::evaluate::device_check;
-use crate::model::ModelConfig;
 
 /// Whatever runs the model.
 pub(super) type AnyBackend = Either<CpuBackend, CudaBackend>;
@@ -29,21 +28,6 @@ pub(super) enum DeviceChoice {
     Cuda(usize),
 }
 
-/// What models ask of a device.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Needs {
-    /// Bytes of their weights in files.
-    pub bytes: u64,
-    pub features: Vec<Feature>,
-}
-
-impl Needs {
-    /// Of a model with weights of `bytes` bytes in files.
-    pub(super) fn of(config: &ModelConfig, bytes: u64) -> Self {
-        Self { bytes, features: config.features() }
-    }
-}
-
 impl FromStr for DeviceChoice {
     type Err = String;
 
@@ -59,14 +43,9 @@ impl FromStr for DeviceChoice {
 }
 
 impl DeviceChoice {
-    /// The GPU to use for models of these needs; `None`: the CPU. The GPU has shown that it computes what the CPU
+    /// The GPU to use for models whose weights have `bytes` bytes in files; `None`: the CPU. The GPU has shown that it computes what the CPU
     /// computes. Where nobody insisted on it, `note` is told why it is not used.
-    pub(super) fn gpu(
-        self,
-        cpu: &CpuBackend,
-        needs: &Needs,
-        note: &mut dyn FnMut(String),
-    ) -> Result<Option<CudaBackend>> {
+    pub(super) fn gpu(self, cpu: &CpuBackend, bytes: u64, note: &mut dyn FnMut(String)) -> Result<Option<CudaBackend>> {
         match self {
             Self::Cpu => Ok(None),
             Self::Cuda(ordinal) => open(cpu, ordinal).map(Some).with_context(|| format!("--device cuda:{ordinal}")),
@@ -74,13 +53,9 @@ impl DeviceChoice {
                 if !Device::driver_present() {
                     return Ok(None);
                 }
-                if let Some(feature) = needs.features.iter().find(|f| !cuda::has(**f)) {
-                    note(format!("the CPU computes, not the GPU, which has no kernel for {}", feature.name()));
-                    return Ok(None);
-                }
                 let found = Device::count().map_err(anyhow::Error::from).and_then(|count| match count {
                     0 => Ok(None),
-                    _ => open(cpu, 0).and_then(|gpu| enough(&gpu, needs.bytes).map(|()| Some(gpu))),
+                    _ => open(cpu, 0).and_then(|gpu| enough(&gpu, bytes).map(|()| Some(gpu))),
                 });
                 Ok(found.unwrap_or_else(|e| {
                     note(format!("the CPU computes, not the GPU: {e:#}"));

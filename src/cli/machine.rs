@@ -12,6 +12,15 @@ pub(super) fn memory_bytes() -> Option<u64> {
     kib("/proc/meminfo", "MemTotal:")
 }
 
+/// Memory that is free or would be given (Linux), bytes; of a container, what its limit leaves of it.
+pub(super) fn available_bytes() -> Option<u64> {
+    let free = kib("/proc/meminfo", "MemAvailable:")?;
+    let number =
+        |file: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?.trim().parse::<u64>().ok();
+    let left = number("memory.max").map(|most| most.saturating_sub(number("memory.current").unwrap_or(0)));
+    Some(left.map_or(free, |left| left.min(free)))
+}
+
 /// Most memory that this process has held (Linux), bytes.
 pub(super) fn peak_memory() -> Option<u64> {
     kib("/proc/self/status", "VmHWM:")

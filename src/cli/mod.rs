@@ -1,6 +1,7 @@
 //! The command line: one file per verb, and the only place that prints. stdout carries data, stderr the talk.
 
 mod bench;
+mod completions;
 mod convert;
 mod demo;
 mod device;
@@ -8,6 +9,7 @@ mod doctor;
 #[cfg(test)]
 mod documents;
 mod evaluation;
+mod guessing;
 mod inspect;
 mod interrupt;
 mod logits;
@@ -19,6 +21,7 @@ mod recover;
 mod replies;
 mod run;
 mod sampling;
+mod serve;
 mod talk;
 mod training;
 mod training_data;
@@ -28,7 +31,7 @@ use std::process::ExitCode;
 
 use crate::output::space::human_bytes;
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 use talk::{outln, progress, say, style};
 
 /// Run, quantize and check LLMs in NVFP4 and FP8, with the deployed numerics on any CPU.
@@ -63,10 +66,14 @@ enum Verb {
     Convert(convert::Args),
     /// What a checkpoint computes: logits of given token ids
     Logits(logits::Args),
+    /// Answer over OpenAI's API, and on a page: one model or several
+    Serve(serve::Args),
     /// How fast a model answers on this machine, beside what the machine allows
     Bench(bench::Args),
     /// What this machine has, which kernel each format gets, and whether a GPU computes what it should
     Doctor(doctor::Args),
+    /// Completions for a shell
+    Completions(completions::Args),
 }
 
 /// Exit codes: 0 ok, 1 error, 2 usage (clap's own), 3 gate not met.
@@ -79,7 +86,10 @@ pub fn main() -> ExitCode {
         // SAFETY: the process has begun no other thread yet.
         unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
     }
-    if !matches!(verb, Verb::Run(_) | Verb::Inspect(_) | Verb::Bench(_) | Verb::Doctor(_)) {
+    if !matches!(
+        verb,
+        Verb::Run(_) | Verb::Inspect(_) | Verb::Bench(_) | Verb::Doctor(_) | Verb::Serve(_) | Verb::Completions(_)
+    ) {
         interrupt::watch();
     }
     let result = run(verb);
@@ -106,8 +116,10 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Pretrain(a) => pretrain::run(&a),
         Verb::Convert(a) => convert::run(&a),
         Verb::Logits(a) => logits::run(&a),
+        Verb::Serve(a) => serve::run(&a),
         Verb::Bench(a) => bench::run(&a),
         Verb::Doctor(a) => doctor::run(&a),
+        Verb::Completions(a) => completions::run(&a, Cli::command()),
     }
 }
 

@@ -11,7 +11,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use recoup_ground::http::address::{is_address, mask};
 use serde_json::{Map, Value, json};
 
-use super::device::{AnyBackend, DeviceChoice, Needs};
+use super::device::{AnyBackend, DeviceChoice};
 use super::machine::cpu_name;
 use crate::backend::cpu::{CpuBackend, isa::Isa};
 use crate::backend::{Either, NUMERICS_VERSION};
@@ -83,16 +83,16 @@ impl std::fmt::Debug for Settled {
 impl EngineOptions {
     /// What runs a model.
     pub(super) fn backend(&self) -> Result<AnyBackend> {
-        self.backend_for(&Needs::default())
+        self.backend_for(0)
     }
 
-    /// What runs models of these needs; decided by the first call, for all that follow.
-    pub(super) fn backend_for(&self, needs: &Needs) -> Result<AnyBackend> {
+    /// What runs models whose weights have `bytes` bytes in files; decided by the first call, for all that follow.
+    pub(super) fn backend_for(&self, bytes: u64) -> Result<AnyBackend> {
         if let Some(settled) = self.settled.0.get() {
             return Ok(settled.clone());
         }
         let cpu = self.cpu()?;
-        let gpu = self.device.gpu(&cpu, needs, &mut |note| super::say!("note: {note}"))?;
+        let gpu = self.device.gpu(&cpu, bytes, &mut |note| super::say!("note: {note}"))?;
         let backend = match gpu {
             Some(gpu) => {
                 if self.isa.is_some() {
@@ -120,7 +120,7 @@ impl EngineOptions {
     /// instruction set, which change no bit.
     pub(super) fn computation(&self, checkpoint: &Checkpoint) -> Result<Value> {
         let kv = kv_name(self.kv_cache_dtype);
-        Ok(match self.backend_for(&needs(checkpoint)?)? {
+        Ok(match self.backend_for(checkpoint.tensors.file_bytes())? {
             Either::A(_) => json!({"device": "cpu", "numerics": NUMERICS_VERSION, "kv_cache_dtype": kv}),
             // Sums have another order than the CPU's, and tensor cores of another kind round them otherwise.
             Either::B(gpu) => {
@@ -153,7 +153,7 @@ impl EngineOptions {
 
     /// Loads the model of `folder` onto packed kernels.
     pub(super) fn load(&self, checkpoint: &Checkpoint) -> Result<Decoder<AnyBackend>> {
-        let backend = self.backend_for(&needs(checkpoint)?)?;
+        let backend = self.backend_for(checkpoint.tensors.file_bytes())?;
         let bar = super::progress(0, "loading");
         let model = Decoder::load_with_progress(backend, checkpoint, &mut |done, all| {
             bar.set_length(all as u64);
@@ -296,11 +296,6 @@ pub(super) fn text_notes(folder: &Path) -> Result<Vec<String>, TextError> {
         return Ok(Vec::new());
     }
     Ok(Tokenizer::from_folder(folder)?.notes().to_vec())
-}
-
-/// What the model of `checkpoint` asks of a device.
-pub(super) fn needs(checkpoint: &Checkpoint) -> Result<Needs> {
-    Ok(Needs::of(&ModelConfig::read(&checkpoint.config)?, checkpoint.tensors.file_bytes()))
 }
 
 /// The identity of a checkpoint's files; large ones take a while the first time.

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail};
 use recoup_ground::records;
 
 use super::machine::peak_memory;
-use super::options::{EngineOptions, TemplateOptions, calibration_text, model_folder, needs, open_model, text_notes};
+use super::options::{EngineOptions, TemplateOptions, calibration_text, model_folder, open_model, text_notes};
 use crate::checkpoint::dialect::Dialect;
 use crate::output;
 use crate::quantize::auto::Table;
@@ -97,7 +97,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         CalibrationText::none()
     };
     let bar = super::progress(0, "");
-    let backend = args.options.backend_for(&needs(&checkpoint)?)?;
+    let backend = args.options.backend_for(checkpoint.tensors.file_bytes())?;
     let places = quantize::Places { out, unrounded: args.keep_unrounded.as_deref(), measured: measured.as_ref() };
     let report =
         quantize::apply(&checkpoint, &backend, &text, &recipe, args.dialect, places, &mut |what, done, all| {

@@ -10,6 +10,28 @@ use super::options::named;
 use crate::text::reply::{Calls, Kind, Piece, Reasoning, Reply, ReplyFormat};
 use crate::text::{ChatTemplate, ThinkingSwitch};
 
+/// How replies are taken apart.
+#[derive(clap::Args)]
+pub(super) struct ParserOptions {
+    /// How thinking is told from the answer, by vLLM's names; `none`: not at all [default: as the chat template has it]
+    #[arg(long, value_name = "NAME", value_parser = named(reasoning()))]
+    reasoning_parser: Option<Told>,
+    /// How calls of tools are written, by vLLM's names [default: as the chat template has it]
+    #[arg(long, value_name = "NAME", value_parser = named(calls()))]
+    tool_call_parser: Option<Calls>,
+}
+
+impl ParserOptions {
+    /// How replies under this template are taken apart.
+    pub(super) fn format(&self, template: Option<&ChatTemplate>) -> ReplyFormat {
+        let own = template.map(ChatTemplate::reply_format).unwrap_or_default();
+        ReplyFormat {
+            reasoning: self.reasoning_parser.map_or(own.reasoning, |told| told.0),
+            calls: self.tool_call_parser.or(own.calls),
+        }
+    }
+}
+
 /// How a model thinks and calls tools.
 #[derive(clap::Args)]
 pub(super) struct ReplyOptions {
@@ -19,15 +41,11 @@ pub(super) struct ReplyOptions {
     /// Do not show the thinking
     #[arg(long)]
     pub hide_thinking: bool,
-    /// How thinking is told from the answer, by vLLM's names; `none`: not at all [default: as the chat template has it]
-    #[arg(long, value_name = "NAME", value_parser = named(reasoning()))]
-    reasoning_parser: Option<Told>,
+    #[command(flatten)]
+    parsers: ParserOptions,
     /// File with a JSON list of tools that the model may call; calls are printed, not carried out
     #[arg(long, value_name = "FILE")]
     tools: Option<PathBuf>,
-    /// How calls are written, by vLLM's names [default: as the chat template has it]
-    #[arg(long, value_name = "NAME", value_parser = named(calls()), requires = "tools")]
-    tool_call_parser: Option<Calls>,
 }
 
 /// How thinking is told from the answer; nothing: not at all.
@@ -45,12 +63,11 @@ fn calls() -> Vec<(&'static str, Calls)> {
 
 impl ReplyOptions {
     /// How replies under this template are taken apart.
-    pub(super) fn format(&self, template: Option<&ChatTemplate>) -> ReplyFormat {
-        let own = template.map(ChatTemplate::reply_format).unwrap_or_default();
-        ReplyFormat {
-            reasoning: self.reasoning_parser.map_or(own.reasoning, |told| told.0),
-            calls: self.tool_call_parser.or(own.calls),
+    pub(super) fn format(&self, template: Option<&ChatTemplate>) -> Result<ReplyFormat> {
+        if self.parsers.tool_call_parser.is_some() && self.tools.is_none() {
+            bail!("--tool-call-parser is of --tools, and there are none");
         }
+        Ok(self.parsers.format(template))
     }
 
     /// The tools that the model is given.

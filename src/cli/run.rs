@@ -87,7 +87,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let mut arguments = if args.raw { Map::new() } else { args.template.arguments() };
     let switch = args.replies.switch_thinking(text.template(), &mut arguments, &folder)?;
     let text = text.map_template(|template| with_arguments(template, arguments, &folder))?;
-    let format = args.replies.format(text.template());
+    let format = args.replies.format(text.template())?;
     let tools = args.replies.tools(text.template())?;
     let text = text.with_replies(format);
     if args.system.is_some() && text.template().is_none() {

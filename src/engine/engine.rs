@@ -7,19 +7,15 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use super::generate::{Answer, Generated, PromptScore, Request};
+use super::runner::{LOGIT_ROWS, Runner};
 use super::scheduler::{Plan, Scheduler};
-use super::{Id, Limits};
-use crate::backend::{Backend, BackendError, Batch, PAGE, Span};
+use super::speculation::{Asked, Proposer};
+use super::{Id, Limits, Speculation, Stats};
+use crate::backend::{Backend, BackendError};
 use crate::formats::kv::KvFormat;
-use crate::logits::{Draw, Sampled, SamplingError, Scratch, TokenScore};
+use crate::logits::{ConstraintError, Draw, Sampled, SamplingError, Scratch, TokenScore};
 use crate::model::Decoder;
 use crate::text::{TextError, Tokenizer};
-
-/// Rows of logits at a time: bounds their memory, changes no result.
-const LOGIT_ROWS: usize = 128;
-
-/// Pages by which the cache grows, at least.
-const GROWTH: usize = 16;
 
 /// Bytes of recurrent states that are kept for sequences to come, unless that is less than two of them.
 const KEPT_STATES: usize = 256 << 20;
@@ -33,6 +29,11 @@ pub enum EngineError {
     Text(#[from] TextError),
     #[error(transparent)]
     Sampling(#[from] SamplingError),
+    #[error(transparent)]
+    Constraint(#[from] ConstraintError),
+    /// Speculative decoding that cannot be.
+    #[error("speculative decoding: {0}")]
+    Speculation(String),
     #[error("the prompt is empty; a model continues at least one token")]
     EmptyPrompt,
     #[error(
@@ -60,26 +61,6 @@ pub enum Event<T> {
     States { id: Id, from: usize, rows: usize, states: T },
 }
 
-/// What an engine is at, and what it has done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Sequences that run, and that wait for their turn.
-    pub running: usize,
-    pub waiting: usize,
-    /// Pages that sequences hold, that are kept for others to come, and that there can be.
-    pub pages_used: usize,
-    pub pages_kept: usize,
-    pub pages: usize,
-    /// Tokens whose keys and values were looked for in what is kept, and those found there, since the beginning.
-    pub prefix_asked: u64,
-    pub prefix_found: u64,
-    /// Sequences that had to give way.
-    pub preemptions: u64,
-    /// Tokens that were guessed, and those of them that were right.
-    pub drafted: u64,
-    pub accepted: u64,
-}
-
 /// What is to be known of a sequence.
 enum Task {
     Answer(Box<Answer>),
@@ -95,12 +76,19 @@ enum Task {
 /// A model, its KV cache and the sequences on their way.
 pub struct Engine<'m, B: Backend> {
     model: &'m Decoder<B>,
-    cache: B::Cache,
-    /// Pages that the cache has.
-    room: usize,
+    runner: Runner<'m, B>,
+    kv: KvFormat,
     scheduler: Scheduler,
+    proposer: Option<Proposer<'m, B>>,
     tasks: HashMap<Id, Task>,
     scratch: Scratch,
+}
+
+/// An answer that chooses in a pass, the row of the last of its tokens, and how many guesses stand behind it.
+struct Choosing {
+    id: Id,
+    row: usize,
+    guesses: usize,
 }
 
 impl<'m, B: Backend> Engine<'m, B> {
@@ -114,12 +102,22 @@ impl<'m, B: Backend> Engine<'m, B> {
         let limits = Limits { states, ..limits };
         Ok(Self {
             model,
-            cache: model.new_cache(0, 0, kv)?,
-            room: 0,
+            runner: Runner::new(model, kv)?,
+            kv,
             scheduler: Scheduler::new(limits),
+            proposer: None,
             tasks: HashMap::new(),
             scratch: Scratch::default(),
         })
+    }
+
+    /// The same engine, which guesses what comes next; its answers stay what they are.
+    ///
+    /// # Errors
+    /// A model with recurrent layers, numbers of tokens that mean nothing, a draft model of another vocabulary.
+    pub fn with_speculation(self, speculation: Speculation<'m, B>) -> Result<Self, EngineError> {
+        let proposer = Proposer::new(self.model, speculation, self.scheduler.limits(), self.kv)?;
+        Ok(Self { proposer: Some(proposer), ..self })
     }
 
     /// The model.
@@ -137,13 +135,13 @@ impl<'m, B: Backend> Engine<'m, B> {
     /// Tokens that the cache has room for now.
     #[must_use]
     pub fn room(&self) -> usize {
-        self.room * PAGE
+        self.runner.room()
     }
 
     /// What it is at.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        Stats { waiting: self.len(), pages: self.scheduler.limits().pages, ..Stats::default() }
+        self.scheduler.stats()
     }
 
     /// Sequences that have not ended.
@@ -171,9 +169,12 @@ impl<'m, B: Backend> Engine<'m, B> {
             return Err(EngineError::PromptTooLong { prompt, capacity });
         }
         self.check(&request.prompt)?;
+        let biased: Vec<u32> = request.sampling.logit_bias.iter().map(|b| b.0).collect();
+        self.in_vocabulary(&biased)?;
         let (answer, prompt) = Answer::new(tokenizer, request, capacity)?;
-        let last = prompt.len() - 1;
-        Ok(self.add(prompt, last, Task::Answer(Box::new(answer))))
+        // Scores are found where the model computes, even where the cache holds the tokens.
+        let wanted = answer.next_scored().min(prompt.len() - 1);
+        Ok(self.add(prompt, wanted, Task::Answer(Box::new(answer))))
     }
 
     /// Asks how probable tokens are: `picks` holds positions in `tokens`, ascending, each with a token that could follow.
@@ -217,10 +218,15 @@ impl<'m, B: Backend> Engine<'m, B> {
     }
 
     fn check(&self, tokens: &[u32]) -> Result<(), EngineError> {
-        let (capacity, vocab) = (self.context(), self.model.config.vocab);
+        let capacity = self.context();
         if tokens.len() > capacity {
             return Err(BackendError::CacheTooSmall { capacity, needed: tokens.len() }.into());
         }
+        self.in_vocabulary(tokens)
+    }
+
+    fn in_vocabulary(&self, tokens: &[u32]) -> Result<(), EngineError> {
+        let vocab = self.model.config.vocab;
         match tokens.iter().find(|&&t| t as usize >= vocab) {
             Some(&token) => Err(BackendError::TokenOutOfRange { token, vocab }.into()),
             None => Ok(()),
@@ -235,38 +241,43 @@ impl<'m, B: Backend> Engine<'m, B> {
 
     /// Ends a sequence now; returns what there is of an answer.
     pub fn cancel(&mut self, id: Id) -> Option<Generated> {
-        self.scheduler.remove(id);
-        match self.tasks.remove(&id)? {
+        match self.end(id)? {
             Task::Answer(answer) => Some(answer.cancel()),
             Task::Scores { .. } | Task::Logits | Task::States => None,
         }
     }
 
-    /// Computes one pass. Without events there may still be something to do; see [`Self::is_empty`].
+    /// Computes one pass. Without events there may still be something to do; see [`Self::is_empty`]. What goes wrong with one
+    /// answer alone ends it by [`Event::Failed`].
     ///
     /// # Errors
     /// The backend's failure, or a model that computes what is no number. The engine is of no more use then.
     pub fn step(&mut self) -> Result<Vec<Event<B::Tensor>>, EngineError> {
-        let plan = self.scheduler.plan();
+        let mut plan = self.scheduler.plan();
         let mut events = Vec::new();
         if plan.parts.is_empty() {
             return Ok(events);
         }
-        let hidden = self.compute(&plan)?;
+        self.guess(&mut plan)?;
+        let hidden = self.runner.compute(&self.scheduler, &plan)?;
         let copies = self.scheduler.computed(&plan);
-        if !copies.is_empty() {
-            self.model.backend().grow(&mut self.cache, self.room, self.scheduler.slots())?;
-            for (from, to) in copies {
-                self.model.backend().copy_state(&mut self.cache, from, to)?;
-            }
-        }
+        self.runner.copy_states(&copies, self.scheduler.slots())?;
         let (mut next, mut scores, mut logits) = (Vec::new(), Vec::new(), Vec::new());
+        let mut prompts = Vec::new();
         let mut first = 0;
         for part in &plan.parts {
             let row = |position: usize| first + position - part.range.start;
             match self.tasks.get(&part.id) {
-                Some(Task::Answer(_)) if part.range.end == self.scheduler.tokens(part.id).len() => {
-                    next.push((part.id, row(part.range.end - 1)));
+                Some(Task::Answer(answer)) => {
+                    let tokens = self.scheduler.tokens(part.id);
+                    if answer.prompt_scores().is_some() {
+                        let end = part.range.end.min(answer.prompt() - 1);
+                        prompts.extend((answer.next_scored()..end).map(|p| (part.id, row(p), tokens[p + 1])));
+                    }
+                    if part.range.end == tokens.len() {
+                        let (row, guesses) = (row(part.range.end - 1), part.guesses.len());
+                        next.push(Choosing { id: part.id, row, guesses });
+                    }
                 }
                 Some(Task::Scores { picks, found }) => {
                     let here = picks[found.len()..].iter().take_while(|p| p.0 < part.range.end);
@@ -278,69 +289,134 @@ impl<'m, B: Backend> Engine<'m, B> {
                 }
                 _ => {}
             }
-            first += part.range.len();
+            first += part.tokens();
         }
-        self.choose(&hidden, &next, &mut events)?;
+        self.score_prompts(&hidden, &prompts)?;
+        self.choose(&hidden, next, &mut events)?;
         self.find_scores(&hidden, &scores, &mut events)?;
         self.hand_out(&hidden, logits, &mut events)?;
         Ok(events)
     }
 
-    /// Carries a plan out: what leaves the last layer for each of its tokens, [tokens, hidden].
-    fn compute(&mut self, plan: &Plan) -> Result<B::Tensor, BackendError> {
-        let backend = self.model.backend();
-        if plan.pages > self.room {
-            let room = (self.room + (self.room / 4).max(GROWTH)).min(self.scheduler.limits().pages);
-            self.room = room.max(plan.pages);
-        }
-        backend.grow(&mut self.cache, self.room, plan.slots)?;
-        for copy in &plan.copies {
-            let span = |page| Span {
-                start: copy.before.len() * PAGE + copy.tokens,
-                len: 0,
-                pages: [&copy.before[..], &[page]].concat(),
-                slot: 0,
-            };
-            backend.fork(&mut self.cache, &span(copy.from), &span(copy.to))?;
-        }
-        for &(from, to) in &plan.states {
-            backend.copy_state(&mut self.cache, from, to)?;
-        }
-        let mut batch = Batch::default();
+    /// Adds guesses to a plan, of what answers that choose go on with.
+    fn guess(&mut self, plan: &mut Plan) -> Result<(), EngineError> {
+        let Some(proposer) = &mut self.proposer else { return Ok(()) };
+        let reach = self.model.context_bound().unwrap_or(usize::MAX).min(self.scheduler.limits().context);
+        let mut asked = Vec::new();
         for part in &plan.parts {
-            batch.tokens.extend_from_slice(&self.scheduler.tokens(part.id)[part.range.clone()]);
-            let (start, len, pages) = (part.range.start, part.range.len(), part.pages.clone());
-            batch.spans.push(Span { start, len, pages, slot: part.slot });
+            let tokens = self.scheduler.tokens(part.id);
+            if let Some(Task::Answer(answer)) = self.tasks.get(&part.id)
+                && part.range.end == tokens.len()
+                && !answer.is_full()
+            {
+                // After the last token that an answer takes, nothing is computed.
+                let of_use = (answer.room() - 1).min(reach.saturating_sub(tokens.len()));
+                asked.push(Asked { id: part.id, tokens, count: of_use.min(answer.trust()).min(proposer.tokens()) });
+            }
         }
-        self.model.hidden(&batch, &mut self.cache)
-    }
-
-    /// Chooses the next token of answers after the given rows.
-    fn choose(
-        &mut self,
-        hidden: &B::Tensor,
-        next: &[(Id, usize)],
-        events: &mut Vec<Event<B::Tensor>>,
-    ) -> Result<(), EngineError> {
-        let is_full = |id| self.answer(id).is_some_and(Answer::is_full);
-        let (full, next): (Vec<_>, Vec<_>) = next.iter().copied().partition(|n| is_full(n.0));
-        for (id, _) in full {
-            self.finish(id, events)?;
+        let most = self.scheduler.guesses(plan, asked.len());
+        asked.iter_mut().for_each(|a| a.count = a.count.min(most));
+        asked.retain(|a| a.count > 0);
+        if asked.is_empty() {
+            return Ok(());
         }
-        let backend = self.model.backend();
-        for part in next.chunks(LOGIT_ROWS) {
-            let rows: Vec<usize> = part.iter().map(|n| n.1).collect();
-            let logits = self.model.logits(&backend.select_rows(hidden, &rows)?)?;
-            let mut scratch = std::mem::take(&mut self.scratch);
-            let draws: Vec<Draw> =
-                part.iter().filter_map(|(id, _)| Some(self.answer(*id)?.draw(self.scheduler.tokens(*id)))).collect();
-            let sampled = backend.sample(&logits, &draws, &mut scratch)?;
-            self.scratch = scratch;
-            for (&(id, _), token) in part.iter().zip(sampled) {
-                self.take(id, token?, events)?;
+        let ids: Vec<Id> = asked.iter().map(|a| a.id).collect();
+        for (id, guesses) in ids.into_iter().zip(proposer.propose(&asked)?) {
+            if self.scheduler.guess(plan, id, &guesses) > 0
+                && let Some(Task::Answer(answer)) = self.tasks.get_mut(&id)
+            {
+                answer.begin_guesses();
             }
         }
         Ok(())
+    }
+
+    /// Chooses the next token of answers, and those after it as long as they were guessed.
+    fn choose(
+        &mut self,
+        hidden: &B::Tensor,
+        mut next: Vec<Choosing>,
+        events: &mut Vec<Event<B::Tensor>>,
+    ) -> Result<(), EngineError> {
+        next.retain(|&Choosing { id, .. }| {
+            let Some(Task::Answer(answer)) = self.tasks.get_mut(&id) else { return false };
+            if let Some(scores) = answer.all_prompt_scores() {
+                events.push(Event::Prompt { id, scores });
+            }
+            let goes_on = !answer.is_full();
+            if !goes_on {
+                self.finish(id, events);
+            }
+            goes_on
+        });
+        let mut rest = &next[..];
+        while !rest.is_empty() {
+            let mut rows = 0;
+            let fits = |c: &&Choosing| {
+                rows += 1 + c.guesses;
+                rows <= LOGIT_ROWS
+            };
+            let (some, after) = rest.split_at(rest.iter().take_while(fits).count().max(1));
+            self.choose_of(hidden, some, events)?;
+            rest = after;
+        }
+        Ok(())
+    }
+
+    /// [`Self::choose`] for a few answers.
+    fn choose_of(
+        &mut self,
+        hidden: &B::Tensor,
+        next: &[Choosing],
+        events: &mut Vec<Event<B::Tensor>>,
+    ) -> Result<(), EngineError> {
+        let backend = self.model.backend();
+        let rows: Vec<usize> = next.iter().flat_map(|c| c.row..=c.row + c.guesses).collect();
+        let all = self.model.logits(&backend.select_rows(hidden, &rows)?)?;
+        let mut first = 0;
+        // Whose turn it is, and the row of logits that it chooses from.
+        let mut turns = Vec::with_capacity(next.len());
+        for choosing in next {
+            turns.push((choosing.id, first));
+            first += 1 + choosing.guesses;
+        }
+        while !turns.is_empty() {
+            turns.retain(|turn| self.prepare(turn.0, events));
+            let places: Vec<usize> = turns.iter().map(|t| t.1).collect();
+            let some;
+            let logits = match places.len() {
+                0 => break,
+                count if count == rows.len() => &all,
+                _ => {
+                    some = backend.select_rows(&all, &places)?;
+                    &some
+                }
+            };
+            let mut scratch = std::mem::take(&mut self.scratch);
+            let draws: Vec<Draw> =
+                turns.iter().filter_map(|(id, _)| Some(self.answer(*id)?.draw(self.scheduler.tokens(*id)))).collect();
+            let sampled = backend.sample(logits, &draws, &mut scratch)?;
+            self.scratch = scratch;
+            let mut sampled = sampled.into_iter();
+            turns.retain_mut(|(id, row)| {
+                *row += 1;
+                match sampled.next() {
+                    Some(Ok(token)) => self.take(*id, token, events),
+                    Some(Err(error)) => self.fail(*id, error.into(), events),
+                    None => false,
+                }
+            });
+        }
+        Ok(())
+    }
+
+    /// Makes an answer ready to choose; one that cannot ends.
+    fn prepare(&mut self, id: Id, events: &mut Vec<Event<B::Tensor>>) -> bool {
+        let Some(Task::Answer(answer)) = self.tasks.get_mut(&id) else { return false };
+        match answer.prepare(self.model.config.vocab) {
+            Ok(()) => true,
+            Err(error) => self.fail(id, error, events),
+        }
     }
 
     fn answer(&self, id: Id) -> Option<&Answer> {
@@ -350,22 +426,57 @@ impl<'m, B: Backend> Engine<'m, B> {
         }
     }
 
-    /// Gives an answer its next token.
-    fn take(&mut self, id: Id, token: Sampled, events: &mut Vec<Event<B::Tensor>>) -> Result<(), EngineError> {
-        let Some(Task::Answer(answer)) = self.tasks.get_mut(&id) else { return Ok(()) };
-        let taken = answer.take(token.clone())?;
+    /// Gives an answer its next token; whether that was guessed, so that what follows it is known already.
+    fn take(&mut self, id: Id, token: Sampled, events: &mut Vec<Event<B::Tensor>>) -> bool {
+        let Some(Task::Answer(answer)) = self.tasks.get_mut(&id) else { return false };
+        let taken = match answer.take(token.clone()) {
+            Ok(taken) => taken,
+            Err(error) => return self.fail(id, error, events),
+        };
         events.push(Event::Token { id, token, text: taken.text });
-        match taken.next {
-            Some(token) => self.scheduler.push(id, token),
-            None => self.finish(id, events)?,
+        let Some(token) = taken.next else {
+            self.finish(id, events);
+            return false;
+        };
+        let guessed = self.scheduler.push(id, token);
+        if guessed {
+            answer.count_right();
         }
-        Ok(())
+        guessed
     }
 
-    fn finish(&mut self, id: Id, events: &mut Vec<Event<B::Tensor>>) -> Result<(), EngineError> {
+    /// Ends an answer that is complete.
+    fn finish(&mut self, id: Id, events: &mut Vec<Event<B::Tensor>>) {
         if let Some(Task::Answer(answer)) = self.end(id) {
-            let (answer, rest) = answer.finish()?;
-            events.push(Event::Answered { id, answer, rest });
+            events.push(match answer.finish() {
+                Ok((answer, rest)) => Event::Answered { id, answer, rest },
+                Err(error) => Event::Failed { id, error: error.into() },
+            });
+        }
+    }
+
+    /// Ends an answer that cannot go on: it does not.
+    fn fail(&mut self, id: Id, error: EngineError, events: &mut Vec<Event<B::Tensor>>) -> bool {
+        self.end(id);
+        events.push(Event::Failed { id, error });
+        false
+    }
+
+    /// Scores tokens of prompts, each after the given row.
+    fn score_prompts(&mut self, hidden: &B::Tensor, picks: &[(Id, usize, u32)]) -> Result<(), EngineError> {
+        let backend = self.model.backend();
+        for part in picks.chunks(LOGIT_ROWS) {
+            let rows: Vec<usize> = part.iter().map(|p| p.1).collect();
+            let tokens: Vec<u32> = part.iter().map(|p| p.2).collect();
+            let top = |p: &(Id, usize, u32)| self.answer(p.0)?.prompt_scores().map(|s| s.top);
+            let most = part.iter().filter_map(top).max().unwrap_or(0);
+            let logits = self.model.logits(&backend.select_rows(hidden, &rows)?)?;
+            let scores = backend.score_ranked(&logits, &tokens, most)?;
+            for (&(id, _, token), score) in part.iter().zip(scores) {
+                if let Some(Task::Answer(answer)) = self.tasks.get_mut(&id) {
+                    answer.take_prompt_score(token, score);
+                }
+            }
         }
         Ok(())
     }
@@ -424,6 +535,9 @@ impl<'m, B: Backend> Engine<'m, B> {
     }
 
     fn end(&mut self, id: Id) -> Option<Task> {
+        if let Some(proposer) = &mut self.proposer {
+            proposer.forget(id);
+        }
         self.scheduler.remove(id);
         self.tasks.remove(&id)
     }

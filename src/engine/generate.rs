@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::{Engine, EngineError, Event, Id};
 use crate::backend::Backend;
-use crate::logits::{Constraint, Draw, History, Sampled, Sampler, SamplingParams};
+use crate::logits::{Constraint, Draw, History, RankedScore, Sampled, Sampler, SamplingParams, TokenSet};
 use crate::text::{StopDecoder, TextError, Tokenizer};
 
 /// What to generate.
@@ -28,7 +28,8 @@ pub struct Request {
     pub keep_stop: bool,
     /// Also log-probabilities of the prompt's tokens from the second on, and of this many most probable tokens there.
     pub prompt_logprobs: Option<usize>,
-    /// What the answer has to follow; after `stop_after`, where there is one.
+    /// What the answer has to follow: from its first token on, or from the token after the one that completes `stop_after`,
+    /// where there is one. Where it lets nothing follow but the end, `min_tokens` gives way.
     pub constraint: Option<Box<dyn Constraint>>,
     /// Special tokens are part of the text.
     pub show_special: bool,
@@ -94,9 +95,17 @@ pub(super) struct Taken {
 pub(super) struct Answer {
     sampler: Sampler,
     decoder: StopDecoder,
+    stop: Vec<String>,
     stop_tokens: Vec<u32>,
+    min_tokens: usize,
+    constraint: Option<Box<dyn Constraint>>,
+    /// What may be chosen next, where not everything may.
+    allowed: Option<TokenSet>,
     /// Tokens of the prompt.
     prompt: usize,
+    prompt_scores: Option<PromptScores>,
+    /// How many of the last guesses were right.
+    right: Option<usize>,
     /// Tokens at most: the request's limit, or what the context has room for.
     limit: usize,
     out: Generated,
@@ -104,15 +113,32 @@ pub(super) struct Answer {
     first: Option<Instant>,
 }
 
+/// Scores of a prompt in the making.
+pub(super) struct PromptScores {
+    /// How many most probable tokens each has.
+    pub top: usize,
+    found: Vec<PromptScore>,
+}
+
 impl Answer {
     /// An answer to a request, whose prompt is given back, in a context of `capacity` tokens, which the prompt fits into.
     pub fn new(tokenizer: &Tokenizer, request: Request, capacity: usize) -> Result<(Self, Vec<u32>), EngineError> {
         let prompt = request.prompt.len();
         let sampler = Sampler::new(request.sampling)?;
+        let mut decoder = StopDecoder::new(tokenizer, &request.stop, request.stop_after.as_deref())?;
+        decoder = decoder.from_token(request.min_tokens);
+        decoder = if request.keep_stop { decoder.keeping_stop() } else { decoder };
+        decoder = if request.show_special { decoder.showing_special() } else { decoder };
         let answer = Self {
-            decoder: StopDecoder::new(tokenizer, &request.stop, request.stop_after.as_deref())?,
+            decoder,
+            stop: request.stop,
             stop_tokens: request.stop_tokens,
+            min_tokens: request.min_tokens,
+            constraint: request.constraint,
+            allowed: None,
             prompt,
+            right: None,
+            prompt_scores: request.prompt_logprobs.map(|top| PromptScores { top, found: Vec::new() }),
             // The last token needs no room: nothing is computed after it.
             limit: request.max_tokens.min(capacity.saturating_sub(prompt) + 1),
             out: Generated {
@@ -131,33 +157,115 @@ impl Answer {
         Ok((answer, request.prompt))
     }
 
-    /// How its next token is chosen; `tokens` are the prompt's and those chosen.
+    /// Scores of the prompt that are still to be found; none where all are, or nobody asks.
+    pub fn prompt_scores(&self) -> Option<&PromptScores> {
+        self.prompt_scores.as_ref()
+    }
+
+    /// Position of the first token of the prompt after which a score is still to be found.
+    pub fn next_scored(&self) -> usize {
+        self.prompt_scores.as_ref().map_or(self.prompt, |scores| scores.found.len())
+    }
+
+    /// Tokens of the prompt.
+    pub fn prompt(&self) -> usize {
+        self.prompt
+    }
+
+    /// Takes the score of the next token of the prompt.
+    pub fn take_prompt_score(&mut self, token: u32, score: RankedScore) {
+        if let Some(PromptScores { top, found }) = &mut self.prompt_scores {
+            let top_logprobs = score.top.iter().take(*top).map(|&(token, log_prob)| (token, log_prob as f32)).collect();
+            found.push(PromptScore { token, logprob: score.log_prob as f32, rank: score.rank, top_logprobs });
+        }
+    }
+
+    /// The scores of the prompt, once, as soon as all are found.
+    pub fn all_prompt_scores(&mut self) -> Option<Vec<PromptScore>> {
+        self.prompt_scores.take_if(|scores| scores.found.len() + 1 >= self.prompt).map(|scores| scores.found)
+    }
+
+    /// Finds out which of `vocab` tokens may come next.
+    ///
+    /// # Errors
+    /// When the grammar gave up.
+    pub fn prepare(&mut self, vocab: usize) -> Result<(), EngineError> {
+        self.allowed = match &mut self.constraint {
+            Some(constraint) if !self.decoder.is_thinking() => Some(constraint.allowed()?.clone()),
+            _ => None,
+        };
+        if self.out.tokens.len() < self.min_tokens && !self.stop_tokens.is_empty() {
+            let mut longer = self.allowed.clone().unwrap_or_else(|| TokenSet::all(vocab));
+            self.stop_tokens.iter().for_each(|&token| longer.remove(token));
+            if !longer.is_empty() {
+                self.allowed = Some(longer);
+            }
+        }
+        Ok(())
+    }
+
+    /// How its next token is chosen, once [`Self::prepare`] was asked; `tokens` are the prompt's and those chosen.
     pub fn draw<'a>(&'a self, tokens: &'a [u32]) -> Draw<'a> {
         let (prompt, generated) = tokens.split_at(self.prompt);
-        Draw { sampler: &self.sampler, history: History { prompt, generated } }
+        Draw { sampler: &self.sampler, history: History { prompt, generated }, allowed: self.allowed.as_ref() }
+    }
+
+    /// Tokens that it takes at most from now on.
+    pub fn room(&self) -> usize {
+        self.limit.saturating_sub(self.out.tokens.len())
+    }
+
+    /// Guesses of what follows that are worth computing: twice as many as were right last time, and one more.
+    pub fn trust(&self) -> usize {
+        self.right.map_or(usize::MAX, |right| 2 * right + 1)
+    }
+
+    /// Guesses are computed.
+    pub fn begin_guesses(&mut self) {
+        self.right = Some(0);
+    }
+
+    /// One of them was right.
+    pub fn count_right(&mut self) {
+        self.right = self.right.map(|right| right + 1);
     }
 
     /// Whether it takes no more tokens.
     pub fn is_full(&self) -> bool {
-        self.out.tokens.len() >= self.limit
+        self.room() == 0
     }
 
     /// Takes the next token.
-    pub fn take(&mut self, sampled: Sampled) -> Result<Taken, TextError> {
+    ///
+    /// # Errors
+    /// When the tokenizer's decoder or the grammar fails.
+    pub fn take(&mut self, sampled: Sampled) -> Result<Taken, EngineError> {
         let token = sampled.token;
         self.first.get_or_insert_with(Instant::now);
         self.out.tokens.push(sampled);
         if self.stop_tokens.contains(&token) {
-            self.out.finish = Finish::Stop;
-            return Ok(Taken { text: String::new(), next: None });
+            return Ok(self.stopped(StopReason::Token(token), String::new()));
         }
+        let follows = self.constraint.is_some() && !self.decoder.is_thinking();
         let step = self.decoder.push(token)?;
         self.out.text.push_str(&step.text);
-        if step.stop.is_some() {
-            self.out.finish = Finish::Stop;
-            return Ok(Taken { text: step.text, next: None });
+        if let Some(index) = step.stop {
+            let stop = self.stop.get(index).cloned().unwrap_or_default();
+            return Ok(self.stopped(StopReason::Text(stop), step.text));
+        }
+        if let Some(constraint) = self.constraint.as_mut().filter(|_| follows) {
+            constraint.take(token)?;
+            if constraint.is_done() {
+                return Ok(self.stopped(StopReason::Grammar, step.text));
+            }
         }
         Ok(Taken { text: step.text, next: (!self.is_full()).then_some(token) })
+    }
+
+    fn stopped(&mut self, reason: StopReason, text: String) -> Taken {
+        self.out.finish = Finish::Stop;
+        self.out.stop = Some(reason);
+        Taken { text, next: None }
     }
 
     /// The answer, and the end of its text: what was held back for lack of certainty is text after all.
@@ -185,7 +293,7 @@ impl Answer {
 /// it where it breaks.
 ///
 /// # Errors
-/// As [`Engine::generate`] and [`Engine::step`].
+/// As [`Engine::generate`] and [`Engine::step`], and what an answer fails by.
 pub fn answer<B: Backend>(
     engine: &mut Engine<'_, B>,
     tokenizer: &Tokenizer,
@@ -239,12 +347,16 @@ pub fn answer_all<B: Backend>(
             return Ok(());
         }
         for event in engine.step()? {
-            if let Event::Answered { id, answer, .. } = event
-                && let Some(index) = asked.remove(&id)
-                && done(index, answer).is_break()
-            {
+            let (id, ended) = match event {
+                Event::Answered { id, answer, .. } => (id, Ok(answer)),
+                Event::Failed { id, error } => (id, Err(error)),
+                _ => continue,
+            };
+            let Some(index) = asked.remove(&id) else { continue };
+            let goes_on = ended.map(|answer| done(index, answer));
+            if !matches!(goes_on, Ok(ControlFlow::Continue(()))) {
                 asked.into_keys().for_each(|id| drop(engine.cancel(id)));
-                return Ok(());
+                return goes_on.map(drop);
             }
         }
     }

@@ -185,6 +185,12 @@ impl Pages {
         self.limit - self.all.len() + self.free.len() + self.idle
     }
 
+    /// Pages that nobody uses and that hold earlier tokens.
+    #[must_use]
+    pub fn idle(&self) -> usize {
+        self.idle
+    }
+
     /// How many use a page.
     #[cfg(test)]
     pub fn users(&self, page: u32) -> u32 {

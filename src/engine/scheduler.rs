@@ -13,6 +13,10 @@
 //! before what is wanted of a sequence, after pieces of prompts that end with a page, and where another sequence was found to
 //! part.
 //!
+//! Guesses of what sequences that choose go on with ([`super::Speculation`]) come last, into what a pass has room for: see
+//! [`GUESSED_PASS`]. Nobody gives way for them. What is computed of them counts only once they were chosen ([`Scheduler::push`]):
+//! until then nothing of them is shared, and what is computed next overwrites it.
+//!
 //! Pure: a state in, a plan out; [`super::Engine`] carries plans out.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,6 +24,7 @@ use std::ops::{Bound, Range};
 
 use super::pages::{Held, Pages, common};
 use super::sequence::{Id, Sequence};
+use super::stats::Stats;
 use crate::backend::PAGE;
 
 /// A beginning is waited for if it has at least this many tokens more than what the cache holds: fewer are computed anew.
@@ -27,6 +32,11 @@ const MIN_SHARED: usize = 16;
 
 /// Waiting sequences that are looked at for one pass, beside those that are admitted.
 const LOOK_AHEAD: usize = 256;
+
+/// Tokens of a pass at most that has any guesses, which the sequences that choose share evenly. A pass of few tokens takes
+/// hardly longer than one of a single token, for the weights are read once; where many sequences run, or a prompt is being
+/// read, the pass is as long as pays without guesses.
+const GUESSED_PASS: usize = 32;
 
 /// Bounds of an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,12 +71,22 @@ pub struct Part {
     pub id: Id,
     /// Positions in the sequence.
     pub range: Range<usize>,
+    /// Tokens that may follow, to be computed behind them.
+    pub guesses: Vec<u32>,
     /// Position from which on something is to be known after each token.
     pub wanted: usize,
     /// Pages for all tokens up to the range's end.
     pub pages: Vec<u32>,
     /// Slot of its recurrent state; 0 where there is none.
     pub slot: u32,
+}
+
+impl Part {
+    /// Tokens that are computed.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.range.len() + self.guesses.len()
+    }
 }
 
 /// A sequence that begins with tokens of another that end within a page: the page is copied.
@@ -102,6 +122,8 @@ pub struct Scheduler {
     waiting: BTreeMap<Id, Sequence>,
     running: BTreeMap<Id, Sequence>,
     next: u64,
+    /// What was done so far; what it is at is counted when asked for.
+    done: Stats,
 }
 
 impl Scheduler {
@@ -116,7 +138,8 @@ impl Scheduler {
         };
         let slots = limits.states.map_or(0, |kept| limits.sequences.saturating_add(kept));
         let pages = Pages::new(limits.pages, limits.kept).with_slots(slots);
-        Self { limits, pages, waiting: BTreeMap::new(), running: BTreeMap::new(), next: 0 }
+        let (waiting, running) = (BTreeMap::new(), BTreeMap::new());
+        Self { limits, pages, waiting, running, next: 0, done: Stats::default() }
     }
 
     /// The bounds.
@@ -137,6 +160,19 @@ impl Scheduler {
         self.len() == 0
     }
 
+    /// What it is at, and what it has done.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        Stats {
+            running: self.running.len(),
+            waiting: self.waiting.len(),
+            pages_used: self.limits.pages - self.pages.available(),
+            pages_kept: self.pages.idle(),
+            pages: self.limits.pages,
+            ..self.done
+        }
+    }
+
     /// Tokens of a sequence that has not ended.
     #[must_use]
     pub fn tokens(&self, id: Id) -> &[u32] {
@@ -153,13 +189,56 @@ impl Scheduler {
         id
     }
 
-    /// Appends a token to a sequence, after which something is to be known. Only while the context has room.
-    pub fn push(&mut self, id: Id, token: u32) {
+    /// Appends a token to a sequence, after which something is to be known. Only while the context has room. Whether it was
+    /// guessed: then the last pass has computed it already.
+    pub fn push(&mut self, id: Id, token: u32) -> bool {
         let sequence = self.running.get_mut(&id).or_else(|| self.waiting.get_mut(&id));
-        if let Some(s) = sequence {
-            debug_assert!(s.tokens.len() < self.limits.context);
-            s.wanted = s.tokens.len();
-            s.tokens.push(token);
+        let Some(sequence) = sequence else { return false };
+        debug_assert!(sequence.tokens.len() < self.limits.context);
+        let guessed = sequence.push(token, &mut self.pages);
+        self.done.accepted += u64::from(guessed);
+        guessed
+    }
+
+    /// How many guesses each of `choosing` sequences may have in a pass.
+    #[must_use]
+    pub fn guesses(&self, plan: &Plan, choosing: usize) -> usize {
+        let planned: usize = plan.parts.iter().map(Part::tokens).sum();
+        self.limits.pass.min(GUESSED_PASS).saturating_sub(planned) / choosing.max(1)
+    }
+
+    /// Adds guesses of what follows a sequence, the last of whose tokens the plan computes: as many of them as there are
+    /// pages for, which it returns.
+    pub fn guess(&mut self, plan: &mut Plan, id: Id, guesses: &[u32]) -> usize {
+        let part = plan.parts.iter_mut().find(|p| p.id == id);
+        let (Some(part), Some(sequence)) = (part, self.running.get_mut(&id)) else { return 0 };
+        let end = part.range.end;
+        debug_assert!(end == sequence.tokens.len() && sequence.slot.is_none());
+        let reach = sequence.take_pages((end + guesses.len()).min(self.limits.context), &mut self.pages);
+        part.guesses = guesses[..reach.saturating_sub(end)].to_vec();
+        part.pages = sequence.pages[..reach.div_ceil(PAGE)].to_vec();
+        plan.pages = self.pages.made();
+        self.done.drafted += part.guesses.len() as u64;
+        part.guesses.len()
+    }
+
+    /// A part that computes the last of `guesses`, those before it being computed already, behind a sequence all of which
+    /// is; `None` where there is no room for it.
+    pub fn look_ahead(&mut self, id: Id, guesses: &[u32]) -> Option<Part> {
+        let sequence = self.running.get_mut(&id).filter(|s| s.remaining() == 0)?;
+        let (last, reach) = (*guesses.last()?, sequence.computed + guesses.len());
+        if reach > self.limits.context || sequence.take_pages(reach, &mut self.pages) < reach {
+            return None;
+        }
+        sequence.set_ahead(guesses);
+        let (range, pages) = (reach - 1..reach - 1, sequence.pages[..reach.div_ceil(PAGE)].to_vec());
+        Some(Part { id, range, guesses: vec![last], wanted: reach - 1, pages, slot: 0 })
+    }
+
+    /// What was guessed of a sequence counts no more.
+    pub fn forget_ahead(&mut self, id: Id) {
+        if let Some(sequence) = self.running.get_mut(&id) {
+            sequence.forget_ahead(&mut self.pages);
         }
     }
 
@@ -188,10 +267,17 @@ impl Scheduler {
         for part in &plan.parts {
             if let Some(sequence) = self.running.get_mut(&part.id) {
                 sequence.advance(part.range.end, &mut self.pages);
+                sequence.set_ahead(&part.guesses);
                 copies.extend(sequence.keep_state(&mut self.pages));
             }
         }
         copies
+    }
+
+    /// Pages that the cache must have by now.
+    #[must_use]
+    pub fn pages(&self) -> usize {
+        self.pages.made()
     }
 
     /// Slots that the cache must have by now.
@@ -214,6 +300,8 @@ impl Scheduler {
                 }
                 let Some((newest, mut sequence)) = self.running.pop_last() else { break };
                 sequence.retire(&mut self.pages);
+                sequence.gave_way = true;
+                self.done.preemptions += 1;
                 self.waiting.insert(newest, sequence);
                 if let Some(at) = plan.parts.iter().position(|p| p.id == newest) {
                     *budget += plan.parts.remove(at).range.len();
@@ -252,6 +340,7 @@ impl Scheduler {
                 break;
             }
             let Some(mut sequence) = self.waiting.remove(&id) else { break };
+            let asked = sequence.reusable().len();
             let whole = pages.len();
             let mut computed = whole * PAGE;
             if let Some((from, tokens)) = held.partial
@@ -271,6 +360,10 @@ impl Scheduler {
                     sequence.slot = self.pages.take_slot();
                 }
                 sequence.cuts = cuts;
+            }
+            if !sequence.gave_way {
+                self.done.prefix_asked += asked as u64;
+                self.done.prefix_found += computed as u64;
             }
             sequence.begin(pages, whole, computed);
             if let Some(part) = part(id, &mut sequence, &mut self.pages, *budget) {
@@ -316,15 +409,11 @@ impl Scheduler {
 fn part(id: Id, sequence: &mut Sequence, pages: &mut Pages, budget: usize) -> Option<Part> {
     let start = sequence.computed;
     let reach = sequence.reach(start + sequence.remaining().min(budget));
-    let needed = reach.div_ceil(PAGE);
-    while sequence.pages.len() < needed {
-        let Some(page) = pages.take() else { break };
-        sequence.pages.push(page);
-    }
-    let end = reach.min(sequence.pages.len() * PAGE);
+    let end = sequence.take_pages(reach, pages);
     let slot = sequence.slot.unwrap_or(0);
     let held = sequence.pages[..end.div_ceil(PAGE)].to_vec();
-    (end > start).then_some(Part { id, range: start..end, wanted: sequence.wanted, pages: held, slot })
+    let guesses = Vec::new();
+    (end > start).then_some(Part { id, range: start..end, guesses, wanted: sequence.wanted, pages: held, slot })
 }
 
 #[cfg(test)]

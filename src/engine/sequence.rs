@@ -27,11 +27,17 @@ pub(super) struct Sequence {
     pub slot: Option<u32>,
     /// Numbers of tokens, whole pages, after which the state is to be kept for others: a pass ends there.
     pub cuts: BTreeSet<usize>,
+    /// Guesses of what follows: the cache holds their keys and values behind those of the tokens, all of which are computed
+    /// then.
+    ahead: Vec<u32>,
+    /// Whether it ran and had to wait again.
+    pub gave_way: bool,
 }
 
 impl Sequence {
     pub fn new(tokens: Vec<u32>, wanted: usize) -> Self {
-        Self { tokens, computed: 0, wanted, pages: Vec::new(), kept: 0, slot: None, cuts: BTreeSet::new() }
+        let (pages, cuts) = (Vec::new(), BTreeSet::new());
+        Self { tokens, computed: 0, wanted, pages, kept: 0, slot: None, cuts, ahead: Vec::new(), gave_way: false }
     }
 
     /// Tokens to compute.
@@ -54,6 +60,46 @@ impl Sequence {
         self.cuts.range(self.computed + 1..).next().map_or(end, |cut| end.min(*cut))
     }
 
+    /// Takes pages for tokens up to `end`, as far as there are any; how far they reach then, `end` at most.
+    pub fn take_pages(&mut self, end: usize, pages: &mut Pages) -> usize {
+        while self.pages.len() < end.div_ceil(PAGE) {
+            let Some(page) = pages.take() else { break };
+            self.pages.push(page);
+        }
+        end.min(self.pages.len() * PAGE)
+    }
+
+    /// The cache is to hold keys and values of these guesses behind the tokens, all of which are computed.
+    pub fn set_ahead(&mut self, guesses: &[u32]) {
+        debug_assert!(guesses.is_empty() || self.remaining() == 0);
+        self.ahead.clear();
+        self.ahead.extend_from_slice(guesses);
+    }
+
+    /// Appends a token, after which something is to be known; whether it was guessed, so that its keys and values are there.
+    /// Otherwise what was guessed beyond it was for nothing.
+    pub fn push(&mut self, token: u32, pages: &mut Pages) -> bool {
+        self.wanted = self.tokens.len();
+        self.tokens.push(token);
+        let guessed = self.ahead.first() == Some(&token);
+        if guessed {
+            self.ahead.remove(0);
+            self.advance(self.tokens.len(), pages);
+        } else {
+            self.forget_ahead(pages);
+        }
+        guessed
+    }
+
+    /// Forgets the guesses, and gives the pages back that hold nothing else.
+    pub fn forget_ahead(&mut self, pages: &mut Pages) {
+        self.ahead.clear();
+        let needed = self.tokens.len().div_ceil(PAGE);
+        if self.pages.len() > needed {
+            pages.release(&self.pages.split_off(needed));
+        }
+    }
+
     /// Slot of its own and the slot to copy it to, where the state after what is computed is worth keeping: more of the
     /// prompt follows, and others may begin like this.
     pub fn keep_state(&self, pages: &mut Pages) -> Option<(u32, u32)> {
@@ -72,6 +118,7 @@ impl Sequence {
 
     /// Gives the pages back; what is computed stays in the tree while there is room.
     pub fn retire(&mut self, pages: &mut Pages) {
+        self.ahead.clear();
         if self.computed > self.kept * PAGE {
             self.keep_page(pages, self.computed);
         }

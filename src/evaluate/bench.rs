@@ -144,7 +144,7 @@ pub fn measure<B: Backend>(
     let sampler = Sampler::new(SamplingParams::greedy())?;
     let mut scratch = Scratch::default();
     let mut choose = |logits: &B::Tensor, rows: usize| -> Result<Vec<u32>, EngineError> {
-        let draws = vec![Draw { sampler: &sampler, history: History::default() }; rows];
+        let draws = vec![Draw { sampler: &sampler, history: History::default(), allowed: None }; rows];
         let chosen = model.backend().sample(logits, &draws, &mut scratch)?;
         chosen.into_iter().map(|c| Ok(c.map(|s: Sampled| s.token)?)).collect()
     };

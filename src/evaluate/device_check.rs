@@ -397,7 +397,7 @@ impl<B: Backend> Side<'_, B> {
             of(&|p| (p.repetition_penalty, p.presence_penalty) = (1.3, 0.5))?,
         ];
         let history = History { prompt: &tokens[..2], generated: &tokens[2..] };
-        let draws: Vec<Draw<'_>> = samplers.iter().map(|sampler| Draw { sampler, history }).collect();
+        let draws: Vec<Draw<'_>> = samplers.iter().map(|sampler| Draw { sampler, history, allowed: None }).collect();
         let chosen = b.sample(&logits, &draws, &mut Scratch::default())?;
         let chosen = chosen.into_iter().map(|c| c.map_or(-1.0, |c| c.token as f32)).collect();
         let pairs = b.compare(&logits, &other, vocab, &tokens)?;

@@ -11,3 +11,15 @@ pub enum KvFormat {
         v_scale: f32,
     },
 }
+
+impl KvFormat {
+    /// Bytes of one value.
+    #[must_use]
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+            Self::Fp8 { .. } => 1,
+        }
+    }
+}

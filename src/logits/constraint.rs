@@ -20,6 +20,22 @@ impl TokenSet {
         Self { words }
     }
 
+    /// All of `vocab` tokens.
+    #[must_use]
+    pub fn all(vocab: usize) -> Self {
+        let mut words = vec![u32::MAX; vocab.div_ceil(32)];
+        if let (Some(last), used @ 1..) = (words.last_mut(), vocab % 32) {
+            *last >>= 32 - used;
+        }
+        Self { words }
+    }
+
+    /// Whether it has no token.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.words.iter().all(|word| *word == 0)
+    }
+
     /// The words of bits.
     #[must_use]
     pub fn words(&self) -> &[u32] {
@@ -68,4 +84,26 @@ pub trait Constraint: Send {
 
     /// Whether nothing may follow: the answer ends here.
     fn is_done(&mut self) -> bool;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_set_holds_what_was_put_in_and_nothing_beyond_the_vocabulary() {
+        for vocab in [0, 1, 31, 32, 33, 64, 100] {
+            let (mut set, all) = (TokenSet::empty(vocab), TokenSet::all(vocab));
+            assert!(set.is_empty() && all.is_empty() == (vocab == 0));
+            (0..200).for_each(|id| assert_eq!(all.contains(id), (id as usize) < vocab, "{id} of {vocab}"));
+            (0..vocab as u32).for_each(|id| set.insert(id));
+            assert_eq!(set, all);
+            (0..vocab as u32).for_each(|id| set.remove(id));
+            assert!(set.is_empty());
+        }
+        let mut few = TokenSet::from_words(vec![1 << 3, 1]);
+        few.remove(3);
+        few.insert(1000);
+        assert_eq!((few.words(), few.contains(32), few.contains(3)), (&[0, 1][..], true, false));
+    }
 }

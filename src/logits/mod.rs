@@ -10,5 +10,5 @@ pub use constraint::{Constraint, ConstraintError, TokenSet};
 pub use params::{SamplingError, SamplingParams};
 pub use routing::{RouterRule, RouterRuleError, RouterScores, Routing, route_row};
 pub use sampler::{Draw, History, Sampled, Sampler, Scratch};
-pub(crate) use sampler::{Question, generated_counts, largest_of, sure_log_prob};
-pub use score::{TokenScore, score_row, softmax_total};
+pub(crate) use sampler::{Question, generated_counts, largest_of, most_probable, rank_of, sure_log_prob};
+pub use score::{RankedScore, TokenScore, score_row, softmax_total};

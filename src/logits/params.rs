@@ -99,7 +99,13 @@ impl SamplingParams {
         check("min_p", self.min_p, (0.0..=1.0).contains(&self.min_p), "from 0 to 1")?;
         check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0.0, "above 0 (1 is off)")?;
         check("presence_penalty", self.presence_penalty, penalty.contains(&self.presence_penalty), "from -2 to 2")?;
-        check("frequency_penalty", self.frequency_penalty, penalty.contains(&self.frequency_penalty), "from -2 to 2")
+        check("frequency_penalty", self.frequency_penalty, penalty.contains(&self.frequency_penalty), "from -2 to 2")?;
+        for &(_, bias) in &self.logit_bias {
+            check("logit_bias", bias, (-100.0..=100.0).contains(&bias), "from -100 to 100")?;
+        }
+        let twice = self.logit_bias.windows(2).find(|pair| pair[0].0 >= pair[1].0).map_or(0, |pair| pair[1].0);
+        let ascends = self.logit_bias.is_sorted_by(|a, b| a.0 < b.0);
+        check("logit_bias", twice as f32, ascends, "a list of tokens that ascend, each once")
     }
 
     pub(super) fn is_greedy(&self) -> bool {
@@ -120,6 +126,7 @@ mod tests {
         let d = SamplingParams::default;
         assert_eq!(d().validate(), Ok(()));
         assert_eq!(SamplingParams::greedy().validate(), Ok(()));
+        assert_eq!(SamplingParams { logit_bias: vec![(0, -100.0), (9, 100.0)], ..d() }.validate(), Ok(()));
         let cases = [
             ("temperature", SamplingParams { temperature: -0.1, ..d() }),
             ("temperature", SamplingParams { temperature: f32::NAN, ..d() }),
@@ -131,6 +138,10 @@ mod tests {
             ("repetition_penalty", SamplingParams { repetition_penalty: 0.0, ..d() }),
             ("presence_penalty", SamplingParams { presence_penalty: 2.5, ..d() }),
             ("frequency_penalty", SamplingParams { frequency_penalty: -2.5, ..d() }),
+            ("logit_bias", SamplingParams { logit_bias: vec![(1, 0.0), (2, 100.5)], ..d() }),
+            ("logit_bias", SamplingParams { logit_bias: vec![(1, f32::NAN)], ..d() }),
+            ("logit_bias", SamplingParams { logit_bias: vec![(2, 1.0), (1, 1.0)], ..d() }),
+            ("logit_bias", SamplingParams { logit_bias: vec![(2, 1.0), (2, 1.0)], ..d() }),
         ];
         for (name, params) in cases {
             let error = params.validate().unwrap_err().to_string();

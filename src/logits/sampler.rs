@@ -1,7 +1,7 @@
 //! The next token from the logits.
 //!
 //! The order of steps is vLLM's (v1/sample/sampler.py, `Sampler`, as documented for 0.22): log-probabilities of the raw
-//! logits; repetition, frequency and presence penalty; greedy choice, or temperature, min-p, top-k, top-p and a draw.
+//! logits; what a grammar allows and the bias; repetition, frequency and presence penalty; greedy choice, or temperature, min-p, top-k, top-p and a draw.
 //! Top-p therefore looks at what min-p and top-k left, renormalised. (HF transformers applies min-p last.)
 //!
 //! Exponentials are computed here and logarithms by `libm`, both in plain Rust, and sums run in f64 in the order of
@@ -9,6 +9,7 @@
 
 use std::hash::{BuildHasher, RandomState};
 
+use super::constraint::TokenSet;
 use super::params::{SamplingError, SamplingParams};
 use crate::random::SplitMix64;
 
@@ -31,11 +32,28 @@ pub struct History<'a> {
     pub generated: &'a [u32],
 }
 
-/// One choice to be made: by whom, and after which tokens.
+/// One choice to be made: by whom, after which tokens, and of which.
 #[derive(Debug, Clone, Copy)]
 pub struct Draw<'a> {
     pub sampler: &'a Sampler,
     pub history: History<'a>,
+    /// The only tokens that may be chosen; `None`: all.
+    pub allowed: Option<&'a TokenSet>,
+}
+
+impl Draw<'_> {
+    /// Makes the choice, from the row of logits: what every backend's own choice must equal.
+    ///
+    /// # Errors
+    /// As [`Sampler::sample`].
+    pub fn choose(&self, logits: &[f32], scratch: &mut Scratch) -> Result<Sampled, SamplingError> {
+        self.sampler.sample_among(logits, self.allowed, self.history, scratch)
+    }
+
+    /// Whether logits are changed for anything but what was said before.
+    pub(crate) fn has_bias(&self) -> bool {
+        self.allowed.is_some() || !self.sampler.params.logit_bias.is_empty()
+    }
 }
 
 /// A chosen token.
@@ -46,6 +64,9 @@ pub struct Sampled {
     /// The natural logarithm of its probability under the model's own distribution, before penalties and temperature;
     /// `None` if not asked for.
     pub logprob: Option<f32>,
+    /// How many tokens are at least as probable under that distribution; 1 is the most probable. `None` if no
+    /// log-probability was asked for.
+    pub rank: Option<usize>,
     /// The same of the most probable tokens, the most probable first (of equal ones the lower id); as many as asked
     /// for. A forbidden token has -inf, which JSON cannot write.
     pub top_logprobs: Vec<(u32, f32)>,
@@ -100,34 +121,52 @@ impl Sampler {
     /// # Errors
     /// [`SamplingError::Broken`] for a logit that is NaN or +inf, [`SamplingError::NothingAllowed`] if all are -inf.
     pub fn sample(&self, logits: &[f32], history: History, scratch: &mut Scratch) -> Result<Sampled, SamplingError> {
+        self.sample_among(logits, None, history, scratch)
+    }
+
+    /// [`Self::sample`] of the tokens in `allowed`, where it is given: the logits of others count as -inf, but in what is
+    /// reported.
+    fn sample_among(
+        &self,
+        logits: &[f32],
+        allowed: Option<&TokenSet>,
+        history: History,
+        scratch: &mut Scratch,
+    ) -> Result<Sampled, SamplingError> {
         if let Some(at) = logits.iter().position(|x| x.is_nan() || *x == f32::INFINITY) {
             return Err(SamplingError::Broken { token: at as u32, logit: logits[at] });
         }
-        let most_probable = argmax(logits).ok_or(SamplingError::NothingAllowed { vocab_size: logits.len() })?;
-
-        let token = if self.params.has_penalties() {
-            let mut penalised = std::mem::take(&mut scratch.logits);
-            penalised.clear();
-            penalised.extend_from_slice(logits);
-            self.penalise(&mut penalised, history, &mut scratch.counts);
-            // Penalties never forbid the last allowed token: they keep finite logits finite.
-            let most_probable = argmax(&penalised).unwrap_or(most_probable);
-            let token = self.choose(&penalised, most_probable, history, scratch);
-            scratch.logits = penalised;
-            token
+        let choose = |logits: &[f32], scratch: &mut Scratch| {
+            let most_probable = argmax(logits).ok_or(SamplingError::NothingAllowed { vocab_size: logits.len() })?;
+            Ok(self.choose(logits, most_probable, history, scratch))
+        };
+        let token = if self.params.has_penalties() || !self.params.logit_bias.is_empty() || allowed.is_some() {
+            let mut changed = std::mem::take(&mut scratch.logits);
+            changed.clear();
+            changed.extend_from_slice(logits);
+            // Bias and penalties never forbid the last allowed token: they keep finite logits finite.
+            self.bias(&mut changed);
+            if let Some(allowed) = allowed {
+                forbid_others(&mut changed, allowed);
+            }
+            self.penalise(&mut changed, history, &mut scratch.counts);
+            let token = choose(&changed, scratch);
+            scratch.logits = changed;
+            token?
         } else {
-            self.choose(logits, most_probable, history, scratch)
+            choose(logits, scratch)?
         };
 
-        let (mut logprob, mut top_logprobs) = (None, Vec::new());
+        let (mut logprob, mut rank, mut top_logprobs) = (None, None, Vec::new());
         if let Some(count) = self.params.logprobs {
             let log_total = log_sum_exp(logits, &mut scratch.weights);
             let of = |logit: f32| (f64::from(logit) - log_total) as f32;
             logprob = Some(of(logits[token as usize]));
+            rank = Some(rank_of(logits, token));
             keep_largest(tokens(logits), count, &mut scratch.largest);
             top_logprobs = (scratch.largest.iter()).map(|&(token, logit)| (token, of(logit))).collect();
         }
-        Ok(Sampled { token, logprob, top_logprobs })
+        Ok(Sampled { token, logprob, rank, top_logprobs })
     }
 
     /// Greedy, or the draw.
@@ -138,6 +177,15 @@ impl Sampler {
         self.candidates(logits, logits[most_probable as usize], scratch);
         let uniform = uniform(self.seed, history.generated.len() as u64);
         draw(&scratch.candidates, uniform).unwrap_or(most_probable)
+    }
+
+    /// As `logit_bias` in OpenAI's API.
+    fn bias(&self, logits: &mut [f32]) {
+        for &(token, bias) in &self.params.logit_bias {
+            if let Some(logit) = logits.get_mut(token as usize) {
+                *logit = keep_finite(*logit, *logit + bias);
+            }
+        }
     }
 
     /// Repetition penalty as in Keskar et al. 2019 and HF's `RepetitionPenaltyLogitsProcessor`; frequency and presence
@@ -310,6 +358,28 @@ pub(crate) fn largest_of(few: &[(u32, f32)], count: usize) -> Vec<(u32, f32)> {
     let mut largest = Vec::new();
     keep_largest(few.iter().copied(), count, &mut largest);
     largest
+}
+
+/// The `count` most probable tokens of a row, in the same order.
+pub(crate) fn most_probable(logits: &[f32], count: usize) -> Vec<u32> {
+    let mut largest = Vec::new();
+    keep_largest(tokens(logits), count, &mut largest);
+    largest.into_iter().map(|t| t.0).collect()
+}
+
+/// How many tokens have at least the logit of `token`, itself counted.
+pub(crate) fn rank_of(logits: &[f32], token: u32) -> usize {
+    let logit = logits[token as usize];
+    logits.iter().filter(|other| **other >= logit).count()
+}
+
+/// Makes the logits of tokens that are not in `allowed` -inf.
+fn forbid_others(logits: &mut [f32], allowed: &TokenSet) {
+    let words = allowed.words().iter().copied().chain(std::iter::repeat(0));
+    for (logits, word) in logits.chunks_mut(u32::BITS as usize).zip(words).filter(|(_, word)| *word != u32::MAX) {
+        let others = logits.iter_mut().enumerate().filter(|(bit, _)| word >> bit & 1 == 0);
+        others.for_each(|(_, logit)| *logit = f32::NEG_INFINITY);
+    }
 }
 
 /// Tokens and their logits.
@@ -869,6 +939,60 @@ mod tests {
         assert_eq!(sampled.top_logprobs.len(), 4);
     }
 
+    proptest! {
+        #[test]
+        fn what_is_allowed_and_biased_is_chosen_as_if_the_logits_were_so(
+            logits in logits(),
+            temperature in prop_oneof![Just(0.0f32), 0.1f32..3.0],
+            top_k in prop_oneof![Just(0usize), 1usize..80],
+            top_p in prop_oneof![Just(1.0f32), 0.01f32..0.99],
+            repetition_penalty in prop_oneof![Just(1.0f32), 0.5f32..2.0],
+            bias in prop::collection::btree_map(0u32..320, -100.0f32..=100.0, 0..8),
+            allowed in prop::option::of(prop::collection::vec(any::<u32>(), 0..12)),
+            generated in prop::collection::vec(0u32..310, 0..20),
+            seed: u64,
+        ) {
+            let allowed = allowed.map(TokenSet::from_words);
+            let mut changed = logits.clone();
+            for (token, logit) in (0u32..).zip(&mut changed) {
+                *logit += bias.get(&token).unwrap_or(&0.0);
+                if allowed.as_ref().is_some_and(|set| !set.contains(token)) {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
+            let params = SamplingParams {
+                temperature, top_k, top_p, repetition_penalty, seed: Some(seed), ..SamplingParams::default()
+            };
+            let history = History { prompt: &[], generated: &generated };
+            let expected = sampler(params.clone()).sample(&changed, history, &mut Scratch::default()).map(|s| s.token);
+            let params = SamplingParams { logit_bias: bias.into_iter().collect(), logprobs: Some(2), ..params };
+            let sampler = sampler(params);
+            let draw = Draw { sampler: &sampler, history, allowed: allowed.as_ref() };
+            let got = draw.choose(&logits, &mut Scratch::default());
+            prop_assert_eq!(got.as_ref().map(|s| s.token).map_err(Clone::clone), expected);
+            // What is reported is of the logits as they came.
+            if let Ok(got) = got {
+                let own = f64::from(logits[got.token as usize]);
+                let total = logits.iter().map(|&v| f64::from(v).exp()).sum::<f64>().ln();
+                prop_assert!((f64::from(got.logprob.unwrap()) - (own - total)).abs() < 1e-4);
+                prop_assert_eq!(got.rank.unwrap(), logits.iter().filter(|v| f64::from(**v) >= own).count());
+                prop_assert!(got.top_logprobs.iter().enumerate().all(|(i, t)| rank_of(&logits, t.0) > i));
+            }
+        }
+    }
+
+    #[test]
+    fn a_bias_does_not_bring_back_what_is_forbidden() {
+        let params = SamplingParams { logit_bias: vec![(0, 100.0), (1, 100.0)], ..SamplingParams::greedy() };
+        let (sampler, set) = (sampler(params), TokenSet::from_words(vec![0b101]));
+        let draw = |allowed| Draw { sampler: &sampler, history: History::default(), allowed };
+        let choose = |allowed| draw(allowed).choose(&[f32::NEG_INFINITY, 0.0, 1.0], &mut Scratch::default());
+        assert_eq!(choose(None).unwrap().token, 1);
+        assert_eq!(choose(Some(&set)).unwrap().token, 2);
+        let none = TokenSet::from_words(vec![0b1]);
+        assert_eq!(choose(Some(&none)).unwrap_err(), SamplingError::NothingAllowed { vocab_size: 3 });
+    }
+
     #[test]
     fn log_probabilities_are_of_the_raw_logits() {
         let logits = [1.0, 3.0, f32::NEG_INFINITY, 3.0, -2.0];
@@ -880,12 +1004,14 @@ mod tests {
         assert_eq!(sampled.token, 3);
         let close = |got: f32, p: f64| (f64::from(got) - p.ln()).abs() < 1e-6;
         assert!(close(sampled.logprob.unwrap(), expected[3]));
+        assert_eq!(sampled.rank, Some(2), "one as probable");
         let tokens: Vec<u32> = sampled.top_logprobs.iter().map(|t| t.0).collect();
         assert_eq!(tokens, [1, 3, 0]);
         assert!(sampled.top_logprobs.iter().all(|&(token, logprob)| close(logprob, expected[token as usize])));
 
         let none = sample(SamplingParams { logprobs: Some(0), ..seeded() }, &logits).unwrap();
         assert!(none.logprob.is_some() && none.top_logprobs.is_empty());
-        assert_eq!(sample(seeded(), &logits).unwrap().logprob, None);
+        let unasked = sample(seeded(), &logits).unwrap();
+        assert_eq!((unasked.logprob, unasked.rank), (None, None));
     }
 }

@@ -9,6 +9,17 @@ pub struct TokenScore {
     pub is_greedy: bool,
 }
 
+/// How probable a token is where it stands, and which others are.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RankedScore {
+    /// Natural log of its probability.
+    pub log_prob: f64,
+    /// How many tokens are at least as probable; 1 is the most probable.
+    pub rank: usize,
+    /// The most probable tokens and the logs of their probabilities, the most probable first, of equal ones the lower id.
+    pub top: Vec<(u32, f64)>,
+}
+
 /// The score of `token` under the softmax of `logits`, in f64.
 #[must_use]
 pub fn score_row(logits: &[f32], token: u32) -> TokenScore {

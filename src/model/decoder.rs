@@ -177,10 +177,25 @@ impl<B: Backend> Decoder<B> {
         })
     }
 
+    /// Bytes of a page of the cache, over all layers, where keys and values are kept as the checkpoint says it, else as `format`.
+    #[must_use]
+    pub fn page_bytes(&self, format: KvFormat) -> usize {
+        let layer = |(shape, own): &(LayerCache, Option<KvFormat>)| {
+            shape.kv_heads * (shape.head_dim + shape.value_dim) * PAGE * own.unwrap_or(format).bytes()
+        };
+        self.caches.iter().map(layer).sum()
+    }
+
     /// Bytes that recurrent layers keep of one sequence; 0 where there are none.
     #[must_use]
     pub fn state_bytes(&self) -> usize {
         self.recurrent.iter().map(RecurrentShape::bytes).sum()
+    }
+
+    /// The longest sequence that it is computed for, where RoPE's rule has a bound (dynamic scaling).
+    #[must_use]
+    pub fn context_bound(&self) -> Option<usize> {
+        self.config.ropes.iter().filter_map(|(rope, _)| rope.bound()).min()
     }
 
     /// How keys and values are kept: as the checkpoint says it, else as `format`.
@@ -194,8 +209,7 @@ impl<B: Backend> Decoder<B> {
     /// # Errors
     /// A sequence longer than dynamic RoPE is computed for, or the backend's own failure.
     pub fn pass(&self, batch: &Batch) -> backend::Result<B::Pass> {
-        let bound = self.config.ropes.iter().filter_map(|(rope, _)| rope.bound()).min();
-        if let Some(bound) = bound.filter(|&bound| batch.reach() > bound) {
+        if let Some(bound) = self.context_bound().filter(|&bound| batch.reach() > bound) {
             return Err(BackendError::Failed {
                 context: "RoPE",
                 message: format!(

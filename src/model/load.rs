@@ -11,8 +11,8 @@ use super::config::{
 use super::decoder::{Decoder, LoadError};
 use super::layer::{Attention, DeltaNet, Inputs, Latent, Layer, Mamba, Mixer, Mixture, Mlp, Step};
 use crate::backend::{
-    AttentionShape, Backend, BackendError, DeltaNetShape, DeltaNetWeights, LayerCache, Mamba2Shape, Mamba2Weights,
-    Named, RecurrentShape, Rotation, Run,
+    AttentionShape, Backend, DeltaNetShape, DeltaNetWeights, LayerCache, Mamba2Shape, Mamba2Weights, Named,
+    RecurrentShape, Rotation, Run,
 };
 use crate::checkpoint::resolve::LinearRole;
 use crate::checkpoint::{Checkpoint, CheckpointError};
@@ -108,9 +108,6 @@ impl<B: Backend> Decoder<B> {
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self, LoadError> {
         let config = source.config()?;
-        if let Some(feature) = config.features().into_iter().find(|f| !backend.has(*f)) {
-            return Err(BackendError::Lacks { backend: backend.name(), what: feature.name() }.into());
-        }
         let roles = config.modules().into_iter().map(|m| (m.name, m.role)).collect();
         let shapes = config.vectors().into_iter().collect();
         let mut loader = Loader {

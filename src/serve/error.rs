@@ -5,7 +5,9 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
+use crate::backend::BackendError;
 use crate::engine::EngineError;
+use crate::logits::SamplingError;
 use crate::text::TextError;
 
 /// An error of one request.
@@ -42,6 +44,14 @@ impl ApiError {
         Self { param: Some(param.into()), ..Self::bad(message) }
     }
 
+    /// The prompt is longer than the model's context.
+    #[must_use]
+    pub fn too_long(prompt: usize, context: usize) -> Self {
+        let message =
+            format!("the prompt has {prompt} tokens, but this model's maximum context length is {context} tokens");
+        Self { code: Some("context_length_exceeded"), ..Self::bad(message) }
+    }
+
     /// The body is larger than is read.
     #[must_use]
     pub fn too_large(limit: usize) -> Self {
@@ -54,6 +64,19 @@ impl ApiError {
     pub fn unauthorized(message: impl Into<String>) -> Self {
         let code = Some("invalid_api_key");
         Self { code, ..Self::new(StatusCode::UNAUTHORIZED, "invalid_request_error", message) }
+    }
+
+    /// Not for whoever asks.
+    #[must_use]
+    pub fn forbidden(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "invalid_request_error", message)
+    }
+
+    /// The body is packed.
+    #[must_use]
+    pub fn encoding() -> Self {
+        let message = "bodies are read as they are; send it without Content-Encoding";
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error", message)
     }
 
     /// There is no model of that name.
@@ -81,7 +104,8 @@ impl ApiError {
     /// More requests wait than are let in; 503, so that a router tries another replica.
     #[must_use]
     pub fn full(waiting: usize) -> Self {
-        let message = format!("{waiting} sequences run or wait, as many as are let in (--max-num-seqs and --max-queue)");
+        let message =
+            format!("{waiting} sequences run or wait, as many as are let in (--max-num-seqs and --max-queue)");
         let full = Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message);
         Self { code: Some("overloaded"), retry_after: Some(1), ..full }
     }
@@ -98,6 +122,12 @@ impl ApiError {
     #[must_use]
     pub fn failed(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
+    }
+
+    /// The engine is no more.
+    #[must_use]
+    pub fn stopped() -> Self {
+        Self::failed("the engine has stopped; the server's log says why")
     }
 
     /// The body that OpenAI's clients read; also an event of a stream that has begun.
@@ -131,15 +161,10 @@ impl From<EngineError> for ApiError {
     fn from(error: EngineError) -> Self {
         let message = error.to_string();
         match error {
-            EngineError::PromptTooLong { prompt, capacity } => Self {
-                code: Some("context_length_exceeded"),
-                ..Self::bad(format!(
-                    "the prompt has {prompt} tokens, but this model's maximum context length is {capacity} tokens"
-                ))
-            },
-            EngineError::EmptyPrompt | EngineError::Text(_) | EngineError::Sampling(_) => Self::bad(message),
-            EngineError::Backend(_) => Self::failed(message),
-            #[allow(unreachable_patterns)]
+            EngineError::PromptTooLong { prompt, capacity } => Self::too_long(prompt, capacity),
+            EngineError::Sampling(SamplingError::Broken { .. }) | EngineError::Backend(BackendError::Failed { .. }) => {
+                Self::failed(message)
+            }
             _ => Self::bad(message),
         }
     }

@@ -12,6 +12,11 @@ use super::{StreamDecoder, TextError, Tokenizer};
 #[derive(Debug, Clone)]
 pub struct StopDecoder {
     stops: Vec<String>,
+    /// The one that ends the answer stays in its text.
+    keeps_stop: bool,
+    /// Tokens before which no stop string counts, and how many there were.
+    least: usize,
+    taken: usize,
     /// The text as it is shown.
     shown: StreamDecoder,
     /// The text with special tokens.
@@ -20,6 +25,8 @@ pub struct StopDecoder {
     held: String,
     /// The end of the whole text, too short to hold a stop string.
     tail: String,
+    /// Bytes of `held` and of `tail` in which stop strings did not count.
+    ignored: [usize; 2],
     /// The text after which stop strings count, if not from the start, and what was written until now.
     after: Option<(String, String)>,
     /// `after` of a new answer.
@@ -52,14 +59,43 @@ impl StopDecoder {
         }
         Ok(StopDecoder {
             stops: stops.iter().map(|stop| stop.as_ref().to_owned()).collect(),
+            keeps_stop: false,
+            least: 0,
+            taken: 0,
             shown: tokenizer.stream_decoder(true),
             whole: tokenizer.stream_decoder(false),
             held: String::new(),
             tail: String::new(),
+            ignored: [0; 2],
             after: after.map(|after| (after.to_owned(), String::new())),
             after_at_first: after.map(str::to_owned),
             stopped: false,
         })
+    }
+
+    /// No stop string counts that is there before `tokens` tokens are (vLLM's `min_tokens`).
+    #[must_use]
+    pub fn from_token(self, tokens: usize) -> StopDecoder {
+        StopDecoder { least: tokens, ..self }
+    }
+
+    /// The stop string that ends the answer stays in its text, as far as special tokens are part of it (vLLM's
+    /// `include_stop_str_in_output`): the text ends behind it.
+    #[must_use]
+    pub fn keeping_stop(self) -> StopDecoder {
+        StopDecoder { keeps_stop: true, ..self }
+    }
+
+    /// Special tokens are part of the text that is shown.
+    #[must_use]
+    pub fn showing_special(self) -> StopDecoder {
+        StopDecoder { shown: self.whole.clone(), ..self }
+    }
+
+    /// Whether the text after which stop strings count is still to come.
+    #[must_use]
+    pub fn is_thinking(&self) -> bool {
+        self.after.is_some()
     }
 
     /// Takes the next id. After a stop string was found, everything further is ignored.
@@ -70,8 +106,10 @@ impl StopDecoder {
         if self.stopped {
             return Ok(StopStep::default());
         }
+        self.taken += 1;
         let piece = self.shown.push(id)?.unwrap_or_default();
         if self.stops.is_empty() {
+            self.thought(&piece);
             return Ok(StopStep { text: piece, stop: None });
         }
         let whole = self.whole.push(id)?.unwrap_or_default();
@@ -85,10 +123,20 @@ impl StopDecoder {
         // What the decoders wait for counts as if the answer ended here: a byte token is a line end whatever follows.
         let text = self.held.clone() + &self.shown.pending()?;
         let whole = self.tail.clone() + &self.whole.pending()?;
-        if let Some(index) = self.stops.iter().position(|stop| whole.contains(stop) || text.contains(stop)) {
+        let [in_text, in_whole] = self.ignored;
+        let is_there = |stop: &String| find(&whole, stop, in_whole).is_some() || find(&text, stop, in_text).is_some();
+        if self.taken <= self.least {
+            self.ignored = [self.held.len(), self.tail.len()];
+        } else if let Some(index) = self.stops.iter().position(is_there) {
             self.stopped = true;
             self.held.clear();
-            return Ok(StopStep { text: thought + cut(&text, &self.stops), stop: Some(index) });
+            let stop = &self.stops[index];
+            let text = match find(&text, stop, in_text) {
+                Some(at) if self.keeps_stop => &text[..at + stop.len()],
+                None if self.keeps_stop => &text,
+                _ => cut(&text, &self.stops, in_text),
+            };
+            return Ok(StopStep { text: thought + text, stop: Some(index) });
         }
         let longest = self.stops.iter().map(String::len).max().unwrap_or(0);
         let surplus = self.tail.len().saturating_sub(longest);
@@ -96,6 +144,7 @@ impl StopDecoder {
         self.tail.drain(..surplus);
         let keep = self.stops.iter().map(|stop| begun(&self.held, stop)).max().unwrap_or(0);
         let certain: String = self.held.drain(..self.held.len() - keep).collect();
+        self.ignored = [self.ignored[0].saturating_sub(certain.len()), self.ignored[1].saturating_sub(surplus)];
         Ok(StopStep { text: thought + &certain, stop: None })
     }
 
@@ -118,15 +167,24 @@ impl StopDecoder {
         let rest = self.shown.finish()?.unwrap_or_default();
         self.whole.finish()?;
         self.tail.clear();
+        (self.taken, self.ignored) = (0, [0; 2]);
         self.after = self.after_at_first.clone().map(|after| (after, String::new()));
         let held = std::mem::take(&mut self.held);
         Ok(if std::mem::take(&mut self.stopped) { String::new() } else { held + &rest })
     }
 }
 
-/// The text before the stop strings: cut at the first place of each, one after the other.
-fn cut<'a>(text: &'a str, stops: &[String]) -> &'a str {
-    stops.iter().fold(text, |text, stop| text.split(stop.as_str()).next().unwrap_or(text))
+/// The text before the stop strings: cut at the first place of each, one after the other; those that end within the first
+/// `ignored` bytes do not count.
+fn cut<'a>(text: &'a str, stops: &[String], ignored: usize) -> &'a str {
+    stops.iter().fold(text, |text, stop| find(text, stop, ignored).map_or(text, |at| &text[..at]))
+}
+
+/// Where `stop` stands first in `text` and ends behind the first `ignored` bytes.
+fn find(text: &str, stop: &str, ignored: usize) -> Option<usize> {
+    let first = (ignored + 1).saturating_sub(stop.len());
+    let first = (first..=text.len()).find(|&at| text.is_char_boundary(at))?;
+    text[first..].find(stop).map(|at| first + at)
 }
 
 /// Bytes at the end of `text` that begin `stop`, at most; never all of `stop`.
@@ -159,21 +217,29 @@ mod tests {
     }
 
     /// The definition, with all text before us: (text, whether stopped, tokens used).
-    fn naive(ids: &[usize], stops: &[String]) -> (String, bool, usize) {
+    fn naive(ids: &[usize], stops: &[String], least: usize) -> (String, bool, usize) {
         let text = |ids: &[usize], special: bool| -> String {
             ids.iter().map(|&id| TOKENS[id]).filter(|t| special || *t != "<end>").collect()
         };
-        for n in 1..=ids.len() {
+        // All places of a stop string that end after the first tokens.
+        let first = |whole: &str, stop: &String, special| {
+            let ignored = text(&ids[..least.min(ids.len())], special).len();
+            let mut places = (0..whole.len()).filter(|&at| whole.is_char_boundary(at) && whole[at..].starts_with(stop));
+            places.find(|at| at + stop.len() > ignored)
+        };
+        for n in least + 1..=ids.len() {
             let (whole, shown) = (text(&ids[..n], true), text(&ids[..n], false));
-            if stops.iter().any(|stop| whole.contains(stop) || shown.contains(stop)) {
-                return (cut(&shown, stops).to_owned(), true, n);
+            if stops.iter().any(|stop| first(&whole, stop, true).or(first(&shown, stop, false)).is_some()) {
+                let cut =
+                    |kept: String, stop| first(&kept, stop, false).map_or(kept.clone(), |at| kept[..at].to_owned());
+                return (stops.iter().fold(shown, cut), true, n);
             }
         }
         (text(ids, false), false, ids.len())
     }
 
-    fn streamed(tokenizer: &Tokenizer, ids: &[usize], stops: &[String]) -> (String, bool, usize) {
-        let mut decoder = StopDecoder::new(tokenizer, stops, None).unwrap();
+    fn streamed(tokenizer: &Tokenizer, ids: &[usize], stops: &[String], least: usize) -> (String, bool, usize) {
+        let mut decoder = StopDecoder::new(tokenizer, stops, None).unwrap().from_token(least);
         let mut shown = String::new();
         for (n, &id) in ids.iter().enumerate() {
             let step = decoder.push(id as u32).unwrap();
@@ -193,10 +259,11 @@ mod tests {
         fn a_stream_gives_what_the_definition_gives_for_the_whole_text(
             ids in prop::collection::vec(0..TOKENS.len(), 0..12),
             stops in prop::collection::vec("[abc€₭]{1,4}|[ab]{0,2}<end>[ab]{0,1}", 0..4),
+            least in prop_oneof![Just(0), 0usize..8],
         ) {
             thread_local!(static TOKENIZER: Tokenizer = tokenizer());
             TOKENIZER.with(|tokenizer| {
-                prop_assert_eq!(streamed(tokenizer, &ids, &stops), naive(&ids, &stops));
+                prop_assert_eq!(streamed(tokenizer, &ids, &stops, least), naive(&ids, &stops, least));
                 Ok(())
             })?;
         }
@@ -205,7 +272,7 @@ mod tests {
     /// Text, whether it stopped, tokens used; tokens by their strings.
     fn answer(tokens: &[&str], stops: &[&str]) -> (String, bool, usize) {
         let ids: Vec<usize> = tokens.iter().map(|t| TOKENS.iter().position(|known| known == t).unwrap()).collect();
-        streamed(&tokenizer(), &ids, &stops.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>())
+        streamed(&tokenizer(), &ids, &stops.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>(), 0)
     }
 
     /// By the rule in its source (0.4.13: MultiTokenEOSCriteria finds, postprocess_generated_text cuts), read and worked out by
@@ -239,6 +306,49 @@ mod tests {
             assert_eq!(step.stop.is_some(), n == 5, "{token}");
         }
         assert_eq!(shown + &decoder.finish().unwrap(), "abc€aa");
+    }
+
+    fn pushed(decoder: &mut StopDecoder, tokens: &[&str]) -> (String, Option<usize>) {
+        let mut shown = String::new();
+        for token in tokens {
+            let step = decoder.push(TOKENS.iter().position(|known| known == token).unwrap() as u32).unwrap();
+            shown += &step.text;
+            if step.stop.is_some() {
+                return (shown, step.stop);
+            }
+        }
+        (shown + &decoder.finish().unwrap(), None)
+    }
+
+    #[test]
+    fn the_stop_string_may_stay_in_the_text() {
+        let keeping = |stops: &[&str]| StopDecoder::new(&tokenizer(), stops, None).unwrap().keeping_stop();
+        let is = |text: &str, stop| (text.to_owned(), Some(stop));
+        // What follows it in its token goes.
+        assert_eq!(pushed(&mut keeping(&["c", "ab"]), &["b", "ab", "a"]), is("bab", 1));
+        assert_eq!(pushed(&mut keeping(&["ab"]), &["b", "abc"]), is("bab", 0));
+        // A special token is shown where special tokens are.
+        assert_eq!(pushed(&mut keeping(&["a<end>"]), &["b", "a", "<end>"]), is("ba", 0));
+        assert_eq!(pushed(&mut keeping(&["a<end>"]).showing_special(), &["b", "a", "<end>"]), is("ba<end>", 0));
+    }
+
+    #[test]
+    fn special_tokens_are_shown_where_they_are_asked_for() {
+        let shown = |decoder: StopDecoder| pushed(&mut decoder.showing_special(), &["a", "<end>", "b"]).0;
+        assert_eq!(shown(StopDecoder::new::<&str>(&tokenizer(), &[], None).unwrap()), "a<end>b");
+        assert_eq!(shown(StopDecoder::new(&tokenizer(), &["c"], None).unwrap()), "a<end>b");
+    }
+
+    #[test]
+    fn thinking_ends_where_its_mark_is_with_stop_strings_or_without() {
+        for stops in [&["b"][..], &[]] {
+            let mut decoder = StopDecoder::new(&tokenizer(), stops, Some("c€")).unwrap();
+            let mut thinking = |token| {
+                decoder.push(TOKENS.iter().position(|known| *known == token).unwrap() as u32).unwrap();
+                decoder.is_thinking()
+            };
+            assert_eq!(["b", "c", "€", "a"].map(&mut thinking), [true, true, false, false]);
+        }
     }
 
     #[test]

@@ -1,8 +1,7 @@
 //! Text from token ids while they arrive: gives out only what no later id can change.
 
-use std::sync::LazyLock;
-
 use super::clean_up::CleanUp;
+use super::token_bytes::{is_byte_token, push_token_bytes};
 use super::tokenizer::Decoding;
 use super::{TextError, Tokenizer};
 
@@ -177,46 +176,6 @@ fn take_certain(pending: &mut Vec<u8>) -> String {
     text
 }
 
-/// Appends the bytes of a token of a byte-level vocabulary.
-/// Source: tokenizers 0.23, `ByteLevel::decode_chain`: a token with a character outside the alphabet (an added token)
-/// stands for itself.
-fn push_token_bytes(token: &str, bytes: &mut Vec<u8>) {
-    let start = bytes.len();
-    for c in token.chars() {
-        match BYTE_OF_CHAR.get(c as usize) {
-            Some(Some(byte)) => bytes.push(*byte),
-            _ => {
-                bytes.truncate(start);
-                bytes.extend_from_slice(token.as_bytes());
-                return;
-            }
-        }
-    }
-}
-
-/// The byte that a character of the byte-level alphabet stands for, by code point: printable Latin-1 characters stand
-/// for themselves, U+0100 and up for the remaining bytes in their order.
-/// Source: GPT-2, encoder.py, `bytes_to_unicode`.
-static BYTE_OF_CHAR: LazyLock<Vec<Option<u8>>> = LazyLock::new(|| {
-    let mut table = vec![None; 0x100];
-    for byte in 0..=u8::MAX {
-        match byte {
-            b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF => table[usize::from(byte)] = Some(byte),
-            _ => table.push(Some(byte)),
-        }
-    }
-    table
-});
-
-/// Whether the decoder `ByteFallback` reads this token as one byte (`<0xE4>`).
-/// Source: tokenizers 0.23, `ByteFallback::decode_chain`.
-fn is_byte_token(token: &str) -> bool {
-    token.len() == 6
-        && token.starts_with("<0x")
-        && token.ends_with('>')
-        && token.get(3..5).is_some_and(|hex| u8::from_str_radix(hex, 16).is_ok())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -249,15 +208,5 @@ mod tests {
             let all = pieces.concat();
             prop_assert_eq!(text, String::from_utf8_lossy(&all));
         }
-    }
-
-    #[test]
-    fn the_alphabet_has_every_byte_once() {
-        let mut bytes: Vec<u8> = BYTE_OF_CHAR.iter().flatten().copied().collect();
-        bytes.sort_unstable();
-        assert_eq!(bytes, (0..=255).collect::<Vec<u8>>());
-        let mut space = Vec::new();
-        push_token_bytes("Ġa", &mut space);
-        assert_eq!(space, b" a");
     }
 }

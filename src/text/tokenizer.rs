@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use recoup_ground::foreign::foreign;
 use recoup_ground::records::without_mark;
@@ -16,6 +16,7 @@ use super::clean_up::clean_up;
 use super::rebuild::{finish, fix_mistral_regex, rebuild};
 use super::settings::{Flags, read_json_object};
 use super::special_tokens::{Configured, EXTRA, Token};
+use super::token_bytes::{Around, around};
 use super::{SpecialTokens, StreamDecoder, TextError};
 
 /// A tokenizer with its named special tokens. A clone is cheap and shares everything.
@@ -38,6 +39,8 @@ struct Inner {
     cleans_up: bool,
     /// The text at which CodeLlama's class of transformers rearranges a prompt.
     fill: Option<String>,
+    /// What stands around a token whose text is asked for.
+    around: OnceLock<Option<Around>>,
     notes: Vec<String>,
 }
 
@@ -144,6 +147,7 @@ impl Tokenizer {
                 decoding,
                 cleans_up,
                 fill,
+                around: OnceLock::new(),
                 notes,
             }),
             shown: Arc::default(),
@@ -254,6 +258,27 @@ impl Tokenizer {
     /// Whether `skip_special` leaves this id out.
     pub fn is_special(&self, id: u32) -> bool {
         self.inner.special_ids.contains(&id) && !self.shown.contains(&id)
+    }
+
+    /// Whether this id is a special token, shown or not.
+    pub(super) fn is_special_by_file(&self, id: u32) -> bool {
+        self.inner.special_ids.contains(&id)
+    }
+
+    /// Whether this id was added to the vocabulary: no text is made of several tokens where it is one.
+    pub(super) fn is_added(&self, id: u32) -> bool {
+        self.inner.hf.get_added_vocabulary().simple_id_to_token(id).is_some()
+    }
+
+    /// An error about what the vocabulary cannot be used for.
+    pub(super) fn unfit(&self, detail: &str) -> TextError {
+        let detail = format!("its vocabulary cannot be held to grammars: {detail}");
+        TextError::Invalid { path: self.inner.path.clone(), detail }
+    }
+
+    /// A token to put around another, to see what the decoder makes of that.
+    pub(super) fn around(&self) -> Option<&Around> {
+        self.inner.around.get_or_init(|| around(self)).as_ref()
     }
 
     /// What a person should know about these files: settings that are not applied, tokens that are new to the model.

@@ -9,6 +9,7 @@ use crate::support::command::{
 };
 #[cfg(unix)]
 use crate::support::held::Held;
+use crate::support::http::Server;
 
 #[cfg(unix)]
 #[test]
@@ -199,6 +200,51 @@ fn names_that_mean_nothing_are_answered_with_the_nearest() {
 }
 
 /// A server that answers nothing.
+/// Our own server, asked by our own client: the same scores as without either, but for what f32 has fewer digits.
+#[test]
+fn a_served_model_has_the_scores_of_the_model() {
+    let rows: String =
+        ["It was a dark and stormy", "The king said to the", "She looked at him and", "In the beginning there"]
+            .iter()
+            .map(|q| {
+                format!(
+                    "{{\"question\": \"{q}\", \"choices\": [\"night\", \"man who came\", \"piano\"], \"answer\": 1}}\n"
+                )
+            })
+            .collect();
+    let task = OwnTask::new(YAML, &rows);
+    let server = Server::start(&[BF16]);
+    let url = format!("http://{}/v1", server.address);
+    let logged = |model: &str, out: &str| {
+        let folder = task.0.name(out);
+        succeed(&["eval", model, "--include-path", task.0.path().to_str().unwrap(), "--tasks", "mine", "-o", &folder]);
+        let results = task.0.json(format!("{out}/results.json"));
+        (results["results"]["mine"].clone(), task.0.read(format!("{out}/responses.jsonl")))
+    };
+    let ((local, own), (remote, served)) = (logged(BF16, "local"), logged(&url, "served"));
+    assert_eq!(local, remote);
+    let scores = |text: &str| -> Vec<f64> {
+        let row = |line: &str| serde_json::from_str::<serde_json::Value>(line).ok();
+        text.lines().filter_map(row).filter_map(|r| find_number(&r, "log_likelihood")).collect()
+    };
+    let (own, served) = (scores(&own), scores(&served));
+    assert_eq!((own.len(), served.len()), (12, 12));
+    for (a, b) in own.iter().zip(&served) {
+        assert!((a - b).abs() < 1e-4, "{a} {b}");
+    }
+}
+
+/// The number under a key, however deep.
+fn find_number(value: &serde_json::Value, key: &str) -> Option<f64> {
+    match value {
+        serde_json::Value::Object(map) => {
+            map.get(key).and_then(serde_json::Value::as_f64).or_else(|| map.values().find_map(|v| find_number(v, key)))
+        }
+        serde_json::Value::Array(list) => list.iter().find_map(|v| find_number(v, key)),
+        _ => None,
+    }
+}
+
 #[test]
 fn a_silent_server_is_given_up_on() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

@@ -13,5 +13,6 @@ mod output;
 mod pretrain;
 mod quantize;
 mod recover;
+mod serve;
 mod settings;
 mod verify;

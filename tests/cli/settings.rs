@@ -286,3 +286,13 @@ fn a_data_folder_that_lacks_a_file_is_no_reason_to_take_the_shipped_sample() {
     assert_eq!(answers, PLAIN[1..]);
     assert!(!said.contains("not in the data folder"), "{said}");
 }
+
+#[test]
+fn shells_are_told_every_verb() {
+    for shell in ["bash", "zsh", "fish"] {
+        let (script, _) = succeed(&["completions", shell]);
+        for verb in ["serve", "verify", "quantize", "--max-model-len"] {
+            assert!(script.contains(verb.trim_start_matches("--")), "{shell} is not told of {verb}");
+        }
+    }
+}

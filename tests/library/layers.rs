@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::support::project;
 
 /// What each layer may use of the others.
-const ALLOWED: [(&str, &[&str]); 16] = [
+const ALLOWED: [(&str, &[&str]); 17] = [
     ("formats", &["random"]),
     ("random", &[]),
     ("logits", &["random"]),
@@ -25,7 +25,11 @@ const ALLOWED: [(&str, &[&str]); 16] = [
         "recover",
         &["formats", "random", "logits", "output", "checkpoint", "backend", "model", "text", "corpus", "engine"],
     ),
-    ("evaluate", &["formats", "random", "logits", "output", "checkpoint", "backend", "model", "text", "engine"]),
+    (
+        "evaluate",
+        &["formats", "random", "logits", "output", "checkpoint", "backend", "model", "text", "corpus", "engine"],
+    ),
+    ("serve", &["logits", "backend", "text", "engine"]),
     (
         "cli",
         &[
@@ -41,6 +45,7 @@ const ALLOWED: [(&str, &[&str]); 16] = [
             "recover",
             "engine",
             "evaluate",
+            "serve",
             "gguf",
         ],
     ),
@@ -88,13 +93,14 @@ fn every_layer_uses_only_what_lies_below_it() {
 }
 
 /// What runs on a device is handed in: all that knows of the CPU's kernels is behind the seam, or at the command line. Who
-/// evaluates, or asks a server, is no model and trains none.
+/// evaluates, or asks a server, is no model and trains none. What holds answers to grammars can be another.
 #[test]
-fn devices_evaluator_and_servers_are_named_where_they_belong() {
-    const NAMED: [(&str, [&str; 2]); 3] = [
+fn devices_evaluator_servers_and_grammars_are_named_where_they_belong() {
+    const NAMED: [(&str, [&str; 2]); 4] = [
         ("CpuBackend", ["backend", "cli"]),
         ("recoup_eval", ["evaluate", "cli"]),
         ("recoup_openai", ["evaluate", "cli"]),
+        ("llguidance::", ["text/grammar", "text/grammar"]),
     ];
     let src = project().join("src");
     let mut files = Vec::new();

@@ -235,7 +235,8 @@ impl Served {
         let request = Request { prompt: prompt.to_vec(), max_tokens: generate, sampling, ..Request::default() };
         let answered = answer(&mut engine, self.text.tokenizer(), request, &mut |_| ControlFlow::Continue(())).unwrap();
         let all: Vec<u32> = prompt.iter().copied().chain(answered.tokens.iter().map(|t| t.token)).collect();
-        let rows = |model: &Decoder<CpuBackend>| logits(model, &[all.clone()], KvFormat::F32, &mut || {}).unwrap();
+        let rows =
+            |model: &Decoder<CpuBackend>| logits(model, std::slice::from_ref(&all), KvFormat::F32, &mut || {}).unwrap();
         let (of_prompt, of_answer) = (rows(&self.model), self.decoding.as_ref().map(rows));
         let vocab = self.model.config.vocab;
         let place = |i: usize| {

@@ -8,6 +8,7 @@ pub mod fused;
 pub mod gguf;
 #[cfg(unix)]
 pub mod held;
+pub mod http;
 pub mod random;
 pub mod tiny;
 

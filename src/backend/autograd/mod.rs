@@ -25,7 +25,7 @@ pub use recurrent::{DeltaNet, Mamba};
 use self::operand::Precision;
 use super::{
     Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, DeltaInputs, DeltaNetShape, DeltaNetWeights,
-    Feature, Ffn, HostPass, Mamba2Shape, Mamba2Weights, Result, RopeTable, Rotation, Run, Span, one,
+    Ffn, HostPass, Mamba2Shape, Mamba2Weights, Result, RopeTable, Rotation, Run, Span, one,
 };
 use crate::formats::linear::{ActivationFormat, LinearTensors};
 use crate::logits::{RouterRule, Routing, TokenScore, score_row};
@@ -101,10 +101,6 @@ impl Backend for AutogradBackend {
 
     fn name(&self) -> &'static str {
         "training"
-    }
-
-    fn has(&self, _: Feature) -> bool {
-        true
     }
 
     fn load_vector(&self, values: Vec<f32>) -> Result<Norm> {

@@ -21,7 +21,7 @@ use recoup_ground::divergence::{Pair, RowError, compare_rows};
 
 use super::{
     Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, DeltaInputs, DeltaNetShape, DeltaNetWeights,
-    Feature, HostPass, Mamba2Shape, Mamba2Weights, PAGE, Result, RopeTable, Rotation, Run, Span, sample_rows,
+    HostPass, Mamba2Shape, Mamba2Weights, PAGE, Result, RopeTable, Rotation, Run, Span, sample_rows,
 };
 use crate::formats::linear::LinearTensors;
 use crate::formats::{all_finite, squares_finite};
@@ -140,10 +140,6 @@ impl Backend for CpuBackend {
 
     fn name(&self) -> &'static str {
         "CPU"
-    }
-
-    fn has(&self, _: Feature) -> bool {
-        true
     }
 
     fn load_vector(&self, values: Vec<f32>) -> Result<Vec<f32>> {

@@ -3,7 +3,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::driver::{Args, Device, Memory};
-use super::{CudaBackend, CudaCache, CudaPass, CudaTensor, kernel};
+use super::table::kernel;
+use super::{CudaBackend, CudaCache, CudaPass, CudaTensor};
 use crate::backend::{AttentionShape, Backend, BackendError, Batch, HeadParameters, PAGE, QueryGrowth, Result};
 use crate::formats::kv::KvFormat;
 

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use super::driver::{Device, Memory};
 use crate::backend::cpu::recurrent::RecurrentShape;
 use crate::backend::{BackendError, CacheLayout, LayerCache, PAGE, Result};
-use crate::formats::kv::KvFormat;
 
 /// Keys and values, tails and states of every layer.
 pub struct CudaCache {
@@ -32,11 +31,7 @@ pub(super) struct Recurrent {
 
 /// Bytes of one page's keys, and of its values.
 fn page_bytes(shape: &LayerCache) -> [usize; 2] {
-    let element = match shape.format {
-        KvFormat::F32 => 4,
-        KvFormat::Bf16 => 2,
-        KvFormat::Fp8 { .. } => 1,
-    };
+    let element = shape.format.bytes();
     [shape.head_dim, shape.value_dim].map(|d| element * shape.kv_heads * PAGE * d.next_multiple_of(16))
 }
 

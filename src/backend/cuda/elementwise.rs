@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::driver::{Args, Memory};
 use super::{CudaBackend, CudaTensor};
-use crate::backend::{Activation, Backend, BackendError, Feature, Result, Run, missing};
+use crate::backend::{Activation, Backend, BackendError, Result, Run};
 
 /// Lists of runs that are remembered at most.
 const REMEMBERED: usize = 4096;
@@ -31,7 +31,11 @@ impl CudaBackend {
             (Activation::Relu2, None) => (0, 0.0),
             (Activation::GeluTanh, Some(_)) => (1, 0.0),
             (Activation::ClampedSwiglu { limit }, Some(_)) => (2, limit),
-            _ => return missing(self, Feature::Activation(activation)),
+            (kind, up) => {
+                let gate = if up.is_some() { "with" } else { "without" };
+                let message = format!("{kind:?} {gate} a gate is no activation");
+                return Err(BackendError::Failed { context: "activate", message });
+            }
         };
         let x = self.own(self.settle(x)?)?;
         let up = up.map(|up| self.settled(up)).transpose()?;

@@ -5,8 +5,10 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::driver::{Args, Memory};
+use super::product::{format, scales_of};
+use super::table::{kernel, suffix};
 use super::weight::{Kind, STEP};
-use super::{CudaBackend, CudaLinear, CudaTensor, format, kernel, scales_of, suffix};
+use super::{CudaBackend, CudaLinear, CudaTensor};
 use crate::backend::{Activation, Backend, Ffn, Result, one};
 use crate::formats::linear::ActivationFormat;
 use crate::logits::RouterRule;

@@ -10,8 +10,10 @@ mod driver;
 mod elementwise;
 mod graph;
 mod mixture;
+mod product;
 mod recurrent;
 mod sample;
+mod table;
 mod weight;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,7 +21,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub use cache::CudaCache;
 pub use driver::Device;
 use driver::{Args, Memory};
+use product::Operand;
 pub use recurrent::{CudaDeltaNet, CudaMamba};
+pub use table::TABLE_TOKENS;
+use table::{KERNELS, kernel, suffix};
 pub use weight::CudaLinear;
 use weight::{Kind, STEP};
 
@@ -27,152 +32,15 @@ use recoup_ground::divergence::{Pair, RowError};
 
 use super::{
     Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, DeltaInputs, DeltaNetShape, DeltaNetWeights,
-    Feature, Ffn, HeadParameters, Mamba2Shape, Mamba2Weights, PAGE, Result, RopeTable, Rotation, Run, Span, Update,
-    exactly, expanded_by_parts, mixture_by_expert, one,
+    Ffn, HeadParameters, Mamba2Shape, Mamba2Weights, PAGE, Result, RopeTable, Rotation, Run, Span, Update, exactly,
+    expanded_by_parts, mixture_by_expert, one,
 };
-use crate::formats::e8m0::ScaleRule;
-use crate::formats::fp_quant::Method;
-use crate::formats::linear::{ActivationFormat, InputRotation, LinearTensors};
+use crate::formats::linear::LinearTensors;
 use crate::logits::{Draw, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore};
 
 /// Tokens of a run, consecutive ones of a sequence whose rows (query heads that share keys) make blocks: any number will do;
 /// this one leaves no block of 32 rows incomplete.
 const RUN: usize = 32;
-
-/// Kernels that are launched by name; matmul_*, tile_*, mixture_* and embed_* for each kind of weight.
-const KERNELS: [&str; 112] = [
-    "activate",
-    "add",
-    "add_rows",
-    "attention_bf16_16",
-    "attention_bf16_32",
-    "attention_combine",
-    "attention_f32_16",
-    "attention_fp8_16",
-    "attention_fp8_32",
-    "delta_convolve",
-    "delta_norm",
-    "delta_scan",
-    "delta_unit",
-    "embed_bf16",
-    "embed_e2m1_16",
-    "embed_e2m1_32",
-    "embed_e4m3",
-    "embed_f32",
-    "embed_mxfp4",
-    "embed_mxfp8",
-    "gate",
-    "gather",
-    "keep_tail",
-    "logits_at",
-    "look",
-    "mamba_convolve",
-    "mamba_norm",
-    "mamba_scan",
-    "matmul_bf16_16",
-    "matmul_bf16_16g",
-    "matmul_bf16_32",
-    "matmul_bf16_32g",
-    "matmul_bf16_8",
-    "matmul_bf16_8g",
-    "matmul_e2m1_16_16",
-    "matmul_e2m1_16_16g",
-    "matmul_e2m1_16_32",
-    "matmul_e2m1_16_32g",
-    "matmul_e2m1_16_8",
-    "matmul_e2m1_16_8g",
-    "matmul_e2m1_32_16",
-    "matmul_e2m1_32_16g",
-    "matmul_e2m1_32_32",
-    "matmul_e2m1_32_32g",
-    "matmul_e2m1_32_8",
-    "matmul_e2m1_32_8g",
-    "matmul_e4m3_16",
-    "matmul_e4m3_16g",
-    "matmul_e4m3_32",
-    "matmul_e4m3_32g",
-    "matmul_e4m3_8",
-    "matmul_e4m3_8g",
-    "matmul_f32",
-    "matmul_mxfp4_16",
-    "matmul_mxfp4_16g",
-    "matmul_mxfp4_32",
-    "matmul_mxfp4_32g",
-    "matmul_mxfp4_8",
-    "matmul_mxfp4_8g",
-    "matmul_mxfp8_16",
-    "matmul_mxfp8_16g",
-    "matmul_mxfp8_32",
-    "matmul_mxfp8_32g",
-    "matmul_mxfp8_8",
-    "matmul_mxfp8_8g",
-    "mixture_bf16_32",
-    "mixture_bf16_8",
-    "mixture_e2m1_16_32",
-    "mixture_e2m1_16_8",
-    "mixture_e2m1_32_32",
-    "mixture_e2m1_32_8",
-    "mixture_e4m3_32",
-    "mixture_e4m3_32g",
-    "mixture_e4m3_8",
-    "mixture_e4m3_8g",
-    "mixture_mxfp4_32",
-    "mixture_mxfp4_8",
-    "mixture_mxfp8_32",
-    "mixture_mxfp8_8",
-    "mixture_operand",
-    "mixture_route",
-    "mixture_silu",
-    "mixture_sort",
-    "mixture_sum",
-    "operand_norm",
-    "operand_plain",
-    "operand_silu",
-    "penalise",
-    "rearrange",
-    "rope_cache",
-    "rotate",
-    "sample_count",
-    "sample_gather",
-    "sample_head",
-    "sample_max",
-    "sample_pick",
-    "sample_sums",
-    "scale",
-    "silu_mul",
-    "tile_bf16",
-    "tile_bf16g",
-    "tile_e2m1_16",
-    "tile_e2m1_16g",
-    "tile_e2m1_32",
-    "tile_e2m1_32g",
-    "tile_e4m3",
-    "tile_e4m3g",
-    "tile_mxfp4",
-    "tile_mxfp4g",
-    "tile_mxfp8",
-    "tile_mxfp8g",
-    "totals",
-];
-
-/// Whether the backend computes this. A router's rule is carried out on the host where no kernel knows it.
-#[must_use]
-pub fn has(feature: Feature) -> bool {
-    match feature {
-        Feature::Mamba
-        | Feature::DeltaNet
-        | Feature::Sinks
-        | Feature::Gate
-        | Feature::PartialRotation
-        | Feature::Router
-        | Feature::Activation(_)
-        | Feature::EmbeddingScale
-        | Feature::Rearranged
-        | Feature::ValueWidth
-        | Feature::RowNorms
-        | Feature::QueryGrowth => true,
-    }
-}
 
 /// Runs the decoder on one GPU. Clones share it.
 #[derive(Clone)]
@@ -194,36 +62,6 @@ pub struct CudaTensor {
     operand: Option<Arc<Operand>>,
     /// Then it is silu(data) · up, not computed yet: that is done inside of what quantizes it.
     up: Option<Arc<Memory>>,
-}
-
-/// An input in the form that products read: BF16 rows of K padded to [`STEP`].
-#[derive(Debug)]
-struct Operand {
-    activation: ActivationFormat,
-    pre_quant_scale: Option<Vec<f32>>,
-    rotation: Option<Arc<InputRotation>>,
-    x: Memory,
-    /// Per row, or per row and 128 columns.
-    scales: Option<Memory>,
-    /// Rows of `x` for a token: two where the input is not quantized.
-    planes: usize,
-}
-
-impl Operand {
-    fn fits(&self, w: &CudaLinear) -> bool {
-        self.activation == w.activation
-            && self.pre_quant_scale.as_ref() == w.pre_quant_scale.as_ref().map(|p| &p.0)
-            && self.rotation.as_ref() == w.rotation.as_ref().map(|r| &r.0)
-    }
-
-    /// What every product with it is multiplied by.
-    fn scale(&self) -> f32 {
-        match self.activation {
-            ActivationFormat::Nvfp4 { global_scale } | ActivationFormat::FpQuant { global_scale, .. } => global_scale,
-            ActivationFormat::Fp8Static { scale } => scale,
-            _ => 1.0,
-        }
-    }
 }
 
 /// A rotation, its table on the device for as many positions as were needed so far, [positions, 2, half].
@@ -266,106 +104,7 @@ pub struct CudaPass {
     spans: recurrent::Spans,
 }
 
-/// Number and scale of an input's format as kernels/formats.cuh has them, and the rule of MX scales.
-fn format(activation: ActivationFormat) -> (usize, f32, usize) {
-    let rule = |r| match r {
-        ScaleRule::Ceil => 0,
-        ScaleRule::Floor => 1,
-        ScaleRule::Even => 2,
-    };
-    match activation {
-        ActivationFormat::Float => (0, 1.0, 0),
-        ActivationFormat::FpQuant { method: Method::AbsMax, global_scale } => (7, global_scale, 0),
-        ActivationFormat::FpQuant { method: Method::Quest, global_scale } => (8, global_scale, 0),
-        ActivationFormat::Nvfp4 { global_scale } => (1, global_scale, 0),
-        ActivationFormat::Fp8Static { scale } => (2, scale, 0),
-        ActivationFormat::Fp8Token => (3, 1.0, 0),
-        ActivationFormat::Fp8Group => (4, 1.0, 0),
-        ActivationFormat::Mxfp4 { rule: r } => (5, 1.0, rule(r)),
-        ActivationFormat::Mxfp8 { rule: r } => (6, 1.0, rule(r)),
-    }
-}
-
-/// End of the name of a weight's kernels.
-fn suffix(kind: Kind) -> &'static str {
-    match kind {
-        Kind::E2m1 { block: 16 } => "e2m1_16",
-        Kind::E2m1 { .. } => "e2m1_32",
-        Kind::Mxfp4 => "mxfp4",
-        Kind::E4m3 => "e4m3",
-        Kind::Mxfp8 => "mxfp8",
-        Kind::Bf16 => "bf16",
-        Kind::F32 => "f32",
-    }
-}
-
-/// An input's scales as those of whole tokens, and as those of 128 columns each.
-fn scales_of(activation: ActivationFormat, scales: Option<&Memory>) -> [Option<&Memory>; 2] {
-    if activation == ActivationFormat::Fp8Group { [None, scales] } else { [scales, None] }
-}
-
-/// The loaded kernel of this name.
-fn kernel(name: &str) -> Result<&'static str> {
-    let missing = || BackendError::Failed { context: "CUDA", message: format!("there is no kernel `{name}`") };
-    KERNELS.iter().copied().find(|k| *k == name).ok_or_else(missing)
-}
-
-/// The kernel of a product and its grid: of `tokens` rows of x, each of them `planes` rows of BF16, with a weight of `n` outputs,
-/// on a device of so many multiprocessors. All kernels give the same bits.
-///
-/// Up to 32 rows the weights are read once and bound the time, by the kernel with the fewest columns that has room. Beyond, the
-/// kernel for 32 is bound by L2, 160 bytes per HMMA (E2M1); a tile takes 34 and is bound by tensor cores, but its blocks are few.
-/// By assumed rates of an H200 (42 bytes and 0.6 HMMA a clock and multiprocessor) they break even on a quarter of it.
-///
-/// # Errors
-/// When there is no kernel for this kind.
-pub(crate) fn product_kernel(
-    kind: Kind,
-    grouped: bool,
-    (tokens, planes): (usize, usize),
-    n: usize,
-    multiprocessors: usize,
-) -> Result<(&'static str, [usize; 3])> {
-    let rows = tokens * planes;
-    let group = if grouped { "g" } else { "" };
-    let tile = [n.div_ceil(if grouped { 128 } else { 256 }), tokens.div_ceil(64), 1];
-    if rows > 32 && 4 * tile[0] * tile[1] >= multiprocessors {
-        return Ok((kernel(&format!("tile_{}{group}", suffix(kind)))?, tile));
-    }
-    let columns = [8, 16].into_iter().find(|c| rows <= *c).unwrap_or(32);
-    let name = kernel(&format!("matmul_{}_{columns}{group}", suffix(kind)))?;
-    Ok((name, [n.div_ceil(32), rows.div_ceil(columns), 1]))
-}
-
-/// Tokens that [`CudaBackend::kernel_table`] has a column for.
-pub const TABLE_TOKENS: [usize; 6] = [1, 8, 16, 32, 128, 2048];
-
 impl CudaBackend {
-    /// Which kernel computes a product with 4,096 outputs, by weight and input, for each of [`TABLE_TOKENS`].
-    ///
-    /// # Errors
-    /// Never, unless a kernel lacks that the table names.
-    pub fn kernel_table(&self) -> Result<Vec<(String, Vec<&'static str>)>> {
-        let weights = [
-            ("NVFP4", Kind::E2m1 { block: 16 }, false),
-            ("NVFP4 in blocks of 32", Kind::E2m1 { block: 32 }, false),
-            ("MXFP4", Kind::Mxfp4, false),
-            ("FP8", Kind::E4m3, false),
-            ("FP8 in blocks, or inputs in groups of 128", Kind::E4m3, true),
-            ("MXFP8", Kind::Mxfp8, false),
-            ("BF16", Kind::Bf16, false),
-        ];
-        let mut out = Vec::new();
-        for (name, kind, grouped) in weights {
-            for (input, planes) in [("quantized", 1), ("float", 2)] {
-                let row = |tokens| product_kernel(kind, grouped, (tokens, planes), 4096, self.device.multiprocessors);
-                let kernels = TABLE_TOKENS.iter().map(|&tokens| Ok(row(tokens)?.0)).collect::<Result<_>>()?;
-                out.push((format!("{name}, {input} inputs"), kernels));
-            }
-        }
-        Ok(out)
-    }
-
     /// The backend on device `ordinal`.
     ///
     /// # Errors
@@ -416,145 +155,6 @@ impl CudaBackend {
         let copy = self.empty(x.rows, x.columns)?;
         self.device.copy((&copy.data, 0), (&x.data, 0), 4 * x.rows * x.columns)?;
         Ok(copy)
-    }
-
-    /// Memory for an input of `w`, of `rows` tokens.
-    fn operand(&self, w: &CudaLinear, rows: usize) -> Result<Operand> {
-        let planes = if w.activation == ActivationFormat::Float { 2 } else { 1 };
-        let padded = w.k.next_multiple_of(STEP);
-        let scales = match w.activation {
-            ActivationFormat::Fp8Token => Some(self.device.take(4 * rows)?),
-            ActivationFormat::Fp8Group => Some(self.device.take(4 * rows * padded / STEP)?),
-            _ => None,
-        };
-        Ok(Operand {
-            activation: w.activation,
-            pre_quant_scale: w.pre_quant_scale.as_ref().map(|p| p.0.clone()),
-            rotation: w.rotation.as_ref().map(|r| r.0.clone()),
-            x: self.device.take(2 * planes * rows * padded)?,
-            scales,
-            planes,
-        })
-    }
-
-    /// `x` as `w` reads it.
-    fn quantize(&self, x: &CudaTensor, w: &CudaLinear) -> Result<Arc<Operand>> {
-        if let Some(operand) = x.operand.as_ref().filter(|o| o.fits(w)) {
-            return Ok(operand.clone());
-        }
-        let operand = self.operand(w, x.rows)?;
-        let turned;
-        let (x, pre) = match &w.rotation {
-            Some((rotation, matrix)) => {
-                turned = self.rotated_input(x, w, rotation.group(), matrix)?;
-                (&turned, None)
-            }
-            None => (x, w.pre_quant_scale.as_ref()),
-        };
-        let (number, scale, rule) = format(w.activation);
-        let args = Args::new().memory(&x.data);
-        let args = if let Some(up) = &x.up { args.memory(up) } else { args };
-        let args = args
-            .optional(pre.map(|p| &p.1))
-            .int(number)
-            .float(scale)
-            .int(rule)
-            .int(w.k)
-            .int(w.k.next_multiple_of(STEP))
-            .memory(&operand.x)
-            .optional(operand.scales.as_ref());
-        let name = if x.up.is_some() { "operand_silu" } else { "operand_plain" };
-        self.launch(name, [x.rows, 1, 1], 256, args)?;
-        Ok(Arc::new(operand))
-    }
-
-    /// Each run of `group` columns of `x`, scaled as `w` wants it, times `matrix`.
-    fn rotated_input(&self, x: &CudaTensor, w: &CudaLinear, group: usize, matrix: &Memory) -> Result<CudaTensor> {
-        let x = self.settled(x)?;
-        let out = self.empty(x.rows, x.columns)?;
-        let args = Args::new()
-            .memory(&x.data)
-            .optional(w.pre_quant_scale.as_ref().map(|p| &p.1))
-            .memory(matrix)
-            .int(group)
-            .memory(&out.data)
-            .int(x.columns);
-        self.launch("rotate", [x.rows, 1, 1], 128, args)?;
-        Ok(out)
-    }
-
-    /// The product of one weight with an input that is ready.
-    fn product(&self, x: &CudaTensor, operand: Option<&Operand>, w: &CudaLinear) -> Result<CudaTensor> {
-        let y = self.empty(x.rows, w.n)?;
-        let Some(operand) = operand else {
-            let args = Args::new()
-                .memory(&w.words)
-                .memory(&x.data)
-                .memory(&w.row_scales)
-                .optional(w.bias.as_ref())
-                .memory(&y.data)
-                .int(w.n)
-                .int(w.k);
-            self.launch("matmul_f32", [w.n.div_ceil(8), x.rows, 1], 256, args)?;
-            return Ok(y);
-        };
-        let rows = x.rows * operand.planes;
-        let count = (x.rows, operand.planes);
-        let (name, grid) = product_kernel(w.kind, w.grouped(), count, w.n, self.device.multiprocessors)?;
-        let [of_tokens, of_groups] = scales_of(operand.activation, operand.scales.as_ref());
-        let args = Args::new()
-            .memory(&w.words)
-            .optional(w.scales.as_ref())
-            .optional(w.grid.as_ref())
-            .memory(&operand.x)
-            .optional(of_tokens)
-            .optional(of_groups)
-            .memory(&w.row_scales)
-            .optional(w.bias.as_ref())
-            .memory(&y.data)
-            .int(rows)
-            .int(operand.planes)
-            .int(w.n)
-            .int(w.k.next_multiple_of(STEP))
-            .float(operand.scale());
-        self.launch(name, grid, 256, args)?;
-        Ok(y)
-    }
-
-    /// `x` with `update` added, its norm, and that as the first of `readers` reads it.
-    fn norm(
-        &self,
-        x: &CudaTensor,
-        update: Option<&CudaTensor>,
-        weight: &CudaVector,
-        eps: f32,
-        readers: &[&CudaLinear],
-    ) -> Result<(Option<CudaTensor>, CudaTensor)> {
-        let x = &self.settled(x)?;
-        let (rows, width) = (x.rows * x.columns / weight.features.max(1), weight.features);
-        let sum = update.map(|_| self.empty(x.rows, x.columns)).transpose()?;
-        let mut normed = self.empty(x.rows, x.columns)?;
-        let reader = readers.first().filter(|w| w.kind != Kind::F32 && w.k == width && w.rotation.is_none());
-        let operand = reader.map(|w| self.operand(w, rows)).transpose()?;
-        let (number, scale, rule) = reader.map_or((0, 1.0, 0), |w| format(w.activation));
-        let args = Args::new()
-            .memory(&x.data)
-            .optional(update.map(|u| &*u.data))
-            .optional(sum.as_ref().map(|s| &*s.data))
-            .memory(&weight.weight)
-            .float(eps)
-            .memory(&normed.data)
-            .optional(reader.and_then(|w| w.pre_quant_scale.as_ref()).map(|p| &p.1))
-            .int(number)
-            .float(scale)
-            .int(rule)
-            .int(width)
-            .int(width.next_multiple_of(STEP))
-            .optional(operand.as_ref().map(|o| &o.x))
-            .optional(operand.as_ref().and_then(|o| o.scales.as_ref()));
-        self.launch("operand_norm", [rows, 1, 1], 256, args)?;
-        normed.operand = operand.map(Arc::new);
-        Ok((sum, normed))
     }
 
     /// Sum of squares of each run of `width` values, and how many of them are not finite.
@@ -613,10 +213,6 @@ impl Backend for CudaBackend {
 
     fn name(&self) -> &'static str {
         "CUDA"
-    }
-
-    fn has(&self, feature: Feature) -> bool {
-        has(feature)
     }
 
     fn load_vector(&self, values: Vec<f32>) -> Result<CudaVector> {

@@ -1,6 +1,6 @@
 //! What is read off rows of logits: scores, divergence, and the choice of tokens. Kernels (kernels/sample.cu) find what
 //! decides; a row goes to the host where that is not certain: its choice is the host's to the last bit, whatever the
-//! order of sums.
+//! order of sums. So does a row of which a grammar or a bias decides, and rows whose ranks are asked with scores.
 
 use recoup_ground::divergence::{Pair, RowError, Totals, compare_rows};
 
@@ -149,6 +149,22 @@ impl CudaBackend {
         self.device.download(&out, places.len())
     }
 
+    /// How many logits of their row are at least those at places (row, token), which are `values`.
+    fn ranks(&self, x: &CudaTensor, places: &[(usize, u32)], values: &[f32]) -> Result<Vec<usize>> {
+        if places.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (vocab, runs) = (x.columns, x.columns.div_ceil(RUN));
+        let jobs: Vec<i32> = places.iter().flat_map(|p| [p.0 as i32, 0, CANDIDATES, 0]).collect();
+        let (jobs, bounds) = (self.device.upload(&jobs)?, self.device.upload(values)?);
+        let counts = self.device.take(4 * places.len() * runs)?;
+        let args = Args::new().memory(&x.data).optional(None).memory(&jobs).memory(&bounds).memory(&counts);
+        let blocks = [vocab.div_ceil(PIECE), places.len(), 1];
+        self.launch("sample_count", blocks, 256, args.int(vocab).int(runs))?;
+        let counts: Vec<i32> = self.device.download(&counts, places.len() * runs)?;
+        Ok(counts.chunks_exact(runs.max(1)).map(|run| run.iter().map(|&n| n as usize).sum()).collect())
+    }
+
     /// [`crate::backend::Backend::score`].
     pub(super) fn score_rows(&self, logits: &CudaTensor, picks: &[(usize, u32)]) -> Result<Vec<TokenScore>> {
         if let Some(&(_, token)) = picks.iter().find(|p| p.1 as usize >= logits.columns) {
@@ -223,7 +239,7 @@ impl CudaBackend {
         let vocab = logits.columns;
         let (mut count, mut entries, mut penalties) = (0, Vec::new(), Vec::new());
         let mut whose = vec![None; draws.len()];
-        for (draw, whose) in draws.iter().zip(&mut whose).filter(|(d, _)| d.sampler.has_penalties()) {
+        for (draw, whose) in draws.iter().zip(&mut whose).filter(|(d, _)| d.sampler.has_penalties() && !d.has_bias()) {
             let row = count;
             count += 1;
             let counts = generated_counts(draw.history, vocab);
@@ -315,6 +331,8 @@ impl CudaBackend {
             let t = f64::from(draw.sampler.params().temperature);
             let from = (whose[row].unwrap_or(row), whose[row].is_some());
             match *question {
+                // The host's; a job stands for it, so that rows and jobs agree.
+                _ if draw.has_bias() => jobs.push(from, 0, 0, [1.0, 1.0, 1.0, 0.0]),
                 Question::Largest => jobs.push(from, 0, 0, [1.0, 1.0, 1.0, 0.0]),
                 Question::Few { top_k, min_p } => {
                     let ln = if min_p > 0.0 { f64::from(min_p).ln() } else { 1.0 };
@@ -327,7 +345,7 @@ impl CudaBackend {
         // Log-probabilities are of the logits as they came.
         let mut reports = vec![None; draws.len()];
         for (row, (draw, report)) in draws.iter().zip(&mut reports).enumerate() {
-            if let Some(count) = draw.sampler.params().logprobs {
+            if let Some(count) = draw.sampler.params().logprobs.filter(|_| !draw.has_bias()) {
                 let wants = if count > 0 { SUMS | CANDIDATES } else { SUMS };
                 *report = Some(jobs.push((row, false), wants, count, [1.0, 1.0, 1.0, 0.0]));
             }
@@ -344,7 +362,7 @@ impl CudaBackend {
             let mut of_few =
                 |total| draw.sampler.choose_of(&found.few()?, found.largest(), total, draw.history, scratch);
             match questions[row] {
-                _ if !found.is_well() => None,
+                _ if !found.is_well() || draw.has_bias() => None,
                 Question::Largest => Some(found.words[1]),
                 Question::Few { .. } => of_few(None),
                 Question::TopP(_) => of_few(Some((found.total(), error * found.total()))),
@@ -355,20 +373,22 @@ impl CudaBackend {
         let asked = chosen.iter().enumerate().filter(|(row, _)| reports[*row].is_some());
         let places: Vec<(usize, u32)> = asked.filter_map(|(row, token)| Some((row, (*token)?))).collect();
         let values = self.logits_at(logits, &places)?;
+        let ranks = self.ranks(logits, &places, &values)?;
         let report = |row: usize, token: u32| -> Option<Sampled> {
             let Some(job) = reports[row] else {
-                return Some(Sampled { token, logprob: None, top_logprobs: Vec::new() });
+                return Some(Sampled { token, logprob: None, rank: None, top_logprobs: Vec::new() });
             };
             let (found, count) = (found(job), draws[row].sampler.params().logprobs?);
-            let logit = values[places.iter().position(|p| p.0 == row)?];
+            let place = places.iter().position(|p| p.0 == row)?;
+            let (logit, rank) = (values[place], Some(ranks[place]));
             let of = |logit| sure_log_prob(logit, found.largest(), found.total(), error);
             let largest = if count > 0 { largest_of(&found.few()?, count) } else { Vec::new() };
             let top: Option<_> = largest.iter().map(|&(token, logit)| Some((token, of(logit)?))).collect();
-            Some(Sampled { token, logprob: Some(of(logit)?), top_logprobs: top? })
+            Some(Sampled { token, logprob: Some(of(logit)?), rank, top_logprobs: top? })
         };
         let finish = |(row, token): (usize, &Option<u32>)| match token.and_then(|token| report(row, token)) {
             Some(sampled) => Ok(Ok(sampled)),
-            None => Ok(draws[row].sampler.sample(&self.row(logits, row)?, draws[row].history, scratch)),
+            None => Ok(draws[row].choose(&self.row(logits, row)?, scratch)),
         };
         chosen.iter().enumerate().map(finish).collect()
     }

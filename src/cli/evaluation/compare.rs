@@ -12,8 +12,8 @@ use recoup_eval::report::{ReportContext, terminal};
 use recoup_eval::tasks::Selection;
 use serde_json::json;
 
-use super::super::device::{AnyBackend, Needs};
-use super::super::options::{EngineOptions, identity, model_folder, named, needs, open_noted};
+use super::super::device::AnyBackend;
+use super::super::options::{EngineOptions, identity, model_folder, named, open_noted};
 use super::super::talk::Shown;
 use super::texts::{Texts, texts};
 use super::{TaskOptions, labels, model_name};
@@ -95,11 +95,10 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     let Texts { named: texts, notes: text_notes } =
         texts(&args.text, &model_folder(&args.models[0])?, &args.tasks.template_arguments())?;
     // The baseline and one other are in memory at a time.
-    let mut all: Vec<Needs> =
-        args.models.iter().map(|m| needs(&Checkpoint::open(&model_folder(m)?)?)).collect::<Result<_>>()?;
-    all.sort_unstable_by_key(|n| std::cmp::Reverse(n.bytes));
-    let features = all.iter().flat_map(|n| n.features.clone()).collect();
-    args.options.backend_for(&Needs { bytes: all.iter().take(2).map(|n| n.bytes).sum(), features })?;
+    let bytes = |m: &OsString| Ok(Checkpoint::open(&model_folder(m)?)?.tensors.file_bytes());
+    let mut all: Vec<u64> = args.models.iter().map(bytes).collect::<Result<_>>()?;
+    all.sort_unstable_by_key(|bytes| std::cmp::Reverse(*bytes));
+    args.options.backend_for(all.iter().take(2).sum())?;
     let mut experiment = Experiment {
         labels: &labels,
         ptq,

@@ -3,8 +3,7 @@
 use super::{ATTENTION, Checked, ELEMENTWISE, Failure, PRODUCT, Side, deviation, of, values};
 use crate::backend::{
     Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, DeltaInputs, DeltaNetShape, DeltaNetWeights,
-    Feature, Ffn, HeadNorms, HeadParameters, LayerCache, Mamba2Shape, Mamba2Weights, PAGE, QueryGrowth, Rotation, Run,
-    Span,
+    Ffn, HeadNorms, HeadParameters, LayerCache, Mamba2Shape, Mamba2Weights, PAGE, QueryGrowth, Rotation, Run, Span,
 };
 use crate::formats::kv::KvFormat;
 use crate::formats::linear::{ActivationFormat, LinearTensors};
@@ -18,7 +17,7 @@ const RECURRENT: f64 = 1e-5;
 /// What one operation gave, and how far it may deviate.
 type Given = (&'static str, Vec<f32>, f64);
 
-/// Compares what `device` has of these.
+/// Compares these on `device`.
 ///
 /// # Errors
 /// The device's own.
@@ -29,9 +28,8 @@ pub(super) fn check<A: Backend, B: Backend>(
     out: &mut Vec<Checked>,
 ) -> Result<(), Failure> {
     let all = of("what only some architectures need");
-    let has = |feature| device.has(feature);
-    let expected = Side { backend: cpu }.architectures(seed, &has).map_err(&all)?;
-    let got = Side { backend: device }.architectures(seed, &has).map_err(&all)?;
+    let expected = Side { backend: cpu }.architectures(seed).map_err(&all)?;
+    let got = Side { backend: device }.architectures(seed).map_err(&all)?;
     for ((name, got, allowed), (_, expected, _)) in got.iter().zip(&expected) {
         out.push(Checked { what: (*name).into(), deviation: deviation(got, expected), allowed: *allowed });
     }
@@ -45,24 +43,17 @@ fn passes(pages: &[Vec<u32>; 2], lengths: [usize; 2]) -> [Vec<Span>; 2] {
 }
 
 impl<B: Backend> Side<'_, B> {
-    /// Everything that `has` says is there.
-    fn architectures(&self, seed: u64, has: &dyn Fn(Feature) -> bool) -> Result<Vec<Given>, BackendError> {
+    fn architectures(&self, seed: u64) -> Result<Vec<Given>, BackendError> {
         let mut r = SplitMix64(seed);
-        let mut out = self.activations(&mut r, has)?;
-        if has(Feature::Sinks) && has(Feature::ValueWidth) && has(Feature::RowNorms) && has(Feature::QueryGrowth) {
-            let given = self.unusual_attention(&mut r)?;
-            out.push(("attention with sinks, part turned, rows normed, narrow values", given, ATTENTION));
-        }
-        if has(Feature::Mamba) {
-            out.push(("Mamba-2, two sequences in two passes", self.mamba(&mut r)?, RECURRENT));
-        }
-        if has(Feature::DeltaNet) {
-            out.push(("gated delta net, two sequences in two passes", self.delta_net(&mut r)?, RECURRENT));
-        }
+        let mut out = self.activations(&mut r)?;
+        let given = self.unusual_attention(&mut r)?;
+        out.push(("attention with sinks, part turned, rows normed, narrow values", given, ATTENTION));
+        out.push(("Mamba-2, two sequences in two passes", self.mamba(&mut r)?, RECURRENT));
+        out.push(("gated delta net, two sequences in two passes", self.delta_net(&mut r)?, RECURRENT));
         Ok(out)
     }
 
-    fn activations(&self, r: &mut SplitMix64, has: &dyn Fn(Feature) -> bool) -> Result<Vec<Given>, BackendError> {
+    fn activations(&self, r: &mut SplitMix64) -> Result<Vec<Given>, BackendError> {
         const ROWS: usize = 3;
         const WIDTH: usize = 300;
         let b = self.backend;
@@ -74,36 +65,26 @@ impl<B: Backend> Side<'_, B> {
             ("gelu(gate) · up", Activation::GeluTanh),
             ("clamped SwiGLU", Activation::ClampedSwiglu { limit: 1.5 }),
         ] {
-            if has(Feature::Activation(activation)) {
-                let up = Some(&y).filter(|_| activation.is_gated());
-                out.push((name, b.to_host(&b.activate(x.clone(), up, activation)?)?, ELEMENTWISE));
-            }
+            let up = Some(&y).filter(|_| activation.is_gated());
+            out.push((name, b.to_host(&b.activate(x.clone(), up, activation)?)?, ELEMENTWISE));
         }
-        if has(Feature::Gate) {
-            out.push(("gate", b.to_host(&b.gate(x.clone(), &y)?)?, ELEMENTWISE));
-            out.push(("gate, one a row", b.to_host(&b.gate(x.clone(), &narrow)?)?, ELEMENTWISE));
-        }
-        if has(Feature::EmbeddingScale) {
-            out.push(("factor", b.to_host(&b.scale(x.clone(), 1.75)?)?, 0.0));
-        }
-        if has(Feature::Rearranged) {
-            let runs = [Run::of(1, 7, 100), Run::of(0, 299, 1), Run::of(0, 0, 150), Run::of(1, 0, 7)];
-            out.push(("picked columns", b.to_host(&b.rearrange(&[&x, &y], &runs)?)?, 0.0));
-        }
-        if has(Feature::Activation(Activation::Relu2)) {
-            let mut layer = |n, k| {
-                let layer = synthetic::layer(r, n, k, WEIGHTS[6], ActivationFormat::Float);
-                b.load_linear(LinearTensors { bias: None, pre_quant_scale: None, ..layer })
-            };
-            let router = layer(5, 64)?;
-            let experts: Vec<[B::Linear; 2]> =
-                (0..5).map(|_| Ok([layer(96, 64)?, layer(64, 96)?])).collect::<Result<_, BackendError>>()?;
-            let experts: Vec<Ffn<'_, B::Linear>> =
-                experts.iter().map(|[up, down]| Ffn { gate: None, up, down, activation: Activation::Relu2 }).collect();
-            let x = b.tensor((0..7 * 64).map(|_| synthetic::uniform(r)).collect(), 64)?;
-            let mixed = b.mixture(&x, &x, &router, &experts, &RouterRule::softmax(2, true))?;
-            out.push(("mixture of experts without gates", b.to_host(&mixed)?, PRODUCT * 10.0));
-        }
+        out.push(("gate", b.to_host(&b.gate(x.clone(), &y)?)?, ELEMENTWISE));
+        out.push(("gate, one a row", b.to_host(&b.gate(x.clone(), &narrow)?)?, ELEMENTWISE));
+        out.push(("factor", b.to_host(&b.scale(x.clone(), 1.75)?)?, 0.0));
+        let runs = [Run::of(1, 7, 100), Run::of(0, 299, 1), Run::of(0, 0, 150), Run::of(1, 0, 7)];
+        out.push(("picked columns", b.to_host(&b.rearrange(&[&x, &y], &runs)?)?, 0.0));
+        let mut layer = |n, k| {
+            let layer = synthetic::layer(r, n, k, WEIGHTS[6], ActivationFormat::Float);
+            b.load_linear(LinearTensors { bias: None, pre_quant_scale: None, ..layer })
+        };
+        let router = layer(5, 64)?;
+        let experts: Vec<[B::Linear; 2]> =
+            (0..5).map(|_| Ok([layer(96, 64)?, layer(64, 96)?])).collect::<Result<_, BackendError>>()?;
+        let experts: Vec<Ffn<'_, B::Linear>> =
+            experts.iter().map(|[up, down]| Ffn { gate: None, up, down, activation: Activation::Relu2 }).collect();
+        let x = b.tensor((0..7 * 64).map(|_| synthetic::uniform(r)).collect(), 64)?;
+        let mixed = b.mixture(&x, &x, &router, &experts, &RouterRule::softmax(2, true))?;
+        out.push(("mixture of experts without gates", b.to_host(&mixed)?, PRODUCT * 10.0));
         Ok(out)
     }
 

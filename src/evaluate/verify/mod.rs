@@ -105,7 +105,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { top: 20, longest: None, generate: 24, factor: 1.5, floor: 0.005, search: true, template: Map::new() }
+        Self { top: 20, longest: None, generate: 24, factor: 1.3, floor: 0.005, search: true, template: Map::new() }
     }
 }
 

@@ -3,15 +3,16 @@
 
 use super::glm::dense_then_mixtures;
 use super::{
-    Architecture, AttentionConfig, Common, HEAD_DIM, InputsConfig, LatentConfig, MixerConfig, ModelConfig, Names,
-    layer_count, limit, only, positions,
+    Architecture, AttentionConfig, Common, HEAD_DIM, InputsConfig, LatentConfig, MixerConfig, ModelConfig, layer_count,
+    limit, only, positions,
 };
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
 use crate::model::rope::Rope;
 
 pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig> {
-    let Common { hidden, vocab, heads, tied_embeddings, eos_tokens } = Common::read(c)?;
+    let common = Common::read(c)?;
+    let Common { heads, .. } = common;
     only(c, "hidden_act", &["silu", "swish"])?;
     only(c, "topk_method", &["noaux_tc"])?;
     only(c, "scoring_func", &["sigmoid"])?;
@@ -41,18 +42,12 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
     let stretch = rope.all_dimensions_scale();
     let scale = plain.scale * stretch * stretch;
     let attention = AttentionConfig { scale, inputs: InputsConfig::Latent(latent), ..plain };
-    Ok(ModelConfig {
+    common.model(
+        c,
         architecture,
-        names: Names::PLAIN,
-        hidden,
-        vocab,
+        1e-6,
         max_positions,
-        rms_eps: c.positive_f32("rms_norm_eps")?.unwrap_or(1e-6),
-        ropes: vec![(rope, latent.turned)],
-        layers: dense_then_mixtures(c, layers, MixerConfig::Attention(attention))?,
-        offset_norms: false,
-        embedding_scale: None,
-        tied_embeddings,
-        eos_tokens,
-    })
+        vec![(rope, latent.turned)],
+        dense_then_mixtures(c, layers, MixerConfig::Attention(attention))?,
+    )
 }

@@ -3,7 +3,7 @@
 
 use super::llama::plain_layer;
 use super::{
-    Architecture, AttentionConfig, Common, FfnNames, MixerConfig, MixtureConfig, MlpConfig, ModelConfig, Names, QkNorm,
+    Architecture, AttentionConfig, Common, FfnNames, MixerConfig, MixtureConfig, MlpConfig, ModelConfig, QkNorm,
     SharedConfig, corrected, head_dim, kv_heads, layer_count, limit, only, positions, width,
 };
 use crate::checkpoint::error::Result;
@@ -14,7 +14,8 @@ use crate::model::rope::Rope;
 const TURNED: f64 = 0.5;
 
 pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig> {
-    let Common { hidden, vocab, heads, tied_embeddings, eos_tokens } = Common::read(c)?;
+    let common = Common::read(c)?;
+    let Common { hidden, heads, .. } = common;
     let (kv_heads, head_dim) = (kv_heads(c, heads, Some(8))?, head_dim(c, hidden, heads, Some(128))?);
     only(c, "hidden_act", &["silu", "swish"])?;
     let layers = layer_count(c)?;
@@ -27,20 +28,7 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
     let qkv_bias = c.bool_or("attention_bias", false)?;
     let attention = AttentionConfig { qk_norm, qkv_bias, ..AttentionConfig::new(heads, kv_heads, head_dim) };
     let layers = dense_then_mixtures(c, layers, MixerConfig::Attention(attention))?;
-    Ok(ModelConfig {
-        architecture,
-        names: Names::PLAIN,
-        hidden,
-        vocab,
-        max_positions,
-        rms_eps: c.positive_f32("rms_norm_eps")?.unwrap_or(1e-5),
-        ropes: vec![(rope, turned)],
-        layers,
-        offset_norms: false,
-        embedding_scale: None,
-        tied_embeddings,
-        eos_tokens,
-    })
+    common.model(c, architecture, 1e-5, max_positions, vec![(rope, turned)], layers)
 }
 
 /// Layers of which the first have a dense feed-forward, and the others a mixture with shared experts.

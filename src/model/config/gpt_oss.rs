@@ -4,7 +4,7 @@
 use super::llama::plain_layer;
 use super::{
     Activation, Architecture, AttentionConfig, Common, FfnNames, MixerConfig, MixtureConfig, MlpConfig, ModelConfig,
-    Names, expert_count, head_dim, kv_heads, layer_count, layer_kinds, limit, only, width,
+    expert_count, head_dim, kv_heads, layer_count, layer_kinds, limit, only, width,
 };
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
@@ -15,7 +15,8 @@ use crate::model::rope::Rope;
 const ALPHA: f64 = 1.702;
 
 pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig> {
-    let Common { hidden, vocab, heads, tied_embeddings, eos_tokens } = Common::read(c)?;
+    let common = Common::read(c)?;
+    let Common { hidden, heads, .. } = common;
     let kv_heads = kv_heads(c, heads, Some(8))?;
     let head_dim = head_dim(c, hidden, heads, Some(64))?;
     if head_dim % 2 != 0 {
@@ -72,18 +73,5 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
         let attention = MixerConfig::Attention(AttentionConfig { window: *window, ..attention });
         plain_layer(attention, MixerConfig::Mixture(mixture.clone()))
     };
-    Ok(ModelConfig {
-        architecture,
-        names: Names::PLAIN,
-        hidden,
-        vocab,
-        max_positions,
-        rms_eps: c.positive_f32("rms_norm_eps")?.unwrap_or(1e-5),
-        ropes: vec![(rope, head_dim)],
-        layers: windows.iter().map(layer).collect(),
-        offset_norms: false,
-        embedding_scale: None,
-        tied_embeddings,
-        eos_tokens,
-    })
+    common.model(c, architecture, 1e-5, max_positions, vec![(rope, head_dim)], windows.iter().map(layer).collect())
 }

@@ -2,10 +2,11 @@
 
 use std::ops::RangeInclusive;
 
-use super::{FfnNames, MixtureConfig, MlpConfig};
+use super::{Architecture, FfnNames, LayerConfig, MixtureConfig, MlpConfig, ModelConfig, Names};
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
 use crate::logits::{RouterRule, RouterScores};
+use crate::model::rope::Rope;
 
 /// Bounds on what a configuration may ask for, checked before anything is allocated. The largest models known stay well
 /// below each of them.
@@ -42,6 +43,32 @@ impl Common {
             heads: c.required_integer("num_attention_heads", 1..=limit::HEADS)?,
             tied_embeddings: c.bool_or("tie_word_embeddings", false)?,
             eos_tokens: c.token_ids("eos_token_id")?,
+        })
+    }
+
+    /// The model of these layers, with the names that most have. `eps`: of its norms, where the configuration does not say.
+    pub fn model(
+        self,
+        c: &Object,
+        architecture: Architecture,
+        eps: f32,
+        max_positions: usize,
+        ropes: Vec<(Rope, usize)>,
+        layers: Vec<LayerConfig>,
+    ) -> Result<ModelConfig> {
+        Ok(ModelConfig {
+            architecture,
+            names: Names::PLAIN,
+            hidden: self.hidden,
+            vocab: self.vocab,
+            max_positions,
+            rms_eps: c.positive_f32("rms_norm_eps")?.unwrap_or(eps),
+            ropes,
+            layers,
+            offset_norms: false,
+            embedding_scale: None,
+            tied_embeddings: self.tied_embeddings,
+            eos_tokens: self.eos_tokens,
         })
     }
 }

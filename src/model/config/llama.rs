@@ -1,8 +1,8 @@
 //! Llama, Mistral, Ministral 3, Qwen2, Qwen3 and its mixture of experts: attention and a SiLU-gated feed-forward in every layer.
 
 use super::{
-    Architecture, AttentionConfig, Common, LayerConfig, MixerConfig, MixtureConfig, MlpConfig, ModelConfig, Names,
-    QkNorm, StepConfig, expert_count, head_dim, kv_heads, layer_count, limit, only, width,
+    Architecture, AttentionConfig, Common, LayerConfig, MixerConfig, MixtureConfig, MlpConfig, ModelConfig, QkNorm,
+    StepConfig, expert_count, head_dim, kv_heads, layer_count, limit, only, width,
 };
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
@@ -10,7 +10,8 @@ use crate::logits::RouterRule;
 use crate::model::rope::Rope;
 
 pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig> {
-    let Common { hidden, vocab, heads, tied_embeddings, eos_tokens } = Common::read(c)?;
+    let common = Common::read(c)?;
+    let Common { hidden, heads, .. } = common;
     let defaults = Defaults::of(architecture);
     let kv_heads = kv_heads(c, heads, defaults.kv_heads)?;
     let head_dim = head_dim(c, hidden, heads, defaults.head_dim)?;
@@ -45,20 +46,14 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
         };
         plain_layer(attention, ffn)
     };
-    Ok(ModelConfig {
+    common.model(
+        c,
         architecture,
-        names: Names::PLAIN,
-        hidden,
-        vocab,
+        1e-6,
         max_positions,
-        rms_eps: c.positive_f32("rms_norm_eps")?.unwrap_or(1e-6),
-        ropes: vec![(rope, head_dim)],
-        layers: windows.iter().enumerate().map(layer).collect(),
-        offset_norms: false,
-        embedding_scale: None,
-        tied_embeddings,
-        eos_tokens,
-    })
+        vec![(rope, head_dim)],
+        windows.iter().enumerate().map(layer).collect(),
+    )
 }
 
 /// Attention and a feed-forward by the names that Llama gave them.

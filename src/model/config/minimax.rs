@@ -4,7 +4,7 @@
 use super::llama::plain_layer;
 use super::{
     Architecture, AttentionConfig, Common, FfnNames, HEAD_DIM, MixerConfig, MixtureConfig, MlpConfig, ModelConfig,
-    Names, QkNorm, expert_count, head_dim, kv_heads, layer_count, only, positions, width,
+    QkNorm, expert_count, head_dim, kv_heads, layer_count, only, positions, width,
 };
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
@@ -12,7 +12,8 @@ use crate::logits::{RouterRule, RouterScores};
 use crate::model::rope::Rope;
 
 pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig> {
-    let Common { hidden, vocab, heads, tied_embeddings, eos_tokens } = Common::read(c)?;
+    let common = Common::read(c)?;
+    let Common { hidden, heads, .. } = common;
     let (kv_heads, head_dim) = (kv_heads(c, heads, Some(8))?, head_dim(c, hidden, heads, Some(128))?);
     only(c, "hidden_act", &["silu", "swish"])?;
     only(c, "scoring_func", &["sigmoid"])?;
@@ -50,18 +51,5 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
     };
     let mut layer = plain_layer(MixerConfig::Attention(attention), MixerConfig::Mixture(mixture));
     layer.steps[1].at = "block_sparse_moe";
-    Ok(ModelConfig {
-        architecture,
-        names: Names::PLAIN,
-        hidden,
-        vocab,
-        max_positions,
-        rms_eps: c.positive_f32("rms_norm_eps")?.unwrap_or(1e-6),
-        ropes: vec![(rope, turned)],
-        layers: vec![layer; layers],
-        offset_norms: false,
-        embedding_scale: None,
-        tied_embeddings,
-        eos_tokens,
-    })
+    common.model(c, architecture, 1e-6, max_positions, vec![(rope, turned)], vec![layer; layers])
 }

@@ -2,8 +2,8 @@
 
 use super::llama::plain_layer;
 use super::{
-    Architecture, AttentionConfig, Common, FfnNames, MixerConfig, MixtureConfig, MlpConfig, ModelConfig, Names,
-    expert_count, head_dim, kv_heads, layer_count, limit, only, positions, width,
+    Architecture, AttentionConfig, Common, FfnNames, MixerConfig, MixtureConfig, MlpConfig, ModelConfig, expert_count,
+    head_dim, kv_heads, layer_count, limit, only, positions, width,
 };
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
@@ -11,7 +11,8 @@ use crate::logits::RouterRule;
 use crate::model::rope::Rope;
 
 pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig> {
-    let Common { hidden, vocab, heads, tied_embeddings, eos_tokens } = Common::read(c)?;
+    let common = Common::read(c)?;
+    let Common { hidden, heads, .. } = common;
     let (kv_heads, head_dim) = (kv_heads(c, heads, Some(8))?, head_dim(c, hidden, heads, None)?);
     if head_dim % 2 != 0 {
         return Err(c.error("head_dim", "an even number (RoPE rotates pairs)"));
@@ -37,18 +38,5 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
     };
     let mut layer = plain_layer(MixerConfig::Attention(attention), MixerConfig::Mixture(mixture));
     layer.steps[1].at = "block_sparse_moe";
-    Ok(ModelConfig {
-        architecture,
-        names: Names::PLAIN,
-        hidden,
-        vocab,
-        max_positions,
-        rms_eps: c.positive_f32("rms_norm_eps")?.unwrap_or(1e-5),
-        ropes: vec![(rope, head_dim)],
-        layers: vec![layer; layers],
-        offset_norms: false,
-        embedding_scale: None,
-        tied_embeddings,
-        eos_tokens,
-    })
+    common.model(c, architecture, 1e-5, max_positions, vec![(rope, head_dim)], vec![layer; layers])
 }

@@ -15,7 +15,7 @@ mod nemotron_nas;
 mod phi;
 mod qwen3_5;
 
-use crate::backend::{Activation, Feature};
+use crate::backend::Activation;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::error::{CheckpointError, Result};
 use crate::checkpoint::json::Object;
@@ -257,7 +257,7 @@ impl ModelConfig {
             l.steps.len() == 2 && matches!(l.steps[0].mixer, MixerConfig::Attention(_)) && l.steps.iter().all(same)
         };
         let alone = |s: &StepConfig| s.after.is_none();
-        let plain = self.features().is_empty()
+        let plain = self.is_usual()
             && !self.offset_norms
             && self.layers.iter().flat_map(|l| &l.steps).all(alone)
             && self.layers.iter().all(alike);
@@ -266,39 +266,24 @@ impl ModelConfig {
         Some(Plain { attention, rope, experts })
     }
 
-    /// What it needs of a backend that not every decoder needs.
-    #[must_use]
-    pub fn features(&self) -> Vec<Feature> {
-        let mut out = Vec::new();
-        let mlp = |m: &MlpConfig| {
-            let other = (m.activation != Activation::Silu).then_some(Feature::Activation(m.activation));
-            other.into_iter().chain(m.is_fused().then_some(Feature::Rearranged))
-        };
-        out.extend(self.embedding_scale.map(|_| Feature::EmbeddingScale));
-        for step in self.layers.iter().flat_map(|l| &l.steps) {
-            match &step.mixer {
-                MixerConfig::Attention(a) => {
-                    out.extend(a.sinks.then_some(Feature::Sinks));
-                    out.extend(a.gated.then_some(Feature::Gate));
-                    out.extend((a.inputs != InputsConfig::Separate).then_some(Feature::Rearranged));
-                    out.extend((a.value_dim() != a.head_dim).then_some(Feature::ValueWidth));
-                    out.extend((a.qk_norm == QkNorm::Rows).then_some(Feature::RowNorms));
-                    out.extend(a.growth.map(|_| Feature::QueryGrowth));
-                    let turned = a.rope.map(|r| self.ropes[r].1);
-                    out.extend(turned.filter(|t| *t != a.head_dim).map(|_| Feature::PartialRotation));
-                }
-                MixerConfig::Mamba(_) => out.push(Feature::Mamba),
-                MixerConfig::DeltaNet(_) => out.push(Feature::DeltaNet),
-                MixerConfig::Mlp(m) => out.extend(mlp(m)),
-                MixerConfig::Mixture(m) => {
-                    out.extend(mlp(&m.expert));
-                    out.extend((m.rule.scores != RouterScores::Softmax).then_some(Feature::Router));
-                    out.extend(m.shared.and_then(|s| s.gate).map(|_| Feature::Gate));
-                }
+    /// Whether attention, feed-forwards and mixtures are as Llama's and Qwen's are.
+    fn is_usual(&self) -> bool {
+        let mlp = |m: &MlpConfig| m.activation == Activation::Silu && !m.is_fused();
+        let mixer = |step: &StepConfig| match &step.mixer {
+            MixerConfig::Attention(a) => {
+                let turned = a.rope.is_none_or(|r| self.ropes[r].1 == a.head_dim);
+                let separate = a.inputs == InputsConfig::Separate && a.value_dim() == a.head_dim;
+                turned && separate && !a.sinks && !a.gated && a.qk_norm != QkNorm::Rows && a.growth.is_none()
             }
-        }
-        out.dedup();
-        out
+            MixerConfig::Mlp(m) => mlp(m),
+            MixerConfig::Mixture(m) => {
+                mlp(&m.expert)
+                    && m.rule.scores == RouterScores::Softmax
+                    && m.shared.as_ref().is_none_or(|s| s.gate.is_none())
+            }
+            MixerConfig::Mamba(_) | MixerConfig::DeltaNet(_) => false,
+        };
+        self.embedding_scale.is_none() && self.layers.iter().flat_map(|l| &l.steps).all(mixer)
     }
 }
 

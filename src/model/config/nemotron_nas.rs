@@ -3,8 +3,8 @@
 
 use super::llama::{attention_step, ffn_step};
 use super::{
-    Architecture, AttentionConfig, Common, LayerConfig, MixerConfig, MlpConfig, ModelConfig, Names, head_dim,
-    layer_count, limit, only,
+    Architecture, AttentionConfig, Common, LayerConfig, MixerConfig, MlpConfig, ModelConfig, head_dim, layer_count,
+    limit, only,
 };
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
@@ -14,7 +14,8 @@ use crate::model::rope::Rope;
 const WIDTH_STEP: usize = 256;
 
 pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig> {
-    let Common { hidden, vocab, heads, tied_embeddings, eos_tokens } = Common::read(c)?;
+    let common = Common::read(c)?;
+    let Common { hidden, heads, .. } = common;
     let head_dim = head_dim(c, hidden, heads, None)?;
     if head_dim % 2 != 0 {
         return Err(c.error("head_dim", "an even number (RoPE rotates pairs)"));
@@ -45,20 +46,14 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
         }
         Ok(LayerConfig { steps })
     };
-    Ok(ModelConfig {
+    common.model(
+        c,
         architecture,
-        names: Names::PLAIN,
-        hidden,
-        vocab,
+        1e-6,
         max_positions,
-        rms_eps: c.positive_f32("rms_norm_eps")?.unwrap_or(1e-6),
-        ropes: vec![(rope, head_dim)],
-        layers: blocks.iter().map(layer).collect::<Result<_>>()?,
-        offset_norms: false,
-        embedding_scale: None,
-        tied_embeddings,
-        eos_tokens,
-    })
+        vec![(rope, head_dim)],
+        blocks.iter().map(layer).collect::<Result<_>>()?,
+    )
 }
 
 /// The entries of `block_configs`, one of each layer.

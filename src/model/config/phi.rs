@@ -2,15 +2,16 @@
 
 use super::llama::plain_layer;
 use super::{
-    Architecture, AttentionConfig, Common, FfnNames, InputsConfig, MixerConfig, MlpConfig, ModelConfig, Names,
-    head_dim, kv_heads, layer_count, limit, only, positions, width,
+    Architecture, AttentionConfig, Common, FfnNames, InputsConfig, MixerConfig, MlpConfig, ModelConfig, head_dim,
+    kv_heads, layer_count, limit, only, positions, width,
 };
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
 use crate::model::rope::Rope;
 
 pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig> {
-    let Common { hidden, vocab, heads, tied_embeddings, eos_tokens } = Common::read(c)?;
+    let common = Common::read(c)?;
+    let Common { hidden, heads, .. } = common;
     let (kv_heads, head_dim) = (kv_heads(c, heads, None)?, head_dim(c, hidden, heads, None)?);
     only(c, "hidden_act", &["silu", "swish"])?;
     let layers = layer_count(c)?;
@@ -24,18 +25,5 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
     let attention = AttentionConfig { window, inputs: InputsConfig::Fused, ..plain };
     let mlp = MlpConfig { names: FfnNames::FUSED, ..MlpConfig::silu(width(c, "intermediate_size")?) };
     let layer = plain_layer(MixerConfig::Attention(attention), MixerConfig::Mlp(mlp));
-    Ok(ModelConfig {
-        architecture,
-        names: Names::PLAIN,
-        hidden,
-        vocab,
-        max_positions,
-        rms_eps: c.positive_f32("rms_norm_eps")?.unwrap_or(1e-5),
-        ropes: vec![(rope, turned)],
-        layers: vec![layer; layers],
-        offset_norms: false,
-        embedding_scale: None,
-        tied_embeddings,
-        eos_tokens,
-    })
+    common.model(c, architecture, 1e-5, max_positions, vec![(rope, turned)], vec![layer; layers])
 }

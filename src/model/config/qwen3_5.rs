@@ -4,8 +4,7 @@
 use super::llama::plain_layer;
 use super::{
     Architecture, AttentionConfig, Common, DeltaConfig, HEAD_COUNT, HEAD_DIM, MixerConfig, MixtureConfig, MlpConfig,
-    ModelConfig, Names, QkNorm, SharedConfig, expert_count, head_dim, kv_heads, layer_count, layer_kinds, limit, only,
-    width,
+    ModelConfig, QkNorm, SharedConfig, expert_count, head_dim, kv_heads, layer_count, layer_kinds, limit, only, width,
 };
 use crate::checkpoint::error::Result;
 use crate::checkpoint::json::Object;
@@ -16,7 +15,8 @@ use crate::model::rope::Rope;
 const FULL_ATTENTION_INTERVAL: usize = 4;
 
 pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig> {
-    let Common { hidden, vocab, heads, tied_embeddings, eos_tokens } = Common::read(c)?;
+    let common = Common::read(c)?;
+    let Common { hidden, heads, .. } = common;
     let layers = layer_count(c)?;
     let kv_heads = kv_heads(c, heads, None)?;
     let head_dim = head_dim(c, hidden, heads, Some(256))?;
@@ -43,18 +43,15 @@ pub(super) fn read(c: &Object, architecture: Architecture) -> Result<ModelConfig
         layer
     };
     Ok(ModelConfig {
-        architecture,
-        names: Names::PLAIN,
-        hidden,
-        vocab,
-        max_positions,
-        rms_eps: c.positive_f32("rms_norm_eps")?.unwrap_or(1e-6),
-        ropes: vec![(rope, turned)],
-        layers: full_layers(c, layers)?.iter().map(layer).collect(),
         offset_norms: true,
-        embedding_scale: None,
-        tied_embeddings,
-        eos_tokens,
+        ..common.model(
+            c,
+            architecture,
+            1e-6,
+            max_positions,
+            vec![(rope, turned)],
+            full_layers(c, layers)?.iter().map(layer).collect(),
+        )?
     })
 }
 

@@ -91,7 +91,11 @@ pub(super) const MESSAGE: &str = "<|message|>";
 pub(super) const ENDS: [&str; 3] = ["<|end|>", "<|return|>", "<|call|>"];
 
 /// Tokens that stand between the marks of calls.
-const INNER: [&str; 5] = ["[CALL_ID]", "[ARGS]", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"];
+const INNER: [&str; 5] = ["[CALL_ID]", ARGS, CALL_BEGIN, CALL_SEPARATOR, CALL_END];
+const ARGS: &str = "[ARGS]";
+const CALL_BEGIN: &str = "<｜tool▁call▁begin｜>";
+const CALL_SEPARATOR: &str = "<｜tool▁sep｜>";
+const CALL_END: &str = "<｜tool▁call▁end｜>";
 
 impl Reasoning {
     /// By name.
@@ -121,7 +125,45 @@ impl Reasoning {
     }
 }
 
+/// How a family writes calls, as far as a grammar of them has to know. Marks are texts, or tokens that are special.
+pub(crate) enum CallStyle {
+    /// `open`, `{"name": …, "arguments": {…}}`, `close`, on lines of their own.
+    Json { open: &'static str, close: &'static str },
+    /// `open`, `<function=NAME>` with a `<parameter=NAME>` for each, `close`, on lines of their own.
+    Functions { open: &'static str, close: &'static str },
+    /// One list of objects as in `Json`.
+    List { open: &'static str, close: Option<&'static str> },
+    /// `{"name": …, "parameters": {…}}`, apart by `;`, after `open` or without it.
+    Llama { open: &'static str },
+    /// `before`, a name, `between`, arguments.
+    Named { before: &'static str, between: &'static str },
+    /// Between `open` and `close`: `begin`, a name, `between`, arguments, `end`.
+    DeepSeek { open: &'static str, begin: &'static str, between: &'static str, end: &'static str, close: &'static str },
+}
+
 impl Calls {
+    /// How calls are to be written by a model of whose vocabulary `is_token` knows the marks.
+    pub(crate) fn style(&self, is_token: impl Fn(&str) -> bool) -> CallStyle {
+        let (open, close) = self.marks[0];
+        match (self.body, close) {
+            (Body::Tagged, Some(close)) if self.marks.iter().any(|(open, _)| *open == "<function=") => {
+                CallStyle::Functions { open, close }
+            }
+            (Body::Tagged, Some(close)) if open == "<tool_call>" => CallStyle::Json { open, close },
+            // Models of Mistral's since the token came write names before it.
+            (Body::Mistral, _) if is_token(ARGS) => CallStyle::Named { before: open, between: ARGS },
+            (Body::Tagged | Body::Mistral, close) => CallStyle::List { open, close },
+            (Body::Llama, _) => CallStyle::Llama { open },
+            (Body::DeepSeek, close) => CallStyle::DeepSeek {
+                open,
+                begin: CALL_BEGIN,
+                between: CALL_SEPARATOR,
+                end: CALL_END,
+                close: close.unwrap_or_default(),
+            },
+        }
+    }
+
     /// By name.
     #[must_use]
     pub fn named(name: &str) -> Option<Self> {
@@ -171,6 +213,16 @@ impl ReplyFormat {
             marks.extend(calls.marks.iter().flat_map(|(open, close)| [Some(*open), *close]).flatten());
             marks.extend(INNER);
         }
+        marks
+    }
+
+    /// The same texts of all families.
+    pub(crate) fn all_marks() -> Vec<&'static str> {
+        let reasoning = REASONING.iter().map(|(_, reasoning)| Self { reasoning: Some(*reasoning), calls: None });
+        let calls = CALLS.iter().map(|(_, calls)| Self { reasoning: None, calls: Some(*calls) });
+        let mut marks: Vec<_> = reasoning.chain(calls).flat_map(|format| format.marks()).collect();
+        marks.sort_unstable();
+        marks.dedup();
         marks
     }
 

@@ -4,12 +4,15 @@
 //! parts.
 
 mod format;
+mod kinds;
 mod splitter;
 mod tool_call;
 
 use serde_json::{Value, json};
 
+pub(crate) use format::CallStyle;
 pub use format::{Calls, Reasoning, ReplyFormat};
+pub(crate) use kinds::{kinds, name, parameters};
 pub use splitter::Splitter;
 
 /// What a part of a reply is.

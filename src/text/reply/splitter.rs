@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::format::{Body, CHANNEL, CONSTRAIN, ENDS, MESSAGE, START};
 use super::tool_call::{self, Section};
-use super::{Calls, Kind, Piece, Reasoning, Reply, ReplyFormat};
+use super::{Calls, Kind, Malformed, Piece, Reasoning, Reply, ReplyFormat, ToolCall};
 
 /// Takes a reply apart, text by text: what is certain is given out at once.
 ///
@@ -25,6 +25,8 @@ pub struct Splitter {
     /// What the last piece was.
     last: Kind,
     reply: Reply,
+    /// Calls that ended since they were last asked for.
+    ended: Vec<Result<ToolCall, Malformed>>,
 }
 
 /// Where the text is.
@@ -65,6 +67,7 @@ impl Splitter {
             section: Section::default(),
             last: Kind::Markup,
             reply: Reply::default(),
+            ended: Vec::new(),
         };
         let end = prompt.trim_end();
         splitter.state = match format.reasoning {
@@ -103,6 +106,12 @@ impl Splitter {
         self.held.push_str(text);
         while self.advance(false, &mut out) {}
         out
+    }
+
+    /// The calls that ended since this was last asked, in their order. Those that only the end of the reply ends are in what
+    /// [`finish`](Self::finish) gives, after as many as were given here.
+    pub fn take_calls(&mut self) -> Vec<Result<ToolCall, Malformed>> {
+        std::mem::take(&mut self.ended)
     }
 
     /// Ends the reply: the rest of it, and all of it.
@@ -305,8 +314,15 @@ impl Splitter {
             _ => tool_call::harmony(&section),
         };
         match read {
-            Ok(calls) => self.reply.calls.extend(calls),
-            Err(why) => self.reply.malformed.push(super::Malformed { text: section.text, why }),
+            Ok(calls) => {
+                self.ended.extend(calls.iter().cloned().map(Ok));
+                self.reply.calls.extend(calls);
+            }
+            Err(why) => {
+                let malformed = Malformed { text: section.text, why };
+                self.ended.push(Err(malformed.clone()));
+                self.reply.malformed.push(malformed);
+            }
         }
     }
 

@@ -2,8 +2,8 @@
 
 use serde_json::{Map, Value};
 
-use super::ToolCall;
 use super::format::Body;
+use super::{ToolCall, kinds};
 
 /// A call as it was written.
 #[derive(Debug, Clone, Default)]
@@ -129,7 +129,7 @@ fn functions(text: &str, tools: &[Value]) -> Result<Vec<ToolCall>, String> {
             let value = value.rfind("</parameter>").map_or(value, |end| &value[..end]);
             let value = value.strip_prefix('\n').unwrap_or(value);
             let value = value.strip_suffix('\n').unwrap_or(value);
-            arguments.insert(key.trim().to_owned(), typed(value, kind_of(name, key.trim(), tools)));
+            arguments.insert(key.trim().to_owned(), typed(value, &kinds_of(name, key.trim(), tools)));
         }
         calls.push(ToolCall { name: name.to_owned(), arguments: arguments.into() });
     }
@@ -137,18 +137,25 @@ fn functions(text: &str, tools: &[Value]) -> Result<Vec<ToolCall>, String> {
 }
 
 /// What the definition of a tool says of a parameter's type.
-fn kind_of<'t>(tool: &str, parameter: &str, tools: &'t [Value]) -> Option<&'t Value> {
-    let own = tools.iter().map(|t| t.get("function").unwrap_or(t)).find(|t| t["name"] == tool)?;
-    own.get("parameters")?.get("properties")?.get(parameter)?.get("type")
+fn kinds_of<'t>(tool: &str, parameter: &str, tools: &'t [Value]) -> Vec<&'t str> {
+    let own = tools.iter().find(|t| kinds::name(t) == Some(tool)).and_then(kinds::parameters);
+    own.and_then(|root| Some(kinds::kinds(root, property(root, parameter)?))).unwrap_or_default()
+}
+
+/// A property of an object that a schema, or what it refers to, describes.
+fn property<'v>(root: &'v Value, name: &str) -> Option<&'v Value> {
+    let mut schema = root;
+    for _ in 0..16 {
+        match schema.get("$ref").and_then(Value::as_str).and_then(|to| root.pointer(to.strip_prefix('#')?)) {
+            Some(target) => schema = target,
+            None => break,
+        }
+    }
+    schema.get("properties")?.get(name)
 }
 
 /// A value that is written without its type: a text, unless the tool's definition says otherwise and it can be read so.
-fn typed(text: &str, kind: Option<&Value>) -> Value {
-    let kinds: Vec<&str> = match kind {
-        Some(Value::String(kind)) => vec![kind],
-        Some(Value::Array(kinds)) => kinds.iter().filter_map(Value::as_str).collect(),
-        _ => Vec::new(),
-    };
+fn typed(text: &str, kinds: &[&str]) -> Value {
     let word = match text.trim() {
         "True" => "true",
         "False" => "false",

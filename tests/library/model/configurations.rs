@@ -98,7 +98,7 @@ fn zeros_and_numbers_that_do_not_divide_never_reach_a_kernel() {
                     let (modules, vectors) = (config.modules(), config.vectors());
                     assert!(modules.iter().all(|m| m.role.n > 0 && m.role.k > 0), "{name}: {key} = {n}");
                     assert!(vectors.iter().all(|(_, shape)| shape.iter().all(|d| *d > 0)), "{name}: {key} = {n}");
-                    let _ = (config.cache_values(), config.state_values(), config.plain(), config.features());
+                    let _ = (config.cache_values(), config.state_values(), config.plain());
                 }
             }
         }

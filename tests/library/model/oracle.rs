@@ -302,7 +302,8 @@ fn what_is_read_off_logits_is_the_same_on_both_backends() {
         Sampler::new(params).unwrap()
     };
     let samplers = [sampler(0.0, 0), sampler(1.0, 1), sampler(0.7, 2), sampler(1.5, 3), sampler(1.0, 4)];
-    let draws: Vec<Draw> = samplers.iter().map(|s| Draw { sampler: s, history: History::default() }).collect();
+    let draws: Vec<Draw> =
+        samplers.iter().map(|s| Draw { sampler: s, history: History::default(), allowed: None }).collect();
     fn read<B: Backend>(
         backend: &B,
         (a, b): (&[f32], &[f32]),

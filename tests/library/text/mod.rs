@@ -4,7 +4,9 @@
 //! variable RECOUP_SHARED names, and their tests say so and pass when it is unset.
 
 mod classes;
+mod grammar;
 mod reply;
+mod token_bytes;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
