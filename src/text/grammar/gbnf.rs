@@ -429,7 +429,7 @@ mod tests {
         assert!(is_one(gbnf));
         let lark = to_lark(gbnf).unwrap();
         let expected = "start: r0\n\
-             r0: (\"[\" T1 ((r2 (\",\" T1 r2)*))? \"]\" | T3)\n\
+             r0: (\"[\" T1 (r2 (\",\" T1 r2)*)? \"]\" | T3)\n\
              T1: (/[\\x{20}\\x{A}\\x{9}]/)*\n\
              r2: r0 T1\n\
              T3: (/[\\x{30}-\\x{39}]/){1,3} (\".\" (/[\\x{30}-\\x{39}]/)+)?\n";
