@@ -517,7 +517,8 @@ fn who_has_gone_is_not_answered_and_who_reads_slowly_holds_nobody_up() {
     // Who does not read, and who sends half of what was announced.
     let slow: Vec<_> = (0..3).map(|_| server.begun(COMPLETIONS, &long)).collect();
     let mut half = TcpStream::connect(&server.address).unwrap();
-    half.write_all(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{\"prompt\"").unwrap();
+    half.write_all(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{\"prompt\"")
+        .unwrap();
     let mut torn = TcpStream::connect(&server.address).unwrap();
     torn.write_all(b"GET /v1/mod").unwrap();
     for _ in 0..4 {

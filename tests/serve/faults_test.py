@@ -61,7 +61,7 @@ def connect(server):
 
 def raw(server, body, path="/v1/completions", headers=()):
     """A request as bytes, and all that comes back."""
-    lines = [f"POST {path} HTTP/1.1", "host: x", "content-type: application/json", "connection: close", *headers]
+    lines = [f"POST {path} HTTP/1.1", "host: localhost", "content-type: application/json", "connection: close", *headers]
     if not any(h.lower().startswith(("content-length", "transfer-encoding")) for h in headers):
         lines.append(f"content-length: {len(body)}")
     with connect(server) as stream:
@@ -105,7 +105,7 @@ def test_a_slow_reader_holds_up_nobody(server):
     body = json.dumps({"model": NAME, "prompt": "Slowly", "stream": True, "logprobs": 20, **LONG}).encode()
     with connect(server) as stream:
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        stream.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        stream.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
         begun = time.monotonic()
         for i in range(5):
             assert server.ask(prompt="Quickly", max_tokens=8, temperature=0).status_code == 200
@@ -147,14 +147,14 @@ def test_a_body_of_100_mb(server):
         yield b'"}'
     refused(server.http.post("/v1/completions", content=pieces(), headers={"content-type": "application/json"}), 413)
     with connect(server) as stream:
-        stream.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 104857600\r\n\r\n" + piece)
+        stream.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 104857600\r\n\r\n" + piece)
         # It goes away after a hundredth.
     assert server.memory() < before + 64_000_000, "it kept what it refused"
 
 
 def test_a_body_that_never_comes(server):
     with connect(server) as idle, connect(server) as half:
-        half.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{")
         idle.sendall(b"POST /v1/compl")
         assert server.ask(prompt="x", max_tokens=1).status_code == 200
 
@@ -219,7 +219,7 @@ def test_parameters_that_mean_nothing(server, name, values):
 def test_ten_thousand_stop_strings(server):
     begun = time.monotonic()
     refused(server.ask(prompt="x", max_tokens=50, stop=[f"stop {i}" for i in range(10_000)]), param="stop")
-    assert server.ask(prompt="x", max_tokens=50, stop=[f"stop {i}" for i in range(100)]).status_code == 200
+    assert server.ask(prompt="x", max_tokens=50, stop=[f"stop {i}" for i in range(64)]).status_code == 200
     assert time.monotonic() - begun < 30
 
 
