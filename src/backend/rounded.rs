@@ -1,5 +1,5 @@
-//! A backend whose results are rounded to BF16 on the way, as engines on GPUs keep them between their kernels: how far valid
-//! computations of one model are apart.
+//! A backend whose results are rounded on the way, to BF16 as engines on GPUs keep them between their kernels: how far
+//! valid computations of one model are apart.
 //!
 //! Values go over the host, which is slow: for experiments on some tokens.
 
@@ -12,9 +12,50 @@ use super::{
 use crate::formats::linear::LinearTensors;
 use crate::logits::{RouterRule, Routing, TokenScore};
 
+/// How results are rounded: down below a quarter of a step, up above three quarters, and by chance in between.
+///
+/// Two roundings of other seeds are as far apart as two engines that round to the nearest, each in its own places.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rounding {
+    /// Bits of the mantissa that are kept, the leading one not counted: 7 are BF16's, 10 those of f16.
+    pub bits: u32,
+    /// Chance comes of this and the value, so that a token's results are the same whatever else is in the batch.
+    pub seed: u64,
+}
+
+impl Rounding {
+    /// To BF16.
+    #[must_use]
+    pub const fn bf16(seed: u64) -> Self {
+        Self { bits: 7, seed }
+    }
+
+    /// `value`, rounded; what is no number stays, and so do all that [`Rounding::bits`] can hold.
+    #[must_use]
+    pub fn of(self, value: f32) -> f32 {
+        if !value.is_finite() || self.bits >= 23 {
+            return value;
+        }
+        let bits = value.to_bits();
+        let step = 1u32 << (23 - self.bits);
+        let up = step / 4 + chance(self.seed, bits) % (step / 2).max(1);
+        f32::from_bits((bits + up) & !(step - 1))
+    }
+}
+
+/// Bits that are as good as drawn by chance.
+fn chance(seed: u64, bits: u32) -> u32 {
+    let mut x = seed.wrapping_mul(0xD6E8_FEB8_6659_FD93) ^ u64::from(bits);
+    for _ in 0..2 {
+        x = (x ^ (x >> 32)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    }
+    (x >> 32) as u32
+}
+
 /// `inner` with results rounded.
 pub struct Rounded<B> {
     inner: Arc<B>,
+    rounding: Rounding,
 }
 
 /// A tensor, and how many rows it has.
@@ -26,14 +67,14 @@ pub struct Rows<T> {
 
 impl<B: Backend> Rounded<B> {
     /// Rounds what a backend computes that others use too.
-    pub fn shared(inner: Arc<B>) -> Self {
-        Self { inner }
+    pub fn shared(inner: Arc<B>, rounding: Rounding) -> Self {
+        Self { inner, rounding }
     }
 
     /// A result of `rows` rows, rounded.
     fn result(&self, x: B::Tensor, rows: usize) -> Result<Rows<B::Tensor>> {
         let mut host = self.inner.to_host(&x)?;
-        host.iter_mut().for_each(|v| *v = half::bf16::from_f32(*v).to_f32());
+        host.iter_mut().for_each(|v| *v = self.rounding.of(*v));
         let columns = host.len() / rows.max(1);
         Ok(Rows { inner: self.inner.tensor(host, columns)?, rows })
     }
@@ -221,12 +262,36 @@ mod tests {
 
     #[test]
     fn results_are_rounded_and_keep_their_shape() {
-        let rounded = Rounded::shared(Arc::new(CpuBackend::new(Isa::detect(), 1).unwrap()));
+        let rounding = Rounding::bf16(1);
+        let rounded = Rounded::shared(Arc::new(CpuBackend::new(Isa::detect(), 1).unwrap()), rounding);
         let x = rounded.tensor(vec![1.0, 2.0, 3.003, -4.0, 0.1, 1e-3], 3).unwrap();
         let sum = rounded.add(x.clone(), &x).unwrap();
         let host = rounded.to_host(&sum).unwrap();
         assert_eq!(sum.rows, 2);
-        assert_eq!(host, [2.0f32, 4.0, 6.006, -8.0, 0.2, 2e-3].map(|v| half::bf16::from_f32(v).to_f32()));
+        assert_eq!(host, [2.0f32, 4.0, 6.006, -8.0, 0.2, 2e-3].map(|v| rounding.of(v)));
+        assert_ne!(host[2], 6.006);
         assert_eq!(rounded.select_rows(&sum, &[1]).unwrap().rows, 1);
+    }
+
+    #[test]
+    fn seeds_are_as_far_apart_as_engines_that_round_to_the_nearest() {
+        let step = 2.0f32.powi(-7);
+        let values: Vec<f32> = (0..20_000).map(|i| 1.0 + i as f32 / 20_000.0).collect();
+        let square = |of: &dyn Fn(f32) -> f32| {
+            values.iter().map(|v| f64::from(of(*v) / step).powi(2)).sum::<f64>() / values.len() as f64
+        };
+        let (one, other) = (Rounding::bf16(1), Rounding::bf16(2));
+        // To the nearest, the mean square of an error is a twelfth of a step's: two that are independent are twice that apart.
+        let apart = square(&|v| one.of(v) - other.of(v));
+        assert!((apart - 1.0 / 6.0).abs() < 0.01, "{apart}");
+        let mean: f64 = values.iter().map(|v| f64::from((one.of(*v) - v) / step)).sum::<f64>() / values.len() as f64;
+        assert!(mean.abs() < 0.01, "{mean}");
+        for v in [0.0, -0.0, 1.5, f32::INFINITY, f32::NAN, f32::MIN_POSITIVE, -1e-42] {
+            let (rounded, exact) = (one.of(v), half::bf16::from_f32(v).to_f32());
+            let holds = rounded.to_bits() == v.to_bits() || exact != v && (rounded - v).abs() <= v.abs();
+            assert!(holds, "{v}: {rounded}");
+        }
+        assert_eq!((Rounding { bits: 23, seed: 1 }).of(1.000_000_1), 1.000_000_1);
+        assert!((one.of(-3.003) + 3.003).abs() < 2.0 * step && one.of(f32::MAX) >= f32::MAX / 1.01);
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::config::ModelConfig;
 use super::layer::{Inputs, Layer, Mixer, Mixture, Mlp, Step};
 use crate::backend::observe::{FirstBroken, Observed, Observer};
-use crate::backend::rounded::Rounded;
+use crate::backend::rounded::{Rounded, Rounding};
 use crate::backend::{
     self, Backend, BackendError, Batch, CacheLayout, DeltaInputs, HeadNorms, HeadParameters, LayerCache, Named, PAGE,
     RecurrentShape, Update, exactly, one,
@@ -145,9 +145,9 @@ impl<B: Backend> Decoder<B> {
         }
     }
 
-    /// This model, its weights shared, computed with every result rounded to BF16.
+    /// This model, its weights shared, computed with every result rounded.
     #[must_use]
-    pub fn rounded(&self) -> Decoder<Rounded<B>> {
+    pub fn rounded(&self, rounding: Rounding) -> Decoder<Rounded<B>> {
         Decoder {
             embedding: self.embedding.clone(),
             layers: self.layers.iter().map(|l| l.map(Named::clone, Named::clone)).collect(),
@@ -155,7 +155,7 @@ impl<B: Backend> Decoder<B> {
             head: self.head.clone(),
             config: self.config.clone(),
             folder: self.folder.clone(),
-            backend: Arc::new(Rounded::shared(self.backend.clone())),
+            backend: Arc::new(Rounded::shared(self.backend.clone(), rounding)),
             ropes: self.ropes.clone(),
             caches: self.caches.clone(),
             recurrent: self.recurrent.clone(),

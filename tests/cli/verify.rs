@@ -60,10 +60,13 @@ fn a_sound_engine_passes_in_every_way_to_ask() {
         let agreement = &report["agreement"];
         let tokens = agreement["tokens"].as_u64().unwrap();
         assert!(tokens > if protocol == Protocol::LlamaCpp { 40 } else { 500 }, "{agreement}");
-        assert_eq!(agreement["within"], tokens);
-        // The same library on both sides.
-        assert!(agreement["rms"].as_f64().unwrap() < 1e-4, "{agreement}");
-        assert!(report["tolerance"]["noise"].as_f64().unwrap() > 1e-3);
+        let number = |name: &str| agreement[name].as_f64().unwrap();
+        assert!(number("within") > 0.98 * tokens as f64, "{agreement}");
+        // A computation that rounds nothing is no farther from those that do than they are from each other.
+        assert!(number("rms") < 1.1 * number("noise") && number("noise") > 1e-3, "{agreement}");
+        // Quantized inputs: any rounding is as good as any other.
+        assert!(report["tolerance"]["growth"].as_f64().unwrap() < 0.5, "{}", report["tolerance"]);
+        assert!(report["least_seen"].as_f64().unwrap() < number("noise"), "{agreement}");
     }
 }
 
@@ -95,11 +98,28 @@ fn a_wrong_scale_is_found_in_its_layer() {
 #[test]
 fn another_checkpoint_of_the_same_shape_is_no_noise() {
     let (_folder, model) = model(NVFP4);
-    let served = start(&project().join("models/books-nvfp4-qad"), Protocol::Vllm, Fault::None);
-    let out = run(&["verify", &served, &model, "--json", "--no-search", "-n", "6"]);
-    let report: Value = serde_json::from_slice(&out.stdout).unwrap();
-    assert_eq!((out.status.code(), &report["log_probabilities_within"]), (Some(3), &false.into()), "{report:#}");
-    assert!(kinds(&report).contains(&"unknown"), "{}", report["findings"]);
+    // The same model, recovered or never quantized: as far apart as noise is large.
+    for served in ["models/books-nvfp4-qad", "models/books-bf16"] {
+        let served = start(&project().join(served), Protocol::Vllm, Fault::None);
+        let out = run(&["verify", &served, &model, "--json", "--no-search", "-n", "6"]);
+        let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+        assert_eq!((out.status.code(), &report["log_probabilities_within"]), (Some(3), &false.into()), "{report:#}");
+        assert!(!kinds(&report).is_empty(), "{}", report["findings"]);
+    }
+}
+
+#[test]
+fn the_text_says_what_would_have_been_seen() {
+    for (shipped, chaos) in [(NVFP4, true), (BF16, false)] {
+        let (_folder, model) = model(shipped);
+        let url = start(Path::new(&model), Protocol::Vllm, Fault::None);
+        let out = run(&["verify", &url, &model, "--longest", "60", "-n", "4"]);
+        let text = String::from_utf8(out.stdout).unwrap();
+        assert_eq!(out.status.code(), Some(0), "{text}");
+        let power = text.lines().find(|l| l.starts_with("power")).unwrap();
+        assert!(power.contains("would have been seen"), "{power}");
+        assert_eq!(power.contains("flips codes"), chaos, "{power}");
+    }
 }
 
 #[test]

@@ -104,9 +104,13 @@ impl Names {
         name.id.or_else(|| self.0.get(name.text.as_ref()?).copied().flatten())
     }
 
-    fn said(&self, place: &Place) -> Said {
-        let top = place.top.iter().filter_map(|(name, logprob)| Some((self.id(name)?, *logprob))).collect();
-        Said { logprob: place.logprob, top }
+    /// What is said at a place; of the most probable tokens no more than `top`: some servers name the given one beside them.
+    fn said(&self, place: &Place, top: usize) -> Said {
+        let mut named: Vec<&(Name, f64)> = place.top.iter().collect();
+        named.sort_by(|a, b| b.1.total_cmp(&a.1));
+        named.truncate(top);
+        let known: Vec<(u32, f64)> = named.iter().filter_map(|(name, l)| Some((self.id(name)?, *l))).collect();
+        Said { logprob: place.logprob, complete: known.len() == named.len(), top: known }
     }
 }
 
@@ -148,7 +152,7 @@ pub fn hear(
             let place = usize::try_from(i as isize + before).ok().and_then(|i| told.prompt.get(i));
             let place = place.cloned().unwrap_or_default();
             renamed += usize::from(names.id(&place.token).is_some_and(|named| named != *id));
-            said.push(names.said(&place));
+            said.push(names.said(&place, manner.top));
         }
     }
     let generated = tokens.len();
@@ -157,13 +161,13 @@ pub fn hear(
             // What comes after a token that is not known cannot be computed.
             let Some(id) = names.id(&place.token) else { break };
             tokens.push(id);
-            said.push(names.said(place));
+            said.push(names.said(place, manner.top));
         }
     }
     if tokens.len() == first {
         return Ok(Heard::default());
     }
-    let sequence = Sequence { name: name.to_owned(), tokens, first, generated, said };
+    let sequence = Sequence { name: name.to_owned(), tokens, first, generated, said, compared: Vec::new() };
     let sequence = Some(sequence).filter(|_| renamed <= ids.len() / 2);
     Ok(Heard { sequence, renamed })
 }

@@ -8,6 +8,7 @@ mod checks;
 mod facts;
 mod report;
 mod search;
+mod statistics;
 mod suspects;
 mod texts;
 
@@ -15,18 +16,21 @@ use recoup_openai::{Error, Fault, OpenAi};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-pub use self::agreement::{Agreement, Phase, Segment, Tolerance};
-use self::agreement::{RULED_OUT, apart, by_position, pairs, phase, root_mean_square, segments, spread};
+pub use self::agreement::{Agreement, Judged, Segment, Tolerance};
+use self::agreement::{Place, RULED_OUT, Valid, by_position, growth, phase, places, segments, square};
 use self::altered::Possible;
 pub use self::ask::NoWay;
 use self::ask::{Manner, Names, find, hear};
 pub use self::checks::{CheckError, Tokens};
-use self::facts::{Fact, Sequence, facts};
+use self::facts::{Fact, Sequence, facts, settled};
 use self::report::Finding;
 pub use self::report::{Parting, Report, Sampling, Verdict};
+use self::statistics::mean;
 pub use self::suspects::Suspect;
+use self::suspects::Tried;
 pub use self::texts::{Chat, Text, Texts};
 use super::Watch;
+use crate::backend::rounded::Rounding;
 use crate::backend::{Backend, BackendError};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::engine::EngineError;
@@ -41,6 +45,12 @@ const REACHED_WINDOW: usize = 2048;
 const SECOND: usize = 64;
 /// Pieces of one text at most.
 const PIECES: usize = 8;
+/// Valid computations that the server is compared with.
+const RUNS: u64 = 3;
+/// How much finer than BF16 another one is rounded, in bits: by how much noise shrinks then tells whether it is chaos.
+const FINER: u32 = 3;
+/// Noise that grows less than with this power of rounding is mostly chaos.
+const CHAOS: f64 = 0.5;
 /// A token that the server chose although it says another is more probable by this much was not chosen greedily.
 const CHOSEN: f64 = 0.05;
 
@@ -154,27 +164,22 @@ pub fn verify<B: Backend + Clone>(
     let short: Vec<Text> = texts.texts.iter().map(|t| Text { name: t.name.clone(), text: start(&t.text) }).collect();
     let tokens = checks::texts(server, &manner, subject.text, &short)?;
     let chats = checks::chats(server, subject.text, &texts.chats, &options.template, &mut notes)?;
-    let sequences = heard(server, subject, &manner, &texts.texts, options, &mut notes, watch)?;
-
-    watch.begin("computing the same", 2 * sequences.len() as u64, 0);
-    let here = facts(subject.model, subject.kv, &sequences, 1.0, &mut || watch.part())?;
-    // Engines on GPUs keep BF16 between their kernels, and keys and values in it too where nothing else is said.
-    let bf16 = subject.model.rounded();
-    let rounded = facts(&bf16, KvFormat::Bf16, &sequences, 1.0, &mut || watch.part())?;
-    drop(bf16);
+    let mut sequences = heard(server, subject, &manner, &texts.texts, options, &mut notes, watch)?;
+    let valid = computed(subject, &mut sequences, watch)?;
+    let fine = Rounding { bits: Rounding::bf16(0).bits + FINER, seed: 0 };
+    let fine = facts(&subject.model.rounded(fine), KvFormat::Bf16, &sequences, 1.0, &mut || watch.part())?;
     watch.end();
 
-    let own = here.iter().flatten().zip(rounded.iter().flatten()).filter_map(|(a, b)| spread(a, b));
-    let noise = root_mean_square(own).unwrap_or(0.0);
-    let tolerance = Tolerance { factor: options.factor, floor: options.floor, noise };
-    let agreement = Agreement::of(pairs(&sequences, &here), &tolerance);
-    let segments = segments(&sequences, &here, &rounded, &tolerance);
+    let growth = growth(&valid.exact, &fine, &valid.runs[0], f64::from(1u32 << FINER));
+    let noise = noise(&valid);
+    let tolerance = Tolerance { factor: options.factor, floor: options.floor, noise, growth };
+    let places = places(&sequences, &valid, &tolerance);
+    let agreement = Agreement::of(&sequences, &valid.exact, &places, &tolerance);
+    let segments = segments(&sequences, &places, &tolerance);
     let sampling = sampling(&sequences);
-    let phases = [false, true].map(|generated| phase(&sequences, &here, &rounded, generated, &tolerance));
-    let within = agreement.rms <= tolerance.all(agreement.tokens)
-        && agreement.mean.abs() <= agreement.mean_allowed
-        && segments.iter().all(|s| s.within)
-        && phases.iter().flatten().all(|p| p.within);
+    let phases = [false, true].map(|generated| phase(&sequences, &places, generated, &tolerance));
+    let within =
+        agreement.is_within() && segments.iter().all(|s| s.within) && phases.iter().flatten().all(|p| p.agrees);
     let mut suspects = Vec::new();
     let mut findings: Vec<Finding> = Vec::new();
     let named = tokens.iter().chain(&chats).filter_map(|t| Some((t, t.difference.as_ref()?)));
@@ -184,29 +189,31 @@ pub fn verify<B: Backend + Clone>(
         }
     }
     findings.extend(sampling.finding());
-    if agreement.ruled_out * 100 > agreement.tokens {
+    let asked = places.iter().map(Vec::len).sum::<usize>();
+    if agreement.ruled_out * 100 > asked {
         findings.push(Finding {
             kind: Kind::Sampling,
             what: format!(
                 "it rules out {} of {} tokens: its distribution is cut off (top-k, top-p, min-p)",
-                agreement.ruled_out, agreement.tokens
+                agreement.ruled_out, asked
             ),
             others: Vec::new(),
         });
     }
-    if agreement.missing * 20 > agreement.tokens {
-        notes.push(format!("the server says nothing of {} of {} tokens", agreement.missing, agreement.tokens));
+    if agreement.missing * 20 > asked {
+        notes.push(format!("the server says nothing of {} of {asked} tokens", agreement.missing));
     }
     // Also where the noise allows it: a fault that fits much better than the checkpoint is one all the same.
-    if !sequences.is_empty() && (!within || agreement.rms > options.floor) {
-        let (tried, known) = worst(&sequences, &here);
-        suspects = suspects::try_all(subject, &tried, &known, tolerance, watch)?;
+    if !sequences.is_empty() && (!within || agreement.all.rms > options.floor) {
+        let tried = tried(&sequences, &valid, &places, growth);
+        suspects = suspects::try_all(subject, &tried, tolerance, watch)?;
         let explained = suspects.iter().any(|s| s.explains);
-        if !within && !explained && options.search && tried[0].first <= search::TOKENS {
-            let beginning = tried[0].cut(tried[0].first + search::TOKENS);
-            let known = &known[0][..beginning.said.len()];
-            let distances = beginning.said.iter().zip(known).filter_map(|(s, f)| apart(s, f));
-            if root_mean_square(distances).is_some_and(|d| d > tolerance.all(beginning.said.len())) {
+        let worst = &tried.sequences[0];
+        if !within && !explained && options.search && worst.first <= search::TOKENS {
+            let beginning = worst.cut(worst.first + search::TOKENS);
+            let known = &tried.exact[0][..beginning.said.len()];
+            let distances = search::distances(&beginning, known).into_iter().flatten();
+            if mean(distances).is_some_and(|d| d.sqrt() > tolerance.all(beginning.said.len())) {
                 suspects.extend(search::search(subject, &beginning, known, &tolerance, watch)?);
             }
         }
@@ -234,8 +241,12 @@ pub fn verify<B: Backend + Clone>(
         tolerance,
         agreement,
         within,
-        parting: if differs { parting(subject, &sequences, &here, &segments, &tolerance) } else { None },
-        by_position: by_position(&sequences, &here),
+        parting: if differs {
+            parting(subject, &sequences, &valid.exact, &places, &segments, &tolerance)
+        } else {
+            None
+        },
+        by_position: by_position(&sequences, &places),
         segments,
         phases,
         tokens,
@@ -345,18 +356,46 @@ fn heard<B: Backend>(
     Ok(sequences)
 }
 
-/// The sequences that explanations are tried on: the worst, and the beginning of the next one.
-fn worst(sequences: &[Sequence], here: &[Vec<Fact>]) -> (Vec<Sequence>, Vec<Vec<Fact>>) {
-    let size = |i: &usize| {
-        let distances = sequences[*i].said.iter().zip(&here[*i]).filter_map(|(s, f)| apart(s, f));
-        root_mean_square(distances).unwrap_or(0.0)
+/// What the checkpoint says of what the server said, in ways that are all valid; and what is compared.
+fn computed<B: Backend>(
+    subject: &Subject<'_, B>,
+    sequences: &mut [Sequence],
+    watch: &mut dyn Watch,
+) -> Result<Valid, VerifyError> {
+    watch.begin("computing the same", (RUNS + 2) * sequences.len() as u64, 0);
+    let exact = settled(subject.model, subject.kv, sequences, &mut || watch.part())?;
+    // Engines on GPUs keep BF16 between their kernels, and keys and values in it too where nothing else is said.
+    let run = |seed| -> Result<Vec<Vec<Fact>>, VerifyError> {
+        let model = subject.model.rounded(Rounding::bf16(seed));
+        Ok(facts(&model, KvFormat::Bf16, sequences, 1.0, &mut || watch.part())?)
     };
+    let runs = (0..RUNS).map(run).collect::<Result<_, _>>()?;
+    Ok(Valid { exact, runs })
+}
+
+/// Root mean square of the differences between two valid computations.
+fn noise(valid: &Valid) -> f64 {
+    let pairs = (0..valid.runs.len()).flat_map(|a| (0..a).map(move |b| (&valid.runs[a], &valid.runs[b])));
+    let places = pairs.flat_map(|(a, b)| a.iter().flatten().zip(b.iter().flatten()));
+    mean(places.filter_map(|(a, b)| square(&a.values, &b.values))).unwrap_or(0.0).sqrt()
+}
+
+/// What explanations are tried on: the worst sequence and the beginning of the next one, or all where noise is chaos and only
+/// many places tell.
+fn tried(sequences: &[Sequence], valid: &Valid, places: &[Vec<Place>], growth: f64) -> Tried {
+    let size = |i: &usize| mean(places[*i].iter().filter_map(|p| p.server)).unwrap_or(0.0);
     let mut order: Vec<usize> = (0..sequences.len()).collect();
     order.sort_by(|a, b| size(b).total_cmp(&size(a)));
-    let mut tried = vec![sequences[order[0]].clone()];
-    tried.extend(order.get(1).map(|i| sequences[*i].cut(sequences[*i].first + SECOND)));
-    let known = tried.iter().zip(&order).map(|(s, i)| here[*i][..s.said.len()].to_vec()).collect();
-    (tried, known)
+    let whole = if growth < CHAOS { order.len() } else { 1 };
+    order.truncate(whole.max(2));
+    let cut = |(at, i): (usize, &usize)| match at < whole {
+        true => sequences[*i].clone(),
+        false => sequences[*i].cut(sequences[*i].first + SECOND),
+    };
+    let tried: Vec<Sequence> = order.iter().enumerate().map(cut).collect();
+    let of = |all: &[Vec<Fact>]| order.iter().zip(&tried).map(|(i, s)| all[*i][..s.said.len()].to_vec()).collect();
+    let (exact, runs) = (of(&valid.exact), valid.runs.iter().map(|run| of(run)).collect());
+    Tried { sequences: tried, exact, runs }
 }
 
 /// Whether generated tokens are the most probable ones by the server's own account.
@@ -382,16 +421,17 @@ fn sampling(sequences: &[Sequence]) -> Sampling {
 fn parting<B: Backend>(
     subject: &Subject<'_, B>,
     sequences: &[Sequence],
-    here: &[Vec<Fact>],
+    exact: &[Vec<Fact>],
+    places: &[Vec<Place>],
     segments: &[Segment],
     tolerance: &Tolerance,
 ) -> Option<Parting> {
     let worst = segments.iter().max_by(|a, b| a.rms.total_cmp(&b.rms))?;
     let at = sequences.iter().position(|s| s.name == worst.text)?;
-    let (sequence, facts) = (&sequences[at], &here[at]);
-    let distances: Vec<f64> = sequence.said.iter().zip(facts).map(|(s, f)| apart(s, f).unwrap_or(0.0)).collect();
-    let farthest = (0..distances.len()).max_by(|a, b| distances[*a].total_cmp(&distances[*b]))?;
-    let i = distances.iter().position(|d| *d > tolerance.one(0.0)).unwrap_or(farthest);
+    let (sequence, facts, places) = (&sequences[at], &exact[at], &places[at]);
+    let distance = |i: usize| places[i].server.unwrap_or(0.0);
+    let farthest = (0..places.len()).max_by(|a, b| distance(*a).total_cmp(&distance(*b)))?;
+    let i = places.iter().position(|p| !p.is_within(tolerance)).unwrap_or(farthest);
     let (said, fact) = (&sequence.said[i], &facts[i]);
     let position = sequence.first + i;
     let show = |ids: &[u32]| subject.text.tokenizer().decode(ids, false).unwrap_or_default();

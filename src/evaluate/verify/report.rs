@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::ask::Manner;
-use super::{Agreement, Kind, Phase, Segment, Suspect, Tokens, Tolerance};
+use super::{Agreement, CHAOS, Judged, Kind, Segment, Suspect, Tokens, Tolerance};
 
 /// Explanations as good as the best by this factor cannot be told from it.
 const AS_GOOD: f64 = 1.25;
@@ -96,7 +96,7 @@ pub struct Report {
     pub by_position: Vec<(usize, usize, f64)>,
     pub segments: Vec<Segment>,
     /// Of prompts, and of what was generated.
-    pub phases: [Option<Phase>; 2],
+    pub phases: [Option<Judged>; 2],
     pub tokens: Vec<Tokens>,
     pub chats: Vec<Tokens>,
     pub sampling: Sampling,
@@ -108,17 +108,13 @@ pub struct Report {
 pub(super) fn explanation(
     suspects: &[Suspect],
     segments: &[Segment],
-    phases: &[Option<Phase>; 2],
+    phases: &[Option<Judged>; 2],
     within: bool,
 ) -> Option<Finding> {
-    let fits = |s: &&Suspect| s.explains && (!within || s.fault);
+    let fits = |s: &&Suspect| s.explains;
     let Some(best) = suspects.iter().find(fits) else {
         return (!within).then(|| unexplained(suspects, segments, phases));
     };
-    // What some engines do by design and fits as well is no fault.
-    if within && suspects.iter().any(|s| !s.fault && s.nearer && s.after <= AS_GOOD * best.after) {
-        return None;
-    }
     let as_good = suspects.iter().filter(fits).filter(|s| !std::ptr::eq(*s, best) && s.after <= AS_GOOD * best.after);
     Some(Finding {
         kind: best.kind,
@@ -132,10 +128,10 @@ fn improvement(suspect: &Suspect) -> String {
 }
 
 /// What there is to say where no explanation fits.
-fn unexplained(suspects: &[Suspect], segments: &[Segment], phases: &[Option<Phase>; 2]) -> Finding {
+fn unexplained(suspects: &[Suspect], segments: &[Segment], phases: &[Option<Judged>; 2]) -> Finding {
     let off: Vec<&Segment> = segments.iter().filter(|s| !s.within).collect();
-    let prompts_agree = phases[0].is_some_and(|p| p.within) && !off.iter().any(|s| !s.generated);
-    if prompts_agree && phases[1].is_some_and(|p| !p.within || off.iter().any(|s| s.generated)) {
+    let prompts_agree = phases[0].is_some_and(|p| p.agrees) && !off.iter().any(|s| !s.generated);
+    if prompts_agree && phases[1].is_some_and(|p| !p.agrees || off.iter().any(|s| s.generated)) {
         return Finding {
             kind: Kind::Decoding,
             what: "what it says of prompts agrees, what it says of tokens that it generates does not: look at the kernels of \
@@ -174,8 +170,8 @@ impl Report {
             "server": {"url": self.url, "model": self.model, "way": way, "prompts_as_ids": by_ids, "top": top,
                 "refused": refused},
             "checkpoint": self.checkpoint,
-            "tolerance": {"factor": self.tolerance.factor, "floor": self.tolerance.floor, "noise": self.tolerance.noise,
-                "allowed": self.tolerance.all(self.agreement.tokens), "allowed_in_a_segment": self.tolerance.one(0.0)},
+            "tolerance": self.tolerance,
+            "least_seen": self.agreement.all.least_seen(),
             "log_probabilities_within": self.within,
             "agreement": self.agreement,
             "parting": self.parting,
@@ -215,24 +211,29 @@ impl Report {
             line(&kind(finding.kind), finding.what.clone());
             finding.others.iter().for_each(|other| line("", format!("or {other}")));
         }
-        let Agreement {
-            tokens, within, rms, mean, mean_magnitude, mean_allowed, largest, kl, greedy, greedy_same, ..
-        } = self.agreement;
-        let compared = tokens - self.agreement.missing - self.agreement.ruled_out;
-        let Tolerance { factor, floor, noise } = self.tolerance;
-        if tokens > 0 {
+        let Agreement { within, all, mean, mean_magnitude, mean_allowed, largest, kl, noise_kl, greedy, .. } =
+            self.agreement;
+        if all.tokens > 0 {
             line(
                 "agreement",
                 format!(
-                    "{within} of {compared} log-probabilities within the noise; rms {rms:.4} nats, of which {:.4} is allowed \
-                     ({factor} x {noise:.4} that rounding to BF16 makes here, + {floor})",
-                    self.tolerance.all(self.agreement.tokens)
+                    "{within} of {} log-probabilities within the noise; rms {:.4} nats to valid computations, which are \
+                     {:.4} from each other; {:.4} is allowed",
+                    all.tokens, all.rms, all.noise, all.allowed
                 ),
             );
-            let kl = kl.map_or_else(String::new, |kl| format!(", KL {kl:.5}"));
+            line(
+                "",
+                format!(
+                    "farther from them than they are in {:.1} % of the comparisons ({:.1} % allowed)",
+                    100.0 * all.farther,
+                    100.0 * all.farther_allowed
+                ),
+            );
+            let kl = kl.map_or_else(String::new, |kl| format!(", KL {kl:.5} (noise {noise_kl:.5})"));
             let greedy = match greedy {
                 0 => String::new(),
-                n => format!(", most probable token the same in {greedy_same} of {n}"),
+                n => format!(", most probable token the same in {} of {n}", self.agreement.greedy_same),
             };
             line(
                 "",
@@ -241,8 +242,18 @@ impl Report {
                 ),
             );
         }
+        if all.tokens > 0 {
+            let why = match self.tolerance.growth < CHAOS {
+                true => "; any rounding flips codes of quantized inputs here, which changes all that follows",
+                false => "",
+            };
+            line(
+                "power",
+                format!("a fault of {:.4} nats (rms) would have been seen, not a smaller one{why}", all.least_seen()),
+            );
+        }
         if let [Some(prompts), Some(generated)] = &self.phases {
-            let of = |p: &Phase| format!("{:.4} in {} (noise {:.4})", p.rms, p.tokens, p.noise);
+            let of = |p: &Judged| format!("{:.4} in {} (noise {:.4})", p.rms, p.tokens, p.noise);
             line("", format!("rms of prompts' tokens {}, of generated ones {}", of(prompts), of(generated)));
         }
         let off = self.segments.iter().filter(|s| !s.within).count();

@@ -3,9 +3,10 @@
 
 use std::collections::BTreeMap;
 
-use super::agreement::{Rivals, Tolerance, apart, root_mean_square};
+use super::agreement::{Rivals, Tolerance, square};
 use super::altered::beside;
 use super::facts::{Fact, Sequence, checked};
+use super::statistics::mean;
 use super::suspects::Suspect;
 use super::{Kind, Subject, VerifyError};
 use crate::backend::{Backend, Batch, PAGE};
@@ -50,7 +51,7 @@ impl<'a, B: Backend> Ladder<'a, B> {
         Ok(Self { model, sequence, pass, cache, entries })
     }
 
-    /// The distance of each place from what the server says, where `linears` stand in the place of their modules of
+    /// The mean square of each place's differences to what the server says, where `linears` stand in the place of their modules of
     /// `layer`; nothing where that computes no numbers.
     fn distances(&mut self, layer: usize, linears: Vec<(&str, B::Linear)>) -> Option<Vec<Option<f64>>> {
         let mut model = self.model.graft(self.model, &|_| false);
@@ -68,13 +69,14 @@ impl<'a, B: Backend> Ladder<'a, B> {
     }
 }
 
-fn distances(sequence: &Sequence, facts: &[Fact]) -> Vec<Option<f64>> {
-    sequence.said.iter().zip(facts).map(|(s, f)| apart(s, f)).collect()
+/// The mean square of each place's differences to what the server says.
+pub(super) fn distances(sequence: &Sequence, facts: &[Fact]) -> Vec<Option<f64>> {
+    facts.iter().enumerate().map(|(i, fact)| square(&sequence.said_at(i), &fact.values)).collect()
 }
 
 fn size(distances: &Option<Vec<Option<f64>>>) -> f64 {
     let all = distances.iter().flatten().copied().flatten();
-    root_mean_square(all).unwrap_or(f64::INFINITY)
+    mean(all).unwrap_or(f64::INFINITY)
 }
 
 /// Modules that are scaled together: one, or the same part of all experts.
@@ -115,7 +117,7 @@ pub fn search<B: Backend>(
     let before = distances(sequence, here);
     let judge = |kind, what: String, after: &Option<Vec<Option<f64>>>| {
         let after = after.clone().unwrap_or_else(|| vec![None; before.len()]);
-        Suspect::judged(kind, what, Rivals::of(before.iter().copied().zip(after)), tolerance, true)
+        Suspect::judged(kind, what, Rivals::of(before.iter().copied().zip(after)), tolerance)
     };
     let mut found = Vec::new();
     watch.begin("looking for the layer", places.len() as u64, 0);

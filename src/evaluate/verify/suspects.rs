@@ -3,15 +3,20 @@
 use serde::Serialize;
 
 use super::Kind;
-use super::agreement::{Rivals, Tolerance, apart, pairs};
+use super::agreement::{Rivals, Tolerance, square};
 use super::altered::{Alteration, Altered, Possible};
-use super::facts::{Fact, Said, Sequence, facts};
+use super::facts::{Fact, Sequence, facts};
+use super::statistics::mean;
 use super::{Subject, VerifyError};
 use crate::backend::Backend;
+use crate::backend::rounded::Rounding;
+use crate::engine::EngineError;
 use crate::evaluate::Watch;
 use crate::formats::kv::KvFormat;
 use crate::model::Decoder;
 
+/// Log-probabilities below this say little of a temperature.
+const SPREAD: f64 = -50.0;
 /// A temperature nearer to 1 than this is noise.
 const LEAST_TEMPERATURE: f64 = 0.02;
 
@@ -28,75 +33,78 @@ pub struct Suspect {
     pub nearer: bool,
     /// And within the noise.
     pub explains: bool,
-    /// Whether it is a fault; what some engines do by design is none.
-    pub fault: bool,
 }
 
 impl Suspect {
     /// Judged by how it compares with the checkpoint.
-    pub(super) fn judged(
-        kind: Kind,
-        what: impl Into<String>,
-        rivals: Rivals,
-        tolerance: &Tolerance,
-        fault: bool,
-    ) -> Self {
-        let nearer = rivals.is_nearer();
+    pub(super) fn judged(kind: Kind, what: impl Into<String>, rivals: Rivals, tolerance: &Tolerance) -> Self {
+        let nearer = rivals.is_nearer(tolerance.noise);
         let explains = nearer && rivals.after <= tolerance.all(rivals.places);
-        Self { kind, what: what.into(), before: rivals.before, after: rivals.after, nearer, explains, fault }
+        Self { kind, what: what.into(), before: rivals.before, after: rivals.after, nearer, explains }
     }
+}
+
+/// What explanations are tried on.
+pub struct Tried {
+    pub sequences: Vec<Sequence>,
+    /// What the checkpoint says of them, exactly, and as engines may round it.
+    pub exact: Vec<Vec<Fact>>,
+    pub runs: Vec<Vec<Vec<Fact>>>,
 }
 
 /// The list of suspects for a checkpoint.
 struct List<'a, 's, B: Backend> {
     subject: &'a Subject<'s, B>,
-    sequences: &'a [Sequence],
-    here: &'a [Vec<Fact>],
+    tried: &'a Tried,
     tolerance: Tolerance,
     found: Vec<Suspect>,
 }
 
-/// Tries all that concern the whole model. `sequences` are those to try on, and `here` their facts.
+/// How explanations are rounded: otherwise than any computation that they are compared with.
+const ROUNDING: Rounding = Rounding::bf16(u64::MAX);
+
+/// Tries all that concern the whole model.
 ///
 /// # Errors
 /// The engine's or the checkpoint's.
 pub fn try_all<B: Backend + Clone>(
     subject: &Subject<'_, B>,
-    sequences: &[Sequence],
-    here: &[Vec<Fact>],
+    tried: &Tried,
     tolerance: Tolerance,
     watch: &mut dyn Watch,
 ) -> Result<Vec<Suspect>, VerifyError> {
     let possible = Possible::of(subject.checkpoint, &subject.model.config)?;
     let alterations = alterations(&possible);
-    let mut list = List { subject, sequences, here, tolerance, found: Vec::new() };
-    watch.begin("trying explanations", alterations.len() as u64 + 3, 0);
+    let mut list = List { subject, tried, tolerance, found: Vec::new() };
+    watch.begin("trying explanations", alterations.len() as u64 + 2, 0);
     list.shifts();
-    list.temperature()?;
+    list.temperature();
     watch.part();
     list.beginning()?;
     watch.part();
-    let cache = subject.model.cache_format(subject.kv);
-    if cache == KvFormat::F32 {
-        let altered = facts(subject.model, KvFormat::Bf16, sequences, 1.0, &mut || {})?;
-        list.add(Kind::KvCache, "keeps keys and values in BF16", &altered, false);
-    }
-    watch.part();
     for (alteration, kind, what) in alterations {
         let source = Altered::new(subject.checkpoint, &subject.model.config, alteration);
-        match Decoder::load(subject.model.backend().clone(), &source) {
-            Ok(model) => match facts(&model, subject.kv, sequences, 1.0, &mut || {}) {
-                Ok(altered) => list.add(kind, what, &altered, true),
-                // What overflows explains no numbers.
-                Err(error) => watch.say(&format!("note: not tried, that the server {what}: {error}")),
-            },
-            Err(error) => watch.say(&format!("note: not tried, that the server {what}: {error}")),
+        let tried = match Decoder::load(subject.model.backend().clone(), &source) {
+            // What overflows explains no numbers.
+            Ok(model) => list.add(kind, what, &model, &list.tried.sequences).map_err(|e| e.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = tried {
+            watch.say(&format!("note: not tried, that the server {what}: {error}"));
         }
         watch.part();
     }
     watch.end();
     list.found.sort_by(|a, b| a.after.total_cmp(&b.after));
     Ok(list.found)
+}
+
+/// Of each place, how far the server is from `facts`.
+fn squares(sequences: &[Sequence], facts: &[Vec<Fact>]) -> Vec<Option<f64>> {
+    let of = |(sequence, facts): (&Sequence, &Vec<Fact>)| -> Vec<Option<f64>> {
+        facts.iter().enumerate().map(|(i, fact)| square(&sequence.said_at(i), &fact.values)).collect()
+    };
+    sequences.iter().zip(facts).flat_map(of).collect()
 }
 
 /// Those that make a difference for a checkpoint.
@@ -151,27 +159,53 @@ fn alterations(possible: &Possible) -> Vec<(Alteration, Kind, &'static str)> {
 }
 
 impl<B: Backend> List<'_, '_, B> {
-    fn add(&mut self, kind: Kind, what: &str, altered: &[Vec<Fact>], fault: bool) {
-        let here = pairs(self.sequences, self.here).map(|(s, f)| apart(s, f));
-        let other = pairs(self.sequences, altered).map(|(s, f)| apart(s, f));
-        self.found.push(Suspect::judged(kind, what, Rivals::of(here.zip(other)), &self.tolerance, fault));
+    /// Adds what `model` says of `sequences`, which are those that are tried on in the same order: exactly, which a server of
+    /// the same arithmetic equals, and as an engine may round it, unless that is explained already.
+    fn add<M: Backend>(
+        &mut self,
+        kind: Kind,
+        what: &str,
+        model: &Decoder<M>,
+        sequences: &[Sequence],
+    ) -> Result<(), EngineError> {
+        let exact = facts(model, self.subject.kv, sequences, 1.0, &mut || {})?;
+        let mut best = self.judged(kind, what, &self.tried.exact, exact);
+        if !best.explains {
+            let rounded = facts(&model.rounded(ROUNDING), KvFormat::Bf16, sequences, 1.0, &mut || {})?;
+            let rounded = self.judged(kind, what, &self.tried.runs[0], rounded);
+            if rounded.explains || rounded.nearer > best.nearer || rounded.after < best.after {
+                best = rounded;
+            }
+        }
+        self.found.push(best);
+        Ok(())
+    }
+
+    /// How `altered` compares with `own`, which the checkpoint says.
+    fn judged(&self, kind: Kind, what: &str, own: &[Vec<Fact>], mut altered: Vec<Vec<Fact>>) -> Suspect {
+        for (facts, sequence) in altered.iter_mut().zip(&self.tried.sequences) {
+            // Nothing stands before the token that is the first where one is left out.
+            if facts.len() < sequence.said.len() {
+                facts.insert(0, Fact::default());
+            }
+        }
+        let before = squares(&self.tried.sequences, own);
+        let rivals = Rivals::of(before.into_iter().zip(squares(&self.tried.sequences, &altered)));
+        Suspect::judged(kind, what, rivals, &self.tolerance)
     }
 
     /// Log-probabilities that belong to a neighbouring place. Only of the tokens themselves: what is most probable there
     /// was not computed.
     fn shifts(&mut self) {
-        let alone = |logprob: f64, fact: f64| {
-            apart(&Said { logprob: Some(logprob), top: Vec::new() }, &Fact { logprob: fact, ..Fact::default() })
-        };
         let mut against = |what: &str, of: &dyn Fn(&[Fact], usize) -> Option<f64>| {
-            let places = self.sequences.iter().zip(self.here).flat_map(|(s, facts)| {
+            let places = self.tried.sequences.iter().zip(&self.tried.exact).flat_map(|(s, facts)| {
                 s.said.iter().enumerate().filter_map(move |(i, said)| {
                     let (logprob, other) = (said.logprob?, of(facts, i)?);
-                    Some((alone(logprob, facts[i].logprob), alone(logprob, other)))
+                    Some((square(&[logprob], &[facts[i].logprob]), square(&[logprob], &[other])))
                 })
             });
             let rivals = Rivals::of(places);
-            self.found.push(Suspect::judged(Kind::Shift, what, rivals, &self.tolerance, true));
+            self.found.push(Suspect::judged(Kind::Shift, what, rivals, &self.tolerance));
         };
         let late = "takes each token's log-probability from the logits after it instead of before it";
         against(late, &|facts, i| facts[i].late);
@@ -181,33 +215,34 @@ impl<B: Backend> List<'_, '_, B> {
     }
 
     /// Log-probabilities after a temperature: differences between tokens of one place are all divided by it.
-    fn temperature(&mut self) -> Result<(), VerifyError> {
-        let Some(temperature) = temperature(pairs(self.sequences, self.here)) else { return Ok(()) };
-        let subject = self.subject;
-        let altered = facts(subject.model, subject.kv, self.sequences, temperature as f32, &mut || {})?;
+    fn temperature(&mut self) {
+        let sequences = &self.tried.sequences;
+        let Some(temperature) = temperature(self.tried) else { return };
+        let own = &self.tried.runs[0];
+        let places = sequences.iter().zip(own).flat_map(|(sequence, own)| {
+            own.iter().enumerate().map(move |(i, fact)| {
+                let (server, here) = spreads(&told(sequence, i), &fact.values);
+                let undone: Vec<f64> = server.iter().map(|s| s * temperature).collect();
+                (square(&server, &here), square(&undone, &here))
+            })
+        });
         let what = format!("divides logits by a temperature of {temperature:.2} before it tells log-probabilities");
-        self.add(Kind::Sampling, &what, &altered, true);
-        Ok(())
+        self.found.push(Suspect::judged(Kind::Sampling, what, Rivals::of(places), &self.tolerance));
     }
 
     /// A token more or fewer at the beginning than was sent.
     fn beginning(&mut self) -> Result<(), VerifyError> {
         let subject = self.subject;
+        let tried = self.tried;
+        let sequences = &tried.sequences;
         let Ok(beginning) = subject.text.beginning() else { return Ok(()) };
-        let with: Vec<Sequence> = self.sequences.iter().map(|s| preceded(s, beginning)).collect();
-        let altered = facts(subject.model, subject.kv, &with, 1.0, &mut || {})?;
-        self.add(Kind::Bos, "puts the token that begins texts in front of tokens that it is given", &altered, true);
+        let with: Vec<Sequence> = sequences.iter().map(|s| preceded(s, beginning)).collect();
+        let what = "puts the token that begins texts in front of tokens that it is given";
+        self.add(Kind::Bos, what, subject.model, &with)?;
         let own = |s: &Sequence| s.tokens[0] == beginning && s.tokens.len() > 3;
-        if self.sequences.iter().all(own) {
-            let without: Vec<Sequence> = self.sequences.iter().map(beheaded).collect();
-            let mut altered = facts(subject.model, subject.kv, &without, 1.0, &mut || {})?;
-            for (facts, sequence) in altered.iter_mut().zip(self.sequences) {
-                // Nothing stands before the token that is the first then.
-                if facts.len() < sequence.said.len() {
-                    facts.insert(0, Fact { logprob: f64::NAN, ..Fact::default() });
-                }
-            }
-            self.add(Kind::Bos, "leaves out the token that begins texts", &altered, true);
+        if sequences.iter().all(own) {
+            let without: Vec<Sequence> = sequences.iter().map(beheaded).collect();
+            self.add(Kind::Bos, "leaves out the token that begins texts", subject.model, &without)?;
         }
         Ok(())
     }
@@ -232,64 +267,113 @@ fn beheaded(sequence: &Sequence) -> Sequence {
         first: sequence.first.max(2) - 1,
         generated: sequence.generated - 1,
         said: sequence.said[alone..].to_vec(),
+        compared: sequence.compared[alone..].to_vec(),
     }
 }
 
-/// The temperature that the server's differences between tokens of one place show: least squares of ours on theirs.
-fn temperature<'a>(places: impl Iterator<Item = (&'a Said, &'a Fact)>) -> Option<f64> {
-    let (mut both, mut own, mut n) = (0.0, 0.0, 0usize);
-    for (said, fact) in places {
-        let Some(best) = said.top.iter().map(|t| t.1).zip(&fact.top).max_by(|a, b| a.0.total_cmp(&b.0)) else {
-            continue;
-        };
-        let entries = said.top.iter().map(|t| t.1).zip(fact.top.iter().copied());
-        for (server, here) in entries.chain(said.logprob.map(|l| (l, fact.logprob))) {
-            let (server, here) = (server - best.0, here - best.1);
-            if server.is_finite() && here.is_finite() && server > -50.0 {
-                (both, own, n) = (both + server * here, own + here * here, n + 1);
-            }
+/// What the server says of the tokens that are compared at place `i`; not a number of what it does not name.
+fn told(sequence: &Sequence, i: usize) -> Vec<f64> {
+    let token = sequence.tokens[sequence.first + i];
+    let value = |id: &u32| sequence.said[i].value(token, *id).filter(|l| *l > SPREAD);
+    sequence.compared[i].iter().map(|id| value(id).unwrap_or(f64::NAN)).collect()
+}
+
+/// Two accounts of the same tokens, each less its mean, where both say something.
+fn spreads(one: &[f64], other: &[f64]) -> (Vec<f64>, Vec<f64>) {
+    let both = one.iter().zip(other).filter(|(a, b)| a.is_finite() && b.is_finite());
+    let (mut one, mut other): (Vec<f64>, Vec<f64>) = both.map(|(a, b)| (*a, *b)).unzip();
+    for values in [&mut one, &mut other] {
+        let mean = mean(values.iter().copied()).unwrap_or(0.0);
+        values.iter_mut().for_each(|v| *v -= mean);
+    }
+    (one, other)
+}
+
+/// The temperature that the server's differences between tokens of one place show, if any: how steep they are on one valid
+/// computation, beside how steep another valid one is on it. Noise makes both less steep.
+fn temperature(tried: &Tried) -> Option<f64> {
+    let [first, second, ..] = &tried.runs[..] else { return None };
+    let (mut server, mut valid) = (0.0, 0.0);
+    for (sequence, (first, second)) in tried.sequences.iter().zip(first.iter().zip(second)) {
+        for (i, (x, y)) in first.iter().zip(second).enumerate() {
+            let told = told(sequence, i);
+            let known = |values: &[f64]| -> Vec<f64> {
+                values.iter().zip(&told).map(|(v, t)| if t.is_nan() { f64::NAN } else { *v }).collect()
+            };
+            let product = |(a, b): (Vec<f64>, Vec<f64>)| a.iter().zip(&b).map(|(a, b)| a * b).sum::<f64>();
+            server += product(spreads(&told, &x.values));
+            valid += product(spreads(&known(&y.values), &x.values));
         }
     }
-    let temperature = own / both;
-    (n > 8 && temperature > 0.05 && temperature < 20.0 && (temperature - 1.0).abs() > LEAST_TEMPERATURE)
-        .then_some(temperature)
+    let temperature = valid / server;
+    (temperature > 0.05 && temperature < 20.0 && (temperature - 1.0).abs() > LEAST_TEMPERATURE).then_some(temperature)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::facts::Said;
     use super::*;
 
+    /// Places where a server says this of tokens 0, 1 and so on, of which 1 is given, and two computations say that.
+    fn tried(places: Vec<(Vec<f64>, Vec<f64>, Vec<f64>)>) -> Tried {
+        let sequence = |server: &[f64]| Sequence {
+            tokens: vec![0, 1],
+            first: 1,
+            generated: 2,
+            said: vec![Said {
+                logprob: Some(server[1]),
+                top: server.iter().enumerate().map(|(id, l)| (id as u32, *l)).collect(),
+                complete: true,
+            }],
+            compared: vec![(0..server.len() as u32).collect()],
+            ..Sequence::default()
+        };
+        let facts = |values: &[f64]| vec![Fact { values: values.to_vec(), ..Fact::default() }];
+        Tried {
+            sequences: places.iter().map(|p| sequence(&p.0)).collect(),
+            exact: Vec::new(),
+            runs: vec![places.iter().map(|p| facts(&p.1)).collect(), places.iter().map(|p| facts(&p.2)).collect()],
+        }
+    }
+
     #[test]
-    fn a_temperature_shows_in_the_differences_between_tokens() {
-        let places: Vec<(Said, Fact)> = (0..20)
-            .map(|i| {
-                let here = [-0.3, -1.5 - 0.1 * f64::from(i), -4.0];
-                let total: f64 = here.iter().map(|l| (l / 0.7).exp()).sum();
-                let server = here.map(|l| l / 0.7 - total.ln());
-                let top = server.iter().enumerate().map(|(id, l)| (id as u32, *l)).collect();
-                let said = Said { logprob: Some(server[1]), top };
-                (said, Fact { logprob: here[1], best: 0, top: here.to_vec(), late: None })
-            })
-            .collect();
-        let found = temperature(places.iter().map(|(s, f)| (s, f))).unwrap();
-        assert!((found - 0.7).abs() < 1e-6, "{found}");
-        let same = places.iter().map(|(_, f)| {
-            let top = f.top.iter().enumerate().map(|(id, l)| (id as u32, *l)).collect();
-            (Said { logprob: Some(f.logprob), top }, f)
-        });
-        let same: Vec<(Said, &Fact)> = same.collect();
-        assert_eq!(temperature(same.iter().map(|(s, f)| (s, *f))), None);
+    fn a_temperature_shows_in_the_differences_between_tokens_whatever_the_noise() {
+        let mut at = 1u32;
+        let mut draw = move || {
+            at = at.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            f64::from(at >> 8) / f64::from(1u32 << 23) - 1.0
+        };
+        let mut found = |temperature: f64, noise: f64| {
+            let places = (0..2000).map(|i| {
+                let mut valid = || [-0.3, -1.5 - 0.1 * f64::from(i % 20), -4.0].map(|l| l + noise * draw());
+                let server = valid();
+                let total: f64 = server.iter().map(|l| (l / temperature).exp()).sum();
+                (server.map(|l| l / temperature - total.ln()).to_vec(), valid().to_vec(), valid().to_vec())
+            });
+            super::temperature(&tried(places.collect()))
+        };
+        assert!((found(0.7, 0.0).unwrap() - 0.7).abs() < 1e-6);
+        assert!((found(0.7, 2.0).unwrap() - 0.7).abs() < 0.05);
+        assert_eq!(found(1.0, 0.0), None);
+        assert!(found(1.0, 2.0).is_none_or(|t| (t - 1.0).abs() < 0.05));
     }
 
     #[test]
     fn a_token_more_or_fewer_keeps_what_is_said_beside_its_token() {
-        let said: Vec<Said> = (1..4).map(|i| Said { logprob: Some(f64::from(-i)), top: Vec::new() }).collect();
-        let sequence =
-            Sequence { name: "a".into(), tokens: vec![0, 5, 6, 7], first: 1, generated: 4, said: said.clone() };
+        let said: Vec<Said> = (1..4).map(|i| Said { logprob: Some(f64::from(-i)), ..Said::default() }).collect();
+        let sequence = Sequence {
+            name: "a".into(),
+            tokens: vec![0, 5, 6, 7],
+            first: 1,
+            generated: 4,
+            said: said.clone(),
+            compared: vec![vec![5], vec![6], vec![7]],
+        };
         let with = preceded(&sequence, 9);
         assert_eq!((with.tokens.len(), with.first, with.said.len()), (5, 2, 3));
         let without = beheaded(&sequence);
         assert_eq!((&without.tokens[..], without.first, &without.said[..]), (&[5, 6, 7][..], 1, &said[1..]));
+        assert_eq!(without.compared, [[6], [7]]);
         let generated = Sequence { first: 3, said: said[2..].to_vec(), ..sequence };
         assert_eq!((beheaded(&generated).first, beheaded(&generated).said.len()), (2, 1));
     }
