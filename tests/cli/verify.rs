@@ -63,7 +63,7 @@ fn a_sound_engine_passes_in_every_way_to_ask() {
         let number = |name: &str| agreement[name].as_f64().unwrap();
         assert!(number("within") > 0.98 * tokens as f64, "{agreement}");
         // A computation that rounds nothing is no farther from those that do than they are from each other.
-        assert!(number("rms") < 1.1 * number("noise") && number("noise") > 1e-3, "{agreement}");
+        assert!(number("rms") < number("allowed") && number("noise") > 1e-3, "{agreement}");
         // Quantized inputs: any rounding is as good as any other.
         assert!(report["tolerance"]["growth"].as_f64().unwrap() < 0.5, "{}", report["tolerance"]);
         assert!(report["least_seen"].as_f64().unwrap() < number("noise"), "{agreement}");
@@ -114,8 +114,8 @@ fn the_text_says_what_would_have_been_seen() {
         let (_folder, model) = model(shipped);
         let url = start(Path::new(&model), Protocol::Vllm, Fault::None);
         let out = run(&["verify", &url, &model, "--longest", "60", "-n", "4"]);
+        assert_eq!(out.status.code(), Some(0), "{}", said(&out));
         let text = String::from_utf8(out.stdout).unwrap();
-        assert_eq!(out.status.code(), Some(0), "{text}");
         let power = text.lines().find(|l| l.starts_with("power")).unwrap();
         assert!(power.contains("would have been seen"), "{power}");
         assert_eq!(power.contains("flips codes"), chaos, "{power}");

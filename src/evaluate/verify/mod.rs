@@ -291,6 +291,10 @@ fn pieces(text: &ModelText, texts: &[Text], longest: usize) -> Result<Vec<Text>,
             // More than enough characters; all of a long text need not be tokenized.
             let ahead = char_end(rest, 16 * longest);
             let (_, starts) = text.tokenizer().encode_with_starts(&rest[..ahead])?;
+            if starts.len() < 2 {
+                // Of one token nothing can be said.
+                break;
+            }
             // One token is left for what the tokenizer puts in front.
             let end = starts.get(longest.saturating_sub(1)).map_or(ahead, |at| char_end(rest, *at));
             let end = if end == 0 { rest.len() } else { end };
