@@ -21,7 +21,7 @@ pub struct Sequence {
     pub said: Vec<Said>,
     /// The tokens whose log-probabilities are compared at each of these places: the given one, and those that are most
     /// probable here. What the server holds most probable would make it look farther off than it is: it chose them by its own
-    /// errors, and so it does where it generates.
+    /// errors, and so it does what it generates.
     pub compared: Vec<Vec<u32>>,
 }
 

@@ -165,12 +165,7 @@ pub fn verify<B: Backend + Clone>(
     let tokens = checks::texts(server, &manner, subject.text, &short)?;
     let chats = checks::chats(server, subject.text, &texts.chats, &options.template, &mut notes)?;
     let mut sequences = heard(server, subject, &manner, &texts.texts, options, &mut notes, watch)?;
-    let valid = computed(subject, &mut sequences, watch)?;
-    let fine = Rounding { bits: Rounding::bf16(0).bits + FINER, seed: 0 };
-    let fine = facts(&subject.model.rounded(fine), KvFormat::Bf16, &sequences, 1.0, &mut || watch.part())?;
-    watch.end();
-
-    let growth = growth(&valid.exact, &fine, &valid.runs[0], f64::from(1u32 << FINER));
+    let (valid, growth) = computed(subject, &mut sequences, watch)?;
     let noise = noise(&valid);
     let tolerance = Tolerance { factor: options.factor, floor: options.floor, noise, growth };
     let places = places(&sequences, &valid, &tolerance);
@@ -360,21 +355,27 @@ fn heard<B: Backend>(
     Ok(sequences)
 }
 
-/// What the checkpoint says of what the server said, in ways that are all valid; and what is compared.
+/// What the checkpoint says of what the server said, in ways that are all valid, and how noise grows with rounding. What is
+/// compared is settled by a computation that is none of them: a server of the same arithmetic would equal the exact one.
 fn computed<B: Backend>(
     subject: &Subject<'_, B>,
     sequences: &mut [Sequence],
     watch: &mut dyn Watch,
-) -> Result<Valid, VerifyError> {
+) -> Result<(Valid, f64), VerifyError> {
     watch.begin("computing the same", (RUNS + 2) * sequences.len() as u64, 0);
-    let exact = settled(subject.model, subject.kv, sequences, &mut || watch.part())?;
+    let coarse = Rounding::bf16(0);
+    let finer = subject.model.rounded(Rounding { bits: coarse.bits + FINER, ..coarse });
+    let fine = settled(&finer, KvFormat::Bf16, sequences, &mut || watch.part())?;
+    let exact = facts(subject.model, subject.kv, sequences, 1.0, &mut || watch.part())?;
     // Engines on GPUs keep BF16 between their kernels, and keys and values in it too where nothing else is said.
     let run = |seed| -> Result<Vec<Vec<Fact>>, VerifyError> {
         let model = subject.model.rounded(Rounding::bf16(seed));
         Ok(facts(&model, KvFormat::Bf16, sequences, 1.0, &mut || watch.part())?)
     };
-    let runs = (0..RUNS).map(run).collect::<Result<_, _>>()?;
-    Ok(Valid { exact, runs })
+    let runs = (0..RUNS).map(run).collect::<Result<Vec<_>, _>>()?;
+    watch.end();
+    let growth = growth(&exact, &fine, &runs[0], f64::from(1u32 << FINER));
+    Ok((Valid { exact, runs }, growth))
 }
 
 /// Root mean square of the differences between two valid computations.
