@@ -33,6 +33,8 @@ pub enum Asked {
     ChatPrompt,
     /// What it says of given tokens, or makes of a text.
     Tokens,
+    /// For an answer whose speed is measured.
+    Timed,
 }
 
 impl fmt::Display for Asked {
@@ -44,6 +46,7 @@ impl fmt::Display for Asked {
             Self::Request(index) => write!(f, "request {index}"),
             Self::ChatPrompt => f.write_str("chat prompt"),
             Self::Tokens => f.write_str("log-probabilities of tokens"),
+            Self::Timed => f.write_str("a timed answer"),
         }
     }
 }

@@ -12,7 +12,7 @@ use super::said::{LONGEST_MESSAGE, Said};
 use super::tally::Tally;
 use super::{Options, locked};
 use recoup_ground::http::address::{Address, HIDDEN};
-use recoup_ground::http::{Broken, Client, Settings, retry};
+use recoup_ground::http::{Broken, Client, Reply, Settings, retry};
 use recoup_ground::shorten::shorten;
 
 /// A wait looks this often whether the evaluation has been stopped.
@@ -149,24 +149,66 @@ impl Http {
         }
     }
 
-    /// One try; with a fault the time that the server asks to wait.
-    fn try_once(&self, url: &str, body: Option<&Value>) -> Result<Value, (Fault, Option<Duration>)> {
-        let transport = |broken: Broken| {
-            // A transport's words may hold the address.
-            let broken = match broken {
-                Broken::Connection(words) => Broken::Connection(self.excerpt(&words)),
-                Broken::Proxy(words) => Broken::Proxy(self.excerpt(&words)),
-                other => other,
-            };
-            (Fault::Transport(broken), None)
-        };
+    /// A POST whose answer comes as events, of which `each` is given as it arrives. One try: what is timed is not repeated.
+    pub fn stream(&self, path: &str, body: &Value, each: &mut dyn FnMut(&Value)) -> Result<(), Fault> {
+        let mut reply = self.asked(&self.address.url(path), Some(body))?;
+        if !(200..300).contains(&reply.status) {
+            let bytes = reply.bytes(LARGEST_ANSWER).map_err(|broken| self.broken(broken))?;
+            return Err(self.fault(Some(reply.status), Said::refusal(&bytes), false));
+        }
+        let kind = reply.header("content-type").unwrap_or_default().to_owned();
+        if !kind.contains("event-stream") {
+            return Err(Fault::Unexpected(format!("`stream` was asked for, and `{}` came", self.excerpt(&kind))));
+        }
+        let (mut pending, mut buffer) = (Vec::new(), [0; 1 << 14]);
+        loop {
+            let read = reply.read(&mut buffer).map_err(|broken| self.broken(broken))?;
+            if read == 0 {
+                return Err(Fault::Unexpected("the stream ends before its `[DONE]`".into()));
+            }
+            pending.extend_from_slice(&buffer[..read]);
+            if pending.len() as u64 > LARGEST_ANSWER {
+                return Err(Fault::Unexpected("an event of the stream has no end".into()));
+            }
+            while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = pending.drain(..=end).collect();
+                let Some(data) = line.trim_ascii().strip_prefix(b"data:") else { continue };
+                if data.trim_ascii() == b"[DONE]" {
+                    return Ok(());
+                }
+                let value: Value = serde_json::from_slice(data).map_err(|e| self.not_json(data, &e))?;
+                if let Some(said) = Said::within(&value) {
+                    return Err(self.fault(None, said, false));
+                }
+                each(&value);
+            }
+        }
+    }
+
+    /// A reply, whatever its status.
+    fn asked(&self, url: &str, body: Option<&Value>) -> Result<Reply, Fault> {
         let authorization = self.authorization.as_deref().map(|v| ("authorization", v));
         let text = body.map(Value::to_string);
         let reply = self.client.ask(url, authorization.as_slice(), text.as_deref());
-        let mut reply = reply.map_err(transport)?;
+        let reply = reply.map_err(|broken| self.broken(broken))?;
         self.heard.store(true, Ordering::Relaxed);
+        Ok(reply)
+    }
+
+    fn broken(&self, broken: Broken) -> Fault {
+        // A transport's words may hold the address.
+        Fault::Transport(match broken {
+            Broken::Connection(words) => Broken::Connection(self.excerpt(&words)),
+            Broken::Proxy(words) => Broken::Proxy(self.excerpt(&words)),
+            other => other,
+        })
+    }
+
+    /// One try; with a fault the time that the server asks to wait.
+    fn try_once(&self, url: &str, body: Option<&Value>) -> Result<Value, (Fault, Option<Duration>)> {
+        let mut reply = self.asked(url, body).map_err(|fault| (fault, None))?;
         let wait = retry::asked(|name| reply.header(name), SystemTime::now());
-        let bytes = reply.bytes(LARGEST_ANSWER).map_err(transport)?;
+        let bytes = reply.bytes(LARGEST_ANSWER).map_err(|broken| (self.broken(broken), None))?;
         let scores = body.is_some_and(|b| b.get("echo").is_some() || b.get("logprobs").is_some());
         if !(200..300).contains(&reply.status) {
             return Err((self.fault(Some(reply.status), Said::refusal(&bytes), scores), wait));

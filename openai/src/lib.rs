@@ -44,6 +44,7 @@ mod protocol;
 mod said;
 mod scoring;
 mod tally;
+mod timed;
 mod tokens;
 
 use std::collections::BTreeMap;
@@ -59,6 +60,7 @@ pub use error::{Asked, Error, Fault};
 pub use fields::Fields;
 pub use http::ApiKey;
 pub use tally::Tally;
+pub use timed::Timed;
 pub use tokens::{ChatTold, Given, Name, Place, Told, Way};
 
 use chat::Chat;

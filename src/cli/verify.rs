@@ -115,10 +115,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         Err(error) => return Err(error.into()),
     };
     if let Some(claim) = &claim {
-        let partial = claim.scratch("whole");
-        std::fs::write(&partial, format!("{:#}\n", report.json()))
-            .with_context(|| format!("{} cannot be written", partial.display()))?;
-        claim.finish(&partial)?;
+        claim.write(&format!("{:#}\n", report.json()))?;
         super::say!("wrote {}", claim.target().display());
     }
     if args.json {
@@ -134,7 +131,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 }
 
 /// The address up to its /v1, which may be left out where there is no path.
-fn address(url: &str) -> Result<String> {
+pub(super) fn address(url: &str) -> Result<String> {
     let parsed = Address::parse(url)?;
     Ok(if parsed.path().is_empty() && !url.contains(['?', '#']) {
         format!("{}/v1", url.trim_end_matches('/'))

@@ -1,6 +1,9 @@
 //! How fast a model answers: time to the first token, time of each further one, and how far both are from what memory and
 //! arithmetic of the machine allow.
 
+pub mod devices;
+pub mod served;
+
 use std::time::Instant;
 
 use crate::backend::{Backend, Batch, PAGE, Span};
@@ -32,7 +35,8 @@ pub struct Timing {
     pub first_token: f64,
     /// Of one step that gives each sequence a token; the median.
     pub step: f64,
-    /// The slowest step of a hundred.
+    /// Of ten steps and of a hundred, the slowest.
+    pub step_p90: f64,
     pub step_p99: f64,
 }
 
@@ -57,6 +61,8 @@ pub struct Load {
     pub weights: f64,
     /// Of these, bytes of experts that a sequence uses, and of all experts.
     pub experts: (f64, f64),
+    /// Bytes of all weights.
+    pub resident: f64,
     /// Bytes of keys and values of a token.
     pub cache: f64,
     /// Multiply-adds of a token in linears.
@@ -80,6 +86,7 @@ impl Load {
         for (linear, module) in model.linears().zip(&modules) {
             let bytes = model.backend().resident_bytes(linear) as f64;
             let products = (module.role.n * module.role.k) as f64;
+            load.resident += bytes;
             match (module.layer, module.expert) {
                 (None, _) if module.part == Part::Embedding && !config.tied_embeddings => {}
                 (None, _) => {
@@ -181,7 +188,7 @@ pub fn measure<B: Backend>(
     steps.drain(..(generate / 4).min(4));
     steps.sort_by(f64::total_cmp);
     let at = |share: f64| steps[((steps.len() - 1) as f64 * share).round() as usize];
-    Ok(Timing { case, first_token, step: at(0.5), step_p99: at(0.99) })
+    Ok(Timing { case, first_token, step: at(0.5), step_p90: at(0.9), step_p99: at(0.99) })
 }
 
 /// Bytes per second that the CPU's threads read from memory.

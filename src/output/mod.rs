@@ -348,6 +348,16 @@ impl Claim {
         }
     }
 
+    /// Writes a small file whole and gives it its name.
+    ///
+    /// # Errors
+    /// When it cannot be written or named.
+    pub fn write(&self, contents: &str) -> Result<()> {
+        let work = self.scratch("whole");
+        fs::write(&work, contents).map_err(fault(&work, "write"))?;
+        self.finish(&work)
+    }
+
     /// Gives finished work, a path in the hidden folder, its name. Where that fails it stays in the hidden folder.
     ///
     /// # Errors

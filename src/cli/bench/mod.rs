@@ -1,6 +1,9 @@
-//! `recoup bench`: how fast a model answers on this machine, beside what the machine allows.
+//! `recoup bench`: how fast a model answers on this machine, beside what the machine allows and what others would; or how fast
+//! a server does.
 
-use std::path::PathBuf;
+mod served;
+
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
@@ -10,18 +13,20 @@ use super::device::AnyBackend;
 use super::options::{EngineOptions, ShapeOptions, at_least_one, model_folder, open_model};
 use crate::backend::Either;
 use crate::checkpoint::dialect::Dialect;
+use crate::evaluate::bench::devices::DEVICES;
 use crate::evaluate::bench::{Case, Load, Timing, measure, memory_speed};
 use crate::model::Decoder;
+use crate::output;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Checkpoint folder or hub id
+    /// Checkpoint folder or hub id, or the URL of a server (http://host:port/v1)
     #[arg(required_unless_present = "shape")]
     model: Option<PathBuf>,
     #[command(flatten)]
     shape: ShapeOptions,
-    /// Sequences that are continued together
-    #[arg(long, value_delimiter = ',', default_value = "1,8,32", value_parser = at_least_one::<usize>)]
+    /// Sequences that are continued together [default: 1,8,32]
+    #[arg(long, value_delimiter = ',', value_parser = at_least_one::<usize>)]
     batch: Vec<usize>,
     /// Tokens of the prompts
     #[arg(long, value_delimiter = ',', default_value = "128,1024", value_parser = at_least_one::<usize>)]
@@ -29,17 +34,32 @@ pub(super) struct Args {
     /// Tokens that are generated after each
     #[arg(short = 'n', long, default_value_t = 32, value_parser = at_least_one::<usize>)]
     generate: usize,
-    /// Prompts that are timed; the fastest counts
+    /// Prompts that are timed, of which the fastest counts; of a URL runs, of which the median does
     #[arg(long, default_value_t = 3, value_parser = at_least_one::<usize>)]
     repeats: usize,
-    /// Print JSON
+    /// Print JSON; of a server with the names of vLLM's benchmark
     #[arg(long)]
     json: bool,
+    /// Write that JSON to a file
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    #[command(flatten)]
+    url: served::UrlArgs,
     #[command(flatten)]
     options: EngineOptions,
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    let url = args.model.as_deref().and_then(Path::to_str).filter(|m| is_url(m));
+    if let Some(url) = url {
+        if !args.batch.is_empty() {
+            bail!("--batch is of a model that runs here; --concurrency is that of a server");
+        }
+        return served::run(url, &args.url, args);
+    }
+    if let Some(name) = args.url.given() {
+        bail!("{name} is of a server: give its URL (http://host:port/v1) in place of the model");
+    }
     let (name, model) = if let Some(random) = args.shape.model(Dialect::ModelOpt)? {
         let bar = super::progress(0, "making random weights");
         let model =
@@ -57,28 +77,33 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if longest > model.config.max_positions {
         bail!("--prompt and -n together are {longest} tokens; the model has {} positions", model.config.max_positions);
     }
+    let claim = args.output.as_deref().map(output::file).transpose()?;
     let kv = model.cache_format(args.options.kv_cache_dtype);
     let load = Load::of(&model, kv);
     let machine = Machine::of(model.backend())?;
-    let cases = args
+    let batches = if args.batch.is_empty() { &[1, 8, 32] } else { &args.batch[..] };
+    let cases: Vec<Case> = args
         .prompt
         .iter()
-        .flat_map(|&prompt| args.batch.iter().map(move |&batch| Case { batch, prompt, generate: args.generate }));
-    let bar = super::progress((args.prompt.len() * args.batch.len()) as u64, "measuring");
+        .flat_map(|&prompt| batches.iter().map(move |&batch| Case { batch, prompt, generate: args.generate }))
+        .collect();
+    let bar = super::progress(cases.len() as u64, "measuring");
     let mut timings = Vec::new();
-    for case in cases {
-        timings.push(measure(&model, args.options.kv_cache_dtype, case, args.repeats)?);
+    for case in &cases {
+        timings.push(measure(&model, args.options.kv_cache_dtype, *case, args.repeats)?);
         bar.inc(1);
     }
     bar.finish();
+    let rows: Vec<Value> = timings.iter().map(|t| row(t, &load, &machine)).collect();
+    let report = json!({"model": name, "machine": args.options.machine()?, "recoup_version": env!("CARGO_PKG_VERSION"),
+        "memory_bytes_per_second": machine.memory, "multiply_adds_per_second": machine.products,
+        "weight_bytes": load.resident, "weight_bytes_per_step": load.weights, "cache_bytes_per_token": load.cache,
+        "cases": rows, "devices": devices(&cases, &load)});
+    if let Some(claim) = &claim {
+        claim.write(&format!("{report:#}\n"))?;
+    }
     if args.json {
-        let cases: Vec<Value> = timings.iter().map(|t| row(t, &load, &machine)).collect();
-        super::outln!(
-            "{:#}",
-            json!({"model": name, "machine": args.options.machine()?, "recoup_version": env!("CARGO_PKG_VERSION"),
-                "memory_bytes_per_second": machine.memory, "multiply_adds_per_second": machine.products,
-                "weight_bytes_per_step": load.weights, "cache_bytes_per_token": load.cache, "cases": cases})
-        );
+        super::outln!("{report:#}");
     } else {
         super::outln!("{name} on {}", args.options.machine()?);
         super::outln!(
@@ -89,8 +114,50 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
             super::human_bytes(load.cache as u64)
         );
         super::outln!("{}", table(&timings, &load, &machine));
+        super::outln!("\nfloors by the makers' figures (memory, BF16 tensor cores)\n{}", device_table(&cases, &load));
     }
     super::done()
+}
+
+/// Whether `model` is the address of a server.
+fn is_url(model: &str) -> bool {
+    model.starts_with("http://") || model.starts_with("https://")
+}
+
+/// What known devices allow in every case.
+fn devices(cases: &[Case], load: &Load) -> Vec<Value> {
+    let of = |device: &crate::evaluate::bench::devices::Device| {
+        let case = |case: &Case| {
+            json!({"batch": case.batch, "prompt_tokens": case.prompt, "fits": device.holds(load, *case),
+                "first_token_floor_seconds": device.first_token(load, *case),
+                "step_floor_seconds": device.step(load, *case)})
+        };
+        json!({"name": device.name, "memory_bytes": device.memory, "memory_bytes_per_second": device.bandwidth,
+            "bf16_multiply_adds_per_second": device.products, "cases": cases.iter().map(case).collect::<Vec<_>>()})
+    };
+    DEVICES.iter().map(of).collect()
+}
+
+/// The same for people: the longest prompt's first token, and a step of each batch after it.
+fn device_table(cases: &[Case], load: &Load) -> comfy_table::Table {
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::NOTHING);
+    let longest = cases.iter().map(|c| c.prompt).max().unwrap_or(0);
+    let cases: Vec<&Case> = cases.iter().filter(|c| c.prompt == longest).collect();
+    let mut header = vec![String::new(), format!("first token of {longest}")];
+    header.extend(cases.iter().map(|c| format!("step of {}", c.batch)));
+    table.set_header(header);
+    for device in DEVICES {
+        let ms = |seconds: f64| format!("{:.2} ms", 1e3 * seconds);
+        let mut row = vec![device.name.to_owned()];
+        row.extend(cases.first().map(|c| ms(device.first_token(load, **c))));
+        row.extend(cases.iter().map(|c| match device.holds(load, **c) {
+            true => ms(device.step(load, **c)),
+            false => "does not fit".to_owned(),
+        }));
+        table.add_row(row);
+    }
+    table
 }
 
 /// What the machine allows.
@@ -127,7 +194,7 @@ impl Machine {
 fn row(t: &Timing, load: &Load, machine: &Machine) -> Value {
     json!({"batch": t.case.batch, "prompt_tokens": t.case.prompt, "generated_tokens": t.case.generate,
         "first_token_seconds": t.first_token, "first_token_floor_seconds": machine.first_token(load, t.case),
-        "prefill_tokens_per_second": t.prefill_rate(), "step_seconds": t.step, "step_p99_seconds": t.step_p99,
+        "prefill_tokens_per_second": t.prefill_rate(), "step_seconds": t.step, "step_p90_seconds": t.step_p90, "step_p99_seconds": t.step_p99,
         "step_floor_seconds": machine.step(load, t.case), "tokens_per_second": t.rate()})
 }
 
@@ -140,7 +207,8 @@ fn table(timings: &[Timing], load: &Load, machine: &Machine) -> comfy_table::Tab
         "first token",
         "floor",
         "prompt tokens/s",
-        "step",
+        "step p50",
+        "p90",
         "p99",
         "floor",
         "of it",
@@ -156,6 +224,7 @@ fn table(timings: &[Timing], load: &Load, machine: &Machine) -> comfy_table::Tab
             ms(machine.first_token(load, t.case)),
             format!("{:.0}", t.prefill_rate()),
             ms(t.step),
+            ms(t.step_p90),
             ms(t.step_p99),
             ms(floor),
             format!("{:.0} %", 100.0 * floor / t.step),
