@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::{Engine, EngineError, Event, Id};
 use crate::backend::Backend;
 use crate::logits::{Constraint, Draw, History, RankedScore, Sampled, Sampler, SamplingParams, TokenSet};
-use crate::text::{StopDecoder, TextError, Tokenizer};
+use crate::text::{StopDecoder, TextError, Thinking, Tokenizer};
 
 /// What to generate.
 #[derive(Default)]
@@ -20,16 +20,16 @@ pub struct Request {
     pub stop_tokens: Vec<u32>,
     /// Strings that end the answer and are not part of its text; special tokens count by their names.
     pub stop: Vec<String>,
-    /// Strings end the answer only after this text: what comes before is thinking.
-    pub stop_after: Option<String>,
+    /// How the answer may begin with thinking, in which stop strings do not count.
+    pub thinking: Option<Thinking>,
     /// No stop token is chosen, and no stop string counts, before this many tokens.
     pub min_tokens: usize,
-    /// The stop string that ends the answer stays in its text.
+    /// The stop string or token that ends the answer stays in its text.
     pub keep_stop: bool,
     /// Also log-probabilities of the prompt's tokens from the second on, and of this many most probable tokens there.
     pub prompt_logprobs: Option<usize>,
-    /// What the answer has to follow: from its first token on, or from the token after the one that completes `stop_after`,
-    /// where there is one. Where it lets nothing follow but the end, `min_tokens` gives way.
+    /// What the answer has to follow: from its first token on, or from the token after its thinking. Thinking that the model
+    /// may open it may open beside the grammar. Where the grammar lets nothing follow but the end, `min_tokens` gives way.
     pub constraint: Option<Box<dyn Constraint>>,
     /// Special tokens are part of the text.
     pub show_special: bool,
@@ -75,6 +75,8 @@ pub struct Generated {
     pub finish: Finish,
     /// What stopped it, where it is [`Finish::Stop`].
     pub stop: Option<StopReason>,
+    /// Tokens of the prompt that did not have to be computed: the cache held them.
+    pub cached: usize,
     /// Seed that repeats this answer.
     pub seed: u64,
     /// From the request until the first token was chosen.
@@ -98,9 +100,15 @@ pub(super) struct Answer {
     stop: Vec<String>,
     stop_tokens: Vec<u32>,
     min_tokens: usize,
+    keep_stop: bool,
     constraint: Option<Box<dyn Constraint>>,
     /// What may be chosen next, where not everything may.
     allowed: Option<TokenSet>,
+    /// The mark that opens thinking, as the tokenizer cuts it: how many of its bytes are left, and the token that is next.
+    mark: Vec<(usize, u32)>,
+    /// Of these the one that may come next though the grammar does not let it; and whether one did, so that the others have to.
+    opening: Option<u32>,
+    opens: bool,
     /// Tokens of the prompt.
     prompt: usize,
     prompt_scores: Option<PromptScores>,
@@ -125,7 +133,9 @@ impl Answer {
     pub fn new(tokenizer: &Tokenizer, request: Request, capacity: usize) -> Result<(Self, Vec<u32>), EngineError> {
         let prompt = request.prompt.len();
         let sampler = Sampler::new(request.sampling)?;
-        let mut decoder = StopDecoder::new(tokenizer, &request.stop, request.stop_after.as_deref())?;
+        let open = request.thinking.as_ref().and_then(|thinking| thinking.open.as_deref());
+        let mark = open.filter(|_| request.constraint.is_some()).map(|open| mark(tokenizer, open)).transpose()?;
+        let mut decoder = StopDecoder::new(tokenizer, &request.stop, request.thinking)?;
         decoder = decoder.from_token(request.min_tokens);
         decoder = if request.keep_stop { decoder.keeping_stop() } else { decoder };
         decoder = if request.show_special { decoder.showing_special() } else { decoder };
@@ -134,18 +144,22 @@ impl Answer {
             stop: request.stop,
             stop_tokens: request.stop_tokens,
             min_tokens: request.min_tokens,
+            keep_stop: request.keep_stop,
             constraint: request.constraint,
             allowed: None,
+            mark: mark.unwrap_or_default(),
+            opening: None,
+            opens: false,
             prompt,
             right: None,
             prompt_scores: request.prompt_logprobs.map(|top| PromptScores { top, found: Vec::new() }),
-            // The last token needs no room: nothing is computed after it.
-            limit: request.max_tokens.min(capacity.saturating_sub(prompt) + 1),
+            limit: request.max_tokens.min(capacity.saturating_sub(prompt)),
             out: Generated {
                 tokens: Vec::new(),
                 text: String::new(),
                 finish: Finish::Length,
                 stop: None,
+                cached: 0,
                 seed: sampler.seed(),
                 prefill: Duration::ZERO,
                 decode: Duration::ZERO,
@@ -190,8 +204,19 @@ impl Answer {
     /// # Errors
     /// When the grammar gave up.
     pub fn prepare(&mut self, vocab: usize) -> Result<(), EngineError> {
+        self.opening = None;
         self.allowed = match &mut self.constraint {
-            Some(constraint) if !self.decoder.is_thinking() => Some(constraint.allowed()?.clone()),
+            Some(constraint) if !self.decoder.is_thinking() => {
+                let mut allowed = if self.opens { TokenSet::empty(vocab) } else { constraint.allowed()?.clone() };
+                if let Some(rest) = self.decoder.opening().map(str::len)
+                    && let Some((_, token)) = self.mark.iter().find(|(left, _)| *left == rest)
+                    && !allowed.contains(*token)
+                {
+                    allowed.insert(*token);
+                    self.opening = Some(*token);
+                }
+                Some(allowed)
+            }
             _ => None,
         };
         if self.out.tokens.len() < self.min_tokens && !self.stop_tokens.is_empty() {
@@ -230,6 +255,11 @@ impl Answer {
         self.right = self.right.map(|right| right + 1);
     }
 
+    /// So many tokens of the prompt were in the cache.
+    pub fn set_cached(&mut self, tokens: usize) {
+        self.out.cached = tokens;
+    }
+
     /// Whether it takes no more tokens.
     pub fn is_full(&self) -> bool {
         self.room() == 0
@@ -244,7 +274,10 @@ impl Answer {
         self.first.get_or_insert_with(Instant::now);
         self.out.tokens.push(sampled);
         if self.stop_tokens.contains(&token) {
-            return Ok(self.stopped(StopReason::Token(token), String::new()));
+            // What a stop string cuts is cut all the same.
+            let text = if self.keep_stop { self.decoder.push(token)?.text } else { String::new() };
+            self.out.text.push_str(&text);
+            return Ok(self.stopped(StopReason::Token(token), text));
         }
         let follows = self.constraint.is_some() && !self.decoder.is_thinking();
         let step = self.decoder.push(token)?;
@@ -254,9 +287,17 @@ impl Answer {
             return Ok(self.stopped(StopReason::Text(stop), step.text));
         }
         if let Some(constraint) = self.constraint.as_mut().filter(|_| follows) {
-            constraint.take(token)?;
-            if constraint.is_done() {
-                return Ok(self.stopped(StopReason::Grammar, step.text));
+            if self.decoder.is_thinking() {
+                // What opened it was no part of the answer.
+                constraint.restart();
+                self.opens = false;
+            } else if self.opening == Some(token) {
+                self.opens = true;
+            } else {
+                constraint.take(token)?;
+                if constraint.is_done() {
+                    return Ok(self.stopped(StopReason::Grammar, step.text));
+                }
             }
         }
         Ok(Taken { text: step.text, next: (!self.is_full()).then_some(token) })
@@ -287,6 +328,18 @@ impl Answer {
         self.out.decode = first.elapsed();
         self.out
     }
+}
+
+/// A mark as the tokenizer cuts it: the tokens, and how many bytes of the mark are left before each. None where what they stand for
+/// is something else.
+fn mark(tokenizer: &Tokenizer, text: &str) -> Result<Vec<(usize, u32)>, TextError> {
+    let tokens = tokenizer.encode(text, false)?;
+    let bytes: Vec<Vec<u8>> = tokens.iter().map(|id| tokenizer.token_bytes(*id).unwrap_or_default()).collect();
+    if bytes.concat() != text.as_bytes() {
+        return Ok(Vec::new());
+    }
+    let left = bytes.iter().scan(text.len(), |left, bytes| Some(std::mem::replace(left, *left - bytes.len())));
+    Ok(left.zip(tokens).collect())
 }
 
 /// Answers one request in an engine that has no other. `text` is told what is certain of the answer as it comes, and cancels
