@@ -29,7 +29,8 @@ pub struct Request {
     /// Also log-probabilities of the prompt's tokens from the second on, and of this many most probable tokens there.
     pub prompt_logprobs: Option<usize>,
     /// What the answer has to follow: from its first token on, or from the token after its thinking. Thinking that the model
-    /// may open it may open beside the grammar. Where the grammar lets nothing follow but the end, `min_tokens` gives way.
+    /// may open it may open beside the grammar; what opens it by the grammar follows the grammar. Where that lets nothing follow
+    /// but the end, `min_tokens` gives way.
     pub constraint: Option<Box<dyn Constraint>>,
     /// Special tokens are part of the text.
     pub show_special: bool,
@@ -106,9 +107,10 @@ pub(super) struct Answer {
     allowed: Option<TokenSet>,
     /// The mark that opens thinking, as the tokenizer cuts it: how many of its bytes are left, and the token that is next.
     mark: Vec<(usize, u32)>,
-    /// Of these the one that may come next though the grammar does not let it; and whether one did, so that the others have to.
+    /// Of these the one that may come next though the grammar does not let it.
     opening: Option<u32>,
-    opens: bool,
+    /// What comes is thinking beside the grammar: the prompt opened it, or the model by a token that the grammar did not let.
+    beside: bool,
     /// Tokens of the prompt.
     prompt: usize,
     prompt_scores: Option<PromptScores>,
@@ -136,6 +138,7 @@ impl Answer {
         let open = request.thinking.as_ref().and_then(|thinking| thinking.open.as_deref());
         let mark = open.filter(|_| request.constraint.is_some()).map(|open| mark(tokenizer, open)).transpose()?;
         let mut decoder = StopDecoder::new(tokenizer, &request.stop, request.thinking)?;
+        let beside = decoder.is_thinking();
         decoder = decoder.from_token(request.min_tokens);
         decoder = if request.keep_stop { decoder.keeping_stop() } else { decoder };
         decoder = if request.show_special { decoder.showing_special() } else { decoder };
@@ -149,7 +152,7 @@ impl Answer {
             allowed: None,
             mark: mark.unwrap_or_default(),
             opening: None,
-            opens: false,
+            beside,
             prompt,
             right: None,
             prompt_scores: request.prompt_logprobs.map(|top| PromptScores { top, found: Vec::new() }),
@@ -204,18 +207,21 @@ impl Answer {
     /// # Errors
     /// When the grammar gave up.
     pub fn prepare(&mut self, vocab: usize) -> Result<(), EngineError> {
+        let rest = self.decoder.opening().map(str::len);
+        let next = self.mark.iter().find(|(left, _)| Some(*left) == rest).map(|(_, token)| *token);
         self.opening = None;
-        self.allowed = match &mut self.constraint {
-            Some(constraint) if !self.decoder.is_thinking() => {
-                let mut allowed = if self.opens { TokenSet::empty(vocab) } else { constraint.allowed()?.clone() };
-                if let Some(rest) = self.decoder.opening().map(str::len)
-                    && let Some((_, token)) = self.mark.iter().find(|(left, _)| *left == rest)
-                    && !allowed.contains(*token)
-                {
-                    allowed.insert(*token);
-                    self.opening = Some(*token);
-                }
+        self.allowed = match (&mut self.constraint, next) {
+            (Some(constraint), next) if !self.beside => {
+                let mut allowed = constraint.allowed()?.clone();
+                self.opening = next.filter(|token| !allowed.contains(*token));
+                self.opening.iter().for_each(|token| allowed.insert(*token));
                 Some(allowed)
+            }
+            // Once begun beside the grammar, the mark is written to its end.
+            (Some(_), Some(token)) => {
+                let mut only = TokenSet::empty(vocab);
+                only.insert(token);
+                Some(only)
             }
             _ => None,
         };
@@ -279,20 +285,19 @@ impl Answer {
             self.out.text.push_str(&text);
             return Ok(self.stopped(StopReason::Token(token), text));
         }
-        let follows = self.constraint.is_some() && !self.decoder.is_thinking();
         let step = self.decoder.push(token)?;
         self.out.text.push_str(&step.text);
         if let Some(index) = step.stop {
             let stop = self.stop.get(index).cloned().unwrap_or_default();
             return Ok(self.stopped(StopReason::Text(stop), step.text));
         }
-        if let Some(constraint) = self.constraint.as_mut().filter(|_| follows) {
-            if self.decoder.is_thinking() {
-                // What opened it was no part of the answer.
+        if self.beside {
+            self.beside = self.decoder.is_thinking() || self.decoder.opening().is_some();
+        } else if let Some(constraint) = &mut self.constraint {
+            if self.opening == Some(token) {
+                // What of the mark the grammar took for the answer was none.
                 constraint.restart();
-                self.opens = false;
-            } else if self.opening == Some(token) {
-                self.opens = true;
+                self.beside = true;
             } else {
                 constraint.take(token)?;
                 if constraint.is_done() {

@@ -54,7 +54,10 @@ pub struct StopDecoder {
 #[derive(Debug, Clone)]
 enum Part {
     /// It may still open its thinking: what was written, and the tokens that may belong to the mark, which were not looked at.
-    Open { written: String, waiting: Vec<Piece> },
+    Open {
+        written: String,
+        waiting: Vec<Piece>,
+    },
     /// What was written of it.
     Thinking(String),
     Answer,

@@ -16,3 +16,4 @@ mod recover;
 mod serve;
 mod settings;
 mod verify;
+mod verify_serve;

@@ -604,9 +604,8 @@ fn an_answer_says_what_ended_it() {
     assert_eq!((stopped.finish, stopped.stop), (Finish::Stop, Some(StopReason::Token(fourth))));
     assert_eq!(stopped.tokens, plain.tokens[..=first]);
     // Its text is the answer's where it is asked for.
-    let text = |tokens: &[Sampled]| {
-        model.tokenizer.decode(&tokens.iter().map(|t| t.token).collect::<Vec<_>>(), true).unwrap()
-    };
+    let text =
+        |tokens: &[Sampled]| model.tokenizer.decode(&tokens.iter().map(|t| t.token).collect::<Vec<_>>(), true).unwrap();
     assert_eq!(stopped.text, text(&plain.tokens[..first]));
     let kept = answer(&mut engine, &model, Request { stop_tokens: vec![fourth], keep_stop: true, ..request() });
     assert_eq!((kept.text, kept.stop), (text(&plain.tokens[..=first]), Some(StopReason::Token(fourth))));
@@ -688,8 +687,15 @@ fn a_model_may_open_its_thinking_beside_a_grammar() {
     };
     let done = Some(StopReason::Grammar);
     assert_eq!(ask("m", 100.0), (vec![m, m, m, 7, 7, 7], done.clone()));
-    assert_eq!(ask("m>", 100.0), (vec![m, k, m, m, 7, 7, 7], done.clone()), "once begun, the mark is written to its end");
-    assert_eq!(ask("m", -100.0), (vec![7, 7, 7], done));
+    assert_eq!(
+        ask("m>", 100.0),
+        (vec![m, k, m, m, 7, 7, 7], done.clone()),
+        "once begun, the mark is written to its end"
+    );
+    assert_eq!(ask("m", -100.0), (vec![7, 7, 7], done.clone()));
+    // A grammar that writes the mark itself says what the thinking is, too.
+    let seven = model.tokenizer.decode(&[7], true).unwrap();
+    assert_eq!(ask(&seven, -100.0), (vec![7, 7, 7], done));
 }
 
 #[test]

@@ -54,12 +54,7 @@ impl Ending {
     /// Of an answer.
     #[must_use]
     pub fn of(answer: &Generated) -> Self {
-        Self {
-            finish: answer.finish,
-            stop: answer.stop.clone(),
-            tokens: answer.tokens.len(),
-            cached: answer.cached,
-        }
+        Self { finish: answer.finish, stop: answer.stop.clone(), tokens: answer.tokens.len(), cached: answer.cached }
     }
 
     /// It was cut off.

@@ -57,8 +57,7 @@ impl Completion {
         if let Some(k) = logprobs.filter(|_| echo) {
             parameters.prompt_logprobs = Some(told.unwrap_or(0).max(k));
         }
-        let asked: Vec<Prompt> =
-            prompts.iter().map(|p| Prompt { tokens: p.tokens.clone(), thinking: None }).collect();
+        let asked: Vec<Prompt> = prompts.iter().map(|p| Prompt { tokens: p.tokens.clone(), thinking: None }).collect();
         let answers = Answers::ask(&model, &parameters, &asked, Some(max_tokens.unwrap_or(DEFAULT_TOKENS)))?;
         // From here on it says what is told.
         parameters.prompt_logprobs = told;

@@ -102,7 +102,10 @@ impl GrammarFactory {
                 if rules > MAX_RULES {
                     return Err(grammar_error(format!("{rules} rules; {MAX_RULES} are allowed")));
                 }
-                let text = if gbnf::is_one(text) { gbnf::to_lark(text).map_err(grammar_error)? } else { text.clone() };
+                let text = match gbnf::is_one(text) {
+                    true => gbnf::to_lark(text).map_err(grammar_error)?,
+                    false => lark::with_enforced(text)?,
+                };
                 let matcher = compile(&self.parsers, GrammarWithLexer::from_lark(text), &limits_of_rules());
                 matcher.map_err(grammar_error)
             }

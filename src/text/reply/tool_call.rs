@@ -66,7 +66,8 @@ pub(super) fn begun(body: Option<Body>, section: &Section, tools: &[Value]) -> V
             head.map(|(name, rest)| cut(name.split("[CALL_ID]").next().unwrap_or(name), rest)).into_iter().collect()
         }
         (None, Some(Body::DeepSeek)) => {
-            let calls = inner.split("<｜tool▁call▁begin｜>").skip(1).filter_map(|call| call.split_once("<｜tool▁sep｜>"));
+            let calls =
+                inner.split("<｜tool▁call▁begin｜>").skip(1).filter_map(|call| call.split_once("<｜tool▁sep｜>"));
             calls.map(|(name, rest)| cut(name, rest)).collect()
         }
     };
@@ -153,7 +154,8 @@ fn begun_functions(text: &str, tools: &[Value]) -> Vec<ToolCall> {
                 Some((value, _)) => arguments += &typed(value.strip_suffix('\n').unwrap_or(value), &kinds).to_string(),
                 None => {
                     // What may be the end of it is none of it.
-                    let value = &value[..value.len() - begins(value, "\n</parameter>").max(begins(value, "</parameter>"))];
+                    let value =
+                        &value[..value.len() - begins(value, "\n</parameter>").max(begins(value, "</parameter>"))];
                     match kinds.is_empty() || kinds.contains(&"string") {
                         true => arguments += json_text(value).strip_suffix('"').unwrap_or_default(),
                         false => arguments += value,

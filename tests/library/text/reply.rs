@@ -351,15 +351,35 @@ fn a_call_that_cannot_be_read_is_told_and_an_answer_in_json_is_an_answer() {
 
 /// A call as a family writes it, and its arguments as they stand there.
 const WRITTEN: [(&str, &str, &str); 9] = [
-    ("hermes", "<tool_call>\n{\"name\": \"weather\", \"arguments\": ARGUMENTS}\n</tool_call>", r#"{"city": "Rome", "days": 3}"#),
-    ("hermes", "<tool_call>\n{\"arguments\": ARGUMENTS, \"name\": \"weather\"}\n</tool_call>", r#"{"city": "Rome", "days": 3}"#),
-    ("nemotron_json", "<TOOLCALL>[{\"name\": \"weather\", \"arguments\": ARGUMENTS}]</TOOLCALL>", r#"{"where": {"a": [1, "]"]}}"#),
+    (
+        "hermes",
+        "<tool_call>\n{\"name\": \"weather\", \"arguments\": ARGUMENTS}\n</tool_call>",
+        r#"{"city": "Rome", "days": 3}"#,
+    ),
+    (
+        "hermes",
+        "<tool_call>\n{\"arguments\": ARGUMENTS, \"name\": \"weather\"}\n</tool_call>",
+        r#"{"city": "Rome", "days": 3}"#,
+    ),
+    (
+        "nemotron_json",
+        "<TOOLCALL>[{\"name\": \"weather\", \"arguments\": ARGUMENTS}]</TOOLCALL>",
+        r#"{"where": {"a": [1, "]"]}}"#,
+    ),
     ("llama3_json", "{\"name\": \"weather\", \"parameters\": ARGUMENTS}", r#"{"city": "a \"b\" {"}"#),
     ("llama3_json", "<|python_tag|>{\"name\": \"weather\", \"parameters\": ARGUMENTS}", r#"{"city": "é"}"#),
     ("mistral", "[TOOL_CALLS]weather[ARGS]ARGUMENTS", r#"{"city": "Rome"}"#),
     ("mistral", "[TOOL_CALLS][{\"name\": \"weather\", \"arguments\": ARGUMENTS}]", r#"{"city": "Rome"}"#),
-    ("deepseek_v31", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>ARGUMENTS<｜tool▁call▁end｜><｜tool▁calls▁end｜>", r#"{"city": "Rome"}"#),
-    ("openai_gptoss", "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>ARGUMENTS<|call|>", r#"{"city": "Rome"}"#),
+    (
+        "deepseek_v31",
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>ARGUMENTS<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        r#"{"city": "Rome"}"#,
+    ),
+    (
+        "openai_gptoss",
+        "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>ARGUMENTS<|call|>",
+        r#"{"city": "Rome"}"#,
+    ),
 ];
 
 /// What of a call's arguments is told: a text, or what it says.
@@ -389,7 +409,12 @@ fn a_call_that_is_cut_off_is_told_as_far_as_it_goes() {
                 assert!(end < from.max(named), "{}", &whole[..end]);
                 continue;
             };
-            assert_eq!((reply.calls.len(), call.name.as_str(), answer.as_str()), (1, "weather", ""), "{}", &whole[..end]);
+            assert_eq!(
+                (reply.calls.len(), call.name.as_str(), answer.as_str()),
+                (1, "weather", ""),
+                "{}",
+                &whole[..end]
+            );
             let there = &whole[from.min(end)..end.min(from + arguments.len())];
             match end >= from + arguments.len() {
                 true => assert_eq!(call.arguments, expected, "{}", &whole[..end]),
@@ -416,7 +441,8 @@ fn a_call_that_is_cut_off_is_told_as_far_as_it_goes() {
     let two = "{\"name\": \"weather\", \"parameters\": {\"days\": 1}}; {\"name\": \"weather\", \"parameters\": {\"da";
     let (_, reply) = cut(tags("qwen3", Some("llama3_json")), two);
     assert_eq!(reply.calls, [called("weather", json!({"days": 1})), called("weather", json!("{\"da"))]);
-    for (name, text) in [("llama3_json", "{\"name\": \"Bob\", \"age\": 3"), ("hermes", "a <tool_call>{\"name\": \"we")] {
+    for (name, text) in [("llama3_json", "{\"name\": \"Bob\", \"age\": 3"), ("hermes", "a <tool_call>{\"name\": \"we")]
+    {
         let (answer, reply) = cut(tags("qwen3", Some(name)), text);
         let malformed: String = reply.malformed.iter().map(|m| m.text.as_str()).collect();
         assert_eq!((reply.calls.len(), answer + &malformed), (0, text.to_owned()));
