@@ -29,8 +29,8 @@ pub struct Request {
     /// Also log-probabilities of the prompt's tokens from the second on, and of this many most probable tokens there.
     pub prompt_logprobs: Option<usize>,
     /// What the answer has to follow: from its first token on, or from the token after its thinking. Thinking that the model
-    /// may open it may open beside the grammar; what opens it by the grammar follows the grammar. Where that lets nothing follow
-    /// but the end, `min_tokens` gives way.
+    /// may open it may open beside the grammar, where what opens it is one token; what opens it by the grammar follows the
+    /// grammar. Where that lets nothing follow but the end, `min_tokens` gives way.
     pub constraint: Option<Box<dyn Constraint>>,
     /// Special tokens are part of the text.
     pub show_special: bool,
@@ -105,11 +105,11 @@ pub(super) struct Answer {
     constraint: Option<Box<dyn Constraint>>,
     /// What may be chosen next, where not everything may.
     allowed: Option<TokenSet>,
-    /// The mark that opens thinking, as the tokenizer cuts it: how many of its bytes are left, and the token that is next.
-    mark: Vec<(usize, u32)>,
-    /// Of these the one that may come next though the grammar does not let it.
-    opening: Option<u32>,
-    /// What comes is thinking beside the grammar: the prompt opened it, or the model by a token that the grammar did not let.
+    /// The token that opens thinking, where the model may.
+    mark: Option<u32>,
+    /// It may come next though the grammar does not let it.
+    opens: bool,
+    /// What comes is thinking beside the grammar: the prompt opened it, or the model by that token.
     beside: bool,
     /// Tokens of the prompt.
     prompt: usize,
@@ -135,8 +135,9 @@ impl Answer {
     pub fn new(tokenizer: &Tokenizer, request: Request, capacity: usize) -> Result<(Self, Vec<u32>), EngineError> {
         let prompt = request.prompt.len();
         let sampler = Sampler::new(request.sampling)?;
+        // A mark that is cut into tokens begins like much else: who knows no better would begin it where the grammar leaves little.
         let open = request.thinking.as_ref().and_then(|thinking| thinking.open.as_deref());
-        let mark = open.filter(|_| request.constraint.is_some()).map(|open| mark(tokenizer, open)).transpose()?;
+        let mark = open.and_then(|open| tokenizer.token_to_id(open));
         let mut decoder = StopDecoder::new(tokenizer, &request.stop, request.thinking)?;
         let beside = decoder.is_thinking();
         decoder = decoder.from_token(request.min_tokens);
@@ -150,8 +151,8 @@ impl Answer {
             keep_stop: request.keep_stop,
             constraint: request.constraint,
             allowed: None,
-            mark: mark.unwrap_or_default(),
-            opening: None,
+            mark,
+            opens: false,
             beside,
             prompt,
             right: None,
@@ -207,21 +208,15 @@ impl Answer {
     /// # Errors
     /// When the grammar gave up.
     pub fn prepare(&mut self, vocab: usize) -> Result<(), EngineError> {
-        let rest = self.decoder.opening().map(str::len);
-        let next = self.mark.iter().find(|(left, _)| Some(*left) == rest).map(|(_, token)| *token);
-        self.opening = None;
-        self.allowed = match (&mut self.constraint, next) {
-            (Some(constraint), next) if !self.beside => {
+        self.opens = false;
+        self.allowed = match &mut self.constraint {
+            Some(constraint) if !self.beside => {
                 let mut allowed = constraint.allowed()?.clone();
-                self.opening = next.filter(|token| !allowed.contains(*token));
-                self.opening.iter().for_each(|token| allowed.insert(*token));
+                if let Some(mark) = self.mark.filter(|mark| self.decoder.may_open() && !allowed.contains(*mark)) {
+                    allowed.insert(mark);
+                    self.opens = true;
+                }
                 Some(allowed)
-            }
-            // Once begun beside the grammar, the mark is written to its end.
-            (Some(_), Some(token)) => {
-                let mut only = TokenSet::empty(vocab);
-                only.insert(token);
-                Some(only)
             }
             _ => None,
         };
@@ -292,10 +287,10 @@ impl Answer {
             return Ok(self.stopped(StopReason::Text(stop), step.text));
         }
         if self.beside {
-            self.beside = self.decoder.is_thinking() || self.decoder.opening().is_some();
+            self.beside = self.decoder.is_thinking();
         } else if let Some(constraint) = &mut self.constraint {
-            if self.opening == Some(token) {
-                // What of the mark the grammar took for the answer was none.
+            if self.opens && self.mark == Some(token) {
+                // White space before it was no part of the answer.
                 constraint.restart();
                 self.beside = true;
             } else {
@@ -333,18 +328,6 @@ impl Answer {
         self.out.decode = first.elapsed();
         self.out
     }
-}
-
-/// A mark as the tokenizer cuts it: the tokens, and how many bytes of the mark are left before each. None where what they stand for
-/// is something else.
-fn mark(tokenizer: &Tokenizer, text: &str) -> Result<Vec<(usize, u32)>, TextError> {
-    let tokens = tokenizer.encode(text, false)?;
-    let bytes: Vec<Vec<u8>> = tokens.iter().map(|id| tokenizer.token_bytes(*id).unwrap_or_default()).collect();
-    if bytes.concat() != text.as_bytes() {
-        return Ok(Vec::new());
-    }
-    let left = bytes.iter().scan(text.len(), |left, bytes| Some(std::mem::replace(left, *left - bytes.len())));
-    Ok(left.zip(tokens).collect())
 }
 
 /// Answers one request in an engine that has no other. `text` is told what is certain of the answer as it comes, and cancels

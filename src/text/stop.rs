@@ -149,11 +149,10 @@ impl StopDecoder {
         matches!(self.part, Part::Thinking(_))
     }
 
-    /// What would open the thinking, as far as it is not written yet, where it may still be opened.
+    /// Whether the thinking may still be opened: nothing but white space was written.
     #[must_use]
-    pub fn opening(&self) -> Option<&str> {
-        let Part::Open { written, .. } = &self.part else { return None };
-        self.thinking.as_ref()?.open.as_ref()?.get(written.trim_start().len()..)
+    pub fn may_open(&self) -> bool {
+        matches!(&self.part, Part::Open { written, .. } if written.trim_start().is_empty())
     }
 
     /// Takes the next id. After a stop string was found, everything further is ignored.
@@ -471,7 +470,7 @@ mod tests {
         assert_eq!(pushed(&mut decoder(&[]), &opened), is("aabcabc€ab", None));
         // It is known a token later that it is none; the text is cut as ever.
         assert_eq!(pushed(&mut decoder(&["b"]), &["a", "ab", "ab", "c"]), is("aa", Some(0)));
-        assert_eq!(pushed(&mut decoder(&["b"]), &["c", "a", "ab"]), is("ca", Some(0)));
+        assert_eq!(pushed(&mut decoder(&["b"]), &["c", "a", "ab"]), is("caa", Some(0)));
         assert_eq!(pushed(&mut decoder(&["c"]), &["a", "ab"]), is("aab", None), "it ends before that is known");
         assert_eq!(pushed(&mut decoder(&["b"]), &["a", "ab"]), is("aa", None));
         // What counts only from the third token on does so too where it had to wait.
@@ -479,14 +478,13 @@ mod tests {
         // What may come, and that a decoder that has finished is as new.
         let mut decoder = decoder(&["b"]);
         for _ in 0..2 {
-            let mut state = vec![(decoder.opening().map(str::to_owned), decoder.is_thinking())];
+            let mut state = vec![(decoder.may_open(), decoder.is_thinking())];
             for token in ["a", "ab", "c", "c", "€"] {
                 decoder.push(TOKENS.iter().position(|known| *known == token).unwrap() as u32).unwrap();
-                state.push((decoder.opening().map(str::to_owned), decoder.is_thinking()));
+                state.push((decoder.may_open(), decoder.is_thinking()));
             }
-            let open = |rest: &str| (Some(rest.to_owned()), false);
-            assert_eq!(state[..3], [open("aabc"), open("abc"), open("c")]);
-            assert_eq!(state[3..], [(None, true), (None, true), (None, false)]);
+            let (nothing, thinks) = ((false, false), (false, true));
+            assert_eq!(state, [(true, false), nothing, nothing, thinks, thinks, nothing]);
             decoder.finish().unwrap();
         }
     }

@@ -671,8 +671,7 @@ fn a_model_may_open_its_thinking_beside_a_grammar() {
         assert_eq!(tokens.len(), 1, "{text}");
         tokens[0]
     };
-    let (m, k) = (id("m"), id(">"));
-    assert_eq!(model.tokenizer.encode("m>", false).unwrap(), [m, k]);
+    let m = id("m");
     // A model that is fond of `m`, or of anything else.
     let mut ask = |open: &str, bias: f32| {
         let sampling = SamplingParams { logit_bias: vec![(m, bias)], ..SamplingParams::greedy() };
@@ -689,8 +688,8 @@ fn a_model_may_open_its_thinking_beside_a_grammar() {
     assert_eq!(ask("m", 100.0), (vec![m, m, m, 7, 7, 7], done.clone()));
     assert_eq!(
         ask("m>", 100.0),
-        (vec![m, k, m, m, 7, 7, 7], done.clone()),
-        "once begun, the mark is written to its end"
+        (vec![7, 7, 7], done.clone()),
+        "what is no token cannot be told from what begins like it"
     );
     assert_eq!(ask("m", -100.0), (vec![7, 7, 7], done.clone()));
     // A grammar that writes the mark itself says what the thinking is, too.

@@ -98,13 +98,12 @@ impl Answers {
     ) -> Result<Self> {
         let count = prompts.len() * parameters.n;
         let limit = model.text.generation().max_new_tokens;
-        // Where nothing but scores of the prompt is asked for, it may fill the context.
-        let answered = max_tokens.or(limit) != Some(0) && parameters.prompt_logprobs.is_none();
         let longest = prompts.iter().map(|prompt| prompt.tokens.len()).max().unwrap_or(0);
         if longest > model.context {
             return Err(ApiError::too_long(longest, model.context));
         }
-        if longest == model.context && answered {
+        // Clients that leave out the last of the tokens that come back count on one of the answer.
+        if longest == model.context && max_tokens.or(limit) != Some(0) {
             return Err(ApiError::no_room(longest));
         }
         let largest = parameters.sampling.logit_bias.last().map(|(token, _)| *token);
