@@ -328,6 +328,33 @@ pub trait Backend: Send + Sync + Sized {
         Ok(sample_rows(&host, draws, scratch))
     }
 
+    /// [`Backend::sample`], with log-probabilities as [`Backend::score`] has them: a token is as probable where it was drawn as
+    /// where it is given, to the last bit.
+    fn sample_scored(
+        &self,
+        logits: &Self::Tensor,
+        draws: &[Draw<'_>],
+        scratch: &mut Scratch,
+    ) -> Result<Vec<std::result::Result<Sampled, SamplingError>>> {
+        let mut sampled = self.sample(logits, draws, scratch)?;
+        let told = |s: &&mut Sampled| s.logprob.is_some();
+        let picks_of = |(row, s): (usize, &Sampled)| {
+            let tokens = std::iter::once(s.token).chain(s.top_logprobs.iter().map(|top| top.0));
+            tokens.map(|token| (row, token)).collect::<Vec<_>>()
+        };
+        let rows = sampled.iter().enumerate().filter_map(|(row, s)| Some((row, s.as_ref().ok()?)));
+        let picks: Vec<(usize, u32)> = rows.filter(|(_, s)| s.logprob.is_some()).flat_map(picks_of).collect();
+        if picks.is_empty() {
+            return Ok(sampled);
+        }
+        let mut scores = self.score(logits, &picks)?.into_iter().map(|score| score.log_prob as f32);
+        for s in sampled.iter_mut().filter_map(|s| s.as_mut().ok()).filter(told) {
+            s.logprob = scores.next();
+            s.top_logprobs.iter_mut().zip(&mut scores).for_each(|(top, score)| top.1 = score);
+        }
+        Ok(sampled)
+    }
+
     /// Losses and divergence of row `i` of `model` from row `i` of `baseline`, where `targets[i]` is the right token; of
     /// each row the first `vocab` logits count.
     fn compare(

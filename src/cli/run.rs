@@ -254,7 +254,7 @@ impl Chat<'_> {
             sampling: self.sampling.clone(),
             stop_tokens: self.text.stop_tokens().to_vec(),
             stop: self.stop.clone(),
-            stop_after: splitter.answer_mark().map(str::to_owned),
+            thinking: splitter.thinking(),
             ..Request::default()
         };
         let quiet = self.args.json;

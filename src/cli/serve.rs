@@ -75,6 +75,10 @@ pub(super) struct Args {
     template: TemplateOptions,
     #[command(flatten)]
     parsers: ParserOptions,
+    /// Connections of one client at a time, by its address (IPv6: its network); behind a proxy all are the proxy's [default: a
+    /// quarter of all that there can be, 1024]
+    #[arg(long, value_name = "N", value_parser = at_least_one::<usize>)]
+    max_connections_per_client: Option<usize>,
     /// MiB of a request's body at most
     #[arg(long, value_name = "MIB", default_value_t = 16, value_parser = at_least_one::<usize>)]
     max_body_mib: usize,
@@ -103,6 +107,10 @@ pub(super) struct Args {
 /// Bytes of a model's KV cache at least, where it is not said.
 const LEAST_CACHE: f64 = 64.0 * MIB;
 const MIB: f64 = 1024.0 * 1024.0;
+
+/// Files that a server has open beside its connections, at most.
+#[cfg(unix)]
+const OTHER_FILES: usize = 256;
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let names = names(args)?;
@@ -150,10 +158,13 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         };
         std::thread::Builder::new().name("engine".into()).spawn(thread).context("no thread for the engine")?;
     }
+    let connections = connections();
     let state = Arc::new(State {
         models: Models::new(served),
         metrics,
         keys,
+        connections,
+        connections_of_one: args.max_connections_per_client.unwrap_or(connections.div_ceil(4)),
         body: args.max_body_mib << 20,
         reports: args.reports.clone(),
         origins: args.allowed_origins.clone(),
@@ -210,6 +221,26 @@ fn names(args: &Args) -> Result<Vec<Vec<String>>> {
         bail!("two models would be called {}; --served-model-name gives each a name of its own", twice[0]);
     }
     Ok(names)
+}
+
+/// Connections that there can be at a time: each needs a descriptor, of which a process may have more than it is given at first.
+#[cfg(unix)]
+fn connections() -> usize {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let wanted = (http::CONNECTIONS + OTHER_FILES) as u64;
+    let limit = getrlimit(Resource::Nofile);
+    let enough = limit.current.is_none_or(|current| current >= wanted);
+    let most = limit.maximum.map_or(wanted, |maximum| maximum.min(wanted));
+    if !enough && setrlimit(Resource::Nofile, Rlimit { current: Some(most), ..limit }).is_err() {
+        tracing::debug!("the limit of open files stays what it is");
+    }
+    let current = getrlimit(Resource::Nofile).current.unwrap_or(wanted).min(wanted) as usize;
+    current.saturating_sub(OTHER_FILES).clamp(16, http::CONNECTIONS)
+}
+
+#[cfg(not(unix))]
+fn connections() -> usize {
+    http::CONNECTIONS
 }
 
 fn keys(args: &Args) -> Result<Vec<blake3::Hash>> {

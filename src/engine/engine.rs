@@ -241,8 +241,12 @@ impl<'m, B: Backend> Engine<'m, B> {
 
     /// Ends a sequence now; returns what there is of an answer.
     pub fn cancel(&mut self, id: Id) -> Option<Generated> {
+        let cached = self.scheduler.cached(id);
         match self.end(id)? {
-            Task::Answer(answer) => Some(answer.cancel()),
+            Task::Answer(mut answer) => {
+                answer.set_cached(cached);
+                Some(answer.cancel())
+            }
             Task::Scores { .. } | Task::Logits | Task::States => None,
         }
     }
@@ -395,7 +399,7 @@ impl<'m, B: Backend> Engine<'m, B> {
             let mut scratch = std::mem::take(&mut self.scratch);
             let draws: Vec<Draw> =
                 turns.iter().filter_map(|(id, _)| Some(self.answer(*id)?.draw(self.scheduler.tokens(*id)))).collect();
-            let sampled = backend.sample(logits, &draws, &mut scratch)?;
+            let sampled = backend.sample_scored(logits, &draws, &mut scratch)?;
             self.scratch = scratch;
             let mut sampled = sampled.into_iter();
             turns.retain_mut(|(id, row)| {
@@ -447,7 +451,9 @@ impl<'m, B: Backend> Engine<'m, B> {
 
     /// Ends an answer that is complete.
     fn finish(&mut self, id: Id, events: &mut Vec<Event<B::Tensor>>) {
-        if let Some(Task::Answer(answer)) = self.end(id) {
+        let cached = self.scheduler.cached(id);
+        if let Some(Task::Answer(mut answer)) = self.end(id) {
+            answer.set_cached(cached);
             events.push(match answer.finish() {
                 Ok((answer, rest)) => Event::Answered { id, answer, rest },
                 Err(error) => Event::Failed { id, error: error.into() },

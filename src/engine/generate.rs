@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::{Engine, EngineError, Event, Id};
 use crate::backend::Backend;
 use crate::logits::{Constraint, Draw, History, RankedScore, Sampled, Sampler, SamplingParams, TokenSet};
-use crate::text::{StopDecoder, TextError, Tokenizer};
+use crate::text::{StopDecoder, TextError, Thinking, Tokenizer};
 
 /// What to generate.
 #[derive(Default)]
@@ -20,16 +20,17 @@ pub struct Request {
     pub stop_tokens: Vec<u32>,
     /// Strings that end the answer and are not part of its text; special tokens count by their names.
     pub stop: Vec<String>,
-    /// Strings end the answer only after this text: what comes before is thinking.
-    pub stop_after: Option<String>,
+    /// How the answer may begin with thinking, in which stop strings do not count.
+    pub thinking: Option<Thinking>,
     /// No stop token is chosen, and no stop string counts, before this many tokens.
     pub min_tokens: usize,
-    /// The stop string that ends the answer stays in its text.
+    /// The stop string or token that ends the answer stays in its text.
     pub keep_stop: bool,
     /// Also log-probabilities of the prompt's tokens from the second on, and of this many most probable tokens there.
     pub prompt_logprobs: Option<usize>,
-    /// What the answer has to follow: from its first token on, or from the token after the one that completes `stop_after`,
-    /// where there is one. Where it lets nothing follow but the end, `min_tokens` gives way.
+    /// What the answer has to follow: from its first token on, or from the token after its thinking. Thinking that the model
+    /// may open it may open beside the grammar, where what opens it is one token; what opens it by the grammar follows the
+    /// grammar. Where that lets nothing follow but the end, `min_tokens` gives way.
     pub constraint: Option<Box<dyn Constraint>>,
     /// Special tokens are part of the text.
     pub show_special: bool,
@@ -75,6 +76,8 @@ pub struct Generated {
     pub finish: Finish,
     /// What stopped it, where it is [`Finish::Stop`].
     pub stop: Option<StopReason>,
+    /// Tokens of the prompt that did not have to be computed: the cache held them.
+    pub cached: usize,
     /// Seed that repeats this answer.
     pub seed: u64,
     /// From the request until the first token was chosen.
@@ -98,9 +101,16 @@ pub(super) struct Answer {
     stop: Vec<String>,
     stop_tokens: Vec<u32>,
     min_tokens: usize,
+    keep_stop: bool,
     constraint: Option<Box<dyn Constraint>>,
     /// What may be chosen next, where not everything may.
     allowed: Option<TokenSet>,
+    /// The token that opens thinking, where the model may.
+    mark: Option<u32>,
+    /// It may come next though the grammar does not let it.
+    opens: bool,
+    /// What comes is thinking beside the grammar: the prompt opened it, or the model by that token.
+    beside: bool,
     /// Tokens of the prompt.
     prompt: usize,
     prompt_scores: Option<PromptScores>,
@@ -125,7 +135,11 @@ impl Answer {
     pub fn new(tokenizer: &Tokenizer, request: Request, capacity: usize) -> Result<(Self, Vec<u32>), EngineError> {
         let prompt = request.prompt.len();
         let sampler = Sampler::new(request.sampling)?;
-        let mut decoder = StopDecoder::new(tokenizer, &request.stop, request.stop_after.as_deref())?;
+        // A mark that is cut into tokens begins like much else: who knows no better would begin it where the grammar leaves little.
+        let open = request.thinking.as_ref().and_then(|thinking| thinking.open.as_deref());
+        let mark = open.and_then(|open| tokenizer.token_to_id(open));
+        let mut decoder = StopDecoder::new(tokenizer, &request.stop, request.thinking)?;
+        let beside = decoder.is_thinking();
         decoder = decoder.from_token(request.min_tokens);
         decoder = if request.keep_stop { decoder.keeping_stop() } else { decoder };
         decoder = if request.show_special { decoder.showing_special() } else { decoder };
@@ -134,18 +148,22 @@ impl Answer {
             stop: request.stop,
             stop_tokens: request.stop_tokens,
             min_tokens: request.min_tokens,
+            keep_stop: request.keep_stop,
             constraint: request.constraint,
             allowed: None,
+            mark,
+            opens: false,
+            beside,
             prompt,
             right: None,
             prompt_scores: request.prompt_logprobs.map(|top| PromptScores { top, found: Vec::new() }),
-            // The last token needs no room: nothing is computed after it.
-            limit: request.max_tokens.min(capacity.saturating_sub(prompt) + 1),
+            limit: request.max_tokens.min(capacity.saturating_sub(prompt)),
             out: Generated {
                 tokens: Vec::new(),
                 text: String::new(),
                 finish: Finish::Length,
                 stop: None,
+                cached: 0,
                 seed: sampler.seed(),
                 prefill: Duration::ZERO,
                 decode: Duration::ZERO,
@@ -190,8 +208,16 @@ impl Answer {
     /// # Errors
     /// When the grammar gave up.
     pub fn prepare(&mut self, vocab: usize) -> Result<(), EngineError> {
+        self.opens = false;
         self.allowed = match &mut self.constraint {
-            Some(constraint) if !self.decoder.is_thinking() => Some(constraint.allowed()?.clone()),
+            Some(constraint) if !self.beside => {
+                let mut allowed = constraint.allowed()?.clone();
+                if let Some(mark) = self.mark.filter(|mark| self.decoder.may_open() && !allowed.contains(*mark)) {
+                    allowed.insert(mark);
+                    self.opens = true;
+                }
+                Some(allowed)
+            }
             _ => None,
         };
         if self.out.tokens.len() < self.min_tokens && !self.stop_tokens.is_empty() {
@@ -230,6 +256,11 @@ impl Answer {
         self.right = self.right.map(|right| right + 1);
     }
 
+    /// So many tokens of the prompt were in the cache.
+    pub fn set_cached(&mut self, tokens: usize) {
+        self.out.cached = tokens;
+    }
+
     /// Whether it takes no more tokens.
     pub fn is_full(&self) -> bool {
         self.room() == 0
@@ -244,19 +275,29 @@ impl Answer {
         self.first.get_or_insert_with(Instant::now);
         self.out.tokens.push(sampled);
         if self.stop_tokens.contains(&token) {
-            return Ok(self.stopped(StopReason::Token(token), String::new()));
+            // What a stop string cuts is cut all the same.
+            let text = if self.keep_stop { self.decoder.push(token)?.text } else { String::new() };
+            self.out.text.push_str(&text);
+            return Ok(self.stopped(StopReason::Token(token), text));
         }
-        let follows = self.constraint.is_some() && !self.decoder.is_thinking();
         let step = self.decoder.push(token)?;
         self.out.text.push_str(&step.text);
         if let Some(index) = step.stop {
             let stop = self.stop.get(index).cloned().unwrap_or_default();
             return Ok(self.stopped(StopReason::Text(stop), step.text));
         }
-        if let Some(constraint) = self.constraint.as_mut().filter(|_| follows) {
-            constraint.take(token)?;
-            if constraint.is_done() {
-                return Ok(self.stopped(StopReason::Grammar, step.text));
+        if self.beside {
+            self.beside = self.decoder.is_thinking();
+        } else if let Some(constraint) = &mut self.constraint {
+            if self.opens && self.mark == Some(token) {
+                // White space before it was no part of the answer.
+                constraint.restart();
+                self.beside = true;
+            } else {
+                constraint.take(token)?;
+                if constraint.is_done() {
+                    return Ok(self.stopped(StopReason::Grammar, step.text));
+                }
             }
         }
         Ok(Taken { text: step.text, next: (!self.is_full()).then_some(token) })

@@ -179,6 +179,12 @@ impl Scheduler {
         self.running.get(&id).or_else(|| self.waiting.get(&id)).map_or(&[], |s| &s.tokens)
     }
 
+    /// Tokens of a sequence that the cache held when it first began.
+    #[must_use]
+    pub fn cached(&self, id: Id) -> usize {
+        self.running.get(&id).or_else(|| self.waiting.get(&id)).map_or(0, |s| s.cached)
+    }
+
     /// Adds a sequence, after whose tokens from position `wanted` on something is to be known. `tokens` has at least one
     /// token and at most the context's.
     pub fn add(&mut self, tokens: Vec<u32>, wanted: usize) -> Id {
@@ -364,6 +370,7 @@ impl Scheduler {
             if !sequence.gave_way {
                 self.done.prefix_asked += asked as u64;
                 self.done.prefix_found += computed as u64;
+                sequence.cached = computed;
             }
             sequence.begin(pages, whole, computed);
             if let Some(part) = part(id, &mut sequence, &mut self.pages, *budget) {

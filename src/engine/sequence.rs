@@ -32,12 +32,15 @@ pub(super) struct Sequence {
     ahead: Vec<u32>,
     /// Whether it ran and had to wait again.
     pub gave_way: bool,
+    /// Tokens that the cache held when it first began.
+    pub cached: usize,
 }
 
 impl Sequence {
     pub fn new(tokens: Vec<u32>, wanted: usize) -> Self {
         let (pages, cuts) = (Vec::new(), BTreeSet::new());
-        Self { tokens, computed: 0, wanted, pages, kept: 0, slot: None, cuts, ahead: Vec::new(), gave_way: false }
+        let (slot, ahead) = (None, Vec::new());
+        Self { tokens, computed: 0, wanted, pages, kept: 0, slot, cuts, ahead, gave_way: false, cached: 0 }
     }
 
     /// Tokens to compute.

@@ -17,7 +17,7 @@ use crate::engine::{self, Engine, EngineError, Event, Finish, Limits, Sequence, 
 use crate::formats::kv::KvFormat;
 use crate::logits::SamplingParams;
 use crate::model::Decoder;
-use crate::text::{ChatInput, GenerationConfig, ModelText, TextError};
+use crate::text::{ChatInput, GenerationConfig, ModelText, TextError, Thinking};
 
 /// Answers that are generated side by side.
 const GENERATE_WIDTH: usize = 16;
@@ -244,7 +244,7 @@ impl<'m, B: Backend> EvaluatedModel<'m, B> {
                 sampling: sampling(options),
                 stop_tokens: self.text.stop_tokens().to_vec(),
                 stop: options.until.clone(),
-                stop_after: options.think_end.clone(),
+                thinking: options.think_end.clone().map(Thinking::until),
                 ..engine::Request::default()
             });
         }

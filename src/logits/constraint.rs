@@ -84,6 +84,9 @@ pub trait Constraint: Send {
 
     /// Whether nothing may follow: the answer ends here.
     fn is_done(&mut self) -> bool;
+
+    /// Forgets what was chosen: the answer begins anew.
+    fn restart(&mut self);
 }
 
 #[cfg(test)]

@@ -52,6 +52,16 @@ impl ApiError {
         Self { code: Some("context_length_exceeded"), ..Self::bad(message) }
     }
 
+    /// The prompt fills the model's context.
+    #[must_use]
+    pub fn no_room(prompt: usize) -> Self {
+        let message = format!(
+            "the prompt has {prompt} tokens, which leaves no room for an answer: this model's maximum context length is \
+             {prompt} tokens of prompt and answer"
+        );
+        Self { code: Some("context_length_exceeded"), ..Self::bad(message) }
+    }
+
     /// The body is larger than is read.
     #[must_use]
     pub fn too_large(limit: usize) -> Self {
@@ -116,6 +126,24 @@ impl ApiError {
         let message = "the server is shutting down; it finishes what it has begun and takes nothing new";
         let draining = Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message);
         Self { code: Some("shutting_down"), retry_after: Some(5), ..draining }
+    }
+
+    /// The server went down before the answer was finished.
+    #[must_use]
+    pub fn cut() -> Self {
+        let message = "the server has shut down before the answer was finished (--shutdown-timeout)";
+        let cut = Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message);
+        Self { code: Some("shutting_down"), retry_after: Some(5), ..cut }
+    }
+
+    /// The client has as many connections as one may have.
+    #[must_use]
+    pub fn crowded(most: usize) -> Self {
+        let message = format!(
+            "{most} connections from this address are open, as many as one client may have (--max-connections-per-client)"
+        );
+        let crowded = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message);
+        Self { code: Some("too_many_connections"), retry_after: Some(1), ..crowded }
     }
 
     /// Something failed here, which is not the request's fault.

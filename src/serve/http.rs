@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use axum::Json;
 use axum::Router;
 use axum::body::Body;
-use axum::extract::{self, Request};
+use axum::extract::{self, FromRequestParts, Request};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
@@ -27,6 +28,7 @@ use super::api::responses::ModelResponse;
 use super::api::tokens;
 use super::error::ApiError;
 use super::page;
+use super::peers::Peers;
 use super::reports;
 use super::state::{Models, State};
 
@@ -34,7 +36,13 @@ type Shared = Arc<State>;
 type Result<T> = std::result::Result<T, ApiError>;
 
 /// Connections at a time; more wait to be taken.
-const CONNECTIONS: usize = 4096;
+pub const CONNECTIONS: usize = 4096;
+
+/// Connections at a time that are told that there are too many of their client's; others are closed without a word.
+const SENT_AWAY: usize = 64;
+
+/// For telling one so.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// For the headers of a request to come, the first and every later one of a connection.
 const HEADER_TIME: Duration = Duration::from_secs(10);
@@ -94,21 +102,35 @@ pub async fn serve(
 ) -> std::io::Result<()> {
     let router = router(state.clone());
     let graceful = GracefulShutdown::new();
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let places = Arc::new(Semaphore::new(state.connections));
+    let peers = Arc::new(Peers::new(state.connections_of_one));
+    let sent_away = Arc::new(Semaphore::new(SENT_AWAY));
     let mut builder = hyper::server::conn::http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(HEADER_TIME).max_buf_size(64 << 10);
     let accept = async {
         loop {
             // Semaphores that are never closed always give.
             let Ok(place) = places.clone().acquire_owned().await else { return };
-            let stream = match listener.accept().await {
-                Ok((stream, _)) => stream,
+            let (stream, address) = match listener.accept().await {
+                Ok(accepted) => accepted,
                 Err(e) => {
                     // Out of descriptors, most likely; some will be given back.
                     tracing::warn!("a connection cannot be taken: {e}");
                     tokio::time::sleep(Duration::from_millis(200)).await;
                     continue;
                 }
+            };
+            let Some(seat) = peers.seat(address.ip()) else {
+                tracing::debug!(%address, "a client has as many connections as one may have");
+                if let Ok(farewell) = sent_away.clone().try_acquire_owned() {
+                    let service = TowerToHyperService::new(sending_away(state.connections_of_one));
+                    let connection = builder.serve_connection(TokioIo::new(stream), service);
+                    tokio::spawn(async move {
+                        let _ = tokio::time::timeout(FAREWELL, connection).await;
+                        drop(farewell);
+                    });
+                }
+                continue;
             };
             let _ = stream.set_nodelay(true);
             let service = TowerToHyperService::new(router.clone());
@@ -117,7 +139,7 @@ pub async fn serve(
                 if let Err(e) = connection.await {
                     tracing::debug!("a connection ended: {e}");
                 }
-                drop(place);
+                drop((place, seat));
             });
         }
     };
@@ -136,11 +158,17 @@ pub async fn serve(
         () = drained => {}
     }
     let left = state.inside();
+    state.models.all().for_each(|model| model.worker.cut());
     let _ = tokio::time::timeout(LAST_WORDS, graceful.shutdown()).await;
     if left > 0 {
         return Err(std::io::Error::other(format!("{left} answers were not finished after {patience:?}")));
     }
     Ok(())
+}
+
+/// What is answered on a connection of a client that has too many.
+fn sending_away(most: usize) -> Router {
+    Router::new().fallback(async move || ([(header::CONNECTION, "close")], ApiError::crowded(most)))
 }
 
 /// Who has no key is not let in, nor anybody when the server goes down.
@@ -286,10 +314,19 @@ async fn models(extract::State(state): extract::State<Shared>) -> Json<Value> {
     Json(json!({"object": "list", "data": all.collect::<Vec<_>>()}))
 }
 
-async fn model(
-    extract::State(state): extract::State<Shared>,
-    extract::Path(name): extract::Path<String>,
-) -> Result<Json<Value>> {
+/// The end of an address, which names something.
+struct Named(String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Named {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self> {
+        let name = extract::Path::<String>::from_request_parts(parts, state).await;
+        name.map(|name| Self(name.0)).map_err(|e| ApiError::bad(format!("the address: {}", e.body_text())))
+    }
+}
+
+async fn model(extract::State(state): extract::State<Shared>, Named(name): Named) -> Result<Json<Value>> {
     Ok(Json(describe(&*state.models.named(Some(&name))?, &name)))
 }
 
@@ -310,10 +347,7 @@ async fn list_reports(extract::State(state): extract::State<Shared>) -> Result<J
     reports::list(state.reports.as_deref()).map(Json)
 }
 
-async fn report(
-    extract::State(state): extract::State<Shared>,
-    extract::Path(name): extract::Path<String>,
-) -> Result<Response> {
+async fn report(extract::State(state): extract::State<Shared>, Named(name): Named) -> Result<Response> {
     let read = move || reports::one(state.reports.as_deref().map(Path::new), &name);
     tokio::task::spawn_blocking(read).await.unwrap_or_else(|e| Err(ApiError::failed(e.to_string())))
 }

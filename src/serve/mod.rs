@@ -9,6 +9,7 @@ pub mod http;
 pub mod metrics;
 pub mod model;
 mod page;
+mod peers;
 mod reports;
 pub mod state;
 pub mod worker;

@@ -45,6 +45,9 @@ pub struct State {
     pub metrics: Metrics,
     /// Hashes of the keys that may ask; everybody may where there are none.
     pub keys: Vec<blake3::Hash>,
+    /// Connections at a time, of all clients and of one.
+    pub connections: usize,
+    pub connections_of_one: usize,
     /// Bytes of a body at most.
     pub body: usize,
     /// Folder whose reports are shown.

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::watch;
 
 use super::error::ApiError;
 use super::metrics::ModelMetrics;
@@ -60,6 +61,8 @@ struct Shared {
     dead: AtomicBool,
     stats: Mutex<Stats>,
     metrics: ModelMetrics,
+    /// What is not finished by now will not be.
+    cut: watch::Sender<bool>,
 }
 
 /// Where requests for a model go in.
@@ -80,6 +83,7 @@ impl Worker {
             dead: AtomicBool::new(false),
             stats: Mutex::default(),
             metrics,
+            cut: watch::Sender::new(false),
         });
         (Self { jobs, shared: shared.clone() }, Desk { jobs: receiver, shared })
     }
@@ -131,6 +135,17 @@ impl Worker {
     #[must_use]
     pub fn is_alive(&self) -> bool {
         !self.shared.dead.load(Ordering::Acquire)
+    }
+
+    /// Ends all answers that are under way: whoever waits for one is told.
+    pub fn cut(&self) {
+        self.shared.cut.send_replace(true);
+    }
+
+    /// Tells when [`Self::cut`] was called.
+    #[must_use]
+    pub fn cut_signal(&self) -> watch::Receiver<bool> {
+        self.shared.cut.subscribe()
     }
 
     /// What the engine is at.

@@ -24,6 +24,6 @@ pub use error::TextError;
 pub use generation_config::GenerationConfig;
 pub use model_text::ModelText;
 pub use special_tokens::SpecialTokens;
-pub use stop::{StopDecoder, StopStep};
+pub use stop::{StopDecoder, StopStep, Thinking};
 pub use stream_decoder::StreamDecoder;
 pub use tokenizer::Tokenizer;

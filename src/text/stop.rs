@@ -2,6 +2,23 @@
 
 use super::{StreamDecoder, TextError, Tokenizer};
 
+/// How a reply may begin with thinking, in which neither stop strings nor a grammar count.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Thinking {
+    /// What opens it, where the model may: as the first that it writes, but for white space. `None`: the reply begins with it.
+    pub open: Option<String>,
+    /// What stands right before the answer.
+    pub close: String,
+}
+
+impl Thinking {
+    /// Thinking from the beginning on, which `close` ends.
+    #[must_use]
+    pub fn until(close: impl Into<String>) -> Self {
+        Self { open: None, close: close.into() }
+    }
+}
+
 /// Decodes an answer token by token and watches for stop strings.
 ///
 /// An answer ends with the token after which its text has a stop string, special tokens written out: so `<|im_end|>`
@@ -27,11 +44,45 @@ pub struct StopDecoder {
     tail: String,
     /// Bytes of `held` and of `tail` in which stop strings did not count.
     ignored: [usize; 2],
-    /// The text after which stop strings count, if not from the start, and what was written until now.
-    after: Option<(String, String)>,
-    /// `after` of a new answer.
-    after_at_first: Option<String>,
+    /// How the reply may begin, and where in it this is.
+    thinking: Option<Thinking>,
+    part: Part,
     stopped: bool,
+}
+
+/// Where in a reply one is.
+#[derive(Debug, Clone)]
+enum Part {
+    /// It may still open its thinking: what was written, and the tokens that may belong to the mark, which were not looked at.
+    Open {
+        written: String,
+        waiting: Vec<Piece>,
+    },
+    /// What was written of it.
+    Thinking(String),
+    Answer,
+}
+
+impl Part {
+    fn first(thinking: Option<&Thinking>) -> Self {
+        match thinking.map(|thinking| &thinking.open) {
+            None => Self::Answer,
+            Some(None) => Self::Thinking(String::new()),
+            Some(Some(_)) => Self::Open { written: String::new(), waiting: Vec::new() },
+        }
+    }
+}
+
+/// What came with a token.
+#[derive(Debug, Clone)]
+struct Piece {
+    /// How many tokens there were with it.
+    taken: usize,
+    shown: String,
+    /// With special tokens.
+    whole: String,
+    /// What the two decoders wait for counts as if the answer ended here: a byte token is a line end whatever follows.
+    pending: [String; 2],
 }
 
 /// What one token led to.
@@ -44,15 +95,15 @@ pub struct StopStep {
 }
 
 impl StopDecoder {
-    /// A decoder that ends at these stop strings; with none, all text passes as soon as it is certain. They count only
-    /// after the text `after`, where there is one: what comes before is thinking.
+    /// A decoder that ends at these stop strings; with none, all text passes as soon as it is certain. They count in the
+    /// answer only, where there may be thinking before it.
     ///
     /// # Errors
     /// When one of them is empty.
     pub fn new<S: AsRef<str>>(
         tokenizer: &Tokenizer,
         stops: &[S],
-        after: Option<&str>,
+        thinking: Option<Thinking>,
     ) -> Result<StopDecoder, TextError> {
         if let Some(index) = stops.iter().position(|stop| stop.as_ref().is_empty()) {
             return Err(TextError::EmptyStop { index });
@@ -67,8 +118,8 @@ impl StopDecoder {
             held: String::new(),
             tail: String::new(),
             ignored: [0; 2],
-            after: after.map(|after| (after.to_owned(), String::new())),
-            after_at_first: after.map(str::to_owned),
+            part: Part::first(thinking.as_ref()),
+            thinking,
             stopped: false,
         })
     }
@@ -92,10 +143,16 @@ impl StopDecoder {
         StopDecoder { shown: self.whole.clone(), ..self }
     }
 
-    /// Whether the text after which stop strings count is still to come.
+    /// Whether the thinking goes on.
     #[must_use]
     pub fn is_thinking(&self) -> bool {
-        self.after.is_some()
+        matches!(self.part, Part::Thinking(_))
+    }
+
+    /// Whether the thinking may still be opened: nothing but white space was written.
+    #[must_use]
+    pub fn may_open(&self) -> bool {
+        matches!(&self.part, Part::Open { written, .. } if written.trim_start().is_empty())
     }
 
     /// Takes the next id. After a stop string was found, everything further is ignored.
@@ -107,25 +164,83 @@ impl StopDecoder {
             return Ok(StopStep::default());
         }
         self.taken += 1;
-        let piece = self.shown.push(id)?.unwrap_or_default();
-        if self.stops.is_empty() {
-            self.thought(&piece);
-            return Ok(StopStep { text: piece, stop: None });
+        let shown = self.shown.push(id)?.unwrap_or_default();
+        let mut piece = Piece { taken: self.taken, shown, whole: String::new(), pending: Default::default() };
+        if !self.stops.is_empty() {
+            piece.whole = self.whole.push(id)?.unwrap_or_default();
+            piece.pending = [self.shown.pending()?, self.whole.pending()?];
         }
-        let whole = self.whole.push(id)?.unwrap_or_default();
-        let (thought, piece, whole) = match self.thought(&piece) {
-            None => (String::new(), piece, whole),
-            Some(end) if self.after.is_some() => return Ok(StopStep { text: piece[..end].to_owned(), stop: None }),
-            Some(end) => (piece[..end].to_owned(), piece[end..].to_owned(), piece[end..].to_owned()),
+        let open = self.thinking.as_ref().and_then(|thinking| thinking.open.as_deref());
+        let (Part::Open { written, waiting }, Some(open)) = (&mut self.part, open) else {
+            return Ok(self.think(piece));
         };
-        self.held += &piece;
-        self.tail += &whole;
-        // What the decoders wait for counts as if the answer ended here: a byte token is a line end whatever follows.
-        let text = self.held.clone() + &self.shown.pending()?;
-        let whole = self.tail.clone() + &self.whole.pending()?;
+        written.push_str(&piece.shown);
+        let text = written.trim_start();
+        if text.is_empty() {
+            return Ok(self.look(piece));
+        }
+        if text.len() < open.len() && open.starts_with(text) {
+            waiting.push(piece);
+            return Ok(StopStep::default());
+        }
+        let mut waited = std::mem::take(waiting);
+        // Of this token, what stands behind the mark.
+        let Some(behind) = text.strip_prefix(open).map(|rest| piece.shown.len() - rest.len().min(piece.shown.len()))
+        else {
+            self.part = Part::Answer;
+            waited.push(piece);
+            return Ok(self.look_at_all(waited));
+        };
+        self.part = Part::Thinking(String::new());
+        let thought = piece.shown.split_off(behind);
+        let before = waited.iter().chain([&piece]).map(|piece| piece.shown.as_str());
+        let before = std::mem::take(&mut self.held) + &before.collect::<String>();
+        self.tail.clear();
+        self.ignored = [0; 2];
+        let step = self.think(Piece { shown: thought, ..piece });
+        Ok(StopStep { text: before + &step.text, stop: step.stop })
+    }
+
+    /// Takes what came with a token where nothing can open the thinking any more.
+    fn think(&mut self, piece: Piece) -> StopStep {
+        let (Part::Thinking(written), Some(thinking)) = (&mut self.part, &self.thinking) else {
+            return self.look(piece);
+        };
+        let before = written.len();
+        written.push_str(&piece.shown);
+        let Some(at) = written.find(&thinking.close) else { return StopStep { text: piece.shown, stop: None } };
+        let (thought, answer) = piece.shown.split_at(at + thinking.close.len() - before);
+        self.part = Part::Answer;
+        let step = self.look(Piece { shown: answer.to_owned(), whole: answer.to_owned(), ..piece.clone() });
+        StopStep { text: thought.to_owned() + &step.text, stop: step.stop }
+    }
+
+    /// Looks for stop strings in what came with several tokens, one after the other.
+    fn look_at_all(&mut self, pieces: Vec<Piece>) -> StopStep {
+        let mut all = StopStep::default();
+        for piece in pieces {
+            let step = self.look(piece);
+            all.text += &step.text;
+            all.stop = all.stop.or(step.stop);
+        }
+        all
+    }
+
+    /// Looks for stop strings in what came with a token of the answer.
+    fn look(&mut self, piece: Piece) -> StopStep {
+        if self.stopped {
+            return StopStep::default();
+        }
+        if self.stops.is_empty() {
+            return StopStep { text: piece.shown, stop: None };
+        }
+        self.held += &piece.shown;
+        self.tail += &piece.whole;
+        let text = self.held.clone() + &piece.pending[0];
+        let whole = self.tail.clone() + &piece.pending[1];
         let [in_text, in_whole] = self.ignored;
         let is_there = |stop: &String| find(&whole, stop, in_whole).is_some() || find(&text, stop, in_text).is_some();
-        if self.taken <= self.least {
+        if piece.taken <= self.least {
             self.ignored = [self.held.len(), self.tail.len()];
         } else if let Some(index) = self.stops.iter().position(is_there) {
             self.stopped = true;
@@ -136,7 +251,7 @@ impl StopDecoder {
                 None if self.keeps_stop => &text,
                 _ => cut(&text, &self.stops, in_text),
             };
-            return Ok(StopStep { text: thought + text, stop: Some(index) });
+            return StopStep { text: text.to_owned(), stop: Some(index) };
         }
         let longest = self.stops.iter().map(String::len).max().unwrap_or(0);
         let surplus = self.tail.len().saturating_sub(longest);
@@ -145,18 +260,7 @@ impl StopDecoder {
         let keep = self.stops.iter().map(|stop| begun(&self.held, stop)).max().unwrap_or(0);
         let certain: String = self.held.drain(..self.held.len() - keep).collect();
         self.ignored = [self.ignored[0].saturating_sub(certain.len()), self.ignored[1].saturating_sub(surplus)];
-        Ok(StopStep { text: thought + &certain, stop: None })
-    }
-
-    /// Bytes of `piece` that belong to the thinking, its end included; `None` when there is none to end.
-    fn thought(&mut self, piece: &str) -> Option<usize> {
-        let (end, thinking) = self.after.as_mut()?;
-        let before = thinking.len();
-        thinking.push_str(piece);
-        let Some(at) = thinking.find(end.as_str()) else { return Some(piece.len()) };
-        let length = at + end.len() - before;
-        self.after = None;
-        Some(length)
+        StopStep { text: certain, stop: None }
     }
 
     /// Ends the text: what was held back belongs to no stop string after all. The decoder is as new afterwards.
@@ -166,11 +270,15 @@ impl StopDecoder {
     pub fn finish(&mut self) -> Result<String, TextError> {
         let rest = self.shown.finish()?.unwrap_or_default();
         self.whole.finish()?;
+        // Nor to a mark that would have opened the thinking.
+        let waited = match std::mem::replace(&mut self.part, Part::first(self.thinking.as_ref())) {
+            Part::Open { waiting, .. } => self.look_at_all(waiting).text,
+            Part::Thinking(_) | Part::Answer => String::new(),
+        };
         self.tail.clear();
         (self.taken, self.ignored) = (0, [0; 2]);
-        self.after = self.after_at_first.clone().map(|after| (after, String::new()));
         let held = std::mem::take(&mut self.held);
-        Ok(if std::mem::take(&mut self.stopped) { String::new() } else { held + &rest })
+        Ok(waited + &if std::mem::take(&mut self.stopped) { String::new() } else { held + &rest })
     }
 }
 
@@ -297,7 +405,7 @@ mod tests {
 
     #[test]
     fn stop_strings_count_only_after_the_thinking() {
-        let mut decoder = StopDecoder::new(&tokenizer(), &["b"], Some("c€")).unwrap();
+        let mut decoder = StopDecoder::new(&tokenizer(), &["b"], Some(Thinking::until("c€"))).unwrap();
         let mut shown = String::new();
         for (n, token) in ["ab", "c", "€", "a", "<end>", "ab", "a"].iter().enumerate() {
             let id = TOKENS.iter().position(|known| known == token).unwrap();
@@ -342,12 +450,42 @@ mod tests {
     #[test]
     fn thinking_ends_where_its_mark_is_with_stop_strings_or_without() {
         for stops in [&["b"][..], &[]] {
-            let mut decoder = StopDecoder::new(&tokenizer(), stops, Some("c€")).unwrap();
+            let mut decoder = StopDecoder::new(&tokenizer(), stops, Some(Thinking::until("c€"))).unwrap();
             let mut thinking = |token| {
                 decoder.push(TOKENS.iter().position(|known| *known == token).unwrap() as u32).unwrap();
                 decoder.is_thinking()
             };
             assert_eq!(["b", "c", "€", "a"].map(&mut thinking), [true, true, false, false]);
+        }
+    }
+
+    #[test]
+    fn thinking_that_the_model_opens_has_no_stop_strings_and_an_answer_without_it_has_them_from_the_start() {
+        // A mark of three tokens, the first of which is a stop string.
+        let thinking = Thinking { open: Some("aabc".into()), close: "c€".into() };
+        let decoder = |stops: &[&str]| StopDecoder::new(&tokenizer(), stops, Some(thinking.clone())).unwrap();
+        let is = |text: &str, stop| (text.to_owned(), stop);
+        let opened = ["a", "ab", "c", "a", "b", "c", "€", "a", "b"];
+        assert_eq!(pushed(&mut decoder(&["b"]), &opened), is("aabcabc€a", Some(0)));
+        assert_eq!(pushed(&mut decoder(&[]), &opened), is("aabcabc€ab", None));
+        // It is known a token later that it is none; the text is cut as ever.
+        assert_eq!(pushed(&mut decoder(&["b"]), &["a", "ab", "ab", "c"]), is("aa", Some(0)));
+        assert_eq!(pushed(&mut decoder(&["b"]), &["c", "a", "ab"]), is("caa", Some(0)));
+        assert_eq!(pushed(&mut decoder(&["c"]), &["a", "ab"]), is("aab", None), "it ends before that is known");
+        assert_eq!(pushed(&mut decoder(&["b"]), &["a", "ab"]), is("aa", None));
+        // What counts only from the third token on does so too where it had to wait.
+        assert_eq!(pushed(&mut decoder(&["b"]).from_token(2), &["a", "ab", "ab", "c"]), is("aaba", Some(0)));
+        // What may come, and that a decoder that has finished is as new.
+        let mut decoder = decoder(&["b"]);
+        for _ in 0..2 {
+            let mut state = vec![(decoder.may_open(), decoder.is_thinking())];
+            for token in ["a", "ab", "c", "c", "€"] {
+                decoder.push(TOKENS.iter().position(|known| *known == token).unwrap() as u32).unwrap();
+                state.push((decoder.may_open(), decoder.is_thinking()));
+            }
+            let (nothing, thinks) = ((false, false), (false, true));
+            assert_eq!(state, [(true, false), nothing, nothing, thinks, thinks, nothing]);
+            decoder.finish().unwrap();
         }
     }
 

@@ -17,3 +17,4 @@ mod recover;
 mod serve;
 mod settings;
 mod verify;
+mod verify_serve;

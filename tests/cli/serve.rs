@@ -96,7 +96,10 @@ fn a_stream_says_what_the_whole_answer_says() {
         assert_eq!(json!(offsets), choice["logprobs"]["text_offset"]);
         assert_eq!(own.last().unwrap()["finish_reason"], choice["finish_reason"]);
     }
-    assert_eq!(events.last().unwrap()["usage"], whole["usage"]);
+    let tokens = |usage: &Value| {
+        [&usage["prompt_tokens"], &usage["completion_tokens"], &usage["total_tokens"]].map(Value::clone)
+    };
+    assert_eq!(tokens(&events.last().unwrap()["usage"]), tokens(&whole["usage"]));
     assert_eq!(events.last().unwrap()["choices"], json!([]));
 
     let mut chat = json!({"messages": [{"role": "user", "content": "Tell of a ship."}], "max_completion_tokens": 16,
@@ -326,6 +329,9 @@ fn what_cannot_be_done_is_refused_by_name_and_others_are_served() {
         assert_eq!(server.get(path).error().0, 404, "{path}");
     }
     assert_eq!(server.get(COMPLETIONS).error().0, 405);
+    for path in ["/v1/models/%ff", "/reports/%ff", "/v1/models/a%80/b"] {
+        assert_eq!(server.get(path).error().0, 400, "{path}");
+    }
     // Nothing is lost on those whose request is right, if at the edge.
     let huge = server.asked(COMPLETIONS, &with(json!({"max_tokens": 4_000_000_000u64, "ignore_eos": true})));
     assert_eq!(huge["choices"][0]["finish_reason"], "length");
@@ -394,6 +400,166 @@ fn calls_are_told_where_they_stand_and_one_where_one_is_wanted() {
     assert_eq!(forced(&server, &format!("{call}\n{call}"), nothing), (String::new(), 2, json!("tool_calls")));
     let one = json!({"parallel_tool_calls": false});
     assert_eq!(forced(&server, &format!("{call}\n{call}"), one), (String::new(), 1, json!("tool_calls")));
+}
+
+#[test]
+fn a_call_that_is_cut_off_is_a_call_as_far_as_it_goes() {
+    let folder = Folder::new();
+    let server = chat_server(&folder, &[]);
+    let tool = |name: &str| {
+        json!({"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties":
+            {"city": {"type": "string", "minLength": 300}}, "required": ["city"], "additionalProperties": false}}})
+    };
+    let mut body = json!({"messages": [{"role": "user", "content": "Weather in Rome?"}], "seed": 1, "temperature": 0.5,
+        "tools": [tool("weather"), tool("clock")], "parallel_tool_calls": false});
+    let mut longest = 0;
+    for (choice, known) in
+        [(json!("required"), false), (json!({"type": "function", "function": {"name": "clock"}}), true)]
+    {
+        for length in [1, 4, 12, 24, 120] {
+            (body["tool_choice"], body["max_tokens"], body["stream"]) = (choice.clone(), json!(length), json!(false));
+            let answer = server.asked(CHAT, &body);
+            let told = &answer["choices"][0];
+            assert_eq!(told["finish_reason"], "length", "{answer}");
+            assert_eq!(told["message"]["content"].as_str().unwrap_or_default(), "", "{answer}");
+            let calls = told["message"]["tool_calls"].as_array().cloned().unwrap_or_default();
+            assert!(
+                calls.len() <= 1 && (!known || calls.len() == 1 && calls[0]["function"]["name"] == "clock"),
+                "{answer}"
+            );
+            let arguments =
+                |calls: &[Value]| calls.first().map(|c| c["function"]["arguments"].as_str().unwrap().to_owned());
+            if let Some(arguments) = arguments(&calls).filter(|a| !a.is_empty()) {
+                assert!(arguments.starts_with('{'), "{arguments}");
+                assert!(serde_json::from_str::<Value>(&arguments).is_err(), "{arguments}");
+                longest = longest.max(arguments.len());
+            }
+            body["stream"] = json!(true);
+            let events = server.post(CHAT, &body).events();
+            let deltas = || events.iter().map(|e| &e["choices"][0]["delta"]);
+            let streamed: Vec<Value> = deltas().filter_map(|d| d["tool_calls"].as_array()).flatten().cloned().collect();
+            assert_eq!(arguments(&streamed), arguments(&calls));
+            assert!(deltas().all(|d| d["content"].as_str().unwrap_or_default().is_empty()), "{events:?}");
+            assert_eq!(events.last().unwrap()["choices"][0]["finish_reason"], "length");
+        }
+    }
+    assert!(longest > 20, "{longest}");
+    // The other API has an item that is not complete.
+    let flat =
+        |name: &str| json!({"type": "function", "name": name, "parameters": tool(name)["function"]["parameters"]});
+    let body = json!({"input": "Weather in Rome?", "seed": 1, "temperature": 0.5, "tools": [flat("clock")],
+        "tool_choice": {"type": "function", "name": "clock"}, "max_output_tokens": 24});
+    let response = server.asked("/v1/responses", &body);
+    assert_eq!((&response["status"], &response["output"][0]["status"]), (&json!("incomplete"), &json!("incomplete")));
+    assert_eq!(response["output"][0]["name"], "clock", "{response}");
+}
+
+#[test]
+fn thinking_that_the_model_opens_is_beside_the_grammar() {
+    let folder = Folder::new();
+    let template = folder.write("thinking.jinja", format!("{{# <think> </think> #}}{TEMPLATE}"));
+    let model = folder.model("m", NVFP4);
+    // The token that fills up is the one that opens thinking.
+    let mut tokenizer = folder.json("m/tokenizer.json");
+    let added = tokenizer["added_tokens"].as_array_mut().unwrap().iter_mut().find(|t| t["id"] == 3).unwrap();
+    let before = std::mem::replace(&mut added["content"], json!("<think>"));
+    let text = tokenizer.to_string().replace(&format!("{before}:"), "\"<think>\":");
+    folder.write("m/tokenizer.json", text);
+    let server = Server::start(&[&model, "--chat-template", &template]);
+    assert_eq!(server.asked("/tokenize", &json!({"prompt": "<think>"}))["tokens"], json!([3]));
+    let ask = |bias: i32| {
+        let body = json!({"messages": [{"role": "user", "content": "Is it?"}], "max_tokens": 24, "seed": 1, "stop": ["y"],
+            "logit_bias": {"3": bias}, "structured_outputs": {"choice": ["yes", "no"]}});
+        server.asked(CHAT, &body)["choices"][0].clone()
+    };
+    let thinks = ask(100);
+    assert!(thinks["message"]["reasoning_content"].as_str().is_some_and(|t| !t.is_empty()), "{thinks}");
+    assert_eq!((&thinks["message"]["content"], &thinks["finish_reason"]), (&json!(""), &json!("length")));
+    let answers = ask(-100);
+    let content = answers["message"]["content"].as_str().unwrap();
+    assert!(["", "no"].contains(&content) && answers["finish_reason"] == "stop", "{answers}");
+    assert_eq!(answers["message"]["reasoning_content"], Value::Null);
+}
+
+#[test]
+fn usage_tells_what_of_the_prompt_was_kept() {
+    let folder = Folder::new();
+    let server = chat_server(&folder, &[]);
+    let cached = |usage: &Value| usage["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+    let mut body = prompt(&"The king said to his son. ".repeat(6), 3);
+    let first = server.asked(COMPLETIONS, &body)["usage"].clone();
+    let length = first["prompt_tokens"].as_u64().unwrap();
+    assert_eq!(cached(&first), 0);
+    assert_eq!(cached(&server.asked(COMPLETIONS, &body)["usage"]), length - 1);
+    // A prompt counts once, however many answers it has.
+    (body["n"], body["stream"], body["stream_options"]) = (json!(3), json!(true), json!({"include_usage": true}));
+    let events = server.post(COMPLETIONS, &body).events();
+    assert_eq!(cached(&events.last().unwrap()["usage"]), length - 1);
+    let chat = json!({"messages": [{"role": "user", "content": "Tell of a ship that went to sea."}], "max_tokens": 2});
+    let told: Vec<u64> = (0..2).map(|_| cached(&server.asked(CHAT, &chat)["usage"])).collect();
+    assert!(told[0] < 4 && told[1] > 4, "{told:?}");
+    let body = json!({"input": "Tell of a ship that went to sea.", "max_output_tokens": 2});
+    let usage = server.asked("/v1/responses", &body)["usage"].clone();
+    assert_eq!(usage["input_tokens_details"]["cached_tokens"], told[1]);
+}
+
+#[test]
+fn a_stop_token_stays_in_the_text_where_it_is_asked_for() {
+    let server = Server::start(&[NVFP4]);
+    let mut body =
+        json!({"prompt": "It was a dark night", "max_tokens": 12, "temperature": 0, "return_token_ids": true});
+    let plain = server.asked(COMPLETIONS, &body)["choices"][0].clone();
+    let token = plain["token_ids"][6].clone();
+    let at = plain["token_ids"].as_array().unwrap().iter().position(|id| *id == token).unwrap();
+    let text = |count: usize| {
+        let ids = &plain["token_ids"].as_array().unwrap()[..count];
+        server.asked("/detokenize", &json!({"tokens": ids}))["prompt"].clone()
+    };
+    body["stop_token_ids"] = json!([token]);
+    for (keeps, count) in [(false, at), (true, at + 1)] {
+        body["include_stop_str_in_output"] = json!(keeps);
+        let choice = server.asked(COMPLETIONS, &body)["choices"][0].clone();
+        assert_eq!((&choice["text"], &choice["stop_reason"]), (&text(count), &token), "{choice}");
+    }
+}
+
+#[test]
+fn the_context_is_for_prompt_and_answer() {
+    let server = Server::start(&[NVFP4, "--max-model-len", "32"]);
+    let ids = |count: usize| json!((0..count).map(|i| 300 + i).collect::<Vec<_>>());
+    let ask = |count: usize, max_tokens: usize, more: Value| {
+        let mut body = json!({"prompt": ids(count), "max_tokens": max_tokens, "ignore_eos": true, "temperature": 0});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        server.post(COMPLETIONS, &body)
+    };
+    for (count, length) in [(20, 10), (30, 2), (31, 1)] {
+        let answer = ask(count, 10, json!({})).json();
+        assert_eq!(answer["usage"]["completion_tokens"], length, "{answer}");
+        assert_eq!(answer["choices"][0]["finish_reason"], "length");
+    }
+    for full in [32, 33] {
+        let refused = ask(full, 1, json!({}));
+        assert_eq!((refused.error().0, &refused.json()["error"]["code"]), (400, &json!("context_length_exceeded")));
+    }
+    // A prompt that is only scored may fill it.
+    for more in [json!({"echo": true, "logprobs": 0}), json!({"prompt_logprobs": 0})] {
+        assert_eq!(ask(32, 0, more.clone()).json()["usage"]["completion_tokens"], 0);
+        assert_eq!(ask(32, 1, more).error().0, 400);
+    }
+}
+
+#[test]
+fn one_client_cannot_take_all_connections() {
+    let server = Server::start(&[NVFP4, "--max-connections-per-client", "3"]);
+    let mut idle: Vec<TcpStream> = (0..3).map(|_| TcpStream::connect(&server.address).unwrap()).collect();
+    let refused = server.get("/v1/models");
+    assert_eq!((refused.error().0, &refused.json()["error"]["code"]), (429, &json!("too_many_connections")));
+    assert!(refused.header("retry-after").is_some());
+    idle.pop();
+    let end = std::time::Instant::now() + Duration::from_secs(20);
+    while server.get("/v1/models").status != 200 {
+        assert!(std::time::Instant::now() < end, "the place was not given back");
+    }
 }
 
 #[test]
@@ -594,11 +760,27 @@ fn at_sigterm_what_has_begun_is_finished_and_nothing_new_is_taken() {
     });
     assert!(server.child.wait().unwrap().success(), "{}", server.log());
     // With more to do than it may take, it says so.
-    let mut server = Server::start(&[NVFP4, "--shutdown-timeout", "0", "--max-num-batched-tokens", "1"]);
+    let folder = Folder::new();
+    let mut server = chat_server(&folder, &["--shutdown-timeout", "0", "--max-num-batched-tokens", "1"]);
     let mut many = long.clone();
     (many["n"], many["stream"]) = (json!(64), json!(true));
-    let _reader = server.begun(COMPLETIONS, &many);
-    server.signal(rustix::process::Signal::TERM);
+    let mut reader = server.begun(COMPLETIONS, &many);
+    let mut response = server.begun("/v1/responses", &json!({"input": "x", "stream": true}));
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| server.post(COMPLETIONS, &long));
+        std::thread::sleep(Duration::from_millis(500));
+        server.signal(rustix::process::Signal::TERM);
+        // Whoever waits is told, in a stream as well.
+        let answer = waits.join().unwrap();
+        assert_eq!((answer.error().0, &answer.json()["error"]["code"]), (503, &json!("shutting_down")));
+    });
+    let [stream, events] = [&mut reader, &mut response].map(|reader| {
+        let mut rest = String::new();
+        reader.read_to_string(&mut rest).unwrap();
+        rest
+    });
+    assert!(stream.contains("\"shutting_down\"") && stream.contains("data: [DONE]"), "{stream}");
+    assert!(events.contains("event: response.failed"), "{events}");
     assert_eq!(server.child.wait().unwrap().code(), Some(1), "{}", server.log());
     assert!(server.log().contains("not finished"), "{}", server.log());
 }

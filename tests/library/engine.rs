@@ -17,7 +17,7 @@ use recoup::logits::{
     Constraint, ConstraintError, Draw, History, Sampled, Sampler, SamplingParams, Scratch, TokenScore, TokenSet,
 };
 use recoup::model::Decoder;
-use recoup::text::Tokenizer;
+use recoup::text::{Thinking, Tokenizer};
 
 const CONTEXT: usize = 6 * PAGE;
 
@@ -83,6 +83,8 @@ impl Constraint for Rule {
     fn is_done(&mut self) -> bool {
         self.ends == Some(self.taken)
     }
+
+    fn restart(&mut self) {}
 }
 
 /// An answer that is asked for.
@@ -157,7 +159,7 @@ impl Model {
         let (sampler, mut rule) = (Sampler::new(ask.sampling.clone()).unwrap(), ask.rule.clone());
         let mut session = Session::new(&self.decoder, 1, CONTEXT);
         let (mut done, mut tokens) = (0, prompt.clone());
-        while tokens.len() < prompt.len() + ask.max_tokens && tokens.len() <= CONTEXT {
+        while tokens.len() < prompt.len() + ask.max_tokens && tokens.len() < CONTEXT {
             let logits = session.forward(&[(0, done, &tokens[done..])]).remove(0);
             done = tokens.len();
             let mut allowed = match rule.as_mut().map(|rule| rule.allowed().cloned()) {
@@ -171,7 +173,8 @@ impl Model {
             }
             let history = History { prompt, generated: &tokens[prompt.len()..] };
             let draw = Draw { sampler: &sampler, history, allowed: allowed.as_ref() };
-            let Ok(next) = draw.choose(&logits[logits.len() - vocab..], &mut Scratch::default()) else {
+            let row = backend.tensor(logits[logits.len() - vocab..].to_vec(), vocab).unwrap();
+            let Ok(next) = backend.sample_scored(&row, &[draw], &mut Scratch::default()).unwrap().remove(0) else {
                 return Found { failed: true, ..found };
             };
             found.tokens.push(sampled(&next));
@@ -600,6 +603,12 @@ fn an_answer_says_what_ended_it() {
     let stopped = answer(&mut engine, &model, Request { stop_tokens: vec![fourth], ..request() });
     assert_eq!((stopped.finish, stopped.stop), (Finish::Stop, Some(StopReason::Token(fourth))));
     assert_eq!(stopped.tokens, plain.tokens[..=first]);
+    // Its text is the answer's where it is asked for.
+    let text =
+        |tokens: &[Sampled]| model.tokenizer.decode(&tokens.iter().map(|t| t.token).collect::<Vec<_>>(), true).unwrap();
+    assert_eq!(stopped.text, text(&plain.tokens[..first]));
+    let kept = answer(&mut engine, &model, Request { stop_tokens: vec![fourth], keep_stop: true, ..request() });
+    assert_eq!((kept.text, kept.stop), (text(&plain.tokens[..=first]), Some(StopReason::Token(fourth))));
     // Not chosen before its time, after which another text stands.
     let later = answer(&mut engine, &model, Request { stop_tokens: vec![fourth], min_tokens: 9, ..request() });
     assert!(later.tokens[..9].iter().all(|t| t.token != fourth) && later.tokens.len() >= 9);
@@ -607,14 +616,14 @@ fn an_answer_says_what_ended_it() {
     let ruled = answer(&mut engine, &model, Request { constraint: Some(Box::new(rule)), ..request() });
     assert_eq!((ruled.tokens.len(), ruled.finish, ruled.stop), (5, Finish::Stop, Some(StopReason::Grammar)));
     // A grammar has the last word: it lets nothing but the stop token follow.
-    let only = Only(TokenSet::default());
-    let (constraint, stop_tokens) = (Some(Box::new(only) as Box<dyn Constraint>), vec![7]);
+    let (constraint, stop_tokens) = (Some(Box::new(Only::default()) as Box<dyn Constraint>), vec![7]);
     let forced = answer(&mut engine, &model, Request { constraint, stop_tokens, min_tokens: 3, ..request() });
     assert_eq!((forced.tokens.len(), forced.stop), (1, Some(StopReason::Token(7))));
 }
 
-/// A grammar of token 7.
-struct Only(TokenSet);
+/// A grammar of token 7, three times.
+#[derive(Default)]
+struct Only(TokenSet, usize);
 
 impl Constraint for Only {
     fn allowed(&mut self) -> Result<&TokenSet, ConstraintError> {
@@ -622,12 +631,17 @@ impl Constraint for Only {
         Ok(&self.0)
     }
 
-    fn take(&mut self, _: u32) -> Result<(), ConstraintError> {
-        Ok(())
+    fn take(&mut self, token: u32) -> Result<(), ConstraintError> {
+        self.1 += 1;
+        if token == 7 { Ok(()) } else { Err(ConstraintError(format!("{token} is not 7"))) }
     }
 
     fn is_done(&mut self) -> bool {
-        false
+        self.1 == 3
+    }
+
+    fn restart(&mut self) {
+        self.1 = 0;
     }
 }
 
@@ -639,11 +653,100 @@ fn a_grammar_begins_where_the_thinking_ends() {
     let request = || Model::request(&prompt, 12, &SamplingParams::greedy());
     let plain = answer(&mut engine, &model, request());
     let thought = model.tokenizer.decode(&plain.tokens[..4].iter().map(|t| t.token).collect::<Vec<_>>(), true).unwrap();
-    let constraint = Some(Box::new(Only(TokenSet::default())) as Box<dyn Constraint>);
-    let got = answer(&mut engine, &model, Request { stop_after: Some(thought), constraint, ..request() });
+    let constraint = Some(Box::new(Only::default()) as Box<dyn Constraint>);
+    let thinking = Some(Thinking::until(thought));
+    let got = answer(&mut engine, &model, Request { thinking, constraint, ..request() });
     let tokens: Vec<u32> = got.tokens.iter().map(|t| t.token).collect();
-    let expected: Vec<u32> = plain.tokens[..4].iter().map(|t| t.token).chain([7; 8]).collect();
+    let expected: Vec<u32> = plain.tokens[..4].iter().map(|t| t.token).chain([7; 3]).collect();
     assert_eq!(tokens, expected);
+}
+
+#[test]
+fn a_model_may_open_its_thinking_beside_a_grammar() {
+    let model = model();
+    let mut engine = Engine::new(&model.decoder, Limits::new(CONTEXT, 1), KvFormat::F32).unwrap();
+    let prompt = model.tokenizer.encode("It was a dark and stormy", true).unwrap();
+    let id = |text: &str| {
+        let tokens = model.tokenizer.encode(text, false).unwrap();
+        assert_eq!(tokens.len(), 1, "{text}");
+        tokens[0]
+    };
+    let m = id("m");
+    // A model that is fond of `m`, or of anything else.
+    let mut ask = |open: &str, bias: f32| {
+        let sampling = SamplingParams { logit_bias: vec![(m, bias)], ..SamplingParams::greedy() };
+        let request = Request {
+            thinking: Some(Thinking { open: Some(open.into()), close: "mm".into() }),
+            constraint: Some(Box::new(Only::default())),
+            stop: vec!["m".into()],
+            ..Model::request(&prompt, 12, &sampling)
+        };
+        let got = answer(&mut engine, &model, request);
+        (got.tokens.iter().map(|t| t.token).collect::<Vec<_>>(), got.stop)
+    };
+    let done = Some(StopReason::Grammar);
+    assert_eq!(ask("m", 100.0), (vec![m, m, m, 7, 7, 7], done.clone()));
+    assert_eq!(
+        ask("m>", 100.0),
+        (vec![7, 7, 7], done.clone()),
+        "what is no token cannot be told from what begins like it"
+    );
+    assert_eq!(ask("m", -100.0), (vec![7, 7, 7], done.clone()));
+    // A grammar that writes the mark itself says what the thinking is, too.
+    let seven = model.tokenizer.decode(&[7], true).unwrap();
+    assert_eq!(ask(&seven, -100.0), (vec![7, 7, 7], done));
+}
+
+#[test]
+fn the_context_holds_prompt_and_answer() {
+    let model = model();
+    let mut engine = Engine::new(&model.decoder, Limits::new(CONTEXT, 1), KvFormat::F32).unwrap();
+    let prompt: Vec<u32> = (0..CONTEXT as u32).map(|i| 300 + i % 50).collect();
+    for room in [0, 1, 3] {
+        let request = Model::request(&prompt[..CONTEXT - room], 10, &SamplingParams::greedy());
+        let got = answer(&mut engine, &model, request);
+        assert_eq!((got.tokens.len(), got.finish), (room, Finish::Length));
+    }
+}
+
+#[test]
+fn an_answer_tells_what_of_its_prompt_was_kept() {
+    let model = model();
+    let mut engine = Engine::new(&model.decoder, Limits::new(CONTEXT, 1), KvFormat::F32).unwrap();
+    let prompt: Vec<u32> = (0..40).map(|i| 300 + i).collect();
+    let mut cached = |prompt: &[u32], scores| {
+        let request = Request { prompt_logprobs: scores, ..Model::request(prompt, 2, &SamplingParams::greedy()) };
+        answer(&mut engine, &model, request).cached
+    };
+    assert_eq!(cached(&prompt, None), 0);
+    assert_eq!(cached(&prompt, None), 39, "the last is computed to know what follows");
+    assert_eq!(cached(&[&prompt[..20], &[7, 8]].concat(), None), 20);
+    assert_eq!(cached(&prompt, Some(0)), 0, "scores are computed");
+}
+
+#[test]
+fn a_token_is_as_probable_where_it_is_drawn_as_where_it_is_given() {
+    let model = model();
+    let mut engine = Engine::new(&model.decoder, Limits::new(CONTEXT, 1), KvFormat::F32).unwrap();
+    let prompt = model.tokenizer.encode("It was a dark and stormy", true).unwrap();
+    let sampling = SamplingParams { temperature: 0.9, seed: Some(3), logprobs: Some(4), ..SamplingParams::default() };
+    let drawn = answer(&mut engine, &model, Model::request(&prompt, 24, &sampling));
+    let all: Vec<u32> = prompt.iter().copied().chain(drawn.tokens.iter().map(|t| t.token)).collect();
+    let id = engine
+        .generate(&model.tokenizer, Request { prompt_logprobs: Some(4), ..Model::request(&all, 0, &sampling) })
+        .unwrap();
+    let mut given = Vec::new();
+    while !engine.is_empty() {
+        for event in engine.step().unwrap() {
+            if let Event::Prompt { id: of, scores } = event {
+                assert_eq!(of, id);
+                given = scores;
+            }
+        }
+    }
+    let drawn: Vec<Chosen> = drawn.tokens.iter().map(sampled).collect();
+    let given: Vec<Chosen> = given[prompt.len() - 1..].iter().map(scored).collect();
+    assert_eq!(drawn, given);
 }
 
 #[test]

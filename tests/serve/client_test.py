@@ -56,7 +56,8 @@ def test_streams_say_what_the_whole_answer_says(client):
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == [whole.choices[0].finish_reason]
-    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+    used = lambda usage: (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, usage.completion_tokens_details)
+    assert chunks[-1].choices == [] and used(chunks[-1].usage) == used(whole.usage)
     assert all(c.usage is None for c in chunks[:-1]) and len({c.id for c in chunks}) == 1
     assert len(chunks) > 5, "it came in few pieces"
     without = list(chat(client, stream=True))
@@ -103,6 +104,31 @@ def test_a_call_streams_in_pieces(client):
     calls = whole.choices[0].message.tool_calls
     assert (name, json.loads(arguments)) == (calls[0].function.name, json.loads(calls[0].function.arguments))
     assert len(indices) == len(calls)
+
+
+def test_a_call_that_is_cut_off_is_a_call_as_far_as_it_goes(client):
+    clock = {"type": "function", "function": {"name": "time"}}
+    for tokens in (2, 16):
+        ask = {"tools": TOOLS, "tool_choice": clock, "temperature": 1, "seed": 5, "max_completion_tokens": tokens}
+        whole = chat(client, **ask).choices[0]
+        assert whole.finish_reason == "length" and not whole.message.content
+        arguments = whole.message.tool_calls[0].function.arguments
+        assert [call.function.name for call in whole.message.tool_calls] == ["time"] and arguments[:1] in ("", "{")
+        chunks = list(chat(client, stream=True, **ask))
+        parts = [part for chunk in chunks for part in chunk.choices[0].delta.tool_calls or []]
+        assert "".join(part.function.arguments or "" for part in parts) == arguments and parts[0].function.name == "time"
+        assert chunks[-1].choices[0].finish_reason == "length"
+        with pytest.raises(openai.LengthFinishReasonError):
+            client.chat.completions.parse(model=NAME, messages=ASK, **(ask | {"tools": [openai.pydantic_function_tool(Fact)], "tool_choice": "required"}))
+
+
+def test_cached_tokens_are_told(client):
+    ask = [{"role": "user", "content": "Tell me of a sea that nobody has told of before."}]
+    for first in (True, False):
+        details = chat(client, ask).usage.prompt_tokens_details
+        assert (details.cached_tokens < 10) == first
+    answer = client.responses.create(model=NAME, input=ask[0]["content"], max_output_tokens=2)
+    assert answer.usage.input_tokens_details.cached_tokens == details.cached_tokens
 
 
 def test_calls_are_found_in_what_the_model_writes_by_itself(client):

@@ -1,6 +1,7 @@
 //! From parameters and prompts to requests of the engine, and what comes of them.
 
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::sync::watch::Receiver;
 
 use super::parameters::Parameters;
 use crate::engine::{Finish, Generated, PromptScore, Request, StopReason};
@@ -8,6 +9,7 @@ use crate::logits::Sampled;
 use crate::serve::error::ApiError;
 use crate::serve::model::ServedModel;
 use crate::serve::worker::Output;
+use crate::text::Thinking;
 
 type Result<T> = std::result::Result<T, ApiError>;
 
@@ -15,13 +17,15 @@ type Result<T> = std::result::Result<T, ApiError>;
 #[derive(Clone, Debug, Default)]
 pub struct Prompt {
     pub tokens: Vec<u32>,
-    /// Where its answer begins with thinking: what ends that.
-    pub stop_after: Option<String>,
+    /// How its answer may begin with thinking.
+    pub thinking: Option<Thinking>,
 }
 
 /// Answers on their way: [`Parameters::n`] to each prompt, one after the other.
 pub struct Answers {
     outputs: UnboundedReceiver<(usize, Output)>,
+    /// The server goes down without waiting for them any longer.
+    cut: Receiver<bool>,
     /// How many.
     pub count: usize,
 }
@@ -42,13 +46,21 @@ pub struct Ending {
     pub finish: Finish,
     pub stop: Option<StopReason>,
     pub tokens: usize,
+    /// Tokens of the prompt that the cache held.
+    pub cached: usize,
 }
 
 impl Ending {
     /// Of an answer.
     #[must_use]
     pub fn of(answer: &Generated) -> Self {
-        Self { finish: answer.finish, stop: answer.stop.clone(), tokens: answer.tokens.len() }
+        Self { finish: answer.finish, stop: answer.stop.clone(), tokens: answer.tokens.len(), cached: answer.cached }
+    }
+
+    /// It was cut off.
+    #[must_use]
+    pub fn is_cut(&self) -> bool {
+        self.finish == Finish::Length
     }
 
     /// OpenAI's `finish_reason`.
@@ -85,9 +97,14 @@ impl Answers {
         max_tokens: Option<usize>,
     ) -> Result<Self> {
         let count = prompts.len() * parameters.n;
-        let fits = |prompt: &&Prompt| prompt.tokens.len() > model.context;
-        if let Some(long) = prompts.iter().find(fits) {
-            return Err(ApiError::too_long(long.tokens.len(), model.context));
+        let limit = model.text.generation().max_new_tokens;
+        let longest = prompts.iter().map(|prompt| prompt.tokens.len()).max().unwrap_or(0);
+        if longest > model.context {
+            return Err(ApiError::too_long(longest, model.context));
+        }
+        // Clients that leave out the last of the tokens that come back count on one of the answer.
+        if longest == model.context && max_tokens.or(limit) != Some(0) {
+            return Err(ApiError::no_room(longest));
         }
         let largest = parameters.sampling.logit_bias.last().map(|(token, _)| *token);
         if let Some(token) = largest.filter(|token| *token as usize >= model.vocab) {
@@ -115,14 +132,13 @@ impl Answers {
         let stop: Vec<String> = parameters.stop.iter().chain(&model.text.generation().stop_strings).cloned().collect();
         for (index, ticket) in tickets.into_iter().enumerate() {
             let prompt = &prompts[index / parameters.n];
-            let limit = model.text.generation().max_new_tokens;
             let request = Request {
                 prompt: prompt.tokens.clone(),
                 max_tokens: max_tokens.or(limit).unwrap_or(usize::MAX),
                 sampling: parameters.sampling_of(index % parameters.n),
                 stop_tokens: stop_tokens.clone(),
                 stop: stop.clone(),
-                stop_after: prompt.stop_after.clone(),
+                thinking: prompt.thinking.clone(),
                 min_tokens: parameters.min_tokens,
                 keep_stop: parameters.keep_stop,
                 prompt_logprobs: parameters.prompt_logprobs.filter(|_| index % parameters.n == 0),
@@ -131,15 +147,20 @@ impl Answers {
             };
             model.worker.ask(ticket, request, model.text.replies().clone(), index, out.clone())?;
         }
-        Ok(Self { outputs, count })
+        Ok(Self { outputs, cut: model.worker.cut_signal(), count })
     }
 
     /// What comes next, and of which answer.
     ///
     /// # Errors
-    /// When an answer cannot be given.
+    /// When an answer cannot be given, or not before the server goes down.
     pub async fn next(&mut self) -> Option<Result<(usize, Output)>> {
-        match self.outputs.recv().await? {
+        let output = tokio::select! {
+            biased;
+            Ok(_) = self.cut.wait_for(|cut| *cut) => return Some(Err(ApiError::cut())),
+            output = self.outputs.recv() => output?,
+        };
+        match output {
             (_, Output::Failed(error)) => Some(Err(error)),
             output => Some(Ok(output)),
         }

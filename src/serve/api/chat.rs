@@ -11,7 +11,7 @@ use super::fields::Fields;
 use super::logprobs::Names;
 use super::messages::{ToolChoice, messages, tool_choice, tools};
 use super::parameters::{self, Parameters};
-use super::{Head, events, fresh, usage};
+use super::{Head, events, fresh, total_usage, usage};
 use crate::serve::error::ApiError;
 use crate::serve::model::{Conversation, ServedModel};
 use crate::serve::state::Models;
@@ -33,6 +33,7 @@ pub(super) struct Chat {
     reasoning: bool,
     /// One call at most.
     single: bool,
+    choice: ToolChoice,
 }
 
 /// What is asked of the model beside the conversation.
@@ -76,10 +77,11 @@ impl Chat {
         let splitter = Splitter::new(format, &written, tools);
         // A grammar of gpt-oss's calls has its thinking too, which ends in no answer.
         let of_calls = harmony && matches!(parameters.grammar, Some(Grammar::Calls(_)));
-        let stop_after = splitter.answer_mark().filter(|_| !of_calls).map(str::to_owned);
-        let asked = Prompt { tokens: prompt.clone(), stop_after };
+        let thinking = splitter.thinking().filter(|_| !of_calls);
+        let asked = Prompt { tokens: prompt.clone(), thinking };
         let answers = Answers::ask(&model, &parameters, &[asked], wish.max_tokens)?;
-        Ok(Self { model, parameters, prompt, splitter, answers, reasoning: wish.reasoning, single: !wish.parallel })
+        let Wish { reasoning, choice, parallel, .. } = wish;
+        Ok(Self { model, parameters, prompt, splitter, answers, reasoning, single: !parallel, choice })
     }
 
     /// What takes the first answer apart, and each other.
@@ -91,7 +93,8 @@ impl Chat {
             section: String::new(),
             single: self.single,
             reasoning: self.reasoning,
-            thinks: self.splitter.answer_mark().is_some(),
+            choice: self.choice.clone(),
+            thinks: self.splitter.thinking().is_some_and(|thinking| thinking.open.is_none()),
             thought: 0,
         }
     }
@@ -107,6 +110,7 @@ pub(super) struct Reader {
     /// Only the first call is told.
     single: bool,
     reasoning: bool,
+    choice: ToolChoice,
     /// What came last is thinking, and how many tokens were.
     thinks: bool,
     thought: usize,
@@ -149,7 +153,8 @@ impl Reader {
             all.extend(self.push(text));
         }
         let thought = self.thought;
-        let (last, called) = self.finish(answer.texts.get(tokens).map_or("", String::as_str));
+        let is_cut = answer.finish.as_ref().is_some_and(Ending::is_cut);
+        let (last, called) = self.finish(answer.texts.get(tokens).map_or("", String::as_str), is_cut);
         all.extend(last);
         (all, called, thought)
     }
@@ -165,14 +170,27 @@ impl Reader {
         self.news(pieces, calls)
     }
 
-    /// The end of the answer; whether it had calls.
-    pub(super) fn finish(mut self, rest: &str) -> (News, bool) {
+    /// The end of the answer, which `is_cut` off there or not; whether it had calls.
+    pub(super) fn finish(mut self, rest: &str, is_cut: bool) -> (News, bool) {
         let mut news = self.read(rest);
-        let (pieces, reply) = self.splitter.clone().finish();
+        let splitter = self.splitter.clone();
+        let (pieces, reply) = if is_cut { splitter.cut() } else { splitter.finish() };
+        let in_thinking = reply.unfinished;
         // What was given before is not given again.
         let calls = reply.calls.into_iter().skip(self.calls).map(Ok);
         let calls = calls.chain(reply.malformed.into_iter().skip(self.malformed).map(Err)).collect();
         news.extend(self.news(pieces, calls));
+        if is_cut && matches!(self.choice, ToolChoice::Required | ToolChoice::Named(_)) {
+            // All but calls is what was to become one.
+            news.content.clear();
+            if let ToolChoice::Named(name) = &self.choice
+                && self.calls == 0
+                && !in_thinking
+            {
+                news.calls.push((0, ToolCall { name: name.clone(), arguments: "".into() }));
+                self.calls = 1;
+            }
+        }
         (news, self.calls > 0)
     }
 
@@ -297,12 +315,13 @@ impl ChatCompletion {
         let Chat { model, parameters, prompt, answers, .. } = chat;
         let whole = answers.whole().await?;
         let names = Names { model: &model, by_id: parameters.name_by_id };
-        let (mut choices, mut tokens, mut thoughts) = (Vec::new(), 0, 0);
+        let (mut choices, mut tokens, mut thoughts, mut cached) = (Vec::new(), 0, 0, 0);
         for (index, (answer, reader)) in whole.iter().zip(readers).enumerate() {
             let (news, called, thought) = reader.whole(answer);
             thoughts += thought;
             let ending = answer.finish.as_ref().ok_or_else(ApiError::stopped)?;
             tokens += ending.tokens;
+            cached += if index == 0 { ending.cached } else { 0 };
             let mut message = Map::from_iter([("role".to_owned(), json!("assistant"))]);
             let silent = called && news.content.is_empty();
             message.insert("content".into(), if silent { Value::Null } else { news.content.into() });
@@ -321,7 +340,8 @@ impl ChatCompletion {
             }
             choices.push(choice);
         }
-        let mut body = json!({"choices": choices, "usage": with_thoughts(usage(prompt.len(), tokens), thoughts)});
+        let usage = with_thoughts(total_usage(prompt.len(), tokens, cached), thoughts);
+        let mut body = json!({"choices": choices, "usage": usage});
         if parameters.prompt_logprobs.is_some() {
             body["prompt_logprobs"] = names.prompt(&whole[0].prompt);
         }
@@ -338,7 +358,7 @@ impl ChatCompletion {
         let Chat { model, parameters, prompt, mut answers, .. } = chat;
         events(move |out| async move {
             let stream = parameters.stream.unwrap_or_default();
-            let (mut told, mut thoughts) = (0, 0);
+            let (mut told, mut thoughts, mut cached) = (0, 0, 0);
             let chunk = |choices: Value, told: usize| {
                 let mut chunk = json!({ "choices": choices });
                 if stream.running_usage {
@@ -370,8 +390,9 @@ impl ChatCompletion {
                     Output::Done { answer, rest } => {
                         let Some(reader) = readers[index].take() else { continue };
                         thoughts += reader.thought();
-                        let (news, called) = reader.finish(&rest);
                         let ending = Ending::of(&answer);
+                        cached += if index == 0 { ending.cached } else { 0 };
+                        let (news, called) = reader.finish(&rest, ending.is_cut());
                         (news, Vec::new(), Some((ending, called)))
                     }
                     Output::Failed(error) => return Err(error),
@@ -405,10 +426,8 @@ impl ChatCompletion {
                 return Err(ApiError::stopped());
             }
             if stream.usage {
-                out.send(
-                    &head.chunk(json!({"choices": [], "usage": with_thoughts(usage(prompt.len(), told), thoughts)})),
-                )
-                .await?;
+                let usage = with_thoughts(total_usage(prompt.len(), told, cached), thoughts);
+                out.send(&head.chunk(json!({"choices": [], "usage": usage}))).await?;
             }
             out.done().await
         })

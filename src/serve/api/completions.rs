@@ -9,7 +9,7 @@ use super::answers::{Answers, Ending, Prompt};
 use super::fields::Fields;
 use super::logprobs::Names;
 use super::parameters::{self, Parameters};
-use super::{Head, events, usage};
+use super::{Head, events, total_usage, usage};
 use crate::engine::PromptScore;
 use crate::logits::Sampled;
 use crate::serve::error::ApiError;
@@ -57,8 +57,7 @@ impl Completion {
         if let Some(k) = logprobs.filter(|_| echo) {
             parameters.prompt_logprobs = Some(told.unwrap_or(0).max(k));
         }
-        let asked: Vec<Prompt> =
-            prompts.iter().map(|p| Prompt { tokens: p.tokens.clone(), stop_after: None }).collect();
+        let asked: Vec<Prompt> = prompts.iter().map(|p| Prompt { tokens: p.tokens.clone(), thinking: None }).collect();
         let answers = Answers::ask(&model, &parameters, &asked, Some(max_tokens.unwrap_or(DEFAULT_TOKENS)))?;
         // From here on it says what is told.
         parameters.prompt_logprobs = told;
@@ -77,7 +76,7 @@ impl Completion {
         let Self { model, parameters, prompts, echo, logprobs, answers, head } = self;
         let whole = answers.whole().await?;
         let teller = Teller { model: &model, parameters: &parameters, echo, logprobs };
-        let (mut choices, mut tokens) = (Vec::new(), 0);
+        let (mut choices, mut tokens, mut cached) = (Vec::new(), 0, 0);
         for (index, chunk) in whole.chunks(parameters.n).enumerate() {
             for (i, answer) in chunk.iter().enumerate() {
                 let prompt = &prompts[index];
@@ -89,11 +88,13 @@ impl Completion {
                 teller.add(&mut choice, &text, &answer.tokens, &mut offset);
                 let ending = answer.finish.as_ref().ok_or_else(ApiError::stopped)?;
                 tokens += ending.tokens;
+                // A prompt counts once.
+                cached += if i == 0 { ending.cached } else { 0 };
                 choices.push(teller.end(choice, index * parameters.n + i, Some((prompt, scores)), Some(ending)));
             }
         }
         let prompt_tokens = prompts.iter().map(|p| p.tokens.len()).sum();
-        Ok(head.whole(json!({"choices": choices, "usage": usage(prompt_tokens, tokens)})))
+        Ok(head.whole(json!({"choices": choices, "usage": total_usage(prompt_tokens, tokens, cached)})))
     }
 
     fn stream(self) -> Response {
@@ -102,7 +103,7 @@ impl Completion {
             let stream = parameters.stream.unwrap_or_default();
             let teller = Teller { model: &model, parameters: &parameters, echo, logprobs };
             let prompt_tokens: usize = prompts.iter().map(|p| p.tokens.len()).sum();
-            let mut told = 0;
+            let (mut told, mut cached) = (0, 0);
             let mut begun: Vec<Option<usize>> = vec![None; answers.count];
             let mut scores: Vec<Vec<PromptScore>> = vec![Vec::new(); prompts.len()];
             while let Some(output) = answers.next().await {
@@ -118,6 +119,7 @@ impl Completion {
                     Output::Failed(error) => return Err(error),
                 };
                 told += tokens.len();
+                cached += ending.as_ref().filter(|_| index % parameters.n == 0).map_or(0, |ending| ending.cached);
                 let first = begun[index].is_none();
                 let mut offset = begun[index].unwrap_or(0);
                 let mut choice = match first {
@@ -139,7 +141,8 @@ impl Completion {
                 out.send(&head.chunk(chunk)).await?;
             }
             if stream.usage {
-                out.send(&head.chunk(json!({"choices": [], "usage": usage(prompt_tokens, told)}))).await?;
+                let usage = total_usage(prompt_tokens, told, cached);
+                out.send(&head.chunk(json!({"choices": [], "usage": usage}))).await?;
             }
             out.done().await
         })

@@ -29,6 +29,9 @@ const CHUNKS: usize = 16;
 /// How long a reader may take nothing while chunks wait, before it is given up.
 const STALL: Duration = Duration::from_secs(120);
 
+/// How long an error waits for its reader.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
 /// Silence after which a stream shows that it is alive.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
@@ -44,9 +47,16 @@ fn fresh(prefix: &str) -> String {
     format!("{prefix}{a:016x}{b:016x}")
 }
 
-/// Tokens used.
+/// Tokens used so far.
 fn usage(prompt: usize, completion: usize) -> Value {
     json!({"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion})
+}
+
+/// Tokens used in all; of those of the prompt, `cached` were in the cache.
+fn total_usage(prompt: usize, completion: usize, cached: usize) -> Value {
+    let mut usage = usage(prompt, completion);
+    usage["prompt_tokens_details"] = json!({"cached_tokens": cached});
+    usage
 }
 
 /// What stands at the head of every answer and every chunk of one.
@@ -129,9 +139,10 @@ where
             () = sender.closed() => return,
         };
         if let Err(error) = written {
-            // If that finds no room, nobody is there.
-            let _ = sender.try_send(Ok(Event::default().data(error.body().to_string())));
-            let _ = sender.try_send(Ok(Event::default().data("[DONE]")));
+            // If that finds no room for long, nobody is there.
+            for data in [error.body().to_string(), "[DONE]".to_owned()] {
+                let _ = tokio::time::timeout(LAST_WORDS, sender.send(Ok(Event::default().data(data)))).await;
+            }
         }
     });
     Sse::new(ReceiverStream::new(receiver)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response()

@@ -142,7 +142,7 @@ impl ModelResponse {
         let ending = whole.finish.as_ref().ok_or_else(ApiError::stopped)?;
         let (news, _, thoughts) = reader.whole(&whole);
         let mut items = Items::default();
-        items.take(news, &mut Vec::new());
+        items.take(news, whole_status(ending), &mut Vec::new());
         items.close(whole_status(ending), &mut Vec::new());
         finish(&mut told, items.done, ending, (prompt, thoughts));
         Ok(axum::response::IntoResponse::into_response(axum::Json(Value::Object(told))))
@@ -170,20 +170,25 @@ impl ModelResponse {
                 if reader.is_none() {
                     return Ok(());
                 }
-                let (_, output) = answers.next().await.ok_or_else(ApiError::stopped)??;
+                let output = answers.next().await.unwrap_or_else(|| Err(ApiError::stopped()));
+                let output = match output {
+                    Ok((_, output)) => output,
+                    Err(error) => Output::Failed(error),
+                };
                 match output {
                     Output::Token { text, .. } => {
                         if let Some(reader) = reader.as_mut() {
-                            items.take(reader.push(&text), &mut events);
+                            items.take(reader.push(&text), "completed", &mut events);
                         }
                     }
                     Output::Done { answer, rest } => {
                         let mut thoughts = 0;
+                        let ending = Ending::of(&answer);
                         if let Some(reader) = reader.take() {
                             thoughts = reader.thought();
-                            items.take(reader.finish(&rest).0, &mut events);
+                            let news = reader.finish(&rest, ending.is_cut()).0;
+                            items.take(news, whole_status(&ending), &mut events);
                         }
-                        let ending = Ending::of(&answer);
                         items.close(whole_status(&ending), &mut events);
                         finish(&mut told, std::mem::take(&mut items.done), &ending, (prompt, thoughts));
                         let kind =
@@ -191,7 +196,12 @@ impl ModelResponse {
                         events.push(json!({"type": kind, "response": told}));
                     }
                     Output::Prompt(_) => {}
-                    Output::Failed(error) => return Err(error),
+                    Output::Failed(error) => {
+                        reader = None;
+                        told["status"] = "failed".into();
+                        told["error"] = json!({"code": "server_error", "message": error.to_string()});
+                        events.push(json!({"type": "response.failed", "response": told}));
+                    }
                 }
             }
         })
@@ -209,7 +219,7 @@ fn finish(told: &mut Map<String, Value>, output: Vec<Value>, ending: &Ending, (p
         told["incomplete_details"] = json!({"reason": "max_output_tokens"});
     }
     told["output"] = output.into();
-    told["usage"] = json!({"input_tokens": prompt, "input_tokens_details": {"cached_tokens": 0},
+    told["usage"] = json!({"input_tokens": prompt, "input_tokens_details": {"cached_tokens": ending.cached},
         "output_tokens": ending.tokens, "output_tokens_details": {"reasoning_tokens": thoughts},
         "total_tokens": prompt + ending.tokens});
 }
@@ -251,11 +261,14 @@ impl Open {
 }
 
 impl Items {
-    fn take(&mut self, news: News, events: &mut Vec<Value>) {
+    /// `status`: of the response, if that is all.
+    fn take(&mut self, news: News, status: &str, events: &mut Vec<Value>) {
         self.write(true, &news.thinking, events);
         self.write(false, &news.content, events);
         for (_, call) in &news.calls {
-            self.call(call, events);
+            // Of a response that was cut off, what does not end was cut.
+            let is_cut = status != "completed" && serde_json::from_str::<Value>(&arguments(call)).is_err();
+            self.call(call, if is_cut { status } else { "completed" }, events);
         }
     }
 
@@ -284,11 +297,11 @@ impl Items {
         events.push(delta);
     }
 
-    fn call(&mut self, call: &ToolCall, events: &mut Vec<Value>) {
+    fn call(&mut self, call: &ToolCall, status: &str, events: &mut Vec<Value>) {
         self.close("completed", events);
         let (index, arguments) = (self.done.len(), arguments(call));
         let item = json!({"id": fresh("fc_"), "type": "function_call", "call_id": fresh("call_"), "name": call.name,
-            "arguments": arguments, "status": "completed"});
+            "arguments": arguments, "status": status});
         let mut empty = item.clone();
         (empty["arguments"], empty["status"]) = (json!(""), json!("in_progress"));
         events.push(json!({"type": "response.output_item.added", "output_index": index, "item": empty}));

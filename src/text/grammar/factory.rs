@@ -8,7 +8,7 @@ use llguidance::toktrie::{ApproximateTokEnv, INVALID_TOKEN, InferenceCapabilitie
 use llguidance::{Matcher, ParserFactory};
 
 use super::compile::{MAX_RULES, MAX_TEXT, compile, limits, limits_of_rules, said};
-use super::constraint::{Copied, Matched};
+use super::constraint::Copied;
 use super::schema::Enforced;
 use super::{Grammar, GrammarError, calls, gbnf, lark, regex};
 use crate::logits::{Constraint, TokenSet};
@@ -64,7 +64,7 @@ impl GrammarFactory {
     /// # Errors
     /// What it says that cannot be enforced, what makes it none, or that it is too large.
     pub fn constraint(&self, grammar: &Grammar) -> Result<Box<dyn Constraint>, GrammarError> {
-        Ok(Box::new(Matched::new(self.compiled(grammar)?, Arc::clone(&self.known))))
+        Ok(Copied::one(self.compiled(grammar)?, &self.known))
     }
 
     /// The same on `count` answers, compiled once.
@@ -102,7 +102,10 @@ impl GrammarFactory {
                 if rules > MAX_RULES {
                     return Err(grammar_error(format!("{rules} rules; {MAX_RULES} are allowed")));
                 }
-                let text = if gbnf::is_one(text) { gbnf::to_lark(text).map_err(grammar_error)? } else { text.clone() };
+                let text = match gbnf::is_one(text) {
+                    true => gbnf::to_lark(text).map_err(grammar_error)?,
+                    false => lark::with_enforced(text)?,
+                };
                 let matcher = compile(&self.parsers, GrammarWithLexer::from_lark(text), &limits_of_rules());
                 matcher.map_err(grammar_error)
             }

@@ -5,6 +5,7 @@ use serde_json::Value;
 use super::format::{Body, CHANNEL, CONSTRAIN, ENDS, MESSAGE, START};
 use super::tool_call::{self, Section};
 use super::{Calls, Kind, Malformed, Piece, Reasoning, Reply, ReplyFormat, ToolCall};
+use crate::text::Thinking;
 
 /// Takes a reply apart, text by text: what is certain is given out at once.
 ///
@@ -27,6 +28,8 @@ pub struct Splitter {
     reply: Reply,
     /// Calls that ended since they were last asked for.
     ended: Vec<Result<ToolCall, Malformed>>,
+    /// The reply was cut off.
+    is_cut: bool,
 }
 
 /// Where the text is.
@@ -68,6 +71,7 @@ impl Splitter {
             last: Kind::Markup,
             reply: Reply::default(),
             ended: Vec::new(),
+            is_cut: false,
         };
         let end = prompt.trim_end();
         splitter.state = match format.reasoning {
@@ -89,15 +93,17 @@ impl Splitter {
         splitter
     }
 
-    /// Where the reply begins with thinking: what stands before the answer then.
+    /// How the reply may begin with thinking.
     #[must_use]
-    pub fn answer_mark(&self) -> Option<&'static str> {
-        let thinks = match self.state {
-            State::Thinking { .. } | State::Header | State::Message(Kind::Thinking) => true,
-            State::Start => matches!(self.reasoning, Some(Reasoning::Tags { from_start: true, .. })),
-            _ => false,
+    pub fn thinking(&self) -> Option<Thinking> {
+        let reasoning = self.reasoning?;
+        let open = match (self.state, reasoning) {
+            (State::Thinking { .. } | State::Header | State::Message(Kind::Thinking), _) => None,
+            (State::Start, Reasoning::Tags { from_start: true, .. }) => None,
+            (State::Start, Reasoning::Tags { open, .. }) => Some(open.to_owned()),
+            _ => return None,
         };
-        self.reasoning.filter(|_| thinks).map(|reasoning| reasoning.answer_mark())
+        Some(Thinking { open, close: reasoning.answer_mark().to_owned() })
     }
 
     /// Takes the next text; what is certain now.
@@ -122,6 +128,21 @@ impl Splitter {
         self.reply.unfinished = matches!(self.state, State::Thinking { .. } | State::Message(Kind::Thinking));
         self.end_call();
         (out, self.reply)
+    }
+
+    /// Ends a reply that was cut off: a call that had begun is one, as soon as it is known of which tool, with its arguments as a
+    /// text as far as they go.
+    #[must_use]
+    pub fn cut(self) -> (Vec<Piece>, Reply) {
+        Self { is_cut: true, ..self }.finish()
+    }
+
+    /// What had begun of the calls in a section that cannot be read.
+    fn begun(&self, section: &Section) -> Vec<ToolCall> {
+        if !self.is_cut {
+            return Vec::new();
+        }
+        tool_call::begun(self.calls.map(|calls| calls.body), section, &self.tools)
     }
 
     /// One step; whether there may be another.
@@ -202,13 +223,9 @@ impl Splitter {
             State::Whole if at_end => {
                 let section = Section { text: self.held.clone(), ..Section::default() };
                 let read = self.calls.map(|calls| tool_call::read(calls.body, &section, &self.tools));
-                let kind = match read {
-                    Some(Ok(calls)) => {
-                        self.reply.calls.extend(calls);
-                        Kind::Call
-                    }
-                    _ => Kind::Answer,
-                };
+                let calls = read.and_then(Result::ok).unwrap_or_else(|| self.begun(&section));
+                let kind = if calls.is_empty() { Kind::Answer } else { Kind::Call };
+                self.reply.calls.extend(calls);
                 self.emit(kind, self.held.len(), out);
                 self.section = Section::default();
                 false
@@ -250,7 +267,7 @@ impl Splitter {
             false => length,
         };
         let Some((at, mark)) = found else {
-            let begun = marks.iter().map(|mark| begun(&self.held, mark)).max().unwrap_or(0);
+            let begun = marks.iter().map(|mark| begins(&self.held, mark)).max().unwrap_or(0);
             let certain = if at_end { self.held.len() } else { before(self.held.len() - begun) };
             self.emit(kind, certain, out);
             return None;
@@ -313,6 +330,7 @@ impl Splitter {
             (None, Some(calls)) => tool_call::read(calls.body, &section, &self.tools),
             _ => tool_call::harmony(&section),
         };
+        let read = read.or_else(|why| Some(self.begun(&section)).filter(|calls| !calls.is_empty()).ok_or(why));
         match read {
             Ok(calls) => {
                 self.ended.extend(calls.iter().cloned().map(Ok));
@@ -345,7 +363,7 @@ impl Splitter {
 }
 
 /// Bytes at the end of `text` that begin `mark`; never all of `mark`.
-fn begun(text: &str, mark: &str) -> usize {
+pub(super) fn begins(text: &str, mark: &str) -> usize {
     let lengths = mark.char_indices().map(|(at, _)| at).filter(|at| *at <= text.len());
     lengths.filter(|&length| text.as_bytes().ends_with(&mark.as_bytes()[..length])).max().unwrap_or(0)
 }

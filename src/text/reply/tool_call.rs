@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::format::Body;
+use super::splitter::begins;
 use super::{ToolCall, kinds};
 
 /// A call as it was written.
@@ -47,6 +48,128 @@ pub(super) fn harmony(section: &Section) -> Result<Vec<ToolCall>, String> {
         Err(_) => section.text.clone().into(),
     };
     Ok(vec![ToolCall { name, arguments }])
+}
+
+/// The calls in a section that the end of the reply cut: the last one's arguments are a text, as far as they go. Only of `tools`: what
+/// is cut could be anything.
+pub(super) fn begun(body: Option<Body>, section: &Section, tools: &[Value]) -> Vec<ToolCall> {
+    let (open, _) = section.mark;
+    let inner = section.text.strip_prefix(open).unwrap_or(&section.text).trim_start();
+    let calls = match (&section.recipient, body) {
+        (Some(name), _) => vec![cut(name, inner)],
+        (None, None) => Vec::new(),
+        (None, Some(Body::Tagged | Body::Mistral | Body::Llama)) if inner.starts_with(['{', '[']) => begun_list(inner),
+        (None, Some(Body::Tagged)) => begun_functions(&section.text, tools),
+        (None, Some(Body::Llama)) => Vec::new(),
+        (None, Some(Body::Mistral)) => {
+            let head = inner.split_once("[ARGS]").or_else(|| Some(inner.split_at(inner.find('{')?)));
+            head.map(|(name, rest)| cut(name.split("[CALL_ID]").next().unwrap_or(name), rest)).into_iter().collect()
+        }
+        (None, Some(Body::DeepSeek)) => {
+            let calls =
+                inner.split("<｜tool▁call▁begin｜>").skip(1).filter_map(|call| call.split_once("<｜tool▁sep｜>"));
+            calls.map(|(name, rest)| cut(name, rest)).collect()
+        }
+    };
+    let known = |call: &ToolCall| tools.iter().any(|tool| kinds::name(tool) == Some(&call.name));
+    if calls.iter().all(known) { calls } else { Vec::new() }
+}
+
+/// A call whose arguments are what `text` begins with: JSON, or all of it where that does not end.
+fn cut(name: &str, text: &str) -> ToolCall {
+    let text = text.trim_start();
+    let arguments = match value(text) {
+        Some((arguments, _)) => arguments,
+        None => text.into(),
+    };
+    ToolCall { name: name.trim().to_owned(), arguments }
+}
+
+/// The JSON that a text begins with, and how many bytes it has; nothing where the text ends before that is certain.
+fn value(text: &str) -> Option<(Value, usize)> {
+    let mut values = serde_json::Deserializer::from_str(text).into_iter::<Value>();
+    Some((values.next()?.ok()?, values.byte_offset()))
+}
+
+/// Objects `{"name": …, "arguments": …}`, the last of which is cut.
+fn begun_list(text: &str) -> Vec<ToolCall> {
+    let mut calls = Vec::new();
+    let mut rest = text.trim_start_matches('[');
+    loop {
+        rest = rest.trim_start_matches([' ', '\n', '\r', '\t', ',', ';']);
+        match value(rest) {
+            Some((whole, length)) => {
+                let Ok(whole) = call(&whole) else { return calls };
+                calls.push(whole);
+                rest = &rest[length..];
+            }
+            None => {
+                calls.extend(begun_object(rest));
+                return calls;
+            }
+        }
+    }
+}
+
+/// The object that a text has the beginning of, once its name is there.
+fn begun_object(text: &str) -> Option<ToolCall> {
+    let (mut name, mut arguments) = (None, None);
+    let mut rest = text.strip_prefix('{')?.trim_start();
+    while let Some((Value::String(key), length)) = value(rest) {
+        let Some(after) = rest[length..].trim_start().strip_prefix(':') else { break };
+        let after = after.trim_start();
+        let is_whole = value(after);
+        match key.as_str() {
+            "name" => name = is_whole.as_ref().and_then(|(name, _)| name.as_str()).map(str::to_owned),
+            "arguments" | "parameters" => arguments = Some(after),
+            _ => {}
+        }
+        let Some((_, length)) = is_whole else { break };
+        rest = after[length..].trim_start().trim_start_matches(',').trim_start();
+    }
+    Some(cut(&name?, arguments.unwrap_or_default()))
+}
+
+/// `<function=NAME>` with parameters, the last of which is cut.
+fn begun_functions(text: &str, tools: &[Value]) -> Vec<ToolCall> {
+    let mut begun = text.split("<function=").skip(1).peekable();
+    let mut calls = Vec::new();
+    while let Some(function) = begun.next() {
+        let Some((name, body)) = function.split_once('>') else { return calls };
+        let name = name.trim();
+        if let Ok(whole) = functions(&format!("<function={function}"), tools)
+            && begun.peek().is_some()
+        {
+            calls.extend(whole);
+            continue;
+        }
+        let mut arguments = String::new();
+        for parameter in body.split("<parameter=").skip(1) {
+            let Some((key, value)) = parameter.split_once('>') else { break };
+            let (key, value) = (key.trim(), value.strip_prefix('\n').unwrap_or(value));
+            let kinds = kinds_of(name, key, tools);
+            arguments.push(if arguments.is_empty() { '{' } else { ',' });
+            arguments += &format!("{}:", json_text(key));
+            match value.rsplit_once("</parameter>") {
+                Some((value, _)) => arguments += &typed(value.strip_suffix('\n').unwrap_or(value), &kinds).to_string(),
+                None => {
+                    // What may be the end of it is none of it.
+                    let value =
+                        &value[..value.len() - begins(value, "\n</parameter>").max(begins(value, "</parameter>"))];
+                    match kinds.is_empty() || kinds.contains(&"string") {
+                        true => arguments += json_text(value).strip_suffix('"').unwrap_or_default(),
+                        false => arguments += value,
+                    }
+                }
+            }
+        }
+        calls.push(ToolCall { name: name.to_owned(), arguments: arguments.into() });
+    }
+    calls
+}
+
+fn json_text(text: &str) -> String {
+    Value::from(text).to_string()
 }
 
 fn json(text: &str) -> Result<Value, String> {

@@ -349,6 +349,106 @@ fn a_call_that_cannot_be_read_is_told_and_an_answer_in_json_is_an_answer() {
     }
 }
 
+/// A call as a family writes it, and its arguments as they stand there.
+const WRITTEN: [(&str, &str, &str); 9] = [
+    (
+        "hermes",
+        "<tool_call>\n{\"name\": \"weather\", \"arguments\": ARGUMENTS}\n</tool_call>",
+        r#"{"city": "Rome", "days": 3}"#,
+    ),
+    (
+        "hermes",
+        "<tool_call>\n{\"arguments\": ARGUMENTS, \"name\": \"weather\"}\n</tool_call>",
+        r#"{"city": "Rome", "days": 3}"#,
+    ),
+    (
+        "nemotron_json",
+        "<TOOLCALL>[{\"name\": \"weather\", \"arguments\": ARGUMENTS}]</TOOLCALL>",
+        r#"{"where": {"a": [1, "]"]}}"#,
+    ),
+    ("llama3_json", "{\"name\": \"weather\", \"parameters\": ARGUMENTS}", r#"{"city": "a \"b\" {"}"#),
+    ("llama3_json", "<|python_tag|>{\"name\": \"weather\", \"parameters\": ARGUMENTS}", r#"{"city": "é"}"#),
+    ("mistral", "[TOOL_CALLS]weather[ARGS]ARGUMENTS", r#"{"city": "Rome"}"#),
+    ("mistral", "[TOOL_CALLS][{\"name\": \"weather\", \"arguments\": ARGUMENTS}]", r#"{"city": "Rome"}"#),
+    (
+        "deepseek_v31",
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>ARGUMENTS<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        r#"{"city": "Rome"}"#,
+    ),
+    (
+        "openai_gptoss",
+        "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>ARGUMENTS<|call|>",
+        r#"{"city": "Rome"}"#,
+    ),
+];
+
+/// What of a call's arguments is told: a text, or what it says.
+fn told(call: &ToolCall) -> String {
+    call.arguments.as_str().map_or_else(|| call.arguments.to_string(), str::to_owned)
+}
+
+fn cut(format: ReplyFormat, text: &str) -> (String, Reply) {
+    let mut splitter = Splitter::new(format, "", &tools());
+    let mut pieces = splitter.push(text);
+    let (rest, reply) = splitter.cut();
+    pieces.extend(rest);
+    (pieces.iter().filter(|p| p.kind == Kind::Answer).map(|p| p.text.as_str()).collect(), reply)
+}
+
+#[test]
+fn a_call_that_is_cut_off_is_told_as_far_as_it_goes() {
+    for (name, text, arguments) in WRITTEN {
+        let format = if name == "openai_gptoss" { harmony() } else { tags("qwen3", Some(name)) };
+        let whole = text.replace("ARGUMENTS", arguments);
+        let (from, expected) = (text.find("ARGUMENTS").unwrap(), serde_json::from_str::<Value>(arguments).unwrap());
+        let named = whole.find("\"weather\"").map_or(whole.find("weather").unwrap(), |at| at + 2) + "weather".len();
+        let mut lengths = Vec::new();
+        for end in (0..=whole.len()).filter(|at| whole.is_char_boundary(*at)) {
+            let (answer, reply) = cut(format, &whole[..end]);
+            let Some(call) = reply.calls.first() else {
+                assert!(end < from.max(named), "{}", &whole[..end]);
+                continue;
+            };
+            assert_eq!(
+                (reply.calls.len(), call.name.as_str(), answer.as_str()),
+                (1, "weather", ""),
+                "{}",
+                &whole[..end]
+            );
+            let there = &whole[from.min(end)..end.min(from + arguments.len())];
+            match end >= from + arguments.len() {
+                true => assert_eq!(call.arguments, expected, "{}", &whole[..end]),
+                false => assert_eq!(told(call), there, "{}", &whole[..end]),
+            }
+            lengths.push(end);
+        }
+        assert!(lengths.len() > 3 && lengths.last() == Some(&whole.len()), "{name}: {lengths:?}");
+    }
+    // Parameters between tags, as the JSON that they are.
+    let format = tags("qwen3", Some("qwen3_coder"));
+    let whole = "<tool_call>\n<function=weather>\n<parameter=city>\nSan \"F\nR\n</parameter>\n<parameter=days>\n12\n</parameter>\n\
+                 </function>\n</tool_call>";
+    let json = r#"{"city":"San \"F\nR","days":12}"#;
+    let mut before = String::new();
+    for end in whole.find("weather>").unwrap() + 8..=whole.len() {
+        let (_, reply) = cut(format, &whole[..end]);
+        let told = told(&reply.calls[0]);
+        assert!(json.starts_with(&told) && told.len() >= before.len(), "{}: {told}", &whole[..end]);
+        before = told;
+    }
+    assert_eq!(before, json);
+    // Whole calls before it stay, and what is no call of a tool stays an answer.
+    let two = "{\"name\": \"weather\", \"parameters\": {\"days\": 1}}; {\"name\": \"weather\", \"parameters\": {\"da";
+    let (_, reply) = cut(tags("qwen3", Some("llama3_json")), two);
+    assert_eq!(reply.calls, [called("weather", json!({"days": 1})), called("weather", json!("{\"da"))]);
+    for (name, text) in [("llama3_json", "{\"name\": \"Bob\", \"age\": 3"), ("hermes", "a <tool_call>{\"name\": \"we")]
+    {
+        let (answer, reply) = cut(tags("qwen3", Some(name)), text);
+        let malformed: String = reply.malformed.iter().map(|m| m.text.as_str()).collect();
+        assert_eq!((reply.calls.len(), answer + &malformed), (0, text.to_owned()));
+    }
+}
+
 #[test]
 fn a_reply_is_a_message_that_its_template_takes_back() {
     let template = golden("openai-gpt-oss-120b.jinja");

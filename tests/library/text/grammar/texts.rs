@@ -133,3 +133,28 @@ fn a_token_may_be_named() {
 fn check_one(held: &Held, grammar: &Grammar, text: &str) {
     assert!(held.accepts(grammar, text), "{grammar:?}");
 }
+
+#[test]
+fn schemas_within_a_grammar_are_enforced_or_refused_as_those_by_themselves() {
+    let lark = |text: &str| Grammar::Lark(text.into());
+    let number = r#"start: "x=" %json {"title": "t", "type": "integer", "minimum": 1, "maximum": 3}"#;
+    check(&lark(number), &["x=2"], &["x=4", "2", "x=\"2\""]);
+    let unique = r#"{"type": "array", "uniqueItems": true}"#;
+    for (text, place) in [
+        (format!("start: %json{unique}"), "#/uniqueItems"),
+        (format!("start: a\na: \"\\\"\" /\\/\"/ <|im_end|> %json\n  {unique}"), "#/uniqueItems"),
+        (format!("start: %lark {{ start: %json {unique} }}"), "#/uniqueItems"),
+        (format!("start: %json {{}} | %json {{\"properties\": {{\"a\": {unique}}}}}"), "#/properties/a/uniqueItems"),
+        (r#"start: %json {"$ref": "http://x/y"}"#.to_owned(), "#/$ref"),
+        (r#"start: %json {"x-guidance": {"lenient": true}, "not": {}}"#.to_owned(), "x-guidance"),
+    ] {
+        let error = BOOKS.error(&lark(&text));
+        assert!(error.contains(place), "{text}: {error}");
+    }
+    assert!(BOOKS.error(&lark("start: %json {")).contains("followed by no JSON"));
+    // What only looks like one.
+    let quoted = "start: \"%json {\" A // %json {\nA: /%json [{]\\/x/ # %json {\"not\": 1}\n";
+    check(&lark(quoted), &["%json {%json {/x"], &["%json {"]);
+    let inside = r#"start: %regex {"substring_words": "a %json b"} "!""#;
+    check(&lark(inside), &["a %json!"], &["c!"]);
+}
