@@ -2,7 +2,7 @@
 //!
 //! Operations that are made of others run as these, so that everything is seen.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use recoup_ground::divergence::{Pair, RowError};
 
@@ -44,6 +44,38 @@ impl<F: FnMut(&str, &[f32])> Observer for F {
     }
 }
 
+/// One that others hold too, to ask it afterwards what it saw.
+impl<O: Observer> Observer for Arc<Mutex<O>> {
+    fn input(&mut self, module: &str, x: &[f32]) {
+        held(self).input(module, x);
+    }
+
+    fn wants_cached(&self) -> bool {
+        held(self).wants_cached()
+    }
+
+    fn wants_outputs(&self) -> bool {
+        held(self).wants_outputs()
+    }
+
+    fn output(&mut self, module: &str, y: &[f32]) {
+        held(self).output(module, y);
+    }
+
+    fn attended(&mut self, layer: usize, y: &[f32]) {
+        held(self).attended(layer, y);
+    }
+
+    fn cached(&mut self, layer: usize, keys: &[f32], values: &[f32]) {
+        held(self).cached(layer, keys, values);
+    }
+}
+
+/// What others hold too; one that panicked in between has left it whole.
+pub fn held<T: ?Sized>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Finds the first module that does not compute finite numbers.
 #[derive(Default)]
 pub struct FirstBroken(Option<(String, f32)>);
@@ -82,42 +114,37 @@ impl Observer for FirstBroken {
     }
 }
 
-/// `inner` with an observer.
-pub struct Observed<B, O> {
+/// `inner` with an observer: any, behind one type, since whatever is generic over backends is compiled again for each.
+pub struct Observed<B> {
     inner: Arc<B>,
-    observer: Mutex<O>,
+    observer: Mutex<Box<dyn Observer + Send>>,
 }
 
-impl<B, O> Observed<B, O> {
+impl<B> Observed<B> {
     /// Wraps `inner`.
-    pub fn new(inner: B, observer: O) -> Self {
-        Self::shared(Arc::new(inner), observer)
+    pub fn new(inner: B, observer: impl Observer + Send + 'static) -> Self {
+        Self::shared(Arc::new(inner), Box::new(observer))
     }
 
     /// Wraps a backend that others use too.
-    pub fn shared(inner: Arc<B>, observer: O) -> Self {
+    pub fn shared(inner: Arc<B>, observer: Box<dyn Observer + Send>) -> Self {
         Self { inner, observer: Mutex::new(observer) }
-    }
-
-    /// Access to what was observed.
-    pub fn with_observer<T>(&self, f: impl FnOnce(&mut O) -> T) -> T {
-        f(&mut self.observer.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
-impl<B: Backend, O: Observer> Observed<B, O> {
+impl<B: Backend> Observed<B> {
     fn wants_outputs(&self) -> bool {
-        self.with_observer(|o| o.wants_outputs())
+        held(&self.observer).wants_outputs()
     }
 
     fn output(&self, module: &str, y: &B::Tensor) -> Result<()> {
         let host = self.inner.to_host(y)?;
-        self.with_observer(|o| o.output(module, &host));
+        held(&self.observer).output(module, &host);
         Ok(())
     }
 }
 
-impl<B: Backend, O: Observer + Send> Backend for Observed<B, O> {
+impl<B: Backend> Backend for Observed<B> {
     type Tensor = B::Tensor;
     type Linear = Named<B::Linear>;
     type Vector = B::Vector;
@@ -129,7 +156,7 @@ impl<B: Backend, O: Observer + Send> Backend for Observed<B, O> {
 
     fn linears(&self, x: &B::Tensor, weights: &[&Named<B::Linear>]) -> Result<Vec<B::Tensor>> {
         let host = self.inner.to_host(x)?;
-        self.with_observer(|o| weights.iter().for_each(|w| o.input(&w.name, &host)));
+        weights.iter().for_each(|w| held(&self.observer).input(&w.name, &host));
         let inner: Vec<&B::Linear> = weights.iter().map(|w| &***w).collect();
         let outputs = self.inner.linears(x, &inner)?;
         if self.wants_outputs() {
@@ -215,14 +242,14 @@ impl<B: Backend, O: Observer + Send> Backend for Observed<B, O> {
         pass: &B::Pass,
         cache: &mut B::Cache,
     ) -> Result<B::Tensor> {
-        if self.with_observer(|o| o.wants_cached()) {
+        if held(&self.observer).wants_cached() {
             let (keys, values) = (self.inner.rotated(&k, shape, pass)?, self.inner.to_host(&v)?);
-            self.with_observer(|o| o.cached(shape.layer, &keys, &values));
+            held(&self.observer).cached(shape.layer, &keys, &values);
         }
         let mixed = self.inner.attention(q, k, v, sinks, shape, pass, cache)?;
         if self.wants_outputs() {
             let host = self.inner.to_host(&mixed)?;
-            self.with_observer(|o| o.attended(shape.layer, &host));
+            held(&self.observer).attended(shape.layer, &host);
         }
         Ok(mixed)
     }

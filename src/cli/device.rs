@@ -6,14 +6,19 @@ use anyhow::{Context as _, Result, bail};
 use recoup_ground::cache::cache_folder;
 use serde_json::json;
 
-use crate::backend::Either;
-use crate::backend::cpu::CpuBackend;
+use crate::backend::cpu::{CpuBackend, isa::Isa};
 use crate::backend::cuda::{CudaBackend, Device};
+use crate::backend::{self, Either};
 use crate::checkpoint::identity::value_hash;
 use crate::evaluate::device_check;
 
-/// Whatever runs the model.
+/// Whatever runs the model; where it can only be the CPU too, so that all that is generic over backends is compiled for one.
 pub(super) type AnyBackend = Either<CpuBackend, CudaBackend>;
+
+/// The CPU with its fastest kernels, for what no GPU does.
+pub(super) fn on_cpu(threads: usize) -> backend::Result<AnyBackend> {
+    CpuBackend::new(Isa::detect(), threads).map(Either::A)
+}
 
 /// Memory that a model takes beside its weights, at least: activations, and the beginning of a cache.
 const BESIDE: u64 = 256 << 20;
@@ -74,11 +79,12 @@ fn open(cpu: &CpuBackend, ordinal: usize) -> Result<CudaBackend> {
         "assembled_by_driver": std::env::var_os("CUDA_FORCE_PTX_JIT").is_some_and(|v| v != "0")});
     let file = cache_folder().map(|f| f.join(format!("gpu-{}.json", &value_hash(&key)[..16])));
     let known = file.as_ref().is_some_and(|f| f.exists());
+    let (expected, computed): (AnyBackend, AnyBackend) = (Either::A(cpu.clone()), Either::B(gpu.clone()));
     let checked = if known {
-        device_check::small(cpu, &gpu)?
+        device_check::small(&expected, &computed)?
     } else {
         let bar = super::progress(0, format!("first use of {}: kernels compared with the CPU", gpu.device().name));
-        let checked = device_check::thorough(cpu, &gpu, &mut |done| bar.set_position(done as u64))?;
+        let checked = device_check::thorough(&expected, &computed, &mut |done| bar.set_position(done as u64))?;
         bar.finish();
         checked
     };

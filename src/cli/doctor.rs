@@ -5,9 +5,9 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
-use super::device::DeviceChoice;
+use super::device::{AnyBackend, DeviceChoice, on_cpu};
 use super::machine::{cpu_name, features, memory_bytes};
-use crate::backend::cpu::{CpuBackend, isa::Isa, packed};
+use crate::backend::cpu::{isa::Isa, packed};
 use crate::backend::cuda::{CudaBackend, Device, TABLE_TOKENS};
 use crate::evaluate::device_check::{self, Checked};
 use crate::evaluate::throughput::{self, Product};
@@ -120,10 +120,10 @@ fn gpus() -> Result<Vec<Result<Device, String>>, String> {
 /// Every kernel of a GPU against the CPU.
 fn gpu(args: &Args, ordinal: usize) -> Result<ExitCode> {
     let gpu = CudaBackend::new(ordinal)?;
-    let cpu = CpuBackend::new(Isa::detect(), super::options::threads(0))?;
+    let (cpu, device) = (on_cpu(super::options::threads(0))?, AnyBackend::B(gpu.clone()));
     super::say!("{}; kernels {}", gpu.device(), gpu.device().kernels());
     let bar = super::progress(0, "kernels checked");
-    let checked = device_check::thorough(&cpu, &gpu, &mut |done| bar.set_position(done as u64))?;
+    let checked = device_check::thorough(&cpu, &device, &mut |done| bar.set_position(done as u64))?;
     bar.finish();
     let wrong: Vec<&Checked> = checked.iter().filter(|c| !c.holds()).collect();
     let measured = args.measure.map(|width| measure(&gpu, width)).transpose()?;
@@ -204,7 +204,7 @@ fn measure(gpu: &CudaBackend, width: usize) -> Result<Measured> {
     }
     let copy = gpu.device().copy_speed()?;
     let bar = super::progress(0, "products measured");
-    let products = throughput::products(gpu, width, &mut |done| bar.set_position(done as u64))?;
+    let products = throughput::products(&AnyBackend::B(gpu.clone()), width, &mut |done| bar.set_position(done as u64))?;
     bar.finish();
     Ok(Measured { copy, peak: gpu.device().tensor_peak()?, products })
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
+use super::device::on_cpu;
 use super::machine::peak_memory;
 use super::options::{at_least_one, calibration_text, identity, model_folder, open_model, threads};
 use super::training::{self, Display, KEPT_MEMORY};
@@ -16,7 +17,6 @@ use crate::backend::NUMERICS_VERSION;
 use crate::backend::autograd::AutogradBackend;
 use crate::backend::autograd::operand::Precision;
 use crate::backend::autograd::recycle;
-use crate::backend::cpu::{CpuBackend, isa::Isa};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::write::Pending;
 use crate::model::{Decoder, ModelConfig};
@@ -129,7 +129,7 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
             let recipe = Recipe::find(recipe)?;
             let amount = Amount { samples: recipe.samples(), length: 512 };
             let text = calibration_text(None, amount, &teacher, None)?;
-            let backend = || CpuBackend::new(Isa::detect(), threads(args.threads));
+            let backend = || on_cpu(threads(args.threads));
             let bar = super::progress(0, "");
             let made = quantize::apply_once(
                 (&teacher, &teacher_identity),

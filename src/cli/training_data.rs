@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde_json::Value;
 
+use super::device::on_cpu;
 use super::options::{TemplateOptions, text_to_read, threads};
-use crate::backend::cpu::{CpuBackend, isa::Isa};
 use crate::checkpoint::Checkpoint;
 use crate::corpus::Reader;
 use crate::model::Decoder;
@@ -79,7 +79,7 @@ impl DataOptions {
     ) -> Result<Prepared> {
         let write = &mut |name: &str, wanted: teacher_text::Wanted<'_>| {
             let file = training.join(format!("{name}.json"));
-            let load = || Ok(Decoder::load(CpuBackend::new(Isa::detect(), threads(asked_threads))?, teacher)?);
+            let load = || Ok(Decoder::load(on_cpu(threads(asked_threads))?, teacher)?);
             let bar = super::progress(wanted.count as u64, "the teacher writes");
             let rows = teacher_text::rows(&text_of(teacher)?, identity, wanted, &file, load, &mut || bar.inc(1))?;
             bar.finish();

@@ -2,9 +2,9 @@
 //! from quantization loss.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
-use crate::backend::observe::Observed;
+use crate::backend::observe::held;
 use crate::backend::{Backend, BackendError, Batch, PAGE};
 use crate::checkpoint::Checkpoint;
 use crate::formats::kv::KvFormat;
@@ -55,17 +55,16 @@ pub fn check<B: Backend + Clone>(
 ) -> Result<KernelCheck, LoadError> {
     let inputs = Arc::new(Mutex::new(BTreeMap::<String, Vec<f32>>::new()));
     let sink = inputs.clone();
-    let observed = Observed::new(backend.clone(), move |module: &str, x: &[f32]| {
-        let mut inputs = sink.lock().unwrap_or_else(PoisonError::into_inner);
-        inputs.entry(module.into()).or_insert_with(|| x.to_vec());
-    });
-    let model = Decoder::load(observed, checkpoint)?;
+    let observe = move |module: &str, x: &[f32]| {
+        held(&sink).entry(module.into()).or_insert_with(|| x.to_vec());
+    };
+    let model = Decoder::load(backend.clone(), checkpoint)?.observed(Box::new(observe));
     let tokens = &tokens[..tokens.len().min(TOKENS)];
     let mut cache = model.new_cache(tokens.len().next_multiple_of(PAGE), 1, KvFormat::F32)?;
     model.forward(&Batch::alone(tokens.to_vec()), &mut cache, Wanted::All)?;
     let config = model.config.clone();
     drop(model);
-    let inputs = std::mem::take(&mut *inputs.lock().unwrap_or_else(PoisonError::into_inner));
+    let inputs = std::mem::take(&mut *held(&inputs));
     let mut out = KernelCheck::default();
     for module in config.modules() {
         // The embedding is read row by row, which is no product.

@@ -3,11 +3,11 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use super::config::ModelConfig;
 use super::layer::{Inputs, Layer, Mixer, Mixture, Mlp, Step};
-use crate::backend::observe::{FirstBroken, Observed, Observer};
+use crate::backend::observe::{FirstBroken, Observed, Observer, held};
 use crate::backend::rounded::{Rounded, Rounding};
 use crate::backend::{
     self, Backend, BackendError, Batch, CacheLayout, DeltaInputs, HeadNorms, HeadParameters, LayerCache, Named, PAGE,
@@ -129,7 +129,8 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// This model, its weights shared, with an observer.
-    fn observed<O: Observer + Send>(&self, observer: O) -> Decoder<Observed<B, O>> {
+    #[must_use]
+    pub fn observed(&self, observer: Box<dyn Observer + Send>) -> Decoder<Observed<B>> {
         let linear = |l: &Named<B::Linear>| Named::new(l.name.clone(), l.clone());
         Decoder {
             embedding: linear(&self.embedding),
@@ -254,9 +255,10 @@ impl<B: Backend> Decoder<B> {
         if self.backend.is_finite(&logits)? {
             return Ok(logits);
         }
-        let watched = self.observed(FirstBroken::default());
+        let first = Arc::new(Mutex::new(FirstBroken::default()));
+        let watched = self.observed(Box::new(first.clone()));
         watched.backend.linears(normed, &[watched.head()])?;
-        Err(self.broken(watched.backend.with_observer(|o| o.found())))
+        Err(self.broken(held(&first).found()))
     }
 
     fn broken(&self, found: Option<(String, f32)>) -> BackendError {
@@ -307,8 +309,9 @@ impl<B: Backend> Decoder<B> {
         if self.backend.squares_finite(&x, width)? {
             return Ok(x);
         }
-        let watched = self.observed(FirstBroken::default());
-        let found = || watched.backend.with_observer(|o| o.found());
+        let first = Arc::new(Mutex::new(FirstBroken::default()));
+        let watched = self.observed(Box::new(first.clone()));
+        let found = || held(&first).found();
         if range.start == 0 {
             watched.embed(pass)?;
         }

@@ -1,10 +1,11 @@
 //! Max calibration: the largest magnitude that each linear's input reaches on some text.
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 
 use super::QuantizeError;
 use crate::backend::Backend;
-use crate::backend::observe::{Observed, Observer};
+use crate::backend::observe::{Observer, held};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::kv;
 use crate::engine::{Engine, Limits};
@@ -94,8 +95,8 @@ pub fn calibrate<B: Backend>(
         return Err(QuantizeError::Calibration("there is no text: not one token to run".into()));
     }
     let kv_names = kv_names(&ModelConfig::read(&checkpoint.config)?);
-    let observed = Observed::new(backend, Peaks { amax: BTreeMap::new(), kv_names });
-    let model = Decoder::load(observed, checkpoint)?;
+    let peaks = Arc::new(Mutex::new(Peaks { amax: BTreeMap::new(), kv_names }));
+    let model = Decoder::load(backend, checkpoint)?.observed(Box::new(peaks.clone()));
     let mut engine = Engine::new(&model, Limits::new(longest, 1), KvFormat::F32)?;
     for (i, tokens) in sequences.iter().enumerate() {
         progress(i, sequences.len());
@@ -107,7 +108,7 @@ pub fn calibrate<B: Backend>(
         }
     }
     progress(sequences.len(), sequences.len());
-    let amax = model.backend().with_observer(|o| std::mem::take(&mut o.amax));
+    let amax = std::mem::take(&mut held(&peaks).amax);
     if let Some((module, _)) = amax.iter().find(|(_, v)| v.is_nan()) {
         return Err(QuantizeError::Calibration(format!("the input of `{module}` holds a NaN or an infinity")));
     }

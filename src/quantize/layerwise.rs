@@ -2,25 +2,22 @@
 //! can be looked at, and replaced, while memory stays near the model's own.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use super::QuantizeError;
-use crate::backend::observe::Observed;
+use crate::backend::observe::{Observed, held};
 use crate::backend::{Backend, Batch, PAGE};
 use crate::checkpoint::Checkpoint;
 use crate::formats::kv::KvFormat;
 use crate::formats::linear::LinearTensors;
 use crate::model::Decoder;
 
-type Observe = Box<dyn FnMut(&str, &[f32]) + Send>;
-type Watched<B> = Observed<B, Observe>;
-
 /// Inputs by module, [tokens, K] row-major, of the modules that are asked for.
 type Seen = Arc<Mutex<BTreeMap<String, Vec<f32>>>>;
 
 /// A model on its way through its own blocks.
 pub(super) struct Walk<B: Backend> {
-    decoder: Decoder<Watched<B>>,
+    decoder: Decoder<Observed<B>>,
     cache: B::Cache,
     passes: Vec<B::Pass>,
     seen: Seen,
@@ -43,12 +40,12 @@ impl<B: Backend + Clone> Walk<B> {
         }
         let seen = Seen::default();
         let sink = seen.clone();
-        let observe: Observe = Box::new(move |module, x| {
-            if let Some(inputs) = sink.lock().unwrap_or_else(PoisonError::into_inner).get_mut(module) {
+        let observe = move |module: &str, x: &[f32]| {
+            if let Some(inputs) = held(&sink).get_mut(module) {
                 inputs.extend_from_slice(x);
             }
-        });
-        let decoder = Decoder::load(Observed::new(backend.clone(), observe), checkpoint)?;
+        };
+        let decoder = Decoder::load(backend.clone(), checkpoint)?.observed(Box::new(observe));
         let cache = decoder.new_cache(longest.next_multiple_of(PAGE), 1, KvFormat::F32)?;
         let pass = |tokens: &Vec<u32>| decoder.pass(&Batch::alone(tokens.clone()));
         let passes = sequences.into_iter().map(pass).collect::<Result<_, _>>()?;
@@ -74,13 +71,12 @@ impl<B: Backend + Clone> Walk<B> {
         stream: &Stream<B::Tensor>,
         wanted: &[String],
     ) -> Result<Looked<B::Tensor>, QuantizeError> {
-        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) =
-            wanted.iter().map(|m| (m.clone(), Vec::new())).collect();
+        *held(&self.seen) = wanted.iter().map(|m| (m.clone(), Vec::new())).collect();
         let mut out = Vec::with_capacity(stream.0.len());
         for (x, pass) in stream.0.iter().zip(&self.passes) {
             out.push(self.decoder.blocks(index..index + 1, &|| Ok(x.clone()), pass, &mut self.cache)?);
         }
-        let seen = std::mem::take(&mut *self.seen.lock().unwrap_or_else(PoisonError::into_inner));
+        let seen = std::mem::take(&mut *held(&self.seen));
         if let Some((module, _)) = seen.iter().find(|(_, x)| x.iter().any(|v| !v.is_finite())) {
             return Err(QuantizeError::Calibration(format!("the input of `{module}` holds a NaN or an infinity")));
         }

@@ -4,12 +4,9 @@
 //! Source: transformers 5.24, models/*/tokenization_*.py and `TokenizersBackend.convert_to_native_format` and `__init__`.
 
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use tokenizers::models::bpe::BPE;
-use tokenizers::{
-    AddedToken, DecoderWrapper, Model, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper,
-};
+use tokenizers::{AddedToken, Model, ModelWrapper};
 
 use super::TextError;
 use super::classes::Rebuilt;
@@ -222,14 +219,16 @@ pub(super) fn rebuild(
     let model = with_flags(bpe, &parts);
     compare("model", flags_of(&model), flags_of(bpe));
     let mut hf = tokenizers::Tokenizer::new(model);
-    let invalid = |error: &dyn std::fmt::Display| TextError::Invalid {
+    let invalid = |error: tokenizers::Error| TextError::Invalid {
         path: flags.path.to_owned(),
         detail: format!("cannot build {name}: {error}"),
     };
-    hf.with_normalizer(part::<NormalizerWrapper>(parts.normalizer).map_err(|e| invalid(&e))?)
-        .map_err(|error| invalid(&error))?;
-    hf.with_pre_tokenizer(part::<PreTokenizerWrapper>(parts.pre_tokenizer).map_err(|e| invalid(&e))?);
-    hf.with_decoder(part::<DecoderWrapper>(parts.decoder).map_err(|e| invalid(&e))?);
+    let Parts { normalizer, pre_tokenizer, decoder, .. } = parts;
+    let parts = json!({"normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "decoder": decoder});
+    let parts = read(parts).map_err(invalid)?;
+    hf.with_normalizer(parts.get_normalizer().cloned()).map_err(invalid)?;
+    hf.with_pre_tokenizer(parts.get_pre_tokenizer().cloned());
+    hf.with_decoder(parts.get_decoder().cloned());
     if matches!(class.post_processor(), PostProcessor::File) {
         hf.with_post_processor(file.get_post_processor().cloned());
     }
@@ -261,7 +260,8 @@ pub(super) fn finish(class: Rebuilt, hf: &mut tokenizers::Tokenizer, configured:
             "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
             "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
             "special_tokens": {bos: {"id": bos, "ids": [id], "tokens": [bos]}}});
-        hf.with_post_processor(part::<PostProcessorWrapper>(template).map_err(|error| error.to_string())?);
+        let parts = read(json!({"post_processor": template})).map_err(|error| error.to_string())?;
+        hf.with_post_processor(parts.get_post_processor().cloned());
     }
     Ok(())
 }
@@ -307,12 +307,12 @@ pub(super) fn fix_mistral_regex(
         )),
         (None, Some(true)) => {
             let was = value_of(hf.get_pre_tokenizer());
-            let is = mistral_pre_tokenizer(was);
-            let is = part::<PreTokenizerWrapper>(is).map_err(|error| TextError::Invalid {
+            let is = json!({"pre_tokenizer": mistral_pre_tokenizer(was)});
+            let is = read(is).map_err(|error| TextError::Invalid {
                 path: flags.path.to_owned(),
                 detail: format!("`fix_mistral_regex` cannot be applied to this tokenizer.json: {error}"),
             })?;
-            hf.with_pre_tokenizer(is);
+            hf.with_pre_tokenizer(is.get_pre_tokenizer().cloned());
         }
         _ => {}
     }
@@ -388,6 +388,9 @@ fn value_of(part: Option<&impl Serialize>) -> Value {
     part.and_then(|part| serde_json::to_value(part).ok()).unwrap_or_default()
 }
 
-fn part<T: DeserializeOwned>(value: Value) -> serde_json::Result<Option<T>> {
-    serde_json::from_value(value)
+/// A tokenizer without words that has these parts of a `tokenizer.json`. Of text: that is compiled in the library, any other
+/// way of reading it would be compiled here once more.
+fn read(mut parts: Value) -> tokenizers::Result<tokenizers::Tokenizer> {
+    parts["model"] = json!({"type": "BPE", "vocab": {}, "merges": []});
+    parts.to_string().parse()
 }

@@ -74,7 +74,9 @@ impl Tokenizer {
             hint: "; Recoup needs the model's tokenizer.json (a sentencepiece tokenizer.model alone is not enough: \
                    convert it with transformers' AutoTokenizer(...).save_pretrained)",
         })?;
-        let mut hf = tokenizers::Tokenizer::from_bytes(without_mark(&bytes)).map_err(|error| TextError::Invalid {
+        // Of text: that is compiled in the library, `from_bytes` would be compiled here.
+        let read = std::str::from_utf8(without_mark(&bytes)).map_err(Into::into).and_then(str::parse);
+        let mut hf: tokenizers::Tokenizer = read.map_err(|error: tokenizers::Error| TextError::Invalid {
             path: path.clone(),
             detail: foreign(&bytes).map_or_else(
                 || format!("not a tokenizer that Recoup can load ({error}); copy the file again from its source"),

@@ -1,6 +1,7 @@
 //! Three implementations agree: candle-transformers, the decoder on candle tensors, the decoder on packed weights.
 
 use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 
 use crate::support::fixtures::{
     FLOAT_BOUND, Fixture, Report, bits, cpu, deviation, incremental_logits, logits, own_fixtures,
@@ -9,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::{llama, mistral, qwen2, qwen3, qwen3_moe};
 use recoup::backend::autograd::AutogradBackend;
-use recoup::backend::observe::{Observed, Observer};
+use recoup::backend::observe::{Observed, Observer, held};
 use recoup::backend::{AttentionShape, Backend, Batch, CacheLayout, LayerCache, PAGE, Rotation, Span};
 use recoup::formats::kv::KvFormat;
 use recoup::formats::linear::LinearTensors;
@@ -177,8 +178,9 @@ fn the_autograd_backend_decodes_through_its_cache_to_the_full_pass_up_to_roundin
     let mut report = Report::default();
     let mut ties = Vec::new();
     for fixture in own_fixtures() {
-        let model = fixture.load(Observed::new(AutogradBackend::new(), Inputs::default()));
-        let take = || model.backend().with_observer(std::mem::take);
+        let seen = Arc::new(Mutex::new(Inputs::default()));
+        let model = fixture.load(Observed::new(AutogradBackend::new(), seen.clone()));
+        let take = || std::mem::take(&mut *held(&seen));
         let checkpoint = fixture.checkpoint();
         let modules = model.config.modules();
         for (i, sequence) in fixture.input_ids().iter().enumerate() {
