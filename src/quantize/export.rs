@@ -190,7 +190,9 @@ pub(super) fn sayable(
     }
     match tool.says_at(scheme, place) {
         true => Ok(()),
-        false => fail(format!("the {dialect} dialect has no {scheme} for {place}; leave it plain or choose another format")),
+        false => {
+            fail(format!("the {dialect} dialect has no {scheme} for {place}; leave it plain or choose another format"))
+        }
     }
 }
 

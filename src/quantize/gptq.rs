@@ -215,8 +215,7 @@ impl Stage<'_> {
         self.seen(group).len() / group.k()
     }
 
-    /// `asked`, and for an expert inputs per token at least. Less of it makes few tokens worse than nearest rounding: by twice
-    /// at one token for each input, on inputs that it has not seen; so much of it is within a tenth of the best at any number.
+    /// `asked`, and for an expert inputs per token at least: with less, few tokens are worse than none (docs/lab-notebook.md).
     fn damping(&self, group: &Group<'_>, asked: f64) -> f64 {
         match group.first().expert {
             Some(_) => asked.max(group.k() as f64 / self.tokens(group).max(1) as f64),

@@ -105,7 +105,9 @@ impl RandomModel {
                 let fused = config.fuses_experts() && module.expert.is_some() && tool.fused(scheme).is_some();
                 if scheme != Scheme::None && !fused && !tool.says_at(scheme, module.place()) {
                     let place = module.place();
-                    return Err(fail(format!("is to be {scheme}, which the {dialect} dialect has no name for among {place}")));
+                    return Err(fail(format!(
+                        "is to be {scheme}, which the {dialect} dialect has no name for among {place}"
+                    )));
                 }
                 if let Some(block) = scheme.block().filter(|b| !module.role.k.is_multiple_of(*b)) {
                     return Err(fail(format!("has {} inputs, which blocks of {block} do not divide", module.role.k)));

@@ -419,8 +419,7 @@ fn a_bias_does_not_bring_back_what_is_forbidden() {
 fn log_probabilities_are_of_the_raw_logits() {
     let logits = [1.0, 3.0, f32::NEG_INFINITY, 3.0, -2.0];
     let expected = softmax(&logits.map(f64::from));
-    let params =
-        SamplingParams { temperature: 0.1, repetition_penalty: 2.0, top_k: 1, logprobs: Some(3), ..seeded() };
+    let params = SamplingParams { temperature: 0.1, repetition_penalty: 2.0, top_k: 1, logprobs: Some(3), ..seeded() };
     let history = History { prompt: &[1], generated: &[] };
     let sampled = sampler(params).sample(&logits, history, &mut Scratch::default()).unwrap();
     assert_eq!(sampled.token, 3);

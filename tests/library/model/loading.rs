@@ -5,9 +5,9 @@ use std::cell::RefCell;
 use std::path::PathBuf;
 
 use crate::support::fixtures::cpu;
-use recoup::checkpoint::CheckpointError;
 use recoup::checkpoint::dialect::Dialect;
 use recoup::checkpoint::resolve::LinearRole;
+use recoup::checkpoint::{Checkpoint, CheckpointError};
 use recoup::formats::kv::KvFormat;
 use recoup::formats::linear::LinearTensors;
 use recoup::model::{Decoder, ModelConfig, Source};
@@ -61,22 +61,49 @@ impl Source for Counted<'_> {
     }
 }
 
-#[test]
-fn a_model_takes_little_more_than_itself_while_it_is_loaded() {
-    // Large heads, and layers of many experts.
+/// A hybrid of large heads and layers of many experts.
+fn model(hidden: usize, vocab: usize, experts: usize) -> RandomModel {
     let config = serde_json::json!({
         "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "hybrid_override_pattern": "ME*-ME*-ME*-",
-        "hidden_size": 64, "vocab_size": 4096, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-        "intermediate_size": 256, "mlp_hidden_act": "relu2", "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2,
-        "ssm_state_size": 16, "conv_kernel": 4, "n_routed_experts": 32, "num_experts_per_tok": 2, "n_group": 1,
-        "topk_group": 1, "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 64,
+        "hidden_size": hidden, "vocab_size": vocab, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "intermediate_size": 4 * hidden, "mlp_hidden_act": "relu2", "mamba_num_heads": 4, "mamba_head_dim": 16,
+        "n_groups": 2, "ssm_state_size": 16, "conv_kernel": 4, "n_routed_experts": experts, "num_experts_per_tok": 2,
+        "n_group": 1, "topk_group": 1, "moe_intermediate_size": hidden, "moe_shared_expert_intermediate_size": hidden,
         "routed_scaling_factor": 2.5, "layer_norm_epsilon": 1e-5, "max_position_embeddings": 64,
         "tie_word_embeddings": false,
     });
-    let model = RandomModel::of_config("config.json".as_ref(), config, None, Dialect::ModelOpt).unwrap();
+    RandomModel::of_config("config.json".as_ref(), config, None, Dialect::ModelOpt).unwrap()
+}
+
+#[test]
+fn a_model_takes_little_more_than_itself_while_it_is_loaded() {
+    let model = model(64, 4096, 32);
     let counted = Counted { model: &model, counts: RefCell::default() };
     Decoder::load(cpu(1), &counted).unwrap();
     let Counts { loaded, peak, .. } = *counted.counts.borrow();
     println!("{loaded} bytes, {peak} at the most");
     assert!(peak as f64 <= 1.05 * loaded as f64, "{peak} of {loaded}");
+}
+
+/// Not a check but figures: `cargo test --test library loading -- --ignored --nocapture`.
+#[test]
+#[cfg(target_os = "linux")]
+#[ignore = "prints what loading a folder takes"]
+fn memory() {
+    let status = |key: &str| -> usize {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|l| l.strip_prefix(key)).unwrap();
+        line.trim_matches(|c: char| !c.is_ascii_digit()).parse().unwrap()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("m");
+    let file = model(768, 65536, 24).write(&out, &|| ()).unwrap() / 1024;
+    // The peak from here on.
+    std::fs::write("/proc/self/clear_refs", "5").unwrap();
+    let before = status("VmRSS:");
+    let decoder = Decoder::load(cpu(2), &Checkpoint::open(&out).unwrap()).unwrap();
+    let percent = |kb: usize| 100.0 * (kb - before) as f64 / file as f64;
+    let (peak, now) = (percent(status("VmHWM:")), percent(status("VmRSS:")));
+    println!("{file} KB of files: {peak:.1} % of them at the most, {now:.1} % when loaded");
+    drop(decoder);
 }

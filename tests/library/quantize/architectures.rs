@@ -16,6 +16,7 @@ use recoup::quantize::dequantize::dequantize;
 use recoup::quantize::random_model::RandomModel;
 use recoup::quantize::recipe::{Gptq, KvCache, Rotate, Rule, Smooth};
 use recoup::quantize::{CalibrationText, Places, QuantizeError, Recipe, Scheme, apply, quantize};
+use safetensors::Dtype;
 use serde_json::{Value, json};
 
 /// The unquantized model beside a fixture.
@@ -137,7 +138,16 @@ fn releases_recipes_make_the_same_files_of_what_the_releases_decode_to() {
             let (a, b) = (ours.peek(tensor).unwrap(), theirs.peek(tensor).unwrap());
             assert_eq!((a.dtype, a.shape), (b.dtype, b.shape), "{name}: {tensor}");
             let calibrated = ["input_scale", "k_scale", "v_scale"].iter().any(|s| tensor.ends_with(s));
-            assert!(calibrated || a.bytes == b.bytes, "{name}: {tensor}");
+            // What was a negative number too small for its format has no sign any more.
+            let signless = |bytes: &[u8]| -> Vec<u8> {
+                let nibble = |n: u8| if n & 15 == 8 { 0 } else { n & 15 };
+                match a.dtype {
+                    Dtype::U8 => bytes.iter().map(|b| nibble(*b) | nibble(*b >> 4) << 4).collect(),
+                    Dtype::F8_E4M3 => bytes.iter().map(|b| if *b == 0x80 { 0 } else { *b }).collect(),
+                    _ => bytes.to_vec(),
+                }
+            };
+            assert!(calibrated || signless(a.bytes) == signless(b.bytes), "{name}: {tensor}");
         }
         compared += 1;
     }
