@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};
 use recoup::backend::cpu::{CpuBackend, isa::Isa};
-use recoup::backend::{Backend, Batch, Span};
+use recoup::backend::{Backend, Batch};
 use recoup::checkpoint::Checkpoint;
 use recoup::checkpoint::resolve::LinearRole;
 use recoup::formats::kv::KvFormat;
@@ -45,8 +45,8 @@ fuzz_target!(|data: &[u8]| {
     let backend = BACKEND.get_or_init(|| CpuBackend::new(Isa::detect(), 1).expect("a thread"));
     let Ok(decoder) = Decoder::load(backend.clone(), &checkpoint) else { return };
     let last = decoder.config.vocab as u32 - 1;
-    let batch = Batch { tokens: vec![0, 1.min(last), last], spans: vec![Span { start: 0, len: 3, pages: vec![0] }] };
-    let mut cache = decoder.new_cache(3, KvFormat::Bf16).expect("one page of cache");
+    let batch = Batch::alone(vec![0, 1.min(last), last]);
+    let mut cache = decoder.new_cache(3, 1, KvFormat::Bf16).expect("one page of cache");
     let logits = decoder.forward(&batch, &mut cache, Wanted::All).expect("three tokens of the vocabulary");
     let logits = backend.to_host(&logits).expect("logits");
     assert_eq!(logits.len(), 3 * decoder.config.vocab);

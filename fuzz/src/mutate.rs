@@ -31,7 +31,8 @@ pub fn mutate(parts: &mut Parts, random: &mut Random) {
     }
 }
 
-fn mutate_json(text: &mut Vec<u8>, random: &mut Random) {
+/// Changes one value of a JSON text.
+pub fn mutate_json(text: &mut Vec<u8>, random: &mut Random) {
     if let Ok(mut value) = serde_json::from_slice::<Value>(text) {
         change(&mut value, random);
         *text = value.to_string().into_bytes();
@@ -124,7 +125,7 @@ fn nth<'a>(value: &'a mut Value, at: &mut usize) -> Option<&'a mut Value> {
 }
 
 fn interesting(random: &mut Random) -> Value {
-    const WORDS: [&str; 42] = [
+    const WORDS: [&str; 63] = [
         "",
         "*",
         "re:.*",
@@ -162,6 +163,27 @@ fn interesting(random: &mut Random) -> Value {
         "Qwen3ForCausalLM",
         "Qwen2ForCausalLM",
         "MistralForCausalLM",
+        "NemotronHForCausalLM",
+        "GptOssForCausalLM",
+        "DeciLMForCausalLM",
+        "M",
+        "ME*-M",
+        "mamba",
+        "moe",
+        "attention",
+        "mlp",
+        "linear_attention",
+        "full_attention",
+        "sliding_attention",
+        "yarn",
+        "proportional",
+        "longrope",
+        "relu2",
+        "silu",
+        "gelu_pytorch_tanh",
+        "sigmoid",
+        "noaux_tc",
+        "default",
         "U8",
         "F8_E8M0",
         "F8_E4M3",

@@ -38,6 +38,13 @@ pub struct Fused {
 impl Fused {
     /// Of `model.layers.0.mlp.experts.3.gate_proj`, where it is stored so.
     pub(super) fn find(tensors: &TensorStore, module: &str) -> Option<Self> {
+        let found = Self::named(module)?;
+        (tensors.contains(&found.name("")) || tensors.contains(&found.name("_blocks"))).then_some(found)
+    }
+
+    /// Of `model.layers.0.mlp.experts.3.gate_proj`, were it stored so.
+    #[must_use]
+    pub fn named(module: &str) -> Option<Self> {
         let (rest, projection) = module.rsplit_once('.')?;
         let (experts, expert) = rest.rsplit_once('.').filter(|(e, _)| e.ends_with(".experts"))?;
         let (name, first, step) = match projection {
@@ -46,11 +53,10 @@ impl Fused {
             "down_proj" => ("down_proj", 0, 1),
             _ => return None,
         };
-        let found = Self { stem: format!("{experts}.{name}"), expert: expert.parse().ok()?, first, step };
-        (tensors.contains(&found.name("")) || tensors.contains(&found.name("_blocks"))).then_some(found)
+        Some(Self { stem: format!("{experts}.{name}"), expert: expert.parse().ok()?, first, step })
     }
 
-    fn name(&self, suffix: &str) -> String {
+    pub(super) fn name(&self, suffix: &str) -> String {
         format!("{}{suffix}", self.stem)
     }
 

@@ -1,9 +1,12 @@
 //! Experts of a layer written as one tensor, in the layouts that [`super::fused`] reads.
 
+use std::borrow::Cow;
+
 use safetensors::Dtype;
 
 use super::fused::Fused;
-use super::write::TensorSpec;
+use super::resolve::LinearRole;
+use super::write::{Pending, TensorSpec};
 use crate::formats::linear::{ActivationFormat, BlockScales, LinearTensors};
 use crate::formats::scheme::Scheme;
 use crate::formats::{mx, nvfp4};
@@ -21,11 +24,35 @@ pub enum FusedLayout {
 
 /// One projection of all experts of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Extent {
-    pub experts: usize,
+struct Extent {
+    experts: usize,
     /// Rows of one expert's, those of gate and up counted once.
-    pub n: usize,
-    pub k: usize,
+    n: usize,
+    k: usize,
+}
+
+/// A projection of all experts of a layer as the tensors that hold it, spelled as `stem` and quantized by `scheme`
+/// ([`Scheme::None`] in the plain layout). `members`: where each linear lies, and its shape; `make` gives them in turn.
+pub fn together<'a, 'l: 'a, E: 'a>(
+    layout: FusedLayout,
+    scheme: Scheme,
+    stem: &str,
+    members: Vec<(Fused, LinearRole)>,
+    make: impl Fn(usize) -> Result<Cow<'a, LinearTensors<'l>>, E> + 'a,
+) -> Pending<'a, E> {
+    let experts = 1 + members.iter().map(|(place, _)| place.expert).max().unwrap_or(0);
+    let specs = members.first().map_or_else(Vec::new, |(place, LinearRole { n, k, .. })| {
+        place.specs(layout, scheme, Extent { experts, n: *n, k: *k }, stem)
+    });
+    let sizes: Vec<usize> = specs.iter().map(|s| s.bytes() as usize).collect();
+    Pending::together(specs, move || {
+        let mut out: Vec<Vec<u8>> = sizes.iter().map(|bytes| vec![0; *bytes]).collect();
+        for (i, (place, _)) in members.iter().enumerate() {
+            let linear = make(i)?;
+            place.put(layout, &linear, &mut out);
+        }
+        Ok(out)
+    })
 }
 
 impl Fused {
@@ -35,9 +62,20 @@ impl Fused {
         &self.stem
     }
 
-    /// The tensors that hold all experts, spelled as `stem`, quantized by `scheme` ([`Scheme::None`] in the plain layout).
+    /// Of all experts, each with a weight [n, k]: the tensor of their weights in the plain layout, and that of their biases.
     #[must_use]
-    pub fn specs(&self, layout: FusedLayout, scheme: Scheme, extent: Extent, stem: &str) -> Vec<TensorSpec> {
+    pub fn plain(&self, experts: usize, LinearRole { n, k, .. }: LinearRole) -> [TensorSpec; 2] {
+        let spec = |suffix: &str, shape: &[usize]| TensorSpec {
+            name: self.name(suffix),
+            dtype: Dtype::BF16,
+            shape: shape.to_vec(),
+        };
+        let rows = n * self.step;
+        [spec("", &[experts, k, rows]), spec("_bias", &[experts, rows])]
+    }
+
+    /// The tensors that hold all experts.
+    fn specs(&self, layout: FusedLayout, scheme: Scheme, extent: Extent, stem: &str) -> Vec<TensorSpec> {
         let Extent { experts, n, k } = extent;
         let rows = n * self.step;
         let spec = |suffix: &str, dtype, shape: &[usize]| TensorSpec {
@@ -66,7 +104,7 @@ impl Fused {
     }
 
     /// Puts one expert's projection where it lies in `out`, the bytes of the tensors of [`Self::specs`].
-    pub fn put(&self, layout: FusedLayout, linear: &LinearTensors<'_>, out: &mut [Vec<u8>]) {
+    fn put(&self, layout: FusedLayout, linear: &LinearTensors<'_>, out: &mut [Vec<u8>]) {
         let LinearTensors { n, k, .. } = *linear;
         let scales: &[u8] = match &linear.block_scales {
             BlockScales::E4m3 { codes, .. } | BlockScales::E8m0 { codes, .. } => codes,
@@ -101,12 +139,16 @@ impl Fused {
 
     /// Rows of `units` of `size` bytes as columns.
     fn put_columns(&self, out: &mut [u8], rows: &[u8], [n, units, size]: [usize; 3]) {
+        /// Rows that are read side by side, so that what is written is a run and what is read stays in the first cache.
+        const TILE: usize = 64;
         let width = n * self.step;
         let own = &mut out[self.expert * units * width * size..][..units * width * size];
-        for (row, from) in rows.chunks_exact(units * size).enumerate() {
-            let column = row * self.step + self.first;
-            for (unit, value) in from.chunks_exact(size).enumerate() {
-                own[(unit * width + column) * size..][..size].copy_from_slice(value);
+        for tile in (0..n).step_by(TILE) {
+            for (unit, own) in own.chunks_exact_mut(width * size).enumerate() {
+                for row in tile..(tile + TILE).min(n) {
+                    let column = row * self.step + self.first;
+                    own[column * size..][..size].copy_from_slice(&rows[(row * units + unit) * size..][..size]);
+                }
             }
         }
     }

@@ -15,7 +15,7 @@ pub mod resolve;
 mod rotation;
 pub mod tensors;
 pub mod text_files;
-mod text_model;
+pub mod text_model;
 pub mod write;
 
 use std::path::Path;

@@ -72,7 +72,7 @@ fn starts_anew(rest: &str) -> bool {
 ///
 /// # Errors
 /// When there are two.
-pub(super) fn config(config: Object) -> Result<Object> {
+pub fn config(config: Object) -> Result<Object> {
     let (text, llm) = (config.object(CONFIGS[0])?, config.object(CONFIGS[1])?);
     if text.is_some() && llm.is_some() {
         return Err(config.error(CONFIGS[1], "nothing beside `text_config`: keep the one that is meant"));

@@ -161,6 +161,8 @@ schemes! {
     W4a8Nvfp4Fp8 = "w4a8_nvfp4_fp8", WeightFormat::Nvfp4 { block: mx::BLOCK }, Fp8Static;
     /// FP8 weights and inputs, one calibrated scale each.
     Fp8 = "fp8", WeightFormat::Fp8, Fp8Static;
+    /// FP8 weights under one scale, inputs as they are.
+    W8a16Fp8 = "w8a16_fp8", WeightFormat::Fp8, Float;
     /// FP8 weights with a scale per output channel, inputs with a scale per token.
     Fp8PcPt = "fp8_pc_pt", WeightFormat::Fp8, Fp8Token;
     /// FP8 weights with a scale per 128x128 block. Inputs: as they are (ModelOpt), or FP8 per 128 (compressed-tensors).
@@ -201,6 +203,7 @@ impl Scheme {
                         Some(Self::Fp8Block)
                     }
                     (OutputScale::Tensor(_), I::Fp8Static) => Some(Self::Fp8),
+                    (OutputScale::Tensor(_), I::Float) => Some(Self::W8a16Fp8),
                     (OutputScale::Row(_), I::Fp8Token) => Some(Self::Fp8PcPt),
                     _ => None,
                 };

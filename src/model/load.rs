@@ -47,8 +47,8 @@ pub trait Source {
     /// Anything wrong with their scales.
     fn kv(&self, module: &str) -> Result<Option<KvFormat>, CheckpointError>;
 
-    /// Called when a layer is loaded.
-    fn layer_done(&self) {}
+    /// Called when a part is loaded: what it was made of is not needed any more.
+    fn part_done(&self) {}
 
     /// Called when all is loaded.
     ///
@@ -78,7 +78,7 @@ impl Source for Checkpoint {
         Ok(self.kv_scales(module)?.map(|s| KvFormat::Fp8 { k_scale: s.k, v_scale: s.v }))
     }
 
-    fn layer_done(&self) {
+    fn part_done(&self) {
         self.tensors.release_pages();
     }
 
@@ -120,14 +120,17 @@ impl<B: Backend> Decoder<B> {
             recurrent: Vec::new(),
         };
         let embedding = loader.linear(config.names.embedding)?;
+        source.part_done();
+        // The largest parts first: what they are made of is in memory beside them until they are done.
+        let head = (!config.tied_embeddings).then(|| loader.linear(config.names.head)).transpose()?;
+        source.part_done();
         let mut layers = Vec::new();
         for index in 0..config.layers.len() {
             layers.push(loader.layer(index)?);
-            source.layer_done();
+            source.part_done();
             progress(index + 1, config.layers.len());
         }
         let norm = loader.norm(&format!("{}.weight", config.names.norm))?;
-        let head = (!config.tied_embeddings).then(|| loader.linear(config.names.head)).transpose()?;
         let (caches, recurrent) = (loader.caches, loader.recurrent);
         source.finish()?;
         let rotation = |(rope, turned): &(Rope, usize)| Rotation {
@@ -332,7 +335,11 @@ impl<B: Backend> Loader<'_, B> {
 
     fn mixture(&self, at: &str, m: &MixtureConfig) -> Result<Mixture<B>, LoadError> {
         let linear = |part: &str| self.linear(&format!("{at}.{part}"));
-        let experts = (0..m.experts).map(|e| self.mlp(&format!("{at}.experts.{e}"), &m.expert));
+        let experts = (0..m.experts).map(|e| {
+            let expert = self.mlp(&format!("{at}.experts.{e}"), &m.expert);
+            self.source.part_done();
+            expert
+        });
         let mut rule = m.rule.clone();
         if let (Some(correction), RouterScores::Sigmoid { bias, .. }) = (m.correction, &mut rule.scores) {
             *bias = Some(self.values(&format!("{at}.{correction}"))?.into());

@@ -1,6 +1,7 @@
 //! The linear layers and other parts of a model by their Hugging Face names: what loading, inspecting and quantizing agree on.
 
 use super::config::{AttentionConfig, InputsConfig, MixerConfig, MlpConfig, ModelConfig, QkNorm};
+use crate::checkpoint::dialect::Place;
 use crate::checkpoint::resolve::LinearRole;
 
 /// What a linear layer does in the model.
@@ -58,10 +59,20 @@ impl Module {
         !self.part.may_be_plain()
     }
 
-    /// Whether a recipe may name it: the linears of the blocks, and the head.
+    /// Whether a recipe may name it: the linears of the blocks, the embedding and the head.
     #[must_use]
     pub fn is_quantizable(&self) -> bool {
-        self.is_block_linear() || self.part == Part::Head
+        self.is_block_linear() || matches!(self.part, Part::Embedding | Part::Head)
+    }
+
+    /// Where it stands, for dialects.
+    #[must_use]
+    pub fn place(&self) -> Place {
+        match self.part {
+            Part::Embedding => Place::Embedding,
+            Part::Head => Place::Head,
+            _ => Place::Block,
+        }
     }
 
     /// Modules with the same key read the same input and are fused by deploying engines, so that they share scales:

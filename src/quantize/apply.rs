@@ -7,13 +7,14 @@ use serde_json::{Map, Value, json};
 
 use super::auto::{self, Table};
 use super::calibrate::{self, Calibration};
-use super::export::{Report, plain_cache, quantize};
-use super::gptq::{self, Prepared};
+use super::export::{Report, plain_cache, quantize, sayable};
+use super::gptq::{self, Prepared, Rounded};
 use super::recipe::{Recipe, Rule};
 use super::text::CalibrationText;
 use super::{QuantizeError, Scheme, encode, rotate, smooth, space};
 use crate::backend::{Backend, BackendError, NUMERICS_VERSION};
 use crate::checkpoint::dialect::Dialect;
+use crate::checkpoint::fused::FusedTensor;
 use crate::checkpoint::identity::{identity, value_hash};
 use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, float_bytes};
 use crate::checkpoint::{Checkpoint, CheckpointError};
@@ -93,13 +94,20 @@ pub fn apply<B: Backend + Clone>(
         Ok(modules.iter().map(|m| m.name.clone()).zip(recipe.assign(&modules)?).collect())
     };
     let mut schemes = assigned(recipe)?;
+    // Formats are chosen among for the blocks' linears; embedding and head get what the rules say.
     if let Some(auto) = &recipe.auto {
-        schemes.values_mut().filter(|s| **s != Scheme::None).for_each(|s| *s = auto.smallest());
+        for m in modules.iter().filter(|m| m.is_block_linear()) {
+            let chosen = schemes.get_mut(&m.name).filter(|s| **s != Scheme::None);
+            chosen.into_iter().for_each(|s| *s = auto.smallest());
+        }
     }
     let scheme = |m: &Module| schemes.get(m.name.as_str()).copied().unwrap_or(Scheme::None);
     for m in modules.iter().filter(|m| scheme(m) != Scheme::None) {
-        let candidates = recipe.auto.as_ref().map_or_else(|| vec![scheme(m)], |auto| auto.schemes.clone());
-        candidates.into_iter().try_for_each(|s| encode::check_block(m, s))?;
+        let auto = recipe.auto.as_ref().filter(|_| m.is_block_linear());
+        for s in auto.map_or_else(|| vec![scheme(m)], |auto| auto.schemes.clone()) {
+            encode::check_block(m, s)?;
+            sayable(checkpoint, m, s, tool)?;
+        }
     }
     // Refused now and not after minutes of work; held until the end.
     let claims = std::iter::once(out).chain(unrounded).map(output::folder);
@@ -139,7 +147,7 @@ pub fn apply<B: Backend + Clone>(
         Some(auto) => Some(match measured {
             Some(stored) => stored.again(auto, &modules, &|m| scheme(m) != Scheme::None, &weights)?,
             None => {
-                let eligible = |m: &Module| scheme(m) != Scheme::None;
+                let eligible = |m: &Module| m.is_block_linear() && scheme(m) != Scheme::None;
                 let mut donors = Vec::new();
                 for candidate in auto.schemes.iter().filter(|s| **s != Scheme::None) {
                     let one = |folder: &Path| {
@@ -162,11 +170,16 @@ pub fn apply<B: Backend + Clone>(
     if let Some(table) = &mut table {
         table.weights = Some(weights);
     }
-    let decided = table.as_ref().map(|t| t.decided(recipe));
+    let decided = table.as_ref().map(|table| {
+        let mut decided = table.decided(recipe);
+        let beside = modules.iter().filter(|m| !m.is_block_linear() && scheme(m) != Scheme::None);
+        decided.rules.extend(beside.map(|m| Rule { modules: m.name.clone(), scheme: scheme(m) }));
+        decided
+    });
     let recipe = decided.as_ref().unwrap_or(recipe);
     let schemes = assigned(recipe)?;
     let scheme = |m: &Module| schemes.get(m.name.as_str()).copied().unwrap_or(Scheme::None);
-    let mut prepared = BTreeMap::new();
+    let mut rounded = Rounded::default();
     if let Some(options) = recipe.gptq {
         let inputs = calibration.shared(&modules);
         let input = |m: &Module| inputs.get(&m.input_key()).copied().unwrap_or(0.0);
@@ -176,26 +189,35 @@ pub fn apply<B: Backend + Clone>(
         };
         let all = &mut |done, all| progress("rounding", done, all);
         let job = gptq::Job { tool, options, keep_unrounded: unrounded.is_some() };
-        prepared = gptq::gptq(source, backend, &text.sequences, &target, job, all)?;
+        rounded = gptq::gptq(source, backend, &text.sequences, &target, job, all)?;
     }
     if let Some(folder) = unrounded {
-        copy(source, &prepared, folder)?;
+        copy(source, &rounded.prepared, folder)?;
     }
-    quantize(source, &calibration, recipe, dialect, &prepared, table.as_ref(), out)
+    let report = quantize(source, &calibration, recipe, dialect, &rounded.prepared, table.as_ref(), out)?;
+    Ok(Report { notes: report.notes.into_iter().chain(rounded.notes).collect(), ..report })
 }
 
 /// Writes the same model to another folder, with what was rounded of the weights in `prepared`.
 fn copy(source: &Checkpoint, prepared: &BTreeMap<String, Prepared>, out: &Path) -> Result<(), QuantizeError> {
     let writer = FolderWriter::create(out)?;
+    let moved = |module: &str| prepared.get(module).filter(|p| !p.unrounded.is_empty());
+    let values = |p: &Prepared, dtype| {
+        let values: Vec<f32> = p.unrounded.iter().map(|v| v.to_f32()).collect();
+        float_bytes(dtype, &values)
+    };
     let tensor = |name| {
-        let moved = str::strip_suffix(name, ".weight").and_then(|module| prepared.get(module));
-        let Some(moved) = moved.filter(|p| !p.unrounded.is_empty()) else {
-            return Pending::copy(&source.tensors, name);
-        };
         let view = source.tensors.peek(name)?;
-        Some(Pending::new(source.tensors.stored_name(name), view.dtype, view.shape, move || {
-            let values: Vec<f32> = moved.unrounded.iter().map(|v| v.to_f32()).collect();
-            Ok(float_bytes(view.dtype, &values))
+        let stored = source.tensors.stored_name(name);
+        if let Some(p) = str::strip_suffix(name, ".weight").and_then(moved) {
+            return Some(Pending::new(stored, view.dtype, view.shape, move || Ok(values(p, view.dtype))));
+        }
+        let Some(fused) = FusedTensor::of(&source.tensors, name) else { return Pending::copy(&source.tensors, name) };
+        Some(Pending::new(stored, view.dtype, view.shape, move || {
+            source.tensors.release_pages();
+            view.expect_finite()?;
+            let own = |module: &str, _| moved(module).map(|p| values(p, view.dtype));
+            Ok(fused.with(view.bytes, &own))
         }))
     };
     let own = source.tensors.names().filter_map(tensor);

@@ -68,10 +68,12 @@ pub fn convert(checkpoint: &Checkpoint, dialect: Dialect, out: &Path) -> Result<
             continue;
         }
         if !m.is_quantizable() {
-            return Err(fail("is quantized, which `convert` knows of the blocks' linears and the head only".into()));
+            return Err(fail(
+                "is quantized, which `convert` knows of the blocks' linears, the embedding and the head only".into(),
+            ));
         }
-        if !tool.says_alone(scheme) {
-            return Err(fail(format!("is {scheme}, which the {dialect} dialect has no name for")));
+        if !tool.says_at(scheme, m.place()) {
+            return Err(fail(format!("is {scheme}, which the {dialect} dialect has no name for among {}", m.place())));
         }
         if linear.pre_quant_scale.is_some() {
             return Err(fail(

@@ -1,5 +1,6 @@
 //! A quantized checkpoint back to BF16: what its weights are worth, for tools that read nothing else.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -11,8 +12,10 @@ use super::{QuantizeError, describe};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::kv;
 use crate::checkpoint::dialect::store::{Content, content};
-use crate::checkpoint::fused_write::{Extent, FusedLayout};
-use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, TensorSpec, float_bytes, metadata};
+use crate::checkpoint::fused::Fused;
+use crate::checkpoint::fused_write::{FusedLayout, together};
+use crate::checkpoint::resolve::LinearRole;
+use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, float_bytes, metadata};
 use crate::formats::scheme::Scheme;
 use crate::model::ModelConfig;
 use crate::model::modules::Module;
@@ -95,22 +98,14 @@ pub fn dequantize(checkpoint: &Checkpoint, out: &Path) -> Result<Dequantized, Qu
 
 /// A projection of all experts of a layer, which are stored in one tensor, in BF16: [E, K, N].
 fn experts<'a>(checkpoint: &'a Checkpoint, modules: Vec<&'a Module>) -> Pending<'a, QuantizeError> {
-    let places = move || modules.clone().into_iter().filter_map(|m| Some((m, checkpoint.fused(&m.name)?)));
-    let experts = 1 + places().filter_map(|(m, _)| m.expert).max().unwrap_or(0);
-    let specs = places().next().map_or_else(Vec::new, |(m, fused)| {
-        let extent = Extent { experts, n: m.role.n, k: m.role.k };
-        fused.specs(FusedLayout::Plain, Scheme::None, extent, &checkpoint.tensors.stored_name(fused.stem()))
-    });
-    let bytes: Vec<u64> = specs.iter().map(TensorSpec::bytes).collect();
-    Pending::together(specs, move || {
-        let mut out: Vec<Vec<u8>> = bytes.iter().map(|b| vec![0; *b as usize]).collect();
-        for (m, fused) in places() {
-            let mut linear = checkpoint.linear(&m.name, m.role)?;
-            linear.data = float_bytes(Dtype::BF16, &linear.decode()).into();
-            fused.put(FusedLayout::Plain, &linear, &mut out);
-        }
+    let place = |m: &&Module| Some((checkpoint.fused(&m.name)?, m.role));
+    let members: Vec<(Fused, LinearRole)> = modules.iter().filter_map(place).collect();
+    let stem = members.first().map_or_else(String::new, |(place, _)| checkpoint.tensors.stored_name(place.stem()));
+    together(FusedLayout::Plain, Scheme::None, &stem, members, move |i| {
         checkpoint.tensors.release_pages();
-        Ok(out)
+        let mut linear = checkpoint.linear(&modules[i].name, modules[i].role)?;
+        linear.data = float_bytes(Dtype::BF16, &linear.decode()).into();
+        Ok(Cow::Owned(linear))
     })
 }
 

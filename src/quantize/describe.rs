@@ -43,7 +43,8 @@ pub(super) fn assigned(
 ) -> Assigned {
     let stored = |name: &str| from.map_or_else(|| name.to_owned(), |store| store.stored_name(name));
     let modules = config.modules();
-    let plain = modules.iter().filter(|m| !m.is_quantizable()).map(|m| {
+    let quantized = |m: &Module| linears.iter().any(|(q, s)| q.name == m.name && *s != Scheme::None);
+    let plain = modules.iter().filter(|m| !m.is_block_linear() && m.part != Part::Head && !quantized(m)).map(|m| {
         let kind = match (m.part, config.embedding_scale) {
             (Part::Embedding, None) => Kind::Embedding,
             (Part::Embedding, Some(_)) => Kind::ScaledEmbedding,
@@ -64,14 +65,14 @@ pub(super) fn assigned(
         };
         Some(Plain { name: view.name.strip_suffix(".weight")?.to_owned(), kind })
     });
-    let head = |m: &Module| m.part == Part::Head;
     Assigned {
         linears: linears
             .iter()
-            .filter(|(m, s)| !head(m) || *s != Scheme::None)
+            .filter(|(m, s)| m.is_block_linear() || *s != Scheme::None)
             .map(|(m, s)| (stored(&m.name), *s))
             .collect(),
         others: plain.chain(convolutions).chain(beside).collect(),
+        embedding: stored(config.names.embedding),
         head: stored(config.names.head),
         fp8_kv_cache,
     }

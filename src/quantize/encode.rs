@@ -148,7 +148,8 @@ pub(super) fn encode(
             }
             let scales: Vec<f32> = largest.iter().map(|p| tool.round(scalable(*p) / e4m3::MAX)).collect();
             // Under one scale both tools divide in BF16.
-            let round = |q: f32| if scheme == Scheme::Fp8 { bf16::from_f32(q).to_f32() } else { tool.round(q) };
+            let one = matches!(scheme, Scheme::Fp8 | Scheme::W8a16Fp8);
+            let round = |q: f32| if one { bf16::from_f32(q).to_f32() } else { tool.round(q) };
             let data = fp8::encode_weight(&w, k, block, &scales, round);
             let (blocks, output) = match scheme {
                 Scheme::Fp8PcPt => (BlockScales::None, OutputScale::Row(scales)),
@@ -202,7 +203,8 @@ pub(super) fn fake_quantize(w: &mut [f32], k: usize, scheme: Scheme, amax_shared
             }
         }
         Some(WeightFormat::Fp8) => {
-            let peak = if scheme == Scheme::Fp8 { amax_shared } else { amax(row) };
+            let one = matches!(scheme, Scheme::Fp8 | Scheme::W8a16Fp8);
+            let peak = if one { amax_shared } else { amax(row) };
             fp8(row, scalable(peak) / e4m3::MAX);
         }
         Some(WeightFormat::Mxfp8) => row.chunks_mut(mx::BLOCK).for_each(|b| {

@@ -15,9 +15,11 @@ use super::{QuantizeError, Scheme, describe};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::store::{parts, store};
 use crate::checkpoint::dialect::{Dialect, Tool};
-use crate::checkpoint::fused_write::{Extent, FusedLayout};
+use crate::checkpoint::fused::Fused;
+use crate::checkpoint::fused_write::{FusedLayout, together};
 use crate::checkpoint::resolve::LinearRole;
 use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, metadata};
+use crate::formats::linear::LinearTensors;
 use crate::formats::{LEAST, e4m3, scalable};
 use crate::model::ModelConfig;
 use crate::model::modules::{Module, Part};
@@ -37,7 +39,7 @@ pub struct Report {
     pub table: Option<Table>,
 }
 
-/// Quantizes the linears of the blocks that `recipe` names and writes `out`.
+/// Quantizes the linears that `recipe` names and writes `out`.
 ///
 /// `calibration` holds the largest magnitudes of inputs (and of keys and values); `prepared` weights are written as they
 /// are; `table` is kept beside them. Transformations that the recipe asks for (smoothing, calibrated rounding) are not done here: see [`super::apply`].
@@ -163,46 +165,62 @@ fn producers(m: &Module) -> Vec<String> {
     }
 }
 
+/// Refuses a scheme that `tool` cannot state, or not where the module is stored.
+pub(super) fn sayable(
+    checkpoint: &Checkpoint,
+    m: &Module,
+    scheme: Scheme,
+    tool: &dyn Tool,
+) -> Result<(), QuantizeError> {
+    let fail = |detail: String| Err(QuantizeError::Module { module: m.name.clone(), detail });
+    let (dialect, place) = (tool.name(), m.place());
+    if scheme == Scheme::None {
+        return Ok(());
+    }
+    if !tool.says(scheme) {
+        return fail(format!("the {dialect} dialect has no {scheme}; choose another dialect or recipe"));
+    }
+    if checkpoint.is_fused(&m.name) {
+        return match tool.fused(scheme) {
+            Some(_) => Ok(()),
+            None => fail(format!(
+                "is stored in one tensor with the layer's other experts, for which the {dialect} dialect has no {scheme}"
+            )),
+        };
+    }
+    match tool.says_at(scheme, place) {
+        true => Ok(()),
+        false => {
+            fail(format!("the {dialect} dialect has no {scheme} for {place}; leave it plain or choose another format"))
+        }
+    }
+}
+
 /// What the tensor of each module is called that is stored in one with other experts and is to be quantized.
 ///
 /// # Errors
-/// When the dialect has no such tensors of its scheme, or those in one tensor differ.
+/// When those in one tensor are of different schemes.
 fn stems(
     checkpoint: &Checkpoint,
     modules: &[Module],
     schemes: &[Scheme],
-    tool: &dyn Tool,
 ) -> Result<BTreeMap<String, String>, QuantizeError> {
     let mut seen: BTreeMap<String, (&Module, Scheme)> = BTreeMap::new();
     let mut out = BTreeMap::new();
     for (m, &scheme) in modules.iter().zip(schemes) {
-        let fail = |detail: String| Err(QuantizeError::Module { module: m.name.clone(), detail });
-        let dialect = tool.name();
-        let Some(fused) = checkpoint.fused(&m.name) else {
-            if scheme != Scheme::None && !tool.says_alone(scheme) {
-                return fail(format!(
-                    "is no expert; the {dialect} dialect has {scheme} for experts only: leave it plain"
-                ));
-            }
-            continue;
-        };
+        let Some(fused) = checkpoint.fused(&m.name) else { continue };
         let (first, other) = *seen.entry(fused.stem().to_owned()).or_insert((m, scheme));
         if other != scheme {
             let other = if other == Scheme::None { "plain".into() } else { other.to_string() };
-            return fail(format!(
+            let detail = format!(
                 "is stored in one tensor with `{}`, which the recipe makes {other}; one rule has to hold for both",
                 first.name
-            ));
+            );
+            return Err(QuantizeError::Module { module: m.name.clone(), detail });
         }
-        if scheme == Scheme::None {
-            continue;
+        if scheme != Scheme::None {
+            out.insert(m.name.clone(), fused.stem().to_owned());
         }
-        if tool.fused(scheme).is_none() {
-            return fail(format!(
-                "is stored in one tensor with the layer's other experts, for which the {dialect} dialect has no {scheme}"
-            ));
-        }
-        out.insert(m.name.clone(), fused.stem().to_owned());
     }
     Ok(out)
 }
@@ -231,11 +249,8 @@ impl<'a> Plan<'a> {
         if recipe.kv_cache.is_some() && !tool.says_fp8_cache() {
             return Err(QuantizeError::Calibration(format!("the {dialect} dialect has no FP8 KV cache")));
         }
-        if let Some((m, scheme)) = assigned().find(|(_, s)| !tool.says(**s)) {
-            let detail = format!("the {dialect} dialect has no {scheme}; choose another dialect or recipe");
-            return Err(QuantizeError::Module { module: m.name.clone(), detail });
-        }
-        let stems = stems(checkpoint, modules, &schemes, tool)?;
+        assigned().try_for_each(|(m, scheme)| sayable(checkpoint, m, *scheme, tool))?;
+        let stems = stems(checkpoint, modules, &schemes)?;
         let inputs = calibration.shared(modules);
         let unreached = assigned().filter(|(m, s)| s.has_input_scale() && !calibration.amax.contains_key(&m.name));
         let unreached: Vec<String> = unreached.map(|(m, _)| m.name.clone()).collect();
@@ -318,9 +333,9 @@ impl<'a> Plan<'a> {
                 }));
                 continue;
             };
-            let (m, scheme, peaks, tool) = (&self.modules[i], self.schemes[i], self.peaks[i], self.tool);
+            let (m, scheme, tool) = (&self.modules[i], self.schemes[i], self.tool);
             if !more.is_empty() || checkpoint.is_fused(&m.name) {
-                let one = self.together(checkpoint, members.unwrap_or_default(), choice);
+                let one = self.together(checkpoint, members.unwrap_or_default(), prepared, choice);
                 bytes += one.bytes();
                 tensors.push(one);
                 continue;
@@ -329,10 +344,7 @@ impl<'a> Plan<'a> {
             let specs = parts(tool, scheme, m.role.n, m.role.k).into_iter().map(|p| p.of(&stored));
             let one = Pending::together(specs.collect(), move || {
                 checkpoint.tensors.release_pages();
-                let linear = match prepared.get(&m.name) {
-                    Some(p) if scheme.is_nvfp4_weight() => Cow::Borrowed(&p.linear),
-                    _ => Cow::Owned(encode::encode(checkpoint, m, scheme, tool, choice, peaks)?),
-                };
+                let linear = self.linear(checkpoint, i, prepared, choice)?;
                 Ok(store(tool, &linear, scheme).parts.into_iter().map(|(_, bytes)| bytes).collect())
             });
             bytes += one.bytes();
@@ -348,31 +360,37 @@ impl<'a> Plan<'a> {
         (tensors, bytes)
     }
 
+    /// What module `i` becomes: what was prepared, or its weight to nearest.
+    fn linear<'p>(
+        &self,
+        checkpoint: &Checkpoint,
+        i: usize,
+        prepared: &'p BTreeMap<String, Prepared>,
+        choice: ScaleChoice,
+    ) -> Result<Cow<'p, LinearTensors<'static>>, QuantizeError> {
+        let (m, scheme, peaks) = (&self.modules[i], self.schemes[i], self.peaks[i]);
+        Ok(match prepared.get(&m.name) {
+            Some(p) if scheme.is_nvfp4_weight() => Cow::Borrowed(&p.linear),
+            _ => Cow::Owned(encode::encode(checkpoint, m, scheme, self.tool, choice, peaks)?),
+        })
+    }
+
     /// A projection of all experts of a layer, which are stored in one tensor: `members` are its modules.
     fn together(
         &'a self,
         checkpoint: &'a Checkpoint,
         members: Vec<usize>,
+        prepared: &'a BTreeMap<String, Prepared>,
         choice: ScaleChoice,
     ) -> Pending<'a, QuantizeError> {
-        let places =
-            move || members.clone().into_iter().filter_map(|i| Some((i, checkpoint.fused(&self.modules[i].name)?)));
-        let experts = 1 + places().filter_map(|(i, _)| self.modules[i].expert).max().unwrap_or(0);
-        let first = places().next().and_then(|(i, fused)| Some((i, self.tool.fused(self.schemes[i])?, fused)));
-        let (layout, specs) = first.map_or((FusedLayout::Plain, Vec::new()), |(i, layout, fused)| {
-            let LinearRole { n, k, .. } = self.modules[i].role;
-            let stem = checkpoint.tensors.stored_name(fused.stem());
-            (layout, fused.specs(layout, self.schemes[i], Extent { experts, n, k }, &stem))
-        });
-        let sizes: Vec<usize> = specs.iter().map(|s| s.bytes() as usize).collect();
-        Pending::together(specs, move || {
+        let place = |i: &usize| Some((checkpoint.fused(&self.modules[*i].name)?, self.modules[*i].role));
+        let places: Vec<(Fused, LinearRole)> = members.iter().filter_map(place).collect();
+        let stem = places.first().map_or_else(String::new, |(place, _)| checkpoint.tensors.stored_name(place.stem()));
+        let scheme = members.first().map_or(Scheme::None, |i| self.schemes[*i]);
+        let layout = self.tool.fused(scheme).unwrap_or(FusedLayout::Plain);
+        together(layout, scheme, &stem, places, move |i| {
             checkpoint.tensors.release_pages();
-            let mut out: Vec<Vec<u8>> = sizes.iter().map(|bytes| vec![0; *bytes]).collect();
-            for (i, fused) in places() {
-                let (m, scheme, peaks) = (&self.modules[i], self.schemes[i], self.peaks[i]);
-                fused.put(layout, &encode::encode(checkpoint, m, scheme, self.tool, choice, peaks)?, &mut out);
-            }
-            Ok(out)
+            self.linear(checkpoint, members[i], prepared, choice)
         })
     }
 }

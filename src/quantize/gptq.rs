@@ -8,7 +8,9 @@
 //! With `ridge` the weights first move to the ridge regression of the unquantized model's outputs on X̂, so that they also
 //! make up for what quantizing the inputs, and the layers before, did. It wins 1-2 % of the KL; recipes leave it out.
 //!
-//! An expert that no token reaches is rounded to nearest.
+//! Few tokens say little of what else a mixture's expert will see: the fewer reach it, the more all directions count alike
+//! ([`Stage::damping`]), and one that none reaches is rounded by the least squares of its weights. Experts that lie in one
+//! tensor share its scale.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -40,6 +42,25 @@ pub struct Prepared {
 struct Group<'a> {
     modules: Vec<&'a Module>,
     activation: ActivationFormat,
+    /// The tensor that they are stored in together with those of other experts.
+    stem: Option<String>,
+}
+
+impl Group<'_> {
+    fn first(&self) -> &Module {
+        self.modules[0]
+    }
+
+    fn k(&self) -> usize {
+        self.first().role.k
+    }
+
+    fn failed(&self, e: &candle_core::Error) -> QuantizeError {
+        QuantizeError::Module {
+            module: self.first().name.clone(),
+            detail: format!("the products of its inputs cannot be computed: {e}"),
+        }
+    }
 }
 
 /// What is rounded how, and what is kept of it.
@@ -49,6 +70,13 @@ pub struct Job<'a> {
     pub options: Gptq,
     /// Keeps [`Prepared::unrounded`]: two bytes per weight.
     pub keep_unrounded: bool,
+}
+
+/// Weights that were rounded, by module, and what is to be said of it.
+#[derive(Debug, Default)]
+pub struct Rounded {
+    pub prepared: BTreeMap<String, Prepared>,
+    pub notes: Vec<String>,
 }
 
 /// Rounds every NVFP4 linear of the blocks on `sequences`, block by block, each on the inputs that the quantized blocks
@@ -61,50 +89,35 @@ pub fn gptq<B: Backend + Clone>(
     backend: &B,
     sequences: &[Vec<u32>],
     target: &dyn Fn(&Module) -> Option<ActivationFormat>,
-    Job { tool, options, keep_unrounded }: Job<'_>,
+    job: Job<'_>,
     progress: &mut dyn FnMut(usize, usize),
-) -> Result<BTreeMap<String, Prepared>, QuantizeError> {
+) -> Result<Rounded, QuantizeError> {
     let config = ModelConfig::read(&checkpoint.config)?;
     let modules: Vec<Module> = config.modules().into_iter().filter(Module::is_block_linear).collect();
     let mut walk = Walk::new(checkpoint, backend, sequences)?;
     let mut teacher = walk.start()?;
     let mut student = teacher.clone();
-    let mut out = BTreeMap::new();
+    let mut out = Rounded::default();
     for layer in 0..walk.blocks() {
         progress(layer, walk.blocks());
-        let mut groups: Vec<Group<'_>> = Vec::new();
-        for m in modules.iter().filter(|m| m.layer == Some(layer)) {
-            let Some(activation) = target(m) else { continue };
-            if checkpoint.is_fused(&m.name) {
-                return Err(QuantizeError::Module {
-                    module: m.name.clone(),
-                    detail:
-                        "is stored in one tensor with the layer's other experts, all under one scale, which GPTQ does \
-                             not round; leave `gptq` out of the recipe"
-                            .into(),
-                });
-            }
-            let fused = |g: &&mut Group<'_>| g.modules[0].fusion_key() == m.fusion_key() && g.activation == activation;
-            match groups.iter_mut().find(fused) {
-                Some(group) => group.modules.push(m),
-                None => groups.push(Group { modules: vec![m], activation }),
-            }
-        }
-        let firsts: Vec<String> = groups.iter().map(|g| g.modules[0].name.clone()).collect();
-        let (after, clean) = walk.block(layer, &teacher, &firsts)?;
-        for group in &groups {
-            let first = &group.modules[0].name;
-            let (_, mut seen) = walk.block(layer, &student, std::slice::from_ref(first))?;
-            let inputs = seen.remove(first).unwrap_or_default();
-            // Routing may send other tokens to an expert than in the unquantized model.
-            let clean = clean.get(first).filter(|c| group.modules[0].expert.is_none() && c.len() == inputs.len());
-            for rounded in round_group(checkpoint, group, &inputs, clean.map(Vec::as_slice), tool, options)? {
-                let (module, mut prepared) = rounded;
+        let stages = stages(checkpoint, modules.iter().filter(|m| m.layer == Some(layer)), target);
+        // Routing may send other tokens to an expert than in the unquantized model: experts have no clean inputs.
+        let alone = stages.iter().flatten().filter(|g| g.first().expert.is_none());
+        let alone: Vec<String> = match job.options.ridge {
+            Some(_) => alone.map(|g| g.first().name.clone()).collect(),
+            None => Vec::new(),
+        };
+        let (after, clean) = walk.block(layer, &teacher, &alone)?;
+        for stage in &stages {
+            let firsts: Vec<String> = stage.iter().map(|g| g.first().name.clone()).collect();
+            let (_, seen) = walk.block(layer, &student, &firsts)?;
+            let job = Stage { checkpoint, job, seen, clean: &clean };
+            for (module, mut prepared) in job.round(stage, &mut out.notes)? {
                 walk.replace(prepared.linear.clone())?;
-                if !keep_unrounded {
+                if !job.job.keep_unrounded {
                     prepared.unrounded = Vec::new();
                 }
-                out.insert(module.name.clone(), prepared);
+                out.prepared.insert(module.name.clone(), prepared);
             }
         }
         checkpoint.tensors.release_pages();
@@ -115,77 +128,193 @@ pub fn gptq<B: Backend + Clone>(
     Ok(out)
 }
 
-/// Rounds the weights of a group; nothing where its inputs say nothing.
-fn round_group<'m>(
+/// The groups of a layer, those together that read what is there at the same time: a mixture's experts do, whose inputs do
+/// not depend on one another.
+fn stages<'a>(
     checkpoint: &Checkpoint,
-    group: &Group<'m>,
-    inputs: &[f32],
-    target: Option<&[f32]>,
-    tool: &dyn Tool,
-    options: Gptq,
-) -> Result<Vec<(&'m Module, Prepared)>, QuantizeError> {
-    let k = group.modules[0].role.k;
-    if !inputs.iter().any(|x| *x != 0.0) {
-        return Ok(Vec::new());
+    modules: impl Iterator<Item = &'a Module>,
+    target: &dyn Fn(&Module) -> Option<ActivationFormat>,
+) -> Vec<Vec<Group<'a>>> {
+    let mut out: Vec<(String, Vec<Group<'a>>)> = Vec::new();
+    for m in modules {
+        let Some(activation) = target(m) else { continue };
+        let at = out.iter().position(|(key, _)| *key == m.input_key()).unwrap_or_else(|| {
+            out.push((m.input_key(), Vec::new()));
+            out.len() - 1
+        });
+        let groups = &mut out[at].1;
+        let fused = |g: &&mut Group<'_>| g.first().fusion_key() == m.fusion_key() && g.activation == activation;
+        match groups.iter_mut().find(fused) {
+            Some(group) => group.modules.push(m),
+            None => {
+                let stem = checkpoint.fused(&m.name).map(|f| f.stem().to_owned());
+                groups.push(Group { modules: vec![m], activation, stem });
+            }
+        }
     }
-    let failed = |e: candle_core::Error| QuantizeError::Module {
-        module: group.modules[0].name.clone(),
-        detail: format!("the products of its inputs cannot be computed: {e}"),
-    };
-    let mut quantized = inputs.to_vec();
-    quantized.par_chunks_mut(k).for_each(|row| group.activation.fake_quantize(row));
-    let gram = transposed_product(&quantized, k, &quantized, k).map_err(failed)?;
-    let weights: Vec<Vec<f32>> =
-        group.modules.iter().map(|m| encode::floats(checkpoint, m)).collect::<Result<_, _>>()?;
-    let factor = |damping: f64| {
-        factor(&gram, k, damping).ok_or_else(|| QuantizeError::Module {
-            module: group.modules[0].name.clone(),
+    out.into_iter().map(|(_, groups)| groups).collect()
+}
+
+/// Groups that are rounded on inputs seen in one run.
+struct Stage<'a> {
+    checkpoint: &'a Checkpoint,
+    job: Job<'a>,
+    /// Inputs by the groups' first modules; in the unquantized model, too.
+    seen: BTreeMap<String, Vec<f32>>,
+    clean: &'a BTreeMap<String, Vec<f32>>,
+}
+
+impl Stage<'_> {
+    /// Rounds the weights of all groups, and says in `notes` which saw few tokens.
+    fn round<'m>(
+        &self,
+        groups: &[Group<'m>],
+        notes: &mut Vec<String>,
+    ) -> Result<Vec<(&'m Module, Prepared)>, QuantizeError> {
+        // Of all that share a scale because they lie in one tensor.
+        let mut largest: BTreeMap<&str, f32> = BTreeMap::new();
+        for group in groups {
+            let Some(stem) = &group.stem else { continue };
+            let own = match self.job.options.ridge {
+                Some(_) => self.moved(group, &Seen::new(group, self.seen(group))?)?,
+                None => self.weights(group)?,
+            };
+            let shared = largest.entry(stem).or_default();
+            *shared = own.iter().map(|w| amax(w)).fold(*shared, f32::max);
+        }
+        let mut out = Vec::new();
+        for group in groups {
+            // What is always zero is rounded to nearest as everything else is.
+            let dead = !self.seen(group).iter().any(|x| *x != 0.0);
+            if group.first().expert.is_some() || !dead {
+                let shared = group.stem.as_deref().and_then(|stem| largest.get(stem)).copied();
+                out.extend(self.calibrated(group, shared)?);
+            }
+        }
+        let few = |g: &&Group<'_>| g.first().expert.is_some() && self.tokens(g) < g.k();
+        let few: Vec<&Group<'_>> = groups.iter().filter(few).collect();
+        if let Some(first) = few.first() {
+            let rest = if few.len() > 1 { format!(" and {} more", few.len() - 1) } else { String::new() };
+            let tokens = few.iter().map(|g| self.tokens(g)).max().unwrap_or(0);
+            notes.push(format!(
+                "{}{rest} of {} experts saw {tokens} tokens at the most, fewer than the {} inputs that they have, and were \
+                 rounded more by their weights than by those; use more text",
+                first.first().name,
+                groups.len(),
+                first.k()
+            ));
+        }
+        Ok(out)
+    }
+
+    fn seen(&self, group: &Group<'_>) -> &[f32] {
+        self.seen.get(&group.first().name).map_or(&[], Vec::as_slice)
+    }
+
+    fn tokens(&self, group: &Group<'_>) -> usize {
+        self.seen(group).len() / group.k()
+    }
+
+    /// `asked`, and for an expert inputs per token at least: with less, few tokens are worse than none (docs/lab-notebook.md).
+    fn damping(&self, group: &Group<'_>, asked: f64) -> f64 {
+        match group.first().expert {
+            Some(_) => asked.max(group.k() as f64 / self.tokens(group).max(1) as f64),
+            None => asked,
+        }
+    }
+
+    fn weights(&self, group: &Group<'_>) -> Result<Vec<Vec<f32>>, QuantizeError> {
+        group.modules.iter().map(|m| encode::floats(self.checkpoint, m)).collect()
+    }
+
+    /// The weights; with `ridge`, moved to make up for what quantizing the inputs did.
+    fn moved(&self, group: &Group<'_>, seen: &Seen<'_>) -> Result<Vec<Vec<f32>>, QuantizeError> {
+        let weights = self.weights(group)?;
+        let Some(ridge) = self.job.options.ridge.filter(|_| !seen.inputs.is_empty()) else { return Ok(weights) };
+        let k = group.k();
+        let failed = |e: candle_core::Error| group.failed(&e);
+        let l = seen.factor(group, self.damping(group, ridge))?;
+        let clean = self.clean.get(&group.first().name).filter(|c| c.len() == seen.inputs.len());
+        let target = clean.map_or(seen.inputs, Vec::as_slice);
+        let shift: Vec<f32> = target.iter().zip(&seen.quantized).map(|(x, q)| x - q).collect();
+        let cross = transposed_product(&seen.quantized, k, &shift, k).map_err(failed)?;
+        let regress = |w: &Vec<f32>| {
+            let pull = product_transposed(w, &cross, k)?;
+            let mut moved = w.clone();
+            moved.par_chunks_mut(k).zip(pull.par_chunks(k)).for_each(|(w, pull)| {
+                let mut x: Vec<f64> = pull.iter().map(|p| f64::from(*p)).collect();
+                l.solve(&mut x);
+                w.iter_mut().zip(x).for_each(|(w, x)| *w += x as f32);
+            });
+            Ok(moved)
+        };
+        weights.iter().map(regress).collect::<Result<_, _>>().map_err(failed)
+    }
+
+    /// The weights of a group rounded on its inputs. `shared`: the largest value of all that share their scale.
+    fn calibrated<'m>(
+        &self,
+        group: &Group<'m>,
+        shared: Option<f32>,
+    ) -> Result<Vec<(&'m Module, Prepared)>, QuantizeError> {
+        let k = group.k();
+        let seen = Seen::new(group, self.seen(group))?;
+        let moved = self.moved(group, &seen)?;
+        let largest = shared.unwrap_or_else(|| moved.iter().map(|w| amax(w)).fold(0.0, f32::max));
+        let global = encode::nvfp4_multiplier(self.job.tool, largest);
+        let l = seen.factor(group, self.damping(group, self.job.options.damping))?;
+        let prepared = |(m, w): (&&'m Module, &Vec<f32>)| {
+            let rounding = round(w, k, global, &l);
+            let linear = LinearTensors {
+                name: m.name.clone(),
+                n: m.role.n,
+                k,
+                element: Element::E2m1,
+                data: Cow::Owned(rounding.codes),
+                block_scales: BlockScales::E4m3 { block: BLOCK, codes: Cow::Owned(rounding.block_scales) },
+                output_scale: OutputScale::Tensor(global),
+                activation: group.activation,
+                pre_quant_scale: None,
+                rotation: None,
+                bias: self.bias(m)?,
+            };
+            Ok((*m, Prepared { linear, unrounded: rounding.unrounded }))
+        };
+        group.modules.iter().zip(&moved).map(prepared).collect()
+    }
+
+    fn bias(&self, m: &Module) -> Result<Option<Vec<f32>>, QuantizeError> {
+        Ok(if m.role.bias { self.checkpoint.linear(&m.name, m.role)?.bias } else { None })
+    }
+}
+
+/// Inputs of a group, as they are and as they are quantized, and the products of the latter.
+struct Seen<'a> {
+    inputs: &'a [f32],
+    quantized: Vec<f32>,
+    gram: Vec<f32>,
+}
+
+impl<'a> Seen<'a> {
+    fn new(group: &Group<'_>, inputs: &'a [f32]) -> Result<Self, QuantizeError> {
+        let k = group.k();
+        let mut quantized = inputs.to_vec();
+        quantized.par_chunks_mut(k).for_each(|row| group.activation.fake_quantize(row));
+        let gram = match inputs {
+            [] => vec![0.0; k * k],
+            _ => transposed_product(&quantized, k, &quantized, k).map_err(|e| group.failed(&e))?,
+        };
+        Ok(Self { inputs, quantized, gram })
+    }
+
+    fn factor(&self, group: &Group<'_>, damping: f64) -> Result<Cholesky, QuantizeError> {
+        factor(&self.gram, group.k(), damping).ok_or_else(|| QuantizeError::Module {
+            module: group.first().name.clone(),
             detail: "the products of its inputs are larger than f32 holds; a weight before it is wrong, or it needs a \
                      recipe without GPTQ"
                 .into(),
         })
-    };
-    let moved: Vec<Vec<f32>> = match options.ridge {
-        None => weights,
-        Some(ridge) => {
-            let l = factor(ridge)?;
-            let shift: Vec<f32> = target.unwrap_or(inputs).iter().zip(&quantized).map(|(x, q)| x - q).collect();
-            let cross = transposed_product(&quantized, k, &shift, k).map_err(failed)?;
-            let regress = |w: &Vec<f32>| {
-                let pull = product_transposed(w, &cross, k)?;
-                let mut moved = w.clone();
-                moved.par_chunks_mut(k).zip(pull.par_chunks(k)).for_each(|(w, pull)| {
-                    let mut x: Vec<f64> = pull.iter().map(|p| f64::from(*p)).collect();
-                    l.solve(&mut x);
-                    w.iter_mut().zip(x).for_each(|(w, x)| *w += x as f32);
-                });
-                Ok(moved)
-            };
-            weights.iter().map(regress).collect::<Result<_, _>>().map_err(failed)?
-        }
-    };
-    let largest = moved.iter().map(|w| amax(w)).fold(0.0, f32::max);
-    let global = encode::nvfp4_multiplier(tool, largest);
-    let l = factor(options.damping)?;
-    let prepared = |(m, w): (&&'m Module, &Vec<f32>)| {
-        let rounding = round(w, k, global, &l);
-        let bias = if m.role.bias { Some(checkpoint.floats(&format!("{}.bias", m.name), &[m.role.n])?) } else { None };
-        let linear = LinearTensors {
-            name: m.name.clone(),
-            n: m.role.n,
-            k,
-            element: Element::E2m1,
-            data: Cow::Owned(rounding.codes),
-            block_scales: BlockScales::E4m3 { block: BLOCK, codes: Cow::Owned(rounding.block_scales) },
-            output_scale: OutputScale::Tensor(global),
-            activation: group.activation,
-            pre_quant_scale: None,
-            rotation: None,
-            bias,
-        };
-        Ok((*m, Prepared { linear, unrounded: rounding.unrounded }))
-    };
-    group.modules.iter().zip(&moved).map(prepared).collect()
+    }
 }
 
 /// Cholesky's factor of gram + damping · mean of its diagonal; more where that is not positive definite. `None` where no
@@ -232,7 +361,7 @@ fn round(w: &[f32], k: usize, global: f32, l: &Cholesky) -> Rounding {
 }
 
 /// A block rounded under one scale.
-struct Rounded {
+struct Block {
     codes: [u8; BLOCK],
     /// What was rounded: the weights with the errors of the columns behind made up for.
     wanted: [f64; BLOCK],
@@ -251,7 +380,7 @@ fn round_row(w: &[f32], global: f32, l: &Cholesky, codes: &mut [u8], scales: &mu
         let ideal = peak as f32 / (e2m1::MAX * global);
         let clamp = |s: f32| e4m3::encode(s.clamp(e4m3::MIN_POSITIVE, e4m3::MAX));
         let (low, high) = (clamp(ideal * LOWEST), clamp(ideal * HIGHEST));
-        let mut best: Option<(u8, Rounded)> = None;
+        let mut best: Option<(u8, Block)> = None;
         for code in low..=high {
             let rounded = round_block(&block, &own, e4m3::decode(code) * global, l, start);
             if best.as_ref().is_none_or(|(_, b)| rounded.cost < b.cost) {
@@ -276,9 +405,9 @@ const LOWEST: f32 = 0.6;
 const HIGHEST: f32 = 1.6;
 
 /// Rounds one block, its last column first.
-fn round_block(w: &[f64; BLOCK], asked: &[f64; BLOCK], scale: f32, l: &Cholesky, start: usize) -> Rounded {
+fn round_block(w: &[f64; BLOCK], asked: &[f64; BLOCK], scale: f32, l: &Cholesky, start: usize) -> Block {
     let mut asked = *asked;
-    let mut out = Rounded { codes: [0; BLOCK], wanted: [0.0; BLOCK], errors: [0.0; BLOCK], cost: 0.0 };
+    let mut out = Block { codes: [0; BLOCK], wanted: [0.0; BLOCK], errors: [0.0; BLOCK], cost: 0.0 };
     for j in (0..BLOCK).rev() {
         let row = l.row(start + j);
         let diagonal = row[start + j];
@@ -318,6 +447,17 @@ mod tests {
         (0..2 * p.codes.len()).map(value).collect()
     }
 
+    /// Weights rounded to nearest.
+    fn nearest(w: &[f32], global: f32) -> Vec<f32> {
+        let block = |block: &[f32]| {
+            let code = nvfp4::weight_block_scale(amax(block), global);
+            let mut codes = [0; BLOCK];
+            nvfp4::encode_weight_block(block, code, global, &mut codes);
+            codes.map(|c| e2m1::decode(c) * e4m3::decode(code) * global)
+        };
+        w.chunks(BLOCK).flat_map(block).collect()
+    }
+
     /// ‖X·(w - ŵ)‖² summed over rows.
     fn output_error(x: &[f32], w: &[f32], q: &[f32], k: usize) -> f64 {
         let mut sum = 0.0;
@@ -345,15 +485,35 @@ mod tests {
             let gram = transposed_product(&x, k, &x, k).unwrap();
             let global = nvfp4::global_scale(amax(&w));
             let rounded = decode(&round(&w, k, global, &factor(&gram, k, 0.01).unwrap()), k, global);
-            let mut nearest = Vec::new();
-            for block in w.chunks(BLOCK) {
-                let code = nvfp4::weight_block_scale(amax(block), global);
-                let mut codes = [0; BLOCK];
-                nvfp4::encode_weight_block(block, code, global, &mut codes);
-                nearest.extend(codes.map(|c| e2m1::decode(c) * e4m3::decode(code) * global));
-            }
-            let (ours, plain) = (output_error(&x, &w, &rounded, k), output_error(&x, &w, &nearest, k));
+            let (ours, plain) = (output_error(&x, &w, &rounded, k), output_error(&x, &w, &nearest(&w, global), k));
             assert!(ours < bound * plain, "{ours} against {plain}");
+        }
+    }
+
+    #[test]
+    fn few_tokens_damped_by_inputs_per_token_are_better_than_nearest_on_others() {
+        let (k, n) = (64, 32);
+        for (tokens, shared) in [(1, 0.0), (16, 0.0), (64, 0.0), (16, 2.0), (64, 2.0)] {
+            let mut r = random(11);
+            let mut inputs = |count: usize| -> Vec<f32> {
+                let mut row = || {
+                    let common = shared * r();
+                    (0..k).map(|_| common + r()).collect::<Vec<_>>()
+                };
+                (0..count).flat_map(|_| row()).collect()
+            };
+            let (x, others) = (inputs(tokens), inputs(2000));
+            let w: Vec<f32> = (0..n * k).map(|_| r()).collect();
+            let gram = transposed_product(&x, k, &x, k).unwrap();
+            let global = nvfp4::global_scale(amax(&w));
+            let rounded = |damping: f64| {
+                let rounded = decode(&round(&w, k, global, &factor(&gram, k, damping).unwrap()), k, global);
+                output_error(&others, &w, &rounded, k)
+            };
+            let nearest = output_error(&others, &w, &nearest(&w, global), k);
+            let (ours, plain) = (rounded(k as f64 / tokens as f64), rounded(0.01));
+            assert!(ours < nearest, "{tokens} tokens: {ours} against {nearest}");
+            assert!(ours < plain, "{tokens} tokens: {ours} against {plain}");
         }
     }
 

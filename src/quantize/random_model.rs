@@ -1,8 +1,10 @@
 //! Models of known shapes with random weights in any format: speed depends on shapes and formats only, and a checkpoint of
 //! 70 B parameters need not be downloaded to measure it.
 
-use std::collections::HashMap;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -13,9 +15,11 @@ use super::{QuantizeError, Recipe, Scheme};
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::dialect::store::{parts, store};
 use crate::checkpoint::dialect::{Dialect, Tool};
+use crate::checkpoint::fused::Fused;
+use crate::checkpoint::fused_write::{FusedLayout, together};
 use crate::checkpoint::json::Object;
 use crate::checkpoint::resolve::LinearRole;
-use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, metadata};
+use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, TensorSpec, metadata};
 use crate::formats::e4m3;
 use crate::formats::kv::KvFormat;
 use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
@@ -71,8 +75,21 @@ impl RandomModel {
         for name in ["bos_token_id", "eos_token_id"] {
             json[name] = 0.into();
         }
+        Self::of_config(Path::new(name), json, recipe, dialect)
+    }
+
+    /// The shape that the config.json `json` says, called `name`.
+    ///
+    /// # Errors
+    /// As [`Self::new`], and a configuration that says of no model that is known here.
+    pub fn of_config(
+        name: &Path,
+        json: Value,
+        recipe: Option<&Recipe>,
+        dialect: Dialect,
+    ) -> Result<Self, QuantizeError> {
         let tool = dialect.tool().ok_or(QuantizeError::Dialect(dialect))?;
-        let config = ModelConfig::read(&Object::of(Path::new(name), json.clone())?)?;
+        let config = ModelConfig::read(&Object::of(name, json.clone())?)?;
         let mut schemes = HashMap::new();
         if let Some(recipe) = recipe {
             if recipe.auto.is_some() {
@@ -85,8 +102,12 @@ impl RandomModel {
             let modules: Vec<Module> = config.modules().into_iter().filter(Module::is_quantizable).collect();
             for (module, scheme) in modules.iter().zip(recipe.assign(&modules)?) {
                 let fail = |detail: String| QuantizeError::Module { module: module.name.clone(), detail };
-                if scheme != Scheme::None && !tool.says_alone(scheme) {
-                    return Err(fail(format!("is to be {scheme}, which the {dialect} dialect has no name for")));
+                let fused = config.fuses_experts() && module.expert.is_some() && tool.fused(scheme).is_some();
+                if scheme != Scheme::None && !fused && !tool.says_at(scheme, module.place()) {
+                    let place = module.place();
+                    return Err(fail(format!(
+                        "is to be {scheme}, which the {dialect} dialect has no name for among {place}"
+                    )));
                 }
                 if let Some(block) = scheme.block().filter(|b| !module.role.k.is_multiple_of(*b)) {
                     return Err(fail(format!("has {} inputs, which blocks of {block} do not divide", module.role.k)));
@@ -95,7 +116,7 @@ impl RandomModel {
             }
         }
         let kv_cache = recipe.and_then(|r| r.kv_cache);
-        Ok(Self { shape: name.into(), config, json, schemes, tool, kv_cache })
+        Ok(Self { shape: name.display().to_string(), config, json, schemes, tool, kv_cache })
     }
 
     fn scheme(&self, module: &str) -> Scheme {
@@ -153,16 +174,21 @@ impl RandomModel {
         }
     }
 
-    /// Writes the model as a checkpoint folder, one linear in memory at a time; returns bytes of weights.
+    /// Writes the model as a checkpoint folder, one tensor in memory at a time; returns bytes of weights.
     ///
     /// # Errors
     /// When `out` cannot be written.
     pub fn write(&self, out: &Path, progress: &dyn Fn()) -> Result<u64, QuantizeError> {
         let modules = self.config.modules();
         let mut tensors: Vec<Pending<'_, QuantizeError>> = Vec::new();
+        let mut fused: BTreeMap<String, Vec<&Module>> = BTreeMap::new();
         for m in &modules {
             let LinearRole { n, k, bias, .. } = m.role;
             let scheme = self.scheme(&m.name);
+            if let Some((stem, _)) = self.fused(m) {
+                fused.entry(stem).or_default().push(m);
+                continue;
+            }
             if scheme == Scheme::None {
                 let name = format!("{}.weight", m.name);
                 let make = || {
@@ -182,6 +208,7 @@ impl RandomModel {
                 tensors.push(Pending::new(format!("{}.bias", m.name), Dtype::BF16, &[n], move || Ok(vec![0; 2 * n])));
             }
         }
+        tensors.extend(fused.into_iter().flat_map(|(stem, members)| self.experts(&stem, members, progress)));
         let ones = |count: usize| half::bf16::ONE.to_le_bytes().repeat(count);
         for (name, shape) in self.config.vectors() {
             let count = shape.iter().product();
@@ -207,6 +234,41 @@ impl RandomModel {
         writer.file("tokenizer.json", TOKENIZER)?;
         writer.commit()?;
         Ok(bytes)
+    }
+
+    /// The tensor that a module lies in with other experts, and how; nothing where it is stored by itself.
+    fn fused(&self, m: &Module) -> Option<(String, FusedLayout)> {
+        let place = m.expert.filter(|_| self.config.fuses_experts()).and_then(|_| Fused::named(&m.name))?;
+        let layout = match self.scheme(&m.name) {
+            Scheme::None => FusedLayout::Plain,
+            scheme => self.tool.fused(scheme)?,
+        };
+        Some((place.stem().to_owned(), layout))
+    }
+
+    /// The tensors of one projection of all experts of a layer.
+    fn experts<'a>(
+        &'a self,
+        stem: &str,
+        members: Vec<&'a Module>,
+        progress: &'a dyn Fn(),
+    ) -> Vec<Pending<'a, QuantizeError>> {
+        let place = |m: &&Module| Some((Fused::named(&m.name)?, m.role));
+        let places: Vec<(Fused, LinearRole)> = members.iter().filter_map(place).collect();
+        let Some((first, layout)) = members.first().and_then(|m| Some((*m, self.fused(m)?.1))) else {
+            return Vec::new();
+        };
+        let experts = 1 + members.iter().filter_map(|m| m.expert).max().unwrap_or(0);
+        let biases = places.first().filter(|_| first.role.bias).map(|(place, role)| {
+            let [_, TensorSpec { name, dtype, shape }] = place.plain(experts, *role);
+            let bytes = shape.iter().product::<usize>() * dtype.bitsize() / 8;
+            Pending::new(name, dtype, &shape, move || Ok(vec![0; bytes]))
+        });
+        let weights = together(layout, self.scheme(&first.name), stem, places, move |i| {
+            progress();
+            Ok(Cow::Owned(self.random(&members[i].name, members[i].role)))
+        });
+        std::iter::once(weights).chain(biases).collect()
     }
 
     /// Linears, for whoever shows progress.
@@ -235,20 +297,25 @@ fn short(scale: f64) -> f32 {
 }
 
 /// E8M0 scales of `size` and half of it.
-fn e8m0_scales<'a>(codes: &dyn Fn(u8, u64, usize) -> std::borrow::Cow<'a, [u8]>, size: f32) -> BlockScales<'a> {
+fn e8m0_scales<'a>(codes: &dyn Fn(u8, u64, usize) -> Cow<'a, [u8]>, size: f32) -> BlockScales<'a> {
     let exponent = size.log2().floor() as i32 + 127;
     BlockScales::E8m0 { block: mx::BLOCK, codes: codes((exponent - 1).clamp(1, 250) as u8, 2, mx::BLOCK) }
 }
 
+/// Entries of [`QUANTILES`].
+const ENTRIES: usize = 4096;
+/// Quantiles of the normal distribution: the sum of twelve uniform numbers is close enough to it.
+static QUANTILES: LazyLock<Vec<f64>> = LazyLock::new(|| {
+    let uniform = |i: u64| (SplitMix64::at(7, i) >> 11) as f64 / (1u64 << 53) as f64;
+    let sum = |i: u64| (0..12).map(|j| uniform(12 * i + j)).sum::<f64>() - 6.0;
+    let mut quantiles: Vec<f64> = (0..ENTRIES as u64).map(sum).collect();
+    quantiles.sort_by(f64::total_cmp);
+    quantiles
+});
+
 /// Codes of normally distributed values.
 fn elements(element: Element, n: usize, k: usize, seed: u64, deviation: f64) -> Vec<u8> {
-    const ENTRIES: usize = 4096;
-    // Quantiles of the normal distribution: the sum of twelve uniform numbers is close enough to it.
-    let mut quantiles: Vec<f64> = (0..ENTRIES as u64)
-        .map(|i| (0..12).map(|j| (SplitMix64::at(7, 12 * i + j) >> 11) as f64 / (1u64 << 53) as f64).sum::<f64>() - 6.0)
-        .collect();
-    quantiles.sort_by(f64::total_cmp);
-    let table: Vec<u16> = quantiles
+    let table: Vec<u16> = QUANTILES
         .iter()
         .map(|&z| match element {
             Element::E2m1 => {

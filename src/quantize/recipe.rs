@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::QuantizeError;
 use crate::formats::scheme::Scheme;
-use crate::model::modules::Module;
+use crate::model::modules::{Module, Part};
 
 /// A recipe.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -19,7 +19,7 @@ pub struct Recipe {
     #[serde(default)]
     pub description: String,
     /// Which modules become what; of several rules that match, the last holds. Modules that none matches stay as they are.
-    /// The head is quantized where a rule gives its whole name, embedding and routers never.
+    /// Embedding and head are quantized where a rule gives the whole name, routers never.
     pub rules: Vec<Rule>,
     /// What the KV cache is stored in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -45,7 +45,7 @@ pub struct Recipe {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rule {
-    /// Module names, `*` for any characters: `*.mlp.*`; `lm_head` for the head.
+    /// Module names, `*` for any characters: `*.mlp.*`; `lm_head` for the head, `model.embed_tokens` for the embedding.
     pub modules: String,
     pub scheme: Scheme,
 }
@@ -158,7 +158,7 @@ impl Default for Gptq {
 }
 
 /// Recipes that ship, by name.
-const SHIPPED: [(&str, &str); 30] = [
+const SHIPPED: [(&str, &str); 31] = [
     ("nvfp4", include_str!("recipes/nvfp4.json")),
     ("nvfp4_best", include_str!("recipes/nvfp4_best.json")),
     ("nvfp4_best_channels", include_str!("recipes/nvfp4_best_channels.json")),
@@ -186,6 +186,7 @@ const SHIPPED: [(&str, &str); 30] = [
     ("mxfp4", include_str!("recipes/mxfp4.json")),
     ("mxfp4a16_experts_only", include_str!("recipes/mxfp4a16_experts_only.json")),
     ("nano_nvfp4_kv_fp8_cast", include_str!("recipes/nano_nvfp4_kv_fp8_cast.json")),
+    ("nano4b_nvfp4_fp8", include_str!("recipes/nano4b_nvfp4_fp8.json")),
     ("super-nvfp4-max-calib", include_str!("recipes/super-nvfp4-max-calib.json")),
     ("lightning_w4a16_nvfp4_4o6", include_str!("recipes/lightning_w4a16_nvfp4_4o6.json")),
     ("w4a16_nvfp4-fp8_attn-kv_fp8_cast", include_str!("recipes/w4a16_nvfp4-fp8_attn-kv_fp8_cast.json")),
@@ -306,12 +307,22 @@ impl Recipe {
                 ));
             }
             if !matched {
-                let example = modules.first().map_or("", |m| m.name.as_str());
+                let first = |is: fn(&&Module) -> bool| modules.iter().find(is).map_or("", |m| m.name.as_str());
+                let (example, embedding) = (first(|m| m.is_block_linear()), first(|m| m.part == Part::Embedding));
                 let pattern = &rule.modules;
                 return Err(fail(format!(
-                    "the rule for `{pattern}` matches no linear of the blocks, whose names are like `{example}`; mend or remove it"
+                    "the rule for `{pattern}` matches no linear of the blocks, whose names are like `{example}`, and is \
+                     not the whole name of the embedding, `{embedding}`; mend or remove it"
                 )));
             }
+        }
+        let embedded = modules.iter().zip(&out).find(|(m, s)| m.part == Part::Embedding && **s != Scheme::None);
+        if let Some((m, _)) = embedded.filter(|_| modules.iter().all(|m| m.part != Part::Head)) {
+            return Err(fail(format!(
+                "the rule for `{}` would quantize the head too, which is the embedding in this model (tied); no engine \
+                 loads that, so remove the rule",
+                m.name
+            )));
         }
         if out.iter().all(|s| *s == Scheme::None) {
             return Err(fail("nothing would be quantized: every rule that holds says `none`".into()));

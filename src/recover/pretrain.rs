@@ -1,15 +1,17 @@
 //! A model before it has learned anything.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use safetensors::Dtype;
 use serde_json::Map;
 
-use super::{RecoverError, Result};
+use super::Result;
+use crate::checkpoint::fused::Fused;
 use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES};
 use crate::model::ModelConfig;
-use crate::model::config::{Architecture, MixerConfig};
+use crate::model::config::MixerConfig;
 use crate::model::modules::Part;
 use crate::random::SplitMix64;
 
@@ -21,13 +23,6 @@ const DEVIATION: f64 = 0.02;
 /// # Errors
 /// When `out` cannot be written.
 pub fn initialize(config: &ModelConfig, like: &Path, seed: u64, out: &Path) -> Result<()> {
-    if config.architecture == Architecture::GptOss {
-        return Err(RecoverError::Asked(
-            "pretrain writes experts one by one, and gpt-oss stores those of a layer as one tensor; start from a model \
-             of another architecture"
-                .into(),
-        ));
-    }
     let writer = FolderWriter::create(out)?;
     let random = &RefCell::new(SplitMix64(seed));
     let tensor = |name: String, shape: &[usize], mean: f64, deviation: f64| {
@@ -39,9 +34,20 @@ pub fn initialize(config: &ModelConfig, like: &Path, seed: u64, out: &Path) -> R
         })
     };
     let mut tensors = Vec::new();
-    for m in config.modules() {
+    let modules = config.modules();
+    let mut fused = BTreeSet::new();
+    for m in &modules {
         let deep = matches!(m.part, Part::O | Part::Down | Part::MambaOut | Part::DeltaOut);
         let shrink = if deep { (2.0 * config.layers.len() as f64).sqrt() } else { 1.0 };
+        if let Some(place) = m.expert.filter(|_| config.fuses_experts()).and_then(|_| Fused::named(&m.name)) {
+            let experts = 1 + modules.iter().filter(|o| o.layer == m.layer).filter_map(|o| o.expert).max().unwrap_or(0);
+            if fused.insert(place.stem().to_owned()) {
+                let [weight, bias] = place.plain(experts, m.role);
+                tensors.push(tensor(weight.name, &weight.shape, 0.0, DEVIATION / shrink));
+                tensors.push(tensor(bias.name, &bias.shape, 0.0, 0.0));
+            }
+            continue;
+        }
         tensors.push(tensor(format!("{}.weight", m.name), &[m.role.n, m.role.k], 0.0, DEVIATION / shrink));
         if m.role.bias {
             tensors.push(tensor(format!("{}.bias", m.name), &[m.role.n], 0.0, 0.0));

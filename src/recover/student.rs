@@ -199,7 +199,7 @@ impl Student {
             };
             if let Some(fused) = FusedTensor::of(&from.tensors, name) {
                 let view = from.tensors.peek(name)?;
-                return Some(Pending::new(name, view.dtype, view.shape, move || {
+                return Some(Pending::new(from.tensors.stored_name(name), view.dtype, view.shape, move || {
                     Ok(fused.with(view.bytes, &|module, content| match (trained.get(module), content) {
                         (Some(p), Content::Elements) => Some(p.bytes()),
                         (Some(p), Content::Scales) => p.scale_bytes(),

@@ -15,6 +15,7 @@ mod model {
     mod architectures;
     mod configurations;
     mod deployed;
+    mod loading;
     mod not_a_number;
     mod oracle;
 }
@@ -27,6 +28,7 @@ mod quantize {
     mod architectures;
     mod compared;
     mod dead_places;
+    mod experts;
     mod exports;
     mod random_model;
 }

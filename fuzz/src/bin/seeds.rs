@@ -1,5 +1,7 @@
 //! Writes one small valid checkpoint of every format, and a sharded one, mixtures of experts, fused ones and a wrapped
-//! model, into a corpus folder.
+//! model, into the corpus of `checkpoint`; and the configurations of the tests' models into that of `configuration`.
+
+use std::path::Path;
 
 use recoup_fuzz::Parts;
 use recoup_fuzz::fused::{Stored, pair};
@@ -8,8 +10,10 @@ use recoup_fuzz::tiny::{Format, SMALL, Size, Tiny};
 const SEED: Size = Size { layers: 1, hidden: 32, intermediate: 32, heads: 2, kv_heads: 1, vocab: 16, ..SMALL };
 
 fn main() -> std::io::Result<()> {
-    let folder = std::env::args().nth(1).unwrap_or_else(|| "corpus/checkpoint".into());
+    let corpus = std::env::args().nth(1).unwrap_or_else(|| "corpus".into());
+    let folder = format!("{corpus}/checkpoint");
     std::fs::create_dir_all(&folder)?;
+    configurations(Path::new("../tests"), Path::new(&corpus).join("configuration").as_path())?;
     let pack = |t: &Tiny| Parts {
         config: t.config.to_string().into_bytes(),
         hf_quant_config: t.hf_quant_config.as_ref().map(|q| q.to_string().into_bytes()).unwrap_or_default(),
@@ -36,4 +40,19 @@ fn main() -> std::io::Result<()> {
         indexed.tensors.iter().map(|t| (t.name.clone(), "shard.safetensors".into())).collect();
     let parts = Parts { index: serde_json::json!({"weight_map": map}).to_string().into_bytes(), ..pack(&indexed) };
     std::fs::write(format!("{folder}/Indexed"), parts.join())
+}
+
+/// Copies every config.json below `from` into `to`, called by its folders.
+fn configurations(from: &Path, to: &Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(to)?;
+    for entry in std::fs::read_dir(from)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            configurations(&path, to)?;
+        } else if path.file_name().is_some_and(|name| name == "config.json") {
+            let folders: Vec<_> = from.iter().map(|part| part.to_string_lossy().replace('.', "_")).collect();
+            std::fs::copy(&path, to.join(folders.join("-")))?;
+        }
+    }
+    Ok(())
 }

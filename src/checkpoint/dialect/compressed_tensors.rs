@@ -289,6 +289,7 @@ fn group(scheme: Scheme) -> Option<(&'static str, Value, Value)> {
         Scheme::Mxfp8 => ("mxfp8-quantized", mx(8, false), mx(8, true)),
         Scheme::Mxfp4 => ("mxfp4-pack-quantized", mx(4, false), mx(4, true)),
         Scheme::Mxfp4a16 => ("mxfp4-pack-quantized", mx(4, false), Value::Null),
+        Scheme::W8a16Fp8 => ("naive-quantized", fp8("tensor"), Value::Null),
         Scheme::Fp8 => {
             let input =
                 json!({"dynamic": false, "group_size": null, "observer": "static_minmax", "strategy": "tensor"});
@@ -305,7 +306,9 @@ fn quantization_config(model: &Assigned, ignore: &BTreeSet<&str>) -> Value {
     for (index, scheme) in schemes.iter().enumerate() {
         let Some((format, weights, inputs)) = group(*scheme) else { continue };
         formats.insert(format);
-        let targets = if schemes.len() == 1 { json!(["Linear"]) } else { json!(model.of(*scheme).collect::<Vec<_>>()) };
+        // An embedding is no `Linear`.
+        let alike = schemes.len() == 1 && !model.embeds();
+        let targets = if alike { json!(["Linear"]) } else { json!(model.of(*scheme).collect::<Vec<_>>()) };
         let group = json!({"format": format, "input_activations": inputs, "output_activations": null,
             "targets": targets, "weights": weights});
         groups.insert(format!("group_{index}"), group);

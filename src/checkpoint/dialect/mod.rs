@@ -159,9 +159,9 @@ pub trait Tool: Conventions {
         None
     }
 
-    /// Whether linears that are stored one by one can be of `scheme`.
-    fn says_alone(&self, scheme: Scheme) -> bool {
-        self.says(scheme)
+    /// Whether a linear that is stored by itself and stands at `place` can be of `scheme`.
+    fn says_at(&self, scheme: Scheme, place: Place) -> bool {
+        self.says(scheme) && (place != Place::Embedding || self.input(scheme) == InputFormat::Float)
     }
 
     /// Whether it has a place for an FP8 KV cache.
@@ -225,12 +225,33 @@ impl Conventions for Unquantized {
     }
 }
 
+/// Where in the model a linear stands, as far as formats depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    Block,
+    /// Its inputs are numbers of tokens: it has no format of inputs.
+    Embedding,
+    Head,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Block => "linears of blocks",
+            Self::Embedding => "embeddings",
+            Self::Head => "heads",
+        })
+    }
+}
+
 /// A quantized model, for whoever describes it, by the names that its files have.
+#[derive(Clone)]
 pub struct Assigned {
-    /// The blocks' linears in the model's order, and what each became; the head, where it is quantized.
+    /// The blocks' linears in the model's order, and what each became; embedding and head, where they are quantized.
     pub linears: Vec<(String, Scheme)>,
     /// Modules with a weight that stay as they are, whatever the recipe says of the blocks' linears.
     pub others: Vec<Plain>,
+    pub embedding: String,
     /// The head's name. Tools name it where it is tied, too.
     pub head: String,
     /// Whether K and V are stored in FP8.
@@ -285,6 +306,11 @@ impl Assigned {
     fn plain_head(&self) -> Option<&str> {
         let quantized = self.quantized().any(|(m, _)| m == self.head);
         (!quantized).then_some(self.head.as_str())
+    }
+
+    /// Whether the embedding is quantized.
+    fn embeds(&self) -> bool {
+        self.quantized().any(|(m, _)| m == self.embedding)
     }
 
     /// Linears of one scheme.

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::agreement::{agree, broken_names, different_excludes, kv_algo, kv_cache};
 use super::pattern::{self, Pattern, repaired};
-use super::{Announced, Assigned, Conventions, Declared, Dialect, Kind, Layout, Tool};
+use super::{Announced, Assigned, Conventions, Declared, Dialect, Kind, Layout, Place, Tool};
 use crate::checkpoint::error::{CheckpointError, Result};
 use crate::checkpoint::fused_write::FusedLayout;
 use crate::checkpoint::json::Object;
@@ -84,7 +84,16 @@ impl Conventions for ModelOpt {
 
 impl Tool for ModelOpt {
     fn says(&self, scheme: Scheme) -> bool {
-        algorithm(scheme).is_some()
+        algorithm(stated(scheme)).is_some()
+    }
+
+    /// FP8 of weights only is FP8 without a scale of the input, which is taken for that outside of blocks only.
+    fn says_at(&self, scheme: Scheme, place: Place) -> bool {
+        match place {
+            Place::Block => self.says(scheme) && stated(scheme) == scheme,
+            Place::Head => self.says(scheme),
+            Place::Embedding => matches!(scheme, Scheme::W4a16Nvfp4 | Scheme::W8a16Fp8),
+        }
     }
 
     fn fused(&self, scheme: Scheme) -> Option<FusedLayout> {
@@ -102,8 +111,10 @@ impl Tool for ModelOpt {
     }
 
     fn describe(&self, model: &Assigned) -> (Value, Option<Value>) {
-        let excluded = untouched(model);
-        (embedded(model, &excluded), Some(hf_quant_config(model, &excluded)))
+        let mut model = model.clone();
+        model.linears.iter_mut().for_each(|(_, scheme)| *scheme = stated(*scheme));
+        let excluded = untouched(&model);
+        (embedded(&model, &excluded), Some(hf_quant_config(&model, &excluded)))
     }
 
     fn nvfp4_global(&self, amax: f32, largest: f32) -> f32 {
@@ -131,6 +142,11 @@ impl Tool for ModelOpt {
             _ => false,
         }
     }
+}
+
+/// The scheme that is stated where a linear is of `scheme`: what its input is, its tensors tell.
+fn stated(scheme: Scheme) -> Scheme {
+    if scheme == Scheme::W8a16Fp8 { Scheme::Fp8 } else { scheme }
 }
 
 fn algorithm(scheme: Scheme) -> Option<&'static str> {

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::modelopt::{self, ModelOpt};
 use super::pattern::{Pattern, PatternSet};
-use super::{Announced, Assigned, Conventions, Declared, Dialect, Layout, Tool};
+use super::{Announced, Assigned, Conventions, Declared, Dialect, Layout, Place, Tool};
 use crate::checkpoint::error::Result;
 use crate::checkpoint::fused_write::FusedLayout;
 use crate::checkpoint::json::Object;
@@ -62,7 +62,7 @@ impl Tool for Mxfp4 {
         scheme == Scheme::Mxfp4a16
     }
 
-    fn says_alone(&self, _: Scheme) -> bool {
+    fn says_at(&self, _: Scheme, _: Place) -> bool {
         false
     }
 

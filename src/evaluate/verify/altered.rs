@@ -147,6 +147,10 @@ impl Source for Altered<'_> {
         })
     }
 
+    fn part_done(&self) {
+        self.checkpoint.part_done();
+    }
+
     fn finish(&self) -> Result<(), CheckpointError> {
         // What is left out is what the alteration leaves out.
         Ok(())

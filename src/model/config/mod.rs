@@ -205,6 +205,12 @@ impl ModelConfig {
         format!("{}.{index}.{part}", self.names.layers)
     }
 
+    /// Whether its files have the experts of a layer in one tensor.
+    #[must_use]
+    pub fn fuses_experts(&self) -> bool {
+        self.architecture == Architecture::GptOss
+    }
+
     /// Names of the attention modules and the layers they are in.
     #[must_use]
     pub fn attentions(&self) -> Vec<(usize, String, AttentionConfig)> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{Convolved, ConvolvedGradient, Given, LANES, PIECE, add, columns, put, sequences, silu};
+use super::{Convolved, ConvolvedGradient, Given, LANES, PIECE, States, Way, add, columns, put, sequences, silu};
 use crate::backend::autograd::{Norm, host};
 use crate::backend::cpu::isa::{Isa, multiversion};
 use crate::backend::cpu::recurrent::{DeltaNet as Kernel, DeltaNetInputs, RecurrentStates, softplus};
@@ -148,7 +148,6 @@ impl Scan {
             let decay = libm::expf(a * softplus(raw_a[at] + weights.dt_bias[first_head + h]));
             (1.0 / (1.0 + libm::expf(-raw_b[at])), decay)
         };
-        let pieces = tokens.div_ceil(PIECE);
         let mut out = Piece {
             parts: [(); 3].map(|()| ConvolvedGradient { input: Vec::new(), weight: Vec::new(), bias: Vec::new() }),
             z: vec![0.0; z.len()],
@@ -159,21 +158,15 @@ impl Scan {
             norm: vec![0.0; value_dim],
         };
         let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; grad.len()]);
-        let mut states = vec![0.0; (PIECE.min(tokens) + 1) * size];
         let mut errors = vec![0.0; PIECE * value_dim];
+        let of_errors = |index: usize| index * value_dim..(index + 1) * value_dim;
         for h in 0..own_heads {
             // What queries read, and the states before each piece.
             let mut read = vec![0.0; tokens * value_dim];
-            let mut kept = Vec::with_capacity(pieces * size);
-            let (mut now, mut next) = (vec![0.0; size], vec![0.0; size]);
-            for t in 0..tokens {
-                if t % PIECE == 0 {
-                    kept.extend_from_slice(&now);
-                }
+            let states = States::forth(tokens, size, |t, now, next| {
                 let (v, read) = (&v_part.after[value(t, h)], &mut read[t * value_dim..(t + 1) * value_dim]);
-                advance(isa, &now, &mut next, rates(h, t), &q[key(t)], &k[key(t)], v, read, &mut errors[..value_dim]);
-                std::mem::swap(&mut now, &mut next);
-            }
+                advance(isa, now, next, rates(h, t), &q[key(t)], &k[key(t)], v, read, &mut errors[..value_dim]);
+            });
             // What was read becomes its gradient.
             for (t, read) in read.chunks_exact_mut(value_dim).enumerate() {
                 let at = value(t, h);
@@ -183,42 +176,30 @@ impl Scan {
             let a = -libm::expf(weights.a_log[first_head + h]);
             let mut d_state = vec![0.0; size];
             let mut unread = vec![0.0; value_dim];
-            for index in (0..pieces).rev() {
-                let first = index * PIECE;
-                let count = PIECE.min(tokens - first);
-                states[..size].copy_from_slice(&kept[index * size..(index + 1) * size]);
-                for (i, t) in (first..first + count).enumerate() {
-                    let (before, after) = states.split_at_mut((i + 1) * size);
-                    let errors = &mut errors[i * value_dim..(i + 1) * value_dim];
-                    let (before, after) = (&before[i * size..], &mut after[..size]);
-                    let v = &v_part.after[value(t, h)];
-                    advance(isa, before, after, rates(h, t), &q[key(t)], &k[key(t)], v, &mut unread, errors);
-                }
-                for (i, t) in (first..first + count).enumerate().rev() {
-                    let (beta, decay) = rates(h, t);
-                    let token = Token {
-                        before: &states[i * size..(i + 1) * size],
-                        state: &states[(i + 1) * size..(i + 2) * size],
-                        beta,
-                        decay,
-                        q: &q[key(t)],
-                        k: &k[key(t)],
-                        errors: &errors[i * value_dim..(i + 1) * value_dim],
-                        d_read: &read[t * value_dim..(t + 1) * value_dim],
-                    };
-                    let (mut by_beta, mut by_decay) = (0.0, 0.0);
-                    let (dq, dk, dv) = (&mut dq[key(t)], &mut dk[key(t)], &mut dv[value(t, h)]);
-                    retreat(isa, &token, &mut d_state, dq, dk, dv, &mut by_beta, &mut by_decay);
-                    let at = t * own_heads + h;
-                    let input = raw_a[at] + weights.dt_bias[first_head + h];
-                    // α = exp(A · softplus), A = -exp(A_log).
-                    let exponent = by_decay * decay * a;
-                    out.a_log[h] += exponent * softplus(input);
-                    out.a[at] = exponent / (1.0 + libm::expf(-input));
-                    out.dt_bias[h] += out.a[at];
-                    out.b[at] = by_beta * beta * (1.0 - beta);
-                }
-            }
+            states.back(|t, way| {
+                let (q, k) = (&q[key(t)], &k[key(t)]);
+                let (index, before, state) = match way {
+                    Way::Again { index, before, after } => {
+                        let (v, errors) = (&v_part.after[value(t, h)], &mut errors[of_errors(index)]);
+                        return advance(isa, before, after, rates(h, t), q, k, v, &mut unread, errors);
+                    }
+                    Way::Back { index, before, after } => (index, before, after),
+                };
+                let ((beta, decay), errors) = (rates(h, t), &errors[of_errors(index)]);
+                let d_read = &read[t * value_dim..(t + 1) * value_dim];
+                let token = Token { before, state, beta, decay, q, k, errors, d_read };
+                let (mut by_beta, mut by_decay) = (0.0, 0.0);
+                let (dq, dk, dv) = (&mut dq[key(t)], &mut dk[key(t)], &mut dv[value(t, h)]);
+                retreat(isa, &token, &mut d_state, dq, dk, dv, &mut by_beta, &mut by_decay);
+                let at = t * own_heads + h;
+                let input = raw_a[at] + weights.dt_bias[first_head + h];
+                // α = exp(A · softplus), A = -exp(A_log).
+                let exponent = by_decay * decay * a;
+                out.a_log[h] += exponent * softplus(input);
+                out.a[at] = exponent / (1.0 + libm::expf(-input));
+                out.dt_bias[h] += out.a[at];
+                out.b[at] = by_beta * beta * (1.0 - beta);
+            });
         }
         unit_gradient(&q_part.after, key_dim, scale, &mut dq);
         unit_gradient(&k_part.after, key_dim, 1.0, &mut dk);

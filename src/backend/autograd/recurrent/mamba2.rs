@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{Convolved, ConvolvedGradient, Given, LANES, PIECE, add, columns, put, sequences, silu};
+use super::{Convolved, ConvolvedGradient, Given, LANES, States, Way, add, columns, put, sequences, silu};
 use crate::backend::autograd::{Norm, host};
 use crate::backend::cpu::isa::{Isa, multiversion};
 use crate::backend::cpu::recurrent::{Mamba2, RecurrentStates, softplus};
@@ -135,21 +135,15 @@ impl Scan {
             (step, libm::expf(a * step))
         };
         let mut y = vec![0.0; tokens * width];
-        // States before each piece, [heads, pieces, head_dim, state].
-        let mut kept = Vec::with_capacity(own_heads * tokens.div_ceil(PIECE) * size);
-        for h in 0..own_heads {
-            let (mut now, mut next) = (vec![0.0; size], vec![0.0; size]);
-            for t in 0..tokens {
-                if t % PIECE == 0 {
-                    kept.extend_from_slice(&now);
-                }
+        let forth = |h: usize| {
+            States::forth(tokens, size, |t, now, next| {
                 let (x, y) = (&xs.after[of_head(t, h)], &mut y[of_head(t, h)]);
-                advance(isa, &now, &mut next, step(h, t), x, &b.after[of_token(t)]);
-                read(isa, &next, &c.after[of_token(t)], y);
+                advance(isa, now, next, step(h, t), x, &b.after[of_token(t)]);
+                read(isa, next, &c.after[of_token(t)], y);
                 y.iter_mut().zip(x).for_each(|(y, x)| *y += weights.d[first_head + h] * x);
-                std::mem::swap(&mut now, &mut next);
-            }
-        }
+            })
+        };
+        let states: Vec<States> = (0..own_heads).map(forth).collect();
 
         let z = columns(x, projected, rows, group * width, width);
         let mut piece = Piece {
@@ -172,53 +166,36 @@ impl Scan {
         }
 
         let (mut dx, mut db, mut dc) = (vec![0.0; y.len()], vec![0.0; b.after.len()], vec![0.0; c.after.len()]);
-        let pieces = tokens.div_ceil(PIECE);
-        let mut states = vec![0.0; (PIECE.min(tokens) + 1) * size];
-        for h in 0..own_heads {
+        for (h, states) in states.iter().enumerate() {
             let (a, d) = (-libm::expf(weights.a_log[first_head + h]), weights.d[first_head + h]);
             let mut d_state = vec![0.0; size];
-            for index in (0..pieces).rev() {
-                let first = index * PIECE;
-                let count = PIECE.min(tokens - first);
-                states[..size].copy_from_slice(&kept[(h * pieces + index) * size..][..size]);
-                for (i, t) in (first..first + count).enumerate() {
-                    let (before, after) = states.split_at_mut((i + 1) * size);
-                    let (x, b) = (&xs.after[of_head(t, h)], &b.after[of_token(t)]);
-                    advance(isa, &before[i * size..], &mut after[..size], step(h, t), x, b);
+            states.back(|t, way| {
+                let (x, b) = (&xs.after[of_head(t, h)], &b.after[of_token(t)]);
+                let (before, state) = match way {
+                    Way::Again { before, after, .. } => return advance(isa, before, after, step(h, t), x, b),
+                    Way::Back { before, after, .. } => (before, after),
+                };
+                let ((step, decay), dy) = (step(h, t), &y[of_head(t, h)]);
+                let token = Token { before, state, step, decay, x, dy, b, c: &c.after[of_token(t)] };
+                let dx = &mut dx[of_head(t, h)];
+                let (mut by_step, mut by_decay) = (0.0, 0.0);
+                let (db, dc) = (&mut db[of_token(t)], &mut dc[of_token(t)]);
+                retreat(isa, &token, &mut d_state, dx, db, dc, &mut by_step, &mut by_decay);
+                for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
+                    *dx += d * dy;
+                    piece.d[h] += x * dy;
                 }
-                for (i, t) in (first..first + count).enumerate().rev() {
-                    let (step, decay) = step(h, t);
-                    let (x, dy) = (&xs.after[of_head(t, h)], &y[of_head(t, h)]);
-                    let token = Token {
-                        before: &states[i * size..(i + 1) * size],
-                        state: &states[(i + 1) * size..(i + 2) * size],
-                        step,
-                        decay,
-                        x,
-                        dy,
-                        b: &b.after[of_token(t)],
-                        c: &c.after[of_token(t)],
-                    };
-                    let dx = &mut dx[of_head(t, h)];
-                    let (mut by_step, mut by_decay) = (0.0, 0.0);
-                    let (db, dc) = (&mut db[of_token(t)], &mut dc[of_token(t)]);
-                    retreat(isa, &token, &mut d_state, dx, db, dc, &mut by_step, &mut by_decay);
-                    for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
-                        *dx += d * dy;
-                        piece.d[h] += x * dy;
-                    }
-                    // exp(A Δ) by A and by Δ; A = -exp(A_log).
-                    piece.a_log[h] += by_decay * decay * step * a;
-                    let input = raw[t * own_heads + h] + weights.dt_bias[first_head + h];
-                    let free = softplus(input);
-                    if free >= low && free <= high {
-                        let slope = 1.0 / (1.0 + libm::expf(-input));
-                        let own = (by_step + by_decay * decay * a) * slope;
-                        piece.steps[t * own_heads + h] = own;
-                        piece.dt_bias[h] += own;
-                    }
+                // exp(A Δ) by A and by Δ; A = -exp(A_log).
+                piece.a_log[h] += by_decay * decay * step * a;
+                let input = raw[t * own_heads + h] + weights.dt_bias[first_head + h];
+                let free = softplus(input);
+                if free >= low && free <= high {
+                    let slope = 1.0 / (1.0 + libm::expf(-input));
+                    let own = (by_step + by_decay * decay * a) * slope;
+                    piece.steps[t * own_heads + h] = own;
+                    piece.dt_bias[h] += own;
                 }
-            }
+            });
         }
         piece.parts = [xs.gradient(dx), b.gradient(db), c.gradient(dc)];
         piece

@@ -39,6 +39,58 @@ fn sequences(batch: &Batch) -> Result<Vec<Range<usize>>> {
     Ok(out)
 }
 
+/// The states of one head through a sequence: those before each piece of [`PIECE`] tokens.
+struct States {
+    tokens: usize,
+    /// Values in one.
+    size: usize,
+    kept: Vec<f32>,
+}
+
+/// What is asked of a token on the way back through its piece, the `index`-th there.
+enum Way<'a> {
+    /// The state after it, of the one before, once more.
+    Again { index: usize, before: &'a [f32], after: &'a mut [f32] },
+    /// The gradients of the token, last tokens first.
+    Back { index: usize, before: &'a [f32], after: &'a [f32] },
+}
+
+impl States {
+    /// Goes from zeros through `tokens` tokens: `advance` gives the state after a token of the one before.
+    fn forth(tokens: usize, size: usize, mut advance: impl FnMut(usize, &[f32], &mut [f32])) -> Self {
+        let mut kept = Vec::with_capacity(tokens.div_ceil(PIECE) * size);
+        let (mut now, mut next) = (vec![0.0; size], vec![0.0; size]);
+        for token in 0..tokens {
+            if token % PIECE == 0 {
+                kept.extend_from_slice(&now);
+            }
+            advance(token, &now, &mut next);
+            std::mem::swap(&mut now, &mut next);
+        }
+        Self { tokens, size, kept }
+    }
+
+    /// Goes back through all tokens, piece by piece: forth through the piece once more, then back.
+    fn back(&self, mut at: impl FnMut(usize, Way<'_>)) {
+        let size = self.size;
+        let mut states = vec![0.0; (PIECE.min(self.tokens) + 1) * size];
+        for (piece, kept) in self.kept.chunks_exact(size.max(1)).enumerate().rev() {
+            let first = piece * PIECE;
+            let count = PIECE.min(self.tokens - first);
+            states[..size].copy_from_slice(kept);
+            for index in 0..count {
+                let (before, after) = states.split_at_mut((index + 1) * size);
+                let (before, after) = (&before[index * size..], &mut after[..size]);
+                at(first + index, Way::Again { index, before, after });
+            }
+            for index in (0..count).rev() {
+                let (before, after) = states[index * size..(index + 2) * size].split_at(size);
+                at(first + index, Way::Back { index, before, after });
+            }
+        }
+    }
+}
+
 /// What a forward pass gave, until candle takes it.
 struct Given(Mutex<Vec<f32>>);
 
