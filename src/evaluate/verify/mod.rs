@@ -208,7 +208,9 @@ pub fn verify<B: Backend + Clone>(
             let beginning = worst.cut(worst.first + search::TOKENS);
             let known = &tried.exact[0][..beginning.said.len()];
             let distances = search::distances(&beginning, known).into_iter().flatten();
-            if mean(distances).is_some_and(|d| d.sqrt() > tolerance.all(beginning.said.len())) {
+            let is_off = mean(distances).is_some_and(|d| d.sqrt() > tolerance.all(beginning.said.len()));
+            // In chaos few places tell nothing, but a server of the same arithmetic can be equalled.
+            if is_off || growth < CHAOS {
                 suspects.extend(search::search(subject, &beginning, known, &tolerance, watch)?);
             }
         }

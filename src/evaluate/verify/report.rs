@@ -242,7 +242,7 @@ impl Report {
                 ),
             );
         }
-        if all.tokens > 0 {
+        if all.tokens > 0 && self.verdict == Verdict::Same {
             let why = match self.tolerance.growth < CHAOS {
                 true => "; any rounding flips codes of quantized inputs here, which changes all that follows",
                 false => "",
