@@ -98,11 +98,7 @@ fn every_linear_gives_the_given_outputs() {
             let (Some(input), Some(output)) = (get("input"), get("output")) else { continue };
             let linear = checkpoint.linear(&module.name, module.role).unwrap();
             let what = format!("{} {} {} x {}", fixture.name, module.name, linear.weight_format(), linear.activation);
-            fn product<B: Backend>(
-                backend: &B,
-                linear: &LinearTensors<'_>,
-                x: &[f32],
-            ) -> Vec<f32> {
+            fn product<B: Backend>(backend: &B, linear: &LinearTensors<'_>, x: &[f32]) -> Vec<f32> {
                 let packed = backend.load_linear(linear.clone()).unwrap();
                 let x = backend.tensor(x.to_vec(), linear.k).unwrap();
                 backend.to_host(&backend.linears(&x, &[&packed]).unwrap().remove(0)).unwrap()
