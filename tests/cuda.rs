@@ -498,6 +498,7 @@ fn tokens_are_routed_to_the_experts_and_by_the_weights_of_the_host() {
     let Some(backend) = device() else { return };
     let (mut random, mut routed) = (Random(17), 0);
     const WIDTH: usize = 32;
+    const COLUMNS: usize = 61;
     let linear = |n: usize, k: usize, element: Element, data: Vec<u8>, bias: Option<Vec<f32>>| {
         let (block_scales, output_scale, activation) = (BlockScales::None, OutputScale::One, ActivationFormat::Float);
         let (name, data) = (String::new(), data.into());
@@ -519,28 +520,29 @@ fn tokens_are_routed_to_the_experts_and_by_the_weights_of_the_host() {
     };
     let zeros = |n: usize, k: usize, bias| linear(n, k, Element::Bf16, vec![0; 2 * n * k], bias);
     for count in [3, 8, 40, 128, 512] {
-        // The router gives what it reads; expert e gives 1 in column e: their sum is the weights.
+        // The router gives what it reads; expert e gives 1 in one column: sums are weights, of two experts at most often.
         let one = |i: usize| f32::from(i / count == i % count).to_le_bytes();
         let router = linear(count, count, Element::F32, (0..count * count).flat_map(one).collect(), None);
-        let up = zeros(WIDTH, count, None);
-        let downs: Vec<_> =
-            (0..count).map(|e| zeros(count, WIDTH, Some((0..count).map(|i| f32::from(i == e)).collect()))).collect();
+        let up = zeros(WIDTH, WIDTH, None);
+        let column = |e: usize| (0..COLUMNS).map(|c| f32::from(c == e % COLUMNS)).collect();
+        let downs: Vec<_> = (0..count).map(|e| zeros(COLUMNS, WIDTH, Some(column(e)))).collect();
         let activation = Activation::Relu2;
         let experts: Vec<_> = downs.iter().map(|down| Ffn { gate: None, up: &up, down, activation }).collect();
-        let tokens = 32;
+        let tokens = if count > 100 { 8 } else { 32 };
+        let x = backend.tensor(vec![0.0; tokens * WIDTH], WIDTH).unwrap();
         for rule in rules(&mut random, count) {
             let mut logits = rows_of_logits(&mut random, tokens, count);
             // What is ruled out makes everything NaN where a router is a product.
             logits.iter_mut().filter(|v| v.is_infinite()).for_each(|v| *v = -1e30);
             logits[..count].fill(0.0);
-            let x = backend.tensor(logits.clone(), count).unwrap();
+            let read = backend.tensor(logits.clone(), count).unwrap();
             let before = backend.device().downloaded();
-            let got = backend.mixture(&x, &x, &router, &experts, &rule).unwrap();
+            let got = backend.mixture(&x, &read, &router, &experts, &rule).unwrap();
             assert_eq!(backend.device().downloaded(), before);
             let got = backend.to_host(&got).unwrap();
-            for (got, logits) in got.chunks_exact(count).zip(logits.chunks_exact(count)) {
-                let mut expected = vec![0.0f32; count];
-                rule.route(logits).into_iter().for_each(|(expert, weight)| expected[expert] = weight);
+            for (got, logits) in got.chunks_exact(COLUMNS).zip(logits.chunks_exact(count)) {
+                let mut expected = [0.0f32; COLUMNS];
+                rule.route(logits).into_iter().for_each(|(expert, weight)| expected[expert % COLUMNS] += weight);
                 let nan = expected.iter().any(|v| v.is_nan());
                 let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits();
                 let good = if nan { got.iter().any(|v| v.is_nan()) } else { got.iter().zip(&expected).all(same) };
@@ -549,7 +551,8 @@ fn tokens_are_routed_to_the_experts_and_by_the_weights_of_the_host() {
             }
         }
     }
-    assert!(routed > 5000, "{routed}");
+    println!("{routed} tokens routed");
+    assert!(routed > 4000, "{routed}");
 }
 
 #[test]

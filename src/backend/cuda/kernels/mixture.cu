@@ -17,16 +17,6 @@ DEV int order_of(float x) {
     const int bits = (int)bits_of(x + 0.0f);
     return bits < 0 ? bits ^ 0x7fffffff : bits;
 }
-// How many of `count` come before number i: the larger, of equal ones the first.
-DEV int rank_of(SharedArray<int> orders, int base, int count, int i) {
-    const int own = orders[base + i];
-    int rank = 0;
-    for (int other = 0; other < count; other++) {
-        const int o = orders[base + other];
-        rank += o > own || (o == own && other < i);
-    }
-    return rank;
-}
 
 // Router logits [tokens, count] to the k best experts and their weights, [tokens, k], ascending by expert. What is compared:
 // softmax, logits, or sigmoid with `bias` (or null) added, of the experts in the `top_groups` groups whose two best have the
@@ -36,7 +26,7 @@ KERNEL(mixture_route, 128, (const float* logits, const float* bias, int* experts
                             int scores, int groups, int top_groups, int rescale, float epsilon, float scale)) {
     SHARED(float, values, ROUTERS * MAX_EXPERTS);
     SHARED(int, orders, ROUTERS * MAX_EXPERTS);
-    SHARED(int, ranks, ROUTERS * MAX_EXPERTS);
+    SHARED(int, chosen, ROUTERS * MAX_EXPERTS);
     SHARED(float, best, ROUTERS * MAX_EXPERTS);
     const int token = block_x() * ROUTERS + warp_index(), lane = lane_index(), base = warp_index() * MAX_EXPERTS;
     // Whole warps leave; nobody waits for them.
@@ -70,21 +60,36 @@ KERNEL(mixture_route, 128, (const float* logits, const float* bias, int* experts
                 if (o > first) second = first, first = o, two[1] = two[0], two[0] = v;
                 else if (o > second) second = o, two[1] = v;
             }
-            ranks[base + g] = order_of(two[0] + two[1]);
+            chosen[base + g] = order_of(two[0] + two[1]);
         }
         warp_sync();
         for (int g = lane; g < groups; g += 32) {
-            if (rank_of(ranks, base, groups, g) < top_groups) continue;
+            const int own = chosen[base + g];
+            int rank = 0;
+            for (int other = 0; other < groups; other++) {
+                const int o = chosen[base + other];
+                rank += o > own || (o == own && other < g);
+            }
+            if (rank < top_groups) continue;
             for (int e = g * size; e < (g + 1) * size; e++) orders[base + e] = NEVER;
         }
         warp_sync();
     }
-    for (int e = lane; e < count; e += 32) {
-        const int rank = rank_of(orders, base, count, e);
-        ranks[base + e] = rank;
-        if (rank < k) best[base + rank] = values[base + e];
+    // One after the other, of equal ones the first.
+    for (int i = 0; i < k; i++) {
+        int most = NEVER, at = 0;
+        for (int e = lane; e < count; e += 32) {
+            const int o = orders[base + e];
+            if (o > most) most = o, at = e;
+        }
+        UNROLL for (int m = 16; m > 0; m /= 2) {
+            const int o = shfl_xor(most, m), a = shfl_xor(at, m);
+            if (o > most || (o == most && a < at)) most = o, at = a;
+        }
+        warp_sync();
+        if (lane == 0) chosen[base + i] = at, best[base + i] = values[base + at], orders[base + at] = NEVER;
+        warp_sync();
     }
-    warp_sync();
     if (scores == SOFTMAX_OF_CHOSEN) {
         float most = -INFINITY;
         for (int i = 0; i < k; i++) most = fmaxf(most, best[base + i]);
@@ -98,11 +103,11 @@ KERNEL(mixture_route, 128, (const float* logits, const float* bias, int* experts
     }
     float kept = 0.0f;
     for (int i = 0; i < k; i++) kept += best[base + i];
-    for (int e = lane; e < count; e += 32) {
-        if (ranks[base + e] >= k) continue;
+    for (int i = lane; i < k; i += 32) {
+        const int e = chosen[base + i];
         int to = 0;
-        for (int other = 0; other < e; other++) to += ranks[base + other] < k;
-        const float own = best[base + ranks[base + e]];
+        for (int other = 0; other < k; other++) to += chosen[base + other] < e;
+        const float own = best[base + i];
         st(experts + (long)token * k + to, e);
         st(weights + (long)token * k + to, (rescale ? own / (kept + epsilon) : own) * scale);
     }
