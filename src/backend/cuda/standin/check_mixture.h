@@ -22,6 +22,8 @@ static void check_route(int tokens, int count, int k, RouteRule rule) {
     row(2, [](int e) { return e == 1 ? 0.0f : -88.5f - (float)(e % 15); });
     row(3, [](int e) { return 1.25f; });
     row(4, [&](int e) { return e == count / 2 ? -NAN : e % 11 == 3 ? INFINITY : e % 11 == 4 ? -INFINITY : (float)e / 8; });
+    // Zeros of either sign are equal.
+    row(5, [](int e) { return e % 3 == 2 ? -1.0f : e % 2 ? 0.0f : -0.0f; });
     Array<float> dl(logits), db(bias), weights((size_t)tokens * k);
     Array<int> experts((size_t)tokens * k);
     if (!run("mixture_route", (tokens + 3) / 4, 1, 1, dl.p, rule.biased ? db.p : nullptr, experts.p, weights.p, tokens, count, k, rule.scores, rule.groups, rule.top_groups, (int)rule.rescale, rule.epsilon, rule.scale)) return;
