@@ -552,7 +552,7 @@ fn tokens_are_routed_to_the_experts_and_by_the_weights_of_the_host() {
         }
     }
     println!("{routed} tokens routed");
-    assert!(routed > 4000, "{routed}");
+    assert!(routed > 3500, "{routed}");
 }
 
 #[test]
