@@ -11,8 +11,10 @@ use recoup::backend::observe::Observed;
 use recoup::backend::{Activation, Backend, BackendError, Ffn};
 use recoup::checkpoint::Checkpoint;
 use recoup::formats::kv::KvFormat;
-use recoup::formats::linear::ActivationFormat;
-use recoup::logits::{Draw, History, RouterRule, Sampler, SamplingParams, Scratch, TokenSet};
+use recoup::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
+use recoup::logits::{Draw, History, RouterRule, RouterScores, Sampler, SamplingParams, Scratch, TokenSet};
+use recoup::model::config::{MixerConfig, StepConfig};
+use recoup::model::modules::{Module, Part};
 use recoup::model::{Decoder, ModelConfig};
 use support::fixtures::{
     Fixture, Report, Session, all_fixtures, architecture_fixtures, bits, cpu, deviation, incremental_logits, logits,
@@ -96,11 +98,7 @@ fn every_linear_gives_the_given_outputs() {
             let (Some(input), Some(output)) = (get("input"), get("output")) else { continue };
             let linear = checkpoint.linear(&module.name, module.role).unwrap();
             let what = format!("{} {} {} x {}", fixture.name, module.name, linear.weight_format(), linear.activation);
-            fn product<B: Backend>(
-                backend: &B,
-                linear: &recoup::formats::linear::LinearTensors<'_>,
-                x: &[f32],
-            ) -> Vec<f32> {
+            fn product<B: Backend>(backend: &B, linear: &LinearTensors<'_>, x: &[f32]) -> Vec<f32> {
                 let packed = backend.load_linear(linear.clone()).unwrap();
                 let x = backend.tensor(x.to_vec(), linear.k).unwrap();
                 backend.to_host(&backend.linears(&x, &[&packed]).unwrap().remove(0)).unwrap()
@@ -395,10 +393,17 @@ fn a_mixture_has_the_bits_that_its_experts_have_one_by_one() {
     // What is observed runs one expert after the other.
     let observed = Observed::new(backend.clone(), |_: &str, _: &[f32]| ());
     let (mut seen, mut random) = (0, Random(8));
-    for fixture in all_fixtures() {
+    for fixture in all_fixtures().into_iter().chain(architecture_fixtures()) {
         let checkpoint = fixture.checkpoint();
-        let modules = ModelConfig::read(&checkpoint.config).unwrap().modules();
-        let load = |module: &recoup::model::modules::Module| {
+        let config = ModelConfig::read(&checkpoint.config).unwrap();
+        let mixtures = config.layers.iter().enumerate().flat_map(|(layer, l)| l.steps.iter().map(move |s| (layer, s)));
+        let mixture = |(layer, step): (usize, &StepConfig)| match &step.mixer {
+            MixerConfig::Mixture(m) => Some((layer, m.clone())),
+            _ => None,
+        };
+        let Some((layer, mixture)) = mixtures.into_iter().find_map(mixture) else { continue };
+        let modules = config.modules();
+        let load = |module: &Module| {
             let mut tensors = checkpoint.linear(&module.name, module.role).unwrap();
             // Scales of inputs that no other linear has.
             let factor = 1.0 + module.name.bytes().map(u32::from).sum::<u32>() as f32 % 7.0 / 8.0;
@@ -410,47 +415,144 @@ fn a_mixture_has_the_bits_that_its_experts_have_one_by_one() {
             }
             observed.load_linear(tensors).unwrap()
         };
-        let named =
-            |what: &'static str| modules.iter().filter(move |m| m.name.contains("layers.0.") && m.name.contains(what));
-        let experts: Vec<_> = ["gate_proj", "up_proj", "down_proj"]
-            .map(|what| named("experts.").filter(|m| m.name.ends_with(what)).map(load).collect::<Vec<_>>())
-            .into_iter()
+        let of = |part: Part, of_experts: bool| {
+            let here = |m: &&Module| m.layer == Some(layer) && m.part == part && m.expert.is_some() == of_experts;
+            modules.iter().filter(here).map(load).collect::<Vec<_>>()
+        };
+        let (gates, ups, downs) = (of(Part::Gate, true), of(Part::Up, true), of(Part::Down, true));
+        let router = of(Part::Router, false).remove(0);
+        let activation = mixture.expert.activation;
+        let named: Vec<_> = ups
+            .iter()
+            .zip(&downs)
+            .enumerate()
+            .map(|(i, (up, down))| Ffn { gate: gates.get(i), up, down, activation })
             .collect();
-        let Some(router) = named("mlp.gate").find(|m| m.name.ends_with("mlp.gate")).map(load) else { continue };
+        let plain: Vec<_> = named
+            .iter()
+            .map(|e| Ffn { gate: e.gate.map(|g| &**g), up: &**e.up, down: &**e.down, activation })
+            .collect();
         seen += 1;
-        let count = experts[0].len();
-        assert!(count > 1 && experts.iter().all(|e| e.len() == count), "{}", fixture.name);
+        let count = plain.len();
+        assert!(count > 1 && count == mixture.experts && [0, count].contains(&gates.len()), "{}", fixture.name);
+        let mut own = mixture.rule.clone();
+        if let RouterScores::Sigmoid { bias, .. } = &mut own.scores {
+            *bias = Some(random.values(count).into());
+        }
         for tokens in [1, 5, 40, 300] {
-            let mut x = random.values(tokens * router.k);
-            // Routers that hardly choose, and routers that choose for certain.
-            x.chunks_mut(router.k)
-                .enumerate()
-                .for_each(|(i, x)| x.iter_mut().for_each(|x| *x *= 1.3f32.powi(i as i32 % 24)));
-            if tokens == 5 {
-                // Two tokens alike, and one whose experts are all as good.
-                x.copy_within(..router.k, router.k);
-                x[2 * router.k..3 * router.k].fill(0.0);
-            }
-            let x = backend.tensor(x, router.k).unwrap();
-            for rule in [RouterRule::softmax(2, true), RouterRule::softmax(3, false)] {
-                let activation = Activation::Silu;
-                let named: Vec<_> = (0..count)
-                    .map(|i| Ffn { gate: Some(&experts[0][i]), up: &experts[1][i], down: &experts[2][i], activation })
-                    .collect();
-                let plain: Vec<_> = named
-                    .iter()
-                    .map(|e| Ffn { gate: e.gate.map(|g| &**g), up: &**e.up, down: &**e.down, activation })
-                    .collect();
+            let mut rows = |columns: usize| {
+                let mut x = random.values(tokens * columns);
+                // Routers that hardly choose, and routers that choose for certain.
+                x.chunks_mut(columns)
+                    .enumerate()
+                    .for_each(|(i, x)| x.iter_mut().for_each(|x| *x *= 1.3f32.powi(i as i32 % 24)));
+                if tokens == 5 {
+                    // Two tokens alike, and one whose experts are all as good.
+                    x.copy_within(..columns, columns);
+                    x[2 * columns..3 * columns].fill(0.0);
+                }
+                backend.tensor(x, columns).unwrap()
+            };
+            let routed = rows(router.k);
+            let x = if plain[0].up.k == router.k { routed.clone() } else { rows(plain[0].up.k) };
+            for rule in [&own, &RouterRule::softmax(2, true), &RouterRule::softmax(3.min(count), false)] {
                 let before = backend.device().downloaded();
-                let got = backend.mixture(&x, &x, &router, &plain, &rule).unwrap();
+                let got = backend.mixture(&x, &routed, &router, &plain, rule).unwrap();
                 assert_eq!(backend.device().downloaded(), before, "{}", fixture.name);
-                let expected = observed.mixture(&x, &x, &router, &named, &rule).unwrap();
+                let expected = observed.mixture(&x, &routed, &router, &named, rule).unwrap();
                 let [got, expected] = [got, expected].map(|t| bits(&backend.to_host(&t).unwrap()));
                 assert!(got == expected, "{}: {tokens} tokens, {rule:?}", fixture.name);
             }
         }
     }
-    assert!(seen > 0, "no fixture has a mixture");
+    assert!(seen > 3, "{seen} fixtures have a mixture");
+}
+
+/// Every kind of rule for `experts` experts.
+fn rules(random: &mut Random, experts: usize) -> Vec<RouterRule> {
+    let mut out = Vec::new();
+    for top_k in [1, 2, 8, 22] {
+        let mut push = |scores, renormalize, scale| {
+            let rule = RouterRule { top_k, scores, renormalize, scale };
+            if rule.check(experts).is_ok() {
+                out.push(rule);
+            }
+        };
+        push(RouterScores::Softmax, None, 1.0);
+        push(RouterScores::Softmax, Some(0.0), 1.7);
+        push(RouterScores::SoftmaxOfChosen, None, 1.0);
+        for (groups, top_groups) in [(1, 1), (2, 1), (8, 4), (experts / 2, 3)] {
+            let sigmoid = |bias| RouterScores::Sigmoid { bias, groups, top_groups };
+            push(sigmoid(None), None, 1.0);
+            push(sigmoid(Some(random.values(experts).into())), Some(1e-20), 2.5);
+            // Few values, so that many sums are equal; some rule out.
+            let coarse = |_| [0.0, 0.25, -0.5, f32::NEG_INFINITY][random.below(4)];
+            push(sigmoid(Some((0..experts).map(coarse).collect())), Some(0.0), 5.0);
+        }
+    }
+    out
+}
+
+#[test]
+fn tokens_are_routed_to_the_experts_and_by_the_weights_of_the_host() {
+    let Some(backend) = device() else { return };
+    let (mut random, mut routed) = (Random(17), 0);
+    const WIDTH: usize = 32;
+    const COLUMNS: usize = 61;
+    let linear = |n: usize, k: usize, element: Element, data: Vec<u8>, bias: Option<Vec<f32>>| {
+        let (block_scales, output_scale, activation) = (BlockScales::None, OutputScale::One, ActivationFormat::Float);
+        let (name, data) = (String::new(), data.into());
+        let (pre_quant_scale, rotation) = (None, None);
+        let tensors = LinearTensors {
+            name,
+            n,
+            k,
+            element,
+            data,
+            block_scales,
+            output_scale,
+            activation,
+            pre_quant_scale,
+            rotation,
+            bias,
+        };
+        backend.load_linear(tensors).unwrap()
+    };
+    let zeros = |n: usize, k: usize, bias| linear(n, k, Element::Bf16, vec![0; 2 * n * k], bias);
+    for count in [3, 8, 40, 128, 512] {
+        // The router gives what it reads; expert e gives 1 in one column: sums are weights, of two experts at most often.
+        let one = |i: usize| f32::from(i / count == i % count).to_le_bytes();
+        let router = linear(count, count, Element::F32, (0..count * count).flat_map(one).collect(), None);
+        let up = zeros(WIDTH, WIDTH, None);
+        let column = |e: usize| (0..COLUMNS).map(|c| f32::from(c == e % COLUMNS)).collect();
+        let downs: Vec<_> = (0..count).map(|e| zeros(COLUMNS, WIDTH, Some(column(e)))).collect();
+        let activation = Activation::Relu2;
+        let experts: Vec<_> = downs.iter().map(|down| Ffn { gate: None, up: &up, down, activation }).collect();
+        let tokens = if count > 100 { 8 } else { 32 };
+        let x = backend.tensor(vec![0.0; tokens * WIDTH], WIDTH).unwrap();
+        for rule in rules(&mut random, count) {
+            let mut logits = rows_of_logits(&mut random, tokens, count);
+            // What is ruled out makes everything NaN where a router is a product.
+            logits.iter_mut().filter(|v| v.is_infinite()).for_each(|v| *v = -1e30);
+            logits[..count].fill(0.0);
+            let read = backend.tensor(logits.clone(), count).unwrap();
+            let before = backend.device().downloaded();
+            let got = backend.mixture(&x, &read, &router, &experts, &rule).unwrap();
+            assert_eq!(backend.device().downloaded(), before);
+            let got = backend.to_host(&got).unwrap();
+            for (got, logits) in got.chunks_exact(COLUMNS).zip(logits.chunks_exact(count)) {
+                let mut expected = [0.0f32; COLUMNS];
+                rule.route(logits).into_iter().for_each(|(expert, weight)| expected[expert % COLUMNS] += weight);
+                let nan = expected.iter().any(|v| v.is_nan());
+                let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits();
+                let good = if nan { got.iter().any(|v| v.is_nan()) } else { got.iter().zip(&expected).all(same) };
+                assert!(good, "{count} experts, {rule:?}\n{logits:?}\n{got:?}\n{expected:?}");
+                routed += usize::from(!nan);
+            }
+        }
+    }
+    println!("{routed} tokens routed");
+    assert!(routed > 3500, "{routed}");
 }
 
 #[test]

@@ -1,17 +1,18 @@
 //! Whether a device computes what the CPU computes: every operation of the seam on random numbers, on both.
 
 mod architectures;
+mod mixtures;
 
 use std::fmt;
 
 use crate::backend::{
-    Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, Ffn, HeadNorms, HeadParameters, LayerCache,
-    PAGE, Rotation, Span, Update,
+    AttentionShape, Backend, BackendError, Batch, CacheLayout, HeadNorms, HeadParameters, LayerCache, PAGE, Rotation,
+    Span, Update,
 };
 use crate::formats::kv::KvFormat;
 use crate::formats::linear::{ActivationFormat, Element, LinearTensors};
 use crate::formats::synthetic::{self, Blocks, WEIGHTS};
-use crate::logits::{Draw, History, RouterRule, Sampler, SamplingParams, Scratch};
+use crate::logits::{Draw, History, Sampler, SamplingParams, Scratch};
 use crate::random::SplitMix64;
 
 /// Sums in f32 in another order, and floats of which 16 bits are kept, explain this much of a product (Frobenius, relative).
@@ -122,7 +123,7 @@ pub fn thorough<A: Backend, B: Backend>(
     }
     for weight in [WEIGHTS[2], WEIGHTS[6]] {
         seed += 1;
-        mixture(cpu, device, seed, weight, &mut out)?;
+        mixtures::check(cpu, device, seed, weight, &mut out)?;
     }
     seed += 1;
     architectures::check(cpu, device, seed, &mut out)?;
@@ -232,24 +233,6 @@ fn elementwise<A: Backend, B: Backend>(
     Ok(())
 }
 
-fn mixture<A: Backend, B: Backend>(
-    cpu: &A,
-    device: &B,
-    seed: u64,
-    weight: (Element, Blocks),
-    out: &mut Vec<Checked>,
-) -> Result<(), Failure> {
-    for (rows, normalize) in [(1, true), (5, false), (40, true)] {
-        let rule = RouterRule::softmax(2, normalize);
-        let what =
-            format!("mixture of 6 experts, {:?} {:?}, {rows} rows, top 2, normalized {normalize}", weight.0, weight.1);
-        let expected = Side { backend: cpu }.mixture(seed, rows, weight, &rule).map_err(of(&what))?;
-        let got = Side { backend: device }.mixture(seed, rows, weight, &rule).map_err(of(&what))?;
-        out.push(Checked { what, deviation: deviation(&got, &expected), allowed: REQUANTIZED });
-    }
-    Ok(())
-}
-
 /// What is read off logits: scores, choices by several rules, divergence.
 fn readings<A: Backend, B: Backend>(
     cpu: &A,
@@ -337,41 +320,6 @@ impl<B: Backend> Side<'_, B> {
             ("rows added to others", b.to_host(&b.add_rows(x, &y, &picked, &weights)?)?),
             ("embedding", b.to_host(&b.embed(&table, &pass)?)?),
         ])
-    }
-
-    fn mixture(
-        &self,
-        seed: u64,
-        rows: usize,
-        weight: (Element, Blocks),
-        rule: &RouterRule,
-    ) -> Result<Vec<f32>, BackendError> {
-        const EXPERTS: usize = 6;
-        let (hidden, middle) = (64, 96);
-        let b = self.backend;
-        let mut r = SplitMix64(seed);
-        let activation = if weight.0 == Element::E2m1 {
-            ActivationFormat::Nvfp4 { global_scale: 0.01 }
-        } else {
-            ActivationFormat::Float
-        };
-        let mut layer = |n, k, weight, activation| {
-            let layer = synthetic::layer(&mut r, n, k, weight, activation);
-            b.load_linear(LinearTensors { bias: None, pre_quant_scale: None, ..layer })
-        };
-        let router = layer(EXPERTS, hidden, WEIGHTS[2], ActivationFormat::Float)?;
-        let experts: Vec<[B::Linear; 3]> = (0..EXPERTS)
-            .map(|_| {
-                let mut part = |n, k| layer(n, k, weight, activation);
-                Ok([part(middle, hidden)?, part(middle, hidden)?, part(hidden, middle)?])
-            })
-            .collect::<Result<_, BackendError>>()?;
-        let experts: Vec<Ffn<'_, B::Linear>> = experts
-            .iter()
-            .map(|[gate, up, down]| Ffn { gate: Some(gate), up, down, activation: Activation::Silu })
-            .collect();
-        let x = b.tensor((0..rows * hidden).map(|_| synthetic::uniform(&mut r)).collect(), hidden)?;
-        b.to_host(&b.mixture(&x, &x, &router, &experts, rule)?)
     }
 
     fn readings(&self, seed: u64, vocab: usize) -> Result<Vec<(&'static str, Vec<f32>)>, BackendError> {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::driver::{Args, Memory};
 use super::{CudaBackend, CudaTensor};
-use crate::backend::{Activation, Backend, BackendError, Result, Run};
+use crate::backend::{Activation, BackendError, Result, Run};
 
 /// Lists of runs that are remembered at most.
 const REMEMBERED: usize = 4096;
@@ -18,25 +18,30 @@ type Uploaded = (Vec<Run>, Arc<Memory>);
 #[derive(Debug, Default)]
 pub(super) struct Columns(Mutex<HashMap<usize, Uploaded>>);
 
+/// Number and limit of an activation as kernels/activation.cuh has them.
+pub(super) fn activation_number(activation: Activation) -> (usize, f32) {
+    match activation {
+        Activation::Relu2 => (0, 0.0),
+        Activation::GeluTanh => (1, 0.0),
+        Activation::ClampedSwiglu { limit } => (2, limit),
+        Activation::Silu => (3, 0.0),
+    }
+}
+
 impl CudaBackend {
-    /// [`Backend::activate`].
+    /// [`crate::backend::Backend::activate`].
     pub(super) fn activated(
         &self,
         x: CudaTensor,
         up: Option<&CudaTensor>,
         activation: Activation,
     ) -> Result<CudaTensor> {
-        let (kind, limit) = match (activation, up) {
-            (Activation::Silu, Some(up)) => return self.silu_mul(x, up),
-            (Activation::Relu2, None) => (0, 0.0),
-            (Activation::GeluTanh, Some(_)) => (1, 0.0),
-            (Activation::ClampedSwiglu { limit }, Some(_)) => (2, limit),
-            (kind, up) => {
-                let gate = if up.is_some() { "with" } else { "without" };
-                let message = format!("{kind:?} {gate} a gate is no activation");
-                return Err(BackendError::Failed { context: "activate", message });
-            }
-        };
+        if activation.is_gated() != up.is_some() {
+            let gate = if up.is_some() { "with" } else { "without" };
+            let message = format!("{activation:?} {gate} a gate is no activation");
+            return Err(BackendError::Failed { context: "activate", message });
+        }
+        let (kind, limit) = activation_number(activation);
         let x = self.own(self.settle(x)?)?;
         let up = up.map(|up| self.settled(up)).transpose()?;
         let args =
@@ -45,7 +50,7 @@ impl CudaBackend {
         Ok(x)
     }
 
-    /// [`Backend::gate`].
+    /// [`crate::backend::Backend::gate`].
     pub(super) fn gated(&self, x: CudaTensor, gate: &CudaTensor) -> Result<CudaTensor> {
         let (x, gate) = (self.own(self.settle(x)?)?, self.settled(gate)?);
         let args = Args::new().memory(&x.data).memory(&gate.data).int(gate.columns).int(x.columns);
@@ -53,14 +58,14 @@ impl CudaBackend {
         Ok(x)
     }
 
-    /// [`Backend::scale`].
+    /// [`crate::backend::Backend::scale`].
     pub(super) fn scaled(&self, x: CudaTensor, factor: f32) -> Result<CudaTensor> {
         let x = self.own(self.settle(x)?)?;
         self.launch("scale", [x.rows, 1, 1], 128, Args::new().memory(&x.data).float(factor).int(x.columns))?;
         Ok(x)
     }
 
-    /// [`Backend::rearrange`], of two tensors at most.
+    /// [`crate::backend::Backend::rearrange`], of two tensors at most.
     pub(super) fn rearranged(&self, sources: &[&CudaTensor], runs: &[Run]) -> Result<CudaTensor> {
         let failed = |message: String| BackendError::Failed { context: "rearranging columns", message };
         let (first, second) = match sources {

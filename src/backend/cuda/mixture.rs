@@ -5,13 +5,14 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::driver::{Args, Memory};
+use super::elementwise::activation_number;
 use super::product::{format, scales_of};
 use super::table::{kernel, suffix};
 use super::weight::{Kind, STEP};
 use super::{CudaBackend, CudaLinear, CudaTensor};
-use crate::backend::{Activation, Backend, Ffn, Result, one};
+use crate::backend::{Backend, Ffn, Result, one};
 use crate::formats::linear::ActivationFormat;
-use crate::logits::RouterRule;
+use crate::logits::{RouterRule, RouterScores};
 
 /// As in mixture.cu.
 const MAX_EXPERTS: usize = 512;
@@ -28,7 +29,10 @@ pub(super) struct Tables(Mutex<HashMap<u64, Arc<Table>>>);
 struct Table {
     /// Every linear it was made of.
     ids: Vec<u64>,
-    gate: Side,
+    /// What is added to scores to choose by, here and there.
+    correction: Option<(Arc<[f32]>, Memory)>,
+    /// `None`: the activation has none, or `up` gives it too.
+    gate: Option<Side>,
     up: Side,
     down: Side,
     /// Whether gate and up of each expert read the same operand.
@@ -51,40 +55,84 @@ struct Rows {
     scales: Option<Memory>,
 }
 
+/// Tokens and their experts: pairs, sorted by expert and then token.
+struct Pairs {
+    tokens: usize,
+    experts: usize,
+    count: usize,
+    /// [tokens, experts a token], ascending by expert: weights, and where each went.
+    weights: Memory,
+    place: Memory,
+    /// Of each sorted pair.
+    token_of: Memory,
+    expert_of: Memory,
+    /// Where each expert's begin, and the end.
+    begins: Memory,
+}
+
 /// Whether one kernel computes both.
 fn alike(a: &CudaLinear, b: &CudaLinear) -> bool {
     let (x, y) = (format(a.activation), format(b.activation));
     (a.n, a.k, a.kind, a.grouped()) == (b.n, b.k, b.kind, b.grouped()) && (x.0, x.2) == (y.0, y.2)
 }
 
-/// down(silu(gate x) · up x).
-#[derive(Clone, Copy)]
-struct Gated<'a> {
-    gate: &'a CudaLinear,
-    up: &'a CudaLinear,
-    down: &'a CudaLinear,
+/// Every linear of some experts.
+fn linears<'a>(experts: &[Ffn<'a, CudaLinear>]) -> impl Iterator<Item = &'a CudaLinear> {
+    experts.iter().flat_map(|e| e.gate.into_iter().chain([e.up, e.down]))
 }
 
-/// The experts, if all are of this kind.
-fn gated<'a>(experts: &[Ffn<'a, CudaLinear>]) -> Option<Vec<Gated<'a>>> {
-    let of = |e: &Ffn<'a, CudaLinear>| {
-        let gate = e.gate.filter(|_| e.activation == Activation::Silu)?;
-        Some(Gated { gate, up: e.up, down: e.down })
-    };
-    experts.iter().map(of).collect()
+/// What is added to scores to choose by.
+fn correction(rule: &RouterRule) -> Option<&Arc<[f32]>> {
+    match &rule.scores {
+        RouterScores::Sigmoid { bias, .. } => bias.as_ref(),
+        RouterScores::Softmax | RouterScores::SoftmaxOfChosen => None,
+    }
 }
 
-/// Whether kernels/mixture.cu has what these take.
-fn has_kernels(experts: &[Gated<'_>]) -> bool {
+/// Number of what experts are compared by as kernels/mixture.cu has it, groups, and how many of them are kept.
+fn scores_number(scores: &RouterScores) -> (usize, usize, usize) {
+    match *scores {
+        RouterScores::Softmax => (0, 1, 1),
+        RouterScores::SoftmaxOfChosen => (1, 1, 1),
+        RouterScores::Sigmoid { groups, top_groups, .. } => (2, groups, top_groups),
+    }
+}
+
+/// Whether kernels/mixture.cu has what these take: all alike, in formats that its products read.
+fn has_kernels(experts: &[Ffn<'_, CudaLinear>]) -> bool {
     let Some(first) = experts.first() else { return false };
     let known = |w: &CudaLinear| w.kind != Kind::F32 && (!w.grouped() || w.kind == Kind::E4m3) && w.rotation.is_none();
-    let fits = |e: &Gated<'_>| alike(e.gate, first.gate) && alike(e.up, first.up) && alike(e.down, first.down);
+    let same_gate = |a: Option<&CudaLinear>| match (a, first.gate) {
+        (Some(a), Some(b)) => alike(a, b),
+        (a, b) => a.is_none() && b.is_none(),
+    };
+    let fits = |e: &Ffn<'_, CudaLinear>| {
+        same_gate(e.gate) && alike(e.up, first.up) && alike(e.down, first.down) && e.activation == first.activation
+    };
+    let width = match first.gate {
+        Some(gate) => first.activation.is_gated() && gate.k == first.up.k && gate.n == first.up.n,
+        None => true,
+    };
+    let halves = if first.gate.is_none() && first.activation.is_gated() { 2 } else { 1 };
     experts.len() <= MAX_EXPERTS
-        && experts.iter().flat_map(|e| [e.gate, e.up, e.down]).all(known)
-        && first.gate.n == first.up.n
-        && first.up.n == first.down.k
-        && first.gate.k == first.up.k
+        && linears(experts).all(known)
+        && width
+        && first.up.n == halves * first.down.k
         && experts.iter().all(fits)
+}
+
+/// The last arguments of a kernel that quantizes a row for each pair, as linears like `w` read it.
+fn quantizing<'a>(args: Args<'a>, pairs: &'a Pairs, w: &CudaLinear, side: &'a Side, rows: &'a Rows) -> Args<'a> {
+    let (number, _, rule) = format(w.activation);
+    args.memory(&pairs.expert_of)
+        .memory(&side.scales)
+        .memory(&side.pre)
+        .int(number)
+        .int(rule)
+        .int(w.k)
+        .int(w.k.next_multiple_of(STEP))
+        .memory(&rows.x)
+        .optional(rows.scales.as_ref())
 }
 
 impl CudaBackend {
@@ -106,19 +154,27 @@ impl CudaBackend {
         })
     }
 
-    fn table(&self, experts: &[Gated<'_>]) -> Result<Arc<Table>> {
-        let ids: Vec<u64> = experts.iter().flat_map(|e| [e.gate.id, e.up.id, e.down.id]).collect();
+    fn table(&self, experts: &[Ffn<'_, CudaLinear>], rule: &RouterRule) -> Result<Arc<Table>> {
+        let ids: Vec<u64> = linears(experts).map(|w| w.id).collect();
+        let correction = correction(rule);
         let mut tables = self.mixtures.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(table) = tables.get(&ids[0]).filter(|t| t.ids == ids) {
+        let fits = |t: &&Arc<Table>| t.ids == ids && t.correction.as_ref().map(|c| &c.0) == correction;
+        if let Some(table) = tables.get(&ids[0]).filter(fits) {
             return Ok(table.clone());
         }
         let pre = |w: &CudaLinear| w.pre_quant_scale.as_ref().map(|p| p.0.clone());
-        let gates: Vec<&CudaLinear> = experts.iter().map(|e| e.gate).collect();
+        let gates: Vec<&CudaLinear> = experts.iter().filter_map(|e| e.gate).collect();
         let ups: Vec<&CudaLinear> = experts.iter().map(|e| e.up).collect();
         let downs: Vec<&CudaLinear> = experts.iter().map(|e| e.down).collect();
-        let shared = experts.iter().all(|e| e.gate.activation == e.up.activation && pre(e.gate) == pre(e.up));
-        let (gate, up, down) = (self.side(&gates)?, self.side(&ups)?, self.side(&downs)?);
-        let table = Arc::new(Table { ids, gate, up, down, shared });
+        let same = |(gate, up): (&&CudaLinear, &&CudaLinear)| gate.activation == up.activation && pre(gate) == pre(up);
+        let table = Arc::new(Table {
+            shared: gates.iter().zip(&ups).all(same),
+            correction: correction.map(|c| Ok((c.clone(), self.device.upload(c)?))).transpose()?,
+            gate: if gates.is_empty() { None } else { Some(self.side(&gates)?) },
+            up: self.side(&ups)?,
+            down: self.side(&downs)?,
+            ids,
+        });
         if tables.len() >= REMEMBERED {
             tables.clear();
         }
@@ -132,23 +188,18 @@ impl CudaBackend {
         Ok(Rows { x: operand.x, scales: operand.scales })
     }
 
-    /// Products of sorted rows, [pairs, n], with linears like `w`; an expert has `tokens` rows at most.
-    fn products(
-        &self,
-        (rows, pairs, tokens): (&Rows, usize, usize),
-        begins: &Memory,
-        w: &CudaLinear,
-        (side, experts): (&Side, usize),
-    ) -> Result<CudaTensor> {
-        let y = self.empty(pairs, w.n)?;
+    /// Products of sorted rows, [pairs, n], with linears like `w`; an expert has a row of every token at most.
+    fn products(&self, rows: &Rows, pairs: &Pairs, w: &CudaLinear, side: &Side) -> Result<CudaTensor> {
+        let y = self.empty(pairs.count, w.n)?;
         let planes = if w.activation == ActivationFormat::Float { 2 } else { 1 };
-        let columns = if tokens * planes <= 8 { 8 } else { 32 };
+        let most = pairs.tokens * planes;
+        let columns = if most <= 8 { 8 } else { 32 };
         let grouped = if w.grouped() { "g" } else { "" };
         let name = kernel(&format!("mixture_{}_{columns}{grouped}", suffix(w.kind)))?;
         let [of_tokens, of_groups] = scales_of(w.activation, rows.scales.as_ref());
         let args = Args::new()
             .memory(&side.pointers)
-            .memory(begins)
+            .memory(&pairs.begins)
             .memory(&rows.x)
             .optional(of_tokens)
             .optional(of_groups)
@@ -157,8 +208,54 @@ impl CudaBackend {
             .int(planes)
             .int(w.n)
             .int(w.k.next_multiple_of(STEP));
-        self.launch(name, [w.n.div_ceil(32), (tokens * planes).div_ceil(columns), experts], 256, args)?;
+        self.launch(name, [w.n.div_ceil(32), most.div_ceil(columns), pairs.experts], 256, args)?;
         Ok(y)
+    }
+
+    /// Routes and sorts the tokens of logits [tokens, experts].
+    fn pairs(&self, logits: &CudaTensor, rule: &RouterRule, correction: Option<&Memory>) -> Result<Pairs> {
+        let (tokens, experts, top_k) = (logits.rows, logits.columns, rule.top_k);
+        let count = tokens * top_k;
+        let take = || self.device.take(4 * count);
+        let (chosen, weights) = (take()?, take()?);
+        let (scores, groups, top_groups) = scores_number(&rule.scores);
+        let args = Args::new()
+            .memory(&logits.data)
+            .optional(correction)
+            .memory(&chosen)
+            .memory(&weights)
+            .int(tokens)
+            .int(experts)
+            .int(top_k)
+            .int(scores)
+            .int(groups)
+            .int(top_groups)
+            .int(usize::from(rule.renormalize.is_some()))
+            .float(rule.renormalize.unwrap_or(0.0))
+            .float(rule.scale);
+        self.launch("mixture_route", [tokens.div_ceil(ROUTERS), 1, 1], 128, args)?;
+
+        let (token_of, expert_of, place) = (take()?, take()?, take()?);
+        let begins = self.device.take(4 * (experts + 1))?;
+        let args = Args::new()
+            .memory(&chosen)
+            .memory(&token_of)
+            .memory(&expert_of)
+            .memory(&place)
+            .memory(&begins)
+            .int(count)
+            .int(top_k)
+            .int(experts);
+        self.launch("mixture_sort", [experts, 1, 1], 256, args)?;
+        Ok(Pairs { tokens, experts, count, weights, token_of, expert_of, place, begins })
+    }
+
+    /// Rows of `x` for each pair, as linears like `w` read them.
+    fn inputs_of(&self, x: &CudaTensor, pairs: &Pairs, w: &CudaLinear, side: &Side) -> Result<Rows> {
+        let rows = self.rows_for(w, pairs.count)?;
+        let args = Args::new().memory(&x.data).memory(&pairs.token_of);
+        self.launch("mixture_operand", [pairs.count, 1, 1], 256, quantizing(args, pairs, w, side, &rows))?;
+        Ok(rows)
     }
 
     /// [`crate::backend::Backend::mixture`]; `None` where there are no kernels for it.
@@ -170,85 +267,48 @@ impl CudaBackend {
         experts: &[Ffn<'_, CudaLinear>],
         rule: &RouterRule,
     ) -> Result<Option<CudaTensor>> {
-        let Some(experts) = &gated(experts) else { return Ok(None) };
-        let softmax = RouterRule::softmax(rule.top_k, rule.renormalize.is_some());
-        if !has_kernels(experts) || router.n != experts.len() || rule.top_k == 0 || *rule != softmax {
+        if !has_kernels(experts) || router.n != experts.len() || rule.check(experts.len()).is_err() {
             return Ok(None);
         }
         let x = &self.settled(x)?;
-        let table = self.table(experts)?;
-        let (count, top_k, tokens) = (experts.len(), rule.top_k.min(experts.len()), x.rows);
-        let pairs = tokens * top_k;
+        let table = self.table(experts, rule)?;
         let logits = one(self.linears(routed, &[router])?)?;
-        let (chosen, weights) = (self.device.take(4 * pairs)?, self.device.take(4 * pairs)?);
-        let args = Args::new()
-            .memory(&logits.data)
-            .memory(&chosen)
-            .memory(&weights)
-            .int(tokens)
-            .int(count)
-            .int(top_k)
-            .int(usize::from(rule.renormalize.is_some()));
-        self.launch("mixture_route", [tokens.div_ceil(ROUTERS), 1, 1], 128, args)?;
+        let pairs = &self.pairs(&logits, rule, table.correction.as_ref().map(|c| &c.1))?;
 
-        let [token_of, expert_of, place] = [(); 3].map(|()| self.device.take(4 * pairs));
-        let (token_of, expert_of, place) = (token_of?, expert_of?, place?);
-        let begins = self.device.take(4 * (count + 1))?;
-        let args = Args::new()
-            .memory(&chosen)
-            .memory(&token_of)
-            .memory(&expert_of)
-            .memory(&place)
-            .memory(&begins)
-            .int(pairs)
-            .int(top_k)
-            .int(count);
-        self.launch("mixture_sort", [count, 1, 1], 256, args)?;
-
-        let Gated { gate, up, down } = experts[0];
-        let input = |w: &CudaLinear, side: &Side| -> Result<Rows> {
-            let rows = self.rows_for(w, pairs)?;
-            let (number, _, rule) = format(w.activation);
-            let args = Args::new()
-                .memory(&x.data)
-                .memory(&token_of)
-                .memory(&expert_of)
-                .memory(&side.scales)
-                .memory(&side.pre)
-                .int(number)
-                .int(rule)
-                .int(w.k)
-                .int(w.k.next_multiple_of(STEP))
-                .memory(&rows.x)
-                .optional(rows.scales.as_ref());
-            self.launch("mixture_operand", [pairs, 1, 1], 256, args)?;
-            Ok(rows)
+        let Ffn { gate, up, down, activation } = experts[0];
+        let mut rows = self.inputs_of(x, pairs, up, &table.up)?;
+        let ups = self.products(&rows, pairs, up, &table.up)?;
+        let gates = match gate.zip(table.gate.as_ref()) {
+            Some((gate, side)) => {
+                if !table.shared {
+                    rows = self.inputs_of(x, pairs, gate, side)?;
+                }
+                Some(self.products(&rows, pairs, gate, side)?)
+            }
+            None => None,
         };
-        let rows = input(gate, &table.gate)?;
-        let gates = self.products((&rows, pairs, tokens), &begins, gate, (&table.gate, count))?;
-        let rows = if table.shared { rows } else { input(up, &table.up)? };
-        let ups = self.products((&rows, pairs, tokens), &begins, up, (&table.up, count))?;
 
-        let rows = self.rows_for(down, pairs)?;
-        let (number, _, rule) = format(down.activation);
+        let rows = self.rows_for(down, pairs.count)?;
+        let args = match &gates {
+            Some(gates) => Args::new().memory(&gates.data).memory(&ups.data),
+            // Gate and up side by side.
+            None if activation.is_gated() => Args::new().memory(&ups.data).memory_at(&ups.data, 4 * down.k),
+            None => Args::new().memory(&ups.data).optional(None),
+        };
+        let (kind, limit) = activation_number(activation);
+        let args = quantizing(args.int(up.n).int(kind).float(limit), pairs, down, &table.down, &rows);
+        self.launch("mixture_activate", [pairs.count, 1, 1], 256, args)?;
+        let y = self.products(&rows, pairs, down, &table.down)?;
+
+        let sum = self.empty(pairs.tokens, down.n)?;
         let args = Args::new()
-            .memory(&gates.data)
-            .memory(&ups.data)
-            .memory(&expert_of)
-            .memory(&table.down.scales)
-            .memory(&table.down.pre)
-            .int(number)
-            .int(rule)
-            .int(down.k)
-            .int(down.k.next_multiple_of(STEP))
-            .memory(&rows.x)
-            .optional(rows.scales.as_ref());
-        self.launch("mixture_silu", [pairs, 1, 1], 256, args)?;
-        let y = self.products((&rows, pairs, tokens), &begins, down, (&table.down, count))?;
-
-        let sum = self.empty(tokens, down.n)?;
-        let args = Args::new().memory(&y.data).memory(&place).memory(&weights).memory(&sum.data).int(top_k).int(down.n);
-        self.launch("mixture_sum", [tokens, 1, 1], 256, args)?;
+            .memory(&y.data)
+            .memory(&pairs.place)
+            .memory(&pairs.weights)
+            .memory(&sum.data)
+            .int(rule.top_k)
+            .int(down.n);
+        self.launch("mixture_sum", [pairs.tokens, 1, 1], 256, args)?;
         Ok(Some(sum))
     }
 }

@@ -1,14 +1,12 @@
 //! What only some architectures need: states, activations, gates, picked columns, and attention that is not plain.
 
-use super::{ATTENTION, Checked, ELEMENTWISE, Failure, PRODUCT, Side, deviation, of, values};
+use super::{ATTENTION, Checked, ELEMENTWISE, Failure, Side, deviation, of, values};
 use crate::backend::{
     Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, DeltaInputs, DeltaNetShape, DeltaNetWeights,
-    Ffn, HeadNorms, HeadParameters, LayerCache, Mamba2Shape, Mamba2Weights, PAGE, QueryGrowth, Rotation, Run, Span,
+    HeadNorms, HeadParameters, LayerCache, Mamba2Shape, Mamba2Weights, PAGE, QueryGrowth, Rotation, Run, Span,
 };
 use crate::formats::kv::KvFormat;
-use crate::formats::linear::{ActivationFormat, LinearTensors};
-use crate::formats::synthetic::{self, WEIGHTS};
-use crate::logits::RouterRule;
+use crate::formats::synthetic;
 use crate::random::SplitMix64;
 
 /// A recurrent layer's sums build on each other from token to token.
@@ -73,18 +71,6 @@ impl<B: Backend> Side<'_, B> {
         out.push(("factor", b.to_host(&b.scale(x.clone(), 1.75)?)?, 0.0));
         let runs = [Run::of(1, 7, 100), Run::of(0, 299, 1), Run::of(0, 0, 150), Run::of(1, 0, 7)];
         out.push(("picked columns", b.to_host(&b.rearrange(&[&x, &y], &runs)?)?, 0.0));
-        let mut layer = |n, k| {
-            let layer = synthetic::layer(r, n, k, WEIGHTS[6], ActivationFormat::Float);
-            b.load_linear(LinearTensors { bias: None, pre_quant_scale: None, ..layer })
-        };
-        let router = layer(5, 64)?;
-        let experts: Vec<[B::Linear; 2]> =
-            (0..5).map(|_| Ok([layer(96, 64)?, layer(64, 96)?])).collect::<Result<_, BackendError>>()?;
-        let experts: Vec<Ffn<'_, B::Linear>> =
-            experts.iter().map(|[up, down]| Ffn { gate: None, up, down, activation: Activation::Relu2 }).collect();
-        let x = b.tensor((0..7 * 64).map(|_| synthetic::uniform(r)).collect(), 64)?;
-        let mixed = b.mixture(&x, &x, &router, &experts, &RouterRule::softmax(2, true))?;
-        out.push(("mixture of experts without gates", b.to_host(&mixed)?, PRODUCT * 10.0));
         Ok(out)
     }
 

@@ -6,52 +6,110 @@
 
 constexpr int MIX = 256, MAX_EXPERTS = 512, ROUTERS = 4;
 
-// Of equal bits only equal; ascends as the numbers do, NaN beyond both ends.
+// What experts are compared by; the numbers are those of `scores_number` in mixture.rs.
+enum Scores { SOFTMAX = 0, SOFTMAX_OF_CHOSEN = 1, SIGMOID = 2 };
+
+// Below all that can be chosen.
+constexpr int NEVER = -0x7fffffff - 1;
+// Of equal scores equal, -0 and 0 among them; ascends as the numbers do, NaN beyond them all.
 DEV int order_of(float x) {
-    const int bits = (int)bits_of(x);
+    if (x != x) return 0x7fffffff;
+    const int bits = (int)bits_of(x + 0.0f);
     return bits < 0 ? bits ^ 0x7fffffff : bits;
 }
 
-// Softmax of router logits [tokens, count], the k largest (of equal ones the first), weights rescaled to one where `normalize`:
-// experts and weights [tokens, k], ascending by expert. A warp has a token; sums have the host's order.
-KERNEL(mixture_route, 128, (const float* logits, int* experts, float* weights, int tokens, int count, int k, int normalize)) {
-    SHARED(float, powers, ROUTERS * MAX_EXPERTS);
-    SHARED(float, shares, ROUTERS * MAX_EXPERTS);
-    SHARED(int, ranks, ROUTERS * MAX_EXPERTS);
-    SHARED(float, sorted, ROUTERS * MAX_EXPERTS);
+// Router logits [tokens, count] to the k best experts and their weights, [tokens, k], ascending by expert. What is compared:
+// softmax, logits, or sigmoid with `bias` (or null) added, of the experts in the `top_groups` groups whose two best have the
+// largest sums. Weights are softmax (of all, of the chosen) or sigmoid; where `rescale`, divided by their sum and `epsilon`;
+// times `scale`. A warp has a token; all in the order of logits/routing.rs.
+KERNEL(mixture_route, 128, (const float* logits, const float* bias, int* experts, float* weights, int tokens, int count, int k,
+                            int scores, int groups, int top_groups, int rescale, float epsilon, float scale)) {
+    SHARED(float, values, ROUTERS * MAX_EXPERTS);
+    SHARED(int, orders, ROUTERS * MAX_EXPERTS);
+    SHARED(int, chosen, ROUTERS * MAX_EXPERTS);
+    SHARED(float, best, ROUTERS * MAX_EXPERTS);
     const int token = block_x() * ROUTERS + warp_index(), lane = lane_index(), base = warp_index() * MAX_EXPERTS;
     // Whole warps leave; nobody waits for them.
     if (token >= tokens) return;
     const float* row = logits + (long)token * count;
-    float most = -INFINITY;
-    for (int e = lane; e < count; e += 32) most = fmaxf(most, ld(row + e));
-    UNROLL for (int m = 16; m > 0; m /= 2) most = fmaxf(most, shfl_xor(most, m));
-    for (int e = lane; e < count; e += 32) powers[base + e] = exp_libm(ld(row + e) - most);
-    warp_sync();
     float total = 0.0f;
-    for (int e = 0; e < count; e++) total += powers[base + e];
-    for (int e = lane; e < count; e += 32) shares[base + e] = powers[base + e] / total;
-    warp_sync();
+    if (scores == SOFTMAX) {
+        float most = -INFINITY;
+        for (int e = lane; e < count; e += 32) most = fmaxf(most, ld(row + e));
+        UNROLL for (int m = 16; m > 0; m /= 2) most = fmaxf(most, shfl_xor(most, m));
+        for (int e = lane; e < count; e += 32) best[base + e] = exp_libm(ld(row + e) - most);
+        warp_sync();
+        for (int e = 0; e < count; e++) total += best[base + e];
+    }
     for (int e = lane; e < count; e += 32) {
-        const float own = shares[base + e];
-        int rank = 0;
-        for (int other = 0; other < count; other++) {
-            const int o = order_of(shares[base + other]);
-            rank += o > order_of(own) || (o == order_of(own) && other < e);
-        }
-        ranks[base + e] = rank;
-        sorted[base + rank] = own;
+        float v = ld(row + e);
+        if (scores == SOFTMAX) v = best[base + e] / total;
+        if (scores == SIGMOID) v = 1.0f / (1.0f + exp_libm(-v));
+        values[base + e] = v;
+        orders[base + e] = order_of(bias ? v + ld(bias + e) : v);
     }
     warp_sync();
+    if (groups > 1) {
+        const int size = count / groups;
+        for (int g = lane; g < groups; g += 32) {
+            int first = NEVER, second = NEVER;
+            float two[2] = {0.0f, 0.0f};
+            for (int e = g * size; e < (g + 1) * size; e++) {
+                const int o = orders[base + e];
+                const float v = bias ? values[base + e] + ld(bias + e) : values[base + e];
+                if (o > first) second = first, first = o, two[1] = two[0], two[0] = v;
+                else if (o > second) second = o, two[1] = v;
+            }
+            chosen[base + g] = order_of(two[0] + two[1]);
+        }
+        warp_sync();
+        for (int g = lane; g < groups; g += 32) {
+            const int own = chosen[base + g];
+            int rank = 0;
+            for (int other = 0; other < groups; other++) {
+                const int o = chosen[base + other];
+                rank += o > own || (o == own && other < g);
+            }
+            if (rank < top_groups) continue;
+            for (int e = g * size; e < (g + 1) * size; e++) orders[base + e] = NEVER;
+        }
+        warp_sync();
+    }
+    // One after the other, of equal ones the first.
+    for (int i = 0; i < k; i++) {
+        int most = NEVER, at = 0;
+        for (int e = lane; e < count; e += 32) {
+            const int o = orders[base + e];
+            if (o > most) most = o, at = e;
+        }
+        UNROLL for (int m = 16; m > 0; m /= 2) {
+            const int o = shfl_xor(most, m), a = shfl_xor(at, m);
+            if (o > most || (o == most && a < at)) most = o, at = a;
+        }
+        warp_sync();
+        if (lane == 0) chosen[base + i] = at, best[base + i] = values[base + at], orders[base + at] = NEVER;
+        warp_sync();
+    }
+    if (scores == SOFTMAX_OF_CHOSEN) {
+        float most = -INFINITY;
+        for (int i = 0; i < k; i++) most = fmaxf(most, best[base + i]);
+        warp_sync();
+        for (int i = lane; i < k; i += 32) best[base + i] = exp_libm(best[base + i] - most);
+        warp_sync();
+        for (int i = 0; i < k; i++) total += best[base + i];
+        warp_sync();
+        for (int i = lane; i < k; i += 32) best[base + i] = best[base + i] / total;
+        warp_sync();
+    }
     float kept = 0.0f;
-    for (int i = 0; i < k; i++) kept += sorted[base + i];
-    for (int e = lane; e < count; e += 32) {
-        if (ranks[base + e] >= k) continue;
+    for (int i = 0; i < k; i++) kept += best[base + i];
+    for (int i = lane; i < k; i += 32) {
+        const int e = chosen[base + i];
         int to = 0;
-        for (int other = 0; other < e; other++) to += ranks[base + other] < k;
-        const float own = shares[base + e];
+        for (int other = 0; other < k; other++) to += chosen[base + other] < e;
+        const float own = best[base + i];
         st(experts + (long)token * k + to, e);
-        st(weights + (long)token * k + to, normalize ? own / kept : own);
+        st(weights + (long)token * k + to, (rescale ? own / (kept + epsilon) : own) * scale);
     }
 }
 
@@ -97,17 +155,19 @@ KERNEL(mixture_operand, 256, (const float* in, const int* token_of, const int* e
     quantize_row([&](int k0, float (&v)[UNIT]) { load16(p, k0, k, v); }, (const float*)ld(pre_of + expert), format,
                  ld(scale_of + expert), rule, row, k, kp, x, scales, scratch);
 }
-// silu(gate) · up of sorted pairs, quantized likewise.
-KERNEL(mixture_silu, 256, (const float* gate, const float* up, const int* expert_of, const float* scale_of, const uint64_t* pre_of,
-                           int format, int rule, int k, int kp, uint16_t* x, float* scales)) {
+// activation(gate, up) of sorted pairs, rows `pitch` apart, quantized likewise; up is null for relu².
+KERNEL(mixture_activate, 256, (const float* gate, const float* up, int pitch, int kind, float limit, const int* expert_of,
+                               const float* scale_of, const uint64_t* pre_of, int format, int rule, int k, int kp, uint16_t* x,
+                               float* scales)) {
     SHARED(float, scratch, THREADS / 32);
     const int row = block_x(), expert = ld(expert_of + row);
-    const float *g = gate + (long)row * k, *u = up + (long)row * k;
+    const float *g = gate + (long)row * pitch, *u = up ? up + (long)row * pitch : nullptr;
     quantize_row(
         [&](int k0, float (&v)[UNIT]) {
-            float w[UNIT];
-            load16(g, k0, k, v), load16(u, k0, k, w);
-            UNROLL for (int i = 0; i < UNIT; i++) v[i] = silu(v[i]) * w[i];
+            float w[UNIT] = {};
+            load16(g, k0, k, v);
+            if (u) load16(u, k0, k, w);
+            UNROLL for (int i = 0; i < UNIT; i++) v[i] = activated(kind, limit, v[i], w[i]);
         },
         (const float*)ld(pre_of + expert), format, ld(scale_of + expert), rule, row, k, kp, x, scales, scratch);
 }

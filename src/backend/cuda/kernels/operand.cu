@@ -5,7 +5,7 @@
 // Three sources share it: plain rows, the norm of the residual stream (to which what a mixer gave is added first), and
 // silu(gate) · up. A block has a row; a thread 16 columns at a time, one NVFP4 block, half an MX one, an eighth of a group of 128.
 // Roofline: memory, each value read at most three times, of which two from cache. Any K.
-#include "formats.cuh"
+#include "activation.cuh"
 
 constexpr int THREADS = 256, UNIT = 16;
 
@@ -165,8 +165,6 @@ KERNEL(operand_plain, 256, (const float* in, const float* pre, int format, float
     const float* p = in + (long)row * k;
     quantize_row([&](int k0, float (&v)[UNIT]) { load16(p, k0, k, v); }, pre, format, scale, rule, row, k, kp, x, scales, scratch);
 }
-
-DEV float silu(float x) { return x / (1.0f + exp_f32(-x)); }
 
 // silu(gate) · up.
 KERNEL(operand_silu, 256, (const float* gate, const float* up, const float* pre, int format, float scale, int rule, int k,

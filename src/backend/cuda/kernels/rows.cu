@@ -1,5 +1,6 @@
 // Rows: out of the embedding, chosen, added to others, activated, gated, their columns picked, looked at. A block has a row.
 // Roofline: memory.
+#include "activation.cuh"
 #include "weight.cuh"
 
 constexpr int ROW = 128;
@@ -51,36 +52,14 @@ KERNEL(add, 128, (float* x, const float* y, int k)) {
 // gate = silu(gate) · up.
 KERNEL(silu_mul, 128, (float* gate, const float* up, int k)) {
     const long row = (long)block_x() * k;
-    for (int i = thread_index(); i < k; i += ROW) {
-        const float x = get(gate + row + i);
-        st(gate + row + i, x / (1.0f + exp_f32(-x)) * ld(up + row + i));
-    }
+    for (int i = thread_index(); i < k; i += ROW) st(gate + row + i, silu(get(gate + row + i)) * ld(up + row + i));
 }
 
 // x = activation(x, up), rows of k; up is null for relu².
-enum ActivationOf { RELU2 = 0, GELU_TANH = 1, CLAMPED_SWIGLU = 2 };
 KERNEL(activate, 128, (float* x, const float* up, int kind, float limit, int k)) {
     const long row = (long)block_x() * k;
-    for (int i = thread_index(); i < k; i += ROW) {
-        float g = get(x + row + i);
-        if (kind == RELU2) {
-            g = g < 0.0f ? 0.0f : g;
-            st(x + row + i, g * g);
-            continue;
-        }
-        float u = ld(up + row + i);
-        if (kind == GELU_TANH) {
-            // x/2 · (1 + tanh y) = x · sigmoid(2y), 2y = 2·√(2/π) · (x + 0.044715 x³).
-            const float y = 1.595769122f * fmaf(0.044715f * g * g, g, g);
-            g = g / (1.0f + exp_f32(-y)) * u;
-        } else {
-            g = g > limit ? limit : g;
-            u = u > limit ? limit : u;
-            u = u < -limit ? -limit : u;
-            g = (u + 1.0f) * (g / (1.0f + exp_f32(-1.702f * g)));
-        }
-        st(x + row + i, g);
-    }
+    for (int i = thread_index(); i < k; i += ROW)
+        st(x + row + i, activated(kind, limit, get(x + row + i), up ? ld(up + row + i) : 0.0f));
 }
 
 // Each run of `group` columns times a matrix [group, group]: out [rows, k]. `pre` multiplies columns before, or is null.

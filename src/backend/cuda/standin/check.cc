@@ -664,7 +664,7 @@ static void check_rows() {
         v[0] = NAN, v[1] = 1e9f, v[2] = -1e9f, v[3] = 0.0f, v[4] = 7.0f;
         return v;
     }();
-    for (int kind = 0; kind < 3; kind++) {
+    for (int kind = 0; kind < 4; kind++) {
         std::vector<float> u(y), e;
         for (int i = 0; i < rows * k; i++) u[i] *= 6;
         u[5] = NAN;
@@ -677,6 +677,7 @@ static void check_rows() {
             double exact = std::max((double)x, 0.0) * std::max((double)x, 0.0);
             if (kind == 1) exact = x / (1 + exp(-2 * sqrt(2 / M_PI) * (x + .044715 * x * x * x))) * u[i];
             if (kind == 2) { const double g = std::min((double)x, 7.0), up = std::clamp((double)u[i], -7.0, 7.0); exact = (up + 1) * g / (1 + exp(-1.702 * g)); }
+            if (kind == 3) exact = x / (1 + exp(-(double)x)) * u[i];
             // gelu's argument is rounded before the exponential.
             const double size = fabs(exact) * (1 + (kind == 1 ? 4e-2 * fabs((double)x * x * x) : fabs(x))) + 1e-30;
             if (bad ? got[i] == got[i] : !(fabs(got[i] - exact) <= 3e-6 * size + 1e-28) && !(std::isinf(exact) && std::isinf(got[i]))) { printf("FAIL activate %d: %g of %g and %g, expected %g\n", kind, got[i], x, u[i], exact), FAILED++; break; }

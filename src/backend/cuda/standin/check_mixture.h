@@ -1,41 +1,86 @@
 // Checks of mixture.cu; included by check.cc.
 
-// The router's choice, as logits/routing.rs defines it; `weights` in f64.
-static void check_route(int tokens, int count, int k, bool normalize) {
-    std::vector<float> logits((size_t)tokens * count);
-    for (auto& v : logits) v = below(2) ? (float)(below(7) - 3) : (float)std::normal_distribution<>(0, 4)(RANDOM);
-    for (int e = 0; e < count; e++) logits[e] = e % 3 ? -120.0f : 2.0f;
-    if (tokens > 1) for (int e = 0; e < count; e++) logits[count + e] = -(float)e * 1.37f;
-    // Weights that are no normal numbers.
-    if (tokens > 2) for (int e = 0; e < count; e++) logits[2 * count + e] = e == 1 ? 0.0f : -88.5f - (float)(e % 15);
-    Array<float> dl(logits), weights((size_t)tokens * k);
+struct RouteRule { int scores, groups = 1, top_groups = 1; bool biased = false, rescale = false; float epsilon = 0, scale = 1; };
+
+// Numbers in the order in which they are chosen: NaN, then the larger; of equal ones the first.
+static std::vector<int> best_of(const std::vector<float>& v) {
+    std::vector<int> order(v.size());
+    for (size_t i = 0; i < v.size(); i++) order[i] = (int)i;
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return std::isnan(v[a]) || std::isnan(v[b]) ? std::isnan(v[a]) > std::isnan(v[b]) : v[a] > v[b]; });
+    return order;
+}
+
+// The router's choice, as logits/routing.rs defines it, bit for bit; and the weights of what was chosen in f64.
+static void check_route(int tokens, int count, int k, RouteRule rule) {
+    std::vector<float> logits((size_t)tokens * count), bias(count);
+    for (auto& v : logits) v = below(2) ? (float)(below(7) - 3) * (below(2) ? 1.0f : -1.0f) : (float)std::normal_distribution<>(0, 4)(RANDOM);
+    for (int e = 0; e < count; e++) bias[e] = e % 7 == 5 ? -INFINITY : (float)(below(17) - 8) / 8;
+    auto row = [&](int t, auto value) { if (t < tokens) for (int e = 0; e < count; e++) logits[(size_t)t * count + e] = value(e); };
+    row(0, [](int e) { return e % 3 ? -120.0f : 2.0f; });
+    row(1, [](int e) { return -(float)e * 1.37f; });
+    // Weights that are no normal numbers; all alike; what is no number, of either sign.
+    row(2, [](int e) { return e == 1 ? 0.0f : -88.5f - (float)(e % 15); });
+    row(3, [](int e) { return 1.25f; });
+    row(4, [&](int e) { return e == count / 2 ? -NAN : e % 11 == 3 ? INFINITY : e % 11 == 4 ? -INFINITY : (float)e / 8; });
+    // Zeros of either sign are equal.
+    row(5, [](int e) { return e % 3 == 2 ? -1.0f : e % 2 ? 0.0f : -0.0f; });
+    Array<float> dl(logits), db(bias), weights((size_t)tokens * k);
     Array<int> experts((size_t)tokens * k);
-    if (!run("mixture_route", (tokens + 3) / 4, 1, 1, dl.p, experts.p, weights.p, tokens, count, k, (int)normalize)) return;
+    if (!run("mixture_route", (tokens + 3) / 4, 1, 1, dl.p, rule.biased ? db.p : nullptr, experts.p, weights.p, tokens, count, k, rule.scores, rule.groups, rule.top_groups, (int)rule.rescale, rule.epsilon, rule.scale)) return;
     const auto e = experts.get("experts");
     const auto w = weights.get("weights");
+    auto softmax = [](std::vector<float> v) {
+        float most = -INFINITY, total = 0;
+        for (float x : v) most = fmaxf(most, x);
+        for (auto& x : v) total += x = exp_libm(x - most);
+        for (auto& x : v) x /= total;
+        return v;
+    };
     for (int t = 0; t < tokens; t++) {
-        const float* row = &logits[(size_t)t * count];
-        std::vector<int> order(count);
-        for (int i = 0; i < count; i++) order[i] = i;
-        std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return row[a] > row[b]; });
-        double total = 0, kept = 0;
-        const double most = row[order[0]];
-        for (int i = 0; i < count; i++) total += exp(row[i] - most);
-        for (int i = 0; i < k; i++) kept += exp(row[order[i]] - most) / total;
-        // Of weights that are equal in f32, e^-100 and e^-101 of a sum, the first: looked at by value.
-        std::vector<int> chosen(e.begin() + (size_t)t * k, e.begin() + (size_t)(t + 1) * k);
-        bool good = std::is_sorted(chosen.begin(), chosen.end()) && std::adjacent_find(chosen.begin(), chosen.end()) == chosen.end();
-        for (int i = 0; i < k; i++) {
-            const int x = chosen[i];
-            good &= x >= 0 && x < count;
-            if (!good) break;
-            const double p = exp(row[x] - most) / total / (normalize ? kept : 1);
-            good &= fabs(w[(size_t)t * k + i] - p) <= 1e-6 * p + 1e-44;
+        const std::vector<float> of(logits.begin() + (size_t)t * count, logits.begin() + (size_t)(t + 1) * count);
+        std::vector<float> values = rule.scores == SOFTMAX ? softmax(of) : of, compared;
+        if (rule.scores == SIGMOID) for (auto& v : values) v = 1.0f / (1.0f + exp_libm(-v));
+        for (int i = 0; i < count; i++) compared.push_back(rule.biased ? values[i] + bias[i] : values[i]);
+        const int size = count / rule.groups;
+        std::vector<float> sums;
+        for (int g = 0; g < rule.groups; g++) {
+            const std::vector<float> group(compared.begin() + g * size, compared.begin() + (g + 1) * size);
+            const auto order = best_of(group);
+            sums.push_back(size > 1 ? group[order[0]] + group[order[1]] : group[0]);
         }
-        std::vector<int> expected(order.begin(), order.begin() + k);
-        std::sort(expected.begin(), expected.end());
-        const bool tiny = exp(row[order[std::min(k, count - 1)]] - most) < 1e-37;
-        if (!good || (chosen != expected && !tiny)) printf("FAIL mixture_route: token %d of %d experts, %d chosen\n", t, count, k), FAILED++;
+        auto groups = best_of(sums);
+        groups.resize(rule.top_groups);
+        std::vector<int> chosen;
+        for (int i : best_of(compared)) if (std::find(groups.begin(), groups.end(), i / size) != groups.end() && (int)chosen.size() < k) chosen.push_back(i);
+        std::vector<float> own;
+        for (int i : chosen) own.push_back(values[i]);
+        if (rule.scores == SOFTMAX_OF_CHOSEN) own = softmax(own);
+        float kept = 0;
+        for (float v : own) kept += v;
+        std::vector<std::pair<int, float>> expected;
+        for (int i = 0; i < k; i++) expected.emplace_back(chosen[i], (rule.rescale ? own[i] / (kept + rule.epsilon) : own[i]) * rule.scale);
+        std::sort(expected.begin(), expected.end(), [](auto a, auto b) { return a.first < b.first; });
+        // The same weights in f64.
+        double most = -INFINITY, total = 0, sum = 0;
+        for (float x : of) most = std::max(most, (double)x);
+        auto share = [&](int i) { return rule.scores == SIGMOID ? 1 / (1 + exp(-(double)of[i])) : exp(of[i] - most); };
+        if (rule.scores == SOFTMAX) for (int i = 0; i < count; i++) total += share(i);
+        if (rule.scores == SOFTMAX_OF_CHOSEN) for (int i : chosen) total += share(i);
+        if (rule.scores == SIGMOID) total = 1;
+        for (int i : chosen) sum += share(i) / total;
+        // The smallest that are no zero in f32.
+        const double least = rule.scores == SIGMOID ? 4e-39 : 1e-44;
+        const double by = rule.scale / (rule.rescale ? sum + rule.epsilon : 1);
+        for (int i = 0; i < k; i++) {
+            const auto [expert, weight] = expected[i];
+            const float got = w[(size_t)t * k + i];
+            const bool none = std::isnan(weight);
+            const bool good = e[(size_t)t * k + i] == expert && (none ? std::isnan(got) : bits_of(got) == bits_of(weight)) &&
+                              (none || fabs(got - share(expert) / total * by) <= (2e-6 * share(expert) / total + least) * by + 1e-44);
+            if (good) continue;
+            printf("FAIL mixture_route: scores %d, token %d, number %d of %d of %d experts: %d by %g, expected %d by %g\n", rule.scores, t, i, k, count, e[(size_t)t * k + i], got, expert, weight), FAILED++;
+            break;
+        }
     }
 }
 
@@ -63,7 +108,7 @@ static void check_sort(int tokens, int count, int k) {
 }
 
 // A sorted row is what the kernel of one linear makes of it, bit for bit: operand, product, sum.
-static void check_experts(int kind, bool grouped, int nt) {
+static void check_experts(int kind, bool grouped, int nt, int activation, bool fused) {
     const int count = 4, n = 40, k = 128 * 3 + 64, kp = 512, tokens = 9, top = 2;
     const int format = grouped ? FP8_GROUP : kind == 0 ? NVFP4 : kind == 5 ? FLOAT : kind == 3 ? FP8_TOKEN : kind == 4 ? MXFP8 : MXFP4;
     const int planes = format == FLOAT ? 2 : 1;
@@ -91,34 +136,40 @@ static void check_experts(int kind, bool grouped, int nt) {
                                          address(rows[e]->p), e % 2 ? address(biases[e]->p) : 0});
         pre_of.push_back(e == 3 ? address(pres[e]->p) : 0), scale_of.push_back((float)uniform(.01, .03));
     }
-    std::vector<float> in((size_t)tokens * k), up((size_t)18 * k), gate((size_t)18 * k);
+    // Gate and up side by side, or apart, or no gate.
+    const int pitch = fused ? 2 * k : k;
+    const float limit = 1.2f;
+    std::vector<float> in((size_t)tokens * k), gate((size_t)18 * pitch), up((size_t)18 * k);
     for (auto* v : {&in, &up, &gate}) for (auto& f : *v) f = (float)std::normal_distribution<>(0, 1)(RANDOM);
+    if (fused) for (int row = 0; row < 18; row++) std::copy_n(up.begin() + row * k, k, gate.begin() + row * pitch + k);
     Array<float> din(in), dup(up), dgate(gate), dscale(scale_of);
+    const float* beside = activation == RELU2 ? nullptr : fused ? dgate.p + k : dup.p;
     Array<uint64_t> dpointers(pointers), dpre(pre_of);
     Array<int> dtoken(token_of), dexpert(expert_of), dbegins(begins);
     const std::string what = std::string("mixture ") + NAMES[kind] + (grouped ? " grouped" : "");
     const size_t many = 18 * (grouped ? kp / 128 : 1);
-    Array<uint16_t> x((size_t)18 * planes * kp), silu_x((size_t)18 * planes * kp);
-    Array<float> s(many), silu_s(many), y((size_t)18 * n);
+    Array<uint16_t> x((size_t)18 * planes * kp), active_x((size_t)18 * planes * kp);
+    Array<float> s(many), active_s(many), y((size_t)18 * n);
     if (!run("mixture_operand", 18, 1, 1, din.p, dtoken.p, dexpert.p, dscale.p, dpre.p, format, 0, k, kp, x.p, scaled ? s.p : nullptr)) return;
-    if (!run("mixture_silu", 18, 1, 1, dgate.p, dup.p, dexpert.p, dscale.p, dpre.p, format, 0, k, kp, silu_x.p, scaled ? silu_s.p : nullptr)) return;
+    if (!run("mixture_activate", 18, 1, 1, dgate.p, beside, pitch, activation, limit, dexpert.p, dscale.p, dpre.p, format, 0, k, kp, active_x.p, scaled ? active_s.p : nullptr)) return;
     const std::string suffix = std::string(NAMES[kind]) + (nt == 1 ? "_8" : "_32") + (grouped ? "g" : "");
     if (!run(("mixture_" + suffix).c_str(), (n + 31) / 32, (9 * planes + 8 * nt - 1) / (8 * nt), count, dpointers.p, dbegins.p, x.p, scaled && !grouped ? s.p : nullptr, grouped ? s.p : nullptr, dscale.p, y.p, planes, n, kp)) return;
-    const auto gx = x.get(what), gs = silu_x.get(what);
+    const auto gx = x.get(what), gs = active_x.get(what);
     const auto gy = y.get(what);
     for (int row = 0; row < 18; row++) {
         const int e = expert_of[row];
         Array<float> one(std::vector<float>(in.begin() + (size_t)token_of[row] * k, in.begin() + (size_t)(token_of[row] + 1) * k));
-        Array<float> g(std::vector<float>(gate.begin() + (size_t)row * k, gate.begin() + (size_t)(row + 1) * k)), u(std::vector<float>(up.begin() + (size_t)row * k, up.begin() + (size_t)(row + 1) * k));
+        Array<float> g(std::vector<float>(gate.begin() + (size_t)row * pitch, gate.begin() + (size_t)row * pitch + k)), u(std::vector<float>(up.begin() + (size_t)row * k, up.begin() + (size_t)(row + 1) * k));
         Array<uint16_t> ox((size_t)planes * kp), os((size_t)planes * kp);
         Array<float> oscale(grouped ? kp / 128 : 1), sscale(grouped ? kp / 128 : 1), oy(n);
         run("operand_plain", 1, 1, 1, one.p, (float*)pre_of[e], format, scale_of[e], 0, k, kp, ox.p, scaled ? oscale.p : nullptr);
-        run("operand_silu", 1, 1, 1, g.p, u.p, (float*)pre_of[e], format, scale_of[e], 0, k, kp, os.p, scaled ? sscale.p : nullptr);
+        run("activate", 1, 1, 1, g.p, activation == RELU2 ? nullptr : u.p, activation, limit, k);
+        run("operand_plain", 1, 1, 1, g.p, (float*)pre_of[e], format, scale_of[e], 0, k, kp, os.p, scaled ? sscale.p : nullptr);
         const uint64_t* p = &pointers[5 * e];
         run(("matmul_" + suffix).c_str(), (n + 31) / 32, 1, 1, (U4*)p[0], (uint32_t*)p[1], (float*)p[2], ox.p, scaled && !grouped ? oscale.p : nullptr, grouped ? oscale.p : nullptr, (float*)p[3], (float*)p[4], oy.p, planes, planes, n, kp, scale_of[e]);
         const size_t from = (size_t)row * planes * kp, to = from + (size_t)planes * kp;
         equal(what + " operand", std::vector<uint16_t>(gx.begin() + from, gx.begin() + to), ox.get(what));
-        equal(what + " silu", std::vector<uint16_t>(gs.begin() + from, gs.begin() + to), os.get(what));
+        equal(what + " activated", std::vector<uint16_t>(gs.begin() + from, gs.begin() + to), os.get(what));
         equal(what + " product", std::vector<float>(gy.begin() + (size_t)row * n, gy.begin() + (size_t)(row + 1) * n), oy.get(what));
     }
     if (kind != 0) return;
@@ -136,8 +187,14 @@ static void check_experts(int kind, bool grouped, int nt) {
 }
 
 static void check_mixture() {
-    check_route(9, 8, 2, true), check_route(5, 128, 8, true), check_route(6, 60, 4, false), check_route(3, 512, 10, true), check_route(1, 3, 3, false);
+    const RouteRule softmax{SOFTMAX, 1, 1, false, true}, plain{SOFTMAX}, of_chosen{SOFTMAX_OF_CHOSEN};
+    check_route(9, 8, 2, softmax), check_route(5, 128, 8, softmax), check_route(6, 60, 4, plain), check_route(5, 512, 10, softmax), check_route(1, 3, 3, plain);
+    check_route(5, 3, 2, of_chosen), check_route(9, 32, 4, of_chosen), check_route(5, 128, 40, of_chosen);
+    // As MiniMax-M2, GLM, Nemotron 3 and DeepSeek-V3 have them; groups of two, more of them than lanes; one group of three.
+    check_route(9, 5, 3, {SIGMOID}), check_route(6, 256, 8, {SIGMOID, 1, 1, true, true}), check_route(6, 128, 8, {SIGMOID, 1, 1, true, true, 1e-20f, 1.0f});
+    check_route(5, 512, 22, {SIGMOID, 1, 1, true, true, 1e-20f, 5.0f}), check_route(9, 256, 8, {SIGMOID, 8, 4, true, true, 1e-20f, 2.5f});
+    check_route(9, 8, 3, {SIGMOID, 2, 1, true, false, 0, 2.5f}), check_route(5, 80, 6, {SIGMOID, 40, 9, true, true}), check_route(7, 21, 5, {SIGMOID, 3, 1, false, true, 0.25f});
     check_sort(1, 8, 2), check_sort(300, 60, 8), check_sort(7, 128, 8);
-    for (int kind = 0; kind < 6; kind++) for (int nt : {1, 4}) check_experts(kind, false, nt);
-    for (int nt : {1, 4}) check_experts(3, true, nt);
+    for (int kind = 0; kind < 6; kind++) for (int nt : {1, 4}) check_experts(kind, false, nt, (kind + nt / 4) % 4, kind > 2);
+    for (int nt : {1, 4}) check_experts(3, true, nt, nt == 1 ? SILU : CLAMPED_SWIGLU, nt == 1);
 }

@@ -31,15 +31,16 @@ struct Fault { std::string what; };
 
 // Where in a launch something happened: enough to tell whether two accesses are ordered by barriers.
 struct When { uint32_t launch = 0; int32_t block = -1, thread = -1; uint32_t block_epoch = 0, warp_epoch = 0; };
-// `MANY`: several threads, none of which can be named.
-constexpr int32_t MANY = -2;
+// `MANY`: several threads, none of which can be named. `OF_WARP - w`: several of warp w, all between the same of its barriers.
+constexpr int32_t MANY = -2, OF_WARP = -3;
+DEV int32_t warp_of(const When& w) { return w.thread >= 0 ? w.thread / 32 : w.thread <= OF_WARP ? OF_WARP - w.thread : -1; }
 
 DEV bool ordered(const When& before, const When& now) {
     if (before.launch != now.launch || before.launch == 0) return true;
     if (before.block != now.block) return false;
     if (before.thread == now.thread) return true;
     if (before.block_epoch < now.block_epoch) return true;
-    return before.thread >= 0 && before.thread / 32 == now.thread / 32 && before.warp_epoch < now.warp_epoch;
+    return warp_of(before) == now.thread / 32 && before.warp_epoch < now.warp_epoch;
 }
 
 // What is known of the bytes of some memory.
@@ -379,8 +380,12 @@ DEV void read_shadow(Shadow& s, size_t at, size_t n, bool constant, const char* 
         if (!ordered(s.writes[i], t)) fault(std::string(what) + ": race, read while thread " + std::to_string(s.writes[i].thread) + " writes, byte " + std::to_string(i));
         When& r = s.reads[i];
         if (!ordered(r, t) || (r.launch == t.launch && r.thread != t.thread && r.block_epoch == t.block_epoch)) {
-            const bool other_block = r.block != t.block;
-            r = t, r.thread = MANY;
+            const bool other_block = r.block != t.block, same_warp = !other_block && warp_of(r) == t.thread / 32;
+            const bool later = r.warp_epoch < t.warp_epoch;
+            r = t;
+            // Whoever comes after the later of two reads of a warp comes after both.
+            if (!same_warp) r.thread = MANY;
+            else if (!later) r.thread = OF_WARP - t.thread / 32;
             if (other_block) r.block = MANY;
         } else {
             r = t;
