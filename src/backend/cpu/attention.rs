@@ -5,10 +5,11 @@
 //! per dimension in order, the softmax sum keeps 16 partial sums by position modulo 16, and values are added in the
 //! order of positions. A head's sink joins the maximum and, last, the sum; it has no value.
 
-use rayon::prelude::*;
+use std::cell::RefCell;
 
 use super::elementwise::{LANES, exp, tree_sum};
 use super::isa::{Isa, multiversion};
+use super::threads::Threads;
 use crate::backend::{AttentionShape, Batch, CacheLayout, LayerCache, PAGE, Span};
 use crate::formats::kv::KvFormat;
 use crate::formats::{e4m3, fp8};
@@ -196,8 +197,10 @@ impl Output {
 
 /// Attends: q [T, heads · d] (rotated) to `out` [T, heads · value_dim], over what the cache holds up to each token.
 /// `sinks` [heads]: scores that take a share of the softmax and give nothing.
+#[allow(clippy::too_many_arguments)]
 pub(super) fn attend(
     isa: Isa,
+    threads: &Threads,
     cache: &KvCache,
     shape: &AttentionShape,
     sinks: Option<&[f32]>,
@@ -221,20 +224,31 @@ pub(super) fn attend(
     assert_eq!((q.len(), out.len()), (row * width, row * out_width), "queries or their results have the wrong size");
     assert!(sinks.is_none_or(|s| s.len() == shape.heads), "a sink for each head");
     let output = Output(out.as_mut_ptr());
-    tasks.par_iter().for_each_init(Vec::new, |scratch, &(span, row, position, count, head)| {
-        let mut results = vec![0.0f32; count * out_share];
+    threads.run(tasks.len(), |i| {
+        let (span, row, position, count, head) = tasks[i];
         let sinks = sinks.map(|s| &s[head * heads..][..heads]);
         let task = Task { cache, shape, sinks, span, position, count, head };
-        let queries: Vec<&[f32]> = (0..count).map(|i| &q[(row + i) * width + head * share..][..share]).collect();
-        block(isa, &task, &queries, scratch, &mut results);
-        for (i, result) in results.chunks_exact(out_share).enumerate() {
-            // SAFETY: rows `row..row + count`, heads of KV head `head`: this task's own part of `out`.
-            unsafe {
-                let to = output.at((row + i) * out_width + head * out_share);
-                std::ptr::copy_nonoverlapping(result.as_ptr(), to, out_share);
-            }
+        let mut queries = [&q[..0]; QUERY_BLOCK];
+        for (i, query) in queries[..count].iter_mut().enumerate() {
+            *query = &q[(row + i) * width + head * share..][..share];
         }
+        SCRATCH.with_borrow_mut(|(scratch, results)| {
+            results.resize(count * out_share, 0.0);
+            block(isa, &task, &queries[..count], scratch, results);
+            for (i, result) in results.chunks_exact(out_share).enumerate() {
+                // SAFETY: rows `row..row + count`, heads of KV head `head`: this task's own part of `out`.
+                unsafe {
+                    let to = output.at((row + i) * out_width + head * out_share);
+                    std::ptr::copy_nonoverlapping(result.as_ptr(), to, out_share);
+                }
+            }
+        });
     });
+}
+
+thread_local! {
+    /// Scores and results of a task.
+    static SCRATCH: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
 }
 
 /// Some consecutive queries of one sequence, and one KV head.
