@@ -102,8 +102,8 @@ impl FloatTile<'_> {
     /// Whether there are scales for all groups and `rows` tokens.
     fn scales_cover(&self, rows: usize) -> bool {
         let last = self.k.div_ceil(self.block).max(1) - 1;
-        let of_tokens = self.scales.is_empty()
-            || self.scales.len() > (rows - 1) * self.scale_stride + last / self.scale_repeat;
+        let of_tokens =
+            self.scales.is_empty() || self.scales.len() > (rows - 1) * self.scale_stride + last / self.scale_repeat;
         of_tokens && self.weight_scales.cover(self.weight_block(self.groups - 1, last) + 1)
     }
 }

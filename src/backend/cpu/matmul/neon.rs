@@ -120,9 +120,7 @@ unsafe fn scales(scales: Scales<'_>, i: usize, row: usize) -> float32x4_t {
             // The code without a sign, moved to where f32 has exponent and mantissa.
             Scales::E4m3(c) => vmulq_n_f32(vreinterpretq_f32_u32(vshlq_n_u32::<20>(codes(c))), TWO_120),
             // Code 0 is 2^-127, which is no normal number.
-            Scales::E8m0(c) => {
-                vreinterpretq_f32_u32(vmaxq_u32(vshlq_n_u32::<23>(codes(c)), vdupq_n_u32(0x0040_0000)))
-            }
+            Scales::E8m0(c) => vreinterpretq_f32_u32(vmaxq_u32(vshlq_n_u32::<23>(codes(c)), vdupq_n_u32(0x0040_0000))),
             Scales::Grid(values) => vdupq_n_f32(*values.as_ptr().add(i)),
         }
     }

@@ -181,7 +181,9 @@ impl DeltaNet {
             }
         }
         let least = pieces(tasks.len(), tokens * inner * key_dim);
-        threads.pieces(&mut tasks, least, |_, tasks| tasks.iter_mut().for_each(|(head, v, state)| scan(isa, head, v, state)));
+        threads.pieces(&mut tasks, least, |_, tasks| {
+            tasks.iter_mut().for_each(|(head, v, state)| scan(isa, head, v, state))
+        });
 
         let places = Places::new(spans, channels, 2 * key_heads * key_dim);
         let least = pieces(tokens, tokens * inner);

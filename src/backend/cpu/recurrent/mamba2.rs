@@ -171,7 +171,9 @@ impl Mamba2 {
             }
         }
         let least = pieces(tasks.len(), tokens * inner * state);
-        threads.pieces(&mut tasks, least, |_, tasks| tasks.iter_mut().for_each(|(head, x, state)| scan(isa, head, x, state)));
+        threads.pieces(&mut tasks, least, |_, tasks| {
+            tasks.iter_mut().for_each(|(head, x, state)| scan(isa, head, x, state))
+        });
 
         let places = Places::new(spans, channels, 0);
         let least = pieces(tokens, tokens * inner);

@@ -9,8 +9,8 @@ use safetensors::{Dtype, SafeTensors};
 
 use super::*;
 use crate::backend::cpu::buffer::BufferPool;
-use crate::backend::cpu::threads::Threads;
 use crate::backend::cpu::isa::Isa;
+use crate::backend::cpu::threads::Threads;
 
 mod delta_net;
 mod mamba2;
@@ -309,7 +309,18 @@ fn speed() {
     time("gated delta net", shape.kept(), &mut |tokens, span, states, layer| {
         let [qkv, z, a, b] = [&qkv, &z, &a, &b].map(|(rows, width)| &rows[..tokens * width]);
         let inputs = DeltaNetInputs { qkv, z, a, b };
-        mixer.run(Isa::detect(), &Threads::ambient(), &pool, inputs, span, states, layer, &mut out[..tokens * shape.inner()]).unwrap();
+        mixer
+            .run(
+                Isa::detect(),
+                &Threads::ambient(),
+                &pool,
+                inputs,
+                span,
+                states,
+                layer,
+                &mut out[..tokens * shape.inner()],
+            )
+            .unwrap();
     });
 }
 

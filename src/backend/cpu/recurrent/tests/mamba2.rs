@@ -142,7 +142,9 @@ fn mamba2_gives_what_transformers_gives_for_nemotron_h() {
     let rows = project(&captured("input"), &of("in_proj.weight"), 80);
     let mut out = vec![0.0; 48 * SHAPE.inner()];
     let mut states = states(SHAPE.kept(), 2);
-    mixer.run(Isa::detect(), &Threads::ambient(), &BufferPool::default(), &rows, &two_of_24(), &mut states, 1, &mut out).unwrap();
+    mixer
+        .run(Isa::detect(), &Threads::ambient(), &BufferPool::default(), &rows, &two_of_24(), &mut states, 1, &mut out)
+        .unwrap();
     let off = deviation(&project(&out, &of("out_proj.weight"), SHAPE.inner()), &captured("output"));
     assert!(off < 1e-5, "{off:e}");
 }
