@@ -323,14 +323,10 @@ multiversion! {
             let mut lanes = [0.0f32; LANES];
             for (p, scores) in scores.as_chunks_mut::<PAGE>().0.iter_mut().enumerate() {
                 let first = (first_page + p) * PAGE;
-                for lane in 0..PAGE {
-                    scores[lane] = exp(scores[lane] - max);
-                }
+                scores.iter_mut().for_each(|s| *s = exp(*s - max));
                 scores[..from.saturating_sub(first).min(PAGE)].fill(0.0);
                 scores[to.saturating_sub(first).min(PAGE)..].fill(0.0);
-                for lane in 0..PAGE {
-                    lanes[lane] += scores[lane];
-                }
+                lanes.iter_mut().zip(&*scores).for_each(|(lane, s)| *lane += s);
             }
             *sum = tree_sum(lanes);
             if let Some(sink) = sink {

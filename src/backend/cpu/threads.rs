@@ -356,4 +356,40 @@ mod tests {
             assert_eq!(done.into_inner(), 10);
         }
     }
+
+    /// Not a check but figures: `cargo test --release --lib threads -- --ignored --nocapture`.
+    #[test]
+    #[ignore = "prints what handing over costs"]
+    fn speed() {
+        let team = Threads::new(2).unwrap();
+        let time = |what: &str, pause: Duration, run: &dyn Fn()| {
+            let mut times: Vec<Duration> = (0..2000)
+                .map(|_| {
+                    let until = Instant::now() + pause;
+                    while Instant::now() < until {}
+                    let start = Instant::now();
+                    run();
+                    start.elapsed()
+                })
+                .collect();
+            times.sort();
+            println!("{what}: {:?} least, {:?} median", times[0], times[1000]);
+        };
+        // Ends only once the other thread has taken a task.
+        let both = || {
+            let started = AtomicUsize::new(0);
+            team.run(2, |_| {
+                started.fetch_add(1, Ordering::Relaxed);
+                while started.load(Ordering::Relaxed) < 2 {
+                    std::hint::spin_loop();
+                }
+            });
+        };
+        time("two threads meet, 5 us after they last did", Duration::from_micros(5), &both);
+        time("200 us after", Duration::from_micros(200), &both);
+        time("1 ms after, the other asleep", Duration::from_millis(1), &both);
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+        let rayon = || pool.install(|| (0..2).into_par_iter().for_each(|_| {}));
+        time("rayon, from outside of its pool", Duration::from_micros(5), &rayon);
+    }
 }

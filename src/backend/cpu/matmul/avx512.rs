@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{FloatTile, GROUP, IntegerTile, OFFSET_CODES, Scales, TILE, TWO_120};
+use super::{AHEAD, FloatTile, GROUP, IntegerTile, OFFSET_CODES, Scales, TILE, TWO_120};
 use crate::formats::e2m1;
 use crate::formats::linear::Element;
 
@@ -12,17 +12,21 @@ use crate::formats::linear::Element;
 pub(super) unsafe fn integer(t: &IntegerTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) {
     // SAFETY: the caller's.
     unsafe {
-        match rows {
-            8 => integer_rows::<8>(t, acc),
-            4 => integer_rows::<4>(t, acc),
-            2 => integer_rows::<2>(t, acc),
-            _ => integer_rows::<1>(t, acc),
+        match (rows, t.streamed) {
+            (8, true) => integer_rows::<8, true>(t, acc),
+            (8, false) => integer_rows::<8, false>(t, acc),
+            (4, true) => integer_rows::<4, true>(t, acc),
+            (4, false) => integer_rows::<4, false>(t, acc),
+            (2, true) => integer_rows::<2, true>(t, acc),
+            (2, false) => integer_rows::<2, false>(t, acc),
+            (_, true) => integer_rows::<1, true>(t, acc),
+            (_, false) => integer_rows::<1, false>(t, acc),
         }
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn integer_rows<const M: usize>(t: &IntegerTile<'_>, acc: &mut [[f32; GROUP]; TILE]) {
+unsafe fn integer_rows<const M: usize, const STREAMED: bool>(t: &IntegerTile<'_>, acc: &mut [[f32; GROUP]; TILE]) {
     let blocks = t.k / t.block;
     let chunks = t.block / 8;
     assert!(t.weights.len() >= t.k * GROUP / 2 && t.values.len() >= M * t.k);
@@ -40,6 +44,9 @@ unsafe fn integer_rows<const M: usize>(t: &IntegerTile<'_>, acc: &mut [[f32; GRO
                 dot[m] = _mm512_set1_epi32(t.corrections.as_ptr().add(m * blocks + b).read_unaligned());
             }
             for c in 0..chunks {
+                if STREAMED {
+                    _mm_prefetch::<_MM_HINT_T0>(weights.wrapping_add(AHEAD).cast());
+                }
                 let packed = _mm512_loadu_si512(weights.cast());
                 weights = weights.add(4 * GROUP);
                 let low = _mm512_shuffle_epi8(table, _mm512_and_si512(packed, nibble));
@@ -137,6 +144,15 @@ macro_rules! float_kernel {
                 for b in 0..blocks {
                     let mut dot = [[_mm512_setzero_ps(); M]; G];
                     for _ in 0..(t.k - b * t.block).min(t.block) / 8 {
+                        // With fewer tokens, several groups keep loads in flight already.
+                        if M >= 4 && t.streamed {
+                            for g in 0..G {
+                                for line in (0..$chunk_bytes).step_by(64) {
+                                    let ahead = weights.wrapping_add(g * group_bytes + line + AHEAD);
+                                    _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                                }
+                            }
+                        }
                         $(
                             for g in 0..G {
                                 let $p = weights.add(g * group_bytes);

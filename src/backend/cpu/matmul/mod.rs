@@ -42,13 +42,20 @@ const OFFSET_CODES: [u8; 16] = {
     t
 };
 
+/// How far ahead of the products weights are asked for that come from memory. Less does not cover its latency where a tile's
+/// arithmetic takes longer than its weights, and cores' own prefetching ends with a page.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 2048;
+
 /// What an E4M3 code moved to where f32 has exponent and mantissa is multiplied by; exact, subnormals included.
 const TWO_120: f32 = f32::from_bits((120 + 127) << 23);
 
 /// One tile of tokens of an integer product over one group of rows.
 struct IntegerTile<'a> {
-    /// Packed elements of the group.
+    /// Packed elements of the group, and whether they come from memory: another tile did not just read them.
     weights: &'a [u8],
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    streamed: bool,
     /// Scales of the group's K/block blocks.
     weight_scales: Scales<'a>,
     /// Elements of a block: 16 or 32.
@@ -65,8 +72,10 @@ struct IntegerTile<'a> {
 struct FloatTile<'a> {
     element: Element,
     groups: usize,
-    /// Packed elements of the groups.
+    /// Packed elements of the groups, and whether they come from memory.
     weights: &'a [u8],
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    streamed: bool,
     weight_scales: Scales<'a>,
     /// Elements of a block, a multiple of 8, and how many blocks share a scale of the weight.
     block: usize,
@@ -160,6 +169,7 @@ fn integer_groups(isa: Isa, w: &PackedLinear, x: &IntegerInput, task: &Task, out
         while m < task.tokens.end {
             let tile = IntegerTile {
                 weights: w.groups_data(group..group + 1),
+                streamed: m == task.tokens.start,
                 weight_scales: w.groups_scales(group..group + 1),
                 block: x.block,
                 values: &x.values[m * w.k..],
@@ -196,6 +206,7 @@ fn float_groups(isa: Isa, w: &PackedLinear, x: &FloatInput<'_>, task: &Task, out
                     element: w.element,
                     groups,
                     weights: w.groups_data(first..first + groups),
+                    streamed: m == task.tokens.start,
                     weight_scales: w.groups_scales(first..first + groups),
                     block,
                     repeat,
@@ -357,7 +368,7 @@ mod tests {
             let corrections: Vec<i32> = values.chunks_exact(block).map(|b| -12 * b.iter().map(|&v| i32::from(v)).sum::<i32>()).collect();
             let (weights, codes, scales) = (bytes(seed, k * GROUP / 2), codes(seed ^ 2, blocks, e4m3), floats(seed ^ 3, rows * blocks));
             let weight_scales = if e4m3 { Scales::E4m3(&codes) } else { Scales::E8m0(&codes) };
-            let t = IntegerTile { weights: &weights, weight_scales, block, values: &values, corrections: &corrections, scales: &scales, k };
+            let t = IntegerTile { weights: &weights, streamed: wide, weight_scales, block, values: &values, corrections: &corrections, scales: &scales, k };
             let mut expected = [[0.0; GROUP]; TILE];
             scalar::integer(&t, rows, &mut expected);
             for isa in Isa::available() {
@@ -392,7 +403,7 @@ mod tests {
             let scales = floats(seed ^ 3, if scale_repeat == 0 { 0 } else { rows * scale_stride });
             let values = floats(seed ^ 1, rows * k);
             let t = FloatTile {
-                element, groups, weights: &weights, weight_scales, block, repeat, values: &values, scales: &scales, scale_stride,
+                element, groups, weights: &weights, streamed: wide == 0, weight_scales, block, repeat, values: &values, scales: &scales, scale_stride,
                 scale_repeat: scale_repeat.max(1), k,
             };
             let mut expected = [[0.0; GROUP]; TILE];

@@ -56,6 +56,7 @@ impl Convolution {
 
     /// silu(conv(inputs)) of every span, which `finish` may change part by part, into `out`: after the spans before, part
     /// after part, each [the span's tokens, the part's width]. Tails move on.
+    #[allow(clippy::too_many_arguments)]
     pub(super) fn run(
         &self,
         isa: Isa,
