@@ -2,11 +2,10 @@
 
 use std::borrow::Cow;
 
-use rayon::prelude::*;
-
 use super::elementwise;
 use super::isa::{Isa, multiversion};
 use super::packed::{Family, K_STEP, PackedLinear};
+use super::threads::Threads;
 use crate::formats::fp_quant::{self, Method};
 use crate::formats::linear::{ActivationFormat, InputRotation};
 use crate::formats::{fp8, mx, nvfp4};
@@ -47,14 +46,14 @@ pub(super) enum Input<'a> {
 /// Tokens that one task quantizes.
 const TASK_TOKENS: usize = 32;
 
-/// Quantizes `x` [M, K] as linear `w` wants it, on the threads of the current pool.
-pub(super) fn quantize<'a>(isa: Isa, x: &'a [f32], w: &PackedLinear) -> Input<'a> {
+/// Quantizes `x` [M, K] as linear `w` wants it.
+pub(super) fn quantize<'a>(isa: Isa, threads: &Threads, x: &'a [f32], w: &PackedLinear) -> Input<'a> {
     let k = w.k;
     let scaled: Cow<[f32]> = match (&w.pre_quant_scale, &w.rotation) {
         (None, None) => x.into(),
         (scale, rotation) => {
             let mut copy = x.to_vec();
-            copy.par_chunks_mut(TASK_TOKENS * k).for_each(|rows| {
+            threads.pieces(&mut copy, TASK_TOKENS * k, |_, rows| {
                 for row in rows.chunks_exact_mut(k) {
                     if let Some(scale) = scale {
                         elementwise::multiply(isa, row, scale);
@@ -67,10 +66,14 @@ pub(super) fn quantize<'a>(isa: Isa, x: &'a [f32], w: &PackedLinear) -> Input<'a
             copy.into()
         }
     };
-    if w.family == Family::Integer { Input::Integer(integer(isa, &scaled, w)) } else { float(isa, scaled, w) }
+    if w.family == Family::Integer {
+        Input::Integer(integer(isa, threads, &scaled, w))
+    } else {
+        float(isa, threads, scaled, w)
+    }
 }
 
-fn integer(isa: Isa, x: &[f32], w: &PackedLinear) -> IntegerInput {
+fn integer(isa: Isa, threads: &Threads, x: &[f32], w: &PackedLinear) -> IntegerInput {
     let block = w.weight_block;
     let (blocks, task) = (x.len() / block, TASK_TOKENS * w.k);
     let mut out = IntegerInput {
@@ -80,25 +83,30 @@ fn integer(isa: Isa, x: &[f32], w: &PackedLinear) -> IntegerInput {
         scales: vec![0.0; blocks],
         global: 0.25,
     };
-    let tasks = (x.par_chunks(task).zip(out.values.par_chunks_mut(task)))
-        .zip(out.corrections.par_chunks_mut(task / block).zip(out.scales.par_chunks_mut(task / block)));
-    match w.activation {
-        ActivationFormat::Nvfp4 { global_scale } => {
-            out.global *= global_scale;
-            tasks.for_each(|((x, v), (c, s))| nvfp4_blocks(isa, x, global_scale, v, c, s));
+    let mut tasks: Vec<_> = (x.chunks(task).zip(out.values.chunks_mut(task)))
+        .zip(out.corrections.chunks_mut(task / block).zip(out.scales.chunks_mut(task / block)))
+        .collect();
+    let activation = w.activation;
+    threads.pieces(&mut tasks, 1, |_, tasks| {
+        for ((x, v), (c, s)) in tasks {
+            match activation {
+                ActivationFormat::Nvfp4 { global_scale } => nvfp4_blocks(isa, x, global_scale, v, c, s),
+                ActivationFormat::Mxfp4 { rule } => mxfp4_blocks(isa, x, rule, v, c, s),
+                ActivationFormat::FpQuant { method, global_scale } => {
+                    fp_quant_blocks(isa, x, method, global_scale, v, c, s);
+                }
+                // `Family::Integer` is given to these formats only.
+                _ => {}
+            }
         }
-        ActivationFormat::Mxfp4 { rule } => tasks.for_each(|((x, v), (c, s))| mxfp4_blocks(isa, x, rule, v, c, s)),
-        ActivationFormat::FpQuant { method, global_scale } => {
-            out.global *= global_scale;
-            tasks.for_each(|((x, v), (c, s))| fp_quant_blocks(isa, x, method, global_scale, v, c, s));
-        }
-        // `Family::Integer` is given to these formats only.
-        _ => {}
+    });
+    if let ActivationFormat::Nvfp4 { global_scale } | ActivationFormat::FpQuant { global_scale, .. } = activation {
+        out.global *= global_scale;
     }
     out
 }
 
-fn float<'a>(isa: Isa, x: Cow<'a, [f32]>, w: &PackedLinear) -> Input<'a> {
+fn float<'a>(isa: Isa, threads: &Threads, x: Cow<'a, [f32]>, w: &PackedLinear) -> Input<'a> {
     let (k, m) = (w.k, x.len() / w.k);
     let k_padded = k.next_multiple_of(K_STEP);
     let mut out = FloatInput::default();
@@ -115,38 +123,40 @@ fn float<'a>(isa: Isa, x: Cow<'a, [f32]>, w: &PackedLinear) -> Input<'a> {
         return Input::Float(out);
     }
     let mut values = vec![0.0; m * k_padded];
-    let rows = (x.par_chunks(k)).zip(values.par_chunks_mut(k_padded)).with_min_len(TASK_TOKENS);
+    // Scales that each row has: one of its own, or one of each block.
+    let (block, per_row) = match w.activation {
+        ActivationFormat::Fp8Token => (0, 1),
+        ActivationFormat::Fp8Group => (fp8::BLOCK, k.div_ceil(fp8::BLOCK)),
+        ActivationFormat::Mxfp8 { .. } => (mx::BLOCK, k.div_ceil(mx::BLOCK)),
+        _ => (0, 0),
+    };
+    let mut scales = vec![0.0; m * per_row];
+    let mut of_rows = scales.chunks_mut(per_row.max(1));
+    let mut rows: Vec<_> = (x.chunks(k).zip(values.chunks_mut(k_padded)))
+        .map(|(x, v)| (x, v, of_rows.next().unwrap_or_default()))
+        .collect();
+    threads.pieces(&mut rows, TASK_TOKENS, |_, rows| {
+        for (x, v, scales) in rows {
+            match w.activation {
+                ActivationFormat::Fp8Static { scale } => fp8_static(isa, x, scale, v),
+                ActivationFormat::Fp8Token => scales.iter_mut().for_each(|s| fp8_dynamic(isa, x, v, s)),
+                ActivationFormat::Fp8Group => {
+                    let groups = x.chunks(fp8::BLOCK).zip(v.chunks_mut(fp8::BLOCK));
+                    groups.zip(scales.iter_mut()).for_each(|((x, v), s)| fp8_dynamic(isa, x, v, s));
+                }
+                ActivationFormat::Mxfp8 { rule } => mxfp8_blocks(isa, x, rule, v, scales),
+                ActivationFormat::Float
+                | ActivationFormat::Nvfp4 { .. }
+                | ActivationFormat::Mxfp4 { .. }
+                | ActivationFormat::FpQuant { .. } => v[..k].copy_from_slice(x),
+            }
+        }
+    });
+    out.block = block;
     match w.activation {
-        ActivationFormat::Fp8Static { scale } => {
-            rows.for_each(|(x, v)| fp8_static(isa, x, scale, v));
-            out.rows = vec![scale; m];
-        }
-        ActivationFormat::Fp8Token => {
-            out.rows = vec![0.0; m];
-            rows.zip(&mut out.rows).for_each(|((x, v), s)| fp8_dynamic(isa, x, v, s));
-        }
-        ActivationFormat::Fp8Group => {
-            out.block = fp8::BLOCK;
-            let blocks = k.div_ceil(fp8::BLOCK);
-            out.scales = vec![0.0; m * blocks];
-            rows.zip(out.scales.par_chunks_mut(blocks)).for_each(|((x, v), scales)| {
-                let groups = x.chunks(fp8::BLOCK).zip(v.chunks_mut(fp8::BLOCK));
-                groups.zip(scales).for_each(|((x, v), s)| fp8_dynamic(isa, x, v, s));
-            });
-        }
-        ActivationFormat::Mxfp8 { rule } => {
-            out.block = mx::BLOCK;
-            let blocks = k.div_ceil(mx::BLOCK);
-            out.scales = vec![0.0; m * blocks];
-            rows.zip(out.scales.par_chunks_mut(blocks))
-                .for_each(|((x, v), scales)| mxfp8_blocks(isa, x, rule, v, scales));
-        }
-        ActivationFormat::Float
-        | ActivationFormat::Nvfp4 { .. }
-        | ActivationFormat::Mxfp4 { .. }
-        | ActivationFormat::FpQuant { .. } => {
-            rows.for_each(|(x, v)| v[..k].copy_from_slice(x));
-        }
+        ActivationFormat::Fp8Static { scale } => out.rows = vec![scale; m],
+        ActivationFormat::Fp8Token => out.rows = scales,
+        _ => out.scales = scales,
     }
     out.values = values.into();
     Input::Float(out)

@@ -20,6 +20,19 @@ pub(super) fn tree_sum(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
+/// The largest of `x` and `least`; what is no number is passed over.
+#[inline(always)]
+pub(super) fn largest(x: &[f32], least: f32) -> f32 {
+    let (runs, rest) = x.as_chunks::<LANES>();
+    let mut lanes = [least; LANES];
+    for run in runs {
+        for i in 0..LANES {
+            lanes[i] = if run[i] > lanes[i] { run[i] } else { lanes[i] };
+        }
+    }
+    lanes.iter().chain(rest).fold(least, |m, &v| if v > m { v } else { m })
+}
+
 /// Sum of squares.
 #[inline(always)]
 pub(super) fn sum_of_squares(x: &[f32]) -> f32 {
@@ -193,14 +206,7 @@ const SOFTMAX_RUN: usize = 1024;
 multiversion! {
     /// Maximum of `x`, and the sum of exp(x - maximum).
     pub(super) fn softmax_total(x: &[f32], out: &mut (f32, f64)) {
-        let (runs, rest) = x.as_chunks::<LANES>();
-        let mut lanes = [f32::NEG_INFINITY; LANES];
-        for run in runs {
-            for i in 0..LANES {
-                lanes[i] = if run[i] > lanes[i] { run[i] } else { lanes[i] };
-            }
-        }
-        let max = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m });
+        let max = largest(x, f32::NEG_INFINITY);
         let mut total = 0.0f64;
         for part in x.chunks(SOFTMAX_RUN) {
             let (runs, rest) = part.as_chunks::<LANES>();

@@ -6,16 +6,19 @@ mod buffer;
 pub(super) mod elementwise;
 pub mod isa;
 mod matmul;
+mod memory;
 pub mod packed;
 pub mod recurrent;
+mod threads;
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use attention::KvCache;
 use buffer::{Buffer, BufferPool};
 use isa::Isa;
 use packed::PackedLinear;
 use recurrent::{DeltaNet, DeltaNetInputs, Mamba2, RecurrentStates};
+use threads::Threads;
 
 use recoup_ground::divergence::{Pair, RowError, compare_rows};
 
@@ -27,11 +30,11 @@ use crate::formats::linear::LinearTensors;
 use crate::formats::{all_finite, squares_finite};
 use crate::logits::{Draw, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore};
 
-/// Runs the decoder on packed weights with a thread pool of its own. Clones share the pool.
+/// Runs the decoder on packed weights with threads of its own. Clones share them.
 #[derive(Clone)]
 pub struct CpuBackend {
     isa: Isa,
-    pool: Arc<rayon::ThreadPool>,
+    threads: Threads,
     buffers: BufferPool,
 }
 
@@ -61,12 +64,9 @@ impl CpuBackend {
     /// # Errors
     /// When the threads cannot be started.
     pub fn new(isa: Isa, threads: usize) -> Result<Self> {
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .thread_name(|i| format!("recoup-{i}"))
-            .build()
+        let threads = Threads::new(threads)
             .map_err(|e| BackendError::Failed { context: "starting threads", message: e.to_string() })?;
-        Ok(Self { isa, pool: Arc::new(pool), buffers: BufferPool::default() })
+        Ok(Self { isa, threads, buffers: BufferPool::default() })
     }
 
     /// The instruction set in use.
@@ -78,7 +78,7 @@ impl CpuBackend {
     /// Threads in use.
     #[must_use]
     pub fn threads(&self) -> usize {
-        self.pool.current_num_threads()
+        self.threads.count()
     }
 
     /// A row's maximum, and the sum of exp(x - maximum).
@@ -100,9 +100,20 @@ impl CpuBackend {
         });
     }
 
+    /// Whether `holds` for all rows of `columns` values, asked for many of them at once.
+    fn all(&self, x: &[f32], columns: usize, holds: impl Fn(&[f32]) -> bool + Sync) -> bool {
+        let piece = ((1 << 14) / columns.max(1)).max(1) * columns.max(1);
+        let failed = AtomicBool::new(false);
+        self.threads.run(x.len().div_ceil(piece), |i| {
+            if !holds(&x[i * piece..x.len().min((i + 1) * piece)]) {
+                failed.store(true, Ordering::Relaxed);
+            }
+        });
+        !failed.into_inner()
+    }
+
     /// Splits rows of `columns` values over the threads.
     fn by_rows(&self, out: &mut [f32], columns: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
-        use rayon::prelude::*;
         // Below this many values one thread is done before others have woken.
         const WORTH_SPLITTING: usize = 1 << 14;
         let rows = out.len() / columns.max(1);
@@ -110,9 +121,7 @@ impl CpuBackend {
             return f(0, out);
         }
         let per_task = rows.div_ceil(self.threads());
-        self.pool.install(|| {
-            out.par_chunks_mut(per_task * columns).enumerate().for_each(|(i, part)| f(i * per_task, part));
-        });
+        self.threads.pieces(out, per_task * columns, |i, part| f(i * per_task, part));
     }
 }
 
@@ -215,7 +224,7 @@ impl Backend for CpuBackend {
                     && other.rotation == w.rotation
             };
             let at = inputs.iter().position(same).unwrap_or_else(|| {
-                inputs.push((i, self.pool.install(|| activation::quantize(self.isa, &x.data, w))));
+                inputs.push((i, activation::quantize(self.isa, &self.threads, &x.data, w)));
                 inputs.len() - 1
             });
             which.push(at);
@@ -228,7 +237,7 @@ impl Backend for CpuBackend {
             .zip(which)
             .map(|((w, out), input)| (*w, &inputs[input].1, &mut out.data[..]))
             .collect();
-        self.pool.install(|| matmul::run(self.isa, &mut jobs, rows));
+        matmul::run(self.isa, &self.threads, &mut jobs, rows);
         Ok(outputs)
     }
 
@@ -262,9 +271,8 @@ impl Backend for CpuBackend {
         cache.write(shape.cache, &pass.batch, &k.data, &v.data);
         let columns = shape.heads * cache.value_dim(shape.cache);
         let mut data = self.buffers.take(q.rows() * columns);
-        self.pool.install(|| {
-            attention::attend(self.isa, cache, shape, sinks.map(Vec::as_slice), &pass.batch, &q.data, &mut data)
-        });
+        let sinks = sinks.map(Vec::as_slice);
+        attention::attend(self.isa, &self.threads, cache, shape, sinks, &pass.batch, &q.data, &mut data);
         Ok(CpuTensor { data, columns })
     }
 
@@ -284,16 +292,13 @@ impl Backend for CpuBackend {
     }
 
     fn score(&self, logits: &CpuTensor, picks: &[(usize, u32)]) -> Result<Vec<TokenScore>> {
-        use rayon::prelude::*;
         if let Some(&(_, token)) = picks.iter().find(|p| p.1 as usize >= logits.columns) {
             return Err(BackendError::TokenOutOfRange { token, vocab: logits.columns });
         }
         let row = |row: usize| &logits.data[row * logits.columns..][..logits.columns];
-        self.pool.install(|| {
-            let totals: Vec<(f32, f64)> =
-                (0..logits.rows()).into_par_iter().map(|r| self.softmax_total(row(r))).collect();
-            Ok(picks.iter().map(|&(r, token)| elementwise::token_score(row(r), token, totals[r])).collect())
-        })
+        let mut totals = vec![(0.0, 0.0); logits.rows()];
+        self.threads.pieces(&mut totals, 1, |r, total| total[0] = self.softmax_total(row(r)));
+        Ok(picks.iter().map(|&(r, token)| elementwise::token_score(row(r), token, totals[r])).collect())
     }
 
     fn add(&self, mut x: CpuTensor, y: &CpuTensor) -> Result<CpuTensor> {
@@ -331,11 +336,15 @@ impl Backend for CpuBackend {
         vocab: usize,
         targets: &[u32],
     ) -> Result<Vec<std::result::Result<Pair, RowError>>> {
-        use rayon::prelude::*;
-        let rows = baseline.data.par_chunks(baseline.columns).zip(model.data.par_chunks(model.columns));
-        let compare =
-            |((a, b), target): ((&[f32], &[f32]), &u32)| compare_rows(&a[..vocab], &b[..vocab], *target as usize);
-        Ok(self.pool.install(|| rows.zip(targets).map(compare).collect()))
+        let rows = baseline.rows().min(model.rows());
+        let mut pairs: Vec<_> = targets.iter().take(rows).map(|_| None).collect();
+        fn row(x: &CpuTensor, i: usize, vocab: usize) -> &[f32] {
+            &x.data[i * x.columns..][..vocab]
+        }
+        self.threads.pieces(&mut pairs, 1, |i, pair| {
+            pair[0] = Some(compare_rows(row(baseline, i, vocab), row(model, i, vocab), targets[i] as usize));
+        });
+        Ok(pairs.into_iter().flatten().collect())
     }
 
     fn activate(&self, mut x: CpuTensor, up: Option<&CpuTensor>, activation: Activation) -> Result<CpuTensor> {
@@ -397,7 +406,7 @@ impl Backend for CpuBackend {
         let columns = mixer.shape().inner();
         let mut data = self.buffers.take(x.rows() * columns);
         let (spans, states) = (recurrent::spans(&pass.batch), &mut cache.states);
-        self.pool.install(|| mixer.run(self.isa, &self.buffers, &x.data, &spans, states, layer, &mut data))?;
+        mixer.run(self.isa, &self.threads, &self.buffers, &x.data, &spans, states, layer, &mut data)?;
         Ok(CpuTensor { data, columns })
     }
 
@@ -414,7 +423,7 @@ impl Backend for CpuBackend {
         let DeltaInputs { qkv, z, b, a } = &inputs;
         let inputs = DeltaNetInputs { qkv: &qkv.data, z: &z.data, a: &a.data, b: &b.data };
         let (spans, states) = (recurrent::spans(&pass.batch), &mut cache.states);
-        self.pool.install(|| mixer.run(self.isa, &self.buffers, inputs, &spans, states, layer, &mut data))?;
+        mixer.run(self.isa, &self.threads, &self.buffers, inputs, &spans, states, layer, &mut data)?;
         Ok(CpuTensor { data, columns })
     }
 
@@ -439,22 +448,11 @@ impl Backend for CpuBackend {
     }
 
     fn is_finite(&self, x: &CpuTensor) -> Result<bool> {
-        use rayon::prelude::*;
-        // Below two pieces one thread is done before others have woken.
-        const PIECE: usize = 1 << 16;
-        if x.data.len() <= 2 * PIECE {
-            return Ok(all_finite(&x.data));
-        }
-        Ok(self.pool.install(|| x.data.par_chunks(PIECE).all(all_finite)))
+        Ok(self.all(&x.data, 1, all_finite))
     }
 
     fn squares_finite(&self, x: &CpuTensor, width: usize) -> Result<bool> {
-        use rayon::prelude::*;
-        let piece = ((1 << 16) / width.max(1)).max(1) * width;
-        if x.data.len() <= 2 * piece {
-            return Ok(squares_finite(&x.data, width));
-        }
-        Ok(self.pool.install(|| x.data.par_chunks(piece).all(|rows| squares_finite(rows, width))))
+        Ok(self.all(&x.data, width, |rows| squares_finite(rows, width)))
     }
 
     fn tensor(&self, data: Vec<f32>, columns: usize) -> Result<CpuTensor> {

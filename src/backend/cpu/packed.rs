@@ -8,9 +8,11 @@
 //!
 //! The packed size is the stored size but for the padding.
 
-use crate::backend::{BackendError, Result};
+use std::ops::Range;
 use std::sync::Arc;
 
+use super::memory::Lines;
+use crate::backend::{BackendError, Result};
 use crate::formats::fp_quant::Method;
 use crate::formats::linear::{
     ActivationFormat, BlockScales, Element, InputRotation, LinearTensors, OutputScale, decode_elements,
@@ -30,6 +32,41 @@ pub(super) enum PackedScales {
     E8m0(Vec<u8>),
     /// [N/16][blocks]
     Grid(Vec<f32>),
+}
+
+/// Block scales of some consecutive groups as they are stored; kernels decode them in registers. All are positive: the loader
+/// sees to that.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Scales<'a> {
+    /// Ones.
+    None,
+    /// [groups · blocks][16]
+    E4m3(&'a [[u8; GROUP]]),
+    E8m0(&'a [[u8; GROUP]]),
+    /// [groups · blocks], of all 16 rows.
+    Grid(&'a [f32]),
+}
+
+impl Scales<'_> {
+    /// The scale of a lane in block `i`, counted over all groups: what every kernel equals.
+    #[inline(always)]
+    pub(super) fn at(&self, i: usize, lane: usize) -> f32 {
+        match self {
+            Self::None => 1.0,
+            Self::E4m3(codes) => e4m3::decode(codes[i][lane]),
+            Self::E8m0(codes) => e8m0::decode(codes[i][lane]),
+            Self::Grid(values) => values[i],
+        }
+    }
+
+    /// Whether there are `blocks` of them, or all are one.
+    pub(super) fn cover(&self, blocks: usize) -> bool {
+        match self {
+            Self::None => true,
+            Self::E4m3(codes) | Self::E8m0(codes) => codes.len() >= blocks,
+            Self::Grid(values) => values.len() >= blocks,
+        }
+    }
 }
 
 /// Which kernel family computes a linear.
@@ -56,7 +93,7 @@ pub struct PackedLinear {
     pub(super) k_padded: usize,
     /// Elements along K under one weight scale; `k_padded` where there is none.
     pub(super) weight_block: usize,
-    pub(super) data: Vec<u8>,
+    pub(super) data: Lines,
     pub(super) scales: PackedScales,
     pub(super) output_scale: OutputScale,
     pub(super) pre_quant_scale: Option<Vec<f32>>,
@@ -73,7 +110,7 @@ impl PackedLinear {
         let family = family(t)?;
         let k_padded = t.k.next_multiple_of(K_STEP);
         let groups = t.n.div_ceil(GROUP);
-        let mut data = vec![0u8; groups * GROUP * t.element.row_bytes(k_padded)];
+        let mut data = Lines::zeros(groups * GROUP * t.element.row_bytes(k_padded));
         let row_bytes = t.element.row_bytes(t.k);
         let group_bytes = GROUP * t.element.row_bytes(k_padded);
         for (n, row) in t.data.chunks_exact(row_bytes.max(1)).take(t.n).enumerate() {
@@ -83,7 +120,10 @@ impl PackedLinear {
         let (weight_block, scales) = match &t.block_scales {
             BlockScales::None => (k_padded, PackedScales::None),
             BlockScales::E4m3 { block, codes } => {
-                (*block, PackedScales::E4m3(interleave_scales(codes, t.n, t.k / block)))
+                let mut codes = interleave_scales(codes, t.n, t.k / block);
+                // A block of zeros may have -0, the only scale with a sign.
+                codes.iter_mut().for_each(|code| *code &= 0x7f);
+                (*block, PackedScales::E4m3(codes))
             }
             BlockScales::E8m0 { block, codes } => {
                 (*block, PackedScales::E8m0(interleave_scales(codes, t.n, t.k / block)))
@@ -135,51 +175,40 @@ impl PackedLinear {
         self.n.div_ceil(GROUP)
     }
 
-    /// Packed elements of one group.
-    pub(super) fn group_data(&self, group: usize) -> &[u8] {
+    /// Packed elements of groups.
+    pub(super) fn groups_data(&self, groups: Range<usize>) -> &[u8] {
         let bytes = GROUP * self.element.row_bytes(self.k_padded);
-        &self.data[group * bytes..][..bytes]
+        &self.data[groups.start * bytes..groups.end * bytes]
     }
 
-    /// Scales of one group as f32, [blocks][16], each weight block repeated so that blocks are `block` long.
-    pub(super) fn group_scales(&self, group: usize, block: usize, out: &mut Vec<[f32; GROUP]>) {
-        out.clear();
-        let blocks = self.k_padded.div_ceil(block);
-        let repeat = (self.weight_block / block).max(1);
-        let weight_blocks = self.k_padded.div_ceil(self.weight_block);
+    /// Blocks along K that have a scale each.
+    pub(super) fn weight_blocks(&self) -> usize {
+        self.k_padded.div_ceil(self.weight_block)
+    }
+
+    /// Scales of groups.
+    pub(super) fn groups_scales(&self, groups: Range<usize>) -> Scales<'_> {
+        let blocks = groups.start * self.weight_blocks()..groups.end * self.weight_blocks();
         match &self.scales {
-            PackedScales::None => out.resize(blocks, [1.0; GROUP]),
-            PackedScales::Grid(values) => {
-                for &v in &values[group * weight_blocks..][..weight_blocks] {
-                    out.extend(std::iter::repeat_n([v; GROUP], repeat));
-                }
-            }
-            PackedScales::E4m3(codes) => {
-                for lanes in codes[group * weight_blocks * GROUP..][..weight_blocks * GROUP].as_chunks::<GROUP>().0 {
-                    out.extend(std::iter::repeat_n(lanes.map(e4m3::decode), repeat));
-                }
-            }
-            PackedScales::E8m0(codes) => {
-                for lanes in codes[group * weight_blocks * GROUP..][..weight_blocks * GROUP].as_chunks::<GROUP>().0 {
-                    out.extend(std::iter::repeat_n(lanes.map(e8m0::decode), repeat));
-                }
-            }
+            PackedScales::None => Scales::None,
+            PackedScales::E4m3(codes) => Scales::E4m3(&codes.as_chunks().0[blocks]),
+            PackedScales::E8m0(codes) => Scales::E8m0(&codes.as_chunks().0[blocks]),
+            PackedScales::Grid(values) => Scales::Grid(&values[blocks]),
         }
-        out.truncate(blocks);
     }
 
     /// Row `n` in f32, scales applied as [`LinearTensors::decode_row`] does.
     pub(super) fn decode_row(&self, n: usize, out: &mut [f32]) {
         let mut row = vec![0u8; self.element.row_bytes(self.k_padded)];
-        deinterleave(self.element, self.group_data(n / GROUP), n % GROUP, &mut row);
+        let group = n / GROUP;
+        deinterleave(self.element, self.groups_data(group..group + 1), n % GROUP, &mut row);
         decode_elements(self.element, &row, out);
         if matches!((&self.scales, &self.output_scale), (PackedScales::None, OutputScale::One)) {
             return;
         }
-        let mut scales = Vec::new();
-        self.group_scales(n / GROUP, self.weight_block, &mut scales);
-        for (values, s) in out.chunks_mut(self.weight_block).zip(&scales) {
-            let s = s[n % GROUP] * self.output_scale.at(n);
+        let scales = self.groups_scales(group..group + 1);
+        for (block, values) in out.chunks_mut(self.weight_block).enumerate() {
+            let s = scales.at(block, n % GROUP) * self.output_scale.at(n);
             values.iter_mut().for_each(|v| *v *= s);
         }
     }

@@ -64,7 +64,7 @@ impl Case {
         let mut cache = KvCache::new(&CacheLayout { layers: vec![layer], pages: 0, ..CacheLayout::default() });
         cache.grow(self.tokens.div_ceil(PAGE) + 1);
         let pages: Vec<u32> = (0..self.tokens.div_ceil(PAGE) as u32).rev().map(|p| p + 1).collect();
-        let mut out = Vec::new();
+        let (threads, mut out) = (Threads::ambient(), Vec::new());
         for start in (0..self.tokens).step_by(chunk) {
             let len = chunk.min(self.tokens - start);
             let batch = Batch { tokens: vec![0; len], spans: vec![Span { start, len, pages: pages.clone(), slot: 0 }] };
@@ -72,7 +72,16 @@ impl Case {
             let (k, v) = (of(&self.k, kv_heads * head_dim), of(&self.v, kv_heads * self.value_dim));
             cache.write(0, &batch, &k, &v);
             let mut part = vec![f32::NAN; len * heads * self.value_dim];
-            attend(isa, &cache, &self.shape, self.sinks.as_deref(), &batch, &of(&self.q, heads * head_dim), &mut part);
+            attend(
+                isa,
+                &threads,
+                &cache,
+                &self.shape,
+                self.sinks.as_deref(),
+                &batch,
+                &of(&self.q, heads * head_dim),
+                &mut part,
+            );
             out.extend(part);
         }
         out

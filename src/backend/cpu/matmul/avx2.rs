@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{FloatTile, GROUP, IntegerTile, OFFSET_CODES, TILE};
+use super::{FloatTile, GROUP, IntegerTile, OFFSET_CODES, Scales, TILE, TWO_120};
 use crate::formats::e2m1;
 use crate::formats::linear::Element;
 
@@ -40,7 +40,7 @@ unsafe fn integer_rows<const M: usize>(t: &IntegerTile<'_>, acc: &mut [[f32; GRO
     let blocks = t.k / t.block;
     let chunks = t.block / 8;
     assert!(t.weights.len() >= t.k * GROUP / 2 && t.values.len() >= M * t.k);
-    assert!(t.scales.len() >= M * blocks && t.corrections.len() >= M * blocks);
+    assert!(t.scales.len() >= M * blocks && t.corrections.len() >= M * blocks && t.weight_scales.cover(blocks));
     // SAFETY: every access is below the lengths asserted above, by the shapes that `packed` and `activation` make.
     unsafe {
         let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(OFFSET_CODES.as_ptr().cast()));
@@ -65,13 +65,13 @@ unsafe fn integer_rows<const M: usize>(t: &IntegerTile<'_>, acc: &mut [[f32; GRO
                 }
                 weights = weights.add(4 * GROUP);
             }
+            let scale = [scales(t.weight_scales, b, 0), scales(t.weight_scales, b, 1)];
             for m in 0..M {
                 let correction = _mm256_set1_epi32(t.corrections.as_ptr().add(m * blocks + b).read_unaligned());
                 let x_scale = _mm256_set1_ps(t.scales.as_ptr().add(m * blocks + b).read_unaligned());
                 for h in 0..2 {
-                    let scale = _mm256_loadu_ps(t.weight_scales.as_ptr().add(b).cast::<f32>().add(HALF * h));
                     let exact = _mm256_add_epi32(_mm256_madd_epi16(dot[m][h], ones), correction);
-                    sum[m][h] = _mm256_fmadd_ps(_mm256_mul_ps(scale, x_scale), _mm256_cvtepi32_ps(exact), sum[m][h]);
+                    sum[m][h] = _mm256_fmadd_ps(_mm256_mul_ps(scale[h], x_scale), _mm256_cvtepi32_ps(exact), sum[m][h]);
                 }
             }
         }
@@ -83,78 +83,129 @@ unsafe fn integer_rows<const M: usize>(t: &IntegerTile<'_>, acc: &mut [[f32; GRO
     }
 }
 
+/// The scales of a half of the 16 rows in block `i`.
+///
 /// # Safety
-/// The CPU has the features below; the tile's slices cover `rows` (8, 4, 2 or 1) tokens.
+/// There are more than `i`.
+#[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn float(t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) {
-    macro_rules! tiles {
-        ($kernel:ident, $part:expr, $step:expr, $half:expr, $acc:expr) => {
-            // SAFETY: the caller's.
-            unsafe {
-                match $step {
-                    4 => $kernel::<4>($part, $half, $acc),
-                    2 => $kernel::<2>($part, $half, $acc),
-                    _ => $kernel::<1>($part, $half, $acc),
-                }
-            }
-        };
-    }
-    // 16 registers: one half at a time of at most 4 tokens.
-    let mut m = 0;
-    while m < rows {
-        let step = if rows - m >= 4 { 4 } else { (rows - m).min(2) };
-        let part = FloatTile { values: &t.values[m * t.k..], scales: &t.scales[m * t.scale_stride..], ..*t };
-        for half in 0..2 {
-            match t.element {
-                Element::E2m1 => tiles!(float_e2m1, &part, step, half, &mut acc[m..]),
-                Element::E4m3 => tiles!(float_e4m3, &part, step, half, &mut acc[m..]),
-                Element::Bf16 => tiles!(float_bf16, &part, step, half, &mut acc[m..]),
-                Element::F16 => tiles!(float_f16, &part, step, half, &mut acc[m..]),
-                Element::F32 => tiles!(float_f32, &part, step, half, &mut acc[m..]),
-            }
+unsafe fn scales(scales: Scales<'_>, i: usize, half: usize) -> __m256 {
+    let codes = |codes: &[[u8; GROUP]]| {
+        // SAFETY: the caller's, in every arm.
+        let half = unsafe { _mm_loadl_epi64(codes.as_ptr().add(i).cast::<u8>().add(HALF * half).cast()) };
+        _mm256_cvtepu8_epi32(half)
+    };
+    match scales {
+        Scales::None => _mm256_set1_ps(1.0),
+        // As `e4m3` below, without a sign.
+        Scales::E4m3(c) => _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(codes(c), 20)), _mm256_set1_ps(TWO_120)),
+        // Code 0 is 2^-127, which is no normal number.
+        Scales::E8m0(c) => {
+            let normal = _mm256_slli_epi32(codes(c), 23);
+            _mm256_castsi256_ps(_mm256_max_epi32(normal, _mm256_set1_epi32(0x0040_0000)))
         }
-        m += step;
+        // SAFETY: as above.
+        Scales::Grid(values) => _mm256_set1_ps(unsafe { *values.as_ptr().add(i) }),
     }
 }
 
-/// The kernel of one element for 8 rows, the first or second half of the group: `$load` makes what 8 consecutive k need
-/// from pointer `$p`, `$decode` one k of it in f32. A macro for the reason given in `avx512`.
+/// # Safety
+/// The CPU has the features below; the tile's slices cover `rows` (8, 4, 2 or 1) tokens; `rows` times its groups (4, 2 or 1)
+/// are 8 at most.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn float(t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) {
+    // 16 registers: four sums, each of the block and of all. One token takes both halves of two groups, two tokens those of
+    // one, more go through one half after the other.
+    let (step, wide) = match (rows, t.groups) {
+        (1, 2..) => (1, 4),
+        (1 | 2, _) => (rows, 2),
+        _ => (4, 1),
+    };
+    for half in (0..2 * t.groups).step_by(wide) {
+        for m in (0..rows).step_by(step) {
+            let part = Part { half, m, rows };
+            macro_rules! tiles {
+                ($kernel:ident) => {
+                    // SAFETY: the caller's.
+                    unsafe {
+                        match (step, wide) {
+                            (1, 4) => $kernel::<1, 4>(t, part, acc),
+                            (1, _) => $kernel::<1, 2>(t, part, acc),
+                            (2, _) => $kernel::<2, 2>(t, part, acc),
+                            _ => $kernel::<4, 1>(t, part, acc),
+                        }
+                    }
+                };
+            }
+            match t.element {
+                Element::E2m1 => tiles!(float_e2m1),
+                Element::E4m3 => tiles!(float_e4m3),
+                Element::Bf16 => tiles!(float_bf16),
+                Element::F16 => tiles!(float_f16),
+                Element::F32 => tiles!(float_f32),
+            }
+        }
+    }
+}
+
+/// What a kernel computes of a tile of `rows` tokens: from this half of a group (counted over all groups) and this token on.
+#[derive(Clone, Copy)]
+struct Part {
+    half: usize,
+    m: usize,
+    rows: usize,
+}
+
+/// The kernel of one element for `H` consecutive halves of groups: `$load` makes what 8 consecutive k of half `$half` of a group
+/// need from pointer `$p`, `$decode` one k of it in f32. A macro for the reason given in `avx512`.
 macro_rules! float_kernel {
     ($name:ident, $chunk_bytes:literal, $p:ident, $half:ident, $state:ident = $load:expr, $($k:literal => $decode:expr),+ $(,)?) => {
         #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn $name<const M: usize>(t: &FloatTile<'_>, $half: usize, acc: &mut [[f32; GROUP]]) {
+        unsafe fn $name<const M: usize, const H: usize>(t: &FloatTile<'_>, part: Part, acc: &mut [[f32; GROUP]; TILE]) {
             let blocks = t.k.div_ceil(t.block);
-            assert!(t.weights.len() >= t.k / 8 * $chunk_bytes && t.values.len() >= M * t.k);
-            assert!(t.scales.len() >= (M - 1) * t.scale_stride + blocks && t.weight_scales.len() >= blocks);
+            let group_bytes = t.k / 8 * $chunk_bytes;
+            assert!(part.half + H <= 2 * t.groups && part.m + M <= part.rows);
+            assert!(t.weights.len() >= t.groups * group_bytes && t.values.len() >= part.rows * t.k);
+            assert!(t.scales_cover(part.rows));
             // SAFETY: every access is below the lengths asserted above, by the shapes that `packed` and `activation`
             // make.
             unsafe {
-                let mut sum = [_mm256_setzero_ps(); M];
+                let mut sum = [[_mm256_setzero_ps(); M]; H];
                 let mut weights = t.weights.as_ptr();
-                let mut values = t.values.as_ptr();
+                let mut values = t.values.as_ptr().add(part.m * t.k);
                 for b in 0..blocks {
-                    let mut dot = [_mm256_setzero_ps(); M];
+                    let mut dot = [[_mm256_setzero_ps(); M]; H];
                     for _ in 0..(t.k - b * t.block).min(t.block) / 8 {
-                        let $p = weights;
-                        let $state = $load;
                         $(
-                            let w = $decode;
-                            for m in 0..M {
-                                let x = values.add(m * t.k + $k).read_unaligned();
-                                dot[m] = _mm256_fmadd_ps(w, _mm256_set1_ps(x), dot[m]);
+                            for h in 0..H {
+                                let $half = (part.half + h) % 2;
+                                let $p = weights.add((part.half + h) / 2 * group_bytes);
+                                let $state = $load;
+                                let w = $decode;
+                                for m in 0..M {
+                                    let x = values.add(m * t.k + $k).read_unaligned();
+                                    dot[h][m] = _mm256_fmadd_ps(w, _mm256_set1_ps(x), dot[h][m]);
+                                }
                             }
                         )+
                         weights = weights.add($chunk_bytes);
                         values = values.add(8);
                     }
-                    let scale = _mm256_loadu_ps(t.weight_scales.as_ptr().add(b).cast::<f32>().add(HALF * $half));
-                    for m in 0..M {
-                        let x = t.scales.as_ptr().add(m * t.scale_stride + b).read_unaligned();
-                        sum[m] = _mm256_fmadd_ps(_mm256_mul_ps(scale, _mm256_set1_ps(x)), dot[m], sum[m]);
+                    for h in 0..H {
+                        let half = part.half + h;
+                        let scale = scales(t.weight_scales, t.weight_block(half / 2, b), half % 2);
+                        for m in 0..M {
+                            let s = _mm256_mul_ps(scale, _mm256_set1_ps(t.scale(part.m + m, b)));
+                            sum[h][m] = _mm256_fmadd_ps(s, dot[h][m], sum[h][m]);
+                        }
                     }
                 }
-                for m in 0..M {
-                    _mm256_storeu_ps(acc[m].as_mut_ptr().add(HALF * $half), sum[m]);
+                for h in 0..H {
+                    let half = part.half + h;
+                    for m in 0..M {
+                        let to = acc[half / 2 * part.rows + part.m + m].as_mut_ptr().add(HALF * (half % 2));
+                        _mm256_storeu_ps(to, sum[h][m]);
+                    }
                 }
             }
         }
@@ -211,10 +262,8 @@ fn e2m1(words: __m256i, table: __m256) -> __m256 {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn e4m3(words: __m256i) -> __m256 {
-    const TWO_120: f32 = f32::from_bits((120 + 127) << 23);
-    let sign = _mm256_and_si256(words, _mm256_set1_epi32(i32::MIN));
-    let magnitude = _mm256_and_si256(_mm256_srli_epi32(words, 4), _mm256_set1_epi32(0x07f0_0000));
-    _mm256_mul_ps(_mm256_castsi256_ps(_mm256_or_si256(sign, magnitude)), _mm256_set1_ps(TWO_120))
+    let bits = _mm256_and_si256(_mm256_srai_epi32(words, 4), _mm256_set1_epi32(0x87f0_0000_u32 as i32));
+    _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(TWO_120))
 }
 
 /// 8 BF16 in f32.

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{FloatTile, GROUP, IntegerTile, OFFSET_CODES, TILE};
+use super::{AHEAD, FloatTile, GROUP, IntegerTile, OFFSET_CODES, Scales, TILE, TWO_120};
 use crate::formats::e2m1;
 use crate::formats::linear::Element;
 
@@ -12,21 +12,25 @@ use crate::formats::linear::Element;
 pub(super) unsafe fn integer(t: &IntegerTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) {
     // SAFETY: the caller's.
     unsafe {
-        match rows {
-            8 => integer_rows::<8>(t, acc),
-            4 => integer_rows::<4>(t, acc),
-            2 => integer_rows::<2>(t, acc),
-            _ => integer_rows::<1>(t, acc),
+        match (rows, t.streamed) {
+            (8, true) => integer_rows::<8, true>(t, acc),
+            (8, false) => integer_rows::<8, false>(t, acc),
+            (4, true) => integer_rows::<4, true>(t, acc),
+            (4, false) => integer_rows::<4, false>(t, acc),
+            (2, true) => integer_rows::<2, true>(t, acc),
+            (2, false) => integer_rows::<2, false>(t, acc),
+            (_, true) => integer_rows::<1, true>(t, acc),
+            (_, false) => integer_rows::<1, false>(t, acc),
         }
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn integer_rows<const M: usize>(t: &IntegerTile<'_>, acc: &mut [[f32; GROUP]; TILE]) {
+unsafe fn integer_rows<const M: usize, const STREAMED: bool>(t: &IntegerTile<'_>, acc: &mut [[f32; GROUP]; TILE]) {
     let blocks = t.k / t.block;
     let chunks = t.block / 8;
     assert!(t.weights.len() >= t.k * GROUP / 2 && t.values.len() >= M * t.k);
-    assert!(t.scales.len() >= M * blocks && t.corrections.len() >= M * blocks);
+    assert!(t.scales.len() >= M * blocks && t.corrections.len() >= M * blocks && t.weight_scales.cover(blocks));
     // SAFETY: every access is below the lengths asserted above, by the shapes that `packed` and `activation` make.
     unsafe {
         let table = _mm512_broadcast_i32x4(_mm_loadu_si128(OFFSET_CODES.as_ptr().cast()));
@@ -40,6 +44,9 @@ unsafe fn integer_rows<const M: usize>(t: &IntegerTile<'_>, acc: &mut [[f32; GRO
                 dot[m] = _mm512_set1_epi32(t.corrections.as_ptr().add(m * blocks + b).read_unaligned());
             }
             for c in 0..chunks {
+                if STREAMED {
+                    _mm_prefetch::<_MM_HINT_T0>(weights.wrapping_add(AHEAD).cast());
+                }
                 let packed = _mm512_loadu_si512(weights.cast());
                 weights = weights.add(4 * GROUP);
                 let low = _mm512_shuffle_epi8(table, _mm512_and_si512(packed, nibble));
@@ -50,7 +57,7 @@ unsafe fn integer_rows<const M: usize>(t: &IntegerTile<'_>, acc: &mut [[f32; GRO
                     dot[m] = _mm512_dpbusd_epi32(dot[m], high, _mm512_set1_epi32(x.add(1).read_unaligned()));
                 }
             }
-            let scale = _mm512_loadu_ps(t.weight_scales.as_ptr().add(b).cast());
+            let scale = scales(t.weight_scales, b);
             for m in 0..M {
                 let s = _mm512_mul_ps(scale, _mm512_set1_ps(t.scales.as_ptr().add(m * blocks + b).read_unaligned()));
                 sum[m] = _mm512_fmadd_ps(s, _mm512_cvtepi32_ps(dot[m]), sum[m]);
@@ -62,19 +69,48 @@ unsafe fn integer_rows<const M: usize>(t: &IntegerTile<'_>, acc: &mut [[f32; GRO
     }
 }
 
+/// The scales of the 16 rows in block `i`.
+///
 /// # Safety
-/// The CPU has the features below; the tile's slices cover `rows` (8, 4, 2 or 1) tokens.
+/// There are more than `i`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn scales(scales: Scales<'_>, i: usize) -> __m512 {
+    // SAFETY: the caller's, in every arm.
+    let codes = |codes: &[[u8; GROUP]]| unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.as_ptr().add(i).cast())) };
+    match scales {
+        Scales::None => _mm512_set1_ps(1.0),
+        // As `e4m3` below, without a sign.
+        Scales::E4m3(c) => _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(codes(c), 20)), _mm512_set1_ps(TWO_120)),
+        // Code 0 is 2^-127, which is no normal number.
+        Scales::E8m0(c) => {
+            let normal = _mm512_slli_epi32(codes(c), 23);
+            _mm512_castsi512_ps(_mm512_max_epi32(normal, _mm512_set1_epi32(0x0040_0000)))
+        }
+        // SAFETY: as above.
+        Scales::Grid(values) => _mm512_set1_ps(unsafe { *values.as_ptr().add(i) }),
+    }
+}
+
+/// # Safety
+/// The CPU has the features below; the tile's slices cover `rows` (8, 4, 2 or 1) tokens; `rows` times its groups (4, 2 or 1)
+/// are 8 at most.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) unsafe fn float(t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) {
     macro_rules! tiles {
         ($kernel:ident) => {
             // SAFETY: the caller's.
             unsafe {
-                match rows {
-                    8 => $kernel::<8>(t, acc),
-                    4 => $kernel::<4>(t, acc),
-                    2 => $kernel::<2>(t, acc),
-                    _ => $kernel::<1>(t, acc),
+                match (rows, t.groups) {
+                    (8, 1) => $kernel::<8, 1>(t, acc),
+                    (4, 2) => $kernel::<4, 2>(t, acc),
+                    (4, 1) => $kernel::<4, 1>(t, acc),
+                    (2, 4) => $kernel::<2, 4>(t, acc),
+                    (2, 2) => $kernel::<2, 2>(t, acc),
+                    (2, 1) => $kernel::<2, 1>(t, acc),
+                    (1, 4) => $kernel::<1, 4>(t, acc),
+                    (1, 2) => $kernel::<1, 2>(t, acc),
+                    _ => $kernel::<1, 1>(t, acc),
                 }
             }
         };
@@ -94,39 +130,55 @@ pub(super) unsafe fn float(t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROU
 macro_rules! float_kernel {
     ($name:ident, $chunk_bytes:literal, $p:ident, $state:ident = $load:expr, $($k:literal => $decode:expr),+ $(,)?) => {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-        unsafe fn $name<const M: usize>(t: &FloatTile<'_>, acc: &mut [[f32; GROUP]; TILE]) {
+        unsafe fn $name<const M: usize, const G: usize>(t: &FloatTile<'_>, acc: &mut [[f32; GROUP]; TILE]) {
             let blocks = t.k.div_ceil(t.block);
-            assert!(t.weights.len() >= t.k / 8 * $chunk_bytes && t.values.len() >= M * t.k);
-            assert!(t.scales.len() >= (M - 1) * t.scale_stride + blocks && t.weight_scales.len() >= blocks);
+            let group_bytes = t.k / 8 * $chunk_bytes;
+            assert!(t.groups == G && t.weights.len() >= G * group_bytes && t.values.len() >= M * t.k);
+            assert!(t.scales_cover(M));
             // SAFETY: every access is below the lengths asserted above, by the shapes that `packed` and `activation`
             // make.
             unsafe {
-                let mut sum = [_mm512_setzero_ps(); M];
+                let mut sum = [[_mm512_setzero_ps(); M]; G];
                 let mut weights = t.weights.as_ptr();
                 let mut values = t.values.as_ptr();
                 for b in 0..blocks {
-                    let mut dot = [_mm512_setzero_ps(); M];
+                    let mut dot = [[_mm512_setzero_ps(); M]; G];
                     for _ in 0..(t.k - b * t.block).min(t.block) / 8 {
-                        let $p = weights;
-                        let $state = $load;
+                        // With fewer tokens, several groups keep loads in flight already.
+                        if M >= 4 && t.streamed {
+                            for g in 0..G {
+                                for line in (0..$chunk_bytes).step_by(64) {
+                                    let ahead = weights.wrapping_add(g * group_bytes + line + AHEAD);
+                                    _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                                }
+                            }
+                        }
                         $(
-                            let w = $decode;
-                            for m in 0..M {
-                                let x = values.add(m * t.k + $k).read_unaligned();
-                                dot[m] = _mm512_fmadd_ps(w, _mm512_set1_ps(x), dot[m]);
+                            for g in 0..G {
+                                let $p = weights.add(g * group_bytes);
+                                let $state = $load;
+                                let w = $decode;
+                                for m in 0..M {
+                                    let x = values.add(m * t.k + $k).read_unaligned();
+                                    dot[g][m] = _mm512_fmadd_ps(w, _mm512_set1_ps(x), dot[g][m]);
+                                }
                             }
                         )+
                         weights = weights.add($chunk_bytes);
                         values = values.add(8);
                     }
-                    let scale = _mm512_loadu_ps(t.weight_scales.as_ptr().add(b).cast());
-                    for m in 0..M {
-                        let x = t.scales.as_ptr().add(m * t.scale_stride + b).read_unaligned();
-                        sum[m] = _mm512_fmadd_ps(_mm512_mul_ps(scale, _mm512_set1_ps(x)), dot[m], sum[m]);
+                    for g in 0..G {
+                        let scale = scales(t.weight_scales, t.weight_block(g, b));
+                        for m in 0..M {
+                            let s = _mm512_mul_ps(scale, _mm512_set1_ps(t.scale(m, b)));
+                            sum[g][m] = _mm512_fmadd_ps(s, dot[g][m], sum[g][m]);
+                        }
                     }
                 }
-                for m in 0..M {
-                    _mm512_storeu_ps(acc[m].as_mut_ptr(), sum[m]);
+                for g in 0..G {
+                    for m in 0..M {
+                        _mm512_storeu_ps(acc[g * M + m].as_mut_ptr(), sum[g][m]);
+                    }
                 }
             }
         }
@@ -191,9 +243,7 @@ unsafe fn f16(p: *const u8) -> __m512 {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn e4m3(words: __m512i) -> __m512 {
-    const TWO_120: f32 = f32::from_bits((120 + 127) << 23);
-    let sign = _mm512_and_si512(words, _mm512_set1_epi32(i32::MIN));
-    let magnitude = _mm512_and_si512(_mm512_srli_epi32(words, 4), _mm512_set1_epi32(0x07f0_0000));
-    let bits = _mm512_or_si512(sign, magnitude);
+    // The shift leaves the sign where it is.
+    let bits = _mm512_and_si512(_mm512_srai_epi32(words, 4), _mm512_set1_epi32(0x87f0_0000_u32 as i32));
     _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(TWO_120))
 }

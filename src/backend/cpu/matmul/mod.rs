@@ -15,14 +15,16 @@ mod avx512;
 mod neon;
 mod scalar;
 
-use rayon::prelude::*;
+use std::ops::Range;
 
 use super::activation::{FloatInput, Input, IntegerInput};
 use super::isa::{Isa, Kind};
-use super::packed::{GROUP, PackedLinear};
+use super::packed::{GROUP, PackedLinear, Scales};
+use super::threads::Threads;
 use crate::formats::linear::Element;
 
-/// Tokens that one kernel call computes side by side, at most.
+/// Runs of 16 outputs that one kernel call computes side by side, at most: tokens, or groups of rows where tokens are few, so that
+/// one sum needs not wait for another.
 const TILE: usize = 8;
 /// Tokens that one task goes through: bounds the task's share of the input to what a second-level cache holds.
 const TASK_TOKENS: usize = 128;
@@ -40,12 +42,22 @@ const OFFSET_CODES: [u8; 16] = {
     t
 };
 
+/// How far ahead of the products weights are asked for that come from memory. Less does not cover its latency where a tile's
+/// arithmetic takes longer than its weights, and cores' own prefetching ends with a page.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 2048;
+
+/// What an E4M3 code moved to where f32 has exponent and mantissa is multiplied by; exact, subnormals included.
+const TWO_120: f32 = f32::from_bits((120 + 127) << 23);
+
 /// One tile of tokens of an integer product over one group of rows.
 struct IntegerTile<'a> {
-    /// Packed elements of the group.
+    /// Packed elements of the group, and whether they come from memory: another tile did not just read them.
     weights: &'a [u8],
-    /// [K/block] scales of the group's 16 rows.
-    weight_scales: &'a [[f32; GROUP]],
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    streamed: bool,
+    /// Scales of the group's K/block blocks.
+    weight_scales: Scales<'a>,
     /// Elements of a block: 16 or 32.
     block: usize,
     /// First token's doubled values, K apart; likewise its corrections and scales, K/block apart.
@@ -56,21 +68,53 @@ struct IntegerTile<'a> {
     k: usize,
 }
 
-/// One tile of tokens of a float product over one group of rows.
+/// One tile of a float product: some tokens and consecutive groups of rows.
 struct FloatTile<'a> {
     element: Element,
+    groups: usize,
+    /// Packed elements of the groups, and whether they come from memory.
     weights: &'a [u8],
-    /// [blocks] scales of the group's 16 rows.
-    weight_scales: &'a [[f32; GROUP]],
-    /// Elements of a block, a multiple of 8.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    streamed: bool,
+    weight_scales: Scales<'a>,
+    /// Elements of a block, a multiple of 8, and how many blocks share a scale of the weight.
     block: usize,
+    repeat: usize,
     /// First token's values, `k` apart.
     values: &'a [f32],
-    /// First token's block scales, `scale_stride` apart (0: the same for all tokens).
+    /// First token's scales, `scale_stride` apart, and how many blocks share one; none where they are all 1.
     scales: &'a [f32],
     scale_stride: usize,
+    scale_repeat: usize,
     /// K padded to a multiple of 8.
     k: usize,
+}
+
+impl FloatTile<'_> {
+    /// Bytes of a group's elements.
+    fn group_bytes(&self) -> usize {
+        GROUP * self.element.row_bytes(self.k)
+    }
+
+    /// Where the scales of block `b` of a group are.
+    #[inline(always)]
+    fn weight_block(&self, group: usize, b: usize) -> usize {
+        group * self.k.div_ceil(self.block * self.repeat) + if self.repeat == 1 { b } else { b / self.repeat }
+    }
+
+    /// Token `m`'s scale in block `b`.
+    #[inline(always)]
+    fn scale(&self, m: usize, b: usize) -> f32 {
+        if self.scales.is_empty() { 1.0 } else { self.scales[m * self.scale_stride + b / self.scale_repeat] }
+    }
+
+    /// Whether there are scales for all groups and `rows` tokens.
+    fn scales_cover(&self, rows: usize) -> bool {
+        let last = self.k.div_ceil(self.block).max(1) - 1;
+        let of_tokens =
+            self.scales.is_empty() || self.scales.len() > (rows - 1) * self.scale_stride + last / self.scale_repeat;
+        of_tokens && self.weight_scales.cover(self.weight_block(self.groups - 1, last) + 1)
+    }
 }
 
 /// Raw pointer to the output; tasks write disjoint parts of it.
@@ -81,111 +125,110 @@ unsafe impl Send for Output {}
 // SAFETY: as above.
 unsafe impl Sync for Output {}
 
+/// Some groups of rows of one product, and some tokens.
+struct Task {
+    job: usize,
+    groups: Range<usize>,
+    tokens: Range<usize>,
+}
+
 /// Computes several products of the same number of tokens in one parallel sweep.
-pub(super) fn run(isa: Isa, jobs: &mut [(&PackedLinear, &Input<'_>, &mut [f32])], m: usize) {
+pub(super) fn run(isa: Isa, threads: &Threads, jobs: &mut [(&PackedLinear, &Input<'_>, &mut [f32])], m: usize) {
     let spans = m.div_ceil(TASK_TOKENS);
-    let mut tasks = Vec::new();
     let outputs: Vec<Output> = jobs.iter_mut().map(|j| Output(j.2.as_mut_ptr())).collect();
+    // A few groups make a task: enough work to pay for handing it over, little enough to balance.
+    let groups: usize = jobs.iter().map(|j| j.0.groups()).sum();
+    let per_task = (groups * spans / (8 * threads.count())).clamp(1, 64);
+    let mut tasks = Vec::new();
     for (job, (w, _, out)) in jobs.iter().enumerate() {
         assert_eq!(out.len(), m * w.n, "output of {} has the wrong size", w.name);
-        for group in 0..w.groups() {
-            tasks.extend((0..spans).map(|span| (job, group, span)));
+        for first in (0..w.groups()).step_by(per_task) {
+            tasks.extend((0..m).step_by(TASK_TOKENS).map(|token| Task {
+                job,
+                groups: first..w.groups().min(first + per_task),
+                tokens: token..m.min(token + TASK_TOKENS),
+            }));
         }
     }
-    // A few groups make a task: enough work to pay for handing it over, little enough to balance.
-    let per_task = (tasks.len() / (8 * rayon::current_num_threads())).clamp(1, 64);
     let jobs: Vec<(&PackedLinear, &Input<'_>)> = jobs.iter().map(|j| (j.0, j.1)).collect();
-    tasks.par_chunks(per_task).for_each_init(Vec::new, |scratch, tasks| {
-        for &(job, group, span) in tasks {
-            let (w, input) = jobs[job];
-            let tokens = span * TASK_TOKENS..m.min((span + 1) * TASK_TOKENS);
-            match input {
-                Input::Integer(x) => integer_group(isa, w, x, group, tokens, scratch, outputs[job]),
-                Input::Float(x) => float_group(isa, w, x, group, tokens, scratch, outputs[job]),
-            }
+    threads.run(tasks.len(), |i| {
+        let task = &tasks[i];
+        let (w, input) = jobs[task.job];
+        match input {
+            Input::Integer(x) => integer_groups(isa, w, x, task, outputs[task.job]),
+            Input::Float(x) => float_groups(isa, w, x, task, outputs[task.job]),
         }
     });
 }
 
-fn integer_group(
-    isa: Isa,
-    w: &PackedLinear,
-    x: &IntegerInput,
-    group: usize,
-    tokens: std::ops::Range<usize>,
-    scratch: &mut Vec<[f32; GROUP]>,
-    out: Output,
-) {
+fn integer_groups(isa: Isa, w: &PackedLinear, x: &IntegerInput, task: &Task, out: Output) {
     let blocks = w.k / x.block;
-    w.group_scales(group, x.block, scratch);
-    let finish = Finish::new(w, group, out);
-    let mut m = tokens.start;
-    while m < tokens.end {
-        let tile = IntegerTile {
-            weights: w.group_data(group),
-            weight_scales: scratch,
-            block: x.block,
-            values: &x.values[m * w.k..],
-            corrections: &x.corrections[m * blocks..],
-            scales: &x.scales[m * blocks..],
-            k: w.k,
-        };
-        let mut acc = [[0.0f32; GROUP]; TILE];
-        let rows = integer_tile(isa, &tile, tokens.end - m, &mut acc);
-        for (i, acc) in acc[..rows].iter().enumerate() {
-            finish.write(m + i, acc, x.global);
+    for group in task.groups.clone() {
+        let finish = Finish::new(w, group, out);
+        let mut m = task.tokens.start;
+        while m < task.tokens.end {
+            let tile = IntegerTile {
+                weights: w.groups_data(group..group + 1),
+                streamed: m == task.tokens.start,
+                weight_scales: w.groups_scales(group..group + 1),
+                block: x.block,
+                values: &x.values[m * w.k..],
+                corrections: &x.corrections[m * blocks..],
+                scales: &x.scales[m * blocks..],
+                k: w.k,
+            };
+            let mut acc = [[0.0f32; GROUP]; TILE];
+            let rows = integer_tile(isa, &tile, task.tokens.end - m, &mut acc);
+            for (i, acc) in acc[..rows].iter().enumerate() {
+                finish.write(m + i, acc, x.global);
+            }
+            m += rows;
         }
-        m += rows;
     }
 }
 
-fn float_group(
-    isa: Isa,
-    w: &PackedLinear,
-    x: &FloatInput<'_>,
-    group: usize,
-    tokens: std::ops::Range<usize>,
-    scratch: &mut Vec<[f32; GROUP]>,
-    out: Output,
-) {
+fn float_groups(isa: Isa, w: &PackedLinear, x: &FloatInput<'_>, task: &Task, out: Output) {
     let block = if x.block == 0 { w.weight_block } else { w.weight_block.min(x.block) }.min(w.k_padded);
-    let blocks = w.k_padded.div_ceil(block);
-    w.group_scales(group, block, scratch);
-    // Activation blocks longer than the weight's are repeated; none at all are ones, shared by every token.
-    let repeat = if x.block == 0 { 0 } else { x.block / block };
-    let expanded: Vec<f32> = match repeat {
-        0 => vec![1.0; blocks],
-        1 => Vec::new(),
-        _ => {
-            let per_row = w.k.div_ceil(x.block);
-            let rows = x.scales[tokens.start * per_row..tokens.end * per_row].chunks_exact(per_row);
-            rows.flat_map(|r| r.iter().flat_map(|&s| std::iter::repeat_n(s, repeat)).take(blocks)).collect()
+    let repeat = w.weight_block / block;
+    let (scale_stride, scale_repeat) = if x.block == 0 { (0, 1) } else { (w.k.div_ceil(x.block), x.block / block) };
+    // Groups that tiles may take side by side: with many tokens, one after the other, which stays in the first cache.
+    let side_by_side = if task.tokens.len() < TILE { TILE / 2 } else { 1 };
+    let mut group = task.groups.start;
+    while group < task.groups.end {
+        let end = task.groups.end.min(group + side_by_side);
+        let mut m = task.tokens.start;
+        while m < task.tokens.end {
+            let rows = tile_rows(task.tokens.end - m);
+            let mut first = group;
+            while first < end {
+                let groups = tile_groups(rows, end - first);
+                let tile = FloatTile {
+                    element: w.element,
+                    groups,
+                    weights: w.groups_data(first..first + groups),
+                    streamed: m == task.tokens.start,
+                    weight_scales: w.groups_scales(first..first + groups),
+                    block,
+                    repeat,
+                    values: &x.values[m * w.k_padded..],
+                    scales: if x.block == 0 { &[] } else { &x.scales[m * scale_stride..] },
+                    scale_stride,
+                    scale_repeat,
+                    k: w.k_padded,
+                };
+                let mut acc = [[0.0f32; GROUP]; TILE];
+                float_tile(isa, &tile, rows, &mut acc);
+                for (g, acc) in acc[..groups * rows].chunks_exact(rows).enumerate() {
+                    let finish = Finish::new(w, first + g, out);
+                    for (i, acc) in acc.iter().enumerate() {
+                        finish.write(m + i, acc, x.rows.get(m + i).copied().unwrap_or(1.0));
+                    }
+                }
+                first += groups;
+            }
+            m += rows;
         }
-    };
-    let finish = Finish::new(w, group, out);
-    let mut m = tokens.start;
-    while m < tokens.end {
-        let (scales, scale_stride) = match repeat {
-            0 => (&expanded[..], 0),
-            1 => (&x.scales[m * blocks..], blocks),
-            _ => (&expanded[(m - tokens.start) * blocks..], blocks),
-        };
-        let tile = FloatTile {
-            element: w.element,
-            weights: w.group_data(group),
-            weight_scales: scratch,
-            block,
-            values: &x.values[m * w.k_padded..],
-            scales,
-            scale_stride,
-            k: w.k_padded,
-        };
-        let mut acc = [[0.0f32; GROUP]; TILE];
-        let rows = float_tile(isa, &tile, tokens.end - m, &mut acc);
-        for (i, acc) in acc[..rows].iter().enumerate() {
-            finish.write(m + i, acc, x.rows.get(m + i).copied().unwrap_or(1.0));
-        }
-        m += rows;
+        group = end;
     }
 }
 
@@ -251,9 +294,8 @@ fn integer_tile(isa: Isa, t: &IntegerTile<'_>, rows: usize, acc: &mut [[f32; GRO
     rows
 }
 
-/// As [`integer_tile`] for the float family.
-fn float_tile(isa: Isa, t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) -> usize {
-    let rows = tile_rows(rows);
+/// Computes `rows` tokens of all groups of the tile.
+fn float_tile(isa: Isa, t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) {
     match isa.kind() {
         // SAFETY: an Isa of this kind exists only if the CPU has the features; slices cover `rows` tokens.
         #[cfg(target_arch = "x86_64")]
@@ -266,7 +308,15 @@ fn float_tile(isa: Isa, t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROUP];
         Kind::Neon => unsafe { neon::float(t, rows, acc) },
         _ => scalar::float(t, rows, acc),
     }
-    rows
+}
+
+/// How many of `groups` groups a float tile of so many tokens takes side by side.
+fn tile_groups(rows: usize, groups: usize) -> usize {
+    match (rows, groups) {
+        (1 | 2, 4..) => 4,
+        (1 | 2 | 4, 2..) => 2,
+        _ => 1,
+    }
 }
 
 fn tile_rows(rows: usize) -> usize {
@@ -299,8 +349,10 @@ mod tests {
         bytes(seed, 2 * count).as_chunks::<2>().0.iter().map(|b| part(b)).collect()
     }
 
-    fn scales(seed: u64, blocks: usize) -> Vec<[f32; GROUP]> {
-        floats(seed, blocks * GROUP).as_chunks::<GROUP>().0.to_vec()
+    /// Codes of scales, none of them NaN.
+    fn codes(seed: u64, blocks: usize, e4m3: bool) -> Vec<[u8; GROUP]> {
+        let code = |b: u8| if e4m3 { (b & 0x7f).min(0x7e) } else { b.min(0xfe) };
+        bytes(seed, blocks * GROUP).as_chunks::<GROUP>().0.iter().map(|c| c.map(code)).collect()
     }
 
     fn bits(acc: &[[f32; GROUP]; TILE], rows: usize) -> Vec<u32> {
@@ -309,13 +361,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn integer_tiles_of_every_instruction_set_equal_scalar(seed in any::<u64>(), size in 0usize..4, blocks in 1usize..9, wide in any::<bool>()) {
+        fn integer_tiles_of_every_instruction_set_equal_scalar(seed in any::<u64>(), size in 0usize..4, blocks in 1usize..9, wide in any::<bool>(), e4m3 in any::<bool>()) {
             let (rows, block) = (1 << size, if wide { 32 } else { 16 });
             let k = blocks * block;
             let values: Vec<i8> = bytes(seed ^ 1, rows * k).iter().map(|b| crate::formats::e2m1::DOUBLED[usize::from(b & 15)]).collect();
             let corrections: Vec<i32> = values.chunks_exact(block).map(|b| -12 * b.iter().map(|&v| i32::from(v)).sum::<i32>()).collect();
-            let (weights, weight_scales, scales) = (bytes(seed, k * GROUP / 2), scales(seed ^ 2, blocks), floats(seed ^ 3, rows * blocks));
-            let t = IntegerTile { weights: &weights, weight_scales: &weight_scales, block, values: &values, corrections: &corrections, scales: &scales, k };
+            let (weights, codes, scales) = (bytes(seed, k * GROUP / 2), codes(seed ^ 2, blocks, e4m3), floats(seed ^ 3, rows * blocks));
+            let weight_scales = if e4m3 { Scales::E4m3(&codes) } else { Scales::E8m0(&codes) };
+            let t = IntegerTile { weights: &weights, streamed: wide, weight_scales, block, values: &values, corrections: &corrections, scales: &scales, k };
             let mut expected = [[0.0; GROUP]; TILE];
             scalar::integer(&t, rows, &mut expected);
             for isa in Isa::available() {
@@ -326,29 +379,39 @@ mod tests {
         }
 
         #[test]
-        fn float_tiles_of_every_instruction_set_equal_scalar(seed in any::<u64>(), size in 0usize..4, chunks in 1usize..40, block in 1usize..20, which in 0usize..5, shared in any::<bool>()) {
+        fn float_tiles_of_every_instruction_set_equal_scalar(
+            seed in any::<u64>(), size in 0usize..4, wide in 0usize..3, chunks in 1usize..40, block in 1usize..20, which in 0usize..5,
+            kind in 0usize..4, repeat in 1usize..4, scale_repeat in 0usize..4,
+        ) {
             let element = [Element::F32, Element::F16, Element::Bf16, Element::E4m3, Element::E2m1][which];
             let (rows, k, block) = (1 << size, 8 * chunks, 8 * block);
+            let groups = tile_groups(rows, 1 << wide);
             let blocks = k.div_ceil(block);
-            let mut weights = bytes(seed, GROUP * element.row_bytes(k));
+            let mut weights = bytes(seed, groups * GROUP * element.row_bytes(k));
             match element {
-                Element::F32 => weights = floats(seed, GROUP * k).iter().flat_map(|v| v.to_le_bytes()).collect(),
+                Element::F32 => weights = floats(seed, groups * GROUP * k).iter().flat_map(|v| v.to_le_bytes()).collect(),
                 // No NaN and no infinity: the loader refuses them. Exponent bits of all ones lose the lowest.
                 Element::F16 => weights.chunks_exact_mut(2).filter(|b| b[1] & 0x7c == 0x7c).for_each(|b| b[1] &= !4),
                 Element::Bf16 => weights.chunks_exact_mut(2).for_each(|b| b[1] = (b[1] & 0x80) | (0x3b + b[1] % 6)),
                 Element::E4m3 => weights.iter_mut().filter(|b| **b & 0x7f == 0x7f).for_each(|b| *b &= !1),
                 Element::E2m1 => {}
             }
-            let stride = if shared { 0 } else { blocks };
-            let (weight_scales, scales) = (scales(seed ^ 2, blocks), floats(seed ^ 3, rows * blocks));
+            let weight_blocks = groups * k.div_ceil(block * repeat);
+            let (codes, grid) = (codes(seed ^ 2, weight_blocks, kind == 1), floats(seed ^ 2, weight_blocks));
+            let weight_scales = [Scales::None, Scales::E4m3(&codes), Scales::E8m0(&codes), Scales::Grid(&grid)][kind];
+            let scale_stride = blocks.div_ceil(scale_repeat.max(1));
+            let scales = floats(seed ^ 3, if scale_repeat == 0 { 0 } else { rows * scale_stride });
             let values = floats(seed ^ 1, rows * k);
-            let t = FloatTile { element, weights: &weights, weight_scales: &weight_scales, block, values: &values, scales: &scales, scale_stride: stride, k };
+            let t = FloatTile {
+                element, groups, weights: &weights, streamed: wide == 0, weight_scales, block, repeat, values: &values, scales: &scales, scale_stride,
+                scale_repeat: scale_repeat.max(1), k,
+            };
             let mut expected = [[0.0; GROUP]; TILE];
             scalar::float(&t, rows, &mut expected);
             for isa in Isa::available() {
                 let mut acc = [[0.0; GROUP]; TILE];
-                prop_assert_eq!(float_tile(isa, &t, rows, &mut acc), rows);
-                prop_assert_eq!(bits(&acc, rows), bits(&expected, rows), "{} {:?}", isa, element);
+                float_tile(isa, &t, rows, &mut acc);
+                prop_assert_eq!(bits(&acc, groups * rows), bits(&expected, groups * rows), "{} {:?}", isa, element);
             }
         }
     }

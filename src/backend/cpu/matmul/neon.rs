@@ -6,7 +6,7 @@
 // Every AArch64 CPU has NEON, so nothing here needs `target_feature`, and helpers may be forced inline.
 use std::arch::aarch64::*;
 
-use super::{FloatTile, GROUP, IntegerTile, TILE};
+use super::{FloatTile, GROUP, IntegerTile, Scales, TILE, TWO_120};
 use crate::formats::e2m1;
 use crate::formats::linear::Element;
 
@@ -56,7 +56,7 @@ unsafe fn integer_rows<const M: usize>(t: &IntegerTile<'_>, half: usize, acc: &m
     let blocks = t.k / t.block;
     let chunks = t.block / 8;
     assert!(t.weights.len() >= t.k * GROUP / 2 && t.values.len() >= M * t.k);
-    assert!(t.scales.len() >= M * blocks && t.weight_scales.len() >= blocks);
+    assert!(t.scales.len() >= M * blocks && t.weight_scales.cover(blocks));
     // SAFETY: every access is below the lengths asserted above, by the shapes that `packed` and `activation` make.
     unsafe {
         let table = vld1q_s8(e2m1::DOUBLED.as_ptr());
@@ -85,12 +85,12 @@ unsafe fn integer_rows<const M: usize>(t: &IntegerTile<'_>, half: usize, acc: &m
                 }
                 weights = weights.add(4 * GROUP);
             }
+            let scale = [0, 1].map(|q| scales(t.weight_scales, b, HALF * half + QUARTER * q));
             for m in 0..M {
                 let x_scale = t.scales.as_ptr().add(m * blocks + b).read_unaligned();
                 for q in 0..2 {
-                    let scale = t.weight_scales.as_ptr().add(b).cast::<f32>().add(HALF * half + QUARTER * q);
                     let exact = vpaddq_s32(vpaddlq_s16(dot[m][q][0]), vpaddlq_s16(dot[m][q][1]));
-                    let s = vmulq_n_f32(vld1q_f32(scale), x_scale);
+                    let s = vmulq_n_f32(scale[q], x_scale);
                     sum[m][q] = vfmaq_f32(sum[m][q], s, vcvtq_f32_s32(exact));
                 }
             }
@@ -103,8 +103,31 @@ unsafe fn integer_rows<const M: usize>(t: &IntegerTile<'_>, half: usize, acc: &m
     }
 }
 
+/// The scales of 4 of the 16 rows, from `row` on, in block `i`.
+///
 /// # Safety
-/// The tile's slices cover `rows` (8, 4, 2 or 1) tokens.
+/// There are more than `i`.
+#[inline(always)]
+unsafe fn scales(scales: Scales<'_>, i: usize, row: usize) -> float32x4_t {
+    // SAFETY: the caller's, in every arm.
+    unsafe {
+        let codes = |codes: &[[u8; GROUP]]| {
+            let four = codes.as_ptr().add(i).cast::<u8>().add(row).cast::<u32>().read_unaligned();
+            vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(u64::from(four)))))
+        };
+        match scales {
+            Scales::None => vdupq_n_f32(1.0),
+            // The code without a sign, moved to where f32 has exponent and mantissa.
+            Scales::E4m3(c) => vmulq_n_f32(vreinterpretq_f32_u32(vshlq_n_u32::<20>(codes(c))), TWO_120),
+            // Code 0 is 2^-127, which is no normal number.
+            Scales::E8m0(c) => vreinterpretq_f32_u32(vmaxq_u32(vshlq_n_u32::<23>(codes(c)), vdupq_n_u32(0x0040_0000))),
+            Scales::Grid(values) => vdupq_n_f32(*values.as_ptr().add(i)),
+        }
+    }
+}
+
+/// # Safety
+/// The tile's slices cover `rows` (8, 4, 2 or 1) tokens; `rows` times its groups (4, 2 or 1) are 8 at most.
 pub(super) unsafe fn float(t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) {
     // SAFETY: the caller's.
     unsafe {
@@ -119,46 +142,71 @@ pub(super) unsafe fn float(t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROU
 }
 
 unsafe fn float_element<D: Decode>(t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) {
-    let mut m = 0;
-    while m < rows {
-        let step = tile(rows - m);
-        let part = FloatTile { values: &t.values[m * t.k..], scales: &t.scales[m * t.scale_stride..], ..*t };
-        for half in 0..2 {
+    // 32 registers: four tokens of one half of a group, or one token of both halves of two.
+    if rows == 1 && t.groups > 1 {
+        for group in (0..t.groups).step_by(2) {
+            // SAFETY: the caller's.
+            unsafe { float_rows::<D, 1, 4>(t, Part { half: 2 * group, m: 0, rows }, acc) }
+        }
+        return;
+    }
+    let step = tile(rows);
+    for half in 0..2 * t.groups {
+        for m in (0..rows).step_by(step) {
+            let part = Part { half, m, rows };
             // SAFETY: the caller's.
             unsafe {
                 match step {
-                    4 => float_rows::<D, 4>(&part, half, &mut acc[m..]),
-                    2 => float_rows::<D, 2>(&part, half, &mut acc[m..]),
-                    _ => float_rows::<D, 1>(&part, half, &mut acc[m..]),
+                    4 => float_rows::<D, 4, 1>(t, part, acc),
+                    2 => float_rows::<D, 2, 1>(t, part, acc),
+                    _ => float_rows::<D, 1, 1>(t, part, acc),
                 }
             }
         }
-        m += step;
     }
 }
 
-unsafe fn float_rows<D: Decode, const M: usize>(t: &FloatTile<'_>, half: usize, acc: &mut [[f32; GROUP]]) {
+/// What a kernel computes of a tile of `rows` tokens: from this half of a group (counted over all groups) and this token on.
+#[derive(Clone, Copy)]
+struct Part {
+    half: usize,
+    m: usize,
+    rows: usize,
+}
+
+/// `H` consecutive halves of groups.
+unsafe fn float_rows<D: Decode, const M: usize, const H: usize>(
+    t: &FloatTile<'_>,
+    part: Part,
+    acc: &mut [[f32; GROUP]; TILE],
+) {
     let blocks = t.k.div_ceil(t.block);
     let chunk_bytes = GROUP * D::ELEMENT.row_bytes(8);
-    assert!(t.weights.len() >= t.k / 8 * chunk_bytes && t.values.len() >= M * t.k);
-    assert!(t.scales.len() >= (M - 1) * t.scale_stride + blocks && t.weight_scales.len() >= blocks);
+    let group_bytes = t.k / 8 * chunk_bytes;
+    assert!(part.half + H <= 2 * t.groups && part.m + M <= part.rows);
+    assert!(t.weights.len() >= t.groups * group_bytes && t.values.len() >= part.rows * t.k);
+    assert!(t.scales_cover(part.rows));
     // SAFETY: every access is below the lengths asserted above, by the shapes that `packed` and `activation` make.
     unsafe {
-        let mut sum = [[vdupq_n_f32(0.0); 2]; M];
+        let mut sum = [[[vdupq_n_f32(0.0); 2]; M]; H];
         let mut weights = t.weights.as_ptr();
-        let mut values = t.values.as_ptr();
+        let mut values = t.values.as_ptr().add(part.m * t.k);
         for b in 0..blocks {
-            let mut dot = [[vdupq_n_f32(0.0); 2]; M];
+            let mut dot = [[[vdupq_n_f32(0.0); 2]; M]; H];
             for _ in 0..(t.k - b * t.block).min(t.block) / 8 {
                 // Unrolled by hand: with the position known, what decoding shares between positions is loaded once.
                 macro_rules! positions {
                     ($($i:literal)+) => {$(
-                        let first = D::quarter::<$i>(weights, HALF * half);
-                        let second = D::quarter::<$i>(weights, HALF * half + QUARTER);
-                        for m in 0..M {
-                            let x = values.add(m * t.k + $i).read_unaligned();
-                            dot[m][0] = vfmaq_n_f32(dot[m][0], first, x);
-                            dot[m][1] = vfmaq_n_f32(dot[m][1], second, x);
+                        for h in 0..H {
+                            let (group, row) = ((part.half + h) / 2, (part.half + h) % 2 * HALF);
+                            let from = weights.add(group * group_bytes);
+                            let first = D::quarter::<$i>(from, row);
+                            let second = D::quarter::<$i>(from, row + QUARTER);
+                            for m in 0..M {
+                                let x = values.add(m * t.k + $i).read_unaligned();
+                                dot[h][m][0] = vfmaq_n_f32(dot[h][m][0], first, x);
+                                dot[h][m][1] = vfmaq_n_f32(dot[h][m][1], second, x);
+                            }
                         }
                     )+};
                 }
@@ -166,18 +214,24 @@ unsafe fn float_rows<D: Decode, const M: usize>(t: &FloatTile<'_>, half: usize, 
                 weights = weights.add(chunk_bytes);
                 values = values.add(8);
             }
-            let scales = t.weight_scales.as_ptr().add(b).cast::<f32>().add(HALF * half);
-            for m in 0..M {
-                let x = t.scales.as_ptr().add(m * t.scale_stride + b).read_unaligned();
+            for h in 0..H {
+                let (group, row) = ((part.half + h) / 2, (part.half + h) % 2 * HALF);
                 for q in 0..2 {
-                    let s = vmulq_n_f32(vld1q_f32(scales.add(QUARTER * q)), x);
-                    sum[m][q] = vfmaq_f32(sum[m][q], s, dot[m][q]);
+                    let scale = scales(t.weight_scales, t.weight_block(group, b), row + QUARTER * q);
+                    for m in 0..M {
+                        let s = vmulq_n_f32(scale, t.scale(part.m + m, b));
+                        sum[h][m][q] = vfmaq_f32(sum[h][m][q], s, dot[h][m][q]);
+                    }
                 }
             }
         }
-        for m in 0..M {
-            for q in 0..2 {
-                vst1q_f32(acc[m].as_mut_ptr().add(HALF * half + QUARTER * q), sum[m][q]);
+        for h in 0..H {
+            let (group, row) = ((part.half + h) / 2, (part.half + h) % 2 * HALF);
+            for m in 0..M {
+                for q in 0..2 {
+                    let to = acc[group * part.rows + part.m + m].as_mut_ptr().add(row + QUARTER * q);
+                    vst1q_f32(to, sum[h][m][q]);
+                }
             }
         }
     }

@@ -16,24 +16,26 @@ pub(super) fn integer(t: &IntegerTile<'_>, rows: usize, acc: &mut [[f32; GROUP];
                 for (k, &v) in values.iter().enumerate() {
                     dot += i32::from(v) * i32::from(e2m1::DOUBLED[e2m1_code(t.weights, b * t.block + k, lane)]);
                 }
-                acc[lane] = (t.weight_scales[b][lane] * scale).mul_add(dot as f32, acc[lane]);
+                acc[lane] = (t.weight_scales.at(b, lane) * scale).mul_add(dot as f32, acc[lane]);
             }
         }
     }
 }
 
-/// acc[m] = Σ over blocks: (weight scale · input scale) · (sequential fused multiply-adds over the block).
+/// acc[group · rows + m] = Σ over blocks: (weight scale · input scale) · (sequential fused multiply-adds over the block).
 pub(super) fn float(t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) {
-    for (m, acc) in acc[..rows].iter_mut().enumerate() {
+    for (i, acc) in acc[..t.groups * rows].iter_mut().enumerate() {
+        let (group, m) = (i / rows, i % rows);
+        let weights = &t.weights[group * t.group_bytes()..][..t.group_bytes()];
         let values = &t.values[m * t.k..][..t.k];
         for (b, values) in values.chunks(t.block).enumerate() {
-            let scale = t.scales[m * t.scale_stride + b];
+            let scale = t.scale(m, b);
             for lane in 0..GROUP {
                 let mut dot = 0.0f32;
                 for (k, &v) in values.iter().enumerate() {
-                    dot = weight(t, b * t.block + k, lane).mul_add(v, dot);
+                    dot = weight(t.element, weights, b * t.block + k, lane).mul_add(v, dot);
                 }
-                acc[lane] = (t.weight_scales[b][lane] * scale).mul_add(dot, acc[lane]);
+                acc[lane] = (t.weight_scales.at(t.weight_block(group, b), lane) * scale).mul_add(dot, acc[lane]);
             }
         }
     }
@@ -44,9 +46,8 @@ fn e2m1_code(weights: &[u8], k: usize, lane: usize) -> usize {
     usize::from((byte >> (k % 8 / 4 * 4)) & 15)
 }
 
-fn weight(t: &FloatTile<'_>, k: usize, lane: usize) -> f32 {
-    let w = t.weights;
-    match t.element {
+fn weight(element: Element, w: &[u8], k: usize, lane: usize) -> f32 {
+    match element {
         Element::E2m1 => e2m1::VALUES[e2m1_code(w, k, lane)],
         Element::E4m3 => e4m3::decode(w[k / 4 * 4 * GROUP + 4 * lane + k % 4]),
         Element::Bf16 => {

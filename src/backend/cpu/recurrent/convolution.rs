@@ -2,10 +2,9 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::super::elementwise::exp;
 use super::super::isa::{Isa, multiversion};
+use super::super::threads::Threads;
 use super::states::Slot;
 use super::{RecurrentSpan, expect, pieces};
 use crate::backend::BackendError;
@@ -57,9 +56,11 @@ impl Convolution {
 
     /// silu(conv(inputs)) of every span, which `finish` may change part by part, into `out`: after the spans before, part
     /// after part, each [the span's tokens, the part's width]. Tails move on.
+    #[allow(clippy::too_many_arguments)]
     pub(super) fn run(
         &self,
         isa: Isa,
+        threads: &Threads,
         inputs: Inputs<'_>,
         spans: &[RecurrentSpan],
         slots: &mut [&mut Slot],
@@ -82,9 +83,11 @@ impl Convolution {
         // An exponential takes about as long as eight taps.
         let work = inputs.rows.len() / inputs.width.max(1) * self.channels * (self.kernel + 8);
         let least = pieces(tasks.len(), work);
-        tasks.into_par_iter().with_min_len(least).for_each(|(i, part, out)| {
-            convolve(isa, &part, out);
-            finish(i, out);
+        threads.pieces(&mut tasks, least, |_, tasks| {
+            for (i, part, out) in tasks {
+                convolve(isa, part, out);
+                finish(*i, out);
+            }
         });
         for (span, slot) in spans.iter().zip(slots) {
             self.keep(inputs, span, &mut slot.tail);

@@ -2,11 +2,10 @@
 //!
 //! Source: Hugging Face transformers, models/qwen3_5.
 
-use rayon::prelude::*;
-
 use super::super::buffer::BufferPool;
 use super::super::elementwise::{LANES, exp, sum_of_squares, tree_sum};
 use super::super::isa::{Isa, multiversion};
+use super::super::threads::Threads;
 use super::convolution::{Convolution, Inputs};
 use super::{
     Places, ROWS, RecurrentShape, RecurrentSpan, RecurrentStates, TOKENS, cover, expect, pieces, softplus, spans, whole,
@@ -116,8 +115,7 @@ impl DeltaNet {
         &self.shape
     }
 
-    /// What out_proj reads, `out` [T, inner]; the spans' tails and states in `layer` move on. Runs on the threads of the
-    /// rayon pool it is called in.
+    /// What out_proj reads, `out` [T, inner]; the spans' tails and states in `layer` move on.
     ///
     /// # Errors
     /// When the lengths don't fit, the spans are not all of the rows in order, or a slot isn't there or named twice.
@@ -125,6 +123,7 @@ impl DeltaNet {
     pub(in crate::backend::cpu) fn run(
         &self,
         isa: Isa,
+        threads: &Threads,
         buffers: &BufferPool,
         inputs: DeltaNetInputs<'_>,
         spans: &[RecurrentSpan],
@@ -148,7 +147,7 @@ impl DeltaNet {
         let mut parts = buffers.take(tokens * channels);
         let columns = Inputs { rows: inputs.qkv, width: channels, first: 0 };
         let query_scale = 1.0 / (key_dim as f32).sqrt();
-        self.convolution.run(isa, columns, spans, &mut slots, &mut parts, |part, heads| {
+        self.convolution.run(isa, threads, columns, spans, &mut slots, &mut parts, |part, heads| {
             if part < 2 * key_heads {
                 let scale = if part < key_heads { query_scale } else { 1.0 };
                 unit(isa, key_dim, scale, heads);
@@ -182,18 +181,23 @@ impl DeltaNet {
             }
         }
         let least = pieces(tasks.len(), tokens * inner * key_dim);
-        tasks.into_par_iter().with_min_len(least).for_each(|(head, v, state)| scan(isa, &head, v, state));
+        threads.pieces(&mut tasks, least, |_, tasks| {
+            tasks.iter_mut().for_each(|(head, v, state)| scan(isa, head, v, state))
+        });
 
         let places = Places::new(spans, channels, 2 * key_heads * key_dim);
         let least = pieces(tokens, tokens * inner);
-        out.par_chunks_mut(inner).with_min_len(least).enumerate().for_each(|(row, out)| {
-            places.gather(&parts, row, value_dim, out);
-            gated_norm(isa, &inputs.z[row * inner..][..inner], &self.norm, shape.eps, out);
+        threads.pieces(out, least * inner, |piece, rows| {
+            for (i, out) in rows.chunks_exact_mut(inner).enumerate() {
+                let row = piece * least + i;
+                places.gather(&parts, row, value_dim, out);
+                gated_norm(isa, &inputs.z[row * inner..][..inner], &self.norm, shape.eps, out);
+            }
         });
         Ok(())
     }
 
-    /// As [`Self::run`] on the best instruction set, of a batch. `states`: those of sequences, and the layer; `None`: all begin
+    /// As [`Self::run`] on the best instruction set and the threads of the rayon pool it is called in, of a batch. `states`: those of sequences, and the layer; `None`: all begin
     /// here and nothing is kept.
     ///
     /// # Errors
@@ -205,12 +209,12 @@ impl DeltaNet {
         states: Option<(&mut RecurrentStates, usize)>,
         out: &mut [f32],
     ) -> Result<(), BackendError> {
-        let (isa, buffers) = (Isa::detect(), BufferPool::default());
+        let (isa, threads, buffers) = (Isa::detect(), Threads::ambient(), BufferPool::default());
         match states {
-            Some((states, layer)) => self.run(isa, &buffers, inputs, &spans(batch), states, layer, out),
+            Some((states, layer)) => self.run(isa, &threads, &buffers, inputs, &spans(batch), states, layer, out),
             None => {
                 let (spans, mut states) = whole(CONTEXT, self.shape.kept(), batch)?;
-                self.run(isa, &buffers, inputs, &spans, &mut states, 0, out)
+                self.run(isa, &threads, &buffers, inputs, &spans, &mut states, 0, out)
             }
         }
     }

@@ -2,11 +2,10 @@
 //!
 //! Source: Hugging Face transformers, models/nemotron_h; vLLM, layers/mamba/mamba_mixer2.py.
 
-use rayon::prelude::*;
-
 use super::super::buffer::BufferPool;
 use super::super::elementwise::{LANES, exp, sum_of_squares, tree_sum};
 use super::super::isa::{Isa, multiversion};
+use super::super::threads::Threads;
 use super::convolution::{Convolution, Inputs};
 use super::{
     Places, ROWS, RecurrentShape, RecurrentSpan, RecurrentStates, TOKENS, cover, expect, pieces, softplus, spans, whole,
@@ -116,7 +115,7 @@ impl Mamba2 {
     }
 
     /// What out_proj reads, `out` [T, inner], of what in_proj gave, `rows` [T, [`Mamba2Shape::projected`]]; the spans' tails
-    /// and states in `layer` move on. Runs on the threads of the rayon pool it is called in.
+    /// and states in `layer` move on.
     ///
     /// # Errors
     /// When the lengths don't fit, the spans are not all of the rows in order, or a slot isn't there or named twice.
@@ -124,6 +123,7 @@ impl Mamba2 {
     pub(in crate::backend::cpu) fn run(
         &self,
         isa: Isa,
+        threads: &Threads,
         buffers: &BufferPool,
         rows: &[f32],
         spans: &[RecurrentSpan],
@@ -143,7 +143,7 @@ impl Mamba2 {
         // Of each span x [heads, T, head_dim], B and C [groups, T, state].
         let mut parts = buffers.take(tokens * channels);
         let inputs = Inputs { rows, width, first: inner };
-        self.convolution.run(isa, inputs, spans, &mut slots, &mut parts, |_, _| {});
+        self.convolution.run(isa, threads, inputs, spans, &mut slots, &mut parts, |_, _| {});
 
         let mut tasks = Vec::with_capacity(spans.len() * heads);
         let mut rest = &mut parts[..];
@@ -171,18 +171,24 @@ impl Mamba2 {
             }
         }
         let least = pieces(tasks.len(), tokens * inner * state);
-        tasks.into_par_iter().with_min_len(least).for_each(|(head, x, state)| scan(isa, &head, x, state));
+        threads.pieces(&mut tasks, least, |_, tasks| {
+            tasks.iter_mut().for_each(|(head, x, state)| scan(isa, head, x, state))
+        });
 
         let places = Places::new(spans, channels, 0);
         let least = pieces(tokens, tokens * inner);
-        out.par_chunks_mut(inner).with_min_len(least).enumerate().for_each(|(row, out)| {
-            places.gather(&parts, row, head_dim, out);
-            gated_norm(isa, &rows[row * width..][..inner], &self.norm, inner / groups, shape.eps, out);
+        let of_rows = rows;
+        threads.pieces(out, least * inner, |piece, rows| {
+            for (i, out) in rows.chunks_exact_mut(inner).enumerate() {
+                let row = piece * least + i;
+                places.gather(&parts, row, head_dim, out);
+                gated_norm(isa, &of_rows[row * width..][..inner], &self.norm, inner / groups, shape.eps, out);
+            }
         });
         Ok(())
     }
 
-    /// As [`Self::run`] on the best instruction set, of a batch. `states`: those of sequences, and the layer; `None`: all begin
+    /// As [`Self::run`] on the best instruction set and the threads of the rayon pool it is called in, of a batch. `states`: those of sequences, and the layer; `None`: all begin
     /// here and nothing is kept.
     ///
     /// # Errors
@@ -194,12 +200,12 @@ impl Mamba2 {
         states: Option<(&mut RecurrentStates, usize)>,
         out: &mut [f32],
     ) -> Result<(), BackendError> {
-        let (isa, buffers) = (Isa::detect(), BufferPool::default());
+        let (isa, threads, buffers) = (Isa::detect(), Threads::ambient(), BufferPool::default());
         match states {
-            Some((states, layer)) => self.run(isa, &buffers, rows, &spans(batch), states, layer, out),
+            Some((states, layer)) => self.run(isa, &threads, &buffers, rows, &spans(batch), states, layer, out),
             None => {
                 let (spans, mut states) = whole(CONTEXT, self.shape.kept(), batch)?;
-                self.run(isa, &buffers, rows, &spans, &mut states, 0, out)
+                self.run(isa, &threads, &buffers, rows, &spans, &mut states, 0, out)
             }
         }
     }

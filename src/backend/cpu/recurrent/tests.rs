@@ -10,6 +10,7 @@ use safetensors::{Dtype, SafeTensors};
 use super::*;
 use crate::backend::cpu::buffer::BufferPool;
 use crate::backend::cpu::isa::Isa;
+use crate::backend::cpu::threads::Threads;
 
 mod delta_net;
 mod mamba2;
@@ -290,7 +291,7 @@ fn speed() {
     let mut out = vec![0.0; 512 * shape.inner()];
     time("mamba2", shape.kept(), &mut |tokens, span, states, layer| {
         let (rows, out) = (&rows[..tokens * shape.projected()], &mut out[..tokens * shape.inner()]);
-        mixer.run(Isa::detect(), &pool, rows, span, states, layer, out).unwrap();
+        mixer.run(Isa::detect(), &Threads::ambient(), &pool, rows, span, states, layer, out).unwrap();
     });
 
     // Qwen3.5's 16 key and 48 value heads.
@@ -308,7 +309,18 @@ fn speed() {
     time("gated delta net", shape.kept(), &mut |tokens, span, states, layer| {
         let [qkv, z, a, b] = [&qkv, &z, &a, &b].map(|(rows, width)| &rows[..tokens * width]);
         let inputs = DeltaNetInputs { qkv, z, a, b };
-        mixer.run(Isa::detect(), &pool, inputs, span, states, layer, &mut out[..tokens * shape.inner()]).unwrap();
+        mixer
+            .run(
+                Isa::detect(),
+                &Threads::ambient(),
+                &pool,
+                inputs,
+                span,
+                states,
+                layer,
+                &mut out[..tokens * shape.inner()],
+            )
+            .unwrap();
     });
 }
 

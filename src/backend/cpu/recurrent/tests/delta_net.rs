@@ -46,7 +46,7 @@ impl Subject for Delta {
         let [qkv, z, a, b] = &self.batch(batch.iter().copied());
         let mut out = vec![f32::NAN; batch.len() * self.inner()];
         let inputs = DeltaNetInputs { qkv, z, a, b };
-        self.mixer.run(isa, &BufferPool::default(), inputs, spans, states, 1, &mut out).unwrap();
+        self.mixer.run(isa, &Threads::ambient(), &BufferPool::default(), inputs, spans, states, 1, &mut out).unwrap();
         out
     }
 
@@ -140,7 +140,9 @@ fn the_delta_net_gives_what_transformers_gives_for_qwen3_5() {
     let mut out = vec![0.0; 48 * SHAPE.inner()];
     let mut states = states(SHAPE.kept(), 2);
     let inputs = DeltaNetInputs { qkv, z, a, b };
-    mixer.run(Isa::detect(), &BufferPool::default(), inputs, &two_of_24(), &mut states, 1, &mut out).unwrap();
+    mixer
+        .run(Isa::detect(), &Threads::ambient(), &BufferPool::default(), inputs, &two_of_24(), &mut states, 1, &mut out)
+        .unwrap();
     let off = deviation(&project(&out, &of("out_proj.weight"), SHAPE.inner()), &captured("output"));
     assert!(off < 1e-5, "{off:e}");
 }
@@ -171,7 +173,10 @@ fn the_delta_net_refuses_tensors_of_another_length_and_keeps_what_is_no_number()
             let [qkv, z, a, b] = &rows;
             let (inputs, mut states) = (DeltaNetInputs { qkv, z, a, b }, states(SHAPE.kept(), 1));
             let pool = BufferPool::default();
-            subject.mixer.run(Isa::detect(), &pool, inputs, &spans, &mut states, 1, &mut out).unwrap();
+            subject
+                .mixer
+                .run(Isa::detect(), &Threads::ambient(), &pool, inputs, &spans, &mut states, 1, &mut out)
+                .unwrap();
             let seen = if part == 2 { &out[..] } else { &out[..SHAPE.inner()] };
             assert!(seen.iter().any(|v| v.is_nan()), "input {part}, column {at} of the first token");
         }
@@ -180,7 +185,8 @@ fn the_delta_net_refuses_tensors_of_another_length_and_keeps_what_is_no_number()
         let [qkv, z, a, b] = &rows;
         let (inputs, mut states) = (DeltaNetInputs { qkv, z, a, b }, states(SHAPE.kept(), 1));
         let pool = BufferPool::default();
-        let result = subject.mixer.run(Isa::detect(), &pool, inputs, &spans, &mut states, 1, &mut out);
+        let result =
+            subject.mixer.run(Isa::detect(), &Threads::ambient(), &pool, inputs, &spans, &mut states, 1, &mut out);
         assert!(result.is_err(), "input {part}");
     }
 }

@@ -41,7 +41,7 @@ impl Subject for Mamba {
         let width = self.mixer.shape().projected();
         let rows: Vec<f32> = batch.iter().flat_map(|t| &self.rows[t * width..(t + 1) * width]).copied().collect();
         let mut out = vec![f32::NAN; batch.len() * self.inner()];
-        self.mixer.run(isa, &BufferPool::default(), &rows, spans, states, 1, &mut out).unwrap();
+        self.mixer.run(isa, &Threads::ambient(), &BufferPool::default(), &rows, spans, states, 1, &mut out).unwrap();
         out
     }
 
@@ -142,7 +142,9 @@ fn mamba2_gives_what_transformers_gives_for_nemotron_h() {
     let rows = project(&captured("input"), &of("in_proj.weight"), 80);
     let mut out = vec![0.0; 48 * SHAPE.inner()];
     let mut states = states(SHAPE.kept(), 2);
-    mixer.run(Isa::detect(), &BufferPool::default(), &rows, &two_of_24(), &mut states, 1, &mut out).unwrap();
+    mixer
+        .run(Isa::detect(), &Threads::ambient(), &BufferPool::default(), &rows, &two_of_24(), &mut states, 1, &mut out)
+        .unwrap();
     let off = deviation(&project(&out, &of("out_proj.weight"), SHAPE.inner()), &captured("output"));
     assert!(off < 1e-5, "{off:e}");
 }
@@ -169,7 +171,7 @@ fn mamba2_refuses_tensors_of_another_length_and_keeps_what_is_no_number() {
     let mut out = vec![0.0; 3 * SHAPE.inner()];
     let run = |rows: &[f32], out: &mut [f32]| {
         let mut states = states(SHAPE.kept(), 1);
-        subject.mixer.run(Isa::detect(), &BufferPool::default(), rows, &spans, &mut states, 1, out)
+        subject.mixer.run(Isa::detect(), &Threads::ambient(), &BufferPool::default(), rows, &spans, &mut states, 1, out)
     };
     assert!(run(&subject.rows[1..], &mut out).is_err());
     assert!(run(&subject.rows, &mut out[1..]).is_err());
