@@ -12,8 +12,8 @@ use serde_json::{Map, Value, json};
 use crate::corpus::BUILT_IN;
 use crate::random::SplitMix64;
 
-/// Characters of the prompt that tells how many make a token.
-const PROBE: usize = 2000;
+/// Prompts that tell how many characters make a token there: what a template adds counts too, and pieces of text differ.
+const PROBES: usize = 4;
 /// Characters of a token until the server says otherwise.
 const USUAL: f64 = 4.0;
 /// Different errors that are kept.
@@ -305,27 +305,18 @@ pub struct Served<'s> {
 }
 
 impl<'s> Served<'s> {
-    /// Asks once, to learn how many characters make a token there.
+    /// Asks a few times, to learn how many characters make a token there.
     ///
     /// # Errors
     /// When the server refuses.
     pub fn new(server: &'s OpenAi, workload: Workload) -> Result<Self, Error> {
-        let mut served = Self { server, workload, characters: PROBE, made: AtomicUsize::new(0) };
-        // Of two lengths, so that what a template or BOS adds does not count.
-        let lengths = [PROBE / 4, PROBE];
-        let mut tokens = Vec::new();
-        for characters in lengths {
-            served.characters = characters;
-            tokens.push(server.timed(&served.prompt(), 1)?.prompt_tokens);
+        let characters = (USUAL * workload.prompt as f64) as usize;
+        let mut served = Self { server, workload, characters, made: AtomicUsize::new(0) };
+        for _ in 0..PROBES {
+            let Some(tokens) = server.timed(&served.prompt(), 1)?.prompt_tokens.filter(|t| *t > 0) else { break };
+            let factor = served.workload.prompt as f64 / tokens as f64;
+            served.characters = ((served.characters as f64 * factor.clamp(0.2, 5.0)).round() as usize).max(1);
         }
-        let (each, more) = match tokens[..] {
-            [Some(few), Some(many)] if many > few => {
-                let each = (lengths[1] - lengths[0]) as f64 / (many - few) as f64;
-                (each, few as f64 - lengths[0] as f64 / each)
-            }
-            _ => (USUAL, 0.0),
-        };
-        served.characters = ((served.workload.prompt as f64 - more).max(1.0) * each).round() as usize;
         Ok(served)
     }
 
