@@ -1,6 +1,7 @@
-//! Packed matrix products by format, instruction set and number of tokens.
+//! Packed matrix products by format, instruction set and number of tokens, of a weight that a cache holds and of many that none
+//! does: what decoding reads.
 //!
-//! `cargo bench --bench linear`; one line per format, throughput in multiply-adds.
+//! `cargo bench --bench linear`; one line per format, throughput in multiply-adds, from memory in bytes of weights.
 
 use std::borrow::Cow;
 
@@ -10,10 +11,13 @@ use recoup::backend::cpu::{CpuBackend, isa::Isa};
 use recoup::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
 
 /// SmolLM2-135M's up_proj.
-const N: usize = 1536;
-const K: usize = 576;
+const SMALL: [usize; 2] = [1536, 576];
+/// Llama-3.2-1B's gate_proj.
+const LARGE: [usize; 2] = [8192, 2048];
+/// Bytes of large weights that are gone through before one is read again.
+const BEYOND_CACHES: usize = 256 << 20;
 
-fn linear(element: Element, activation: ActivationFormat) -> LinearTensors<'static> {
+fn linear([n, k]: [usize; 2], element: Element, activation: ActivationFormat) -> LinearTensors<'static> {
     // 1.0 in every format, so that no product is denormal.
     let pattern: &[u8] = match element {
         Element::F32 => &[0, 0, 0x80, 0x3f],
@@ -22,15 +26,15 @@ fn linear(element: Element, activation: ActivationFormat) -> LinearTensors<'stat
         Element::E4m3 => &[0x38],
         Element::E2m1 => &[0x22],
     };
-    let data = pattern.iter().copied().cycle().take(N * element.row_bytes(K)).collect();
+    let data = pattern.iter().copied().cycle().take(n * element.row_bytes(k)).collect();
     let block_scales = match element {
-        Element::E2m1 => BlockScales::E4m3 { block: 16, codes: Cow::Owned(vec![0x38; N * K / 16]) },
+        Element::E2m1 => BlockScales::E4m3 { block: 16, codes: Cow::Owned(vec![0x38; n * k / 16]) },
         _ => BlockScales::None,
     };
     LinearTensors {
         name: "bench".into(),
-        n: N,
-        k: K,
+        n,
+        k,
         element,
         data: Cow::Owned(data),
         block_scales,
@@ -51,19 +55,32 @@ fn benches(c: &mut Criterion) {
     ];
     for isa in Isa::available().into_iter().skip(1) {
         let backend = CpuBackend::new(isa, 0).expect("threads");
-        let mut group = c.benchmark_group(format!("linear {N}x{K} {isa}"));
-        group.sample_size(20);
-        for (name, element, activation) in formats {
-            let weight = backend.load_linear(linear(element, activation)).expect("a kernel");
-            for tokens in [1, 8, 512] {
-                let x = backend.tensor((0..tokens * K).map(|i| (i % 13) as f32 - 6.0).collect(), K).expect("rows");
-                group.throughput(Throughput::Elements((tokens * N * K) as u64));
-                group.bench_function(BenchmarkId::new(name, tokens), |b| {
-                    b.iter(|| backend.linears(&x, &[&weight]).expect("computes"));
-                });
+        for [n, k] in [SMALL, LARGE] {
+            let from_memory = [n, k] == LARGE;
+            let mut group = c.benchmark_group(format!("linear {n}x{k} {isa}"));
+            group.sample_size(20);
+            for (name, element, activation) in formats {
+                let load = || backend.load_linear(linear([n, k], element, activation)).expect("a kernel");
+                let mut weights = vec![load()];
+                let bytes = backend.resident_bytes(&weights[0]);
+                while from_memory && weights.len() * bytes < BEYOND_CACHES {
+                    weights.push(load());
+                }
+                for tokens in if from_memory { [1, 2, 8] } else { [1, 8, 512] } {
+                    let x = backend.tensor((0..tokens * k).map(|i| (i % 13) as f32 - 6.0).collect(), k).expect("rows");
+                    group.throughput(if from_memory {
+                        Throughput::Bytes(bytes as u64)
+                    } else {
+                        Throughput::Elements((tokens * n * k) as u64)
+                    });
+                    let mut turn = weights.iter().cycle();
+                    group.bench_function(BenchmarkId::new(name, tokens), |b| {
+                        b.iter(|| backend.linears(&x, &[turn.next().expect("a weight")]).expect("computes"));
+                    });
+                }
             }
+            group.finish();
         }
-        group.finish();
     }
 }
 

@@ -144,12 +144,16 @@ macro_rules! float_kernel {
                 for b in 0..blocks {
                     let mut dot = [[_mm512_setzero_ps(); M]; G];
                     for _ in 0..(t.k - b * t.block).min(t.block) / 8 {
-                        // With fewer tokens, several groups keep loads in flight already.
-                        if M >= 4 && t.streamed {
+                        // Elements of two bytes are read fast enough by so many streams as there are groups.
+                        if t.streamed && (M >= 4 || $chunk_bytes <= 128) {
+                            let ahead = AHEAD / G;
+                            // After a group's end comes what the next tile reads.
+                            let read = weights.offset_from_unsigned(t.weights.as_ptr());
+                            let over = if read + ahead < group_bytes { 0 } else { (G - 1) * group_bytes };
                             for g in 0..G {
                                 for line in (0..$chunk_bytes).step_by(64) {
-                                    let ahead = weights.wrapping_add(g * group_bytes + line + AHEAD);
-                                    _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                                    let at = weights.wrapping_add(g * group_bytes + line + ahead + over);
+                                    _mm_prefetch::<_MM_HINT_T0>(at.cast());
                                 }
                             }
                         }
