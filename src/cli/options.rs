@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use recoup_ground::http::address::{is_address, mask};
+use recoup_ground::http::address::{Address, is_address, mask};
 use serde_json::{Map, Value, json};
 
 use super::device::{AnyBackend, DeviceChoice};
@@ -355,4 +355,32 @@ pub(super) fn model_folder(model: impl AsRef<OsStr>) -> Result<PathBuf> {
     );
     bar.finish();
     found.with_context(|| format!("{model}: no such folder, and the hub did not give it"))
+}
+
+/// The address up to its /v1, which may be left out where there is no path.
+pub(super) fn server_address(url: &str) -> Result<String> {
+    let parsed = Address::parse(url)?;
+    Ok(if parsed.path().is_empty() && !url.contains(['?', '#']) {
+        format!("{}/v1", url.trim_end_matches('/'))
+    } else {
+        url.to_owned()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_without_a_path_is_of_the_api_and_one_with_a_path_is_left_alone() {
+        for (url, expected) in [
+            ("http://h:1", "http://h:1/v1"),
+            ("http://h:1/", "http://h:1/v1"),
+            ("https://h/v1", "https://h/v1"),
+            ("http://h/proxy/v1", "http://h/proxy/v1"),
+        ] {
+            assert_eq!(server_address(url).unwrap(), expected);
+        }
+        assert!(server_address("ftp://h").is_err());
+    }
 }

@@ -6,10 +6,11 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use recoup_ground::http::address::Address;
 use recoup_openai::{ApiKey, OpenAi, Options as ServerOptions};
 
-use super::options::{EngineOptions, TemplateOptions, at_least_one, model_folder, open_model, text_to_read};
+use super::options::{
+    EngineOptions, TemplateOptions, at_least_one, model_folder, open_model, server_address, text_to_read,
+};
 use super::talk::Shown;
 use crate::corpus::{Opened, text_of};
 use crate::evaluate::verify::{NoWay, Options, Subject, Text, Texts, Verdict, VerifyError, verify};
@@ -78,7 +79,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         }
     }
     let server = OpenAi::new(
-        &address(&args.url)?,
+        &server_address(&args.url)?,
         ServerOptions {
             model: args.served_model.clone(),
             api_key: ApiKey::from_env(),
@@ -130,16 +131,6 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     })
 }
 
-/// The address up to its /v1, which may be left out where there is no path.
-pub(super) fn address(url: &str) -> Result<String> {
-    let parsed = Address::parse(url)?;
-    Ok(if parsed.path().is_empty() && !url.contains(['?', '#']) {
-        format!("{}/v1", url.trim_end_matches('/'))
-    } else {
-        url.to_owned()
-    })
-}
-
 /// The texts that are asked about.
 fn texts(args: &Args, text: &ModelText) -> Result<Texts> {
     let built_in = Texts::built_in().context("the built-in texts")?;
@@ -156,22 +147,4 @@ fn texts(args: &Args, text: &ModelText) -> Result<Texts> {
         texts.push(Text { name, text });
     }
     Ok(Texts { texts, chats: built_in.chats })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_address_without_a_path_is_of_the_api_and_one_with_a_path_is_left_alone() {
-        for (url, expected) in [
-            ("http://h:1", "http://h:1/v1"),
-            ("http://h:1/", "http://h:1/v1"),
-            ("https://h/v1", "https://h/v1"),
-            ("http://h/proxy/v1", "http://h/proxy/v1"),
-        ] {
-            assert_eq!(address(url).unwrap(), expected);
-        }
-        assert!(address("ftp://h").is_err());
-    }
 }

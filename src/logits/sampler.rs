@@ -62,7 +62,7 @@ pub struct Sampled {
     /// Its id.
     pub token: u32,
     /// The natural logarithm of its probability under the model's own distribution, before penalties and temperature;
-    /// `None` if not asked for. An engine tells what [`crate::backend::Backend::score`] says of it.
+    /// `None` if not asked for. An engine tells what the `score` of a backend says of it.
     pub logprob: Option<f32>,
     /// How many tokens are at least as probable under that distribution; 1 is the most probable. `None` if no
     /// log-probability was asked for.

@@ -57,7 +57,10 @@ fn what_cannot_be_measured_is_refused_before_it_is_tried() {
 
 #[test]
 fn a_server_is_measured_by_clients_and_by_rates() {
-    let server = Server::start(&[BF16]);
+    let folder = Folder::new();
+    let model = folder.model("m", BF16);
+    folder.write("m/chat_template.jinja", "{% for m in messages %}{{ m.content }}{% endfor %}");
+    let server = Server::start(&[&model]);
     let url = format!("http://{}", server.address);
     let usual = ["bench", &url, "--prompt", "40", "-n", "12", "--repeats", "2", "--json"];
     let ask = |more: &[&str]| shown_json(&[&usual[..], more].concat());
@@ -98,7 +101,7 @@ fn requests_that_fail_are_counted_and_said() {
     let words =
         ["bench", &url, "--prompt", "20", "-n", "40", "--repeats", "1", "--concurrency", "8", "--requests", "2"];
     let out = run(&words);
-    let text = said(&out);
-    assert_eq!(out.status.code(), Some(0), "{text}");
+    assert_eq!(out.status.code(), Some(0), "{}", said(&out));
+    let text = String::from_utf8(out.stdout).unwrap();
     assert!(text.contains("of 16 requests failed") && text.contains("503"), "{text}");
 }

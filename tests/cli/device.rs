@@ -1,6 +1,6 @@
 //! Where a model runs: `--device`, models of random weights. Here without a GPU; tests/cuda.rs has the rest.
 
-use crate::support::command::{BF16, Folder, NVFP4, fail, recoup, run, said, shown_json, succeed};
+use crate::support::command::{Folder, NVFP4, fail, run, succeed};
 
 #[test]
 fn without_a_gpu_auto_is_the_cpu_and_who_insists_is_told() {

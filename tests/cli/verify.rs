@@ -62,6 +62,8 @@ fn a_sound_engine_passes_in_every_way_to_ask() {
         assert!(tokens > if protocol == Protocol::LlamaCpp { 40 } else { 500 }, "{agreement}");
         let number = |name: &str| agreement[name].as_f64().unwrap();
         assert!(number("within") > 0.98 * tokens as f64, "{agreement}");
+        // The same library on both sides.
+        assert!(number("rms_exact") < 1e-4, "{agreement}");
         // A computation that rounds nothing is no farther from those that do than they are from each other.
         assert!(number("rms") < number("allowed") && number("noise") > 1e-3, "{agreement}");
         // Quantized inputs: any rounding is as good as any other.

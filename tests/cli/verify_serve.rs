@@ -64,7 +64,7 @@ fn the_checkpoint_itself_is_the_same() {
     let (code, report) = verified(&served, &model, &[]);
     assert_eq!((code, &report["verdict"]), (0, &"same".into()), "{report:#}");
     assert_eq!(report["server"]["way"], "prompt_logprobs");
-    assert!(report["agreement"]["rms"].as_f64().unwrap() < 1e-4, "{}", report["agreement"]);
+    assert!(report["agreement"]["rms_exact"].as_f64().unwrap() < 1e-4, "{}", report["agreement"]);
 }
 
 #[test]

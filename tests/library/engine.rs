@@ -860,8 +860,8 @@ fn a_request_that_cannot_be_is_refused_and_harms_nobody() {
             }
         }
     }
-    // Nothing is computed after the last token, so it needs no room.
-    assert_eq!(answers[&kept], (19, Finish::Length));
+    // Prompt and answer together are the context.
+    assert_eq!(answers[&kept], (18, Finish::Length));
     assert_eq!(answers[&nothing], (0, Finish::Length));
 }
 

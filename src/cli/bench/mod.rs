@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
+use recoup_ground::http::address::is_address;
 use serde_json::{Value, json};
 
 use super::device::AnyBackend;
 use super::options::{EngineOptions, ShapeOptions, at_least_one, model_folder, open_model};
 use crate::backend::Either;
 use crate::checkpoint::dialect::Dialect;
-use crate::evaluate::bench::devices::DEVICES;
+use crate::evaluate::bench::devices::{DEVICES, Device};
 use crate::evaluate::bench::{Case, Load, Timing, measure, memory_speed};
 use crate::model::Decoder;
 use crate::output;
@@ -50,7 +51,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
-    let url = args.model.as_deref().and_then(Path::to_str).filter(|m| is_url(m));
+    let url = args.model.as_deref().and_then(Path::to_str).filter(|m| is_address(m));
     if let Some(url) = url {
         if !args.batch.is_empty() {
             bail!("--batch is of a model that runs here; --concurrency is that of a server");
@@ -119,14 +120,9 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     super::done()
 }
 
-/// Whether `model` is the address of a server.
-fn is_url(model: &str) -> bool {
-    model.starts_with("http://") || model.starts_with("https://")
-}
-
 /// What known devices allow in every case.
 fn devices(cases: &[Case], load: &Load) -> Vec<Value> {
-    let of = |device: &crate::evaluate::bench::devices::Device| {
+    let of = |device: &Device| {
         let case = |case: &Case| {
             json!({"batch": case.batch, "prompt_tokens": case.prompt, "fits": device.holds(load, *case),
                 "first_token_floor_seconds": device.first_token(load, *case),

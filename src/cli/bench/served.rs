@@ -8,8 +8,7 @@ use anyhow::{Result, bail};
 use recoup_openai::{ApiKey, OpenAi, Options};
 use serde_json::{Value, json};
 
-use super::super::options::at_least_one;
-use super::super::verify::address;
+use super::super::options::{at_least_one, server_address};
 use crate::evaluate::bench::served::{Arrivals, Latency, Level, Served, Target, Workload};
 use crate::output;
 
@@ -84,7 +83,7 @@ pub(super) fn run(url: &str, args: &UrlArgs, common: &super::Args) -> Result<Exi
         ca_file: args.ca_file.clone(),
         ..Options::default()
     };
-    let server = OpenAi::new(&address(url)?, options)?;
+    let server = OpenAi::new(&server_address(url)?, options)?;
     let claim = common.output.as_deref().map(output::file).transpose()?;
     let mut cases: Vec<(Workload, Vec<Level>)> = Vec::new();
     for prompt in &common.prompt {
@@ -98,7 +97,7 @@ pub(super) fn run(url: &str, args: &UrlArgs, common: &super::Args) -> Result<Exi
         };
         let served = Served::new(&server, workload.clone())?;
         let all: usize = arrivals.iter().map(|a| served.requests(*a) * workload.repeats).sum();
-        let bar = super::super::progress(all as u64, &format!("prompts of {prompt} tokens"));
+        let bar = super::super::progress(all as u64, format!("prompts of {prompt} tokens"));
         let levels = arrivals.iter().map(|a| served.measure(*a, &mut || bar.inc(1))).collect::<Result<_, _>>();
         bar.finish();
         cases.push((workload, levels?));

@@ -437,7 +437,7 @@ mod tests {
     fn quantiles_lie_between_the_nearest() {
         let spread = Spread::of((0..=10).rev().map(f64::from).collect()).unwrap();
         assert_eq!((spread.mean, spread.p50, spread.p90), (5000.0, 5000.0, 9000.0));
-        assert!((spread.p99 - 9900.0).abs() < 1e-6 && (spread.std - 3162.277_660).abs() < 1e-3);
+        assert!((spread.p99 - 9900.0).abs() < 1e-6 && (spread.std - 3_162.277_660).abs() < 1e-3);
         assert_eq!(Spread::of(vec![2.0]).unwrap().p99, 2000.0);
         assert_eq!(Spread::of(Vec::new()), None);
     }

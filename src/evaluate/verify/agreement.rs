@@ -195,7 +195,7 @@ impl Judged {
         let noise = mean(places().map(|p| p.noise)).unwrap_or(0.0);
         let times = tolerance.times().powi(2);
         let excess = |p: &&Place| p.server.unwrap_or(0.0) - times * p.noise;
-        let chance = standard_error(runs.iter().map(|run| run.iter().map(|p| excess(p))));
+        let chance = standard_error(runs.iter().map(|run| run.iter().map(excess)));
         let chance = (BEYOND_CHANCE * chance).max(FEW * times * noise / tokens as f64);
         let allowed = (tolerance.square(times.sqrt(), noise) + chance).sqrt();
         let farther = mean(places().map(|p| p.farther)).unwrap_or(0.0);
@@ -220,6 +220,9 @@ pub struct Agreement {
     pub all: Judged,
     /// Of them, those whose log-probabilities are within the noise.
     pub within: usize,
+    /// Root mean square of the server's differences to what is computed here exactly: next to nothing where its arithmetic is
+    /// the same.
+    pub rms_exact: f64,
     /// Of the tokens themselves: the mean, the mean magnitude and the largest difference, server minus here.
     pub mean: f64,
     pub mean_magnitude: f64,
@@ -246,9 +249,13 @@ impl Agreement {
         let chance = standard_error(places.iter().map(|run| run.iter().filter_map(|p| p.own)));
         let by_number = root_mean_square(own()).unwrap_or(0.0) / (own().count().max(1) as f64).sqrt();
         let within = |p: &&Place| p.server.is_some() && p.is_within(tolerance);
+        let to_exact = sequences.iter().zip(exact).flat_map(|(sequence, exact)| {
+            exact.iter().enumerate().filter_map(|(i, fact)| square(&sequence.said_at(i), &fact.values))
+        });
         let mut out = Self {
             within: flat().filter(within).count(),
             all: Judged::of(places.iter().map(|run| &run[..]), tolerance),
+            rms_exact: mean(to_exact).unwrap_or(0.0).sqrt(),
             mean: mean(own()).unwrap_or(0.0),
             mean_magnitude: mean(own().map(f64::abs)).unwrap_or(0.0),
             largest: own().fold(0.0, |largest, d| if d.abs() > f64::abs(largest) { d } else { largest }),

@@ -218,8 +218,8 @@ impl Report {
                 "agreement",
                 format!(
                     "{within} of {} log-probabilities within the noise; rms {:.4} nats to valid computations, which are \
-                     {:.4} from each other; {:.4} is allowed",
-                    all.tokens, all.rms, all.noise, all.allowed
+                     {:.4} from each other; {:.4} is allowed; {:.4} to the exact one",
+                    all.tokens, all.rms, all.noise, all.allowed, self.agreement.rms_exact
                 ),
             );
             line(

@@ -173,7 +173,7 @@ impl<B: Backend> List<'_, '_, B> {
         if !best.explains {
             let rounded = facts(&model.rounded(ROUNDING), KvFormat::Bf16, sequences, 1.0, &mut || {})?;
             let rounded = self.judged(kind, what, &self.tried.runs[0], rounded);
-            if rounded.explains || rounded.nearer > best.nearer || rounded.after < best.after {
+            if rounded.explains || rounded.nearer && !best.nearer || rounded.after < best.after {
                 best = rounded;
             }
         }
