@@ -1,10 +1,11 @@
 """`recoup serve` beside llama.cpp's server on the same machine, the same model, the same requests, in turn.
 
     python benches/peers/serve.py MODEL.gguf --llama-server PATH [--recoup PATH] [--clients 1,4,16] [--rounds 2]
-        [--prompt 128] [--answer 64] [--each 4] [--threads N] [--json FILE]
+        [--prompt 128] [--answer 64] [--each 4] [--threads N] [--checkpoint FOLDER] [--json FILE]
 
 MODEL.gguf is imported by `recoup convert`, so that both have the same weights (F16 or F32 there, BF16 here; a quantized GGUF is
-computed with quantized activations there and not here, which compares nothing). Every request is a prompt of its own, so that no
+computed with quantized activations there and not here, which compares nothing), or FOLDER is served here instead: the same model
+quantized by each in its own way, such as NVFP4 here beside Q4_0 there. Every request is a prompt of its own, so that no
 prefix cache counts; answers go on to their length whatever the model says. The servers take turns, round by round, and only
 one of them is running at a time. Needs nothing but Python.
 """
@@ -121,17 +122,19 @@ def main():
     parser.add_argument("--answer", type=int, default=64)
     parser.add_argument("--each", type=int, default=4)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--checkpoint", type=Path, help="what is served here instead of MODEL.gguf")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     clients = [int(n) for n in args.clients.split(",")]
     most, context = max(clients), args.prompt * 2 + args.answer
 
-    folder = Path(tempfile.mkdtemp()) / "model"
-    subprocess.run([args.recoup, "convert", args.model, "-o", folder], check=True, stdout=subprocess.DEVNULL)
+    folder = args.checkpoint or Path(tempfile.mkdtemp()) / "model"
+    if not args.checkpoint:
+        subprocess.run([args.recoup, "convert", args.model, "-o", folder], check=True, stdout=subprocess.DEVNULL)
 
     def recoup(port):
         return [args.recoup, "serve", folder, "--port", port, "--served-model-name", "model", "--max-num-seqs", most, "--no-page",
-                "--max-model-len", context]
+                "--max-model-len", context, "--threads", args.threads]
 
     def llama(port):
         return [args.llama_server, "-m", args.model, "--port", port, "-c", context * most, "-np", most, "-t", args.threads, "-tb", args.threads]
