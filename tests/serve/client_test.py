@@ -82,8 +82,12 @@ def test_a_tool_is_called_where_one_must_be(client, seed):
     assert answer.choices[0].finish_reason == "tool_calls"
     assert len([checked_call(call) for call in answer.choices[0].message.tool_calls]) == 1
     # Several, if they may be, until the tokens are used up: each that is whole is right.
-    several = chat(client, tools=TOOLS, tool_choice="required", temperature=1, seed=seed, max_completion_tokens=200).choices[0].message.tool_calls
-    assert [checked_call(call) for call in several]
+    several = chat(client, tools=TOOLS, tool_choice="required", temperature=1, seed=seed, max_completion_tokens=200).choices[0]
+    calls = several.message.tool_calls
+    if several.finish_reason == "length":
+        # The last is told as far as it came.
+        assert calls.pop().function.name in ("weather", "time")
+    assert [checked_call(call) for call in calls]
 
 
 def test_the_named_tool_is_called(client):
