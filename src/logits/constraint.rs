@@ -50,11 +50,9 @@ impl TokenSet {
 
     /// Adds a token of the vocabulary.
     pub fn insert(&mut self, id: u32) {
-        let word = id as usize / 32;
-        if word >= self.words.len() {
-            self.words.resize(word + 1, 0);
+        if let Some(word) = self.words.get_mut(id as usize / 32) {
+            *word |= 1 << (id % 32);
         }
-        self.words[word] |= 1 << (id % 32);
     }
 
     /// Takes a token away.

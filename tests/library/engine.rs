@@ -627,7 +627,9 @@ struct Only(TokenSet, usize);
 
 impl Constraint for Only {
     fn allowed(&mut self) -> Result<&TokenSet, ConstraintError> {
-        self.0 = TokenSet::from_words(vec![1 << 7]);
+        let mut words = vec![0; 64];
+        words[0] = 1 << 7;
+        self.0 = TokenSet::from_words(words);
         Ok(&self.0)
     }
 
