@@ -131,7 +131,8 @@ impl Sequence {
         let facts = places.map(|(i, (said, compared))| {
             let token = self.tokens[self.first + i];
             let top = most_probable(rows[i], said.top.len());
-            let least = top.last().map_or(f64::NEG_INFINITY, |id| score(i, *id));
+            // Where it is not known what the last is that the server names, only what it says is compared.
+            let least = top.last().filter(|_| said.complete).map_or(f64::NEG_INFINITY, |id| score(i, *id));
             let value = |id: &u32| if *id == token { score(i, *id) } else { score(i, *id).max(least) };
             Fact {
                 logprob: score(i, token),
@@ -307,6 +308,10 @@ mod tests {
         for (value, expected) in values.iter().zip([log(3.0), log(3.0), log(0.0)]) {
             assert!((value - expected).abs() < 1e-6, "{values:?}");
         }
+        let mut unknown = sequence;
+        unknown.said[0].complete = false;
+        let values = &checked(&unknown, &rows, 3, 1.0).unwrap()[0].values;
+        assert!((values[1] - log(2.0)).abs() < 1e-6, "{values:?}");
     }
 
     #[test]
