@@ -7,7 +7,7 @@
 
 use std::cell::RefCell;
 
-use super::elementwise::{LANES, exp, largest, tree_sum};
+use super::elementwise::{LANES, exp, tree_sum};
 use super::isa::{Isa, multiversion};
 use super::threads::Threads;
 use crate::backend::{AttentionShape, Batch, CacheLayout, LayerCache, PAGE, Span};
@@ -285,30 +285,20 @@ multiversion! {
         let (scores, decoded) = scratch.split_at_mut(t.count * share * length);
         let scale = t.shape.scale;
 
-        let rows = t.count * share;
-        let query = |row: usize| &queries[row / share][row % share * d..][..d];
         for page in first_page..=last_page {
             let keys = layer.keys.read(layer.offsets(t.span.pages[page], t.head)[0], &mut decoded[..key_tile]);
             let keys = keys.as_chunks::<PAGE>().0;
-            let mut to = |row: usize, lanes: [f32; PAGE]| {
-                let to = &mut scores[row * length + (page - first_page) * PAGE..][..PAGE];
-                to.iter_mut().zip(lanes).for_each(|(to, lane)| *to = lane * scale);
-            };
-            // Several rows at once: one row's sums would each wait for the last.
-            let mut row = 0;
-            while row + 4 <= rows {
-                let lanes = dots([0, 1, 2, 3].map(|i| query(row + i)), keys);
-                (row..).zip(lanes).for_each(|(row, lanes)| to(row, lanes));
-                row += 4;
-            }
-            while row + 2 <= rows {
-                let lanes = dots([0, 1].map(|i| query(row + i)), keys);
-                (row..).zip(lanes).for_each(|(row, lanes)| to(row, lanes));
-                row += 2;
-            }
-            if row < rows {
-                let [lanes] = dots([query(row)], keys);
-                to(row, lanes);
+            for (i, query) in queries.iter().enumerate() {
+                for (h, query) in query.chunks_exact(d).enumerate() {
+                    let mut lanes = [0.0f32; PAGE];
+                    for (x, key) in query.iter().zip(keys) {
+                        for (lane, k) in lanes.iter_mut().zip(key) {
+                            *lane = k.mul_add(*x, *lane);
+                        }
+                    }
+                    let to = &mut scores[(i * share + h) * length + (page - first_page) * PAGE..][..PAGE];
+                    to.iter_mut().zip(lanes).for_each(|(to, lane)| *to = lane * scale);
+                }
             }
         }
 
@@ -319,14 +309,15 @@ multiversion! {
             let scores = &mut scores[row * length..][..length];
             let seen = &scores[from - first_page * PAGE..to - first_page * PAGE];
             let sink = t.sinks.map(|s| s[row % share]);
-            let max = largest(seen, sink.unwrap_or(f32::NEG_INFINITY));
+            let max = seen.iter().chain(&sink).fold(f32::NEG_INFINITY, |m, &s| if s > m { s } else { m });
             let mut lanes = [0.0f32; LANES];
             for (p, scores) in scores.as_chunks_mut::<PAGE>().0.iter_mut().enumerate() {
-                let first = (first_page + p) * PAGE;
-                scores.iter_mut().for_each(|s| *s = exp(*s - max));
-                scores[..from.saturating_sub(first).min(PAGE)].fill(0.0);
-                scores[to.saturating_sub(first).min(PAGE)..].fill(0.0);
-                lanes.iter_mut().zip(&*scores).for_each(|(lane, s)| *lane += s);
+                for lane in 0..PAGE {
+                    let position = (first_page + p) * PAGE + lane;
+                    let e = exp(scores[lane] - max);
+                    scores[lane] = if position >= from && position < to { e } else { 0.0 };
+                    lanes[lane] += scores[lane];
+                }
             }
             *sum = tree_sum(lanes);
             if let Some(sink) = sink {
@@ -340,57 +331,18 @@ multiversion! {
             for row in 0..t.count * share {
                 let (from, to) = range(row / share);
                 let result = &mut results[row * value_dim..][..value_dim];
-                let (from, to) = (from.max(page * PAGE), to.min((page + 1) * PAGE));
-                if from < to {
-                    let weights = &scores[row * length..][from - first_page * PAGE..to - first_page * PAGE];
-                    add_values(weights, &values[from % PAGE * value_dim..], result);
+                let from = from.max(page * PAGE);
+                for position in from..to.min((page + 1) * PAGE) {
+                    let p = scores[row * length + position - first_page * PAGE];
+                    let value = &values[(position % PAGE) * value_dim..][..value_dim];
+                    for (r, v) in result.iter_mut().zip(value) {
+                        *r = p.mul_add(*v, *r);
+                    }
                 }
             }
         }
         for (result, sum) in results.chunks_exact_mut(value_dim).zip(sums) {
             result.iter_mut().for_each(|r| *r /= sum);
-        }
-    }
-}
-
-/// Products of queries with the keys of a page, [head_dim][16 tokens]: one fused multiply-add for each dimension, in order.
-#[inline(always)]
-fn dots<const N: usize>(queries: [&[f32]; N], keys: &[[f32; PAGE]]) -> [[f32; PAGE]; N] {
-    let mut lanes = [[0.0f32; PAGE]; N];
-    let queries = queries.map(|q| &q[..keys.len()]);
-    for (i, key) in keys.iter().enumerate() {
-        for (lanes, query) in lanes.iter_mut().zip(queries) {
-            for lane in 0..PAGE {
-                lanes[lane] = key[lane].mul_add(query[i], lanes[lane]);
-            }
-        }
-    }
-    lanes
-}
-
-/// Adds `weights[i]` times the `i`th of `values` to `result`, in order.
-#[inline(always)]
-fn add_values(weights: &[f32], values: &[f32], result: &mut [f32]) {
-    /// Columns whose sums stay in registers.
-    const COLUMNS: usize = 4 * LANES;
-    let width = result.len();
-    let (blocks, rest) = result.as_chunks_mut::<COLUMNS>();
-    let whole = blocks.len() * COLUMNS;
-    for (block, result) in blocks.iter_mut().enumerate() {
-        let mut sums = *result;
-        for (p, value) in weights.iter().zip(values.chunks_exact(width)) {
-            let value = &value[block * COLUMNS..][..COLUMNS];
-            for i in 0..COLUMNS {
-                sums[i] = p.mul_add(value[i], sums[i]);
-            }
-        }
-        *result = sums;
-    }
-    if !rest.is_empty() {
-        for (p, value) in weights.iter().zip(values.chunks_exact(width)) {
-            for (r, v) in rest.iter_mut().zip(&value[whole..]) {
-                *r = p.mul_add(*v, *r);
-            }
         }
     }
 }
