@@ -13,6 +13,9 @@ const BEYOND_CHANCE: f64 = 4.0;
 const BEYOND_CHANCE_OF_MANY: f64 = 6.0;
 /// A difference counts this much at most, so that one token cannot outweigh the rest.
 const MOST: f64 = 5.0;
+/// What a difference has beyond the noise, over the noise, for an explanation to take it: what rounds nothing is nearer to every
+/// valid computation than they are to each other, and explains nothing of one.
+const BEYOND_NOISE: f64 = 0.1;
 /// Places that are judged together.
 const SEGMENT: usize = 64;
 /// Mean squares of fewer places are this uncertain, over their number.
@@ -396,7 +399,7 @@ impl Rivals {
     pub fn is_nearer(&self, noise: f64) -> bool {
         let excess = |rms: f64| rms.powi(2) - noise.powi(2);
         let smaller = self.after <= self.before / 1.5
-            || excess(self.before) > 0.0 && excess(self.after) <= excess(self.before) / 2.25;
+            || excess(self.before) > BEYOND_NOISE * noise.powi(2) && excess(self.after) <= excess(self.before) / 2.25;
         self.places >= 8 && self.nearer > 0.5 + self.chance && smaller
     }
 }
@@ -551,5 +554,8 @@ mod tests {
         // Most of what is left beside the noise.
         let slight = |noise| Rivals::of((0..400).map(|_| (Some(1.2), Some(1.02)))).is_nearer(noise);
         assert!(slight(1.0) && !slight(0.1));
+        // A server that is one more valid computation, and an explanation in the middle of them all.
+        let middle = Rivals::of((0..400).map(|_| (Some(0.81), Some(0.75))));
+        assert!(!middle.is_nearer(0.9) && !middle.is_nearer(0.895));
     }
 }
