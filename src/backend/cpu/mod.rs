@@ -5,6 +5,7 @@ mod attention;
 mod buffer;
 pub(super) mod elementwise;
 pub mod isa;
+mod lanes;
 mod matmul;
 mod memory;
 pub mod packed;
