@@ -1,43 +1,104 @@
 //! Memory of packed weights: begins at a line of the cache, in huge pages where the system gives them.
 
+use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// Bytes of a line of the cache.
 const LINE: usize = 64;
-/// Below this there would be few huge pages, or none.
-const HUGE: usize = 4 << 20;
+/// Bytes of a huge page.
+const HUGE: usize = 2 << 20;
+/// Weights of less than `SMALL` bytes share blocks of `SHARED`: by itself none of them would fill a huge page.
+const SMALL: usize = 2 * HUGE;
+const SHARED: usize = 16 * HUGE;
+
+/// Memory for the weights of a backend's models.
+#[derive(Debug, Default)]
+pub(super) struct Arena(Mutex<(Weak<Block>, usize)>);
+
+impl Arena {
+    /// So many zeros.
+    pub(super) fn zeros(&self, length: usize) -> Lines {
+        if length >= SMALL {
+            return Arc::new(Block::new(length)).lines(0, length);
+        }
+        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (block, used) = match open.0.upgrade() {
+            Some(block) if open.1 + length <= block.length => (block, open.1),
+            _ => (Arc::new(Block::new(SHARED)), 0),
+        };
+        *open = (Arc::downgrade(&block), (used + length).next_multiple_of(LINE));
+        block.lines(used, length)
+    }
+}
+
+/// Memory that begins at a huge page and is given out in parts, each once.
+#[derive(Debug)]
+struct Block {
+    start: NonNull<u8>,
+    length: usize,
+    /// What `start` lies in, to give back.
+    all: (*mut u8, usize),
+}
+
+// SAFETY: it owns its memory as a vector does; parts of it belong to one `Lines` each.
+unsafe impl Send for Block {}
+// SAFETY: as above.
+unsafe impl Sync for Block {}
+
+impl Block {
+    fn new(length: usize) -> Self {
+        // Zeroed memory of this size comes from the system, which gives a page when it is first written.
+        let mut bytes = ManuallyDrop::new(vec![0u8; length + HUGE].into_boxed_slice());
+        let skip = bytes.as_ptr().align_offset(HUGE).min(HUGE);
+        let part = &mut bytes[skip..skip + length];
+        ask_for_huge_pages(part);
+        let start = NonNull::from(part).cast();
+        Self { start, length, all: (bytes.as_mut_ptr(), length + HUGE) }
+    }
+
+    /// `length` bytes from `from` on. Whoever asks has not asked for any of them before.
+    fn lines(self: Arc<Self>, from: usize, length: usize) -> Lines {
+        assert!(from + length <= self.length, "part of a block");
+        // SAFETY: inside of the block.
+        Lines { start: unsafe { self.start.add(from) }, length, _block: self }
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // SAFETY: `new` took it out of such a box, and no part is in use: each holds the block.
+        drop(unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(self.all.0, self.all.1)) });
+    }
+}
 
 /// Bytes of which a kernel's loads never lie in two lines.
 #[derive(Debug)]
 pub(super) struct Lines {
-    bytes: Vec<u8>,
-    start: usize,
+    start: NonNull<u8>,
+    length: usize,
+    _block: Arc<Block>,
 }
 
-impl Lines {
-    /// So many zeros.
-    pub(super) fn zeros(length: usize) -> Self {
-        let mut bytes = vec![0u8; length + LINE - 1];
-        let start = bytes.as_ptr().align_offset(LINE).min(LINE - 1);
-        bytes.truncate(start + length);
-        if length >= HUGE {
-            ask_for_huge_pages(&mut bytes);
-        }
-        Self { bytes, start }
-    }
-}
+// SAFETY: the bytes are this value's alone, as a vector's.
+unsafe impl Send for Lines {}
+// SAFETY: as above.
+unsafe impl Sync for Lines {}
 
 impl Deref for Lines {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.bytes[self.start..]
+        // SAFETY: its own part of the block, which it holds; zeros at first.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.length) }
     }
 }
 
 impl DerefMut for Lines {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.bytes[self.start..]
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.length) }
     }
 }
 
@@ -45,11 +106,9 @@ impl DerefMut for Lines {
 /// of its time on the addresses of small ones.
 #[cfg(target_os = "linux")]
 fn ask_for_huge_pages(bytes: &mut [u8]) {
-    const PAGE: usize = 4096;
-    let skip = bytes.as_ptr().align_offset(PAGE);
-    let Some(whole) = bytes.get_mut(skip..) else { return };
-    // SAFETY: the range is `bytes`' own; the advice changes how it is mapped, not what it holds. That it may not be taken is fine.
-    unsafe { libc::madvise(whole.as_mut_ptr().cast(), whole.len(), libc::MADV_HUGEPAGE) };
+    // SAFETY: the range is `bytes`' own, which begins at a page; the advice changes how it is mapped, not what it holds. That it may
+    // not be taken is fine.
+    unsafe { libc::madvise(bytes.as_mut_ptr().cast(), bytes.len(), libc::MADV_HUGEPAGE) };
 }
 
 #[cfg(not(target_os = "linux"))]
@@ -60,12 +119,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_are_zero_and_aligned() {
-        for length in [0, 1, 63, 64, 1000, HUGE + 17] {
-            let mut lines = Lines::zeros(length);
+    fn lines_are_zero_aligned_and_apart() {
+        let arena = Arena::default();
+        let lengths = [0, 1, 63, 64, 1000, SMALL - 1, SMALL - 1, 5, SMALL, SMALL + 17].repeat(4);
+        let mut all: Vec<Lines> = lengths.iter().map(|&length| arena.zeros(length)).collect();
+        for (i, (lines, &length)) in all.iter_mut().zip(&lengths).enumerate() {
             assert_eq!((lines.len(), lines.as_ptr() as usize % LINE), (length, 0));
             assert!(lines.iter().all(|b| *b == 0));
-            lines.fill(7);
+            lines.fill(i as u8 + 1);
         }
+        for (i, lines) in all.iter().enumerate() {
+            assert!(lines.iter().all(|b| *b == i as u8 + 1), "{i} was written by another");
+        }
+    }
+
+    #[test]
+    fn a_block_lives_as_long_as_what_lies_in_it() {
+        let arena = Arena::default();
+        let (first, second) = (arena.zeros(100), arena.zeros(100));
+        let block = Arc::downgrade(&first._block);
+        assert!(Arc::ptr_eq(&first._block, &second._block), "small weights share a block");
+        drop(first);
+        assert!(block.upgrade().is_some() && second.iter().all(|b| *b == 0));
+        drop(second);
+        assert!(block.upgrade().is_none(), "nothing is kept for nobody");
+        assert_eq!(arena.zeros(7).len(), 7);
     }
 }

@@ -12,11 +12,13 @@ pub mod packed;
 pub mod recurrent;
 mod threads;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use attention::KvCache;
 use buffer::{Buffer, BufferPool};
 use isa::Isa;
+use memory::Arena;
 use packed::PackedLinear;
 use recurrent::{DeltaNet, DeltaNetInputs, Mamba2, RecurrentStates};
 use threads::Threads;
@@ -37,6 +39,7 @@ pub struct CpuBackend {
     isa: Isa,
     threads: Threads,
     buffers: BufferPool,
+    weights: Arc<Arena>,
 }
 
 /// Activations, row-major.
@@ -67,7 +70,7 @@ impl CpuBackend {
     pub fn new(isa: Isa, threads: usize) -> Result<Self> {
         let threads = Threads::new(threads)
             .map_err(|e| BackendError::Failed { context: "starting threads", message: e.to_string() })?;
-        Ok(Self { isa, threads, buffers: BufferPool::default() })
+        Ok(Self { isa, threads, buffers: BufferPool::default(), weights: Arc::default() })
     }
 
     /// The instruction set in use.
@@ -137,7 +140,7 @@ impl Backend for CpuBackend {
     type Pass = HostPass;
 
     fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<PackedLinear> {
-        PackedLinear::pack(&tensors)
+        PackedLinear::pack(&tensors, &self.weights)
     }
 
     fn inputs(&self, linear: &PackedLinear) -> usize {

@@ -11,7 +11,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::memory::Lines;
+use super::memory::{Arena, Lines};
 use crate::backend::{BackendError, Result};
 use crate::formats::fp_quant::Method;
 use crate::formats::linear::{
@@ -28,8 +28,8 @@ pub const K_STEP: usize = 8;
 #[derive(Debug)]
 pub(super) enum PackedScales {
     None,
-    E4m3(Vec<u8>),
-    E8m0(Vec<u8>),
+    E4m3(Lines),
+    E8m0(Lines),
     /// [N/16][blocks]
     Grid(Vec<f32>),
 }
@@ -102,15 +102,15 @@ pub struct PackedLinear {
 }
 
 impl PackedLinear {
-    /// Interleaves the rows of `t`.
+    /// Interleaves the rows of `t`, in memory of `arena`.
     ///
     /// # Errors
     /// When no kernel takes this weight with this activation.
-    pub fn pack(t: &LinearTensors<'_>) -> Result<Self> {
+    pub(super) fn pack(t: &LinearTensors<'_>, arena: &Arena) -> Result<Self> {
         let family = family(t)?;
         let k_padded = t.k.next_multiple_of(K_STEP);
         let groups = t.n.div_ceil(GROUP);
-        let mut data = Lines::zeros(groups * GROUP * t.element.row_bytes(k_padded));
+        let mut data = arena.zeros(groups * GROUP * t.element.row_bytes(k_padded));
         let row_bytes = t.element.row_bytes(t.k);
         let group_bytes = GROUP * t.element.row_bytes(k_padded);
         for (n, row) in t.data.chunks_exact(row_bytes.max(1)).take(t.n).enumerate() {
@@ -120,13 +120,13 @@ impl PackedLinear {
         let (weight_block, scales) = match &t.block_scales {
             BlockScales::None => (k_padded, PackedScales::None),
             BlockScales::E4m3 { block, codes } => {
-                let mut codes = interleave_scales(codes, t.n, t.k / block);
+                let mut codes = interleave_scales(codes, t.n, t.k / block, arena);
                 // A block of zeros may have -0, the only scale with a sign.
                 codes.iter_mut().for_each(|code| *code &= 0x7f);
                 (*block, PackedScales::E4m3(codes))
             }
             BlockScales::E8m0 { block, codes } => {
-                (*block, PackedScales::E8m0(interleave_scales(codes, t.n, t.k / block)))
+                (*block, PackedScales::E8m0(interleave_scales(codes, t.n, t.k / block, arena)))
             }
             BlockScales::Grid { values } => {
                 let blocks = t.k.div_ceil(fp8::BLOCK);
@@ -331,8 +331,8 @@ fn deinterleave(element: Element, group: &[u8], lane: usize, row: &mut [u8]) {
 }
 
 /// [N, blocks] codes to [N/16][blocks][16]; absent rows get code 0.
-fn interleave_scales(codes: &[u8], n: usize, blocks: usize) -> Vec<u8> {
-    let mut out = vec![0u8; n.div_ceil(GROUP) * blocks * GROUP];
+fn interleave_scales(codes: &[u8], n: usize, blocks: usize, arena: &Arena) -> Lines {
+    let mut out = arena.zeros(n.div_ceil(GROUP) * blocks * GROUP);
     for (row, codes) in codes.chunks_exact(blocks.max(1)).take(n).enumerate() {
         for (b, &code) in codes.iter().enumerate() {
             out[(row / GROUP * blocks + b) * GROUP + row % GROUP] = code;
@@ -361,7 +361,7 @@ mod tests {
             };
             let t = LinearTensors { name: "w".into(), n, k, element, data: Cow::Owned(bytes), block_scales,
                 output_scale: OutputScale::Tensor(0.5), activation: ActivationFormat::Float, pre_quant_scale: None, rotation: None, bias: None };
-            let packed = PackedLinear::pack(&t).unwrap();
+            let packed = PackedLinear::pack(&t, &Arena::default()).unwrap();
             let (mut expected, mut got) = (vec![0.0; k], vec![0.0; k]);
             for row in 0..n {
                 t.decode_row(row, &mut expected);
