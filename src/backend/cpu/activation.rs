@@ -43,17 +43,18 @@ pub(super) enum Input<'a> {
     Float(FloatInput<'a>),
 }
 
-/// Tokens that one task quantizes.
-const TASK_TOKENS: usize = 32;
+/// Values that one task quantizes, about: more than handing them over takes.
+const TASK_VALUES: usize = 1 << 12;
 
 /// Quantizes `x` [M, K] as linear `w` wants it.
 pub(super) fn quantize<'a>(isa: Isa, threads: &Threads, x: &'a [f32], w: &PackedLinear) -> Input<'a> {
     let k = w.k;
+    let task_tokens = task_tokens(k);
     let scaled: Cow<[f32]> = match (&w.pre_quant_scale, &w.rotation) {
         (None, None) => x.into(),
         (scale, rotation) => {
             let mut copy = x.to_vec();
-            threads.pieces(&mut copy, TASK_TOKENS * k, |_, rows| {
+            threads.pieces(&mut copy, task_tokens * k, |_, rows| {
                 for row in rows.chunks_exact_mut(k) {
                     if let Some(scale) = scale {
                         elementwise::multiply(isa, row, scale);
@@ -73,9 +74,14 @@ pub(super) fn quantize<'a>(isa: Isa, threads: &Threads, x: &'a [f32], w: &Packed
     }
 }
 
+/// Tokens of `k` values that one task quantizes.
+fn task_tokens(k: usize) -> usize {
+    (TASK_VALUES / k.max(1)).max(1)
+}
+
 fn integer(isa: Isa, threads: &Threads, x: &[f32], w: &PackedLinear) -> IntegerInput {
     let block = w.weight_block;
-    let (blocks, task) = (x.len() / block, TASK_TOKENS * w.k);
+    let (blocks, task) = (x.len() / block, task_tokens(w.k) * w.k);
     let mut out = IntegerInput {
         block,
         values: vec![0; x.len()],
@@ -135,7 +141,7 @@ fn float<'a>(isa: Isa, threads: &Threads, x: Cow<'a, [f32]>, w: &PackedLinear) -
     let mut rows: Vec<_> = (x.chunks(k).zip(values.chunks_mut(k_padded)))
         .map(|(x, v)| (x, v, of_rows.next().unwrap_or_default()))
         .collect();
-    threads.pieces(&mut rows, TASK_TOKENS, |_, rows| {
+    threads.pieces(&mut rows, task_tokens(k), |_, rows| {
         for (x, v, scales) in rows {
             match w.activation {
                 ActivationFormat::Fp8Static { scale } => fp8_static(isa, x, scale, v),

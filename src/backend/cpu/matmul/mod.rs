@@ -18,10 +18,10 @@ mod scalar;
 use std::ops::Range;
 
 use super::activation::{FloatInput, Input, IntegerInput};
-use super::isa::{Isa, Kind};
+use super::isa::{Isa, Kind, multiversion};
 use super::packed::{GROUP, PackedLinear, Scales};
 use super::threads::Threads;
-use crate::formats::linear::Element;
+use crate::formats::linear::{Element, OutputScale};
 
 /// Runs of 16 outputs that one kernel call computes side by side, at most: tokens, or groups of rows where tokens are few, so that
 /// one sum needs not wait for another.
@@ -179,9 +179,7 @@ fn integer_groups(isa: Isa, w: &PackedLinear, x: &IntegerInput, task: &Task, out
             };
             let mut acc = [[0.0f32; GROUP]; TILE];
             let rows = integer_tile(isa, &tile, task.tokens.end - m, &mut acc);
-            for (i, acc) in acc[..rows].iter().enumerate() {
-                finish.write(m + i, acc, x.global);
-            }
+            finish.write(isa, m, &acc[..rows], [x.global; TILE]);
             m += rows;
         }
     }
@@ -218,11 +216,10 @@ fn float_groups(isa: Isa, w: &PackedLinear, x: &FloatInput<'_>, task: &Task, out
                 };
                 let mut acc = [[0.0f32; GROUP]; TILE];
                 float_tile(isa, &tile, rows, &mut acc);
+                let mut scales = [1.0; TILE];
+                scales.iter_mut().zip(x.rows.get(m..).unwrap_or_default()).for_each(|(s, row)| *s = *row);
                 for (g, acc) in acc[..groups * rows].chunks_exact(rows).enumerate() {
-                    let finish = Finish::new(w, first + g, out);
-                    for (i, acc) in acc.iter().enumerate() {
-                        finish.write(m + i, acc, x.rows.get(m + i).copied().unwrap_or(1.0));
-                    }
+                    Finish::new(w, first + g, out).write(isa, m, acc, scales);
                 }
                 first += groups;
             }
@@ -234,7 +231,9 @@ fn float_groups(isa: Isa, w: &PackedLinear, x: &FloatInput<'_>, task: &Task, out
 
 /// What turns a group's sums into outputs.
 struct Finish<'a> {
-    scales: [f32; GROUP],
+    /// Scale of all rows, or of each.
+    scale: f32,
+    scales: Option<&'a [f32]>,
     bias: Option<&'a [f32]>,
     /// First row of the group, and how many of its 16 rows there are.
     n0: usize,
@@ -248,30 +247,57 @@ impl<'a> Finish<'a> {
     fn new(w: &'a PackedLinear, group: usize, out: Output) -> Self {
         let n0 = group * GROUP;
         let count = GROUP.min(w.n - n0);
-        let mut scales = [0.0; GROUP];
-        scales[..count].iter_mut().enumerate().for_each(|(i, s)| *s = w.output_scale.at(n0 + i));
-        Self { scales, bias: w.bias.as_ref().map(|b| &b[n0..n0 + count]), n0, count, n: w.n, out }
+        let (scale, scales) = match &w.output_scale {
+            OutputScale::One => (1.0, None),
+            OutputScale::Tensor(scale) => (*scale, None),
+            OutputScale::Row(scales) => (1.0, Some(&scales[n0..n0 + count])),
+        };
+        Self { scale, scales, bias: w.bias.as_ref().map(|b| &b[n0..n0 + count]), n0, count, n: w.n, out }
     }
 
-    /// Applies output scale, input scale and bias and writes the outputs of token `m`.
-    #[inline(always)]
-    fn write(&self, m: usize, acc: &[f32; GROUP], input_scale: f32) {
-        let mut y = [0.0f32; GROUP];
-        for i in 0..GROUP {
-            y[i] = acc[i] * (self.scales[i] * input_scale);
+    /// Applies output scale, input scales and bias to the sums of tokens `m` and following, and writes their outputs.
+    fn write(&self, isa: Isa, m: usize, acc: &[[f32; GROUP]], input_scales: [f32; TILE]) {
+        let first = m * self.n + self.n0;
+        if self.count == GROUP {
+            let (scales, bias) = (self.scales.and_then(<[f32]>::first_chunk), self.bias.and_then(<[f32]>::first_chunk));
+            return finish(isa, acc, self.scale, scales, &input_scales, bias, self.out, first, self.n);
         }
-        if let Some(bias) = self.bias {
-            y.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+        let whole = |part: &[f32]| -> [f32; GROUP] { std::array::from_fn(|i| part.get(i).copied().unwrap_or(0.0)) };
+        let (scales, bias) = (self.scales.map(whole), self.bias.map(whole));
+        let mut y = [[0.0f32; GROUP]; TILE];
+        let to = Output(y.as_mut_ptr().cast());
+        finish(isa, acc, self.scale, scales.as_ref(), &input_scales, bias.as_ref(), to, 0, GROUP);
+        for (i, y) in y[..acc.len()].iter().enumerate() {
+            // SAFETY: this task owns the group's columns of these tokens, and those are `count` from `n0` on.
+            unsafe { std::ptr::copy_nonoverlapping(y.as_ptr(), self.out.0.add(first + i * self.n), self.count) }
         }
-        // SAFETY: this task owns the group's columns of token `m`, and those are `count` from `n0` on.
-        unsafe {
-            let to = self.out.0.add(m * self.n + self.n0);
-            // A length known when compiling spares the call.
-            if self.count == GROUP {
-                to.cast::<[f32; GROUP]>().write_unaligned(y);
-            } else {
-                std::ptr::copy_nonoverlapping(y.as_ptr(), to, self.count);
+    }
+}
+
+multiversion! {
+    /// Writes `acc · (scale · input_scales[i]) + bias` of row `i` to `out` from `first + i · stride` on, which is the caller's; with
+    /// `scales`, each column has its own.
+    fn finish(
+        acc: &[[f32; GROUP]], scale: f32, scales: Option<&[f32; GROUP]>, input_scales: &[f32; TILE],
+        bias: Option<&[f32; GROUP]>, out: Output, first: usize, stride: usize,
+    ) {
+        // Made here, in a register: what is stored in pieces is slow to load as a whole.
+        let scales = match scales {
+            Some(scales) => *scales,
+            None => [scale; GROUP],
+        };
+        for (i, (acc, input_scale)) in acc.iter().zip(input_scales).enumerate() {
+            let mut y = [0.0f32; GROUP];
+            for lane in 0..GROUP {
+                y[lane] = acc[lane] * (scales[lane] * input_scale);
             }
+            if let Some(bias) = bias {
+                for lane in 0..GROUP {
+                    y[lane] += bias[lane];
+                }
+            }
+            // SAFETY: the caller owns 16 columns of these rows.
+            unsafe { out.0.add(first + i * stride).cast::<[f32; GROUP]>().write_unaligned(y) }
         }
     }
 }
