@@ -190,18 +190,3 @@ pub fn measure<B: Backend>(
     let at = |share: f64| steps[((steps.len() - 1) as f64 * share).round() as usize];
     Ok(Timing { case, first_token, step: at(0.5), step_p90: at(0.9), step_p99: at(0.99) })
 }
-
-/// Bytes per second that the CPU's threads read from memory.
-#[must_use]
-pub fn memory_speed() -> f64 {
-    use rayon::prelude::*;
-    let words = vec![1u64; (256 << 20) / 8];
-    let mut fastest = f64::INFINITY;
-    for _ in 0..5 {
-        let start = Instant::now();
-        let sum: u64 = words.par_chunks(1 << 16).map(|c| c.iter().fold(0u64, |a, b| a.wrapping_add(*b))).sum();
-        std::hint::black_box(sum);
-        fastest = fastest.min(start.elapsed().as_secs_f64());
-    }
-    (8 * words.len()) as f64 / fastest
-}

@@ -3,7 +3,11 @@
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Instant;
+
+use super::threads::Threads;
 
 /// Bytes of a line of the cache.
 const LINE: usize = 64;
@@ -31,6 +35,28 @@ impl Arena {
         *open = (Arc::downgrade(&block), (used + length).next_multiple_of(LINE));
         block.lines(used, length)
     }
+}
+
+/// Bytes per second that `threads` read from memory, as they read weights: each of them pieces of one block.
+pub(super) fn speed(threads: &Threads) -> f64 {
+    /// More than caches hold, and what one task reads.
+    const BYTES: usize = 256 << 20;
+    const PIECE: usize = 256 << 10;
+    let mut block = Arena::default().zeros(BYTES);
+    // A page that was never written is not in memory.
+    threads.pieces(&mut block, PIECE, |_, piece| piece.fill(1));
+    let mut fastest = f64::INFINITY;
+    for _ in 0..8 {
+        let (start, total) = (Instant::now(), AtomicU64::new(0));
+        threads.run(BYTES / PIECE, |i| {
+            let words = block[i * PIECE..][..PIECE].as_chunks::<8>().0;
+            let sum = words.iter().fold(0u64, |sum, word| sum.wrapping_add(u64::from_le_bytes(*word)));
+            total.fetch_add(sum, Ordering::Relaxed);
+        });
+        std::hint::black_box(total.into_inner());
+        fastest = fastest.min(start.elapsed().as_secs_f64());
+    }
+    BYTES as f64 / fastest
 }
 
 /// Memory that begins at a huge page and is given out in parts, each once.

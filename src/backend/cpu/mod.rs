@@ -85,6 +85,12 @@ impl CpuBackend {
         self.threads.count()
     }
 
+    /// Bytes per second that the threads read from memory.
+    #[must_use]
+    pub fn memory_speed(&self) -> f64 {
+        memory::speed(&self.threads)
+    }
+
     /// A row's maximum, and the sum of exp(x - maximum).
     fn softmax_total(&self, row: &[f32]) -> (f32, f64) {
         let mut out = (0.0, 0.0);
@@ -140,7 +146,7 @@ impl Backend for CpuBackend {
     type Pass = HostPass;
 
     fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<PackedLinear> {
-        PackedLinear::pack(&tensors, &self.weights)
+        PackedLinear::pack(&tensors, &self.threads, &self.weights)
     }
 
     fn inputs(&self, linear: &PackedLinear) -> usize {
