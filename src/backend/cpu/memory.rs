@@ -1,11 +1,13 @@
 //! Memory of packed weights: begins at a line of the cache, in huge pages where the system gives them.
 
-use std::mem::ManuallyDrop;
+use std::alloc::Layout;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Instant;
+
+use memmap2::MmapMut;
 
 use super::threads::Threads;
 
@@ -59,13 +61,13 @@ pub(super) fn speed(threads: &Threads) -> f64 {
     BYTES as f64 / fastest
 }
 
-/// Memory that begins at a huge page and is given out in parts, each once.
+/// Memory of the system's that begins at a huge page and is given out in parts, each once. Zeros at first, and no part of the
+/// machine's memory until it is written.
 #[derive(Debug)]
 struct Block {
     start: NonNull<u8>,
     length: usize,
-    /// What `start` lies in, to give back.
-    all: (*mut u8, usize),
+    _all: MmapMut,
 }
 
 // SAFETY: it owns its memory as a vector does; parts of it belong to one `Lines` each.
@@ -75,13 +77,18 @@ unsafe impl Sync for Block {}
 
 impl Block {
     fn new(length: usize) -> Self {
-        // Zeroed memory of this size comes from the system, which gives a page when it is first written.
-        let mut bytes = ManuallyDrop::new(vec![0u8; length + HUGE].into_boxed_slice());
-        let skip = bytes.as_ptr().align_offset(HUGE).min(HUGE);
-        let part = &mut bytes[skip..skip + length];
-        ask_for_huge_pages(part);
-        let start = NonNull::from(part).cast();
-        Self { start, length, all: (bytes.as_mut_ptr(), length + HUGE) }
+        let mut all = match MmapMut::map_anon(length + HUGE) {
+            Ok(all) => all,
+            // As vectors end where there is no memory.
+            Err(_) => std::alloc::handle_alloc_error(Layout::array::<u8>(length).unwrap_or(Layout::new::<u8>())),
+        };
+        let skip = all.as_ptr().align_offset(HUGE).min(HUGE);
+        // Reading a weight from end to end, a core spends much of its time on the addresses of small pages. The advice may not be
+        // taken.
+        #[cfg(target_os = "linux")]
+        let _ = all.advise_range(memmap2::Advice::HugePage, skip, length);
+        let start = NonNull::from(&mut all[skip..skip + length]).cast();
+        Self { start, length, _all: all }
     }
 
     /// `length` bytes from `from` on. Whoever asks has not asked for any of them before.
@@ -89,13 +96,6 @@ impl Block {
         assert!(from + length <= self.length, "part of a block");
         // SAFETY: inside of the block.
         Lines { start: unsafe { self.start.add(from) }, length, _block: self }
-    }
-}
-
-impl Drop for Block {
-    fn drop(&mut self) {
-        // SAFETY: `new` took it out of such a box, and no part is in use: each holds the block.
-        drop(unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(self.all.0, self.all.1)) });
     }
 }
 
@@ -127,18 +127,6 @@ impl DerefMut for Lines {
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.length) }
     }
 }
-
-/// Asks the system for huge pages under `bytes`, which nobody has touched yet: reading a weight from end to end, a core spends much
-/// of its time on the addresses of small ones.
-#[cfg(target_os = "linux")]
-fn ask_for_huge_pages(bytes: &mut [u8]) {
-    // SAFETY: the range is `bytes`' own, which begins at a page; the advice changes how it is mapped, not what it holds. That it may
-    // not be taken is fine.
-    unsafe { libc::madvise(bytes.as_mut_ptr().cast(), bytes.len(), libc::MADV_HUGEPAGE) };
-}
-
-#[cfg(not(target_os = "linux"))]
-fn ask_for_huge_pages(_: &mut [u8]) {}
 
 #[cfg(test)]
 mod tests {
