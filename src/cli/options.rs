@@ -56,7 +56,7 @@ pub(super) struct EngineOptions {
     /// Threads; 0 is one per core
     #[arg(long, default_value_t = 0)]
     pub threads: usize,
-    /// Instruction set: scalar, avx2, avx512 or neon [default: the fastest this CPU has]. All give the same bits
+    /// Instruction set: scalar, avx2, avxvnni, avx512 or neon [default: the fastest this CPU has]. All give the same bits
     #[arg(long)]
     pub isa: Option<String>,
     /// Storage of the KV cache where the checkpoint has no FP8 scales of its own

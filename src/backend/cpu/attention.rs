@@ -294,7 +294,7 @@ fn block(isa: Isa, t: &Task<'_>, queries: &[&[f32]], scratch: &mut Vec<f32>, res
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 => avx512(t, queries, scratch, results),
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx2 => avx2(t, queries, scratch, results),
+            Kind::Avx2 | Kind::AvxVnni => avx2(t, queries, scratch, results),
             #[cfg(target_arch = "aarch64")]
             Kind::Neon => block_of::<lanes::Neon>(t, queries, scratch, results),
             _ => block_of::<[f32; LANES]>(t, queries, scratch, results),

@@ -14,6 +14,8 @@ pub enum Kind {
     Scalar,
     /// x86-64 with AVX2, FMA and F16C (2013 and later).
     Avx2,
+    /// x86-64 with these and AVX-VNNI (Alder Lake, Zen 5 and later).
+    AvxVnni,
     /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI (Ice Lake, Zen 4 and later).
     Avx512,
     /// AArch64: NEON is always there.
@@ -36,6 +38,9 @@ impl Isa {
             use std::arch::is_x86_feature_detected as has;
             if has!("avx2") && has!("fma") && has!("f16c") {
                 all.push(Self(Kind::Avx2));
+                if has!("avxvnni") {
+                    all.push(Self(Kind::AvxVnni));
+                }
                 if has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") && has!("avx512vnni") {
                     all.push(Self(Kind::Avx512));
                 }
@@ -64,6 +69,7 @@ impl fmt::Display for Isa {
         f.write_str(match self.0 {
             Kind::Scalar => "scalar",
             Kind::Avx2 => "avx2",
+            Kind::AvxVnni => "avxvnni",
             Kind::Avx512 => "avx512",
             Kind::Neon => "neon",
         })
@@ -90,7 +96,7 @@ macro_rules! multiversion {
             match isa.kind() {
                 // SAFETY: an Isa of this kind exists only if the CPU has these features.
                 #[cfg(target_arch = "x86_64")]
-                $crate::backend::cpu::isa::Kind::Avx2 => unsafe { avx2($($arg),*) },
+                $crate::backend::cpu::isa::Kind::Avx2 | $crate::backend::cpu::isa::Kind::AvxVnni => unsafe { avx2($($arg),*) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::backend::cpu::isa::Kind::Avx512 => unsafe { avx512($($arg),*) },

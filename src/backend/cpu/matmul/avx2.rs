@@ -1,4 +1,4 @@
-//! AVX2 with FMA: the 16 rows of a group in two registers. Equals `scalar` bit for bit.
+//! AVX2 with FMA, and AVX-VNNI: the 16 rows of a group in two registers. Equals `scalar` bit for bit.
 
 use std::arch::x86_64::*;
 
@@ -9,79 +9,110 @@ use crate::formats::linear::Element;
 /// Rows in one register.
 const HALF: usize = GROUP / 2;
 
-/// # Safety
-/// The CPU has the features below; the tile's slices cover `rows` (8, 4, 2 or 1) tokens.
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn integer(t: &IntegerTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) {
-    // 16 registers: two halves of at most 2 tokens, each with an integer and a float accumulator.
-    let mut m = 0;
-    while m < rows {
-        let step = if rows - m >= 2 { 2 } else { 1 };
-        let blocks = t.k / t.block;
-        let part = IntegerTile {
-            values: &t.values[m * t.k..],
-            corrections: &t.corrections[m * blocks..],
-            scales: &t.scales[m * blocks..],
-            ..*t
-        };
-        // SAFETY: the caller's.
-        unsafe {
-            match step {
-                2 => integer_rows::<2>(&part, &mut acc[m..]),
-                _ => integer_rows::<1>(&part, &mut acc[m..]),
-            }
-        }
-        m += step;
-    }
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn integer_rows<const M: usize>(t: &IntegerTile<'_>, acc: &mut [[f32; GROUP]]) {
-    let blocks = t.k / t.block;
-    let chunks = t.block / 8;
-    assert!(t.weights.len() >= t.k * GROUP / 2 && t.values.len() >= M * t.k);
-    assert!(t.scales.len() >= M * blocks && t.corrections.len() >= M * blocks && t.weight_scales.cover(blocks));
-    // SAFETY: every access is below the lengths asserted above, by the shapes that `packed` and `activation` make.
-    unsafe {
-        let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(OFFSET_CODES.as_ptr().cast()));
-        let nibble = _mm256_set1_epi8(15);
-        let ones = _mm256_set1_epi16(1);
-        let mut sum = [[_mm256_setzero_ps(); 2]; M];
-        let mut weights = t.weights.as_ptr();
-        let values = t.values.as_ptr();
-        for b in 0..blocks {
-            let mut dot = [[_mm256_setzero_si256(); 2]; M];
-            for c in 0..chunks {
-                for h in 0..2 {
-                    let packed = _mm256_loadu_si256(weights.add(4 * HALF * h).cast());
-                    let low = _mm256_shuffle_epi8(table, _mm256_and_si256(packed, nibble));
-                    let high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble));
-                    for m in 0..M {
-                        let x = values.add(m * t.k + b * t.block + 8 * c).cast::<i32>();
-                        let first = _mm256_maddubs_epi16(low, _mm256_set1_epi32(x.read_unaligned()));
-                        let second = _mm256_maddubs_epi16(high, _mm256_set1_epi32(x.add(1).read_unaligned()));
-                        dot[m][h] = _mm256_add_epi16(dot[m][h], _mm256_add_epi16(first, second));
+/// The integer kernel of one set of features: `$dot` adds four byte products to each 32-bit sum, or to each pair of 16-bit sums, and
+/// `$exact` makes 32-bit sums of them, to which the correction is added.
+macro_rules! integer_kernel {
+    ($(#[$meta:meta])* $name:ident, $rows:ident, $features:literal, |$sum:ident, $w:ident, $x:ident| $dot:expr, $exact:expr) => {
+        $(#[$meta])*
+        ///
+        /// # Safety
+        /// The CPU has the features; the tile's slices cover `rows` (8, 4, 2 or 1) tokens.
+        #[target_feature(enable = $features)]
+        pub(super) unsafe fn $name(t: &IntegerTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) {
+            // 16 registers: two halves of at most 2 tokens, each with an integer and a float accumulator.
+            let mut m = 0;
+            while m < rows {
+                let step = if rows - m >= 2 { 2 } else { 1 };
+                let blocks = t.k / t.block;
+                let part = IntegerTile {
+                    values: &t.values[m * t.k..],
+                    corrections: &t.corrections[m * blocks..],
+                    scales: &t.scales[m * blocks..],
+                    ..*t
+                };
+                // SAFETY: the caller's.
+                unsafe {
+                    match step {
+                        2 => $rows::<2>(&part, &mut acc[m..]),
+                        _ => $rows::<1>(&part, &mut acc[m..]),
                     }
                 }
-                weights = weights.add(4 * GROUP);
+                m += step;
             }
-            let scale = [scales(t.weight_scales, b, 0), scales(t.weight_scales, b, 1)];
-            for m in 0..M {
-                let correction = _mm256_set1_epi32(t.corrections.as_ptr().add(m * blocks + b).read_unaligned());
-                let x_scale = _mm256_set1_ps(t.scales.as_ptr().add(m * blocks + b).read_unaligned());
-                for h in 0..2 {
-                    let exact = _mm256_add_epi32(_mm256_madd_epi16(dot[m][h], ones), correction);
-                    sum[m][h] = _mm256_fmadd_ps(_mm256_mul_ps(scale[h], x_scale), _mm256_cvtepi32_ps(exact), sum[m][h]);
+        }
+
+        #[target_feature(enable = $features)]
+        unsafe fn $rows<const M: usize>(t: &IntegerTile<'_>, acc: &mut [[f32; GROUP]]) {
+            let blocks = t.k / t.block;
+            let chunks = t.block / 8;
+            assert!(t.weights.len() >= t.k * GROUP / 2 && t.values.len() >= M * t.k);
+            assert!(t.scales.len() >= M * blocks && t.corrections.len() >= M * blocks && t.weight_scales.cover(blocks));
+            // SAFETY: every access is below the lengths asserted above, by the shapes that `packed` and `activation` make.
+            unsafe {
+                let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(OFFSET_CODES.as_ptr().cast()));
+                let nibble = _mm256_set1_epi8(15);
+                let mut sum = [[_mm256_setzero_ps(); 2]; M];
+                let mut weights = t.weights.as_ptr();
+                let values = t.values.as_ptr();
+                for b in 0..blocks {
+                    let mut dot = [[_mm256_setzero_si256(); 2]; M];
+                    for c in 0..chunks {
+                        for h in 0..2 {
+                            let packed = _mm256_loadu_si256(weights.add(4 * HALF * h).cast());
+                            let low = _mm256_shuffle_epi8(table, _mm256_and_si256(packed, nibble));
+                            let high =
+                                _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble));
+                            for m in 0..M {
+                                let x = values.add(m * t.k + b * t.block + 8 * c).cast::<i32>();
+                                for (i, $w) in [low, high].into_iter().enumerate() {
+                                    let $x = _mm256_set1_epi32(x.add(i).read_unaligned());
+                                    let $sum = dot[m][h];
+                                    dot[m][h] = $dot;
+                                }
+                            }
+                        }
+                        weights = weights.add(4 * GROUP);
+                    }
+                    let scale = [scales(t.weight_scales, b, 0), scales(t.weight_scales, b, 1)];
+                    for m in 0..M {
+                        let correction = _mm256_set1_epi32(t.corrections.as_ptr().add(m * blocks + b).read_unaligned());
+                        let x_scale = _mm256_set1_ps(t.scales.as_ptr().add(m * blocks + b).read_unaligned());
+                        for h in 0..2 {
+                            let exact = _mm256_add_epi32($exact(dot[m][h]), correction);
+                            let scale = _mm256_mul_ps(scale[h], x_scale);
+                            sum[m][h] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(exact), sum[m][h]);
+                        }
+                    }
+                }
+                for m in 0..M {
+                    for h in 0..2 {
+                        _mm256_storeu_ps(acc[m].as_mut_ptr().add(HALF * h), sum[m][h]);
+                    }
                 }
             }
         }
-        for m in 0..M {
-            for h in 0..2 {
-                _mm256_storeu_ps(acc[m].as_mut_ptr().add(HALF * h), sum[m][h]);
-            }
-        }
-    }
+    };
 }
+
+integer_kernel!(
+    /// Sums of pairs in 16 bits, which hold a block's.
+    integer, integer_rows, "avx2,fma,f16c",
+    |sum, w, x| _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)),
+    |sums: __m256i| _mm256_madd_epi16(sums, _mm256_set1_epi16(1))
+);
+integer_kernel!(
+    /// By AVX-VNNI, one instruction where AVX2 has two.
+    integer_vnni, integer_vnni_rows, "avx2,fma,f16c,avxvnni",
+    |sum, w, x| _mm256_dpbusd_avx_epi32(sum, w, x),
+    |sums: __m256i| sums
+);
+#[cfg(test)]
+integer_kernel!(
+    /// The same instruction as AVX-512 writes it, for machines that have it in no other way.
+    integer_vnni_512, integer_vnni_512_rows, "avx2,fma,f16c,avx512vl,avx512vnni",
+    |sum, w, x| _mm256_dpbusd_epi32(sum, w, x),
+    |sums: __m256i| sums
+);
 
 /// The scales of a half of the 16 rows in block `i`.
 ///

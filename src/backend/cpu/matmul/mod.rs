@@ -313,6 +313,9 @@ fn integer_tile(isa: Isa, t: &IntegerTile<'_>, rows: usize, acc: &mut [[f32; GRO
         #[cfg(target_arch = "x86_64")]
         Kind::Avx2 => unsafe { avx2::integer(t, rows, acc) },
         // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Kind::AvxVnni => unsafe { avx2::integer_vnni(t, rows, acc) },
+        // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
         Kind::Neon => unsafe { neon::integer(t, rows, acc) },
         _ => scalar::integer(t, rows, acc),
@@ -328,7 +331,7 @@ fn float_tile(isa: Isa, t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROUP];
         Kind::Avx512 => unsafe { avx512::float(t, rows, acc) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx2 => unsafe { avx2::float(t, rows, acc) },
+        Kind::Avx2 | Kind::AvxVnni => unsafe { avx2::float(t, rows, acc) },
         // SAFETY: as above.
         #[cfg(target_arch = "aarch64")]
         Kind::Neon => unsafe { neon::float(t, rows, acc) },
@@ -401,6 +404,13 @@ mod tests {
                 let mut acc = [[0.0; GROUP]; TILE];
                 prop_assert_eq!(integer_tile(isa, &t, rows, &mut acc), rows);
                 prop_assert_eq!(bits(&acc, rows), bits(&expected, rows), "{}", isa);
+            }
+            #[cfg(target_arch = "x86_64")]
+            if Isa::available().iter().any(|isa| isa.kind() == Kind::Avx512) {
+                let mut acc = [[0.0; GROUP]; TILE];
+                // SAFETY: an Isa of this kind exists only if the CPU has the features; slices cover `rows` tokens.
+                unsafe { avx2::integer_vnni_512(&t, rows, &mut acc) }
+                prop_assert_eq!(bits(&acc, rows), bits(&expected, rows), "AVX-VNNI's kernel");
             }
         }
 
