@@ -1,6 +1,7 @@
 //! Attention against the formula in f64.
 
 use super::*;
+use crate::backend::Span;
 
 /// Values from -2 to 2 in no order.
 fn values(count: usize, seed: usize) -> Vec<f32> {
