@@ -12,6 +12,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::memory::Lines;
+use super::threads::Threads;
 use crate::backend::{BackendError, Result};
 use crate::formats::fp_quant::Method;
 use crate::formats::linear::{
@@ -102,21 +103,43 @@ pub struct PackedLinear {
 }
 
 impl PackedLinear {
+    /// Bytes that `t` takes in memory when it is packed.
+    ///
+    /// # Errors
+    /// When no kernel takes this weight with this activation.
+    pub(super) fn packed_bytes(t: &LinearTensors<'_>) -> Result<usize> {
+        family(t)?;
+        let rows = t.n.next_multiple_of(GROUP);
+        let scales = match &t.block_scales {
+            BlockScales::None => 0,
+            BlockScales::E4m3 { block, .. } | BlockScales::E8m0 { block, .. } => rows * (t.k / block),
+            BlockScales::Grid { .. } => 4 * (rows / GROUP) * t.k.div_ceil(fp8::BLOCK),
+        };
+        let output = match &t.output_scale {
+            OutputScale::Row(v) => 4 * v.len(),
+            _ => 0,
+        };
+        let floats = |v: &Option<Vec<f32>>| v.as_ref().map_or(0, |v| 4 * v.len());
+        let rotation = t.rotation.as_ref().map_or(0, |r| r.bytes());
+        let elements = rows * t.element.row_bytes(t.k.next_multiple_of(K_STEP));
+        Ok(elements + scales + output + rotation + floats(&t.pre_quant_scale) + floats(&t.bias))
+    }
+
     /// Interleaves the rows of `t`.
     ///
     /// # Errors
     /// When no kernel takes this weight with this activation.
-    pub fn pack(t: &LinearTensors<'_>) -> Result<Self> {
+    pub(super) fn pack(t: &LinearTensors<'_>, threads: &Threads) -> Result<Self> {
         let family = family(t)?;
         let k_padded = t.k.next_multiple_of(K_STEP);
         let groups = t.n.div_ceil(GROUP);
         let mut data = Lines::zeros(groups * GROUP * t.element.row_bytes(k_padded));
         let row_bytes = t.element.row_bytes(t.k);
         let group_bytes = GROUP * t.element.row_bytes(k_padded);
-        for (n, row) in t.data.chunks_exact(row_bytes.max(1)).take(t.n).enumerate() {
-            let group = &mut data[n / GROUP * group_bytes..][..group_bytes];
-            interleave(t.element, row, n % GROUP, group);
-        }
+        threads.pieces(&mut data, group_bytes, |g, group| {
+            let rows = &t.data[g * GROUP * row_bytes..(t.n.min((g + 1) * GROUP)) * row_bytes];
+            interleave(t.element, rows, row_bytes, group);
+        });
         let (weight_block, scales) = match &t.block_scales {
             BlockScales::None => (k_padded, PackedScales::None),
             BlockScales::E4m3 { block, codes } => {
@@ -277,34 +300,59 @@ pub fn combinations() -> Vec<Combination> {
         .collect()
 }
 
-/// Writes a stored row into lane `lane` of its group.
-fn interleave(element: Element, row: &[u8], lane: usize, group: &mut [u8]) {
+/// Writes stored rows of `row_bytes`, at most 16 of them, into the lanes of their group, which is all zeros. A line of the cache is
+/// written at a time.
+fn interleave(element: Element, rows: &[u8], row_bytes: usize, group: &mut [u8]) {
+    let lanes = || rows.chunks_exact(row_bytes.max(1));
     match element {
-        Element::E2m1 => {
-            for (chunk, codes) in row.chunks(4).enumerate() {
-                // `codes` holds k = 0..8 two to a byte; the lane word pairs k = i with k = 4 + i.
-                let code = |k: usize| codes.get(k / 2).map_or(0, |b| (b >> (4 * (k % 2))) & 15);
-                let word = &mut group[chunk * 4 * GROUP + 4 * lane..][..4];
-                for (i, b) in word.iter_mut().enumerate() {
-                    *b = code(i) | (code(4 + i) << 4);
+        Element::E2m1 | Element::E4m3 => {
+            let shuffle = |word: [u8; 4]| match element {
+                Element::E2m1 => pair_codes(word),
+                _ => word,
+            };
+            for (chunk, line) in group.chunks_exact_mut(4 * GROUP).enumerate() {
+                for (row, out) in lanes().zip(line.chunks_exact_mut(4)) {
+                    let codes = &row[(4 * chunk).min(row_bytes)..(4 * chunk + 4).min(row_bytes)];
+                    let mut word = [0; 4];
+                    match codes.try_into() {
+                        Ok(whole) => word = whole,
+                        Err(_) => word[..codes.len()].copy_from_slice(codes),
+                    }
+                    out.copy_from_slice(&shuffle(word));
                 }
             }
         }
-        Element::E4m3 => {
-            for (chunk, codes) in row.chunks(4).enumerate() {
-                group[chunk * 4 * GROUP + 4 * lane..][..codes.len()].copy_from_slice(codes);
-            }
-        }
-        Element::Bf16 | Element::F16 | Element::F32 => {
-            let size = element.row_bytes(1);
-            for (k, bytes) in row.chunks_exact(size).enumerate() {
-                group[(k * GROUP + lane) * size..][..size].copy_from_slice(bytes);
-            }
+        Element::Bf16 | Element::F16 => interleave_elements::<2>(lanes(), group),
+        Element::F32 => interleave_elements::<4>(lanes(), group),
+    }
+}
+
+/// Of 8 codes, k ascending two to a byte, those with k = i and k = 4 + i in byte i.
+fn pair_codes(codes: [u8; 4]) -> [u8; 4] {
+    // Each nibble of the lower half to a byte of its own.
+    let spread = |half: u32| {
+        let bytes = (half | half << 8) & 0x00ff_00ff;
+        (bytes | bytes << 4) & 0x0f0f_0f0f
+    };
+    let word = u32::from_le_bytes(codes);
+    (spread(word & 0xffff) | spread(word >> 16) << 4).to_le_bytes()
+}
+
+/// Elements of `SIZE` bytes likewise.
+fn interleave_elements<'a, const SIZE: usize>(lanes: impl Iterator<Item = &'a [u8]>, group: &mut [u8]) {
+    /// Elements of a row that are moved before the next row's: their lines stay in the first cache.
+    const RUN: usize = 64;
+    let lanes: Vec<&[[u8; SIZE]]> = lanes.map(|row| row.as_chunks().0).collect();
+    let group = group.as_chunks_mut::<SIZE>().0;
+    for (run, out) in group.chunks_mut(RUN * GROUP).enumerate() {
+        for (lane, row) in lanes.iter().enumerate() {
+            let row = &row[(run * RUN).min(row.len())..((run + 1) * RUN).min(row.len())];
+            row.iter().enumerate().for_each(|(k, element)| out[k * GROUP + lane] = *element);
         }
     }
 }
 
-/// The inverse of [`interleave`]: lane `lane` of a group as a stored row.
+/// Undoes [`interleave`]: lane `lane` of a group as a stored row.
 fn deinterleave(element: Element, group: &[u8], lane: usize, row: &mut [u8]) {
     match element {
         Element::E2m1 => {
@@ -361,7 +409,8 @@ mod tests {
             };
             let t = LinearTensors { name: "w".into(), n, k, element, data: Cow::Owned(bytes), block_scales,
                 output_scale: OutputScale::Tensor(0.5), activation: ActivationFormat::Float, pre_quant_scale: None, rotation: None, bias: None };
-            let packed = PackedLinear::pack(&t).unwrap();
+            let packed = PackedLinear::pack(&t, &Threads::new(1 + n % 2).unwrap()).unwrap();
+            prop_assert_eq!(PackedLinear::packed_bytes(&t).unwrap(), packed.resident_bytes());
             let (mut expected, mut got) = (vec![0.0; k], vec![0.0; k]);
             for row in 0..n {
                 t.decode_row(row, &mut expected);
