@@ -315,7 +315,7 @@ fn load(args: &Args, model: &Path, names: Vec<String>, metrics: &Metrics) -> Res
     let format = args.parsers.format(text.template());
     let text = text.with_replies(format);
     let formats = facts("", &checkpoint)?.format.unwrap_or_default();
-    let decoder = args.options.load(&checkpoint)?;
+    let decoder = args.options.load_for(&checkpoint, args.max_model_len.unwrap_or(0))?;
     drop(checkpoint);
     let draft =
         args.speculative_config.as_ref().map(|guessing| guessing.load(&args.options, text.tokenizer())).transpose()?;
