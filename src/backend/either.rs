@@ -118,11 +118,7 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
     }
 
     fn load_expert(&self, tensors: LinearTensors<'_>, stored: Option<Box<dyn Stored>>) -> Result<Self::Linear> {
-        of!(
-            self,
-            |x| x.load_expert(tensors, stored).map(Either::A),
-            x.load_expert(tensors, stored).map(Either::B)
-        )
+        of!(self, |x| x.load_expert(tensors, stored).map(Either::A), x.load_expert(tensors, stored).map(Either::B))
     }
 
     fn inputs(&self, linear: &Self::Linear) -> usize {

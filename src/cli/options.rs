@@ -153,6 +153,9 @@ impl EngineOptions {
                 json!({"cpu": cpu_name(), "gpu": gpu.device().to_string(), "kernels": gpu.device().kernels()})
             }
         };
+        if let Some(gib) = self.expert_memory {
+            key["expert_memory"] = gib.into();
+        }
         key["recoup_version"] = env!("CARGO_PKG_VERSION").into();
         Ok(key)
     }
@@ -162,7 +165,8 @@ impl EngineOptions {
         let needs = Needs::of(checkpoint, &config, self.kv_cache_dtype);
         let asked = self.expert_memory.map(|gib| (gib * f64::from(1 << 30)) as u64);
         let folder = checkpoint.tensors.folder().display();
-        let plan = room::plan(&needs, (tokens, 1), asked, Memory::here()).map_err(|e| anyhow!("{folder}: {e}"))?;
+        let memory = Memory::here().without(cpu.open_expert_bytes());
+        let plan = room::plan(&needs, (tokens, 1), asked, memory).map_err(|e| anyhow!("{folder}: {e}"))?;
         if let Some(note) = plan.note {
             super::say!("note: {folder}: {note}");
         }

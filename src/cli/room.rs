@@ -25,6 +25,11 @@ impl Memory {
     pub(super) fn here() -> Self {
         Self { free: super::machine::available_bytes(), all: super::machine::all_bytes() }
     }
+
+    /// Without so many bytes, which models that are loaded are going to take.
+    pub(super) fn without(self, taken: usize) -> Self {
+        Self { free: self.free.map(|free| free.saturating_sub(taken as u64)), ..self }
+    }
 }
 
 /// How a model is loaded that `needs` so much, for `tokens` tokens of `sequences`, where `asked` bytes of experts may stay in memory
@@ -42,11 +47,7 @@ pub(super) fn plan(
     let whole = needs.bytes(tokens, sequences).saturating_add(BESIDE);
     let rest = whole - needs.experts;
     if let Some(asked) = asked.filter(|asked| needs.experts > 0 && *asked < needs.expert) {
-        return Err(format!(
-            "--expert-memory: {} is less than one expert, {}",
-            bytes(asked),
-            bytes(needs.expert)
-        ));
+        return Err(format!("--expert-memory: {} is less than one expert, {}", bytes(asked), bytes(needs.expert)));
     }
     let experts = match (asked.filter(|_| needs.experts > 0), memory.free) {
         (Some(asked), _) => Some(asked).filter(|asked| *asked < needs.experts),

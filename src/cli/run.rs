@@ -14,8 +14,8 @@ use super::replies::{self, ReplyOptions, Shown};
 use super::sampling::SamplingOptions;
 use crate::engine::{Engine, Finish, Generated, Limits, Request, answer};
 use crate::logits::SamplingParams;
-use crate::text::conversation::fit;
 use crate::model::ModelConfig;
+use crate::text::conversation::fit;
 use crate::text::reply::{Reply, ReplyFormat, Splitter};
 use crate::text::{ModelText, Tokenizer};
 

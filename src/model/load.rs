@@ -11,8 +11,8 @@ use super::config::{
 use super::decoder::{Decoder, LoadError};
 use super::layer::{Attention, DeltaNet, Inputs, Latent, Layer, Mamba, Mixer, Mixture, Mlp, Step};
 use crate::backend::{
-    self, AttentionShape, Backend, BackendError, DeltaNetShape, DeltaNetWeights, LayerCache, Mamba2Shape, Mamba2Weights,
-    Named, RecurrentShape, Rotation, Run, Stored,
+    self, AttentionShape, Backend, BackendError, DeltaNetShape, DeltaNetWeights, LayerCache, Mamba2Shape,
+    Mamba2Weights, Named, RecurrentShape, Rotation, Run, Stored,
 };
 use crate::checkpoint::resolve::LinearRole;
 use crate::checkpoint::{Checkpoint, CheckpointError};

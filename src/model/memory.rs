@@ -43,7 +43,8 @@ impl Needs {
     /// With `tokens` of `sequences` in the cache.
     #[must_use]
     pub fn bytes(&self, tokens: usize, sequences: usize) -> u64 {
-        let kept = self.token.saturating_mul(tokens as u64).saturating_add(self.sequence.saturating_mul(sequences as u64));
+        let kept =
+            self.token.saturating_mul(tokens as u64).saturating_add(self.sequence.saturating_mul(sequences as u64));
         self.weights.saturating_add(kept)
     }
 }

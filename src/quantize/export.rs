@@ -362,7 +362,8 @@ impl<'a> Plan<'a> {
         let stored = checkpoint.tensors.stored_name(&m.name);
         if scheme == Scheme::None {
             // Was stored in one tensor with others that are quantized.
-            let dtype = checkpoint.tensors.peek(&checkpoint.weight_name(&m.name)).map_or(Dtype::BF16, |view| view.dtype);
+            let dtype =
+                checkpoint.tensors.peek(&checkpoint.weight_name(&m.name)).map_or(Dtype::BF16, |view| view.dtype);
             return Pending::new(format!("{stored}.weight"), dtype, &[m.role.n, m.role.k], move || {
                 checkpoint.tensors.release_pages();
                 Ok(checkpoint.linear(&m.name, m.role)?.data.into_owned())

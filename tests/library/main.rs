@@ -35,6 +35,7 @@ mod quantize {
     mod shared_rows;
 }
 mod evaluate;
+mod fuzz;
 mod gguf;
 mod hybrids;
 mod layers;

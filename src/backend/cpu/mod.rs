@@ -13,7 +13,7 @@ pub mod recurrent;
 mod threads;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 pub use attention::KvCache;
 use buffer::{Buffer, BufferPool};
@@ -42,6 +42,8 @@ pub struct CpuBackend {
     buffers: BufferPool,
     /// Where experts are that are not always in memory; `None`: all are.
     experts: Option<Arc<Pool>>,
+    /// Bytes that experts of models on these threads may still take.
+    open: Arc<AtomicUsize>,
 }
 
 /// Activations, row-major.
@@ -72,7 +74,7 @@ impl CpuBackend {
     pub fn new(isa: Isa, threads: usize) -> Result<Self> {
         let threads = Threads::new(threads)
             .map_err(|e| BackendError::Failed { context: "starting threads", message: e.to_string() })?;
-        Ok(Self { isa, threads, buffers: BufferPool::default(), experts: None })
+        Ok(Self { isa, threads, buffers: BufferPool::default(), experts: None, open: Arc::default() })
     }
 
     /// The same threads for models of which `bytes` of experts are kept in memory at the most: they are packed when a token first
@@ -80,7 +82,13 @@ impl CpuBackend {
     /// expert's two products.
     #[must_use]
     pub fn with_expert_memory(&self, bytes: usize) -> Self {
-        Self { experts: Some(Arc::new(Pool::new(bytes))), ..self.clone() }
+        Self { experts: Some(Arc::new(Pool::new(bytes, self.open.clone()))), ..self.clone() }
+    }
+
+    /// Bytes that experts of models on these threads may take and have not taken yet: memory that looks free and is not.
+    #[must_use]
+    pub fn open_expert_bytes(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
     }
 
     /// What of the experts is in memory, and how often they were brought in; `None` where all of them are.

@@ -130,14 +130,36 @@ impl PackedLinear {
     /// # Errors
     /// When no kernel takes this weight with this activation.
     pub(super) fn pack(t: &LinearTensors<'_>, threads: &Threads) -> Result<Self> {
+        Self::pack_into(t, threads, &mut Vec::new())
+    }
+
+    /// The memory of its elements, for others.
+    pub(super) fn into_elements(self) -> Lines {
+        self.data
+    }
+
+    /// The same in memory of `spare`, whatever that holds, if some of it is of the size: fresh memory costs more than packing. The
+    /// others are given back.
+    ///
+    /// # Errors
+    /// As [`Self::pack`].
+    pub(super) fn pack_into(t: &LinearTensors<'_>, threads: &Threads, spare: &mut Vec<Lines>) -> Result<Self> {
         let family = family(t)?;
         let k_padded = t.k.next_multiple_of(K_STEP);
         let groups = t.n.div_ceil(GROUP);
-        let mut data = Lines::zeros(groups * GROUP * t.element.row_bytes(k_padded));
+        let bytes = groups * GROUP * t.element.row_bytes(k_padded);
+        let fits = spare.iter().position(|lines| lines.len() == bytes);
+        let reused = fits.map(|i| spare.swap_remove(i));
+        // The rest goes before anything new comes.
+        spare.clear();
+        let mut data = reused.unwrap_or_else(|| Lines::zeros(bytes));
         let row_bytes = t.element.row_bytes(t.k);
         let group_bytes = GROUP * t.element.row_bytes(k_padded);
         threads.pieces(&mut data, group_bytes, |g, group| {
             let rows = &t.data[g * GROUP * row_bytes..(t.n.min((g + 1) * GROUP)) * row_bytes];
+            if k_padded != t.k || rows.len() < GROUP * row_bytes {
+                group.fill(0);
+            }
             interleave(t.element, rows, row_bytes, group);
         });
         let (weight_block, scales) = match &t.block_scales {
@@ -300,7 +322,8 @@ pub fn combinations() -> Vec<Combination> {
         .collect()
 }
 
-/// Writes stored rows of `row_bytes`, at most 16 of them, into the lanes of their group, which is all zeros. A line of the cache is
+/// Writes stored rows of `row_bytes`, at most 16 of them, into the lanes of their group; what there is no row or
+/// column for stays as it is. A line of the cache is
 /// written at a time.
 fn interleave(element: Element, rows: &[u8], row_bytes: usize, group: &mut [u8]) {
     let lanes = || rows.chunks_exact(row_bytes.max(1));
@@ -411,6 +434,13 @@ mod tests {
                 output_scale: OutputScale::Tensor(0.5), activation: ActivationFormat::Float, pre_quant_scale: None, rotation: None, bias: None };
             let packed = PackedLinear::pack(&t, &Threads::new(1 + n % 2).unwrap()).unwrap();
             prop_assert_eq!(PackedLinear::packed_bytes(&t).unwrap(), packed.resident_bytes());
+            // In memory that was another's.
+            let mut spare = vec![Lines::zeros(1), PackedLinear::pack(&t, &Threads::ambient()).unwrap().into_elements()];
+            spare[1].fill(0xa5);
+            let place = spare[1].as_ptr();
+            let again = PackedLinear::pack_into(&t, &Threads::ambient(), &mut spare).unwrap();
+            prop_assert_eq!((again.data.as_ptr(), spare.len()), (place, 0));
+            prop_assert!(again.data[..] == packed.data[..]);
             let (mut expected, mut got) = (vec![0.0; k], vec![0.0; k]);
             for row in 0..n {
                 t.decode_row(row, &mut expected);

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Deref;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::packed::PackedLinear;
@@ -81,6 +82,8 @@ impl CpuLinear {
 #[derive(Debug)]
 pub struct Pool {
     limit: usize,
+    /// Bytes that pools may still fill, this one's among them.
+    open: Arc<AtomicUsize>,
     present: Mutex<Present>,
     /// Held by whoever brings a weight in, so that it is brought in once and the limit holds.
     turn: Mutex<()>,
@@ -109,9 +112,10 @@ pub struct Usage {
 }
 
 impl Pool {
-    /// Keeps so many bytes at the most; of a weight that is larger, that one.
-    pub(super) fn new(limit: usize) -> Self {
-        Self { limit, present: Mutex::default(), turn: Mutex::default() }
+    /// Keeps so many bytes at the most; of a weight that is larger, that one. `open` is told how many are still to come.
+    pub(super) fn new(limit: usize, open: Arc<AtomicUsize>) -> Self {
+        open.fetch_add(limit, Ordering::Relaxed);
+        Self { limit, open, present: Mutex::default(), turn: Mutex::default() }
     }
 
     /// What it holds and did.
@@ -124,11 +128,7 @@ impl Pool {
     ///
     /// # Errors
     /// When no kernel takes it.
-    pub(super) fn page(
-        pool: &Arc<Self>,
-        tensors: &LinearTensors<'_>,
-        stored: Box<dyn Stored>,
-    ) -> Result<PagedLinear> {
+    pub(super) fn page(pool: &Arc<Self>, tensors: &LinearTensors<'_>, stored: Box<dyn Stored>) -> Result<PagedLinear> {
         let bytes = PackedLinear::packed_bytes(tensors)?;
         let mut present = pool.present();
         present.linears += 1;
@@ -151,10 +151,11 @@ impl Pool {
         }
         // Room is made first; what others still compute with goes when they are done.
         let gone = self.present().make_room(self.limit.saturating_sub(paged.bytes));
-        drop(gone);
+        self.open.fetch_add(gone.iter().map(|weight| weight.resident_bytes()).sum(), Ordering::Relaxed);
+        let mut spare = gone.into_iter().filter_map(Arc::into_inner).map(PackedLinear::into_elements).collect();
         let mut packed = None;
         paged.stored.with(&mut |tensors| {
-            packed = Some(PackedLinear::pack(&tensors, threads)?);
+            packed = Some(PackedLinear::pack_into(&tensors, threads, &mut spare)?);
             Ok(())
         })?;
         let weight = Arc::new(packed.ok_or_else(|| BackendError::Failed {
@@ -162,7 +163,15 @@ impl Pool {
             message: "its source gave no tensors".into(),
         })?);
         self.present().add(paged.id, weight.clone());
+        self.open.fetch_sub(weight.resident_bytes(), Ordering::Relaxed);
         Ok(weight)
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        // Of all that is kept and may be kept nothing is to come any more.
+        self.open.fetch_sub(self.limit.wrapping_sub(self.usage().bytes), Ordering::Relaxed);
     }
 }
 

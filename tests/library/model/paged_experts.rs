@@ -96,6 +96,13 @@ fn threads_that_want_other_experts_at_once_get_theirs() {
     });
     let usage = backend.expert_usage().unwrap();
     assert!(usage.peak <= limit && usage.brought > 100, "{usage:?}");
+    // What it may still take is known to whoever loads another model, until it is gone.
+    assert_eq!(backend.open_expert_bytes(), limit - usage.bytes);
+    let other = backend.with_expert_memory(7);
+    assert_eq!(backend.open_expert_bytes(), limit - usage.bytes + 7);
+    drop(other);
+    let left = cpu(1).with_expert_memory(5);
+    assert_eq!(left.open_expert_bytes(), 5);
 }
 
 #[test]

@@ -159,7 +159,8 @@ fn a_tensor_of_another_shape_or_type_is_refused() {
     assert!(e.contains("gate") && e.contains("[5, 96]"), "{e}");
     let e = refused(&|c| c["moe_intermediate_size"] = 16.into());
     assert!(e.contains("experts.gate_up_proj") && e.contains("[4, 32, 96]") && e.contains("[4, 64, 96]"), "{e}");
-    let quantization = json!({"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "*attn*", "*shared*"]});
+    let quantization =
+        json!({"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "*attn*", "*shared*"]});
     let e = refused(&|c| c["quantization_config"] = quantization.clone());
     assert!(e.contains("experts.gate_up_proj") && e.contains("announces NVFP4"), "{e}");
 }
