@@ -323,30 +323,15 @@ pub fn combinations() -> Vec<Combination> {
 }
 
 /// Writes stored rows of `row_bytes`, at most 16 of them, into the lanes of their group; what there is no row or
-/// column for stays as it is. A line of the cache is
-/// written at a time.
+/// column for stays as it is, but for the rest of a row's last word.
 fn interleave(element: Element, rows: &[u8], row_bytes: usize, group: &mut [u8]) {
-    let lanes = || rows.chunks_exact(row_bytes.max(1));
     match element {
-        Element::E2m1 | Element::E4m3 => {
-            let shuffle = |word: [u8; 4]| match element {
-                Element::E2m1 => pair_codes(word),
-                _ => word,
-            };
-            for (chunk, line) in group.chunks_exact_mut(4 * GROUP).enumerate() {
-                for (row, out) in lanes().zip(line.chunks_exact_mut(4)) {
-                    let codes = &row[(4 * chunk).min(row_bytes)..(4 * chunk + 4).min(row_bytes)];
-                    let mut word = [0; 4];
-                    match codes.try_into() {
-                        Ok(whole) => word = whole,
-                        Err(_) => word[..codes.len()].copy_from_slice(codes),
-                    }
-                    out.copy_from_slice(&shuffle(word));
-                }
-            }
+        Element::Bf16 | Element::F16 => interleave_words::<2>(rows, row_bytes, group),
+        Element::F32 | Element::E4m3 => interleave_words::<4>(rows, row_bytes, group),
+        Element::E2m1 => {
+            interleave_words::<4>(rows, row_bytes, group);
+            group.as_chunks_mut().0.iter_mut().for_each(|word| *word = pair_codes(*word));
         }
-        Element::Bf16 | Element::F16 => interleave_elements::<2>(lanes(), group),
-        Element::F32 => interleave_elements::<4>(lanes(), group),
     }
 }
 
@@ -361,17 +346,20 @@ fn pair_codes(codes: [u8; 4]) -> [u8; 4] {
     (spread(word & 0xffff) | spread(word >> 16) << 4).to_le_bytes()
 }
 
-/// Elements of `SIZE` bytes likewise.
-fn interleave_elements<'a, const SIZE: usize>(lanes: impl Iterator<Item = &'a [u8]>, group: &mut [u8]) {
-    /// Elements of a row that are moved before the next row's: their lines stay in the first cache.
+/// Words of `SIZE` bytes, in turns one of each row; a row's last may be cut short.
+fn interleave_words<const SIZE: usize>(rows: &[u8], row_bytes: usize, group: &mut [u8]) {
+    /// Words of a row that are moved before the next row's: their lines stay in the first cache.
     const RUN: usize = 64;
-    let lanes: Vec<&[[u8; SIZE]]> = lanes.map(|row| row.as_chunks().0).collect();
+    let lanes: Vec<(&[[u8; SIZE]], &[u8])> = rows.chunks_exact(row_bytes.max(1)).map(<[u8]>::as_chunks).collect();
     let group = group.as_chunks_mut::<SIZE>().0;
     for (run, out) in group.chunks_mut(RUN * GROUP).enumerate() {
-        for (lane, row) in lanes.iter().enumerate() {
+        for (lane, (row, _)) in lanes.iter().enumerate() {
             let row = &row[(run * RUN).min(row.len())..((run + 1) * RUN).min(row.len())];
-            row.iter().enumerate().for_each(|(k, element)| out[k * GROUP + lane] = *element);
+            row.iter().zip(out.chunks_exact_mut(GROUP)).for_each(|(word, out)| out[lane] = *word);
         }
+    }
+    for (lane, (row, rest)) in lanes.iter().enumerate().filter(|(_, (_, rest))| !rest.is_empty()) {
+        group[row.len() * GROUP + lane][..rest.len()].copy_from_slice(rest);
     }
 }
 
