@@ -1,4 +1,5 @@
-//! What fuzzing shares: how one input holds a whole checkpoint, and mutations that know its structure.
+//! What fuzzing shares: how one input holds a whole checkpoint, and mutations that know its structure. The tests
+//! use it too, without libFuzzer (tests/library/fuzz.rs).
 
 #[path = "../../tests/support/fused.rs"]
 pub mod fused;
@@ -7,6 +8,11 @@ pub mod random;
 #[path = "../../tests/support/tiny.rs"]
 pub mod tiny;
 
+#[cfg(feature = "targets")]
+pub mod checkpoint;
+#[cfg(feature = "targets")]
+pub mod configuration;
+pub mod corpus;
 pub mod mutate;
 
 /// The files of one checkpoint. An empty one (but for the tensors) is not written.

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::Parts;
+use super::Parts;
 
 /// xorshift64*: good enough to pick what to break.
 pub struct Random(u64);
@@ -48,7 +48,7 @@ fn header(tensors: &[u8]) -> Option<(Value, usize)> {
 fn mutate_header(tensors: &mut Vec<u8>, random: &mut Random) {
     if let Some((mut value, end)) = header(tensors) {
         change(&mut value, random);
-        *tensors = crate::tiny::Tiny::file(&value.to_string(), &tensors[end..]);
+        *tensors = super::tiny::Tiny::file(&value.to_string(), &tensors[end..]);
     }
 }
 

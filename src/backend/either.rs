@@ -4,7 +4,7 @@ use recoup_ground::divergence::{Pair, RowError};
 
 use super::{
     Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, DeltaInputs, DeltaNetShape, DeltaNetWeights,
-    Ffn, HeadNorms, HeadParameters, Mamba2Shape, Mamba2Weights, Result, Rotation, Run, Span, Update,
+    Ffn, HeadNorms, HeadParameters, Mamba2Shape, Mamba2Weights, Result, Rotation, Run, Span, Stored, Update,
 };
 use crate::formats::linear::LinearTensors;
 use crate::logits::{Draw, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore};
@@ -115,6 +115,10 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
 
     fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<Self::Linear> {
         of!(self, |x| x.load_linear(tensors).map(Either::A), x.load_linear(tensors).map(Either::B))
+    }
+
+    fn load_expert(&self, tensors: LinearTensors<'_>, stored: Option<Box<dyn Stored>>) -> Result<Self::Linear> {
+        of!(self, |x| x.load_expert(tensors, stored).map(Either::A), x.load_expert(tensors, stored).map(Either::B))
     }
 
     fn inputs(&self, linear: &Self::Linear) -> usize {

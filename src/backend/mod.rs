@@ -89,6 +89,15 @@ impl<T> Deref for Named<T> {
     }
 }
 
+/// The tensors of a linear where they are stored, to be had as often as they are wanted.
+pub trait Stored: Send + Sync {
+    /// Gives them to `take`.
+    ///
+    /// # Errors
+    /// When they cannot be read any more, and what `take` gives.
+    fn with(&self, take: &mut dyn FnMut(LinearTensors<'_>) -> Result<()>) -> Result<()>;
+}
+
 /// What is to be added to the residual stream.
 pub enum Update<'a, B: Backend> {
     /// The product of a mixer's last linear, not computed yet.
@@ -126,10 +135,20 @@ pub trait Backend: Send + Sync + Sized {
     /// When there is no kernel for the combination of formats.
     fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<Self::Linear>;
 
+    /// Takes over a linear of an expert, of which few are used at a time: `stored` gives the same tensors again, so that a backend
+    /// need not keep them. One that keeps everything does as with any other.
+    ///
+    /// # Errors
+    /// As [`Backend::load_linear`].
+    #[allow(unused_variables)]
+    fn load_expert(&self, tensors: LinearTensors<'_>, stored: Option<Box<dyn Stored>>) -> Result<Self::Linear> {
+        self.load_linear(tensors)
+    }
+
     /// Input features of a linear.
     fn inputs(&self, linear: &Self::Linear) -> usize;
 
-    /// Bytes that a linear's weight takes in memory.
+    /// Bytes that a linear's weight takes in memory; of an expert that is not always there, while it is.
     fn resident_bytes(&self, linear: &Self::Linear) -> usize;
 
     /// Takes numbers over.

@@ -70,14 +70,14 @@ impl Fused {
             dtype: Dtype::BF16,
             shape: shape.to_vec(),
         };
-        let rows = n * self.step;
+        let rows = n * self.parts;
         [spec("", &[experts, k, rows]), spec("_bias", &[experts, rows])]
     }
 
     /// The tensors that hold all experts.
     fn specs(&self, layout: FusedLayout, scheme: Scheme, extent: Extent, stem: &str) -> Vec<TensorSpec> {
         let Extent { experts, n, k } = extent;
-        let rows = n * self.step;
+        let rows = n * self.parts;
         let spec = |suffix: &str, dtype, shape: &[usize]| TensorSpec {
             name: format!("{stem}{suffix}"),
             dtype,
@@ -141,12 +141,12 @@ impl Fused {
     fn put_columns(&self, out: &mut [u8], rows: &[u8], [n, units, size]: [usize; 3]) {
         /// Rows that are read side by side, so that what is written is a run and what is read stays in the first cache.
         const TILE: usize = 64;
-        let width = n * self.step;
+        let width = n * self.parts;
         let own = &mut out[self.expert * units * width * size..][..units * width * size];
         for tile in (0..n).step_by(TILE) {
             for (unit, own) in own.chunks_exact_mut(width * size).enumerate() {
                 for row in tile..(tile + TILE).min(n) {
-                    let column = row * self.step + self.first;
+                    let column = row * self.parts + self.part;
                     own[column * size..][..size].copy_from_slice(&rows[(row * units + unit) * size..][..size]);
                 }
             }

@@ -19,6 +19,7 @@ pub mod text_model;
 pub mod write;
 
 use std::path::Path;
+use std::sync::Arc;
 
 pub use error::{CheckpointError, Result};
 use json::Object;
@@ -27,7 +28,8 @@ pub use text_model::untie;
 use dialect::{Announced, kv};
 use tensors::TensorStore;
 
-/// An opened checkpoint folder: config.json, what it announces, and the mapped tensors.
+/// An opened checkpoint folder: config.json, what it announces, and the mapped tensors, which clones share.
+#[derive(Clone)]
 pub struct Checkpoint {
     /// The text model's, which a wrapper's config.json has inside.
     pub config: Object,
@@ -35,7 +37,7 @@ pub struct Checkpoint {
     pub whole_config: Object,
     /// What its configuration says of each module.
     pub announced: Announced,
-    pub tensors: TensorStore,
+    pub tensors: Arc<TensorStore>,
     /// What its files say twice, or in a way that has to be told, and how it was taken.
     pub notes: Vec<String>,
     /// An FP8 KV cache is announced and not one scale of it is stored: all are 1.
@@ -80,6 +82,7 @@ impl Checkpoint {
                 folder.display()
             ));
         }
+        let tensors = Arc::new(tensors);
         Ok(Self { config, whole_config, announced, tensors, notes, unit_kv_scales })
     }
 

@@ -54,10 +54,16 @@ impl Checkpoint {
         self.fused(module).is_some()
     }
 
+    /// Whether what is written of linear `module` lies in one tensor with the other experts of its layer too.
+    #[must_use]
+    pub fn stays_fused(&self, module: &str) -> bool {
+        self.fused(module).is_some_and(|place| place.stays())
+    }
+
     /// Where linear `module` lies in the tensors that it is stored in with the other experts of its layer.
     #[must_use]
     pub fn fused(&self, module: &str) -> Option<Fused> {
-        Fused::find(&self.tensors, module)
+        Fused::find(self, module)
     }
 
     /// The tensor that holds the weight of linear `module`, unquantized.
@@ -72,7 +78,7 @@ impl Checkpoint {
     /// Names the tensor that is missing, of the wrong dtype, shape or packing, or holds a bad scale; and the module
     /// where the configuration announces something else than is stored.
     pub fn linear(&self, module: &str, role: LinearRole) -> Result<LinearTensors<'_>> {
-        match Fused::find(&self.tensors, module) {
+        match Fused::find(self, module) {
             Some(place) => place.linear(self, module, role),
             None => Resolver { checkpoint: self, module, role }.resolve(),
         }

@@ -8,9 +8,12 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::options::{model_folder, text_notes};
+use super::room::{self, Memory};
 use crate::checkpoint::Checkpoint;
+use crate::formats::kv::KvFormat;
 use crate::model::config::{MixerConfig, MixtureConfig, ModelConfig};
 use crate::model::inspection::{Inspection, Row};
+use crate::model::memory::Needs;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -43,6 +46,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 fn print_json(checkpoint: &Checkpoint, found: &Inspection) -> Result<()> {
     let Inspection { config, rows, notes, problems } = found;
     let config = config.as_ref();
+    let needs = config.map(|c| Needs::of(checkpoint, c, KvFormat::F32));
     let modules: Vec<Value> = rows
         .iter()
         .map(|r| {
@@ -65,6 +69,8 @@ fn print_json(checkpoint: &Checkpoint, found: &Inspection) -> Result<()> {
         "parameters": found.parameters(),
         "cache_values_per_token": config.map(ModelConfig::cache_values),
         "state_bytes_per_sequence": config.map(|c| 4 * c.state_values()),
+        "memory": needs.map(|n| json!({"weight_bytes": n.weights, "expert_bytes": n.experts, "bytes_per_expert": n.expert,
+            "cache_bytes_per_1000_tokens": 1000 * n.token, "state_bytes_per_sequence": n.sequence})),
         "file_bytes": checkpoint.tensors.file_bytes(),
         "modules": modules,
         "notes": notes,
@@ -75,15 +81,24 @@ fn print_json(checkpoint: &Checkpoint, found: &Inspection) -> Result<()> {
 }
 
 /// What a run needs: the weights, and what is kept of each token and each sequence.
-fn memory(c: &ModelConfig, rows: &[Row], fp8: bool) -> String {
-    let bytes = |n: usize| super::human_bytes(n as u64);
-    let weights = bytes(rows.iter().map(|r| r.bytes).sum());
-    let (element, format) = if fp8 { (1, "FP8") } else { (4, "f32, half of that with --kv-cache-dtype bf16") };
-    let mut out = format!("{weights} of weights; {} a token of context ({format})", bytes(element * c.cache_values()));
-    if c.state_values() > 0 {
-        out += &format!("; {} of recurrent state a sequence", bytes(4 * c.state_values()));
+fn memory(needs: &Needs, fp8: bool) -> String {
+    let bytes = super::human_bytes;
+    let format = if fp8 { "FP8" } else { "f32, half of that with --kv-cache-dtype bf16" };
+    let mut out = format!("{} of weights", bytes(needs.weights));
+    if needs.experts > 0 {
+        let (all, one) = (bytes(needs.experts), bytes(needs.expert));
+        out += &format!(", of which {all} are experts of {one} that may stay in the files (--expert-memory)");
+    }
+    out += &format!("; {} for 1,000 tokens of context ({format})", bytes(1000 * needs.token));
+    if needs.sequence > 0 {
+        out += &format!("; {} of recurrent state a sequence", bytes(needs.sequence));
     }
     out
+}
+
+/// What is to be said where that finds no room here with a thousand tokens.
+fn no_room(needs: &Needs) -> Option<String> {
+    room::plan(needs, (1000, 1), None, Memory::here()).map_or_else(Some, |plan| plan.note)
 }
 
 /// Heads of the attention layers, each kind once.
@@ -157,7 +172,11 @@ fn print_text(checkpoint: &Checkpoint, found: &Inspection, all: bool) -> Result<
         }
     }
     if let Some(c) = config.as_ref().filter(|_| !rows.is_empty()) {
-        super::outln!("memory    {}", memory(c, rows, checkpoint.announced.fp8_kv_cache));
+        let needs = Needs::of(checkpoint, c, KvFormat::F32);
+        super::outln!("memory    {}", memory(&needs, checkpoint.announced.fp8_kv_cache));
+        if let Some(why) = no_room(&needs) {
+            super::outln!("          here: {why}");
+        }
     }
     if !rows.is_empty() {
         super::outln!("{}", table(rows, all));

@@ -15,10 +15,19 @@ pub(super) fn memory_bytes() -> Option<u64> {
 /// Memory that is free or would be given (Linux), bytes; of a container, what its limit leaves of it.
 pub(super) fn available_bytes() -> Option<u64> {
     let free = kib("/proc/meminfo", "MemAvailable:")?;
-    let number =
-        |file: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?.trim().parse::<u64>().ok();
-    let left = number("memory.max").map(|most| most.saturating_sub(number("memory.current").unwrap_or(0)));
+    let left = container("memory.max").map(|most| most.saturating_sub(container("memory.current").unwrap_or(0)));
     Some(left.map_or(free, |left| left.min(free)))
+}
+
+/// Memory that there could be at the most (Linux), bytes: the machine's with what it swaps to, or a container's limit.
+pub(super) fn all_bytes() -> Option<u64> {
+    let all = memory_bytes()? + kib("/proc/meminfo", "SwapTotal:").unwrap_or(0);
+    Some(container("memory.max").map_or(all, |most| most.min(all)))
+}
+
+/// A number that a file of the container's control group holds; none where it has no such limit.
+fn container(file: &str) -> Option<u64> {
+    std::fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?.trim().parse().ok()
 }
 
 /// Most memory that this process has held (Linux), bytes.

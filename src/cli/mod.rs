@@ -19,6 +19,7 @@ mod pretrain;
 mod quantize;
 mod recover;
 mod replies;
+mod room;
 mod run;
 mod sampling;
 mod serve;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::OnceLock;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use recoup_ground::http::address::{Address, is_address, mask};
@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 
 use super::device::{AnyBackend, DeviceChoice};
 use super::machine::cpu_name;
+use super::room::{self, Memory};
 use crate::backend::cpu::{CpuBackend, isa::Isa};
 use crate::backend::{Either, NUMERICS_VERSION};
 use crate::checkpoint::dialect::Dialect;
@@ -20,6 +21,7 @@ use crate::checkpoint::hub::{Hub, Id};
 use crate::checkpoint::json::Object;
 use crate::checkpoint::{self, Checkpoint};
 use crate::formats::kv::KvFormat;
+use crate::model::memory::Needs;
 use crate::model::{Decoder, ModelConfig, consistency};
 use crate::quantize::random_model::RandomModel;
 use crate::quantize::{Amount, CalibrationText, Recipe};
@@ -62,6 +64,10 @@ pub(super) struct EngineOptions {
     /// Storage of the KV cache where the checkpoint has no FP8 scales of its own
     #[arg(long, value_parser = named(KV_FORMATS.to_vec()), default_value = "f32")]
     pub kv_cache_dtype: KvFormat,
+    /// GiB of a mixture's experts that stay in memory on the CPU, of each model; the others are read from its files when they are
+    /// used, with the same results [default: all, or what finds room]
+    #[arg(long, value_name = "GIB", value_parser = gibibytes)]
+    pub expert_memory: Option<f64>,
     /// What runs the model: auto (a GPU if there is one that can, else the CPU), cpu, cuda or cuda:N. NVIDIA from compute
     /// capability 8.0 on, driver 580 or newer
     #[arg(long, default_value = "auto")]
@@ -147,13 +153,40 @@ impl EngineOptions {
                 json!({"cpu": cpu_name(), "gpu": gpu.device().to_string(), "kernels": gpu.device().kernels()})
             }
         };
+        if let Some(gib) = self.expert_memory {
+            key["expert_memory"] = gib.into();
+        }
         key["recoup_version"] = env!("CARGO_PKG_VERSION").into();
         Ok(key)
     }
 
-    /// Loads the model of `folder` onto packed kernels.
+    fn with_room(&self, cpu: CpuBackend, checkpoint: &Checkpoint, tokens: usize) -> Result<CpuBackend> {
+        let config = ModelConfig::read(&checkpoint.config)?.untied_where_stored(checkpoint)?;
+        let needs = Needs::of(checkpoint, &config, self.kv_cache_dtype);
+        let asked = self.expert_memory.map(|gib| (gib * f64::from(1 << 30)) as u64);
+        let folder = checkpoint.tensors.folder().display();
+        let memory = Memory::here().without(cpu.open_expert_bytes());
+        let plan = room::plan(&needs, (tokens, 1), asked, memory).map_err(|e| anyhow!("{folder}: {e}"))?;
+        if let Some(note) = plan.note {
+            super::say!("note: {folder}: {note}");
+        }
+        Ok(match plan.experts {
+            Some(bytes) => cpu.with_expert_memory(usize::try_from(bytes).unwrap_or(usize::MAX)),
+            None => cpu,
+        })
+    }
+
+    /// Loads the model of `checkpoint` onto packed kernels.
     pub(super) fn load(&self, checkpoint: &Checkpoint) -> Result<Decoder<AnyBackend>> {
-        let backend = self.backend_for(checkpoint.tensors.file_bytes())?;
+        self.load_for(checkpoint, 0)
+    }
+
+    /// The same for a context of `tokens`. What finds no room in memory is told, or refused, before anything is loaded.
+    pub(super) fn load_for(&self, checkpoint: &Checkpoint, tokens: usize) -> Result<Decoder<AnyBackend>> {
+        let backend = match self.backend_for(checkpoint.tensors.file_bytes())? {
+            Either::A(cpu) => Either::A(self.with_room(cpu, checkpoint, tokens)?),
+            gpu => gpu,
+        };
         let bar = super::progress(0, "loading");
         let model = Decoder::load_with_progress(backend, checkpoint, &mut |done, all| {
             bar.set_length(all as u64);
@@ -162,6 +195,12 @@ impl EngineOptions {
         bar.finish();
         Ok(model?)
     }
+}
+
+/// A number of GiB, which may be broken.
+fn gibibytes(text: &str) -> Result<f64, String> {
+    let fits = |gib: &f64| gib.is_finite() && *gib > 0.0;
+    text.parse().ok().filter(fits).ok_or_else(|| "expected a number of GiB above 0, such as 4 or 0.5".to_owned())
 }
 
 /// A model of random weights in place of a checkpoint.

@@ -14,6 +14,7 @@ use super::replies::{self, ReplyOptions, Shown};
 use super::sampling::SamplingOptions;
 use crate::engine::{Engine, Finish, Generated, Limits, Request, answer};
 use crate::logits::SamplingParams;
+use crate::model::ModelConfig;
 use crate::text::conversation::fit;
 use crate::text::reply::{Reply, ReplyFormat, Splitter};
 use crate::text::{ModelText, Tokenizer};
@@ -111,15 +112,15 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         super::say!("note: of generation_config.json not used: {}", ignored.join(", "));
     }
     let stop = args.stop.iter().chain(&generation.stop_strings).cloned().collect();
-    let model = args.options.load(&checkpoint)?;
-    drop(checkpoint);
-    let positions = model.config.max_positions;
+    let positions = ModelConfig::read(&checkpoint.config)?.max_positions;
     let context = match args.context {
         Some(0) => bail!("--context must be at least 1"),
         Some(c) if c > positions => bail!("--context {c}: the model has {positions} positions"),
         Some(c) => c,
         None => positions.min(DEFAULT_CONTEXT),
     };
+    let model = args.options.load_for(&checkpoint, context)?;
+    drop(checkpoint);
     // All of a conversation stays in the cache.
     let limits = Limits::new(context, 1);
     let engine = Engine::new(&model, Limits { kept: limits.pages, ..limits }, args.options.kv_cache_dtype)?;

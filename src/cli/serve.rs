@@ -11,9 +11,9 @@ use anyhow::{Context as _, Result, bail};
 
 use super::device::AnyBackend;
 use super::guessing::{Guesser, Guessing};
-use super::machine;
 use super::options::{EngineOptions, TemplateOptions, at_least_one, model_folder, open_model, with_arguments};
 use super::replies::ParserOptions;
+use super::room::Memory;
 use crate::backend::{Either, PAGE};
 use crate::engine::{Engine, Limits};
 use crate::evaluate::facts::facts;
@@ -106,6 +106,8 @@ pub(super) struct Args {
 
 /// Bytes of a model's KV cache at least, where it is not said.
 const LEAST_CACHE: f64 = 64.0 * MIB;
+/// Tokens that a model is given room for beside its weights, where nobody says how many.
+const CONTEXT: usize = 8192;
 const MIB: f64 = 1024.0 * 1024.0;
 
 /// Files that a server has open beside its connections, at most.
@@ -315,7 +317,7 @@ fn load(args: &Args, model: &Path, names: Vec<String>, metrics: &Metrics) -> Res
     let format = args.parsers.format(text.template());
     let text = text.with_replies(format);
     let formats = facts("", &checkpoint)?.format.unwrap_or_default();
-    let decoder = args.options.load(&checkpoint)?;
+    let decoder = args.options.load_for(&checkpoint, args.max_model_len.unwrap_or(CONTEXT))?;
     drop(checkpoint);
     let draft =
         args.speculative_config.as_ref().map(|guessing| guessing.load(&args.options, text.tokenizer())).transpose()?;
@@ -375,8 +377,11 @@ fn limits(args: &Args, decoder: &Decoder<AnyBackend>) -> Result<Limits> {
             let (free, all) = gpu.device().memory()?;
             ((free as f64 - all as f64 * (1.0 - args.gpu_memory_utilization)) / models).max(LEAST_CACHE)
         }
-        (None, Either::A(_)) => {
-            machine::available_bytes().map_or(1024.0 * MIB, |free| (free as f64 / 4.0 / models).max(LEAST_CACHE))
+        (None, Either::A(cpu)) => {
+            // Experts that are still to come leave to the cache what they leave.
+            let memory = Memory::here().without(cpu.open_expert_bytes());
+            let share = if cpu.open_expert_bytes() > 0 { 0.75 } else { 0.25 };
+            memory.free.map_or(1024.0 * MIB, |free| (free as f64 * share / models).max(LEAST_CACHE))
         }
     };
     let page = decoder.page_bytes(kv).max(1);

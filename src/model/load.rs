@@ -11,8 +11,8 @@ use super::config::{
 use super::decoder::{Decoder, LoadError};
 use super::layer::{Attention, DeltaNet, Inputs, Latent, Layer, Mamba, Mixer, Mixture, Mlp, Step};
 use crate::backend::{
-    AttentionShape, Backend, DeltaNetShape, DeltaNetWeights, LayerCache, Mamba2Shape, Mamba2Weights, Named,
-    RecurrentShape, Rotation, Run,
+    self, AttentionShape, Backend, BackendError, DeltaNetShape, DeltaNetWeights, LayerCache, Mamba2Shape,
+    Mamba2Weights, Named, RecurrentShape, Rotation, Run, Stored,
 };
 use crate::checkpoint::resolve::LinearRole;
 use crate::checkpoint::{Checkpoint, CheckpointError};
@@ -47,6 +47,11 @@ pub trait Source {
     /// Anything wrong with their scales.
     fn kv(&self, module: &str) -> Result<Option<KvFormat>, CheckpointError>;
 
+    /// The same source for as long as someone needs it: where experts are read again when they are used. `None`: it cannot be kept.
+    fn kept(&self) -> Option<Arc<dyn Source + Send + Sync>> {
+        None
+    }
+
     /// Called when a part is loaded: what it was made of is not needed any more.
     fn part_done(&self) {}
 
@@ -76,6 +81,10 @@ impl Source for Checkpoint {
 
     fn kv(&self, module: &str) -> Result<Option<KvFormat>, CheckpointError> {
         Ok(self.kv_scales(module)?.map(|s| KvFormat::Fp8 { k_scale: s.k, v_scale: s.v }))
+    }
+
+    fn kept(&self) -> Option<Arc<dyn Source + Send + Sync>> {
+        Some(Arc::new(self.clone()))
     }
 
     fn part_done(&self) {
@@ -113,6 +122,7 @@ impl<B: Backend> Decoder<B> {
         let mut loader = Loader {
             backend: &backend,
             source,
+            kept: source.kept(),
             config: &config,
             roles,
             shapes,
@@ -153,10 +163,27 @@ impl<B: Backend> Decoder<B> {
     }
 }
 
+/// A linear of a source that is kept.
+struct Kept {
+    source: Arc<dyn Source + Send + Sync>,
+    name: Box<str>,
+    role: LinearRole,
+}
+
+impl Stored for Kept {
+    fn with(&self, take: &mut dyn FnMut(LinearTensors<'_>) -> backend::Result<()>) -> backend::Result<()> {
+        let gone = |e: CheckpointError| BackendError::Failed { context: "an expert", message: e.to_string() };
+        take(self.source.linear(&self.name, self.role).map_err(gone)?)?;
+        self.source.part_done();
+        Ok(())
+    }
+}
+
 /// Finds each part of the model in its source by its Hugging Face name.
 struct Loader<'a, B: Backend> {
     backend: &'a B,
     source: &'a dyn Source,
+    kept: Option<Arc<dyn Source + Send + Sync>>,
     config: &'a ModelConfig,
     roles: HashMap<String, LinearRole>,
     shapes: HashMap<String, Vec<usize>>,
@@ -177,6 +204,16 @@ impl<B: Backend> Loader<'_, B> {
     fn linear(&self, name: &str) -> Result<Named<B::Linear>, LoadError> {
         let role = self.roles.get(name).ok_or_else(|| self.unlisted(name))?;
         let linear = self.backend.load_linear(self.source.linear(name, *role)?)?;
+        Ok(Named::new(name, linear))
+    }
+
+    /// A linear of an expert. It is looked at now, whenever it is packed.
+    fn expert_linear(&self, name: &str) -> Result<Named<B::Linear>, LoadError> {
+        let role = *self.roles.get(name).ok_or_else(|| self.unlisted(name))?;
+        let stored = |source: &Arc<dyn Source + Send + Sync>| -> Box<dyn Stored> {
+            Box::new(Kept { source: source.clone(), name: name.into(), role })
+        };
+        let linear = self.backend.load_expert(self.source.linear(name, role)?, self.kept.as_ref().map(stored))?;
         Ok(Named::new(name, linear))
     }
 
@@ -328,15 +365,21 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     fn mlp(&self, at: &str, m: &MlpConfig) -> Result<Mlp<B>, LoadError> {
-        let linear = |part: &str| self.linear(&format!("{at}.{part}"));
-        let gate = m.names.gate.map(linear).transpose()?;
+        Self::mlp_of(m, |part| self.linear(&format!("{at}.{part}")))
+    }
+
+    fn mlp_of(
+        m: &MlpConfig,
+        linear: impl Fn(&str) -> Result<Named<B::Linear>, LoadError>,
+    ) -> Result<Mlp<B>, LoadError> {
+        let gate = m.names.gate.map(&linear).transpose()?;
         Ok(Mlp { gate, up: linear(m.names.up)?, down: linear(m.names.down)?, activation: m.activation })
     }
 
     fn mixture(&self, at: &str, m: &MixtureConfig) -> Result<Mixture<B>, LoadError> {
         let linear = |part: &str| self.linear(&format!("{at}.{part}"));
         let experts = (0..m.experts).map(|e| {
-            let expert = self.mlp(&format!("{at}.experts.{e}"), &m.expert);
+            let expert = Self::mlp_of(&m.expert, |part| self.expert_linear(&format!("{at}.experts.{e}.{part}")));
             self.source.part_done();
             expert
         });

@@ -6,6 +6,7 @@ pub mod decoder;
 pub mod inspection;
 mod layer;
 mod load;
+pub mod memory;
 pub mod modules;
 pub mod rope;
 

@@ -215,7 +215,7 @@ fn copy(source: &Checkpoint, prepared: &BTreeMap<String, Prepared>, out: &Path) 
         if let Some(p) = str::strip_suffix(name, ".weight").and_then(moved) {
             return Some(Pending::new(stored, view.dtype, view.shape, move || Ok(values(p, view.dtype))));
         }
-        let Some(fused) = FusedTensor::of(&source.tensors, name) else { return Pending::copy(&source.tensors, name) };
+        let Some(fused) = FusedTensor::of(source, name) else { return Pending::copy(&source.tensors, name) };
         Some(Pending::new(stored, view.dtype, view.shape, move || {
             source.tensors.release_pages();
             view.expect_finite()?;

@@ -180,7 +180,7 @@ pub(super) fn sayable(
     if !tool.says(scheme) {
         return fail(format!("the {dialect} dialect has no {scheme}; choose another dialect or recipe"));
     }
-    if checkpoint.is_fused(&m.name) {
+    if checkpoint.stays_fused(&m.name) {
         return match tool.fused(scheme) {
             Some(_) => Ok(()),
             None => fail(format!(
@@ -208,7 +208,7 @@ fn stems(
     let mut seen: BTreeMap<String, (&Module, Scheme)> = BTreeMap::new();
     let mut out = BTreeMap::new();
     for (m, &scheme) in modules.iter().zip(schemes) {
-        let Some(fused) = checkpoint.fused(&m.name) else { continue };
+        let Some(fused) = checkpoint.fused(&m.name).filter(Fused::stays) else { continue };
         let (first, other) = *seen.entry(fused.stem().to_owned()).or_insert((m, scheme));
         if other != scheme {
             let other = if other == Scheme::None { "plain".into() } else { other.to_string() };
@@ -324,7 +324,7 @@ impl<'a> Plan<'a> {
         let (mut tensors, mut bytes) = (Vec::new(), 0);
         for name in tensors_in.names() {
             let members = by_weight.remove(name).filter(|m| m.iter().any(|i| self.schemes[*i] != Scheme::None));
-            let Some((&i, more)) = members.as_deref().and_then(<[usize]>::split_first) else {
+            let Some(members) = members else {
                 let Some(view) = tensors_in.peek(name) else { continue };
                 tensors.push(Pending::new(tensors_in.stored_name(name), view.dtype, view.shape, move || {
                     tensors_in.release_pages();
@@ -333,22 +333,12 @@ impl<'a> Plan<'a> {
                 }));
                 continue;
             };
-            let (m, scheme, tool) = (&self.modules[i], self.schemes[i], self.tool);
-            if !more.is_empty() || checkpoint.is_fused(&m.name) {
-                let one = self.together(checkpoint, members.unwrap_or_default(), prepared, choice);
-                bytes += one.bytes();
-                tensors.push(one);
-                continue;
-            }
-            let stored = tensors_in.stored_name(&m.name);
-            let specs = parts(tool, scheme, m.role.n, m.role.k).into_iter().map(|p| p.of(&stored));
-            let one = Pending::together(specs.collect(), move || {
-                checkpoint.tensors.release_pages();
-                let linear = self.linear(checkpoint, i, prepared, choice)?;
-                Ok(store(tool, &linear, scheme).parts.into_iter().map(|(_, bytes)| bytes).collect())
-            });
-            bytes += one.bytes();
-            tensors.push(one);
+            let new: Vec<_> = match members.iter().any(|i| checkpoint.stays_fused(&self.modules[*i].name)) {
+                true => vec![self.together(checkpoint, members, prepared, choice)],
+                false => members.into_iter().map(|i| self.apart(checkpoint, i, prepared, choice)).collect(),
+            };
+            bytes += new.iter().map(Pending::bytes).sum::<u64>();
+            tensors.extend(new);
         }
         for (name, &scale) in kv {
             let name = tensors_in.stored_name(name);
@@ -358,6 +348,33 @@ impl<'a> Plan<'a> {
         }
         tensors.extend(Pending::aside(tensors_in));
         (tensors, bytes)
+    }
+
+    /// The tensors of module `i` by itself.
+    fn apart(
+        &'a self,
+        checkpoint: &'a Checkpoint,
+        i: usize,
+        prepared: &'a BTreeMap<String, Prepared>,
+        choice: ScaleChoice,
+    ) -> Pending<'a, QuantizeError> {
+        let (m, scheme, tool) = (&self.modules[i], self.schemes[i], self.tool);
+        let stored = checkpoint.tensors.stored_name(&m.name);
+        if scheme == Scheme::None {
+            // Was stored in one tensor with others that are quantized.
+            let dtype =
+                checkpoint.tensors.peek(&checkpoint.weight_name(&m.name)).map_or(Dtype::BF16, |view| view.dtype);
+            return Pending::new(format!("{stored}.weight"), dtype, &[m.role.n, m.role.k], move || {
+                checkpoint.tensors.release_pages();
+                Ok(checkpoint.linear(&m.name, m.role)?.data.into_owned())
+            });
+        }
+        let specs = parts(tool, scheme, m.role.n, m.role.k).into_iter().map(|p| p.of(&stored));
+        Pending::together(specs.collect(), move || {
+            checkpoint.tensors.release_pages();
+            let linear = self.linear(checkpoint, i, prepared, choice)?;
+            Ok(store(tool, &linear, scheme).parts.into_iter().map(|(_, bytes)| bytes).collect())
+        })
     }
 
     /// What module `i` becomes: what was prepared, or its weight to nearest.

@@ -24,6 +24,7 @@ use super::{QuantizeError, encode};
 use crate::backend::Backend;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Tool;
+use crate::checkpoint::fused::Fused;
 use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
 use crate::formats::nvfp4::BLOCK;
 use crate::formats::{all_finite, amax, e2m1, e4m3};
@@ -147,7 +148,7 @@ fn stages<'a>(
         match groups.iter_mut().find(fused) {
             Some(group) => group.modules.push(m),
             None => {
-                let stem = checkpoint.fused(&m.name).map(|f| f.stem().to_owned());
+                let stem = checkpoint.fused(&m.name).filter(Fused::stays).map(|f| f.stem().to_owned());
                 groups.push(Group { modules: vec![m], activation, stem });
             }
         }

@@ -197,7 +197,7 @@ impl Student {
                 Some((p, Content::Scales)) if p.scale_bytes().is_some() => Some((p, true)),
                 _ => None,
             };
-            if let Some(fused) = FusedTensor::of(&from.tensors, name) {
+            if let Some(fused) = FusedTensor::of(from, name) {
                 let view = from.tensors.peek(name)?;
                 return Some(Pending::new(from.tensors.stored_name(name), view.dtype, view.shape, move || {
                     Ok(fused.with(view.bytes, &|module, content| match (trained.get(module), content) {

@@ -18,6 +18,7 @@ mod model {
     mod loading;
     mod not_a_number;
     mod oracle;
+    mod paged_experts;
 }
 mod backend {
     mod determinism;
@@ -31,8 +32,10 @@ mod quantize {
     mod experts;
     mod exports;
     mod random_model;
+    mod shared_rows;
 }
 mod evaluate;
+mod fuzz;
 mod gguf;
 mod hybrids;
 mod layers;

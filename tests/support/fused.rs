@@ -15,10 +15,16 @@ pub enum Stored {
     Bf16,
     Nvfp4,
     Mxfp4,
+    /// Floats, all rows of gate before those of up, as all but gpt-oss have them.
+    Rows,
 }
 
 impl Stored {
-    pub const ALL: [Self; 3] = [Self::Bf16, Self::Nvfp4, Self::Mxfp4];
+    pub const ALL: [Self; 4] = [Self::Bf16, Self::Nvfp4, Self::Mxfp4, Self::Rows];
+
+    pub fn is_float(self) -> bool {
+        matches!(self, Self::Bf16 | Self::Rows)
+    }
 }
 
 /// Bytes that are no NaN in BF16 and E4M3 and positive as scales.
@@ -43,10 +49,11 @@ pub fn pair(stored: Stored) -> [Tiny; 2] {
     let mut random = Random(stored as u64 + 1);
     let mut fused = Tiny::new(Format::Bf16);
     fused.tensors.clear();
-    fused.config = json!({"model_type": "gpt_oss", "num_local_experts": EXPERTS, "num_hidden_layers": 1});
+    let kind = if stored == Stored::Rows { "qwen3_5_moe_text" } else { "gpt_oss" };
+    fused.config = json!({"model_type": kind, "num_local_experts": EXPERTS, "num_hidden_layers": 1});
     let mut apart = fused.clone();
     let quantization = match stored {
-        Stored::Bf16 => [Value::Null, Value::Null],
+        Stored::Bf16 | Stored::Rows => [Value::Null, Value::Null],
         Stored::Nvfp4 => [(); 2].map(|()| json!({"quant_method": "modelopt", "quant_algo": "NVFP4"})),
         Stored::Mxfp4 => {
             let weights = json!({"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32});
@@ -63,11 +70,11 @@ pub fn pair(stored: Stored) -> [Tiny; 2] {
         let step = parts.len();
         // Row-major [E, rows, …]: elements, block scales, biases.
         let row = match stored {
-            Stored::Bf16 => 2 * k,
+            Stored::Bf16 | Stored::Rows => 2 * k,
             _ => k / 2,
         };
         let block = if stored == Stored::Nvfp4 { 16 } else { 32 };
-        let elements = bytes(&mut random, EXPERTS * rows * row, stored == Stored::Bf16);
+        let elements = bytes(&mut random, EXPERTS * rows * row, stored.is_float());
         let scales = bytes(&mut random, EXPERTS * rows * (k / block), false);
         let biases = bytes(&mut random, EXPERTS * rows * 2, true);
         let at = |suffix: &str| format!("{P}.{name}{suffix}");
@@ -76,6 +83,7 @@ pub fn pair(stored: Stored) -> [Tiny; 2] {
             Stored::Bf16 => {
                 fused.push(&at(""), "BF16", &[EXPERTS, k, rows], transpose(&elements, [EXPERTS, rows, k], 2));
             }
+            Stored::Rows => fused.push(&at(""), "BF16", &[EXPERTS, rows, k], elements.clone()),
             Stored::Nvfp4 => {
                 fused.push(&at(""), "U8", &[EXPERTS, k / 2, rows], transpose(&elements, [EXPERTS, rows, k / 2], 1));
                 let turned = transpose(&scales, [EXPERTS, rows, k / 16], 1);
@@ -92,13 +100,14 @@ pub fn pair(stored: Stored) -> [Tiny; 2] {
             for (first, part) in parts.iter().enumerate() {
                 let n = rows / step;
                 let own = |data: &[u8], width: usize| -> Vec<u8> {
-                    let row = |r: usize| &data[(expert * rows + r * step + first) * width..][..width];
+                    let of = |r: usize| if stored == Stored::Rows { first * n + r } else { r * step + first };
+                    let row = |r: usize| &data[(expert * rows + of(r)) * width..][..width];
                     (0..n).flat_map(row).copied().collect()
                 };
                 let at = |suffix: &str| format!("{P}.{expert}.{part}.{suffix}");
                 apart.push(&at("bias"), "BF16", &[n], own(&biases, 2));
                 match stored {
-                    Stored::Bf16 => apart.push(&at("weight"), "BF16", &[n, k], own(&elements, row)),
+                    Stored::Bf16 | Stored::Rows => apart.push(&at("weight"), "BF16", &[n, k], own(&elements, row)),
                     Stored::Nvfp4 => {
                         apart.push(&at("weight"), "U8", &[n, k / 2], own(&elements, row));
                         apart.push(&at("weight_scale"), "F8_E4M3", &[n, k / 16], own(&scales, k / 16));

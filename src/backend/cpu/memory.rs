@@ -21,15 +21,25 @@ const SHARED: usize = 16 * HUGE;
 
 /// Memory for the weights of a backend's models.
 #[derive(Debug, Default)]
-pub(super) struct Arena(Mutex<(Weak<Block>, usize)>);
+pub(super) struct Arena {
+    /// The block that small weights go into, and how much of it is used.
+    open: Mutex<(Weak<Block>, usize)>,
+    /// Whether each weight has a block of its own, which is given back with it.
+    apart: bool,
+}
 
 impl Arena {
+    /// For weights that come and go.
+    pub(super) fn apart() -> Self {
+        Self { apart: true, ..Self::default() }
+    }
+
     /// So many zeros.
     pub(super) fn zeros(&self, length: usize) -> Lines {
-        if length >= SMALL {
+        if self.apart || length >= SMALL {
             return Arc::new(Block::new(length)).lines(0, length);
         }
-        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let (block, used) = match open.0.upgrade() {
             Some(block) if open.1 + length <= block.length => (block, open.1),
             _ => (Arc::new(Block::new(SHARED)), 0),
@@ -77,16 +87,20 @@ unsafe impl Sync for Block {}
 
 impl Block {
     fn new(length: usize) -> Self {
-        let mut all = match MmapMut::map_anon(length + HUGE) {
+        // Less than a huge page begins at any page: many such lie close together.
+        let align = if length < HUGE { LINE } else { HUGE };
+        let mut all = match MmapMut::map_anon((length + align).saturating_sub(LINE).max(1)) {
             Ok(all) => all,
             // As vectors end where there is no memory.
             Err(_) => std::alloc::handle_alloc_error(Layout::array::<u8>(length).unwrap_or(Layout::new::<u8>())),
         };
-        let skip = all.as_ptr().align_offset(HUGE).min(HUGE);
+        let skip = all.as_ptr().align_offset(align).min(align - LINE);
         // Reading a weight from end to end, a core spends much of its time on the addresses of small pages. The advice may not be
         // taken.
         #[cfg(target_os = "linux")]
-        let _ = all.advise_range(memmap2::Advice::HugePage, skip, length);
+        if length >= HUGE {
+            let _ = all.advise_range(memmap2::Advice::HugePage, skip, length);
+        }
         let start = NonNull::from(&mut all[skip..skip + length]).cast();
         Self { start, length, _all: all }
     }
@@ -158,5 +172,8 @@ mod tests {
         drop(second);
         assert!(block.upgrade().is_none(), "nothing is kept for nobody");
         assert_eq!(arena.zeros(7).len(), 7);
+        let arena = Arena::apart();
+        let (first, second) = (arena.zeros(100), arena.zeros(0));
+        assert!(!Arc::ptr_eq(&first._block, &second._block), "each goes by itself");
     }
 }

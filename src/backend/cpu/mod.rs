@@ -9,17 +9,20 @@ mod lanes;
 mod matmul;
 mod memory;
 pub mod packed;
+mod paged;
 pub mod recurrent;
 mod threads;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 pub use attention::KvCache;
 use buffer::{Buffer, BufferPool};
 use isa::Isa;
 use memory::Arena;
 use packed::PackedLinear;
+pub use paged::{CpuLinear, Usage};
+use paged::{Held, Pool};
 use recurrent::{DeltaNet, DeltaNetInputs, Mamba2, RecurrentStates};
 use threads::Threads;
 
@@ -27,7 +30,7 @@ use recoup_ground::divergence::{Pair, RowError, compare_rows};
 
 use super::{
     Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, DeltaInputs, DeltaNetShape, DeltaNetWeights,
-    HostPass, Mamba2Shape, Mamba2Weights, PAGE, Result, RopeTable, Rotation, Run, Span, sample_rows,
+    HostPass, Mamba2Shape, Mamba2Weights, PAGE, Result, RopeTable, Rotation, Run, Span, Stored, sample_rows,
 };
 use crate::formats::linear::LinearTensors;
 use crate::formats::{all_finite, squares_finite};
@@ -40,6 +43,10 @@ pub struct CpuBackend {
     threads: Threads,
     buffers: BufferPool,
     weights: Arc<Arena>,
+    /// Where experts are that are not always in memory; `None`: all are.
+    experts: Option<Arc<Pool>>,
+    /// Bytes that experts of models on these threads may still take.
+    open: Arc<AtomicUsize>,
 }
 
 /// Activations, row-major.
@@ -70,7 +77,34 @@ impl CpuBackend {
     pub fn new(isa: Isa, threads: usize) -> Result<Self> {
         let threads = Threads::new(threads)
             .map_err(|e| BackendError::Failed { context: "starting threads", message: e.to_string() })?;
-        Ok(Self { isa, threads, buffers: BufferPool::default(), weights: Arc::default() })
+        Ok(Self {
+            isa,
+            threads,
+            buffers: BufferPool::default(),
+            weights: Arc::default(),
+            experts: None,
+            open: Arc::default(),
+        })
+    }
+
+    /// The same threads for models of which `bytes` of experts are kept in memory at the most: they are packed when a token first
+    /// needs them, and the least recently used give way. Results are the same bits. What is in use is in memory besides, an
+    /// expert's two products.
+    #[must_use]
+    pub fn with_expert_memory(&self, bytes: usize) -> Self {
+        Self { experts: Some(Arc::new(Pool::new(bytes, self.open.clone()))), ..self.clone() }
+    }
+
+    /// Bytes that experts of models on these threads may take and have not taken yet: memory that looks free and is not.
+    #[must_use]
+    pub fn open_expert_bytes(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
+    }
+
+    /// What of the experts is in memory, and how often they were brought in; `None` where all of them are.
+    #[must_use]
+    pub fn expert_usage(&self) -> Option<Usage> {
+        self.experts.as_ref().map(|pool| pool.usage())
     }
 
     /// The instruction set in use.
@@ -137,7 +171,7 @@ impl CpuBackend {
 
 impl Backend for CpuBackend {
     type Tensor = CpuTensor;
-    type Linear = PackedLinear;
+    type Linear = CpuLinear;
     type Vector = Vec<f32>;
     type Mamba = Mamba2;
     type DeltaNet = DeltaNet;
@@ -145,16 +179,23 @@ impl Backend for CpuBackend {
     type Rope = RopeTable;
     type Pass = HostPass;
 
-    fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<PackedLinear> {
-        PackedLinear::pack(&tensors, &self.threads, &self.weights)
+    fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<CpuLinear> {
+        PackedLinear::pack(&tensors, &self.threads, &self.weights).map(CpuLinear::Kept)
     }
 
-    fn inputs(&self, linear: &PackedLinear) -> usize {
-        linear.k
+    fn load_expert(&self, tensors: LinearTensors<'_>, stored: Option<Box<dyn Stored>>) -> Result<CpuLinear> {
+        match (&self.experts, stored) {
+            (Some(pool), Some(stored)) => Pool::page(pool, &tensors, stored).map(CpuLinear::Paged),
+            _ => self.load_linear(tensors),
+        }
     }
 
-    fn resident_bytes(&self, linear: &PackedLinear) -> usize {
-        linear.resident_bytes()
+    fn inputs(&self, linear: &CpuLinear) -> usize {
+        linear.inputs()
+    }
+
+    fn resident_bytes(&self, linear: &CpuLinear) -> usize {
+        linear.bytes()
     }
 
     fn name(&self) -> &'static str {
@@ -197,7 +238,8 @@ impl Backend for CpuBackend {
         Ok(HostPass::new(batch, ropes))
     }
 
-    fn embed(&self, table: &PackedLinear, pass: &HostPass) -> Result<CpuTensor> {
+    fn embed(&self, table: &CpuLinear, pass: &HostPass) -> Result<CpuTensor> {
+        let table = table.held(&self.threads)?;
         let tokens = &pass.batch.tokens;
         // Rows of E4M3 or BF16 are decoded with K padded; one spare row takes the padding.
         let mut row = vec![0.0; table.k_padded];
@@ -221,13 +263,14 @@ impl Backend for CpuBackend {
         Ok(CpuTensor { data, columns: x.columns })
     }
 
-    fn linears(&self, x: &CpuTensor, weights: &[&PackedLinear]) -> Result<Vec<CpuTensor>> {
+    fn linears(&self, x: &CpuTensor, weights: &[&CpuLinear]) -> Result<Vec<CpuTensor>> {
+        let weights = weights.iter().map(|w| w.held(&self.threads)).collect::<Result<Vec<Held<'_>>>>()?;
         let rows = x.rows();
         let mut inputs: Vec<(usize, activation::Input)> = Vec::new();
         let mut which = Vec::new();
-        for (i, w) in weights.iter().enumerate() {
+        for (i, w) in weights.iter().map(|w| &**w).enumerate() {
             let same = |&(j, _): &(usize, _)| {
-                let other: &PackedLinear = weights[j];
+                let other: &PackedLinear = &weights[j];
                 other.activation == w.activation
                     && other.family == w.family
                     && other.pre_quant_scale == w.pre_quant_scale
@@ -245,7 +288,7 @@ impl Backend for CpuBackend {
             .iter()
             .zip(&mut outputs)
             .zip(which)
-            .map(|((w, out), input)| (*w, &inputs[input].1, &mut out.data[..]))
+            .map(|((w, out), input)| (&**w, &inputs[input].1, &mut out.data[..]))
             .collect();
         matmul::run(self.isa, &self.threads, &mut jobs, rows);
         Ok(outputs)

@@ -24,8 +24,6 @@ use crate::formats::{e4m3, e8m0, fp8, mx, nvfp4};
 pub const GROUP: usize = 16;
 /// K is padded to a multiple of this: one E2M1 lane word.
 pub const K_STEP: usize = 8;
-/// Bytes that one task interleaves, about.
-const TASK_BYTES: usize = 256 << 10;
 
 /// Block scales of a packed weight.
 #[derive(Debug)]
@@ -105,24 +103,69 @@ pub struct PackedLinear {
 }
 
 impl PackedLinear {
+    /// Bytes that `t` takes in memory when it is packed.
+    ///
+    /// # Errors
+    /// When no kernel takes this weight with this activation.
+    pub(super) fn packed_bytes(t: &LinearTensors<'_>) -> Result<usize> {
+        family(t)?;
+        let rows = t.n.next_multiple_of(GROUP);
+        let scales = match &t.block_scales {
+            BlockScales::None => 0,
+            BlockScales::E4m3 { block, .. } | BlockScales::E8m0 { block, .. } => rows * (t.k / block),
+            BlockScales::Grid { .. } => 4 * (rows / GROUP) * t.k.div_ceil(fp8::BLOCK),
+        };
+        let output = match &t.output_scale {
+            OutputScale::Row(v) => 4 * v.len(),
+            _ => 0,
+        };
+        let floats = |v: &Option<Vec<f32>>| v.as_ref().map_or(0, |v| 4 * v.len());
+        let rotation = t.rotation.as_ref().map_or(0, |r| r.bytes());
+        let elements = rows * t.element.row_bytes(t.k.next_multiple_of(K_STEP));
+        Ok(elements + scales + output + rotation + floats(&t.pre_quant_scale) + floats(&t.bias))
+    }
+
     /// Interleaves the rows of `t`, by `threads`, in memory of `arena`.
     ///
     /// # Errors
     /// When no kernel takes this weight with this activation.
     pub(super) fn pack(t: &LinearTensors<'_>, threads: &Threads, arena: &Arena) -> Result<Self> {
+        Self::pack_into(t, threads, arena, &mut Vec::new())
+    }
+
+    /// The memory of its elements, for others.
+    pub(super) fn into_elements(self) -> Lines {
+        self.data
+    }
+
+    /// The same in memory of `spare`, whatever that holds, if some of it is of the size: fresh memory costs more than packing. The
+    /// others are given back.
+    ///
+    /// # Errors
+    /// As [`Self::pack`].
+    pub(super) fn pack_into(
+        t: &LinearTensors<'_>,
+        threads: &Threads,
+        arena: &Arena,
+        spare: &mut Vec<Lines>,
+    ) -> Result<Self> {
         let family = family(t)?;
         let k_padded = t.k.next_multiple_of(K_STEP);
         let groups = t.n.div_ceil(GROUP);
-        let mut data = arena.zeros(groups * GROUP * t.element.row_bytes(k_padded));
+        let bytes = groups * GROUP * t.element.row_bytes(k_padded);
+        let fits = spare.iter().position(|lines| lines.len() == bytes);
+        let reused = fits.map(|i| spare.swap_remove(i));
+        // The rest goes before anything new comes.
+        spare.clear();
+        let mut data = reused.unwrap_or_else(|| arena.zeros(bytes));
         let row_bytes = t.element.row_bytes(t.k);
         let group_bytes = GROUP * t.element.row_bytes(k_padded);
-        let per_task = (TASK_BYTES / group_bytes.max(1)).max(1);
-        threads.pieces(&mut data, per_task * group_bytes, |task, piece| {
-            let rows = t.data.chunks_exact(row_bytes.max(1)).take(t.n).skip(task * per_task * GROUP);
-            for (n, row) in rows.take(per_task * GROUP).enumerate() {
-                let group = &mut piece[n / GROUP * group_bytes..][..group_bytes];
-                interleave(t.element, row, n % GROUP, group);
+        threads.pieces(&mut data, group_bytes, |g, group| {
+            let rows = &t.data[g * GROUP * row_bytes..(t.n.min((g + 1) * GROUP)) * row_bytes];
+            if k_padded != t.k || rows.len() < GROUP * row_bytes {
+                group.fill(0);
             }
+            interleave(t.element, rows, row_bytes, group);
         });
         let (weight_block, scales) = match &t.block_scales {
             BlockScales::None => (k_padded, PackedScales::None),
@@ -284,45 +327,48 @@ pub fn combinations() -> Vec<Combination> {
         .collect()
 }
 
-/// Writes a stored row into lane `lane` of its group.
-fn interleave(element: Element, row: &[u8], lane: usize, group: &mut [u8]) {
+/// Writes stored rows of `row_bytes`, at most 16 of them, into the lanes of their group; what there is no row or
+/// column for stays as it is, but for the rest of a row's last word.
+fn interleave(element: Element, rows: &[u8], row_bytes: usize, group: &mut [u8]) {
     match element {
+        Element::Bf16 | Element::F16 => interleave_words::<2>(rows, row_bytes, group),
+        Element::F32 | Element::E4m3 => interleave_words::<4>(rows, row_bytes, group),
         Element::E2m1 => {
-            let (chunks, rest) = row.as_chunks::<4>();
-            let mut last = [0; 4];
-            last[..rest.len()].copy_from_slice(rest);
-            for (codes, lanes) in chunks.iter().chain([&last]).zip(group.chunks_exact_mut(4 * GROUP)) {
-                // `codes` holds k = 0..8 two to a byte; the lane word pairs k = i with k = 4 + i: the middle bytes change
-                // places, then the middle codes of either half.
-                let mut word = u32::from_le_bytes(*codes);
-                let bytes = (word ^ (word >> 8)) & 0x0000_ff00;
-                word ^= bytes ^ (bytes << 8);
-                let codes = (word ^ (word >> 4)) & 0x00f0_00f0;
-                word ^= codes ^ (codes << 4);
-                lanes[4 * lane..][..4].copy_from_slice(&word.to_le_bytes());
-            }
-        }
-        Element::E4m3 => {
-            for (chunk, codes) in row.chunks(4).enumerate() {
-                group[chunk * 4 * GROUP + 4 * lane..][..codes.len()].copy_from_slice(codes);
-            }
-        }
-        Element::Bf16 | Element::F16 | Element::F32 => {
-            /// One size at a time, known when compiling.
-            fn spread<const SIZE: usize>(row: &[u8], lane: usize, group: &mut [u8]) {
-                for (bytes, lanes) in row.as_chunks::<SIZE>().0.iter().zip(group.chunks_exact_mut(GROUP * SIZE)) {
-                    lanes[lane * SIZE..][..SIZE].copy_from_slice(bytes);
-                }
-            }
-            match element {
-                Element::F32 => spread::<4>(row, lane, group),
-                _ => spread::<2>(row, lane, group),
-            }
+            interleave_words::<4>(rows, row_bytes, group);
+            group.as_chunks_mut().0.iter_mut().for_each(|word| *word = pair_codes(*word));
         }
     }
 }
 
-/// The inverse of [`interleave`]: lane `lane` of a group as a stored row.
+/// Of 8 codes, k ascending two to a byte, those with k = i and k = 4 + i in byte i.
+fn pair_codes(codes: [u8; 4]) -> [u8; 4] {
+    // Each nibble of the lower half to a byte of its own.
+    let spread = |half: u32| {
+        let bytes = (half | half << 8) & 0x00ff_00ff;
+        (bytes | bytes << 4) & 0x0f0f_0f0f
+    };
+    let word = u32::from_le_bytes(codes);
+    (spread(word & 0xffff) | spread(word >> 16) << 4).to_le_bytes()
+}
+
+/// Words of `SIZE` bytes, in turns one of each row; a row's last may be cut short.
+fn interleave_words<const SIZE: usize>(rows: &[u8], row_bytes: usize, group: &mut [u8]) {
+    /// Words of a row that are moved before the next row's: their lines stay in the first cache.
+    const RUN: usize = 64;
+    let lanes: Vec<(&[[u8; SIZE]], &[u8])> = rows.chunks_exact(row_bytes.max(1)).map(<[u8]>::as_chunks).collect();
+    let group = group.as_chunks_mut::<SIZE>().0;
+    for (run, out) in group.chunks_mut(RUN * GROUP).enumerate() {
+        for (lane, (row, _)) in lanes.iter().enumerate() {
+            let row = &row[(run * RUN).min(row.len())..((run + 1) * RUN).min(row.len())];
+            row.iter().zip(out.chunks_exact_mut(GROUP)).for_each(|(word, out)| out[lane] = *word);
+        }
+    }
+    for (lane, (row, rest)) in lanes.iter().enumerate().filter(|(_, (_, rest))| !rest.is_empty()) {
+        group[row.len() * GROUP + lane][..rest.len()].copy_from_slice(rest);
+    }
+}
+
+/// Undoes [`interleave`]: lane `lane` of a group as a stored row.
 fn deinterleave(element: Element, group: &[u8], lane: usize, row: &mut [u8]) {
     match element {
         Element::E2m1 => {
@@ -386,7 +432,16 @@ mod tests {
             rotation: None,
             bias: None,
         };
-        let packed = PackedLinear::pack(&t, &Threads::new(3).unwrap(), &Arena::default()).unwrap();
+        let (threads, arena) = (Threads::new(3).unwrap(), Arena::default());
+        let packed = PackedLinear::pack(&t, &threads, &arena).unwrap();
+        assert_eq!(PackedLinear::packed_bytes(&t).unwrap(), packed.resident_bytes());
+        // In memory that was another's.
+        let mut spare = vec![arena.zeros(1), PackedLinear::pack(&t, &threads, &arena).unwrap().into_elements()];
+        spare[1].fill(0xa5);
+        let place = spare[1].as_ptr();
+        let again = PackedLinear::pack_into(&t, &threads, &arena, &mut spare).unwrap();
+        assert_eq!((again.data.as_ptr(), spare.len()), (place, 0));
+        assert!(again.data[..] == packed.data[..]);
         let (mut expected, mut got) = (vec![0.0; k], vec![0.0; packed.k_padded]);
         for row in 0..n {
             t.decode_row(row, &mut expected);

@@ -120,6 +120,7 @@ fn a_nan_in_one_experts_floats_is_refused() {
             bytes[at..].copy_from_slice(&[0xc0, 0x7f]);
         };
         refused(Stored::Bf16, change, &[FILE, &name, "NaN"]);
+        refused(Stored::Rows, change, &[FILE, &name, "NaN"]);
     }
 }
 
@@ -148,6 +149,12 @@ fn fused_tensors_of_another_type_or_shape_are_refused() {
         |t| t.tensor(&gate_up).shape = vec![EXPERTS, 2 * INNER, HIDDEN],
         &["expected shape [3, 64, 32]"],
     );
+    refused(
+        Stored::Rows,
+        |t| t.tensor(&gate_up).shape = vec![EXPERTS, HIDDEN, 2 * INNER],
+        &["expected shape [3, 32, 64]"],
+    );
+    refused(Stored::Rows, |t| t.tensor(&gate_up).dtype = "U16", &["expected dtype F32, F16 or BF16"]);
     refused(Stored::Nvfp4, |t| t.tensor(&gate_up).dtype = "I8", &["expected dtype", "I8"]);
     refused(Stored::Mxfp4, |t| t.tensor(&format!("{gate_up}_blocks")).dtype = "I8", &["expected dtype U8"]);
     refused(Stored::Mxfp4, |t| t.tensor(&format!("{gate_up}_scales")).dtype = "I8", &["expected dtype U8 (E8M0)"]);
