@@ -13,8 +13,8 @@ use super::device::on_cpu;
 use super::interrupt;
 use super::machine::peak_memory;
 use super::options::{at_least_one, calibration_text, identity, model_folder, open_model, threads};
-use super::training::{self, Display, KEPT_MEMORY};
 use super::recovery_plan::{self, PlanOptions, Planner};
+use super::training::{self, Display, KEPT_MEMORY};
 use super::training_data::{Amounts, DataOptions};
 use crate::backend::NUMERICS_VERSION;
 use crate::backend::autograd::AutogradBackend;
@@ -29,7 +29,7 @@ use crate::recover::best_known::RECIPE;
 use crate::recover::budget;
 use crate::recover::mixture::Prepared;
 use crate::recover::pace::{Deadline, Pace};
-use crate::recover::schedule::Cut;
+use crate::recover::schedule::{Cut, Schedule};
 use crate::recover::session::{Lesson, Session, stage_folder};
 use crate::recover::stage::{Method, Stage};
 use crate::recover::stored_plan::{Measured, StoredPlan, UnderWay};
@@ -165,8 +165,10 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         super::say!("note: --keep-stages is without effect: there is one method, and what it gives is the output");
     }
     if args.plan.any() && args.plan.plan.is_none() && args.data.samples.is_none() && args.data.is_stdin() {
-        bail!("--data -: a plan needs its data twice, to measure and to train on, and standard input can be read once: give a \
-               file, or --samples");
+        bail!(
+            "--data -: a plan needs its data twice, to measure and to train on, and standard input can be read once: give a \
+               file, or --samples"
+        );
     }
     rayon::ThreadPoolBuilder::new().num_threads(threads(args.threads)).build()?.install(|| train(args))
 }
@@ -221,9 +223,8 @@ fn train(args: &Args) -> Result<ExitCode> {
     let unrounded = unrounded.map(|f| Checkpoint::open(&f)).transpose()?;
     let config = ModelConfig::read(&checkpoint.config)?;
     same_shape(&config, &checkpoint, &ModelConfig::read(&teacher.config)?, &teacher)?;
-    let prepare = |sources, seed| {
-        args.data.prepare(sources, (&teacher, &teacher_identity), &training, seed, args.threads)
-    };
+    let prepare =
+        |sources, seed| args.data.prepare(sources, (&teacher, &teacher_identity), &training, seed, args.threads);
     let writing = now();
     let mut prepared = prepare(sources, settings.seed)?;
     let written = now() - writing;
@@ -338,14 +339,20 @@ fn train(args: &Args) -> Result<ExitCode> {
             display = display.with_outlook(seconds - now());
         } else if args.plan.plan.is_none() {
             let steps = plan.stages.iter().map(Stage::steps).collect();
-            let training: f64 = budget::planned(steps, &costs, &stages).seconds.iter().sum();
+            let training: f64 = budget::planned(steps, &costs, &stages, Some(evaluate_every)).seconds.iter().sum();
             display = display.with_outlook(training + costs.write);
         }
         interrupt::offer_early_end(true);
     }
     let stages_beside = args.keep_stages.then(|| claims[0].target());
     let lesson = Lesson { plan: &plan, teacher: Some(&decoder), data: &data, watched, pace, stages_beside };
-    let show = &mut |event: &Event| display.show(event);
+    let show = &mut |event: &Event| {
+        if let Event::Step { stage, point } = event {
+            let own = cuts.borrow().get(*stage).cloned().unwrap_or_default();
+            display.length(*stage, Schedule::new(plan.stages[*stage].steps(), own).end(point.step));
+        }
+        display.show(event);
+    };
     let outcome = session.train(&mut student, &checkpoint, lesson, show, recycle::release)?;
     interrupt::offer_early_end(false);
     display.bar.finish();
@@ -384,7 +391,9 @@ fn recipe(args: &Args, planned: Option<&StoredPlan>) -> Result<Option<OsString>>
     }
     match planned {
         Some(plan) if plan.recipe.is_none() => {
-            bail!("the plan is for a model that was quantized already: give that model, recoup recover MODEL --plan ...")
+            bail!(
+                "the plan is for a model that was quantized already: give that model, recoup recover MODEL --plan ..."
+            )
         }
         Some(plan) => Ok(plan.recipe.clone().map(OsString::from)),
         None => Ok(Some(RECIPE.into())),

@@ -41,7 +41,10 @@ pub(super) struct PlanOptions {
 
 /// A time above nothing.
 fn minutes(text: &str) -> Result<f64, String> {
-    text.parse().ok().filter(|m: &f64| *m > 0.0 && m.is_finite()).ok_or_else(|| "expected minutes, such as 30 or 0.5".into())
+    text.parse()
+        .ok()
+        .filter(|m: &f64| *m > 0.0 && m.is_finite())
+        .ok_or_else(|| "expected minutes, such as 30 or 0.5".into())
 }
 
 /// Where a run keeps its plan while it is under way, in the folder of its state.
@@ -70,7 +73,10 @@ impl PlanOptions {
         if let Some(under_way) = &kept
             && let Some((at, was, is)) = difference(&under_way.plan.asked, asked)
         {
-            bail!("{}: the run that was interrupted was planned for another {at}: {was}, and now it is {is}", path.display());
+            bail!(
+                "{}: the run that was interrupted was planned for another {at}: {was}, and now it is {is}",
+                path.display()
+            );
         }
         Ok(kept)
     }
@@ -135,15 +141,18 @@ impl Planner<'_> {
         let written = if self.samples_given { text * self.given.samples as f64 } else { 0.0 };
         let before = (self.now)();
         let costs = Costs { before, ready: ready + self.load + 2.0 * self.read + written, look: look + save, write };
-        let mut fitted = match seconds {
-            Some(seconds) => budget::fit(seconds, &costs, &stages).map_err(|e| self.too_short(e, &costs, &stages))?,
-            None => budget::planned(stages.iter().filter_map(|s| s.given).collect(), &costs, &stages),
+        let every = self.evaluate_every;
+        let fitted = match seconds {
+            Some(seconds) => {
+                budget::fit(seconds, &costs, &stages, every).map_err(|e| self.too_short(e, &costs, &stages))?
+            }
+            None => budget::planned(stages.iter().filter_map(|s| s.given).collect(), &costs, &stages, every),
         };
-        fitted.evaluate_every = self.evaluate_every.unwrap_or(fitted.evaluate_every);
         let methods = self.methods.iter().zip(&fitted.steps);
         let methods: Vec<String> =
             methods.map(|(m, n)| best_known::completed(m, *n, coarse)).collect::<std::result::Result<_, _>>()?;
-        let made: Vec<Stage> = methods.iter().map(|m| Stage::parse(m, self.seed)).collect::<std::result::Result<_, _>>()?;
+        let made: Vec<Stage> =
+            methods.iter().map(|m| Stage::parse(m, self.seed)).collect::<std::result::Result<_, _>>()?;
         let wanted = made.iter().map(|s| s.sequences() * s.steps()).max().unwrap_or(1);
         let samples = if self.samples_given { self.given.samples } else { wanted.max(8) };
         self.tell(&methods, &made, &fitted, &costs, &stages, student)?;
@@ -172,7 +181,8 @@ impl Planner<'_> {
             self.methods = vec![method.to_owned()];
         }
         if let Err(missing) = room {
-            let then = if self.methods == [SMALL_METHOD] { "so blocks are trained one by one" } else { "this may fail" };
+            let then =
+                if self.methods == [SMALL_METHOD] { "so blocks are trained one by one" } else { "this may fail" };
             super::say!("note: {missing}: {then}");
         }
     }
@@ -194,7 +204,11 @@ impl Planner<'_> {
             for_seconds(costs.before),
             parts.join(" and "),
             (short.needed / 6.0).ceil() / 10.0,
-            if self.recipe.is_some() { "; with --resume the model that was quantized now is taken as it is" } else { "" }
+            if self.recipe.is_some() {
+                "; with --resume the model that was quantized now is taken as it is"
+            } else {
+                ""
+            }
         )
     }
 
@@ -209,7 +223,9 @@ impl Planner<'_> {
         student: &Student,
     ) -> Result<()> {
         match self.options.minutes {
-            Some(minutes) => super::say!("the plan for {minutes} minutes, {} of which are gone:", for_seconds(costs.before)),
+            Some(minutes) => {
+                super::say!("the plan for {minutes} minutes, {} of which are gone:", for_seconds(costs.before))
+            }
             None => super::say!("the plan, after {}:", for_seconds(costs.before)),
         }
         super::say!("  {}: data, and the teacher on the watched texts", for_seconds(costs.ready));
@@ -231,14 +247,15 @@ impl Planner<'_> {
         super::say!("  {}: writing", for_seconds(costs.write));
         let training: f64 = fitted.seconds.iter().sum();
         let all = costs.before + costs.ready + training + costs.write;
-        let memory = peak_memory().map_or_else(String::new, |b| format!(", peak memory {} (reached while measuring)", human_bytes(b)));
+        let memory = peak_memory()
+            .map_or_else(String::new, |b| format!(", peak memory {} (reached while measuring)", human_bytes(b)));
         super::say!(
             "over after about {}{memory}, {} on disk meanwhile",
             for_seconds(all),
             human_bytes(self.disk(student, training))
         );
         super::say!("nothing is lost by ending it earlier: Ctrl-C writes the best until then");
-        if self.options.minutes.is_some() && self.recipe.as_deref() == Some("nvfp4") {
+        if self.recipe.as_deref() == Some("nvfp4") {
             super::say!(
                 "note: {} has the same format, and started and ended better than nvfp4 where both were measured",
                 best_known::RECIPE

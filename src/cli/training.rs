@@ -46,7 +46,15 @@ impl Display {
     pub(super) fn new(plan: &Plan, layers: usize) -> Self {
         let stages = plan.stages.iter().map(|s| (s.name.clone(), s.length(layers))).collect();
         let began = Instant::now();
-        Self { bar: super::progress(0, "training"), stages, current: None, last: None, began, expected: None, best: None }
+        Self {
+            bar: super::progress(0, "training"),
+            stages,
+            current: None,
+            last: None,
+            began,
+            expected: None,
+            best: None,
+        }
     }
 
     /// Says with each look when the run will be over, in `seconds` from now, and what it would keep if it were ended there.
@@ -63,6 +71,15 @@ impl Display {
         let (Some(seconds), Some((kept, best))) = (self.expected, self.best) else { return String::new() };
         let left = Duration::try_from_secs_f64(seconds - self.began.elapsed().as_secs_f64()).unwrap_or_default();
         format!("; over in {}; ended now (Ctrl-C) it keeps step {kept} ({:.1} %)", for_people(left), 100.0 * best)
+    }
+
+    /// A stage has so many steps now.
+    pub(super) fn length(&mut self, stage: usize, steps: usize) {
+        let Some(known) = self.stages.get_mut(stage).filter(|s| s.1 != steps) else { return };
+        known.1 = steps;
+        if self.current == Some(stage) {
+            self.bar.set_length(steps as u64);
+        }
     }
 
     fn enter(&mut self, stage: usize) {

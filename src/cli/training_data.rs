@@ -64,7 +64,8 @@ impl DataOptions {
 
     /// Whether it comes from standard input, which can be read once only.
     pub(super) fn is_stdin(&self) -> bool {
-        self.data.iter().any(|spec| named_share(spec).0 == Path::new("-")) || self.watch.iter().any(|w| w == Path::new("-"))
+        self.data.iter().any(|spec| named_share(spec).0 == Path::new("-"))
+            || self.watch.iter().any(|w| w == Path::new("-"))
     }
 
     /// Reads all files for the tokenizer and the template of `made_from`; `note` is told what of them is not used.

@@ -15,7 +15,7 @@ use super::student::Student;
 use super::trainer::learned;
 use super::{Result, block};
 use crate::backend::autograd::AutogradBackend;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::corpus::spread;
 use crate::model::Decoder;
 use crate::output::space::human_bytes;
@@ -111,7 +111,9 @@ impl Bench<'_> {
         let passes = PASSES * pass * layers as f64;
         // Without a number of their own, sequences are as many as the steps take.
         Ok(match samples {
-            Some(samples) => StageCost { fixed: passes * samples as f64, step: step * layers as f64, ..Default::default() },
+            Some(samples) => {
+                StageCost { fixed: passes * samples as f64, step: step * layers as f64, ..Default::default() }
+            }
             None => StageCost { step: step * layers as f64 + passes * options.sequences as f64, ..Default::default() },
         })
     }
@@ -140,13 +142,24 @@ impl Bench<'_> {
     /// # Errors
     /// When the disk is full.
     pub fn writing(&self, student: &Student, of: &Checkpoint) -> Result<(f64, f64)> {
-        let folder = RunFolder::create(&self.scratch.join("measured"), &json!({}))?;
+        let (state, out) = (self.scratch.join("measured"), self.scratch.join("written"));
+        // Of a run that was killed here.
+        remove(&state)?;
+        remove(&out)?;
+        let folder = RunFolder::create(&state, &json!({}))?;
         let (_, save) = self.time(|| folder.save_best(student, 0, 0))?;
         folder.remove()?;
-        let out = self.scratch.join("written");
         let (_, write) = self.time(|| student.write(of, &[], &out))?;
-        std::fs::remove_dir_all(&out).map_err(|e| crate::checkpoint::CheckpointError::io(&out, "remove", e))?;
+        remove(&out)?;
         Ok((save, write))
+    }
+}
+
+/// Removes a folder, where there is one.
+fn remove(folder: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(folder) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(CheckpointError::io(folder, "remove", e).into()),
+        _ => Ok(()),
     }
 }
 
@@ -159,9 +172,11 @@ pub fn has_room(student: &Student, free: Option<u64>) -> std::result::Result<(),
     let weights: usize = student.parameters.iter().filter(|p| p.is_quantized()).map(|p| p.master().len()).sum();
     let needed = 12 * weights as u64;
     match free {
-        Some(free) if free < needed + needed / 4 => {
-            Err(format!("gradients and moments of the whole model take {}, {} are free", human_bytes(needed), human_bytes(free)))
-        }
+        Some(free) if free < needed + needed / 4 => Err(format!(
+            "gradients and moments of the whole model take {}, {} are free",
+            human_bytes(needed),
+            human_bytes(free)
+        )),
         _ => Ok(()),
     }
 }

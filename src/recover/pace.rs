@@ -105,10 +105,11 @@ impl<'a> Pace<'a> {
         self.last_cut = done;
         self.since = self.now();
         if (self.stop)() {
-            return self.cut(stage, done, done);
+            return self.stop_at(stage, done, done);
         }
         let Some(d) = &self.deadline else { return Ok(()) };
-        self.recent.push_back(d.stages[stage].step * self.slowness);
+        // As much as three steps, so that it takes more than a slow one to be believed.
+        self.recent.extend([d.stages[stage].step * self.slowness; 3]);
         self.fit(stage, done)
     }
 
@@ -122,7 +123,7 @@ impl<'a> Pace<'a> {
             self.remember(took);
         }
         if (self.stop)() {
-            self.cut(stage, done, done)?;
+            self.stop_at(stage, done, done)?;
         } else {
             self.fit(stage, done)?;
         }
@@ -202,6 +203,12 @@ impl<'a> Pace<'a> {
         (self.keep)(&cuts)
     }
 
+    /// Ends a stage where it is, whatever was to come of it.
+    fn stop_at(&mut self, stage: usize, done: usize, steps: usize) -> Result<()> {
+        self.schedules[stage].forget(done);
+        self.cut(stage, done, steps)
+    }
+
     /// Seconds that are left for a stage when those after it and the writing have theirs.
     fn left(&self, d: &Deadline<'_>, stage: usize) -> f64 {
         let later = |(s, c): (&Schedule, &StageCost)| {
@@ -222,7 +229,8 @@ impl<'a> Pace<'a> {
         }
         let left = self.left(d, stage);
         // A look that is due now comes before the next step.
-        let looks = |steps: usize| (done + steps).div_ceil(self.evaluate_every) - done.saturating_sub(1) / self.evaluate_every;
+        let looks =
+            |steps: usize| (done + steps).div_ceil(self.evaluate_every) - done.saturating_sub(1) / self.evaluate_every;
         let takes = |steps: usize| steps as f64 * step + looks(steps) as f64 * self.look;
         let most = ((left / step).max(0.0) as usize).min(usize::MAX / 2);
         let (mut fits, mut too_many) = (0, most + 1);
@@ -251,7 +259,7 @@ impl<'a> Pace<'a> {
             return Ok(());
         }
         if (self.stop)() {
-            return self.cut(stage, done, 0);
+            return self.stop_at(stage, done, 0);
         }
         let (Some(d), Some((fixed, step))) = (&self.deadline, self.block_cost(stage, layers)) else { return Ok(()) };
         if !self.recent.is_empty() {
@@ -291,7 +299,7 @@ mod tests {
 
     /// Runs stages of steps as [`super::super::trainer`] does, `slow` times as slow at a time as was measured.
     fn run(costs: &[StageCost], slow: impl Fn(f64) -> f64, cuts: Option<&[Vec<Cut>]>, stop: f64) -> Ran {
-        let fitted = fit(BUDGET, &COSTS, costs).unwrap();
+        let fitted = fit(BUDGET, &COSTS, costs, None).unwrap();
         let stages: Vec<Stage> =
             fitted.steps.iter().map(|n| Stage::parse(&format!("qad:steps={n}"), 0).unwrap()).collect();
         let clock = Cell::new(COSTS.before + COSTS.ready);
@@ -377,6 +385,20 @@ mod tests {
         assert_eq!(run(&two, |_| 1.0, Some(&ran.cuts), f64::INFINITY).steps, ran.steps);
     }
 
+    /// Also where it is done by a plan that knows of cuts to come.
+    #[test]
+    fn who_ends_a_stored_plan_early_forgets_what_was_to_come() {
+        let stages = [Stage::parse("qad:steps=50", 0).unwrap()];
+        let asked = Cell::new(false);
+        let mut pace = Pace::new(&stages, &[vec![Cut { at: 4, steps: 40 }, Cut { at: 30, steps: 35 }]], 5)
+            .ended_by(|| asked.get());
+        pace.begin(0, 0).unwrap();
+        assert_eq!(pace.stepped(0, 9).unwrap(), 40);
+        asked.set(true);
+        assert_eq!(pace.stepped(0, 10).unwrap(), 10);
+        assert_eq!(pace.cuts(), [[Cut { at: 4, steps: 40 }, Cut { at: 10, steps: 10 }]]);
+    }
+
     #[test]
     fn blocks_that_take_longer_leave_less_to_those_that_follow() {
         let stages = [Stage::parse("block:steps=40", 0).unwrap()];
@@ -396,7 +418,11 @@ mod tests {
                 clock.set(clock.get() + slow * (3.0 + steps as f64));
                 pace.block_done(0, block + 1, 10).unwrap();
             }
-            assert!(all >= least && all <= 400 && (slow > 20.0 || clock.get() < 500.0), "{slow}: {all} {}", clock.get());
+            assert!(
+                all >= least && all <= 400 && (slow > 20.0 || clock.get() < 500.0),
+                "{slow}: {all} {}",
+                clock.get()
+            );
         }
     }
 

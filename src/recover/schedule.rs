@@ -67,6 +67,11 @@ impl Schedule {
         }
     }
 
+    /// Forgets what is cut at `done` and after it.
+    pub(super) fn forget(&mut self, done: usize) {
+        self.cuts.retain(|c| c.at < done);
+    }
+
     /// Where step `step` (from 0) stands among the planned steps: a cut spreads what is left of the plan over what is left of
     /// the stage, so that whatever hangs on it goes on without a jump and ends where it was to end.
     #[must_use]

@@ -124,8 +124,14 @@ impl StoredPlan {
             None => return Err(wrong(format!("is no plan; expected the {PLAN_FILE} of a recovered model"))),
         }
         let plan: Self = serde_json::from_value(value).map_err(|e| wrong(format!("is damaged ({e})")))?;
-        if plan.methods.is_empty() || plan.cuts.len() != plan.methods.len() || plan.samples == 0 || plan.evaluate_every == 0 {
-            return Err(wrong("is damaged: it needs a method, cuts for each, and samples and evaluate_every above 0".into()));
+        if plan.methods.is_empty()
+            || plan.cuts.len() != plan.methods.len()
+            || plan.samples == 0
+            || plan.evaluate_every == 0
+        {
+            return Err(wrong(
+                "is damaged: it needs a method, cuts for each, and samples and evaluate_every above 0".into(),
+            ));
         }
         Ok(plan)
     }
@@ -147,7 +153,8 @@ impl StoredPlan {
     /// # Errors
     /// When that is not possible.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let write = |partial: &Path| std::fs::write(partial, self.text()).map_err(|e| CheckpointError::io(path, "write", e));
+        let write =
+            |partial: &Path| std::fs::write(partial, self.text()).map_err(|e| CheckpointError::io(path, "write", e));
         Ok(atomically(path, write)?)
     }
 
@@ -221,7 +228,9 @@ impl UnderWay {
     /// When it cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
         let text = serde_json::to_string(self).unwrap_or_default();
-        Ok(atomically(path, |partial| std::fs::write(partial, text).map_err(|e| CheckpointError::io(path, "write", e)))?)
+        Ok(atomically(path, |partial| {
+            std::fs::write(partial, text).map_err(|e| CheckpointError::io(path, "write", e))
+        })?)
     }
 }
 
