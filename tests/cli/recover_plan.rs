@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::recover::TEXT;
 use crate::support::command::{
-    BF16 as TEACHER, Folder, NVFP4 as STUDENT, assert_same_files, fail, lines, recoup, run, succeed,
+    BF16 as TEACHER, Folder, NVFP4 as STUDENT, assert_same_files, fail, lines, recoup, run, said, succeed,
 };
 #[cfg(unix)]
 use crate::support::held::Held;
@@ -24,31 +24,57 @@ fn plan(folder: &Folder, name: &str) -> Value {
     folder.json(format!("{name}/recoup_plan.json"))
 }
 
-/// Planned by a time, killed and gone on with; and the same bytes by the plan alone, killed too.
-#[cfg(unix)]
+/// Steps fitted to a time; the plan gives the same bytes, whatever the clock says by then.
 #[test]
-fn a_time_becomes_a_plan_and_the_plan_gives_the_same_bytes_after_being_killed_too() {
+fn a_time_becomes_a_plan_that_gives_the_same_bytes() {
     let folder = Folder::new();
-    let (first, second, third) = (folder.name("first"), folder.name("second"), folder.name("third"));
-    let save = ["--save-every", "0", "--resume"];
-    let timed = arguments(&[STUDENT], &first, &[&["--minutes", "0.6"], &SHORT[..], &save].concat());
-    let mut run = Held::start(recoup(&timed));
-    run.until(|| lines(&folder.at("first.training/curve.jsonl")) >= 6);
-    run.kill();
-    // Another time is another plan.
-    let mut longer = timed.clone();
-    longer[11] = "0.75";
-    let error = fail(&longer);
-    assert!(error.contains("was planned for another minutes: 0.6, and now it is 0.75"), "{error}");
-    let (_, said) = succeed(&timed);
-    assert!(!said.contains("measuring"), "it was planned already: {said}");
+    let (first, second) = (folder.name("first"), folder.name("second"));
+    // As long as the least takes on this machine, and more, however busy it is.
+    let mut minutes = "0.3".to_owned();
+    let made = (0..6).any(|_| {
+        let out = run(&arguments(&[STUDENT], &first, &[&["--minutes", &minutes], &SHORT[..]].concat()));
+        let said = said(&out);
+        if let Some(needed) = said.split("give --minutes ").nth(1) {
+            let needed: f64 = needed.split_whitespace().next().unwrap().parse().unwrap();
+            minutes = format!("{:.2}", 1.5 * needed + 0.1);
+        }
+        assert!(out.status.success() || said.contains("is too little here"), "{said}");
+        out.status.success()
+    });
+    assert!(made, "no time was enough, up to {minutes} minutes");
     let made = plan(&folder, "first");
     let method = made["methods"][0].as_str().unwrap();
     assert!(method.starts_with("qad:steps=") && method.contains("hidden=1"), "{made:#}");
     assert_eq!((&made["length"], &made["watch_samples"]), (&64.into(), &2.into()));
     let steps: usize = method["qad:steps=".len()..].split(',').next().unwrap().parse().unwrap();
+    assert!(steps >= 10, "{made:#}");
     assert_eq!(made["samples"], 4 * steps);
     assert!(made["measured"]["stages"][0]["step"].as_f64().unwrap() > 0.0, "{made:#}");
+    let path = folder.name("first/recoup_plan.json");
+    succeed(&arguments(&[STUDENT], &second, &["--plan", &path]));
+    assert_same_files(&folder.at("first"), &folder.at("second"));
+}
+
+/// Killed under a time and gone on with, by the plan that was made first; and the same bytes by the plan alone, killed too.
+#[cfg(unix)]
+#[test]
+fn a_plan_gives_the_same_bytes_after_being_killed() {
+    let folder = Folder::new();
+    let (first, second, third) = (folder.name("first"), folder.name("second"), folder.name("third"));
+    let save = ["--save-every", "0", "--resume"];
+    // Time enough on any machine: what is cut depends on the clock.
+    let asked = ["--minutes", "1000", "--method", "qad:steps=20", "--evaluate-every", "4"];
+    let timed = arguments(&[STUDENT], &first, &[&asked[..], &SHORT, &save].concat());
+    let mut run = Held::start(recoup(&timed));
+    run.until(|| lines(&folder.at("first.training/curve.jsonl")) >= 6);
+    run.kill();
+    // Another time is another plan.
+    let mut longer = timed.clone();
+    longer[11] = "2000";
+    let error = fail(&longer);
+    assert!(error.contains("was planned for another minutes: 1000.0, and now it is 2000.0"), "{error}");
+    let (_, said) = succeed(&timed);
+    assert!(!said.contains("measuring"), "it was planned already: {said}");
 
     let by_plan = folder.name("first/recoup_plan.json");
     let by_plan = ["--plan", by_plan.as_str()];
@@ -69,11 +95,11 @@ fn a_plan_is_told_and_what_is_given_stays() {
     let folder = Folder::new();
     let out = folder.name("out");
     let method =
-        ["--method", "block:steps=2,samples=8", "--method", "qad:lr=3e-5,steps=12,scales=true", "--minutes", "20"];
+        ["--method", "block:steps=2,samples=8", "--method", "qad:lr=3e-5,steps=12,scales=true", "--minutes", "1000"];
     let given = ["--samples", "24", "--evaluate-every", "4", "--seed", "3", "--keep-stages"];
     let (_, said) = succeed(&arguments(&[STUDENT], &out, &[&method[..], &SHORT, &given].concat()));
     for part in [
-        "the plan for 20 minutes, ",
+        "the plan for 1000 minutes, ",
         "of which are gone",
         "2 steps of every block, ",
         "12 steps of 4 x 64 tokens, ",
@@ -141,12 +167,12 @@ fn what_cannot_be_planned_is_told_with_what_would_do() {
         assert!(!Path::new(&out).exists() && !Path::new(&format!("{out}.training")).exists(), "{more:?}: {error}");
         error
     };
-    let error = try_with(&[STUDENT], &["--minutes", "0.001"]);
-    assert!(error.contains("--minutes 0.001 is too little") && error.contains("10 steps of qad"), "{error}");
+    let error = try_with(&[STUDENT], &["--minutes", "0.0001"]);
+    assert!(error.contains("--minutes 0.0001 is too little") && error.contains("10 steps of qad"), "{error}");
     let needed: f64 = error.split("give --minutes ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
-    assert!(needed > 0.0 && needed < 30.0, "{error}");
-    let error = try_with(&[STUDENT], &["--minutes", "0.5", "--method", "qad:steps=1000000"]);
-    assert!(error.contains("1000000 steps of qad") && error.contains("give --minutes"), "{error}");
+    assert!(needed > 0.0 && needed < 600.0, "{error}");
+    let error = try_with(&[STUDENT], &["--minutes", "1", "--method", "qad:steps=100000000"]);
+    assert!(error.contains("100000000 steps of qad") && error.contains("give --minutes"), "{error}");
     let error = try_with(&[STUDENT], &["--minutes", "1", "--method", "magic"]);
     assert!(error.contains("block, qad and qat"), "{error}");
     let mut stdin = arguments(&[STUDENT], &out, &["--minutes", "1"]);
@@ -172,7 +198,7 @@ fn what_cannot_be_planned_is_told_with_what_would_do() {
 fn a_plan_of_another_model_or_of_other_data_is_refused() {
     let folder = Folder::new();
     let (out, other) = (folder.name("out"), folder.name("other"));
-    let few = ["--minutes", "20", "--method", "qad:steps=2", "--samples", "8"];
+    let few = ["--minutes", "1000", "--method", "qad:steps=2", "--samples", "8"];
     succeed(&arguments(&[STUDENT], &out, &[&few[..], &SHORT].concat()));
     let path = folder.name("out/recoup_plan.json");
     let by_plan = ["--plan", path.as_str()];
