@@ -82,7 +82,7 @@ pub fn completed(asked: &str, steps: usize, coarse: bool) -> Result<String> {
 #[must_use]
 pub fn setting(method: &str, key: &str) -> Option<usize> {
     let settings = method.split_once(':')?.1.split(',');
-    settings.filter_map(|s| s.split_once('=')).filter(|(k, _)| *k == key).last()?.1.parse().ok()
+    settings.filter_map(|s| s.split_once('=')).rfind(|(k, _)| *k == key)?.1.parse().ok()
 }
 
 /// The stage that `asked` becomes with so many steps.

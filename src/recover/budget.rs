@@ -77,7 +77,7 @@ pub fn fit(seconds: f64, costs: &Costs, stages: &[StageCost], every: Option<usiz
     let open: Vec<&StageCost> = stages.iter().filter(|s| s.given.is_none()).collect();
     let least = open.iter().map(|s| looks.takes(s, LEAST)).fold(0.0, f64::max) * open.len() as f64;
     let needed = (around + given + least) / (1.0 - MARGIN);
-    if !(needed <= seconds) {
+    if seconds.is_nan() || needed > seconds {
         return Err(TooShort { needed });
     }
     let share = (seconds * (1.0 - MARGIN) - around - given) / open.len().max(1) as f64;

@@ -115,6 +115,9 @@ pub fn train(
     train_as(student, teacher, data, options, from, schedule, &mut |point, student, _| each(point, student))
 }
 
+/// What sees every step, may cut the schedule, and ends the training with `Break`.
+pub type Each<'e> = dyn FnMut(&Point, &Student, &mut Schedule) -> Result<ControlFlow<()>> + 'e;
+
 /// [`train`], for as many steps as the schedule has, which `each` may cut.
 ///
 /// # Errors
@@ -126,7 +129,7 @@ pub fn train_as(
     options: &Options,
     from: usize,
     schedule: &mut Schedule,
-    each: &mut dyn FnMut(&Point, &Student, &mut Schedule) -> Result<ControlFlow<()>>,
+    each: &mut Each<'_>,
 ) -> Result<()> {
     let batches = options.accumulate.max(1);
     let mut order = Order::new(data.rows.len(), options.seed);

@@ -18,13 +18,16 @@ pub struct Deadline<'a> {
     pub stages: Vec<StageCost>,
 }
 
+/// Keeps the cuts of all stages.
+type Keep<'a> = Box<dyn FnMut(&[Vec<Cut>]) -> Result<()> + 'a>;
+
 /// What tells a run where its stages end.
 pub struct Pace<'a> {
     schedules: Vec<Schedule>,
     evaluate_every: usize,
     deadline: Option<Deadline<'a>>,
     stop: Box<dyn Fn() -> bool + 'a>,
-    keep: Box<dyn FnMut(&[Vec<Cut>]) -> Result<()> + 'a>,
+    keep: Keep<'a>,
     /// When what is done now began.
     since: f64,
     /// Seconds of the last steps; of blocks, how much longer each took than was planned.
