@@ -1,7 +1,7 @@
 //! What a signal does: Ctrl-C and SIGTERM end the run, its scratch goes, and it is said how to go on; a terminal that is
 //! closed (SIGHUP) ends the talk and not the work.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// What is told of a run that is ended from outside.
@@ -9,6 +9,23 @@ static HINT: Mutex<String> = Mutex::new(String::new());
 
 /// A signal is ending this process.
 static ENDING: AtomicBool = AtomicBool::new(false);
+
+/// Whether the work can be ended early by a first Ctrl-C, and was asked to.
+static EARLY: AtomicU8 = AtomicU8::new(NOT_OFFERED);
+const NOT_OFFERED: u8 = 0;
+const OFFERED: u8 = 1;
+const ASKED: u8 = 2;
+
+/// From here on a first Ctrl-C does not end the process but asks the work to end with what it has ([`early_end_asked`]), until
+/// this is taken back.
+pub(super) fn offer_early_end(offered: bool) {
+    EARLY.store(if offered { OFFERED } else { NOT_OFFERED }, Ordering::Release);
+}
+
+/// Whether the work was asked to end with what it has.
+pub(super) fn early_end_asked() -> bool {
+    EARLY.load(Ordering::Acquire) == ASKED
+}
 
 /// Where a signal is ending this process, waits for that: what failed meanwhile failed because its scratch is going.
 pub(super) fn let_end() {
@@ -32,6 +49,13 @@ pub(super) fn watch() {
     let Ok(mut signals) = signal_hook::iterator::Signals::new(wanted) else { return };
     let listen = move || {
         for signal in signals.forever().filter(|s| *s != SIGHUP) {
+            let ask = || EARLY.compare_exchange(OFFERED, ASKED, Ordering::AcqRel, Ordering::Acquire).is_ok();
+            if signal == SIGINT && ask() {
+                if super::talk::heard() {
+                    super::say!("ending early with the best so far; Ctrl-C again ends at once");
+                }
+                continue;
+            }
             ENDING.store(true, Ordering::Release);
             crate::output::abandon();
             let hint = HINT.lock().unwrap_or_else(PoisonError::into_inner).clone();

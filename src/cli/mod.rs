@@ -18,6 +18,7 @@ mod options;
 mod pretrain;
 mod quantize;
 mod recover;
+mod recovery_plan;
 mod replies;
 mod room;
 mod run;

@@ -19,6 +19,7 @@ use crate::corpus::{Reader, spread};
 use crate::model::ModelConfig;
 use crate::recover::data::{Data, Part};
 use crate::recover::mixture::{same_file_twice, told};
+use crate::recover::pace::Pace;
 use crate::recover::pretrain::initialize;
 use crate::recover::session::{Lesson, Session};
 use crate::recover::stage::Stage;
@@ -128,11 +129,12 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
         save_every: Duration::from_secs(args.save_every),
     };
     let mut display = Display::new(&plan, student.decoder.config.layers.len());
-    let lesson = Lesson { plan: &plan, teacher: None, data: &data, watched, stages_beside: None };
+    let pace = Pace::new(&plan.stages, &[], plan.evaluate_every);
+    let lesson = Lesson { plan: &plan, teacher: None, data: &data, watched, pace, stages_beside: None };
     let show = &mut |event: &Event| display.show(event);
     let outcome = session.train(&mut student, &checkpoint, lesson, show, || ())?;
     display.bar.finish();
-    session.write(&student, &checkpoint, session.about(), &args.output)?;
+    session.write(&student, &checkpoint, session.about(), None, &args.output)?;
     drop((student, checkpoint));
     session.close()?;
     super::say!("wrote {} in {:.1} s", args.output.display(), start.elapsed().as_secs_f64());

@@ -1,5 +1,6 @@
 //! `recoup recover`: trains a quantized checkpoint against the model it was made from.
 
+use std::cell::RefCell;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -9,10 +10,12 @@ use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
 use super::device::on_cpu;
+use super::interrupt;
 use super::machine::peak_memory;
 use super::options::{at_least_one, calibration_text, identity, model_folder, open_model, threads};
+use super::recovery_plan::{self, PlanOptions, Planner};
 use super::training::{self, Display, KEPT_MEMORY};
-use super::training_data::DataOptions;
+use super::training_data::{Amounts, DataOptions};
 use crate::backend::NUMERICS_VERSION;
 use crate::backend::autograd::AutogradBackend;
 use crate::backend::autograd::operand::Precision;
@@ -21,17 +24,22 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::write::Pending;
 use crate::model::{Decoder, ModelConfig};
 use crate::output;
-use crate::quantize::{self, Amount, Recipe};
+use crate::quantize::{self, Amount, Made, Recipe};
+use crate::recover::best_known::RECIPE;
+use crate::recover::budget;
 use crate::recover::mixture::Prepared;
+use crate::recover::pace::{Deadline, Pace};
+use crate::recover::schedule::{Cut, Schedule};
 use crate::recover::session::{Lesson, Session, stage_folder};
 use crate::recover::stage::{Method, Stage};
+use crate::recover::stored_plan::{Measured, StoredPlan, UnderWay};
 use crate::recover::student::{Masters, Student, same_shape};
 use crate::recover::trainer::{Event, Plan};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// Quantized checkpoint folder or hub id; with --recipe, left out
-    #[arg(required_unless_present = "recipe")]
+    #[arg(required_unless_present_any = ["recipe", "minutes", "preset", "plan"])]
     student: Option<PathBuf>,
     /// The model it was quantized from, in BF16 or packed
     #[arg(long, value_name = "MODEL")]
@@ -39,11 +47,15 @@ pub(super) struct Args {
     /// Folder to write; must not exist or be empty
     #[arg(short, long, value_name = "FOLDER")]
     output: PathBuf,
-    /// Quantize the teacher by this recipe first, and train that
+    /// Quantize the teacher by this recipe first, and train that [under --minutes or --preset nvfp4_best_channels where no
+    /// checkpoint is given]
     #[arg(long, value_name = "NAME|FILE", conflicts_with = "student")]
     recipe: Option<OsString>,
+    #[command(flatten)]
+    plan: PlanOptions,
     /// How to train: block, qad or qat, with settings if wanted, `block:steps=96,lr=3e-4`. Several are done in order
-    #[arg(long = "method", value_name = "METHOD[:KEY=VALUE,...]", required = true)]
+    #[arg(long = "method", value_name = "METHOD[:KEY=VALUE,...]",
+        required_unless_present_any = ["minutes", "preset", "plan"])]
     methods: Vec<String>,
     #[command(flatten)]
     data: DataOptions,
@@ -52,9 +64,9 @@ pub(super) struct Args {
     /// student's own weights]
     #[arg(long, value_name = "FOLDER", conflicts_with = "recipe")]
     unrounded: Option<PathBuf>,
-    /// Steps between looks at the watched texts
-    #[arg(long, value_name = "STEPS", default_value_t = 25, value_parser = at_least_one::<usize>)]
-    evaluate_every: usize,
+    /// Steps between looks at the watched texts [default: 25; under --minutes or --preset so that looks take a tenth of the time]
+    #[arg(long, value_name = "STEPS", value_parser = at_least_one::<usize>)]
+    evaluate_every: Option<usize>,
     /// End a stage after so many looks without a new best
     #[arg(long, value_name = "LOOKS", value_parser = at_least_one::<usize>)]
     patience: Option<usize>,
@@ -78,68 +90,128 @@ pub(super) struct Args {
     f32: bool,
 }
 
-pub(super) fn run(args: &Args) -> Result<ExitCode> {
-    recycle::keep(KEPT_MEMORY);
-    let stages: Vec<Stage> =
-        args.methods.iter().map(|m| Stage::parse(m, args.seed)).collect::<std::result::Result<_, _>>()?;
-    if args.data.length < 2 || args.data.samples == 0 {
-        bail!("--length must be at least 2, and --samples at least 1");
-    }
-    if args.patience.is_some() && args.data.watches_nothing() {
-        bail!("--patience: with --watch-samples 0 nothing is watched that could tell a new best");
-    }
-    if args.patience.is_some() && stages.iter().all(|s| matches!(s.method, Method::Block(_))) {
-        super::say!("note: --patience is without effect: block training has a look at its end only");
-    }
-    if args.keep_stages && stages.len() == 1 {
-        super::say!("note: --keep-stages is without effect: there is one method, and what it gives is the output");
-    }
-    rayon::ThreadPoolBuilder::new().num_threads(threads(args.threads)).build()?.install(|| train(args, stages))
+/// How the run goes, whoever says so.
+struct Settings {
+    stages: Vec<Stage>,
+    amounts: Amounts,
+    evaluate_every: usize,
+    patience: Option<usize>,
+    seed: u64,
+    f32: bool,
 }
 
-fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
+impl Args {
+    /// What a plan depends on of what was given.
+    fn asked(&self) -> Value {
+        json!({
+            "minutes": self.plan.minutes,
+            "preset": self.plan.preset.map(|p| format!("{p:?}").to_lowercase()),
+            "methods": self.methods,
+            "samples": self.data.samples,
+            "length": self.data.length,
+            "watch_samples": self.data.watch_samples,
+            "evaluate_every": self.evaluate_every,
+            "patience": self.patience,
+            "seed": self.seed,
+            "f32": self.f32,
+        })
+    }
+
+    /// The settings as they were given; where a plan is to be made, what is measured by.
+    fn settings(&self) -> Result<Settings> {
+        let mut amounts = self.data.amounts();
+        if self.plan.any() {
+            amounts.samples = self.data.samples.unwrap_or(MEASURED);
+        }
+        Ok(Settings {
+            stages: stages(&self.methods, self.seed)?,
+            amounts,
+            evaluate_every: self.evaluate_every.unwrap_or(25),
+            patience: self.patience,
+            seed: self.seed,
+            f32: self.f32,
+        })
+    }
+}
+
+impl Settings {
+    fn of(plan: &StoredPlan) -> Result<Self> {
+        let StoredPlan { samples, length, watch_samples, evaluate_every, patience, seed, f32, .. } = *plan;
+        let amounts = Amounts { samples, length, watch_samples };
+        Ok(Self { stages: stages(&plan.methods, seed)?, amounts, evaluate_every, patience, seed, f32 })
+    }
+}
+
+/// Sequences that steps are measured on.
+const MEASURED: usize = 64;
+
+fn stages(methods: &[String], seed: u64) -> Result<Vec<Stage>> {
+    Ok(methods.iter().map(|m| Stage::parse(m, seed)).collect::<std::result::Result<_, _>>()?)
+}
+
+pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    recycle::keep(KEPT_MEMORY);
+    let Settings { stages, amounts, .. } = args.settings()?;
+    if amounts.length < 2 || amounts.samples == 0 {
+        bail!("--length must be at least 2, and --samples at least 1");
+    }
+    if args.patience.is_some() && amounts.watch_samples == 0 {
+        bail!("--patience: with --watch-samples 0 nothing is watched that could tell a new best");
+    }
+    if args.patience.is_some() && !stages.is_empty() && stages.iter().all(|s| matches!(s.method, Method::Block(_))) {
+        super::say!("note: --patience is without effect: block training has a look at its end only");
+    }
+    if args.keep_stages && stages.len() < 2 && args.plan.plan.is_none() {
+        super::say!("note: --keep-stages is without effect: there is one method, and what it gives is the output");
+    }
+    if args.plan.any() && args.plan.plan.is_none() && args.data.samples.is_none() && args.data.is_stdin() {
+        bail!(
+            "--data -: a plan needs its data twice, to measure and to train on, and standard input can be read once: give a \
+               file, or --samples"
+        );
+    }
+    rayon::ThreadPoolBuilder::new().num_threads(threads(args.threads)).build()?.install(|| train(args))
+}
+
+fn train(args: &Args) -> Result<ExitCode> {
     let start = Instant::now();
     let (training, claim) = training::begin(&args.output, args.resume)?;
     let mut claims = vec![claim];
-    if args.keep_stages {
-        for (i, stage) in stages.iter().enumerate().take(stages.len() - 1) {
-            let folder = stage_folder(claims[0].target(), i, &stage.name);
-            // There already, if the run was killed after this stage.
-            if !(args.resume && folder.exists()) {
-                claims.push(output::folder(&folder)?);
-            }
-        }
-    }
+    let under_way = args.plan.known(&training, args.resume, &args.asked())?;
+    let spent = under_way.as_ref().map_or(0.0, |u| u.spent);
+    let now = &|| spent + start.elapsed().as_secs_f64();
+    let mut planned = under_way.map(|u| u.plan);
+    let mut settings = planned.as_ref().map_or_else(|| args.settings(), Settings::of)?;
     let teacher = open_model(&model_folder(&args.teacher)?)?;
     // By the teacher's tokenizer where the student is still to be made of it; all that can be wrong with data is found
     // before anything takes time.
+    let recipe = recipe(args, planned.as_ref())?;
     let made_from = match &args.student {
-        Some(student) if args.recipe.is_none() => Some(Checkpoint::open(&model_folder(student)?)?),
+        Some(student) if recipe.is_none() => Some(Checkpoint::open(&model_folder(student)?)?),
         _ => None,
     };
     let made_from = made_from.as_ref().unwrap_or(&teacher);
     let positions = ModelConfig::read(&made_from.config)?.max_positions;
-    if args.data.length > positions {
-        bail!("--length {}: the model has {positions} positions", args.data.length);
+    if planned.is_none() && args.plan.any() && args.data.length.is_none() {
+        settings.amounts.length = settings.amounts.length.min(positions);
     }
-    let sources = args.data.sources(made_from, &teacher)?;
+    if settings.amounts.length > positions {
+        bail!("--length {}: the model has {positions} positions", settings.amounts.length);
+    }
+    let reading = now();
+    let note = &mut |note: &str| super::say!("{note}");
+    let sources = args.data.sources(settings.amounts, made_from, &teacher, note)?;
+    let read = now() - reading;
     let teacher_identity = identity(&teacher)?;
-    let (folder, unrounded) = match &args.recipe {
+    if let (Some(plan), Some(path)) = (&planned, &args.plan.plan) {
+        // Before anything takes time; all else is looked at once it is there.
+        let mut of = plan.of.clone();
+        of["teacher"] = teacher_identity.clone();
+        plan.is_for(&of, path)?;
+    }
+    let (folder, unrounded) = match &recipe {
         Some(recipe) => {
-            let recipe = Recipe::find(recipe)?;
-            let amount = Amount { samples: recipe.samples(), length: 512 };
-            let text = calibration_text(None, amount, &teacher, None)?;
-            let backend = || on_cpu(threads(args.threads));
-            let bar = super::progress(0, "");
-            let made = quantize::apply_once(
-                (&teacher, &teacher_identity),
-                backend,
-                &text,
-                &recipe,
-                &training,
-                &mut |what, done, all| bar.at(what, done, all),
-            )?;
-            bar.finish();
+            let made = quantized(recipe, &teacher, &teacher_identity, &training, args.threads)?;
             (made.quantized, Some(made.unrounded))
         }
         None => {
@@ -151,31 +223,95 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
     let unrounded = unrounded.map(|f| Checkpoint::open(&f)).transpose()?;
     let config = ModelConfig::read(&checkpoint.config)?;
     same_shape(&config, &checkpoint, &ModelConfig::read(&teacher.config)?, &teacher)?;
-    let Prepared { data, watched, sources, watched_sources } =
-        args.data.prepare(sources, (&teacher, &teacher_identity), &training, args.seed, args.threads)?;
+    let prepare =
+        |sources, seed| args.data.prepare(sources, (&teacher, &teacher_identity), &training, seed, args.threads);
+    let writing = now();
+    let mut prepared = prepare(sources, settings.seed)?;
+    let written = now() - writing;
 
-    let backend = AutogradBackend::with_precision(if args.f32 { Precision::F32 } else { Precision::Bf16 });
+    let backend = AutogradBackend::with_precision(if settings.f32 { Precision::F32 } else { Precision::Bf16 });
     let masters = Masters::of(&checkpoint, &teacher, unrounded.as_ref())?;
-    let mut student = Student::load(&checkpoint, masters.checkpoint(), backend.clone())?;
+    let load = || Student::load(&checkpoint, masters.checkpoint(), backend.clone());
+    let loading = now();
+    let mut student = load()?;
+    let loaded = now() - loading;
     let state: u64 = student.state(None, true).iter().map(Pending::bytes).sum();
     claims[0].room("the training's state with the result", state + checkpoint.tensors.file_bytes())?;
-    let decoder = Decoder::load(backend, &teacher)?;
+    let decoder = Decoder::load(backend.clone(), &teacher)?;
+    if planned.is_none() && args.plan.any() {
+        let planner = Planner {
+            options: &args.plan,
+            asked: args.asked(),
+            recipe: recipe.as_deref().map(|r| r.to_string_lossy().into_owned()),
+            methods: args.methods.clone(),
+            given: settings.amounts,
+            samples_given: args.data.samples.is_some(),
+            evaluate_every: args.evaluate_every,
+            patience: args.patience,
+            seed: args.seed,
+            f32: args.f32,
+            now,
+            training: &training,
+            read,
+            write: written,
+            load: loaded,
+            save_every: args.save_every,
+        };
+        let plan = planner.plan(&mut student, &checkpoint, &decoder, &prepared).inspect_err(|_| {
+            // Where nothing was made that another try could use.
+            let _ = std::fs::remove_dir(&training);
+        })?;
+        let before = settings.amounts;
+        settings = Settings::of(&plan)?;
+        if settings.amounts != before {
+            // What is not used of it was told.
+            let sources = args.data.sources(settings.amounts, made_from, &teacher, &mut |_| ())?;
+            prepared = prepare(sources, settings.seed)?;
+        }
+        // What was measured on is another one now.
+        drop(student);
+        recycle::release();
+        student = load()?;
+        planned = Some(plan);
+    }
+    let Settings { stages, amounts, evaluate_every, patience, f32, .. } = settings;
+    if args.keep_stages {
+        for (i, stage) in stages.iter().enumerate().take(stages.len() - 1) {
+            let folder = stage_folder(claims[0].target(), i, &stage.name);
+            // There already, if the run was killed after this stage.
+            if !(args.resume && folder.exists()) {
+                claims.push(output::folder(&folder)?);
+            }
+        }
+    }
+    let Prepared { data, watched, sources, watched_sources } = prepared;
     let unrounded_weights = unrounded.as_ref().map_or(Ok(Value::Null), identity)?;
     let about = json!({
         "recoup_version": env!("CARGO_PKG_VERSION"),
         "numerics": NUMERICS_VERSION,
-        "student": {"files": identity(&checkpoint)?, "recipe": args.recipe.as_deref().map(OsStr::to_string_lossy)},
+        "student": {"files": identity(&checkpoint)?, "recipe": recipe.as_deref().map(OsStr::to_string_lossy)},
         "teacher": {"files": teacher_identity},
         "masters": masters.describe(unrounded_weights["weights"].as_str().unwrap_or_default()),
         "methods": stages.iter().map(Stage::describe).collect::<Vec<_>>(),
         "chat_template_kwargs": args.data.template.chat_template_kwargs,
-        "data": {"description": data.description, "sha256": data.hash(), "length": args.data.length,
+        "data": {"description": data.description, "sha256": data.hash(), "length": amounts.length,
             "assistant_only": args.data.assistant_only, "sources": sources},
         "watched": watched_sources,
-        "evaluate_every": args.evaluate_every,
-        "patience": args.patience,
-        "products": if args.f32 { "f32" } else { "bf16 operands, f32 sums" },
+        "evaluate_every": evaluate_every,
+        "patience": patience,
+        "products": if f32 { "f32" } else { "bf16 operands, f32 sums" },
     });
+    if let Some(plan) = &mut planned {
+        let hashes = |watched: &Value| -> Vec<Value> {
+            watched.as_array().into_iter().flatten().map(|w| w["sha256"].clone()).collect()
+        };
+        let of = json!({"teacher": about["teacher"]["files"], "student": about["student"]["files"],
+            "masters": about["masters"], "data": about["data"]["sha256"], "watched": hashes(&about["watched"])});
+        match &args.plan.plan {
+            Some(path) => plan.is_for(&of, path)?,
+            None => plan.of = of,
+        }
+    }
     let mut session = Session::open(&training, args.resume, about)?;
     let about = session.about();
     super::say!(
@@ -185,24 +321,52 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
         about["masters"].as_str().unwrap_or_default()
     );
     super::say!("data: {}", data.description);
-    let plan = Plan {
-        stages,
-        evaluate_every: args.evaluate_every,
-        patience: args.patience,
-        save_every: Duration::from_secs(args.save_every),
-    };
+    let plan = Plan { stages, evaluate_every, patience, save_every: Duration::from_secs(args.save_every) };
     let mut display = Display::new(&plan, config.layers.len());
+    let kept = recovery_plan::kept_at(&training);
+    let cuts = RefCell::new(planned.as_ref().map_or_else(Vec::new, |p| p.cuts.clone()));
+    let mut pace = Pace::new(&plan.stages, &cuts.borrow(), evaluate_every);
+    if let Some(planned) = &planned {
+        let keep = |all: &[Vec<Cut>]| {
+            cuts.replace(all.to_vec());
+            UnderWay { plan: planned.clone().with_cuts(all.to_vec()), spent: now() }.write(&kept)
+        };
+        keep(&planned.cuts)?;
+        pace = pace.kept_by(keep).ended_by(interrupt::early_end_asked);
+        let Measured { costs, stages, seconds } = planned.measured.clone();
+        if let (Some(seconds), true) = (seconds, args.plan.plan.is_none()) {
+            pace = pace.until(Deadline { now: Box::new(now), seconds, costs, stages });
+            display = display.with_outlook(seconds - now());
+        } else if args.plan.plan.is_none() {
+            let steps = plan.stages.iter().map(Stage::steps).collect();
+            let training: f64 = budget::planned(steps, &costs, &stages, Some(evaluate_every)).seconds.iter().sum();
+            display = display.with_outlook(training + costs.write);
+        }
+        interrupt::offer_early_end(true);
+    }
     let stages_beside = args.keep_stages.then(|| claims[0].target());
-    let lesson = Lesson { plan: &plan, teacher: Some(&decoder), data: &data, watched, stages_beside };
-    let show = &mut |event: &Event| display.show(event);
+    let lesson = Lesson { plan: &plan, teacher: Some(&decoder), data: &data, watched, pace, stages_beside };
+    let show = &mut |event: &Event| {
+        if let Event::Step { stage, point } = event {
+            let own = cuts.borrow().get(*stage).cloned().unwrap_or_default();
+            display.length(*stage, Schedule::new(plan.stages[*stage].steps(), own).end(point.step));
+        }
+        display.show(event);
+    };
     let outcome = session.train(&mut student, &checkpoint, lesson, show, recycle::release)?;
+    interrupt::offer_early_end(false);
     display.bar.finish();
     let mut record = session.about().clone();
     record["watched_loss"] = outcome.watched_loss();
+    let cuts = cuts.into_inner();
+    if cuts.iter().any(|c| !c.is_empty()) {
+        record["cuts"] = json!(cuts);
+    }
     if let Some(error) = &outcome.stopped {
         record["stopped"] = Value::from(error.to_string());
     }
-    session.write(&student, &checkpoint, &record, &args.output)?;
+    let planned = planned.map(|plan| plan.with_cuts(cuts));
+    session.write(&student, &checkpoint, &record, planned.as_ref(), &args.output)?;
     super::name_left_out(checkpoint.tensors.folder());
     drop((student, checkpoint, unrounded));
     session.close()?;
@@ -217,4 +381,46 @@ fn train(args: &Args, stages: Vec<Stage>) -> Result<ExitCode> {
         Some(error) => Err(anyhow::Error::from(error)
             .context(format!("training ended early; {} has the best weights until then", args.output.display()))),
     }
+}
+
+/// The recipe that the student is made by: the one that was given, the plan's, or where there is neither it nor a student the one
+/// that starts best.
+fn recipe(args: &Args, planned: Option<&StoredPlan>) -> Result<Option<OsString>> {
+    if args.recipe.is_some() || args.student.is_some() {
+        return Ok(args.recipe.clone());
+    }
+    match planned {
+        Some(plan) if plan.recipe.is_none() => {
+            bail!(
+                "the plan is for a model that was quantized already: give that model, recoup recover MODEL --plan ..."
+            )
+        }
+        Some(plan) => Ok(plan.recipe.clone().map(OsString::from)),
+        None => Ok(Some(RECIPE.into())),
+    }
+}
+
+/// The teacher, quantized by a recipe.
+fn quantized(
+    recipe: &OsStr,
+    teacher: &Checkpoint,
+    teacher_identity: &Value,
+    training: &Path,
+    asked_threads: usize,
+) -> Result<Made> {
+    let recipe = Recipe::find(recipe)?;
+    let amount = Amount { samples: recipe.samples(), length: 512 };
+    let text = calibration_text(None, amount, teacher, None)?;
+    let backend = || on_cpu(threads(asked_threads));
+    let bar = super::progress(0, "");
+    let made = quantize::apply_once(
+        (teacher, teacher_identity),
+        backend,
+        &text,
+        &recipe,
+        training,
+        &mut |what, done, all| bar.at(what, done, all),
+    )?;
+    bar.finish();
+    Ok(made)
 }

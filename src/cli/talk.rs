@@ -245,7 +245,7 @@ impl Log {
 }
 
 /// 45 s, 3 min 20 s, 2 h 5 min.
-fn for_people(time: Duration) -> String {
+pub(super) fn for_people(time: Duration) -> String {
     match time.as_secs() {
         s @ 0..60 => format!("{s} s"),
         s @ 60..3600 => format!("{} min {} s", s / 60, s % 60),

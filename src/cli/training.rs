@@ -1,12 +1,12 @@
 //! What `recover` and `pretrain` share: the folder that a run works in, and how it is shown.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
 use super::interrupt;
-use super::talk::Progress;
+use super::talk::{Progress, for_people};
 use crate::output::{self, Claim, sweep};
 use crate::recover::trainer::{Event, Measure, Plan};
 
@@ -36,12 +36,50 @@ pub(super) struct Display {
     current: Option<usize>,
     last: Option<Event>,
     began: Instant,
+    /// Of a run that was planned: seconds from here on to its end.
+    expected: Option<f64>,
+    /// The best look of the current stage: its step and score.
+    best: Option<(usize, f64)>,
 }
 
 impl Display {
     pub(super) fn new(plan: &Plan, layers: usize) -> Self {
         let stages = plan.stages.iter().map(|s| (s.name.clone(), s.length(layers))).collect();
-        Self { bar: super::progress(0, "training"), stages, current: None, last: None, began: Instant::now() }
+        let began = Instant::now();
+        Self {
+            bar: super::progress(0, "training"),
+            stages,
+            current: None,
+            last: None,
+            began,
+            expected: None,
+            best: None,
+        }
+    }
+
+    /// Says with each look when the run will be over, in `seconds` from now, and what it would keep if it were ended there.
+    pub(super) fn with_outlook(mut self, seconds: f64) -> Self {
+        (self.began, self.expected) = (Instant::now(), Some(seconds));
+        self
+    }
+
+    /// What is to be said of the rest after a look.
+    fn outlook(&mut self, step: usize, score: f64) -> String {
+        if step == 0 || self.best.is_none_or(|(_, best)| score < best) {
+            self.best = Some((step, score));
+        }
+        let (Some(seconds), Some((kept, best))) = (self.expected, self.best) else { return String::new() };
+        let left = Duration::try_from_secs_f64(seconds - self.began.elapsed().as_secs_f64()).unwrap_or_default();
+        format!("; over in {}; ended now (Ctrl-C) it keeps step {kept} ({:.1} %)", for_people(left), 100.0 * best)
+    }
+
+    /// A stage has so many steps now.
+    pub(super) fn length(&mut self, stage: usize, steps: usize) {
+        let Some(known) = self.stages.get_mut(stage).filter(|s| s.1 != steps) else { return };
+        known.1 = steps;
+        if self.current == Some(stage) {
+            self.bar.set_length(steps as u64);
+        }
     }
 
     fn enter(&mut self, stage: usize) {
@@ -56,7 +94,8 @@ impl Display {
     }
 
     pub(super) fn show(&mut self, event: &Event) {
-        let name = |stage: usize| self.stages.get(stage).map_or(String::new(), |s| s.0.clone());
+        let names: Vec<String> = self.stages.iter().map(|s| s.0.clone()).collect();
+        let name = |stage: usize| names.get(stage).cloned().unwrap_or_default();
         let clock = format!("{:>6.0} s", self.began.elapsed().as_secs_f64());
         let line = match event {
             Event::Block { stage, block, before, after } => {
@@ -84,7 +123,8 @@ impl Display {
                     true => "nothing is watched".into(),
                     false => format!("{measure} on {} ({:.1} %)", values.join(", "), 100.0 * score),
                 };
-                Some(format!("{clock}  {} step {step}: {watched}{own}", name(*stage)))
+                let outlook = self.outlook(*step, *score);
+                Some(format!("{clock}  {} step {step}: {watched}{own}{outlook}", name(*stage)))
             }
             Event::Kept { stage, step } => Some(format!("{clock}  {}: kept step {step}", name(*stage))),
         };

@@ -11,6 +11,7 @@ use super::options::{TemplateOptions, text_to_read, threads};
 use crate::checkpoint::Checkpoint;
 use crate::corpus::Reader;
 use crate::model::Decoder;
+use crate::recover::best_known::LENGTH;
 use crate::recover::mixture::{Mixture, Prepared, Read};
 use crate::recover::teacher_text;
 use crate::text::{ModelText, TextError};
@@ -32,31 +33,55 @@ pub(super) struct DataOptions {
     pub assistant_only: bool,
     #[command(flatten)]
     pub template: TemplateOptions,
-    /// Sequences to train on, in all
-    #[arg(long, default_value_t = 512)]
+    /// Sequences to train on, in all [default: 512; under --minutes or --preset as many as the steps take]
+    #[arg(long)]
+    pub samples: Option<usize>,
+    /// Tokens in a sequence [default: 256]
+    #[arg(long)]
+    pub length: Option<usize>,
+    /// Sequences of each watched text [default: 8]
+    #[arg(long)]
+    pub watch_samples: Option<usize>,
+}
+
+/// How much of the data is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Amounts {
     pub samples: usize,
-    /// Tokens in a sequence
-    #[arg(long, default_value_t = 256)]
     pub length: usize,
-    /// Sequences of each watched text
-    #[arg(long, default_value_t = 8)]
-    watch_samples: usize,
+    pub watch_samples: usize,
 }
 
 impl DataOptions {
-    /// Whether no text is looked at while training.
-    pub(super) fn watches_nothing(&self) -> bool {
-        self.watch_samples == 0
+    /// What was given, and for the rest what is wanted where nothing is.
+    pub(super) fn amounts(&self) -> Amounts {
+        Amounts {
+            samples: self.samples.unwrap_or(512),
+            length: self.length.unwrap_or(LENGTH),
+            watch_samples: self.watch_samples.unwrap_or(8),
+        }
     }
 
-    /// Reads all files for the tokenizer and the template of `made_from`, and says what of them is not used.
-    pub(super) fn sources(&self, made_from: &Checkpoint, teacher: &Checkpoint) -> Result<Read> {
+    /// Whether it comes from standard input, which can be read once only.
+    pub(super) fn is_stdin(&self) -> bool {
+        self.data.iter().any(|spec| named_share(spec).0 == Path::new("-"))
+            || self.watch.iter().any(|w| w == Path::new("-"))
+    }
+
+    /// Reads all files for the tokenizer and the template of `made_from`; `note` is told what of them is not used.
+    pub(super) fn sources(
+        &self,
+        amounts: Amounts,
+        made_from: &Checkpoint,
+        teacher: &Checkpoint,
+        note: &mut dyn FnMut(&str),
+    ) -> Result<Read> {
         let mixture = Mixture {
             data: self.data.iter().map(|spec| named_share(spec)).collect(),
             watch: self.watch.clone(),
-            samples: self.samples,
-            length: self.length,
-            watch_samples: self.watch_samples,
+            samples: amounts.samples,
+            length: amounts.length,
+            watch_samples: amounts.watch_samples,
             template_arguments: self.template.chat_template_kwargs.is_some(),
         };
         // The student's template is for files; what the teacher writes begins by its own.
@@ -64,8 +89,8 @@ impl DataOptions {
         let text = text_to_read(made_from.tensors.folder(), &made_from.config, template)?;
         let reader = Reader { text, assistant_only: self.assistant_only, ends: true };
         let begins =
-            |opening| teacher_text::prompt(&text_of(teacher)?, opening, &self.template.arguments(), self.length);
-        Ok(mixture.read(&reader, begins, &mut |note| super::say!("{note}"))?)
+            |opening| teacher_text::prompt(&text_of(teacher)?, opening, &self.template.arguments(), amounts.length);
+        Ok(mixture.read(&reader, begins, note)?)
     }
 
     /// The training data, and what is watched; what the teacher, of that identity, writes is kept in `training`.

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::data::{Data, Order, batch};
 use super::optimizer::{AdamW, cosine};
 use super::parameter::Learned;
+use super::schedule::Schedule;
 use super::student::Student;
 use super::{During as _, RecoverError, Result};
 use crate::backend::autograd::{AutogradBackend, loss};
@@ -96,6 +97,26 @@ pub fn train(
     scratch: &Path,
     each: &mut dyn FnMut(&BlockReport, &Student) -> Result<()>,
 ) -> Result<()> {
+    let schedule = &mut Schedule::new(options.steps, Vec::new());
+    let each = &mut |report: &BlockReport, student: &Student, _: &mut Schedule| each(report, student);
+    train_as(student, teacher, data, options, from, scratch, schedule, each)
+}
+
+/// [`train`], each block for the steps that the schedule has for it, which `each` may cut for those that follow.
+///
+/// # Errors
+/// As [`train`].
+#[allow(clippy::too_many_arguments)]
+pub fn train_as(
+    student: &mut Student,
+    teacher: &Decoder<AutogradBackend>,
+    data: &Data,
+    options: &Options,
+    from: usize,
+    scratch: &Path,
+    schedule: &mut Schedule,
+    each: &mut dyn FnMut(&BlockReport, &Student, &mut Schedule) -> Result<()>,
+) -> Result<()> {
     let layers = student.decoder.config.layers.len();
     let rows = spread(&data.rows, options.samples.unwrap_or(usize::MAX));
     let held_out = (rows.len() / HELD_OUT).min(MOST_HELD_OUT);
@@ -113,6 +134,10 @@ pub fn train(
     let mut inputs = Stream::embed(&student.decoder, data, scratch)?;
     let mut reference = Stream::embed(teacher, data, scratch)?;
     for block in 0..layers {
+        let steps = schedule.of_block(block);
+        if block >= from && steps == 0 {
+            break;
+        }
         let targets = reference.through(teacher, block, data)?;
         if block < from {
             inputs = inputs.through(&student.decoder, block, data)?;
@@ -127,7 +152,7 @@ pub fn train(
         let start = student.block_state(block);
         let before = inputs.through(&student.decoder, block, &first)?.distance(&targets, judged)?;
         let mut order = Order::new(data.rows.len() - held_out, options.seed.wrapping_add(block as u64));
-        for step in 0..options.steps {
+        for step in 0..steps {
             let chosen: Vec<usize> = order.take(options.sequences).into_iter().map(|r| held_out + r).collect();
             let pass = prepare(&student.decoder, data, &chosen)?;
             let x = inputs.rows(&chosen)?;
@@ -142,8 +167,8 @@ pub fn train(
             }
             loss.backward().during("block gradient")?;
             let factor = options.adam.clipping(student.gradient_norm());
-            let rate = cosine(options.learning_rate, step, options.steps, options.warmup, FLOOR);
-            student.step(&options.adam, step + 1, options.steps, rate, factor);
+            let rate = cosine(options.learning_rate, step, steps, options.warmup, FLOOR);
+            student.step(&options.adam, step + 1, steps, rate, factor);
         }
         student.settle_rounding();
         let mut outputs = inputs.through(&student.decoder, block, data)?;
@@ -153,7 +178,7 @@ pub fn train(
             outputs = inputs.through(&student.decoder, block, data)?;
             after = before;
         }
-        each(&BlockReport { block, before, after }, student)?;
+        each(&BlockReport { block, before, after }, student, schedule)?;
         inputs = outputs;
         reference = targets;
     }

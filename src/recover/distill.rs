@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use super::block::{cache, worth};
 use super::data::{Data, Order, batch, next_tokens};
-use super::optimizer::{AdamW, cosine};
+use super::optimizer::{AdamW, cosine_at};
+use super::schedule::Schedule;
 use super::student::Student;
 use super::{During as _, RecoverError, Result};
 use crate::backend::autograd::AutogradBackend;
@@ -110,10 +111,31 @@ pub fn train(
     from: usize,
     each: &mut dyn FnMut(&Point, &Student) -> Result<ControlFlow<()>>,
 ) -> Result<()> {
+    let schedule = &mut Schedule::new(options.steps, Vec::new());
+    train_as(student, teacher, data, options, from, schedule, &mut |point, student, _| each(point, student))
+}
+
+/// What sees every step, may cut the schedule, and ends the training with `Break`.
+pub type Each<'e> = dyn FnMut(&Point, &Student, &mut Schedule) -> Result<ControlFlow<()>> + 'e;
+
+/// [`train`], for as many steps as the schedule has, which `each` may cut.
+///
+/// # Errors
+/// As [`train`].
+pub fn train_as(
+    student: &mut Student,
+    teacher: Option<&Decoder<AutogradBackend>>,
+    data: &Data,
+    options: &Options,
+    from: usize,
+    schedule: &mut Schedule,
+    each: &mut Each<'_>,
+) -> Result<()> {
     let batches = options.accumulate.max(1);
     let mut order = Order::new(data.rows.len(), options.seed);
     order.take(from * batches * options.sequences);
-    for step in from..options.steps {
+    let mut step = from;
+    while step < schedule.end(step) {
         let chosen: Vec<Vec<&Row>> =
             (0..batches).map(|_| order.take(options.sequences).into_iter().map(|r| &data.rows[r]).collect()).collect();
         let learned = |rows: &Vec<&Row>| next_tokens(rows).1.iter().map(|w| f64::from(*w)).sum::<f64>();
@@ -127,7 +149,8 @@ pub fn train(
             sums.cross_entropy += part.cross_entropy;
         }
         let norm = student.gradient_norm();
-        let rate = cosine(options.learning_rate, step, options.steps, options.warmup, FLOOR);
+        let position = schedule.position(step);
+        let rate = cosine_at(options.learning_rate, position, options.steps, options.warmup, FLOOR);
         let weight = sums.weight.max(1.0);
         let point = Point {
             step: step + 1,
@@ -146,7 +169,8 @@ pub fn train(
         if options.average > 0.0 {
             student.average(options.average);
         }
-        if each(&point, student)?.is_break() {
+        step += 1;
+        if each(&point, student, schedule)?.is_break() {
             break;
         }
     }

@@ -4,16 +4,22 @@
 //! *master* in f32 of each quantized weight, whose nearest codes are what the student computes with and what is written at
 //! the end. Gradients pass straight through the rounding.
 
+pub mod best_known;
 pub mod block;
+pub mod budget;
 pub mod data;
 pub mod distill;
+pub mod measure;
 pub mod mixture;
 pub mod optimizer;
+pub mod pace;
 pub mod parameter;
 pub mod pretrain;
 pub mod run_folder;
+pub mod schedule;
 pub mod session;
 pub mod stage;
+pub mod stored_plan;
 pub mod student;
 pub mod teacher_text;
 pub mod trainer;
@@ -49,6 +55,9 @@ pub enum RecoverError {
     Interrupted(PathBuf),
     #[error("{}: {detail}", path.display())]
     Run { path: PathBuf, detail: String },
+    /// A plan that is none, or of something else.
+    #[error("{}: {detail}", path.display())]
+    Plan { path: PathBuf, detail: String },
     #[error("the {what} of step {step} is {value}: training has left what numbers can hold; try a lower learning rate")]
     NotFinite { what: String, step: usize, value: f64 },
     #[error(transparent)]

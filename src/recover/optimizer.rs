@@ -88,10 +88,16 @@ impl AdamW {
 /// Learning rate at `step` (from 0) of `steps`: linear warm-up, then a half cosine down to `floor` times the peak.
 #[must_use]
 pub fn cosine(peak: f32, step: usize, steps: usize, warmup: usize, floor: f32) -> f32 {
-    if step < warmup {
-        return peak * (step + 1) as f32 / warmup as f32;
+    cosine_at(peak, step as f64, steps, warmup, floor)
+}
+
+/// The same at a `position` that may lie between two steps ([`super::schedule`]).
+#[must_use]
+pub fn cosine_at(peak: f32, position: f64, steps: usize, warmup: usize, floor: f32) -> f32 {
+    if position < warmup as f64 {
+        return peak * (position + 1.0).min(warmup as f64) as f32 / warmup as f32;
     }
-    let done = (step - warmup) as f64 / (steps.saturating_sub(warmup).max(1)) as f64;
+    let done = (position - warmup as f64) / (steps.saturating_sub(warmup).max(1)) as f64;
     let wave = 0.5 * (1.0 + (std::f64::consts::PI * done.min(1.0)).cos());
     (f64::from(peak) * (f64::from(floor) + (1.0 - f64::from(floor)) * wave)) as f32
 }

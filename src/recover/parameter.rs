@@ -158,6 +158,12 @@ impl Parameter {
         matches!(&self.weight, Weight::Linear(l) if !l.grid().is_float())
     }
 
+    /// Whether it is quantized to four bits.
+    #[must_use]
+    pub fn has_four_bits(&self) -> bool {
+        matches!(&self.weight, Weight::Linear(l) if l.grid().has_four_bits())
+    }
+
     /// Whether it is no matrix: the weight of a norm, sinks, a mixer's own numbers.
     #[must_use]
     pub fn is_norm(&self) -> bool {

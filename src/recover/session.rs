@@ -7,7 +7,9 @@ use serde_json::{Value, json};
 
 use super::data::Data;
 use super::distill::Watched;
+use super::pace::Pace;
 use super::run_folder::RunFolder;
+use super::stored_plan::{PLAN_FILE, StoredPlan};
 use super::student::{CURVE_FILE, RECORD_FILE, Student};
 use super::trainer::{Event, Outcome, Plan, Run};
 use super::{RecoverError, Result};
@@ -29,6 +31,8 @@ pub struct Lesson<'a> {
     pub data: &'a Data,
     /// Texts that are looked at while training, by name.
     pub watched: Vec<(String, Data)>,
+    /// Where the stages end.
+    pub pace: Pace<'a>,
     /// Where what each stage but the last gives is written, beside this output; nothing: it is not.
     pub stages_beside: Option<&'a Path>,
 }
@@ -67,7 +71,7 @@ impl Session {
         show: &mut dyn FnMut(&Event),
         rest: fn(),
     ) -> Result<Outcome> {
-        let Lesson { plan, teacher, data, watched, stages_beside } = lesson;
+        let Lesson { plan, teacher, data, watched, mut pace, stages_beside } = lesson;
         let watched = watched
             .into_iter()
             .map(|(name, data)| Watched::new(name, data.rows, teacher))
@@ -89,15 +93,25 @@ impl Session {
             student.write(of, &[(RECORD_FILE, record)], &out)
         };
         let folder = &mut self.folder;
-        Run { teacher, data, watched: &watched, plan, folder, show, after: &mut after }.train(student)
+        let pace = &mut pace;
+        Run { teacher, data, watched: &watched, plan, folder, pace, show, after: &mut after }.train(student)
     }
 
-    /// Writes the student with the `record` of how it came to be and the curve of the training.
+    /// Writes the student with the `record` of how it came to be, the curve of the training, and where there is one its plan.
     ///
     /// # Errors
     /// When `out` cannot be written.
-    pub fn write(&self, student: &Student, of: &Checkpoint, record: &Value, out: &Path) -> Result<()> {
-        student.write(of, &[(RECORD_FILE, pretty(record)), (CURVE_FILE, self.folder.curve()?)], out)
+    pub fn write(
+        &self,
+        student: &Student,
+        of: &Checkpoint,
+        record: &Value,
+        planned: Option<&StoredPlan>,
+        out: &Path,
+    ) -> Result<()> {
+        let mut files = vec![(RECORD_FILE, pretty(record)), (CURVE_FILE, self.folder.curve()?)];
+        files.extend(planned.map(|p| (PLAN_FILE, p.text().into_bytes())));
+        student.write(of, &files, out)
     }
 
     /// The training is over: its state goes.

@@ -116,6 +116,24 @@ impl Stage {
         json!({"method": self.name, "settings": settings.unwrap_or_default()})
     }
 
+    /// Steps of the optimizer; of each block, where it trains blocks.
+    #[must_use]
+    pub fn steps(&self) -> usize {
+        match &self.method {
+            Method::Block(o) => o.steps,
+            Method::Distill(o) => o.steps,
+        }
+    }
+
+    /// Sequences that a step sees.
+    #[must_use]
+    pub fn sequences(&self) -> usize {
+        match &self.method {
+            Method::Block(o) => o.sequences,
+            Method::Distill(o) => o.sequences * o.accumulate,
+        }
+    }
+
     /// Steps of the optimizer, or blocks that take `steps` each.
     #[must_use]
     pub fn length(&self, layers: usize) -> usize {

@@ -8,8 +8,10 @@ use serde_json::{Map, Value};
 
 use super::data::Data;
 use super::distill::{self, Point, Watched};
+use super::pace::Pace;
 use super::parameter::{Learned, Parameter};
 use super::run_folder::RunFolder;
+use super::schedule::Schedule;
 use super::stage::{Method, Stage};
 use super::student::Student;
 use super::{RecoverError, Result, block};
@@ -77,13 +79,15 @@ pub struct Outcome {
 }
 
 /// What is trained towards what.
-pub struct Run<'a> {
+pub struct Run<'a, 'p> {
     /// `None`: only the text is learned from.
     pub teacher: Option<&'a Decoder<AutogradBackend>>,
     pub data: &'a Data,
     pub watched: &'a [Watched],
     pub plan: &'a Plan,
     pub folder: &'a mut RunFolder,
+    /// Where the stages end.
+    pub pace: &'a mut Pace<'p>,
     /// Called with every event as it happens.
     pub show: &'a mut dyn FnMut(&Event),
     /// Called after each stage but the last with its number and the student, which then has the stage's best weights.
@@ -98,7 +102,7 @@ struct Best {
     since: usize,
 }
 
-impl Run<'_> {
+impl Run<'_, '_> {
     /// Trains the student stage by stage; after each it has the weights that were best on the watched texts (the last
     /// ones, where nothing is watched). Goes on where the folder says that the run stood.
     ///
@@ -154,36 +158,43 @@ impl Run<'_> {
                     return Err(RecoverError::Data("the method block needs a teacher".into()));
                 };
                 let scratch = self.folder.folder().to_owned();
-                block::train(student, teacher, data, &options, from, &scratch, &mut |report, student| {
+                let layers = student.decoder.config.layers.len();
+                self.pace.begin_blocks(stage, from, layers)?;
+                let schedule = &mut self.pace.schedule(stage);
+                let each = &mut |report: &block::BlockReport, student: &Student, schedule: &mut Schedule| {
                     let (block, before, after) = (report.block, report.before, report.after);
                     self.record(events, Event::Block { stage, block, before, after })?;
-                    self.folder.save_block(student, stage, block)
-                })?;
-                let step = student.decoder.config.layers.len();
-                if self.look(student, stage, step, events)? {
-                    self.folder.save_best(student, stage, step)?;
+                    self.folder.save_block(student, stage, block)?;
+                    self.pace.block_done(stage, block + 1, layers)?;
+                    *schedule = self.pace.schedule(stage);
+                    Ok(())
+                };
+                block::train_as(student, teacher, data, &options, from, &scratch, schedule, each)?;
+                if self.look(student, stage, layers, events)? {
+                    self.folder.save_best(student, stage, layers)?;
                 }
             }
             Method::Distill(options) => {
                 let all = student.everything;
-                let trained = |p: &Parameter| Learned {
-                    weight: all || p.is_quantized() || (options.norms && p.is_norm()),
-                    scales: options.scales,
-                    rounding: false,
-                };
+                let trained = |p: &Parameter| learned(p, &options, all);
                 if from > 0 {
                     student.go_on(trained)
                 } else {
                     student.train(trained)
                 }
                 let mut saved = Instant::now();
-                distill::train(student, teacher, data, &options, from, &mut |point, student| {
+                self.pace.begin(stage, from)?;
+                let schedule = &mut self.pace.schedule(stage);
+                let each = &mut |point: &Point, student: &Student, schedule: &mut Schedule| {
                     self.record(events, Event::Step { stage, point: *point })?;
                     let mut flow = ControlFlow::Continue(());
-                    if point.step.is_multiple_of(plan.evaluate_every.max(1)) || point.step == options.steps {
+                    let end = self.pace.stepped(stage, point.step)?;
+                    *schedule = self.pace.schedule(stage);
+                    if point.step.is_multiple_of(plan.evaluate_every.max(1)) || point.step == end {
                         if self.look(student, stage, point.step, events)? {
                             self.folder.save_best(student, stage, point.step)?;
                         }
+                        self.pace.looked()?;
                         let since = best_of(events, stage).map_or(0, |b| b.since);
                         if plan.patience.is_some_and(|p| since >= p) {
                             flow = ControlFlow::Break(());
@@ -192,9 +203,11 @@ impl Run<'_> {
                     if saved.elapsed() >= plan.save_every && flow.is_continue() {
                         self.folder.save_state(student, stage, point.step)?;
                         saved = Instant::now();
+                        self.pace.rested();
                     }
                     Ok(flow)
-                })?;
+                };
+                distill::train_as(student, teacher, data, &options, from, schedule, each)?;
             }
         }
         self.keep_best(student, stage, events)?;
@@ -247,6 +260,15 @@ impl Run<'_> {
             self.record(events, Event::Kept { stage, step: best.done })?;
         }
         Ok(())
+    }
+}
+
+/// What of a parameter the whole model's training moves; `all` of a model of floats.
+pub(super) fn learned(p: &Parameter, options: &distill::Options, all: bool) -> Learned {
+    Learned {
+        weight: all || p.is_quantized() || (options.norms && p.is_norm()),
+        scales: options.scales,
+        rounding: false,
     }
 }
 

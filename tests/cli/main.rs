@@ -14,6 +14,7 @@ mod output;
 mod pretrain;
 mod quantize;
 mod recover;
+mod recover_plan;
 mod serve;
 mod settings;
 mod verify;

@@ -283,6 +283,12 @@ impl WeightGrid {
         self.element.is_float()
     }
 
+    /// Whether its elements have four bits.
+    #[must_use]
+    pub fn has_four_bits(&self) -> bool {
+        self.element == Element::E2m1
+    }
+
     /// The scales that [`Self::operand`] leaves out in BF16.
     #[must_use]
     pub fn outer_scale(&self, precision: Precision) -> OutputScale {
