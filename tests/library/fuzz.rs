@@ -1,22 +1,24 @@
 //! What the fuzz targets run, under a plain driver: for where libFuzzer cannot be built. Inputs are kept that end with an error
 //! nobody ended with before, which stands for the coverage that libFuzzer sees.
 
-#[path = "../../fuzz/src/lib.rs"]
-#[allow(dead_code, unexpected_cfgs)]
-mod shared;
-
 #[path = "../../fuzz/src/checkpoint.rs"]
 mod checkpoint;
 #[path = "../../fuzz/src/configuration.rs"]
 mod configuration;
+#[path = "../../fuzz/src/corpus.rs"]
+mod corpus;
+#[path = "../../fuzz/src/mutate.rs"]
+mod mutate;
+#[path = "../../fuzz/src/parts.rs"]
+mod parts;
 
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
-use crate::support::project;
-use shared::mutate::Random;
-use shared::{Parts, corpus, mutate};
+use crate::support::{fused, project, tiny};
+use mutate::Random;
+use parts::Parts;
 
 /// What an input takes at most.
 const PATIENCE: Duration = Duration::from_secs(10);

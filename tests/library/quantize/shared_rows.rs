@@ -126,7 +126,7 @@ fn experts_in_one_tensor_are_the_model_that_they_are_one_by_one() {
         for ((source, out), kept) in [&one, &all].iter().zip(&out).zip(&kept) {
             let places = Places { out, unrounded: Some(kept), measured: None };
             let recipe = recipe("*.mlp.experts.*", Some(Gptq::default()));
-            apply(*source, &cpu(2), &text, &recipe, Dialect::ModelOpt, places, &mut |_, _, _| {}).unwrap();
+            apply(source, &cpu(2), &text, &recipe, Dialect::ModelOpt, places, &mut |_, _, _| {}).unwrap();
         }
         same_files(&out[0], &out[1]);
         let expected = root.path().join(format!("expected-{i}"));
