@@ -145,12 +145,12 @@ unsafe fn scales(scales: Scales<'_>, i: usize, half: usize) -> __m256 {
 /// are 8 at most.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn float(t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) {
-    // 16 registers: four sums, each of the block and of all. One token takes both halves of two groups, two tokens those of
-    // one, more go through one half after the other.
+    // 16 registers: one token takes both halves of two groups, two tokens those of one: four sums, each of the block and of all.
+    // Four take both halves too: eight sums of the block, so that none waits for another; those of all wait in memory.
     let (step, wide) = match (rows, t.groups) {
         (1, 2..) => (1, 4),
         (1 | 2, _) => (rows, 2),
-        _ => (4, 1),
+        _ => (4, 2),
     };
     for half in (0..2 * t.groups).step_by(wide) {
         for m in (0..rows).step_by(step) {
@@ -163,7 +163,7 @@ pub(super) unsafe fn float(t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROU
                             (1, 4) => $kernel::<1, 4>(t, part, acc),
                             (1, _) => $kernel::<1, 2>(t, part, acc),
                             (2, _) => $kernel::<2, 2>(t, part, acc),
-                            _ => $kernel::<4, 1>(t, part, acc),
+                            _ => $kernel::<4, 2>(t, part, acc),
                         }
                     }
                 };
@@ -179,6 +179,24 @@ pub(super) unsafe fn float(t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROU
     }
 }
 
+/// A group's elements in f32, per k one of each row.
+///
+/// # Safety
+/// The CPU has the features below.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn decode(element: Element, packed: &[u8], values: &mut [f32]) {
+    // SAFETY: the caller's.
+    unsafe {
+        match element {
+            Element::E2m1 => decode_e2m1(packed, values),
+            Element::E4m3 => decode_e4m3(packed, values),
+            Element::Bf16 => decode_bf16(packed, values),
+            Element::F16 => decode_f16(packed, values),
+            Element::F32 => decode_f32(packed, values),
+        }
+    }
+}
+
 /// What a kernel computes of a tile of `rows` tokens: from this half of a group (counted over all groups) and this token on.
 #[derive(Clone, Copy)]
 struct Part {
@@ -187,10 +205,10 @@ struct Part {
     rows: usize,
 }
 
-/// The kernel of one element for `H` consecutive halves of groups: `$load` makes what 8 consecutive k of half `$half` of a group
+/// The kernel of one element for `H` consecutive halves of groups, and what decodes it alone: `$load` makes what 8 consecutive k of half `$half` of a group
 /// need from pointer `$p`, `$decode` one k of it in f32. A macro for the reason given in `avx512`.
 macro_rules! float_kernel {
-    ($name:ident, $chunk_bytes:literal, $p:ident, $half:ident, $state:ident = $load:expr, $($k:literal => $decode:expr),+ $(,)?) => {
+    ($name:ident, $decode_name:ident, $chunk_bytes:literal, $p:ident, $half:ident, $state:ident = $load:expr, $($k:literal => $decode:expr),+ $(,)?) => {
         #[target_feature(enable = "avx2,fma,f16c")]
         unsafe fn $name<const M: usize, const H: usize>(t: &FloatTile<'_>, part: Part, acc: &mut [[f32; GROUP]; TILE]) {
             let blocks = t.k.div_ceil(t.block);
@@ -240,11 +258,26 @@ macro_rules! float_kernel {
                 }
             }
         }
+
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn $decode_name(packed: &[u8], values: &mut [f32]) {
+            let packed = packed.as_chunks::<$chunk_bytes>().0;
+            for (packed, values) in packed.iter().zip(values.as_chunks_mut::<{ 8 * GROUP }>().0) {
+                let $p = packed.as_ptr();
+                for $half in 0..2 {
+                    // SAFETY: a chunk of the packed elements and their values.
+                    unsafe {
+                        let $state = $load;
+                        $(_mm256_storeu_ps(values.as_mut_ptr().add($k * GROUP + HALF * $half), $decode);)+
+                    }
+                }
+            }
+        }
     };
 }
 
 // Byte i of a word holds k = i low and k = 4 + i high.
-float_kernel!(float_e2m1, 64, p, half,
+float_kernel!(float_e2m1, decode_e2m1, 64, p, half,
     s = (_mm256_loadu_si256(p.add(32 * half).cast()), _mm256_loadu_ps(e2m1::VALUES.as_ptr())),
     0 => e2m1(s.0, s.1),
     1 => e2m1(_mm256_srli_epi32(s.0, 8), s.1),
@@ -255,7 +288,7 @@ float_kernel!(float_e2m1, 64, p, half,
     6 => e2m1(_mm256_srli_epi32(s.0, 20), s.1),
     7 => e2m1(_mm256_srli_epi32(s.0, 28), s.1),
 );
-float_kernel!(float_e4m3, 128, p, half,
+float_kernel!(float_e4m3, decode_e4m3, 128, p, half,
     s = (_mm256_loadu_si256(p.add(32 * half).cast()), _mm256_loadu_si256(p.add(64 + 32 * half).cast())),
     0 => e4m3(_mm256_slli_epi32(s.0, 24)),
     1 => e4m3(_mm256_slli_epi32(s.0, 16)),
@@ -266,15 +299,15 @@ float_kernel!(float_e4m3, 128, p, half,
     6 => e4m3(_mm256_slli_epi32(s.1, 8)),
     7 => e4m3(s.1),
 );
-float_kernel!(float_bf16, 256, p, half, s = p.add(16 * half),
+float_kernel!(float_bf16, decode_bf16, 256, p, half, s = p.add(16 * half),
     0 => bf16(s), 1 => bf16(s.add(32)), 2 => bf16(s.add(64)), 3 => bf16(s.add(96)),
     4 => bf16(s.add(128)), 5 => bf16(s.add(160)), 6 => bf16(s.add(192)), 7 => bf16(s.add(224)),
 );
-float_kernel!(float_f16, 256, p, half, s = p.add(16 * half),
+float_kernel!(float_f16, decode_f16, 256, p, half, s = p.add(16 * half),
     0 => f16(s), 1 => f16(s.add(32)), 2 => f16(s.add(64)), 3 => f16(s.add(96)),
     4 => f16(s.add(128)), 5 => f16(s.add(160)), 6 => f16(s.add(192)), 7 => f16(s.add(224)),
 );
-float_kernel!(float_f32, 512, p, half, s = p.cast::<f32>().add(HALF * half),
+float_kernel!(float_f32, decode_f32, 512, p, half, s = p.cast::<f32>().add(HALF * half),
     0 => _mm256_loadu_ps(s), 1 => _mm256_loadu_ps(s.add(16)), 2 => _mm256_loadu_ps(s.add(32)),
     3 => _mm256_loadu_ps(s.add(48)), 4 => _mm256_loadu_ps(s.add(64)), 5 => _mm256_loadu_ps(s.add(80)),
     6 => _mm256_loadu_ps(s.add(96)), 7 => _mm256_loadu_ps(s.add(112)),

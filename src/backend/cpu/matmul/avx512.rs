@@ -124,11 +124,29 @@ pub(super) unsafe fn float(t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROU
     }
 }
 
-/// The kernel of one element: `$load` makes what 8 consecutive k of 16 rows need from pointer `$p`, `$decode` one k of
+/// A group's elements in f32, per k one of each row.
+///
+/// # Safety
+/// The CPU has the features below.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) unsafe fn decode(element: Element, packed: &[u8], values: &mut [f32]) {
+    // SAFETY: the caller's.
+    unsafe {
+        match element {
+            Element::E2m1 => decode_e2m1(packed, values),
+            Element::E4m3 => decode_e4m3(packed, values),
+            Element::Bf16 => decode_bf16(packed, values),
+            Element::F16 => decode_f16(packed, values),
+            Element::F32 => decode_f32(packed, values),
+        }
+    }
+}
+
+/// The kernel of one element, and what decodes it alone: `$load` makes what 8 consecutive k of 16 rows need from pointer `$p`, `$decode` one k of
 /// it in f32. A macro, because a function with target features cannot be forced inline, and a call in the inner loop
 /// would spill every accumulator.
 macro_rules! float_kernel {
-    ($name:ident, $chunk_bytes:literal, $p:ident, $state:ident = $load:expr, $($k:literal => $decode:expr),+ $(,)?) => {
+    ($name:ident, $decode_name:ident, $chunk_bytes:literal, $p:ident, $state:ident = $load:expr, $($k:literal => $decode:expr),+ $(,)?) => {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
         unsafe fn $name<const M: usize, const G: usize>(t: &FloatTile<'_>, acc: &mut [[f32; GROUP]; TILE]) {
             let blocks = t.k.div_ceil(t.block);
@@ -186,11 +204,24 @@ macro_rules! float_kernel {
                 }
             }
         }
+
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+        unsafe fn $decode_name(packed: &[u8], values: &mut [f32]) {
+            let packed = packed.as_chunks::<$chunk_bytes>().0;
+            for (packed, values) in packed.iter().zip(values.as_chunks_mut::<{ 8 * GROUP }>().0) {
+                let $p = packed.as_ptr();
+                // SAFETY: a chunk of the packed elements and their values.
+                unsafe {
+                    let $state = $load;
+                    $(_mm512_storeu_ps(values.as_mut_ptr().add($k * GROUP), $decode);)+
+                }
+            }
+        }
     };
 }
 
 // vpermps reads the low four bits of each index. Byte i of a word holds k = i low and k = 4 + i high.
-float_kernel!(float_e2m1, 64, p, s = (_mm512_loadu_si512(p.cast()), _mm512_loadu_ps(e2m1::VALUES.as_ptr())),
+float_kernel!(float_e2m1, decode_e2m1, 64, p, s = (_mm512_loadu_si512(p.cast()), _mm512_loadu_ps(e2m1::VALUES.as_ptr())),
     0 => _mm512_permutexvar_ps(s.0, s.1),
     1 => _mm512_permutexvar_ps(_mm512_srli_epi32(s.0, 8), s.1),
     2 => _mm512_permutexvar_ps(_mm512_srli_epi32(s.0, 16), s.1),
@@ -200,7 +231,7 @@ float_kernel!(float_e2m1, 64, p, s = (_mm512_loadu_si512(p.cast()), _mm512_loadu
     6 => _mm512_permutexvar_ps(_mm512_srli_epi32(s.0, 20), s.1),
     7 => _mm512_permutexvar_ps(_mm512_srli_epi32(s.0, 28), s.1),
 );
-float_kernel!(float_e4m3, 128, p, s = (_mm512_loadu_si512(p.cast()), _mm512_loadu_si512(p.add(64).cast())),
+float_kernel!(float_e4m3, decode_e4m3, 128, p, s = (_mm512_loadu_si512(p.cast()), _mm512_loadu_si512(p.add(64).cast())),
     0 => e4m3(_mm512_slli_epi32(s.0, 24)),
     1 => e4m3(_mm512_slli_epi32(s.0, 16)),
     2 => e4m3(_mm512_slli_epi32(s.0, 8)),
@@ -210,15 +241,15 @@ float_kernel!(float_e4m3, 128, p, s = (_mm512_loadu_si512(p.cast()), _mm512_load
     6 => e4m3(_mm512_slli_epi32(s.1, 8)),
     7 => e4m3(s.1),
 );
-float_kernel!(float_bf16, 256, p, s = p,
+float_kernel!(float_bf16, decode_bf16, 256, p, s = p,
     0 => bf16(s), 1 => bf16(s.add(32)), 2 => bf16(s.add(64)), 3 => bf16(s.add(96)),
     4 => bf16(s.add(128)), 5 => bf16(s.add(160)), 6 => bf16(s.add(192)), 7 => bf16(s.add(224)),
 );
-float_kernel!(float_f16, 256, p, s = p,
+float_kernel!(float_f16, decode_f16, 256, p, s = p,
     0 => f16(s), 1 => f16(s.add(32)), 2 => f16(s.add(64)), 3 => f16(s.add(96)),
     4 => f16(s.add(128)), 5 => f16(s.add(160)), 6 => f16(s.add(192)), 7 => f16(s.add(224)),
 );
-float_kernel!(float_f32, 512, p, s = p.cast::<f32>(),
+float_kernel!(float_f32, decode_f32, 512, p, s = p.cast::<f32>(),
     0 => _mm512_loadu_ps(s), 1 => _mm512_loadu_ps(s.add(16)), 2 => _mm512_loadu_ps(s.add(32)),
     3 => _mm512_loadu_ps(s.add(48)), 4 => _mm512_loadu_ps(s.add(64)), 5 => _mm512_loadu_ps(s.add(80)),
     6 => _mm512_loadu_ps(s.add(96)), 7 => _mm512_loadu_ps(s.add(112)),

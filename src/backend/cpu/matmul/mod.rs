@@ -11,6 +11,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod decoded;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
@@ -186,46 +187,67 @@ fn integer_groups(isa: Isa, w: &PackedLinear, x: &IntegerInput, task: &Task, out
 }
 
 fn float_groups(isa: Isa, w: &PackedLinear, x: &FloatInput<'_>, task: &Task, out: Output) {
+    // Groups that tiles may take side by side: with many tokens, one after the other, which stays in the first cache.
+    let side_by_side = if task.tokens.len() < TILE { TILE / 2 } else { 1 };
+    for first in task.groups.clone().step_by(side_by_side) {
+        let groups = first..task.groups.end.min(first + side_by_side);
+        let packed = w.groups_data(groups.clone());
+        if decoded::worthwhile(w.element, task.tokens.len()) {
+            decoded::with(isa, w.element, packed, |values| {
+                float_tokens(isa, w, Element::F32, values, x, groups, task.tokens.clone(), out);
+            });
+        } else {
+            float_tokens(isa, w, w.element, packed, x, groups, task.tokens.clone(), out);
+        }
+    }
+}
+
+/// Some groups of a float product, whose elements are `weights`, for some tokens.
+#[allow(clippy::too_many_arguments)]
+fn float_tokens(
+    isa: Isa,
+    w: &PackedLinear,
+    element: Element,
+    weights: &[u8],
+    x: &FloatInput<'_>,
+    groups: Range<usize>,
+    tokens: Range<usize>,
+    out: Output,
+) {
     let block = if x.block == 0 { w.weight_block } else { w.weight_block.min(x.block) }.min(w.k_padded);
     let repeat = w.weight_block / block;
     let (scale_stride, scale_repeat) = if x.block == 0 { (0, 1) } else { (w.k.div_ceil(x.block), x.block / block) };
-    // Groups that tiles may take side by side: with many tokens, one after the other, which stays in the first cache.
-    let side_by_side = if task.tokens.len() < TILE { TILE / 2 } else { 1 };
-    let mut group = task.groups.start;
-    while group < task.groups.end {
-        let end = task.groups.end.min(group + side_by_side);
-        let mut m = task.tokens.start;
-        while m < task.tokens.end {
-            let rows = tile_rows(task.tokens.end - m);
-            let mut first = group;
-            while first < end {
-                let groups = tile_groups(rows, end - first);
-                let tile = FloatTile {
-                    element: w.element,
-                    groups,
-                    weights: w.groups_data(first..first + groups),
-                    streamed: m == task.tokens.start,
-                    weight_scales: w.groups_scales(first..first + groups),
-                    block,
-                    repeat,
-                    values: &x.values[m * w.k_padded..],
-                    scales: if x.block == 0 { &[] } else { &x.scales[m * scale_stride..] },
-                    scale_stride,
-                    scale_repeat,
-                    k: w.k_padded,
-                };
-                let mut acc = [[0.0f32; GROUP]; TILE];
-                float_tile(isa, &tile, rows, &mut acc);
-                let mut scales = [1.0; TILE];
-                scales.iter_mut().zip(x.rows.get(m..).unwrap_or_default()).for_each(|(s, row)| *s = *row);
-                for (g, acc) in acc[..groups * rows].chunks_exact(rows).enumerate() {
-                    Finish::new(w, first + g, out).write(isa, m, acc, scales);
-                }
-                first += groups;
+    let group_bytes = GROUP * element.row_bytes(w.k_padded);
+    let mut m = tokens.start;
+    while m < tokens.end {
+        let rows = tile_rows(tokens.end - m);
+        let mut first = groups.start;
+        while first < groups.end {
+            let count = tile_groups(rows, groups.end - first);
+            let tile = FloatTile {
+                element,
+                groups: count,
+                weights: &weights[(first - groups.start) * group_bytes..][..count * group_bytes],
+                streamed: m == tokens.start && element == w.element,
+                weight_scales: w.groups_scales(first..first + count),
+                block,
+                repeat,
+                values: &x.values[m * w.k_padded..],
+                scales: if x.block == 0 { &[] } else { &x.scales[m * scale_stride..] },
+                scale_stride,
+                scale_repeat,
+                k: w.k_padded,
+            };
+            let mut acc = [[0.0f32; GROUP]; TILE];
+            float_tile(isa, &tile, rows, &mut acc);
+            let mut scales = [1.0; TILE];
+            scales.iter_mut().zip(x.rows.get(m..).unwrap_or_default()).for_each(|(s, row)| *s = *row);
+            for (g, acc) in acc[..count * rows].chunks_exact(rows).enumerate() {
+                Finish::new(w, first + g, out).write(isa, m, acc, scales);
             }
-            m += rows;
+            first += count;
         }
-        group = end;
+        m += rows;
     }
 }
 
@@ -384,7 +406,7 @@ mod tests {
         bytes(seed, blocks * GROUP).as_chunks::<GROUP>().0.iter().map(|c| c.map(code)).collect()
     }
 
-    fn bits(acc: &[[f32; GROUP]; TILE], rows: usize) -> Vec<u32> {
+    fn bits(acc: &[[f32; GROUP]], rows: usize) -> Vec<u32> {
         acc[..rows].iter().flatten().map(|v| v.to_bits()).collect()
     }
 

@@ -166,6 +166,37 @@ unsafe fn float_element<D: Decode>(t: &FloatTile<'_>, rows: usize, acc: &mut [[f
     }
 }
 
+/// A group's elements in f32, per k one of each row.
+///
+/// # Safety
+/// Every AArch64 CPU has NEON.
+pub(super) unsafe fn decode(element: Element, packed: &[u8], values: &mut [f32]) {
+    unsafe fn each<D: Decode>(packed: &[u8], values: &mut [f32]) {
+        let chunks = packed.chunks_exact(GROUP * D::ELEMENT.row_bytes(8));
+        for (packed, values) in chunks.zip(values.as_chunks_mut::<{ 8 * GROUP }>().0) {
+            macro_rules! positions {
+                ($($i:literal)+) => {$(
+                    for row in (0..GROUP).step_by(QUARTER) {
+                        // SAFETY: a chunk of the packed elements and their values.
+                        unsafe { vst1q_f32(values.as_mut_ptr().add($i * GROUP + row), D::quarter::<$i>(packed.as_ptr(), row)) }
+                    }
+                )+};
+            }
+            positions!(0 1 2 3 4 5 6 7);
+        }
+    }
+    // SAFETY: the caller's.
+    unsafe {
+        match element {
+            Element::E2m1 => each::<E2m1>(packed, values),
+            Element::E4m3 => each::<E4m3>(packed, values),
+            Element::Bf16 => each::<Bf16>(packed, values),
+            Element::F16 => each::<F16>(packed, values),
+            Element::F32 => each::<F32>(packed, values),
+        }
+    }
+}
+
 /// What a kernel computes of a tile of `rows` tokens: from this half of a group (counted over all groups) and this token on.
 #[derive(Clone, Copy)]
 struct Part {

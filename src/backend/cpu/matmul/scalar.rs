@@ -41,6 +41,13 @@ pub(super) fn float(t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TIL
     }
 }
 
+/// A group's elements in f32, per k one of each row.
+pub(super) fn decode(element: Element, packed: &[u8], values: &mut [f32]) {
+    for (k, values) in values.as_chunks_mut::<GROUP>().0.iter_mut().enumerate() {
+        *values = std::array::from_fn(|lane| weight(element, packed, k, lane));
+    }
+}
+
 fn e2m1_code(weights: &[u8], k: usize, lane: usize) -> usize {
     let byte = weights[k / 8 * 4 * GROUP + 4 * lane + k % 4];
     usize::from((byte >> (k % 8 / 4 * 4)) & 15)
