@@ -27,12 +27,21 @@ pub fn encode_magnitude(a: f32) -> u8 {
     a as u8 + b as u8 + c as u8 + d as u8 + e as u8 + f as u8 + g as u8
 }
 
-/// Twice the value nearest to the magnitude `a >= 0`: 0, 1, 2, 3, 4, 6, 8 or 12, without a table, so that it vectorises.
+/// Twice the value nearest to `x`, an integer of its sign: ties go to the even code, magnitudes over 6 saturate. Without branches and
+/// tables, so that it vectorises. Callers refuse NaN.
 #[inline(always)]
 #[must_use]
-pub fn nearest_doubled(a: f32) -> i32 {
-    let [a, b, c, d, e, f, g] = reached(a);
-    a as i32 + b as i32 + c as i32 + d as i32 + 2 * e as i32 + 2 * f as i32 + 4 * g as i32
+pub fn nearest_doubled(x: f32) -> i8 {
+    /// Of a sum of an integer and this, the low bits are the integer.
+    const INTEGER: f32 = 12_582_912.0;
+    let a = x.abs();
+    let a = if a > MAX { MAX } else { a };
+    // A value has one bit behind its leading one, and steps are 0.5 below 2. The last bit of a sum with `step` is that bit, so that
+    // the FPU rounds there, half to even.
+    let leading = if a > 1.0 { a } else { 1.0 };
+    let step = f32::from_bits((leading.to_bits() & 0x7f80_0000) + (22 << 23));
+    let doubled = 2.0 * ((a + step) - step);
+    (doubled.copysign(x) + INTEGER).to_bits() as i8
 }
 
 /// Whether the magnitude `a` is nearer to code 1, 2, ..., 7 than to the one below.
@@ -77,6 +86,10 @@ mod tests {
             assert_eq!(encode(-tie), even | 8);
             assert_eq!(encode(f32::from_bits(tie.to_bits() - 1)), code);
             assert_eq!(encode(f32::from_bits(tie.to_bits() + 1)), code + 1);
+            for x in [-1, 0, 1].map(|ulp| f32::from_bits(tie.to_bits().wrapping_add_signed(ulp))) {
+                assert_eq!(nearest_doubled(x), DOUBLED[encode(x) as usize], "{x}");
+                assert_eq!(nearest_doubled(-x), DOUBLED[encode(-x) as usize], "-{x}");
+            }
         }
     }
 
@@ -87,10 +100,13 @@ mod tests {
             let got = (decode(encode(x)) - x).abs();
             let best = VALUES.iter().map(|v| (v - x).abs()).fold(f32::MAX, f32::min);
             assert_eq!(got, best, "{x}");
-            assert_eq!(nearest_doubled(x.abs()), i32::from(DOUBLED[encode(x.abs()) as usize]), "{x}");
+            assert_eq!(nearest_doubled(x), DOUBLED[encode(x) as usize], "{x}");
         }
         assert_eq!(encode(f32::INFINITY), 7);
         assert_eq!(encode(-1e30), 15);
         assert_eq!(encode(-0.1), 8);
+        for x in [0.0, f32::MIN_POSITIVE, 1e-40, 1e30, f32::MAX, f32::INFINITY] {
+            assert_eq!([x, -x].map(nearest_doubled), [x, -x].map(|x| DOUBLED[encode(x) as usize]), "{x}");
+        }
     }
 }

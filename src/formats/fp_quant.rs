@@ -64,8 +64,7 @@ pub fn quantize_block(block: &[f32], method: Method, global_scale: f32, doubled:
     // Exact, since `scale` is a power of two: x is rounded once, as in x · divisor / scale.
     let factor = (1.0 / global_scale) / scale;
     for (d, &x) in doubled.iter_mut().zip(block) {
-        let magnitude = e2m1::nearest_doubled((x * factor).abs()) as i8;
-        *d = if x < 0.0 { -magnitude } else { magnitude };
+        *d = e2m1::nearest_doubled(x * factor);
     }
     scale
 }

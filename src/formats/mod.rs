@@ -46,6 +46,14 @@ pub fn squares_finite(values: &[f32], width: usize) -> bool {
     })
 }
 
+/// Largest absolute value of `values`, 0 for an empty slice: infinite or NaN where an element is.
+#[inline(always)]
+#[must_use]
+pub fn largest(values: &[f32]) -> f32 {
+    // As integers, magnitudes have the order that they have as floats, and NaN comes last.
+    f32::from_bits(values.iter().fold(0, |largest, v| largest.max(v.to_bits() & 0x7fff_ffff)))
+}
+
 /// Largest absolute value of `values`; 0 for an empty slice. NaN elements are passed over: check for them first.
 #[inline(always)]
 #[must_use]

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::{all_finite, amax, e2m1, e4m3};
+use super::{e2m1, e4m3, largest};
 
 /// Elements that share a block scale.
 pub const BLOCK: usize = 16;
@@ -57,22 +57,16 @@ pub fn encode_weight(
     (codes, scales)
 }
 
-/// Scale of an activation block, as the deployed kernels compute it per call: `e4m3(min(amax / (6·g), 448))`.
-///
-/// Returned as the E4M3 value (not its code), since the dot product wants it as a float. May be 0.
-#[inline(always)]
-#[must_use]
-pub fn activation_block_scale(block: &[f32], global_scale: f32) -> f32 {
-    e4m3::round(amax(block) / (e2m1::MAX * global_scale))
-}
-
-/// Quantizes one activation block to doubled E2M1 values (`2·value`, integers -12..=12) and returns its scale.
+/// Quantizes one activation block to doubled E2M1 values (`2·value`, integers -12..=12) and returns its scale, as the deployed
+/// kernels compute it per call: `e4m3(min(amax / (6·g), 448))`, the value and not its code.
 ///
 /// A scale of 0 means the whole block is zero. E2M1 has neither NaN nor infinity, so a block that holds one gets the scale
 /// NaN: what is no number must not come out as one.
 #[inline(always)]
 pub fn quantize_activation_block(block: &[f32], global_scale: f32, doubled: &mut [i8]) -> f32 {
-    let scale = if all_finite(block) { activation_block_scale(block, global_scale) } else { f32::NAN };
+    let largest = largest(block);
+    let scale = e4m3::round(largest / (e2m1::MAX * global_scale));
+    let scale = if largest < f32::INFINITY { scale } else { f32::NAN };
     quantize_with_scale(block, scale * global_scale, doubled);
     scale
 }
@@ -82,8 +76,7 @@ pub fn quantize_activation_block(block: &[f32], global_scale: f32, doubled: &mut
 pub(crate) fn quantize_with_scale(block: &[f32], scale: f32, doubled: &mut [i8]) {
     if scale > 0.0 {
         for (d, &x) in doubled.iter_mut().zip(block) {
-            let magnitude = e2m1::nearest_doubled((x / scale).abs()) as i8;
-            *d = if x < 0.0 { -magnitude } else { magnitude };
+            *d = e2m1::nearest_doubled(x / scale);
         }
     } else {
         doubled.fill(0);

@@ -453,7 +453,7 @@ multiversion! {
             _ if scale == 0.0 => values.fill(0.0),
             Element::E2m1 => {
                 for (v, w) in values.iter_mut().zip(master) {
-                    let magnitude = 0.5 * e2m1::nearest_doubled((*w / scale).abs()) as f32 * inner;
+                    let magnitude = 0.5 * f32::from(e2m1::nearest_doubled((*w / scale).abs())) * inner;
                     *v = if *w < 0.0 { -magnitude } else { magnitude };
                 }
             }
