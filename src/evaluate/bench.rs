@@ -2,6 +2,8 @@
 //! arithmetic of the machine allow.
 
 pub mod devices;
+#[cfg(any(feature = "reference", test))]
+pub mod reference;
 pub mod served;
 
 use std::time::Instant;
@@ -41,6 +43,15 @@ pub struct Timing {
 }
 
 impl Timing {
+    /// From the first token's time and that of each step.
+    fn of(case: Case, first_token: f64, mut steps: Vec<f64>) -> Self {
+        // The first steps of a batch may make buffers, or record a graph.
+        steps.drain(..(case.generate / 4).min(4));
+        steps.sort_by(f64::total_cmp);
+        let at = |share: f64| steps[((steps.len() - 1) as f64 * share).round() as usize];
+        Self { case, first_token, step: at(0.5), step_p90: at(0.9), step_p99: at(0.99) }
+    }
+
     /// Tokens per second of a prompt.
     #[must_use]
     pub fn prefill_rate(&self) -> f64 {
@@ -147,7 +158,6 @@ pub fn measure<B: Backend>(
     let each = (prompt + generate).div_ceil(PAGE);
     let mut cache = model.new_cache(batch * each * PAGE, batch, kv)?;
     let pages = |sequence: usize| (sequence * each..(sequence + 1) * each).map(|p| p as u32).collect::<Vec<u32>>();
-    let token = |sequence: usize, i: usize| ((i * 7919 + sequence * 104_729 + 13) % model.config.vocab) as u32;
     let sampler = Sampler::new(SamplingParams::greedy())?;
     let mut scratch = Scratch::default();
     let mut choose = |logits: &B::Tensor, rows: usize| -> Result<Vec<u32>, EngineError> {
@@ -163,7 +173,7 @@ pub fn measure<B: Backend>(
         let mut done = 0;
         while done < prompt {
             let len = PIECE.min(prompt - done);
-            let tokens = (done..done + len).map(|i| token(sequence, i)).collect();
+            let tokens = (done..done + len).map(|i| token(sequence, i, model.config.vocab)).collect();
             let pass =
                 Batch { tokens, spans: vec![Span { start: done, len, pages: pages(sequence), slot: sequence as u32 }] };
             let logits = model.forward(&pass, &mut cache, Wanted::Last)?;
@@ -184,9 +194,10 @@ pub fn measure<B: Backend>(
         next = choose(&logits, batch)?;
         steps.push(start.elapsed().as_secs_f64());
     }
-    // The first step of a batch may make buffers, or record a graph.
-    steps.drain(..(generate / 4).min(4));
-    steps.sort_by(f64::total_cmp);
-    let at = |share: f64| steps[((steps.len() - 1) as f64 * share).round() as usize];
-    Ok(Timing { case, first_token, step: at(0.5), step_p90: at(0.9), step_p99: at(0.99) })
+    Ok(Timing::of(case, first_token, steps))
+}
+
+/// Token `i` of the prompt of sequence `sequence`.
+fn token(sequence: usize, i: usize, vocab: usize) -> u32 {
+    ((i * 7919 + sequence * 104_729 + 13) % vocab) as u32
 }

@@ -47,6 +47,12 @@ fn what_cannot_be_measured_is_refused_before_it_is_tried() {
     assert!(error.contains("--concurrency is of a server"), "{error}");
     let error = fail(&["bench", "http://127.0.0.1:9", "--batch", "2"]);
     assert!(error.contains("--batch is of a model that runs here"), "{error}");
+    let error = fail(&["bench", "http://127.0.0.1:9", "--engine", "reference"]);
+    assert!(error.contains("--engine is of a model"), "{error}");
+    if cfg!(not(feature = "reference")) {
+        let error = fail(&["bench", BF16, "--engine", "reference"]);
+        assert!(error.contains("--features reference"), "{error}");
+    }
     let error = fail(&["bench", "http://127.0.0.1:9"]);
     assert!(error.contains("refused"), "{error}");
     let error = fail(&["bench", "http://127.0.0.1:9", "--request-rate", "0"]);

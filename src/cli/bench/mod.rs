@@ -38,6 +38,9 @@ pub(super) struct Args {
     /// Prompts that are timed, of which the fastest counts; of a URL runs, of which the median does
     #[arg(long, default_value_t = 3, value_parser = at_least_one::<usize>)]
     repeats: usize,
+    /// What computes: ours, or the plain model in candle-transformers on the CPU, in f32 (a build with `--features reference`)
+    #[arg(long, value_enum, default_value_t)]
+    engine: Engine,
     /// Print JSON; of a server with the names of vLLM's benchmark
     #[arg(long)]
     json: bool,
@@ -50,16 +53,29 @@ pub(super) struct Args {
     options: EngineOptions,
 }
 
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum Engine {
+    #[default]
+    Recoup,
+    Reference,
+}
+
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let url = args.model.as_deref().and_then(Path::to_str).filter(|m| is_address(m));
     if let Some(url) = url {
         if !args.batch.is_empty() {
             bail!("--batch is of a model that runs here; --concurrency is that of a server");
         }
+        if args.engine == Engine::Reference {
+            bail!("--engine is of a model that runs here; a server has its own");
+        }
         return served::run(url, &args.url, args);
     }
     if let Some(name) = args.url.given() {
         bail!("{name} is of a server: give its URL (http://host:port/v1) in place of the model");
+    }
+    if args.engine == Engine::Reference {
+        return reference(args);
     }
     let (name, model) = if let Some(random) = args.shape.model(Dialect::ModelOpt)? {
         let bar = super::progress(0, "making random weights");
@@ -74,20 +90,12 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         let Some(folder) = &args.model else { bail!("MODEL or --model-shape is needed") };
         (folder.display().to_string(), args.options.load(&open_model(&model_folder(folder)?)?)?)
     };
-    let longest = args.prompt.iter().max().map_or(0, |p| p + args.generate);
-    if longest > model.config.max_positions {
-        bail!("--prompt and -n together are {longest} tokens; the model has {} positions", model.config.max_positions);
-    }
+    expect_positions(args, model.config.max_positions)?;
     let claim = args.output.as_deref().map(output::file).transpose()?;
     let kv = model.cache_format(args.options.kv_cache_dtype);
     let load = Load::of(&model, kv);
     let mut machine = Machine::of(model.backend())?;
-    let batches = if args.batch.is_empty() { &[1, 8, 32] } else { &args.batch[..] };
-    let cases: Vec<Case> = args
-        .prompt
-        .iter()
-        .flat_map(|&prompt| batches.iter().map(move |&batch| Case { batch, prompt, generate: args.generate }))
-        .collect();
+    let cases = cases(args);
     let bar = super::progress(cases.len() as u64, "measuring");
     let mut timings = Vec::new();
     for case in &cases {
@@ -119,6 +127,74 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         super::outln!("{}", table(&timings, &load, &machine));
         super::outln!("\nfloors by the makers' figures (memory, BF16 tensor cores)\n{}", device_table(&cases, &load));
     }
+    super::done()
+}
+
+fn cases(args: &Args) -> Vec<Case> {
+    let batches = if args.batch.is_empty() { &[1, 8, 32] } else { &args.batch[..] };
+    let of = |&prompt| batches.iter().map(move |&batch| Case { batch, prompt, generate: args.generate });
+    args.prompt.iter().flat_map(of).collect()
+}
+
+fn expect_positions(args: &Args, positions: usize) -> Result<()> {
+    let longest = args.prompt.iter().max().map_or(0, |p| p + args.generate);
+    if longest > positions {
+        bail!("--prompt and -n together are {longest} tokens; the model has {positions} positions");
+    }
+    Ok(())
+}
+
+#[cfg(not(feature = "reference"))]
+fn reference(_: &Args) -> Result<ExitCode> {
+    bail!("this build has no reference engine: `cargo build --release --features reference` makes one that has")
+}
+
+/// The same measurements of candle-transformers.
+#[cfg(feature = "reference")]
+fn reference(args: &Args) -> Result<ExitCode> {
+    use crate::evaluate::bench::reference::Reference;
+    let Some(folder) = &args.model else { bail!("--engine reference needs a model: --model-shape is of ours") };
+    // The pool that candle multiplies in.
+    super::options::threads(args.options.threads);
+    let mut model = Reference::load(&open_model(&model_folder(folder)?)?)?;
+    expect_positions(args, model.positions)?;
+    let claim = args.output.as_deref().map(output::file).transpose()?;
+    let cases = cases(args);
+    let bar = super::progress(cases.len() as u64, "measuring");
+    let mut timings = Vec::new();
+    for case in cases {
+        timings.push(model.measure(case, args.repeats)?);
+        bar.inc(1);
+    }
+    bar.finish();
+    let rows: Vec<Value> = timings
+        .iter()
+        .map(|t| {
+            json!({"batch": t.case.batch, "prompt_tokens": t.case.prompt, "generated_tokens": t.case.generate,
+                "first_token_seconds": t.first_token, "prefill_tokens_per_second": t.prefill_rate(),
+                "step_seconds": t.step, "step_p90_seconds": t.step_p90, "step_p99_seconds": t.step_p99,
+                "tokens_per_second": t.rate()})
+        })
+        .collect();
+    let report = json!({"model": folder.display().to_string(), "engine": "candle-transformers, f32",
+        "machine": args.options.machine()?, "recoup_version": env!("CARGO_PKG_VERSION"), "cases": rows});
+    if let Some(claim) = &claim {
+        claim.write(&format!("{report:#}\n"))?;
+    }
+    if args.json {
+        super::outln!("{report:#}");
+        return super::done();
+    }
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::NOTHING);
+    table.set_header(["prompt", "batch", "first token", "prompt tokens/s", "step p50", "p90", "p99", "tokens/s"]);
+    let ms = |seconds: f64| format!("{:.2} ms", 1e3 * seconds);
+    for t in &timings {
+        let (prompt, batch) = (t.case.prompt.to_string(), t.case.batch.to_string());
+        let (prefill, rate) = (format!("{:.0}", t.prefill_rate()), format!("{:.1}", t.rate()));
+        table.add_row([prompt, batch, ms(t.first_token), prefill, ms(t.step), ms(t.step_p90), ms(t.step_p99), rate]);
+    }
+    super::outln!("{} in candle-transformers, f32, on {}\n{table}", folder.display(), args.options.machine()?);
     super::done()
 }
 
