@@ -53,7 +53,7 @@ impl Reference {
     /// # Errors
     /// Another architecture, a quantized checkpoint, or faulty files.
     pub fn load(checkpoint: &Checkpoint) -> Result<Self, ReferenceError> {
-        let config = config(&checkpoint.config.value());
+        let config = config(checkpoint.config.value());
         let kind = config["model_type"].as_str().unwrap_or_default().to_owned();
         if !KNOWN.contains(&kind.as_str()) {
             return Err(ReferenceError::Architecture { found: kind });
