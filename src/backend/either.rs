@@ -129,6 +129,14 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
         }
     }
 
+    fn multiplies_integers(&self, linear: &Self::Linear) -> bool {
+        match (self, linear) {
+            (Either::A(x), Either::A(l)) => x.multiplies_integers(l),
+            (Either::B(x), Either::B(l)) => x.multiplies_integers(l),
+            _ => false,
+        }
+    }
+
     fn resident_bytes(&self, linear: &Self::Linear) -> usize {
         match (self, linear) {
             (Either::A(x), Either::A(l)) => x.resident_bytes(l),

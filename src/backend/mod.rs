@@ -148,6 +148,11 @@ pub trait Backend: Send + Sync + Sized {
     /// Input features of a linear.
     fn inputs(&self, linear: &Self::Linear) -> usize;
 
+    /// Whether a linear's products are of integers, which some units multiply faster than floats.
+    fn multiplies_integers(&self, _linear: &Self::Linear) -> bool {
+        false
+    }
+
     /// Bytes that a linear's weight takes in memory; of an expert that is not always there, while it is.
     fn resident_bytes(&self, linear: &Self::Linear) -> usize;
 

@@ -176,6 +176,10 @@ impl<B: Backend> Backend for Observed<B> {
         self.inner.inputs(linear)
     }
 
+    fn multiplies_integers(&self, linear: &Named<B::Linear>) -> bool {
+        self.inner.multiplies_integers(linear)
+    }
+
     fn resident_bytes(&self, linear: &Named<B::Linear>) -> usize {
         self.inner.resident_bytes(linear)
     }

@@ -102,6 +102,10 @@ impl<B: Backend> Backend for Rounded<B> {
         self.inner.inputs(linear)
     }
 
+    fn multiplies_integers(&self, linear: &B::Linear) -> bool {
+        self.inner.multiplies_integers(linear)
+    }
+
     fn resident_bytes(&self, linear: &B::Linear) -> usize {
         self.inner.resident_bytes(linear)
     }

@@ -76,8 +76,9 @@ pub struct Load {
     pub resident: f64,
     /// Bytes of keys and values of a token.
     pub cache: f64,
-    /// Multiply-adds of a token in linears.
+    /// Multiply-adds of a token in linears, and those of them that are of integers.
     pub products: f64,
+    pub integers: f64,
     /// The same of the head, which a prompt needs once.
     pub head: f64,
 }
@@ -97,6 +98,7 @@ impl Load {
         for (linear, module) in model.linears().zip(&modules) {
             let bytes = model.backend().resident_bytes(linear) as f64;
             let products = (module.role.n * module.role.k) as f64;
+            let integers = if model.backend().multiplies_integers(linear) { products } else { 0.0 };
             load.resident += bytes;
             match (module.layer, module.expert) {
                 (None, _) if module.part == Part::Embedding && !config.tied_embeddings => {}
@@ -109,10 +111,12 @@ impl Load {
                     load.weights += share * bytes;
                     load.experts = (load.experts.0 + share * bytes, load.experts.1 + bytes);
                     load.products += share * products;
+                    load.integers += share * integers;
                 }
                 _ => {
                     load.weights += bytes;
                     load.products += products;
+                    load.integers += integers;
                 }
             }
         }
@@ -132,6 +136,12 @@ impl Load {
     #[must_use]
     pub fn prompt_products(&self, tokens: usize) -> f64 {
         tokens as f64 * self.products + self.head
+    }
+
+    /// Those of them that are of integers.
+    #[must_use]
+    pub fn prompt_integers(&self, tokens: usize) -> f64 {
+        tokens as f64 * self.integers
     }
 }
 

@@ -10,6 +10,7 @@ mod matmul;
 mod memory;
 pub mod packed;
 mod paged;
+mod peak;
 pub mod recurrent;
 mod threads;
 
@@ -20,9 +21,10 @@ pub use attention::KvCache;
 use buffer::{Buffer, BufferPool};
 use isa::Isa;
 use memory::Arena;
-use packed::PackedLinear;
+use packed::{Family, PackedLinear};
 pub use paged::{CpuLinear, Usage};
 use paged::{Held, Pool};
+pub use peak::Peak;
 use recurrent::{DeltaNet, DeltaNetInputs, Mamba2, RecurrentStates};
 use threads::Threads;
 
@@ -125,6 +127,12 @@ impl CpuBackend {
         memory::speed(&self.threads)
     }
 
+    /// How fast the threads multiply at best.
+    #[must_use]
+    pub fn peak(&self) -> Peak {
+        peak::peak(self.isa, &self.threads)
+    }
+
     /// A row's maximum, and the sum of exp(x - maximum).
     fn softmax_total(&self, row: &[f32]) -> (f32, f64) {
         let mut out = (0.0, 0.0);
@@ -192,6 +200,10 @@ impl Backend for CpuBackend {
 
     fn inputs(&self, linear: &CpuLinear) -> usize {
         linear.inputs()
+    }
+
+    fn multiplies_integers(&self, linear: &CpuLinear) -> bool {
+        linear.family() == Family::Integer
     }
 
     fn resident_bytes(&self, linear: &CpuLinear) -> usize {

@@ -265,7 +265,7 @@ impl PackedLinear {
 }
 
 /// Which kernels take `t`, if any do.
-fn family(t: &LinearTensors<'_>) -> Result<Family> {
+pub(super) fn family(t: &LinearTensors<'_>) -> Result<Family> {
     let block = (!matches!(t.block_scales, BlockScales::None)).then(|| t.block_scales.block(t.k));
     family_of(t.element, block, t.activation).ok_or_else(|| BackendError::Unsupported {
         module: t.name.clone(),

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::memory::Arena;
-use super::packed::PackedLinear;
+use super::packed::{Family, PackedLinear, family};
 use super::threads::Threads;
 use crate::backend::{BackendError, Result, Stored};
 use crate::formats::linear::LinearTensors;
@@ -43,6 +43,7 @@ pub struct PagedLinear {
     /// Input features.
     k: usize,
     bytes: usize,
+    family: Family,
     stored: Box<dyn Stored>,
     pool: Arc<Pool>,
 }
@@ -67,6 +68,14 @@ impl CpuLinear {
         match self {
             Self::Kept(weight) => weight.k,
             Self::Paged(paged) => paged.k,
+        }
+    }
+
+    /// Which kernels compute it.
+    pub(super) fn family(&self) -> Family {
+        match self {
+            Self::Kept(weight) => weight.family,
+            Self::Paged(paged) => paged.family,
         }
     }
 
@@ -130,10 +139,10 @@ impl Pool {
     /// # Errors
     /// When no kernel takes it.
     pub(super) fn page(pool: &Arc<Self>, tensors: &LinearTensors<'_>, stored: Box<dyn Stored>) -> Result<PagedLinear> {
-        let bytes = PackedLinear::packed_bytes(tensors)?;
+        let (bytes, family) = (PackedLinear::packed_bytes(tensors)?, family(tensors)?);
         let mut present = pool.present();
         present.linears += 1;
-        Ok(PagedLinear { id: present.linears, k: tensors.k, bytes, stored, pool: pool.clone() })
+        Ok(PagedLinear { id: present.linears, k: tensors.k, bytes, family, stored, pool: pool.clone() })
     }
 
     fn present(&self) -> MutexGuard<'_, Present> {
