@@ -1,7 +1,7 @@
 """Recoup's engine beside llama.cpp's on this machine, in turn: a prompt's tokens per second, and a token's.
 
     python benches/peers/llama_cpp.py CHECKPOINT MODEL.gguf --llama-bench PATH [--recoup PATH] [--rounds 5]
-        [--prompt 256] [--generate 64] [--threads N] [--batch 1,8] [--json FILE]
+        [--prompt 256] [--generate 64] [--threads N] [--batch 1,8] [--isa avx2] [--json FILE]
 
 CHECKPOINT and MODEL.gguf are the same model, each in the format to be compared (NVFP4 and Q4_0, BF16 and BF16). `llama-bench` is
 llama.cpp's own (`cmake --build BUILD --target llama-bench`; its source is in the package llama-cpp-python). Both decode from an
@@ -23,6 +23,7 @@ def recoup(args, batch):
     def cases(prompt, generate, batches):
         command = [args.recoup, "bench", args.checkpoint, "--json", "--prompt", str(prompt), "-n", str(generate)]
         command += ["--batch", ",".join(map(str, batches)), "--threads", str(args.threads)]
+        command += ["--isa", args.isa] if args.isa else []
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         return json.loads(done.stdout)["cases"]
 
@@ -55,6 +56,7 @@ def main():
     parser.add_argument("--generate", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--batch", default="1,8")
+    parser.add_argument("--isa", help="instruction set that Recoup uses, where llama.cpp was built for less than the machine has")
     parser.add_argument("--json")
     args = parser.parse_args()
     batch = [int(b) for b in args.batch.split(",")]
