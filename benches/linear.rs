@@ -1,9 +1,11 @@
 //! Packed matrix products by format, instruction set and number of tokens, of a weight that a cache holds and of many that none
 //! does: what decoding reads.
 //!
-//! `cargo bench --bench linear`; one line per format, throughput in multiply-adds, from memory in bytes of weights.
+//! `cargo bench --bench linear`; for each format its throughput, in multiply-adds, from memory in bytes of weights, and the share that
+//! this is of what the machine multiplies at best (bytes where both sides have four bits, else f32), or reads.
 
 use std::borrow::Cow;
+use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use recoup::backend::Backend;
@@ -55,6 +57,8 @@ fn benches(c: &mut Criterion) {
     ];
     for isa in Isa::available().into_iter().skip(1) {
         let backend = CpuBackend::new(isa, 0).expect("threads");
+        let (memory, peak) = (backend.memory_speed(), backend.peak());
+        println!("{isa}: memory gives {:.0} GB/s, {peak:.0?}", memory / 1e9);
         for [n, k] in [SMALL, LARGE] {
             let from_memory = [n, k] == LARGE;
             let mut group = c.benchmark_group(format!("linear {n}x{k} {isa}"));
@@ -68,15 +72,33 @@ fn benches(c: &mut Criterion) {
                 }
                 for tokens in if from_memory { [1, 2, 8] } else { [1, 8, 512] } {
                     let x = backend.tensor((0..tokens * k).map(|i| (i % 13) as f32 - 6.0).collect(), k).expect("rows");
-                    group.throughput(if from_memory {
-                        Throughput::Bytes(bytes as u64)
+                    let integers = matches!(activation, ActivationFormat::Nvfp4 { .. });
+                    let products = (tokens * n * k) as f64;
+                    let (throughput, floor, limit) = if from_memory {
+                        (Throughput::Bytes(bytes as u64), bytes as f64 / memory, "memory")
                     } else {
-                        Throughput::Elements((tokens * n * k) as u64)
-                    });
+                        let best = peak.integers.filter(|_| integers).unwrap_or(peak.floats);
+                        (Throughput::Elements(products as u64), products / best, "multiply-adds")
+                    };
+                    group.throughput(throughput);
                     let mut turn = weights.iter().cycle();
+                    let mut fastest = Duration::MAX;
                     group.bench_function(BenchmarkId::new(name, tokens), |b| {
-                        b.iter(|| backend.linears(&x, &[turn.next().expect("a weight")]).expect("computes"));
+                        b.iter_custom(|times| {
+                            let start = Instant::now();
+                            for _ in 0..times {
+                                backend.linears(&x, &[turn.next().expect("a weight")]).expect("computes");
+                            }
+                            let taken = start.elapsed();
+                            fastest = fastest.min(taken.div_f64(times as f64));
+                            taken
+                        });
                     });
+                    // A filter on the command line leaves some out.
+                    if fastest < Duration::MAX {
+                        let share = floor / fastest.as_secs_f64();
+                        println!("{name}, {tokens} tokens: {:.0} % of this machine's {limit}", 100.0 * share);
+                    }
                 }
             }
             group.finish();
