@@ -158,7 +158,10 @@ fn compared(args: &Args, trial: &Trial, made: &[Made], baseline: &str) -> Result
     let out = args.output.join("compare");
     let labels: Vec<&str> = std::iter::once("teacher").chain(made.iter().map(|m| m.label.as_str())).collect();
     let mut command = Command::new(std::env::current_exe()?);
-    command.args(["compare", &trial.teacher]).args(made.iter().map(|m| &m.folder)).args(["--labels", &labels.join(",")]);
+    command
+        .args(["compare", &trial.teacher])
+        .args(made.iter().map(|m| &m.folder))
+        .args(["--labels", &labels.join(",")]);
     command.args(["--ptq", baseline, "--tasks", "none", "--text", &trial.texts.join(","), "--no-speed"]);
     command.args(["--window", &args.window.to_string(), "--windows", &args.windows.to_string(), "-o"]).arg(&out);
     finish(&mut command, "comparing")?;

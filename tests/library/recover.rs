@@ -1,7 +1,7 @@
 //! Training: every gradient against finite differences, a whole step against PyTorch's, and what training may not do.
 
 use candle_core::{Device, Tensor, Var};
-use recoup::backend::autograd::operand::{Precision, WeightGrid};
+use recoup::backend::autograd::operand::{Operand, Precision, WeightGrid};
 use recoup::backend::autograd::{AutogradBackend, Linear, loss};
 use recoup::backend::{AttentionShape, Backend, Batch, CacheLayout, LayerCache, PAGE, Rotation, Span};
 use recoup::checkpoint::Checkpoint;
