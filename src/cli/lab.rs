@@ -10,7 +10,7 @@ use comfy_table::Table;
 use recoup_ground::kept::kept;
 use recoup_ground::names::file_name;
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::options::{at_least_one, identity, model_folder};
 use crate::checkpoint::Checkpoint;
@@ -42,7 +42,8 @@ struct Trial {
     texts: Vec<String>,
     #[serde(default)]
     common: Vec<String>,
-    configurations: BTreeMap<String, Configuration>,
+    /// By name, in the order of the file.
+    configurations: Map<String, Value>,
     baseline: String,
     #[serde(default = "first_seed")]
     seeds: Vec<u64>,
@@ -70,15 +71,23 @@ struct Made {
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let text = std::fs::read_to_string(&args.file).with_context(|| args.file.display().to_string())?;
     let trial: Trial = serde_json::from_str(&text).with_context(|| args.file.display().to_string())?;
-    if !trial.configurations.contains_key(&trial.baseline) {
+    let configuration = |(name, value): (&String, &Value)| {
+        let known: Configuration = serde_json::from_value(value.clone()).with_context(|| {
+            format!("{}: `{name}` is neither a list of arguments nor a model's folder", args.file.display())
+        })?;
+        Ok((name.clone(), known))
+    };
+    let configurations: Vec<(String, Configuration)> =
+        trial.configurations.iter().map(configuration).collect::<Result<_>>()?;
+    let Some((_, baseline)) = configurations.iter().find(|c| c.0 == trial.baseline) else {
         bail!("{}: the baseline `{}` is none of its configurations", args.file.display(), trial.baseline);
-    }
+    };
     if trial.texts.is_empty() || trial.seeds.is_empty() {
         bail!("{}: `texts` and `seeds` must name one at least", args.file.display());
     }
     std::fs::create_dir_all(&args.output).with_context(|| args.output.display().to_string())?;
     let mut made = Vec::new();
-    for (name, configuration) in &trial.configurations {
+    for (name, configuration) in &configurations {
         match configuration {
             Configuration::Model(folder) => {
                 made.push(Made { label: name.clone(), folder: model_folder(Path::new(folder))?, minutes: None });
@@ -91,7 +100,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
             }
         }
     }
-    let baseline = match trial.configurations[&trial.baseline] {
+    let baseline = match baseline {
         Configuration::Recover(_) if trial.seeds.len() > 1 => format!("{}.{}", trial.baseline, trial.seeds[0]),
         _ => trial.baseline.clone(),
     };
@@ -174,7 +183,6 @@ fn table(made: &[Made], comparison: &Value) -> Result<Table> {
     let divergences = comparison["divergences"].as_array().unwrap_or(&empty);
     let mut texts: Vec<&str> = divergences.iter().filter_map(|d| d["text"].as_str()).collect();
     texts.dedup();
-    texts.truncate(divergences.len() / made.len().max(1));
     let mut table = Table::new();
     table.load_style(comfy_table::presets::ASCII_MARKDOWN);
     let head = ["".to_owned(), "minutes".into(), "codes".into(), "block scales".into()];

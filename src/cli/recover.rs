@@ -367,7 +367,7 @@ fn train(args: &Args) -> Result<ExitCode> {
     }
     let changed = student.changed(&checkpoint)?;
     record["changed"] = json!(changed);
-    tell_changed(&changed, plan.stages.iter().any(Stage::learns_scales));
+    tell_changed(&changed, plan.stages.iter().any(Stage::learns_scales), outcome.kept());
     let planned = planned.map(|plan| plan.with_cuts(cuts));
     session.write(&student, &checkpoint, &record, planned.as_ref(), &args.output)?;
     super::name_left_out(checkpoint.tensors.folder());
@@ -386,12 +386,15 @@ fn train(args: &Args) -> Result<ExitCode> {
     }
 }
 
-/// Says how many codes are others now; scales that were to be learned and did not reach any other code are worth a warning.
-fn tell_changed(changed: &Changed, scales: bool) {
+/// Says how many codes are others now; scales that were to be learned for `kept` steps and did not reach any other code are worth
+/// a warning.
+fn tell_changed(changed: &Changed, scales: bool, kept: Option<usize>) {
     let of = |c: Count, what: &str| format!("{:.2} % of {} {what}", 100.0 * c.share(), c.all);
     let scale_part = if scales { format!(" and {}", of(changed.scales, "block scales")) } else { String::new() };
     super::say!("changed: {}{scale_part}", of(changed.codes, "codes"));
-    if scales && changed.scales.changed == 0 {
+    if kept == Some(0) {
+        super::say!("note: no step was better on the watched texts than what there was before, which is kept");
+    } else if scales && changed.scales.changed == 0 {
         super::say!(
             "warning: no block scale reached another code, so scales=true had no effect: the next one is 3 to 6 % away; give a \
              larger scale_lr, or more steps"

@@ -62,6 +62,10 @@ fn a_trial_that_is_none_is_refused_before_anything_is_trained() {
     };
     assert!(said(&|t| t["baseline"] = json!("other")).contains("the baseline `other` is none of its configurations"));
     assert!(said(&|t| t["texts"] = json!([])).contains("must name one at least"));
+    assert!(
+        said(&|t| t["configurations"]["plain"] = json!(3))
+            .contains("`plain` is neither a list of arguments nor a model")
+    );
     assert!(said(&|t| t["steps"] = json!(3)).contains("unknown field `steps`"));
     assert!(!folder.at("out").exists());
 }
