@@ -207,6 +207,8 @@ pub enum AttributionMode {
     QuantizeOne,
     /// All but the part is quantized; what KL falls by is its damage.
     RestoreOne,
+    /// All but the inputs of the part are quantized; what KL falls by is their damage.
+    RestoreInputs,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -215,7 +217,7 @@ pub struct AttributedPart {
     pub part: String,
     /// The layer, where the part is one.
     pub layer: Option<usize>,
-    /// KL to the baseline with this part swapped.
+    /// KL to the baseline with this part, or its inputs, swapped.
     pub kl: Estimate,
     /// What it does: `kl` itself, or `whole` minus `kl`.
     pub damage: f64,

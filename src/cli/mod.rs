@@ -12,6 +12,7 @@ mod evaluation;
 mod guessing;
 mod inspect;
 mod interrupt;
+mod lab;
 mod logits;
 mod machine;
 mod options;
@@ -62,6 +63,8 @@ enum Verb {
     Quantize(quantize::Args),
     /// Train a quantized model to give back what the rounding cost
     Recover(recover::Args),
+    /// Ways to recover a model beside each other, each trained once
+    Lab(lab::Args),
     /// Train a small model from scratch: how the shipped ones were made
     Pretrain(pretrain::Args),
     /// A GGUF file, or a quantized checkpoint, as a BF16 checkpoint folder
@@ -115,6 +118,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Verify(a) => verify::run(&a),
         Verb::Quantize(a) => quantize::run(&a),
         Verb::Recover(a) => recover::run(&a),
+        Verb::Lab(a) => lab::run(&a),
         Verb::Pretrain(a) => pretrain::run(&a),
         Verb::Convert(a) => convert::run(&a),
         Verb::Logits(a) => logits::run(&a),

@@ -33,7 +33,7 @@ use crate::recover::schedule::{Cut, Schedule};
 use crate::recover::session::{Lesson, Session, stage_folder};
 use crate::recover::stage::{Method, Stage};
 use crate::recover::stored_plan::{Measured, StoredPlan, UnderWay};
-use crate::recover::student::{Masters, Student, same_shape};
+use crate::recover::student::{Changed, Count, Masters, Student, same_shape};
 use crate::recover::trainer::{Event, Plan};
 
 #[derive(clap::Args)]
@@ -365,6 +365,9 @@ fn train(args: &Args) -> Result<ExitCode> {
     if let Some(error) = &outcome.stopped {
         record["stopped"] = Value::from(error.to_string());
     }
+    let changed = student.changed(&checkpoint)?;
+    record["changed"] = json!(changed);
+    tell_changed(&changed, plan.stages.iter().any(Stage::learns_scales), outcome.kept());
     let planned = planned.map(|plan| plan.with_cuts(cuts));
     session.write(&student, &checkpoint, &record, planned.as_ref(), &args.output)?;
     super::name_left_out(checkpoint.tensors.folder());
@@ -380,6 +383,22 @@ fn train(args: &Args) -> Result<ExitCode> {
         None => super::done(),
         Some(error) => Err(anyhow::Error::from(error)
             .context(format!("training ended early; {} has the best weights until then", args.output.display()))),
+    }
+}
+
+/// Says how many codes are others now; scales that were to be learned for `kept` steps and did not reach any other code are worth
+/// a warning.
+fn tell_changed(changed: &Changed, scales: bool, kept: Option<usize>) {
+    let of = |c: Count, what: &str| format!("{:.2} % of {} {what}", 100.0 * c.share(), c.all);
+    let scale_part = if scales { format!(" and {}", of(changed.scales, "block scales")) } else { String::new() };
+    super::say!("changed: {}{scale_part}", of(changed.codes, "codes"));
+    if kept == Some(0) {
+        super::say!("note: no step was better on the watched texts than what there was before, which is kept");
+    } else if scales && changed.scales.changed == 0 {
+        super::say!(
+            "warning: no block scale reached another code, so scales=true had no effect: the next one is 3 to 6 % away; give a \
+             larger scale_lr, or more steps"
+        );
     }
 }
 

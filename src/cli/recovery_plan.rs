@@ -130,7 +130,7 @@ impl Planner<'_> {
             let given = setting(asked, "steps");
             let stage = best_known::stage(asked, given.unwrap_or(100), coarse, self.seed)?;
             if stage.learns_scales() {
-                student.allow_scales();
+                student.allow_scales(stage.has_dual_scales());
             }
             let mut cost = bench.stage(student, teacher, &prepared.data, &stage, asked)?;
             cost.fixed += look + 2.0 * save;

@@ -1,4 +1,5 @@
-//! Where the loss sits: one block or one kind of module at a time quantized, or restored, in an otherwise whole model.
+//! Where the loss sits: one block or one kind of module at a time quantized, restored, or given its inputs as they come, in an
+//! otherwise whole model.
 
 use std::collections::BTreeMap;
 
@@ -15,6 +16,35 @@ struct Part {
     name: String,
     layer: Option<usize>,
     modules: Vec<String>,
+}
+
+/// What is put in the place of what.
+pub enum Mode<'m, B: Backend> {
+    QuantizeOne,
+    RestoreOne,
+    /// The quantized model, none of whose inputs is quantized.
+    RestoreInputs(&'m Decoder<B>),
+}
+
+// Not derived: a backend need not be any of these for a reference to be.
+impl<B: Backend> Clone for Mode<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Backend> Copy for Mode<'_, B> {}
+
+impl<B: Backend> Mode<'_, B> {
+    /// As reports name it.
+    #[must_use]
+    pub fn kind(self) -> AttributionMode {
+        match self {
+            Self::QuantizeOne => AttributionMode::QuantizeOne,
+            Self::RestoreOne => AttributionMode::RestoreOne,
+            Self::RestoreInputs(_) => AttributionMode::RestoreInputs,
+        }
+    }
 }
 
 /// Layers, then kinds of modules over all layers.
@@ -49,16 +79,21 @@ pub fn attribute<B: Backend>(
     kv: KvFormat,
     windows: &Windows,
     said: &Said<Rows<B::Tensor>>,
-    mode: AttributionMode,
+    mode: Mode<'_, B>,
     index: usize,
     progress: &mut dyn FnMut(),
 ) -> Result<Attribution, PassError<EvaluateError>> {
-    let parts = parts(baseline);
+    let mut parts = parts(baseline);
+    if let Mode::RestoreInputs(_) = mode {
+        let modules = parts.iter().flat_map(|p| p.modules.clone()).collect();
+        parts.push(Part { name: "all".into(), layer: None, modules });
+    }
     let swapped = parts.iter().map(|part| {
         let has = |module: &str| part.modules.iter().any(|m| m == module);
         match mode {
-            AttributionMode::QuantizeOne => baseline.graft(quantized, &has),
-            AttributionMode::RestoreOne => quantized.graft(baseline, &has),
+            Mode::QuantizeOne => baseline.graft(quantized, &has),
+            Mode::RestoreOne => quantized.graft(baseline, &has),
+            Mode::RestoreInputs(float_inputs) => quantized.graft(float_inputs, &has),
         }
     });
     let decoders: Vec<Decoder<B>> = swapped.collect();
@@ -77,13 +112,14 @@ pub fn attribute<B: Backend>(
             layer: part.layer,
             kl: d.kl,
             damage: match mode {
-                AttributionMode::QuantizeOne => d.kl.value,
-                AttributionMode::RestoreOne => whole.value - d.kl.value,
+                Mode::QuantizeOne => d.kl.value,
+                Mode::RestoreOne | Mode::RestoreInputs(_) => whole.value - d.kl.value,
             },
         })
         .collect();
     ranked.sort_by(|a, b| b.damage.total_cmp(&a.damage));
     let text = windows.name.clone();
+    let mode = mode.kind();
     let mut found = Attribution { model: index, text, tokens, mode, whole, parts: ranked, inseparable: Vec::new() };
     found.set_inseparable_aside();
     Ok(found)

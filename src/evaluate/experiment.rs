@@ -83,6 +83,8 @@ pub type Result<T, E = ExperimentError> = std::result::Result<T, E>;
 /// A model of the comparison, loaded.
 pub struct Contender<B: Backend> {
     pub decoder: Decoder<B>,
+    /// The same whose products' inputs are not quantized, where [`AttributionMode::RestoreInputs`] asks for it.
+    pub float_inputs: Option<Decoder<B>>,
     pub text: ModelText,
     pub subject: Subject,
 }
@@ -401,6 +403,15 @@ impl<B: Backend> Work<'_, B> {
         key["mode"] = match mode {
             AttributionMode::QuantizeOne => "Quantize".into(),
             AttributionMode::RestoreOne => "Restore".into(),
+            AttributionMode::RestoreInputs => "Inputs".into(),
+        };
+        let swap = match (mode, &turn.model.float_inputs) {
+            (AttributionMode::QuantizeOne, _) => attribution::Mode::QuantizeOne,
+            (AttributionMode::RestoreInputs, Some(float)) => attribution::Mode::RestoreInputs(float),
+            (AttributionMode::RestoreInputs, None) => {
+                return Err(ExperimentError::Asked("the model without quantized inputs was not loaded".into()));
+            }
+            (AttributionMode::RestoreOne, _) => attribution::Mode::RestoreOne,
         };
         let mut found: Attribution = kept(&turn.folder.join("attribution.json"), &key, || {
             let said = self.said(&mut models[0], &windows)?;
@@ -413,7 +424,7 @@ impl<B: Backend> Work<'_, B> {
                 self.experiment.kv,
                 &windows,
                 &said.1,
-                mode,
+                swap,
                 turn.index,
                 &mut || self.watch.part(),
             )?;
@@ -470,6 +481,7 @@ mod tests {
             text: ModelText::from_folder(&folder, &checkpoint.config).unwrap(),
             subject: Subject { facts: facts::facts(name, &checkpoint).unwrap(), identity, notes: vec!["odd".into()] },
             decoder: Decoder::load(backend, &checkpoint).unwrap(),
+            float_inputs: None,
         }
     }
 

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::data::{Data, Order, batch};
 use super::optimizer::{AdamW, cosine};
-use super::parameter::Learned;
+use super::parameter::{Learned, Rates};
 use super::schedule::Schedule;
 use super::student::Student;
 use super::{During as _, RecoverError, Result};
@@ -146,7 +146,7 @@ pub fn train_as(
         }
         student.train(|p| Learned {
             weight: p.layer == Some(block) && (p.is_quantized() || (options.norms && p.is_norm())),
-            scales: options.scales,
+            scales: options.scales && p.layer == Some(block) && p.is_quantized(),
             rounding: options.rounding && p.is_quantized(),
         });
         let start = student.block_state(block);
@@ -168,7 +168,7 @@ pub fn train_as(
             loss.backward().during("block gradient")?;
             let factor = options.adam.clipping(student.gradient_norm());
             let rate = cosine(options.learning_rate, step, steps, options.warmup, FLOOR);
-            student.step(&options.adam, step + 1, steps, rate, factor);
+            student.step(&options.adam, step + 1, steps, Rates::of(rate), factor);
         }
         student.settle_rounding();
         let mut outputs = inputs.through(&student.decoder, block, data)?;

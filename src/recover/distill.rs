@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::block::{cache, worth};
 use super::data::{Data, Order, batch, next_tokens};
 use super::optimizer::{AdamW, cosine_at};
+use super::parameter::Rates;
 use super::schedule::Schedule;
 use super::student::Student;
 use super::{During as _, RecoverError, Result};
@@ -45,8 +46,24 @@ pub struct Options {
     pub average: f32,
     /// Trains what is no matrix as well: norms, sinks, a mixer's own numbers.
     pub norms: bool,
+    /// Rate of those, where it is not that of the weights.
+    pub norm_lr: Option<f32>,
     /// Trains block scales as well, where they are E4M3 codes.
     pub scales: bool,
+    /// Rate of their logarithms.
+    pub scale_lr: Option<f32>,
+    /// Only what codes are multiplied by is learned; what weights are divided by stays.
+    pub dual: bool,
+    /// Trains embedding and head as well, where they are floats.
+    pub embedding: bool,
+    /// Rate of those, where it is not that of the weights.
+    pub embedding_lr: Option<f32>,
+    /// Trains the quantized weights.
+    pub weights: bool,
+    /// Learning rates end at this share of their peak.
+    pub floor: f32,
+    /// Where the weight of `hidden` goes to over the steps, in equal parts.
+    pub hidden_end: Option<f32>,
     /// Computes each block's forward pass twice instead of keeping its activations.
     pub recompute: bool,
     pub seed: u64,
@@ -68,7 +85,15 @@ impl Default for Options {
             top_k: None,
             average: 0.0,
             norms: false,
+            norm_lr: None,
             scales: false,
+            scale_lr: None,
+            dual: false,
+            embedding: false,
+            embedding_lr: None,
+            weights: true,
+            floor: FLOOR,
+            hidden_end: None,
             recompute: false,
             seed: 0,
             adam: AdamW::default(),
@@ -79,6 +104,26 @@ impl Default for Options {
 impl Options {
     fn objective(&self) -> Objective {
         Objective { kl: self.kl, cross_entropy: self.cross_entropy, temperature: self.temperature, top_k: self.top_k }
+    }
+
+    /// The rates of a step where that of weights is `rate`.
+    fn rates(&self, rate: f32) -> Rates {
+        let share = rate / self.learning_rate;
+        let own = |own: Option<f32>, other: f32| own.map_or(other, |own| own * share);
+        let all = Rates::of(rate);
+        Rates {
+            weights: rate,
+            scales: own(self.scale_lr, all.scales),
+            norms: own(self.norm_lr, all.norms),
+            embedding: own(self.embedding_lr, all.embedding),
+        }
+    }
+
+    /// The options of the step at `position`: the weight of hidden states falls.
+    fn at(&self, position: f64) -> Self {
+        let done = (position / self.steps.max(1) as f64) as f32;
+        let hidden = self.hidden_end.map_or(self.hidden, |end| self.hidden + (end - self.hidden) * done);
+        Self { hidden, ..*self }
     }
 }
 
@@ -140,17 +185,17 @@ pub fn train_as(
             (0..batches).map(|_| order.take(options.sequences).into_iter().map(|r| &data.rows[r]).collect()).collect();
         let learned = |rows: &Vec<&Row>| next_tokens(rows).1.iter().map(|w| f64::from(*w)).sum::<f64>();
         let total: f64 = chosen.iter().map(learned).sum();
+        let position = schedule.position(step);
         let (mut sums, mut hidden) = (LossSums::default(), 0.0);
         for rows in &chosen {
-            let (part, errors) = gradients(&student.decoder, teacher, rows, total, options)?;
+            let (part, errors) = gradients(&student.decoder, teacher, rows, total, &options.at(position))?;
             hidden += errors / batches as f64;
             sums.weight += part.weight;
             sums.kl += part.kl;
             sums.cross_entropy += part.cross_entropy;
         }
         let norm = student.gradient_norm();
-        let position = schedule.position(step);
-        let rate = cosine_at(options.learning_rate, position, options.steps, options.warmup, FLOOR);
+        let rate = cosine_at(options.learning_rate, position, options.steps, options.warmup, options.floor);
         let weight = sums.weight.max(1.0);
         let point = Point {
             step: step + 1,
@@ -165,7 +210,7 @@ pub fn train_as(
                 return Err(RecoverError::NotFinite { what: what.into(), step: step + 1, value });
             }
         }
-        student.step(&options.adam, step + 1, options.steps, rate, options.adam.clipping(norm));
+        student.step(&options.adam, step + 1, options.steps, options.rates(rate), options.adam.clipping(norm));
         if options.average > 0.0 {
             student.average(options.average);
         }

@@ -41,9 +41,31 @@ impl Learned {
     }
 }
 
-/// Relative steps of a block scale per step of a weight: E4M3 scales are an eighth of a doubling apart, and a smaller
-/// rate would never reach the next.
+/// Learning rates of a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rates {
+    /// Of masters of quantized weights, and of all else that no other is for.
+    pub weights: f32,
+    /// Of the logarithms of block scales.
+    pub scales: f32,
+    /// Of what is no matrix.
+    pub norms: f32,
+    /// Of embedding and head.
+    pub embedding: f32,
+}
+
+/// Relative steps of a block scale per step of a weight where it has no rate of its own: neighbouring E4M3 codes are a
+/// sixteenth to an eighth apart.
 const SCALE_RATE: f32 = 10.0;
+
+impl Rates {
+    /// One for all.
+    #[must_use]
+    pub fn of(rate: f32) -> Self {
+        Self { weights: rate, scales: SCALE_RATE * rate, norms: rate, embedding: rate }
+    }
+}
+
 /// Steps of a rounding's logit per step of a weight: logits go from about 0 to ±2.4.
 const ROUNDING_RATE: f32 = 100.0;
 
@@ -176,11 +198,14 @@ impl Parameter {
     }
 
     /// Lets block scales be learned by some stage, where they are E4M3 codes.
-    pub(super) fn allow_scales(&mut self) {
+    pub(super) fn allow_scales(&mut self, dual: bool) {
         if let Weight::Linear(l) = &self.weight
             && let Some(scales) = l.grid().learnable_scales()
         {
             self.scales = Some(Track::of(scales.iter().map(|s| s.ln()).collect()));
+            if dual {
+                l.freeze_divisors();
+            }
         }
     }
 
@@ -189,10 +214,10 @@ impl Parameter {
         self.settle_rounding();
         self.master.train(learned.weight && !learned.rounding, keep);
         if let Some(scales) = &mut self.scales {
-            scales.train(learned.weight && learned.scales, keep);
+            scales.train(learned.scales, keep);
         }
         match &self.weight {
-            Weight::Linear(l) if learned.weight => l.train(),
+            Weight::Linear(l) if learned.weight || learned.scales => l.train(),
             Weight::Linear(l) => l.freeze(),
             Weight::Norm { norm, .. } if learned.weight => norm.train(),
             Weight::Norm { norm, .. } => norm.freeze(),
@@ -209,7 +234,7 @@ impl Parameter {
     }
 
     /// One step of the optimizer; the gradient is zero afterwards. `progress` of the stage goes from 0 to 1.
-    pub(super) fn step(&mut self, adam: &AdamW, step: usize, rate: f32, factor: f32, progress: f32) {
+    pub(super) fn step(&mut self, adam: &AdamW, step: usize, rates: Rates, factor: f32, progress: f32) {
         let weight = self.weight.clone();
         let mut gradient = gradient(&weight);
         let Some(gradient) = gradient.as_mut() else { return };
@@ -217,16 +242,22 @@ impl Parameter {
         if let (Some(rounding), Weight::Linear(l)) = (&mut self.rounding, &weight) {
             rounding.turn(gradient, factor, progress);
             let Track { values, moments: Some(moments), .. } = &mut rounding.logits else { return };
-            undecayed.step(step, rate * ROUNDING_RATE, 1.0, values, gradient, moments);
+            undecayed.step(step, rates.weights * ROUNDING_RATE, 1.0, values, gradient, moments);
             l.set_values(rounding.values());
             return;
         }
         if let (Some(Track { values, moments: Some(moments), .. }), Weight::Linear(l)) = (&mut self.scales, &weight) {
             let mut own = l.grid().scale_gradient(&self.master.values, gradient);
-            undecayed.step(step, rate * SCALE_RATE, factor, values, &mut own, moments);
+            undecayed.step(step, rates.scales, factor, values, &mut own, moments);
         }
-        if let Some(moments) = &mut self.master.moments {
-            adam.step(step, rate, factor, &mut self.master.values, gradient, moments);
+        let rate = match () {
+            () if self.is_norm() => rates.norms,
+            () if self.is_quantized() => rates.weights,
+            () => rates.embedding,
+        };
+        match &mut self.master.moments {
+            Some(moments) => adam.step(step, rate, factor, &mut self.master.values, gradient, moments),
+            None => gradient.fill(0.0),
         }
         self.round();
     }
@@ -247,15 +278,24 @@ impl Parameter {
 
     /// Gives the model the running means, rounded, where there are such.
     pub(super) fn round_average(&self) {
-        if let Some(average) = &self.master.average {
-            let scales = self.scales.as_ref().map(|s| s.average.as_ref().unwrap_or(&s.values).as_slice());
-            put(&self.weight, scales, &mut average.clone());
+        if let Some((mut master, scales)) = self.averages() {
+            put(&self.weight, scales, &mut master);
         }
+    }
+
+    /// The running means of masters and scales, each its value where it has none; nothing, where neither has any.
+    fn averages(&self) -> Option<(Vec<f32>, Option<&[f32]>)> {
+        let of = |t: &'_ Track| t.average.is_some();
+        if !of(&self.master) && !self.scales.as_ref().is_some_and(of) {
+            return None;
+        }
+        let master = self.master.average.as_ref().unwrap_or(&self.master.values).clone();
+        Some((master, self.scales.as_ref().map(|s| s.average.as_ref().unwrap_or(&s.values).as_slice())))
     }
 
     /// Gives the model the values again, after [`Self::round_average`].
     pub(super) fn round_again(&self) {
-        if self.master.average.is_some() {
+        if self.averages().is_some() {
             let scales = self.scales.as_ref().map(|s| s.values.as_slice());
             put(&self.weight, scales, &mut self.master.values.clone());
         }

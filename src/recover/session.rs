@@ -136,6 +136,20 @@ pub fn stage_folder(output: &Path, stage: usize, method: &str) -> PathBuf {
 }
 
 impl Outcome {
+    /// Where the last stage's best weights stood: its number, and steps or blocks done (0: it was worse from then on).
+    fn last_kept(&self) -> Option<(usize, usize)> {
+        self.events
+            .iter()
+            .rev()
+            .find_map(|e| if let Event::Kept { stage, step } = e { Some((*stage, *step)) } else { None })
+    }
+
+    /// Steps, or blocks, of the training that the student has: 0, where it is what it was before the only stage.
+    #[must_use]
+    pub fn kept(&self) -> Option<usize> {
+        self.last_kept().map(|(stage, step)| if stage == 0 { step } else { step.max(1) })
+    }
+
     /// The loss on the watched texts of what was kept at the end, and the first that was measured of the same kind.
     #[must_use]
     pub fn watched_loss(&self) -> Value {
@@ -145,12 +159,7 @@ impl Outcome {
                 _ => None,
             })
         };
-        let kept = self
-            .events
-            .iter()
-            .rev()
-            .find_map(|e| if let Event::Kept { stage, step } = e { Some((*stage, *step)) } else { None });
-        let Some(after) = looks().find(|l| Some((l.0, l.1)) == kept) else { return Value::Null };
+        let Some(after) = looks().find(|l| Some((l.0, l.1)) == self.last_kept()) else { return Value::Null };
         let before = looks().find(|l| l.2 == after.2).map(|l| l.3);
         json!({"measure": after.2, "before": before, "after": after.3})
     }

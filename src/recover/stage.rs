@@ -106,6 +106,18 @@ impl Stage {
         }
     }
 
+    /// Whether it moves only what codes are multiplied by.
+    #[must_use]
+    pub fn has_dual_scales(&self) -> bool {
+        matches!(&self.method, Method::Distill(o) if o.scales && o.dual)
+    }
+
+    /// Whether it moves embedding and head.
+    #[must_use]
+    pub fn learns_embedding(&self) -> bool {
+        matches!(&self.method, Method::Distill(o) if o.embedding)
+    }
+
     /// All of its settings.
     #[must_use]
     pub fn describe(&self) -> Value {

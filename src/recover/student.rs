@@ -6,13 +6,14 @@ use std::path::Path;
 use safetensors::Dtype;
 
 use super::optimizer::{AdamW, sum_of_squares};
-use super::parameter::{Learned, Parameter, Weight};
+use super::parameter::{Learned, Parameter, Rates, Weight};
 use super::{RecoverError, Result};
 use crate::backend::autograd::{AutogradBackend, Linear, Norm};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::store::{Content, content};
 use crate::checkpoint::fused::FusedTensor;
 use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, metadata};
+use crate::formats::linear::BlockScales;
 use crate::model::modules::Module;
 use crate::model::modules::Part;
 use crate::model::{Decoder, ModelConfig};
@@ -83,9 +84,21 @@ impl Student {
         Ok(Self { decoder, parameters, everything: true })
     }
 
-    /// Lets block scales be learned, where they are E4M3 codes.
-    pub fn allow_scales(&mut self) {
-        self.parameters.iter_mut().for_each(Parameter::allow_scales);
+    /// Lets block scales be learned, where they are E4M3 codes; `dual` says that weights are divided by those of now for
+    /// good, and only what their codes are multiplied by is learned.
+    pub fn allow_scales(&mut self, dual: bool) {
+        self.parameters.iter_mut().for_each(|p| p.allow_scales(dual));
+    }
+
+    /// Lets embedding and head be learned, where they are floats.
+    pub fn allow_embedding(&mut self) {
+        let ends: Vec<Linear> = vec![self.decoder.embedding().clone(), self.decoder.head().clone()];
+        for linear in ends.into_iter().filter(|l| l.grid().is_float()) {
+            if !self.parameters.iter().any(|p| p.name == linear.name()) {
+                let master = (0..linear.n()).flat_map(|row| linear.weight_row(row)).collect();
+                self.parameters.push(Parameter::new(linear.name().to_owned(), Weight::Linear(linear), None, master));
+            }
+        }
     }
 
     /// Sums gradients of what `which` names from now on, and forgets the optimizer's state of all.
@@ -112,9 +125,9 @@ impl Student {
     }
 
     /// Moves everything that is trained by step number `step` (from 1) of `steps`; gradients are zero afterwards.
-    pub fn step(&mut self, adam: &AdamW, step: usize, steps: usize, rate: f32, factor: f32) {
+    pub fn step(&mut self, adam: &AdamW, step: usize, steps: usize, rates: Rates, factor: f32) {
         let progress = step as f32 / steps.max(1) as f32;
-        self.parameters.iter_mut().for_each(|p| p.step(adam, step, rate, factor, progress));
+        self.parameters.iter_mut().for_each(|p| p.step(adam, step, rates, factor, progress));
     }
 
     /// Takes this step's masters into their running means, of which `decay` stays; the first step begins them.
@@ -183,6 +196,27 @@ impl Student {
         self.parameters.iter_mut().for_each(Parameter::settle_rounding);
     }
 
+    /// How much of what `from` holds, the checkpoint that the student came from, is another now.
+    ///
+    /// # Errors
+    /// When a tensor cannot be read.
+    pub fn changed(&self, from: &Checkpoint) -> Result<Changed> {
+        let modules: BTreeMap<String, Module> =
+            self.decoder.config.modules().into_iter().map(|m| (m.name.clone(), m)).collect();
+        let mut changed = Changed::default();
+        for p in self.parameters.iter().filter(|p| p.is_quantized()) {
+            let Some(m) = modules.get(&p.name) else { continue };
+            let before = from.linear(&p.name, m.role)?;
+            let nibbles = p.has_four_bits();
+            changed.codes.count(&before.data, &p.bytes(), nibbles);
+            if let (BlockScales::E4m3 { codes, .. }, Some(scales)) = (&before.block_scales, p.scale_bytes()) {
+                changed.scales.count(codes, &scales, false);
+            }
+            from.tensors.release_pages();
+        }
+        Ok(changed)
+    }
+
     /// Writes the student: the checkpoint it came from with other codes, and `files` about how it was trained.
     ///
     /// # Errors
@@ -223,6 +257,40 @@ impl Student {
         writer.copy_text_files(from.tensors.folder())?;
         writer.commit()?;
         Ok(())
+    }
+}
+
+/// How many of a student's codes training moved to others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Changed {
+    /// Of weights.
+    pub codes: Count,
+    /// Of block scales, where they were learned.
+    pub scales: Count,
+}
+
+/// So many of so many.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Count {
+    pub changed: usize,
+    pub all: usize,
+}
+
+impl Count {
+    /// Counts the codes of `before` and `after`, two to a byte or one.
+    fn count(&mut self, before: &[u8], after: &[u8], nibbles: bool) {
+        let codes = |(a, b): (&u8, &u8)| {
+            let other = a ^ b;
+            if nibbles { usize::from(other & 15 != 0) + usize::from(other & 240 != 0) } else { usize::from(other != 0) }
+        };
+        self.changed += before.iter().zip(after).map(codes).sum::<usize>();
+        self.all += before.len().max(after.len()) * if nibbles { 2 } else { 1 };
+    }
+
+    /// The share that changed; of nothing, none.
+    #[must_use]
+    pub fn share(self) -> f64 {
+        self.changed as f64 / self.all.max(1) as f64
     }
 }
 

@@ -110,7 +110,10 @@ impl Run<'_, '_> {
     /// Anything but numbers that leave their range: those end the run early with the best weights until then.
     pub fn train(&mut self, student: &mut Student) -> Result<Outcome> {
         if self.plan.stages.iter().any(Stage::learns_scales) {
-            student.allow_scales();
+            student.allow_scales(self.plan.stages.iter().any(Stage::has_dual_scales));
+        }
+        if self.plan.stages.iter().any(Stage::learns_embedding) {
+            student.allow_embedding();
         }
         let at = self.folder.load_state(student)?;
         let mut events = Vec::new();
@@ -266,8 +269,11 @@ impl Run<'_, '_> {
 /// What of a parameter the whole model's training moves; `all` of a model of floats.
 pub(super) fn learned(p: &Parameter, options: &distill::Options, all: bool) -> Learned {
     Learned {
-        weight: all || p.is_quantized() || (options.norms && p.is_norm()),
-        scales: options.scales,
+        weight: all
+            || (options.weights && p.is_quantized())
+            || (options.norms && p.is_norm())
+            || (options.embedding && !p.is_quantized() && !p.is_norm()),
+        scales: options.scales && p.is_quantized(),
         rounding: false,
     }
 }

@@ -10,6 +10,7 @@ mod convert;
 mod device;
 mod eval;
 mod hub;
+mod lab;
 mod output;
 mod pretrain;
 mod quantize;

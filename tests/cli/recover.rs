@@ -1,9 +1,10 @@
 //! `recoup recover` as its users run it: the same bytes every time, killed and resumed, and what happens on bad input.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::command::{
     BF16 as TEACHER, Folder, NVFP4 as STUDENT, assert_same_files, fail, files, lines, recoup, run, said, succeed,
@@ -97,7 +98,7 @@ fn runs_give_the_same_bytes_whatever_the_threads_and_after_being_killed_anywhere
         "--method",
         "block:steps=6,rounding=true",
         "--method",
-        "qad:steps=16,lr=1e-5,average=0.8,scales=true",
+        "qad:steps=16,lr=1e-5,average=0.8,scales=true,dual=true,scale_lr=0.01,norms=true,embedding=true,floor=0",
         "--evaluate-every",
         "4",
         "--save-every",
@@ -122,6 +123,47 @@ fn runs_give_the_same_bytes_whatever_the_threads_and_after_being_killed_anywhere
     succeed(&arguments);
     assert_same_files(&folder.at("first"), &folder.at("third"));
     assert!(!folder.at("third.training").exists());
+}
+
+/// What is to be learned and is not is told; each has a rate of its own, and what changed is counted as the files have it.
+#[test]
+fn what_changed_is_counted_and_scales_that_moved_nowhere_are_told() {
+    let folder = Folder::new();
+    let train = |name: &str, method: &str| {
+        let out = folder.name(name);
+        let method = format!("qad:steps=2,warmup=0,{method}");
+        let mut all = arguments(&[STUDENT], &out, &["--method", &method]);
+        let watched = all.iter().position(|a| *a == "--watch-samples").unwrap();
+        // Nothing is watched: the last weights are kept, whatever they are worth.
+        all[watched + 1] = "0";
+        (succeed(&all).1, record(&folder, name)["changed"].clone())
+    };
+    let tensors = |path: &Path| -> BTreeMap<String, Vec<u8>> {
+        let bytes = std::fs::read(path.join("model.safetensors")).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        tensors.tensors().into_iter().map(|(name, view)| (name, view.data().to_vec())).collect()
+    };
+    let before = tensors(&project().join(STUDENT));
+    let others = |name: &str, suffix: &str| -> usize {
+        let after = tensors(&folder.at(name));
+        let of = |(name, bytes): (&String, &Vec<u8>)| bytes.iter().zip(&after[name]).filter(|(a, b)| a != b).count();
+        before.iter().filter(|(n, _)| n.ends_with(suffix)).map(of).sum()
+    };
+    let (said, changed) = train("still", "scales=true,lr=1e-5");
+    assert!(said.contains("warning: no block scale reached another code"), "{said}");
+    assert_eq!(changed["scales"]["changed"], 0);
+    for (name, dual) in [("tied", false), ("dual", true)] {
+        let (said, changed) = train(name, &format!("scales=true,scale_lr=0.05,weights=false,dual={dual}"));
+        assert!(!said.contains("warning: no block scale"), "{said}");
+        let moved = changed["scales"]["changed"].as_u64().unwrap() as usize;
+        assert!(moved > 0 && moved == others(name, ".weight_scale"), "{name}: {changed}");
+        // Codes are made by the scales that they are divided by.
+        assert_eq!(changed["codes"]["changed"] == 0, dual, "{name}: {changed}");
+        assert_eq!(others(name, "embed_tokens.weight") + others(name, "norm.weight"), 0, "{name}");
+    }
+    let (_, changed) = train("ends", "lr=1e-6,norms=true,norm_lr=0.01,embedding=true,embedding_lr=0.01");
+    assert_eq!(changed["scales"], json!({"changed": 0, "all": 0}));
+    assert!(others("ends", "embed_tokens.weight") > 1000 && others("ends", "norm.weight") > 100);
 }
 
 #[cfg(unix)]

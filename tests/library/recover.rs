@@ -1,7 +1,7 @@
 //! Training: every gradient against finite differences, a whole step against PyTorch's, and what training may not do.
 
 use candle_core::{Device, Tensor, Var};
-use recoup::backend::autograd::operand::{Precision, WeightGrid};
+use recoup::backend::autograd::operand::{Operand, Precision, WeightGrid};
 use recoup::backend::autograd::{AutogradBackend, Linear, loss};
 use recoup::backend::{AttentionShape, Backend, Batch, CacheLayout, LayerCache, PAGE, Rotation, Span};
 use recoup::checkpoint::Checkpoint;
@@ -462,6 +462,36 @@ fn scales_get_the_gradient_of_learned_step_sizes() {
     assert_eq!(wider.scale_codes(), [0x40, 0x01]);
 }
 
+/// Where weights are divided by scales that stay, values are linear in what they are multiplied by: differences of any size say
+/// what the gradient of a scale's logarithm is, and codes are the same under all of them.
+#[test]
+fn scales_that_only_multiply_get_the_gradient_of_finite_differences() {
+    let grid = WeightGrid::of(&LinearTensors {
+        element: Element::E2m1,
+        data: vec![0; 16].into(),
+        block_scales: BlockScales::E4m3 { block: 16, codes: vec![0x38, 0x40].into() },
+        ..float_linear(&[0.0; 32], 1, OutputScale::Tensor(0.5), false, None)
+    })
+    .with_frozen_divisors();
+    // Scales 0.5 and 1; the second value is beyond reach.
+    let mut master: Vec<f32> = (0..32).map(|i| (i * 7 % 13) as f32 / 4.0 - 1.5).collect();
+    master[1] = 4.0;
+    let gradient: Vec<f32> = (0..32).map(|i| 1.0 - i as f32 / 8.0).collect();
+    let loss = |grid: &WeightGrid, block: usize| -> f32 {
+        let Operand::F32(values) = grid.operand(Precision::F32, &master) else { unreachable!() };
+        values.iter().zip(&gradient).skip(16 * block).take(16).map(|(v, g)| v * g).sum()
+    };
+    let mut passed = gradient.clone();
+    let found = grid.scale_gradient(&master, &mut passed);
+    for (block, found) in found.into_iter().enumerate() {
+        let wider = grid.with_block_scales([1.25, 2.5].into_iter());
+        let slope = (loss(&wider, block) - loss(&grid, block)) / 0.25;
+        assert!((slope - found).abs() < 1e-4, "{block}: {slope} {found}");
+        assert_eq!(wider.encode(&master), grid.encode(&master));
+    }
+    assert_eq!((passed[0], passed[1], passed[16]), (gradient[0], 0.0, gradient[16]));
+}
+
 /// What training computes with and what the packed kernels compute after it was written are the same, in both dialects.
 #[test]
 fn the_fake_quant_forward_and_the_packed_forward_agree_after_training() {
@@ -490,7 +520,7 @@ fn the_fake_quant_forward_and_the_packed_forward_agree_after_training() {
             rounding: i % 3 == 1,
             ..block::Options::default()
         };
-        student.allow_scales();
+        student.allow_scales(false);
         let mut reports = Vec::new();
         block::train(&mut student, &teacher(Precision::F32), &data, &options, 0, &std::env::temp_dir(), &mut |r, _| {
             reports.push(*r);

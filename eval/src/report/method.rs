@@ -64,6 +64,10 @@ pub(super) fn method(c: &Comparison) -> Vec<String> {
                 "Damage of a part is what the KL to {base} falls by when only that part is given back its {base} \
                  weights. Damages need not add up to the whole."
             ),
+            AttributionMode::RestoreInputs => format!(
+                "Damage of a part is what the KL to {base} falls by when only that part's inputs are not quantized, \
+                 its weights as they are. Damages need not add up to the whole."
+            ),
         });
     }
     out

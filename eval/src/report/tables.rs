@@ -255,6 +255,11 @@ pub(super) fn attribution(c: &Comparison, a: &Attribution) -> Option<Table> {
         AttributionMode::RestoreOne => {
             ("restored", "KL, this restored", "All but the part is quantized; damage is what KL falls by.")
         }
+        AttributionMode::RestoreInputs => (
+            "with unquantized inputs",
+            "KL, inputs as they come",
+            "All but the inputs of the part are quantized; damage is what KL falls by.",
+        ),
     };
     let mut lead =
         format!("{lead} Nats per token over {} tokens; the whole model: {}.", count(a.tokens), estimate(a.whole));
@@ -270,7 +275,7 @@ pub(super) fn attribution(c: &Comparison, a: &Attribution) -> Option<Table> {
         let share = p.damage / a.whole.value;
         let damage = match a.mode {
             AttributionMode::QuantizeOne => estimate(Estimate { value: p.damage, ..p.kl }),
-            AttributionMode::RestoreOne => plain(p.damage),
+            AttributionMode::RestoreOne | AttributionMode::RestoreInputs => plain(p.damage),
         };
         table.row(None, vec![p.part.clone(), estimate(p.kl), damage, percent(share)]);
     }

@@ -86,10 +86,20 @@ impl Linear {
         self.put(grid.operand(self.0.precision, master));
     }
 
-    /// Puts other block scales [N, ⌈K/block⌉] in, rounded to E4M3, and the values nearest to `master` under them.
-    pub fn set_scaled(&self, master: &[f32], scales: impl Iterator<Item = f32>) {
+    /// Puts other block scales [N, ⌈K/block⌉] in, rounded to E4M3, and the values nearest to `master` under them. Where
+    /// weights are not divided by those, `master` is moved within reach of what they are divided by.
+    pub fn set_scaled(&self, master: &mut [f32], scales: impl Iterator<Item = f32>) {
         let grid = Arc::new(self.grid().with_block_scales(scales));
+        if grid.has_frozen_divisors() {
+            grid.move_into_reach(master);
+        }
         self.put(grid.operand(self.0.precision, master));
+        *self.0.grid.write().unwrap_or_else(PoisonError::into_inner) = grid;
+    }
+
+    /// From now on weights are divided by the block scales that it has now, whatever scales it is given.
+    pub fn freeze_divisors(&self) {
+        let grid = Arc::new(self.grid().with_frozen_divisors());
         *self.0.grid.write().unwrap_or_else(PoisonError::into_inner) = grid;
     }
 

@@ -5,6 +5,8 @@
 //! quantized operands loses nothing but the order of its f32 sums. Rounded are: floats that are not quantized, and codes
 //! under scales per group of 128, which are any f32.
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use super::dense::{self, View, to_bf16};
@@ -251,6 +253,8 @@ pub struct WeightGrid {
     block: usize,
     /// [N, ⌈K/block⌉].
     block_scales: Vec<f32>,
+    /// What weights are divided by before they are rounded, where that is not the scales that codes are multiplied by.
+    divisors: Option<Arc<Vec<f32>>>,
     /// Whether those are E4M3 codes.
     e4m3_scales: bool,
     output_scale: OutputScale,
@@ -272,6 +276,7 @@ impl WeightGrid {
             element: linear.element,
             block,
             block_scales: scales,
+            divisors: None,
             e4m3_scales: matches!(linear.block_scales, BlockScales::E4m3 { .. }),
             output_scale: linear.output_scale.clone(),
         }
@@ -312,7 +317,21 @@ impl WeightGrid {
         };
         let block_scales: Vec<f32> = scales.zip(&self.block_scales).map(nearest).collect();
         assert_eq!(block_scales.len(), self.block_scales.len(), "block scales of a grid");
-        Self { block_scales, output_scale: self.output_scale.clone(), ..*self }
+        let (output_scale, divisors) = (self.output_scale.clone(), self.divisors.clone());
+        Self { block_scales, output_scale, divisors, ..*self }
+    }
+
+    /// The same grid, whose codes stay those nearest under its present block scales, whatever scales they are then
+    /// multiplied by.
+    #[must_use]
+    pub fn with_frozen_divisors(&self) -> Self {
+        Self { divisors: Some(Arc::new(self.block_scales.clone())), ..self.clone() }
+    }
+
+    /// Whether [`Self::with_frozen_divisors`] made it.
+    #[must_use]
+    pub fn has_frozen_divisors(&self) -> bool {
+        self.divisors.is_some()
     }
 
     /// Block scales as E4M3 codes, as the checkpoint holds them.
@@ -321,14 +340,21 @@ impl WeightGrid {
         self.block_scales.iter().map(|s| e4m3::encode(*s)).collect()
     }
 
-    /// The whole scale of a block.
+    /// The whole scale that the codes of a block are multiplied by.
     fn scale_at(&self, row: usize, block: usize) -> f32 {
         self.block_scales[row * self.k.div_ceil(self.block) + block] * self.output_scale.at(row)
     }
 
+    /// And the one that its weights are divided by.
+    fn divisor_at(&self, row: usize, block: usize) -> f32 {
+        let divisors = self.divisors.as_deref().unwrap_or(&self.block_scales);
+        divisors[row * self.k.div_ceil(self.block) + block] * self.output_scale.at(row)
+    }
+
     /// The gradient of the logarithms of block scales, [N, ⌈K/block⌉], of that of the weight, straight through the rounding
     /// of both (Esser et al. 2020): Σ g · (value - master). Where a master is beyond its scale's reach, the value moves with
-    /// the scale alone, and `gradient` becomes 0.
+    /// the scale alone, and `gradient` becomes 0. Under [frozen divisors](Self::with_frozen_divisors) all values do: Σ g ·
+    /// value.
     #[must_use]
     pub fn scale_gradient(&self, master: &[f32], gradient: &mut [f32]) -> Vec<f32> {
         let isa = Isa::detect();
@@ -339,14 +365,16 @@ impl WeightGrid {
             let mut values = vec![0.0; self.block];
             let parts = master.chunks(self.block).zip(gradient.chunks_mut(self.block));
             for (b, (out, (master, gradient))) in out.iter_mut().zip(parts).enumerate() {
-                let scale = self.scale_at(row, b);
+                let divisor = self.divisor_at(row, b);
                 let values = &mut values[..master.len()];
-                round_block(isa, self.element, scale, scale, master, values);
-                let most = self.element.max() * scale;
+                round_block(isa, self.element, divisor, self.scale_at(row, b), master, values);
+                let most = self.element.max() * divisor;
                 for ((g, w), v) in gradient.iter_mut().zip(master).zip(values.iter()) {
                     if w.abs() > most {
                         *out += *g * v;
                         *g = 0.0;
+                    } else if self.divisors.is_some() {
+                        *out += *g * v;
                     } else {
                         *out += *g * (v - w);
                     }
@@ -363,8 +391,8 @@ impl WeightGrid {
         let rows = low.par_chunks_mut(self.k).zip(high.par_chunks_mut(self.k)).zip(master.par_chunks(self.k));
         rows.enumerate().for_each(|(row, ((low, high), master))| {
             for (i, ((low, high), w)) in low.iter_mut().zip(high).zip(master).enumerate() {
-                let scale = self.scale_at(row, i / self.block);
-                let (l, h) = if scale > 0.0 { self.element.neighbours(w / scale) } else { (0.0, 0.0) };
+                let (divisor, scale) = (self.divisor_at(row, i / self.block), self.scale_at(row, i / self.block));
+                let (l, h) = if divisor > 0.0 { self.element.neighbours(w / divisor) } else { (0.0, 0.0) };
                 (*low, *high) = (l * scale, h * scale);
             }
         });
@@ -378,7 +406,7 @@ impl WeightGrid {
         }
         master.par_chunks_mut(self.k).enumerate().for_each(|(row, master)| {
             for (b, master) in master.chunks_mut(self.block).enumerate() {
-                let most = self.element.max() * self.scale_at(row, b);
+                let most = self.element.max() * self.divisor_at(row, b);
                 master.iter_mut().for_each(|w| *w = w.clamp(-most, most));
             }
         });
@@ -398,8 +426,7 @@ impl WeightGrid {
                     for (b, (values, master)) in
                         values.chunks_mut(self.block).zip(master.chunks(self.block)).enumerate()
                     {
-                        let scale = self.scale_at(row, b);
-                        round_block(isa, self.element, scale, scale, master, values);
+                        round_block(isa, self.element, self.divisor_at(row, b), self.scale_at(row, b), master, values);
                     }
                 });
                 Operand::F32(values)
@@ -413,7 +440,7 @@ impl WeightGrid {
                         values.chunks_mut(self.block).zip(master.chunks(self.block)).enumerate()
                     {
                         let inner = self.block_scales[row * blocks + b];
-                        round_block(isa, self.element, self.scale_at(row, b), inner, master, values);
+                        round_block(isa, self.element, self.divisor_at(row, b), inner, master, values);
                     }
                     round_all(isa, &values, bits);
                 });
@@ -425,10 +452,9 @@ impl WeightGrid {
     /// The codes nearest to `values` [N, K], as [`LinearTensors::data`] holds them; of a float format the values.
     #[must_use]
     pub fn encode(&self, values: &[f32]) -> Vec<u8> {
-        let blocks = self.k.div_ceil(self.block);
         let mut out = Vec::with_capacity(self.n * self.element.row_bytes(self.k));
         for (row, values) in values.chunks_exact(self.k).enumerate() {
-            let scale = |i: usize| self.block_scales[row * blocks + i / self.block] * self.output_scale.at(row);
+            let scale = |i: usize| self.divisor_at(row, i / self.block);
             let over = |(i, v): (usize, &f32)| if scale(i) == 0.0 { 0.0 } else { v / scale(i) };
             let scaled = values.iter().enumerate();
             match self.element {

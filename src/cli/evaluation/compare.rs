@@ -21,6 +21,8 @@ use crate::checkpoint::Checkpoint;
 use crate::evaluate::evaluation::Subject;
 use crate::evaluate::experiment::{self, Contender, Experiment, ExperimentError, Outcome};
 use crate::evaluate::facts;
+use crate::evaluate::verify::altered::{Alteration, Altered};
+use crate::model::Decoder;
 
 /// Tasks where none are named: shipped, quick, and of different kinds.
 const DEFAULT_TASKS: [&str; 4] = ["hellaswag", "piqa", "arc_easy", "lambada_openai"];
@@ -30,8 +32,11 @@ const GATE: u8 = 3;
 const WINDOW: usize = 512;
 const WINDOWS: usize = 24;
 /// Ways to find where the loss sits.
-const MODES: [(&str, AttributionMode); 2] =
-    [("quantize", AttributionMode::QuantizeOne), ("restore", AttributionMode::RestoreOne)];
+const MODES: [(&str, AttributionMode); 3] = [
+    ("quantize", AttributionMode::QuantizeOne),
+    ("restore", AttributionMode::RestoreOne),
+    ("inputs", AttributionMode::RestoreInputs),
+];
 /// Columns of the terminal's tables.
 const WIDTH: usize = 110;
 
@@ -58,7 +63,8 @@ pub(in crate::cli) struct Args {
     /// Windows of each text at most [default: 24]
     #[arg(long, value_name = "N")]
     windows: Option<usize>,
-    /// Where the loss sits: quantize, or restore, one layer and one kind of module at a time, and rank them by KL
+    /// Where the loss sits: quantize, restore, or leave the inputs unquantized of one layer and one kind of module at a time, and rank
+    /// them by KL
     #[arg(long, value_name = "MODE", value_parser = named(MODES.to_vec()), num_args = 0..=1, default_missing_value = "quantize")]
     attribute: Option<AttributionMode>,
     /// Windows of the first text that --attribute runs for each part
@@ -165,8 +171,15 @@ fn load(args: &Args, model: &OsStr) -> Result<Contender<AnyBackend>> {
     let mut facts = facts::facts(&model_name(model), &checkpoint)?;
     let identity = json!({"files": identity(&checkpoint)?, "computation": args.options.computation(&checkpoint)?});
     let decoder = args.options.load(&checkpoint)?;
+    let float_inputs = match args.attribute {
+        Some(AttributionMode::RestoreInputs) => {
+            let source = Altered::new(&checkpoint, &decoder.config, Alteration::FloatInputs);
+            Some(Decoder::load(decoder.backend().clone(), &source)?)
+        }
+        _ => None,
+    };
     facts.resident_bytes = Some(facts::resident_bytes(&decoder));
-    Ok(Contender { decoder, text, subject: Subject { facts, identity, notes } })
+    Ok(Contender { decoder, float_inputs, text, subject: Subject { facts, identity, notes } })
 }
 
 fn report(args: &Args, context: &ReportContext, comparison: &Comparison) -> Result<ExitCode> {

@@ -2,7 +2,7 @@
 //! computed here; where they differ by more than noise, computations of likely faults are compared too.
 
 mod agreement;
-mod altered;
+pub mod altered;
 mod ask;
 mod checks;
 mod facts;

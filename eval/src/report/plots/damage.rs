@@ -22,6 +22,7 @@ pub(super) fn figure(c: &Comparison, a: &Attribution) -> Option<Figure> {
     let how = match a.mode {
         AttributionMode::QuantizeOne => "KL when only this part is quantized",
         AttributionMode::RestoreOne => "what KL falls by when only this part is restored",
+        AttributionMode::RestoreInputs => "what KL falls by when only inputs of this part are not quantized",
     };
     Some(Figure {
         title: format!("Where the loss sits: {} on {}", c.label(a.model), a.text),
@@ -124,6 +125,9 @@ fn about(a: &Attribution, p: &AttributedPart) -> String {
         AttributionMode::QuantizeOne => format!("{}: KL {} when only it is quantized", p.part, estimate(p.kl)),
         AttributionMode::RestoreOne => {
             format!("{}: KL falls by {} to {} when it is restored", p.part, plain(p.damage), estimate(p.kl))
+        }
+        AttributionMode::RestoreInputs => {
+            format!("{}: KL falls by {} to {} without quantized inputs", p.part, plain(p.damage), estimate(p.kl))
         }
     }
 }
