@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs every kernel, compiled for the CPU, against its definition, with every access checked (src/backend/cuda/standin).
-# usage: cuda-check.sh [--only FILE] [DIR]   FILE: matmul, tile, operand, attention, recurrent, rows, mixture or sample (.cu); DIR: the kernels' folder
+# usage: cuda-check.sh [--only FILE] [DIR]   FILE: matmul, tile, fp4, operand, attention, recurrent, rows, mixture or sample (.cu), or
+# primitives; DIR: the kernels' folder
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 only=()
@@ -19,10 +20,12 @@ cp -r "$root/src/backend/cuda/standin" "$work/standin"
 # Then the same with the kernels run from the PTX that nvcc makes of them, where there is one or it can be installed.
 architectures="80 90 120f"
 [ ${#only[@]} -gt 0 ] && architectures=80
+# What only the family of sm_120 has.
+case ${only[0]:-} in fp4 | primitives) architectures=120f ;; esac
 if nvcc=$("$root/scripts/cuda-nvcc.sh" 2> "$work/no-nvcc"); then
     {
         for a in $architectures; do
-            "$nvcc" -std=c++17 -O3 -fmad=false -ptx -arch=compute_$a -o "$work/$a.ptx" "$work/kernels/all.cu"
+            "$nvcc" -std=c++17 -O3 -fmad=false -ptx -arch=compute_$a -o "$work/$a.ptx" "$work/standin/checked.cu"
         done
     } > "$work/nvcc.log" 2>&1 &
     compiler=$!
@@ -32,7 +35,7 @@ fi
 vector=
 [ "$(uname -m)" = x86_64 ] && vector=-march=x86-64-v3
 "${CXX:-g++}" -std=c++20 -O1 -Wall -Wno-unused-function -ffp-contract=off $vector -pthread \
-    ${nvcc:+-DPTX} -DKERNELS='"../kernels/all.cu"' -o "$work/check" "$work/standin/check.cc"
+    ${nvcc:+-DPTX} -o "$work/check" "$work/standin/check.cc"
 status=0
 echo "compiled for the CPU"
 timeout 300 "$work/check" "${only[@]}" || status=1

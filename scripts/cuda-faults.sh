@@ -25,14 +25,14 @@ FAULTS = [
     ("matmul: rows of tokens not bounded", "matmul.cu", "b[c][1] = row < rows ?", "b[c][1] = true ?"),
     ("matmul: rows of results not bounded", "matmul.cu", "if (out >= n || m * planes >= rows) continue;", "if (out >= n) continue;"),
     ("matmul: last step of a slice dropped", "matmul.cu", "step < last; step++", "step < last - 1; step++"),
-    ("matmul: slices overlap", "matmul.cu", "steps * (warp + 1) / WARPS", "(steps * (warp + 1) + WARPS - 1) / WARPS"),
+    ("matmul: slices overlap", "matmul.cu", "slice_begin(steps, warp + 1);", "slice_begin(steps, warp + 1) + 1;"),
     ("matmul: a slice is not added", "matmul.cu", "w < WARPS; w++) total", "w < WARPS - 1; w++) total"),
     ("matmul: no barrier before the sums are read", "matmul.cu", "    block_sync();\n", "\n"),
     ("matmul: scale of the group before", "matmul.cu", "x_groups + (long)(row / planes) * steps + step)", "x_groups + (long)(row / planes) * steps + step / 2)"),
     ("matmul: some outputs computed twice", "matmul.cu", "e += WARPS * 32", "e += WARPS * 16"),
     ("matmul: columns 2t and 2t+1 exchanged", "matmul.cu", "c * 8 + t * 2 + (i & 1)) * OUT", "c * 8 + t * 2 + (~i & 1)) * OUT"),
     ("primitives: registers of A in another order", "prim.cuh", '"r"(a[1]), "r"(a[2])', '"r"(a[2]), "r"(a[1])'),
-    ("primitives: operands of mma in another order", "prim.cuh", "{%8,%9}, {%0", "{%9,%8}, {%0"),
+    ("primitives: operands of mma in another order", "prim.cuh", "{%8,%9}, {%0,%1,%2,%3};", "{%9,%8}, {%0,%1,%2,%3};"),
     ("primitives: halves of a BF16 pair exchanged", "prim.cuh", '"f"(high), "f"(low)', '"f"(low), "f"(high)'),
     ("primitives: a word of a wide load", "prim.cuh", 'asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}', 'asm("ld.global.nc.v4.u32 {%0,%1,%3,%2}'),
     ("primitives: left for right rotation", "prim.cuh", "__funnelshift_r(u, u, r)", "__funnelshift_l(u, u, r)"),
@@ -82,7 +82,7 @@ FAULTS = [
     ("mixture: one expert not added", "mixture.cu", "i < k; i++) sum = sum + ld", "i < k - 1; i++) sum = sum + ld"),
     ("mixture: no barrier around counts", "mixture.cu", "of_warps[warp_index()] = upto;\n        block_sync();", "of_warps[warp_index()] = upto;"),
     ("mixture: shares read before they are written", "mixture.cu", " : v);\n    }\n    warp_sync();", " : v);\n    }"),
-    ("mixture: row scales for biases", "mixture.cu", "(const float*)ld(p + 4)", "(const float*)ld(p + 3)"),
+    ("mixture: row scales for biases", "mixture.cu", "(const float*)ld(p + 4),\n                           y", "(const float*)ld(p + 3),\n                           y"),
     ("mixture: rows of gate and up as wide as one", "mixture.cu", "*g = gate + (long)row * pitch", "*g = gate + (long)row * k"),
     ("mixture: the gate for what is beside it", "mixture.cu", "up ? up + (long)row * pitch", "up ? gate + (long)row * pitch"),
     ("routing: sigmoid of the other sign", "mixture.cu", "exp_libm(-v)", "exp_libm(v)"),
@@ -123,6 +123,32 @@ FAULTS = [
     ("recurrent: a step's upper limit", "recurrent.cu", "step = step > high ? high : step;", ""),
     ("activations: clamp of the gate from below too", "activation.cuh", "g = g > limit ? limit : g;", "g = g > limit ? limit : g;\n        g = g < -limit ? -limit : g;"),
     ("activations: relu without its square", "activation.cuh", "return g * g;", "return g;"),
+    ("fp4: products of the other half's scales", "prim.cuh", '{%10}, {0,%12}, {%11}, {0,%12};', '{%10}, {0,0}, {%11}, {0,%12};'),
+    ("fp4: lane of a token's scales", "prim.cuh", '{%10}, {0,%12}, {%11}, {0,%12};', '{%10}, {0,%12}, {%11}, {0,3};'),
+    ("fp4: bytes of MX scales", "prim.cuh", '{%10}, {%12,0}, {%11}, {%12,0};', '{%10}, {%12,0}, {%11}, {0,0};'),
+    ("fp4: registers of A in another order", "prim.cuh", '{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3}, {%10}, {0,%12}', '{%4,%6,%5,%7}, {%8,%9}, {%0,%1,%2,%3}, {%10}, {0,%12}'),
+    ("fp4: registers of B exchanged", "prim.cuh", '{%8,%9}, {%0,%1,%2,%3}, {%10}, {%12,0}', '{%9,%8}, {%0,%1,%2,%3}, {%10}, {%12,0}'),
+    ("fp4: scales of weights for those of tokens", "prim.cuh", '{%10}, {0,%12}, {%11}, {0,%12};', '{%11}, {0,%12}, {%10}, {0,%12};'),
+    ("fp4: a fragment turned by a lane", "fp4.cu", "((long)row * steps + step) * 4 + t)", "((long)row * steps + step) * 4 + (t + 1) % 4)"),
+    ("fp4: the wrong half of K", "fp4.cu", "0>(acc[r][c], q[r][0], b[c].x, b[c].y, s[r], xs[c])", "0>(acc[r][c], q[r][1], b[c].x, b[c].y, s[r], xs[c])"),
+    ("fp4: a half's scales for both", "fp4.cu", "1>(acc[r][c], q[r][1], b[c].z", "0>(acc[r][c], q[r][1], b[c].z"),
+    ("fp4: last step of a slice dropped", "fp4.cu", "step < last; step++", "step < last - 1; step++"),
+    ("fp4: scales of the step before", "fp4.cu", "step * token_words(W) + t % token_words(W)", "step / 2 * token_words(W) + t % token_words(W)"),
+    ("fp4: a token's factor left out", "fp4.cu", "return float_of(ld(x_scales + (long)(m + 1) * token_pitch(w, steps) - 1));", "return 1.0f;"),
+    ("fp4: rows of tokens not bounded", "fp4.cu", "b[c] = row < rows ?", "b[c] = true ?"),
+    ("fp4: the tensor's scale left out", "fp4.cu", "store_sums<NT>(acc, sums, (int)tile0 * TILE, row0, rows, 1, n, 1.0f, row_scales, x_scale,", "store_sums<NT>(acc, sums, (int)tile0 * TILE, row0, rows, 1, n, 1.0f, row_scales, 1.0f,"),
+    ("fp4: the tensor's scale twice", "fp4.cu", "store_tile(total, (int)tile0 * TILE, token0, tokens, n, 1.0f, row_scales, x_scale,", "store_tile(total, (int)tile0 * TILE, token0, tokens, n, x_scale, row_scales, x_scale,"),
+    ("fp4: tile: a stage's scales before they are there", "fp4.cu", "token_scales[(stage ^ 1) * TOKENS * WORDS + thread] = next_scale", "token_scales[stage * TOKENS * WORDS + thread] = next_scale"),
+    ("fp4: tile: a slice not begun from nothing", "fp4.cu", "total[r][c][i] += acc[r][c][i], acc[r][c][i] = 0.0f;", "total[r][c][i] += acc[r][c][i];"),
+    ("fp4: tile: no barrier between stages", "fp4.cu", "cp_wait<0>();\n        block_sync();", "cp_wait<0>();"),
+    ("fp4: tile: the last token again", "fp4.cu", "min(token0 + thread / 4, tokens - 1)", "(token0 + thread / 4)"),
+    ("fp4: layout: scales of the other rows", "weight.cuh", "(lane >> 2) * 2 + (lane & 1);", "(lane >> 2) * 2 + (lane >> 1 & 1);"),
+    ("fp4: embedding: words beyond column 32", "weight.cuh", "t < 2 ? (upper ? q.y : q.x)", "t < 3 ? (upper ? q.y : q.x)"),
+    ("fp4: operand: order of a row's words", "operand.cu", "at % 4 * 4 + at / 4, words[half]", "at, words[half]"),
+    ("fp4: operand: what is broken is not told", "operand.cu", "broken = 1.0f, byte = 0;", "byte = 0;"),
+    ("fp4: operand: scale of half an MX block", "operand.cu", "u % block == 0) st", "u % block == block - 1) st"),
+    ("fp4: mixture: rows of an expert", "mixture.cu", "x + (long)first * (k / 32),", "x + (long)first * (k / 16),"),
+    ("fp4: mixture: scales of an expert", "mixture.cu", "x_scales + (long)first * token_pitch(W, k / STEP),", "x_scales,"),
     ("rows: gate of the first row for all", "rows.cu", "(long)block_x() * width + (width == 1 ? 0 : i)", "(long)(width == 1 ? 0 : block_x()) * width + (width == 1 ? 0 : i)"),
     ("rows: a column of the second tensor", "rows.cu", "(-1 - c)", "(-c)"),
     ("rows: grid of blocks", "rows.cu", "const int out = block_x() * 8 + warp_index()", "const int out = block_x() * 4 + warp_index()"),
@@ -143,16 +169,19 @@ def sources(name):
     return folder
 
 
+# All kernels, and primitives alone.
+ALL = "standin/checked.cu"
+
+
 def to_ptx(folder, unit):
-    """The PTX of a folder's file; None if it does not compile."""
-    made = run([nvcc, "-std=c++17", "-O3", "-fmad=false", "-ptx", "-arch=compute_80", "-o", f"{folder}/k.ptx", f"{folder}/kernels/{unit}"])
+    """The PTX of a folder's file, for the family of sm_120, which has all that there is; None if it does not compile."""
+    made = run([nvcc, "-std=c++17", "-O3", "-fmad=false", "-ptx", "-arch=compute_120f", "-o", f"{folder}/k.ptx", f"{folder}/{unit}"])
     return open(f"{folder}/k.ptx").read() if made.returncode == 0 else None
 
 
 def build(folder, *flags):
     vector = ["-march=x86-64-v3"] if os.uname().machine == "x86_64" else []
-    return run([os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-w", "-ffp-contract=off", *vector, *flags, "-pthread",
-                '-DKERNELS="../kernels/all.cu"', "-o", f"{folder}/check", f"{folder}/standin/check.cc"])
+    return run([os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-w", "-ffp-contract=off", *vector, *flags, "-pthread", "-o", f"{folder}/check", f"{folder}/standin/check.cc"])
 
 
 def caught(command):
@@ -185,7 +214,7 @@ BASE = {}
 def base_of(file):
     """What is compiled to see a fault in a file, the file itself where it stands alone, and its PTX without faults."""
     if file not in BASE:
-        for unit in [file] * bool(families(file)) + ["all.cu"]:
+        for unit in [f"kernels/{file}"] * bool(families(file)) + [ALL]:
             if ptx := to_ptx(base, unit):
                 BASE[file] = unit, ptx
                 break

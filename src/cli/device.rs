@@ -1,10 +1,11 @@
 //! Which device runs a model: `--device auto|cpu|cuda[:N]`.
 
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use anyhow::{Context as _, Result, bail};
 use recoup_ground::cache::cache_folder;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::backend::cpu::{CpuBackend, isa::Isa};
 use crate::backend::cuda::{CudaBackend, Device};
@@ -53,14 +54,16 @@ impl DeviceChoice {
     pub(super) fn gpu(self, cpu: &CpuBackend, bytes: u64, note: &mut dyn FnMut(String)) -> Result<Option<CudaBackend>> {
         match self {
             Self::Cpu => Ok(None),
-            Self::Cuda(ordinal) => open(cpu, ordinal).map(Some).with_context(|| format!("--device cuda:{ordinal}")),
+            Self::Cuda(ordinal) => {
+                open(cpu, ordinal, note).map(Some).with_context(|| format!("--device cuda:{ordinal}"))
+            }
             Self::Auto => {
                 if !Device::driver_present() {
                     return Ok(None);
                 }
                 let found = Device::count().map_err(anyhow::Error::from).and_then(|count| match count {
                     0 => Ok(None),
-                    _ => open(cpu, 0).and_then(|gpu| enough(&gpu, bytes).map(|()| Some(gpu))),
+                    _ => open(cpu, 0, note).and_then(|gpu| enough(&gpu, bytes).map(|()| Some(gpu))),
                 });
                 Ok(found.unwrap_or_else(|e| {
                     note(format!("the CPU computes, not the GPU: {e:#}"));
@@ -71,14 +74,57 @@ impl DeviceChoice {
     }
 }
 
-/// Device `ordinal`, after it has shown that it computes: all of it once, which is remembered for this kind of device, driver
-/// and kernels, and a little of it every time.
-fn open(cpu: &CpuBackend, ordinal: usize) -> Result<CudaBackend> {
-    let gpu = CudaBackend::new(ordinal)?;
-    let key = json!({"gpu": gpu.device().to_string(), "kernels": gpu.device().kernels(), "version": env!("CARGO_PKG_VERSION"),
-        "assembled_by_driver": std::env::var_os("CUDA_FORCE_PTX_JIT").is_some_and(|v| v != "0")});
-    let file = cache_folder().map(|f| f.join(format!("gpu-{}.json", &value_hash(&key)[..16])));
-    let known = file.as_ref().is_some_and(|f| f.exists());
+/// Device `ordinal`, after it has shown that it computes. FP4 tensor cores that do not are left alone, which `note` is told.
+fn open(cpu: &CpuBackend, ordinal: usize, note: &mut dyn FnMut(String)) -> Result<CudaBackend> {
+    let mut gpu = CudaBackend::new(ordinal)?;
+    let mut left = None;
+    if gpu.fp4() {
+        let shown = Shown::of(&gpu);
+        let wrong = match shown.outcome() {
+            Some(false) => true,
+            known => match compare(cpu, &gpu, known.is_some()) {
+                Ok(wrong) => !wrong.is_empty(),
+                Err(e) if gpu.device().wait().is_err() => {
+                    // The device is lost for this process; the next one will not try them.
+                    shown.remember(false);
+                    let name = &gpu.device().name;
+                    let what = format!("{name} failed with its FP4 tensor cores, which the next start leaves alone");
+                    return Err(e.context(what));
+                }
+                Err(e) => return Err(e),
+            },
+        };
+        if !wrong {
+            shown.remember(true);
+            return Ok(gpu);
+        }
+        left = Some(shown);
+        gpu = gpu.without_fp4();
+    }
+    let shown = Shown::of(&gpu);
+    let wrong = compare(cpu, &gpu, shown.outcome().is_some())?;
+    if !wrong.is_empty() {
+        bail!(
+            "{}: {} kernels do not give what the CPU gives; `recoup doctor --device cuda:{ordinal}` shows all, and \
+             CUDA_FORCE_PTX_JIT=1 has the driver assemble them itself:\n  {}",
+            gpu.device().name,
+            wrong.len(),
+            wrong.join("\n  ")
+        );
+    }
+    shown.remember(true);
+    if let Some(fp4) = left {
+        fp4.remember(false);
+        let name = &gpu.device().name;
+        note(format!(
+            "BF16 tensor cores compute products of four bits, not the FP4 ones of {name}: those do not give what the CPU gives"
+        ));
+    }
+    Ok(gpu)
+}
+
+/// Checks in which a device does not hold: all of them once, which takes seconds, and a few at every start.
+fn compare(cpu: &CpuBackend, gpu: &CudaBackend, known: bool) -> Result<Vec<String>> {
     let (expected, computed): (AnyBackend, AnyBackend) = (Either::A(cpu.clone()), Either::B(gpu.clone()));
     let checked = if known {
         device_check::small(&expected, &computed)?
@@ -88,23 +134,37 @@ fn open(cpu: &CpuBackend, ordinal: usize) -> Result<CudaBackend> {
         bar.finish();
         checked
     };
-    let wrong: Vec<String> = checked.iter().filter(|c| !c.holds()).map(ToString::to_string).collect();
-    if wrong.is_empty() {
-        // Not being able to remember is no reason to stop.
-        if let Some(file) = file.filter(|_| !known) {
-            let _ = file.parent().map(std::fs::create_dir_all);
-            let _ = std::fs::write(file, format!("{key:#}\n"));
-        }
-    } else {
-        bail!(
-            "{}: {} kernels do not give what the CPU gives; `recoup doctor --device cuda:{ordinal}` shows all, and \
-             CUDA_FORCE_PTX_JIT=1 has the driver assemble them itself:\n  {}",
-            gpu.device().name,
-            wrong.len(),
-            wrong.join("\n  ")
-        );
+    Ok(checked.iter().filter(|c| !c.holds()).map(ToString::to_string).collect())
+}
+
+/// What is remembered of the comparison of this kind of device, driver and kernels.
+struct Shown {
+    key: Value,
+    file: Option<PathBuf>,
+}
+
+impl Shown {
+    fn of(gpu: &CudaBackend) -> Self {
+        let key = json!({"gpu": gpu.device().to_string(), "kernels": gpu.kernels(), "version": env!("CARGO_PKG_VERSION"),
+            "assembled_by_driver": std::env::var_os("CUDA_FORCE_PTX_JIT").is_some_and(|v| v != "0")});
+        let file = cache_folder().map(|f| f.join(format!("gpu-{}.json", &value_hash(&key)[..16])));
+        Self { key, file }
     }
-    Ok(gpu)
+
+    /// Whether it held; `None` before it was made.
+    fn outcome(&self) -> Option<bool> {
+        let text = std::fs::read_to_string(self.file.as_ref()?).ok()?;
+        serde_json::from_str::<Value>(&text).ok()?["right"].as_bool()
+    }
+
+    /// Not being able to remember is no reason to stop.
+    fn remember(&self, right: bool) {
+        let Some(file) = self.file.as_ref().filter(|_| self.outcome() != Some(right)) else { return };
+        let mut text = self.key.clone();
+        text["right"] = json!(right);
+        let _ = file.parent().map(std::fs::create_dir_all);
+        let _ = std::fs::write(file, format!("{text:#}\n"));
+    }
 }
 
 /// Whether weights of `bytes` bytes in files find room.

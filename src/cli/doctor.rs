@@ -121,7 +121,8 @@ fn gpus() -> Result<Vec<Result<Device, String>>, String> {
 fn gpu(args: &Args, ordinal: usize) -> Result<ExitCode> {
     let gpu = CudaBackend::new(ordinal)?;
     let (cpu, device) = (on_cpu(super::options::threads(0))?, AnyBackend::B(gpu.clone()));
-    super::say!("{}; kernels {}", gpu.device(), gpu.device().kernels());
+    let four_bits = if gpu.fp4() { "FP4" } else { "BF16" };
+    super::say!("{}; kernels {}; products of four bits on {four_bits} tensor cores", gpu.device(), gpu.kernels());
     let bar = super::progress(0, "kernels checked");
     let checked = device_check::thorough(&cpu, &device, &mut |done| bar.set_position(done as u64))?;
     bar.finish();
@@ -130,7 +131,7 @@ fn gpu(args: &Args, ordinal: usize) -> Result<ExitCode> {
     if args.json {
         let row = |c: &Checked| json!({"what": c.what, "deviation": c.deviation.is_finite().then_some(c.deviation), "allowed": c.allowed, "holds": c.holds()});
         let report = json!({"version": env!("CARGO_PKG_VERSION"), "gpu": gpu.device().to_string(),
-            "kernels": gpu.device().kernels(), "checks": checked.iter().map(row).collect::<Vec<_>>(),
+            "kernels": gpu.kernels(), "checks": checked.iter().map(row).collect::<Vec<_>>(),
             "measured": measured.as_ref().map(Measured::json)});
         super::outln!("{report:#}");
     } else {

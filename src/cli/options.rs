@@ -131,7 +131,7 @@ impl EngineOptions {
             // Sums have another order than the CPU's, and tensor cores of another kind round them otherwise.
             Either::B(gpu) => {
                 json!({"device": format!("cuda {}", gpu.device().architecture()), "numerics": NUMERICS_VERSION,
-                "kernels": gpu.device().kernels(), "kv_cache_dtype": kv})
+                "kernels": gpu.kernels(), "kv_cache_dtype": kv})
             }
         })
     }
@@ -150,7 +150,7 @@ impl EngineOptions {
         let mut key = match self.backend()? {
             Either::A(cpu) => json!({"cpu": cpu_name(), "threads": cpu.threads(), "isa": cpu.isa().to_string()}),
             Either::B(gpu) => {
-                json!({"cpu": cpu_name(), "gpu": gpu.device().to_string(), "kernels": gpu.device().kernels()})
+                json!({"cpu": cpu_name(), "gpu": gpu.device().to_string(), "kernels": gpu.kernels()})
             }
         };
         if let Some(gib) = self.expert_memory {

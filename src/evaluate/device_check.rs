@@ -9,6 +9,7 @@ use crate::backend::{
     AttentionShape, Backend, BackendError, Batch, CacheLayout, HeadNorms, HeadParameters, LayerCache, PAGE, Rotation,
     Span, Update,
 };
+use crate::formats::e8m0::ScaleRule;
 use crate::formats::kv::KvFormat;
 use crate::formats::linear::{ActivationFormat, Element, LinearTensors};
 use crate::formats::synthetic::{self, Blocks, WEIGHTS};
@@ -23,6 +24,8 @@ const ELEMENTWISE: f64 = 2e-6;
 const ATTENTION: f64 = 5e-5;
 /// Where an input of one device is quantized that differs in its last bit from the other's, a value may become its neighbour.
 const REQUANTIZED: f64 = 2e-2;
+
+const MXFP4: ActivationFormat = ActivationFormat::Mxfp4 { rule: ScaleRule::Ceil };
 
 /// One operation on one shape in one format.
 #[derive(Clone, Debug, PartialEq)]
@@ -76,6 +79,8 @@ pub fn small<A: Backend, B: Backend>(cpu: &A, device: &B) -> Result<Vec<Checked>
             product(cpu, device, at as u64, (3, 33, 288), weight, activation, &mut out)?;
         }
     }
+    // Four bits by four bits have kernels of their own on some devices, NVFP4 above and MXFP4 here.
+    product(cpu, device, 31, (3, 33, 288), WEIGHTS[8], MXFP4, &mut out)?;
     attention(cpu, device, 21, KvFormat::F32, (4, 2, 32), None, &mut out)?;
     Ok(out)
 }
@@ -100,10 +105,15 @@ pub fn thorough<A: Backend, B: Backend>(
                 progress(out.len());
             }
         }
-        // As long as prompts are, and enough for every multiprocessor.
-        for activation in [ActivationFormat::Float, ActivationFormat::Fp8Group] {
+        // As long as prompts are, and enough for every multiprocessor of devices with up to 192.
+        let of_four_bits = match weight {
+            (Element::E2m1, Blocks::E4m3(16)) => Some(ActivationFormat::Nvfp4 { global_scale: 7e-4 }),
+            (Element::E2m1, Blocks::E8m0) => Some(MXFP4),
+            _ => None,
+        };
+        for activation in [ActivationFormat::Float, ActivationFormat::Fp8Group].into_iter().chain(of_four_bits) {
             seed += 1;
-            product(cpu, device, seed, (1216, 512, 288), weight, activation, &mut out)?;
+            product(cpu, device, seed, (1536, 512, 288), weight, activation, &mut out)?;
             progress(out.len());
         }
     }

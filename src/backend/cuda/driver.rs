@@ -142,23 +142,32 @@ impl Device {
         Ok(count as usize)
     }
 
-    /// Takes device `ordinal` into use and loads the kernels `names`.
+    /// Takes device `ordinal` into use and loads the kernels `names`, and of `more` those that its image has.
     ///
     /// # Errors
     /// As [`Self::count`], and no such device, or kernels that the driver does not take.
-    pub fn open(ordinal: usize, names: &[&'static str]) -> Result<Self> {
+    pub fn open(ordinal: usize, names: &[&'static str], more: &[&'static str]) -> Result<Self> {
         let mut device = Self::look(ordinal)?;
         let mut module = std::ptr::null_mut();
         // SAFETY: the out-parameter lives until the call returns; the image is a whole fatbin.
         check("loading the kernels", unsafe { sys::cuModuleLoadData(&mut module, IMAGE.as_ptr().cast()) })?;
-        for &name in names {
+        for &name in names.iter().chain(more) {
             let mut function = std::ptr::null_mut();
             let text = CString::new(name).map_err(|e| failed("loading the kernels", e.to_string()))?;
             // SAFETY: the module was loaded above and is never unloaded; the name lives until the call returns.
-            check("loading the kernels", unsafe { sys::cuModuleGetFunction(&mut function, module, text.as_ptr()) })?;
+            let code = unsafe { sys::cuModuleGetFunction(&mut function, module, text.as_ptr()) };
+            if code == CUresult::CUDA_ERROR_NOT_FOUND && more.contains(&name) {
+                continue;
+            }
+            check("loading the kernels", code)?;
             device.functions.insert(name, function);
         }
         Ok(device)
+    }
+
+    /// Whether a kernel was loaded.
+    pub fn has(&self, kernel: &str) -> bool {
+        self.functions.contains_key(kernel)
     }
 
     /// Device `ordinal` without kernels: what it is and what memory it has.

@@ -72,7 +72,7 @@ struct Pairs {
 
 /// Whether one kernel computes both.
 fn alike(a: &CudaLinear, b: &CudaLinear) -> bool {
-    let (x, y) = (format(a.activation), format(b.activation));
+    let (x, y) = (format(a), format(b));
     (a.n, a.k, a.kind, a.grouped()) == (b.n, b.k, b.kind, b.grouped()) && (x.0, x.2) == (y.0, y.2)
 }
 
@@ -123,7 +123,7 @@ fn has_kernels(experts: &[Ffn<'_, CudaLinear>]) -> bool {
 
 /// The last arguments of a kernel that quantizes a row for each pair, as linears like `w` read it.
 fn quantizing<'a>(args: Args<'a>, pairs: &'a Pairs, w: &CudaLinear, side: &'a Side, rows: &'a Rows) -> Args<'a> {
-    let (number, _, rule) = format(w.activation);
+    let (number, _, rule) = format(w);
     args.memory(&pairs.expert_of)
         .memory(&side.scales)
         .memory(&side.pre)
@@ -145,7 +145,7 @@ impl CudaBackend {
                 [w.words.address(), scales, grid, w.row_scales.address(), bias]
             })
             .collect();
-        let scales: Vec<f32> = linears.iter().map(|w| format(w.activation).1).collect();
+        let scales: Vec<f32> = linears.iter().map(|w| format(w).1).collect();
         let pre: Vec<u64> = linears.iter().map(|w| address(w.pre_quant_scale.as_ref().map(|p| &p.1))).collect();
         Ok(Side {
             pointers: self.device.upload(&pointers)?,

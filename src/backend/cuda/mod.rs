@@ -8,6 +8,7 @@ mod attention;
 mod cache;
 mod driver;
 mod elementwise;
+mod fp4;
 mod graph;
 mod mixture;
 mod product;
@@ -24,7 +25,7 @@ use driver::{Args, Memory};
 use product::Operand;
 pub use recurrent::{CudaDeltaNet, CudaMamba};
 pub use table::TABLE_TOKENS;
-use table::{KERNELS, kernel, suffix};
+use table::{FP4_KERNELS, KERNELS, kernel, suffix};
 pub use weight::CudaLinear;
 use weight::{Kind, STEP};
 
@@ -50,6 +51,8 @@ pub struct CudaBackend {
     mixtures: Arc<mixture::Tables>,
     /// Which columns rearranged tensors are made of.
     columns: Arc<elementwise::Columns>,
+    /// Whether products of four bits by four bits are for FP4 tensor cores.
+    fp4: bool,
 }
 
 /// Activations on the device, row-major f32.
@@ -105,16 +108,33 @@ pub struct CudaPass {
 }
 
 impl CudaBackend {
-    /// The backend on device `ordinal`.
+    /// The backend on device `ordinal`; with its FP4 tensor cores, if it has any, unless `RECOUP_CUDA_FP4` is 0.
     ///
     /// # Errors
     /// No driver, one that is too old, no such device, or one that cannot run the kernels.
     pub fn new(ordinal: usize) -> Result<Self> {
-        Ok(Self {
-            device: Arc::new(Device::open(ordinal, &KERNELS)?),
-            mixtures: Arc::default(),
-            columns: Arc::default(),
-        })
+        let device = Arc::new(Device::open(ordinal, &KERNELS, &FP4_KERNELS)?);
+        let wanted = std::env::var_os("RECOUP_CUDA_FP4").is_none_or(|v| v != "0");
+        let fp4 = wanted && FP4_KERNELS.iter().all(|name| device.has(name));
+        Ok(Self { device, mixtures: Arc::default(), columns: Arc::default(), fp4 })
+    }
+
+    /// Whether FP4 tensor cores compute what they can.
+    #[must_use]
+    pub fn fp4(&self) -> bool {
+        self.fp4
+    }
+
+    /// Which kernels compute, for keys of results: the beginning of their hash, and whether FP4 tensor cores are among them.
+    #[must_use]
+    pub fn kernels(&self) -> String {
+        self.device.kernels() + if self.fp4 { " fp4" } else { "" }
+    }
+
+    /// The same device, on which BF16 tensor cores compute everything. Linears that are loaded stay what they are.
+    #[must_use]
+    pub fn without_fp4(&self) -> Self {
+        Self { fp4: false, ..self.clone() }
     }
 
     /// The device in use.
@@ -200,7 +220,7 @@ impl Backend for CudaBackend {
     type Pass = CudaPass;
 
     fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<CudaLinear> {
-        CudaLinear::load(&self.device, &tensors)
+        CudaLinear::load(&self.device, self.fp4, &tensors)
     }
 
     fn inputs(&self, linear: &CudaLinear) -> usize {

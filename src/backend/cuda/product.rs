@@ -11,14 +11,16 @@ use crate::formats::e8m0::ScaleRule;
 use crate::formats::fp_quant::Method;
 use crate::formats::linear::{ActivationFormat, InputRotation};
 
-/// An input in the form that products read: BF16 rows of K padded to [`STEP`].
+/// An input in the form that products read: rows of K padded to [`STEP`], in BF16 or as codes.
 #[derive(Debug)]
 pub(super) struct Operand {
+    /// Codes of four bits; then rows of `scales` are those of kernels/operand.cu.
+    pub codes: bool,
     pub activation: ActivationFormat,
     pub pre_quant_scale: Option<Vec<f32>>,
     pub rotation: Option<Arc<InputRotation>>,
     pub x: Memory,
-    /// Per row, or per row and 128 columns.
+    /// Per row, per row and 128 columns, or of codes.
     pub scales: Option<Memory>,
     /// Rows of `x` for a token: two where the input is not quantized.
     pub planes: usize,
@@ -27,6 +29,7 @@ pub(super) struct Operand {
 impl Operand {
     pub fn fits(&self, w: &CudaLinear) -> bool {
         self.activation == w.activation
+            && self.codes == w.reads_codes()
             && self.pre_quant_scale.as_ref() == w.pre_quant_scale.as_ref().map(|p| &p.0)
             && self.rotation.as_ref() == w.rotation.as_ref().map(|r| &r.0)
     }
@@ -41,14 +44,16 @@ impl Operand {
     }
 }
 
-/// Number and scale of an input's format as kernels/formats.cuh has them, and the rule of MX scales.
-pub(super) fn format(activation: ActivationFormat) -> (usize, f32, usize) {
+/// Number and scale of the format of `w`'s inputs as kernels/formats.cuh has them, and the rule of MX scales.
+pub(super) fn format(w: &CudaLinear) -> (usize, f32, usize) {
     let rule = |r| match r {
         ScaleRule::Ceil => 0,
         ScaleRule::Floor => 1,
         ScaleRule::Even => 2,
     };
-    match activation {
+    match w.activation {
+        ActivationFormat::Nvfp4 { global_scale } if w.reads_codes() => (9, global_scale, 0),
+        ActivationFormat::Mxfp4 { rule: r } if w.reads_codes() => (10, 1.0, rule(r)),
         ActivationFormat::Float => (0, 1.0, 0),
         ActivationFormat::FpQuant { method: Method::AbsMax, global_scale } => (7, global_scale, 0),
         ActivationFormat::FpQuant { method: Method::Quest, global_scale } => (8, global_scale, 0),
@@ -71,16 +76,20 @@ impl CudaBackend {
     pub(super) fn operand(&self, w: &CudaLinear, rows: usize) -> Result<Operand> {
         let planes = if w.activation == ActivationFormat::Float { 2 } else { 1 };
         let padded = w.k.next_multiple_of(STEP);
-        let scales = match w.activation {
-            ActivationFormat::Fp8Token => Some(self.device.take(4 * rows)?),
-            ActivationFormat::Fp8Group => Some(self.device.take(4 * rows * padded / STEP)?),
+        let scales = match (w.kind, w.activation) {
+            // A byte for each block, and an f32.
+            (Kind::Fp4 { block }, _) => Some(self.device.take(rows * (padded / block + 4))?),
+            (_, ActivationFormat::Fp8Token) => Some(self.device.take(4 * rows)?),
+            (_, ActivationFormat::Fp8Group) => Some(self.device.take(4 * rows * padded / STEP)?),
             _ => None,
         };
+        let bytes = if w.reads_codes() { padded / 2 } else { 2 * planes * padded };
         Ok(Operand {
+            codes: w.reads_codes(),
             activation: w.activation,
             pre_quant_scale: w.pre_quant_scale.as_ref().map(|p| p.0.clone()),
             rotation: w.rotation.as_ref().map(|r| r.0.clone()),
-            x: self.device.take(2 * planes * rows * padded)?,
+            x: self.device.take(rows * bytes)?,
             scales,
             planes,
         })
@@ -100,7 +109,7 @@ impl CudaBackend {
             }
             None => (x, w.pre_quant_scale.as_ref()),
         };
-        let (number, scale, rule) = format(w.activation);
+        let (number, scale, rule) = format(w);
         let args = Args::new().memory(&x.data);
         let args = if let Some(up) = &x.up { args.memory(up) } else { args };
         let args = args
@@ -185,7 +194,7 @@ impl CudaBackend {
         let mut normed = self.empty(x.rows, x.columns)?;
         let reader = readers.first().filter(|w| w.kind != Kind::F32 && w.k == width && w.rotation.is_none());
         let operand = reader.map(|w| self.operand(w, rows)).transpose()?;
-        let (number, scale, rule) = reader.map_or((0, 1.0, 0), |w| format(w.activation));
+        let (number, scale, rule) = reader.map_or((0, 1.0, 0), |w| format(w));
         let args = Args::new()
             .memory(&x.data)
             .optional(update.map(|u| &*u.data))

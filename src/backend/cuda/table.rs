@@ -120,6 +120,24 @@ pub(super) const KERNELS: [&str; 112] = [
     "totals",
 ];
 
+/// Those that only images for GPUs with FP4 tensor cores have: without them, the ones above compute the same products.
+pub(super) const FP4_KERNELS: [&str; 14] = [
+    "embed_fp4_16",
+    "embed_fp4_32",
+    "matmul_fp4_16_16",
+    "matmul_fp4_16_32",
+    "matmul_fp4_16_8",
+    "matmul_fp4_32_16",
+    "matmul_fp4_32_32",
+    "matmul_fp4_32_8",
+    "mixture_fp4_16_32",
+    "mixture_fp4_16_8",
+    "mixture_fp4_32_32",
+    "mixture_fp4_32_8",
+    "tile_fp4_16",
+    "tile_fp4_32",
+];
+
 /// End of the name of a weight's kernels.
 pub(super) fn suffix(kind: Kind) -> &'static str {
     match kind {
@@ -130,13 +148,15 @@ pub(super) fn suffix(kind: Kind) -> &'static str {
         Kind::Mxfp8 => "mxfp8",
         Kind::Bf16 => "bf16",
         Kind::F32 => "f32",
+        Kind::Fp4 { block: 16 } => "fp4_16",
+        Kind::Fp4 { .. } => "fp4_32",
     }
 }
 
 /// The loaded kernel of this name.
 pub(super) fn kernel(name: &str) -> Result<&'static str> {
     let missing = || BackendError::Failed { context: "CUDA", message: format!("there is no kernel `{name}`") };
-    KERNELS.iter().copied().find(|k| *k == name).ok_or_else(missing)
+    KERNELS.iter().chain(&FP4_KERNELS).copied().find(|k| *k == name).ok_or_else(missing)
 }
 
 /// The kernel of a product and its grid: of `tokens` rows of x, each of them `planes` rows of BF16, with a weight of `n` outputs,
@@ -185,11 +205,21 @@ impl CudaBackend {
             ("BF16", Kind::Bf16, false),
         ];
         let mut out = Vec::new();
+        let mut push = |name: String, kind, grouped, planes| {
+            let row = |tokens| product_kernel(kind, grouped, (tokens, planes), 4096, self.device.multiprocessors);
+            let kernels = TABLE_TOKENS.iter().map(|&tokens| Ok(row(tokens)?.0)).collect::<Result<_>>()?;
+            out.push((name, kernels));
+            Ok(())
+        };
+        if self.fp4 {
+            push("NVFP4, NVFP4 inputs".into(), Kind::Fp4 { block: 16 }, false, 1)?;
+            push("MXFP4, MXFP4 inputs".into(), Kind::Fp4 { block: 32 }, false, 1)?;
+        }
         for (name, kind, grouped) in weights {
+            let other = if self.fp4 && matches!(kind, Kind::E2m1 { block: 16 } | Kind::Mxfp4) { "other " } else { "" };
             for (input, planes) in [("quantized", 1), ("float", 2)] {
-                let row = |tokens| product_kernel(kind, grouped, (tokens, planes), 4096, self.device.multiprocessors);
-                let kernels = TABLE_TOKENS.iter().map(|&tokens| Ok(row(tokens)?.0)).collect::<Result<_>>()?;
-                out.push((format!("{name}, {input} inputs"), kernels));
+                let other = if planes == 1 { other } else { "" };
+                push(format!("{name}, {other}{input} inputs"), kind, grouped, planes)?;
             }
         }
         Ok(out)

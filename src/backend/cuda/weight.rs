@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rayon::prelude::*;
 
 use super::driver::{Device, Memory};
+use super::fp4;
 use crate::backend::{BackendError, Result};
 use crate::formats::e8m0;
 use crate::formats::fp8;
@@ -14,18 +15,24 @@ use crate::formats::linear::{ActivationFormat, BlockScales, Element, InputRotati
 /// Columns of one step along K; K is padded to a multiple.
 pub const STEP: usize = 128;
 /// Rows of one tile, and tiles of one block; N is padded to a multiple of their product.
-const TILE: usize = 16;
-const ROWS: usize = 2 * TILE;
+pub(super) const TILE: usize = 16;
+pub(super) const ROWS: usize = 2 * TILE;
 
 /// How a weight's elements and block scales are stored: names end the kernels'.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    E2m1 { block: usize },
+    E2m1 {
+        block: usize,
+    },
     Mxfp4,
     E4m3,
     Mxfp8,
     Bf16,
     F32,
+    /// E2M1 whose inputs are E2M1 too, for FP4 tensor cores: NVFP4 in blocks of 16, or MXFP4 in blocks of 32.
+    Fp4 {
+        block: usize,
+    },
 }
 
 /// How many were loaded.
@@ -55,21 +62,31 @@ pub struct CudaLinear {
 }
 
 /// A weight in the kernels' layout, on the host.
-struct Packed {
-    words: Vec<u32>,
-    scales: Vec<u32>,
+pub(super) struct Packed {
+    pub words: Vec<u32>,
+    pub scales: Vec<u32>,
     /// What the block scales of a row are to be multiplied by beside its output scale.
-    rows: Vec<f32>,
+    pub rows: Vec<f32>,
 }
 
 impl CudaLinear {
-    /// Packs `t` and takes it over.
+    /// Packs `t` and takes it over; for FP4 tensor cores where `fp4` and both sides have four bits.
     ///
     /// # Errors
     /// No kernel for these formats, or not enough memory.
-    pub fn load(device: &Arc<Device>, t: &LinearTensors<'_>) -> Result<Self> {
+    pub fn load(device: &Arc<Device>, fp4: bool, t: &LinearTensors<'_>) -> Result<Self> {
         let unsupported = |what: String| BackendError::Unsupported { module: t.name.clone(), backend: "cuda", what };
         let kind = match (t.element, &t.block_scales) {
+            (Element::E2m1, BlockScales::E4m3 { block: 16, .. })
+                if fp4 && matches!(t.activation, ActivationFormat::Nvfp4 { .. }) =>
+            {
+                Kind::Fp4 { block: 16 }
+            }
+            (Element::E2m1, BlockScales::E8m0 { block: 32, .. })
+                if fp4 && matches!(t.activation, ActivationFormat::Mxfp4 { .. }) =>
+            {
+                Kind::Fp4 { block: 32 }
+            }
             (Element::E2m1, BlockScales::E4m3 { block: block @ (16 | 32), .. }) => Kind::E2m1 { block: *block },
             (Element::E2m1, BlockScales::E8m0 { block: 32, .. }) => Kind::Mxfp4,
             (Element::E4m3, BlockScales::None | BlockScales::Grid { .. }) => Kind::E4m3,
@@ -84,7 +101,11 @@ impl CudaLinear {
         if kind == Kind::F32 && t.rotation.is_some() {
             return Err(unsupported(format!("{} weights with rotated inputs", t.weight_format())));
         }
-        let packed = if kind == Kind::F32 { plain(t) } else { pack(t, kind) };
+        let packed = match kind {
+            Kind::F32 => plain(t),
+            Kind::Fp4 { .. } => fp4::pack(t),
+            _ => pack(t, kind),
+        };
         let upload = |v: &Vec<f32>| device.upload(v);
         let grid = match &t.block_scales {
             BlockScales::Grid { values } => Some(upload(values)?),
@@ -125,6 +146,11 @@ impl CudaLinear {
         self.words.bytes()
             + self.row_scales.bytes()
             + optional.iter().filter_map(|m| m.as_ref()).map(Memory::bytes).sum::<usize>()
+    }
+
+    /// Whether inputs are codes and scales, and not BF16.
+    pub fn reads_codes(&self) -> bool {
+        matches!(self.kind, Kind::Fp4 { .. })
     }
 
     /// Whether a product has a scale for each 128 columns.
@@ -221,7 +247,7 @@ fn pack(t: &LinearTensors<'_>, kind: Kind) -> Packed {
         Kind::E2m1 { .. } | Kind::Mxfp4 => (4, 16),
         Kind::E4m3 => (8, 0),
         Kind::Mxfp8 => (8, 16),
-        Kind::Bf16 | Kind::F32 => (16, 0),
+        Kind::Bf16 | Kind::F32 | Kind::Fp4 { .. } => (16, 0),
     };
     let block = t.block_scales.block(t.k);
     let codes = match &t.block_scales {

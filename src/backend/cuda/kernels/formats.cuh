@@ -3,7 +3,9 @@
 #include "prim.cuh"
 
 // What an input is quantized to before a product; the numbers are those of `format` in product.rs.
-enum Activation { FLOAT = 0, NVFP4 = 1, FP8_STATIC = 2, FP8_TOKEN = 3, FP8_GROUP = 4, MXFP4 = 5, MXFP8 = 6, FP_QUANT_AMAX = 7, FP_QUANT_QUEST = 8 };
+enum Activation { FLOAT = 0, NVFP4 = 1, FP8_STATIC = 2, FP8_TOKEN = 3, FP8_GROUP = 4, MXFP4 = 5, MXFP8 = 6, FP_QUANT_AMAX = 7, FP_QUANT_QUEST = 8,
+                  // As codes and scales, not as BF16: for fp4.cu.
+                  NVFP4_CODES = 9, MXFP4_CODES = 10 };
 // How the scale of an MX block follows from its largest magnitude.
 enum Rule { RULE_CEIL = 0, RULE_FLOOR = 1, RULE_EVEN = 2 };
 
@@ -11,12 +13,18 @@ DEV bool finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
 DEV float magnitude(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 DEV float nan_value() { return float_of(0x7fc00000u); }
 
-// Value of the E2M1 code nearest to x, ties to the even code.
-DEV float round_e2m1(float x) {
+// E2M1 code nearest to x, ties to even.
+DEV uint32_t encode_e2m1(float x) {
     const float a = magnitude(x);
-    const float v = 0.5f * ((a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + 2 * (a > 2.5f) + 2 * (a >= 3.5f) + 4 * (a > 5.0f));
-    return x < 0.0f ? -v : v;
+    const uint32_t code = (a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.0f);
+    return x < 0.0f ? code | 8u : code;
 }
+DEV float decode_e2m1(uint32_t code) {
+    // Twice the magnitudes, a digit each.
+    const float v = 0.5f * (float)(0xc8643210u >> 4 * (code & 7u) & 15u);
+    return code & 8u ? -v : v;
+}
+DEV float round_e2m1(float x) { return decode_e2m1(encode_e2m1(x)); }
 
 // Code of the E4M3 value nearest to x, ties to even; saturates; NaN stays NaN.
 DEV uint32_t encode_e4m3(float x) {

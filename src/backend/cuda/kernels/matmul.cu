@@ -6,12 +6,37 @@
 // kernel computes it and what else is in the batch.
 // A row of x that is not quantized is two rows, the BF16 nearest to it and what that leaves: f32 to 16 bits of mantissa.
 // Roofline: weights once from memory (M <= 8·NT); limits: N a multiple of 32 and K of 128 after padding, K/128 any.
-// Issue slots per HMMA in the loop, E2M1 by 16, nvcc 13.0.88, sm_80 / 90 / 120: M <= 8 19.4 / 19.7 / 17.9, M <= 16
-// 10.4 / 10.4 / 10.4, M <= 32 6.6 / 6.6 / 6.8.
+// Issue slots per HMMA in the loop, E2M1 by 16, nvcc 13.0.88, sm_80 / 90 / 120: M <= 8 19.4 / 19.7 / 18.1, M <= 16
+// 10.4 / 10.4 / 10.6, M <= 32 6.6 / 6.5 / 6.9.
 #pragma once
 #include "weight.cuh"
 
 constexpr int WARPS = 8, TILES = 2;
+
+// The first step of a warp's slice of K.
+DEV int slice_begin(int steps, int warp) { return (int)((long)steps * warp / WARPS); }
+
+// Adds up what the warps have of TILES x NT tiles, in their order, and stores it with its scales; `of_token` gives a token's.
+template <int NT, class Factor>
+DEV void store_sums(const float (&acc)[TILES][NT][4], SharedArray<float> sums, int out0, int row0, int rows, int planes, int n, float lifted,
+                    const float* row_scales, float x_scale, const float* bias, float* y, const Factor& of_token) {
+    constexpr int OUT = TILES * TILE, COLS = NT * 8;
+    const int warp = warp_index(), g = lane_index() >> 2, t = lane_index() & 3;
+    UNROLL for (int r = 0; r < TILES; r++)
+        UNROLL for (int c = 0; c < NT; c++)
+            UNROLL for (int i = 0; i < 4; i++)
+                sums[(warp * COLS + c * 8 + t * 2 + (i & 1)) * OUT + r * TILE + g + (i >> 1) * 8] = acc[r][c][i];
+    block_sync();
+    for (int e = thread_index(); e < OUT * COLS / planes; e += WARPS * 32) {
+        const int o = e % OUT, token = e / OUT, out = out0 + o, m = row0 / planes + token;
+        if (out >= n || m * planes >= rows) continue;
+        float total = 0.0f;
+        for (int p = 0; p < planes; p++)
+            UNROLL for (int w = 0; w < WARPS; w++) total += sums[(w * COLS + token * planes + p) * OUT + o];
+        total = total * lifted * (ld(row_scales + out) * x_scale * of_token(m));
+        st(y + (long)m * n + out, bias ? total + ld(bias + out) : total);
+    }
+}
 
 template <int W, int NT, bool GROUPED>
 DEV void matmul(const U4* weights, const uint32_t* scales, const float* grid_scales, const uint16_t* x, const float* x_scales,
@@ -20,7 +45,7 @@ DEV void matmul(const U4* weights, const uint32_t* scales, const float* grid_sca
     const int lane = lane_index(), warp = warp_index(), g = lane >> 2, t = lane & 3, steps = k / STEP;
     const long tile0 = (long)block_x() * TILES;
     const int row0 = block_y() * 8 * NT;
-    const int first = (int)((long)steps * warp / WARPS), last = (int)((long)steps * (warp + 1) / WARPS);
+    const int first = slice_begin(steps, warp), last = slice_begin(steps, warp + 1);
     float acc[TILES][NT][4] = {};
     for (int step = first; step < last; step++) {
         float part[TILES][NT][4] = {};
@@ -63,23 +88,8 @@ DEV void matmul(const U4* weights, const uint32_t* scales, const float* grid_sca
             }
         }
     }
-    constexpr int OUT = TILES * TILE, COLS = NT * 8;
-    UNROLL for (int r = 0; r < TILES; r++)
-        UNROLL for (int c = 0; c < NT; c++)
-            UNROLL for (int i = 0; i < 4; i++)
-                sums[(warp * COLS + c * 8 + t * 2 + (i & 1)) * OUT + r * TILE + g + (i >> 1) * 8] = acc[r][c][i];
-    block_sync();
-    for (int e = thread_index(); e < OUT * COLS / planes; e += WARPS * 32) {
-        const int o = e % OUT, token = e / OUT, out = (int)tile0 * TILE + o, m = row0 / planes + token;
-        if (out >= n || m * planes >= rows) continue;
-        float total = 0.0f;
-        for (int p = 0; p < planes; p++)
-            UNROLL for (int w = 0; w < WARPS; w++) total += sums[(w * COLS + token * planes + p) * OUT + o];
-        float scale = ld(row_scales + out) * x_scale;
-        if (x_scales) scale *= ld(x_scales + m);
-        total = total * lift(W) * scale;
-        st(y + (long)m * n + out, bias ? total + ld(bias + out) : total);
-    }
+    store_sums<NT>(acc, sums, (int)tile0 * TILE, row0, rows, planes, n, lift(W), row_scales, x_scale, bias, y,
+                   [&](int m) { return x_scales ? ld(x_scales + m) : 1.0f; });
 }
 
 // Blocks on a multiprocessor. Only the kernels for 32 rows spill then: 1 to 4 of 420 slots, for twice the loads on their way.

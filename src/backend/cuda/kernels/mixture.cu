@@ -147,7 +147,7 @@ KERNEL(mixture_sort, 256, (const int* experts, int* token_of, int* expert_of, in
 }
 
 // Rows of sorted pairs, quantized: of x's tokens, with the scale and the factors of columns (pointers, or null) of their expert.
-KERNEL(mixture_operand, 256, (const float* in, const int* token_of, const int* expert_of, const float* scale_of, const uint64_t* pre_of,
+KERNEL_OF(2, mixture_operand, 256, (const float* in, const int* token_of, const int* expert_of, const float* scale_of, const uint64_t* pre_of,
                               int format, int rule, int k, int kp, uint16_t* x, float* scales)) {
     SHARED(float, scratch, THREADS / 32);
     const int row = block_x(), expert = ld(expert_of + row);
@@ -156,7 +156,7 @@ KERNEL(mixture_operand, 256, (const float* in, const int* token_of, const int* e
                  ld(scale_of + expert), rule, row, k, kp, x, scales, scratch);
 }
 // activation(gate, up) of sorted pairs, rows `pitch` apart, quantized likewise; up is null for relu².
-KERNEL(mixture_activate, 256, (const float* gate, const float* up, int pitch, int kind, float limit, const int* expert_of,
+KERNEL_OF(3, mixture_activate, 256, (const float* gate, const float* up, int pitch, int kind, float limit, const int* expert_of,
                                const float* scale_of, const uint64_t* pre_of, int format, int rule, int k, int kp, uint16_t* x,
                                float* scales)) {
     SHARED(float, scratch, THREADS / 32);
@@ -202,6 +202,31 @@ MIXTURES(mxfp8, W_MXFP8)
 MIXTURES(bf16, W_BF16)
 MIXTURE(e4m3_8g, W_E4M3, 1, true)
 MIXTURE(e4m3_32g, W_E4M3, 4, true)
+
+#if HAS_FP4
+// The same with the products of fp4.cu; a row of x has k/2 bytes.
+template <int W, int NT>
+DEV void mixture_fp4(const uint64_t* experts, const int* begins, const U4* x, const uint32_t* x_scales, const float* scale_of, float* y,
+                     int n, int k, SharedArray<float> sums) {
+    const int expert = block_z(), first = ld(begins + expert), rows = ld(begins + expert + 1) - first;
+    if (block_y() * 8 * NT >= rows) return;
+    const uint64_t* p = experts + 5 * expert;
+    fp4_matmul<W, NT>((const U4*)ld(p), (const uint32_t*)ld(p + 1), x + (long)first * (k / 32),
+                      x_scales + (long)first * token_pitch(W, k / STEP), (const float*)ld(p + 3), (const float*)ld(p + 4),
+                      y + (long)first * n, rows, n, k, ld(scale_of + expert), sums);
+}
+#define MIXTURE_FP4(name, W, NT)                                                                                             \
+    KERNEL_OF(NT == 1 ? 3 : 1, mixture_##name, 256,                                                                          \
+              (const uint64_t* experts, const int* begins, const U4* x, const uint32_t* x_scales, const float* x_groups,     \
+               const float* scale_of, float* y, int planes, int n, int k)) {                                                 \
+        SHARED(float, sums, WARPS * NT * 8 * TILES * TILE);                                                                  \
+        mixture_fp4<W, NT>(experts, begins, x, x_scales, scale_of, y, n, k, sums);                                           \
+    }
+MIXTURE_FP4(fp4_16_8, W_FP4_16, 1)
+MIXTURE_FP4(fp4_16_32, W_FP4_16, 4)
+MIXTURE_FP4(fp4_32_8, W_FP4_32, 1)
+MIXTURE_FP4(fp4_32_32, W_FP4_32, 4)
+#endif
 
 // out[token] = Σ weights[token, i] · y[place[token, i]], in the order of experts. A block has a token.
 KERNEL(mixture_sum, 256, (const float* y, const int* place, const float* weights, float* out, int k, int n)) {

@@ -1,6 +1,6 @@
 // What enters a product: rows of f32 become BF16 rows that hold exactly what the format of the input can say (E2M1 by E4M3,
 // E4M3, MX elements have at most six significant bits), with the scale of a row or of 128 columns beside them. An input that is
-// not quantized becomes two rows, the nearest BF16 and what that leaves.
+// not quantized becomes two rows, the nearest BF16 and what that leaves. For fp4.cu rows are codes and scales instead.
 //
 // Three sources share it: plain rows, the norm of the residual stream (to which what a mixer gave is added first), and
 // silu(gate) · up. A block has a row; a thread 16 columns at a time, one NVFP4 block, half an MX one, an eighth of a group of 128.
@@ -84,8 +84,20 @@ DEV float scale_fp_quant(const float (&v)[UNIT], float amax, bool quest) {
     return float_of(bits_of(x > LEAST ? x : LEAST) & 0x7f800000u);
 }
 
+// A row of codes: of each 128 columns the 16 words of eight columns, those of each fourth eight together (words 0, 4, 8, 12, then
+// 1, ...), as a lane of fp4.cu reads them. `u` is the number of these 16 columns.
+DEV void store_codes(uint32_t* row, int u, const uint32_t (&words)[2]) {
+    UNROLL for (int half = 0; half < 2; half++) {
+        const int at = u % 8 * 2 + half;
+        st(row + u / 8 * 16 + at % 4 * 4 + at / 4, words[half]);
+    }
+}
+// Words of scales of a row of codes: its blocks' as bytes, in order, and what the row is multiplied by beside: 1, or NaN where
+// something in it is not finite, whatever the GPU would make of such a block.
+DEV int code_scales(int format, int kp) { return kp / (format == MXFP4_CODES ? 128 : 64) + 1; }
+
 // Quantizes a row. `value(k0, v)` gives 16 columns, zeros beyond k; `pre` multiplies columns, or is null. `kp` is k padded to
-// 128; `scales` [rows] or [rows, kp/128] where the format has any.
+// 128; `scales` [rows] or [rows, kp/128] where the format has any, [rows, code_scales] of codes.
 template <class Value>
 DEV void quantize_row(const Value& value, const float* pre, int format, float scale, int rule, int row, int k, int kp,
                       uint16_t* x, float* scales, SharedArray<float> scratch) {
@@ -110,6 +122,10 @@ DEV void quantize_row(const Value& value, const float* pre, int format, float sc
         if (!(scale > 0.0f)) scale = 1.0f;
         if (thread_index() == 0) st(scales + row, scale);
     }
+    const bool codes = format >= NVFP4_CODES;
+    uint32_t* code_row = (uint32_t*)x + (long)row * (kp / 8);
+    uint32_t* scale_row = (uint32_t*)scales + (long)row * code_scales(format, kp);
+    float broken = 0.0f;
     // All lanes of a warp go round together: groups of lanes share a scale.
     for (int u0 = warp_index() * 32; u0 < units; u0 += THREADS) {
         const int u = u0 + lane_index();
@@ -125,9 +141,12 @@ DEV void quantize_row(const Value& value, const float* pre, int format, float sc
             store16(x + (long)(2 * row + 1) * kp, u * UNIT, low);
             continue;
         }
-        if (format == NVFP4) {
-            const float s = sound ? round_e4m3(a / (6.0f * scale)) : nan_value(), step = s * scale;
-            UNROLL for (int i = 0; i < UNIT; i++) v[i] = step > 0.0f ? round_e2m1(v[i] / step) * s : sound ? 0.0f : nan_value();
+        // Of what becomes E2M1: its scale, what inputs are divided by, and the scale's code.
+        bool four = false;
+        float s = 1.0f, step = 1.0f;
+        uint32_t byte = 0;
+        if (format == NVFP4 || format == NVFP4_CODES) {
+            four = true, byte = encode_e4m3(a / (6.0f * scale)), s = decode_e4m3(byte), step = s * scale;
         } else if (format == FP8_STATIC || format == FP8_TOKEN) {
             UNROLL for (int i = 0; i < UNIT; i++) v[i] = quantize_fp8(v[i], scale);
         } else if (format == FP8_GROUP) {
@@ -135,7 +154,7 @@ DEV void quantize_row(const Value& value, const float* pre, int format, float sc
                 const float o = shfl_xor(a, m);
                 a = o > a ? o : a;
             }
-            float s = a / 448.0f;
+            s = a / 448.0f;
             if (!(s > 0.0f)) s = 1.0f;
             if (u < units && u % 8 == 0) st(scales + (long)row * (kp / 128) + u / 8, s);
             UNROLL for (int i = 0; i < UNIT; i++) v[i] = quantize_fp8(v[i], s);
@@ -143,22 +162,38 @@ DEV void quantize_row(const Value& value, const float* pre, int format, float sc
             const float o = shfl_xor(a, 1);
             a = o > a ? o : a;
             sound &= shfl_xor(sound, 1);
-            if (format >= FP_QUANT_AMAX) {
-                const float s = scale_fp_quant(v, a, format == FP_QUANT_QUEST), factor = 1.0f / scale / s;
+            if (format == FP_QUANT_AMAX || format == FP_QUANT_QUEST) {
+                s = scale_fp_quant(v, a, format == FP_QUANT_QUEST);
+                const float factor = 1.0f / scale / s;
                 UNROLL for (int i = 0; i < UNIT; i++) v[i] = sound ? round_e2m1(v[i] * factor) * s : nan_value();
-                if (u < units) store16(x + (long)row * kp, u * UNIT, v);
+            } else {
+                four = format != MXFP8;
+                s = step = scale_e8m0(a, four ? 6.0f : 448.0f, four ? 2 : 8, rule), byte = bits_of(s) >> 23;
+                if (!four) UNROLL for (int i = 0; i < UNIT; i++) v[i] = sound ? round_e4m3(v[i] / s) * s : nan_value();
+            }
+        }
+        if (four) {
+            uint32_t words[2] = {};
+            if (sound && step > 0.0f)
+                UNROLL for (int i = 0; i < UNIT; i++) words[i / 8] |= encode_e2m1(v[i] / step) << 4 * (i % 8);
+            if (codes) {
+                if (!sound) broken = 1.0f, byte = 0;
+                if (u < units) store_codes(code_row, u, words);
+                const int block = format == MXFP4_CODES ? 2 : 1;
+                if (u < units && u % block == 0) st((uint8_t*)scale_row + u / block, (uint8_t)byte);
                 continue;
             }
-            const bool four = format == MXFP4;
-            const float s = sound ? scale_e8m0(a, four ? 6.0f : 448.0f, four ? 2 : 8, rule) : nan_value();
-            UNROLL for (int i = 0; i < UNIT; i++) v[i] = (four ? round_e2m1(v[i] / s) : round_e4m3(v[i] / s)) * s;
+            UNROLL for (int i = 0; i < UNIT; i++) v[i] = sound ? decode_e2m1(words[i / 8] >> 4 * (i % 8)) * s : nan_value();
         }
         if (u < units) store16(x + (long)row * kp, u * UNIT, v);
     }
+    if (!codes) return;
+    broken = block_reduce<true>(broken, scratch);
+    if (thread_index() == 0) st((float*)scale_row + code_scales(format, kp) - 1, broken > 0.0f ? nan_value() : 1.0f);
 }
 
 // Rows as they are.
-KERNEL(operand_plain, 256, (const float* in, const float* pre, int format, float scale, int rule, int k, int kp, uint16_t* x,
+KERNEL_OF(3, operand_plain, 256, (const float* in, const float* pre, int format, float scale, int rule, int k, int kp, uint16_t* x,
                             float* scales)) {
     SHARED(float, scratch, THREADS / 32);
     const int row = block_x();
@@ -167,7 +202,7 @@ KERNEL(operand_plain, 256, (const float* in, const float* pre, int format, float
 }
 
 // silu(gate) · up.
-KERNEL(operand_silu, 256, (const float* gate, const float* up, const float* pre, int format, float scale, int rule, int k,
+KERNEL_OF(3, operand_silu, 256, (const float* gate, const float* up, const float* pre, int format, float scale, int rule, int k,
                            int kp, uint16_t* x, float* scales)) {
     SHARED(float, scratch, THREADS / 32);
     const int row = block_x();
@@ -183,7 +218,7 @@ KERNEL(operand_silu, 256, (const float* gate, const float* up, const float* pre,
 
 // out = stream + update (update null: stream as it is, out not written); normed = norm(out) · weight, and its quantized rows;
 // each of the two where it is not null.
-KERNEL(operand_norm, 256, (const float* stream, const float* update, float* out, const float* weight, float eps, float* normed,
+KERNEL_OF(3, operand_norm, 256, (const float* stream, const float* update, float* out, const float* weight, float eps, float* normed,
                            const float* pre, int format, float scale, int rule, int k, int kp, uint16_t* x, float* scales)) {
     SHARED(float, scratch, THREADS / 32);
     const int row = block_x();

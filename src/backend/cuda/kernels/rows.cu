@@ -29,6 +29,10 @@ EMBED(mxfp4, W_MXFP4)
 EMBED(e4m3, W_E4M3)
 EMBED(mxfp8, W_MXFP8)
 EMBED(bf16, W_BF16)
+#if HAS_FP4
+EMBED(fp4_16, W_FP4_16)
+EMBED(fp4_32, W_FP4_32)
+#endif
 
 // Rows of f32, [rows, k]: out[i] = in[index[i]].
 KERNEL(gather, 128, (const float* in, const int* index, float* out, int k)) {

@@ -8,12 +8,40 @@
 // Roofline: tensor cores. A step of a block is 1024 HMMA (512 grouped) for 16 KiB of tokens and 18 KiB of E2M1 (32 of FP8, 64 of
 // BF16; half that grouped) from L2: 17 bytes a clock and multiprocessor where one takes 2 clocks. Limits: as matmul.cu.
 // nvcc 13.0.88, sm_80 / 90 / 120, no spills; 34 KiB of shared memory, one block a multiprocessor:
-//   registers                E2M1 by 16 230 / 230 / 226, E4M3 242 / 246 / 228, BF16 250 / 250 / 244, grouped up to 212
+//   registers                E2M1 by 16 230 / 230 / 226, E4M3 242 / 246 / 228, BF16 250 / 250 / 242, grouped up to 212
 //   issue slots per HMMA     E2M1 by 16 4.8 / 5.1 / 5.4, E4M3 4.7 / 4.9 / 5.2, BF16 3.0 / 3.3 / 3.8, E2M1 by 16 grouped 6.9 /
-//                            7.2 / 7.1; of these 0.8 to 1.0 are taken at the end of a slice only, 1.6 unpack E2M1, 0.35 load
+//                            7.2 / 7.0; of these 0.8 to 1.0 are taken at the end of a slice only, 1.6 unpack E2M1, 0.35 load
+#pragma once
 #include "matmul.cu"
 
 constexpr int TOKENS = 64, PITCH = STEP / 8 + 1, STAGE = TOKENS * PITCH;
+
+// The end of the slice of K that has this step.
+DEV int slice_end(int steps, int step) {
+    int slice = 1;
+    while (slice_begin(steps, slice) <= step) slice++;
+    return slice_begin(steps, slice);
+}
+
+// Stores what a warp has of R x NT tiles with its scales; `of_token` gives a token's.
+template <int R, int NT, class Factor>
+DEV void store_tile(const float (&total)[R][NT][4], int out0, int token0, int tokens, int n, float lifted, const float* row_scales,
+                    float x_scale, const float* bias, float* y, const Factor& of_token) {
+    const int g = lane_index() >> 2, t = lane_index() & 3;
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int upper = 0; upper < 2; upper++) {
+            const int out = out0 + r * TILE + g + upper * 8;
+            if (out >= n) continue;
+            const float row_scale = ld(row_scales + out) * x_scale, add = bias ? ld(bias + out) : 0.0f;
+            UNROLL for (int c = 0; c < NT; c++)
+                UNROLL for (int i = 0; i < 2; i++) {
+                    const int m = token0 + c * 8 + t * 2 + i;
+                    if (m >= tokens) continue;
+                    const float v = total[r][c][upper * 2 + i] * lifted * (row_scale * of_token(m));
+                    st(y + (long)m * n + out, bias ? v + add : v);
+                }
+        }
+}
 
 template <int W, int R, bool GROUPED>
 DEV void tile(const U4* weights, const uint32_t* scales, const float* grid_scales, const uint16_t* x, const float* x_scales,
@@ -48,12 +76,6 @@ DEV void tile(const U4* weights, const uint32_t* scales, const float* grid_scale
                 if (half == 0) s[r] = ld_stream(scales + scale_index<W>(tile0 + r, steps, step, lane));
         }
     };
-    // The end of the slice of K that has this step.
-    auto slice_end = [&](int step) {
-        int slice = 1;
-        while ((int)((long)steps * slice / WARPS) <= step) slice++;
-        return (int)((long)steps * slice / WARPS);
-    };
 
     // Of 128 columns, the scale of a token: a thread has one, written while the step before is computed.
     const float* scale_of = x_groups ? x_groups + (long)min(token0 + thread_index() % TOKENS, tokens - 1) * steps : nullptr;
@@ -63,7 +85,7 @@ DEV void tile(const U4* weights, const uint32_t* scales, const float* grid_scale
     copy(0);
     if (active) fetch(0, 0);
     if (GROUPED && thread_index() < TOKENS) token_scales[thread_index()] = token_scale(0);
-    int step = 0, end = slice_end(0);
+    int step = 0, end = slice_end(steps, 0);
     for (int pass = 0; pass < passes; pass++) {
         cp_wait<0>();
         block_sync();
@@ -112,28 +134,15 @@ DEV void tile(const U4* weights, const uint32_t* scales, const float* grid_scale
                 UNROLL for (int r = 0; r < R; r++)
                     UNROLL for (int c = 0; c < NT; c++)
                         UNROLL for (int i = 0; i < 4; i++) total[r][c][i] += acc[r][c][i], acc[r][c][i] = 0.0f;
-                end = slice_end(next);
+                end = slice_end(steps, next);
             }
         }
         if (GROUPED && thread_index() < TOKENS) token_scales[((pass + 1) & 1) * TOKENS + thread_index()] = next_scale;
         step = next;
     }
     if (!active) return;
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int upper = 0; upper < 2; upper++) {
-            const int out = (int)(tile0 + r) * TILE + g + upper * 8;
-            if (out >= n) continue;
-            const float row_scale = ld(row_scales + out) * x_scale, add = bias ? ld(bias + out) : 0.0f;
-            UNROLL for (int c = 0; c < NT; c++)
-                UNROLL for (int i = 0; i < 2; i++) {
-                    const int m = token0 + c * 8 + t * 2 + i;
-                    if (m >= tokens) continue;
-                    float scale = row_scale;
-                    if (x_scales) scale *= ld(x_scales + m);
-                    const float v = total[r][c][upper * 2 + i] * lift(W) * scale;
-                    st(y + (long)m * n + out, bias ? v + add : v);
-                }
-        }
+    store_tile(total, (int)tile0 * TILE, token0, tokens, n, lift(W), row_scales, x_scale, bias, y,
+               [&](int m) { return x_scales ? ld(x_scales + m) : 1.0f; });
 }
 
 #define TILED(name, W, R, GROUPED)                                                                                         \

@@ -9,12 +9,17 @@
 //   scales:      a byte each for (half 0, row g), (half 0, row g+8), (half 1, g), (half 1, g+8) in a word;
 //                blocks of 16: [tile][step][lane], blocks of 32: [tile][step][g][t/2]
 // Elements leave here multiplied by 2^-LIFT, and whoever uses them multiplies sums by 2^LIFT.
+//
+// Where E2M1 meets E2M1 on FP4 tensor cores (fp4.cu), a weight is the A operand of mma.m16n8k64, as it is stored otherwise:
+//   codes:       [tile][step][half][lane] of U4: columns 8t.. of rows g and g+8, then columns 32 + 8t.., of a half step
+//   scales:      words of a row's four scales in order. E4M3 by 16: [tile][step][lane], row g + 8·(t % 2), half t / 2;
+//                E8M0 by 32: [tile][step][g][t % 2]
 #pragma once
 #include "formats.cuh"
 
 constexpr int STEP = 128, TILE = 16;
 
-enum Weight { W_E2M1_16 = 0, W_E2M1_32 = 1, W_MXFP4 = 2, W_E4M3 = 3, W_MXFP8 = 4, W_BF16 = 5 };
+enum Weight { W_E2M1_16 = 0, W_E2M1_32 = 1, W_MXFP4 = 2, W_E4M3 = 3, W_MXFP8 = 4, W_BF16 = 5, W_FP4_16 = 6, W_FP4_32 = 7 };
 
 // U4 words of a lane in a half step.
 DEV constexpr int words(int w) { return w == W_BF16 ? 4 : w == W_E4M3 || w == W_MXFP8 ? 2 : 1; }
@@ -68,21 +73,38 @@ template <int W> DEV long scale_index(long tile, int steps, int step, int lane) 
     return (tile * steps + step) * (8 * scale_lanes(W)) + (scale_lanes(W) == 4 ? lane : (lane >> 2) * 2 + (lane & 3) / 2);
 }
 
+// A word of scales in the layout for FP4.
+template <int W> DEV long fp4_scale_index(long tile, int steps, int step, int lane) {
+    return W == W_FP4_16 ? (tile * steps + step) * 32 + lane : (tile * steps + step) * 16 + (lane >> 2) * 2 + (lane & 1);
+}
+
 // Weights (row n, columns k0..k0+15) as f32, without output scales; k0 is a multiple of 16.
 template <int W> DEV void decode16(const U4* words_, const uint32_t* scales, int steps, int n, int k0, float (&v)[16]) {
     const int step = k0 / STEP, half = k0 / 64 & 1, t = k0 / 16 & 3, g = n & 7, upper = n >> 3 & 1, lane = g * 4 + t;
     const long tile = n / TILE;
-    U4 q[words(W)];
-    UNROLL for (int i = 0; i < words(W); i++) q[i] = ld(words_ + word_index<W>(tile, steps, step, half, lane) + 32 * i);
-    uint32_t s = 0;
-    if constexpr (scale_lanes(W) > 0) s = scale_pair(W, ld(scales + scale_index<W>(tile, steps, step, lane)) >> (16 * half + 8 * upper) & 0xffu);
-    UNROLL for (int j = 0; j < 4; j++) {
-        uint32_t a[4];
-        operand_a<W>(q, j, s, s, a);
+    if constexpr (W == W_FP4_16 || W == W_FP4_32) {
+        // Columns 16t.. of the half step are words 2t and 2t + 1 of its eight: of two lanes, before or beyond column 32.
+        const uint32_t s = ld(scales + fp4_scale_index<W>(tile, steps, step, g * 4 + upper + (W == W_FP4_16 ? half * 2 : 0)));
+        const uint32_t byte = s >> 8 * (W == W_FP4_16 ? t : half * 2 + t / 2) & 0xffu;
+        const float scale = W == W_FP4_16 ? decode_e4m3(byte) : float_of(byte ? byte << 23 : 0x00400000u);
         UNROLL for (int i = 0; i < 2; i++) {
-            const uint32_t pair = upper ? a[2 * i + 1] : a[2 * i];
-            v[4 * j + 2 * i] = float_of(pair << 16) * lift(W);
-            v[4 * j + 2 * i + 1] = float_of(pair & 0xffff0000u) * lift(W);
+            const U4 q = ld(words_ + word_index<W>(tile, steps, step, half, g * 4 + (2 * t + i) % 4));
+            const uint32_t word = t < 2 ? (upper ? q.y : q.x) : (upper ? q.w : q.z);
+            UNROLL for (int j = 0; j < 8; j++) v[8 * i + j] = decode_e2m1(word >> 4 * j) * scale;
+        }
+    } else {
+        U4 q[words(W)];
+        UNROLL for (int i = 0; i < words(W); i++) q[i] = ld(words_ + word_index<W>(tile, steps, step, half, lane) + 32 * i);
+        uint32_t s = 0;
+        if constexpr (scale_lanes(W) > 0) s = scale_pair(W, ld(scales + scale_index<W>(tile, steps, step, lane)) >> (16 * half + 8 * upper) & 0xffu);
+        UNROLL for (int j = 0; j < 4; j++) {
+            uint32_t a[4];
+            operand_a<W>(q, j, s, s, a);
+            UNROLL for (int i = 0; i < 2; i++) {
+                const uint32_t pair = upper ? a[2 * i + 1] : a[2 * i];
+                v[4 * j + 2 * i] = float_of(pair << 16) * lift(W);
+                v[4 * j + 2 * i + 1] = float_of(pair & 0xffff0000u) * lift(W);
+            }
         }
     }
 }

@@ -1,8 +1,9 @@
 // Every kernel against its definition, on ragged shapes, with every access checked: what scripts/cuda-check.sh runs. The
 // definitions here are plain loops over whole matrices and know nothing of tiles, lanes or pages.
 //
-// usage: check [FILE...]: the kernels of these files (matmul, tile, operand, attention, recurrent, rows, mixture, sample); all without.
-#include KERNELS
+// usage: check [FILE...]: the kernels of these files (matmul, tile, fp4, operand, attention, recurrent, rows, mixture, sample), or
+// primitives; all without.
+#include "checked.cu"
 
 #include <random>
 
@@ -123,7 +124,7 @@ static float bf16_round(float f) { return standin::bf(to_bf16(f)); }
 // --- matmul ---
 
 struct Linear { int n, k, kind; std::vector<int> codes, scales; std::vector<float> grid; };
-static const char* NAMES[6] = {"e2m1_16", "e2m1_32", "mxfp4", "e4m3", "mxfp8", "bf16"};
+static const char* NAMES[8] = {"e2m1_16", "e2m1_32", "mxfp4", "e4m3", "mxfp8", "bf16", "fp4_16", "fp4_32"};
 static int block_of(int kind) { return kind == 0 ? 16 : kind == 3 || kind == 5 ? 0 : 32; }
 static bool e8m0(int kind) { return kind == 2 || kind == 4; }
 
@@ -301,6 +302,8 @@ static double e8m0_scale(double amax, double largest, int emax, int rule) {
     }
     return ldexp(1, std::min(127, std::max(-127, e)));
 }
+// Of what the codes of fp4.cu say.
+static int of_codes(int format) { return format == NVFP4_CODES ? NVFP4 : format == MXFP4_CODES ? MXFP4 : format; }
 // What a row becomes: values, and the scale of each 128 columns (or of the row in the first).
 static void define(const std::vector<float>& v, int format, float scale, int rule, std::vector<float>& out, std::vector<float>& scales) {
     const int k = (int)v.size();
@@ -342,6 +345,25 @@ static void operand_matches(const std::string& what, const std::vector<std::vect
     const auto got = x.get(what);
     std::vector<float> s;
     if (scales) s = scales->get(what + " scales");
+    if (format >= NVFP4_CODES) {
+        const bool mx = format == MXFP4_CODES;
+        const int pitch = kp / (mx ? 128 : 64) + 1;
+        for (size_t r = 0; r < values.size(); r++) {
+            std::vector<float> out, none, g(kp), e(kp, 0);
+            define(values[r], of_codes(format), scale, rule, out, none);
+            float factor = 1;
+            for (size_t i = 0; i < out.size(); i++) (out[i] != out[i] ? factor : e[i]) = out[i] + 0.0f;
+            for (int i = 0; i < kp; i++) {
+                const int word = i % 128 / 8;
+                const uint32_t code = ((const uint32_t*)got.data())[r * kp / 8 + i / 128 * 16 + word % 4 * 4 + word / 4] >> 4 * (i % 8) & 15;
+                const uint8_t byte = ((const uint8_t*)(s.data() + r * pitch))[i / (mx ? 32 : 16)];
+                g[i] = (float)(e2m1_value(code) * (mx ? ldexp(1, byte - 127) : e4m3_value(byte))) + 0.0f;
+            }
+            equal(what + " row " + std::to_string(r), g, e);
+            equal(what + " factor", std::vector<float>{s[r * pitch + pitch - 1]}, std::vector<float>{factor});
+        }
+        return;
+    }
     for (size_t r = 0; r < values.size(); r++) {
         std::vector<float> out, expected_scales;
         define(values[r], format, scale, rule, out, expected_scales);
@@ -371,13 +393,13 @@ static std::vector<float> random_row(int k, int kind) {
     return v;
 }
 static void check_operand() {
-    for (int format = 0; format <= FP_QUANT_QUEST; format++)
-        for (int rule = 0; rule < (format == MXFP4 || format == MXFP8 ? 3 : 1); rule++)
+    for (int format = 0; format <= MXFP4_CODES; format++)
+        for (int rule = 0; rule < (of_codes(format) == MXFP4 || format == MXFP8 ? 3 : 1); rule++)
             for (int k : {16, 48, 99, 100, 128, 416, 4608}) {
-                if (format >= MXFP4 && k % 32) continue;
-                if (format == NVFP4 && k % 16) continue;
-                const int rows = 5, kp = (k + 127) / 128 * 128, planes = format == FLOAT ? 2 : 1;
-                const float scale = format == NVFP4 ? .01f : format >= FP_QUANT_AMAX ? 1 / 3.f : .02f;
+                if (of_codes(format) >= MXFP4 && k % 32) continue;
+                if (of_codes(format) == NVFP4 && k % 16) continue;
+                const int rows = 5, kp = (k + 127) / 128 * 128, width = format >= NVFP4_CODES ? kp / 4 : format == FLOAT ? 2 * kp : kp;
+                const float scale = of_codes(format) == NVFP4 ? .01f : format == FP_QUANT_AMAX || format == FP_QUANT_QUEST ? 1 / 3.f : .02f;
                 std::vector<std::vector<float>> v, w, g;
                 std::vector<float> flat, up, gate, pre(k);
                 for (auto& p : pre) p = (float)uniform(.5, 2);
@@ -387,17 +409,17 @@ static void check_operand() {
                     up.insert(up.end(), w[r].begin(), w[r].end()), gate.insert(gate.end(), g[r].begin(), g[r].end());
                 }
                 const std::string what = "operand format " + std::to_string(format) + " rule " + std::to_string(rule) + " K=" + std::to_string(k);
-                const bool scaled = format == FP8_TOKEN || format == FP8_GROUP;
-                const size_t count = format == FP8_GROUP ? rows * (kp / 128) : rows;
+                const bool scaled = format == FP8_TOKEN || format == FP8_GROUP || format >= NVFP4_CODES;
+                const size_t count = rows * (format == FP8_GROUP ? kp / 128 : format == NVFP4_CODES ? kp / 64 + 1 : format == MXFP4_CODES ? kp / 128 + 1 : 1);
                 Array<float> in(flat), dpre(pre), dup(up), dgate(gate);
                 {
-                    Array<uint16_t> x((size_t)rows * planes * kp);
+                    Array<uint16_t> x((size_t)rows * width);
                     Array<float> s(count);
                     if (run("operand_plain", rows, 1, 1, in.p, (float*)nullptr, format, scale, rule, k, kp, x.p, scaled ? s.p : nullptr))
                         operand_matches(what, v, format, scale, rule, kp, x, scaled ? &s : nullptr);
                 }
                 {
-                    Array<uint16_t> x((size_t)rows * planes * kp);
+                    Array<uint16_t> x((size_t)rows * width);
                     Array<float> s(count);
                     std::vector<std::vector<float>> product;
                     for (int r = 0; r < rows; r++) {
@@ -409,7 +431,7 @@ static void check_operand() {
                         operand_matches(what + " silu", product, format, scale, rule, kp, x, scaled ? &s : nullptr);
                 }
                 for (int updated = 0; updated < 2; updated++) {
-                    Array<uint16_t> x((size_t)rows * planes * kp);
+                    Array<uint16_t> x((size_t)rows * width);
                     Array<float> s(count), out((size_t)rows * k), normed((size_t)rows * k);
                     if (!run("operand_norm", rows, 1, 1, dgate.p, updated ? dup.p : nullptr, updated ? out.p : nullptr, dpre.p, 1e-5f, normed.p, (float*)nullptr, format, scale, rule, k, kp, x.p, scaled ? s.p : nullptr)) continue;
                     const auto n = normed.get(what + " norm");
@@ -760,6 +782,7 @@ static void check_rows() {
     }
 }
 
+#include "check_fp4.h"
 #include "check_mixture.h"
 #include "check_recurrent.h"
 #include "check_sample.h"
@@ -774,7 +797,7 @@ int main(int argc, char** argv) {
     }
 #endif
     standin::STRICT = true;
-    const std::vector<std::pair<std::string, void (*)()>> all{{"matmul", check_matmul}, {"tile", check_tile}, {"operand", check_operand}, {"attention", check_attention}, {"recurrent", check_recurrent}, {"rows", check_rows}, {"mixture", check_mixture}, {"sample", check_sample}};
+    const std::vector<std::pair<std::string, void (*)()>> all{{"primitives", check_primitives}, {"matmul", check_matmul}, {"tile", check_tile}, {"fp4", check_fp4}, {"operand", check_operand}, {"attention", check_attention}, {"recurrent", check_recurrent}, {"rows", check_rows}, {"mixture", check_mixture}, {"sample", check_sample}};
     for (auto& [name, check] : all) {
         bool wanted = argc == 1;
         for (int i = 1; i < argc; i++) wanted |= name == argv[i];

@@ -110,9 +110,12 @@ static void check_sort(int tokens, int count, int k) {
 // A sorted row is what the kernel of one linear makes of it, bit for bit: operand, product, sum.
 static void check_experts(int kind, bool grouped, int nt, int activation, bool fused) {
     const int count = 4, n = 40, k = 128 * 3 + 64, kp = 512, tokens = 9, top = 2;
-    const int format = grouped ? FP8_GROUP : kind == 0 ? NVFP4 : kind == 5 ? FLOAT : kind == 3 ? FP8_TOKEN : kind == 4 ? MXFP8 : MXFP4;
+    const bool fp4 = kind >= 6;
+    const int format = fp4 ? (kind == 6 ? NVFP4_CODES : MXFP4_CODES) : grouped ? FP8_GROUP : kind == 0 ? NVFP4 : kind == 5 ? FLOAT : kind == 3 ? FP8_TOKEN : kind == 4 ? MXFP8 : MXFP4;
     const int planes = format == FLOAT ? 2 : 1;
-    const bool scaled = format == FP8_GROUP || format == FP8_TOKEN;
+    const bool scaled = format == FP8_GROUP || format == FP8_TOKEN || fp4;
+    // Halves of words of a row of x, and its scales.
+    const int width = fp4 ? kp / 4 : planes * kp, row_scales = format == NVFP4_CODES ? kp / 64 + 1 : format == MXFP4_CODES ? kp / 128 + 1 : grouped ? kp / 128 : 1;
     // Expert 2 has no token, and expert 0 most.
     std::vector<int> begins{0, 9, 14, 14, 18}, token_of, expert_of;
     for (int t = 0; t < 9; t++) token_of.push_back(t), expert_of.push_back(0);
@@ -124,8 +127,8 @@ static void check_experts(int kind, bool grouped, int nt, int activation, bool f
     std::vector<uint64_t> pointers, pre_of;
     std::vector<float> scale_of;
     for (int e = 0; e < count; e++) {
-        linears.push_back(random_linear(n, k, kind, e == 1));
-        OnDevice d = pack(linears[e]);
+        linears.push_back(random_linear(n, k, fp4 ? 2 * (kind - 6) : kind, e == 1));
+        OnDevice d = fp4 ? pack_fp4(linears[e]) : pack(linears[e]);
         std::vector<float> grid((n + 127) / 128 * d.steps), bias(n), pre(k);
         for (auto* v : {&grid, &bias, &pre}) for (auto& f : *v) f = (float)uniform(.5, 2);
         words.push_back(std::make_unique<Array<uint32_t>>(d.words)), scales.push_back(std::make_unique<Array<uint32_t>>(d.scales));
@@ -147,8 +150,8 @@ static void check_experts(int kind, bool grouped, int nt, int activation, bool f
     Array<uint64_t> dpointers(pointers), dpre(pre_of);
     Array<int> dtoken(token_of), dexpert(expert_of), dbegins(begins);
     const std::string what = std::string("mixture ") + NAMES[kind] + (grouped ? " grouped" : "");
-    const size_t many = 18 * (grouped ? kp / 128 : 1);
-    Array<uint16_t> x((size_t)18 * planes * kp), active_x((size_t)18 * planes * kp);
+    const size_t many = 18 * row_scales;
+    Array<uint16_t> x((size_t)18 * width), active_x((size_t)18 * width);
     Array<float> s(many), active_s(many), y((size_t)18 * n);
     if (!run("mixture_operand", 18, 1, 1, din.p, dtoken.p, dexpert.p, dscale.p, dpre.p, format, 0, k, kp, x.p, scaled ? s.p : nullptr)) return;
     if (!run("mixture_activate", 18, 1, 1, dgate.p, beside, pitch, activation, limit, dexpert.p, dscale.p, dpre.p, format, 0, k, kp, active_x.p, scaled ? active_s.p : nullptr)) return;
@@ -160,14 +163,14 @@ static void check_experts(int kind, bool grouped, int nt, int activation, bool f
         const int e = expert_of[row];
         Array<float> one(std::vector<float>(in.begin() + (size_t)token_of[row] * k, in.begin() + (size_t)(token_of[row] + 1) * k));
         Array<float> g(std::vector<float>(gate.begin() + (size_t)row * pitch, gate.begin() + (size_t)row * pitch + k)), u(std::vector<float>(up.begin() + (size_t)row * k, up.begin() + (size_t)(row + 1) * k));
-        Array<uint16_t> ox((size_t)planes * kp), os((size_t)planes * kp);
-        Array<float> oscale(grouped ? kp / 128 : 1), sscale(grouped ? kp / 128 : 1), oy(n);
+        Array<uint16_t> ox(width), os(width);
+        Array<float> oscale(row_scales), sscale(row_scales), oy(n);
         run("operand_plain", 1, 1, 1, one.p, (float*)pre_of[e], format, scale_of[e], 0, k, kp, ox.p, scaled ? oscale.p : nullptr);
         run("activate", 1, 1, 1, g.p, activation == RELU2 ? nullptr : u.p, activation, limit, k);
         run("operand_plain", 1, 1, 1, g.p, (float*)pre_of[e], format, scale_of[e], 0, k, kp, os.p, scaled ? sscale.p : nullptr);
         const uint64_t* p = &pointers[5 * e];
         run(("matmul_" + suffix).c_str(), (n + 31) / 32, 1, 1, (U4*)p[0], (uint32_t*)p[1], (float*)p[2], ox.p, scaled && !grouped ? oscale.p : nullptr, grouped ? oscale.p : nullptr, (float*)p[3], (float*)p[4], oy.p, planes, planes, n, kp, scale_of[e]);
-        const size_t from = (size_t)row * planes * kp, to = from + (size_t)planes * kp;
+        const size_t from = (size_t)row * width, to = from + width;
         equal(what + " operand", std::vector<uint16_t>(gx.begin() + from, gx.begin() + to), ox.get(what));
         equal(what + " activated", std::vector<uint16_t>(gs.begin() + from, gs.begin() + to), os.get(what));
         equal(what + " product", std::vector<float>(gy.begin() + (size_t)row * n, gy.begin() + (size_t)(row + 1) * n), oy.get(what));
@@ -196,5 +199,6 @@ static void check_mixture() {
     check_route(9, 8, 3, {SIGMOID, 2, 1, true, false, 0, 2.5f}), check_route(5, 80, 6, {SIGMOID, 40, 9, true, true}), check_route(7, 21, 5, {SIGMOID, 3, 1, false, true, 0.25f});
     check_sort(1, 8, 2), check_sort(300, 60, 8), check_sort(7, 128, 8);
     for (int kind = 0; kind < 6; kind++) for (int nt : {1, 4}) check_experts(kind, false, nt, (kind + nt / 4) % 4, kind > 2);
+    if (has_fp4()) for (int kind : {6, 7}) for (int nt : {1, 4}) check_experts(kind, false, nt, SILU, kind == 6);
     for (int nt : {1, 4}) check_experts(3, true, nt, nt == 1 ? SILU : CLAMPED_SWIGLU, nt == 1);
 }

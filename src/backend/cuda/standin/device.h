@@ -575,3 +575,53 @@ DEV void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     sync_warp(site);
     memcpy(d, w.results[set][lane], 16);
 }
+
+namespace standin {
+DEV float e2m1(uint32_t code) {
+    static const float v[8] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+    return code & 8 ? -v[code & 7] : v[code & 7];
+}
+DEV float e8m0(uint32_t code) { return code == 255 ? NAN : ldexpf(1, (int)code - 127); }
+DEV float ue4m3(uint32_t code) {
+    const int e = code >> 3 & 15, m = code & 7;
+    return (code & 127) == 127 ? NAN : e ? ldexpf(8 + m, e - 10) : ldexpf(m, -9);
+}
+}  // namespace standin
+// d[16,8] += (scaled a)[16,64] · (scaled b)[64,8], the 64 products one after another in f32; what is where is said in prim.cuh.
+template <bool MX, int PART>
+DEV void mma_e2m1(float (&d)[4], const U4& a, uint32_t b0, uint32_t b1, uint32_t a_scales, uint32_t b_scales, int site = __builtin_LINE()) {
+    using namespace standin;
+    Fiber& f = B->fibers[B->current];
+    Warp& w = B->warps[B->current / 32];
+    const int lane = B->current & 31, set = f.collectives++ & 1;
+    const uint32_t mine[8] = {a.x, a.y, a.z, a.w, b0, b1, a_scales, b_scales};
+    memcpy(w.values[set][lane], mine, 32);
+    memcpy(w.results[set][lane], d, 16);
+    if (w.arrived == 31) {
+        float A[16][64], Bm[64][8], D[16][8];
+        // The scale of a row's or column's element k, from the lane that has it.
+        auto scale = [&](int from, int of, int k) {
+            const uint32_t word = w.values[set][from][of];
+            return MX ? e8m0(word >> 8 * (2 * PART + k / 32) & 255) : ue4m3(word >> 8 * (k / 16) & 255);
+        };
+        for (int l = 0; l < 32; l++) {
+            const int g = l >> 2, t = l & 3;
+            for (int e = 0; e < 32; e++) {
+                const int row = g + e / 8 % 2 * 8, k = t * 8 + e % 8 + e / 16 * 32;
+                A[row][k] = e2m1(w.values[set][l][e / 8] >> 4 * (e % 8)) * scale(4 * g + e / 8 % 2 + (MX ? 0 : 2 * PART), 6, k);
+            }
+            for (int e = 0; e < 16; e++) {
+                const int k = t * 8 + e % 8 + e / 8 * 32;
+                Bm[k][g] = e2m1(w.values[set][l][4 + e / 8] >> 4 * (e % 8)) * scale(4 * g + (MX ? 0 : PART), 7, k);
+            }
+            for (int i = 0; i < 4; i++) D[g + (i >> 1) * 8][t * 2 + (i & 1)] = w.results[set][l][i];
+        }
+        for (int r = 0; r < 16; r++)
+            for (int k = 0; k < 64; k++)
+                for (int c = 0; c < 8; c++) D[r][c] += A[r][k] * Bm[k][c];
+        for (int l = 0; l < 32; l++)
+            for (int i = 0; i < 4; i++) w.results[set][l][i] = D[(l >> 2) + (i >> 1) * 8][(l & 3) * 2 + (i & 1)];
+    }
+    sync_warp(site);
+    memcpy(d, w.results[set][lane], 16);
+}

@@ -6,6 +6,8 @@
 //                       too if CODE is 719 or another that ends a context
 // STANDIN_MEMORY=BYTES  memory of the device (default 8 GiB)
 // STANDIN_VERSION=N     version of the driver (default 13000)
+// STANDIN_CAPABILITY=N  compute capability times ten (default 80): 120 has FP4 tensor cores, with the kernels for them
+// STANDIN_SWAP=A:B      gives the kernel with B in its name where A is asked for: wrong results, or lost devices
 #include "../kernels/all.cu"
 
 #include <mutex>
@@ -34,6 +36,7 @@ static int devices() {
     const char* visible = getenv("CUDA_VISIBLE_DEVICES");
     return visible && !*visible ? 0 : (int)number("STANDIN_DEVICES", 1);
 }
+static int capability() { return (int)number("STANDIN_CAPABILITY", 80); }
 static size_t memory() { return (size_t)number("STANDIN_MEMORY", 8L << 30); }
 
 // Each call goes through here first.
@@ -75,8 +78,8 @@ CUresult cuDeviceGetName(char* name, int n, CUdevice) { CALL; snprintf(name, n, 
 CUresult cuDeviceTotalMem_v2(size_t* n, CUdevice) { CALL; *n = memory(); return 0; }
 CUresult cuDeviceGetAttribute(int* v, int attribute, CUdevice) {
     CALL;
-    // Compute capability 8.0, 2 multiprocessors.
-    *v = attribute == 75 ? 8 : attribute == 76 ? 0 : attribute == 16 ? 2 : 0;
+    // Two multiprocessors.
+    *v = attribute == 75 ? capability() / 10 : attribute == 76 ? capability() % 10 : attribute == 16 ? 2 : 0;
     return 0;
 }
 CUresult cuDevicePrimaryCtxRetain(void** c, CUdevice) { CALL; *c = (void*)1; return 0; }
@@ -149,7 +152,13 @@ CUresult cuModuleLoadData(void** m, const void* image) { CALL; *m = (void*)image
 CUresult cuModuleUnload(void*) { return 0; }
 CUresult cuModuleGetFunction(const Kernel** f, void*, const char* name) {
     CALL;
-    auto k = standin::kernels().find(name);
+    std::string wanted = name;
+    // As in images, of which only those for this family have them.
+    if (wanted.find("_fp4_") != std::string::npos && capability() / 10 != 12) return 500;
+    if (const char* swap = getenv("STANDIN_SWAP"))
+        if (const char* colon = strchr(swap, ':'))
+            if (const size_t at = wanted.find(std::string(swap, colon)); at != std::string::npos) wanted.replace(at, colon - swap, colon + 1);
+    auto k = standin::kernels().find(wanted);
     if (k == standin::kernels().end()) return 500;
     *f = &k->second;
     return 0;

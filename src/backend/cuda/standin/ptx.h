@@ -4,7 +4,7 @@
 // A module is decoded once; an operand is the number of a slot, 32 lanes of 64 bits, constants and special registers included.
 // Blocks run one after another, warps of a block in turn, from barrier to barrier; lanes of a warp go together, those with the
 // smallest program counter first, so that they meet again where their paths do. Arithmetic is exact (rounding to nearest even,
-// subnormals kept); products of tensor instructions are added one after another, in f32, as device.h does. An instruction that
+// subnormals kept); products of BF16 tensor instructions are added one after another, in f32, as device.h does. An instruction that
 // is not known here is an error when the module is loaded.
 // Errors beyond those of device.h: collectives of a warp that a named lane does not reach; bytes of an asynchronous copy that
 // are touched before the copy was waited for, or not waited for at all. shfl and mma order no accesses to memory here.
@@ -327,6 +327,62 @@ static void mma_16816(const Instruction& i, Warp& w, uint32_t) {
             for (int c = 0; c < 8; c++) d[r][c] += a[r][k] * b[k][c];
     for (int lane = 0; lane < 32; lane++)
         for (int r = 0; r < 4; r++) w.slot(i.d[r])[lane] = put(d[lane / 4 + r / 2 * 8][2 * (lane % 4) + r % 2]);
+}
+// Block-scaled E2M1, m16n8k64: fragments and scales as the PTX ISA (9.0, "Matrix Fragments for mma.m16n8k64", "Block Scaling") has
+// them; sums as MMA-Sim (Xie et al., arXiv 2511.10909) found them on this architecture: 16 products exactly, then these four and
+// what is added to, each cut off 35 bits below the largest, to f32 by cutting off. `mode`: E8M0 in two, or E4M3 in four scales;
+// `bytes`: byte-id-a, thread-id-a, byte-id-b, thread-id-b in a byte each.
+struct Term { double significand; int exponent; };
+static Term term_of(double v) {
+    if (v == 0) return {0, -1000};
+    int e;
+    const double m = std::frexp(v, &e);
+    return {2 * m, e - 1};
+}
+static double scale_code(bool e8m0, uint32_t byte) {
+    if (e8m0) return byte == 255 ? NAN : std::ldexp(1.0, (int)byte - 127);
+    const uint32_t exponent = byte >> 3 & 15, mantissa = byte & 7;
+    if (exponent == 15 && mantissa == 7) return NAN;
+    return exponent ? std::ldexp(1 + mantissa / 8.0, (int)exponent - 7) : std::ldexp(mantissa / 8.0, -6);
+}
+static void mma_16864(const Instruction& i, Warp& w, uint32_t) {
+    const bool e8m0 = i.mode == 2;
+    const int width = 64 / i.mode, byte_a = i.bytes & 255, thread_a = i.bytes >> 8 & 255, byte_b = i.bytes >> 16 & 255, thread_b = i.bytes >> 24;
+    static const int twice[8] = {0, 1, 2, 3, 4, 6, 8, 12};
+    auto element = [&](int slot, int lane, int nibble) {
+        const uint32_t c = (uint32_t)w.slot(slot)[lane] >> 4 * nibble & 15;
+        return c & 8 ? -twice[c & 7] : twice[c & 7];
+    };
+    float out[32][4];
+    for (int m = 0; m < 16; m++)
+        for (int n = 0; n < 8; n++) {
+            const int lane = m % 8 * 4 + n / 2, index = m / 8 * 2 + n % 2;
+            const float c = get<float>(w.slot(i.s[6 + index])[lane]);
+            Term terms[5] = {term_of(c)};
+            bool nan = c != c;
+            for (int group = 0; group < 4; group++) {
+                int sum = 0;  // of four times the products
+                for (int k = group * 16; k < group * 16 + 16; k++)
+                    sum += element(i.s[m / 8 + k / 32 * 2], m % 8 * 4 + k % 32 / 8, k % 8) * element(i.s[4 + k / 32], n * 4 + k % 32 / 8, k % 8);
+                const int at = group * 16 / width;
+                const double a = scale_code(e8m0, (uint32_t)w.slot(i.s[10])[m % 8 * 4 + thread_a * 2 + m / 8] >> 8 * (byte_a + at) & 255);
+                const double b = scale_code(e8m0, (uint32_t)w.slot(i.s[11])[n * 4 + thread_b] >> 8 * (byte_b + at) & 255);
+                nan |= a != a || b != b;
+                const Term x = term_of(a), y = term_of(b);
+                terms[1 + group] = {sum * 0.25 * x.significand * y.significand, sum ? x.exponent + y.exponent : -1000};
+            }
+            int top = -1000;
+            for (auto& t : terms) top = std::max(top, t.exponent);
+            double total = 0;
+            for (auto& t : terms) total += std::trunc(std::ldexp(t.significand, 35 + t.exponent - top));
+            const double v = std::ldexp(total, top - 35);
+            float f = (float)v;
+            if (std::fabs((double)f) > std::fabs(v)) f = std::nextafterf(f, 0.0f);
+            if (std::isinf(c)) f = c;
+            out[lane][index] = nan ? NAN : f;
+        }
+    for (int lane = 0; lane < 32; lane++)
+        for (int r = 0; r < 4; r++) w.slot(i.d[r])[lane] = put(out[lane][r]);
 }
 // Matrices of 8 rows of 16 bytes; lanes 8m..8m+7 have the addresses of matrix m.
 static void ldmatrix(const Instruction& i, Warp& w, uint32_t) {
@@ -907,6 +963,29 @@ class Parser {
             outputs(i, o[0]), input(i, o[1]), i.offset = o[1].offset;
             need(mods[3] == "x" + std::to_string(i.count));
             i.kind = Kind::Collective, i.run = ldmatrix;
+            return;
+        }
+        if (op == "mma" && (type == "ue4m3" || type == "ue8m0")) {
+            const string kind = type == "ue4m3" ? "mxf4nvf4.block_scale.scale_vec::4X" : "mxf4.block_scale.scale_vec::2X";
+            need(between == "sync.aligned.m16n8k64.row.col.kind::" + kind + ".f32.e2m1.e2m1.f32" && words.size() == 8);
+            i.mode = type == "ue4m3" ? 4 : 2;
+            for (int n : {0, 1, 2, 3, 4, 6}) {
+                const Operand o = operand(words[n]);
+                need((int)o.slots.size() == (n == 2 ? 2 : n < 4 ? 4 : 1));
+                if (n == 0) outputs(i, o);
+                else input(i, o);
+            }
+            auto selector = [&](const string& s, int threads) {
+                const string v = strip(s);
+                need(v.size() > 2 && v[0] == '{' && v.back() == '}');
+                const auto two = split(v.substr(1, v.size() - 2), ',');
+                need(two.size() == 2);
+                const int byte = number(two[0]), thread = number(two[1]);
+                need((byte == 0 || (byte == 2 && i.mode == 2)) && thread >= 0 && thread < threads);
+                return byte | thread << 8;
+            };
+            i.bytes = selector(words[5], 2) | selector(words[7], 4) << 16;
+            i.kind = Kind::Collective, i.run = mma_16864;
             return;
         }
         if (op == "mma") {

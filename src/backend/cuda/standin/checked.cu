@@ -1,0 +1,18 @@
+// What check.cc runs: every kernel, and beside them primitives of prim.cuh that a warp runs alone, registers from and to memory.
+#include "../kernels/all.cu"
+
+#if HAS_FP4
+#define PRIMITIVE_MMA_E2M1(name, MX, PART)                                                                            \
+    KERNEL(name, 32, (const U4* a, const uint32_t* b, const uint32_t* scales, const float* c, float* d)) {            \
+        const int lane = thread_index();                                                                              \
+        float v[4];                                                                                                   \
+        UNROLL for (int i = 0; i < 4; i++) v[i] = ld(c + lane * 4 + i);                                               \
+        mma_e2m1<MX, PART>(v, ld(a + lane), ld(b + lane * 2), ld(b + lane * 2 + 1), ld(scales + lane * 2),            \
+                           ld(scales + lane * 2 + 1));                                                                \
+        UNROLL for (int i = 0; i < 4; i++) st(d + lane * 4 + i, v[i]);                                                \
+    }
+PRIMITIVE_MMA_E2M1(primitive_mma_nvfp4_0, false, 0)
+PRIMITIVE_MMA_E2M1(primitive_mma_nvfp4_1, false, 1)
+PRIMITIVE_MMA_E2M1(primitive_mma_mxfp4_0, true, 0)
+PRIMITIVE_MMA_E2M1(primitive_mma_mxfp4_1, true, 1)
+#endif
