@@ -146,7 +146,7 @@ FAULTS = [
     ("fp4: embedding: words beyond column 32", "weight.cuh", "t < 2 ? (upper ? q.y : q.x)", "t < 3 ? (upper ? q.y : q.x)"),
     ("fp4: operand: order of a row's words", "operand.cu", "at % 4 * 4 + at / 4, words[half]", "at, words[half]"),
     ("fp4: operand: what is broken is not told", "operand.cu", "broken = 1.0f, byte = 0;", "byte = 0;"),
-    ("fp4: operand: scale of half an MX block", "operand.cu", "u % block == 0) st", "u % block == block - 1) st"),
+    ("fp4: operand: place of a block's scale", "operand.cu", "scale_row + u / block, (uint8_t)byte", "scale_row + u, (uint8_t)byte"),
     ("fp4: mixture: rows of an expert", "mixture.cu", "x + (long)first * (k / 32),", "x + (long)first * (k / 16),"),
     ("fp4: mixture: scales of an expert", "mixture.cu", "x_scales + (long)first * token_pitch(W, k / STEP),", "x_scales,"),
     ("rows: gate of the first row for all", "rows.cu", "(long)block_x() * width + (width == 1 ? 0 : i)", "(long)(width == 1 ? 0 : block_x()) * width + (width == 1 ? 0 : i)"),
