@@ -181,8 +181,12 @@ fn compared(args: &Args, trial: &Trial, made: &[Made], baseline: &str) -> Result
 fn table(made: &[Made], comparison: &Value) -> Result<Table> {
     let empty = Vec::new();
     let divergences = comparison["divergences"].as_array().unwrap_or(&empty);
-    let mut texts: Vec<&str> = divergences.iter().filter_map(|d| d["text"].as_str()).collect();
-    texts.dedup();
+    let mut texts: Vec<&str> = Vec::new();
+    for text in divergences.iter().filter_map(|d| d["text"].as_str()) {
+        if !texts.contains(&text) {
+            texts.push(text);
+        }
+    }
     let mut table = Table::new();
     table.load_style(comfy_table::presets::ASCII_MARKDOWN);
     let head = ["".to_owned(), "minutes".into(), "codes".into(), "block scales".into()];
