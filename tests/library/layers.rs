@@ -11,7 +11,7 @@ const ALLOWED: [(&str, &[&str]); 17] = [
     ("logits", &["random"]),
     ("output", &[]),
     ("checkpoint", &["formats", "output"]),
-    ("backend", &["formats", "logits"]),
+    ("backend", &["formats", "random", "logits"]),
     ("model", &["formats", "logits", "checkpoint", "backend"]),
     ("gguf", &["formats", "checkpoint", "model"]),
     ("text", &["logits", "checkpoint"]),
