@@ -182,7 +182,25 @@ struct RecurrentCheck {
     }
 };
 
+// One in the last place, beside the exact.
+static void check_libm() {
+    const int n = 8192;
+    std::vector<float> x(n);
+    for (int i = 0; i < n; i++) x[i] = i % 4 ? (float)uniform(0, 1) : i % 8 ? (float)uniform(0, 80) : ldexpf((float)uniform(0, 1), -below(30));
+    Array<float> dx(x), exponentials(n), logarithms(n);
+    if (!run("primitive_libm", n / 32, 1, 1, dx.p, exponentials.p, logarithms.p)) return;
+    std::vector<double> e(n), l(n), of_e(n), of_l(n);
+    auto ulp = [](double v) { return ldexp(1, ilogb(v) - 23); };
+    for (int i = 0; i < n; i++) {
+        e[i] = exp(-(double)x[i]), of_e[i] = ulp(e[i]);
+        l[i] = log1p(std::min((double)x[i], 1.0)), of_l[i] = l[i] > 0 ? ulp(l[i]) : 1e-30;
+    }
+    close("e^-x", exponentials.get("e^-x"), e, of_e, 1.0);
+    close("ln(1 + x)", logarithms.get("ln(1 + x)"), l, of_l, 1.0);
+}
+
 static void check_recurrent() {
+    check_libm();
     RecurrentCheck({false, 2, 5, 1, 7, 3, 0, INFINITY}, {4}).check();
     RecurrentCheck({false, 6, 12, 2, 40, 4, 0, INFINITY}, {9, 1, 14}).check();
     RecurrentCheck({false, 4, 8, 4, 16, 1, .01f, 1.5f}, {3, 5}).check();
