@@ -50,6 +50,9 @@ impl Default for Options {
     }
 }
 
+/// Tasks from which on a median of them says something.
+const OF_A_MEDIAN: usize = 3;
+
 /// Whether a model keeps as much as it must.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Verdict {
@@ -337,29 +340,44 @@ fn standard_error(pool: &Pool, model: usize) -> Option<f64> {
 
 /// Mean recoveries of the model with index `other` + 1 over the units that have one.
 fn overall_of(units: &[&UnitShares], other: usize, options: &Options) -> Option<Overall> {
-    let mean = |shares: &dyn Fn(&UnitShares) -> Option<&Share>| {
+    let over = |shares: &dyn Fn(&UnitShares) -> Option<&Share>, of: fn(&mut [f64]) -> f64| {
         let found: Vec<(&Share, usize)> = units.iter().filter_map(|u| Some((shares(u)?, u.documents))).collect();
         // The unit with the fewest documents decides how much the intervals are widened.
         let fewest = found.iter().map(|(_, documents)| *documents).min()?;
-        let n = found.len() as f64;
-        let estimate = found.iter().map(|(s, _)| s.estimate).sum::<f64>() / n;
+        let estimate = of(&mut found.iter().map(|(s, _)| s.estimate).collect::<Vec<f64>>());
         // Smoothing draws every share a little towards 1. In one task that is small beside its scatter, but it does not
         // average out over tasks as the scatter does.
         let shift = |s: &Share| s.estimate - s.centre;
-        let resampled =
-            (0..options.resamples).map(|r| found.iter().map(|(s, _)| s.resampled[r] + shift(s)).sum::<f64>() / n);
+        let resampled = (0..options.resamples)
+            .map(|r| of(&mut found.iter().map(|(s, _)| s.resampled[r] + shift(s)).collect::<Vec<f64>>()));
         interval(estimate, resampled.collect(), fewest, options.confidence)
     };
     let count = |shares: &dyn Fn(&UnitShares) -> Option<&Share>| units.iter().filter(|u| shares(u).is_some()).count();
+    let counted = count(&|u| u.recoveries[other].as_ref());
+    let median = (counted >= OF_A_MEDIAN).then(|| over(&|u| u.recoveries[other].as_ref(), median));
     Some(Overall {
-        recovery: mean(&|u| u.recoveries[other].as_ref())?,
-        recovery_above_chance: mean(&|u| u.above_chance[other].as_ref()),
+        recovery: over(&|u| u.recoveries[other].as_ref(), mean)?,
+        median: median.flatten(),
+        recovery_above_chance: over(&|u| u.above_chance[other].as_ref(), mean),
         counted: Counted {
-            recovery: count(&|u| u.recoveries[other].as_ref()),
+            recovery: counted,
             above_chance: count(&|u| u.above_chance[other].as_ref()),
             all: units.len(),
         },
     })
+}
+
+fn mean(values: &mut [f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
+}
+
+/// The middle value, or the mean of the middle two; no number where one is none.
+fn median(values: &mut [f64]) -> f64 {
+    if values.iter().any(|v| v.is_nan()) {
+        return f64::NAN;
+    }
+    values.sort_unstable_by(f64::total_cmp);
+    f64::midpoint(values[(values.len() - 1) / 2], values[values.len() / 2])
 }
 
 /// Tasks and groups by their headline metrics, in the order of their first task.

@@ -100,6 +100,9 @@ pub enum GapClosed {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Overall {
     pub recovery: Interval,
+    /// Median of the tasks' recoveries, of three tasks or more: releases of quantized models are told by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub median: Option<Interval>,
     pub recovery_above_chance: Option<Interval>,
     /// Over how many tasks (a group counts as one) each is the mean, and how many there are: those whose baseline does not
     /// score clearly above zero, or above chance, give no share.

@@ -2,13 +2,13 @@
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use super::ReportContext;
 use super::chart::key;
 use super::method::{method, provenance};
 use super::numbers::MISSING;
 use super::plots;
 use super::tables::{self, Row, Table};
 use super::verdict::verdict;
+use super::{ReportContext, choice};
 use crate::comparison::Comparison;
 
 const STYLE: &str = include_str!("style.css");
@@ -47,6 +47,7 @@ pub fn page(c: &Comparison, context: &ReportContext) -> String {
                         }
                     }
                     (section("At a glance", glance.unwrap_or_default()))
+                    (section("Which to take", html! { @for t in choice::tables(c) { (titled(c, &t)) } }))
                     (section("Plots", figures(c, context)))
                     (section("Tables", full_tables(c)))
                     (section("Method", html! { @for paragraph in method(c) { p { (paragraph) } } }))

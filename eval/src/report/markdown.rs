@@ -4,7 +4,7 @@
 use super::method::{method, provenance};
 use super::tables::{self, Table};
 use super::verdict::verdict;
-use super::{ReportContext, ScoreRow};
+use super::{ReportContext, ScoreRow, choice};
 use crate::comparison::Comparison;
 
 /// The comparison as Markdown whose tables render on GitHub.
@@ -14,6 +14,7 @@ pub fn comparison(c: &Comparison, context: &ReportContext) -> String {
     let verdict = verdict(c);
     out += &format!("**{}**\n\n{}", escape(&verdict.headline), list(&verdict.details));
     out += &table(tables::summary(c));
+    out.extend(choice::tables(c).into_iter().map(|t| table(Some(t))));
     for (family, part) in tables::by_family(c) {
         let parts =
             [tables::scores(&part), tables::differences(&part), tables::recovery(&part, c), tables::generation(&part)];

@@ -4,6 +4,7 @@
 //! Nothing here computes a statistic, and the same comparison always gives the same bytes.
 
 mod chart;
+mod choice;
 mod html;
 mod markdown;
 mod method;

@@ -11,7 +11,7 @@ pub(super) fn interval(estimate: f64, half: f64) -> Interval {
 /// Of the sample's nine tasks.
 pub(super) fn keeps(estimate: f64, half: f64) -> Option<Overall> {
     let counted = Counted { recovery: 9, above_chance: 9, all: 9 };
-    Some(Overall { recovery: interval(estimate, half), recovery_above_chance: None, counted })
+    Some(Overall { recovery: interval(estimate, half), median: None, recovery_above_chance: None, counted })
 }
 
 /// Five models, nine tasks, two texts; QAT has the best perplexity and is no nearer than PTQ.

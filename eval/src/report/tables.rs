@@ -33,16 +33,16 @@ pub(super) struct Row {
 }
 
 impl Table {
-    fn new(title: impl Into<String>, lead: impl Into<String>, columns: Vec<Column>) -> Self {
+    pub(super) fn new(title: impl Into<String>, lead: impl Into<String>, columns: Vec<Column>) -> Self {
         Self { title: title.into(), lead: lead.into(), columns, rows: Vec::new() }
     }
 
-    fn row(&mut self, model: Option<usize>, cells: Vec<String>) {
+    pub(super) fn row(&mut self, model: Option<usize>, cells: Vec<String>) {
         self.rows.push(Row { cells, model });
     }
 
     /// Without columns and rows that hold nothing; `None` if nothing is left.
-    fn filled(mut self, keys: usize) -> Option<Self> {
+    pub(super) fn filled(mut self, keys: usize) -> Option<Self> {
         let empty = |cell: &String| cell == MISSING || cell.is_empty();
         self.rows.retain(|r| !r.cells.iter().skip(keys).all(empty));
         let keep: Vec<bool> = (0..self.columns.len())
@@ -138,6 +138,10 @@ pub(super) fn recovery(c: &Comparison, whole: &Comparison) -> Option<Table> {
         }
         let mean = format!("Mean of {}", whole.counted_text(o, |n| n.recovery));
         table.row(Some(m), vec![mean, c.label(m).to_owned(), percent_interval(o.recovery), above, missing()]);
+        if let Some(median) = o.median {
+            let cells = vec!["Median of them".to_owned(), c.label(m).to_owned(), percent_interval(median)];
+            table.row(Some(m), [cells, vec![missing(), missing()]].concat());
+        }
     }
     for (t, m, a) in pairs(c) {
         let gap = match (&t.scores[m].gap_closed, ptq) {
@@ -339,7 +343,7 @@ fn pairs(c: &Comparison) -> impl Iterator<Item = (&TaskComparison, usize, &Again
 }
 
 /// Columns of text, then such of numbers.
-fn columns(texts: &[&str], numbers: &[&str]) -> Vec<Column> {
+pub(super) fn columns(texts: &[&str], numbers: &[&str]) -> Vec<Column> {
     let column = |head: &&str, right| Column { head: (*head).to_owned(), right, model: None };
     texts.iter().map(|head| column(head, false)).chain(numbers.iter().map(|head| column(head, true))).collect()
 }
@@ -350,7 +354,7 @@ fn model(c: &Comparison, m: usize) -> Column {
 }
 
 /// A cell, or the sign that there is nothing.
-fn or<T>(value: Option<T>, write: impl Fn(T) -> String) -> String {
+pub(super) fn or<T>(value: Option<T>, write: impl Fn(T) -> String) -> String {
     value.map_or_else(missing, write)
 }
 

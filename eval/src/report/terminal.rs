@@ -2,9 +2,9 @@
 
 use comfy_table::{CellAlignment, Table as Grid, presets};
 
-use super::ReportContext;
 use super::tables::{self, Table};
 use super::verdict::verdict;
+use super::{ReportContext, choice};
 use crate::comparison::Comparison;
 
 /// Blanks around a cell.
@@ -22,6 +22,9 @@ pub fn comparison(c: &Comparison, context: &ReportContext, width: usize) -> Stri
         out.push('\n');
     }
     if let Some(table) = tables::summary(c) {
+        push(&mut out, &table, 1, width);
+    }
+    for table in choice::tables(c) {
         push(&mut out, &table, 1, width);
     }
     // All of a family's tasks would scroll the verdict away; the other reports list them.

@@ -314,6 +314,6 @@ fn clearly_nearest(c: &Comparison, models: &[usize]) -> Option<usize> {
 }
 
 /// Whether `a` is nearer to the baseline than `b` by more than chance explains.
-fn apart(a: &Divergence, b: &Divergence) -> bool {
+pub(super) fn apart(a: &Divergence, b: &Divergence) -> bool {
     b.kl.value - a.kl.value > APART * a.kl.standard_error.hypot(b.kl.standard_error)
 }

@@ -225,6 +225,26 @@ fn tasks_of_a_group_count_once() {
 }
 
 #[test]
+fn the_median_of_tasks_is_the_middle_share() {
+    let models = |kept: &[usize]| -> Vec<ModelScores> {
+        let tasks = |share: &dyn Fn(usize) -> usize| {
+            let task = |(i, &k): (usize, &usize)| metric(&format!("task{i}"), "acc", &right(1000, share(k)));
+            model(kept.iter().enumerate().map(task).collect())
+        };
+        vec![tasks(&|_| 600), tasks(&|k| k)]
+    };
+    let overall = |kept: &[usize]| run(&models(kept)).unwrap().1[1].clone().unwrap();
+    assert_eq!(overall(&[300, 594]).median, None, "two tasks have no middle");
+    // One task that is ruined moves the mean and not the median.
+    let three = overall(&[300, 594, 588]);
+    let median = three.median.unwrap();
+    assert!((median.estimate - 0.98).abs() < 1e-12 && (three.recovery.estimate - 2.47 / 3.0).abs() < 1e-12);
+    assert!(median.low > 0.9 && median.low < 0.98 && median.high > 0.98, "{median:?}");
+    let four = overall(&[300, 594, 588, 600]).median.unwrap();
+    assert!((four.estimate - 0.985).abs() < 1e-12, "{four:?}");
+}
+
+#[test]
 fn the_headline_is_the_one_asked_for() {
     let models = [60, 50]
         .map(|c| model(vec![metric("arc", "acc", &right(100, c)), metric("arc", "acc_norm", &right(100, c + 10))]));
@@ -249,6 +269,7 @@ fn a_gate_looks_at_the_lower_end() {
     let overall = |low| {
         Some(Overall {
             recovery: Interval { estimate: 0.99, low, high: 1.0 },
+            median: None,
             recovery_above_chance: None,
             counted: Counted::default(),
         })
