@@ -8,6 +8,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail};
 use clap::Parser as _;
 
+use super::steps::words;
 use super::{Cli, style};
 
 #[derive(clap::Args)]
@@ -63,21 +64,20 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         let words = models.into_iter().chain(rest.iter().map(OsStr::new)).chain([out]);
         words.map(OsStr::to_owned).collect()
     };
-    let owned = |args: &[&dyn AsRef<OsStr>]| args.iter().map(|a| a.as_ref().to_owned()).collect::<Vec<OsString>>();
     let acts = [
         (
             "Four bits by calibrated maxima, as most tools do it",
-            owned(&[&"quantize", &bf16, &"--recipe", &"nvfp4", &"-o", &ptq]),
+            words(&[&"quantize", &bf16, &"--recipe", &"nvfp4", &"-o", &ptq]),
         ),
         (
             "The best four bits without training",
-            owned(&[&"quantize", &bf16, &"--recipe", &"nvfp4_best", &"-o", &best, &"--keep-unrounded", &unrounded]),
+            words(&[&"quantize", &bf16, &"--recipe", &"nvfp4_best", &"-o", &best, &"--keep-unrounded", &unrounded]),
         ),
         ("Recovery by the text alone (QAT); the text is what the BF16 model writes", recover("qat", &qat)),
         ("Recovery by distillation (QAD), from the same start, on the same text, as many steps", recover("qad", &qad)),
         (
             "What each lost and won back, on books that none has seen",
-            owned(&[
+            words(&[
                 &"compare",
                 &bf16,
                 &ptq,

@@ -1,7 +1,7 @@
 //! What a signal does: Ctrl-C and SIGTERM end the run, its scratch goes, and it is said how to go on; a terminal that is
 //! closed (SIGHUP) ends the talk and not the work.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// What is told of a run that is ended from outside.
@@ -15,6 +15,23 @@ static EARLY: AtomicU8 = AtomicU8::new(NOT_OFFERED);
 const NOT_OFFERED: u8 = 0;
 const OFFERED: u8 = 1;
 const ASKED: u8 = 2;
+
+/// The process that does this one's work, in a group of its own; 0: none.
+static CHILD: AtomicU32 = AtomicU32::new(0);
+
+/// Waits for a process that does this one's work, and is ended with it. A terminal's Ctrl-C reaches this process only, so that
+/// no first one makes the other end early with a result that would be taken for the whole.
+pub(super) fn wait_for(command: &mut std::process::Command) -> std::io::Result<std::process::ExitStatus> {
+    #[cfg(unix)]
+    std::os::unix::process::CommandExt::process_group(command, 0);
+    let mut child = command.spawn()?;
+    CHILD.store(child.id(), Ordering::Release);
+    let status = child.wait();
+    CHILD.store(0, Ordering::Release);
+    // It may have been ended because this process is being.
+    let_end();
+    status
+}
 
 /// From here on a first Ctrl-C does not end the process but asks the work to end with what it has ([`early_end_asked`]), until
 /// this is taken back.
@@ -57,6 +74,7 @@ pub(super) fn watch() {
                 continue;
             }
             ENDING.store(true, Ordering::Release);
+            end_child();
             crate::output::abandon();
             let hint = HINT.lock().unwrap_or_else(PoisonError::into_inner).clone();
             // The work may be waiting for a reader that is not there; its end does not.
@@ -67,6 +85,15 @@ pub(super) fn watch() {
         }
     };
     let _ = std::thread::Builder::new().name("signals".into()).spawn(listen);
+}
+
+#[cfg(unix)]
+fn end_child() {
+    let child = CHILD.load(Ordering::Acquire);
+    if let Some(pid) = libc::pid_t::try_from(child).ok().filter(|pid| *pid > 0) {
+        // SAFETY: a call of the system with two numbers; the process was begun here and is not waited for yet.
+        unsafe { libc::kill(pid, libc::SIGTERM) };
+    }
 }
 
 /// Nothing to listen to.

@@ -1,21 +1,18 @@
 //! `recoup lab`: ways to recover a model beside each other, each trained once, by what `recover` and `compare` do.
 
-use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
-use std::time::Instant;
+use std::process::{ExitCode, Stdio};
 
 use anyhow::{Context as _, Result, bail};
 use comfy_table::Table;
-use recoup_ground::kept::kept;
-use recoup_ground::names::file_name;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::options::{at_least_one, identity, model_folder};
-use crate::checkpoint::Checkpoint;
+use super::interrupt;
+use super::options::{at_least_one, model_folder};
+use super::steps::{Made, Step, finish, recoup};
 use crate::recover::student::RECORD_FILE;
-use recoup_ground::digest::sha256;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -61,13 +58,6 @@ enum Configuration {
     Model(String),
 }
 
-/// A model to be measured, and what making it took.
-struct Made {
-    label: String,
-    folder: PathBuf,
-    minutes: Option<f64>,
-}
-
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let text = std::fs::read_to_string(&args.file).with_context(|| args.file.display().to_string())?;
     let trial: Trial = serde_json::from_str(&text).with_context(|| args.file.display().to_string())?;
@@ -85,6 +75,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if trial.texts.is_empty() || trial.seeds.is_empty() {
         bail!("{}: `texts` and `seeds` must name one at least", args.file.display());
     }
+    interrupt::hint("what is done is kept: the same command goes on from there");
     std::fs::create_dir_all(&args.output).with_context(|| args.output.display().to_string())?;
     let mut made = Vec::new();
     for (name, configuration) in &configurations {
@@ -118,61 +109,25 @@ fn arguments(trial: &Trial, own: &[String], seed: u64) -> Vec<String> {
 
 /// Trains one configuration, where that is not done already.
 fn recovered(args: &Args, trial: &Trial, label: &str, own: &[String], seed: u64) -> Result<Made> {
-    let arguments = arguments(trial, own, seed);
-    let key = json!({"version": env!("CARGO_PKG_VERSION"), "arguments": arguments, "of": read(&arguments)?});
-    // Another beginning of the same name is left as it is.
-    let folder = args.output.join(format!("{}-{}", file_name(label), &sha256(key.to_string())[..8]));
-    let took = kept(&folder.with_extension("json"), &key, || {
-        super::say!("{label}: {}", arguments.join(" "));
-        let began = Instant::now();
-        if !folder.join("config.json").exists() {
-            let mut command = Command::new(std::env::current_exe()?);
-            command.arg("recover").args(&arguments).arg("-o").arg(&folder).arg("--resume");
-            finish(&mut command, label)?;
-        }
-        anyhow::Ok(began.elapsed().as_secs_f64() / 60.0)
-    })?;
-    Ok(Made { label: label.to_owned(), folder, minutes: Some(took) })
-}
-
-/// What tells the files and models apart that arguments name.
-fn read(arguments: &[String]) -> Result<BTreeMap<String, Value>> {
-    let mut found = BTreeMap::new();
-    for argument in arguments {
-        // A weight of a source stands behind its name.
-        let name = match argument.rsplit_once('=') {
-            Some((name, _)) if !Path::new(argument).exists() => name,
-            _ => argument,
-        };
-        let path = Path::new(name);
-        if path.join("config.json").exists() {
-            found.insert(name.to_owned(), identity(&Checkpoint::open(path)?)?);
-        } else if path.is_file() {
-            found.insert(name.to_owned(), Value::from(sha256(std::fs::read(path)?)));
-        }
-    }
-    Ok(found)
-}
-
-fn finish(command: &mut Command, what: &str) -> Result<()> {
-    let status = command.stdout(Stdio::null()).status()?;
-    if !status.success() {
-        bail!("{what}: ended with {status}; what is done is kept, and the same command goes on from there");
-    }
-    Ok(())
+    let arguments = arguments(trial, own, seed).into_iter().map(OsString::from);
+    let arguments = [OsString::from("recover")].into_iter().chain(arguments).collect();
+    Step { label, arguments, beside: vec!["--resume".into()], keeps_unrounded: false }.made(&args.output)
 }
 
 /// KL of all models to the teacher, what is known of it left as it is.
 fn compared(args: &Args, trial: &Trial, made: &[Made], baseline: &str) -> Result<Value> {
     let out = args.output.join("compare");
     let labels: Vec<&str> = std::iter::once("teacher").chain(made.iter().map(|m| m.label.as_str())).collect();
-    let mut command = Command::new(std::env::current_exe()?);
+    let mut command = recoup()?;
     command
         .args(["compare", &trial.teacher])
         .args(made.iter().map(|m| &m.folder))
         .args(["--labels", &labels.join(",")]);
     command.args(["--ptq", baseline, "--tasks", "none", "--text", &trial.texts.join(","), "--no-speed"]);
-    command.args(["--window", &args.window.to_string(), "--windows", &args.windows.to_string(), "-o"]).arg(&out);
+    command
+        .args(["--window", &args.window.to_string(), "--windows", &args.windows.to_string(), "-o"])
+        .arg(&out)
+        .stdout(Stdio::null());
     finish(&mut command, "comparing")?;
     Ok(serde_json::from_slice(&std::fs::read(out.join("comparison.json"))?)?)
 }

@@ -25,9 +25,12 @@ mod room;
 mod run;
 mod sampling;
 mod serve;
+mod steps;
+mod sweep;
 mod talk;
 mod training;
 mod training_data;
+mod until;
 mod verify;
 
 use std::process::ExitCode;
@@ -65,6 +68,8 @@ enum Verb {
     Recover(recover::Args),
     /// Ways to recover a model beside each other, each trained once
     Lab(lab::Args),
+    /// Formats and methods beside each other on your own texts and tasks, and which to take
+    Sweep(sweep::Args),
     /// Train a small model from scratch: how the shipped ones were made
     Pretrain(pretrain::Args),
     /// A GGUF file, or a quantized checkpoint, as a BF16 checkpoint folder
@@ -119,6 +124,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Quantize(a) => quantize::run(&a),
         Verb::Recover(a) => recover::run(&a),
         Verb::Lab(a) => lab::run(&a),
+        Verb::Sweep(a) => sweep::run(&a),
         Verb::Pretrain(a) => pretrain::run(&a),
         Verb::Convert(a) => convert::run(&a),
         Verb::Logits(a) => logits::run(&a),

@@ -130,6 +130,19 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     super::done()
 }
 
+/// What can be found wrong with the arguments before anything takes time.
+pub(super) fn check(args: &Args) -> Result<()> {
+    let (Some(model), Some(recipe)) = (&args.model, &args.recipe) else { return Ok(()) };
+    let mut recipe = Recipe::find(recipe)?;
+    choose_bits(args, &mut recipe)?;
+    let checkpoint = open_model(&model_folder(model)?)?;
+    if recipe.needs_text() {
+        let amount = Amount { samples: args.samples.unwrap_or(recipe.samples()), length: args.length };
+        calibration_text(args.calibration.as_deref(), amount, &checkpoint, Some(&args.template))?;
+    }
+    Ok(())
+}
+
 /// Takes --bits into the recipe; the table that --sensitivity names.
 fn choose_bits(args: &Args, recipe: &mut Recipe) -> Result<Option<Table>> {
     let Some(auto) = &mut recipe.auto else {

@@ -14,8 +14,10 @@ use super::interrupt;
 use super::machine::peak_memory;
 use super::options::{at_least_one, calibration_text, identity, model_folder, open_model, threads};
 use super::recovery_plan::{self, PlanOptions, Planner};
+use super::steps::words;
 use super::training::{self, Display, KEPT_MEMORY};
 use super::training_data::{Amounts, DataOptions};
+use super::until::{self, UntilOptions};
 use crate::backend::NUMERICS_VERSION;
 use crate::backend::autograd::AutogradBackend;
 use crate::backend::autograd::operand::Precision;
@@ -39,31 +41,33 @@ use crate::recover::trainer::{Event, Plan};
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// Quantized checkpoint folder or hub id; with --recipe, left out
-    #[arg(required_unless_present_any = ["recipe", "minutes", "preset", "plan"])]
-    student: Option<PathBuf>,
+    #[arg(required_unless_present_any = ["recipe", "minutes", "preset", "plan", "until_recovery"])]
+    pub student: Option<PathBuf>,
     /// The model it was quantized from, in BF16 or packed
     #[arg(long, value_name = "MODEL")]
-    teacher: PathBuf,
+    pub teacher: PathBuf,
     /// Folder to write; must not exist or be empty
     #[arg(short, long, value_name = "FOLDER")]
-    output: PathBuf,
+    pub output: PathBuf,
     /// Quantize the teacher by this recipe first, and train that [under --minutes or --preset nvfp4_best_channels where no
     /// checkpoint is given]
     #[arg(long, value_name = "NAME|FILE", conflicts_with = "student")]
-    recipe: Option<OsString>,
+    pub recipe: Option<OsString>,
     #[command(flatten)]
     plan: PlanOptions,
+    #[command(flatten)]
+    pub until: UntilOptions,
     /// How to train: block, qad or qat, with settings if wanted, `block:steps=96,lr=3e-4`. Several are done in order
     #[arg(long = "method", value_name = "METHOD[:KEY=VALUE,...]",
-        required_unless_present_any = ["minutes", "preset", "plan"])]
+        required_unless_present_any = ["minutes", "preset", "plan", "until_recovery"])]
     methods: Vec<String>,
     #[command(flatten)]
-    data: DataOptions,
+    pub data: DataOptions,
     /// The plain model that the student was rounded from, where smoothing made it another than the teacher's
     /// (`recoup quantize --keep-unrounded`) [default: the teacher where the student is its rounded form, else the
     /// student's own weights]
     #[arg(long, value_name = "FOLDER", conflicts_with = "recipe")]
-    unrounded: Option<PathBuf>,
+    pub unrounded: Option<PathBuf>,
     /// Steps between looks at the watched texts [default: 25; under --minutes or --preset so that looks take a tenth of the time]
     #[arg(long, value_name = "STEPS", value_parser = at_least_one::<usize>)]
     evaluate_every: Option<usize>,
@@ -75,16 +79,16 @@ pub(super) struct Args {
     keep_stages: bool,
     /// Order of the data
     #[arg(long, default_value_t = 0)]
-    seed: u64,
+    pub seed: u64,
     /// Go on with a run that was interrupted; the result is the same to the byte
     #[arg(long)]
     resume: bool,
     /// Seconds between saves of the training state, which lies in FOLDER.training until the end
     #[arg(long, value_name = "SECONDS", default_value_t = 300)]
-    save_every: u64,
+    pub save_every: u64,
     /// Threads; 0 is one per core
     #[arg(long, default_value_t = 0)]
-    threads: usize,
+    pub threads: usize,
     /// Multiply in f32 instead of BF16 with f32 sums: slower, the reference
     #[arg(long)]
     f32: bool,
@@ -115,6 +119,16 @@ impl Args {
             "seed": self.seed,
             "f32": self.f32,
         })
+    }
+
+    /// What was given of how to train whatever the method, as the arguments of another command.
+    pub(super) fn of_training(&self) -> Vec<OsString> {
+        let mut out = words(&[&"--seed", &self.seed.to_string()]);
+        for (name, looks) in [("--evaluate-every", self.evaluate_every), ("--patience", self.patience)] {
+            out.extend(looks.iter().flat_map(|n| words(&[&name, &n.to_string()])));
+        }
+        out.extend(self.f32.then(|| "--f32".into()));
+        out
     }
 
     /// The settings as they were given; where a plan is to be made, what is measured by.
@@ -150,6 +164,9 @@ fn stages(methods: &[String], seed: u64) -> Result<Vec<Stage>> {
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    if let Some(share) = args.until.until_recovery {
+        return until::run(args, share);
+    }
     recycle::keep(KEPT_MEMORY);
     let Settings { stages, amounts, .. } = args.settings()?;
     if amounts.length < 2 || amounts.samples == 0 {
@@ -171,6 +188,14 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         );
     }
     rayon::ThreadPoolBuilder::new().num_threads(threads(args.threads)).build()?.install(|| train(args))
+}
+
+/// What can be found wrong with methods and data before anything takes time.
+pub(super) fn check(args: &Args) -> Result<()> {
+    let amounts = args.settings()?.amounts;
+    let teacher = Checkpoint::open(&model_folder(&args.teacher)?)?;
+    args.data.sources(amounts, &teacher, &teacher, &mut |_| ())?;
+    Ok(())
 }
 
 fn train(args: &Args) -> Result<ExitCode> {

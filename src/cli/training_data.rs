@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::device::on_cpu;
 use super::options::{TemplateOptions, text_to_read, threads};
+use super::steps::words;
 use crate::checkpoint::Checkpoint;
 use crate::corpus::Reader;
 use crate::model::Decoder;
@@ -53,6 +54,24 @@ pub(super) struct Amounts {
 }
 
 impl DataOptions {
+    /// What was given, as the arguments of another command.
+    pub(super) fn arguments(&self) -> Vec<OsString> {
+        let mut out = Vec::new();
+        out.extend(self.data.iter().flat_map(|data| words(&[&"--data", data])));
+        out.extend(self.watch.iter().flat_map(|watch| words(&[&"--watch", watch])));
+        out.extend(self.assistant_only.then(|| "--assistant-only".into()));
+        let numbers = [("--samples", self.samples), ("--length", self.length), ("--watch-samples", self.watch_samples)];
+        out.extend(
+            numbers
+                .into_iter()
+                .flat_map(|(name, n)| n.iter().flat_map(|n| words(&[&name, &n.to_string()])).collect::<Vec<_>>()),
+        );
+        if let Some(arguments) = &self.template.chat_template_kwargs {
+            out.extend(words(&[&"--chat-template-kwargs", &Value::from(arguments.clone()).to_string()]));
+        }
+        out
+    }
+
     /// What was given, and for the rest what is wanted where nothing is.
     pub(super) fn amounts(&self) -> Amounts {
         Amounts {

@@ -18,5 +18,7 @@ mod recover;
 mod recover_plan;
 mod serve;
 mod settings;
+mod sweep;
+mod until;
 mod verify;
 mod verify_serve;

@@ -136,6 +136,15 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     report(args, &context(args, &experiment, notes, &comparison), &comparison)
 }
 
+/// What can be found wrong with tasks and texts before there are all the models.
+pub(in crate::cli) fn check(args: &Args) -> Result<()> {
+    args.tasks.setup()?;
+    let selection = args.tasks.select(&DEFAULT_TASKS)?;
+    args.tasks.check_thinking(&selection)?;
+    texts(&args.text, &model_folder(&args.models[0])?, &args.tasks.template_arguments())?;
+    check_gate(args.require_recovery, &selection)
+}
+
 /// A gate that says nothing is refused before anything is computed.
 fn check_gate(threshold: Option<f64>, selection: &Selection) -> Result<()> {
     let Some(r) = threshold else { return Ok(()) };
