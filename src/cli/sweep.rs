@@ -117,7 +117,7 @@ const REPORT: &str = "report";
 fn way(args: &Args, model: &Path, spec: &str) -> Result<Way> {
     let (name, bits) = spec.rsplit_once(":bits=").map_or((spec, None), |(name, bits)| (name, Some(bits)));
     let recipe = Recipe::find(name)?;
-    let label = bits.map_or_else(|| recipe.name.clone(), |bits| format!("{} {bits}", recipe.name));
+    let label = bits.map_or_else(|| recipe.name.clone(), |bits| format!("{}_{bits}", recipe.name));
     let mut arguments = words(&[&"quantize", &model, &"--recipe", &name]);
     if let Some(bits) = bits {
         arguments.extend(words(&[&"--bits", &bits]));
@@ -181,7 +181,7 @@ fn recover_arguments(args: &Args, model: &Path) -> Vec<OsString> {
 /// The quantized model in `folder`, recovered.
 fn recovered(args: &Args, model: &Path, way: &Way, folder: &Path) -> Result<Option<Made>> {
     let Some(minutes) = &args.recover else { return Ok(None) };
-    let label = format!("{} + {minutes} min", way.label);
+    let label = format!("{}_recovered_{minutes}min", way.label);
     let arguments = [recover_arguments(args, model), vec![folder.into()]].concat();
     let unrounded = unrounded(folder);
     let mut beside = words(&[&"--resume", &"--threads", &args.threads]);

@@ -66,9 +66,9 @@ impl Rung {
     fn label(&self, last: Option<&str>) -> String {
         let last = last.unwrap_or_default();
         match self {
-            Self::Given(_) => "as given".into(),
+            Self::Given(_) => "given".into(),
             Self::Quantize(recipe) => Path::new(recipe).file_stem().unwrap_or_default().to_string_lossy().into_owned(),
-            Self::Train(preset) => format!("{last} + {preset} training"),
+            Self::Train(preset) => format!("{last}_{preset}"),
         }
     }
 }

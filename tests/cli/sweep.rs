@@ -23,7 +23,7 @@ fn ways_stand_beside_each_other_with_which_to_take() {
     let comparison = folder.json("out/report/comparison.json");
     let labels: Vec<&str> =
         comparison["models"].as_array().unwrap().iter().map(|m| m["label"].as_str().unwrap()).collect();
-    assert_eq!(labels, ["BF16", "nvfp4", "fp8", "nvfp4_fp8_auto 6", "nvfp4_fp8_auto 7"]);
+    assert_eq!(labels, ["BF16", "nvfp4", "fp8", "nvfp4_fp8_auto_6", "nvfp4_fp8_auto_7"]);
     let kl = |i: usize| comparison["divergences"][i - 1]["kl"]["value"].as_f64().unwrap();
     let bits = |i: usize| comparison["models"][i]["facts"]["bits_per_weight"].as_f64().unwrap();
     assert!(bits(1) < bits(3) && bits(3) < bits(4) && bits(4) < bits(2) && kl(2) < kl(3) && kl(3) < kl(1));
@@ -59,7 +59,7 @@ fn what_was_recovered_stands_beside_what_it_was_made_of() {
     }
     assert!(made.status.success(), "{}", said(&made));
     let comparison = folder.json("out/report/comparison.json");
-    assert_eq!(comparison["models"][2]["label"], format!("nvfp4_smooth + {minutes} min"));
+    assert_eq!(comparison["models"][2]["label"], format!("nvfp4_smooth_recovered_{minutes}min"));
     let kl = |i: usize| comparison["divergences"][i]["kl"]["value"].as_f64().unwrap();
     assert!(kl(1) < kl(0), "{} {}", kl(1), kl(0));
     // The plain model that it was rounded from is as large as the model, and goes.

@@ -31,6 +31,8 @@ const GATE: u8 = 3;
 /// Tokens in a window of text, and windows of each text, where neither is given.
 const WINDOW: usize = 512;
 const WINDOWS: usize = 24;
+/// llama-perplexity's figures of a model on a text that are shown; of more they are in the report only.
+const BLOCKS: usize = 6;
 /// Ways to find where the loss sits.
 const MODES: [(&str, AttributionMode); 3] = [
     ("quantize", AttributionMode::QuantizeOne),
@@ -197,7 +199,9 @@ fn report(args: &Args, context: &ReportContext, comparison: &Comparison) -> Resu
         super::super::outln!("{}", json.trim_end());
     } else {
         super::super::outln!("{}", terminal(comparison, context, WIDTH).trim_end());
-        for d in &comparison.divergences {
+        // Of many they would scroll the tables away.
+        let blocks = &comparison.divergences[..];
+        for d in if blocks.len() <= BLOCKS { blocks } else { &[] } {
             let label = &comparison.models[d.model].label;
             super::super::outln!("\n{label} on {}\n{}", d.text, d.llama_block().trim_end());
         }
