@@ -64,6 +64,32 @@ fn shards_merge_to_the_bytes_of_one_run() {
     assert!(other.contains("responses.jsonl") && other.contains("tasks"), "{other}");
 }
 
+#[test]
+fn processes_of_a_cluster_do_their_parts_of_one_command() {
+    let folder = Folder::new();
+    let (whole, parts) = (folder.name("whole"), folder.name("parts"));
+    let base = ["eval", BF16, "--tasks", "piqa,blimp_wh_island", "--limit", "7"];
+    let table = succeed(&[&base[..], &["-o", &whole]].concat()).0;
+    let as_process = |number: &str, size: &str| {
+        let mut command = recoup(&[&base[..], &["--shard", "auto", "-o", &parts]].concat());
+        command.env("OMPI_COMM_WORLD_RANK", number).env("OMPI_COMM_WORLD_SIZE", size).output().unwrap()
+    };
+    assert!(as_process("0", "3").status.success() && as_process("2", "3").status.success());
+    let merge = [&base[..], &["-o", &folder.name("merged"), "--merge", &parts]].concat();
+    assert!(fail(&merge).contains("of 3 parts these are missing: 1;"));
+    // The one that was lost is run again alone, by a pod that knows only its own number.
+    let mut again = recoup(&[&base[..], &["--shard", "auto/3", "-o", &parts]].concat());
+    assert!(again.env("JOB_COMPLETION_INDEX", "1").output().unwrap().status.success());
+    assert_eq!(succeed(&merge).0, table);
+    assert_same_files(&folder.at("whole"), &folder.at("merged"));
+    // One process has everything to do, and results at once.
+    let mut alone = recoup(&[&base[..], &["--shard", "auto", "-o", &folder.name("alone")]].concat());
+    let alone = alone.env("SLURM_PROCID", "0").env("SLURM_STEP_NUM_TASKS", "1").output().unwrap();
+    assert_eq!(String::from_utf8(alone.stdout).unwrap(), table);
+    assert_same_files(&folder.at("whole"), &folder.at("alone"));
+    assert!(fail(&[&base[..], &["--shard", "auto", "-o", &parts]].concat()).contains("say --shard i/n"));
+}
+
 /// Rewrites which device answered, as the shard in `folder` records it.
 fn answered_on(folder: &Path, device: &str) {
     let path = folder.join("responses.jsonl");

@@ -16,7 +16,8 @@ use super::super::device::DeviceChoice;
 use super::super::options::{EngineOptions, identity, kv_name, model_folder, open_noted};
 use super::super::talk::Shown;
 use super::server::UrlArgs;
-use super::{TaskOptions, model_name, parse_shard};
+use super::shards::{self, Part};
+use super::{TaskOptions, model_name};
 use crate::checkpoint::Checkpoint;
 use crate::corpus;
 use crate::evaluate::evaluation::{Evaluated, Evaluation, Subject};
@@ -26,7 +27,7 @@ use crate::model::ModelConfig;
 use crate::output::Claim;
 use crate::text::ModelText;
 
-#[derive(clap::Args)]
+#[derive(clap::Args, Clone)]
 pub(in crate::cli) struct Args {
     /// Checkpoint folder, hub id, or the address of an OpenAI-compatible server (http://host:port/v1)
     #[arg(required_unless_present = "list_tasks")]
@@ -36,11 +37,13 @@ pub(in crate::cli) struct Args {
     /// Folder for results, samples and answers; the same command goes on from the answers there
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
-    /// Only every n-th document from the i-th on, i/n from 0/n to (n-1)/n; needs -o
-    #[arg(long, value_parser = parse_shard, requires = "output", value_name = "I/N")]
-    shard: Option<Shard>,
-    /// Ask nothing: make results of the output folders of all shards, with the same options; on any machine, whatever
-    /// device answered
+    /// Only every n-th document from the i-th on, i/n from 0/n to (n-1)/n. `auto` takes both from a Slurm array, ranks of MPI or
+    /// srun, or all of these, `auto/N` where the environment has only the number of this process (a Kubernetes Indexed Job) or
+    /// parts of an array are run again; answers are then in shard-I-of-N below -o. Needs -o
+    #[arg(long, value_parser = shards::part, requires = "output", value_name = "I/N|auto|auto/N")]
+    shard: Option<Part>,
+    /// Ask nothing: make results of the output folders of all shards, or of the folder that they are below, with the same options; on
+    /// any machine, whatever device answered
     #[arg(long, value_delimiter = ',', conflicts_with_all = ["shard", "check_kernels"], value_name = "DIRS")]
     merge: Vec<PathBuf>,
     /// Print what tasks there are
@@ -65,6 +68,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     if args.list_tasks {
         return list(args);
     }
+    let args = &args.of_this_process()?;
     let model = args.model.as_deref().context("MODEL is missing")?;
     let setup = args.tasks.setup()?;
     if args.tasks.tasks.is_empty() {
@@ -131,6 +135,28 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     Ok(code)
 }
 
+impl Args {
+    /// With this process's own part and folder, where its cluster says which those are, and the folders of all parts.
+    fn of_this_process(&self) -> Result<Self> {
+        let mut own = self.clone();
+        if let Some(part @ Part::Auto(_)) = self.shard {
+            let shard = shards::resolved(part, &|name| std::env::var(name).ok())?;
+            own.shard = Some(Part::Given(shard));
+            own.output = self.output.as_deref().map(|output| shards::folder(output, shard));
+            super::super::say!("shard {}/{} of the environment", shard.index, shard.of);
+        }
+        own.merge = shards::folders(&self.merge)?;
+        Ok(own)
+    }
+
+    fn part(&self) -> Shard {
+        match self.shard {
+            Some(Part::Given(shard)) => shard,
+            _ => Shard::ALL,
+        }
+    }
+}
+
 /// An option given that means nothing for a server.
 fn of_local_models(args: &Args) -> Option<&'static str> {
     let local = [
@@ -156,10 +182,10 @@ fn evaluate<M: LanguageModel>(
     let plan = plan(model, selection, setup)?;
     let tasks = args.tasks.describe(setup);
     let evaluation = Evaluation { plan: &plan, subject, tasks, folder: args.output.as_deref(), claim };
-    let shard = args.shard.unwrap_or(Shard::ALL);
+    let shard = args.part();
     let Some(evaluated) = evaluation.run(model, shard, tally, &mut Shown::default())? else {
         let (index, of) = (shard.index, shard.of);
-        super::super::say!("shard {index}/{of} is complete; when all are: recoup eval … --merge DIR0,DIR1,… -o OUT");
+        super::super::say!("shard {index}/{of} is complete; when all are: recoup eval … --merge DIRS -o OUT");
         return super::super::done();
     };
     finish(args, &evaluated)

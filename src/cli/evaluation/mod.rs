@@ -5,13 +5,14 @@ mod curves;
 pub(super) mod eval;
 mod labels;
 mod server;
+mod shards;
 mod texts;
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
-use recoup_eval::run::{Setup, Shard};
+use recoup_eval::run::Setup;
 use recoup_eval::tasks::{Library, Limit, Options, OutputType, Selection};
 use serde_json::{Map, Value, json};
 
@@ -285,13 +286,6 @@ fn word(text: &str) -> Value {
 fn listed(items: &[OsString]) -> Vec<&Path> {
     let items = items.iter().map(|item| item.to_str().map_or(Path::new(item), |text| Path::new(text.trim())));
     items.filter(|item| !item.as_os_str().is_empty()).collect()
-}
-
-/// `i/n`, i from 0.
-fn parse_shard(text: &str) -> Result<Shard, String> {
-    let shard =
-        text.split_once('/').and_then(|(index, of)| Some(Shard { index: index.parse().ok()?, of: of.parse().ok()? }));
-    shard.filter(|s| s.index < s.of).ok_or_else(|| format!("`{text}`: expected i/n with i from 0 to n-1, such as 0/4"))
 }
 
 /// The folder for answers and reports, for this run alone; nothing where none is kept.

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use super::super::options::at_least_one;
 use crate::evaluate::evaluation::Subject;
 
-#[derive(clap::Args)]
+#[derive(clap::Args, Clone)]
 #[command(next_help_heading = "Of a URL")]
 pub(super) struct UrlArgs {
     /// Model name on the server [default: its only one]
