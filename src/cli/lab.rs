@@ -111,7 +111,8 @@ fn arguments(trial: &Trial, own: &[String], seed: u64) -> Vec<String> {
 fn recovered(args: &Args, trial: &Trial, label: &str, own: &[String], seed: u64) -> Result<Made> {
     let arguments = arguments(trial, own, seed).into_iter().map(OsString::from);
     let arguments = [OsString::from("recover")].into_iter().chain(arguments).collect();
-    Step { label, arguments, beside: vec!["--resume".into()], keeps_unrounded: false }.made(&args.output)
+    Step { label: label.to_owned(), arguments, beside: vec!["--resume".into()], keeps_unrounded: false }
+        .made(&args.output)
 }
 
 /// KL of all models to the teacher, what is known of it left as it is.

@@ -168,6 +168,12 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         return until::run(args, share);
     }
     recycle::keep(KEPT_MEMORY);
+    possible(args)?;
+    rayon::ThreadPoolBuilder::new().num_threads(threads(args.threads)).build()?.install(|| train(args))
+}
+
+/// Whether the arguments go together; gives how much data is wanted.
+fn possible(args: &Args) -> Result<Amounts> {
     let Settings { stages, amounts, .. } = args.settings()?;
     if amounts.length < 2 || amounts.samples == 0 {
         bail!("--length must be at least 2, and --samples at least 1");
@@ -187,12 +193,12 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
                file, or --samples"
         );
     }
-    rayon::ThreadPoolBuilder::new().num_threads(threads(args.threads)).build()?.install(|| train(args))
+    Ok(amounts)
 }
 
 /// What can be found wrong with methods and data before anything takes time.
 pub(super) fn check(args: &Args) -> Result<()> {
-    let amounts = args.settings()?.amounts;
+    let amounts = possible(args)?;
     let teacher = Checkpoint::open(&model_folder(&args.teacher)?)?;
     args.data.sources(amounts, &teacher, &teacher, &mut |_| ())?;
     Ok(())

@@ -18,9 +18,9 @@ use super::{Cli, Verb, interrupt};
 use crate::checkpoint::Checkpoint;
 
 /// A command that makes a model.
-pub(super) struct Step<'a> {
+pub(super) struct Step {
     /// What the model is called.
-    pub label: &'a str,
+    pub label: String,
     /// The verb and its arguments, without where the result goes. A model made by others, or of files that are others by now, is
     /// another model.
     pub arguments: Vec<OsString>,
@@ -48,37 +48,54 @@ fn beside(folder: &Path, ending: &str) -> PathBuf {
     name.into()
 }
 
-impl Step<'_> {
-    /// Makes the model below `output`, where that is not done already.
-    pub(super) fn made(&self, output: &Path) -> Result<Made> {
-        let arguments: Vec<_> = self.arguments.iter().map(|a| a.to_string_lossy()).collect();
+impl Step {
+    /// What the model is made of; another beginning is another model.
+    fn key(&self) -> Result<Value> {
         let mut key =
-            json!({"version": env!("CARGO_PKG_VERSION"), "arguments": arguments, "of": read(&self.arguments)?});
+            json!({"version": env!("CARGO_PKG_VERSION"), "arguments": self.words(), "of": read(&self.arguments)?});
         if self.keeps_unrounded {
             key["unrounded"] = true.into();
         }
-        // Another beginning of the same name is left as it is.
-        let folder = output.join(format!("{}-{}", file_name(self.label), &sha256(key.to_string())[..8]));
-        let is_there = || folder.join("config.json").exists();
+        Ok(key)
+    }
+
+    fn words(&self) -> Vec<String> {
+        self.arguments.iter().map(|a| a.to_string_lossy().into_owned()).collect()
+    }
+
+    /// Where the model lies below `output`, or will. Another beginning of the same name is left as it is.
+    pub(super) fn folder(&self, output: &Path) -> Result<PathBuf> {
+        let key = self.key()?.to_string();
+        Ok(output.join(format!("{}-{}", file_name(&self.label), &sha256(key)[..8])))
+    }
+
+    /// Whether the model is there.
+    pub(super) fn is_made(&self, output: &Path) -> Result<bool> {
+        Ok(self.folder(output)?.join("config.json").exists())
+    }
+
+    /// Makes the model below `output`, where that is not done already.
+    pub(super) fn made(&self, output: &Path) -> Result<Made> {
+        let folder = self.folder(output)?;
         let record = beside(&folder, ".json");
-        if record.exists() && !is_there() {
+        if record.exists() && !self.is_made(output)? {
             // What it tells of is gone.
             std::fs::remove_file(&record)?;
         }
-        let minutes = kept(&record, &key, || {
-            super::say!("{}: recoup {}", self.label, arguments.join(" "));
+        let minutes = kept(&record, &self.key()?, || {
+            super::say!("{}: recoup {}", self.label, self.words().join(" "));
             let began = Instant::now();
-            if !is_there() {
+            if !self.is_made(output)? {
                 let mut command = recoup()?;
                 command.args(&self.arguments).args(&self.beside).arg("-o").arg(&folder).stdout(Stdio::null());
                 if self.keeps_unrounded {
                     command.arg("--keep-unrounded").arg(unrounded(&folder));
                 }
-                finish(&mut command, self.label)?;
+                finish(&mut command, &self.label)?;
             }
             anyhow::Ok(began.elapsed().as_secs_f64() / 60.0)
         })?;
-        Ok(Made { label: self.label.to_owned(), folder, minutes: Some(minutes) })
+        Ok(Made { label: self.label.clone(), folder, minutes: Some(minutes) })
     }
 }
 

@@ -1,7 +1,7 @@
 //! `recoup sweep`: formats and methods beside each other on the user's own texts and tasks, by what `quantize`, `recover` and
 //! `compare` do.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -80,23 +80,22 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if let Some((one, other)) = names::clash(&labels) {
         bail!("--recipes: {one} and {other} would have one name");
     }
+    let dash = OsStr::new("-");
+    let once = [args.calibration.as_ref().map(|c| c.as_os_str()), args.text.as_deref()];
+    if once.into_iter().flatten().chain(args.data.iter().map(|d| d.as_os_str())).any(|given| given == dash) {
+        bail!("-: what is read is needed more than once, and standard input can be read once: give a file");
+    }
     check(args, &model, &ways)?;
     interrupt::hint("what is done is kept: the same command goes on from there");
     let _claim = crate::output::growing(&args.output)?;
     let (mut made, mut failed) = (Vec::new(), Vec::new());
     for (index, way) in ways.iter().enumerate() {
         // One that this model cannot have is no reason to lose the others.
-        match quantized(args, &ways[..index], &made, way) {
-            Ok(quantized) => {
-                let folder = quantized.folder.clone();
-                made.push(quantized);
-                match recovered(args, &model, way, &folder).transpose() {
-                    None => {}
-                    Some(Ok(recovered)) => made.push(recovered),
-                    Some(Err(e)) => failed.push(e),
-                }
+        for made_or_not in both(args, &model, &ways[..index], &made, way) {
+            match made_or_not {
+                Ok(model) => made.push(model),
+                Err(e) => failed.push(e),
             }
-            Err(e) => failed.push(e),
         }
     }
     if let Some(ptq) = made.first() {
@@ -157,7 +156,19 @@ fn machine(args: &Args) -> Vec<OsString> {
     words(&[&"--threads", &args.threads, &"--device", &args.device])
 }
 
-fn quantized(args: &Args, before: &[Way], made: &[Made], way: &Way) -> Result<Made> {
+/// A model quantized one way, and recovered, where that is asked for and the first can be made.
+fn both(args: &Args, model: &Path, before: &[Way], made: &[Made], way: &Way) -> Vec<Result<Made>> {
+    let quantize = quantizing(args, before, made, way);
+    let quantized = match renewed(args, model, way, &quantize).and_then(|()| quantize.made(&args.output)) {
+        Ok(quantized) => quantized,
+        Err(e) => return vec![Err(e)],
+    };
+    let recovered =
+        recovering(args, model, way, &quantized.folder).map(|step| recovered(args, &step, &quantized.folder));
+    std::iter::once(Ok(quantized)).chain(recovered).collect()
+}
+
+fn quantizing(args: &Args, before: &[Way], made: &[Made], way: &Way) -> Step {
     let mut beside = machine(args);
     // The formats' damage was measured for another budget already.
     let measured = before.iter().find(|w| w.name == way.name && way.recipe.auto.is_some());
@@ -167,7 +178,19 @@ fn quantized(args: &Args, before: &[Way], made: &[Made], way: &Way) -> Result<Ma
     }
     let changes = way.recipe.smooth.is_some() || way.recipe.rotate.is_some() || way.recipe.gptq.is_some();
     let keeps_unrounded = args.recover.is_some() && changes;
-    Step { label: &way.label, arguments: way.arguments.clone(), beside, keeps_unrounded }.made(&args.output)
+    Step { label: way.label.clone(), arguments: way.arguments.clone(), beside, keeps_unrounded }
+}
+
+/// The plain model that a quantized one was rounded from goes once it is recovered. To recover it otherwise, it is made again, with the
+/// same bytes: what is trained without it would be worse for no reason that is seen.
+fn renewed(args: &Args, model: &Path, way: &Way, quantize: &Step) -> Result<()> {
+    let folder = quantize.folder(&args.output)?;
+    let lacks = quantize.keeps_unrounded && quantize.is_made(&args.output)? && !unrounded(&folder).exists();
+    let Some(recover) = recovering(args, model, way, &folder).filter(|_| lacks) else { return Ok(()) };
+    if !recover.is_made(&args.output)? {
+        std::fs::remove_dir_all(&folder).with_context(|| format!("{}: cannot be made again", folder.display()))?;
+    }
+    Ok(())
 }
 
 /// Arguments of `recoup recover` but for its student.
@@ -178,22 +201,27 @@ fn recover_arguments(args: &Args, model: &Path) -> Vec<OsString> {
     arguments
 }
 
-/// The quantized model in `folder`, recovered.
-fn recovered(args: &Args, model: &Path, way: &Way, folder: &Path) -> Result<Option<Made>> {
-    let Some(minutes) = &args.recover else { return Ok(None) };
+/// How the quantized model in `folder` is recovered, where that is asked for.
+fn recovering(args: &Args, model: &Path, way: &Way, folder: &Path) -> Option<Step> {
+    let minutes = args.recover.as_ref()?;
     let label = format!("{}_recovered_{minutes}min", way.label);
     let arguments = [recover_arguments(args, model), vec![folder.into()]].concat();
-    let unrounded = unrounded(folder);
     let mut beside = words(&[&"--resume", &"--threads", &args.threads]);
+    let unrounded = unrounded(folder);
     if unrounded.exists() {
         beside.extend(words(&[&"--unrounded", &unrounded]));
     }
-    let made = Step { label: &label, arguments, beside, keeps_unrounded: false }.made(&args.output)?;
+    Some(Step { label, arguments, beside, keeps_unrounded: false })
+}
+
+fn recovered(args: &Args, step: &Step, quantized: &Path) -> Result<Made> {
+    let made = step.made(&args.output)?;
+    let unrounded = unrounded(quantized);
     if unrounded.exists() {
         // As large as the model itself, and of no use any more.
         std::fs::remove_dir_all(&unrounded).with_context(|| format!("{}: cannot be removed", unrounded.display()))?;
     }
-    Ok(Some(made))
+    Ok(made)
 }
 
 /// Arguments of `recoup compare` but for its models.

@@ -83,13 +83,13 @@ struct Look {
 
 pub(super) fn run(args: &recover::Args, target: f64) -> Result<ExitCode> {
     let teacher = model_folder(&args.teacher)?;
-    let writer = output::folder(&args.output)?;
-    let work = writer
+    let claim = output::folder(&args.output)?;
+    let work = claim
         .target()
-        .with_file_name(format!("{}.until", writer.target().file_name().unwrap_or_default().to_string_lossy()));
+        .with_file_name(format!("{}.until", claim.target().file_name().unwrap_or_default().to_string_lossy()));
     let rungs = rungs(args)?;
-    if args.data.is_stdin() {
-        bail!("--data -: it may be needed more than once, and standard input can be read once: give a file");
+    if args.data.is_stdin() || args.until.on.iter().any(|name| name == "-") {
+        bail!("-: what is read may be needed more than once, and standard input can be read once: give a file");
     }
     recover::check(args)?;
     if let Some(recipe) = &args.recipe {
@@ -101,7 +101,6 @@ pub(super) fn run(args: &recover::Args, target: f64) -> Result<ExitCode> {
     compare::check(&comparing).context("--on")?;
     interrupt::hint("what is done is kept: the same command goes on from there");
     let _work = output::growing(&work)?;
-    drop(writer);
     let mut looks: Vec<Look> = Vec::new();
     let mut base: Option<(String, PathBuf)> = None;
     for (index, rung) in rungs.iter().enumerate() {
@@ -176,7 +175,7 @@ fn made(
     let step = match rung {
         Rung::Given(folder) => return Ok(folder.clone()),
         Rung::Quantize(recipe) => Step {
-            label,
+            label: label.to_owned(),
             arguments: words(&[&"quantize", &teacher, &"--recipe", recipe]),
             beside: words(&[&"--threads", &threads, &"--device", &"cpu"]),
             keeps_unrounded: true,
@@ -192,7 +191,7 @@ fn made(
             if let Some(unrounded) = args.unrounded.clone().or(own) {
                 beside.extend(words(&[&"--unrounded", &unrounded]));
             }
-            Step { label, arguments, beside, keeps_unrounded: false }
+            Step { label: label.to_owned(), arguments, beside, keeps_unrounded: false }
         }
     };
     Ok(step.made(work)?.folder)

@@ -67,6 +67,11 @@ fn what_was_recovered_stands_beside_what_it_was_made_of() {
     assert!(left.into_iter().all(|name| !name.ends_with("-unrounded")));
     let said = said(&recover(&minutes));
     assert!(!said.contains("masters from") && !said.contains("linears by"), "{said}");
+    // Recovered for another time, it needs that plain model again, and is not trained without.
+    let longer = recover(&format!("{:.2}", 1.3 * minutes.parse::<f64>().unwrap()));
+    let talk = crate::support::command::said(&longer);
+    assert!(longer.status.success() && talk.matches("linears by").count() == 1, "{talk}");
+    assert!(talk.contains("masters from unrounded model"), "{talk}");
 }
 
 #[test]
@@ -96,6 +101,8 @@ fn what_is_wrong_is_said_before_anything_is_made() {
     assert!(said(&["--calibration", "no-such-file.txt"]).contains("no-such-file.txt"));
     assert!(said(&["--recover", "1", "--data", "no-such-file.txt"]).contains("no-such-file.txt"));
     assert!(said(&["--recover", "soon", "--data", TEXT]).contains("invalid value 'soon' for '--minutes"));
+    assert!(said(&["--calibration", "-"]).contains("standard input can be read once"));
+    assert!(said(&["--recover", "0.0", "--data", TEXT]).contains("expected minutes"));
     assert!(said(&["--limit=-3"]).contains("-3"));
     assert!(!folder.at("out").exists());
 }
