@@ -791,7 +791,8 @@ fn doctor_finds_every_kernel_right_and_auto_says_why_it_does_not_use_a_gpu() {
     let out = String::from_utf8(out).unwrap();
     assert!(out.contains("checks passed") && !out.contains("WRONG"), "{out}");
     let four = ["matmul_fp4_16_8 ", "matmul_fp4_16_32", "tile_fp4_16", "matmul_fp4_32_8", "tile_fp4_32"];
-    let eight = ["matmul_fp8_8 ", "matmul_fp8_32", "tile_fp8 ", "matmul_fp8_8g", "tile_fp8g", "matmul_fp8_mx_8", "tile_fp8_mx"];
+    let eight =
+        ["matmul_fp8_8 ", "matmul_fp8_32", "tile_fp8 ", "matmul_fp8_8g", "tile_fp8g", "matmul_fp8_mx_8", "tile_fp8_mx"];
     assert!(four.iter().chain(&eight).all(|name| out.contains(name) == backend.narrow()), "{out}");
     if backend.device().name.starts_with("stand-in") {
         let mut command = support::command::recoup(&["run", NVFP4, "--raw", "-p", "The ship", "-n", "2"]);

@@ -13,8 +13,8 @@
 // 16 clocks each, where a multiprocessor does 2048 or 1024 multiply-adds a clock) for 18 or 32 KiB of weights and 4.5 or 8 of tokens
 // from L2, 22 or 20 bytes a clock.
 // Limits: as matmul.cu.
-// nvcc 13.0.88, sm_120, no spills: issue slots per tensor instruction, four bits by 16: M <= 8 13.6, M <= 16 10.0, M <= 32 7.9, tiles
-// 10.7 (4.0 of which end a slice).
+// nvcc 13.0.88, sm_120, no spills: issue slots per tensor instruction, M <= 8 / 16 / 32 / tiles: four bits by 16 14.5 / 9.5 / 7.8 / 10.6
+// (4.0 of which end a slice), FP8 5.9 / 4.9 / 4.1 / 5.1, FP8 grouped 12.8 / 10.1 / 9.6 / 8.2, MXFP8 8.4 / 6.2 / 5.1 / 5.9.
 #pragma once
 #include "tile.cu"
 
@@ -93,6 +93,7 @@ DEV constexpr int narrow_pitch(int w) { return words(w) == 1 ? 4 : 9; }
 DEV constexpr int narrow_stage(int w) { return TOKENS * narrow_pitch(w); }
 // Words that a token has of its own in a step: block scales, or the scale of its 128 columns.
 DEV constexpr int narrow_scales(int w, bool grouped) { return grouped ? 1 : token_words(w); }
+DEV constexpr int narrow_scale_stages(int w, bool grouped) { return narrow_scales(w, grouped) > 0 ? 2 * TOKENS * narrow_scales(w, grouped) : 1; }
 
 // For many rows: as tile.cu, a step of 64 tokens in each of two stages.
 template <int W, int R, bool GROUPED>
@@ -185,7 +186,7 @@ DEV void narrow_tile(const U4* weights, const uint32_t* scales, const float* gri
 #define NARROW_TILE(name, W, R, GROUPED)                                                                                   \
     KERNEL_OF(1, name, 256, NARROW_PARAMETERS) {                                                                           \
         SHARED(U4, stages, 2 * narrow_stage(W));                                                                           \
-        SHARED(uint32_t, token_scales, narrow_scales(W, GROUPED) > 0 ? 2 * TOKENS * narrow_scales(W, GROUPED) : 1);                                  \
+        SHARED(uint32_t, token_scales, narrow_scale_stages(W, GROUPED));                                                   \
         narrow_tile<W, R, GROUPED>(weights, scales, grid_scales, x, x_scales, x_groups, row_scales, bias, y, rows, n, k,   \
                                    x_scale, stages, token_scales);                                                         \
     }
