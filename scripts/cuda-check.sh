@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every kernel, compiled for the CPU, against its definition, with every access checked (src/backend/cuda/standin).
-# usage: cuda-check.sh [--only FILE] [DIR]   FILE: matmul, tile, fp4, operand, attention, recurrent, rows, mixture or sample (.cu), or
+# usage: cuda-check.sh [--only FILE] [DIR]   FILE: matmul, tile, narrow, operand, attention, recurrent, rows, mixture or sample (.cu), or
 # primitives; DIR: the kernels' folder
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -21,7 +21,7 @@ cp -r "$root/src/backend/cuda/standin" "$work/standin"
 architectures="80 90 120f"
 [ ${#only[@]} -gt 0 ] && architectures=80
 # What only the family of sm_120 has.
-case ${only[0]:-} in fp4 | primitives) architectures=120f ;; esac
+case ${only[0]:-} in narrow | primitives) architectures=120f ;; esac
 if nvcc=$("$root/scripts/cuda-nvcc.sh" 2> "$work/no-nvcc"); then
     {
         for a in $architectures; do

@@ -52,8 +52,9 @@ for arch in ("sm_80", "sm_90", "sm_120"):
         if name.startswith("matmul") and not tensor(ops) and name not in NO_TENSOR:
             print(f"{arch} {name}: no tensor instruction", file=sys.stderr)
             failed = True
-        if re.match("(matmul|tile|mixture)_fp4_", name) and ops.count("OMMA") != tensor(ops):
-            print(f"{arch} {name}: products that are not those of FP4 tensor cores", file=sys.stderr)
+        narrow = re.match(r"(matmul|tile|mixture)_fp([48])", name)
+        if narrow and ops.count({"4": "OMMA", "8": "QMMA"}[narrow[2]]) != tensor(ops):
+            print(f"{arch} {name}: products that are not those of FP4 or FP8 tensor cores", file=sys.stderr)
             failed = True
 sys.exit(failed)
 EOF

@@ -42,8 +42,8 @@ step device 30 "$RECOUP" doctor
 command -v nvidia-smi >/dev/null && nvidia-smi -q >"$out/nvidia-smi.txt" 2>&1
 ids="$out/ids.json"
 echo '[[3,141,59,26,53,58,97,93,23,84,62,64,33,83,27,95]]' >"$ids"
-# What the driver assembles has no products for FP4 tensor cores; the same bits come without them.
-step load 60 env RECOUP_CUDA_FP4=0 "$RECOUP" logits models/books-nvfp4 --input-ids "$ids" -o "$out/gpu.safetensors" --device cuda:0
+# What the driver assembles has no products for FP4 and FP8 tensor cores; the same bits come without them.
+step load 60 env RECOUP_CUDA_NARROW=0 "$RECOUP" logits models/books-nvfp4 --input-ids "$ids" -o "$out/gpu.safetensors" --device cuda:0
 step load-ptx 90 env CUDA_FORCE_PTX_JIT=1 "$RECOUP" logits models/books-nvfp4 --input-ids "$ids" -o "$out/ptx.safetensors" --device cuda:0
 [ -f "$out/gpu.safetensors" ] && [ -f "$out/ptx.safetensors" ] &&
     step same-bits-from-ptx 10 cmp "$out/gpu.safetensors" "$out/ptx.safetensors"
@@ -52,9 +52,9 @@ step load-ptx 90 env CUDA_FORCE_PTX_JIT=1 "$RECOUP" logits models/books-nvfp4 --
 step kernels 180 "$RECOUP" doctor --device cuda:0
 if [ -n "$small" ]; then width=256; else width=8192; fi
 step speed 120 "$RECOUP" doctor --device cuda:0 --measure $width
-# Where FP4 tensor cores compute: the same without them.
-grep -q "on FP4 tensor cores" "$out/speed.err" &&
-    step speed-without-fp4 120 env RECOUP_CUDA_FP4=0 "$RECOUP" doctor --device cuda:0 --measure $width
+# Where FP4 and FP8 tensor cores compute: the same without them.
+grep -q "on FP4, FP8 and BF16 tensor cores" "$out/speed.err" &&
+    step speed-without-narrow 120 env RECOUP_CUDA_NARROW=0 "$RECOUP" doctor --device cuda:0 --measure $width
 
 # 3. Accesses and races, by NVIDIA's own tool, on a short run.
 if command -v compute-sanitizer >/dev/null; then

@@ -790,8 +790,10 @@ fn doctor_finds_every_kernel_right_and_auto_says_why_it_does_not_use_a_gpu() {
     let (out, _) = recoup(&["doctor", "--device", "cuda:0"]);
     let out = String::from_utf8(out).unwrap();
     assert!(out.contains("checks passed") && !out.contains("WRONG"), "{out}");
-    let fp4 = ["matmul_fp4_16_8 ", "matmul_fp4_16_32", "tile_fp4_16", "matmul_fp4_32_8", "tile_fp4_32"];
-    assert!(fp4.iter().all(|name| out.contains(name) == backend.fp4()), "{out}");
+    let four = ["matmul_fp4_16_8 ", "matmul_fp4_16_32", "tile_fp4_16", "matmul_fp4_32_8", "tile_fp4_32"];
+    let eight =
+        ["matmul_fp8_8 ", "matmul_fp8_32", "tile_fp8 ", "matmul_fp8_8g", "tile_fp8g", "matmul_fp8_mx_8", "tile_fp8_mx"];
+    assert!(four.iter().chain(&eight).all(|name| out.contains(name) == backend.narrow()), "{out}");
     if backend.device().name.starts_with("stand-in") {
         let mut command = support::command::recoup(&["run", NVFP4, "--raw", "-p", "The ship", "-n", "2"]);
         let out = command.env_remove("CUDA_VISIBLE_DEVICES").env("STANDIN_MEMORY", "20000000").output().unwrap();
@@ -803,15 +805,15 @@ fn doctor_finds_every_kernel_right_and_auto_says_why_it_does_not_use_a_gpu() {
     }
 }
 
-/// The binary on a stand-in that has FP4 tensor cores, remembering in `cache` what it finds.
-fn with_fp4(cache: &str, args: &[&str], environment: &[(&str, &str)]) -> std::process::Output {
+/// The binary on a stand-in that has FP4 and FP8 tensor cores, remembering in `cache` what it finds.
+fn with_narrow(cache: &str, args: &[&str], environment: &[(&str, &str)]) -> std::process::Output {
     let mut command = support::command::recoup(args);
     command.env_remove("CUDA_VISIBLE_DEVICES").env("STANDIN_CAPABILITY", "120").env("RECOUP_CACHE", cache);
     command.envs(environment.iter().copied()).output().unwrap()
 }
 
 #[test]
-fn four_bits_by_four_bits_are_for_fp4_tensor_cores_that_give_what_the_cpu_gives() {
+fn codes_by_codes_are_for_fp4_and_fp8_tensor_cores_that_give_what_the_cpu_gives() {
     use support::command::{Folder, NVFP4, said};
     let Some(backend) = device() else { return };
     if !backend.device().name.starts_with("stand-in") {
@@ -823,16 +825,16 @@ fn four_bits_by_four_bits_are_for_fp4_tensor_cores_that_give_what_the_cpu_gives(
     let run = ["run", NVFP4, "--raw", "-p", "It was a dark", "-n", "8", "--temperature", "0", "--device", "cuda:0"];
     let auto = &run[..run.len() - 2];
     let expected = text(&support::command::run(auto));
-    let note = "BF16 tensor cores compute products of four bits";
+    let note = "BF16 tensor cores compute all products";
     let runs = |cache: &str, args: &[&str], environment: &[(&str, &str)], noted: bool| {
-        let out = with_fp4(&folder.name(cache), args, environment);
+        let out = with_narrow(&folder.name(cache), args, environment);
         assert!(out.status.success() && said(&out).contains(note) == noted, "{cache}: {}", said(&out));
         assert!(!said(&out).contains("the CPU computes"), "{cache}: {}", said(&out));
         assert_eq!(text(&out), expected, "{cache}");
     };
-    runs("right", &run, &[("RECOUP_CUDA_FP4", "0")], false);
+    runs("right", &run, &[("RECOUP_CUDA_NARROW", "0")], false);
     runs("right", &run, &[], false);
-    for copy in ["wrong", "lost", "broken"] {
+    for copy in ["wrong", "wrong8", "lost", "broken"] {
         for name in support::command::names(&folder.at("right")) {
             let content = std::fs::read(folder.at("right").join(&name)).unwrap();
             folder.write(format!("{copy}/{name}"), content);
@@ -845,16 +847,17 @@ fn four_bits_by_four_bits_are_for_fp4_tensor_cores_that_give_what_the_cpu_gives(
     runs("wrong", &run, &swap("matmul_fp4_16:matmul_fp4_32"), true);
     runs("wrong", &run, &[], true);
     runs("wrong", auto, &[], true);
+    runs("wrong8", &run, &swap("matmul_fp8_mx:matmul_fp8"), true);
     // Kernels that end the device's context: the next start does without them.
     let lost = swap("matmul_fp4_32:matmul_fp4_16");
-    let out = with_fp4(&folder.name("lost"), &run, &lost);
+    let out = with_narrow(&folder.name("lost"), &run, &lost);
     assert!(!out.status.success() && said(&out).contains("which the next start leaves alone"), "{}", said(&out));
     runs("lost", &run, &lost, true);
     // Where BF16's are wrong too, the CPU is left.
     let broken = swap("matmul_bf16:matmul_e4m3");
-    let out = with_fp4(&folder.name("broken"), &run, &broken);
+    let out = with_narrow(&folder.name("broken"), &run, &broken);
     assert!(!out.status.success() && said(&out).contains("do not give what the CPU gives"), "{}", said(&out));
-    let out = with_fp4(&folder.name("broken"), auto, &broken);
+    let out = with_narrow(&folder.name("broken"), auto, &broken);
     assert!(out.status.success() && said(&out).contains("the CPU computes, not the GPU"), "{}", said(&out));
     assert_eq!(text(&out), expected);
 }

@@ -74,11 +74,11 @@ impl DeviceChoice {
     }
 }
 
-/// Device `ordinal`, after it has shown that it computes. FP4 tensor cores that do not are left alone, which `note` is told.
+/// Device `ordinal`, after it has shown that it computes. FP4 and FP8 tensor cores that do not are left alone, which `note` is told.
 fn open(cpu: &CpuBackend, ordinal: usize, note: &mut dyn FnMut(String)) -> Result<CudaBackend> {
     let mut gpu = CudaBackend::new(ordinal)?;
     let mut left = None;
-    if gpu.fp4() {
+    if gpu.narrow() {
         let shown = Shown::of(&gpu);
         let wrong = match shown.outcome() {
             Some(false) => true,
@@ -88,7 +88,8 @@ fn open(cpu: &CpuBackend, ordinal: usize, note: &mut dyn FnMut(String)) -> Resul
                     // The device is lost for this process; the next one will not try them.
                     shown.remember(false);
                     let name = &gpu.device().name;
-                    let what = format!("{name} failed with its FP4 tensor cores, which the next start leaves alone");
+                    let what =
+                        format!("{name} failed with its FP4 and FP8 tensor cores, which the next start leaves alone");
                     return Err(e.context(what));
                 }
                 Err(e) => return Err(e),
@@ -99,7 +100,7 @@ fn open(cpu: &CpuBackend, ordinal: usize, note: &mut dyn FnMut(String)) -> Resul
             return Ok(gpu);
         }
         left = Some(shown);
-        gpu = gpu.without_fp4();
+        gpu = gpu.without_narrow();
     }
     let shown = Shown::of(&gpu);
     let wrong = compare(cpu, &gpu, shown.outcome().is_some())?;
@@ -113,11 +114,11 @@ fn open(cpu: &CpuBackend, ordinal: usize, note: &mut dyn FnMut(String)) -> Resul
         );
     }
     shown.remember(true);
-    if let Some(fp4) = left {
-        fp4.remember(false);
+    if let Some(narrow) = left {
+        narrow.remember(false);
         let name = &gpu.device().name;
         note(format!(
-            "BF16 tensor cores compute products of four bits, not the FP4 ones of {name}: those do not give what the CPU gives"
+            "BF16 tensor cores compute all products, not the FP4 and FP8 ones of {name}: those do not give what the CPU gives"
         ));
     }
     Ok(gpu)

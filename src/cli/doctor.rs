@@ -121,8 +121,8 @@ fn gpus() -> Result<Vec<Result<Device, String>>, String> {
 fn gpu(args: &Args, ordinal: usize) -> Result<ExitCode> {
     let gpu = CudaBackend::new(ordinal)?;
     let (cpu, device) = (on_cpu(super::options::threads(0))?, AnyBackend::B(gpu.clone()));
-    let four_bits = if gpu.fp4() { "FP4" } else { "BF16" };
-    super::say!("{}; kernels {}; products of four bits on {four_bits} tensor cores", gpu.device(), gpu.kernels());
+    let cores = if gpu.narrow() { "FP4, FP8 and BF16" } else { "BF16" };
+    super::say!("{}; kernels {}; products on {cores} tensor cores", gpu.device(), gpu.kernels());
     let bar = super::progress(0, "kernels checked");
     let checked = device_check::thorough(&cpu, &device, &mut |done| bar.set_position(done as u64))?;
     bar.finish();

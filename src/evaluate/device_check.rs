@@ -26,6 +26,7 @@ const ATTENTION: f64 = 5e-5;
 const REQUANTIZED: f64 = 2e-2;
 
 const MXFP4: ActivationFormat = ActivationFormat::Mxfp4 { rule: ScaleRule::Ceil };
+const MXFP8: ActivationFormat = ActivationFormat::Mxfp8 { rule: ScaleRule::Ceil };
 
 /// One operation on one shape in one format.
 #[derive(Clone, Debug, PartialEq)]
@@ -79,8 +80,12 @@ pub fn small<A: Backend, B: Backend>(cpu: &A, device: &B) -> Result<Vec<Checked>
             product(cpu, device, at as u64, (3, 33, 288), weight, activation, &mut out)?;
         }
     }
-    // Four bits by four bits have kernels of their own on some devices, NVFP4 above and MXFP4 here.
-    product(cpu, device, 31, (3, 33, 288), WEIGHTS[8], MXFP4, &mut out)?;
+    // Four bits by four and eight by eight have kernels of their own on some devices: NVFP4 and some of FP8 above, the others here.
+    let narrow =
+        [(8, MXFP4), (3, ActivationFormat::Fp8Static { scale: 5e-3 }), (4, MXFP8), (5, ActivationFormat::Fp8Group)];
+    for (at, (weight, activation)) in narrow.into_iter().enumerate() {
+        product(cpu, device, 31 + at as u64, (3, 33, 288), WEIGHTS[weight], activation, &mut out)?;
+    }
     attention(cpu, device, 21, KvFormat::F32, (4, 2, 32), None, &mut out)?;
     Ok(out)
 }
@@ -106,12 +111,14 @@ pub fn thorough<A: Backend, B: Backend>(
             }
         }
         // As long as prompts are, and enough for every multiprocessor of devices with up to 192.
-        let of_four_bits = match weight {
+        let of_its_bits = match weight {
             (Element::E2m1, Blocks::E4m3(16)) => Some(ActivationFormat::Nvfp4 { global_scale: 7e-4 }),
             (Element::E2m1, Blocks::E8m0) => Some(MXFP4),
+            (Element::E4m3, Blocks::E8m0) => Some(MXFP8),
+            (Element::E4m3, _) => Some(ActivationFormat::Fp8Token),
             _ => None,
         };
-        for activation in [ActivationFormat::Float, ActivationFormat::Fp8Group].into_iter().chain(of_four_bits) {
+        for activation in [ActivationFormat::Float, ActivationFormat::Fp8Group].into_iter().chain(of_its_bits) {
             seed += 1;
             product(cpu, device, seed, (1536, 512, 288), weight, activation, &mut out)?;
             progress(out.len());
@@ -131,7 +138,7 @@ pub fn thorough<A: Backend, B: Backend>(
         seed += 1;
         elementwise(cpu, device, seed, rows, width, &mut out)?;
     }
-    for weight in [WEIGHTS[2], WEIGHTS[6]] {
+    for weight in [WEIGHTS[2], WEIGHTS[6], WEIGHTS[5]] {
         seed += 1;
         mixtures::check(cpu, device, seed, weight, &mut out)?;
     }

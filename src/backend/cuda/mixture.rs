@@ -101,7 +101,9 @@ fn scores_number(scores: &RouterScores) -> (usize, usize, usize) {
 /// Whether kernels/mixture.cu has what these take: all alike, in formats that its products read.
 fn has_kernels(experts: &[Ffn<'_, CudaLinear>]) -> bool {
     let Some(first) = experts.first() else { return false };
-    let known = |w: &CudaLinear| w.kind != Kind::F32 && (!w.grouped() || w.kind == Kind::E4m3) && w.rotation.is_none();
+    let known = |w: &CudaLinear| {
+        w.kind != Kind::F32 && (!w.grouped() || matches!(w.kind, Kind::E4m3 | Kind::Fp8)) && w.rotation.is_none()
+    };
     let same_gate = |a: Option<&CudaLinear>| match (a, first.gate) {
         (Some(a), Some(b)) => alike(a, b),
         (a, b) => a.is_none() && b.is_none(),

@@ -8,9 +8,9 @@ mod attention;
 mod cache;
 mod driver;
 mod elementwise;
-mod fp4;
 mod graph;
 mod mixture;
+mod narrow;
 mod product;
 mod recurrent;
 mod sample;
@@ -25,7 +25,7 @@ use driver::{Args, Memory};
 use product::Operand;
 pub use recurrent::{CudaDeltaNet, CudaMamba};
 pub use table::TABLE_TOKENS;
-use table::{FP4_KERNELS, KERNELS, kernel, suffix};
+use table::{KERNELS, NARROW_KERNELS, kernel, suffix};
 pub use weight::CudaLinear;
 use weight::{Kind, STEP};
 
@@ -51,8 +51,8 @@ pub struct CudaBackend {
     mixtures: Arc<mixture::Tables>,
     /// Which columns rearranged tensors are made of.
     columns: Arc<elementwise::Columns>,
-    /// Whether products of four bits by four bits are for FP4 tensor cores.
-    fp4: bool,
+    /// Whether FP4 and FP8 tensor cores multiply what both sides have in such formats.
+    narrow: bool,
 }
 
 /// Activations on the device, row-major f32.
@@ -108,33 +108,33 @@ pub struct CudaPass {
 }
 
 impl CudaBackend {
-    /// The backend on device `ordinal`; with its FP4 tensor cores, if it has any, unless `RECOUP_CUDA_FP4` is 0.
+    /// The backend on device `ordinal`; with its FP4 and FP8 tensor cores, if there are kernels for them, unless `RECOUP_CUDA_NARROW` is 0.
     ///
     /// # Errors
     /// No driver, one that is too old, no such device, or one that cannot run the kernels.
     pub fn new(ordinal: usize) -> Result<Self> {
-        let device = Arc::new(Device::open(ordinal, &KERNELS, &FP4_KERNELS)?);
-        let wanted = std::env::var_os("RECOUP_CUDA_FP4").is_none_or(|v| v != "0");
-        let fp4 = wanted && FP4_KERNELS.iter().all(|name| device.has(name));
-        Ok(Self { device, mixtures: Arc::default(), columns: Arc::default(), fp4 })
+        let device = Arc::new(Device::open(ordinal, &KERNELS, &NARROW_KERNELS)?);
+        let wanted = std::env::var_os("RECOUP_CUDA_NARROW").is_none_or(|v| v != "0");
+        let narrow = wanted && NARROW_KERNELS.iter().all(|name| device.has(name));
+        Ok(Self { device, mixtures: Arc::default(), columns: Arc::default(), narrow })
     }
 
-    /// Whether FP4 tensor cores compute what they can.
+    /// Whether FP4 and FP8 tensor cores compute what they can.
     #[must_use]
-    pub fn fp4(&self) -> bool {
-        self.fp4
+    pub fn narrow(&self) -> bool {
+        self.narrow
     }
 
-    /// Which kernels compute, for keys of results: the beginning of their hash, and whether FP4 tensor cores are among them.
+    /// Which kernels compute, for keys of results: the beginning of their hash, and whether those for FP4 and FP8 tensor cores are among them.
     #[must_use]
     pub fn kernels(&self) -> String {
-        self.device.kernels() + if self.fp4 { " fp4" } else { "" }
+        self.device.kernels() + if self.narrow { " narrow" } else { "" }
     }
 
     /// The same device, on which BF16 tensor cores compute everything. Linears that are loaded stay what they are.
     #[must_use]
-    pub fn without_fp4(&self) -> Self {
-        Self { fp4: false, ..self.clone() }
+    pub fn without_narrow(&self) -> Self {
+        Self { narrow: false, ..self.clone() }
     }
 
     /// The device in use.
@@ -220,7 +220,7 @@ impl Backend for CudaBackend {
     type Pass = CudaPass;
 
     fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<CudaLinear> {
-        CudaLinear::load(&self.device, self.fp4, &tensors)
+        CudaLinear::load(&self.device, self.narrow, &tensors)
     }
 
     fn inputs(&self, linear: &CudaLinear) -> usize {

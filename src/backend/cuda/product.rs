@@ -14,7 +14,7 @@ use crate::formats::linear::{ActivationFormat, InputRotation};
 /// An input in the form that products read: rows of K padded to [`STEP`], in BF16 or as codes.
 #[derive(Debug)]
 pub(super) struct Operand {
-    /// Codes of four bits; then rows of `scales` are those of kernels/operand.cu.
+    /// Codes, and not BF16; those in blocks have rows of `scales` as kernels/operand.cu writes them.
     pub codes: bool,
     pub activation: ActivationFormat,
     pub pre_quant_scale: Option<Vec<f32>>,
@@ -44,6 +44,9 @@ impl Operand {
     }
 }
 
+/// What is added to the number of a format whose inputs are codes.
+const CODES: usize = 16;
+
 /// Number and scale of the format of `w`'s inputs as kernels/formats.cuh has them, and the rule of MX scales.
 pub(super) fn format(w: &CudaLinear) -> (usize, f32, usize) {
     let rule = |r| match r {
@@ -51,9 +54,7 @@ pub(super) fn format(w: &CudaLinear) -> (usize, f32, usize) {
         ScaleRule::Floor => 1,
         ScaleRule::Even => 2,
     };
-    match w.activation {
-        ActivationFormat::Nvfp4 { global_scale } if w.reads_codes() => (9, global_scale, 0),
-        ActivationFormat::Mxfp4 { rule: r } if w.reads_codes() => (10, 1.0, rule(r)),
+    let (number, scale, rule) = match w.activation {
         ActivationFormat::Float => (0, 1.0, 0),
         ActivationFormat::FpQuant { method: Method::AbsMax, global_scale } => (7, global_scale, 0),
         ActivationFormat::FpQuant { method: Method::Quest, global_scale } => (8, global_scale, 0),
@@ -63,7 +64,8 @@ pub(super) fn format(w: &CudaLinear) -> (usize, f32, usize) {
         ActivationFormat::Fp8Group => (4, 1.0, 0),
         ActivationFormat::Mxfp4 { rule: r } => (5, 1.0, rule(r)),
         ActivationFormat::Mxfp8 { rule: r } => (6, 1.0, rule(r)),
-    }
+    };
+    (number + if w.reads_codes() { CODES } else { 0 }, scale, rule)
 }
 
 /// An input's scales as those of whole tokens, and as those of 128 columns each.
@@ -79,11 +81,16 @@ impl CudaBackend {
         let scales = match (w.kind, w.activation) {
             // A byte for each block, and an f32.
             (Kind::Fp4 { block }, _) => Some(self.device.take(rows * (padded / block + 4))?),
+            (Kind::Fp8Mx, _) => Some(self.device.take(rows * (padded / 32 + 4))?),
             (_, ActivationFormat::Fp8Token) => Some(self.device.take(4 * rows)?),
             (_, ActivationFormat::Fp8Group) => Some(self.device.take(4 * rows * padded / STEP)?),
             _ => None,
         };
-        let bytes = if w.reads_codes() { padded / 2 } else { 2 * planes * padded };
+        let bytes = match w.kind {
+            Kind::Fp4 { .. } => padded / 2,
+            Kind::Fp8 | Kind::Fp8Mx => padded,
+            _ => 2 * planes * padded,
+        };
         Ok(Operand {
             codes: w.reads_codes(),
             activation: w.activation,

@@ -120,22 +120,43 @@ pub(super) const KERNELS: [&str; 112] = [
     "totals",
 ];
 
-/// Those that only images for GPUs with FP4 tensor cores have: without them, the ones above compute the same products.
-pub(super) const FP4_KERNELS: [&str; 14] = [
+/// Those that only images for GPUs with FP4 and FP8 tensor cores of their kind have: without them, the ones above compute the same
+/// products.
+pub(super) const NARROW_KERNELS: [&str; 34] = [
     "embed_fp4_16",
     "embed_fp4_32",
+    "embed_fp8",
+    "embed_fp8_mx",
     "matmul_fp4_16_16",
     "matmul_fp4_16_32",
     "matmul_fp4_16_8",
     "matmul_fp4_32_16",
     "matmul_fp4_32_32",
     "matmul_fp4_32_8",
+    "matmul_fp8_16",
+    "matmul_fp8_16g",
+    "matmul_fp8_32",
+    "matmul_fp8_32g",
+    "matmul_fp8_8",
+    "matmul_fp8_8g",
+    "matmul_fp8_mx_16",
+    "matmul_fp8_mx_32",
+    "matmul_fp8_mx_8",
     "mixture_fp4_16_32",
     "mixture_fp4_16_8",
     "mixture_fp4_32_32",
     "mixture_fp4_32_8",
+    "mixture_fp8_32",
+    "mixture_fp8_32g",
+    "mixture_fp8_8",
+    "mixture_fp8_8g",
+    "mixture_fp8_mx_32",
+    "mixture_fp8_mx_8",
     "tile_fp4_16",
     "tile_fp4_32",
+    "tile_fp8",
+    "tile_fp8_mx",
+    "tile_fp8g",
 ];
 
 /// End of the name of a weight's kernels.
@@ -150,13 +171,15 @@ pub(super) fn suffix(kind: Kind) -> &'static str {
         Kind::F32 => "f32",
         Kind::Fp4 { block: 16 } => "fp4_16",
         Kind::Fp4 { .. } => "fp4_32",
+        Kind::Fp8 => "fp8",
+        Kind::Fp8Mx => "fp8_mx",
     }
 }
 
 /// The loaded kernel of this name.
 pub(super) fn kernel(name: &str) -> Result<&'static str> {
     let missing = || BackendError::Failed { context: "CUDA", message: format!("there is no kernel `{name}`") };
-    KERNELS.iter().chain(&FP4_KERNELS).copied().find(|k| *k == name).ok_or_else(missing)
+    KERNELS.iter().chain(&NARROW_KERNELS).copied().find(|k| *k == name).ok_or_else(missing)
 }
 
 /// The kernel of a product and its grid: of `tokens` rows of x, each of them `planes` rows of BF16, with a weight of `n` outputs,
@@ -211,12 +234,16 @@ impl CudaBackend {
             out.push((name, kernels));
             Ok(())
         };
-        if self.fp4 {
+        if self.narrow {
             push("NVFP4, NVFP4 inputs".into(), Kind::Fp4 { block: 16 }, false, 1)?;
             push("MXFP4, MXFP4 inputs".into(), Kind::Fp4 { block: 32 }, false, 1)?;
+            push("FP8, FP8 inputs".into(), Kind::Fp8, false, 1)?;
+            push("FP8, FP8 inputs, one of them in blocks or groups of 128".into(), Kind::Fp8, true, 1)?;
+            push("MXFP8, MXFP8 inputs".into(), Kind::Fp8Mx, false, 1)?;
         }
         for (name, kind, grouped) in weights {
-            let other = if self.fp4 && matches!(kind, Kind::E2m1 { block: 16 } | Kind::Mxfp4) { "other " } else { "" };
+            let narrow = self.narrow && !matches!(kind, Kind::E2m1 { block: 32 } | Kind::Bf16);
+            let other = if narrow { "other " } else { "" };
             for (input, planes) in [("quantized", 1), ("float", 2)] {
                 let other = if planes == 1 { other } else { "" };
                 push(format!("{name}, {other}{input} inputs"), kind, grouped, planes)?;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rayon::prelude::*;
 
 use super::driver::{Device, Memory};
-use super::fp4;
+use super::narrow::pack_codes;
 use crate::backend::{BackendError, Result};
 use crate::formats::e8m0;
 use crate::formats::fp8;
@@ -33,6 +33,33 @@ pub enum Kind {
     Fp4 {
         block: usize,
     },
+    /// E4M3 whose inputs are E4M3 too, for FP8 tensor cores: FP8 with scales of any kind but blocks of 32.
+    Fp8,
+    /// MXFP8 whose inputs are MXFP8 too, for the same.
+    Fp8Mx,
+}
+
+impl Kind {
+    /// How FP4 and FP8 tensor cores multiply these weights and inputs; `None` where they do not, as they have another format.
+    fn narrow(t: &LinearTensors<'_>) -> Option<Self> {
+        use ActivationFormat as A;
+        match (t.element, &t.block_scales, t.activation) {
+            (Element::E2m1, BlockScales::E4m3 { block: 16, .. }, A::Nvfp4 { .. }) => Some(Self::Fp4 { block: 16 }),
+            (Element::E2m1, BlockScales::E8m0 { block: 32, .. }, A::Mxfp4 { .. }) => Some(Self::Fp4 { block: 32 }),
+            (
+                Element::E4m3,
+                BlockScales::None | BlockScales::Grid { .. },
+                A::Fp8Static { .. } | A::Fp8Token | A::Fp8Group,
+            ) => Some(Self::Fp8),
+            (Element::E4m3, BlockScales::E8m0 { block: 32, .. }, A::Mxfp8 { .. }) => Some(Self::Fp8Mx),
+            _ => None,
+        }
+    }
+
+    /// Whether it is for FP4 or FP8 tensor cores, which read inputs as codes and scales, and not as BF16.
+    pub fn is_narrow(self) -> bool {
+        matches!(self, Self::Fp4 { .. } | Self::Fp8 | Self::Fp8Mx)
+    }
 }
 
 /// How many were loaded.
@@ -70,23 +97,13 @@ pub(super) struct Packed {
 }
 
 impl CudaLinear {
-    /// Packs `t` and takes it over; for FP4 tensor cores where `fp4` and both sides have four bits.
+    /// Packs `t` and takes it over; for FP4 and FP8 tensor cores where `narrow` and both sides have their formats.
     ///
     /// # Errors
     /// No kernel for these formats, or not enough memory.
-    pub fn load(device: &Arc<Device>, fp4: bool, t: &LinearTensors<'_>) -> Result<Self> {
+    pub fn load(device: &Arc<Device>, narrow: bool, t: &LinearTensors<'_>) -> Result<Self> {
         let unsupported = |what: String| BackendError::Unsupported { module: t.name.clone(), backend: "cuda", what };
-        let kind = match (t.element, &t.block_scales) {
-            (Element::E2m1, BlockScales::E4m3 { block: 16, .. })
-                if fp4 && matches!(t.activation, ActivationFormat::Nvfp4 { .. }) =>
-            {
-                Kind::Fp4 { block: 16 }
-            }
-            (Element::E2m1, BlockScales::E8m0 { block: 32, .. })
-                if fp4 && matches!(t.activation, ActivationFormat::Mxfp4 { .. }) =>
-            {
-                Kind::Fp4 { block: 32 }
-            }
+        let usual = match (t.element, &t.block_scales) {
             (Element::E2m1, BlockScales::E4m3 { block: block @ (16 | 32), .. }) => Kind::E2m1 { block: *block },
             (Element::E2m1, BlockScales::E8m0 { block: 32, .. }) => Kind::Mxfp4,
             (Element::E4m3, BlockScales::None | BlockScales::Grid { .. }) => Kind::E4m3,
@@ -95,6 +112,7 @@ impl CudaLinear {
             (Element::F32 | Element::F16, BlockScales::None) => Kind::F32,
             _ => return Err(unsupported(format!("{} weights in such blocks", t.weight_format()))),
         };
+        let kind = Kind::narrow(t).filter(|_| narrow).unwrap_or(usual);
         if kind == Kind::F32 && t.activation != ActivationFormat::Float {
             return Err(unsupported(format!("{} weights with {} inputs", t.weight_format(), t.activation)));
         }
@@ -103,7 +121,7 @@ impl CudaLinear {
         }
         let packed = match kind {
             Kind::F32 => plain(t),
-            Kind::Fp4 { .. } => fp4::pack(t),
+            _ if kind.is_narrow() => pack_codes(t),
             _ => pack(t, kind),
         };
         let upload = |v: &Vec<f32>| device.upload(v);
@@ -150,7 +168,7 @@ impl CudaLinear {
 
     /// Whether inputs are codes and scales, and not BF16.
     pub fn reads_codes(&self) -> bool {
-        matches!(self.kind, Kind::Fp4 { .. })
+        self.kind.is_narrow()
     }
 
     /// Whether a product has a scale for each 128 columns.
@@ -247,7 +265,7 @@ fn pack(t: &LinearTensors<'_>, kind: Kind) -> Packed {
         Kind::E2m1 { .. } | Kind::Mxfp4 => (4, 16),
         Kind::E4m3 => (8, 0),
         Kind::Mxfp8 => (8, 16),
-        Kind::Bf16 | Kind::F32 | Kind::Fp4 { .. } => (16, 0),
+        _ => (16, 0),
     };
     let block = t.block_scales.block(t.k);
     let codes = match &t.block_scales {

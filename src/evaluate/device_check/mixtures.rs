@@ -69,7 +69,11 @@ pub(super) fn check<A: Backend, B: Backend>(
 
 /// What experts stored as `weight` says have their inputs quantized to.
 fn input_of(weight: (Element, Blocks)) -> ActivationFormat {
-    if weight.0 == Element::E2m1 { ActivationFormat::Nvfp4 { global_scale: 0.01 } } else { ActivationFormat::Float }
+    match weight.0 {
+        Element::E2m1 => ActivationFormat::Nvfp4 { global_scale: 0.01 },
+        Element::E4m3 => ActivationFormat::Fp8Group,
+        _ => ActivationFormat::Float,
+    }
 }
 
 impl<B: Backend> Side<'_, B> {

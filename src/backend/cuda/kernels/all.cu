@@ -1,6 +1,6 @@
 // Every kernel, in one translation unit.
 #include "attention.cu"
-#include "fp4.cu"
+#include "narrow.cu"
 #include "matmul.cu"
 #include "operand.cu"
 #include "mixture.cu"

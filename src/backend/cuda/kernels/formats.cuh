@@ -4,8 +4,8 @@
 
 // What an input is quantized to before a product; the numbers are those of `format` in product.rs.
 enum Activation { FLOAT = 0, NVFP4 = 1, FP8_STATIC = 2, FP8_TOKEN = 3, FP8_GROUP = 4, MXFP4 = 5, MXFP8 = 6, FP_QUANT_AMAX = 7, FP_QUANT_QUEST = 8,
-                  // As codes and scales, not as BF16: for fp4.cu.
-                  NVFP4_CODES = 9, MXFP4_CODES = 10 };
+                  // Added to one of these: as codes and scales, not as BF16, for narrow.cu.
+                  CODES = 16 };
 // How the scale of an MX block follows from its largest magnitude.
 enum Rule { RULE_CEIL = 0, RULE_FLOOR = 1, RULE_EVEN = 2 };
 
@@ -45,9 +45,7 @@ DEV float decode_e4m3(uint32_t code) {
     else v = float_of((exponent + 120u) << 23 | mantissa << 20);
     return code & 0x80u ? -v : v;
 }
-DEV float round_e4m3(float x) { return decode_e4m3(encode_e4m3(x)); }
 // E4M3 of x / scale; what is not finite becomes NaN.
-DEV float quantize_fp8(float x, float scale) { return finite(x) ? round_e4m3(x / scale) : nan_value(); }
 DEV uint32_t encode_fp8(float x, float scale) { return finite(x) ? encode_e4m3(x / scale) : 0x7fu; }
 
 // E8M0 scale, a power of two, of a block whose largest magnitude is `amax`, of elements up to `largest` = 2^emax · something.

@@ -38,6 +38,22 @@ DEV void store_sums(const float (&acc)[TILES][NT][4], SharedArray<float> sums, i
     }
 }
 
+// Adds the sum of a step with the scales that 128 columns have: of the weight's block of 128 rows, and of each token.
+template <int NT>
+DEV void add_group(float (&acc)[TILES][NT][4], const float (&part)[TILES][NT][4], const float* grid_scales, const float* x_groups, long tile0,
+                   int row0, int rows, int planes, int steps, int step) {
+    const int t = lane_index() & 3;
+    UNROLL for (int r = 0; r < TILES; r++) {
+        const float w = grid_scales ? ld(grid_scales + (tile0 + r) * TILE / 128 * steps + step) : 1.0f;
+        UNROLL for (int c = 0; c < NT; c++)
+            UNROLL for (int i = 0; i < 4; i++) {
+                const int row = row0 + c * 8 + t * 2 + (i & 1);
+                const float v = x_groups && row < rows ? ld(x_groups + (long)(row / planes) * steps + step) : 1.0f;
+                acc[r][c][i] = fmaf(part[r][c][i], w * v, acc[r][c][i]);
+            }
+    }
+}
+
 template <int W, int NT, bool GROUPED>
 DEV void matmul(const U4* weights, const uint32_t* scales, const float* grid_scales, const uint16_t* x, const float* x_scales,
                 const float* x_groups, const float* row_scales, const float* bias, float* y, int rows, int planes, int n, int k, float x_scale,
@@ -75,18 +91,7 @@ DEV void matmul(const U4* weights, const uint32_t* scales, const float* grid_sca
                 }
             }
         }
-        if constexpr (GROUPED) {
-            // A scale for each 128 columns: of the weight's block of 128 rows, and of each token.
-            UNROLL for (int r = 0; r < TILES; r++) {
-                const float w = grid_scales ? ld(grid_scales + (tile0 + r) * TILE / 128 * steps + step) : 1.0f;
-                UNROLL for (int c = 0; c < NT; c++)
-                    UNROLL for (int i = 0; i < 4; i++) {
-                        const int row = row0 + c * 8 + t * 2 + (i & 1);
-                        const float v = x_groups && row < rows ? ld(x_groups + (long)(row / planes) * steps + step) : 1.0f;
-                        acc[r][c][i] = fmaf(part[r][c][i], w * v, acc[r][c][i]);
-                    }
-            }
-        }
+        if constexpr (GROUPED) add_group<NT>(acc, part, grid_scales, x_groups, tile0, row0, rows, planes, steps, step);
     }
     store_sums<NT>(acc, sums, (int)tile0 * TILE, row0, rows, planes, n, lift(W), row_scales, x_scale, bias, y,
                    [&](int m) { return x_scales ? ld(x_scales + m) : 1.0f; });

@@ -203,29 +203,35 @@ MIXTURES(bf16, W_BF16)
 MIXTURE(e4m3_8g, W_E4M3, 1, true)
 MIXTURE(e4m3_32g, W_E4M3, 4, true)
 
-#if HAS_FP4
-// The same with the products of fp4.cu; a row of x has k/2 bytes.
-template <int W, int NT>
-DEV void mixture_fp4(const uint64_t* experts, const int* begins, const U4* x, const uint32_t* x_scales, const float* scale_of, float* y,
-                     int n, int k, SharedArray<float> sums) {
+#if HAS_NARROW
+// The same with the products of narrow.cu; a row of x has k/2 or k bytes.
+template <int W, int NT, bool GROUPED>
+DEV void mixture_narrow(const uint64_t* experts, const int* begins, const U4* x, const uint32_t* x_scales, const float* x_groups,
+                        const float* scale_of, float* y, int n, int k, SharedArray<float> sums) {
     const int expert = block_z(), first = ld(begins + expert), rows = ld(begins + expert + 1) - first;
     if (block_y() * 8 * NT >= rows) return;
     const uint64_t* p = experts + 5 * expert;
-    fp4_matmul<W, NT>((const U4*)ld(p), (const uint32_t*)ld(p + 1), x + (long)first * (k / 32),
-                      x_scales + (long)first * token_pitch(W, k / STEP), (const float*)ld(p + 3), (const float*)ld(p + 4),
-                      y + (long)first * n, rows, n, k, ld(scale_of + expert), sums);
+    narrow_matmul<W, NT, GROUPED>((const U4*)ld(p), (const uint32_t*)ld(p + 1), (const float*)ld(p + 2), x + (long)first * (k / 32 * words(W)),
+                                  x_scales ? x_scales + (long)first * token_pitch(W, k / STEP) : nullptr,
+                                  x_groups ? x_groups + (long)first * (k / STEP) : nullptr, (const float*)ld(p + 3), (const float*)ld(p + 4),
+                                  y + (long)first * n, rows, n, k, ld(scale_of + expert), sums);
 }
-#define MIXTURE_FP4(name, W, NT)                                                                                             \
-    KERNEL_OF(NT == 1 ? 3 : 1, mixture_##name, 256,                                                                          \
+#define MIXTURE_NARROW(name, W, NT, GROUPED)                                                                                          \
+    KERNEL_OF(NT == 1 ? blocks_of(NT, GROUPED) : 1, mixture_##name, 256,                                                     \
               (const uint64_t* experts, const int* begins, const U4* x, const uint32_t* x_scales, const float* x_groups,     \
                const float* scale_of, float* y, int planes, int n, int k)) {                                                 \
         SHARED(float, sums, WARPS * NT * 8 * TILES * TILE);                                                                  \
-        mixture_fp4<W, NT>(experts, begins, x, x_scales, scale_of, y, n, k, sums);                                           \
+        mixture_narrow<W, NT, GROUPED>(experts, begins, x, x_scales, x_groups, scale_of, y, n, k, sums);                     \
     }
-MIXTURE_FP4(fp4_16_8, W_FP4_16, 1)
-MIXTURE_FP4(fp4_16_32, W_FP4_16, 4)
-MIXTURE_FP4(fp4_32_8, W_FP4_32, 1)
-MIXTURE_FP4(fp4_32_32, W_FP4_32, 4)
+#define MIXTURES_NARROW(name, W)            \
+    MIXTURE_NARROW(name##_8, W, 1, false)   \
+    MIXTURE_NARROW(name##_32, W, 4, false)
+MIXTURES_NARROW(fp4_16, W_FP4_16)
+MIXTURES_NARROW(fp4_32, W_FP4_32)
+MIXTURES_NARROW(fp8, W_FP8)
+MIXTURES_NARROW(fp8_mx, W_FP8_MX)
+MIXTURE_NARROW(fp8_8g, W_FP8, 1, true)
+MIXTURE_NARROW(fp8_32g, W_FP8, 4, true)
 #endif
 
 // out[token] = Σ weights[token, i] · y[place[token, i]], in the order of experts. A block has a token.

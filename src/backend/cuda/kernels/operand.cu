@@ -1,6 +1,6 @@
 // What enters a product: rows of f32 become BF16 rows that hold exactly what the format of the input can say (E2M1 by E4M3,
 // E4M3, MX elements have at most six significant bits), with the scale of a row or of 128 columns beside them. An input that is
-// not quantized becomes two rows, the nearest BF16 and what that leaves. For fp4.cu rows are codes and scales instead.
+// not quantized becomes two rows, the nearest BF16 and what that leaves. For narrow.cu rows are codes and scales instead.
 //
 // Three sources share it: plain rows, the norm of the residual stream (to which what a mixer gave is added first), and
 // silu(gate) · up. A block has a row; a thread 16 columns at a time, one NVFP4 block, half an MX one, an eighth of a group of 128.
@@ -84,24 +84,27 @@ DEV float scale_fp_quant(const float (&v)[UNIT], float amax, bool quest) {
     return float_of(bits_of(x > LEAST ? x : LEAST) & 0x7f800000u);
 }
 
-// A row of codes: of each 128 columns the 16 words of eight columns, those of each fourth eight together (words 0, 4, 8, 12, then
-// 1, ...), as a lane of fp4.cu reads them. `u` is the number of these 16 columns.
-DEV void store_codes(uint32_t* row, int u, const uint32_t (&words)[2]) {
+// A row of codes: of each 128 columns the 16 eights, each fourth of them together (0, 4, 8, 12, then 1, ...), as a lane of narrow.cu
+// reads them. `u` is the number of these 16 columns; an eight has a word of four bits each or two of eight.
+template <int WORDS> DEV void store_codes(uint32_t* row, int u, const uint32_t (&words)[2 * WORDS]) {
     UNROLL for (int half = 0; half < 2; half++) {
         const int at = u % 8 * 2 + half;
-        st(row + u / 8 * 16 + at % 4 * 4 + at / 4, words[half]);
+        UNROLL for (int i = 0; i < WORDS; i++) st(row + (u / 8 * 16 + at % 4 * 4 + at / 4) * WORDS + i, words[half * WORDS + i]);
     }
 }
-// Words of scales of a row of codes: its blocks' as bytes, in order, and what the row is multiplied by beside: 1, or NaN where
+// Columns of a block of codes that have a scale; 0: none in a block.
+DEV int code_block(int format) { return format == NVFP4 ? 16 : format == MXFP4 || format == MXFP8 ? 32 : 0; }
+// Words of scales of a row of codes in blocks: the blocks' as bytes, in order, and what the row is multiplied by beside: 1, or NaN where
 // something in it is not finite, whatever the GPU would make of such a block.
-DEV int code_scales(int format, int kp) { return kp / (format == MXFP4_CODES ? 128 : 64) + 1; }
+DEV int code_scales(int format, int kp) { return kp / (4 * code_block(format)) + 1; }
 
 // Quantizes a row. `value(k0, v)` gives 16 columns, zeros beyond k; `pre` multiplies columns, or is null. `kp` is k padded to
-// 128; `scales` [rows] or [rows, kp/128] where the format has any, [rows, code_scales] of codes.
+// 128; `scales` [rows] or [rows, kp/128] where the format has any, [rows, code_scales] of codes in blocks.
 template <class Value>
-DEV void quantize_row(const Value& value, const float* pre, int format, float scale, int rule, int row, int k, int kp,
+DEV void quantize_row(const Value& value, const float* pre, int what, float scale, int rule, int row, int k, int kp,
                       uint16_t* x, float* scales, SharedArray<float> scratch) {
-    const int units = kp / UNIT;
+    const int units = kp / UNIT, format = what % CODES, block = code_block(format);
+    const bool codes = what >= CODES;
     auto columns = [&](int u, float (&v)[UNIT]) {
         if (u >= units) {
             UNROLL for (int i = 0; i < UNIT; i++) v[i] = 0.0f;
@@ -122,9 +125,8 @@ DEV void quantize_row(const Value& value, const float* pre, int format, float sc
         if (!(scale > 0.0f)) scale = 1.0f;
         if (thread_index() == 0) st(scales + row, scale);
     }
-    const bool codes = format >= NVFP4_CODES;
-    uint32_t* code_row = (uint32_t*)x + (long)row * (kp / 8);
-    uint32_t* scale_row = (uint32_t*)scales + (long)row * code_scales(format, kp);
+    auto code_row = [&](int bits) { return (uint32_t*)x + (long)row * (kp / 32 * bits); };
+    auto scale_row = [&] { return scales + (long)row * code_scales(format, kp); };
     float broken = 0.0f;
     // All lanes of a warp go round together: groups of lanes share a scale.
     for (int u0 = warp_index() * 32; u0 < units; u0 += THREADS) {
@@ -141,14 +143,14 @@ DEV void quantize_row(const Value& value, const float* pre, int format, float sc
             store16(x + (long)(2 * row + 1) * kp, u * UNIT, low);
             continue;
         }
-        // Of what becomes E2M1: its scale, what inputs are divided by, and the scale's code.
+        // What becomes E2M1 or E4M3: its scale, what inputs are divided by, and the scale's code.
         bool four = false;
         float s = 1.0f, step = 1.0f;
         uint32_t byte = 0;
-        if (format == NVFP4 || format == NVFP4_CODES) {
+        if (format == NVFP4) {
             four = true, byte = encode_e4m3(a / (6.0f * scale)), s = decode_e4m3(byte), step = s * scale;
         } else if (format == FP8_STATIC || format == FP8_TOKEN) {
-            UNROLL for (int i = 0; i < UNIT; i++) v[i] = quantize_fp8(v[i], scale);
+            step = scale;
         } else if (format == FP8_GROUP) {
             UNROLL for (int m = 4; m > 0; m /= 2) {
                 const float o = shfl_xor(a, m);
@@ -157,7 +159,7 @@ DEV void quantize_row(const Value& value, const float* pre, int format, float sc
             s = a / 448.0f;
             if (!(s > 0.0f)) s = 1.0f;
             if (u < units && u % 8 == 0) st(scales + (long)row * (kp / 128) + u / 8, s);
-            UNROLL for (int i = 0; i < UNIT; i++) v[i] = quantize_fp8(v[i], s);
+            step = s, s = 1.0f;
         } else {
             const float o = shfl_xor(a, 1);
             a = o > a ? o : a;
@@ -166,30 +168,41 @@ DEV void quantize_row(const Value& value, const float* pre, int format, float sc
                 s = scale_fp_quant(v, a, format == FP_QUANT_QUEST);
                 const float factor = 1.0f / scale / s;
                 UNROLL for (int i = 0; i < UNIT; i++) v[i] = sound ? round_e2m1(v[i] * factor) * s : nan_value();
-            } else {
-                four = format != MXFP8;
-                s = step = scale_e8m0(a, four ? 6.0f : 448.0f, four ? 2 : 8, rule), byte = bits_of(s) >> 23;
-                if (!four) UNROLL for (int i = 0; i < UNIT; i++) v[i] = sound ? round_e4m3(v[i] / s) * s : nan_value();
+                if (u < units) store16(x + (long)row * kp, u * UNIT, v);
+                continue;
             }
+            four = format == MXFP4;
+            s = step = scale_e8m0(a, four ? 6.0f : 448.0f, four ? 2 : 8, rule), byte = bits_of(s) >> 23;
+        }
+        if (codes && block) {
+            if (!sound) broken = 1.0f, byte = 0;
+            if (u < units && u * UNIT % block == 0) st((uint8_t*)scale_row() + u * UNIT / block, (uint8_t)byte);
         }
         if (four) {
             uint32_t words[2] = {};
             if (sound && step > 0.0f)
                 UNROLL for (int i = 0; i < UNIT; i++) words[i / 8] |= encode_e2m1(v[i] / step) << 4 * (i % 8);
             if (codes) {
-                if (!sound) broken = 1.0f, byte = 0;
-                if (u < units) store_codes(code_row, u, words);
-                const int block = format == MXFP4_CODES ? 2 : 1;
-                if (u < units && u % block == 0) st((uint8_t*)scale_row + u / block, (uint8_t)byte);
+                if (u < units) store_codes<1>(code_row(4), u, words);
                 continue;
             }
             UNROLL for (int i = 0; i < UNIT; i++) v[i] = sound ? decode_e2m1(words[i / 8] >> 4 * (i % 8)) * s : nan_value();
+        } else {
+            // Without blocks an element that is not finite is NaN; in one it makes all of them NaN. Codes take the place of values.
+            UNROLL for (int i = 0; i < UNIT; i++) v[i] = float_of(block && !sound ? 0x7fu : encode_fp8(v[i], step));
+            if (codes) {
+                uint32_t words[4] = {};
+                UNROLL for (int i = 0; i < UNIT; i++) words[i / 4] |= bits_of(v[i]) << 8 * (i % 4);
+                if (u < units) store_codes<2>(code_row(8), u, words);
+                continue;
+            }
+            UNROLL for (int i = 0; i < UNIT; i++) v[i] = decode_e4m3(bits_of(v[i])) * s;
         }
         if (u < units) store16(x + (long)row * kp, u * UNIT, v);
     }
-    if (!codes) return;
+    if (!codes || !block) return;
     broken = block_reduce<true>(broken, scratch);
-    if (thread_index() == 0) st((float*)scale_row + code_scales(format, kp) - 1, broken > 0.0f ? nan_value() : 1.0f);
+    if (thread_index() == 0) st(scale_row() + code_scales(format, kp) - 1, broken > 0.0f ? nan_value() : 1.0f);
 }
 
 // Rows as they are.

@@ -79,13 +79,13 @@ DEV void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// The family of sm_120 multiplies E2M1 under block scales.
+// The family of sm_120 multiplies E2M1 and E4M3 under block scales.
 #ifdef __CUDA_ARCH_FAMILY_SPECIFIC__
-#define HAS_FP4 (__CUDA_ARCH_FAMILY_SPECIFIC__ / 100 == 12)
+#define HAS_NARROW (__CUDA_ARCH_FAMILY_SPECIFIC__ / 100 == 12)
 #else
-#define HAS_FP4 0
+#define HAS_NARROW 0
 #endif
-#if HAS_FP4
+#if HAS_NARROW
 // d[16,8] += (scaled a)[16,64] · (scaled b)[64,8] of E2M1, eight codes a word, the first lowest: lane 4g+t holds, of a, columns
 // 8t..8t+7 of rows g and g+8, then the same 32 columns on; of b the two runs of column g; of d as above. Scales: E4M3 of each 16
 // columns, a word for a row: rows g and g+8 of a in lanes 4g + 2·PART and the next, column g of b in lane 4g + PART. MX: E8M0 of
@@ -102,9 +102,18 @@ template <bool MX, int PART> DEV void mma_e2m1(float (&d)[4], const U4& a, uint3
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "r"(a_scales), "r"(b_scales), "n"(PART));
 }
+// d[16,8] += (scaled a)[16,32] · (scaled b)[32,8] of E4M3, four codes a word, the first lowest: lane 4g+t holds, of a, columns
+// 4t..4t+3 of rows g and g+8, then the same 16 columns on; of b the two runs of column g; of d as above. Scales: E8M0 of the 32
+// columns in byte PART, of rows g and g+8 of a in lanes 4g and 4g + 1, of column g of b in lane 4g.
+template <int PART> DEV void mma_e4m3(float (&d)[4], const U4& a, uint32_t b0, uint32_t b1, uint32_t a_scales, uint32_t b_scales) {
+    asm("mma.sync.aligned.m16n8k32.row.col.kind::mxf8f6f4.block_scale.scale_vec::1X.f32.e4m3.e4m3.f32.ue8m0 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3}, {%10}, {%12,0}, {%11}, {%12,0};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "r"(a_scales), "r"(b_scales), "n"(PART));
+}
 #endif
 #else
-#define HAS_FP4 1
+#define HAS_NARROW 1
 #include "../standin/device.h"
 #endif
 

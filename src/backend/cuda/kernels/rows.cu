@@ -29,9 +29,11 @@ EMBED(mxfp4, W_MXFP4)
 EMBED(e4m3, W_E4M3)
 EMBED(mxfp8, W_MXFP8)
 EMBED(bf16, W_BF16)
-#if HAS_FP4
+#if HAS_NARROW
 EMBED(fp4_16, W_FP4_16)
 EMBED(fp4_32, W_FP4_32)
+EMBED(fp8, W_FP8)
+EMBED(fp8_mx, W_FP8_MX)
 #endif
 
 // Rows of f32, [rows, k]: out[i] = in[index[i]].

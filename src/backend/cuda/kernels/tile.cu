@@ -43,6 +43,22 @@ DEV void store_tile(const float (&total)[R][NT][4], int out0, int token0, int to
         }
 }
 
+// Adds the sum of a step with the scales that 128 columns have; `of_token` gives that of a block's token.
+template <int R, int NT, class Scale>
+DEV void add_tile_group(float (&acc)[R][NT][4], const float (&part)[R][NT][4], const float* grid_scales, long tile0, int steps, int step,
+                        const Scale& of_token) {
+    const int t = lane_index() & 3;
+    UNROLL for (int r = 0; r < R; r++) {
+        const float w = grid_scales ? ld(grid_scales + (tile0 + r) * TILE / 128 * steps + step) : 1.0f;
+        UNROLL for (int c = 0; c < NT; c++)
+            UNROLL for (int i = 0; i < 2; i++) {
+                const float v = w * of_token(c * 8 + t * 2 + i);
+                acc[r][c][i] = fmaf(part[r][c][i], v, acc[r][c][i]);
+                acc[r][c][i + 2] = fmaf(part[r][c][i + 2], v, acc[r][c][i + 2]);
+            }
+    }
+}
+
 template <int W, int R, bool GROUPED>
 DEV void tile(const U4* weights, const uint32_t* scales, const float* grid_scales, const uint16_t* x, const float* x_scales,
               const float* x_groups, const float* row_scales, const float* bias, float* y, int rows, int planes, int n, int k, float x_scale,
@@ -119,17 +135,8 @@ DEV void tile(const U4* weights, const uint32_t* scales, const float* grid_scale
                         }
                 }
             }
-            if constexpr (GROUPED) {
-                UNROLL for (int r = 0; r < R; r++) {
-                    const float w = grid_scales ? ld(grid_scales + (tile0 + r) * TILE / 128 * steps + step) : 1.0f;
-                    UNROLL for (int c = 0; c < NT; c++)
-                        UNROLL for (int i = 0; i < 2; i++) {
-                            const float v = w * token_scales[(pass & 1) * TOKENS + c * 8 + t * 2 + i];
-                            acc[r][c][i] = fmaf(part[r][c][i], v, acc[r][c][i]);
-                            acc[r][c][i + 2] = fmaf(part[r][c][i + 2], v, acc[r][c][i + 2]);
-                        }
-                }
-            }
+            if constexpr (GROUPED)
+                add_tile_group(acc, part, grid_scales, tile0, steps, step, [&](int m) -> float { return token_scales[(pass & 1) * TOKENS + m]; });
             if (step + 1 == end) {
                 UNROLL for (int r = 0; r < R; r++)
                     UNROLL for (int c = 0; c < NT; c++)

@@ -10,8 +10,10 @@
 //                blocks of 16: [tile][step][lane], blocks of 32: [tile][step][g][t/2]
 // Elements leave here multiplied by 2^-LIFT, and whoever uses them multiplies sums by 2^LIFT.
 //
-// Where E2M1 meets E2M1 on FP4 tensor cores (fp4.cu), a weight is the A operand of mma.m16n8k64, as it is stored otherwise:
-//   codes:       [tile][step][half][lane] of U4: columns 8t.. of rows g and g+8, then columns 32 + 8t.., of a half step
+// Where codes meet codes on FP4 and FP8 tensor cores (narrow.cu), a weight is the A operand of mma.m16n8k64 or m16n8k32, in the natural
+// order of K but for what a lane has:
+//   four bits:   [tile][step][product of 64 columns][lane] of U4: columns 8t.. of rows g and g+8, then columns 32 + 8t..
+//   eight bits:  [tile][step][product of 32 columns][lane] of U4: columns 8t.. of rows g and g+8, then columns 8t + 4..
 //   scales:      words of a row's four scales in order. E4M3 by 16: [tile][step][lane], row g + 8·(t % 2), half t / 2;
 //                E8M0 by 32: [tile][step][g][t % 2]
 #pragma once
@@ -19,10 +21,10 @@
 
 constexpr int STEP = 128, TILE = 16;
 
-enum Weight { W_E2M1_16 = 0, W_E2M1_32 = 1, W_MXFP4 = 2, W_E4M3 = 3, W_MXFP8 = 4, W_BF16 = 5, W_FP4_16 = 6, W_FP4_32 = 7 };
+enum Weight { W_E2M1_16 = 0, W_E2M1_32 = 1, W_MXFP4 = 2, W_E4M3 = 3, W_MXFP8 = 4, W_BF16 = 5, W_FP4_16 = 6, W_FP4_32 = 7, W_FP8 = 8, W_FP8_MX = 9 };
 
 // U4 words of a lane in a half step.
-DEV constexpr int words(int w) { return w == W_BF16 ? 4 : w == W_E4M3 || w == W_MXFP8 ? 2 : 1; }
+DEV constexpr int words(int w) { return w == W_BF16 ? 4 : w == W_E4M3 || w == W_MXFP8 || w == W_FP8 || w == W_FP8_MX ? 2 : 1; }
 // Lanes of a row that have scales of their own; 0 without block scales.
 DEV constexpr int scale_lanes(int w) { return w == W_E2M1_16 ? 4 : w == W_E2M1_32 || w == W_MXFP4 || w == W_MXFP8 ? 2 : 0; }
 DEV constexpr float lift(int w) { return w == W_BF16 || w == W_E4M3 ? 1.0f : w == W_MXFP8 ? 8.0f : 512.0f; }
@@ -73,8 +75,11 @@ template <int W> DEV long scale_index(long tile, int steps, int step, int lane) 
     return (tile * steps + step) * (8 * scale_lanes(W)) + (scale_lanes(W) == 4 ? lane : (lane >> 2) * 2 + (lane & 3) / 2);
 }
 
-// A word of scales in the layout for FP4.
-template <int W> DEV long fp4_scale_index(long tile, int steps, int step, int lane) {
+// A lane's codes of a product, and its word of scales, in the layouts for FP4 and FP8 tensor cores.
+template <int W> DEV long code_index(long tile, int steps, int step, int product, int lane) {
+    return ((tile * steps + step) * (2 * words(W)) + product) * 32 + lane;
+}
+template <int W> DEV long code_scale_index(long tile, int steps, int step, int lane) {
     return W == W_FP4_16 ? (tile * steps + step) * 32 + lane : (tile * steps + step) * 16 + (lane >> 2) * 2 + (lane & 1);
 }
 
@@ -82,13 +87,28 @@ template <int W> DEV long fp4_scale_index(long tile, int steps, int step, int la
 template <int W> DEV void decode16(const U4* words_, const uint32_t* scales, int steps, int n, int k0, float (&v)[16]) {
     const int step = k0 / STEP, half = k0 / 64 & 1, t = k0 / 16 & 3, g = n & 7, upper = n >> 3 & 1, lane = g * 4 + t;
     const long tile = n / TILE;
-    if constexpr (W == W_FP4_16 || W == W_FP4_32) {
+    if constexpr (W == W_FP8 || W == W_FP8_MX) {
+        // Columns k0.. are two runs of eight, of neighbouring lanes of a product.
+        const int product = k0 / 32 & 3, first = k0 / 8 & 3;
+        float scale = 1.0f;
+        if constexpr (W == W_FP8_MX) {
+            const uint32_t byte = ld(scales + code_scale_index<W>(tile, steps, step, g * 4 + upper)) >> 8 * product & 0xffu;
+            scale = float_of(byte ? byte << 23 : 0x00400000u);
+        }
+        UNROLL for (int i = 0; i < 2; i++) {
+            const U4 q = ld(words_ + code_index<W>(tile, steps, step, product, g * 4 + first + i));
+            UNROLL for (int j = 0; j < 4; j++) {
+                v[8 * i + j] = decode_e4m3((upper ? q.y : q.x) >> 8 * j & 0xffu) * scale;
+                v[8 * i + 4 + j] = decode_e4m3((upper ? q.w : q.z) >> 8 * j & 0xffu) * scale;
+            }
+        }
+    } else if constexpr (W == W_FP4_16 || W == W_FP4_32) {
         // Columns 16t.. of the half step are words 2t and 2t + 1 of its eight: of two lanes, before or beyond column 32.
-        const uint32_t s = ld(scales + fp4_scale_index<W>(tile, steps, step, g * 4 + upper + (W == W_FP4_16 ? half * 2 : 0)));
+        const uint32_t s = ld(scales + code_scale_index<W>(tile, steps, step, g * 4 + upper + (W == W_FP4_16 ? half * 2 : 0)));
         const uint32_t byte = s >> 8 * (W == W_FP4_16 ? t : half * 2 + t / 2) & 0xffu;
         const float scale = W == W_FP4_16 ? decode_e4m3(byte) : float_of(byte ? byte << 23 : 0x00400000u);
         UNROLL for (int i = 0; i < 2; i++) {
-            const U4 q = ld(words_ + word_index<W>(tile, steps, step, half, g * 4 + (2 * t + i) % 4));
+            const U4 q = ld(words_ + code_index<W>(tile, steps, step, half, g * 4 + (2 * t + i) % 4));
             const uint32_t word = t < 2 ? (upper ? q.y : q.x) : (upper ? q.w : q.z);
             UNROLL for (int j = 0; j < 8; j++) v[8 * i + j] = decode_e2m1(word >> 4 * j) * scale;
         }

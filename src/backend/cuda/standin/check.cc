@@ -1,7 +1,7 @@
 // Every kernel against its definition, on ragged shapes, with every access checked: what scripts/cuda-check.sh runs. The
 // definitions here are plain loops over whole matrices and know nothing of tiles, lanes or pages.
 //
-// usage: check [FILE...]: the kernels of these files (matmul, tile, fp4, operand, attention, recurrent, rows, mixture, sample), or
+// usage: check [FILE...]: the kernels of these files (matmul, tile, narrow, operand, attention, recurrent, rows, mixture, sample), or
 // primitives; all without.
 #include "checked.cu"
 
@@ -124,7 +124,7 @@ static float bf16_round(float f) { return standin::bf(to_bf16(f)); }
 // --- matmul ---
 
 struct Linear { int n, k, kind; std::vector<int> codes, scales; std::vector<float> grid; };
-static const char* NAMES[8] = {"e2m1_16", "e2m1_32", "mxfp4", "e4m3", "mxfp8", "bf16", "fp4_16", "fp4_32"};
+static const char* NAMES[10] = {"e2m1_16", "e2m1_32", "mxfp4", "e4m3", "mxfp8", "bf16", "fp4_16", "fp4_32", "fp8", "fp8_mx"};
 static int block_of(int kind) { return kind == 0 ? 16 : kind == 3 || kind == 5 ? 0 : 32; }
 static bool e8m0(int kind) { return kind == 2 || kind == 4; }
 
@@ -302,8 +302,13 @@ static double e8m0_scale(double amax, double largest, int emax, int rule) {
     }
     return ldexp(1, std::min(127, std::max(-127, e)));
 }
-// Of what the codes of fp4.cu say.
-static int of_codes(int format) { return format == NVFP4_CODES ? NVFP4 : format == MXFP4_CODES ? MXFP4 : format; }
+// Of a row as codes: bits of an element, columns that share a scale of their own (0: none in a block), and floats of its scales.
+static int code_bits(int format) { return format % CODES == NVFP4 || format % CODES == MXFP4 ? 4 : 8; }
+static int code_columns(int format) { return format % CODES == NVFP4 ? 16 : format % CODES == MXFP4 || format % CODES == MXFP8 ? 32 : 0; }
+static int scale_pitch(int format, int kp) {
+    if (format >= CODES && code_columns(format)) return kp / (4 * code_columns(format)) + 1;
+    return format % CODES == FP8_GROUP ? kp / 128 : format % CODES == FP8_TOKEN ? 1 : 0;
+}
 // What a row becomes: values, and the scale of each 128 columns (or of the row in the first).
 static void define(const std::vector<float>& v, int format, float scale, int rule, std::vector<float>& out, std::vector<float>& scales) {
     const int k = (int)v.size();
@@ -345,22 +350,31 @@ static void operand_matches(const std::string& what, const std::vector<std::vect
     const auto got = x.get(what);
     std::vector<float> s;
     if (scales) s = scales->get(what + " scales");
-    if (format >= NVFP4_CODES) {
-        const bool mx = format == MXFP4_CODES;
-        const int pitch = kp / (mx ? 128 : 64) + 1;
+    if (format >= CODES) {
+        const int bits = code_bits(format), block = code_columns(format), pitch = scale_pitch(format, kp);
         for (size_t r = 0; r < values.size(); r++) {
-            std::vector<float> out, none, g(kp), e(kp, 0);
-            define(values[r], of_codes(format), scale, rule, out, none);
+            std::vector<float> out, expected_scales, g(kp), e(kp, 0);
+            define(values[r], format % CODES, scale, rule, out, expected_scales);
             float factor = 1;
-            for (size_t i = 0; i < out.size(); i++) (out[i] != out[i] ? factor : e[i]) = out[i] + 0.0f;
+            for (size_t i = 0; i < out.size(); i++) {
+                if (out[i] != out[i]) factor = NAN;
+                // Four bits cannot say that something is not finite.
+                if (out[i] == out[i] || bits == 8) e[i] = out[i] + 0.0f;
+            }
             for (int i = 0; i < kp; i++) {
-                const int word = i % 128 / 8;
-                const uint32_t code = ((const uint32_t*)got.data())[r * kp / 8 + i / 128 * 16 + word % 4 * 4 + word / 4] >> 4 * (i % 8) & 15;
-                const uint8_t byte = ((const uint8_t*)(s.data() + r * pitch))[i / (mx ? 32 : 16)];
-                g[i] = (float)(e2m1_value(code) * (mx ? ldexp(1, byte - 127) : e4m3_value(byte))) + 0.0f;
+                const int eight = i % 128 / 8;
+                const uint8_t* codes = (const uint8_t*)got.data() + ((r * kp + i / 128 * 128) + (eight % 4 * 4 + eight / 4) * 8) * bits / 8;
+                const int code = bits == 8 ? codes[i % 8] : codes[i % 8 / 2] >> 4 * (i % 2) & 15;
+                double v = bits == 8 ? e4m3_value(code) : e2m1_value(code);
+                if (block) {
+                    const uint8_t byte = ((const uint8_t*)(s.data() + r * pitch))[i / block];
+                    v *= block == 32 ? ldexp(1, byte - 127) : e4m3_value(byte);
+                }
+                g[i] = (float)v + 0.0f;
             }
             equal(what + " row " + std::to_string(r), g, e);
-            equal(what + " factor", std::vector<float>{s[r * pitch + pitch - 1]}, std::vector<float>{factor});
+            if (block) equal(what + " factor", std::vector<float>{s[r * pitch + pitch - 1]}, std::vector<float>{factor});
+            else if (pitch) expected_scales.resize(pitch), equal(what + " scales", std::vector<float>(s.begin() + r * pitch, s.begin() + (r + 1) * pitch), expected_scales);
         }
         return;
     }
@@ -393,13 +407,16 @@ static std::vector<float> random_row(int k, int kind) {
     return v;
 }
 static void check_operand() {
-    for (int format = 0; format <= MXFP4_CODES; format++)
-        for (int rule = 0; rule < (of_codes(format) == MXFP4 || format == MXFP8 ? 3 : 1); rule++)
+    std::vector<int> formats;
+    for (int format = FLOAT; format <= FP_QUANT_QUEST; format++) formats.push_back(format);
+    for (int format = NVFP4; format <= MXFP8; format++) formats.push_back(format + CODES);
+    for (int format : formats)
+        for (int rule = 0; rule < (format % CODES == MXFP4 || format % CODES == MXFP8 ? 3 : 1); rule++)
             for (int k : {16, 48, 99, 100, 128, 416, 4608}) {
-                if (of_codes(format) >= MXFP4 && k % 32) continue;
-                if (of_codes(format) == NVFP4 && k % 16) continue;
-                const int rows = 5, kp = (k + 127) / 128 * 128, width = format >= NVFP4_CODES ? kp / 4 : format == FLOAT ? 2 * kp : kp;
-                const float scale = of_codes(format) == NVFP4 ? .01f : format == FP_QUANT_AMAX || format == FP_QUANT_QUEST ? 1 / 3.f : .02f;
+                if (format % CODES >= MXFP4 && k % 32) continue;
+                if (format % CODES == NVFP4 && k % 16) continue;
+                const int rows = 5, kp = (k + 127) / 128 * 128, width = format >= CODES ? kp * code_bits(format) / 16 : format == FLOAT ? 2 * kp : kp;
+                const float scale = format % CODES == NVFP4 ? .01f : format == FP_QUANT_AMAX || format == FP_QUANT_QUEST ? 1 / 3.f : .02f;
                 std::vector<std::vector<float>> v, w, g;
                 std::vector<float> flat, up, gate, pre(k);
                 for (auto& p : pre) p = (float)uniform(.5, 2);
@@ -409,8 +426,8 @@ static void check_operand() {
                     up.insert(up.end(), w[r].begin(), w[r].end()), gate.insert(gate.end(), g[r].begin(), g[r].end());
                 }
                 const std::string what = "operand format " + std::to_string(format) + " rule " + std::to_string(rule) + " K=" + std::to_string(k);
-                const bool scaled = format == FP8_TOKEN || format == FP8_GROUP || format >= NVFP4_CODES;
-                const size_t count = rows * (format == FP8_GROUP ? kp / 128 : format == NVFP4_CODES ? kp / 64 + 1 : format == MXFP4_CODES ? kp / 128 + 1 : 1);
+                const size_t count = rows * scale_pitch(format, kp);
+                const bool scaled = count > 0;
                 Array<float> in(flat), dpre(pre), dup(up), dgate(gate);
                 {
                     Array<uint16_t> x((size_t)rows * width);
@@ -782,7 +799,7 @@ static void check_rows() {
     }
 }
 
-#include "check_fp4.h"
+#include "check_narrow.h"
 #include "check_mixture.h"
 #include "check_recurrent.h"
 #include "check_sample.h"
@@ -797,7 +814,7 @@ int main(int argc, char** argv) {
     }
 #endif
     standin::STRICT = true;
-    const std::vector<std::pair<std::string, void (*)()>> all{{"primitives", check_primitives}, {"matmul", check_matmul}, {"tile", check_tile}, {"fp4", check_fp4}, {"operand", check_operand}, {"attention", check_attention}, {"recurrent", check_recurrent}, {"rows", check_rows}, {"mixture", check_mixture}, {"sample", check_sample}};
+    const std::vector<std::pair<std::string, void (*)()>> all{{"primitives", check_primitives}, {"matmul", check_matmul}, {"tile", check_tile}, {"narrow", check_narrow}, {"operand", check_operand}, {"attention", check_attention}, {"recurrent", check_recurrent}, {"rows", check_rows}, {"mixture", check_mixture}, {"sample", check_sample}};
     for (auto& [name, check] : all) {
         bool wanted = argc == 1;
         for (int i = 1; i < argc; i++) wanted |= name == argv[i];

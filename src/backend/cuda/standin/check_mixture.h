@@ -110,12 +110,14 @@ static void check_sort(int tokens, int count, int k) {
 // A sorted row is what the kernel of one linear makes of it, bit for bit: operand, product, sum.
 static void check_experts(int kind, bool grouped, int nt, int activation, bool fused) {
     const int count = 4, n = 40, k = 128 * 3 + 64, kp = 512, tokens = 9, top = 2;
-    const bool fp4 = kind >= 6;
-    const int format = fp4 ? (kind == 6 ? NVFP4_CODES : MXFP4_CODES) : grouped ? FP8_GROUP : kind == 0 ? NVFP4 : kind == 5 ? FLOAT : kind == 3 ? FP8_TOKEN : kind == 4 ? MXFP8 : MXFP4;
+    const bool narrow = kind >= 6;
+    static const int of_narrow[4] = {NVFP4, MXFP4, FP8_TOKEN, MXFP8};
+    const int format = narrow ? CODES + (grouped ? FP8_GROUP : of_narrow[kind - 6]) : grouped ? FP8_GROUP : kind == 0 ? NVFP4 : kind == 5 ? FLOAT : kind == 3 ? FP8_TOKEN : kind == 4 ? MXFP8 : MXFP4;
     const int planes = format == FLOAT ? 2 : 1;
-    const bool scaled = format == FP8_GROUP || format == FP8_TOKEN || fp4;
-    // Halves of words of a row of x, and its scales.
-    const int width = fp4 ? kp / 4 : planes * kp, row_scales = format == NVFP4_CODES ? kp / 64 + 1 : format == MXFP4_CODES ? kp / 128 + 1 : grouped ? kp / 128 : 1;
+    const int row_scales = scale_pitch(format, kp);
+    const bool scaled = row_scales > 0;
+    // Halves of words of a row of x.
+    const int width = narrow ? kp * code_bits(format) / 16 : planes * kp;
     // Expert 2 has no token, and expert 0 most.
     std::vector<int> begins{0, 9, 14, 14, 18}, token_of, expert_of;
     for (int t = 0; t < 9; t++) token_of.push_back(t), expert_of.push_back(0);
@@ -127,8 +129,8 @@ static void check_experts(int kind, bool grouped, int nt, int activation, bool f
     std::vector<uint64_t> pointers, pre_of;
     std::vector<float> scale_of;
     for (int e = 0; e < count; e++) {
-        linears.push_back(random_linear(n, k, fp4 ? 2 * (kind - 6) : kind, e == 1));
-        OnDevice d = fp4 ? pack_fp4(linears[e]) : pack(linears[e]);
+        linears.push_back(random_linear(n, k, narrow ? plain_kind(kind) : kind, e == 1));
+        OnDevice d = narrow ? pack_narrow(linears[e]) : pack(linears[e]);
         std::vector<float> grid((n + 127) / 128 * d.steps), bias(n), pre(k);
         for (auto* v : {&grid, &bias, &pre}) for (auto& f : *v) f = (float)uniform(.5, 2);
         words.push_back(std::make_unique<Array<uint32_t>>(d.words)), scales.push_back(std::make_unique<Array<uint32_t>>(d.scales));
@@ -199,6 +201,9 @@ static void check_mixture() {
     check_route(9, 8, 3, {SIGMOID, 2, 1, true, false, 0, 2.5f}), check_route(5, 80, 6, {SIGMOID, 40, 9, true, true}), check_route(7, 21, 5, {SIGMOID, 3, 1, false, true, 0.25f});
     check_sort(1, 8, 2), check_sort(300, 60, 8), check_sort(7, 128, 8);
     for (int kind = 0; kind < 6; kind++) for (int nt : {1, 4}) check_experts(kind, false, nt, (kind + nt / 4) % 4, kind > 2);
-    if (has_fp4()) for (int kind : {6, 7}) for (int nt : {1, 4}) check_experts(kind, false, nt, SILU, kind == 6);
+    if (has_narrow()) for (int nt : {1, 4}) {
+        for (int kind : {6, 7, 8, 9}) check_experts(kind, false, nt, SILU, kind == 6);
+        check_experts(8, true, nt, SILU, nt == 1);
+    }
     for (int nt : {1, 4}) check_experts(3, true, nt, nt == 1 ? SILU : CLAMPED_SWIGLU, nt == 1);
 }

@@ -10,18 +10,22 @@ KERNEL(primitive_libm, 32, (const float* x, float* exponentials, float* logarith
     st(logarithms + at, log1p_libm(v < 1.0f ? v : 1.0f));
 }
 
-#if HAS_FP4
-#define PRIMITIVE_MMA_E2M1(name, MX, PART)                                                                            \
+#if HAS_NARROW
+#define PRIMITIVE_MMA(name, ...)                                                                                      \
     KERNEL(name, 32, (const U4* a, const uint32_t* b, const uint32_t* scales, const float* c, float* d)) {            \
         const int lane = thread_index();                                                                              \
         float v[4];                                                                                                   \
         UNROLL for (int i = 0; i < 4; i++) v[i] = ld(c + lane * 4 + i);                                               \
-        mma_e2m1<MX, PART>(v, ld(a + lane), ld(b + lane * 2), ld(b + lane * 2 + 1), ld(scales + lane * 2),            \
-                           ld(scales + lane * 2 + 1));                                                                \
+        __VA_ARGS__(v, ld(a + lane), ld(b + lane * 2), ld(b + lane * 2 + 1), ld(scales + lane * 2),                   \
+                    ld(scales + lane * 2 + 1));                                                                       \
         UNROLL for (int i = 0; i < 4; i++) st(d + lane * 4 + i, v[i]);                                                \
     }
-PRIMITIVE_MMA_E2M1(primitive_mma_nvfp4_0, false, 0)
-PRIMITIVE_MMA_E2M1(primitive_mma_nvfp4_1, false, 1)
-PRIMITIVE_MMA_E2M1(primitive_mma_mxfp4_0, true, 0)
-PRIMITIVE_MMA_E2M1(primitive_mma_mxfp4_1, true, 1)
+PRIMITIVE_MMA(primitive_mma_nvfp4_0, mma_e2m1<false, 0>)
+PRIMITIVE_MMA(primitive_mma_nvfp4_1, mma_e2m1<false, 1>)
+PRIMITIVE_MMA(primitive_mma_mxfp4_0, mma_e2m1<true, 0>)
+PRIMITIVE_MMA(primitive_mma_mxfp4_1, mma_e2m1<true, 1>)
+PRIMITIVE_MMA(primitive_mma_mxfp8_0, mma_e4m3<0>)
+PRIMITIVE_MMA(primitive_mma_mxfp8_1, mma_e4m3<1>)
+PRIMITIVE_MMA(primitive_mma_mxfp8_2, mma_e4m3<2>)
+PRIMITIVE_MMA(primitive_mma_mxfp8_3, mma_e4m3<3>)
 #endif

@@ -542,41 +542,28 @@ DEV uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
     using standin::bf;
     return to_bf16(bf(a & 0xffff) * bf(b & 0xffff)) | to_bf16(bf(a >> 16) * bf(b >> 16)) << 16;
 }
-// d[16,8] += a[16,16] · b[16,8]: lane 4g+t holds rows g and g+8, columns 2t and 2t+1 of d.
-DEV void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int site = __builtin_LINE()) {
-    using namespace standin;
+namespace standin {
+// d[16,8] += a[16,K] · b[K,8], products one after another in f32: lane 4g+t holds rows g and g+8, columns 2t and 2t+1 of d. The last
+// lane to come computes for all, from matrices that `fill` makes of the words of all.
+template <int K, class Fill> void multiply(float (&d)[4], const uint32_t (&mine)[8], const Fill& fill, int site) {
     Fiber& f = B->fibers[B->current];
     Warp& w = B->warps[B->current / 32];
     const int lane = B->current & 31, set = f.collectives++ & 1;
-    uint32_t* mine = w.values[set][lane];
-    memcpy(mine, a, 16);
-    mine[4] = b0, mine[5] = b1;
+    memcpy(w.values[set][lane], mine, 32);
     memcpy(w.results[set][lane], d, 16);
-    const bool last = w.arrived == 31;
-    if (last) {
-        // The last lane to come computes for all.
-        float A[16][16], Bm[16][8], D[16][8];
-        for (int l = 0; l < 32; l++) {
-            const int g = l >> 2, t = l & 3;
-            const uint32_t* v = w.values[set][l];
-            for (int i = 0; i < 4; i++) {
-                const int row = g + (i & 1) * 8, k = t * 2 + (i >> 1) * 8;
-                A[row][k] = bf(v[i] & 0xffff), A[row][k + 1] = bf(v[i] >> 16);
-                D[g + (i >> 1) * 8][t * 2 + (i & 1)] = w.results[set][l][i];
-            }
-            for (int i = 0; i < 2; i++) Bm[t * 2 + i * 8][g] = bf(v[4 + i] & 0xffff), Bm[t * 2 + i * 8 + 1][g] = bf(v[4 + i] >> 16);
-        }
+    if (w.arrived == 31) {
+        float A[16][K], Bm[K][8], D[16][8];
+        fill(w.values[set], A, Bm);
+        auto place = [&](int l, int i) -> float& { return D[(l >> 2) + (i >> 1) * 8][(l & 3) * 2 + (i & 1)]; };
+        for (int l = 0; l < 32; l++) for (int i = 0; i < 4; i++) place(l, i) = w.results[set][l][i];
         for (int r = 0; r < 16; r++)
-            for (int k = 0; k < 16; k++)
+            for (int k = 0; k < K; k++)
                 for (int c = 0; c < 8; c++) D[r][c] += A[r][k] * Bm[k][c];
-        for (int l = 0; l < 32; l++)
-            for (int i = 0; i < 4; i++) w.results[set][l][i] = D[(l >> 2) + (i >> 1) * 8][(l & 3) * 2 + (i & 1)];
+        for (int l = 0; l < 32; l++) for (int i = 0; i < 4; i++) w.results[set][l][i] = place(l, i);
     }
     sync_warp(site);
     memcpy(d, w.results[set][lane], 16);
 }
-
-namespace standin {
 DEV float e2m1(uint32_t code) {
     static const float v[8] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
     return code & 8 ? -v[code & 7] : v[code & 7];
@@ -587,41 +574,57 @@ DEV float ue4m3(uint32_t code) {
     return (code & 127) == 127 ? NAN : e ? ldexpf(8 + m, e - 10) : ldexpf(m, -9);
 }
 }  // namespace standin
-// d[16,8] += (scaled a)[16,64] · (scaled b)[64,8], the 64 products one after another in f32; what is where is said in prim.cuh.
+// What is where is said in prim.cuh.
+DEV void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int site = __builtin_LINE()) {
+    using standin::bf;
+    auto fill = [](const uint32_t (&words)[32][8], float (&A)[16][16], float (&Bm)[16][8]) {
+        for (int l = 0; l < 32; l++) {
+            const int g = l >> 2, t = l & 3;
+            const uint32_t* v = words[l];
+            for (int i = 0; i < 4; i++) {
+                const int row = g + (i & 1) * 8, k = t * 2 + (i >> 1) * 8;
+                A[row][k] = bf(v[i] & 0xffff), A[row][k + 1] = bf(v[i] >> 16);
+            }
+            for (int i = 0; i < 2; i++) Bm[t * 2 + i * 8][g] = bf(v[4 + i] & 0xffff), Bm[t * 2 + i * 8 + 1][g] = bf(v[4 + i] >> 16);
+        }
+    };
+    standin::multiply<16>(d, {a[0], a[1], a[2], a[3], b0, b1, 0, 0}, fill, site);
+}
 template <bool MX, int PART>
 DEV void mma_e2m1(float (&d)[4], const U4& a, uint32_t b0, uint32_t b1, uint32_t a_scales, uint32_t b_scales, int site = __builtin_LINE()) {
     using namespace standin;
-    Fiber& f = B->fibers[B->current];
-    Warp& w = B->warps[B->current / 32];
-    const int lane = B->current & 31, set = f.collectives++ & 1;
-    const uint32_t mine[8] = {a.x, a.y, a.z, a.w, b0, b1, a_scales, b_scales};
-    memcpy(w.values[set][lane], mine, 32);
-    memcpy(w.results[set][lane], d, 16);
-    if (w.arrived == 31) {
-        float A[16][64], Bm[64][8], D[16][8];
+    auto fill = [](const uint32_t (&words)[32][8], float (&A)[16][64], float (&Bm)[64][8]) {
         // The scale of a row's or column's element k, from the lane that has it.
         auto scale = [&](int from, int of, int k) {
-            const uint32_t word = w.values[set][from][of];
+            const uint32_t word = words[from][of];
             return MX ? e8m0(word >> 8 * (2 * PART + k / 32) & 255) : ue4m3(word >> 8 * (k / 16) & 255);
         };
         for (int l = 0; l < 32; l++) {
             const int g = l >> 2, t = l & 3;
             for (int e = 0; e < 32; e++) {
                 const int row = g + e / 8 % 2 * 8, k = t * 8 + e % 8 + e / 16 * 32;
-                A[row][k] = e2m1(w.values[set][l][e / 8] >> 4 * (e % 8)) * scale(4 * g + e / 8 % 2 + (MX ? 0 : 2 * PART), 6, k);
+                A[row][k] = e2m1(words[l][e / 8] >> 4 * (e % 8)) * scale(4 * g + e / 8 % 2 + (MX ? 0 : 2 * PART), 6, k);
             }
             for (int e = 0; e < 16; e++) {
                 const int k = t * 8 + e % 8 + e / 8 * 32;
-                Bm[k][g] = e2m1(w.values[set][l][4 + e / 8] >> 4 * (e % 8)) * scale(4 * g + (MX ? 0 : PART), 7, k);
+                Bm[k][g] = e2m1(words[l][4 + e / 8] >> 4 * (e % 8)) * scale(4 * g + (MX ? 0 : PART), 7, k);
             }
-            for (int i = 0; i < 4; i++) D[g + (i >> 1) * 8][t * 2 + (i & 1)] = w.results[set][l][i];
         }
-        for (int r = 0; r < 16; r++)
-            for (int k = 0; k < 64; k++)
-                for (int c = 0; c < 8; c++) D[r][c] += A[r][k] * Bm[k][c];
-        for (int l = 0; l < 32; l++)
-            for (int i = 0; i < 4; i++) w.results[set][l][i] = D[(l >> 2) + (i >> 1) * 8][(l & 3) * 2 + (i & 1)];
-    }
-    sync_warp(site);
-    memcpy(d, w.results[set][lane], 16);
+    };
+    multiply<64>(d, {a.x, a.y, a.z, a.w, b0, b1, a_scales, b_scales}, fill, site);
+}
+template <int PART>
+DEV void mma_e4m3(float (&d)[4], const U4& a, uint32_t b0, uint32_t b1, uint32_t a_scales, uint32_t b_scales, int site = __builtin_LINE()) {
+    using namespace standin;
+    auto fill = [](const uint32_t (&words)[32][8], float (&A)[16][32], float (&Bm)[32][8]) {
+        auto element = [](uint32_t code) { return code & 128 ? -ue4m3(code & 127) : ue4m3(code & 127); };
+        auto scale = [&](int from, int of) { return e8m0(words[from][of] >> 8 * PART & 255); };
+        for (int l = 0; l < 32; l++) {
+            const int g = l >> 2, t = l & 3;
+            for (int e = 0; e < 16; e++)
+                A[g + e / 4 % 2 * 8][t * 4 + e % 4 + e / 8 * 16] = element(words[l][e / 4] >> 8 * (e % 4) & 255) * scale(4 * g + e / 4 % 2, 6);
+            for (int e = 0; e < 8; e++) Bm[t * 4 + e % 4 + e / 4 * 16][g] = element(words[l][4 + e / 4] >> 8 * (e % 4) & 255) * scale(4 * g, 7);
+        }
+    };
+    multiply<32>(d, {a.x, a.y, a.z, a.w, b0, b1, a_scales, b_scales}, fill, site);
 }

@@ -6,7 +6,7 @@
 //                       too if CODE is 719 or another that ends a context
 // STANDIN_MEMORY=BYTES  memory of the device (default 8 GiB)
 // STANDIN_VERSION=N     version of the driver (default 13000)
-// STANDIN_CAPABILITY=N  compute capability times ten (default 80): 120 has FP4 tensor cores, with the kernels for them
+// STANDIN_CAPABILITY=N  compute capability times ten (default 80): 120 has FP4 and FP8 tensor cores, with the kernels for them
 // STANDIN_SWAP=A:B      gives the kernel with B in its name where A is asked for: wrong results, or lost devices
 #include "../kernels/all.cu"
 
@@ -154,7 +154,8 @@ CUresult cuModuleGetFunction(const Kernel** f, void*, const char* name) {
     CALL;
     std::string wanted = name;
     // As in images, of which only those for this family have them.
-    if (wanted.find("_fp4_") != std::string::npos && capability() / 10 != 12) return 500;
+    const bool narrow = wanted.find("_fp4_") != std::string::npos || (wanted.find("_fp8") != std::string::npos && wanted.find("attention") != 0);
+    if (narrow && capability() / 10 != 12) return 500;
     if (const char* swap = getenv("STANDIN_SWAP"))
         if (const char* colon = strchr(swap, ':'))
             if (const size_t at = wanted.find(std::string(swap, colon)); at != std::string::npos) wanted.replace(at, colon - swap, colon + 1);

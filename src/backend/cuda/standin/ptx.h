@@ -339,6 +339,16 @@ static Term term_of(double v) {
     const double m = std::frexp(v, &e);
     return {2 * m, e - 1};
 }
+// The sum of terms, each cut off so many bits below the largest, to f32 by cutting off.
+template <int N> static float cut_off(const Term (&terms)[N], int bits) {
+    int top = -1000;
+    for (auto& t : terms) top = std::max(top, t.exponent);
+    double total = 0;
+    for (auto& t : terms) total += std::trunc(std::ldexp(t.significand, bits + t.exponent - top));
+    const double v = std::ldexp(total, top - bits);
+    const float f = (float)v;
+    return std::fabs((double)f) > std::fabs(v) ? std::nextafterf(f, 0.0f) : f;
+}
 static double scale_code(bool e8m0, uint32_t byte) {
     if (e8m0) return byte == 255 ? NAN : std::ldexp(1.0, (int)byte - 127);
     const uint32_t exponent = byte >> 3 & 15, mantissa = byte & 7;
@@ -371,15 +381,40 @@ static void mma_16864(const Instruction& i, Warp& w, uint32_t) {
                 const Term x = term_of(a), y = term_of(b);
                 terms[1 + group] = {sum * 0.25 * x.significand * y.significand, sum ? x.exponent + y.exponent : -1000};
             }
-            int top = -1000;
-            for (auto& t : terms) top = std::max(top, t.exponent);
-            double total = 0;
-            for (auto& t : terms) total += std::trunc(std::ldexp(t.significand, 35 + t.exponent - top));
-            const double v = std::ldexp(total, top - 35);
-            float f = (float)v;
-            if (std::fabs((double)f) > std::fabs(v)) f = std::nextafterf(f, 0.0f);
-            if (std::isinf(c)) f = c;
-            out[lane][index] = nan ? NAN : f;
+            const float f = cut_off(terms, 35);
+            out[lane][index] = nan ? NAN : std::isinf(c) ? c : f;
+        }
+    for (int lane = 0; lane < 32; lane++)
+        for (int r = 0; r < 4; r++) w.slot(i.d[r])[lane] = put(out[lane][r]);
+}
+// Block-scaled E4M3, m16n8k32: fragments as the PTX ISA has those of m16n8k32 for types of eight bits, a scale a row and a column; sums as
+// MMA-Sim found them on this architecture: all 32 products and what is added to, each cut off 25 bits below the largest (by the
+// exponents of its factors), to f32 by cutting off. `bytes`: as above.
+static void mma_16832(const Instruction& i, Warp& w, uint32_t) {
+    const int byte_a = i.bytes & 255, thread_a = i.bytes >> 8 & 255, byte_b = i.bytes >> 16 & 255, thread_b = i.bytes >> 24;
+    struct Factor { double significand; int exponent; bool nan; };
+    auto factor = [&](int slot, int lane, int byte) {
+        const uint32_t c = (uint32_t)w.slot(slot)[lane] >> 8 * byte & 255, e = c >> 3 & 15, m = c & 7;
+        const double v = (e ? 8 + m : m) / 8.0;
+        return Factor{c & 128 ? -v : v, e ? (int)e - 7 : -6, (c & 127) == 127};
+    };
+    float out[32][4];
+    for (int m = 0; m < 16; m++)
+        for (int n = 0; n < 8; n++) {
+            const int lane = m % 8 * 4 + n / 2, index = m / 8 * 2 + n % 2;
+            const float c = get<float>(w.slot(i.s[6 + index])[lane]);
+            const uint32_t a = (uint32_t)w.slot(i.s[10])[m % 8 * 4 + thread_a * 2 + m / 8] >> 8 * byte_a & 255;
+            const uint32_t b = (uint32_t)w.slot(i.s[11])[n * 4 + thread_b] >> 8 * byte_b & 255;
+            bool nan = c != c || a == 255 || b == 255;
+            Term terms[33] = {term_of(c)};
+            for (int k = 0; k < 32; k++) {
+                const Factor x = factor(i.s[m / 8 + k / 16 * 2], m % 8 * 4 + k % 16 / 4, k % 4), y = factor(i.s[4 + k / 16], n * 4 + k % 16 / 4, k % 4);
+                nan |= x.nan || y.nan;
+                const double product = x.significand * y.significand;
+                terms[1 + k] = {product, product == 0 ? -1000 : x.exponent + y.exponent + (int)a + (int)b - 254};
+            }
+            const float f = cut_off(terms, 25);
+            out[lane][index] = nan ? NAN : std::isinf(c) ? c : f;
         }
     for (int lane = 0; lane < 32; lane++)
         for (int r = 0; r < 4; r++) w.slot(i.d[r])[lane] = put(out[lane][r]);
@@ -966,9 +1001,14 @@ class Parser {
             return;
         }
         if (op == "mma" && (type == "ue4m3" || type == "ue8m0")) {
-            const string kind = type == "ue4m3" ? "mxf4nvf4.block_scale.scale_vec::4X" : "mxf4.block_scale.scale_vec::2X";
-            need(between == "sync.aligned.m16n8k64.row.col.kind::" + kind + ".f32.e2m1.e2m1.f32" && words.size() == 8);
-            i.mode = type == "ue4m3" ? 4 : 2;
+            // Scales of a row in the instruction.
+            static const std::map<string, int> kinds{
+                {"ue4m3:sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32", 4},
+                {"ue8m0:sync.aligned.m16n8k64.row.col.kind::mxf4.block_scale.scale_vec::2X.f32.e2m1.e2m1.f32", 2},
+                {"ue8m0:sync.aligned.m16n8k32.row.col.kind::mxf8f6f4.block_scale.scale_vec::1X.f32.e4m3.e4m3.f32", 1}};
+            auto kind = kinds.find(type + ":" + between);
+            need(kind != kinds.end() && words.size() == 8);
+            i.mode = kind->second;
             for (int n : {0, 1, 2, 3, 4, 6}) {
                 const Operand o = operand(words[n]);
                 need((int)o.slots.size() == (n == 2 ? 2 : n < 4 ? 4 : 1));
@@ -981,11 +1021,11 @@ class Parser {
                 const auto two = split(v.substr(1, v.size() - 2), ',');
                 need(two.size() == 2);
                 const int byte = number(two[0]), thread = number(two[1]);
-                need((byte == 0 || (byte == 2 && i.mode == 2)) && thread >= 0 && thread < threads);
+                need(byte >= 0 && byte < 4 && byte % i.mode == 0 && thread >= 0 && thread < threads);
                 return byte | thread << 8;
             };
             i.bytes = selector(words[5], 2) | selector(words[7], 4) << 16;
-            i.kind = Kind::Collective, i.run = mma_16864;
+            i.kind = Kind::Collective, i.run = i.mode == 1 ? mma_16832 : mma_16864;
             return;
         }
         if (op == "mma") {
