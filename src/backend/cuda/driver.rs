@@ -19,6 +19,9 @@ pub const DRIVER: i32 = 13000;
 /// Kernels for every architecture, as nvcc wrote them.
 static IMAGE: &[u8] = include_bytes!("images/kernels.fatbin");
 
+/// What errors are about where the device has too little memory.
+pub const MEMORY: &str = "GPU memory";
+
 /// Bytes of a memory block's size classes: multiples of this, up to a power of two above it.
 const GRAIN: usize = 512;
 
@@ -247,8 +250,13 @@ impl Device {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The stream that everything runs on; what a library is to put there comes after [`Self::send`].
+    pub(super) fn stream(&self) -> sys::CUstream {
+        self.stream
+    }
+
     /// Sends the launches that wait to the stream, with the context current: whatever is called next comes after them.
-    fn send(&self) -> Result<()> {
+    pub(super) fn send(&self) -> Result<()> {
         self.bind()?;
         self.waiting().flush(self.stream, self.graphs)
     }
@@ -343,7 +351,7 @@ impl Device {
             let (free, total) = self.memory()?;
             let mib = |n: usize| format!("{:.1}", n as f64 / f64::from(1 << 20));
             return Err(failed(
-                "GPU memory",
+                MEMORY,
                 format!(
                     "{} MiB are needed at once, {} of {} MiB are free: a smaller context, another device, or --device cpu",
                     mib(capacity),
@@ -415,16 +423,18 @@ impl Device {
         if start + bytes > memory.bytes {
             return Err(failed("copying from the device", "beyond the memory's end"));
         }
-        let mut out = vec![T::default(); count];
+        let mut out: Vec<T> = Vec::with_capacity(count);
         if bytes > 0 {
             self.send()?;
             let from = memory.address + start as u64;
-            // SAFETY: both sides have `bytes` bytes, and `wait` below lets `out` be read only after the copy.
+            // SAFETY: both sides have room for `bytes` bytes, and `wait` below lets `out` be read only after the copy.
             let code = unsafe { sys::cuMemcpyDtoHAsync_v2(out.as_mut_ptr().cast(), from, bytes, self.stream) };
             check("copying from the device", code)?;
             self.wait()?;
             self.downloaded.fetch_add(bytes as u64, Ordering::Relaxed);
         }
+        // SAFETY: the copy, which has ended, wrote all of them, and any bytes are plain numbers.
+        unsafe { out.set_len(count) };
         Ok(out)
     }
 

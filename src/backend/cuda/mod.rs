@@ -5,6 +5,7 @@
 //! **No GPU has run this yet.** docs/cuda.md says what was checked, and how.
 
 mod attention;
+mod blas;
 mod cache;
 mod driver;
 mod elementwise;
@@ -20,8 +21,9 @@ mod weight;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use cache::CudaCache;
-pub use driver::Device;
-use driver::{Args, Memory};
+pub use blas::{Blas, Library, Numbers, Side};
+pub use driver::{Device, MEMORY, Memory};
+use driver::Args;
 use product::Operand;
 pub use recurrent::{CudaDeltaNet, CudaMamba};
 pub use table::TABLE_TOKENS;
