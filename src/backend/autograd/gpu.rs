@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::multiplier::{Factor, Side};
 use super::operand::Operand;
-use crate::backend::cuda::{self, Blas, Device, Library, MEMORY, Memory, Numbers};
+use crate::backend::cuda::{self, Blas, Device, Library, MEMORY, Memory, Numbers, Staging};
 use crate::backend::{BackendError, Result};
 
 /// This share of what is free at the beginning is left alone: for cuBLAS's own kernels, and what no block fits into.
@@ -22,9 +22,10 @@ pub struct Gpu {
     state: Mutex<State>,
 }
 
-/// What only one product at a time has.
+/// What only one product at a time has. Whoever has it copies with the threads of the pool: no task of theirs multiplies.
 struct State {
     blas: Blas,
+    staging: Staging,
     /// Where there is a copy, or was one; of those that are gone, until the next is made.
     places: Vec<Weak<Place>>,
     /// Products so far.
@@ -71,8 +72,9 @@ impl Gpu {
         let device = Arc::new(Device::look(ordinal)?);
         let blas = Blas::new(Library::open()?, &device)?;
         let version = blas.version();
+        let staging = Staging::new(&device)?;
         let (free, _) = device.memory()?;
-        let state = Mutex::new(State { blas, places: Vec::new(), now: 0 });
+        let state = Mutex::new(State { blas, staging, places: Vec::new(), now: 0 });
         Ok(Self { room: free - free / LEFT_ALONE, device, version, state })
     }
 
@@ -118,13 +120,13 @@ impl Gpu {
         state.now += 1;
         let left = self.copied(state, a.factor)?;
         let right = self.copied(state, b.factor)?;
-        let c = self.with_room(state, 4 * rows * columns, || self.device.take(4 * rows * columns))?;
+        let c = self.with_room(state, 4 * rows * columns, &mut |_| self.device.take(4 * rows * columns))?;
         fn side<'s>(side: &Side<'_>, memory: &'s Memory) -> cuda::Side<'s> {
             let (rows, columns) = (side.factor.rows(), side.factor.columns());
             cuda::Side { memory, rows, columns, transposed: side.transposed }
         }
         state.blas.product(&c, alpha, side(&a, &left), side(&b, &right), numbers)?;
-        self.device.download(&c, rows * columns)
+        state.staging.download(&c, rows * columns)
     }
 
     /// The copy of an operand on the device: the one that is there, or a new one.
@@ -135,8 +137,8 @@ impl Gpu {
             return Ok(copy.memory.clone());
         }
         let memory = Arc::new(match factor.values() {
-            Operand::F32(v) => self.with_room(state, size_of_val(&v[..]), || self.device.upload(v)),
-            Operand::Bf16(v) => self.with_room(state, size_of_val(&v[..]), || self.device.upload(v)),
+            Operand::F32(v) => self.with_room(state, size_of_val(&v[..]), &mut |staging| staging.upload(v)),
+            Operand::Bf16(v) => self.with_room(state, size_of_val(&v[..]), &mut |staging| staging.upload(v)),
         }?);
         *factor.place().copy() = Some(Copy { memory: memory.clone(), used: now });
         state.places.push(Arc::downgrade(factor.place()));
@@ -145,7 +147,12 @@ impl Gpu {
 
     /// What `take` takes of the device's memory, `bytes` bytes. Copies give way where it would be more than there is room for,
     /// and all of them where the device has less than it had (others use it too).
-    fn with_room(&self, state: &mut State, bytes: usize, take: impl Fn() -> Result<Memory>) -> Result<Memory> {
+    fn with_room(
+        &self,
+        state: &mut State,
+        bytes: usize,
+        take: &mut dyn FnMut(&mut Staging) -> Result<Memory>,
+    ) -> Result<Memory> {
         let mut held = 0;
         let mut live: Vec<(u64, Arc<Place>)> = Vec::new();
         state.places.retain(|place| {
@@ -163,10 +170,10 @@ impl Gpu {
             let Some(freed) = oldest.next() else { break };
             held -= freed;
         }
-        match take() {
+        match take(&mut state.staging) {
             Err(BackendError::Failed { context, .. }) if context == MEMORY && oldest.next().is_some() => {
                 oldest.for_each(drop);
-                take()
+                take(&mut state.staging)
             }
             taken => taken,
         }

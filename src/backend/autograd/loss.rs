@@ -101,7 +101,7 @@ pub struct Teacher<'a> {
 }
 
 /// Rows whose logits are in memory at a time.
-const ROWS: usize = 128;
+pub const ROWS: usize = 128;
 
 /// Rows of which the next token is predicted.
 #[derive(Clone, Copy)]

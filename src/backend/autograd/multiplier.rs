@@ -6,7 +6,8 @@ use candle_core::{Error, Result};
 use rayon::prelude::*;
 
 use super::dense::{self, View};
-use super::gpu::{Gpu, Place};
+pub use super::gpu::Gpu;
+use super::gpu::Place;
 use super::operand::Operand;
 
 /// Who multiplies. Clones are the same one.
@@ -99,6 +100,23 @@ impl Side<'_> {
 const CHUNK: usize = 1 << 16;
 
 impl Multiplier {
+    /// Device `ordinal`, with cuBLAS.
+    ///
+    /// # Errors
+    /// No driver, device or library, or one that is too old: says what is missing.
+    pub fn gpu(ordinal: usize) -> crate::backend::Result<Self> {
+        Gpu::open(ordinal).map(|gpu| Self::Gpu(Arc::new(gpu)))
+    }
+
+    /// What the bits of results depend on, where that is not the CPU.
+    #[must_use]
+    pub fn device(&self) -> Option<String> {
+        match self {
+            Self::Cpu => None,
+            Self::Gpu(gpu) => Some(gpu.to_string()),
+        }
+    }
+
     /// `alpha · a · b`, row-major. Both sides are of the same precision.
     ///
     /// # Errors

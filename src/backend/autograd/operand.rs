@@ -24,6 +24,17 @@ pub enum Precision {
     Bf16,
 }
 
+impl Precision {
+    /// Bytes of a value.
+    #[must_use]
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
+}
+
 /// Values of a matrix, row-major.
 #[derive(Clone, Debug)]
 pub enum Operand {

@@ -14,8 +14,7 @@ use crate::backend::{BackendError, Result};
 pub const VARIABLE: &str = "RECOUP_CUBLAS";
 
 /// Names that it has, the newest first, and that of the library which does its work.
-const NAMES: [(&str, &str); 2] =
-    [("libcublas.so.13", "libcublasLt.so.13"), ("libcublas.so.12", "libcublasLt.so.12")];
+const NAMES: [(&str, &str); 2] = [("libcublas.so.13", "libcublasLt.so.13"), ("libcublas.so.12", "libcublasLt.so.12")];
 
 /// The oldest version whose calls are those below.
 const OLDEST: i32 = 120_000;
@@ -119,14 +118,14 @@ impl Library {
         let mut open = Vec::new();
         for path in beside.filter(|b| b.is_file()).into_iter().chain([file]) {
             // SAFETY: libraries of NVIDIA's names, whose initialisation may be run at any time.
-            open.push(unsafe { libloading::Library::new(path) }.map_err(|e| e.to_string())?);
+            open.push(unsafe { libloading::Library::new(path) }.map_err(|e| said(&e))?);
         }
         let library = open.last().ok_or("no library")?;
         macro_rules! function {
             ($name:literal) => {
                 // SAFETY: the types are those of cublas_api.h, which are the same in 12 and 13.
                 *unsafe { library.get(concat!($name, "\0").as_bytes()) }
-                    .map_err(|e| format!("{}: {} is not in it ({e})", file.display(), $name))?
+                    .map_err(|e| format!("{}: {} is not in it ({})", file.display(), $name, said(&e)))?
             };
         }
         Ok(Self {
@@ -153,8 +152,13 @@ impl Library {
             if text.is_null() { String::new() } else { CStr::from_ptr(text).to_string_lossy().into_owned() }
         };
         let said = if said.is_empty() { format!("error {status}") } else { said };
-        Err(failed(format!("{what}: cuBLAS says: {said}")))
+        Err(failed(format!("{what}: {said}")))
     }
+}
+
+/// What the system says of a library.
+fn said(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 /// Files that `place` may mean, a file or a folder of them, each with the one that it needs beside it.
@@ -290,7 +294,9 @@ impl Blas {
         }
         if blas.version < OLDEST {
             let found = blas.version();
-            return Err(failed(format!("version {found} was found, 12.0 or newer is needed: pip install nvidia-cublas")));
+            return Err(failed(format!(
+                "version {found} was found, 12.0 or newer is needed: pip install nvidia-cublas"
+            )));
         }
         Ok(blas)
     }
@@ -318,7 +324,8 @@ impl Blas {
             return Err(failed(format!("a product of {m} x 0 by 0 x {n}")));
         }
         let int = |size: usize| {
-            c_int::try_from(size).map_err(|_| failed(format!("a matrix with {size} rows or columns; {} are its most", i32::MAX)))
+            c_int::try_from(size)
+                .map_err(|_| failed(format!("a matrix with {size} rows or columns; {} are its most", i32::MAX)))
         };
         // Row-major c is, read by columns, its own transpose: bᵀ · aᵀ, and a row-major side is its transpose there already.
         let operation = |side: &Side<'_>| c_int::from(side.transposed);

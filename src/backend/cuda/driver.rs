@@ -246,6 +246,11 @@ impl Device {
         self.downloaded.load(Ordering::Relaxed)
     }
 
+    /// Notes that bytes were copied to the host.
+    pub(super) fn count_download(&self, bytes: usize) {
+        self.downloaded.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
     fn waiting(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -431,7 +436,7 @@ impl Device {
             let code = unsafe { sys::cuMemcpyDtoHAsync_v2(out.as_mut_ptr().cast(), from, bytes, self.stream) };
             check("copying from the device", code)?;
             self.wait()?;
-            self.downloaded.fetch_add(bytes as u64, Ordering::Relaxed);
+            self.count_download(bytes);
         }
         // SAFETY: the copy, which has ended, wrote all of them, and any bytes are plain numbers.
         unsafe { out.set_len(count) };

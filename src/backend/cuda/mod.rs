@@ -15,17 +15,19 @@ mod mixture;
 mod product;
 mod recurrent;
 mod sample;
+mod staging;
 mod table;
 mod weight;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-pub use cache::CudaCache;
 pub use blas::{Blas, Library, Numbers, Side};
-pub use driver::{Device, MEMORY, Memory};
+pub use cache::CudaCache;
 use driver::Args;
+pub use driver::{Device, MEMORY, Memory};
 use product::Operand;
 pub use recurrent::{CudaDeltaNet, CudaMamba};
+pub use staging::Staging;
 pub use table::TABLE_TOKENS;
 use table::{FP4_KERNELS, KERNELS, kernel, suffix};
 pub use weight::CudaLinear;
