@@ -4,6 +4,7 @@
 // scripts/cuda-standin.sh builds it.
 //
 // STANDIN_CUBLAS_VERSION=N  its version (default 131000, which is 13.10)
+// STANDIN_CUBLAS_WRONG=1    its products of BF16 lack their last term
 // STANDIN_FAIL              counts its calls as well, see libcuda.cc
 #include <dlfcn.h>
 #include <stdint.h>
@@ -136,9 +137,10 @@ Status cublasGemmEx(Handle* h, int op_a, int op_b, int m, int n, int k, const vo
     std::vector<float> left((size_t)m * k), sums(m);
     for (int64_t p = 0; p < k; p++)
         for (int64_t i = 0; i < m; i++) left[p * m + i] = op_a ? A.value(p, i) : A.value(i, p);
+    const int64_t terms = bf16 && getenv("STANDIN_CUBLAS_WRONG") ? k - 1 : k;
     for (int64_t j = 0; j < n; j++) {
         std::fill(sums.begin(), sums.end(), 0.0f);
-        for (int64_t p = 0; p < k; p++) {
+        for (int64_t p = 0; p < terms; p++) {
             const float right = op_b ? B.value(j, p) : B.value(p, j);
             const float* column = &left[p * m];
             for (int64_t i = 0; i < m; i++) sums[i] += column[i] * right;
