@@ -91,7 +91,7 @@ train() { # DEVICE STEPS
 for device in cpu cuda:0; do
     for n in $steps; do train $device "$n" || break; done
 done
-if grep -q "pip install nvidia-cublas" "$out"/train-cuda-*.err; then rows+=("training|needs cuBLAS|pip install nvidia-cublas"); fi
+if grep -qs "pip install nvidia-cublas" "$out"/train-cuda-*.err; then rows+=("training|needs cuBLAS|pip install nvidia-cublas"); fi
 # KL of the watched texts at the beginning and the end, and seconds from one step to the next.
 trained() {
     local few=${steps% *} many=${steps#* } device

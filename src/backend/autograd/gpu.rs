@@ -43,6 +43,13 @@ struct Copy {
     used: u64,
 }
 
+impl Copy {
+    /// Bytes of the block that it is in.
+    fn block(&self) -> usize {
+        Device::block(self.memory.bytes())
+    }
+}
+
 impl Place {
     fn copy(&self) -> MutexGuard<'_, Option<Copy>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -84,17 +91,11 @@ impl Gpu {
         self.room
     }
 
-    /// Bytes copied to the host so far.
-    #[must_use]
-    pub fn downloaded(&self) -> u64 {
-        self.device.downloaded()
-    }
-
-    /// Copies of operands that are there, and their bytes.
+    /// Copies of operands that are there, and the bytes of the blocks that they are in.
     #[must_use]
     pub fn copies(&self) -> (usize, usize) {
         let state = self.state();
-        let bytes = state.places.iter().filter_map(|p| Some(p.upgrade()?.copy().as_ref()?.memory.bytes()));
+        let bytes = state.places.iter().filter_map(|p| Some(p.upgrade()?.copy().as_ref()?.block()));
         bytes.fold((0, 0), |(count, sum), bytes| (count + 1, sum + bytes))
     }
 
@@ -153,11 +154,11 @@ impl Gpu {
         bytes: usize,
         take: &mut dyn FnMut(&mut Staging) -> Result<Memory>,
     ) -> Result<Memory> {
-        let mut held = 0;
+        let (mut held, needed) = (0, Device::block(bytes));
         let mut live: Vec<(u64, Arc<Place>)> = Vec::new();
         state.places.retain(|place| {
             let Some(place) = place.upgrade() else { return false };
-            let Some((used, bytes)) = place.copy().as_ref().map(|c| (c.used, c.memory.bytes())) else { return false };
+            let Some((used, bytes)) = place.copy().as_ref().map(|c| (c.used, c.block())) else { return false };
             held += bytes;
             live.push((used, place));
             true
@@ -165,8 +166,8 @@ impl Gpu {
         // What the product under way has is not given away.
         live.retain(|(used, _)| *used < state.now);
         live.sort_by_key(|(used, _)| *used);
-        let mut oldest = live.into_iter().map(|(_, place)| place.copy().take().map_or(0, |c| c.memory.bytes()));
-        while held + bytes > self.room {
+        let mut oldest = live.into_iter().map(|(_, place)| place.copy().take().map_or(0, |c| c.block()));
+        while held + needed > self.room {
             let Some(freed) = oldest.next() else { break };
             held -= freed;
         }

@@ -331,13 +331,18 @@ impl Device {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Bytes that [`Self::take`] takes for so many.
+    #[must_use]
+    pub fn block(bytes: usize) -> usize {
+        if bytes <= 1 << 20 { bytes.max(GRAIN).next_power_of_two() } else { bytes.next_multiple_of(1 << 20) }
+    }
+
     /// Memory of `bytes` bytes, of any content.
     ///
     /// # Errors
     /// When there is not enough.
     pub fn take(self: &Arc<Self>, bytes: usize) -> Result<Memory> {
-        let capacity =
-            if bytes <= 1 << 20 { bytes.max(GRAIN).next_power_of_two() } else { bytes.next_multiple_of(1 << 20) };
+        let capacity = Self::block(bytes);
         // Taken out of the pool's lock before anything else is asked of the device.
         let held = self.pool().get_mut(&capacity).and_then(Vec::pop);
         if let Some(address) = held {
