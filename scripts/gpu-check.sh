@@ -81,7 +81,32 @@ for shape in "${shapes[@]}"; do
         --batch $batches --prompt $prompts -n 32 --kv-cache-dtype bf16
 done
 
-# 5. The tests of the library and the verbs, where there is a toolchain and time.
+# 5. Training: the same few steps of QAD by either device, twice as many the second time, for what one of them takes.
+if [ -n "$small" ]; then steps="4 8" length=32; else steps="10 30" length=256; fi
+train() { # DEVICE STEPS
+    step "train-${1%%:*}-$2" 100 "$RECOUP" recover models/books-nvfp4 --teacher models/books-bf16 --data src/corpus/calibration.txt \
+        --samples 48 --length $length --watch-samples 4 --method "qad:steps=$2,sequences=4,lr=3e-5" --evaluate-every "$2" \
+        --device "$1" -o "$out/train-${1%%:*}-$2"
+}
+for device in cpu cuda:0; do
+    for n in $steps; do train $device "$n" || break; done
+done
+if grep -qs "pip install nvidia-cublas" "$out"/train-cuda-*.err; then rows+=("training|needs cuBLAS|pip install nvidia-cublas"); fi
+# KL of the watched texts at the beginning and the end, and seconds from one step to the next.
+trained() {
+    local few=${steps% *} many=${steps#* } device
+    for device in cpu cuda; do
+        [ -f "$out/train-$device-$many/recoup_curve.jsonl" ] || continue
+        local seconds=()
+        for n in $few $many; do seconds+=("$(sed -n 's/^wrote .* in \([0-9.]*\) s.*/\1/p' "$out/train-$device-$n.err")"); done
+        grep '"watched"' "$out/train-$device-$many/recoup_curve.jsonl" |
+            sed 's/.*"step":\([0-9]*\).*"loss":{\(.*\)},.*/step \1: \2/' | sed "s/^/QAD on $device, KL at /"
+        awk -v d="$device" -v a="${seconds[0]}" -v b="${seconds[1]}" -v n="$few" -v m="$many" -v t=$((4 * length)) \
+            'BEGIN { printf "QAD on %s: %.3f s a step of %d tokens\n", d, (b - a) / (m - n), t }'
+    done
+}
+
+# 6. The tests of the library and the verbs, where there is a toolchain and time.
 if [ -z "$small" ] && command -v cargo >/dev/null && [ $((deadline - $(date +%s))) -gt 60 ]; then
     step tests 300 cargo test --quiet --test cuda
 fi
@@ -93,6 +118,8 @@ fi
     tail -n1 "$out/kernels.txt" 2>/dev/null
     for f in "$out"/speed*.txt; do sed -n '/^a copy moves/,$p' "$f" 2>/dev/null; done
     for f in "$out"/bench-*.txt; do [ -f "$f" ] && cat "$f"; done
+    grep -h "^products by" "$out"/train-cuda-*.err 2>/dev/null | sort -u
+    trained
 } | tee "$out/table.txt"
 tar -C "$(dirname "$out")" -czf "$out.tar.gz" "$(basename "$out")"
 echo "everything: $out.tar.gz"

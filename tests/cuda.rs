@@ -3,6 +3,8 @@
 
 #[path = "support/mod.rs"]
 mod support;
+#[path = "cuda/training.rs"]
+mod training;
 
 use std::process::Command;
 

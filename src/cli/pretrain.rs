@@ -9,7 +9,7 @@ use recoup_ground::records;
 use serde_json::{Value, json};
 
 use super::options::{at_least_one, text_to_read};
-use super::training::{self, Display, KEPT_MEMORY};
+use super::training::{self, DeviceOptions, Display, KEPT_MEMORY, name_device, room_to_multiply};
 use crate::backend::autograd::AutogradBackend;
 use crate::backend::autograd::operand::Precision;
 use crate::backend::autograd::recycle;
@@ -63,6 +63,8 @@ pub(super) struct Args {
     /// Threads; 0 is one per core
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    #[command(flatten)]
+    device: DeviceOptions,
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
@@ -76,6 +78,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
 
 fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
     let start = Instant::now();
+    let multiplier = args.device.multiplier()?;
     let (training, _claim) = training::begin(&args.output, args.resume)?;
     let config = Object::read(&args.shape.join("config.json"))?;
     let shape = ModelConfig::read(&config)?;
@@ -104,7 +107,7 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
         .map(|p| (p.name.clone(), Data { rows: spread(&p.rows, args.watch_samples), description: p.name }))
         .collect();
 
-    let about = json!({
+    let mut about = json!({
         "recoup_version": env!("CARGO_PKG_VERSION"),
         "config": config.value(),
         "seed": args.seed,
@@ -113,13 +116,16 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
         "watched": watched.iter().map(|(name, d)| json!({"name": name, "sha256": d.hash()})).collect::<Vec<_>>(),
         "evaluate_every": args.evaluate_every,
     });
+    name_device(&mut about, &multiplier);
     let mut session = Session::open(&training, args.resume, about)?;
     let initial = training.join("initial");
     if !initial.exists() {
         initialize(&shape, &args.shape, args.seed, &initial)?;
     }
     let checkpoint = Checkpoint::open(&initial)?;
-    let mut student = Student::load_plain(&checkpoint, AutogradBackend::with_precision(Precision::Bf16))?;
+    let backend = AutogradBackend::multiplied_by(multiplier.clone(), Precision::Bf16);
+    let mut student = Student::load_plain(&checkpoint, backend)?;
+    room_to_multiply(&multiplier, &[&student.decoder], stage.at_once() * args.length)?;
     let weights: usize = student.parameters.iter().map(|p| p.master().len()).sum();
     super::say!("{weights} weights; data: {}", data.description);
     let plan = Plan {

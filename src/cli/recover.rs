@@ -9,17 +9,18 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
-use super::device::on_cpu;
+use super::device::{DeviceChoice, on_cpu};
 use super::interrupt;
 use super::machine::peak_memory;
 use super::options::{at_least_one, calibration_text, identity, model_folder, open_model, threads};
 use super::recovery_plan::{self, PlanOptions, Planner};
 use super::steps::words;
-use super::training::{self, Display, KEPT_MEMORY};
+use super::training::{self, DeviceOptions, Display, KEPT_MEMORY, name_device, room_to_multiply};
 use super::training_data::{Amounts, DataOptions};
 use super::until::{self, UntilOptions};
 use crate::backend::NUMERICS_VERSION;
 use crate::backend::autograd::AutogradBackend;
+use crate::backend::autograd::multiplier::Multiplier;
 use crate::backend::autograd::operand::Precision;
 use crate::backend::autograd::recycle;
 use crate::checkpoint::Checkpoint;
@@ -92,6 +93,8 @@ pub(super) struct Args {
     /// Multiply in f32 instead of BF16 with f32 sums: slower, the reference
     #[arg(long)]
     f32: bool,
+    #[command(flatten)]
+    device: DeviceOptions,
 }
 
 /// How the run goes, whoever says so.
@@ -106,8 +109,8 @@ struct Settings {
 
 impl Args {
     /// What a plan depends on of what was given.
-    fn asked(&self) -> Value {
-        json!({
+    fn asked(&self, multiplier: &Multiplier) -> Value {
+        let mut asked = json!({
             "minutes": self.plan.minutes,
             "preset": self.plan.preset.map(|p| format!("{p:?}").to_lowercase()),
             "methods": self.methods,
@@ -118,7 +121,9 @@ impl Args {
             "patience": self.patience,
             "seed": self.seed,
             "f32": self.f32,
-        })
+        });
+        name_device(&mut asked, multiplier);
+        asked
     }
 
     /// What was given of how to train whatever the method, as the arguments of another command.
@@ -128,6 +133,9 @@ impl Args {
             out.extend(looks.iter().flat_map(|n| words(&[&name, &n.to_string()])));
         }
         out.extend(self.f32.then(|| "--f32".into()));
+        if let DeviceChoice::Cuda(n) = self.device.device {
+            out.extend(words(&[&"--device", &format!("cuda:{n}")]));
+        }
         out
     }
 
@@ -206,9 +214,10 @@ pub(super) fn check(args: &Args) -> Result<()> {
 
 fn train(args: &Args) -> Result<ExitCode> {
     let start = Instant::now();
+    let multiplier = args.device.multiplier()?;
     let (training, claim) = training::begin(&args.output, args.resume)?;
     let mut claims = vec![claim];
-    let under_way = args.plan.known(&training, args.resume, &args.asked())?;
+    let under_way = args.plan.known(&training, args.resume, &args.asked(&multiplier))?;
     let spent = under_way.as_ref().map_or(0.0, |u| u.spent);
     let now = &|| spent + start.elapsed().as_secs_f64();
     let mut planned = under_way.map(|u| u.plan);
@@ -238,6 +247,7 @@ fn train(args: &Args) -> Result<ExitCode> {
         // Before anything takes time; all else is looked at once it is there.
         let mut of = plan.of.clone();
         of["teacher"] = teacher_identity.clone();
+        of["device"] = json!(multiplier.device());
         plan.is_for(&of, path)?;
     }
     let (folder, unrounded) = match &recipe {
@@ -260,7 +270,8 @@ fn train(args: &Args) -> Result<ExitCode> {
     let mut prepared = prepare(sources, settings.seed)?;
     let written = now() - writing;
 
-    let backend = AutogradBackend::with_precision(if settings.f32 { Precision::F32 } else { Precision::Bf16 });
+    let precision = if settings.f32 { Precision::F32 } else { Precision::Bf16 };
+    let backend = AutogradBackend::multiplied_by(multiplier.clone(), precision);
     let masters = Masters::of(&checkpoint, &teacher, unrounded.as_ref())?;
     let load = || Student::load(&checkpoint, masters.checkpoint(), backend.clone());
     let loading = now();
@@ -269,10 +280,12 @@ fn train(args: &Args) -> Result<ExitCode> {
     let state: u64 = student.state(None, true).iter().map(Pending::bytes).sum();
     claims[0].room("the training's state with the result", state + checkpoint.tensors.file_bytes())?;
     let decoder = Decoder::load(backend.clone(), &teacher)?;
+    let at_once = settings.stages.iter().map(Stage::at_once).max().unwrap_or(1);
+    room_to_multiply(&multiplier, &[&student.decoder, &decoder], at_once * settings.amounts.length)?;
     if planned.is_none() && args.plan.any() {
         let planner = Planner {
             options: &args.plan,
-            asked: args.asked(),
+            asked: args.asked(&multiplier),
             recipe: recipe.as_deref().map(|r| r.to_string_lossy().into_owned()),
             methods: args.methods.clone(),
             given: settings.amounts,
@@ -317,7 +330,7 @@ fn train(args: &Args) -> Result<ExitCode> {
     }
     let Prepared { data, watched, sources, watched_sources } = prepared;
     let unrounded_weights = unrounded.as_ref().map_or(Ok(Value::Null), identity)?;
-    let about = json!({
+    let mut about = json!({
         "recoup_version": env!("CARGO_PKG_VERSION"),
         "numerics": NUMERICS_VERSION,
         "student": {"files": identity(&checkpoint)?, "recipe": recipe.as_deref().map(OsStr::to_string_lossy)},
@@ -332,12 +345,14 @@ fn train(args: &Args) -> Result<ExitCode> {
         "patience": patience,
         "products": if f32 { "f32" } else { "bf16 operands, f32 sums" },
     });
+    name_device(&mut about, &multiplier);
     if let Some(plan) = &mut planned {
         let hashes = |watched: &Value| -> Vec<Value> {
             watched.as_array().into_iter().flatten().map(|w| w["sha256"].clone()).collect()
         };
-        let of = json!({"teacher": about["teacher"]["files"], "student": about["student"]["files"],
+        let mut of = json!({"teacher": about["teacher"]["files"], "student": about["student"]["files"],
             "masters": about["masters"], "data": about["data"]["sha256"], "watched": hashes(&about["watched"])});
+        name_device(&mut of, &multiplier);
         match &args.plan.plan {
             Some(path) => plan.is_for(&of, path)?,
             None => plan.of = of,

@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use recoup_ground::kept::difference;
 use serde_json::Value;
 
 use super::human_bytes;
@@ -17,6 +16,7 @@ use crate::checkpoint::Checkpoint;
 use crate::model::Decoder;
 use crate::recover::best_known::{self, Preset, SMALL_METHOD, setting};
 use crate::recover::budget::{self, Costs, Fitted, StageCost, TooShort};
+use crate::recover::differing;
 use crate::recover::measure::{Bench, has_room};
 use crate::recover::mixture::Prepared;
 use crate::recover::stage::{Method, Stage};
@@ -71,7 +71,7 @@ impl PlanOptions {
         let path = kept_at(training);
         let kept = UnderWay::read(&path)?;
         if let Some(under_way) = &kept
-            && let Some((at, was, is)) = difference(&under_way.plan.asked, asked)
+            && let Some((at, was, is)) = differing(&under_way.plan.asked, asked)
         {
             bail!(
                 "{}: the run that was interrupted was planned for another {at}: {was}, and now it is {is}",

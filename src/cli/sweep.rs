@@ -54,7 +54,7 @@ pub(super) struct Args {
     /// Threads; 0 is one per core
     #[arg(long, default_value = "0")]
     threads: String,
-    /// What runs models, as everywhere: auto, cpu, cuda or cuda:N; training runs on the CPU
+    /// What runs models, as everywhere: auto, cpu, cuda or cuda:N; training takes a GPU only where it is named
     #[arg(long, default_value = "auto")]
     device: String,
     /// Folder for models and report; what is finished there is not done again
@@ -198,6 +198,9 @@ fn recover_arguments(args: &Args, model: &Path) -> Vec<OsString> {
     let minutes = args.recover.as_deref().unwrap_or_default();
     let mut arguments = words(&[&"recover", &"--teacher", &model, &"--minutes", &minutes]);
     arguments.extend(args.data.iter().flat_map(|data| words(&[&"--data", data])));
+    if args.device.starts_with("cuda") {
+        arguments.extend(words(&[&"--device", &args.device]));
+    }
     arguments
 }
 

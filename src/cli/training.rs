@@ -1,12 +1,18 @@
-//! What `recover` and `pretrain` share: the folder that a run works in, and how it is shown.
+//! What `recover` and `pretrain` share: the folder that a run works in, who multiplies, and how it is shown.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
 
+use super::device::DeviceChoice;
 use super::interrupt;
 use super::talk::{Progress, for_people};
+use crate::backend::autograd::AutogradBackend;
+use crate::backend::autograd::loss::ROWS;
+use crate::backend::autograd::multiplier::Multiplier;
+use crate::model::Decoder;
 use crate::output::{self, Claim, sweep};
 use crate::recover::trainer::{Event, Measure, Plan};
 
@@ -27,6 +33,64 @@ pub(super) fn begin(output: &Path, resume: bool) -> Result<(PathBuf, Claim)> {
     let state = training.display();
     interrupt::hint(format!("what was saved last is in {state}: the same command with --resume goes on from there"));
     Ok((training, claim))
+}
+
+/// Which device multiplies.
+#[derive(clap::Args)]
+pub(super) struct DeviceOptions {
+    /// What multiplies: cpu, cuda or cuda:N (all else is the CPU's). cuda takes NVIDIA's cuBLAS (`pip install nvidia-cublas`) and
+    /// driver 580 or newer, and gives other bytes than the CPU; auto is cpu
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: DeviceChoice,
+}
+
+impl DeviceOptions {
+    /// Who multiplies. `auto` is the CPU: the bytes of what is trained depend on the device, so it is asked for by name.
+    pub(super) fn multiplier(&self) -> Result<Multiplier> {
+        match self.device {
+            DeviceChoice::Cpu | DeviceChoice::Auto => Ok(Multiplier::Cpu),
+            DeviceChoice::Cuda(n) => Multiplier::gpu(n).with_context(|| format!("--device cuda:{n}")),
+        }
+    }
+}
+
+/// Notes in `of`, a description of all that a result depends on, which device multiplies, where that is not the CPU.
+pub(super) fn name_device(of: &mut Value, multiplier: &Multiplier) {
+    if let Some(device) = multiplier.device() {
+        of["device"] = device.into();
+    }
+}
+
+/// Says what a GPU has to hold of `models`, and refuses where the largest product of `tokens` tokens finds no room there.
+pub(super) fn room_to_multiply(
+    multiplier: &Multiplier,
+    models: &[&Decoder<AutogradBackend>],
+    tokens: usize,
+) -> Result<()> {
+    let Multiplier::Gpu(gpu) = multiplier else { return Ok(()) };
+    let (mut weights, mut largest) = (0, 0);
+    for model in models {
+        let head = model.head();
+        // Rows of an embedding are looked up.
+        let multiplied = model.linears().filter(|l| l.name() == head.name() || l.name() != model.embedding().name());
+        for linear in multiplied {
+            let rows = if linear.name() == head.name() { tokens.min(ROWS) } else { tokens };
+            weights += linear.operand_bytes();
+            largest = largest.max(linear.product_bytes(rows));
+        }
+    }
+    let bytes = |n: usize| super::human_bytes(n as u64);
+    if largest > gpu.room() {
+        bail!(
+            "{gpu} has room for {}, the largest product of {tokens} tokens takes {}: fewer sequences at once \
+             (`sequences=`), a smaller --length, or --device cpu",
+            bytes(gpu.room()),
+            bytes(largest)
+        );
+    }
+    let often = if weights > gpu.room() { "; what finds no room is copied there in every pass" } else { "" };
+    super::say!("products by {gpu}: weights of {}, room for {} there{often}", bytes(weights), bytes(gpu.room()));
+    Ok(())
 }
 
 /// Events on the terminal.

@@ -26,6 +26,9 @@ pub mod trainer;
 
 use std::path::PathBuf;
 
+use recoup_ground::kept::difference;
+use serde_json::Value;
+
 use crate::backend::BackendError;
 use crate::checkpoint::CheckpointError;
 use crate::model::LoadError;
@@ -85,4 +88,14 @@ impl<T> During<T> for candle_core::Result<T> {
     fn during(self, operation: &'static str) -> Result<T> {
         self.map_err(|source| RecoverError::Candle { operation, source })
     }
+}
+
+/// Where two descriptions of a run first differ, and what stands there, as [`difference`] has it. What multiplies is named where it
+/// is not the CPU: here the CPU is named, too.
+#[must_use]
+pub fn differing(found: &Value, expected: &Value) -> Option<(String, String, String)> {
+    let (at, was, is) = difference(found, expected)?;
+    let told = |value: &Value| if at == "device" && value.is_null() { "cpu".to_owned() } else { value.to_string() };
+    let (was, is) = (told(was), told(is));
+    Some((at, was, is))
 }

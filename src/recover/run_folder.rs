@@ -8,12 +8,11 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 
-use recoup_ground::kept::difference;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::student::Student;
-use super::{RecoverError, Result};
+use super::{RecoverError, Result, differing};
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::write::{atomically, write_safetensors};
 
@@ -65,7 +64,7 @@ impl RunFolder {
         let Ok(text) = fs::read_to_string(&path) else { return Ok(None) };
         let found: Value = serde_json::from_str(&text)
             .map_err(|e| RecoverError::Run { path: path.clone(), detail: format!("is damaged ({e})") })?;
-        if let Some((at, was, is)) = difference(&found, about) {
+        if let Some((at, was, is)) = differing(&found, about) {
             let detail = format!("is of another run: {at} was {was}, and is {is} now");
             return Err(RecoverError::Run { path, detail });
         }

@@ -146,6 +146,15 @@ impl Stage {
         }
     }
 
+    /// Sequences that go through a product at once.
+    #[must_use]
+    pub fn at_once(&self) -> usize {
+        match &self.method {
+            Method::Block(o) => o.sequences,
+            Method::Distill(o) => o.sequences,
+        }
+    }
+
     /// Steps of the optimizer, or blocks that take `steps` each.
     #[must_use]
     pub fn length(&self, layers: usize) -> usize {

@@ -3,13 +3,12 @@
 
 use std::path::Path;
 
-use recoup_ground::kept::difference;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::budget::{Costs, StageCost};
 use super::schedule::Cut;
-use super::{RecoverError, Result};
+use super::{RecoverError, Result, differing};
 use crate::backend::NUMERICS_VERSION;
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::write::atomically;
@@ -158,15 +157,16 @@ impl StoredPlan {
         Ok(atomically(path, write)?)
     }
 
-    /// Refuses other models and other data than those that it is for.
+    /// Refuses other models, other data and another device than those that it is for.
     ///
     /// # Errors
     /// Says what differs; `path` is the plan's.
     pub fn is_for(&self, of: &Value, path: &Path) -> Result<()> {
-        match difference(&self.of, of) {
+        match differing(&self.of, of) {
             None => Ok(()),
             Some((at, was, is)) => {
                 let what = match at.split('.').next().unwrap_or_default() {
+                    "device" => "another device",
                     "teacher" => "another teacher",
                     "student" | "masters" => "another quantized model",
                     _ => "other data",
@@ -304,6 +304,10 @@ mod tests {
         other("teacher", "another teacher");
         other("student", "another quantized model");
         other("data", "other data");
+        let mut of = plan().of;
+        of["device"] = "a GPU".into();
+        let error = plan().is_for(&of, &path).unwrap_err().to_string();
+        assert!(error.contains("another device: device was cpu, and is \"a GPU\" here"), "{error}");
         assert!(plan().is_for(&plan().of, &path).is_ok());
     }
 }

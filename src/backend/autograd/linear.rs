@@ -7,9 +7,8 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::host;
-use crate::backend::autograd::operand::{
-    Operand, Precision, Scaling, Side, WeightGrid, add_product, product, quantize_input,
-};
+use super::multiplier::{Factor, Multiplier};
+use super::operand::{Operand, Precision, Scaling, WeightGrid, quantize_input};
 use crate::formats::linear::{ActivationFormat, LinearTensors, OutputScale};
 use crate::formats::{e4m3, nvfp4};
 
@@ -24,7 +23,9 @@ struct Inner {
     n: usize,
     k: usize,
     precision: Precision,
-    weight: RwLock<Arc<Operand>>,
+    multiplier: Multiplier,
+    /// [N, K]
+    weight: RwLock<Arc<Factor>>,
     /// What is not in `weight`.
     scale: OutputScale,
     /// [N]
@@ -37,9 +38,9 @@ struct Inner {
 }
 
 impl Linear {
-    pub(super) fn new(tensors: LinearTensors<'_>, precision: Precision) -> Self {
+    pub(super) fn new(tensors: LinearTensors<'_>, precision: Precision, multiplier: Multiplier) -> Self {
         let grid = WeightGrid::of(&tensors);
-        let weight = grid.operand(precision, &tensors.decode());
+        let weight = Factor::new(grid.operand(precision, &tensors.decode()), grid.n, grid.k);
         Self(Arc::new(Inner {
             scale: grid.outer_scale(precision),
             weight: RwLock::new(Arc::new(weight)),
@@ -47,6 +48,7 @@ impl Linear {
             k: grid.k,
             grid: RwLock::new(Arc::new(grid)),
             precision,
+            multiplier,
             name: tensors.name,
             bias: tensors.bias,
             pre_quant_scale: tensors.pre_quant_scale,
@@ -71,6 +73,21 @@ impl Linear {
     #[must_use]
     pub fn k(&self) -> usize {
         self.0.k
+    }
+
+    /// Bytes of the weight as products take it.
+    #[must_use]
+    pub fn operand_bytes(&self) -> usize {
+        self.0.precision.bytes() * self.0.n * self.0.k
+    }
+
+    /// Bytes of the largest of its products of `rows` rows, with operands and result.
+    #[must_use]
+    pub fn product_bytes(&self, rows: usize) -> usize {
+        let (x, y) = (rows * self.0.k, rows * self.0.n);
+        let of = |operands: usize, result: usize| self.0.precision.bytes() * operands + 4 * result;
+        let weight = self.0.n * self.0.k;
+        of(x + weight, y).max(of(y + weight, x)).max(of(y + x, weight))
     }
 
     /// The values its weight can take.
@@ -115,13 +132,14 @@ impl Linear {
     }
 
     fn put(&self, weight: Operand) {
+        let weight = Factor::new(weight, self.0.n, self.0.k);
         *self.0.weight.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(weight);
     }
 
     /// Row `row` of the weight as it takes part in products, in f32.
     #[must_use]
     pub fn weight_row(&self, row: usize) -> Vec<f32> {
-        let mut values = self.weight().row(row, self.0.k);
+        let mut values = self.weight().row(row);
         let scale = self.0.scale.at(row);
         values.iter_mut().for_each(|v| *v *= scale);
         values
@@ -153,7 +171,7 @@ impl Linear {
         }
     }
 
-    pub(super) fn weight(&self) -> Arc<Operand> {
+    fn weight(&self) -> Arc<Factor> {
         self.0.weight.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -169,6 +187,7 @@ impl Linear {
 
     pub(super) fn quantize_values(&self, x: &[f32]) -> Input {
         let (k, format) = (self.0.k, self.0.activation);
+        let rows = x.len() / k;
         let (values, scale) = match &self.0.pre_quant_scale {
             None => quantize_input(self.0.precision, format, x, k),
             Some(s) => {
@@ -177,7 +196,7 @@ impl Linear {
                 quantize_input(self.0.precision, format, &x, k)
             }
         };
-        Input { values, scale, rows: x.len() / k }
+        Input { values: Factor::new(values, rows, k), scale }
     }
 
     /// `input` is `x` by [`Self::quantize`].
@@ -186,44 +205,38 @@ impl Linear {
     }
 
     /// y [T, N] for an input, without a graph.
-    pub(super) fn multiply(&self, input: &Input) -> Vec<f32> {
-        let Inner { n, k, .. } = *self.0;
-        let x = Side { operand: &input.values, rows: input.rows, columns: k, transposed: false };
-        let weight = self.weight();
-        let w = Side { operand: &weight, rows: n, columns: k, transposed: true };
+    pub(super) fn multiply(&self, input: &Input) -> Result<Vec<f32>> {
+        let n = self.0.n;
         let (rows, columns) = (Scaling::Rows(&input.scale), Scaling::Columns(&self.0.scale));
-        let mut y = product(rows.scalar().unwrap_or(1.0) * columns.scalar().unwrap_or(1.0), x, w);
+        let alpha = rows.scalar().unwrap_or(1.0) * columns.scalar().unwrap_or(1.0);
+        let mut y = self.0.multiplier.product(alpha, input.values.as_it_is(), self.weight().transposed())?;
         for scaling in [rows, columns].into_iter().filter(|s| s.scalar().is_none()) {
             scaling.apply(&mut y, n);
         }
         if let Some(bias) = &self.0.bias {
             y.par_chunks_mut(n).for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
         }
-        y
+        Ok(y)
     }
 
     /// dL/d(quantized x) [T, K] of dL/dy [T, N]; dL/dW is added to the sum, if the weight is trained.
-    pub(super) fn backward(&self, grad: &[f32], input: &Input) -> Vec<f32> {
-        let Inner { n, k, .. } = *self.0;
-        let (precision, rows) = (self.0.precision, input.rows);
+    pub(super) fn backward(&self, grad: &[f32], input: &Input) -> Result<Vec<f32>> {
+        let Inner { n, precision, ref multiplier, .. } = *self.0;
+        let rows = grad.len() / n;
         let (by_row, by_column) = (Scaling::Rows(&input.scale), Scaling::Columns(&self.0.scale));
         // Gradients are rounded once, and multiplied by what is one number in the product.
-        let shared = (by_row.scalar().is_some() || by_column.scalar().is_some()).then(|| Operand::new(precision, grad));
-        let operand = |scaling: &Scaling<'_>| match &shared {
+        let shared = (by_row.scalar().is_some() || by_column.scalar().is_some())
+            .then(|| Factor::new(Operand::new(precision, grad), rows, n));
+        let factor = |scaling: &Scaling<'_>| match &shared {
             Some(shared) if scaling.scalar().is_some() => Cow::Borrowed(shared),
-            _ => Cow::Owned(Operand::scaled(precision, grad, n, scaling)),
+            _ => Cow::Owned(Factor::new(Operand::scaled(precision, grad, n, scaling), rows, n)),
         };
         if let Some(sum) = self.gradient().as_mut() {
-            let grad = operand(&by_row);
-            let grad = Side { operand: &grad, rows, columns: n, transposed: true };
-            let x = Side { operand: &input.values, rows, columns: k, transposed: false };
-            add_product(sum, by_row.scalar().unwrap_or(1.0), grad, x);
+            let (alpha, grad) = (by_row.scalar().unwrap_or(1.0), factor(&by_row));
+            multiplier.add_product(sum, alpha, grad.transposed(), input.values.as_it_is())?;
         }
-        let grad = operand(&by_column);
-        let grad = Side { operand: &grad, rows, columns: n, transposed: false };
-        let weight = self.weight();
-        let w = Side { operand: &weight, rows: n, columns: k, transposed: false };
-        product(by_column.scalar().unwrap_or(1.0), grad, w)
+        let (alpha, grad) = (by_column.scalar().unwrap_or(1.0), factor(&by_column));
+        multiplier.product(alpha, grad.as_it_is(), self.weight().as_it_is())
     }
 
     /// Turns dL/d(quantized x) into dL/dx: straight through, but nothing where |x| exceeds what the calibrated scale
@@ -251,9 +264,9 @@ impl Linear {
 /// A quantized input, shared by the linears that read it.
 #[derive(Debug)]
 pub(super) struct Input {
-    values: Operand,
+    /// [T, K]
+    values: Factor,
     scale: OutputScale,
-    rows: usize,
 }
 
 struct Multiply {
@@ -267,7 +280,7 @@ impl CustomOp1 for Multiply {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let y = self.linear.multiply(&self.input);
+        let y = self.linear.multiply(&self.input)?;
         let mut shape = layout.dims().to_vec();
         if let Some(last) = shape.last_mut() {
             *last = self.linear.n();
@@ -277,7 +290,7 @@ impl CustomOp1 for Multiply {
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let dx = host::with(grad, |grad| {
-            let mut dx = self.linear.backward(grad, &self.input);
+            let mut dx = self.linear.backward(grad, &self.input)?;
             host::with(x, |x| {
                 self.linear.straight_through(x, &mut dx);
                 Ok(())

@@ -101,7 +101,7 @@ pub struct Teacher<'a> {
 }
 
 /// Rows whose logits are in memory at a time.
-const ROWS: usize = 128;
+pub const ROWS: usize = 128;
 
 /// Rows of which the next token is predicted.
 #[derive(Clone, Copy)]
@@ -126,9 +126,10 @@ pub fn next_token(rows: &Rows<'_>, total: f64, objective: &Objective) -> Result<
     let mut gradient = Vec::with_capacity(hidden.elem_count());
     let scale = if total > 0.0 { (1.0 / total) as f32 } else { 0.0 };
     let sums = each_chunk(rows, scale, objective, &mut |x, input, logits| {
-        let mut dx = head.backward(logits, input);
+        let mut dx = head.backward(logits, input)?;
         head.straight_through(x, &mut dx);
         gradient.append(&mut dx);
+        Ok(())
     })?;
     let loss = f64::from(objective.kl) * sums.kl + f64::from(objective.cross_entropy) * sums.cross_entropy;
     Ok((given(hidden, (loss * f64::from(scale)) as f32, gradient)?, sums))
@@ -139,11 +140,11 @@ pub fn next_token(rows: &Rows<'_>, total: f64, objective: &Objective) -> Result<
 /// # Errors
 /// As [`next_token`].
 pub fn measure(rows: &Rows<'_>, objective: &Objective) -> Result<LossSums> {
-    each_chunk(rows, 0.0, objective, &mut |_, _, _| {})
+    each_chunk(rows, 0.0, objective, &mut |_, _, _| Ok(()))
 }
 
 /// What sees some rows: what enters the head, that quantized, and the gradient of the logits.
-type Chunk<'f> = dyn FnMut(&[f32], &Input, &[f32]) + 'f;
+type Chunk<'f> = dyn FnMut(&[f32], &Input, &[f32]) -> Result<()> + 'f;
 
 /// Losses of all rows; calls `f` with a few rows at a time and `scale` times their gradient.
 fn each_chunk(rows: &Rows<'_>, scale: f32, objective: &Objective, f: &mut Chunk<'_>) -> Result<LossSums> {
@@ -166,11 +167,12 @@ fn each_chunk(rows: &Rows<'_>, scale: f32, objective: &Objective, f: &mut Chunk<
             let from = chunk * ROWS;
             let count = x.len() / k;
             let input = head.quantize_values(x);
-            let mut logits = head.multiply(&input);
+            let mut logits = head.multiply(&input)?;
             let reference = teacher.map(|t| {
                 let width = t.head.k();
                 t.head.multiply(&t.head.quantize_values(&t.hidden[from * width..(from + count) * width]))
             });
+            let reference = reference.transpose()?;
             let each = logits.par_chunks_mut(vocab).enumerate().map(|(i, row)| {
                 let reference = reference.as_ref().map(|r| &r[i * vocab..(i + 1) * vocab]);
                 let weight = weights[from + i];
@@ -184,7 +186,7 @@ fn each_chunk(rows: &Rows<'_>, scale: f32, objective: &Objective, f: &mut Chunk<
             let losses: Vec<(f64, f64)> = each.collect();
             sums.kl += losses.iter().map(|l| l.0).sum::<f64>();
             sums.cross_entropy += losses.iter().map(|l| l.1).sum::<f64>();
-            f(x, &input, &logits);
+            f(x, &input, &logits)?;
         }
         Ok(())
     })?;

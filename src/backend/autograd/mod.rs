@@ -7,10 +7,12 @@
 mod attention;
 pub mod dense;
 mod elementwise;
+mod gpu;
 mod host;
 mod linear;
 pub mod loss;
 mod mixture;
+pub mod multiplier;
 mod norm;
 pub mod operand;
 mod recurrent;
@@ -22,6 +24,7 @@ pub use linear::Linear;
 pub use norm::Norm;
 pub use recurrent::{DeltaNet, Mamba};
 
+use self::multiplier::Multiplier;
 use self::operand::Precision;
 use super::{
     Activation, AttentionShape, Backend, BackendError, Batch, CacheLayout, DeltaInputs, DeltaNetShape, DeltaNetWeights,
@@ -35,6 +38,7 @@ use crate::logits::{RouterRule, Routing, TokenScore, score_row};
 pub struct AutogradBackend {
     device: Device,
     precision: Precision,
+    multiplier: Multiplier,
 }
 
 impl AutogradBackend {
@@ -47,7 +51,13 @@ impl AutogradBackend {
     /// A backend on the CPU whose products have operands of the given precision.
     #[must_use]
     pub fn with_precision(precision: Precision) -> Self {
-        Self { device: Device::Cpu, precision }
+        Self::multiplied_by(Multiplier::Cpu, precision)
+    }
+
+    /// A backend whose linears are multiplied by `multiplier`; all else is computed on the CPU.
+    #[must_use]
+    pub fn multiplied_by(multiplier: Multiplier, precision: Precision) -> Self {
+        Self { device: Device::Cpu, precision, multiplier }
     }
 
     fn indices(&self, rows: impl Iterator<Item = usize>) -> candle_core::Result<Tensor> {
@@ -88,7 +98,7 @@ impl Backend for AutogradBackend {
             let what = "fp_quant's rotated inputs: they are computed, not trained".into();
             return Err(BackendError::Unsupported { module: tensors.name, backend: "autograd", what });
         }
-        Ok(Linear::new(tensors, self.precision))
+        Ok(Linear::new(tensors, self.precision, self.multiplier.clone()))
     }
 
     fn inputs(&self, linear: &Linear) -> usize {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::dense::{self, View, to_bf16};
+use super::dense::to_bf16;
 use crate::backend::cpu::isa::{Isa, multiversion};
 use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
 use crate::formats::{e2m1, e4m3, fp8, nvfp4};
@@ -22,6 +22,17 @@ pub enum Precision {
     F32,
     /// BF16 operands, f32 sums.
     Bf16,
+}
+
+impl Precision {
+    /// Bytes of a value.
+    #[must_use]
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
 }
 
 /// Values of a matrix, row-major.
@@ -70,6 +81,16 @@ impl Operand {
         Self::Bf16(bits)
     }
 
+    /// How many values there are.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "no operand is asked whether it is empty")]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(v) => v.len(),
+            Self::Bf16(v) => v.len(),
+        }
+    }
+
     /// Row `row` of a matrix of `columns` columns, in f32.
     #[must_use]
     pub fn row(&self, row: usize, columns: usize) -> Vec<f32> {
@@ -114,47 +135,6 @@ impl Scaling<'_> {
                 values.par_chunks_mut(columns).for_each(|row| row.iter_mut().zip(scales).for_each(|(v, s)| *v *= s));
             }
         }
-    }
-}
-
-/// A matrix as a product takes it: rows, columns, and whether it is transposed first.
-#[derive(Clone, Copy, Debug)]
-pub struct Side<'a> {
-    pub operand: &'a Operand,
-    pub rows: usize,
-    pub columns: usize,
-    pub transposed: bool,
-}
-
-/// `c + alpha · a · b` in place. Both operands are of the same precision.
-///
-/// # Panics
-/// When shapes or precisions do not fit.
-pub fn add_product(c: &mut [f32], alpha: f32, a: Side<'_>, b: Side<'_>) {
-    match (a.operand, b.operand) {
-        (Operand::F32(x), Operand::F32(y)) => dense::product_f32(c, true, alpha, a.view(x), b.view(y)),
-        (Operand::Bf16(x), Operand::Bf16(y)) => dense::product_bf16(c, true, alpha, a.view(x), b.view(y)),
-        _ => unreachable!("operands of two precisions: one backend makes them all"),
-    }
-}
-
-/// `alpha · a · b`, row-major.
-///
-/// # Panics
-/// As [`add_product`].
-#[must_use]
-pub fn product(alpha: f32, a: Side<'_>, b: Side<'_>) -> Vec<f32> {
-    match (a.operand, b.operand) {
-        (Operand::F32(x), Operand::F32(y)) => dense::new_product_f32(alpha, a.view(x), b.view(y)),
-        (Operand::Bf16(x), Operand::Bf16(y)) => dense::new_product_bf16(alpha, a.view(x), b.view(y)),
-        _ => unreachable!("operands of two precisions: one backend makes them all"),
-    }
-}
-
-impl Side<'_> {
-    fn view<'a, T>(&self, data: &'a [T]) -> View<'a, T> {
-        let view = View::new(data, self.rows, self.columns);
-        if self.transposed { view.t() } else { view }
     }
 }
 

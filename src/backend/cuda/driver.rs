@@ -19,6 +19,9 @@ pub const DRIVER: i32 = 13000;
 /// Kernels for every architecture, as nvcc wrote them.
 static IMAGE: &[u8] = include_bytes!("images/kernels.fatbin");
 
+/// What errors are about where the device has too little memory.
+pub const MEMORY: &str = "GPU memory";
+
 /// Bytes of a memory block's size classes: multiples of this, up to a power of two above it.
 const GRAIN: usize = 512;
 
@@ -243,12 +246,22 @@ impl Device {
         self.downloaded.load(Ordering::Relaxed)
     }
 
+    /// Notes that bytes were copied to the host.
+    pub(super) fn count_download(&self, bytes: usize) {
+        self.downloaded.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
     fn waiting(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The stream that everything runs on; what a library is to put there comes after [`Self::send`].
+    pub(super) fn stream(&self) -> sys::CUstream {
+        self.stream
+    }
+
     /// Sends the launches that wait to the stream, with the context current: whatever is called next comes after them.
-    fn send(&self) -> Result<()> {
+    pub(super) fn send(&self) -> Result<()> {
         self.bind()?;
         self.waiting().flush(self.stream, self.graphs)
     }
@@ -318,13 +331,18 @@ impl Device {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Bytes that [`Self::take`] takes for so many.
+    #[must_use]
+    pub fn block(bytes: usize) -> usize {
+        if bytes <= 1 << 20 { bytes.max(GRAIN).next_power_of_two() } else { bytes.next_multiple_of(1 << 20) }
+    }
+
     /// Memory of `bytes` bytes, of any content.
     ///
     /// # Errors
     /// When there is not enough.
     pub fn take(self: &Arc<Self>, bytes: usize) -> Result<Memory> {
-        let capacity =
-            if bytes <= 1 << 20 { bytes.max(GRAIN).next_power_of_two() } else { bytes.next_multiple_of(1 << 20) };
+        let capacity = Self::block(bytes);
         // Taken out of the pool's lock before anything else is asked of the device.
         let held = self.pool().get_mut(&capacity).and_then(Vec::pop);
         if let Some(address) = held {
@@ -343,7 +361,7 @@ impl Device {
             let (free, total) = self.memory()?;
             let mib = |n: usize| format!("{:.1}", n as f64 / f64::from(1 << 20));
             return Err(failed(
-                "GPU memory",
+                MEMORY,
                 format!(
                     "{} MiB are needed at once, {} of {} MiB are free: a smaller context, another device, or --device cpu",
                     mib(capacity),
@@ -415,16 +433,18 @@ impl Device {
         if start + bytes > memory.bytes {
             return Err(failed("copying from the device", "beyond the memory's end"));
         }
-        let mut out = vec![T::default(); count];
+        let mut out: Vec<T> = Vec::with_capacity(count);
         if bytes > 0 {
             self.send()?;
             let from = memory.address + start as u64;
-            // SAFETY: both sides have `bytes` bytes, and `wait` below lets `out` be read only after the copy.
+            // SAFETY: both sides have room for `bytes` bytes, and `wait` below lets `out` be read only after the copy.
             let code = unsafe { sys::cuMemcpyDtoHAsync_v2(out.as_mut_ptr().cast(), from, bytes, self.stream) };
             check("copying from the device", code)?;
             self.wait()?;
-            self.downloaded.fetch_add(bytes as u64, Ordering::Relaxed);
+            self.count_download(bytes);
         }
+        // SAFETY: the copy, which has ended, wrote all of them, and any bytes are plain numbers.
+        unsafe { out.set_len(count) };
         Ok(out)
     }
 

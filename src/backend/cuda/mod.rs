@@ -5,6 +5,7 @@
 //! **No GPU has run this yet.** docs/cuda.md says what was checked, and how.
 
 mod attention;
+mod blas;
 mod cache;
 mod driver;
 mod elementwise;
@@ -14,16 +15,19 @@ mod narrow;
 mod product;
 mod recurrent;
 mod sample;
+mod staging;
 mod table;
 mod weight;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+pub use blas::{Blas, Library, Numbers, Side};
 pub use cache::CudaCache;
-pub use driver::Device;
-use driver::{Args, Memory};
+use driver::Args;
+pub use driver::{Device, MEMORY, Memory};
 use product::Operand;
 pub use recurrent::{CudaDeltaNet, CudaMamba};
+pub use staging::Staging;
 pub use table::TABLE_TOKENS;
 use table::{KERNELS, NARROW_KERNELS, kernel, suffix};
 pub use weight::CudaLinear;

@@ -10,6 +10,7 @@
 // STANDIN_SWAP=A:B      gives the kernel with B in its name where A is asked for: wrong results, or lost devices
 #include "../kernels/all.cu"
 
+#include <deque>
 #include <mutex>
 
 using standin::Kernel;
@@ -53,9 +54,24 @@ static CUresult called() {
     }
     return 0;
 }
-#define CALL                                              \
+// Copies to and from page-locked memory, which wait as long as they may: until something comes after them in the stream, or somebody
+// waits for them. Who touches such memory too early sees it.
+struct Copy { void* to; const void* from; size_t n; bool to_device; };
+static std::deque<Copy> WAITING;
+static uint64_t SENT = 0;  // copies so far, those that wait last
+static std::map<const char*, size_t> PAGE_LOCKED;
+static bool page_locked(const void* p, size_t n) {
+    auto after = PAGE_LOCKED.upper_bound((const char*)p);
+    return after != PAGE_LOCKED.begin() && (const char*)p + n <= std::prev(after)->first + std::prev(after)->second;
+}
+extern "C" { static CUresult arrive_all(uint64_t upto); }
+static CUresult arrive(uint64_t upto = UINT64_MAX) { return arrive_all(upto); }
+#define LATER                                             \
     std::lock_guard<std::recursive_mutex> guard(LOCK);    \
     if (CUresult failed = called()) return failed
+#define CALL                                              \
+    LATER;                                                \
+    if (CUresult failed = arrive()) return failed
 
 static CUresult run(const Kernel& k, int gx, int gy, int gz, int threads, const std::function<void()>& body) {
     if (gx < 1 || gy < 1 || gz < 1 || gy > 65535 || gz > 65535) {
@@ -98,27 +114,42 @@ CUresult cuMemAlloc_v2(CUdeviceptr* p, size_t n) {
 }
 CUresult cuMemFree_v2(CUdeviceptr p) {
     std::lock_guard<std::recursive_mutex> guard(LOCK);
+    // Waits for whatever uses it.
+    arrive();
     auto size = SIZES.find(p);
     if (size == SIZES.end()) return 1;
     USED -= size->second;
     SIZES.erase(size);
     return standin::release((void*)p) ? 0 : 1;
 }
+// For the stand-in of cuBLAS beside this library: a call of its is one of those that can fail, and its operands lie in this memory.
+CUresult standin_called() { CALL; return 0; }
 static standin::Region* whole(CUdeviceptr p, size_t n, const char* what) {
     standin::Region* r = standin::region_of((void*)p, n);
     if (!r) fprintf(stderr, "stand-in: %s of %zu bytes outside of every allocation\n", what, n);
     return r;
 }
-CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t n, void*) {
-    CALL;
+// Whether `n` bytes at `p` lie in one allocation; with 'r' whether they were written, with 'w' they are from now on.
+CUresult standin_look(CUdeviceptr p, size_t n, char how, const char* what) {
+    std::lock_guard<std::recursive_mutex> guard(LOCK);
+    standin::Region* r = whole(p, n, what);
+    if (!r) return 1;
+    uint8_t* written = r->shadow->written.data() + ((char*)p - r->lo);
+    if (how == 'w') memset(written, 1, n);
+    if (how == 'r' && memchr(written, 0, n)) {
+        fprintf(stderr, "stand-in: %s has bytes that nobody wrote\n", what);
+        return 719;
+    }
+    return 0;
+}
+static CUresult to_device(CUdeviceptr to, const void* from, size_t n) {
     standin::Region* r = whole(to, n, "copy to the device");
     if (!r) return 1;
     memcpy((void*)to, from, n);
     memset(r->shadow->written.data() + ((char*)to - r->lo), 1, n);
     return 0;
 }
-CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t n, void*) {
-    CALL;
+static CUresult to_host(void* to, CUdeviceptr from, size_t n) {
     standin::Region* r = whole(from, n, "copy to the host");
     if (!r) return 1;
     if (const void* hole = memchr(r->shadow->written.data() + ((char*)from - r->lo), 0, n)) {
@@ -129,6 +160,38 @@ CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t n, void*) {
     memcpy(to, (void*)from, n);
     return 0;
 }
+CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t n, void*) {
+    LATER;
+    SENT++;
+    if (page_locked(from, n)) return WAITING.push_back({(void*)to, from, n, true}), 0;
+    CUresult failed = arrive();
+    return failed ? failed : to_device(to, from, n);
+}
+CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t n, void*) {
+    LATER;
+    SENT++;
+    if (page_locked(to, n)) return WAITING.push_back({to, (void*)from, n, false}), 0;
+    CUresult failed = arrive();
+    return failed ? failed : to_host(to, from, n);
+}
+CUresult cuMemHostAlloc(void** p, size_t n, unsigned) {
+    CALL;
+    *p = malloc(n);
+    if (!*p) return 2;
+    memset(*p, 0xcb, n);
+    PAGE_LOCKED[(const char*)*p] = n;
+    return 0;
+}
+CUresult cuMemFreeHost(void* p) {
+    std::lock_guard<std::recursive_mutex> guard(LOCK);
+    if (!PAGE_LOCKED.erase((const char*)p)) return 1;
+    return free(p), 0;
+}
+// An event is how many copies were sent before it.
+CUresult cuEventCreate(uint64_t** e, unsigned) { CALL; *e = new uint64_t(0); return 0; }
+CUresult cuEventRecord(uint64_t* e, void*) { LATER; *e = SENT; return 0; }
+CUresult cuEventSynchronize(uint64_t* e) { LATER; return arrive(*e); }
+CUresult cuEventDestroy_v2(uint64_t* e) { delete e; return 0; }
 CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t n, void*) {
     CALL;
     standin::Region *a = whole(to, n, "copy on the device"), *b = whole(from, n, "copy on the device");
@@ -143,6 +206,15 @@ CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char v, size_t n, void*) {
     if (!r) return 1;
     memset((void*)to, v, n);
     memset(r->shadow->written.data() + ((char*)to - r->lo), 1, n);
+    return 0;
+}
+static CUresult arrive_all(uint64_t upto) {
+    while (!WAITING.empty() && SENT - WAITING.size() < upto) {
+        const Copy c = WAITING.front();
+        WAITING.pop_front();
+        const CUresult failed = c.to_device ? to_device((CUdeviceptr)c.to, c.from, c.n) : to_host(c.to, (CUdeviceptr)c.from, c.n);
+        if (failed) return LOST = failed;
+    }
     return 0;
 }
 CUresult cuStreamCreate(void** s, unsigned) { CALL; *s = (void*)1; return 0; }
