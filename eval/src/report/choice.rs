@@ -79,9 +79,7 @@ fn by_size(c: &Comparison, sizes: &[Vec<usize>]) -> Option<Table> {
 
 /// For each share of the baseline's score, the smallest model whose interval lies above it.
 fn by_share(c: &Comparison, sizes: &[Vec<usize>]) -> Option<Table> {
-    if c.overall.iter().flatten().next().is_none() {
-        return None;
-    }
+    c.overall.iter().flatten().next()?;
     let base = c.baseline();
     let lead = format!(
         "The smallest model whose mean recovery over tasks is at least this share of {base}'s score by the lower end of its {} interval.",

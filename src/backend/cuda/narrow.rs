@@ -90,7 +90,8 @@ mod tests {
             let packed = pack_codes(&t);
             assert_eq!(packed.scales.is_empty(), block == 0);
             for row in 0..n {
-                let of_row = if block == 0 { &[][..] } else { &codes[row * k / block..(row + 1) * k / block] };
+                let first = (row * k).checked_div(block);
+                let of_row = first.map_or(&[][..], |first| &codes[first..first + k / block]);
                 for column in 0..k {
                     let at = row / 16 * 3 + column / 128;
                     let lane = row % 8 * 4 + column % 32 / 8;
