@@ -247,7 +247,7 @@ fn weights_take_turns() {
         assert!(gpu.copies().1 <= gpu.room(), "{:?} in {}", gpu.copies(), gpu.room());
     };
     // Blocks of 1 MiB, of which four find room; the first is used once more; the fifth, twice as large, takes the place of the second and the third.
-    [0, 1, 2, 3, 0].map(|i| used(&weights[i]));
+    [0, 1, 2, 3, 0].iter().for_each(|i: &usize| used(&weights[*i]));
     assert_eq!(gpu.copies().0, 5);
     used(&weights[4]);
     for (i, there) in [(1, false), (2, false), (0, true), (3, true), (4, true)] {
