@@ -75,7 +75,8 @@ fn processes_of_a_cluster_do_their_parts_of_one_command() {
         command.env("OMPI_COMM_WORLD_RANK", number).env("OMPI_COMM_WORLD_SIZE", size).output().unwrap()
     };
     assert!(as_process("0", "3").status.success() && as_process("2", "3").status.success());
-    let merge = [&base[..], &["-o", &folder.name("merged"), "--merge", &parts]].concat();
+    let (merged, one) = (folder.name("merged"), folder.name("alone"));
+    let merge = [&base[..], &["-o", &merged, "--merge", &parts]].concat();
     assert!(fail(&merge).contains("of 3 parts these are missing: 1;"));
     // The one that was lost is run again alone, by a pod that knows only its own number.
     let mut again = recoup(&[&base[..], &["--shard", "auto/3", "-o", &parts]].concat());
@@ -83,7 +84,7 @@ fn processes_of_a_cluster_do_their_parts_of_one_command() {
     assert_eq!(succeed(&merge).0, table);
     assert_same_files(&folder.at("whole"), &folder.at("merged"));
     // One process has everything to do, and results at once.
-    let mut alone = recoup(&[&base[..], &["--shard", "auto", "-o", &folder.name("alone")]].concat());
+    let mut alone = recoup(&[&base[..], &["--shard", "auto", "-o", &one]].concat());
     let alone = alone.env("SLURM_PROCID", "0").env("SLURM_STEP_NUM_TASKS", "1").output().unwrap();
     assert_eq!(String::from_utf8(alone.stdout).unwrap(), table);
     assert_same_files(&folder.at("whole"), &folder.at("alone"));
