@@ -207,6 +207,7 @@ fn possible(args: &Args) -> Result<Amounts> {
 /// What can be found wrong with methods and data before anything takes time.
 pub(super) fn check(args: &Args) -> Result<()> {
     let amounts = possible(args)?;
+    args.device.multiplier()?;
     let teacher = Checkpoint::open(&model_folder(&args.teacher)?)?;
     args.data.sources(amounts, &teacher, &teacher, &mut |_| ())?;
     Ok(())
