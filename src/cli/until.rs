@@ -187,9 +187,12 @@ fn made(
             arguments.extend(args.of_training());
             let mut beside =
                 words(&[&"--resume", &"--threads", &threads, &"--save-every", &args.save_every.to_string()]);
-            let own = Some(unrounded(base)).filter(|folder| folder.exists());
-            if let Some(unrounded) = args.unrounded.clone().or(own) {
-                beside.extend(words(&[&"--unrounded", &unrounded]));
+            let own = unrounded(base);
+            match &args.unrounded {
+                Some(given) => arguments.extend(words(&[&"--unrounded", given])),
+                // Made with what it is of, so that it tells nothing more.
+                None if own.exists() => beside.extend(words(&[&"--unrounded", &own])),
+                None => {}
             }
             Step { label: label.to_owned(), arguments, beside, keeps_unrounded: false }
         }
