@@ -98,8 +98,9 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
             }
         }
     }
-    if let Some(ptq) = made.first() {
-        report(args, &model, &made, &ptq.label)?;
+    if let Some(first) = made.first() {
+        // Of several ways none is what the others win back.
+        report(args, &model, &made, if ways.len() == 1 { &first.label } else { "none" })?;
         let report = args.output.join(REPORT).join("report.html");
         super::say!("which to take, by size and by what is kept: above, and {}", report.display());
     }
