@@ -89,7 +89,12 @@ impl Step {
                 let mut command = recoup()?;
                 command.args(&self.arguments).args(&self.beside).arg("-o").arg(&folder).stdout(Stdio::null());
                 if self.keeps_unrounded {
-                    command.arg("--keep-unrounded").arg(unrounded(&folder));
+                    let unrounded = unrounded(&folder);
+                    if unrounded.exists() {
+                        // Written first, by a run that was killed before the model was.
+                        std::fs::remove_dir_all(&unrounded)?;
+                    }
+                    command.arg("--keep-unrounded").arg(unrounded);
                 }
                 finish(&mut command, &self.label)?;
             }

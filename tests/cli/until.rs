@@ -30,6 +30,16 @@ fn it_stops_as_soon_as_enough_is_kept() {
     let (lost, error) = (ratio["value"].as_f64().unwrap(), ratio["standard_error"].as_f64().unwrap());
     assert!((kept("estimate") - (-lost).exp()).abs() < 1e-9, "{record:#}");
     assert!((-lost - 1.96 * error).exp() > kept("low"), "{record:#}");
+    // As a run leaves it that was killed after it had written the plain model and before the quantized one.
+    let work = std::fs::read_dir(folder.at("out.until")).unwrap().map(|e| e.unwrap().path());
+    let made: Vec<_> = work.filter(|path| path.join("config.json").exists()).collect();
+    assert_eq!(made.len(), 2, "{made:?}");
+    let quantized = made.iter().find(|path| !path.to_string_lossy().ends_with("-unrounded")).unwrap();
+    for folder in [quantized, &folder.at("out")] {
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+    let (_, said) = succeed(&arguments(&out, "0.6", TEXT, &[]));
+    assert!(said.matches("linears by").count() == 1 && folder.json("out/recoup_until.json") == record, "{said}");
 }
 
 #[test]
