@@ -20,6 +20,7 @@ mod pretrain;
 mod quantize;
 mod recover;
 mod recovery_plan;
+mod recovery_room;
 mod replies;
 mod room;
 mod run;

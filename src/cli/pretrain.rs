@@ -24,6 +24,7 @@ use crate::recover::pretrain::initialize;
 use crate::recover::session::{Lesson, Session};
 use crate::recover::stage::Stage;
 use crate::recover::student::Student;
+use crate::recover::trainee::Trainee;
 use crate::recover::trainer::{Event, Plan};
 
 #[derive(clap::Args)]
@@ -124,8 +125,9 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
     }
     let checkpoint = Checkpoint::open(&initial)?;
     let backend = AutogradBackend::multiplied_by(multiplier.clone(), Precision::Bf16);
-    let mut student = Student::load_plain(&checkpoint, backend)?;
-    room_to_multiply(&multiplier, &[&student.decoder], stage.at_once() * args.length)?;
+    let student = Student::load_plain(&checkpoint, backend)?;
+    let tokens = stage.at_once() * args.length;
+    room_to_multiply(&multiplier, &student.decoder.config, (1, Precision::Bf16), tokens)?;
     let weights: usize = student.parameters.iter().map(|p| p.master().len()).sum();
     super::say!("{weights} weights; data: {}", data.description);
     let plan = Plan {
@@ -136,12 +138,13 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
     };
     let mut display = Display::new(&plan, student.decoder.config.layers.len());
     let pace = Pace::new(&plan.stages, &[], plan.evaluate_every);
-    let lesson = Lesson { plan: &plan, teacher: None, data: &data, watched, pace, stages_beside: None };
+    let lesson = Lesson { plan: &plan, data: &data, watched, pace, stages_beside: None };
+    let mut trainee = Trainee::Whole { student: Box::new(student), teacher: None };
     let show = &mut |event: &Event| display.show(event);
-    let outcome = session.train(&mut student, &checkpoint, lesson, show, || ())?;
+    let outcome = session.train(&mut trainee, &checkpoint, lesson, show, || ())?;
     display.bar.finish();
-    session.write(&student, &checkpoint, session.about(), None, &args.output)?;
-    drop((student, checkpoint));
+    session.write(&*trainee.trained(), &checkpoint, session.about(), None, &args.output)?;
+    drop((trainee, checkpoint));
     session.close()?;
     super::say!("wrote {} in {:.1} s", args.output.display(), start.elapsed().as_secs_f64());
     match outcome.stopped {

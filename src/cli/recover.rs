@@ -14,6 +14,7 @@ use super::interrupt;
 use super::machine::peak_memory;
 use super::options::{at_least_one, calibration_text, identity, model_folder, open_model, threads};
 use super::recovery_plan::{self, PlanOptions, Planner};
+use super::recovery_room::{Room, tell_blocks, trained_tokens};
 use super::steps::words;
 use super::training::{self, DeviceOptions, Display, KEPT_MEMORY, name_device, room_to_multiply};
 use super::training_data::{Amounts, DataOptions};
@@ -28,6 +29,7 @@ use crate::checkpoint::write::Pending;
 use crate::model::{Decoder, ModelConfig};
 use crate::output;
 use crate::quantize::{self, Amount, Made, Recipe};
+use crate::recover::RecoverError;
 use crate::recover::best_known::RECIPE;
 use crate::recover::budget;
 use crate::recover::mixture::Prepared;
@@ -36,8 +38,11 @@ use crate::recover::schedule::{Cut, Schedule};
 use crate::recover::session::{Lesson, Session, stage_folder};
 use crate::recover::stage::{Method, Stage};
 use crate::recover::stored_plan::{Measured, StoredPlan, UnderWay};
-use crate::recover::student::{Changed, Count, Masters, Student, same_shape};
+use crate::recover::streamed::{self, Streamed};
+use crate::recover::student::{Masters, Student, same_shape};
+use crate::recover::trainee::Trainee;
 use crate::recover::trainer::{Event, Plan};
+use crate::recover::written::{self, Changed, Count};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -274,21 +279,36 @@ fn train(args: &Args) -> Result<ExitCode> {
     let precision = if settings.f32 { Precision::F32 } else { Precision::Bf16 };
     let backend = AutogradBackend::multiplied_by(multiplier.clone(), precision);
     let masters = Masters::of(&checkpoint, &teacher, unrounded.as_ref())?;
-    let load = || Student::load(&checkpoint, masters.checkpoint(), backend.clone());
-    let loading = now();
-    let mut student = load()?;
-    let loaded = now() - loading;
-    let state: u64 = student.state(None, true).iter().map(Pending::bytes).sum();
-    claims[0].room("the training's state with the result", state + checkpoint.tensors.file_bytes())?;
-    let decoder = Decoder::load(backend.clone(), &teacher)?;
+    let sizes = streamed::sizes(&checkpoint, &config)?;
+    let room = Room::of(&config, &sizes, precision);
+    let mut methods = args.methods.clone();
+    if planned.is_none() && args.plan.any() && methods.is_empty() {
+        methods = args.plan.methods(room.has_whole());
+        settings.stages = stages(&methods, settings.seed)?;
+    }
+    let one_by_one = Streamed::does(&settings.stages);
+    room.tell(one_by_one, args.methods.is_empty() && planned.is_none())?;
+    let student =
+        || Ok::<_, RecoverError>(Box::new(Student::load(&checkpoint, masters.checkpoint(), backend.clone())?));
     let at_once = settings.stages.iter().map(Stage::at_once).max().unwrap_or(1);
-    room_to_multiply(&multiplier, &[&student.decoder, &decoder], at_once * settings.amounts.length)?;
+    room_to_multiply(&multiplier, &config, (2, precision), at_once * settings.amounts.length)?;
+    let loading = now();
+    let mut loaded = 0.0;
+    let mut trainee = if one_by_one {
+        Trainee::Streamed(Box::new(Streamed::new(&checkpoint, &teacher, masters.checkpoint(), backend.clone(), sizes)?))
+    } else {
+        let student = student()?;
+        loaded = now() - loading;
+        let state: u64 = student.state(None, true).iter().map(Pending::bytes).sum();
+        claims[0].room("the training's state with the result", state + checkpoint.tensors.file_bytes())?;
+        Trainee::Whole { student, teacher: Some(Box::new(Decoder::load(backend.clone(), &teacher)?)) }
+    };
     if planned.is_none() && args.plan.any() {
         let planner = Planner {
             options: &args.plan,
             asked: args.asked(&multiplier),
             recipe: recipe.as_deref().map(|r| r.to_string_lossy().into_owned()),
-            methods: args.methods.clone(),
+            methods,
             given: settings.amounts,
             samples_given: args.data.samples.is_some(),
             evaluate_every: args.evaluate_every,
@@ -302,7 +322,7 @@ fn train(args: &Args) -> Result<ExitCode> {
             load: loaded,
             save_every: args.save_every,
         };
-        let plan = planner.plan(&mut student, &checkpoint, &decoder, &prepared).inspect_err(|_| {
+        let plan = planner.plan(&mut trainee, &checkpoint, &prepared).inspect_err(|_| {
             // Where nothing was made that another try could use.
             let _ = std::fs::remove_dir(&training);
         })?;
@@ -314,9 +334,12 @@ fn train(args: &Args) -> Result<ExitCode> {
             prepared = prepare(sources, settings.seed)?;
         }
         // What was measured on is another one now.
-        drop(student);
-        recycle::release();
-        student = load()?;
+        if let Trainee::Whole { student: own, .. } = &mut trainee {
+            // One at a time.
+            own.parameters.clear();
+            recycle::release();
+            *own = student()?;
+        }
         planned = Some(plan);
     }
     let Settings { stages, amounts, evaluate_every, patience, f32, .. } = settings;
@@ -361,13 +384,17 @@ fn train(args: &Args) -> Result<ExitCode> {
     }
     let mut session = Session::open(&training, args.resume, about)?;
     let about = session.about();
-    super::say!(
-        "{} linears, {} weights; masters from {}",
-        student.parameters.iter().filter(|p| p.is_quantized()).count(),
-        student.parameters.iter().filter(|p| p.is_quantized()).map(|p| p.master().len()).sum::<usize>(),
-        about["masters"].as_str().unwrap_or_default()
-    );
+    let (linears, weights) = trainee.quantized();
+    super::say!("{linears} linears, {weights} weights; masters from {}", about["masters"].as_str().unwrap_or_default());
     super::say!("data: {}", data.description);
+    if let (Trainee::Streamed(model), [stage]) = (&trainee, stages.as_slice()) {
+        let tokens = trained_tokens(stage, &data);
+        claims[0]
+            .room("hidden states and blocks, with the result", model.disk(tokens) + checkpoint.tensors.file_bytes())?;
+        if planned.is_none() && !args.resume {
+            tell_blocks(&mut trainee, stage, &data, &watched, (&checkpoint, &training), now)?;
+        }
+    }
     let plan = Plan { stages, evaluate_every, patience, save_every: Duration::from_secs(args.save_every) };
     let mut display = Display::new(&plan, config.layers.len());
     let kept = recovery_plan::kept_at(&training);
@@ -392,7 +419,7 @@ fn train(args: &Args) -> Result<ExitCode> {
         interrupt::offer_early_end(true);
     }
     let stages_beside = args.keep_stages.then(|| claims[0].target());
-    let lesson = Lesson { plan: &plan, teacher: Some(&decoder), data: &data, watched, pace, stages_beside };
+    let lesson = Lesson { plan: &plan, data: &data, watched, pace, stages_beside };
     let show = &mut |event: &Event| {
         if let Event::Step { stage, point } = event {
             let own = cuts.borrow().get(*stage).cloned().unwrap_or_default();
@@ -400,7 +427,7 @@ fn train(args: &Args) -> Result<ExitCode> {
         }
         display.show(event);
     };
-    let outcome = session.train(&mut student, &checkpoint, lesson, show, recycle::release)?;
+    let outcome = session.train(&mut trainee, &checkpoint, lesson, show, recycle::release)?;
     interrupt::offer_early_end(false);
     display.bar.finish();
     let mut record = session.about().clone();
@@ -412,13 +439,15 @@ fn train(args: &Args) -> Result<ExitCode> {
     if let Some(error) = &outcome.stopped {
         record["stopped"] = Value::from(error.to_string());
     }
-    let changed = student.changed(&checkpoint)?;
+    let trained = trainee.trained();
+    let changed = written::changed(&checkpoint, &*trained)?;
     record["changed"] = json!(changed);
     tell_changed(&changed, plan.stages.iter().any(Stage::learns_scales), outcome.kept());
     let planned = planned.map(|plan| plan.with_cuts(cuts));
-    session.write(&student, &checkpoint, &record, planned.as_ref(), &args.output)?;
+    session.write(&*trained, &checkpoint, &record, planned.as_ref(), &args.output)?;
+    drop(trained);
     super::name_left_out(checkpoint.tensors.folder());
-    drop((student, checkpoint, unrounded));
+    drop(trainee);
     session.close()?;
     super::say!(
         "wrote {} in {:.1} s{}",

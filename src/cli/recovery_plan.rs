@@ -7,21 +7,19 @@ use anyhow::{Result, bail};
 use serde_json::Value;
 
 use super::human_bytes;
-use super::machine::{available_bytes, peak_memory};
+use super::machine::peak_memory;
 use super::options::named;
 use super::talk::for_people;
 use super::training_data::Amounts;
-use crate::backend::autograd::AutogradBackend;
 use crate::checkpoint::Checkpoint;
-use crate::model::Decoder;
 use crate::recover::best_known::{self, Preset, SMALL_METHOD, setting};
 use crate::recover::budget::{self, Costs, Fitted, StageCost, TooShort};
 use crate::recover::differing;
-use crate::recover::measure::{Bench, has_room};
+use crate::recover::measure::Bench;
 use crate::recover::mixture::Prepared;
 use crate::recover::stage::{Method, Stage};
 use crate::recover::stored_plan::{Measured, Parts, StoredPlan, UnderWay};
-use crate::recover::student::Student;
+use crate::recover::trainee::Trainee;
 
 #[derive(clap::Args)]
 pub(super) struct PlanOptions {
@@ -58,6 +56,15 @@ impl PlanOptions {
         self.minutes.is_some() || self.preset.is_some() || self.plan.is_some()
     }
 
+    /// The methods of a plan for which none was given: the best known, of the whole model or where there is no room for that block by
+    /// block.
+    pub(super) fn methods(&self, room: bool) -> Vec<String> {
+        match self.preset {
+            Some(preset) => vec![format!("{}:steps={}", best_known::METHOD, preset.steps())],
+            None => vec![if room { best_known::METHOD } else { SMALL_METHOD }.to_owned()],
+        }
+    }
+
     /// The plan that is known beforehand: of a file, or the one that a run that goes on has kept; it was made for what is `asked`.
     pub(super) fn known(&self, training: &Path, resume: bool, asked: &Value) -> Result<Option<UnderWay>> {
         if let Some(path) = &self.plan {
@@ -87,7 +94,7 @@ pub(super) struct Planner<'a> {
     pub options: &'a PlanOptions,
     pub asked: Value,
     pub recipe: Option<String>,
-    /// Methods as they were given, none: the best known.
+    /// Methods as they were given, or [`PlanOptions::methods`].
     pub methods: Vec<String>,
     pub given: Amounts,
     /// Whether the number of samples was given.
@@ -108,31 +115,24 @@ pub(super) struct Planner<'a> {
 
 impl Planner<'_> {
     /// Measures, plans and tells the plan. The student is another one afterwards.
-    pub(super) fn plan(
-        mut self,
-        student: &mut Student,
-        of: &Checkpoint,
-        teacher: &Decoder<AutogradBackend>,
-        prepared: &Prepared,
-    ) -> Result<StoredPlan> {
+    pub(super) fn plan(self, trainee: &mut Trainee<'_>, of: &Checkpoint, prepared: &Prepared) -> Result<StoredPlan> {
         super::say!("measuring what a step takes here");
-        let coarse = student.parameters.iter().any(|p| p.has_four_bits());
-        self.choose_methods(student);
+        let coarse = trainee.coarse();
         let seconds = self.options.minutes.map(|m| 60.0 * m);
         let patience = seconds.map_or(30.0, |s| 0.1 * s) / self.methods.len() as f64;
         let bench = Bench { now: self.now, patience, scratch: self.training };
         // Before the steps, which train the student into its checkpoint's other codes and leave moments to be kept.
-        let (save, write) = bench.writing(student, of)?;
-        let (ready, look) = bench.look(student, teacher, &prepared.watched)?;
+        let (save, write) = bench.writing(trainee, of)?;
+        let (ready, look) = bench.look(trainee, &prepared.watched)?;
         let text = self.write / prepared.data.rows.len().max(1) as f64;
         let mut stages = Vec::new();
         for asked in &self.methods {
             let given = setting(asked, "steps");
             let stage = best_known::stage(asked, given.unwrap_or(100), coarse, self.seed)?;
-            if stage.learns_scales() {
+            if let (Trainee::Whole { student, .. }, true) = (&mut *trainee, stage.learns_scales()) {
                 student.allow_scales(stage.has_dual_scales());
             }
-            let mut cost = bench.stage(student, teacher, &prepared.data, &stage, asked)?;
+            let mut cost = bench.stage(trainee, &prepared.data, &stage, setting(asked, "samples"))?;
             cost.fixed += look + 2.0 * save;
             cost.text = if self.samples_given { 0.0 } else { text * stage.sequences() as f64 };
             cost.given = given;
@@ -155,7 +155,8 @@ impl Planner<'_> {
             methods.iter().map(|m| Stage::parse(m, self.seed)).collect::<std::result::Result<_, _>>()?;
         let wanted = made.iter().map(|s| s.sequences() * s.steps()).max().unwrap_or(1);
         let samples = if self.samples_given { self.given.samples } else { wanted.max(8) };
-        self.tell(&methods, &made, &fitted, &costs, &stages, student)?;
+        let disk = self.disk(trainee, fitted.seconds.iter().sum(), samples * self.given.length);
+        self.tell(&methods, &made, &fitted, &costs, &stages, disk);
         Ok(StoredPlan::new(Parts {
             asked: self.asked,
             recipe: self.recipe,
@@ -169,22 +170,6 @@ impl Planner<'_> {
             f32: self.f32,
             measured: Measured { seconds, costs, stages },
         }))
-    }
-
-    /// The best known where none is given: of the whole model, or block by block where there is no memory for that.
-    fn choose_methods(&mut self, student: &Student) {
-        let room = has_room(student, available_bytes());
-        if let Some(preset) = self.options.preset {
-            self.methods = vec![format!("{}:steps={}", best_known::METHOD, preset.steps())];
-        } else if self.methods.is_empty() {
-            let method = if room.is_ok() { best_known::METHOD } else { SMALL_METHOD };
-            self.methods = vec![method.to_owned()];
-        }
-        if let Err(missing) = room {
-            let then =
-                if self.methods == [SMALL_METHOD] { "so blocks are trained one by one" } else { "this may fail" };
-            super::say!("note: {missing}: {then}");
-        }
     }
 
     fn too_short(&self, short: TooShort, costs: &Costs, stages: &[StageCost]) -> anyhow::Error {
@@ -220,8 +205,8 @@ impl Planner<'_> {
         fitted: &Fitted,
         costs: &Costs,
         stages: &[StageCost],
-        student: &Student,
-    ) -> Result<()> {
+        disk: u64,
+    ) {
         match self.options.minutes {
             Some(minutes) => {
                 super::say!("the plan for {minutes} minutes, {} of which are gone:", for_seconds(costs.before))
@@ -249,11 +234,7 @@ impl Planner<'_> {
         let all = costs.before + costs.ready + training + costs.write;
         let memory = peak_memory()
             .map_or_else(String::new, |b| format!(", peak memory {} (reached while measuring)", human_bytes(b)));
-        super::say!(
-            "over after about {}{memory}, {} on disk meanwhile",
-            for_seconds(all),
-            human_bytes(self.disk(student, training))
-        );
+        super::say!("over after about {}{memory}, {} on disk meanwhile", for_seconds(all), human_bytes(disk));
         super::say!("nothing is lost by ending it earlier: Ctrl-C writes the best until then");
         if self.recipe.as_deref() == Some("nvfp4") {
             super::say!(
@@ -261,14 +242,19 @@ impl Planner<'_> {
                 best_known::RECIPE
             );
         }
-        Ok(())
     }
 
     /// Bytes that the state takes: the masters as state and as the best, each beside its successor for a moment, and with
-    /// moments and means where the run is long enough to keep them.
-    fn disk(&self, student: &Student, seconds: f64) -> u64 {
-        let masters: u64 = student.parameters.iter().map(|p| 4 * p.master().len() as u64).sum();
-        masters * if seconds > self.save_every as f64 { 10 } else { 4 }
+    /// moments and means where the run is long enough to keep them; of blocks that are there one at a time, what they are trained
+    /// to and the hidden states of so many tokens.
+    fn disk(&self, trainee: &Trainee<'_>, seconds: f64, tokens: usize) -> u64 {
+        match trainee {
+            Trainee::Whole { student, .. } => {
+                let masters: u64 = student.parameters.iter().map(|p| 4 * p.master().len() as u64).sum();
+                masters * if seconds > self.save_every as f64 { 10 } else { 4 }
+            }
+            Trainee::Streamed(model) => model.disk(tokens),
+        }
     }
 }
 

@@ -9,10 +9,11 @@ use serde_json::Value;
 use super::device::DeviceChoice;
 use super::interrupt;
 use super::talk::{Progress, for_people};
-use crate::backend::autograd::AutogradBackend;
 use crate::backend::autograd::loss::ROWS;
 use crate::backend::autograd::multiplier::Multiplier;
-use crate::model::Decoder;
+use crate::backend::autograd::operand::Precision;
+use crate::model::ModelConfig;
+use crate::model::modules::Part;
 use crate::output::{self, Claim, sweep};
 use crate::recover::trainer::{Event, Measure, Plan};
 
@@ -61,23 +62,21 @@ pub(super) fn name_device(of: &mut Value, multiplier: &Multiplier) {
     }
 }
 
-/// Says what a GPU has to hold of `models`, and refuses where the largest product of `tokens` tokens finds no room there.
+/// Says what a GPU has to hold of so many models, and refuses where the largest product of `tokens` tokens finds no room there.
 pub(super) fn room_to_multiply(
     multiplier: &Multiplier,
-    models: &[&Decoder<AutogradBackend>],
+    config: &ModelConfig,
+    (models, precision): (usize, Precision),
     tokens: usize,
 ) -> Result<()> {
     let Multiplier::Gpu(gpu) = multiplier else { return Ok(()) };
     let (mut weights, mut largest) = (0, 0);
-    for model in models {
-        let head = model.head();
-        // Rows of an embedding are looked up.
-        let multiplied = model.linears().filter(|l| l.name() == head.name() || l.name() != model.embedding().name());
-        for linear in multiplied {
-            let rows = if linear.name() == head.name() { tokens.min(ROWS) } else { tokens };
-            weights += linear.operand_bytes();
-            largest = largest.max(linear.product_bytes(rows));
-        }
+    let head = if config.tied_embeddings { Part::Embedding } else { Part::Head };
+    // Rows of an embedding are looked up.
+    for m in config.modules().iter().filter(|m| m.part == head || m.part != Part::Embedding) {
+        let rows = if m.part == head { tokens.min(ROWS) } else { tokens };
+        weights += models * precision.bytes() * m.role.n * m.role.k;
+        largest = largest.max(precision.product_bytes(rows, m.role.n, m.role.k));
     }
     let bytes = |n: usize| super::human_bytes(n as u64);
     if largest > gpu.room() {

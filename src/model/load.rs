@@ -1,9 +1,11 @@
 //! From a checkpoint to a decoder: each part by its Hugging Face name.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::blocks::Blocks;
 use super::config::{
     AttentionConfig, DeltaConfig, InputsConfig, LatentConfig, MambaConfig, MixerConfig, MixtureConfig, MlpConfig,
     ModelConfig, QkNorm, SharedConfig,
@@ -98,6 +100,17 @@ impl Source for Checkpoint {
     }
 }
 
+impl<B: Backend> Blocks<B> {
+    /// Loads the decoder layers `range` of `source`, and nothing else of it. Whether all else in it is used is not looked at.
+    ///
+    /// # Errors
+    /// Anything wrong with those layers, or a format without a kernel.
+    pub fn load(backend: B, source: &dyn Source, range: Range<usize>) -> Result<Self, LoadError> {
+        let config = source.config()?;
+        Loader::new(&backend, source, &config).blocks(range, &mut |_, _| {})?.on(backend, config)
+    }
+}
+
 impl<B: Backend> Decoder<B> {
     /// Loads the model of `source`; every tensor in it is used, or the error names it.
     ///
@@ -117,48 +130,66 @@ impl<B: Backend> Decoder<B> {
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self, LoadError> {
         let config = source.config()?;
-        let roles = config.modules().into_iter().map(|m| (m.name, m.role)).collect();
-        let shapes = config.vectors().into_iter().collect();
-        let mut loader = Loader {
-            backend: &backend,
-            source,
-            kept: source.kept(),
-            config: &config,
-            roles,
-            shapes,
-            caches: Vec::new(),
-            recurrent: Vec::new(),
-        };
+        let layers = 0..config.layers.len();
+        let decoder = Self::load_layers(backend, source, config, layers, progress)?;
+        source.finish()?;
+        Ok(decoder)
+    }
+
+    /// Loads what stands before and behind the layers: a decoder without any.
+    ///
+    /// # Errors
+    /// As [`Blocks::load`].
+    pub fn load_ends(backend: B, source: &dyn Source) -> Result<Self, LoadError> {
+        let config = source.config()?;
+        Self::load_layers(backend, source, config, 0..0, &mut |_, _| {})
+    }
+
+    fn load_layers(
+        backend: B,
+        source: &dyn Source,
+        config: ModelConfig,
+        range: Range<usize>,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self, LoadError> {
+        let loader = Loader::new(&backend, source, &config);
         let embedding = loader.linear(config.names.embedding)?;
         source.part_done();
         // The largest parts first: what they are made of is in memory beside them until they are done.
         let head = (!config.tied_embeddings).then(|| loader.linear(config.names.head)).transpose()?;
         source.part_done();
-        let mut layers = Vec::new();
-        for index in 0..config.layers.len() {
-            layers.push(loader.layer(index)?);
-            source.part_done();
-            progress(index + 1, config.layers.len());
-        }
         let norm = loader.norm(&format!("{}.weight", config.names.norm))?;
-        let (caches, recurrent) = (loader.caches, loader.recurrent);
-        source.finish()?;
+        let blocks = loader.blocks(range, progress)?.on(backend, config)?;
+        Ok(Self { blocks, embedding, norm, head })
+    }
+}
+
+/// Layers that are loaded, and what they need of the backend.
+struct Loaded<B: Backend> {
+    folder: PathBuf,
+    first: usize,
+    layers: Vec<Layer<B>>,
+    caches: Vec<(LayerCache, Option<KvFormat>)>,
+    recurrent: Vec<RecurrentShape>,
+}
+
+impl<B: Backend> Loaded<B> {
+    fn on(self, backend: B, config: ModelConfig) -> Result<Blocks<B>, LoadError> {
         let rotation = |(rope, turned): &(Rope, usize)| Rotation {
             frequencies: rope.frequencies(*turned),
             factor: rope.attention_factor(),
         };
         let ropes = config.ropes.iter().map(|r| backend.load_rope(rotation(r))).collect::<Result<_, _>>()?;
-        Ok(Self {
-            folder: source.place(),
+        let Self { folder, first, layers, caches, recurrent } = self;
+        Ok(Blocks {
+            config,
+            folder,
             backend: Arc::new(backend),
-            embedding,
+            first,
             layers,
-            norm,
-            head,
             ropes: Arc::new(ropes),
             caches,
             recurrent,
-            config,
         })
     }
 }
@@ -192,7 +223,35 @@ struct Loader<'a, B: Backend> {
     recurrent: Vec<RecurrentShape>,
 }
 
-impl<B: Backend> Loader<'_, B> {
+impl<'a, B: Backend> Loader<'a, B> {
+    fn new(backend: &'a B, source: &'a dyn Source, config: &'a ModelConfig) -> Self {
+        Self {
+            backend,
+            source,
+            kept: source.kept(),
+            config,
+            roles: config.modules().into_iter().map(|m| (m.name, m.role)).collect(),
+            shapes: config.vectors().into_iter().collect(),
+            caches: Vec::new(),
+            recurrent: Vec::new(),
+        }
+    }
+
+    /// The layers `range`; `progress` sees how many of the model's are done.
+    fn blocks(mut self, range: Range<usize>, progress: &mut dyn FnMut(usize, usize)) -> Result<Loaded<B>, LoadError> {
+        let first = range.start;
+        let mut layers = Vec::new();
+        for index in range {
+            if index >= self.config.layers.len() {
+                return Err(self.unlisted(&self.config.in_layer(index, "")).into());
+            }
+            layers.push(self.layer(index)?);
+            self.source.part_done();
+            progress(index + 1, self.config.layers.len());
+        }
+        Ok(Loaded { folder: self.source.place(), first, layers, caches: self.caches, recurrent: self.recurrent })
+    }
+
     fn unlisted(&self, name: &str) -> CheckpointError {
         CheckpointError::MissingTensor {
             folder: self.source.place(),

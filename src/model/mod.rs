@@ -1,5 +1,6 @@
 //! The decoder: one for every supported architecture, generic over the backend.
 
+pub mod blocks;
 pub mod config;
 pub mod consistency;
 pub mod decoder;
@@ -10,6 +11,7 @@ pub mod memory;
 pub mod modules;
 pub mod rope;
 
+pub use blocks::Blocks;
 pub use config::ModelConfig;
 pub use decoder::{Decoder, LoadError, Wanted};
 pub use load::Source;

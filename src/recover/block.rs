@@ -4,6 +4,7 @@
 //! teacher's, and what leaves the teacher's. They lie on disk, in BF16. One block's masters have gradients at a time; no
 //! vocabulary is involved.
 
+use std::borrow::Borrow;
 use std::fs::File;
 use std::io::{BufWriter, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::Path;
@@ -15,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::data::{Data, Order, batch};
 use super::optimizer::{AdamW, cosine};
-use super::parameter::{Learned, Rates};
+use super::parameter::{Learned, Parameter, Rates};
 use super::schedule::Schedule;
 use super::student::Student;
 use super::{During as _, RecoverError, Result};
@@ -24,7 +25,7 @@ use crate::backend::{Backend as _, HostPass};
 use crate::checkpoint::CheckpointError;
 use crate::corpus::{Row, spread};
 use crate::formats::kv::KvFormat;
-use crate::model::Decoder;
+use crate::model::{Blocks, Decoder};
 
 /// How blocks are trained.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -117,50 +118,107 @@ pub fn train_as(
     schedule: &mut Schedule,
     each: &mut dyn FnMut(&BlockReport, &Student, &mut Schedule) -> Result<()>,
 ) -> Result<()> {
-    let layers = student.decoder.config.layers.len();
-    let rows = spread(&data.rows, options.samples.unwrap_or(usize::MAX));
-    let held_out = (rows.len() / HELD_OUT).min(MOST_HELD_OUT);
-    let (mut rows, trained): (Vec<Row>, Vec<Row>) = {
-        let every = rows.len() / held_out.max(1);
-        let held = |i: usize| i.is_multiple_of(every.max(1)) && i / every.max(1) < held_out;
-        let (a, b): (Vec<_>, Vec<_>) = rows.into_iter().enumerate().partition(|(i, _)| held(*i));
-        (a.into_iter().map(|r| r.1).collect(), b.into_iter().map(|r| r.1).collect())
-    };
-    rows.extend(trained);
-    // Too few to hold any out: judged by all.
-    let judged = if held_out > 0 { held_out } else { rows.len() };
-    let first = Data { rows: rows[..judged].to_vec(), description: String::new() };
-    let data = &Data { rows, description: String::new() };
-    let mut inputs = Stream::embed(&student.decoder, data, scratch)?;
-    let mut reference = Stream::embed(teacher, data, scratch)?;
-    for block in 0..layers {
+    let mut walk = Walk::begin(&student.decoder, teacher, data, *options, scratch)?;
+    for block in 0..student.decoder.config.layers.len() {
         let steps = schedule.of_block(block);
         if block >= from && steps == 0 {
             break;
         }
-        let targets = reference.through(teacher, block, data)?;
+        let targets = walk.targets(teacher, block)?;
         if block < from {
-            inputs = inputs.through(&student.decoder, block, data)?;
-            reference = targets;
-            continue;
+            walk.pass(&student.decoder, block, targets)?;
+        } else {
+            let report = walk.train(student, block, steps, targets)?;
+            each(&report, student, schedule)?;
         }
-        student.train(|p| Learned {
+    }
+    student.train(|_| Learned::default());
+    Ok(())
+}
+
+/// The hidden states of both models on their way through the blocks.
+pub(super) struct Walk<'a> {
+    options: Options,
+    /// Sequences that are judged by, then the others.
+    data: Data,
+    /// So many of the first are not trained on.
+    held_out: usize,
+    /// The sequences that are judged by alone.
+    judged: Data,
+    /// What enters the student's next block, and the teacher's.
+    inputs: Stream<'a>,
+    reference: Stream<'a>,
+}
+
+impl<'a> Walk<'a> {
+    /// Before the first block: of both models what stands before it is needed.
+    pub(super) fn begin(
+        student: &Decoder<AutogradBackend>,
+        teacher: &Decoder<AutogradBackend>,
+        data: &Data,
+        options: Options,
+        scratch: &'a Path,
+    ) -> Result<Self> {
+        let rows = spread(&data.rows, options.samples.unwrap_or(usize::MAX));
+        let held_out = (rows.len() / HELD_OUT).min(MOST_HELD_OUT);
+        let (mut rows, trained): (Vec<Row>, Vec<Row>) = {
+            let every = rows.len() / held_out.max(1);
+            let held = |i: usize| i.is_multiple_of(every.max(1)) && i / every.max(1) < held_out;
+            let (a, b): (Vec<_>, Vec<_>) = rows.into_iter().enumerate().partition(|(i, _)| held(*i));
+            (a.into_iter().map(|r| r.1).collect(), b.into_iter().map(|r| r.1).collect())
+        };
+        rows.extend(trained);
+        // Too few to hold any out: judged by all.
+        let judged = if held_out > 0 { held_out } else { rows.len() };
+        let judged = Data { rows: rows[..judged].to_vec(), description: String::new() };
+        let data = Data { rows, description: String::new() };
+        let inputs = Stream::embed(student, &data, scratch)?;
+        let reference = Stream::embed(teacher, &data, scratch)?;
+        Ok(Self { options, data, held_out, judged, inputs, reference })
+    }
+
+    /// What leaves the teacher's block `block`, the next one.
+    pub(super) fn targets(&self, teacher: &Blocks<AutogradBackend>, block: usize) -> Result<Stream<'a>> {
+        self.reference.through(teacher, block, &self.data)
+    }
+
+    /// Goes through the student's block as it is.
+    pub(super) fn pass(&mut self, student: &Blocks<AutogradBackend>, block: usize, targets: Stream<'a>) -> Result<()> {
+        self.inputs = self.inputs.through(student, block, &self.data)?;
+        self.reference = targets;
+        Ok(())
+    }
+
+    /// Trains the student's block for `steps`, and goes through it.
+    pub(super) fn train<M: Borrow<Blocks<AutogradBackend>>>(
+        &mut self,
+        student: &mut Student<M>,
+        block: usize,
+        steps: usize,
+        targets: Stream<'a>,
+    ) -> Result<BlockReport> {
+        let Self { options, held_out, .. } = *self;
+        let of = |p: &Parameter| Learned {
             weight: p.layer == Some(block) && (p.is_quantized() || (options.norms && p.is_norm())),
             scales: options.scales && p.layer == Some(block) && p.is_quantized(),
             rounding: options.rounding && p.is_quantized(),
-        });
+        };
+        student.train(of);
         let start = student.block_state(block);
-        let before = inputs.through(&student.decoder, block, &first)?.distance(&targets, judged)?;
-        let mut order = Order::new(data.rows.len() - held_out, options.seed.wrapping_add(block as u64));
-        for step in 0..steps {
+        let judged = self.judged.rows.len();
+        let before = self.inputs.through(student.blocks(), block, &self.judged)?.distance(&targets, judged)?;
+        let learns = student.parameters.iter().any(|p| of(p).weight);
+        let mut order = Order::new(self.data.rows.len() - held_out, options.seed.wrapping_add(block as u64));
+        // A block of floats has nothing to learn.
+        for step in 0..if learns { steps } else { 0 } {
             let chosen: Vec<usize> = order.take(options.sequences).into_iter().map(|r| held_out + r).collect();
-            let pass = prepare(&student.decoder, data, &chosen)?;
-            let x = inputs.rows(&chosen)?;
+            let pass = prepare(student.blocks(), &self.data, &chosen)?;
+            let x = self.inputs.rows(&chosen)?;
             let x = Var::from_tensor(&x).during("block")?;
-            let mut cache = cache(&student.decoder)?;
-            let out = student.decoder.block(block, x.as_tensor().clone(), &pass, &mut cache)?;
+            let mut cache = cache(student.blocks())?;
+            let out = student.blocks().block(block, x.as_tensor().clone(), &pass, &mut cache)?;
             let wanted = targets.gather(&chosen)?;
-            let worth = worth(&student.decoder.backend().to_host(&out)?, &wanted, inputs.hidden);
+            let worth = worth(&student.blocks().backend().to_host(&out)?, &wanted, self.inputs.hidden);
             let (loss, value) = loss::squared_error(&out, &wanted, &worth).during("block loss")?;
             if !value.is_finite() {
                 return Err(RecoverError::NotFinite { what: format!("error of block {block}"), step, value });
@@ -171,23 +229,21 @@ pub fn train_as(
             student.step(&options.adam, step + 1, steps, Rates::of(rate), factor);
         }
         student.settle_rounding();
-        let mut outputs = inputs.through(&student.decoder, block, data)?;
+        let mut outputs = self.inputs.through(student.blocks(), block, &self.data)?;
         let mut after = outputs.distance(&targets, judged)?;
         if after > before {
             student.put_back(start);
-            outputs = inputs.through(&student.decoder, block, data)?;
+            outputs = self.inputs.through(student.blocks(), block, &self.data)?;
             after = before;
         }
-        each(&BlockReport { block, before, after }, student, schedule)?;
-        inputs = outputs;
-        reference = targets;
+        self.inputs = outputs;
+        self.reference = targets;
+        Ok(BlockReport { block, before, after })
     }
-    student.train(|_| Learned::default());
-    Ok(())
 }
 
 /// Hidden states of every sequence, [tokens, hidden] each, BF16, one after the other in a file without a name.
-struct Stream<'a> {
+pub(super) struct Stream<'a> {
     file: File,
     /// Where each sequence begins, in values, and where the last ends.
     starts: Vec<usize>,
@@ -253,7 +309,7 @@ impl<'a> Stream<'a> {
     }
 
     /// What leaves block `block` when this enters it; of as many sequences as `data` has.
-    fn through(&self, decoder: &Decoder<AutogradBackend>, block: usize, data: &Data) -> Result<Self> {
+    fn through(&self, decoder: &Blocks<AutogradBackend>, block: usize, data: &Data) -> Result<Self> {
         let mut next = 0;
         Self::write(self.scratch, data, self.hidden, |_| {
             let mut chosen = Vec::new();
@@ -304,12 +360,12 @@ pub(super) fn worth(x: &[f32], target: &[f32], hidden: usize) -> Vec<f32> {
     x.par_chunks_exact(hidden).zip(target.par_chunks_exact(hidden)).map(one).collect()
 }
 
-fn prepare(decoder: &Decoder<AutogradBackend>, data: &Data, chosen: &[usize]) -> Result<HostPass> {
+fn prepare(decoder: &Blocks<AutogradBackend>, data: &Data, chosen: &[usize]) -> Result<HostPass> {
     let rows: Vec<&Row> = chosen.iter().map(|s| &data.rows[*s]).collect();
     Ok(decoder.pass(&batch(&rows))?)
 }
 
 /// A KV cache without a page: what is trained on is computed whole, and nothing of it is read again.
-pub(super) fn cache(decoder: &Decoder<AutogradBackend>) -> Result<crate::backend::autograd::KvCache> {
+pub(super) fn cache(decoder: &Blocks<AutogradBackend>) -> Result<crate::backend::autograd::KvCache> {
     Ok(decoder.new_cache(0, 0, KvFormat::F32)?)
 }

@@ -17,8 +17,8 @@ use super::parameter::Rates;
 use super::schedule::Schedule;
 use super::student::Student;
 use super::{During as _, RecoverError, Result};
-use crate::backend::autograd::AutogradBackend;
 use crate::backend::autograd::loss::{self, LossSums, Objective, Teacher};
+use crate::backend::autograd::{AutogradBackend, Linear};
 use crate::backend::{Backend as _, Batch};
 use crate::corpus::Row;
 use crate::model::Decoder;
@@ -354,26 +354,39 @@ impl Watched {
         Ok(Self { name, rows, reference })
     }
 
+    /// `rows` of which the teacher's head got `reference`.
+    pub(super) fn seen(name: String, rows: Vec<Row>, reference: Vec<Vec<f32>>) -> Self {
+        Self { name, rows, reference: Some(reference) }
+    }
+
+    pub(super) fn rows(&self) -> &[Row] {
+        &self.rows
+    }
+
     /// Mean per learned token, in nats: KL(teacher ‖ student), or without a teacher the cross-entropy with the text.
     ///
     /// # Errors
     /// The backend's own failure.
     pub fn loss(&self, student: &Decoder<AutogradBackend>, teacher: Option<&Decoder<AutogradBackend>>) -> Result<f64> {
+        self.loss_of(&mut |row| entering_head(student, row), student.head(), teacher.map(Decoder::head))
+    }
+
+    /// The same of a student of which `entering` gives what its head gets of each row, in order.
+    pub(super) fn loss_of(
+        &self,
+        entering: &mut dyn FnMut(&Row) -> Result<Tensor>,
+        head: &Linear,
+        teacher: Option<&Linear>,
+    ) -> Result<f64> {
         let kl = if teacher.is_some() { 1.0 } else { 0.0 };
         let objective = Objective { kl, cross_entropy: 1.0 - kl, temperature: 1.0, top_k: None };
         let mut sums = LossSums::default();
         for (i, row) in self.rows.iter().enumerate() {
             let (targets, weights) = next_tokens(&[row]);
             let hidden = self.reference.as_ref().map(|r| r[i].as_slice());
-            let reference = teacher.zip(hidden).map(|(t, hidden)| Teacher { hidden, head: t.head() });
-            let own = entering_head(student, row)?;
-            let rows = loss::Rows {
-                hidden: &own,
-                head: student.head(),
-                teacher: reference,
-                targets: &targets,
-                weights: &weights,
-            };
+            let reference = teacher.zip(hidden).map(|(head, hidden)| Teacher { hidden, head });
+            let own = entering(row)?;
+            let rows = loss::Rows { hidden: &own, head, teacher: reference, targets: &targets, weights: &weights };
             let part = loss::measure(&rows, &objective).during("evaluation")?;
             sums.weight += part.weight;
             sums.kl += if teacher.is_some() { part.kl } else { part.cross_entropy };

@@ -1,24 +1,26 @@
 //! What a step, a look and a saved state take on this machine: a few are made for that, and their effect is thrown away.
 
+use std::borrow::Borrow;
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use super::best_known::setting;
+use super::block::{self, Walk};
 use super::budget::StageCost;
 use super::data::Data;
 use super::distill::{self, Watched};
 use super::run_folder::RunFolder;
 use super::stage::{Method, Stage};
+use super::streamed::BlockSize;
 use super::student::Student;
+use super::trainee::Trainee;
 use super::trainer::learned;
-use super::{Result, block};
+use super::{RecoverError, Result, written};
 use crate::backend::autograd::AutogradBackend;
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::corpus::spread;
-use crate::model::Decoder;
-use crate::output::space::human_bytes;
+use crate::model::{Blocks, Decoder};
 
 /// Where and by what clock something is measured.
 pub struct Bench<'a> {
@@ -32,11 +34,11 @@ pub struct Bench<'a> {
 
 /// Steps that are made, the first of which finds no memory ready.
 const STEPS: usize = 4;
-/// Sequences and steps of the blocks that are trained, once with few and once with more of the latter.
+/// Sequences and steps of the block that is trained, once with few and once with more of the latter.
 const BLOCK_SEQUENCES: usize = 8;
 const BLOCK_STEPS: [usize; 2] = [2, 6];
-/// Passes of a sequence through a block, in passes of both models: one of the teacher's, and up to two of the student's.
-const PASSES: f64 = 1.5;
+/// Passes of a sequence through the student's block: with what it has learned, and now and then without it again.
+const PASSES: f64 = 1.25;
 
 impl Bench<'_> {
     fn time<T>(&self, what: impl FnOnce() -> Result<T>) -> Result<(T, f64)> {
@@ -45,22 +47,53 @@ impl Bench<'_> {
         Ok((value, (self.now)() - start))
     }
 
-    /// What one step of a stage takes, of every block where it trains blocks, and the rest of it that hangs on no step. The
-    /// student is another one afterwards.
+    /// What one step of a stage takes, of every block where it trains blocks, and the rest of it that hangs on no step: of blocks
+    /// the passes of `samples` sequences, or where their number hangs on that of the steps (`None`) of as many a step as it sees. A
+    /// student in memory is another one afterwards.
     ///
     /// # Errors
-    /// As those of the methods.
+    /// As those of the methods; where there is no teacher.
     pub fn stage(
         &self,
-        student: &mut Student,
-        teacher: &Decoder<AutogradBackend>,
+        trainee: &mut Trainee<'_>,
         data: &Data,
         stage: &Stage,
-        asked: &str,
+        samples: Option<usize>,
     ) -> Result<StageCost> {
-        match &stage.method {
-            Method::Distill(options) => self.steps(student, teacher, data, options),
-            Method::Block(options) => self.blocks(student, teacher, data, options, setting(asked, "samples")),
+        match (trainee, &stage.method) {
+            (Trainee::Whole { student, teacher: Some(teacher) }, Method::Distill(options)) => {
+                self.steps(student, teacher, data, options)
+            }
+            (Trainee::Whole { student, teacher: Some(teacher) }, Method::Block(options)) => {
+                let sizes: Vec<usize> = (0..student.decoder.config.layers.len())
+                    .map(|layer| {
+                        student.parameters.iter().filter(|p| p.layer == Some(layer)).map(|p| p.master().len()).sum()
+                    })
+                    .collect();
+                let block = largest(&sizes);
+                let data = few(data);
+                let walk = Walk::begin(&student.decoder, teacher, &data, all_of(options), self.scratch)?;
+                let cost = self.block(walk, student, teacher, block)?;
+                Ok(cost.of_all(&sizes, block, options, samples))
+            }
+            (Trainee::Streamed(model), Method::Block(options)) => {
+                let sizes: Vec<usize> = model.sizes.iter().map(BlockSize::weights).collect();
+                let block = largest(&sizes);
+                let data = few(data);
+                let walk = {
+                    let [student, teacher] = model.ends()?;
+                    Walk::begin(&student, &teacher, &data, all_of(options), self.scratch)?
+                };
+                let (teacher, taught) = self.time(|| model.teacher_block(block))?;
+                let (mut student, read) = self.time(|| model.block(block, options))?;
+                let mut cost = self.block(walk, &mut student, &teacher, block)?;
+                let folder = RunFolder::create(&self.emptied("measured")?, &json!({}))?;
+                let (_, save) = self.time(|| folder.save_trained(&student, |_| true, block))?;
+                folder.remove()?;
+                cost.fixed = taught + read + save;
+                Ok(cost.of_all(&sizes, block, options, samples))
+            }
+            _ => Err(RecoverError::Asked(format!("{}: there is nothing to measure it on", stage.name))),
         }
     }
 
@@ -88,51 +121,49 @@ impl Bench<'_> {
         Ok(StageCost { step: later[later.len() / 2], ..StageCost::default() })
     }
 
-    fn blocks(
+    /// What training one block takes, of the sequences of `walk`.
+    fn block<M: Borrow<Blocks<AutogradBackend>>>(
         &self,
-        student: &mut Student,
-        teacher: &Decoder<AutogradBackend>,
-        data: &Data,
-        options: &block::Options,
-        samples: Option<usize>,
-    ) -> Result<StageCost> {
-        let layers = student.decoder.config.layers.len();
-        let data = Data { rows: spread(&data.rows, BLOCK_SEQUENCES), description: String::new() };
+        mut walk: Walk<'_>,
+        student: &mut Student<M>,
+        teacher: &Blocks<AutogradBackend>,
+        block: usize,
+    ) -> Result<BlockCost> {
+        let (_, taught) = self.time(|| walk.targets(teacher, block))?;
         let mut of = |steps: usize| {
-            let options = block::Options { steps, samples: None, ..*options };
-            let last = layers.saturating_sub(1);
-            let train = || block::train(student, teacher, &data, &options, last, self.scratch, &mut |_, _| Ok(()));
-            Ok::<_, super::RecoverError>(self.time(train)?.1)
+            let targets = walk.targets(teacher, block)?;
+            Ok::<_, RecoverError>(self.time(|| walk.train(student, block, steps, targets))?.1)
         };
         let [few, more] = [of(BLOCK_STEPS[0])?, of(BLOCK_STEPS[1])?];
         // Never nothing, whatever disturbed the second.
         let step = ((more - few) / (BLOCK_STEPS[1] - BLOCK_STEPS[0]) as f64).max(0.02 * few);
-        let pass = (few - BLOCK_STEPS[0] as f64 * step).max(0.0) / (data.rows.len().max(1) * layers.max(1)) as f64;
-        let passes = PASSES * pass * layers as f64;
-        // Without a number of their own, sequences are as many as the steps take.
-        Ok(match samples {
-            Some(samples) => {
-                StageCost { fixed: passes * samples as f64, step: step * layers as f64, ..Default::default() }
-            }
-            None => StageCost { step: step * layers as f64 + passes * options.sequences as f64, ..Default::default() },
-        })
+        let targets = walk.targets(teacher, block)?;
+        let (_, learned) = self.time(|| walk.pass(student.blocks(), block, targets))?;
+        let pass = (taught + PASSES * learned) / BLOCK_SEQUENCES as f64;
+        Ok(BlockCost { fixed: 0.0, step, pass })
     }
 
     /// What a look at the watched texts takes, and before the first one the teacher's pass over them.
     ///
     /// # Errors
     /// As [`Watched::loss`].
-    pub fn look(
-        &self,
-        student: &Student,
-        teacher: &Decoder<AutogradBackend>,
-        watched: &[(String, Data)],
-    ) -> Result<(f64, f64)> {
+    pub fn look(&self, trainee: &Trainee<'_>, watched: &[(String, Data)]) -> Result<(f64, f64)> {
         let (mut ready, mut look) = (0.0, 0.0);
-        for (name, data) in watched {
-            let (text, before) = self.time(|| Watched::new(name.clone(), data.rows.clone(), Some(teacher)))?;
-            let (_, after) = self.time(|| text.loss(&student.decoder, Some(teacher)))?;
-            (ready, look) = (ready + before, look + after);
+        match trainee {
+            Trainee::Whole { student, teacher } => {
+                for (name, data) in watched {
+                    let teacher = teacher.as_deref();
+                    let (text, before) = self.time(|| Watched::new(name.clone(), data.rows.clone(), teacher))?;
+                    let (_, after) = self.time(|| text.loss(&student.decoder, teacher))?;
+                    (ready, look) = (ready + before, look + after);
+                }
+            }
+            Trainee::Streamed(model) if !watched.is_empty() => {
+                let (texts, before) = self.time(|| model.watch(watched.to_vec()))?;
+                (_, look) = self.time(|| model.losses(&texts))?;
+                ready = before;
+            }
+            Trainee::Streamed(_) => {}
         }
         Ok((ready, look))
     }
@@ -141,42 +172,71 @@ impl Bench<'_> {
     ///
     /// # Errors
     /// When the disk is full.
-    pub fn writing(&self, student: &Student, of: &Checkpoint) -> Result<(f64, f64)> {
-        let (state, out) = (self.scratch.join("measured"), self.scratch.join("written"));
-        // Of a run that was killed here.
-        remove(&state)?;
-        remove(&out)?;
-        let folder = RunFolder::create(&state, &json!({}))?;
-        let (_, save) = self.time(|| folder.save_best(student, 0, 0))?;
-        folder.remove()?;
-        let (_, write) = self.time(|| student.write(of, &[], &out))?;
+    pub fn writing(&self, trainee: &Trainee<'_>, of: &Checkpoint) -> Result<(f64, f64)> {
+        let out = self.emptied("written")?;
+        let save = match trainee {
+            Trainee::Whole { student, .. } => {
+                let folder = RunFolder::create(&self.emptied("measured")?, &json!({}))?;
+                let (_, save) = self.time(|| folder.save_best(student, 0, 0))?;
+                folder.remove()?;
+                save
+            }
+            // Blocks are kept one by one, and nothing at the end.
+            Trainee::Streamed(_) => 0.0,
+        };
+        let (_, write) = self.time(|| written::write(of, &*trainee.trained(), &[], &out))?;
         remove(&out)?;
         Ok((save, write))
     }
+
+    /// A folder of that name, which a run that was killed here may have left.
+    fn emptied(&self, name: &str) -> Result<PathBuf> {
+        let folder = self.scratch.join(name);
+        remove(&folder)?;
+        Ok(folder)
+    }
+}
+
+/// What training a block takes, in seconds.
+struct BlockCost {
+    /// Reading it, and keeping it.
+    fixed: f64,
+    step: f64,
+    /// All passes of one sequence through it.
+    pass: f64,
+}
+
+impl BlockCost {
+    /// The same of all blocks, `sizes` weights each, of which `block` was measured. Without a number of their own, sequences are as
+    /// many as the steps take.
+    fn of_all(&self, sizes: &[usize], block: usize, options: &block::Options, samples: Option<usize>) -> StageCost {
+        let share = sizes.iter().sum::<usize>() as f64 / sizes[block].max(1) as f64;
+        let pass = self.pass * share;
+        let (fixed, step) = match samples {
+            Some(samples) => (pass * samples as f64, 0.0),
+            None => (0.0, pass * options.sequences as f64),
+        };
+        StageCost { fixed: fixed + self.fixed * share, step: step + self.step * share, ..StageCost::default() }
+    }
+}
+
+/// The block to measure: what it takes in memory is what all take at the most.
+fn largest(sizes: &[usize]) -> usize {
+    (0..sizes.len()).rev().max_by_key(|i| sizes[*i]).unwrap_or(0)
+}
+
+fn few(data: &Data) -> Data {
+    Data { rows: spread(&data.rows, BLOCK_SEQUENCES), description: String::new() }
+}
+
+fn all_of(options: &block::Options) -> block::Options {
+    block::Options { samples: None, ..*options }
 }
 
 /// Removes a folder, where there is one.
 fn remove(folder: &Path) -> Result<()> {
     match std::fs::remove_dir_all(folder) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(CheckpointError::io(folder, "remove", e).into()),
-        _ => Ok(()),
-    }
-}
-
-/// Whether the optimizer's state for the whole model, gradients and two moments of each quantized weight, has room in `free`
-/// bytes beside the models themselves; says what is missing where it has none.
-///
-/// # Errors
-/// What it would need.
-pub fn has_room(student: &Student, free: Option<u64>) -> std::result::Result<(), String> {
-    let weights: usize = student.parameters.iter().filter(|p| p.is_quantized()).map(|p| p.master().len()).sum();
-    let needed = 12 * weights as u64;
-    match free {
-        Some(free) if free < needed + needed / 4 => Err(format!(
-            "gradients and moments of the whole model take {}, {} are free",
-            human_bytes(needed),
-            human_bytes(free)
-        )),
         _ => Ok(()),
     }
 }

@@ -6,6 +6,7 @@
 
 pub mod best_known;
 pub mod block;
+pub mod block_run;
 pub mod budget;
 pub mod data;
 pub mod distill;
@@ -20,9 +21,12 @@ pub mod schedule;
 pub mod session;
 pub mod stage;
 pub mod stored_plan;
+pub mod streamed;
 pub mod student;
 pub mod teacher_text;
+pub mod trainee;
 pub mod trainer;
+pub mod written;
 
 use std::path::PathBuf;
 

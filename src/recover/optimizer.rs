@@ -28,6 +28,9 @@ pub struct Moments {
 }
 
 impl Moments {
+    /// Bytes of a value's.
+    pub const BYTES: usize = 8;
+
     /// Zeros.
     #[must_use]
     pub fn new(length: usize) -> Self {

@@ -358,6 +358,11 @@ impl Parameter {
         }
     }
 
+    /// Whether its block scales may be others than its checkpoint's.
+    pub(super) fn learns_scales(&self) -> bool {
+        self.scales.is_some()
+    }
+
     /// Its block scales as its checkpoint holds them, where they were learned.
     pub(super) fn scale_bytes(&self) -> Option<Vec<u8>> {
         match &self.weight {

@@ -1,20 +1,28 @@
 //! What a run leaves on disk while it trains, so that it can be resumed after being killed at any moment.
 //!
 //! `run.json` says what is trained how; `curve.jsonl` has one line for every event; `state.safetensors` is where training
-//! stood last, `block-*.safetensors` the blocks trained since, and `best.safetensors` the best weights so far. All appear
+//! stood last, `block-*.safetensors` the blocks trained since, and `best.safetensors` the best weights so far; of a model that is
+//! trained a block at a time there are `trained-*.safetensors` alone, the blocks as its checkpoint is to hold them. All appear
 //! under their names only when whole.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 
+use memmap2::Mmap;
+use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::parameter::Parameter;
+use super::streamed::kept;
 use super::student::Student;
 use super::{RecoverError, Result, differing};
+use crate::backend::autograd::AutogradBackend;
 use crate::checkpoint::CheckpointError;
-use crate::checkpoint::write::{atomically, write_safetensors};
+use crate::checkpoint::tensors::TensorStore;
+use crate::checkpoint::write::{Pending, atomically, write_safetensors};
+use crate::model::Blocks;
 
 /// How far a run is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -150,11 +158,44 @@ impl RunFolder {
         self.save(BEST, student, Position { stage, done, lines: self.lines }, None, false)
     }
 
+    /// Keeps what training made of a block that is trained alone: of what `learned` names, as its checkpoint holds it.
+    ///
+    /// # Errors
+    /// As [`Self::save_state`].
+    pub fn save_trained(
+        &self,
+        student: &Student<Blocks<AutogradBackend>>,
+        learned: impl Fn(&Parameter) -> bool,
+        block: usize,
+    ) -> Result<TensorStore> {
+        self.curve.sync_data().map_err(io(&self.folder, "sync"))?;
+        let parameters = student.parameters.iter().filter(|p| learned(p));
+        let tensor =
+            |(name, bytes): (String, Vec<u8>)| Pending::new(name, Dtype::U8, &[bytes.len()], move || Ok(bytes));
+        let at = Position { stage: 0, done: block + 1, lines: self.lines };
+        let name = trained_name(block);
+        self.write(&name, parameters.flat_map(kept).map(tensor).collect(), at)?;
+        Ok(TensorStore::open_file(&self.folder.join(name))?)
+    }
+
+    /// What was kept so, and where the run stood then; nothing, where the block was not trained yet.
+    ///
+    /// # Errors
+    /// When the file is damaged.
+    pub fn trained(&self, block: usize) -> Result<Option<(Position, TensorStore)>> {
+        let name = trained_name(block);
+        let Some((_, position)) = self.open(&name)? else { return Ok(None) };
+        Ok(Some((position, TensorStore::open_file(&self.folder.join(name))?)))
+    }
+
     fn save(&self, name: &str, student: &Student, at: Position, layer: Option<usize>, moments: bool) -> Result<()> {
+        self.write(name, student.state(layer, moments), at)
+    }
+
+    fn write(&self, name: &str, tensors: Vec<Pending<'_, RecoverError>>, at: Position) -> Result<()> {
         let mut metadata = Map::new();
         metadata.insert("position".into(), Value::String(serde_json::to_string(&at).unwrap_or_default()));
-        let state = student.state(layer, moments);
-        atomically(&self.folder.join(name), |partial| write_safetensors(partial, state, &metadata))
+        atomically(&self.folder.join(name), |partial| write_safetensors(partial, tensors, &metadata))
     }
 
     /// Puts the student where the run stood last.
@@ -177,7 +218,8 @@ impl RunFolder {
         self.load(BEST, student)
     }
 
-    fn load(&self, name: &str, student: &mut Student) -> Result<Option<Position>> {
+    /// A file of a state, and where the run stood.
+    fn open(&self, name: &str) -> Result<Option<(Mmap, Position)>> {
         let path = self.folder.join(name);
         let file = match File::open(&path) {
             Ok(file) => file,
@@ -186,14 +228,20 @@ impl RunFolder {
         };
         let damaged = |detail: String| RecoverError::Run { path: path.clone(), detail };
         // SAFETY: the file is this run's own and replaced by renaming only; nobody writes into it.
-        let bytes = unsafe { memmap2::Mmap::map(&file) }.map_err(io(&path, "map"))?;
+        let bytes = unsafe { Mmap::map(&file) }.map_err(io(&path, "map"))?;
         let (_, metadata) =
             safetensors::SafeTensors::read_metadata(&bytes).map_err(|e| damaged(format!("is damaged ({e})")))?;
-        let tensors =
-            safetensors::SafeTensors::deserialize(&bytes).map_err(|e| damaged(format!("is damaged ({e})")))?;
         let position = metadata.metadata().as_ref().and_then(|m| m.get("position"));
         let position = position.and_then(|p| serde_json::from_str(p).ok());
         let position = position.ok_or_else(|| damaged("does not say where the run stood".into()))?;
+        Ok(Some((bytes, position)))
+    }
+
+    fn load(&self, name: &str, student: &mut Student) -> Result<Option<Position>> {
+        let Some((bytes, position)) = self.open(name)? else { return Ok(None) };
+        let damaged = |detail: String| RecoverError::Run { path: self.folder.join(name), detail };
+        let tensors =
+            safetensors::SafeTensors::deserialize(&bytes).map_err(|e| damaged(format!("is damaged ({e})")))?;
         for (name, view) in tensors.tensors() {
             let values = view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
             if !student.set_state(&name, values) {
@@ -217,6 +265,10 @@ const ABOUT: &str = "run.json";
 const CURVE: &str = "curve.jsonl";
 const STATE: &str = "state.safetensors";
 const BEST: &str = "best.safetensors";
+
+fn trained_name(block: usize) -> String {
+    format!("trained-{block}.safetensors")
+}
 
 fn block_name(stage: usize, block: usize) -> String {
     format!("block-{stage}-{block}.safetensors")

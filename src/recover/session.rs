@@ -5,17 +5,18 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use super::block_run::BlockRun;
 use super::data::Data;
 use super::distill::Watched;
 use super::pace::Pace;
 use super::run_folder::RunFolder;
 use super::stored_plan::{PLAN_FILE, StoredPlan};
 use super::student::{CURVE_FILE, RECORD_FILE, Student};
+use super::trainee::Trainee;
 use super::trainer::{Event, Outcome, Plan, Run};
+use super::written::{self, Trained};
 use super::{RecoverError, Result};
-use crate::backend::autograd::AutogradBackend;
 use crate::checkpoint::Checkpoint;
-use crate::model::Decoder;
 
 /// A training that is under way.
 pub struct Session {
@@ -26,8 +27,6 @@ pub struct Session {
 /// What is trained on, towards what.
 pub struct Lesson<'a> {
     pub plan: &'a Plan,
-    /// Nothing: only the text is learned from.
-    pub teacher: Option<&'a Decoder<AutogradBackend>>,
     pub data: &'a Data,
     /// Texts that are looked at while training, by name.
     pub watched: Vec<(String, Data)>,
@@ -62,16 +61,27 @@ impl Session {
     /// after each stage.
     ///
     /// # Errors
-    /// As [`Run::train`]; when what a stage gave cannot be written.
+    /// As [`Run::train`] and [`BlockRun::train`]; when what a stage gave cannot be written.
     pub fn train(
         &mut self,
-        student: &mut Student,
+        trainee: &mut Trainee<'_>,
         of: &Checkpoint,
         lesson: Lesson<'_>,
         show: &mut dyn FnMut(&Event),
         rest: fn(),
     ) -> Result<Outcome> {
-        let Lesson { plan, teacher, data, watched, mut pace, stages_beside } = lesson;
+        let Lesson { plan, data, watched, mut pace, stages_beside } = lesson;
+        let (student, teacher) = match (trainee, plan.stages.as_slice()) {
+            (Trainee::Whole { student, teacher }, _) => (student, teacher.as_deref()),
+            (Trainee::Streamed(model), [stage]) => {
+                let (folder, pace) = (&mut self.folder, &mut pace);
+                return BlockRun { data, texts: watched, stage, folder, pace, show }.train(model);
+            }
+            (Trainee::Streamed(_), stages) => {
+                let detail = format!("{} methods, of which one alone is trained a block at a time", stages.len());
+                return Err(RecoverError::Asked(detail));
+            }
+        };
         let watched = watched
             .into_iter()
             .map(|(name, data)| Watched::new(name, data.rows, teacher))
@@ -97,13 +107,14 @@ impl Session {
         Run { teacher, data, watched: &watched, plan, folder, pace, show, after: &mut after }.train(student)
     }
 
-    /// Writes the student with the `record` of how it came to be, the curve of the training, and where there is one its plan.
+    /// Writes what was `trained` with the `record` of how it came to be, the curve of the training, and where there is one its
+    /// plan.
     ///
     /// # Errors
     /// When `out` cannot be written.
     pub fn write(
         &self,
-        student: &Student,
+        trained: &dyn Trained,
         of: &Checkpoint,
         record: &Value,
         planned: Option<&StoredPlan>,
@@ -111,7 +122,7 @@ impl Session {
     ) -> Result<()> {
         let mut files = vec![(RECORD_FILE, pretty(record)), (CURVE_FILE, self.folder.curve()?)];
         files.extend(planned.map(|p| (PLAN_FILE, p.text().into_bytes())));
-        student.write(of, &files, out)
+        written::write(of, trained, &files, out)
     }
 
     /// The training is over: its state goes.

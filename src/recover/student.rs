@@ -1,5 +1,6 @@
-//! The model that is trained: the decoder with its quantized weights, their masters, and how it is written.
+//! The model that is trained, or a block of it: layers with their quantized weights, and these weights' masters.
 
+use std::borrow::Borrow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -7,24 +8,43 @@ use safetensors::Dtype;
 
 use super::optimizer::{AdamW, sum_of_squares};
 use super::parameter::{Learned, Parameter, Rates, Weight};
+use super::written::{self, Trained};
 use super::{RecoverError, Result};
+use crate::backend::Named;
 use crate::backend::autograd::{AutogradBackend, Linear, Norm};
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::dialect::store::{Content, content};
-use crate::checkpoint::fused::FusedTensor;
-use crate::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES, metadata};
-use crate::formats::linear::BlockScales;
-use crate::model::modules::Module;
-use crate::model::modules::Part;
-use crate::model::{Decoder, ModelConfig};
+use crate::checkpoint::dialect::store::Content;
+use crate::checkpoint::write::Pending;
+use crate::model::modules::{Module, Part};
+use crate::model::{Blocks, Decoder, ModelConfig, Source};
 
-/// The model that is trained.
-pub struct Student {
-    pub decoder: Decoder<AutogradBackend>,
+/// The model that is trained: a whole decoder, or one block of it.
+pub struct Student<M = Decoder<AutogradBackend>> {
+    pub decoder: M,
     /// Linears in the order of the forward pass, then norms.
     pub parameters: Vec<Parameter>,
     /// Whether all weights are trained: a model of floats from scratch.
     pub everything: bool,
+}
+
+impl Student<Blocks<AutogradBackend>> {
+    /// Loads decoder layer `layer` of `checkpoint` and nothing else, as [`Student::load`] does with all of them; a layer of
+    /// floats has no masters but those of what is no matrix.
+    ///
+    /// # Errors
+    /// When something is wrong with it.
+    pub fn load_block(
+        checkpoint: &Checkpoint,
+        unrounded: Option<&Checkpoint>,
+        backend: AutogradBackend,
+        layer: usize,
+    ) -> Result<Self> {
+        let decoder = Blocks::load(backend, checkpoint as &dyn Source, layer..layer + 1)?;
+        let linears = decoder.layer_linears().map(|l| Linear::clone(l)).collect();
+        let mut parameters = quantized(&decoder.config, linears, checkpoint, unrounded)?;
+        parameters.extend(norms(&decoder, decoder.layer_vectors().map(|(i, v)| (Some(i), v)), checkpoint));
+        Ok(Self { decoder, parameters, everything: false })
+    }
 }
 
 impl Student {
@@ -35,8 +55,6 @@ impl Student {
     /// When nothing is quantized, the two are of different shapes, or something is wrong with either.
     pub fn load(checkpoint: &Checkpoint, unrounded: Option<&Checkpoint>, backend: AutogradBackend) -> Result<Self> {
         let decoder = Decoder::load(backend, checkpoint)?;
-        let modules: BTreeMap<String, Module> =
-            decoder.config.modules().into_iter().map(|m| (m.name.clone(), m)).collect();
         if let Some(other) = unrounded {
             same_shape(
                 &decoder.config,
@@ -45,24 +63,12 @@ impl Student {
                 other,
             )?;
         }
-        let linears: Vec<Linear> = decoder.linears().map(|l| Linear::clone(l)).collect();
-        let mut parameters = Vec::new();
-        for linear in linears {
-            let Some(m) = modules.get(linear.name()).filter(|m| m.is_block_linear()) else { continue };
-            if linear.grid().is_float() {
-                continue;
-            }
-            let master = unrounded.unwrap_or(checkpoint).linear(&m.name, m.role)?.decode();
-            checkpoint.tensors.release_pages();
-            if let Some(other) = unrounded {
-                other.tensors.release_pages();
-            }
-            parameters.push(parameter(linear, m, master));
-        }
+        let linears = decoder.linears().map(|l| Linear::clone(l)).collect();
+        let mut parameters = quantized(&decoder.config, linears, checkpoint, unrounded)?;
         if parameters.is_empty() {
             return Err(RecoverError::NotQuantized(checkpoint.tensors.folder().into()));
         }
-        parameters.extend(norms(&decoder, checkpoint));
+        parameters.extend(norms(&decoder, decoder.vectors(), checkpoint));
         Ok(Self { decoder, parameters, everything: false })
     }
 
@@ -80,14 +86,8 @@ impl Student {
                 parameters.push(parameter(linear.clone(), &m, master));
             }
         }
-        parameters.extend(norms(&decoder, checkpoint));
+        parameters.extend(norms(&decoder, decoder.vectors(), checkpoint));
         Ok(Self { decoder, parameters, everything: true })
-    }
-
-    /// Lets block scales be learned, where they are E4M3 codes; `dual` says that weights are divided by those of now for
-    /// good, and only what their codes are multiplied by is learned.
-    pub fn allow_scales(&mut self, dual: bool) {
-        self.parameters.iter_mut().for_each(|p| p.allow_scales(dual));
     }
 
     /// Lets embedding and head be learned, where they are floats.
@@ -99,6 +99,45 @@ impl Student {
                 self.parameters.push(Parameter::new(linear.name().to_owned(), Weight::Linear(linear), None, master));
             }
         }
+    }
+
+    /// What a saved state holds ([`super::run_folder`]): masters, of one layer or all, and if asked for the moments that
+    /// there are.
+    #[must_use]
+    pub fn state(&self, layer: Option<usize>, moments: bool) -> Vec<Pending<'_, RecoverError>> {
+        let chosen = self.parameters.iter().filter(|p| layer.is_none() || layer == p.layer);
+        let tensor = |p, (name, length): (String, usize)| {
+            let kind = name.rsplit_once('.').map_or_else(String::new, |(_, kind)| kind.to_owned());
+            Pending::new(name, Dtype::F32, &[length], move || {
+                let values = Parameter::state_values(p, &kind);
+                Ok(values.into_iter().flatten().flat_map(|v| v.to_le_bytes()).collect())
+            })
+        };
+        chosen.flat_map(|p| p.state(moments).into_iter().map(move |s| tensor(p, s))).collect()
+    }
+}
+
+impl Student {
+    /// Writes the student: the checkpoint it came from with other codes, and `files` about how it was trained.
+    ///
+    /// # Errors
+    /// As [`written::write`].
+    pub fn write(&self, from: &Checkpoint, files: &[(&str, Vec<u8>)], out: &Path) -> Result<()> {
+        written::write(from, &self.trained(), files, out)
+    }
+}
+
+impl<M: Borrow<Blocks<AutogradBackend>>> Student<M> {
+    /// Lets block scales be learned, where they are E4M3 codes; `dual` says that weights are divided by those of now for
+    /// good, and only what their codes are multiplied by is learned.
+    pub fn allow_scales(&mut self, dual: bool) {
+        self.parameters.iter_mut().for_each(|p| p.allow_scales(dual));
+    }
+
+    /// The decoder layers that it has.
+    #[must_use]
+    pub fn blocks(&self) -> &Blocks<AutogradBackend> {
+        self.decoder.borrow()
     }
 
     /// Sums gradients of what `which` names from now on, and forgets the optimizer's state of all.
@@ -143,21 +182,6 @@ impl Student {
         result
     }
 
-    /// What a saved state holds ([`super::run_folder`]): masters, of one layer or all, and if asked for the moments that
-    /// there are.
-    #[must_use]
-    pub fn state(&self, layer: Option<usize>, moments: bool) -> Vec<Pending<'_, RecoverError>> {
-        let chosen = self.parameters.iter().filter(|p| layer.is_none() || layer == p.layer);
-        let tensor = |p, (name, length): (String, usize)| {
-            let kind = name.rsplit_once('.').map_or_else(String::new, |(_, kind)| kind.to_owned());
-            Pending::new(name, Dtype::F32, &[length], move || {
-                let values = Parameter::state_values(p, &kind);
-                Ok(values.into_iter().flatten().flat_map(|v| v.to_le_bytes()).collect())
-            })
-        };
-        chosen.flat_map(|p| p.state(moments).into_iter().map(move |s| tensor(p, s))).collect()
-    }
-
     /// Takes one tensor of a state over; whether there is such.
     pub(super) fn set_state(&mut self, name: &str, values: Vec<f32>) -> bool {
         let Some((module, kind)) = name.rsplit_once('.') else { return false };
@@ -195,103 +219,60 @@ impl Student {
     pub(super) fn settle_rounding(&mut self) {
         self.parameters.iter_mut().for_each(Parameter::settle_rounding);
     }
-
-    /// How much of what `from` holds, the checkpoint that the student came from, is another now.
-    ///
-    /// # Errors
-    /// When a tensor cannot be read.
-    pub fn changed(&self, from: &Checkpoint) -> Result<Changed> {
-        let modules: BTreeMap<String, Module> =
-            self.decoder.config.modules().into_iter().map(|m| (m.name.clone(), m)).collect();
-        let mut changed = Changed::default();
-        for p in self.parameters.iter().filter(|p| p.is_quantized()) {
-            let Some(m) = modules.get(&p.name) else { continue };
-            let before = from.linear(&p.name, m.role)?;
-            let nibbles = p.has_four_bits();
-            changed.codes.count(&before.data, &p.bytes(), nibbles);
-            if let (BlockScales::E4m3 { codes, .. }, Some(scales)) = (&before.block_scales, p.scale_bytes()) {
-                changed.scales.count(codes, &scales, false);
-            }
-            from.tensors.release_pages();
-        }
-        Ok(changed)
-    }
-
-    /// Writes the student: the checkpoint it came from with other codes, and `files` about how it was trained.
-    ///
-    /// # Errors
-    /// When `out` is in the way or cannot be written.
-    pub fn write(&self, from: &Checkpoint, files: &[(&str, Vec<u8>)], out: &Path) -> Result<()> {
-        let writer = FolderWriter::create(out)?;
-        let trained: &BTreeMap<&str, &Parameter> = &self.parameters.iter().map(|p| (p.name.as_str(), p)).collect();
-        let tensor = |name| {
-            let part = str::rsplit_once(name, '.').and_then(|(m, suffix)| Some((*trained.get(m)?, content(suffix)?)));
-            let own = match part {
-                Some((p, Content::Elements)) => Some((p, false)),
-                Some((p, Content::Scales)) if p.scale_bytes().is_some() => Some((p, true)),
-                _ => None,
-            };
-            if let Some(fused) = FusedTensor::of(from, name) {
-                let view = from.tensors.peek(name)?;
-                return Some(Pending::new(from.tensors.stored_name(name), view.dtype, view.shape, move || {
-                    Ok(fused.with(view.bytes, &|module, content| match (trained.get(module), content) {
-                        (Some(p), Content::Elements) => Some(p.bytes()),
-                        (Some(p), Content::Scales) => p.scale_bytes(),
-                        _ => None,
-                    }))
-                }));
-            }
-            let Some((p, scales)) = own.or_else(|| trained.get(name).map(|p| (*p, false))) else {
-                return Pending::copy(&from.tensors, name);
-            };
-            let view = from.tensors.peek(name)?;
-            Some(Pending::new(from.tensors.stored_name(name), view.dtype, view.shape, move || {
-                Ok(if scales { p.scale_bytes().unwrap_or_default() } else { p.bytes() })
-            }))
-        };
-        let own = from.tensors.names().filter_map(tensor);
-        let tensors: Vec<Pending<'_, RecoverError>> = own.chain(Pending::aside(&from.tensors)).collect();
-        writer.tensors(tensors, SHARD_BYTES, &metadata([]))?;
-        writer.copy_settings(from.tensors.folder())?;
-        files.iter().try_for_each(|(name, contents)| writer.file(name, contents))?;
-        writer.copy_text_files(from.tensors.folder())?;
-        writer.commit()?;
-        Ok(())
-    }
 }
 
-/// How many of a student's codes training moved to others.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
-pub struct Changed {
-    /// Of weights.
-    pub codes: Count,
-    /// Of block scales, where they were learned.
-    pub scales: Count,
-}
-
-/// So many of so many.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
-pub struct Count {
-    pub changed: usize,
-    pub all: usize,
-}
-
-impl Count {
-    /// Counts the codes of `before` and `after`, two to a byte or one.
-    fn count(&mut self, before: &[u8], after: &[u8], nibbles: bool) {
-        let codes = |(a, b): (&u8, &u8)| {
-            let other = a ^ b;
-            if nibbles { usize::from(other & 15 != 0) + usize::from(other & 240 != 0) } else { usize::from(other != 0) }
-        };
-        self.changed += before.iter().zip(after).map(codes).sum::<usize>();
-        self.all += before.len().max(after.len()) * if nibbles { 2 } else { 1 };
-    }
-
-    /// The share that changed; of nothing, none.
+impl<M> Student<M> {
+    /// What it has in the place of a checkpoint's tensors.
     #[must_use]
-    pub fn share(self) -> f64 {
-        self.changed as f64 / self.all.max(1) as f64
+    pub fn trained(&self) -> ByName<'_> {
+        ByName(self.parameters.iter().map(|p| (p.name.as_str(), p)).collect())
     }
+}
+
+/// A student's parameters, to be found by the names of modules, or of tensors that are no linear's.
+pub struct ByName<'a>(BTreeMap<&'a str, &'a Parameter>);
+
+impl Trained for ByName<'_> {
+    fn has(&self, name: &str, content: Content) -> bool {
+        self.0.get(name).is_some_and(|p| match content {
+            Content::Elements => true,
+            Content::Scales => p.learns_scales(),
+            _ => false,
+        })
+    }
+
+    fn bytes(&self, name: &str, content: Content) -> Option<Vec<u8>> {
+        let p = self.0.get(name)?;
+        match content {
+            Content::Elements => Some(p.bytes()),
+            Content::Scales => p.scale_bytes(),
+            _ => None,
+        }
+    }
+}
+
+/// Masters of those of `linears` that are quantized: the weights of `unrounded`, or the student's own.
+fn quantized(
+    config: &ModelConfig,
+    linears: Vec<Linear>,
+    checkpoint: &Checkpoint,
+    unrounded: Option<&Checkpoint>,
+) -> Result<Vec<Parameter>> {
+    let modules: BTreeMap<String, Module> = config.modules().into_iter().map(|m| (m.name.clone(), m)).collect();
+    let mut parameters = Vec::new();
+    for linear in linears {
+        let Some(m) = modules.get(linear.name()).filter(|m| m.is_block_linear()) else { continue };
+        if linear.grid().is_float() {
+            continue;
+        }
+        let master = unrounded.unwrap_or(checkpoint).linear(&m.name, m.role)?.decode();
+        checkpoint.tensors.release_pages();
+        if let Some(other) = unrounded {
+            other.tensors.release_pages();
+        }
+        parameters.push(parameter(linear, m, master));
+    }
+    Ok(parameters)
 }
 
 fn parameter(linear: Linear, module: &Module, mut master: Vec<f32>) -> Parameter {
@@ -299,21 +280,25 @@ fn parameter(linear: Linear, module: &Module, mut master: Vec<f32>) -> Parameter
     Parameter::new(module.name.clone(), Weight::Linear(linear), module.layer, master)
 }
 
-fn norms(decoder: &Decoder<AutogradBackend>, checkpoint: &Checkpoint) -> Vec<Parameter> {
+/// What is no matrix: `vectors`, then what mixers of `blocks` have of their own.
+fn norms<'a>(
+    blocks: &Blocks<AutogradBackend>,
+    vectors: impl Iterator<Item = (Option<usize>, &'a Named<Norm>)>,
+    checkpoint: &Checkpoint,
+) -> Vec<Parameter> {
     let parameter = |layer: Option<usize>, name: &str, norm: &Norm, offset: f32| {
         let dtype = checkpoint.tensors.peek(name).map_or(Dtype::F32, |v| v.dtype);
         let master = norm.weight().to_vec();
         Parameter::new(name.to_owned(), Weight::Norm { norm: norm.clone(), dtype, offset }, layer, master)
     };
     // Sinks are nobody's who has such norms.
-    let offset = if decoder.config.offset_norms { 1.0 } else { 0.0 };
-    let mut out: Vec<Parameter> =
-        decoder.vectors().map(|(layer, named)| parameter(layer, &named.name, named, offset)).collect();
-    for (layer, mixer) in decoder.mambas() {
+    let offset = if blocks.config.offset_norms { 1.0 } else { 0.0 };
+    let mut out: Vec<Parameter> = vectors.map(|(layer, named)| parameter(layer, &named.name, named, offset)).collect();
+    for (layer, mixer) in blocks.mambas() {
         let own = mixer.vectors().map(|(part, v)| parameter(Some(layer), &format!("{}.{part}", mixer.name), v, 0.0));
         out.extend(own);
     }
-    for (layer, mixer) in decoder.delta_nets() {
+    for (layer, mixer) in blocks.delta_nets() {
         let own = mixer.vectors().map(|(part, v)| parameter(Some(layer), &format!("{}.{part}", mixer.name), v, 0.0));
         out.extend(own);
     }

@@ -96,9 +96,9 @@ pub struct Run<'a, 'p> {
 
 /// Best score so far, and looks since.
 #[derive(Clone, Copy, Debug)]
-struct Best {
+pub(super) struct Best {
     score: f64,
-    step: usize,
+    pub step: usize,
     since: usize,
 }
 
@@ -116,15 +116,7 @@ impl Run<'_, '_> {
             student.allow_embedding();
         }
         let at = self.folder.load_state(student)?;
-        let mut events = Vec::new();
-        for line in self.folder.rewind(at.lines)? {
-            let event = serde_json::from_str(&line).map_err(|e| RecoverError::Run {
-                path: self.folder.path("curve.jsonl"),
-                detail: format!("is damaged ({e})"),
-            })?;
-            (self.show)(&event);
-            events.push(event);
-        }
+        let mut events = replayed(self.folder, at.lines, self.show)?;
         for stage in at.stage..self.plan.stages.len() {
             let from = if stage == at.stage { at.done } else { 0 };
             match self.stage(student, stage, from, &mut events) {
@@ -141,10 +133,7 @@ impl Run<'_, '_> {
     }
 
     fn record(&mut self, events: &mut Vec<Event>, event: Event) -> Result<()> {
-        self.folder.line(&serde_json::to_string(&event).unwrap_or_default())?;
-        (self.show)(&event);
-        events.push(event);
-        Ok(())
+        recorded(self.folder, self.show, events, event)
     }
 
     fn stage(&mut self, student: &mut Student, stage: usize, from: usize, events: &mut Vec<Event>) -> Result<()> {
@@ -239,18 +228,7 @@ impl Run<'_, '_> {
             }
             loss.insert(w.name.clone(), Value::from(value));
         }
-        let first = events.iter().find_map(|e| match e {
-            Event::Watched { loss, measure: m, .. } if *m == measure => Some(loss.clone()),
-            _ => None,
-        });
-        let first = first.unwrap_or_else(|| loss.clone());
-        let of = |map: &Map<String, Value>, name: &str| map.get(name).and_then(Value::as_f64).unwrap_or(0.0);
-        let ratio = |name: &String| {
-            let start = of(&first, name);
-            if start > 0.0 { of(&loss, name) / start } else { 1.0 + of(&loss, name) }
-        };
-        let score = loss.keys().map(ratio).sum::<f64>() / loss.len().max(1) as f64;
-        self.record(events, Event::Watched { stage, step, measure, loss, score })?;
+        self.record(events, watched(events, stage, step, measure, loss))?;
         // Where nothing is watched, the last is the best.
         Ok(self.watched.is_empty() || best_of(events, stage).is_some_and(|b| b.step == step))
     }
@@ -278,8 +256,55 @@ pub(super) fn learned(p: &Parameter, options: &distill::Options, all: bool) -> L
     }
 }
 
+/// The first `lines` events of a run that goes on; `show` sees them again.
+pub(super) fn replayed(folder: &mut RunFolder, lines: usize, show: &mut dyn FnMut(&Event)) -> Result<Vec<Event>> {
+    let path = folder.path("curve.jsonl");
+    let read = |line: &String| {
+        let detail = |e| format!("is damaged ({e})");
+        serde_json::from_str(line).map_err(|e| RecoverError::Run { path: path.clone(), detail: detail(e) })
+    };
+    let events = folder.rewind(lines)?.iter().map(read).collect::<Result<Vec<Event>>>()?;
+    events.iter().for_each(show);
+    Ok(events)
+}
+
+/// Writes an event down, and shows it.
+pub(super) fn recorded(
+    folder: &mut RunFolder,
+    show: &mut dyn FnMut(&Event),
+    events: &mut Vec<Event>,
+    event: Event,
+) -> Result<()> {
+    folder.line(&serde_json::to_string(&event).unwrap_or_default())?;
+    show(&event);
+    events.push(event);
+    Ok(())
+}
+
+/// A look at the watched texts, judged by the first of its kind among `events`.
+pub(super) fn watched(
+    events: &[Event],
+    stage: usize,
+    step: usize,
+    measure: Measure,
+    loss: Map<String, Value>,
+) -> Event {
+    let first = events.iter().find_map(|e| match e {
+        Event::Watched { loss, measure: m, .. } if *m == measure => Some(loss),
+        _ => None,
+    });
+    let first = first.unwrap_or(&loss);
+    let of = |map: &Map<String, Value>, name: &str| map.get(name).and_then(Value::as_f64).unwrap_or(0.0);
+    let ratio = |name: &String| {
+        let start = of(first, name);
+        if start > 0.0 { of(&loss, name) / start } else { 1.0 + of(&loss, name) }
+    };
+    let score = loss.keys().map(ratio).sum::<f64>() / loss.len().max(1) as f64;
+    Event::Watched { stage, step, measure, loss, score }
+}
+
 /// The best look of a stage so far.
-fn best_of(events: &[Event], stage: usize) -> Option<Best> {
+pub(super) fn best_of(events: &[Event], stage: usize) -> Option<Best> {
     let mut best: Option<Best> = None;
     for event in events {
         let Event::Watched { stage: s, step, score, .. } = event else { continue };

@@ -41,4 +41,5 @@ mod hybrids;
 mod layers;
 mod recover;
 mod smollm2;
+mod streamed;
 mod text;

@@ -75,21 +75,6 @@ impl Linear {
         self.0.k
     }
 
-    /// Bytes of the weight as products take it.
-    #[must_use]
-    pub fn operand_bytes(&self) -> usize {
-        self.0.precision.bytes() * self.0.n * self.0.k
-    }
-
-    /// Bytes of the largest of its products of `rows` rows, with operands and result.
-    #[must_use]
-    pub fn product_bytes(&self, rows: usize) -> usize {
-        let (x, y) = (rows * self.0.k, rows * self.0.n);
-        let of = |operands: usize, result: usize| self.0.precision.bytes() * operands + 4 * result;
-        let weight = self.0.n * self.0.k;
-        of(x + weight, y).max(of(y + weight, x)).max(of(y + x, weight))
-    }
-
     /// The values its weight can take.
     #[must_use]
     pub fn grid(&self) -> Arc<WeightGrid> {

@@ -33,6 +33,14 @@ impl Precision {
             Self::Bf16 => 2,
         }
     }
+
+    /// Bytes of the largest of the products of a linear [N, K] and `rows` rows, forward and backward, with operands and result.
+    #[must_use]
+    pub fn product_bytes(self, rows: usize, n: usize, k: usize) -> usize {
+        let (x, y, weight) = (rows * k, rows * n, n * k);
+        let of = |operands: usize, result: usize| self.bytes() * operands + 4 * result;
+        of(x + weight, y).max(of(y + weight, x)).max(of(y + x, weight))
+    }
 }
 
 /// Values of a matrix, row-major.

@@ -1,0 +1,113 @@
+//! Whether a training finds room in memory, asked before anything is loaded; and what one takes that goes block by block.
+
+use std::path::Path;
+
+use anyhow::{Result, bail};
+
+use super::human_bytes;
+use super::machine::peak_memory;
+use super::recovery_plan::for_seconds;
+use super::room::Memory;
+use crate::backend::autograd::operand::Precision;
+use crate::checkpoint::Checkpoint;
+use crate::corpus::spread;
+use crate::model::ModelConfig;
+use crate::model::modules::Part;
+use crate::recover::data::Data;
+use crate::recover::measure::Bench;
+use crate::recover::optimizer::Moments;
+use crate::recover::stage::{Method, Stage};
+use crate::recover::streamed::BlockSize;
+use crate::recover::trainee::Trainee;
+
+/// What a training needs in memory beside activations, and what there is.
+pub(super) struct Room {
+    /// The whole of both models, with masters, gradients and moments.
+    whole: u64,
+    /// What stands before and behind the blocks of both, or the largest block with all that.
+    block: u64,
+    memory: Memory,
+}
+
+impl Room {
+    pub(super) fn of(config: &ModelConfig, sizes: &[BlockSize], precision: Precision) -> Self {
+        let operand = precision.bytes();
+        let both = |ends: bool| -> usize {
+            let is_end = |part| matches!(part, Part::Embedding | Part::Head);
+            let modules = config.modules();
+            modules.iter().filter(|m| !ends || is_end(m.part)).map(|m| 2 * operand * m.role.n * m.role.k).sum()
+        };
+        let quantized: usize = sizes.iter().map(|s| s.quantized).sum();
+        let own = quantized / 4 + quantized * (4 + 4 + Moments::BYTES);
+        let largest = sizes.iter().map(|s| s.training_bytes(operand)).max().unwrap_or(0);
+        Self { whole: (both(false) + own) as u64, block: largest.max(both(true) as u64), memory: Memory::here() }
+    }
+
+    /// Whether the whole model can be trained, with what is beside.
+    pub(super) fn has_whole(&self) -> bool {
+        self.memory.free.is_none_or(|free| self.whole + self.whole / 8 <= free)
+    }
+
+    /// Says, or refuses, what finds no room: of the whole model, or of blocks `one_by_one`, which may have been `chosen` for that.
+    pub(super) fn tell(&self, one_by_one: bool, chosen: bool) -> Result<()> {
+        let (needed, what) = match one_by_one {
+            true => (self.block, "the largest block"),
+            false => (self.whole, "the whole model"),
+        };
+        let takes = |needed: u64, what: &str| format!("training {what} takes about {}", human_bytes(needed));
+        let way_out = match one_by_one {
+            true => "",
+            false => "; --method block trains one block at a time, which takes the memory of a block",
+        };
+        if let Some(all) = self.memory.all.filter(|all| needed > *all) {
+            bail!("{}; this machine has {} in all{way_out}", takes(needed, what), human_bytes(all));
+        }
+        let Some(free) = self.memory.free else { return Ok(()) };
+        if one_by_one && chosen && !self.has_whole() {
+            let whole = takes(self.whole, "the whole model");
+            super::say!("note: {whole}, {} are free: so its blocks are trained one by one", human_bytes(free));
+        }
+        if needed > free {
+            super::say!("note: {}, {} are free: this may fail{way_out}", takes(needed, what), human_bytes(free));
+        }
+        Ok(())
+    }
+}
+
+/// Tokens that a stage of blocks trains on.
+pub(super) fn trained_tokens(stage: &Stage, data: &Data) -> usize {
+    let samples = if let Method::Block(options) = &stage.method { options.samples } else { None };
+    spread(&data.rows, samples.unwrap_or(usize::MAX)).iter().map(|r| r.len()).sum()
+}
+
+/// Measures a block, and says what they all take.
+pub(super) fn tell_blocks(
+    trainee: &mut Trainee<'_>,
+    stage: &Stage,
+    data: &Data,
+    watched: &[(String, Data)],
+    (of, training): (&Checkpoint, &Path),
+    now: &dyn Fn() -> f64,
+) -> Result<()> {
+    let Method::Block(options) = &stage.method else { return Ok(()) };
+    let bench = Bench { now, patience: f64::INFINITY, scratch: training };
+    let samples = data.rows.len().min(options.samples.unwrap_or(usize::MAX));
+    let cost = bench.stage(trainee, data, stage, Some(samples))?;
+    let (ready, look) = bench.look(trainee, watched)?;
+    let Trainee::Streamed(model) = trainee else { return Ok(()) };
+    let blocks = model.sizes.len();
+    let training = cost.fixed + cost.step * options.steps as f64;
+    let disk = model.disk(trained_tokens(stage, data));
+    let memory = peak_memory()
+        .map_or_else(String::new, |b| format!(", peak memory {} (reached while measuring)", human_bytes(b)));
+    super::say!(
+        "{blocks} blocks, one at a time: {} each on average, {} in all with looks at the watched texts ({}); {} on disk meanwhile, \
+         and {} for the result{memory}",
+        for_seconds(training / blocks.max(1) as f64),
+        for_seconds(training + ready + 2.0 * look),
+        for_seconds(look),
+        human_bytes(disk),
+        human_bytes(of.tensors.file_bytes())
+    );
+    Ok(())
+}
