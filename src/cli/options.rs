@@ -207,8 +207,9 @@ fn gibibytes(text: &str) -> Result<f64, String> {
 #[derive(clap::Args)]
 #[group(id = "shape")]
 pub(super) struct ShapeOptions {
-    /// Random weights of a known shape, such as llama-3.1-8b or qwen3-30b-a3b (an unknown name lists all)
-    #[arg(long, value_name = "SHAPE", conflicts_with = "model")]
+    /// Random weights of a known shape, such as llama-3.1-8b or qwen3-30b-a3b (an unknown name lists all), or of that which a
+    /// config.json says
+    #[arg(long, value_name = "SHAPE|FILE", conflicts_with = "model")]
     model_shape: Option<String>,
     /// With --model-shape: what the weights are quantized to, a recipe as in `recoup quantize` [default: BF16]
     #[arg(long, value_name = "RECIPE")]
@@ -225,6 +226,11 @@ impl ShapeOptions {
             return Ok(None);
         };
         let recipe = self.recipe.as_ref().map(Recipe::find).transpose()?;
+        let path = Path::new(shape);
+        if path.extension().is_some_and(|e| e == "json") {
+            let json = Object::read(path)?.value().clone();
+            return Ok(Some(RandomModel::of_config(path, json, recipe.as_ref(), dialect)?));
+        }
         Ok(Some(RandomModel::new(shape, recipe.as_ref(), dialect)?))
     }
 

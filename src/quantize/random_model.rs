@@ -67,14 +67,10 @@ impl RandomModel {
     /// No such shape, a recipe that chooses formats by measuring, a dialect that cannot be written or has no such format.
     pub fn new(name: &str, recipe: Option<&Recipe>, dialect: Dialect) -> Result<Self, QuantizeError> {
         let mut shapes = shapes()?;
-        let Some(mut json) = shapes.remove(name) else {
+        let Some(json) = shapes.remove(name) else {
             let known: Vec<&str> = shapes.keys().map(String::as_str).collect();
             return Err(QuantizeError::Shape(format!("no shape is called `{name}`; there are {}", known.join(", "))));
         };
-        // The tokenizer's.
-        for name in ["bos_token_id", "eos_token_id"] {
-            json[name] = 0.into();
-        }
         Self::of_config(Path::new(name), json, recipe, dialect)
     }
 
@@ -84,11 +80,15 @@ impl RandomModel {
     /// As [`Self::new`], and a configuration that says of no model that is known here.
     pub fn of_config(
         name: &Path,
-        json: Value,
+        mut json: Value,
         recipe: Option<&Recipe>,
         dialect: Dialect,
     ) -> Result<Self, QuantizeError> {
         let tool = dialect.tool().ok_or(QuantizeError::Dialect(dialect))?;
+        if let Value::Object(json) = &mut json {
+            // The tokenizer's.
+            json.extend(["bos_token_id", "eos_token_id"].map(|name| (name.to_owned(), 0.into())));
+        }
         let config = ModelConfig::read(&Object::of(name, json.clone())?)?;
         let mut schemes = HashMap::new();
         if let Some(recipe) = recipe {

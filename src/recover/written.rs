@@ -69,15 +69,18 @@ pub fn write(from: &Checkpoint, trained: &dyn Trained, files: &[(&str, Vec<u8>)]
 pub fn changed(from: &Checkpoint, trained: &dyn Trained) -> Result<Changed> {
     let mut changed = Changed::default();
     for m in ModelConfig::read(&from.config).map_err(LoadError::from)?.modules() {
-        if !m.is_block_linear() || !trained.has(&m.name, Content::Elements) {
+        if !m.is_block_linear() {
             continue;
         }
         let before = from.linear(&m.name, m.role)?;
-        if let Some(codes) = trained.bytes(&m.name, Content::Elements).filter(|_| !before.element.is_float()) {
-            changed.codes.count(&before.data, &codes, before.element == Element::E2m1);
+        if before.element.is_float() {
+            continue;
+        }
+        match trained.bytes(&m.name, Content::Elements) {
+            Some(codes) => changed.codes.count(&before.data, &codes, before.element == Element::E2m1),
+            None => changed.codes.all += m.role.n * m.role.k,
         }
         if let BlockScales::E4m3 { codes, .. } = &before.block_scales
-            && trained.has(&m.name, Content::Scales)
             && let Some(scales) = trained.bytes(&m.name, Content::Scales)
         {
             changed.scales.count(codes, &scales, false);

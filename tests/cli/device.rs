@@ -1,6 +1,6 @@
 //! Where a model runs: `--device`, models of random weights. Here without a GPU; tests/cuda.rs has the rest.
 
-use crate::support::command::{Folder, NVFP4, fail, run, succeed};
+use crate::support::command::{Folder, NVFP4, fail, run, shown_json, succeed};
 
 #[test]
 fn without_a_gpu_auto_is_the_cpu_and_who_insists_is_told() {
@@ -34,4 +34,25 @@ fn a_folder_of_random_weights_runs_in_every_verb() {
     let error = fail(&["convert", "--model-shape", "tiny", "--recipe", "nvfp4_fp8_auto", "-o", &folder.name("n")]);
     assert!(error.contains("random weights"), "{error}");
     assert!(!folder.at("n").exists());
+}
+
+/// Any config.json is a shape, too: of as many layers as wanted, say.
+#[test]
+fn a_configuration_is_a_shape_of_random_weights() {
+    let folder = Folder::new();
+    succeed(&["convert", "--model-shape", "tiny", "-o", &folder.name("tiny")]);
+    let mut config = folder.json("tiny/config.json");
+    config["num_hidden_layers"] = 3.into();
+    let file = folder.write("three.json", config.to_string());
+    succeed(&["convert", "--model-shape", &file, "--recipe", "nvfp4", "-o", &folder.name("three")]);
+    let facts = shown_json(&["inspect", "--json", &folder.name("three")]);
+    assert_eq!(folder.json("three/config.json")["num_hidden_layers"], 3, "{facts}");
+    let (stdout, _) = succeed(&["run", &folder.name("three"), "--raw", "-n", "2", "-p", "a"]);
+    assert!(!stdout.is_empty());
+    for (name, content, part) in [("no.json", "{", "no.json"), ("other.json", "{\"model_type\": \"bert\"}", "bert")] {
+        let file = folder.write(name, content);
+        let error = fail(&["convert", "--model-shape", &file, "-o", &folder.name("out")]);
+        assert!(error.contains(part), "{error}");
+    }
+    assert!(fail(&["convert", "--model-shape", "gone.json", "-o", &folder.name("out")]).contains("gone.json"));
 }

@@ -15,6 +15,7 @@ mod output;
 mod pretrain;
 mod quantize;
 mod recover;
+mod recover_blocks;
 mod recover_plan;
 mod serve;
 mod settings;
