@@ -11,12 +11,10 @@ use super::parameter::Parameter;
 use super::run_folder::RunFolder;
 use super::stage::{Method, Stage};
 use super::streamed::Streamed;
-use super::student::Student;
+use super::student::BlockStudent;
 use super::trainer::{Event, Measure, Outcome, best_of, recorded, replayed, watched};
 use super::{RecoverError, Result};
 use crate::backend::BackendError;
-use crate::backend::autograd::AutogradBackend;
-use crate::model::Blocks;
 
 /// What is trained how, and where it is kept.
 pub struct BlockRun<'a, 'p> {
@@ -78,7 +76,7 @@ impl BlockRun<'_, '_> {
         let learned = |p: &Parameter| p.is_quantized() || (options.norms && p.is_norm());
         let scratch = folder.folder().to_owned();
         let steps = pace.schedule(0).of_block(done);
-        let each = &mut |report: &BlockReport, student: &Student<Blocks<AutogradBackend>>| {
+        let each = &mut |report: &BlockReport, student: &BlockStudent| {
             let &BlockReport { block, before, after } = report;
             recorded(folder, show, events, Event::Block { stage: 0, block, before, after })?;
             let kept = folder.save_trained(student, learned, block)?;

@@ -16,13 +16,11 @@ use serde_json::{Map, Value};
 
 use super::parameter::Parameter;
 use super::streamed::kept;
-use super::student::Student;
+use super::student::{BlockStudent, Student};
 use super::{RecoverError, Result, differing};
-use crate::backend::autograd::AutogradBackend;
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::tensors::TensorStore;
 use crate::checkpoint::write::{Pending, atomically, write_safetensors};
-use crate::model::Blocks;
 
 /// How far a run is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -164,7 +162,7 @@ impl RunFolder {
     /// As [`Self::save_state`].
     pub fn save_trained(
         &self,
-        student: &Student<Blocks<AutogradBackend>>,
+        student: &BlockStudent,
         learned: impl Fn(&Parameter) -> bool,
         block: usize,
     ) -> Result<TensorStore> {

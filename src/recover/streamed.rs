@@ -13,7 +13,7 @@ use super::optimizer::Moments;
 use super::parameter::Parameter;
 use super::run_folder::RunFolder;
 use super::stage::{Method, Stage};
-use super::student::Student;
+use super::student::{BlockStudent, Student};
 use super::written::Trained;
 use super::{During as _, RecoverError, Result};
 use crate::backend::autograd::AutogradBackend;
@@ -40,6 +40,9 @@ pub struct Streamed<'a> {
     /// The first blocks, as training left them.
     trained: Vec<TensorStore>,
 }
+
+/// What is told of a block that was trained: keeps it, and says how many steps the next one has.
+pub(super) type Each<'e> = dyn FnMut(&BlockReport, &BlockStudent) -> Result<(usize, TensorStore)> + 'e;
 
 /// How large a block is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -120,7 +123,7 @@ impl<'a> Streamed<'a> {
     ///
     /// # Errors
     /// When it cannot be loaded.
-    pub fn block(&self, block: usize, options: &block::Options) -> Result<Student<Blocks<AutogradBackend>>> {
+    pub fn block(&self, block: usize, options: &block::Options) -> Result<BlockStudent> {
         let mut student = Student::load_block(self.student, self.masters, self.backend.clone(), block)?;
         if options.scales {
             student.allow_scales(false);
@@ -247,7 +250,7 @@ impl<'a> Streamed<'a> {
         options: &block::Options,
         folder: &Path,
         mut steps: usize,
-        each: &mut dyn FnMut(&BlockReport, &Student<Blocks<AutogradBackend>>) -> Result<(usize, TensorStore)>,
+        each: &mut Each<'_>,
     ) -> Result<()> {
         let (from, layers) = (self.done(), self.config.layers.len());
         if from >= layers || steps == 0 {

@@ -27,7 +27,10 @@ pub struct Student<M = Decoder<AutogradBackend>> {
     pub everything: bool,
 }
 
-impl Student<Blocks<AutogradBackend>> {
+/// One block of the model that is trained.
+pub type BlockStudent = Student<Blocks<AutogradBackend>>;
+
+impl BlockStudent {
     /// Loads decoder layer `layer` of `checkpoint` and nothing else, as [`Student::load`] does with all of them; a layer of
     /// floats has no masters but those of what is no matrix.
     ///

@@ -30,9 +30,12 @@ fn arguments<'a>(out: &'a str, more: &[&'a str]) -> Vec<&'a str> {
 fn blocks_alone_give_the_same_bytes_whatever_the_threads_and_after_being_killed_anywhere() {
     let folder = Folder::new();
     let (first, second, third) = (folder.name("first"), folder.name("second"), folder.name("third"));
-    let method = ["--recipe", "nvfp4_smooth", "--method", "block:steps=6,samples=16,norms=true,scales=true", "--threads"];
+    let method =
+        ["--recipe", "nvfp4_smooth", "--method", "block:steps=6,samples=16,norms=true,scales=true", "--threads"];
     let (_, said) = succeed(&arguments(&first, &[&method[..], &["2"]].concat()));
-    for part in ["12 blocks, one at a time: ", " each on average, ", " on disk meanwhile", " for the result", "peak memory "] {
+    for part in
+        ["12 blocks, one at a time: ", " each on average, ", " on disk meanwhile", " for the result", "peak memory "]
+    {
         assert!(said.contains(part), "{part}: {said}");
     }
     succeed(&arguments(&second, &[&method[..], &["1"]].concat()));
@@ -63,10 +66,22 @@ fn a_time_is_planned_for_blocks_and_its_plan_gives_the_same_bytes() {
     let (_, said) = succeed(&arguments(&out, &[STUDENT, "--method", "block:steps=5", "--minutes", "1000"]));
     assert!(said.contains("5 steps of every block, ") && said.contains("on disk meanwhile"), "{said}");
     let plan = folder.name("out/recoup_plan.json");
-    let given = ["recover", STUDENT, "--teacher", TEACHER, "--data", "src/corpus/calibration.txt", "--plan", &plan, "-o", &again];
+    let given = [
+        "recover",
+        STUDENT,
+        "--teacher",
+        TEACHER,
+        "--data",
+        "src/corpus/calibration.txt",
+        "--plan",
+        &plan,
+        "-o",
+        &again,
+    ];
     succeed(&given);
     assert_same_files(&folder.at("out"), &folder.at("again"));
-    let error = fail(&arguments(&folder.name("short"), &[STUDENT, "--method", "block:steps=100000", "--minutes", "0.2"]));
+    let error =
+        fail(&arguments(&folder.name("short"), &[STUDENT, "--method", "block:steps=100000", "--minutes", "0.2"]));
     assert!(error.contains("--minutes 0.2 is too little here"), "{error}");
 }
 
