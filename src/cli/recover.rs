@@ -295,6 +295,7 @@ fn train(args: &Args) -> Result<ExitCode> {
     let loading = now();
     let mut loaded = 0.0;
     let mut trainee = if one_by_one {
+        recycle::keep(room.kept(KEPT_MEMORY));
         Trainee::Streamed(Box::new(Streamed::new(&checkpoint, &teacher, masters.checkpoint(), backend.clone(), sizes)?))
     } else {
         let student = student()?;

@@ -48,6 +48,12 @@ impl Room {
         self.memory.free.is_none_or(|free| self.whole + self.whole / 8 <= free)
     }
 
+    /// How much of `most` bytes of freed memory may be kept for its next use where blocks are trained one by one.
+    pub(super) fn kept(&self, most: usize) -> usize {
+        let left = self.memory.free.map_or(u64::MAX, |free| free.saturating_sub(self.block) / 4);
+        most.min(usize::try_from(left).unwrap_or(most))
+    }
+
     /// Says, or refuses, what finds no room: of the whole model, or of blocks `one_by_one`, which may have been `chosen` for that.
     pub(super) fn tell(&self, one_by_one: bool, chosen: bool) -> Result<()> {
         let (needed, what) = match one_by_one {
@@ -110,4 +116,60 @@ pub(super) fn tell_blocks(
         human_bytes(of.tensors.file_bytes())
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn room(free: u64, all: u64) -> Room {
+        let memory = Memory { free: Some(free * GIB), all: Some(all * GIB) };
+        Room { whole: 16 * GIB, block: 2 * GIB, memory }
+    }
+
+    #[test]
+    fn the_whole_model_needs_room_with_something_beside_it() {
+        assert!(room(18, 24).has_whole() && !room(17, 24).has_whole());
+        assert!(Room { memory: Memory::default(), ..room(0, 0) }.has_whole(), "nobody says what there is");
+    }
+
+    #[test]
+    fn what_can_never_fit_is_refused_and_what_would_fit_is_named() {
+        let error = room(8, 12).tell(false, false).unwrap_err().to_string();
+        for part in ["training the whole model takes about 16.0 GiB", "12.0 GiB in all", "--method block"] {
+            assert!(error.contains(part), "{error}");
+        }
+        let error = room(1, 1).tell(true, true).unwrap_err().to_string();
+        assert!(error.contains("the largest block takes about 2.0 GiB") && !error.contains("--method"), "{error}");
+        for (one_by_one, chosen) in [(true, true), (true, false), (false, false)] {
+            room(8, 24).tell(one_by_one, chosen).unwrap();
+        }
+    }
+
+    /// Of a block the activations and nothing else may stay: what is kept beside it must not fill the memory.
+    #[test]
+    fn little_is_kept_where_there_is_little() {
+        let kept = |free| room(free, 24).kept(4 << 30);
+        assert_eq!([kept(2), kept(3), kept(100)], [0, 1 << 28, 4 << 30]);
+    }
+
+    /// The parts of a known shape, by hand.
+    #[test]
+    fn what_a_model_needs_is_the_sum_of_its_parts() {
+        let config = |name: &str| {
+            let model = crate::checkpoint::Checkpoint::open(std::path::Path::new(name)).unwrap();
+            (ModelConfig::read(&model.config).unwrap(), model)
+        };
+        let (config, model) = config("models/books-nvfp4");
+        let sizes = crate::recover::streamed::sizes(&model, &config).unwrap();
+        let quantized: usize = sizes.iter().map(|s| s.quantized).sum();
+        assert_eq!((sizes.len(), sizes.iter().map(|s| s.linears).sum::<usize>(), quantized), (12, 84, 2_359_296));
+        let room = Room::of(&config, &sizes, Precision::Bf16);
+        let ends = 2 * 2 * config.vocab * config.hidden;
+        assert!(config.tied_embeddings && sizes.iter().all(|s| s.floats == 0 && s.coarse));
+        assert_eq!(room.whole, (ends + quantized * 4 + quantized / 4 + quantized * 16) as u64);
+        assert_eq!(room.block, ends.max(quantized / 12 * (2 + 16) + quantized / 48) as u64);
+    }
 }

@@ -8,6 +8,7 @@ use std::borrow::Borrow;
 use std::fs::File;
 use std::io::{BufWriter, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::Path;
+use std::time::Instant;
 
 use candle_core::{Device, Tensor, Var};
 use half::bf16;
@@ -148,6 +149,8 @@ pub(super) struct Walk<'a> {
     /// What enters the student's next block, and the teacher's.
     inputs: Stream<'a>,
     reference: Stream<'a>,
+    /// Seconds that each step took of the block that was trained last.
+    pub(super) took: Vec<f64>,
 }
 
 impl<'a> Walk<'a> {
@@ -174,7 +177,7 @@ impl<'a> Walk<'a> {
         let data = Data { rows, description: String::new() };
         let inputs = Stream::embed(student, &data, scratch)?;
         let reference = Stream::embed(teacher, &data, scratch)?;
-        Ok(Self { options, data, held_out, judged, inputs, reference })
+        Ok(Self { options, data, held_out, judged, inputs, reference, took: Vec::new() })
     }
 
     /// What leaves the teacher's block `block`, the next one.
@@ -204,13 +207,16 @@ impl<'a> Walk<'a> {
             rounding: options.rounding && p.is_quantized(),
         };
         student.train(of);
-        let start = student.block_state(block);
+        let scratch = self.inputs.scratch;
+        let start = student.set_aside(block, scratch).map_err(io(scratch))?;
         let judged = self.judged.rows.len();
         let before = self.inputs.through(student.blocks(), block, &self.judged)?.distance(&targets, judged)?;
         let learns = student.parameters.iter().any(|p| of(p).weight);
         let mut order = Order::new(self.data.rows.len() - held_out, options.seed.wrapping_add(block as u64));
+        self.took.clear();
         // A block of floats has nothing to learn.
         for step in 0..if learns { steps } else { 0 } {
+            let began = Instant::now();
             let chosen: Vec<usize> = order.take(options.sequences).into_iter().map(|r| held_out + r).collect();
             let pass = prepare(student.blocks(), &self.data, &chosen)?;
             let x = self.inputs.rows(&chosen)?;
@@ -227,12 +233,13 @@ impl<'a> Walk<'a> {
             let factor = options.adam.clipping(student.gradient_norm());
             let rate = cosine(options.learning_rate, step, steps, options.warmup, FLOOR);
             student.step(&options.adam, step + 1, steps, Rates::of(rate), factor);
+            self.took.push(began.elapsed().as_secs_f64());
         }
         student.settle_rounding();
         let mut outputs = self.inputs.through(student.blocks(), block, &self.data)?;
         let mut after = outputs.distance(&targets, judged)?;
         if after > before {
-            student.put_back(start);
+            student.put_back(start).map_err(io(scratch))?;
             outputs = self.inputs.through(student.blocks(), block, &self.data)?;
             after = before;
         }
@@ -343,9 +350,9 @@ impl<'a> Stream<'a> {
     }
 }
 
-/// A failure with the hidden states in `scratch`.
+/// A failure with what is kept in `scratch` meanwhile.
 fn io(scratch: &Path) -> impl Fn(std::io::Error) -> RecoverError + '_ {
-    |source| CheckpointError::io(scratch, "keep hidden states in", source).into()
+    |source| CheckpointError::io(scratch, "keep hidden states and weights in", source).into()
 }
 
 /// What the squared error of each token is multiplied by: 2 / (|x|² + |target|²), seen as a constant. Errors are then

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use super::block::{self, Walk};
+use super::block::{self, Stream, Walk};
 use super::budget::StageCost;
 use super::data::Data;
 use super::distill::{self, Watched};
@@ -34,11 +34,10 @@ pub struct Bench<'a> {
 
 /// Steps that are made, the first of which finds no memory ready.
 const STEPS: usize = 4;
-/// Sequences and steps of the block that is trained, once with few and once with more of the latter.
+/// Sequences of the block that is trained.
 const BLOCK_SEQUENCES: usize = 8;
-const BLOCK_STEPS: [usize; 2] = [2, 6];
-/// Passes of a sequence through the student's block: with what it has learned, and now and then without it again.
-const PASSES: f64 = 1.25;
+/// The share of them that a block is judged by.
+const JUDGED: f64 = 1.0 / 8.0;
 
 impl Bench<'_> {
     fn time<T>(&self, what: impl FnOnce() -> Result<T>) -> Result<(T, f64)> {
@@ -73,7 +72,8 @@ impl Bench<'_> {
                 let block = largest(&sizes);
                 let data = few(data);
                 let walk = Walk::begin(&student.decoder, teacher, &data, all_of(options), self.scratch)?;
-                let cost = self.block(walk, student, teacher, block)?;
+                let (targets, taught) = self.taught(&walk, teacher, block)?;
+                let cost = self.block(walk, student, (targets, taught), block)?;
                 Ok(cost.of_all(&sizes, block, options, samples))
             }
             (Trainee::Streamed(model), Method::Block(options)) => {
@@ -84,13 +84,19 @@ impl Bench<'_> {
                     let [student, teacher] = model.ends()?;
                     Walk::begin(&student, &teacher, &data, all_of(options), self.scratch)?
                 };
-                let (teacher, taught) = self.time(|| model.teacher_block(block))?;
+                let (teacher, loaded) = self.time(|| model.teacher_block(block))?;
+                let (targets, taught) = self.taught(&walk, &teacher, block)?;
+                drop(teacher);
                 let (mut student, read) = self.time(|| model.block(block, options))?;
-                let mut cost = self.block(walk, &mut student, &teacher, block)?;
+                let mut cost = self.block(walk, &mut student, (targets, taught), block)?;
                 let folder = RunFolder::create(&self.emptied("measured")?, &json!({}))?;
                 let (_, save) = self.time(|| folder.save_trained(&student, |_| true, block))?;
                 folder.remove()?;
-                cost.fixed = taught + read + save;
+                let (_, dropped) = self.time(|| {
+                    drop(student);
+                    Ok(())
+                })?;
+                cost.fixed += loaded + read + save + dropped;
                 Ok(cost.of_all(&sizes, block, options, samples))
             }
             _ => Err(RecoverError::Asked(format!("{}: there is nothing to measure it on", stage.name))),
@@ -116,31 +122,39 @@ impl Bench<'_> {
             took.push(now - std::mem::replace(&mut last, now));
             Ok(if now - began > self.patience { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
         })?;
-        let later = if took.len() > 1 { &mut took[1..] } else { &mut took[..] };
-        later.sort_by(f64::total_cmp);
-        Ok(StageCost { step: later[later.len() / 2], ..StageCost::default() })
+        Ok(StageCost { step: typical(&mut took), ..StageCost::default() })
+    }
+
+    /// What leaves the teacher's block, for each use of it in [`Self::block`], and what a pass through it takes.
+    fn taught<'w>(
+        &self,
+        walk: &Walk<'w>,
+        teacher: &Blocks<AutogradBackend>,
+        block: usize,
+    ) -> Result<([Stream<'w>; 2], f64)> {
+        let (first, seconds) = self.time(|| walk.targets(teacher, block))?;
+        Ok(([first, walk.targets(teacher, block)?], seconds))
     }
 
     /// What training one block takes, of the sequences of `walk`.
-    fn block<M: Borrow<Blocks<AutogradBackend>>>(
+    fn block<'w, M: Borrow<Blocks<AutogradBackend>>>(
         &self,
-        mut walk: Walk<'_>,
+        mut walk: Walk<'w>,
         student: &mut Student<M>,
-        teacher: &Blocks<AutogradBackend>,
+        ([first, second], taught): ([Stream<'w>; 2], f64),
         block: usize,
     ) -> Result<BlockCost> {
-        let (_, taught) = self.time(|| walk.targets(teacher, block))?;
-        let mut of = |steps: usize| {
-            let targets = walk.targets(teacher, block)?;
-            Ok::<_, RecoverError>(self.time(|| walk.train(student, block, steps, targets))?.1)
-        };
-        let [few, more] = [of(BLOCK_STEPS[0])?, of(BLOCK_STEPS[1])?];
-        // Never nothing, whatever disturbed the second.
-        let step = ((more - few) / (BLOCK_STEPS[1] - BLOCK_STEPS[0]) as f64).max(0.02 * few);
-        let targets = walk.targets(teacher, block)?;
-        let (_, learned) = self.time(|| walk.pass(student.blocks(), block, targets))?;
-        let pass = (taught + PASSES * learned) / BLOCK_SEQUENCES as f64;
-        Ok(BlockCost { fixed: 0.0, step, pass })
+        let (report, trained) = self.time(|| walk.train(student, block, STEPS, first))?;
+        let all: f64 = walk.took.iter().sum();
+        let step = typical(&mut walk.took);
+        let (_, learned) = self.time(|| walk.pass(student.blocks(), block, second))?;
+        // Those that are judged by before, all after, and all again where it got worse: as it will elsewhere.
+        let again = if report.after == report.before { 1.0 } else { 0.0 };
+        let passes = 1.0 + JUDGED + again;
+        // What is neither steps nor passes: weights set aside, moments that come and go.
+        let fixed = (trained - all - passes * learned).max(0.0);
+        let pass = (taught + passes * learned) / BLOCK_SEQUENCES as f64;
+        Ok(BlockCost { fixed, step, pass })
     }
 
     /// What a look at the watched texts takes, and before the first one the teacher's pass over them.
@@ -197,9 +211,16 @@ impl Bench<'_> {
     }
 }
 
+/// The median of what steps took, but for the first.
+fn typical(took: &mut [f64]) -> f64 {
+    let later = if took.len() > 1 { &mut took[1..] } else { took };
+    later.sort_by(f64::total_cmp);
+    later.get(later.len() / 2).copied().unwrap_or(0.0)
+}
+
 /// What training a block takes, in seconds.
 struct BlockCost {
-    /// Reading it, and keeping it.
+    /// Reading it, making ready, keeping it.
     fixed: f64,
     step: f64,
     /// All passes of one sequence through it.

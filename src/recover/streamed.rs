@@ -64,12 +64,12 @@ impl BlockSize {
     }
 
     /// Bytes that training it needs beside activations, where products have operands of `operand` bytes: the student's operands,
-    /// block scales, masters (and as they were before), gradients and moments; the teacher's operands are gone by then.
+    /// block scales, masters, gradients and moments. The teacher's operands are gone by then.
     #[must_use]
     pub fn training_bytes(&self, operand: usize) -> u64 {
         let (quantized, all) = (self.quantized as u64, self.weights() as u64);
         // A scale of four bytes for sixteen weights.
-        all * operand as u64 + quantized / 4 + quantized * (2 * 4 + 4 + Moments::BYTES as u64)
+        all * operand as u64 + quantized / 4 + quantized * (4 + 4 + Moments::BYTES as u64)
     }
 }
 
@@ -214,11 +214,13 @@ impl<'a> Streamed<'a> {
             .collect())
     }
 
-    /// Bytes that go to the disk while `tokens` tokens are trained on: four streams of hidden states, and the blocks.
+    /// Bytes that go to the disk while `tokens` tokens are trained on: four streams of hidden states, what the blocks become, and
+    /// the masters of one as they were.
     #[must_use]
     pub fn disk(&self, tokens: usize) -> u64 {
         let blocks: usize = self.sizes.iter().map(|s| if s.coarse { s.quantized / 2 } else { s.quantized }).sum();
-        4 * 2 * (tokens * self.config.hidden) as u64 + blocks as u64
+        let largest = self.sizes.iter().map(|s| 4 * s.quantized).max().unwrap_or(0);
+        4 * 2 * (tokens * self.config.hidden) as u64 + (blocks + largest) as u64
     }
 
     /// Takes the blocks that a run in `folder` has trained; gives the lines of its curve that there were then.
@@ -330,14 +332,21 @@ impl Trained for Streamed<'_> {
     }
 
     fn bytes(&self, name: &str, content: Content) -> Option<Vec<u8>> {
-        self.find(name, content).map(|view| view.bytes.to_vec())
+        let bytes = self.find(name, content)?.bytes.to_vec();
+        self.file_of(name)?.release_pages();
+        Some(bytes)
     }
 }
 
 impl Streamed<'_> {
-    fn find(&self, name: &str, content: Content) -> Option<TensorView<'_>> {
+    /// What training made of the block that a module or tensor is in.
+    fn file_of(&self, name: &str) -> Option<&TensorStore> {
         let layer = name.strip_prefix(self.config.names.layers)?.strip_prefix('.')?.split('.').next()?;
-        self.trained.get(layer.parse::<usize>().ok()?)?.peek(&kept_as(name, content)?)
+        self.trained.get(layer.parse::<usize>().ok()?)
+    }
+
+    fn find(&self, name: &str, content: Content) -> Option<TensorView<'_>> {
+        self.file_of(name)?.peek(&kept_as(name, content)?)
     }
 }
 
@@ -388,6 +397,9 @@ impl Source for Overlaid<'_> {
 
     fn part_done(&self) {
         self.checkpoint.part_done();
+        if let Some(over) = self.over {
+            over.release_pages();
+        }
     }
 
     fn finish(&self) -> Result<(), CheckpointError> {

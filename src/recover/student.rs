@@ -2,6 +2,8 @@
 
 use std::borrow::Borrow;
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufWriter, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::Path;
 
 use safetensors::Dtype;
@@ -26,6 +28,15 @@ pub struct Student<M = Decoder<AutogradBackend>> {
     /// Whether all weights are trained: a model of floats from scratch.
     pub everything: bool,
 }
+
+/// Weights as they were, in a file: with the optimizer's state beside it there may be no room for them.
+pub(super) struct Aside {
+    file: File,
+    parts: Vec<(String, usize)>,
+}
+
+/// Values that are written of them at a time.
+const ASIDE: usize = 1 << 16;
 
 /// One block of the model that is trained.
 pub type BlockStudent = Student<Blocks<AutogradBackend>>;
@@ -191,21 +202,33 @@ impl<M: Borrow<Blocks<AutogradBackend>>> Student<M> {
         self.parameters.iter_mut().find(|p| p.name == module).is_some_and(|p| p.set_state(kind, values))
     }
 
-    /// What the weights of block `layer` are, for [`Self::put_back`].
-    pub(super) fn block_state(&self, layer: usize) -> Vec<(String, Vec<f32>)> {
-        let of = |p: &Parameter| -> Vec<(String, Vec<f32>)> {
-            let names = p.state(false).into_iter().map(|s| s.0);
-            names.filter_map(|n| p.state_values(n.rsplit_once('.')?.1).cloned().map(|v| (n, v))).collect()
-        };
-        self.parameters.iter().filter(|p| p.layer == Some(layer)).flat_map(of).collect()
+    /// Keeps the weights of block `layer` as they are in an unnamed file in `scratch`, for [`Self::put_back`].
+    pub(super) fn set_aside(&self, layer: usize, scratch: &Path) -> std::io::Result<Aside> {
+        let mut out = BufWriter::new(tempfile::tempfile_in(scratch)?);
+        let mut parts = Vec::new();
+        for p in self.parameters.iter().filter(|p| p.layer == Some(layer)) {
+            for (name, length) in p.state(false) {
+                let kind = name.rsplit_once('.').map_or("", |(_, kind)| kind);
+                for chunk in p.state_values(kind).into_iter().flat_map(|v| v.chunks(ASIDE)) {
+                    out.write_all(&chunk.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>())?;
+                }
+                parts.push((name, length));
+            }
+        }
+        Ok(Aside { file: out.into_inner()?, parts })
     }
 
     /// Puts weights back to what they were.
-    pub(super) fn put_back(&mut self, state: Vec<(String, Vec<f32>)>) {
-        for (name, values) in state {
-            self.set_state(&name, values);
+    pub(super) fn put_back(&mut self, aside: Aside) -> std::io::Result<()> {
+        let Aside { mut file, parts } = aside;
+        file.seek(SeekFrom::Start(0))?;
+        for (name, length) in parts {
+            let mut bytes = vec![0; 4 * length];
+            file.read_exact(&mut bytes)?;
+            self.set_state(&name, bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect());
         }
         self.refresh();
+        Ok(())
     }
 
     /// Rounds all masters anew.

@@ -117,5 +117,6 @@ fn memory_does_not_grow_with_the_number_of_blocks() {
     };
     let [few, many] = [4, 24].map(|layers| peak(layers, "block:steps=2"));
     let whole = peak(24, "qad:steps=1,warmup=0");
-    assert!(many < 1.3 * few && 1.5 * many < whole, "{few} MiB, {many} MiB, with the whole model {whole} MiB");
+    // All that is beside a block of 20 MiB is some 90.
+    assert!(many < 1.6 * few && 4.0 * many < whole, "{few} MiB, {many} MiB, with the whole model {whole} MiB");
 }
