@@ -279,8 +279,8 @@ fn train(args: &Args) -> Result<ExitCode> {
     let precision = if settings.f32 { Precision::F32 } else { Precision::Bf16 };
     let backend = AutogradBackend::multiplied_by(multiplier.clone(), precision);
     let masters = Masters::of(&checkpoint, &teacher, unrounded.as_ref())?;
-    let sizes = streamed::sizes(&checkpoint, &config)?;
-    let room = Room::of(&config, &sizes, precision);
+    let parts = streamed::sizes(&checkpoint)?;
+    let room = Room::of(&parts.0, &parts.1, precision);
     let mut methods = args.methods.clone();
     if planned.is_none() && args.plan.any() && methods.is_empty() {
         methods = args.plan.methods(room.has_whole());
@@ -291,12 +291,12 @@ fn train(args: &Args) -> Result<ExitCode> {
     let student =
         || Ok::<_, RecoverError>(Box::new(Student::load(&checkpoint, masters.checkpoint(), backend.clone())?));
     let at_once = settings.stages.iter().map(Stage::at_once).max().unwrap_or(1);
-    room_to_multiply(&multiplier, &config, (2, precision), at_once * settings.amounts.length)?;
+    room_to_multiply(&multiplier, &parts.0, (2, precision), at_once * settings.amounts.length)?;
     let loading = now();
     let mut loaded = 0.0;
     let mut trainee = if one_by_one {
         recycle::keep(room.kept(KEPT_MEMORY));
-        Trainee::Streamed(Box::new(Streamed::new(&checkpoint, &teacher, masters.checkpoint(), backend.clone(), sizes)?))
+        Trainee::Streamed(Box::new(Streamed::new(&checkpoint, &teacher, masters.checkpoint(), backend.clone(), parts)?))
     } else {
         let student = student()?;
         loaded = now() - loading;

@@ -158,12 +158,8 @@ mod tests {
     /// The parts of a known shape, by hand.
     #[test]
     fn what_a_model_needs_is_the_sum_of_its_parts() {
-        let config = |name: &str| {
-            let model = crate::checkpoint::Checkpoint::open(std::path::Path::new(name)).unwrap();
-            (ModelConfig::read(&model.config).unwrap(), model)
-        };
-        let (config, model) = config("models/books-nvfp4");
-        let sizes = crate::recover::streamed::sizes(&model, &config).unwrap();
+        let model = Checkpoint::open(Path::new("models/books-nvfp4")).unwrap();
+        let (config, sizes) = crate::recover::streamed::sizes(&model).unwrap();
         let quantized: usize = sizes.iter().map(|s| s.quantized).sum();
         assert_eq!((sizes.len(), sizes.iter().map(|s| s.linears).sum::<usize>(), quantized), (12, 84, 2_359_296));
         let room = Room::of(&config, &sizes, Precision::Bf16);

@@ -54,16 +54,8 @@ pub struct Options {
     pub scale_lr: Option<f32>,
     /// Only what codes are multiplied by is learned; what weights are divided by stays.
     pub dual: bool,
-    /// Trains embedding and head as well, where they are floats.
-    pub embedding: bool,
-    /// Rate of those, where it is not that of the weights.
-    pub embedding_lr: Option<f32>,
     /// Trains the quantized weights.
     pub weights: bool,
-    /// Learning rates end at this share of their peak.
-    pub floor: f32,
-    /// Where the weight of `hidden` goes to over the steps, in equal parts.
-    pub hidden_end: Option<f32>,
     /// Computes each block's forward pass twice instead of keeping its activations.
     pub recompute: bool,
     pub seed: u64,
@@ -89,11 +81,7 @@ impl Default for Options {
             scales: false,
             scale_lr: None,
             dual: false,
-            embedding: false,
-            embedding_lr: None,
             weights: true,
-            floor: FLOOR,
-            hidden_end: None,
             recompute: false,
             seed: 0,
             adam: AdamW::default(),
@@ -111,19 +99,7 @@ impl Options {
         let share = rate / self.learning_rate;
         let own = |own: Option<f32>, other: f32| own.map_or(other, |own| own * share);
         let all = Rates::of(rate);
-        Rates {
-            weights: rate,
-            scales: own(self.scale_lr, all.scales),
-            norms: own(self.norm_lr, all.norms),
-            embedding: own(self.embedding_lr, all.embedding),
-        }
-    }
-
-    /// The options of the step at `position`: the weight of hidden states falls.
-    fn at(&self, position: f64) -> Self {
-        let done = (position / self.steps.max(1) as f64) as f32;
-        let hidden = self.hidden_end.map_or(self.hidden, |end| self.hidden + (end - self.hidden) * done);
-        Self { hidden, ..*self }
+        Rates { weights: rate, scales: own(self.scale_lr, all.scales), norms: own(self.norm_lr, all.norms) }
     }
 }
 
@@ -188,14 +164,14 @@ pub fn train_as(
         let position = schedule.position(step);
         let (mut sums, mut hidden) = (LossSums::default(), 0.0);
         for rows in &chosen {
-            let (part, errors) = gradients(&student.decoder, teacher, rows, total, &options.at(position))?;
+            let (part, errors) = gradients(&student.decoder, teacher, rows, total, options)?;
             hidden += errors / batches as f64;
             sums.weight += part.weight;
             sums.kl += part.kl;
             sums.cross_entropy += part.cross_entropy;
         }
         let norm = student.gradient_norm();
-        let rate = cosine_at(options.learning_rate, position, options.steps, options.warmup, options.floor);
+        let rate = cosine_at(options.learning_rate, position, options.steps, options.warmup, FLOOR);
         let weight = sums.weight.max(1.0);
         let point = Point {
             step: step + 1,

@@ -50,8 +50,6 @@ pub struct Rates {
     pub scales: f32,
     /// Of what is no matrix.
     pub norms: f32,
-    /// Of embedding and head.
-    pub embedding: f32,
 }
 
 /// Relative steps of a block scale per step of a weight where it has no rate of its own: neighbouring E4M3 codes are a
@@ -62,7 +60,7 @@ impl Rates {
     /// One for all.
     #[must_use]
     pub fn of(rate: f32) -> Self {
-        Self { weights: rate, scales: SCALE_RATE * rate, norms: rate, embedding: rate }
+        Self { weights: rate, scales: SCALE_RATE * rate, norms: rate }
     }
 }
 
@@ -250,11 +248,7 @@ impl Parameter {
             let mut own = l.grid().scale_gradient(&self.master.values, gradient);
             undecayed.step(step, rates.scales, factor, values, &mut own, moments);
         }
-        let rate = match () {
-            () if self.is_norm() => rates.norms,
-            () if self.is_quantized() => rates.weights,
-            () => rates.embedding,
-        };
+        let rate = if self.is_norm() { rates.norms } else { rates.weights };
         match &mut self.master.moments {
             Some(moments) => adam.step(step, rate, factor, &mut self.master.values, gradient, moments),
             None => gradient.fill(0.0),

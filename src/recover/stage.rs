@@ -112,12 +112,6 @@ impl Stage {
         matches!(&self.method, Method::Distill(o) if o.scales && o.dual)
     }
 
-    /// Whether it moves embedding and head.
-    #[must_use]
-    pub fn learns_embedding(&self) -> bool {
-        matches!(&self.method, Method::Distill(o) if o.embedding)
-    }
-
     /// All of its settings.
     #[must_use]
     pub fn describe(&self) -> Value {

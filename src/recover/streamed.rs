@@ -24,7 +24,7 @@ use crate::checkpoint::tensors::{TensorStore, TensorView};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::corpus::Row;
 use crate::formats::kv::KvFormat;
-use crate::formats::linear::{BlockScales, LinearTensors};
+use crate::formats::linear::{BlockScales, Element, LinearTensors};
 use crate::model::modules::Module;
 use crate::model::{Blocks, Decoder, LoadError, ModelConfig, Source};
 
@@ -73,43 +73,62 @@ impl BlockSize {
     }
 }
 
-/// The sizes of all blocks of a quantized model.
+/// The configuration of a quantized model, and the sizes of all its blocks. What is wrong with any part of it is found here, however it is loaded then.
 ///
 /// # Errors
-/// When a linear is damaged, or none is quantized.
-pub fn sizes(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Vec<BlockSize>> {
+/// When a part is damaged, something is left over, or no linear is quantized.
+pub fn sizes(checkpoint: &Checkpoint) -> Result<(ModelConfig, Vec<BlockSize>)> {
+    let config = Source::config(checkpoint).map_err(LoadError::from)?;
     let mut sizes = vec![BlockSize::default(); config.layers.len()];
-    for Module { name, role, layer, .. } in config.modules() {
-        let Some(size) = layer.and_then(|l| sizes.get_mut(l)) else { continue };
-        let linear = checkpoint.linear(&name, role)?;
+    look_through(checkpoint, &config, &mut |Module { role, layer, .. }, linear| {
+        let Some(size) = layer.and_then(|l| sizes.get_mut(l)) else { return };
         if linear.element.is_float() {
             size.floats += role.n * role.k;
         } else {
             size.linears += 1;
             size.quantized += role.n * role.k;
-            size.coarse |= linear.element == crate::formats::linear::Element::E2m1;
+            size.coarse |= linear.element == Element::E2m1;
         }
-    }
-    checkpoint.tensors.release_pages();
+    })?;
     if sizes.iter().all(|s| s.linears == 0) {
         return Err(RecoverError::NotQuantized(checkpoint.tensors.folder().into()));
     }
-    Ok(sizes)
+    Ok((config, sizes))
+}
+
+/// Resolves every part of a model, as loading all of it would; `each` sees the linears.
+fn look_through(
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    each: &mut dyn FnMut(&Module, &LinearTensors<'_>),
+) -> Result<()> {
+    for m in config.modules() {
+        each(&m, &checkpoint.linear(&m.name, m.role)?);
+    }
+    for (name, shape) in config.vectors() {
+        checkpoint.floats(&name, &shape)?;
+    }
+    for (_, module, _) in config.attentions() {
+        checkpoint.kv_scales(&module)?;
+    }
+    Ok(Source::finish(checkpoint)?)
 }
 
 impl<'a> Streamed<'a> {
-    /// `sizes` as [`sizes`] has them of the student; masters begin at the weights of `masters`, or the student's own.
+    /// Configuration and sizes as [`sizes`] has them of the student; masters begin at the weights of `masters`, or the student's own.
     ///
     /// # Errors
-    /// A configuration that is none.
+    /// What is wrong with a part of the teacher or of `masters`.
     pub fn new(
         student: &'a Checkpoint,
         teacher: &'a Checkpoint,
         masters: Option<&'a Checkpoint>,
         backend: AutogradBackend,
-        sizes: Vec<BlockSize>,
+        (config, sizes): (ModelConfig, Vec<BlockSize>),
     ) -> Result<Self> {
-        let config = Source::config(student).map_err(LoadError::from)?;
+        for other in [Some(teacher), masters].into_iter().flatten() {
+            look_through(other, &Source::config(other).map_err(LoadError::from)?, &mut |_, _| {})?;
+        }
         Ok(Self { student, teacher, masters, backend, config, sizes, trained: Vec::new() })
     }
 

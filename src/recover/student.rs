@@ -104,17 +104,6 @@ impl Student {
         Ok(Self { decoder, parameters, everything: true })
     }
 
-    /// Lets embedding and head be learned, where they are floats.
-    pub fn allow_embedding(&mut self) {
-        let ends: Vec<Linear> = vec![self.decoder.embedding().clone(), self.decoder.head().clone()];
-        for linear in ends.into_iter().filter(|l| l.grid().is_float()) {
-            if !self.parameters.iter().any(|p| p.name == linear.name()) {
-                let master = (0..linear.n()).flat_map(|row| linear.weight_row(row)).collect();
-                self.parameters.push(Parameter::new(linear.name().to_owned(), Weight::Linear(linear), None, master));
-            }
-        }
-    }
-
     /// What a saved state holds ([`super::run_folder`]): masters, of one layer or all, and if asked for the moments that
     /// there are.
     #[must_use]

@@ -112,9 +112,6 @@ impl Run<'_, '_> {
         if self.plan.stages.iter().any(Stage::learns_scales) {
             student.allow_scales(self.plan.stages.iter().any(Stage::has_dual_scales));
         }
-        if self.plan.stages.iter().any(Stage::learns_embedding) {
-            student.allow_embedding();
-        }
         let at = self.folder.load_state(student)?;
         let mut events = replayed(self.folder, at.lines, self.show)?;
         for stage in at.stage..self.plan.stages.len() {
@@ -247,10 +244,7 @@ impl Run<'_, '_> {
 /// What of a parameter the whole model's training moves; `all` of a model of floats.
 pub(super) fn learned(p: &Parameter, options: &distill::Options, all: bool) -> Learned {
     Learned {
-        weight: all
-            || (options.weights && p.is_quantized())
-            || (options.norms && p.is_norm())
-            || (options.embedding && !p.is_quantized() && !p.is_norm()),
+        weight: all || (options.weights && p.is_quantized()) || (options.norms && p.is_norm()),
         scales: options.scales && p.is_quantized(),
         rounding: false,
     }

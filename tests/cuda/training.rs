@@ -506,7 +506,7 @@ fn a_model_is_trained_from_scratch_on_the_gpu_as_on_the_cpu() {
     assert!(cpu.iter().zip(gpu).all(|(a, b)| (a - b).abs() < 2e-2 * a), "{losses:?}");
 }
 
-/// Blocks one by one, scales, norms, embedding, averages, in f32: whatever else is trained goes through the same products.
+/// Blocks one by one, scales, norms, averages, in f32: whatever else is trained goes through the same products.
 #[test]
 fn every_method_runs_on_the_gpu() {
     if multiplier().is_none() {
@@ -517,7 +517,7 @@ fn every_method_runs_on_the_gpu() {
         "--method",
         "block:steps=4",
         "--method",
-        "qad:steps=4,lr=1e-5,sequences=2,hidden=10,average=0.8,scales=true,norms=true,embedding=true,recompute=true",
+        "qad:steps=4,lr=1e-5,sequences=2,hidden=10,average=0.8,scales=true,norms=true,recompute=true",
     ];
     let all = ["cpu", "cuda:0"].map(|device| {
         let out = folder.name(&device[..3]);
@@ -530,6 +530,26 @@ fn every_method_runs_on_the_gpu() {
     // never worse than what there was.
     let near = |a: f64, b: f64, bound: f64| (a - b).abs() < bound * a;
     assert!((0..2).all(|i| near(cpu[i], gpu[i], 2e-5)) && (2..10).all(|i| near(cpu[i], gpu[i], 0.4)), "{all:?}");
+}
+
+/// One block at a time, each of which goes to the device anew.
+#[test]
+fn blocks_alone_run_on_the_gpu() {
+    if multiplier().is_none() {
+        return;
+    }
+    let folder = Folder::new();
+    let all = ["cpu", "cuda:0"].map(|device| {
+        let out = folder.name(&device[..3]);
+        let told = succeed(&recover(&out, device, &[NVFP4, "--f32", "--method", "block:steps=4,samples=8"]), &[]);
+        assert!(told.contains("12 blocks, one at a time: "), "{told}");
+        watched(&folder.at(&device[..3]))
+    });
+    let [cpu, gpu] = &all;
+    // Two texts, before and after.
+    assert!(cpu.len() == gpu.len() && cpu.len() == 4 && (0..2).all(|i| cpu[i + 2] < cpu[i]), "{all:?}");
+    let near = |i: usize, bound: f64| (cpu[i] - gpu[i]).abs() < bound * cpu[i];
+    assert!((0..2).all(|i| near(i, 2e-5)) && (2..4).all(|i| near(i, 0.1)), "{all:?}");
 }
 
 /// Neither the library nor the driver is looked for unless it is asked for, and what is missing is said, with what to install.

@@ -25,6 +25,7 @@ use serde_json::json;
 
 use crate::support::command::assert_same_files;
 use crate::support::fixtures::{Fixture, architecture_fixtures, own_fixtures};
+use crate::support::tiny::{Format, Tiny};
 
 fn backend() -> AutogradBackend {
     AutogradBackend::with_precision(Precision::Bf16)
@@ -103,9 +104,8 @@ fn streamed(
     options: &block::Options,
     (state, out): (&Path, &Path),
 ) -> Told {
-    let config = ModelConfig::read(&student.config).unwrap();
-    let sizes = streamed::sizes(student, &config).unwrap();
-    let mut model = Streamed::new(student, teacher, None, backend(), sizes).unwrap();
+    let parts = streamed::sizes(student).unwrap();
+    let mut model = Streamed::new(student, teacher, None, backend(), parts).unwrap();
     let stage = Stage { name: "block".into(), method: Method::Block(*options) };
     let begun = RunFolder::resume(state, &json!({})).unwrap();
     let mut folder = begun.unwrap_or_else(|| RunFolder::create(state, &json!({})).unwrap());
@@ -187,4 +187,38 @@ fn a_block_alone_is_that_of_the_whole_model() {
         assert!(one.layer_vectors().all(|(layer, _)| layer == last), "{}", fixture.name);
         assert!(Blocks::load(AutogradBackend::new(), &checkpoint, last + 1..last + 2).is_err(), "{}", fixture.name);
     }
+}
+
+/// What is wrong with the last block, the end, or the teacher is found before the first block is trained.
+#[test]
+fn what_is_wrong_anywhere_is_found_before_anything_is_trained() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, format: Format, harm: &dyn Fn(&mut Tiny)| {
+        let mut model = Tiny::new(format);
+        harm(&mut model);
+        let at = folder.path().join(name);
+        std::fs::create_dir(&at).unwrap();
+        model.write(&at);
+        Checkpoint::open(&at).unwrap()
+    };
+    let (student, teacher) = (write("s", Format::Nvfp4, &|_| ()), write("t", Format::Bf16, &|_| ()));
+    Streamed::new(&student, &teacher, None, backend(), streamed::sizes(&student).unwrap()).unwrap();
+    let last = "model.layers.1.post_attention_layernorm.weight";
+    type Harm<'a> = &'a dyn Fn(&mut Tiny);
+    let harms: [(&str, Harm<'_>); 4] = [
+        (last, &|t| t.remove(last)),
+        ("lm_head.weight", &|t| t.remove("lm_head.weight")),
+        ("audio.patch", &|t| t.push("audio.patch", "F32", &[1], vec![0; 4])),
+        ("model.layers.1.mlp.down_proj", &|t| t.remove("model.layers.1.mlp.down_proj.weight")),
+    ];
+    for (i, (named, harm)) in harms.into_iter().enumerate() {
+        let broken = write(&format!("s{i}"), Format::Nvfp4, harm);
+        let error = streamed::sizes(&broken).unwrap_err().to_string();
+        assert!(error.contains(named) && error.contains(&format!("s{i}")), "{error}");
+        let broken = write(&format!("t{i}"), Format::Bf16, harm);
+        let parts = streamed::sizes(&student).unwrap();
+        let Err(error) = Streamed::new(&student, &broken, None, backend(), parts) else { panic!("{named}") };
+        assert!(error.to_string().contains(named) && error.to_string().contains(&format!("t{i}")), "{error}");
+    }
+    assert!(streamed::sizes(&teacher).unwrap_err().to_string().contains("no linear of its blocks is quantized"));
 }
