@@ -335,11 +335,11 @@ fn train(args: &Args) -> Result<ExitCode> {
             prepared = prepare(sources, settings.seed)?;
         }
         // What was measured on is another one now.
-        if let Trainee::Whole { student: own, .. } = &mut trainee {
+        if let Trainee::Whole { student: own, teacher } = trainee {
             // One at a time.
-            own.parameters.clear();
+            drop(own);
             recycle::release();
-            *own = student()?;
+            trainee = Trainee::Whole { student: student()?, teacher };
         }
         planned = Some(plan);
     }
