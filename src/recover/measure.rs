@@ -148,12 +148,13 @@ impl Bench<'_> {
         let all: f64 = walk.took.iter().sum();
         let step = typical(&mut walk.took);
         let (_, learned) = self.time(|| walk.pass(student.blocks(), block, second))?;
-        // Those that are judged by before, all after, and all again where it got worse: as it will elsewhere.
+        // Those that are judged by before, all after, and all again where it got worse.
+        let passes = 1.0 + JUDGED;
         let again = if report.after == report.before { 1.0 } else { 0.0 };
-        let passes = 1.0 + JUDGED + again;
         // What is neither steps nor passes: weights set aside, moments that come and go.
-        let fixed = (trained - all - passes * learned).max(0.0);
-        let pass = (taught + passes * learned) / BLOCK_SEQUENCES as f64;
+        let fixed = (trained - all - (passes + again) * learned).max(0.0);
+        // So few steps say little of whether others will make it worse.
+        let pass = (taught + (passes + 0.25 + 0.25 * again) * learned) / BLOCK_SEQUENCES as f64;
         Ok(BlockCost { fixed, step, pass })
     }
 

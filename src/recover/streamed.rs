@@ -206,7 +206,8 @@ impl<'a> Streamed<'a> {
             .map(|text| {
                 let mut next = |_: &Row| {
                     let values = states.next().unwrap_or_default();
-                    Tensor::from_vec(values.clone(), (values.len() / width, width), &Device::Cpu).during("evaluation")
+                    let rows = values.len() / width;
+                    Tensor::from_vec(values, (rows, width), &Device::Cpu).during("evaluation")
                 };
                 text.loss_of(&mut next, student.head(), Some(teacher.head()))
             })
@@ -282,13 +283,13 @@ impl<'a> Streamed<'a> {
             Walk::begin(&student, &teacher, data, *options, folder)?
         };
         for block in 0..layers {
+            if block >= from && steps == 0 {
+                break;
+            }
             let targets = walk.targets(&self.teacher_block(block)?, block)?;
             if block < from {
                 walk.pass(&self.trained_block(block)?, block, targets)?;
                 continue;
-            }
-            if steps == 0 {
-                break;
             }
             let mut student = self.block(block, options)?;
             let report = walk.train(&mut student, block, steps, targets)?;
