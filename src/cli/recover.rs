@@ -13,7 +13,7 @@ use super::device::{DeviceChoice, on_cpu};
 use super::interrupt;
 use super::machine::peak_memory;
 use super::options::{at_least_one, calibration_text, identity, model_folder, open_model, threads};
-use super::recovery_plan::{self, PlanOptions, Planner};
+use super::recovery_plan::{self, MEASURED, PlanOptions, Planner};
 use super::recovery_room::{Room, tell_blocks, trained_tokens};
 use super::steps::words;
 use super::training::{self, DeviceOptions, Display, KEPT_MEMORY, name_device, room_to_multiply};
@@ -168,9 +168,6 @@ impl Settings {
         Ok(Self { stages: stages(&plan.methods, seed)?, amounts, evaluate_every, patience, seed, f32 })
     }
 }
-
-/// Sequences that steps are measured on.
-const MEASURED: usize = 64;
 
 fn stages(methods: &[String], seed: u64) -> Result<Vec<Stage>> {
     Ok(methods.iter().map(|m| Stage::parse(m, seed)).collect::<std::result::Result<_, _>>()?)

@@ -37,6 +37,9 @@ pub(super) struct PlanOptions {
     pub plan: Option<PathBuf>,
 }
 
+/// Sequences that steps are measured on.
+pub(super) const MEASURED: usize = 64;
+
 /// A time above nothing.
 fn minutes(text: &str) -> Result<f64, String> {
     text.parse()
@@ -125,6 +128,9 @@ impl Planner<'_> {
         let (save, write) = bench.writing(trainee, of)?;
         let (ready, look) = bench.look(trainee, &prepared.watched)?;
         let text = self.write / prepared.data.rows.len().max(1) as f64;
+        let rows = prepared.data.rows.len();
+        // Of fewer than were wanted there are no more, however many steps there will be.
+        let all = (rows < MEASURED).then_some(rows);
         let mut stages = Vec::new();
         for asked in &self.methods {
             let given = setting(asked, "steps");
@@ -132,7 +138,8 @@ impl Planner<'_> {
             if let (Trainee::Whole { student, .. }, true) = (&mut *trainee, stage.learns_scales()) {
                 student.allow_scales(stage.has_dual_scales());
             }
-            let mut cost = bench.stage(trainee, &prepared.data, &stage, setting(asked, "samples"))?;
+            let mut cost =
+                bench.stage(trainee, &prepared.data, &stage, setting(asked, "samples").into_iter().chain(all).min())?;
             cost.fixed += look + 2.0 * save;
             cost.text = if self.samples_given { 0.0 } else { text * stage.sequences() as f64 };
             cost.given = given;

@@ -7,7 +7,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::support::command::{
-    BF16 as TEACHER, Folder, NVFP4 as STUDENT, assert_same_files, fail, files, lines, recoup, run, said, succeed,
+    BF16 as TEACHER, Folder, NVFP4 as STUDENT, assert_same_files, fail, files, recoup, run, said, succeed,
 };
 use crate::support::{json_lines, project};
 
@@ -115,9 +115,7 @@ fn runs_give_the_same_bytes_whatever_the_threads_and_after_being_killed_anywhere
     let arguments = arguments(&student, &third, &resume);
     // Killed among the blocks, and again among the steps.
     for events in [6, 18] {
-        let mut run = Held::start(recoup(&arguments));
-        run.until(|| lines(&folder.at("third.training/curve.jsonl")) >= events);
-        run.kill();
+        Held::killed_at(recoup(&arguments), &folder.at("third.training/curve.jsonl"), events);
         assert!(!folder.at("third").exists());
     }
     succeed(&arguments);

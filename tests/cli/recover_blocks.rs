@@ -2,9 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::command::{
-    BF16 as TEACHER, Folder, NVFP4 as STUDENT, assert_same_files, fail, lines, recoup, succeed,
-};
+use crate::support::command::{BF16 as TEACHER, Folder, NVFP4 as STUDENT, assert_same_files, fail, recoup, succeed};
 #[cfg(unix)]
 use crate::support::held::Held;
 
@@ -43,9 +41,7 @@ fn blocks_alone_give_the_same_bytes_whatever_the_threads_and_after_being_killed_
     let resumed = arguments(&third, &[&method[..], &["2", "--resume"]].concat());
     // Before the first block is there, among the blocks, and when all are.
     for events in [1, 5, 13] {
-        let mut run = Held::start(recoup(&resumed));
-        run.until(|| lines(&folder.at("third.training/curve.jsonl")) >= events);
-        run.kill();
+        Held::killed_at(recoup(&resumed), &folder.at("third.training/curve.jsonl"), events);
         assert!(!folder.at("third").exists());
     }
     succeed(&resumed);

@@ -4,7 +4,10 @@
 use std::io::Read as _;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
+
+use super::command::lines;
 
 /// A running process that says a line for every part of its work and gets only a few lines (about 7 on Linux) further than
 /// it has been read.
@@ -32,6 +35,13 @@ impl Held {
             self.said.extend_from_slice(&buffer[..read]);
             assert!(read > 0 || there(), "it ended before: {}", String::from_utf8_lossy(&self.said));
         }
+    }
+
+    /// Starts `command`, and kills it as soon as the file `curve` has so many lines.
+    pub fn killed_at(command: Command, curve: &Path, events: usize) {
+        let mut run = Self::start(command);
+        run.until(|| lines(curve) >= events);
+        run.kill();
     }
 
     pub fn id(&self) -> u32 {
