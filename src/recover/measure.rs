@@ -34,7 +34,9 @@ pub struct Bench<'a> {
 
 /// Steps that are made, the first of which finds no memory ready.
 const STEPS: usize = 4;
-/// Sequences of the block that is trained.
+/// Steps of the block that is trained.
+const BLOCK_STEPS: usize = 9;
+/// Sequences of it.
 const BLOCK_SEQUENCES: usize = 8;
 /// The share of them that a block is judged by.
 const JUDGED: f64 = 1.0 / 8.0;
@@ -144,7 +146,7 @@ impl Bench<'_> {
         ([first, second], taught): ([Stream<'w>; 2], f64),
         block: usize,
     ) -> Result<BlockCost> {
-        let (report, trained) = self.time(|| walk.train(student, block, STEPS, first))?;
+        let (report, trained) = self.time(|| walk.train(student, block, BLOCK_STEPS, first))?;
         let all: f64 = walk.took.iter().sum();
         let step = typical(&mut walk.took);
         let (_, learned) = self.time(|| walk.pass(student.blocks(), block, second))?;
