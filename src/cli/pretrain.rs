@@ -25,7 +25,7 @@ use crate::recover::session::{Lesson, Session};
 use crate::recover::stage::Stage;
 use crate::recover::student::Student;
 use crate::recover::trainee::Trainee;
-use crate::recover::trainer::{Event, Plan};
+use crate::recover::trainer::{Event, Plan, Told};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -140,7 +140,7 @@ fn train(args: &Args, stage: Stage) -> Result<ExitCode> {
     let pace = Pace::new(&plan.stages, &[], plan.evaluate_every);
     let lesson = Lesson { plan: &plan, data: &data, watched, pace, stages_beside: None };
     let mut trainee = Trainee::Whole { student: Box::new(student), teacher: None };
-    let show = &mut |event: &Event| display.show(event);
+    let show = &mut |event: &Event, told: Told| display.show(event, told);
     let outcome = session.train(&mut trainee, &checkpoint, lesson, show, || ())?;
     display.bar.finish();
     session.write(&*trainee.trained(), &checkpoint, session.about(), None, &args.output)?;

@@ -41,7 +41,7 @@ use crate::recover::stored_plan::{Measured, StoredPlan, UnderWay};
 use crate::recover::streamed::{self, Streamed};
 use crate::recover::student::{Masters, Student, same_shape};
 use crate::recover::trainee::Trainee;
-use crate::recover::trainer::{Event, Plan};
+use crate::recover::trainer::{Event, Plan, Told};
 use crate::recover::written::{self, Changed, Count};
 
 #[derive(clap::Args)]
@@ -412,18 +412,18 @@ fn train(args: &Args) -> Result<ExitCode> {
         } else if args.plan.plan.is_none() {
             let steps = plan.stages.iter().map(Stage::steps).collect();
             let training: f64 = budget::planned(steps, &costs, &stages, Some(evaluate_every)).seconds.iter().sum();
-            display = display.with_outlook(training + costs.write);
+            display = display.with_outlook_of_all(training + costs.write);
         }
         interrupt::offer_early_end(true);
     }
     let stages_beside = args.keep_stages.then(|| claims[0].target());
     let lesson = Lesson { plan: &plan, data: &data, watched, pace, stages_beside };
-    let show = &mut |event: &Event| {
+    let show = &mut |event: &Event, told: Told| {
         if let Event::Step { stage, point } = event {
             let own = cuts.borrow().get(*stage).cloned().unwrap_or_default();
             display.length(*stage, Schedule::new(plan.stages[*stage].steps(), own).end(point.step));
         }
-        display.show(event);
+        display.show(event, told);
     };
     let outcome = session.train(&mut trainee, &checkpoint, lesson, show, recycle::release)?;
     interrupt::offer_early_end(false);

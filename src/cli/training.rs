@@ -15,7 +15,7 @@ use crate::backend::autograd::operand::Precision;
 use crate::model::ModelConfig;
 use crate::model::modules::Part;
 use crate::output::{self, Claim, sweep};
-use crate::recover::trainer::{Event, Measure, Plan};
+use crate::recover::trainer::{Event, Measure, Plan, Told};
 
 /// Freed memory that a training step finds again in the next, bytes.
 pub(super) const KEPT_MEMORY: usize = 4 << 30;
@@ -99,8 +99,10 @@ pub(super) struct Display {
     current: Option<usize>,
     last: Option<Event>,
     began: Instant,
-    /// Of a run that was planned: seconds from here on to its end.
-    expected: Option<f64>,
+    /// Of a run that was planned: seconds from here on to its end, and steps and blocks that these are for.
+    expected: Option<(f64, usize)>,
+    /// Steps and blocks of the run that is resumed, which take no time now.
+    again: usize,
     /// The best look of the current stage: its step and score.
     best: Option<(usize, f64)>,
 }
@@ -116,13 +118,21 @@ impl Display {
             last: None,
             began,
             expected: None,
+            again: 0,
             best: None,
         }
     }
 
     /// Says with each look when the run will be over, in `seconds` from now, and what it would keep if it were ended there.
     pub(super) fn with_outlook(mut self, seconds: f64) -> Self {
-        (self.began, self.expected) = (Instant::now(), Some(seconds));
+        (self.began, self.expected) = (Instant::now(), Some((seconds, 0)));
+        self
+    }
+
+    /// The same where `seconds` are what the whole run takes, of which a resumed one has a part behind it.
+    pub(super) fn with_outlook_of_all(mut self, seconds: f64) -> Self {
+        let all = self.stages.iter().map(|s| s.1).sum();
+        (self.began, self.expected) = (Instant::now(), Some((seconds, all)));
         self
     }
 
@@ -131,8 +141,10 @@ impl Display {
         if step == 0 || self.best.is_none_or(|(_, best)| score < best) {
             self.best = Some((step, score));
         }
-        let (Some(seconds), Some((kept, best))) = (self.expected, self.best) else { return String::new() };
-        let left = Duration::try_from_secs_f64(seconds - self.began.elapsed().as_secs_f64()).unwrap_or_default();
+        let (Some((seconds, all)), Some((kept, best))) = (self.expected, self.best) else { return String::new() };
+        let to_come = 1.0 - if all > 0 { self.again as f64 / all as f64 } else { 0.0 };
+        let left = seconds * to_come - self.began.elapsed().as_secs_f64();
+        let left = Duration::try_from_secs_f64(left).unwrap_or_default();
         format!("; over in {}; ended now (Ctrl-C) it keeps step {kept} ({:.1} %)", for_people(left), 100.0 * best)
     }
 
@@ -156,20 +168,30 @@ impl Display {
         }
     }
 
-    pub(super) fn show(&mut self, event: &Event) {
+    /// Up to `done` of the stage's steps or blocks.
+    fn reached(&mut self, stage: usize, done: usize, told: Told) {
+        self.enter(stage);
+        match told {
+            Told::Now => self.bar.set_position(done as u64),
+            Told::Again => {
+                self.again += 1;
+                self.bar.start_at(done as u64);
+            }
+        }
+    }
+
+    pub(super) fn show(&mut self, event: &Event, told: Told) {
         let names: Vec<String> = self.stages.iter().map(|s| s.0.clone()).collect();
         let name = |stage: usize| names.get(stage).cloned().unwrap_or_default();
         let clock = format!("{:>6.0} s", self.began.elapsed().as_secs_f64());
         let line = match event {
             Event::Block { stage, block, before, after } => {
                 let line = format!("{clock}  {} {block:>3}: relative error {before:.5} to {after:.5}", name(*stage));
-                self.enter(*stage);
-                self.bar.set_position(*block as u64 + 1);
+                self.reached(*stage, block + 1, told);
                 Some(line)
             }
             Event::Step { stage, point } => {
-                self.enter(*stage);
-                self.bar.set_position(point.step as u64);
+                self.reached(*stage, point.step, told);
                 None
             }
             Event::Watched { stage, step, measure, loss, score } => {
@@ -187,6 +209,7 @@ impl Display {
                     false => format!("{measure} on {} ({:.1} %)", values.join(", "), 100.0 * score),
                 };
                 let outlook = self.outlook(*step, *score);
+                let outlook = if told == Told::Now { outlook } else { String::new() };
                 Some(format!("{clock}  {} step {step}: {watched}{own}{outlook}", name(*stage)))
             }
             Event::Kept { stage, step } => Some(format!("{clock}  {}: kept step {step}", name(*stage))),

@@ -12,7 +12,7 @@ use super::run_folder::RunFolder;
 use super::stage::{Method, Stage};
 use super::streamed::Streamed;
 use super::student::BlockStudent;
-use super::trainer::{Event, Measure, Outcome, best_of, recorded, replayed, watched};
+use super::trainer::{Event, Measure, Outcome, Told, best_of, recorded, replayed, watched};
 use super::{RecoverError, Result};
 use crate::backend::BackendError;
 
@@ -26,7 +26,7 @@ pub struct BlockRun<'a, 'p> {
     pub folder: &'a mut RunFolder,
     pub pace: &'a mut Pace<'p>,
     /// Called with every event as it happens.
-    pub show: &'a mut dyn FnMut(&Event),
+    pub show: &'a mut dyn FnMut(&Event, Told),
 }
 
 impl BlockRun<'_, '_> {

@@ -13,7 +13,7 @@ use super::run_folder::RunFolder;
 use super::stored_plan::{PLAN_FILE, StoredPlan};
 use super::student::{CURVE_FILE, RECORD_FILE, Student};
 use super::trainee::Trainee;
-use super::trainer::{Event, Outcome, Plan, Run};
+use super::trainer::{Event, Outcome, Plan, Run, Told};
 use super::written::{self, Trained};
 use super::{RecoverError, Result};
 use crate::checkpoint::Checkpoint;
@@ -67,7 +67,7 @@ impl Session {
         trainee: &mut Trainee<'_>,
         of: &Checkpoint,
         lesson: Lesson<'_>,
-        show: &mut dyn FnMut(&Event),
+        show: &mut dyn FnMut(&Event, Told),
         rest: fn(),
     ) -> Result<Outcome> {
         let Lesson { plan, data, watched, mut pace, stages_beside } = lesson;

@@ -50,6 +50,13 @@ pub enum Event {
     Kept { stage: usize, step: usize },
 }
 
+/// Whether an event has just come about, or long ago, in the run that is resumed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told {
+    Now,
+    Again,
+}
+
 /// What is measured on texts that are not trained on, nats per token: what the stage trains for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -89,7 +96,7 @@ pub struct Run<'a, 'p> {
     /// Where the stages end.
     pub pace: &'a mut Pace<'p>,
     /// Called with every event as it happens.
-    pub show: &'a mut dyn FnMut(&Event),
+    pub show: &'a mut dyn FnMut(&Event, Told),
     /// Called after each stage but the last with its number and the student, which then has the stage's best weights.
     pub after: &'a mut dyn FnMut(usize, &Student) -> Result<()>,
 }
@@ -251,26 +258,26 @@ pub(super) fn learned(p: &Parameter, options: &distill::Options, all: bool) -> L
 }
 
 /// The first `lines` events of a run that goes on; `show` sees them again.
-pub(super) fn replayed(folder: &mut RunFolder, lines: usize, show: &mut dyn FnMut(&Event)) -> Result<Vec<Event>> {
+pub(super) fn replayed(folder: &mut RunFolder, lines: usize, show: &mut dyn FnMut(&Event, Told)) -> Result<Vec<Event>> {
     let path = folder.path("curve.jsonl");
     let read = |line: &String| {
         let detail = |e| format!("is damaged ({e})");
         serde_json::from_str(line).map_err(|e| RecoverError::Run { path: path.clone(), detail: detail(e) })
     };
     let events = folder.rewind(lines)?.iter().map(read).collect::<Result<Vec<Event>>>()?;
-    events.iter().for_each(show);
+    events.iter().for_each(|event| show(event, Told::Again));
     Ok(events)
 }
 
 /// Writes an event down, and shows it.
 pub(super) fn recorded(
     folder: &mut RunFolder,
-    show: &mut dyn FnMut(&Event),
+    show: &mut dyn FnMut(&Event, Told),
     events: &mut Vec<Event>,
     event: Event,
 ) -> Result<()> {
     folder.line(&serde_json::to_string(&event).unwrap_or_default())?;
-    show(&event);
+    show(&event, Told::Now);
     events.push(event);
     Ok(())
 }

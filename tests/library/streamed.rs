@@ -18,7 +18,7 @@ use recoup::recover::run_folder::RunFolder;
 use recoup::recover::stage::{Method, Stage};
 use recoup::recover::streamed::{self, Streamed};
 use recoup::recover::student::Student;
-use recoup::recover::trainer::Event;
+use recoup::recover::trainer::{self, Event};
 use recoup::recover::written::Trained;
 use recoup::recover::{block, distill, written};
 use serde_json::json;
@@ -111,7 +111,7 @@ fn streamed(
     let mut folder = begun.unwrap_or_else(|| RunFolder::create(state, &json!({})).unwrap());
     let mut pace = Pace::new(std::slice::from_ref(&stage), &[], 1);
     let watched = Data { rows: data.rows[..3].to_vec(), description: String::new() };
-    let (texts, show) = (vec![("text".into(), watched)], &mut |_: &Event| ());
+    let (texts, show) = (vec![("text".into(), watched)], &mut |_: &Event, _: trainer::Told| ());
     let mut run = BlockRun { data, texts, stage: &stage, folder: &mut folder, pace: &mut pace, show };
     let outcome = run.train(&mut model).unwrap();
     assert!(outcome.stopped.is_none());
