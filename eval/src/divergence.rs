@@ -15,9 +15,9 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-pub use self::pass::{PassError, Said, Windows};
+pub use self::pass::{Measured, PassError, Said, Windows};
 pub use self::token_class::TokenClass;
-pub use self::token_model::TokenModel;
+pub use self::token_model::{TokenModel, TokenReader};
 
 use crate::comparison::{Divergence, Estimate, GroupKl, Histogram, Interval};
 use crate::statistics::{Random, Sample, Smoothing, interval, mean_and_standard_error, resample};
@@ -60,7 +60,7 @@ pub enum DivergenceError {
 }
 
 /// One predicted token.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 struct Token {
     window: usize,
     position: usize,

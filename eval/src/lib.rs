@@ -14,7 +14,7 @@ mod settings;
 pub mod statistics;
 pub mod tasks;
 
-pub use divergence::TokenModel;
+pub use divergence::{TokenModel, TokenReader};
 pub use recoup_ground::model::{
     GenerationDefaults, GenerationOptions, LanguageModel, Message, Prompts, Request, Response,
 };

@@ -57,6 +57,11 @@ impl Shard {
     fn has(self, doc_id: usize) -> bool {
         doc_id % self.of == self.index
     }
+
+    /// Its share of `all`.
+    pub fn of<T: Clone>(self, all: &[T]) -> Vec<T> {
+        all.iter().skip(self.index).step_by(self.of).cloned().collect()
+    }
 }
 
 /// Tasks with all that is asked.

@@ -9,10 +9,11 @@
 //! divergence needs, position of the maximum. [`LANES`] independent sums let the compiler use vector instructions; their
 //! number is fixed, so the result is the same on every machine that rounds as IEEE 754 says.
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// What is known of one predicted token.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Pair {
     /// -ln of the right token's probability.
     pub loss: f64,

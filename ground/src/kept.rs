@@ -18,10 +18,8 @@ where
     T: Serialize + DeserializeOwned,
     E: From<NotWritten>,
 {
-    if let Ok(text) = std::fs::read_to_string(file)
-        && let Ok(mut value) = serde_json::from_str::<Value>(&text)
-        && value.get("of") == Some(key)
-        && let Ok(found) = serde_json::from_value(value["value"].take())
+    if let Some((of, found)) = found(file)
+        && of == *key
     {
         return Ok(found);
     }
@@ -29,6 +27,14 @@ where
     let text = json!({"of": key, "value": value}).to_string() + "\n";
     write_atomically(file, text.as_bytes())?;
     Ok(value)
+}
+
+/// What a file keeps, with its key; nothing where it cannot be read as such a value.
+#[must_use]
+pub fn found<T: DeserializeOwned>(file: &Path) -> Option<(Value, T)> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let mut kept: Value = serde_json::from_str(&text).ok()?;
+    Some((kept.get_mut("of")?.take(), serde_json::from_value(kept["value"].take()).ok()?))
 }
 
 /// The first place where two descriptions differ, `model.files.config.json`, and what stands there: found, then expected.

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 
 use recoup_eval::comparison::{AttributedPart, Attribution, AttributionMode, Estimate};
 use recoup_eval::divergence::{PassError, Said, Windows};
+use recoup_eval::run::Shard;
+use serde::{Deserialize, Serialize};
 
 use super::{EvaluateError, EvaluatedModel, ModelText, Rows};
 use crate::backend::Backend;
@@ -35,18 +37,6 @@ impl<B: Backend> Clone for Mode<'_, B> {
 
 impl<B: Backend> Copy for Mode<'_, B> {}
 
-impl<B: Backend> Mode<'_, B> {
-    /// As reports name it.
-    #[must_use]
-    pub fn kind(self) -> AttributionMode {
-        match self {
-            Self::QuantizeOne => AttributionMode::QuantizeOne,
-            Self::RestoreOne => AttributionMode::RestoreOne,
-            Self::RestoreInputs(_) => AttributionMode::RestoreInputs,
-        }
-    }
-}
-
 /// Layers, then kinds of modules over all layers.
 fn parts<B: Backend>(model: &Decoder<B>) -> Vec<Part> {
     let modules: Vec<_> = model.config.modules().into_iter().filter(|m| m.is_block_linear()).collect();
@@ -66,8 +56,39 @@ fn parts<B: Backend>(model: &Decoder<B>) -> Vec<Part> {
     layers.into_values().chain(kinds).collect()
 }
 
-/// Ranks the parts of `quantized` (model `index` of the comparison) by what they do to its KL from `baseline`, which said
-/// `said` in `windows`.
+/// What parts of a model do to its KL, all of them or a share.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Attributed {
+    /// Of the whole quantized model, and over how many tokens.
+    whole: Estimate,
+    tokens: usize,
+    /// By their place in the model.
+    parts: BTreeMap<usize, AttributedPart>,
+}
+
+impl Attributed {
+    /// Of all parts, from what was found of each share.
+    pub fn joined(shares: impl IntoIterator<Item = Self>) -> Option<Self> {
+        shares.into_iter().reduce(|mut all, share| {
+            all.parts.extend(share.parts);
+            all
+        })
+    }
+
+    /// The parts of model `index` of a comparison by what they do, the largest damage first.
+    #[must_use]
+    pub fn ranked(self, index: usize, text: &str, mode: AttributionMode) -> Attribution {
+        let Self { whole, tokens, parts } = self;
+        let mut parts: Vec<AttributedPart> = parts.into_values().collect();
+        parts.sort_by(|a, b| b.damage.total_cmp(&a.damage));
+        let (text, inseparable) = (text.to_owned(), Vec::new());
+        let mut found = Attribution { model: index, text, tokens, mode, whole, parts, inseparable };
+        found.set_inseparable_aside();
+        found
+    }
+}
+
+/// What the parts of `quantized` that `share` has do to its KL from `baseline`, which said `said` in `windows`.
 ///
 /// # Errors
 /// When a model fails, or computes something that is no number.
@@ -80,15 +101,16 @@ pub fn attribute<B: Backend>(
     windows: &Windows,
     said: &Said<Rows<B::Tensor>>,
     mode: Mode<'_, B>,
-    index: usize,
+    share: Shard,
     progress: &mut dyn FnMut(),
-) -> Result<Attribution, PassError<EvaluateError>> {
+) -> Result<Attributed, PassError<EvaluateError>> {
     let mut parts = parts(baseline);
     if let Mode::RestoreInputs(_) = mode {
         let modules = parts.iter().flat_map(|p| p.modules.clone()).collect();
         parts.push(Part { name: "all".into(), layer: None, modules });
     }
-    let swapped = parts.iter().map(|part| {
+    let own: Vec<(usize, Part)> = parts.into_iter().enumerate().skip(share.index).step_by(share.of).collect();
+    let swapped = own.iter().map(|(_, part)| {
         let has = |module: &str| part.modules.iter().any(|m| m == module);
         match mode {
             Mode::QuantizeOne => baseline.graft(quantized, &has),
@@ -100,27 +122,17 @@ pub fn attribute<B: Backend>(
     let length = windows.windows.iter().map(Vec::len).max();
     let evaluated = |model| EvaluatedModel::new(model, text, kv, length);
     let mut models: Vec<_> = std::iter::once(quantized).chain(&decoders).map(evaluated).collect();
-    let figures = windows.diverge(&evaluated(baseline), said, &mut models, progress)?;
-    let mut figures = figures.into_iter().map(|(d, _)| d);
-    let (whole, tokens) =
-        figures.next().map_or((Estimate { value: 0.0, standard_error: 0.0 }, 0), |d| (d.kl, d.tokens));
-    let mut ranked: Vec<AttributedPart> = parts
-        .into_iter()
-        .zip(figures)
-        .map(|(part, d)| AttributedPart {
-            part: part.name,
-            layer: part.layer,
-            kl: d.kl,
-            damage: match mode {
-                Mode::QuantizeOne => d.kl.value,
-                Mode::RestoreOne | Mode::RestoreInputs(_) => whole.value - d.kl.value,
-            },
-        })
-        .collect();
-    ranked.sort_by(|a, b| b.damage.total_cmp(&a.damage));
-    let text = windows.name.clone();
-    let mode = mode.kind();
-    let mut found = Attribution { model: index, text, tokens, mode, whole, parts: ranked, inseparable: Vec::new() };
-    found.set_inseparable_aside();
-    Ok(found)
+    let measured = windows.measured(&evaluated(baseline), said, &mut models, progress)?;
+    let mut figures = measured.iter().map(|m| windows.figures(0, m));
+    let none = Estimate { value: 0.0, standard_error: 0.0 };
+    let (whole, tokens) = figures.next().transpose()?.map_or((none, 0), |(d, _)| (d.kl, d.tokens));
+    let parts = own.into_iter().zip(figures).map(|((place, part), figures)| {
+        let kl = figures?.0.kl;
+        let damage = match mode {
+            Mode::QuantizeOne => kl.value,
+            Mode::RestoreOne | Mode::RestoreInputs(_) => whole.value - kl.value,
+        };
+        Ok((place, AttributedPart { part: part.name, layer: part.layer, kl, damage }))
+    });
+    Ok(Attributed { whole, tokens, parts: parts.collect::<Result<_, PassError<EvaluateError>>>()? })
 }

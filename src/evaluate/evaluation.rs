@@ -90,19 +90,34 @@ pub struct Answers<'a> {
 }
 
 impl Answers<'_> {
-    /// Asks `model` what the journal in the folder lacks; results when all shards are one and all is answered.
+    /// Asks `model` what the journal in the folder lacks, and no model where it lacks nothing; results when all shards are one
+    /// and all is answered.
     ///
     /// # Errors
-    /// When the disk has no room, the folder holds answers of another run, or the model fails; what was answered until then
-    /// is kept.
-    pub fn complete<M: LanguageModel>(
+    /// When the disk has no room, the folder holds answers of another run, or the model cannot be had or fails; what was answered
+    /// until then is kept.
+    pub fn complete<'m, M, F>(
         &self,
-        model: &mut M,
+        model: impl FnOnce() -> Result<&'m mut M, F>,
         watch: &mut dyn Watch,
-    ) -> Result<Option<Results>, EvaluationError<M::Error>> {
+    ) -> Result<Option<Results>, F>
+    where
+        M: LanguageModel + 'm,
+        F: From<EvaluationError<M::Error>>,
+    {
+        let Self { plan, shard, .. } = *self;
+        let mut journal = self.begin(watch)?;
+        if plan.missing(journal.answers(), shard).is_some() {
+            self.ask(model()?, &mut journal, watch)?;
+        }
+        let answers = journal.finish().map_err(EvaluationError::from)?;
+        Ok(if shard == Shard::ALL { Some(plan.results(&answers).map_err(EvaluationError::from)?) } else { None })
+    }
+
+    fn begin<E: std::error::Error>(&self, watch: &mut dyn Watch) -> Result<Journal, EvaluationError<E>> {
         let Self { plan, folder, shard, label, .. } = *self;
         std::fs::create_dir_all(folder).map_err(|source| EvaluationError::Create { path: folder.into(), source })?;
-        let mut journal = Journal::open(&folder.join(RESPONSES), &plan.about(self.identity, shard))?;
+        let journal = Journal::open(&folder.join(RESPONSES), &plan.about(self.identity, shard))?;
         let (all, before) = (plan.len(shard), journal.answers().len());
         if before > 0 {
             watch.say(&format!("{label}: {before} of {all} answers are there already"));
@@ -111,11 +126,20 @@ impl Answers<'_> {
             let there = std::fs::metadata(folder.join(RESPONSES)).map_or(0, |m| m.len());
             claim.room("what is asked and answered", plan.bytes(shard).saturating_sub(there) * models)?;
         }
-        watch.begin(&format!("{label}: answers"), all as u64, before as u64);
-        plan.answer(model, &mut journal, shard, folder, &mut |_| watch.part())?;
+        Ok(journal)
+    }
+
+    fn ask<M: LanguageModel>(
+        &self,
+        model: &mut M,
+        journal: &mut Journal,
+        watch: &mut dyn Watch,
+    ) -> Result<(), EvaluationError<M::Error>> {
+        let Self { plan, folder, shard, label, .. } = *self;
+        watch.begin(&format!("{label}: answers"), plan.len(shard) as u64, journal.answers().len() as u64);
+        plan.answer(model, journal, shard, folder, &mut |_| watch.part())?;
         watch.end();
-        let answers = journal.finish()?;
-        Ok(if shard == Shard::ALL { Some(plan.results(&answers)?) } else { None })
+        Ok(())
     }
 }
 
@@ -161,7 +185,7 @@ impl Evaluation<'_> {
         let Self { plan, subject, claim, .. } = *self;
         let (identity, label) = (&subject.identity, subject.facts.name.as_str());
         let answers = Answers { plan, identity, folder, shard, label, claim: claim.map(|claim| (claim, 1)) };
-        let results = answers.complete(model, watch);
+        let results = answers.complete(|| Ok::<_, EvaluationError<M::Error>>(model), watch);
         // Also of a run that failed: the next adds to it.
         counted.add(&tally(model));
         if counted != Tally::default() {
@@ -179,15 +203,12 @@ impl Evaluation<'_> {
     /// When one is missing, not complete or of another run.
     pub fn merged<E: std::error::Error + 'static>(&self, shards: &[PathBuf]) -> Result<Evaluated, EvaluationError<E>> {
         let (plan, identity) = (self.plan, &self.subject.identity);
-        let answers = merge(plan, identity, shards)?;
-        if let Some(folder) = self.folder {
-            journal::write(&folder.join(RESPONSES), &plan.about(identity, Shard::ALL), &answers)?;
-        }
+        let results = merged(plan, identity, shards, self.folder)?;
         let mut counted = Tally::default();
         for folder in shards {
             counted.add(&kept_tally(folder)?);
         }
-        Ok(self.evaluated(plan.results(&answers)?, counted))
+        Ok(self.evaluated(results, counted))
     }
 
     fn evaluated(&self, results: Results, tally: Tally) -> Evaluated {
@@ -197,6 +218,23 @@ impl Evaluation<'_> {
         }
         Evaluated { results, facts: self.subject.facts.clone(), config, tally }
     }
+}
+
+/// The results of all shards of `plan`, asked of the model `identity`, from their folders; their answers are put into `folder`.
+///
+/// # Errors
+/// When a shard is missing, not complete or of another run, or the answers cannot be written.
+pub fn merged<E: std::error::Error + 'static>(
+    plan: &Plan,
+    identity: &Value,
+    shards: &[PathBuf],
+    folder: Option<&Path>,
+) -> Result<Results, EvaluationError<E>> {
+    let answers = merge(plan, identity, shards)?;
+    if let Some(folder) = folder {
+        journal::write(&folder.join(RESPONSES), &plan.about(identity, Shard::ALL), &answers)?;
+    }
+    Ok(plan.results(&answers)?)
 }
 
 impl Evaluated {

@@ -1,32 +1,46 @@
 //! Models against a baseline, on tasks and texts: in which order they are loaded, what each is asked, what is kept of it.
 //!
-//! One model beside the baseline is in memory at a time. Everything that took time is kept in the experiment's folder as it
-//! comes, with its key: answers, each text's divergence, each attribution, speeds. The same experiment goes on from there.
+//! One model beside the baseline is in memory at a time, and none that nothing is to be computed of. Everything that took time
+//! is kept in the experiment's folder as it comes, with its key: answers, each text's divergence, each attribution, speeds. The
+//! same experiment goes on from there. A share of an experiment is every n-th document, window and part of the model; from the
+//! folders of all shares comes what one run would have kept.
+
+mod contender;
+mod parts;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use recoup_eval::TokenModel;
+use recoup_eval::TokenReader;
 use recoup_eval::compare::{CORRECTION, CompareError, Options as CompareOptions, compare};
 use recoup_eval::comparison::{Attribution, AttributionMode, ComparedModel, Comparison, Divergence};
-use recoup_eval::divergence::{DivergenceError, PassError, Said, WindowSums, Windows, kl_gone};
+use recoup_eval::divergence::{DivergenceError, Measured, PassError, Said, WindowSums, Windows, kl_gone};
 use recoup_eval::journal::JournalError;
 use recoup_eval::report::{ReportContext, html, markdown};
-use recoup_eval::run::{Plan, Results, Setup, Shard};
+use recoup_eval::run::{Plan, RESPONSES, Results, Setup, Shard};
 use recoup_eval::scores::ModelScores;
 use recoup_eval::tasks::{self, Selection};
 use recoup_ground::atomic::{NotWritten, write_atomically};
 use recoup_ground::kept::kept;
 use recoup_ground::names::file_name;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::evaluation::{Answers, EvaluationError, Subject};
-use super::{EvaluateError, EvaluatedModel, ModelText, Rows, Watch, attribution, facts};
+pub use self::contender::{Contender, Weights};
+pub use self::parts::{PartsError, Source, computation, describe, machines, speed};
+use super::attribution::{self, Attributed};
+use super::evaluation::{Answers, EvaluationError, merged};
+use super::language_model::Reader;
+use super::{EvaluateError, EvaluatedModel, Rows, Watch, facts};
 use crate::backend::{Backend, BackendError};
 use crate::formats::kv::KvFormat;
-use crate::model::Decoder;
 use crate::output::Claim;
+
+/// What is found out once for a model: bytes of its packed weights in memory; tokens per second.
+const MEMORY: &str = "memory.json";
+const SPEED: &str = "speed.json";
 
 /// Why models could not be compared.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +69,8 @@ pub enum ExperimentError {
     Compare(Box<CompareError>),
     #[error(transparent)]
     Divergence(#[from] DivergenceError),
+    #[error(transparent)]
+    Parts(#[from] PartsError),
     #[error("comparison.json cannot be made: {0}")]
     Json(#[from] serde_json::Error),
 }
@@ -79,15 +95,6 @@ impl From<CompareError> for ExperimentError {
 
 /// Result of a comparison.
 pub type Result<T, E = ExperimentError> = std::result::Result<T, E>;
-
-/// A model of the comparison, loaded.
-pub struct Contender<B: Backend> {
-    pub decoder: Decoder<B>,
-    /// The same whose products' inputs are not quantized, where [`AttributionMode::RestoreInputs`] asks for it.
-    pub float_inputs: Option<Decoder<B>>,
-    pub text: ModelText,
-    pub subject: Subject,
-}
 
 /// What is compared on what.
 pub struct Experiment<'a> {
@@ -116,6 +123,7 @@ pub struct Experiment<'a> {
     /// Where everything is kept, a folder for each model.
     pub folder: &'a Path,
     pub claim: Option<&'a Claim>,
+    pub source: Source<'a>,
 }
 
 /// The comparison, and what there is to say about how it was measured.
@@ -127,7 +135,7 @@ pub struct Outcome {
     pub in_files: Vec<String>,
 }
 
-/// What one model's part of the work gave.
+/// What one model's turn gave.
 struct Evaluated {
     scores: ModelScores,
     results: Option<Results>,
@@ -176,23 +184,23 @@ impl Experiment<'_> {
         Ok(())
     }
 
-    /// Runs it on the models that `load` gives by their place in `labels`: the baseline once, each other in its turn.
+    /// Runs it on the models that `load` gives by their place in `labels`: the baseline once, each other in its turn. Nothing
+    /// where only a share of it is to be computed.
     ///
     /// # Errors
-    /// Those of `load`; when a model fails, a text is too short, or what the folder holds cannot be written. What was computed
-    /// until then is kept.
-    pub fn run<B: Backend>(
+    /// Those of `load`; when a model fails, a text is too short, what the folder holds cannot be written, or parts make no
+    /// whole. What was computed until then is kept.
+    pub fn run<'l, B: Backend>(
         &self,
-        load: &mut dyn FnMut(usize) -> Result<Contender<B>>,
+        load: &mut dyn FnMut(usize) -> Result<Contender<'l, B>>,
         watch: &mut dyn Watch,
-    ) -> Result<Outcome> {
+    ) -> Result<Option<Outcome>> {
         let baseline = load(0)?;
         let mut work =
             Work { experiment: self, baseline: &baseline, said: BTreeMap::new(), notes: BTreeSet::new(), watch };
         // A text that is too short is refused before any task is answered.
         for (name, text) in self.texts {
-            let alone = [EvaluatedModel::new(&baseline.decoder, &baseline.text, self.kv, None)];
-            work.windows(&alone, name, text, self.windows)?;
+            work.windows(&[baseline.reader()], name, text, self.windows)?;
         }
         let mut in_files = Vec::new();
         let mut of_files =
@@ -205,7 +213,8 @@ impl Experiment<'_> {
             evaluated.push(work.model(index, &model)?);
         }
         let notes = work.notes;
-        Ok(Outcome { comparison: self.comparison(evaluated)?, notes, in_files })
+        let Some(evaluated) = evaluated.into_iter().collect() else { return Ok(None) };
+        Ok(Some(Outcome { comparison: self.comparison(evaluated)?, notes, in_files }))
     }
 
     fn comparison(&self, mut evaluated: Vec<Evaluated>) -> Result<Comparison> {
@@ -257,9 +266,9 @@ impl Experiment<'_> {
 type KeptSaid<B> = Rc<(Windows, Said<Rows<<B as Backend>::Tensor>>)>;
 
 /// The experiment under way.
-struct Work<'w, B: Backend> {
+struct Work<'w, 'l, B: Backend> {
     experiment: &'w Experiment<'w>,
-    baseline: &'w Contender<B>,
+    baseline: &'w Contender<'l, B>,
     /// What the baseline said in the windows of each text: it runs through a text once, for whatever is compared with it.
     said: BTreeMap<String, KeptSaid<B>>,
     /// What the report says about how it was measured.
@@ -267,80 +276,140 @@ struct Work<'w, B: Backend> {
     watch: &'w mut dyn Watch,
 }
 
-/// One text of the experiment in one model's turn.
-struct Turn<'t, B: Backend> {
+/// One model's turn.
+struct Turn<'t, 'l, B: Backend> {
     index: usize,
-    model: &'t Contender<B>,
-    /// The model's.
-    folder: &'t Path,
-    name: &'t str,
-    text: &'t str,
+    model: &'t Contender<'l, B>,
+    /// Where its results lie, below the folder of the experiment or of a part.
+    below: PathBuf,
 }
 
-impl<B: Backend> Work<'_, B> {
-    fn model(&mut self, index: usize, model: &Contender<B>) -> Result<Evaluated> {
+impl<B: Backend> Turn<'_, '_, B> {
+    fn file(&self, name: &str) -> PathBuf {
+        self.below.join(name)
+    }
+}
+
+impl<'l, B: Backend> Work<'_, 'l, B> {
+    /// Nothing where only a share is computed.
+    fn model(&mut self, index: usize, model: &Contender<'l, B>) -> Result<Option<Evaluated>> {
         let experiment = self.experiment;
-        let (label, kv) = (&experiment.labels[index], experiment.kv);
-        let folder = experiment.folder.join(file_name(label));
+        let turn = Turn { index, model, below: file_name(&experiment.labels[index]).into() };
+        let folder = experiment.folder.join(&turn.below);
         std::fs::create_dir_all(&folder).map_err(|source| ExperimentError::Create { path: folder.clone(), source })?;
-        let mut subject = model.subject.clone();
-        if let Some(on) = &experiment.speed {
-            let key = json!({"model": subject.identity, "on": on});
-            let (prefill, decode) =
-                kept(&folder.join("speed.json"), &key, || Ok::<_, ExperimentError>(facts::speed(&model.decoder, kv)?))?;
-            (subject.facts.prefill_speed, subject.facts.decode_speed) = (Some(prefill), Some(decode));
+        let mut facts = model.subject.facts.clone();
+        let key = json!({"model": model.subject.identity});
+        facts.resident_bytes = Some(self.once(&turn, MEMORY, &key, || Ok(facts::resident_bytes(&model.weights()?.decoder)))?);
+        // One process measures speeds: the first, of several.
+        if let (Some(on), Source::Parts(_) | Source::Computed(Shard { index: 0, .. })) = (&experiment.speed, experiment.source) {
+            let key = json!({"model": model.subject.identity, "on": on});
+            let measure = || Ok(facts::speed(&model.weights()?.decoder, experiment.kv)?);
+            let (prefill, decode) = self.once(&turn, SPEED, &key, measure)?;
+            (facts.prefill_speed, facts.decode_speed) = (Some(prefill), Some(decode));
         }
         let mut results = None;
         if !experiment.selection.tasks.is_empty() {
-            let mut evaluated = EvaluatedModel::new(&model.decoder, &model.text, kv, None);
-            let plan = Plan::new(experiment.selection, experiment.setup, &evaluated)?;
-            self.notes.extend(plan.notes());
-            // All models are asked the same; those before this one have theirs already.
-            let to_come = (experiment.labels.len() - index) as u64;
-            let claim = experiment.claim.map(|claim| (claim, to_come));
-            let (identity, folder) = (&subject.identity, folder.as_path());
-            let answers = Answers { plan: &plan, identity, folder, shard: Shard::ALL, label, claim };
-            results = answers.complete(&mut evaluated, self.watch)?;
-            if evaluated.truncated() > 0 {
-                self.watch.say(&format!(
-                    "warning: {label}: {} contexts were longer than the model's and lost their beginning",
-                    evaluated.truncated()
-                ));
-            }
+            results = self.answers(&turn)?;
             if let Some(results) = &results {
-                results.write(folder, &subject.facts, &subject.config(&experiment.tasks))?;
+                results.write(&folder, &facts, &model.subject.config(&experiment.tasks))?;
             }
         }
         let mut divergences = Vec::new();
-        let mut attributed = None;
-        if index > 0 {
-            for (at, (name, text)) in experiment.texts.iter().enumerate() {
-                let turn = Turn { index, model, folder: &folder, name, text };
-                divergences.push(self.diverge(&turn)?);
-                if let Some((mode, windows)) = experiment.attribution.filter(|_| at == 0) {
-                    attributed = Some(self.attribute(&turn, mode, windows)?);
-                }
+        let mut attribution = None;
+        for (at, (name, text)) in experiment.texts.iter().enumerate().filter(|_| index > 0) {
+            divergences.extend(self.diverge(&turn, name, text)?);
+            if let Some((mode, windows)) = experiment.attribution.filter(|_| at == 0) {
+                attribution = self.attribute(&turn, name, text, (mode, windows))?;
             }
         }
-        let facts = subject.facts;
+        if matches!(experiment.source, Source::Computed(share) if share != Shard::ALL) {
+            return Ok(None);
+        }
         let scores = match &results {
             Some(results) => results.scores(facts),
             None => ModelScores { model: facts, metrics: Vec::new(), generation: Vec::new() },
         };
-        Ok(Evaluated { scores, results, divergences, attribution: attributed })
+        Ok(Some(Evaluated { scores, results, divergences, attribution }))
     }
 
-    /// The baseline and the model of a turn.
-    fn pair<'t>(&self, turn: &'t Turn<'t, B>) -> [EvaluatedModel<'t, B>; 2]
-    where
-        Self: 't,
-    {
-        let kv = self.experiment.kv;
-        [self.baseline, turn.model].map(|m| EvaluatedModel::new(&m.decoder, &m.text, kv, None))
+    /// What one process finds out for all.
+    fn once<T: Serialize + DeserializeOwned>(
+        &self,
+        turn: &Turn<'_, 'l, B>,
+        file: &str,
+        key: &Value,
+        make: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        let file = turn.file(file);
+        kept(&self.experiment.folder.join(&file), key, || match self.experiment.source {
+            Source::Computed(_) => make(),
+            Source::Parts(folders) => Ok(parts::any(folders, &file, key)?),
+        })
     }
 
-    fn windows(&mut self, models: &[EvaluatedModel<'_, B>], name: &str, text: &str, limit: usize) -> Result<Windows> {
-        let context = models.iter().map(TokenModel::context_length).min().unwrap_or(0);
+    /// What is made of the shares that `compute` gives, kept in the files `whole` and `share` for `key`; nothing where the
+    /// experiment is only a share of one.
+    fn of_shares<S: Serialize + DeserializeOwned, T: Serialize + DeserializeOwned>(
+        &mut self,
+        (whole, share): (&Path, &Path),
+        key: &Value,
+        compute: impl FnOnce(&mut Self, Shard) -> Result<S>,
+        make: impl FnOnce(Vec<S>) -> Result<T>,
+    ) -> Result<Option<T>> {
+        let Experiment { folder, source, .. } = *self.experiment;
+        match source {
+            Source::Computed(Shard::ALL) => {
+                kept(&folder.join(whole), key, || make(vec![compute(self, Shard::ALL)?])).map(Some)
+            }
+            Source::Computed(own) => {
+                kept(&folder.join(share), &parts::of_share(key, own), || compute(self, own))?;
+                Ok(None)
+            }
+            Source::Parts(folders) => {
+                kept(&folder.join(whole), key, || make(parts::all(folders, share, key)?)).map(Some)
+            }
+        }
+    }
+
+    /// Results of the tasks; nothing where a share of them is answered.
+    fn answers(&mut self, turn: &Turn<'_, 'l, B>) -> Result<Option<Results>> {
+        let experiment = self.experiment;
+        let (model, label, kv) = (turn.model, &experiment.labels[turn.index], experiment.kv);
+        let plan = Plan::new(experiment.selection, experiment.setup, &model.text)?;
+        self.notes.extend(plan.notes());
+        let (identity, folder) = (&model.subject.identity, experiment.folder.join(&turn.below));
+        let shard = match experiment.source {
+            Source::Computed(shard) => shard,
+            Source::Parts(folders) => {
+                let folders: Vec<PathBuf> = folders.iter().map(|part| part.join(&turn.below)).collect();
+                if let Some(lacking) = folders.iter().map(|f| f.join(RESPONSES)).find(|file| !file.exists()) {
+                    return Err(PartsError::Missing(lacking).into());
+                }
+                return Ok(Some(merged(&plan, identity, &folders, Some(&folder))?));
+            }
+        };
+        // All models are asked the same; those before this one have theirs already.
+        let to_come = (experiment.labels.len() - turn.index) as u64;
+        let claim = experiment.claim.map(|claim| (claim, to_come));
+        let answers = Answers { plan: &plan, identity, folder: &folder, shard, label, claim };
+        let mut evaluated = None;
+        let results = answers.complete::<_, ExperimentError>(
+            || {
+                let decoder = &model.weights()?.decoder;
+                Ok(evaluated.insert(EvaluatedModel::new(decoder, &model.text, kv, None)))
+            },
+            self.watch,
+        )?;
+        if let Some(truncated) = evaluated.map(|e| e.truncated()).filter(|n| *n > 0) {
+            self.watch.say(&format!(
+                "warning: {label}: {truncated} contexts were longer than the model's and lost their beginning"
+            ));
+        }
+        Ok(results)
+    }
+
+    fn windows(&mut self, models: &[Reader<'_>], name: &str, text: &str, limit: usize) -> Result<Windows> {
+        let context = models.iter().map(TokenReader::context_length).min().unwrap_or(0);
         let window = self.experiment.window;
         if context < window {
             self.notes.insert(format!(
@@ -360,79 +429,96 @@ impl<B: Backend> Work<'_, B> {
     }
 
     /// What the baseline says in `windows`, from an earlier model's turn if it is known.
-    fn said(&mut self, baseline: &mut EvaluatedModel<'_, B>, windows: &Windows) -> Result<KeptSaid<B>> {
+    fn said(&mut self, windows: &Windows) -> Result<KeptSaid<B>> {
         if let Some(kept) = self.said.get(&windows.name).filter(|kept| windows.begin(&kept.0)) {
             return Ok(kept.clone());
         }
+        let mut baseline =
+            EvaluatedModel::new(&self.baseline.weights()?.decoder, &self.baseline.text, self.experiment.kv, None);
         let what = format!("{}: {}", self.experiment.labels[0], windows.name);
         self.watch.begin(&what, windows.windows.len() as u64, 0);
-        let kept = Rc::new((windows.clone(), windows.said(baseline, &mut || self.watch.part())?));
+        let kept = Rc::new((windows.clone(), windows.said(&mut baseline, &mut || self.watch.part())?));
         self.watch.end();
         self.said.insert(windows.name.clone(), kept.clone());
         Ok(kept)
     }
 
-    fn key(&self, turn: &Turn<'_, B>, windows: &Windows) -> Value {
+    fn key(&self, turn: &Turn<'_, 'l, B>, windows: &Windows) -> Value {
         let (baseline, model) = (&self.baseline.subject.identity, &turn.model.subject.identity);
         json!({"baseline": baseline, "model": model, "windows": windows.windows})
     }
 
-    fn diverge(&mut self, turn: &Turn<'_, B>) -> Result<(Divergence, WindowSums)> {
-        let mut models = self.pair(turn);
-        let windows = self.windows(&models, turn.name, turn.text, self.experiment.windows)?;
-        let file = turn.folder.join(format!("divergence_{}.json", file_name(turn.name)));
-        let (mut divergence, sums) = kept(&file, &self.key(turn, &windows), || {
-            let [baseline, own] = &mut models;
-            let said = self.said(baseline, &windows)?;
-            let what = format!("{}: KL on {}", self.experiment.labels[turn.index], turn.name);
-            self.watch.begin(&what, windows.windows.len() as u64, 0);
-            let own = std::slice::from_mut(own);
-            let mut figures = windows.diverge(baseline, &said.1, own, &mut || self.watch.part())?;
-            self.watch.end();
-            let none = || ExperimentError::Asked("no figures of a comparison of two models".into());
-            figures.pop().ok_or_else(none)
-        })?;
-        divergence.model = turn.index;
-        Ok((divergence, sums))
+    /// Figures of a model on a text.
+    fn diverge(&mut self, turn: &Turn<'_, 'l, B>, name: &str, text: &str) -> Result<Option<(Divergence, WindowSums)>> {
+        let all = self.windows(&[self.baseline.reader(), turn.model.reader()], name, text, self.experiment.windows)?;
+        let [whole, share] = ["divergence", "measured"].map(|kind| turn.file(&format!("{kind}_{}.json", file_name(name))));
+        let measure = |work: &mut Self, share| {
+            let windows = all.of(share);
+            let said = work.said(&windows)?;
+            let kv = work.experiment.kv;
+            let [baseline, own] = [work.baseline, turn.model];
+            let baseline = EvaluatedModel::new(&baseline.weights()?.decoder, &baseline.text, kv, None);
+            let mut own = [EvaluatedModel::new(&own.weights()?.decoder, &own.text, kv, None)];
+            let what = format!("{}: KL on {name}", work.experiment.labels[turn.index]);
+            work.watch.begin(&what, windows.windows.len() as u64, 0);
+            let measured = windows.measured(&baseline, &said.1, &mut own, &mut || work.watch.part())?;
+            work.watch.end();
+            Ok(Measured::joined(measured))
+        };
+        let figures = |shares| Ok(all.figures(turn.index, &Measured::joined(shares))?);
+        let found = self.of_shares((&whole, &share), &self.key(turn, &all), measure, figures)?;
+        Ok(found.map(|(divergence, sums): (Divergence, WindowSums)| (Divergence { model: turn.index, ..divergence }, sums)))
     }
 
-    fn attribute(&mut self, turn: &Turn<'_, B>, mode: AttributionMode, windows: usize) -> Result<Attribution> {
-        let mut models = self.pair(turn);
-        let windows = self.windows(&models, turn.name, turn.text, windows)?;
+    /// Where the loss of a model sits, by so many windows of a text.
+    fn attribute(
+        &mut self,
+        turn: &Turn<'_, 'l, B>,
+        name: &str,
+        text: &str,
+        (mode, windows): (AttributionMode, usize),
+    ) -> Result<Option<Attribution>> {
+        let windows = self.windows(&[self.baseline.reader(), turn.model.reader()], name, text, windows)?;
         let mut key = self.key(turn, &windows);
         key["mode"] = match mode {
             AttributionMode::QuantizeOne => "Quantize".into(),
             AttributionMode::RestoreOne => "Restore".into(),
             AttributionMode::RestoreInputs => "Inputs".into(),
         };
-        let swap = match (mode, &turn.model.float_inputs) {
-            (AttributionMode::QuantizeOne, _) => attribution::Mode::QuantizeOne,
-            (AttributionMode::RestoreInputs, Some(float)) => attribution::Mode::RestoreInputs(float),
-            (AttributionMode::RestoreInputs, None) => {
-                return Err(ExperimentError::Asked("the model without quantized inputs was not loaded".into()));
-            }
-            (AttributionMode::RestoreOne, _) => attribution::Mode::RestoreOne,
-        };
-        let mut found: Attribution = kept(&turn.folder.join("attribution.json"), &key, || {
-            let said = self.said(&mut models[0], &windows)?;
-            let what = format!("{}: where the loss sits", self.experiment.labels[turn.index]);
-            self.watch.begin(&what, windows.windows.len() as u64, 0);
+        let attribute = |work: &mut Self, share| {
+            let said = work.said(&windows)?;
+            let [baseline, own] = [work.baseline.weights()?, turn.model.weights()?];
+            let swap = match (mode, &own.float_inputs) {
+                (AttributionMode::QuantizeOne, _) => attribution::Mode::QuantizeOne,
+                (AttributionMode::RestoreOne, _) => attribution::Mode::RestoreOne,
+                (AttributionMode::RestoreInputs, Some(float)) => attribution::Mode::RestoreInputs(float),
+                (AttributionMode::RestoreInputs, None) => {
+                    return Err(ExperimentError::Asked("the model without quantized inputs was not loaded".into()));
+                }
+            };
+            let what = format!("{}: where the loss sits", work.experiment.labels[turn.index]);
+            work.watch.begin(&what, windows.windows.len() as u64, 0);
             let found = attribution::attribute(
-                &self.baseline.decoder,
-                &turn.model.decoder,
-                &self.baseline.text,
-                self.experiment.kv,
+                &baseline.decoder,
+                &own.decoder,
+                &work.baseline.text,
+                work.experiment.kv,
                 &windows,
                 &said.1,
                 swap,
-                turn.index,
-                &mut || self.watch.part(),
+                share,
+                &mut || work.watch.part(),
             )?;
-            self.watch.end();
-            Ok::<_, ExperimentError>(found)
-        })?;
-        found.model = turn.index;
-        Ok(found)
+            work.watch.end();
+            Ok(found)
+        };
+        let rank = |shares| {
+            let none = || ExperimentError::Asked("no part of the model was looked at".into());
+            Ok(Attributed::joined(shares).ok_or_else(none)?.ranked(turn.index, name, mode))
+        };
+        let files = (&*turn.file("attribution.json"), &*turn.file("attributed.json"));
+        let found = self.of_shares(files, &key, attribute, rank)?;
+        Ok(found.map(|found: Attribution| Attribution { model: turn.index, ..found }))
     }
 }
 
@@ -451,9 +537,14 @@ pub fn write(folder: &Path, comparison: &Comparison, context: &ReportContext) ->
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+
     use super::*;
     use crate::backend::cpu::{CpuBackend, isa::Isa};
     use crate::checkpoint::Checkpoint;
+    use crate::evaluate::evaluation::Subject;
+    use crate::model::{Decoder, ModelConfig};
+    use crate::text::ModelText;
 
     /// What is begun, and what is said.
     #[derive(Default)]
@@ -473,28 +564,30 @@ mod tests {
         }
     }
 
-    fn contender(name: &str, identity: Value) -> Contender<CpuBackend> {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(name);
+    const NAMES: [&str; 3] = ["books-bf16", "books-nvfp4", "books-nvfp4-qad"];
+
+    /// The shipped model of that number; whose weights are loaded is noted.
+    fn contender(index: usize, identity: Value, loaded: &RefCell<Vec<usize>>) -> Contender<'_, CpuBackend> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models").join(NAMES[index]);
         let checkpoint = Checkpoint::open(&folder).unwrap();
-        let backend = CpuBackend::new(Isa::detect(), 1).unwrap();
-        Contender {
-            text: ModelText::from_folder(&folder, &checkpoint.config).unwrap(),
-            subject: Subject { facts: facts::facts(name, &checkpoint).unwrap(), identity, notes: vec!["odd".into()] },
-            decoder: Decoder::load(backend, &checkpoint).unwrap(),
-            float_inputs: None,
-        }
+        let text = ModelText::from_folder(&folder, &checkpoint.config).unwrap();
+        let facts = facts::facts(NAMES[index], &checkpoint).unwrap();
+        let subject = Subject { facts, identity, notes: vec!["odd".into()] };
+        let config = ModelConfig::read(&checkpoint.config).unwrap();
+        Contender::new(text, subject, &config, move || {
+            loaded.borrow_mut().push(index);
+            let backend = CpuBackend::new(Isa::detect(), 1).unwrap();
+            Ok(Weights { decoder: Decoder::load(backend, &checkpoint).unwrap(), float_inputs: None })
+        })
     }
 
-    /// Loads the three shipped models, the second under `identity`, and notes in which order.
-    fn run(experiment: &Experiment<'_>, identity: &str) -> (Outcome, Vec<usize>, Vec<String>) {
-        let (mut order, mut seen) = (Vec::new(), Seen::default());
-        let names = ["books-bf16", "books-nvfp4", "books-nvfp4-qad"];
-        let load = &mut |index: usize| {
-            order.push(index);
-            Ok(contender(names[index], json!(if index == 1 { identity } else { names[index] })))
-        };
-        let outcome = experiment.run(load, &mut seen).unwrap();
-        (outcome, order, seen.0)
+    /// What comes of the three shipped models, the second under `identity`; whose weights were loaded; what was said.
+    fn run(experiment: &Experiment<'_>, identity: &str) -> (Result<Option<Outcome>>, Vec<usize>, Vec<String>) {
+        let (loaded, mut seen) = (RefCell::default(), Seen::default());
+        let load =
+            &mut |index: usize| Ok(contender(index, json!(if index == 1 { identity } else { NAMES[index] }), &loaded));
+        let outcome = experiment.run(load, &mut seen);
+        (outcome, loaded.take(), seen.0)
     }
 
     #[test]
@@ -519,10 +612,12 @@ mod tests {
             seed: 0,
             folder: folder.path(),
             claim: None,
+            source: Source::Computed(Shard::ALL),
         };
         experiment.check().unwrap();
-        let (first, order, seen) = run(&experiment, "ptq");
-        assert_eq!(order, [0, 1, 2]);
+        let (first, loaded, seen) = run(&experiment, "ptq");
+        let first = first.unwrap().unwrap();
+        assert_eq!(loaded, [0, 1, 2]);
         let begun = ["BF16: books", "PTQ: KL on books", "PTQ: where the loss sits", "QAD: KL on books"];
         assert_eq!(seen[..4], begun);
         let found = &first.comparison;
@@ -530,14 +625,86 @@ mod tests {
         assert!(found.divergences[1].kl_gone.is_some() && found.divergences[0].kl_gone.is_none());
         assert_eq!(found.attributions.iter().map(|a| a.model).collect::<Vec<_>>(), [1, 2]);
         assert_eq!(first.in_files, ["BF16: odd", "PTQ: odd", "QAD: odd"]);
-        // The same again: nothing is computed. Another model in PTQ's place: only what depends on it.
-        let (again, _, seen) = run(&experiment, "ptq");
-        assert_eq!((&again.comparison, seen.len()), (found, 0));
-        let (_, _, seen) = run(&experiment, "another");
+        // The same again: nothing is computed, and no model loaded. Another model in PTQ's place: only what depends on it.
+        let (again, loaded, seen) = run(&experiment, "ptq");
+        assert_eq!((&again.unwrap().unwrap().comparison, loaded.len(), seen.len()), (found, 0, 0));
+        let (_, loaded, seen) = run(&experiment, "another");
         assert_eq!(seen, ["BF16: books", "PTQ: KL on books", "PTQ: where the loss sits"]);
+        assert_eq!(loaded, [1, 0]);
         // Without texts and tasks there is nothing to compare.
         let nothing = Experiment { texts: &[], attribution: None, ..experiment };
         assert!(nothing.check().unwrap_err().to_string().contains("nothing to compare"));
+    }
+
+    /// Every file below, with its bytes.
+    fn files(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+        let mut all = BTreeMap::new();
+        for entry in std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()) {
+            match entry.is_dir() {
+                true => all.extend(files(&entry).into_iter().map(|(p, b)| (Path::new(entry.file_name().unwrap()).join(p), b))),
+                false => drop(all.insert(entry.file_name().unwrap().into(), std::fs::read(&entry).unwrap())),
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn shares_make_what_one_run_keeps_and_what_does_not_fit_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let labels = ["BF16", "PTQ", "QAD"].map(str::to_owned);
+        let texts = [("books".to_owned(), tasks::built_in_text("books").unwrap())];
+        let selection = tasks::Library::new(&[], None).unwrap().select(&["books_cloze"]).unwrap();
+        let mut setup = Setup::default();
+        setup.options.limit = Some(tasks::Limit::First(7));
+        let at = |name: &str| folder.path().join(name);
+        let experiment = |folder, source| Experiment {
+            labels: &labels,
+            ptq: Some(1),
+            selection: &selection,
+            setup: &setup,
+            tasks: Value::Null,
+            texts: &texts,
+            window: 32,
+            windows: 5,
+            attribution: Some((AttributionMode::RestoreOne, 2)),
+            speed: None,
+            kv: KvFormat::F32,
+            confidence: 0.95,
+            seed: 0,
+            folder,
+            claim: None,
+            source,
+        };
+        let (whole, merged) = (at("whole"), at("merged"));
+        let one = run(&experiment(&whole, Source::Computed(Shard::ALL)), "ptq").0.unwrap().unwrap();
+        // More shares than windows of the attribution, and not in their order.
+        let parts: Vec<PathBuf> = [2, 0, 1].map(|i| at(&format!("part {i}"))).into();
+        for (index, part) in [2, 0, 1].into_iter().zip(&parts) {
+            let share = Source::Computed(Shard { index, of: 3 });
+            let unfinished = run(&experiment(&merged, Source::Parts(&parts)), "ptq").0.unwrap_err().to_string();
+            assert!(unfinished.contains("is not there"), "{unfinished}");
+            assert!(run(&experiment(part, share), "ptq").0.unwrap().is_none());
+            let (again, loaded, _) = run(&experiment(part, share), "ptq");
+            assert!(again.unwrap().is_none() && loaded.is_empty());
+        }
+        let (all, loaded, seen) = run(&experiment(&merged, Source::Parts(&parts)), "ptq");
+        assert_eq!((all.unwrap().unwrap().comparison, loaded.len(), seen.len()), (one.comparison, 0, 0));
+        assert_eq!(files(&merged), files(&whole));
+        // Other models, too few, one twice, one that lacks something.
+        let elsewhere = at("refused");
+        let twice = [parts[0].clone(), parts[1].clone(), parts[0].clone()];
+        let refused = |parts, identity: &str| {
+            run(&experiment(&elsewhere, Source::Parts(parts)), identity).0.unwrap_err().to_string()
+        };
+        let said = refused(&parts, "another");
+        assert!(said.contains("`model` is \"ptq\" there and \"another\" here"), "{said}");
+        let said = refused(&parts[..2], "ptq");
+        assert!(said.contains("one of 0/2 to 1/2"), "{said}");
+        let said = refused(&twice, "ptq");
+        assert!(said.contains("2/3"), "{said}");
+        std::fs::remove_file(parts[1].join("QAD/attributed.json")).unwrap();
+        let said = refused(&parts, "ptq");
+        assert!(said.contains("attributed.json: is not there"), "{said}");
     }
 
     #[test]
@@ -560,8 +727,9 @@ mod tests {
             seed: 0,
             folder: Path::new("nowhere"),
             claim: None,
+            source: Source::Computed(Shard::ALL),
         };
-        let load = &mut |_: usize| Err::<Contender<CpuBackend>, _>(ExperimentError::Load("no such model".into()));
+        let load = &mut |_: usize| Err::<Contender<'_, CpuBackend>, _>(ExperimentError::Load("no such model".into()));
         assert_eq!(experiment.run(load, &mut ()).unwrap_err().to_string(), "no such model");
     }
 }

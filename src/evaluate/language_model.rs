@@ -1,4 +1,4 @@
-//! `LanguageModel` and `TokenModel` for a decoder and its tokenizer.
+//! `LanguageModel`, `TokenModel` and `TokenReader` for a decoder and its tokenizer.
 //!
 //! Where a context is cut into tokens, which token stands before a text and what happens to a text that is too long is
 //! as in lm-evaluation-harness's `hf` model (0.4.13), so that scores can be compared document by document.
@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use recoup_eval::perplexity::windows;
 use recoup_eval::{
-    GenerationDefaults, GenerationOptions, LanguageModel, Message, Prompts, Request, Response, TokenModel,
+    GenerationDefaults, GenerationOptions, LanguageModel, Message, Prompts, Request, Response, TokenModel, TokenReader,
 };
 use recoup_ground::divergence::{Pair, RowError};
 
@@ -361,16 +361,24 @@ fn generation_defaults(config: &GenerationConfig) -> GenerationDefaults {
     GenerationDefaults { settings, unused, top_k: (!config.names_top_k).then_some(TOP_K) }
 }
 
-impl<B: Backend> TokenModel for EvaluatedModel<'_, B> {
+/// What cuts a text into windows: of the model its tokenizer and its shape.
+pub struct Reader<'m> {
+    pub text: &'m ModelText,
+    /// Rows of its head.
+    pub vocab: usize,
+    /// Tokens that it has positions for.
+    pub positions: usize,
+}
+
+impl TokenReader for Reader<'_> {
     type Error = EvaluateError;
-    type Rows = Rows<B::Tensor>;
 
     fn context_length(&self) -> usize {
-        self.context_length
+        self.positions
     }
 
     fn vocab(&self) -> usize {
-        self.model.config.vocab
+        self.vocab
     }
 
     fn tokens(&self) -> usize {
@@ -390,6 +398,11 @@ impl<B: Backend> TokenModel for EvaluatedModel<'_, B> {
         let without = self.text.tokenizer().encode("a", false).ok()?;
         with.first().copied().filter(|first| with.len() > without.len() && without.first() != Some(first))
     }
+}
+
+impl<B: Backend> TokenModel for EvaluatedModel<'_, B> {
+    type Error = EvaluateError;
+    type Rows = Rows<B::Tensor>;
 
     fn rows(&mut self, tokens: &[u32]) -> Result<Rows<B::Tensor>, EvaluateError> {
         let engine = self.engine()?;

@@ -1,12 +1,27 @@
 //! A text through the baseline, once, and through other models after it; no logits are kept.
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::{DivergenceError, Token, TokenClass, TokenModel, WindowSums, figures};
+use super::{DivergenceError, Token, TokenClass, TokenModel, TokenReader, WindowSums, figures};
 use crate::comparison::Divergence;
+use crate::run::Shard;
 
 /// What a model said in the windows of a text, one after the other.
 pub struct Said<R>(Vec<R>);
+
+/// One model's tokens in all windows of a text, or in a part of them, beside the baseline's: what figures are made of.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Measured(Vec<Token>);
+
+impl Measured {
+    /// Of all windows, from what was measured in parts of them.
+    pub fn joined(parts: impl IntoIterator<Item = Self>) -> Self {
+        let mut tokens: Vec<Token> = parts.into_iter().flat_map(|part| part.0).collect();
+        tokens.sort_by_key(|t| (t.window, t.position));
+        Self(tokens)
+    }
+}
 
 /// A text cut into windows that every model reads alike.
 #[derive(Clone, Debug, PartialEq)]
@@ -15,6 +30,10 @@ pub struct Windows {
     pub name: String,
     /// Token ids, the token that begins every text (where the tokenizer has one) included.
     pub windows: Vec<Vec<u32>>,
+    /// Of each of their tokens.
+    classes: Vec<Vec<TokenClass>>,
+    /// Which of the text's windows these are.
+    part: Shard,
     /// Tokens whose probabilities are compared: the vocabulary that all models have.
     pub vocab: usize,
     /// The vocabularies, the baseline's first, where some are padded: rows behind the tokenizer's last token, which are
@@ -53,19 +72,20 @@ impl Windows {
     ///
     /// # Errors
     /// When the models do not share a tokenizer, or the text fills fewer than two windows.
-    pub fn cut<M: TokenModel>(
+    pub fn cut<M: TokenReader>(
         models: &[M],
         name: &str,
         text: &str,
         length: usize,
         limit: Option<usize>,
     ) -> Result<Self, PassError<M::Error>> {
-        let context = models.iter().map(TokenModel::context_length).min().unwrap_or(0);
+        let context = models.iter().map(TokenReader::context_length).min().unwrap_or(0);
         if !(2..=context).contains(&length) {
             return Err(PassError::Window { window: length, context });
         }
         let Some((baseline, others)) = models.split_first() else {
-            return Ok(Self { name: name.into(), windows: Vec::new(), vocab: 0, padded: None });
+            let (windows, classes) = (Vec::new(), Vec::new());
+            return Ok(Self { name: name.into(), windows, classes, part: Shard::ALL, vocab: 0, padded: None });
         };
         let tokens = baseline.encode(text).map_err(PassError::Model)?;
         for (i, other) in others.iter().enumerate() {
@@ -88,10 +108,19 @@ impl Windows {
         if windows.len() < 2 {
             return Err(PassError::TooShort { text: name.into(), tokens: tokens.len(), window: length });
         }
-        let vocabularies: Vec<usize> = models.iter().map(TokenModel::vocab).collect();
+        let vocabularies: Vec<usize> = models.iter().map(TokenReader::vocab).collect();
         let vocab = vocabularies.iter().copied().min().unwrap_or(0);
         let padded = vocabularies.iter().any(|v| *v != vocab).then_some(vocabularies);
-        Ok(Self { name: name.into(), windows, vocab, padded })
+        let class = |token: &u32| TokenClass::of(&baseline.token_text(*token));
+        let classes = windows.iter().map(|w| w.iter().map(class).collect()).collect();
+        Ok(Self { name: name.into(), windows, classes, part: Shard::ALL, vocab, padded })
+    }
+
+    /// Those of all windows that `part` has, which may be none.
+    #[must_use]
+    pub fn of(&self, part: Shard) -> Self {
+        let windows = part.of(&self.windows);
+        Self { windows, classes: part.of(&self.classes), part, ..self.clone() }
     }
 
     /// Tokens that are predicted.
@@ -103,7 +132,7 @@ impl Windows {
     /// Whether what was said in `other` holds for these windows: they are the first of those, in order.
     #[must_use]
     pub fn begin(&self, other: &Self) -> bool {
-        other.windows.starts_with(&self.windows)
+        self.part == other.part && other.windows.starts_with(&self.windows)
     }
 
     /// What `baseline` says in all windows. `progress` is called after each.
@@ -123,35 +152,49 @@ impl Windows {
         Ok(Said(said))
     }
 
-    /// Runs all windows through `models` and returns each one's figures, in order, against what `baseline` said in these
-    /// windows, or in more that begin with them. `progress` is called after each window.
+    /// Runs all windows through `models` and returns what each says, in order, beside what `baseline` said in these windows,
+    /// or in more that begin with them. `progress` is called after each window.
     ///
     /// # Errors
     /// When a model fails or computes something that is no number.
-    pub fn diverge<M: TokenModel>(
+    pub fn measured<M: TokenModel>(
         &self,
         baseline: &M,
         said: &Said<M::Rows>,
         models: &mut [M],
         progress: &mut dyn FnMut(),
-    ) -> Result<Vec<(Divergence, WindowSums)>, PassError<M::Error>> {
-        let failed = |source| PassError::Divergence { text: self.name.clone(), source };
+    ) -> Result<Vec<Measured>, PassError<M::Error>> {
         let mut tokens: Vec<Vec<Token>> = models.iter().map(|_| Vec::with_capacity(self.predicted())).collect();
-        for (at, (window, expected)) in self.windows.iter().zip(&said.0).enumerate() {
+        for (at, ((window, classes), expected)) in self.windows.iter().zip(&self.classes).zip(&said.0).enumerate() {
+            let number = self.part.index + at * self.part.of;
             for (model, tokens) in models.iter_mut().zip(&mut tokens) {
                 let rows = model.rows(read(window)).map_err(PassError::Model)?;
                 let pairs = model.compare(&rows, baseline, expected, self.vocab, &window[1..]);
-                for (i, (pair, &token)) in pairs.map_err(PassError::Model)?.into_iter().zip(&window[1..]).enumerate() {
+                for (i, (pair, &class)) in pairs.map_err(PassError::Model)?.into_iter().zip(&classes[1..]).enumerate() {
                     let position = i + 1;
-                    let pair = pair.map_err(|source| failed(DivergenceError::Row { window: at, position, source }))?;
-                    let class = TokenClass::of(&baseline.token_text(token));
-                    tokens.push(Token { window: at, position, class, pair });
+                    let at = |source| self.failed(DivergenceError::Row { window: number, position, source });
+                    tokens.push(Token { window: number, position, class, pair: pair.map_err(at)? });
                 }
             }
             progress();
         }
-        let figures = |(model, tokens): (usize, &Vec<Token>)| figures(model + 1, &self.name, tokens).map_err(failed);
-        tokens.iter().enumerate().map(figures).collect()
+        Ok(tokens.into_iter().map(Measured).collect())
+    }
+
+    /// The figures of what was measured of `model` in all windows.
+    ///
+    /// # Errors
+    /// When a perplexity is no number.
+    pub fn figures<E: std::error::Error>(
+        &self,
+        model: usize,
+        measured: &Measured,
+    ) -> Result<(Divergence, WindowSums), PassError<E>> {
+        figures(model, &self.name, &measured.0).map_err(|source| self.failed(source))
+    }
+
+    fn failed<E: std::error::Error>(&self, source: DivergenceError) -> PassError<E> {
+        PassError::Divergence { text: self.name.clone(), source }
     }
 }
 

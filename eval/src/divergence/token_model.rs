@@ -1,14 +1,12 @@
-//! The seam to a model whose every token's distribution can be compared.
+//! The seams to a model whose every token's distribution can be compared: how it reads a text, for which no weights are
+//! needed, and what it says.
 
 use recoup_ground::divergence::{Pair, RowError};
 
-/// Token-by-token scores and full distributions: what perplexity over windows and KL divergence need, and what a remote
-/// model cannot give.
-pub trait TokenModel {
+/// How a model cuts a text into tokens, and how many it takes.
+pub trait TokenReader {
     /// What can go wrong in it.
     type Error: std::error::Error + Send + Sync + 'static;
-    /// What a model says after each token of a sequence, wherever and however it keeps that.
-    type Rows;
 
     /// Tokens that fit into one pass.
     fn context_length(&self) -> usize;
@@ -30,6 +28,15 @@ pub trait TokenModel {
 
     /// The token that the model's tokenizer puts before every text, if it does.
     fn beginning(&self) -> Option<u32>;
+}
+
+/// Token-by-token scores and full distributions: what perplexity over windows and KL divergence need, and what a remote
+/// model cannot give.
+pub trait TokenModel {
+    /// What can go wrong in it.
+    type Error: std::error::Error + Send + Sync + 'static;
+    /// What a model says after each token of a sequence, wherever and however it keeps that.
+    type Rows;
 
     /// What it says after each of `tokens`, which begin a sequence.
     ///

@@ -9,6 +9,7 @@ use anyhow::{Result, bail};
 use recoup_eval::compare::require_recovery;
 use recoup_eval::comparison::{AttributionMode, Comparison};
 use recoup_eval::report::{ReportContext, terminal};
+use recoup_eval::run::Shard;
 use recoup_eval::tasks::Selection;
 use serde_json::json;
 
@@ -16,13 +17,14 @@ use super::super::device::AnyBackend;
 use super::super::options::{EngineOptions, identity, model_folder, named, open_noted};
 use super::super::talk::Shown;
 use super::texts::{Texts, texts};
+use super::shards::{self, Shares};
 use super::{TaskOptions, labels, model_name};
 use crate::checkpoint::Checkpoint;
 use crate::evaluate::evaluation::Subject;
-use crate::evaluate::experiment::{self, Contender, Experiment, ExperimentError, Outcome};
+use crate::evaluate::experiment::{self, Contender, Experiment, ExperimentError, Outcome, Source, Weights};
 use crate::evaluate::facts;
 use crate::evaluate::verify::altered::{Alteration, Altered};
-use crate::model::Decoder;
+use crate::model::{Decoder, ModelConfig};
 
 /// Tasks where none are named: shipped, quick, and of different kinds.
 const DEFAULT_TASKS: [&str; 4] = ["hellaswag", "piqa", "arc_easy", "lambada_openai"];
@@ -42,7 +44,7 @@ const MODES: [(&str, AttributionMode); 3] = [
 /// Columns of the terminal's tables.
 const WIDTH: usize = 110;
 
-#[derive(clap::Args)]
+#[derive(clap::Args, Clone)]
 pub(in crate::cli) struct Args {
     /// The original (BF16), then what was made of it: PTQ, QAT, QAD, …; checkpoint folders or hub ids
     #[arg(required = true, num_args = 2.., value_name = "MODEL")]
@@ -55,6 +57,8 @@ pub(in crate::cli) struct Args {
     ptq: Option<String>,
     #[command(flatten)]
     tasks: TaskOptions,
+    #[command(flatten)]
+    shares: Shares,
     /// Texts for KL and perplexity: wikitext and books (shipped), or files of text or records, folders, patterns, or - for
     /// standard input; conversations are written by the baseline's chat template; `none` for none
     #[arg(long, value_delimiter = ',', default_value = "wikitext,books", value_name = "TEXTS")]
@@ -95,6 +99,9 @@ pub(in crate::cli) struct Args {
 }
 
 pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
+    let (shares, output) = args.shares.of_this_process(Some(&args.output))?;
+    let output = output.unwrap_or_else(|| args.output.clone());
+    let args = &Args { shares, output, ..args.clone() };
     let labels = labels::of(&args.models, &args.labels)?;
     let ptq = labels::ptq(args.ptq.as_deref(), &labels)?;
     let setup = args.tasks.setup()?;
@@ -102,11 +109,19 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     args.tasks.check_thinking(&selection)?;
     let Texts { named: texts, notes: text_notes } =
         texts(&args.text, &model_folder(&args.models[0])?, &args.tasks.template_arguments())?;
-    // The baseline and one other are in memory at a time.
-    let bytes = |m: &OsString| Ok(Checkpoint::open(&model_folder(m)?)?.tensors.file_bytes());
-    let mut all: Vec<u64> = args.models.iter().map(bytes).collect::<Result<_>>()?;
-    all.sort_unstable_by_key(|bytes| std::cmp::Reverse(*bytes));
-    args.options.backend_for(all.iter().take(2).sum())?;
+    let (part, merge) = (args.shares.part(), &args.shares.merge);
+    if merge.is_empty() {
+        // The baseline and one other are in memory at a time.
+        let bytes = |m: &OsString| Ok(Checkpoint::open(&model_folder(m)?)?.tensors.file_bytes());
+        let mut all: Vec<u64> = args.models.iter().map(bytes).collect::<Result<_>>()?;
+        all.sort_unstable_by_key(|bytes| std::cmp::Reverse(*bytes));
+        args.options.backend_for(all.iter().take(2).sum())?;
+    }
+    let speed = match (args.no_speed, merge.is_empty()) {
+        (true, _) => None,
+        (false, true) => Some(args.options.speed_key()?),
+        (false, false) => experiment::speed(merge, &labels[0]),
+    };
     let mut experiment = Experiment {
         labels: &labels,
         ptq,
@@ -117,20 +132,33 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
         window: args.window.unwrap_or(WINDOW),
         windows: args.windows.unwrap_or(WINDOWS),
         attribution: args.attribute.map(|mode| (mode, args.attribute_windows)),
-        speed: if args.no_speed { None } else { Some(args.options.speed_key()?) },
+        speed,
         kv: args.options.kv_cache_dtype,
         confidence: args.confidence,
         seed: args.seed,
         folder: &args.output,
         claim: None,
+        source: if merge.is_empty() { Source::Computed(part) } else { Source::Parts(merge) },
     };
     check_gate(args.require_recovery, &selection)?;
+    if part != Shard::ALL && (args.json || args.require_recovery.is_some()) {
+        bail!("--json and --require-recovery are about what all shards find together: give them with --merge");
+    }
     experiment.check()?;
     warn_of_idle(args, &experiment);
     let claim = super::claimed(Some(&args.output))?;
     experiment.claim = claim.as_ref();
-    let load = &mut |index: usize| load(args, &args.models[index]).map_err(|e| ExperimentError::Load(e.into()));
-    let Outcome { comparison, mut notes, in_files } = experiment.run(load, &mut Shown::default())?;
+    if part != Shard::ALL {
+        experiment::describe(&args.output, part, &args.options.machine()?)?;
+    }
+    let load = &mut |index: usize| {
+        load(args, &args.models[index], &labels[index]).map_err(|e| ExperimentError::Load(e.into()))
+    };
+    let Some(Outcome { comparison, mut notes, in_files }) = experiment.run(load, &mut Shown::default())? else {
+        let Shard { index, of } = part;
+        super::super::say!("shard {index}/{of} is complete; when all are: recoup compare … --merge DIRS -o OUT");
+        return super::super::done();
+    };
     notes.extend(text_notes);
     notes.iter().for_each(|n| super::super::say!("note: {n}"));
     // Said when the models were opened.
@@ -174,23 +202,37 @@ fn warn_of_idle(args: &Args, experiment: &Experiment<'_>) {
     }
 }
 
-fn load(args: &Args, model: &OsStr) -> Result<Contender<AnyBackend>> {
+/// A model of the comparison; its weights are loaded when they are needed.
+fn load<'a>(args: &'a Args, model: &OsStr, label: &str) -> Result<Contender<'a, AnyBackend>> {
     let folder = model_folder(model)?;
     let (checkpoint, notes) = open_noted(&folder)?;
     let text = args.tasks.text(&folder, &checkpoint.config)?;
     let notes = [&notes, text.tokenizer().notes()].concat();
-    let mut facts = facts::facts(&model_name(model), &checkpoint)?;
-    let identity = json!({"files": identity(&checkpoint)?, "computation": args.options.computation(&checkpoint)?});
-    let decoder = args.options.load(&checkpoint)?;
+    let facts = facts::facts(&model_name(model), &checkpoint)?;
+    let computation = if args.shares.merge.is_empty() {
+        args.options.computation(&checkpoint)?
+    } else {
+        let recorded = experiment::computation(&args.shares.merge, label)?;
+        shards::same_kv(args.options.kv_cache_dtype, &recorded)?;
+        recorded
+    };
+    let identity = json!({"files": identity(&checkpoint)?, "computation": computation});
+    let config = ModelConfig::read(&checkpoint.config)?;
+    Ok(Contender::new(text, Subject { facts, identity, notes }, &config, move || {
+        weights(args, &checkpoint).map_err(|e| ExperimentError::Load(e.into()))
+    }))
+}
+
+fn weights(args: &Args, checkpoint: &Checkpoint) -> Result<Weights<AnyBackend>> {
+    let decoder = args.options.load(checkpoint)?;
     let float_inputs = match args.attribute {
         Some(AttributionMode::RestoreInputs) => {
-            let source = Altered::new(&checkpoint, &decoder.config, Alteration::FloatInputs);
+            let source = Altered::new(checkpoint, &decoder.config, Alteration::FloatInputs);
             Some(Decoder::load(decoder.backend().clone(), &source)?)
         }
         _ => None,
     };
-    facts.resident_bytes = Some(facts::resident_bytes(&decoder));
-    Ok(Contender { decoder, float_inputs, text, subject: Subject { facts, identity, notes } })
+    Ok(Weights { decoder, float_inputs })
 }
 
 fn report(args: &Args, context: &ReportContext, comparison: &Comparison) -> Result<ExitCode> {
@@ -251,7 +293,10 @@ fn context(
         title: labels.join(" / "),
         command: std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" "),
         version: format!("recoup {}", env!("CARGO_PKG_VERSION")),
-        machine: args.options.machine().unwrap_or_default(),
+        machine: match args.shares.merge.as_slice() {
+            [] => args.options.machine().unwrap_or_default(),
+            parts => experiment::machines(parts).join("; "),
+        },
         notes,
         training_curves: super::curves::training_curves(recovered),
     }

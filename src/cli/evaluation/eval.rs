@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
-use recoup_eval::run::{Plan, Setup, Shard, answered_by};
+use recoup_eval::run::{Plan, Setup, answered_by};
 use recoup_eval::tasks::{ListedKind, Selection};
 use recoup_eval::{LanguageModel, Prompts};
 use recoup_ground::http::address::is_address;
@@ -13,10 +13,10 @@ use recoup_openai::{OpenAi, Tally};
 use serde_json::{Value, json};
 
 use super::super::device::DeviceChoice;
-use super::super::options::{EngineOptions, identity, kv_name, model_folder, open_noted};
+use super::super::options::{EngineOptions, identity, model_folder, open_noted};
 use super::super::talk::Shown;
 use super::server::UrlArgs;
-use super::shards::{self, Part};
+use super::shards::{self, Shares};
 use super::{TaskOptions, model_name};
 use crate::checkpoint::Checkpoint;
 use crate::corpus;
@@ -34,23 +34,16 @@ pub(in crate::cli) struct Args {
     model: Option<OsString>,
     #[command(flatten)]
     tasks: TaskOptions,
+    #[command(flatten)]
+    shares: Shares,
     /// Folder for results, samples and answers; the same command goes on from the answers there
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
-    /// Only every n-th document from the i-th on, i/n from 0/n to (n-1)/n. `auto` takes both from a Slurm array, ranks of MPI or
-    /// srun, or all of these, `auto/N` where the environment has only the number of this process (a Kubernetes Indexed Job) or
-    /// parts of an array are run again; answers are then in shard-I-of-N below -o. Needs -o
-    #[arg(long, value_parser = shards::part, requires = "output", value_name = "I/N|auto|auto/N")]
-    shard: Option<Part>,
-    /// Ask nothing: make results of the output folders of all shards, or of the folder that they are below, with the same options; on
-    /// any machine, whatever device answered
-    #[arg(long, value_delimiter = ',', conflicts_with_all = ["shard", "check_kernels"], value_name = "DIRS")]
-    merge: Vec<PathBuf>,
     /// Print what tasks there are
     #[arg(long)]
     list_tasks: bool,
     /// Compare each packed kernel with the plain definition on this model first, and stop if one differs
-    #[arg(long)]
+    #[arg(long, conflicts_with = "merge")]
     check_kernels: bool,
     /// Print results.json instead of the table
     #[arg(long)]
@@ -68,7 +61,8 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     if args.list_tasks {
         return list(args);
     }
-    let args = &args.of_this_process()?;
+    let (shares, output) = args.shares.of_this_process(args.output.as_deref())?;
+    let args = &Args { shares, output, ..args.clone() };
     let model = args.model.as_deref().context("MODEL is missing")?;
     let setup = args.tasks.setup()?;
     if args.tasks.tasks.is_empty() {
@@ -81,11 +75,11 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
             bail!("{name} is of a model that runs here; a server has settings of its own");
         }
         // A server that is gone by now need not say which model it had.
-        let answered_by = answered_by(&args.merge)?;
+        let answered_by = answered_by(&args.shares.merge)?;
         let served = answered_by["served_model"].as_str();
         let (mut server, subject) = args.url.connect(address, served, setup.chat, args.tasks.template_arguments())?;
         let claim = super::claimed(args.output.as_deref())?;
-        if !args.merge.is_empty() {
+        if !args.shares.merge.is_empty() {
             return merge(args, &server, &subject, claim.as_ref(), (&selection, &setup));
         }
         return evaluate(args, &mut server, &subject, claim.as_ref(), (&selection, &setup), OpenAi::tally);
@@ -109,7 +103,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
         identity: json!({"files": identity(&checkpoint)?, "computation": computation, "context": context}),
         notes: [&notes, text.tokenizer().notes()].concat(),
     };
-    if !args.merge.is_empty() {
+    if !args.shares.merge.is_empty() {
         return merge(args, &text, &subject, claim.as_ref(), (&selection, &setup));
     }
     if args.check_kernels {
@@ -133,28 +127,6 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
         );
     }
     Ok(code)
-}
-
-impl Args {
-    /// With this process's own part and folder, where its cluster says which those are, and the folders of all parts.
-    fn of_this_process(&self) -> Result<Self> {
-        let mut own = self.clone();
-        if let Some(part @ Part::Auto(_)) = self.shard {
-            let shard = shards::resolved(part, &|name| std::env::var(name).ok())?;
-            own.shard = Some(Part::Given(shard));
-            own.output = self.output.as_deref().map(|output| shards::folder(output, shard));
-            super::super::say!("shard {}/{} of the environment", shard.index, shard.of);
-        }
-        own.merge = shards::folders(&self.merge)?;
-        Ok(own)
-    }
-
-    fn part(&self) -> Shard {
-        match self.shard {
-            Some(Part::Given(shard)) => shard,
-            _ => Shard::ALL,
-        }
-    }
 }
 
 /// An option given that means nothing for a server.
@@ -182,7 +154,7 @@ fn evaluate<M: LanguageModel>(
     let plan = plan(model, selection, setup)?;
     let tasks = args.tasks.describe(setup);
     let evaluation = Evaluation { plan: &plan, subject, tasks, folder: args.output.as_deref(), claim };
-    let shard = args.part();
+    let shard = args.shares.part();
     let Some(evaluated) = evaluation.run(model, shard, tally, &mut Shown::default())? else {
         let (index, of) = (shard.index, shard.of);
         super::super::say!("shard {index}/{of} is complete; when all are: recoup eval … --merge DIRS -o OUT");
@@ -193,14 +165,11 @@ fn evaluate<M: LanguageModel>(
 
 /// What the shards say computed them: merging computes nothing, so this machine does not count. Nothing where none is merged.
 fn recorded_computation(args: &Args) -> Result<Option<Value>> {
-    if args.merge.is_empty() {
+    if args.shares.merge.is_empty() {
         return Ok(None);
     }
-    let computation = answered_by(&args.merge)?["computation"].take();
-    let (asked, recorded) = (kv_name(args.options.kv_cache_dtype), &computation["kv_cache_dtype"]);
-    if args.options.kv_cache_dtype != KvFormat::F32 && *recorded != asked {
-        bail!("--kv-cache-dtype {asked}: the shards were answered with {recorded}; leave the option out to merge them");
-    }
+    let computation = answered_by(&args.shares.merge)?["computation"].take();
+    shards::same_kv(args.options.kv_cache_dtype, &computation)?;
     Ok(Some(computation))
 }
 
@@ -215,7 +184,7 @@ fn merge<P: Prompts>(
     let plan = plan(prompts, selection, setup)?;
     let tasks = args.tasks.describe(setup);
     let evaluation = Evaluation { plan: &plan, subject, tasks, folder: args.output.as_deref(), claim };
-    finish(args, &evaluation.merged::<P::Error>(&args.merge)?)
+    finish(args, &evaluation.merged::<P::Error>(&args.shares.merge)?)
 }
 
 /// What is asked, with what there is to say of it.
