@@ -1,11 +1,12 @@
 //! `recoup compare` as its users run it.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::Value;
 
 use super::eval::damage_the_middle_of_weights;
-use crate::support::command::{BF16, Folder, NVFP4, copy_model, fail, files, run, said, shown_json, succeed};
+use crate::support::command::{BF16, Folder, NVFP4, copy_model, fail, files, recoup, run, said, shown_json, succeed};
 use crate::support::{json, project};
 
 #[test]
@@ -170,4 +171,63 @@ fn texts_of_one_name_are_told_apart_and_records_are_read_as_what_they_say() {
         let error = fail(&[&base[..], &["-o", &folder.name("other"), "--text", &texts]].concat());
         assert!(error.contains(expected), "{texts}: {error}");
     }
+}
+
+/// Everything that a comparison keeps, but for what names its command line.
+fn found(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut all = BTreeMap::new();
+    for entry in std::fs::read_dir(folder).unwrap().map(|e| e.unwrap()) {
+        let name = entry.file_name().into_string().unwrap();
+        if entry.path().is_dir() {
+            all.extend(files(&entry.path()).into_iter().map(|(file, bytes)| (format!("{name}/{file}"), bytes)));
+        } else if name == "comparison.json" {
+            all.insert(name, std::fs::read(entry.path()).unwrap());
+        }
+    }
+    all
+}
+
+fn go<'a>(base: &[&'a str], more: &[&'a str]) -> Vec<&'a str> {
+    [base, more].concat()
+}
+
+#[test]
+fn shares_of_a_comparison_are_merged_to_the_bytes_of_one_run() {
+    let folder = Folder::new();
+    let base = ["compare", BF16, NVFP4, "--no-speed", "--text", "books", "--window", "64", "--windows", "5"];
+    let on = ["--tasks", "books_cloze", "--limit", "8", "--attribute", "restore", "--attribute-windows", "2"];
+    let base = [&base[..], &on].concat();
+    let (one, parts, merged) = (folder.name("one"), folder.name("parts"), folder.name("merged"));
+    let (tables, _) = succeed(&go(&base, &["-o", &one]));
+    // As MPI begins them; the one that was lost by its number.
+    for rank in ["2", "0"] {
+        let mut part = recoup(&go(&base, &["--shard", "auto", "-o", &parts]));
+        let out = part.env("OMPI_COMM_WORLD_RANK", rank).env("OMPI_COMM_WORLD_SIZE", "3").output().unwrap();
+        assert!(out.status.success() && said(&out).contains(&format!("shard {rank}/3 is complete")), "{}", said(&out));
+    }
+    let merge = ["--merge", &parts, "-o", &merged];
+    assert!(fail(&go(&base, &merge)).contains("of 3 parts these are missing: 1;"));
+    succeed(&go(&base, &["--shard", "1/3", "-o", &folder.name("parts/shard-1-of-3")]));
+    let (again, _) = succeed(&go(&base, &merge));
+    assert_eq!(again, tables);
+    let (expected, all) = (found(&folder.at("one")), found(&folder.at("merged")));
+    assert_eq!(all.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
+    assert!(all.iter().all(|(name, bytes)| expected[name] == *bytes) && all.len() > 6, "{:?}", all.keys());
+    // The gate is about the whole; so is the data.
+    assert_eq!(run(&go(&base, &[&merge[..], &["--require-recovery", "5"]].concat())).status.code(), Some(3));
+    for whole in [&["--json"][..], &["--require-recovery", "0.5"]] {
+        let refused = fail(&go(&base, &[&["--shard", "0/3", "-o", &folder.name("x")], whole].concat()));
+        assert!(refused.contains("give them with --merge"), "{refused}");
+    }
+    // What the parts were not made with.
+    for (other, key) in [(&["--windows", "4"][..], "windows"), (&["--limit", "7"], "tasks")] {
+        let mut args = go(&base, &["--merge", &parts, "-o"]);
+        let at = args.iter().position(|a| *a == other[0]).unwrap();
+        args[at + 1] = other[1];
+        let place = folder.name(key);
+        args.push(&place);
+        let refused = fail(&args);
+        assert!(refused.contains(&format!("`{key}")), "{refused}");
+    }
+    assert!(fail(&go(&base, &[&merge[..], &["--kv-cache-dtype", "bf16"]].concat())).contains("leave the option out"));
 }
