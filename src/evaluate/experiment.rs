@@ -299,9 +299,12 @@ impl<'l, B: Backend> Work<'_, 'l, B> {
         std::fs::create_dir_all(&folder).map_err(|source| ExperimentError::Create { path: folder.clone(), source })?;
         let mut facts = model.subject.facts.clone();
         let key = json!({"model": model.subject.identity});
-        facts.resident_bytes = Some(self.once(&turn, MEMORY, &key, || Ok(facts::resident_bytes(&model.weights()?.decoder)))?);
+        facts.resident_bytes =
+            Some(self.once(&turn, MEMORY, &key, || Ok(facts::resident_bytes(&model.weights()?.decoder)))?);
         // One process measures speeds: the first, of several.
-        if let (Some(on), Source::Parts(_) | Source::Computed(Shard { index: 0, .. })) = (&experiment.speed, experiment.source) {
+        if let (Some(on), Source::Parts(_) | Source::Computed(Shard { index: 0, .. })) =
+            (&experiment.speed, experiment.source)
+        {
             let key = json!({"model": model.subject.identity, "on": on});
             let measure = || Ok(facts::speed(&model.weights()?.decoder, experiment.kv)?);
             let (prefill, decode) = self.once(&turn, SPEED, &key, measure)?;
@@ -451,7 +454,8 @@ impl<'l, B: Backend> Work<'_, 'l, B> {
     /// Figures of a model on a text.
     fn diverge(&mut self, turn: &Turn<'_, 'l, B>, name: &str, text: &str) -> Result<Option<(Divergence, WindowSums)>> {
         let all = self.windows(&[self.baseline.reader(), turn.model.reader()], name, text, self.experiment.windows)?;
-        let [whole, share] = ["divergence", "measured"].map(|kind| turn.file(&format!("{kind}_{}.json", file_name(name))));
+        let [whole, share] =
+            ["divergence", "measured"].map(|kind| turn.file(&format!("{kind}_{}.json", file_name(name))));
         let measure = |work: &mut Self, share| {
             let windows = all.of(share);
             let said = work.said(&windows)?;
@@ -467,7 +471,8 @@ impl<'l, B: Backend> Work<'_, 'l, B> {
         };
         let figures = |shares| Ok(all.figures(turn.index, &Measured::joined(shares))?);
         let found = self.of_shares((&whole, &share), &self.key(turn, &all), measure, figures)?;
-        Ok(found.map(|(divergence, sums): (Divergence, WindowSums)| (Divergence { model: turn.index, ..divergence }, sums)))
+        Ok(found
+            .map(|(divergence, sums): (Divergence, WindowSums)| (Divergence { model: turn.index, ..divergence }, sums)))
     }
 
     /// Where the loss of a model sits, by so many windows of a text.
@@ -641,7 +646,8 @@ mod tests {
         let mut all = BTreeMap::new();
         for entry in std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()) {
             match entry.is_dir() {
-                true => all.extend(files(&entry).into_iter().map(|(p, b)| (Path::new(entry.file_name().unwrap()).join(p), b))),
+                true => all
+                    .extend(files(&entry).into_iter().map(|(p, b)| (Path::new(entry.file_name().unwrap()).join(p), b))),
                 false => drop(all.insert(entry.file_name().unwrap().into(), std::fs::read(&entry).unwrap())),
             }
         }

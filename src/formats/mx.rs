@@ -42,13 +42,18 @@ pub fn quantize_fp8_block(block: &[f32], rule: ScaleRule, values: &mut [f32]) ->
     scale
 }
 
-/// E2M1 codes, two to a byte, and E8M0 scales of a weight whose blocks divide its rows; `element` encodes a scaled value.
-pub fn encode_fp4_weight(w: &[f32], rule: ScaleRule, element: impl Fn(f32) -> u8 + Sync) -> (Vec<u8>, Vec<u8>) {
+/// E2M1 codes, two to a byte, and E8M0 scales of a weight whose blocks divide its rows; `scale` chooses a block's scale,
+/// `element` encodes a scaled value.
+pub fn encode_fp4_weight(
+    w: &[f32],
+    scale: impl Fn(&[f32]) -> u8 + Sync,
+    element: impl Fn(f32) -> u8 + Sync,
+) -> (Vec<u8>, Vec<u8>) {
     let mut codes = vec![0u8; w.len() / 2];
     let mut scales = vec![0u8; w.len() / BLOCK];
     let blocks = codes.par_chunks_mut(BLOCK / 2).zip(&mut scales).zip(w.par_chunks(BLOCK));
     blocks.for_each(|((codes, s), block)| {
-        *s = fp4_scale(block, rule);
+        *s = scale(block);
         let scale = e8m0::decode(*s);
         for (byte, pair) in codes.iter_mut().zip(block.as_chunks::<2>().0) {
             *byte = e2m1::pack(element(pair[0] / scale), element(pair[1] / scale));

@@ -225,6 +225,12 @@ impl Scheme {
         self.weight() == Some(NVFP4)
     }
 
+    /// Whether weights are E2M1 in blocks under scales of their own.
+    #[must_use]
+    pub fn is_four_bit(self) -> bool {
+        self.weight().is_some_and(|w| w.element() == Element::E2m1)
+    }
+
     /// Whether a scale of the input is calibrated and stored.
     #[must_use]
     pub fn has_input_scale(self) -> bool {

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use super::auto::{self, Table};
 use super::calibrate::{self, Calibration};
 use super::export::{Report, plain_cache, quantize, sayable};
-use super::gptq::{self, Prepared, Rounded};
+use super::gptq::{self, Prepared, Rounded, Target};
 use super::recipe::{Recipe, Rule};
 use super::text::CalibrationText;
 use super::{QuantizeError, Scheme, encode, rotate, smooth, space};
@@ -187,8 +187,8 @@ pub fn apply<B: Backend + Clone>(
         let inputs = calibration.shared(&modules);
         let input = |m: &Module| inputs.get(&m.input_key()).copied().unwrap_or(0.0);
         let target = |m: &Module| {
-            let scheme = Some(scheme(m)).filter(|s| s.is_nvfp4_weight())?;
-            Some(encode::activation(scheme, tool, input(m)))
+            let scheme = Some(scheme(m)).filter(|s| s.is_four_bit())?;
+            Some(Target { scheme, activation: encode::activation(scheme, tool, input(m)) })
         };
         let all = &mut |done, all| progress("rounding", done, all);
         let job = gptq::Job { tool, options, keep_unrounded: unrounded.is_some() };

@@ -89,6 +89,20 @@ pub(super) fn nvfp4_multiplier(tool: &dyn Tool, amax: f32) -> f32 {
     tool.multiplier(tool.nvfp4_global(amax, e4m3::MAX))
 }
 
+/// Global scale, as it is stored, of four-bit weights up to `amax` under E4M3 block scales.
+fn four_bit_global(scheme: Scheme, tool: &dyn Tool, amax: f32) -> f32 {
+    match scheme {
+        // No NVFP4: the largest block scale is reached by a value of 1.
+        Scheme::W4a8Nvfp4Fp8 => scalable(amax) / e4m3::MAX,
+        _ => tool.nvfp4_global(amax, e4m3::MAX),
+    }
+}
+
+/// The same as a multiplier.
+pub(super) fn four_bit_multiplier(scheme: Scheme, tool: &dyn Tool, amax: f32) -> f32 {
+    tool.multiplier(four_bit_global(scheme, tool, amax))
+}
+
 /// The quantized weight; its bias, which stays as it is, is not part of it.
 ///
 /// # Errors
@@ -110,15 +124,15 @@ pub(super) fn encode(
             return Err(QuantizeError::Module { module: m.name.clone(), detail });
         }
         Some(WeightFormat::Nvfp4 { block }) => {
-            let global = match (scheme, choice) {
-                // No NVFP4: the largest block scale is reached by a value of 1.
-                (Scheme::W4a8Nvfp4Fp8, _) => scalable(peaks.fused) / e4m3::MAX,
-                (_, ScaleChoice::FourOverSix) => tool.nvfp4_global(peaks.fused, FOUR_OVER_SIX_MAX),
-                _ => tool.nvfp4_global(peaks.fused, e4m3::MAX),
+            let global = match choice {
+                ScaleChoice::FourOverSix if scheme.is_nvfp4_weight() => {
+                    tool.nvfp4_global(peaks.fused, FOUR_OVER_SIX_MAX)
+                }
+                _ => four_bit_global(scheme, tool, peaks.fused),
             };
             let multiplier = tool.multiplier(global);
             let scale = |values: &[f32]| match choice {
-                ScaleChoice::Mse if scheme.is_nvfp4_weight() => least_squares_scale(values, multiplier),
+                ScaleChoice::Mse => least_squares_scale(values, multiplier),
                 ScaleChoice::FourOverSix if scheme.is_nvfp4_weight() => {
                     four_over_six_scale(values, scalable(peaks.fused), multiplier)
                 }
@@ -129,7 +143,11 @@ pub(super) fn encode(
             (Element::E2m1, data, scales, OutputScale::Tensor(multiplier))
         }
         Some(WeightFormat::Mxfp4) => {
-            let (data, codes) = mx::encode_fp4_weight(&w, tool.mx_rule(), |x| tool.mxfp4_element(x));
+            let scale = |values: &[f32]| match choice {
+                ScaleChoice::Mse => least_squares_power(values),
+                _ => mx::fp4_scale(values, tool.mx_rule()),
+            };
+            let (data, codes) = mx::encode_fp4_weight(&w, scale, |x| tool.mxfp4_element(x));
             (Element::E2m1, data, e8m0(codes), OutputScale::One)
         }
         Some(WeightFormat::Mxfp8) => {
@@ -223,7 +241,30 @@ const FOUR_OVER_SIX_MAX: f32 = 256.0;
 
 /// Squared error of a block rounded under an E4M3 scale code.
 fn squared_error(block: &[f32], code: u8, global: f32) -> f64 {
-    let scale = e4m3::decode(code) * global;
+    squared_error_under(block, e4m3::decode(code) * global)
+}
+
+/// The E8M0 code of the scale with the least squared error; the larger of equals. No other than the smallest under which
+/// nothing saturates, and those below it, can be it: a larger one's values are among the smaller one's.
+fn least_squares_power(block: &[f32]) -> u8 {
+    let whole = mx::fp4_scale(block, ScaleRule::Ceil);
+    let error = |code: u8| squared_error_under(block, e8m0::decode(code));
+    let mut best = (whole, error(whole));
+    for code in (0..whole).rev() {
+        // Saturation alone errs by as much: all below err more.
+        let over = amax(block) - e2m1::MAX * e8m0::decode(code);
+        if f64::from(over * over) > best.1 {
+            break;
+        }
+        let found = error(code);
+        if found < best.1 {
+            best = (code, found);
+        }
+    }
+    best.0
+}
+
+fn squared_error_under(block: &[f32], scale: f32) -> f64 {
     let error = |w: &f32| w - e2m1::decode(e2m1::encode(w / scale)) * scale;
     block.iter().map(error).map(|e| f64::from(e * e)).sum()
 }

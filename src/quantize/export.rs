@@ -387,7 +387,7 @@ impl<'a> Plan<'a> {
     ) -> Result<Cow<'p, LinearTensors<'static>>, QuantizeError> {
         let (m, scheme, peaks) = (&self.modules[i], self.schemes[i], self.peaks[i]);
         Ok(match prepared.get(&m.name) {
-            Some(p) if scheme.is_nvfp4_weight() => Cow::Borrowed(&p.linear),
+            Some(p) if scheme.is_four_bit() => Cow::Borrowed(&p.linear),
             _ => Cow::Owned(encode::encode(checkpoint, m, scheme, self.tool, choice, peaks)?),
         })
     }

@@ -3,7 +3,7 @@
 //! Per output row, GPTQ rounds so that ‖X̂·(w - ŵ)‖² is small, X̂ the inputs as the deployed kernel quantizes them. With
 //! X̂ᵀX̂ = L·Lᵀ that is ‖Lᵀ·(w - ŵ)‖², and taking columns from the last to the first each rounding error is made up for by
 //! the columns before it: the same as GPTQ's recursion over the inverse, without the inverse. A block's scale is chosen
-//! among the E4M3 codes near its largest value by that very error, with the rounding that each code leads to.
+//! among the codes near its largest value by that very error, with the rounding that each code leads to.
 //!
 //! With `ridge` the weights first move to the ridge regression of the unquantized model's outputs on X̂, so that they also
 //! make up for what quantizing the inputs, and the layers before, did. It wins 1-2 % of the KL; recipes leave it out.
@@ -14,6 +14,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
 use rayon::prelude::*;
 
@@ -25,9 +26,10 @@ use crate::backend::Backend;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Tool;
 use crate::checkpoint::fused::Fused;
+use crate::formats::e8m0::ScaleRule;
 use crate::formats::linear::{ActivationFormat, BlockScales, Element, LinearTensors, OutputScale};
-use crate::formats::nvfp4::BLOCK;
-use crate::formats::{all_finite, amax, e2m1, e4m3};
+use crate::formats::scheme::{Scheme, WeightFormat};
+use crate::formats::{all_finite, amax, e2m1, e4m3, e8m0, mx, nvfp4};
 use crate::model::ModelConfig;
 use crate::model::modules::Module;
 
@@ -39,10 +41,18 @@ pub struct Prepared {
     pub unrounded: Vec<half::bf16>,
 }
 
-/// Modules that read the same input, and how that is quantized.
+/// What a module's weight and its input become.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Target {
+    /// Of [four bits](Scheme::is_four_bit).
+    pub scheme: Scheme,
+    pub activation: ActivationFormat,
+}
+
+/// Modules that read the same input, and what they become.
 struct Group<'a> {
     modules: Vec<&'a Module>,
-    activation: ActivationFormat,
+    target: Target,
     /// The tensor that they are stored in together with those of other experts.
     stem: Option<String>,
 }
@@ -80,8 +90,8 @@ pub struct Rounded {
     pub notes: Vec<String>,
 }
 
-/// Rounds every NVFP4 linear of the blocks on `sequences`, block by block, each on the inputs that the quantized blocks
-/// before it give. `target` says of a module whether it is rounded, and then how its input is quantized.
+/// Rounds the blocks' linears on `sequences`, block by block, each on the inputs that the quantized blocks before it give.
+/// `target` says of a module whether it is rounded, and to what.
 ///
 /// # Errors
 /// When the model cannot be run, or an activation is not finite.
@@ -89,7 +99,7 @@ pub fn gptq<B: Backend + Clone>(
     checkpoint: &Checkpoint,
     backend: &B,
     sequences: &[Vec<u32>],
-    target: &dyn Fn(&Module) -> Option<ActivationFormat>,
+    target: &dyn Fn(&Module) -> Option<Target>,
     job: Job<'_>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Rounded, QuantizeError> {
@@ -134,22 +144,22 @@ pub fn gptq<B: Backend + Clone>(
 fn stages<'a>(
     checkpoint: &Checkpoint,
     modules: impl Iterator<Item = &'a Module>,
-    target: &dyn Fn(&Module) -> Option<ActivationFormat>,
+    target: &dyn Fn(&Module) -> Option<Target>,
 ) -> Vec<Vec<Group<'a>>> {
     let mut out: Vec<(String, Vec<Group<'a>>)> = Vec::new();
     for m in modules {
-        let Some(activation) = target(m) else { continue };
+        let Some(target) = target(m) else { continue };
         let at = out.iter().position(|(key, _)| *key == m.input_key()).unwrap_or_else(|| {
             out.push((m.input_key(), Vec::new()));
             out.len() - 1
         });
         let groups = &mut out[at].1;
-        let fused = |g: &&mut Group<'_>| g.first().fusion_key() == m.fusion_key() && g.activation == activation;
+        let fused = |g: &&mut Group<'_>| g.first().fusion_key() == m.fusion_key() && g.target == target;
         match groups.iter_mut().find(fused) {
             Some(group) => group.modules.push(m),
             None => {
                 let stem = checkpoint.fused(&m.name).filter(Fused::stays).map(|f| f.stem().to_owned());
-                groups.push(Group { modules: vec![m], activation, stem });
+                groups.push(Group { modules: vec![m], target, stem });
             }
         }
     }
@@ -262,24 +272,28 @@ impl Stage<'_> {
         let seen = Seen::new(group, self.seen(group))?;
         let moved = self.moved(group, &seen)?;
         let largest = shared.unwrap_or_else(|| moved.iter().map(|w| amax(w)).fold(0.0, f32::max));
-        let global = encode::nvfp4_multiplier(self.job.tool, largest);
+        let grid = Grid::of(group.target.scheme, self.job.tool, largest).ok_or_else(|| QuantizeError::Module {
+            module: group.first().name.clone(),
+            detail: format!("{} has no blocks of four bits to round to", group.target.scheme),
+        })?;
         let l = seen.factor(group, self.damping(group, self.job.options.damping))?;
         let prepared = |(m, w): (&&'m Module, &Vec<f32>)| {
-            let rounding = round(w, k, global, &l);
+            let Rounding { codes, block_scales, unrounded } = round(w, k, grid, &l);
+            let (block_scales, output_scale) = grid.stored(block_scales);
             let linear = LinearTensors {
                 name: m.name.clone(),
                 n: m.role.n,
                 k,
                 element: Element::E2m1,
-                data: Cow::Owned(rounding.codes),
-                block_scales: BlockScales::E4m3 { block: BLOCK, codes: Cow::Owned(rounding.block_scales) },
-                output_scale: OutputScale::Tensor(global),
-                activation: group.activation,
+                data: Cow::Owned(codes),
+                block_scales,
+                output_scale,
+                activation: group.target.activation,
                 pre_quant_scale: None,
                 rotation: None,
                 bias: self.bias(m)?,
             };
-            Ok((*m, Prepared { linear, unrounded: rounding.unrounded }))
+            Ok((*m, Prepared { linear, unrounded }))
         };
         group.modules.iter().zip(&moved).map(prepared).collect()
     }
@@ -300,7 +314,7 @@ impl<'a> Seen<'a> {
     fn new(group: &Group<'_>, inputs: &'a [f32]) -> Result<Self, QuantizeError> {
         let k = group.k();
         let mut quantized = inputs.to_vec();
-        quantized.par_chunks_mut(k).for_each(|row| group.activation.fake_quantize(row));
+        quantized.par_chunks_mut(k).for_each(|row| group.target.activation.fake_quantize(row));
         let gram = match inputs {
             [] => vec![0.0; k * k],
             _ => transposed_product(&quantized, k, &quantized, k).map_err(|e| group.failed(&e))?,
@@ -338,52 +352,125 @@ fn factor(gram: &[f32], k: usize, damping: f64) -> Option<Cholesky> {
     }
 }
 
+/// What values of four bits are: codes times their block's scale.
+#[derive(Clone, Copy, Debug)]
+enum Grid {
+    /// E4M3 scales times `global`, of `block` elements.
+    Nvfp4 { block: usize, global: f32 },
+    /// Powers of two.
+    Mxfp4,
+}
+
+impl Grid {
+    /// Of weights up to `largest`; `None` where they have no blocks of four bits.
+    fn of(scheme: Scheme, tool: &dyn Tool, largest: f32) -> Option<Self> {
+        match scheme.weight()? {
+            WeightFormat::Nvfp4 { block } => {
+                Some(Self::Nvfp4 { block, global: encode::four_bit_multiplier(scheme, tool, largest) })
+            }
+            WeightFormat::Mxfp4 => Some(Self::Mxfp4),
+            WeightFormat::Mxfp8 | WeightFormat::Fp8 => None,
+        }
+    }
+
+    fn block(self) -> usize {
+        match self {
+            Self::Nvfp4 { block, .. } => block,
+            Self::Mxfp4 => mx::BLOCK,
+        }
+    }
+
+    /// What a scale's code multiplies codes by.
+    fn scale(self, code: u8) -> f32 {
+        match self {
+            Self::Nvfp4 { global, .. } => e4m3::decode(code) * global,
+            Self::Mxfp4 => e8m0::decode(code),
+        }
+    }
+
+    /// Codes of the scales that are worth trying for a block up to `peak`: near the one under which that is the largest code.
+    fn candidates(self, peak: f32) -> RangeInclusive<u8> {
+        let ideal = peak / e2m1::MAX;
+        match self {
+            Self::Nvfp4 { global, .. } => {
+                let code = |share: f32| e4m3::encode((ideal * share / global).clamp(e4m3::MIN_POSITIVE, e4m3::MAX));
+                code(LOWEST)..=code(HIGHEST)
+            }
+            Self::Mxfp4 => {
+                // The smallest under which nothing saturates, and the one below.
+                let whole = mx::fp4_scale(&[peak], ScaleRule::Ceil);
+                whole.saturating_sub(1)..=whole
+            }
+        }
+    }
+
+    /// Scales as a checkpoint has them.
+    fn stored(self, codes: Vec<u8>) -> (BlockScales<'static>, OutputScale) {
+        let codes = Cow::Owned(codes);
+        match self {
+            Self::Nvfp4 { block, global } => (BlockScales::E4m3 { block, codes }, OutputScale::Tensor(global)),
+            Self::Mxfp4 => (BlockScales::E8m0 { block: mx::BLOCK, codes }, OutputScale::One),
+        }
+    }
+}
+
+/// E4M3 block scales that are tried, relative to the one under which the block's largest value is the largest code.
+const LOWEST: f32 = 0.6;
+const HIGHEST: f32 = 1.6;
+
 /// A rounded weight.
 struct Rounding {
     /// E2M1 codes, two to a byte, row-major.
     codes: Vec<u8>,
-    /// E4M3 codes, row-major.
+    /// Codes of scales, row-major.
     block_scales: Vec<u8>,
     /// As [`Prepared::unrounded`].
     unrounded: Vec<half::bf16>,
 }
 
-/// Rounds weights [N, K] under `global`.
-fn round(w: &[f32], k: usize, global: f32, l: &Cholesky) -> Rounding {
-    let n = w.len() / k;
+/// Rounds weights [N, K].
+fn round(w: &[f32], k: usize, grid: Grid, l: &Cholesky) -> Rounding {
+    let (n, block) = (w.len() / k, grid.block());
     let mut codes = vec![0u8; w.len() / 2];
-    let mut block_scales = vec![0u8; n * (k / BLOCK)];
+    let mut block_scales = vec![0u8; n * (k / block)];
     let mut wanted = vec![0.0; w.len()];
-    let rows = codes.par_chunks_mut(k / 2).zip(block_scales.par_chunks_mut(k / BLOCK)).zip(w.par_chunks(k));
+    let rows = codes.par_chunks_mut(k / 2).zip(block_scales.par_chunks_mut(k / block)).zip(w.par_chunks(k));
     let rows = rows.zip(wanted.par_chunks_mut(k));
-    rows.for_each(|(((codes, scales), row), wanted)| round_row(row, global, l, codes, scales, wanted));
+    rows.for_each(|(((codes, scales), row), wanted)| match grid.block() {
+        nvfp4::BLOCK => round_row::<{ nvfp4::BLOCK }>(row, grid, l, codes, scales, wanted),
+        _ => round_row::<{ mx::BLOCK }>(row, grid, l, codes, scales, wanted),
+    });
     let unrounded = wanted.iter().map(|v| half::bf16::from_f32(*v)).collect();
     Rounding { codes, block_scales, unrounded }
 }
 
-/// A block rounded under one scale.
-struct Block {
-    codes: [u8; BLOCK],
+/// A block of `B` elements rounded under one scale.
+struct Block<const B: usize> {
+    codes: [u8; B],
     /// What was rounded: the weights with the errors of the columns behind made up for.
-    wanted: [f64; BLOCK],
-    errors: [f64; BLOCK],
+    wanted: [f64; B],
+    errors: [f64; B],
     cost: f64,
 }
 
-fn round_row(w: &[f32], global: f32, l: &Cholesky, codes: &mut [u8], scales: &mut [u8], wanted: &mut [f32]) {
+fn round_row<const B: usize>(
+    w: &[f32],
+    grid: Grid,
+    l: &Cholesky,
+    codes: &mut [u8],
+    scales: &mut [u8],
+    wanted: &mut [f32],
+) {
     // What the errors of the columns behind ask of each column.
     let mut asked = vec![0.0f64; w.len()];
     for b in (0..scales.len()).rev() {
-        let start = b * BLOCK;
-        let block: [f64; BLOCK] = std::array::from_fn(|i| f64::from(w[start + i]));
-        let own: [f64; BLOCK] = std::array::from_fn(|i| asked[start + i]);
-        let peak = (0..BLOCK).map(|i| (block[i] + own[i] / l.row(start + i)[start + i]).abs()).fold(0.0, f64::max);
-        let ideal = peak as f32 / (e2m1::MAX * global);
-        let clamp = |s: f32| e4m3::encode(s.clamp(e4m3::MIN_POSITIVE, e4m3::MAX));
-        let (low, high) = (clamp(ideal * LOWEST), clamp(ideal * HIGHEST));
-        let mut best: Option<(u8, Block)> = None;
-        for code in low..=high {
-            let rounded = round_block(&block, &own, e4m3::decode(code) * global, l, start);
+        let start = b * B;
+        let block: [f64; B] = std::array::from_fn(|i| f64::from(w[start + i]));
+        let own: [f64; B] = std::array::from_fn(|i| asked[start + i]);
+        let peak = (0..B).map(|i| (block[i] + own[i] / l.row(start + i)[start + i]).abs()).fold(0.0, f64::max);
+        let mut best: Option<(u8, Block<B>)> = None;
+        for code in grid.candidates(peak as f32) {
+            let rounded = round_block(&block, &own, grid.scale(code), l, start);
             if best.as_ref().is_none_or(|(_, b)| rounded.cost < b.cost) {
                 best = Some((code, rounded));
             }
@@ -401,15 +488,11 @@ fn round_row(w: &[f32], global: f32, l: &Cholesky, codes: &mut [u8], scales: &mu
     }
 }
 
-/// Block scales that are tried, relative to the one under which the block's largest value is the largest code.
-const LOWEST: f32 = 0.6;
-const HIGHEST: f32 = 1.6;
-
 /// Rounds one block, its last column first.
-fn round_block(w: &[f64; BLOCK], asked: &[f64; BLOCK], scale: f32, l: &Cholesky, start: usize) -> Block {
+fn round_block<const B: usize>(w: &[f64; B], asked: &[f64; B], scale: f32, l: &Cholesky, start: usize) -> Block<B> {
     let mut asked = *asked;
-    let mut out = Block { codes: [0; BLOCK], wanted: [0.0; BLOCK], errors: [0.0; BLOCK], cost: 0.0 };
-    for j in (0..BLOCK).rev() {
+    let mut out = Block { codes: [0; B], wanted: [0.0; B], errors: [0.0; B], cost: 0.0 };
+    for j in (0..B).rev() {
         let row = l.row(start + j);
         let diagonal = row[start + j];
         let wanted = w[j] + asked[j] / diagonal;
@@ -430,7 +513,12 @@ fn round_block(w: &[f64; BLOCK], asked: &[f64; BLOCK], scale: f32, l: &Cholesky,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::formats::nvfp4;
+
+    const GRIDS: [fn(&[f32]) -> Grid; 3] = [
+        |w| Grid::Nvfp4 { block: nvfp4::BLOCK, global: nvfp4::global_scale(amax(w)) },
+        |w| Grid::Nvfp4 { block: mx::BLOCK, global: amax(w) / e4m3::MAX },
+        |_| Grid::Mxfp4,
+    ];
 
     fn random(seed: u64) -> impl FnMut() -> f32 {
         let mut state = seed;
@@ -440,23 +528,28 @@ mod tests {
         }
     }
 
-    fn decode(p: &Rounding, k: usize, global: f32) -> Vec<f32> {
+    fn decode(p: &Rounding, grid: Grid) -> Vec<f32> {
         let value = |at: usize| {
             let code = p.codes[at / 2] >> (4 * (at % 2)) & 15;
-            e2m1::decode(code) * e4m3::decode(p.block_scales[at / k * (k / BLOCK) + at % k / BLOCK]) * global
+            e2m1::decode(code) * grid.scale(p.block_scales[at / grid.block()])
         };
         (0..2 * p.codes.len()).map(value).collect()
     }
 
-    /// Weights rounded to nearest.
-    fn nearest(w: &[f32], global: f32) -> Vec<f32> {
-        let block = |block: &[f32]| {
-            let code = nvfp4::weight_block_scale(amax(block), global);
-            let mut codes = [0; BLOCK];
-            nvfp4::encode_weight_block(block, code, global, &mut codes);
-            codes.map(|c| e2m1::decode(c) * e4m3::decode(code) * global)
+    /// Values under one scale.
+    fn under(block: &[f32], scale: f32) -> Vec<f32> {
+        block.iter().map(|w| e2m1::decode(e2m1::encode(w / scale)) * scale).collect()
+    }
+
+    /// Weights rounded to nearest, the largest value of each block to the largest code.
+    fn nearest(w: &[f32], grid: Grid) -> Vec<f32> {
+        let block = |block: &[f32]| match grid {
+            Grid::Nvfp4 { global, .. } => {
+                under(block, e4m3::decode(nvfp4::weight_block_scale(amax(block), global)) * global)
+            }
+            Grid::Mxfp4 => under(block, e8m0::decode(mx::fp4_scale(block, ScaleRule::Ceil))),
         };
-        w.chunks(BLOCK).flat_map(block).collect()
+        w.chunks(grid.block()).flat_map(block).collect()
     }
 
     /// ‖X·(w - ŵ)‖² summed over rows.
@@ -474,7 +567,7 @@ mod tests {
     #[test]
     fn correlated_inputs_make_it_far_better_than_nearest_rounding_and_independent_ones_no_worse() {
         let (k, n, t) = (64, 24, 400);
-        for (shared, bound) in [(2.0, 0.5), (0.0, 1.0)] {
+        for (shared, bound, grid) in GRIDS.iter().flat_map(|grid| [(2.0, 0.5, grid), (0.0, 1.0, grid)]) {
             let mut r = random(7);
             let x: Vec<f32> = (0..t)
                 .flat_map(|_| {
@@ -484,9 +577,9 @@ mod tests {
                 .collect();
             let w: Vec<f32> = (0..n * k).map(|_| r()).collect();
             let gram = transposed_product(&x, k, &x, k).unwrap();
-            let global = nvfp4::global_scale(amax(&w));
-            let rounded = decode(&round(&w, k, global, &factor(&gram, k, 0.01).unwrap()), k, global);
-            let (ours, plain) = (output_error(&x, &w, &rounded, k), output_error(&x, &w, &nearest(&w, global), k));
+            let grid = grid(&w);
+            let rounded = decode(&round(&w, k, grid, &factor(&gram, k, 0.01).unwrap()), grid);
+            let (ours, plain) = (output_error(&x, &w, &rounded, k), output_error(&x, &w, &nearest(&w, grid), k));
             assert!(ours < bound * plain, "{ours} against {plain}");
         }
     }
@@ -506,12 +599,12 @@ mod tests {
             let (x, others) = (inputs(tokens), inputs(2000));
             let w: Vec<f32> = (0..n * k).map(|_| r()).collect();
             let gram = transposed_product(&x, k, &x, k).unwrap();
-            let global = nvfp4::global_scale(amax(&w));
+            let grid = GRIDS[0](&w);
             let rounded = |damping: f64| {
-                let rounded = decode(&round(&w, k, global, &factor(&gram, k, damping).unwrap()), k, global);
+                let rounded = decode(&round(&w, k, grid, &factor(&gram, k, damping).unwrap()), grid);
                 output_error(&others, &w, &rounded, k)
             };
-            let nearest = output_error(&others, &w, &nearest(&w, global), k);
+            let nearest = output_error(&others, &w, &nearest(&w, grid), k);
             let (ours, plain) = (rounded(k as f64 / tokens as f64), rounded(0.01));
             assert!(ours < nearest, "{tokens} tokens: {ours} against {nearest}");
             assert!(ours < plain, "{tokens} tokens: {ours} against {plain}");
@@ -521,27 +614,20 @@ mod tests {
     #[test]
     fn one_column_after_the_other_finds_the_best_rounding_of_small_blocks() {
         // With a diagonal factor every column is on its own: nearest rounding under the best scale.
-        let k = BLOCK;
-        let mut gram = vec![0.0; k * k];
-        (0..k).for_each(|i| gram[i * k + i] = 1.0 + i as f32);
-        let mut r = random(3);
-        let w: Vec<f32> = (0..k).map(|_| r()).collect();
-        let global = nvfp4::global_scale(1.0);
-        let p = round(&w, k, global, &factor(&gram, k, 1e-6).unwrap());
-        let weighted = |q: &[f32]| -> f64 {
-            q.iter().zip(&w).enumerate().map(|(i, (q, w))| f64::from((1.0 + i as f32) * (w - q).powi(2))).sum()
-        };
-        let best = (1..=0x7eu8)
-            .map(|s| {
-                let scale = e4m3::decode(s) * global;
-                let q: Vec<f32> = w.iter().map(|w| e2m1::decode(e2m1::encode(w / scale)) * scale).collect();
-                weighted(&q)
-            })
-            .fold(f64::INFINITY, f64::min);
-        assert!(
-            (weighted(&decode(&p, k, global)) - best).abs() <= 1e-6 * best,
-            "{} {best}",
-            weighted(&decode(&p, k, global))
-        );
+        for grid in GRIDS {
+            let k = grid(&[1.0]).block();
+            let mut gram = vec![0.0; k * k];
+            (0..k).for_each(|i| gram[i * k + i] = 1.0 + i as f32);
+            let mut r = random(3);
+            let w: Vec<f32> = (0..k).map(|_| r()).collect();
+            let grid = grid(&[1.0]);
+            let p = round(&w, k, grid, &factor(&gram, k, 1e-6).unwrap());
+            let weighted = |q: &[f32]| -> f64 {
+                q.iter().zip(&w).enumerate().map(|(i, (q, w))| f64::from((1.0 + i as f32) * (w - q).powi(2))).sum()
+            };
+            let best = (1..=0x7eu8).map(|s| weighted(&under(&w, grid.scale(s)))).fold(f64::INFINITY, f64::min);
+            let ours = weighted(&decode(&p, grid));
+            assert!((ours - best).abs() <= 1e-6 * best, "{grid:?}: {ours} {best}");
+        }
     }
 }

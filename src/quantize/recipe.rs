@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::QuantizeError;
+use super::{QuantizeError, refine};
 use crate::formats::scheme::Scheme;
 use crate::model::modules::{Module, Part};
 
@@ -24,7 +24,7 @@ pub struct Recipe {
     /// What the KV cache is stored in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_cache: Option<KvCache>,
-    /// How NVFP4 weights' block scales are chosen.
+    /// How block scales of four-bit weights are chosen.
     #[serde(default)]
     pub block_scales: ScaleChoice,
     /// Rotations folded into the weights, before all else; see [`super::rotate`].
@@ -36,7 +36,7 @@ pub struct Recipe {
     /// Formats chosen by measurement among the modules that the rules quantize; see [`super::auto`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub auto: Option<Auto>,
-    /// Calibrated rounding of NVFP4 weights, see [`super::gptq`].
+    /// Calibrated rounding of four-bit weights, see [`super::gptq`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gptq: Option<Gptq>,
 }
@@ -60,16 +60,16 @@ pub enum KvCache {
     Fp8Cast,
 }
 
-/// How the scale of an NVFP4 block is chosen.
+/// How the scale of a block of four-bit weights is chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ScaleChoice {
     /// The block's largest value becomes the largest code.
     #[default]
     Max,
-    /// The E4M3 code with the least squared error.
+    /// The scale with the least squared error.
     Mse,
-    /// The largest value becomes 6 or 4, whichever has the least squared error; the global scale leaves room for that.
+    /// Of NVFP4: the largest value becomes 6 or 4, whichever has the least squared error; the global scale leaves room for that.
     FourOverSix,
 }
 
@@ -89,7 +89,8 @@ pub enum Rotate {
 pub enum Smooth {
     /// Of largest magnitudes, rounded to powers of two.
     PowerOfTwo,
-    /// The same, and then each channel of an NVFP4 block doubled or halved where that helps (`refine.rs`).
+    /// The same, and then each channel of a block doubled or halved where that helps weights and inputs of NVFP4 or MXFP4
+    /// (`refine.rs`).
     PowerOfTwoChannels,
     /// Of largest magnitudes (SmoothQuant).
     Smoothquant,
@@ -184,6 +185,7 @@ const SHIPPED: [(&str, &str); 31] = [
     ("fp8_block", include_str!("recipes/fp8_block.json")),
     ("mxfp8", include_str!("recipes/mxfp8.json")),
     ("mxfp4", include_str!("recipes/mxfp4.json")),
+    ("mxfp4_best", include_str!("recipes/mxfp4_best.json")),
     ("mxfp4a16_experts_only", include_str!("recipes/mxfp4a16_experts_only.json")),
     ("nano_nvfp4_kv_fp8_cast", include_str!("recipes/nano_nvfp4_kv_fp8_cast.json")),
     ("nano4b_nvfp4_fp8", include_str!("recipes/nano4b_nvfp4_fp8.json")),
@@ -263,15 +265,40 @@ impl Recipe {
         if let Some(g) = self.gptq.filter(|g| !(g.damping.is_finite() && g.damping > 0.0)) {
             return fail(format!("`gptq.damping` must be a number above 0, such as 0.01, found {}", g.damping));
         }
+        let idle = [
+            ("`gptq`", self.gptq.is_some(), Scheme::is_four_bit as fn(Scheme) -> bool, "of four bits"),
+            ("`block_scales`: mse", self.block_scales == ScaleChoice::Mse, Scheme::is_four_bit, "of four bits"),
+            (
+                "`smooth`: power_of_two_channels",
+                self.smooth == Some(Smooth::PowerOfTwoChannels),
+                refine::settles,
+                "NVFP4 or MXFP4, with inputs of the same",
+            ),
+            (
+                "`block_scales`: four_over_six",
+                self.block_scales == ScaleChoice::FourOverSix,
+                Scheme::is_nvfp4_weight,
+                "NVFP4",
+            ),
+        ];
+        let schemes: Vec<Scheme> = self.schemes().collect();
+        for (what, asked, is_for, kind) in idle {
+            if asked && !schemes.iter().any(|s| is_for(*s)) {
+                return fail(format!("{what} is for weights that are {kind}, and no rule makes any; remove it"));
+            }
+        }
         self.auto.as_ref().and_then(Auto::fault).map_or(Ok(()), fail)
+    }
+
+    /// What the rules may make of some module.
+    fn schemes(&self) -> impl Iterator<Item = Scheme> {
+        self.rules.iter().map(|r| r.scheme).chain(self.auto.iter().flat_map(|a| a.schemes.iter().copied()))
     }
 
     /// Whether scales of inputs or of the KV cache have to be found by running text.
     #[must_use]
     pub fn calibrates(&self) -> bool {
-        let candidates = self.auto.iter().flat_map(|a| &a.schemes);
-        self.kv_cache == Some(KvCache::Fp8)
-            || self.rules.iter().map(|r| &r.scheme).chain(candidates).any(|s| s.has_input_scale())
+        self.kv_cache == Some(KvCache::Fp8) || self.schemes().any(Scheme::has_input_scale)
     }
 
     /// Whether anything in it runs text through the model.

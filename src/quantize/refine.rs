@@ -1,5 +1,5 @@
 //! Smoothing, channel by channel: from the factors that one strength gives, each channel's is doubled or halved where its
-//! block of 16 then loses less.
+//! block then loses less.
 //!
 //! What a block loses, as it is quantized: Σ over its channels of the error of the input there, weighed by the weights'
 //! column (|w|²), and of the error of the weights, weighed by the input (E x²); products of errors of different channels
@@ -7,8 +7,9 @@
 
 use rayon::prelude::*;
 
-use crate::formats::nvfp4::{self, BLOCK};
-use crate::formats::{amax, e2m1, e4m3};
+use crate::formats::e8m0::ScaleRule;
+use crate::formats::scheme::Scheme;
+use crate::formats::{amax, e2m1, e4m3, mx, nvfp4};
 
 /// What is smoothed.
 pub(super) struct Inputs<'a> {
@@ -29,28 +30,81 @@ const WEIGHTS_SHARE: f64 = 0.6;
 /// Times that all channels are tried.
 const SWEEPS: usize = 3;
 
-/// Doubles and halves `factors` [K], inputs over them and weights times them, where it helps.
-pub(super) fn refine(inputs: &Inputs<'_>, factors: &mut [f32]) {
+/// Whether channels can be settled one by one under this scheme: both sides have blocks of four bits.
+pub(super) fn settles(scheme: Scheme) -> bool {
+    matches!(scheme, Scheme::Nvfp4 | Scheme::Mxfp4)
+}
+
+/// Doubles and halves `factors` [K], inputs over them and weights times them, where it helps a scheme that
+/// [has such blocks](settles).
+pub(super) fn refine(inputs: &Inputs<'_>, scheme: Scheme, factors: &mut [f32]) {
+    match scheme {
+        Scheme::Nvfp4 => {
+            if let Some(grid) = nvfp4_of(inputs, factors) {
+                refine_blocks::<{ nvfp4::BLOCK }>(inputs, grid, factors);
+            }
+        }
+        Scheme::Mxfp4 => refine_blocks::<{ mx::BLOCK }>(inputs, Grid::Mxfp4, factors),
+        _ => {}
+    }
+}
+
+/// How blocks are quantized.
+#[derive(Clone, Copy)]
+enum Grid {
+    /// Under these global scales.
+    Nvfp4 {
+        input: f32,
+        weight: f32,
+    },
+    Mxfp4,
+}
+
+impl Grid {
+    /// Quantizes a block of inputs to doubled E2M1 values; gives the scale of these.
+    fn input(self, x: &[f32], doubled: &mut [i8]) -> f32 {
+        match self {
+            Self::Nvfp4 { input, .. } => 0.5 * nvfp4::quantize_activation_block(x, input, doubled) * input,
+            Self::Mxfp4 => 0.5 * mx::quantize_fp4_block(x, ScaleRule::Ceil, doubled),
+        }
+    }
+
+    /// The same of weights.
+    fn weight(self, w: &[f32], doubled: &mut [i8]) -> f32 {
+        match self {
+            Self::Nvfp4 { weight, .. } => {
+                let scale = (amax(w) / (e2m1::MAX * weight)).clamp(e4m3::MIN_POSITIVE, e4m3::MAX);
+                let s = e4m3::round(scale) * weight;
+                nvfp4::quantize_with_scale(w, s, doubled);
+                0.5 * s
+            }
+            Self::Mxfp4 => 0.5 * mx::quantize_fp4_block(w, ScaleRule::Ceil, doubled),
+        }
+    }
+}
+
+/// The global scales under `factors`; `None` where all is zero.
+fn nvfp4_of(inputs: &Inputs<'_>, factors: &[f32]) -> Option<Grid> {
     let k = inputs.k;
     let scaled = |peaks: &[f32], invert: bool| {
         let one = |(p, f): (&f32, &f32)| if invert { p / f } else { p * f };
         peaks.iter().zip(factors.iter()).map(one).fold(0.0, f32::max)
     };
-    let input_scale = nvfp4::global_scale(scaled(inputs.peaks, true));
+    let input = nvfp4::global_scale(scaled(inputs.peaks, true));
     let mut weight_peaks = vec![0.0f32; k];
     for row in inputs.weights.iter().flat_map(|w| w.chunks_exact(k)) {
         weight_peaks.iter_mut().zip(row).for_each(|(p, w)| *p = p.max(w.abs()));
     }
-    let weight_scale = nvfp4::global_scale(scaled(&weight_peaks, false));
-    if !(input_scale > 0.0 && weight_scale > 0.0) {
-        return;
-    }
-    factors.par_chunks_exact_mut(BLOCK).enumerate().for_each(|(b, factors)| {
-        let cut = |rows: &[f32], invert: bool| -> Vec<[f32; BLOCK]> {
+    let weight = nvfp4::global_scale(scaled(&weight_peaks, false));
+    (input > 0.0 && weight > 0.0).then_some(Grid::Nvfp4 { input, weight })
+}
+
+fn refine_blocks<const B: usize>(inputs: &Inputs<'_>, grid: Grid, factors: &mut [f32]) {
+    let k = inputs.k;
+    factors.par_chunks_exact_mut(B).enumerate().for_each(|(b, factors)| {
+        let cut = |rows: &[f32], invert: bool| -> Vec<[f32; B]> {
             let one = |row: &[f32]| {
-                std::array::from_fn(|i| {
-                    if invert { row[b * BLOCK + i] / factors[i] } else { row[b * BLOCK + i] * factors[i] }
-                })
+                std::array::from_fn(|i| if invert { row[b * B + i] / factors[i] } else { row[b * B + i] * factors[i] })
             };
             rows.chunks_exact(k).map(one).collect()
         };
@@ -58,8 +112,7 @@ pub(super) fn refine(inputs: &Inputs<'_>, factors: &mut [f32]) {
             x: cut(inputs.x, true),
             worth: inputs.worth,
             w: inputs.weights.iter().flat_map(|w| cut(w, false)).collect(),
-            input_scale,
-            weight_scale,
+            grid,
         };
         let mut least = block.loss();
         for _ in 0..SWEEPS {
@@ -83,16 +136,15 @@ pub(super) fn refine(inputs: &Inputs<'_>, factors: &mut [f32]) {
     });
 }
 
-/// 16 channels.
-struct Block<'a> {
-    x: Vec<[f32; BLOCK]>,
+/// The channels of a block.
+struct Block<'a, const B: usize> {
+    x: Vec<[f32; B]>,
     worth: &'a [f32],
-    w: Vec<[f32; BLOCK]>,
-    input_scale: f32,
-    weight_scale: f32,
+    w: Vec<[f32; B]>,
+    grid: Grid,
 }
 
-impl Block<'_> {
+impl<const B: usize> Block<'_, B> {
     /// Divides the inputs of a channel by a power of two, and multiplies the weights by it.
     fn scale(&mut self, channel: usize, factor: f32) {
         self.x.iter_mut().for_each(|x| x[channel] /= factor);
@@ -100,24 +152,22 @@ impl Block<'_> {
     }
 
     fn loss(&self) -> f64 {
-        let mut doubled = [0i8; BLOCK];
+        let mut doubled = [0i8; B];
         // Of each channel: errors of the input and its square, both weighed by tokens.
-        let (mut input_errors, mut inputs) = ([0.0f32; BLOCK], [0.0f32; BLOCK]);
+        let (mut input_errors, mut inputs) = ([0.0f32; B], [0.0f32; B]);
         for (x, worth) in self.x.iter().zip(self.worth) {
-            let s = 0.5 * nvfp4::quantize_activation_block(x, self.input_scale, &mut doubled) * self.input_scale;
-            for i in 0..BLOCK {
+            let s = self.grid.input(x, &mut doubled);
+            for i in 0..B {
                 let error = x[i] - f32::from(doubled[i]) * s;
                 input_errors[i] += worth * error * error;
                 inputs[i] += worth * x[i] * x[i];
             }
         }
-        let (mut weight_errors, mut weights) = ([0.0f32; BLOCK], [0.0f32; BLOCK]);
+        let (mut weight_errors, mut weights) = ([0.0f32; B], [0.0f32; B]);
         for w in &self.w {
-            let scale = (amax(w) / (e2m1::MAX * self.weight_scale)).clamp(e4m3::MIN_POSITIVE, e4m3::MAX);
-            let s = e4m3::round(scale) * self.weight_scale;
-            nvfp4::quantize_with_scale(w, s, &mut doubled);
-            for i in 0..BLOCK {
-                let error = w[i] - 0.5 * f32::from(doubled[i]) * s;
+            let s = self.grid.weight(w, &mut doubled);
+            for i in 0..B {
+                let error = w[i] - f32::from(doubled[i]) * s;
                 weight_errors[i] += error * error;
                 weights[i] += w[i] * w[i];
             }
@@ -126,7 +176,7 @@ impl Block<'_> {
             let (of_input, of_weight) = (input_errors[i] * weights[i], weight_errors[i] * inputs[i]);
             f64::from(of_input) + WEIGHTS_SHARE * f64::from(of_weight)
         };
-        (0..BLOCK).map(channel).sum()
+        (0..B).map(channel).sum()
     }
 }
 
@@ -143,7 +193,7 @@ mod tests {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             (state >> 33) as f32 / (1u32 << 31) as f32 - 0.5
         };
-        let (k, tokens, n) = (2 * BLOCK, 64, 48);
+        let (k, tokens, n) = (2 * mx::BLOCK, 64, 48);
         let outlier = 20;
         let mut rows = |count: usize, factor: f32| -> Vec<f32> {
             (0..count * k).map(|i| if i % k == outlier { factor * random() } else { random() }).collect()
@@ -153,13 +203,16 @@ mod tests {
         peaks[outlier] = 32.0;
         let worth = vec![1.0; tokens];
         let inputs = Inputs { x: &x, worth: &worth, peaks: &peaks, weights: &[&w], k };
-        let mut factors = vec![1.0; k];
-        refine(&inputs, &mut factors);
-        assert!((8.0..=64.0).contains(&factors[outlier]), "{factors:?}");
-        assert!(factors.iter().all(|f| f.to_bits() & 0x007f_ffff == 0));
-        // Nothing to see, nothing done.
-        let mut none = vec![1.0; k];
-        refine(&Inputs { x: &vec![0.0; x.len()], peaks: &vec![0.0; k], ..inputs }, &mut none);
-        assert_eq!(none, vec![1.0; k]);
+        for scheme in [Scheme::Nvfp4, Scheme::Mxfp4] {
+            let mut factors = vec![1.0; k];
+            refine(&inputs, scheme, &mut factors);
+            assert!((8.0..=64.0).contains(&factors[outlier]), "{scheme}: {factors:?}");
+            assert!(factors.iter().all(|f| f.to_bits() & 0x007f_ffff == 0));
+            // Nothing to see, nothing done.
+            let mut none = vec![1.0; k];
+            let nothing = Inputs { x: &vec![0.0; x.len()], peaks: &vec![0.0; k], ..inputs };
+            refine(&nothing, scheme, &mut none);
+            assert_eq!(none, vec![1.0; k]);
+        }
     }
 }

@@ -17,7 +17,7 @@ use super::error::plain;
 use super::layerwise::Walk;
 use super::linalg::product_transposed;
 use super::recipe::Smooth;
-use super::refine::{Inputs, refine};
+use super::refine::{Inputs, refine, settles};
 use super::{QuantizeError, encode};
 use crate::backend::Backend;
 use crate::checkpoint::Checkpoint;
@@ -225,14 +225,14 @@ fn smooth_place(
             best = (Some(strength), factors, found);
         }
     }
-    if form == Smooth::PowerOfTwoChannels && refinable(place) {
+    if let (Smooth::PowerOfTwoChannels, Some(scheme)) = (form, refinable(place)) {
         // More tokens than strengths are judged on: there is one choice for each channel.
         let step = rows.div_ceil(REFINED_TOKENS).max(1);
         let sample: Vec<f32> = x.chunks(k).step_by(step).flatten().copied().collect();
         let worth: Vec<f32> = whole.iter().step_by(step).map(|w| w * w).collect();
         let weights: Vec<&[f32]> = weights.iter().map(|(w, _)| w.as_slice()).collect();
         let mut factors = best.1.clone();
-        refine(&Inputs { x: &sample, worth: &worth, peaks: &peaks, weights: &weights, k }, &mut factors);
+        refine(&Inputs { x: &sample, worth: &worth, peaks: &peaks, weights: &weights, k }, scheme, &mut factors);
         let found = error(&factors).map_err(failed)?;
         if found < best.2 {
             best = (best.0.or(Some(0.0)), factors, found);
@@ -261,9 +261,12 @@ fn smooth_place(
     Ok(())
 }
 
-/// Whether factors can be refined one by one: NVFP4 on both sides, and no factor shared between heads.
-fn refinable(place: &Place<'_>) -> bool {
-    !matches!(place.from, Source::Values(_)) && place.judged.iter().all(|(_, s)| *s == Scheme::Nvfp4)
+/// For which scheme factors can be refined one by one: the same for all, which has such blocks, and no factor shared between
+/// heads.
+fn refinable(place: &Place<'_>) -> Option<Scheme> {
+    let (_, scheme) = place.judged.first()?;
+    let alike = settles(*scheme) && place.judged.iter().all(|(_, s)| s == scheme);
+    (alike && !matches!(place.from, Source::Values(_))).then_some(*scheme)
 }
 
 /// Makes each factor what dividing the norm by it really does, as the norm's type rounds the quotient.

@@ -51,7 +51,9 @@ impl Shares {
 pub(super) fn same_kv(asked: KvFormat, computation: &Value) -> Result<()> {
     let (asked_name, recorded) = (kv_name(asked), &computation["kv_cache_dtype"]);
     if asked != KvFormat::F32 && *recorded != asked_name {
-        bail!("--kv-cache-dtype {asked_name}: the shards were answered with {recorded}; leave the option out to merge them");
+        bail!(
+            "--kv-cache-dtype {asked_name}: the shards were answered with {recorded}; leave the option out to merge them"
+        );
     }
     Ok(())
 }
