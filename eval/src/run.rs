@@ -21,6 +21,7 @@ use crate::{LanguageModel, Message, Prompts, Request, Response};
 use recoup_ground::atomic::write_atomically;
 use recoup_ground::digest::sha256;
 use recoup_ground::names::file_name;
+pub use recoup_ground::shares::Shard;
 
 /// Answers and what the run is about.
 pub const RESPONSES: &str = "responses.jsonl";
@@ -40,27 +41,6 @@ fn kept(answered: usize, folder: &Path) -> String {
     match answered {
         0 => String::new(),
         n => format!("\n  {n} answers are kept in {}; the same command goes on from there", folder.display()),
-    }
-}
-
-/// Every `of`th document from the `index`th on (from 0).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shard {
-    pub index: usize,
-    pub of: usize,
-}
-
-impl Shard {
-    /// Everything.
-    pub const ALL: Self = Self { index: 0, of: 1 };
-
-    fn has(self, doc_id: usize) -> bool {
-        doc_id % self.of == self.index
-    }
-
-    /// Its share of `all`.
-    pub fn of<T: Clone>(self, all: &[T]) -> Vec<T> {
-        all.iter().skip(self.index).step_by(self.of).cloned().collect()
     }
 }
 
@@ -183,7 +163,7 @@ impl<'t> Plan<'t> {
                 )
             })
             .collect();
-        json!({"model": model, "tasks": tasks, "shard": format!("{}/{}", shard.index, shard.of)})
+        json!({"model": model, "tasks": tasks, "shard": shard.to_string()})
     }
 
     /// Asks what `journal` lacks of `shard`. `progress` gets each answer's request after it is kept.
@@ -323,7 +303,7 @@ pub fn merge(plan: &Plan, model: &Value, folders: &[PathBuf]) -> Result<BTreeMap
     for folder in folders {
         let path = folder.join(RESPONSES);
         let (header, own) = journal::load(&path)?;
-        let shard = (0..of).map(|index| Shard { index, of }).find(|s| header["shard"] == format!("{}/{}", s.index, of));
+        let shard = (0..of).map(|index| Shard { index, of }).find(|s| header["shard"] == s.to_string());
         let Some(shard) = shard else {
             return Err(JournalError::OtherRun {
                 path,

@@ -11,4 +11,5 @@ pub mod kept;
 pub mod model;
 pub mod names;
 pub mod records;
+pub mod shares;
 pub mod shorten;

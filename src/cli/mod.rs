@@ -26,6 +26,7 @@ mod room;
 mod run;
 mod sampling;
 mod serve;
+mod shards;
 mod steps;
 mod sweep;
 mod talk;

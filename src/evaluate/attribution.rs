@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use recoup_eval::comparison::{AttributedPart, Attribution, AttributionMode, Estimate};
 use recoup_eval::divergence::{PassError, Said, Windows};
-use recoup_eval::run::Shard;
+use recoup_ground::shares::Shard;
 use serde::{Deserialize, Serialize};
 
 use super::{EvaluateError, EvaluatedModel, ModelText, Rows};

@@ -18,18 +18,19 @@ use recoup_eval::comparison::{Attribution, AttributionMode, ComparedModel, Compa
 use recoup_eval::divergence::{DivergenceError, Measured, PassError, Said, WindowSums, Windows, kl_gone};
 use recoup_eval::journal::JournalError;
 use recoup_eval::report::{ReportContext, html, markdown};
-use recoup_eval::run::{Plan, RESPONSES, Results, Setup, Shard};
+use recoup_eval::run::{Plan, RESPONSES, Results, Setup};
 use recoup_eval::scores::ModelScores;
 use recoup_eval::tasks::{self, Selection};
 use recoup_ground::atomic::{NotWritten, write_atomically};
 use recoup_ground::kept::kept;
 use recoup_ground::names::file_name;
+use recoup_ground::shares::{self, Shard, SharesError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 pub use self::contender::{Contender, Weights};
-pub use self::parts::{PartsError, Source, computation, describe, machines, speed};
+pub use self::parts::{Source, computation, describe, machines, speed};
 use super::attribution::{self, Attributed};
 use super::evaluation::{Answers, EvaluationError, merged};
 use super::language_model::Reader;
@@ -70,7 +71,7 @@ pub enum ExperimentError {
     #[error(transparent)]
     Divergence(#[from] DivergenceError),
     #[error(transparent)]
-    Parts(#[from] PartsError),
+    Parts(#[from] SharesError),
     #[error("comparison.json cannot be made: {0}")]
     Json(#[from] serde_json::Error),
 }
@@ -346,7 +347,7 @@ impl<'l, B: Backend> Work<'_, 'l, B> {
         let file = turn.file(file);
         kept(&self.experiment.folder.join(&file), key, || match self.experiment.source {
             Source::Computed(_) => make(),
-            Source::Parts(folders) => Ok(parts::any(folders, &file, key)?),
+            Source::Parts(folders) => Ok(shares::any(folders, &file, key)?),
         })
     }
 
@@ -365,11 +366,11 @@ impl<'l, B: Backend> Work<'_, 'l, B> {
                 kept(&folder.join(whole), key, || make(vec![compute(self, Shard::ALL)?])).map(Some)
             }
             Source::Computed(own) => {
-                kept(&folder.join(share), &parts::of_share(key, own), || compute(self, own))?;
+                kept(&folder.join(share), &shares::of_share(key, own), || compute(self, own))?;
                 Ok(None)
             }
             Source::Parts(folders) => {
-                kept(&folder.join(whole), key, || make(parts::all(folders, share, key)?)).map(Some)
+                kept(&folder.join(whole), key, || make(shares::all(folders, share, key)?)).map(Some)
             }
         }
     }
@@ -386,7 +387,7 @@ impl<'l, B: Backend> Work<'_, 'l, B> {
             Source::Parts(folders) => {
                 let folders: Vec<PathBuf> = folders.iter().map(|part| part.join(&turn.below)).collect();
                 if let Some(lacking) = folders.iter().map(|f| f.join(RESPONSES)).find(|file| !file.exists()) {
-                    return Err(PartsError::Missing(lacking).into());
+                    return Err(SharesError::Missing(lacking).into());
                 }
                 return Ok(Some(merged(&plan, identity, &folders, Some(&folder))?));
             }

@@ -159,7 +159,7 @@ impl Default for Gptq {
 }
 
 /// Recipes that ship, by name.
-const SHIPPED: [(&str, &str); 31] = [
+const SHIPPED: [(&str, &str); 32] = [
     ("nvfp4", include_str!("recipes/nvfp4.json")),
     ("nvfp4_best", include_str!("recipes/nvfp4_best.json")),
     ("nvfp4_best_channels", include_str!("recipes/nvfp4_best_channels.json")),

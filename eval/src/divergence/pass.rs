@@ -1,11 +1,11 @@
 //! A text through the baseline, once, and through other models after it; no logits are kept.
 
+use recoup_ground::shares::Shard;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::{DivergenceError, Token, TokenClass, TokenModel, TokenReader, WindowSums, figures};
 use crate::comparison::Divergence;
-use crate::run::Shard;
 
 /// What a model said in the windows of a text, one after the other.
 pub struct Said<R>(Vec<R>);
@@ -119,8 +119,8 @@ impl Windows {
     /// Those of all windows that `part` has, which may be none.
     #[must_use]
     pub fn of(&self, part: Shard) -> Self {
-        let windows = part.of(&self.windows);
-        Self { windows, classes: part.of(&self.classes), part, ..self.clone() }
+        let (windows, classes) = (part.share(self.windows.clone()), part.share(self.classes.clone()));
+        Self { windows, classes, part, ..self.clone() }
     }
 
     /// Tokens that are predicted.

@@ -9,14 +9,14 @@ use anyhow::{Result, bail};
 use recoup_eval::compare::require_recovery;
 use recoup_eval::comparison::{AttributionMode, Comparison};
 use recoup_eval::report::{ReportContext, terminal};
-use recoup_eval::run::Shard;
 use recoup_eval::tasks::Selection;
+use recoup_ground::shares::Shard;
 use serde_json::json;
 
 use super::super::device::AnyBackend;
 use super::super::options::{EngineOptions, identity, model_folder, named, open_noted};
+use super::super::shards::{self, Shares};
 use super::super::talk::Shown;
-use super::shards::{self, Shares};
 use super::texts::{Texts, texts};
 use super::{TaskOptions, labels, model_name};
 use crate::checkpoint::Checkpoint;
@@ -155,8 +155,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
         load(args, &args.models[index], &labels[index]).map_err(|e| ExperimentError::Load(e.into()))
     };
     let Some(Outcome { comparison, mut notes, in_files }) = experiment.run(load, &mut Shown::default())? else {
-        let Shard { index, of } = part;
-        super::super::say!("shard {index}/{of} is complete; when all are: recoup compare … --merge DIRS -o OUT");
+        super::super::say!("shard {part} is complete; when all are: recoup compare … --merge DIRS -o OUT");
         return super::super::done();
     };
     notes.extend(text_notes);

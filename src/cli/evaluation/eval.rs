@@ -14,9 +14,9 @@ use serde_json::{Value, json};
 
 use super::super::device::DeviceChoice;
 use super::super::options::{EngineOptions, identity, model_folder, open_noted};
+use super::super::shards::{self, Shares};
 use super::super::talk::Shown;
 use super::server::UrlArgs;
-use super::shards::{self, Shares};
 use super::{TaskOptions, model_name};
 use crate::checkpoint::Checkpoint;
 use crate::corpus;
@@ -156,8 +156,7 @@ fn evaluate<M: LanguageModel>(
     let evaluation = Evaluation { plan: &plan, subject, tasks, folder: args.output.as_deref(), claim };
     let shard = args.shares.part();
     let Some(evaluated) = evaluation.run(model, shard, tally, &mut Shown::default())? else {
-        let (index, of) = (shard.index, shard.of);
-        super::super::say!("shard {index}/{of} is complete; when all are: recoup eval … --merge DIRS -o OUT");
+        super::super::say!("shard {shard} is complete; when all are: recoup eval … --merge DIRS -o OUT");
         return super::super::done();
     };
     finish(args, &evaluated)

@@ -5,7 +5,6 @@ mod curves;
 pub(super) mod eval;
 mod labels;
 mod server;
-mod shards;
 mod texts;
 
 use std::ffi::{OsStr, OsString};

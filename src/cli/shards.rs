@@ -1,25 +1,26 @@
-//! Which part of an evaluation a process does: as it is told, or as its cluster numbers it; and which folders hold all parts.
+//! Which part of a work a process does: as it is told, or as its cluster numbers it; and which folders hold all parts.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
-use recoup_eval::run::{RESPONSES, Shard};
+use recoup_eval::run::RESPONSES;
+use recoup_ground::shares::Shard;
 use serde_json::Value;
 
-use super::super::options::kv_name;
+use super::options::kv_name;
 use crate::formats::kv::KvFormat;
 
-/// Which part of an evaluation is asked for, or of which parts the whole is to be made.
+/// Which part of a work is asked for, or of which parts the whole is to be made.
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct Shares {
-    /// Only every n-th document from the i-th on, and of a comparison every n-th window of text and part of a model: i/n from 0/n to
-    /// (n-1)/n. `auto` takes both from a Slurm array, ranks of MPI or srun, or all of these, `auto/N` where the environment has only
-    /// the number of this process (a Kubernetes Indexed Job) or parts of an array are run again; what is found is then in
-    /// shard-I-of-N below -o. Needs -o
+    /// Do every n-th part of the work from the i-th on (documents, windows of text, parts of a model), i/n from 0/n to (n-1)/n.
+    /// `auto` takes both from a Slurm array, ranks of MPI or srun, or all of these, `auto/N` where the environment has only the number
+    /// of this process (a Kubernetes Indexed Job) or parts of an array are run again; what is found is then in shard-I-of-N below -o.
+    /// Needs -o
     #[arg(long, value_parser = part, requires = "output", value_name = "I/N|auto|auto/N")]
     shard: Option<Part>,
-    /// Compute nothing: make results of the output folders of all shards, or of the folder that they are below, with the same options; on
-    /// any machine, whatever device answered
+    /// Take what shards found from their output folders, or from the folder that they are below, with the same options, instead of
+    /// finding it
     #[arg(long, value_delimiter = ',', conflicts_with = "shard", value_name = "DIRS")]
     pub merge: Vec<PathBuf>,
 }
@@ -27,13 +28,13 @@ pub(super) struct Shares {
 impl Shares {
     /// With this process's own part, where its cluster says which that is, and the folders of all parts; and where of `output` the
     /// part lies.
-    pub(super) fn of_this_process(&self, output: Option<&Path>) -> Result<(Self, Option<PathBuf>)> {
+    pub(in crate::cli) fn of_this_process(&self, output: Option<&Path>) -> Result<(Self, Option<PathBuf>)> {
         let (mut own, mut place) = (self.clone(), output.map(Path::to_path_buf));
         if let Some(part @ Part::Auto(_)) = self.shard {
             let shard = resolved(part, &|name| std::env::var(name).ok())?;
             own.shard = Some(Part::Given(shard));
             place = output.map(|output| folder(output, shard));
-            super::super::say!("shard {}/{} of the environment", shard.index, shard.of);
+            super::say!("shard {shard} of the environment");
         }
         own.merge = folders(&self.merge)?;
         Ok((own, place))
