@@ -1,21 +1,29 @@
 //! `recoup quantize`: post-training quantization of a BF16 checkpoint.
 
-use std::ffi::OsString;
-use std::path::PathBuf;
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
+use recoup_ground::digest::sha256;
+use recoup_ground::kept::kept;
 use recoup_ground::records;
+use recoup_ground::shares::{self, Shard};
+use serde_json::{Value, json};
 
 use super::machine::peak_memory;
-use super::options::{EngineOptions, TemplateOptions, calibration_text, model_folder, open_model, text_notes};
+use super::options::{
+    EngineOptions, TemplateOptions, calibration_text, identity, model_folder, open_model, text_notes,
+};
+use super::shards::Shares;
+use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::Dialect;
 use crate::output;
 use crate::quantize::auto::Table;
-use crate::quantize::{self, Amount, CalibrationText, Recipe, Scheme};
+use crate::quantize::{self, Amount, CalibrationText, Found, Recipe, Scheme};
 
-#[derive(clap::Args)]
+#[derive(clap::Args, Clone)]
 pub(super) struct Args {
     /// BF16 checkpoint folder or hub id
     #[arg(required_unless_present = "list_recipes")]
@@ -41,7 +49,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "BITS")]
     bits: Option<f64>,
     /// Choose by the recoup_sensitivity.json of an earlier run instead of measuring again
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, conflicts_with = "merge", value_name = "FILE")]
     sensitivity: Option<PathBuf>,
     /// Also keep the plain model that the weights were rounded from, after smoothing or rotation: what `recoup recover`
     /// starts from
@@ -53,6 +61,8 @@ pub(super) struct Args {
     /// Tokens in a window
     #[arg(long, default_value_t = 512)]
     length: usize,
+    #[command(flatten)]
+    shares: Shares,
     #[command(flatten)]
     template: TemplateOptions,
     #[command(flatten)]
@@ -66,9 +76,15 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         }
         return super::done();
     }
+    let (shares, output) = args.shares.of_this_process(args.output.as_deref())?;
+    let args = &Args { shares, output, ..args.clone() };
     let (Some(model), Some(out), Some(recipe)) = (&args.model, &args.output, &args.recipe) else {
         bail!("MODEL, --output and --recipe are needed");
     };
+    let shard = args.shares.part();
+    if shard != Shard::ALL {
+        return find_share(args, (model, out), recipe, shard);
+    }
     let start = Instant::now();
     let claim = output::folder(out)?;
     let kept = args.keep_unrounded.as_deref().map(output::folder).transpose()?;
@@ -83,8 +99,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let folder = model_folder(model)?;
     let checkpoint = open_model(&folder)?;
     let text = if recipe.needs_text() {
-        let amount = Amount { samples: args.samples.unwrap_or(recipe.samples()), length: args.length };
-        calibration_text(args.calibration.as_deref(), amount, &checkpoint, Some(&args.template))?
+        args.text(&recipe, &checkpoint)?
     } else {
         if args.calibration.is_some() || args.samples.is_some() {
             super::say!(
@@ -98,7 +113,12 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     };
     let bar = super::progress(0, "");
     let backend = args.options.backend_for(checkpoint.tensors.file_bytes())?;
-    let places = quantize::Places { out, unrounded: args.keep_unrounded.as_deref(), measured: measured.as_ref() };
+    let found = match args.shares.merge.as_slice() {
+        [] => None,
+        folders => Some(args.of_shares(folders, &checkpoint, &recipe, &text)?),
+    };
+    let unrounded = args.keep_unrounded.as_deref();
+    let places = quantize::Places { out, unrounded, measured: measured.as_ref(), found: found.as_ref() };
     let report =
         quantize::apply(&checkpoint, &backend, &text, &recipe, args.dialect, places, &mut |what, done, all| {
             bar.at(what, done, all);
@@ -137,10 +157,73 @@ pub(super) fn check(args: &Args) -> Result<()> {
     choose_bits(args, &mut recipe)?;
     let checkpoint = open_model(&model_folder(model)?)?;
     if recipe.needs_text() {
-        let amount = Amount { samples: args.samples.unwrap_or(recipe.samples()), length: args.length };
-        calibration_text(args.calibration.as_deref(), amount, &checkpoint, Some(&args.template))?;
+        args.text(&recipe, &checkpoint)?;
     }
     Ok(())
+}
+
+/// What a share found, in its folder.
+const FOUND: &str = "found.json";
+
+impl Args {
+    fn text(&self, recipe: &Recipe, checkpoint: &Checkpoint) -> Result<CalibrationText> {
+        let amount = Amount { samples: self.samples.unwrap_or(recipe.samples()), length: self.length };
+        calibration_text(self.calibration.as_deref(), amount, checkpoint, Some(&self.template))
+    }
+
+    /// All that what shares find depends on: not the budget of bits, by which formats are chosen afterwards.
+    fn key(&self, checkpoint: &Checkpoint, recipe: &Recipe, text: &CalibrationText) -> Result<Value> {
+        let mut recipe = json!(recipe);
+        if let Some(auto) = recipe.get_mut("auto").and_then(Value::as_object_mut) {
+            auto.shift_remove("bits");
+        }
+        Ok(json!({"model": identity(checkpoint)?, "recipe": recipe, "text": sha256(json!(text.sequences).to_string()),
+            "dialect": self.dialect.name(), "version": env!("CARGO_PKG_VERSION"),
+            "computation": self.options.computation(checkpoint)?}))
+    }
+
+    /// What all shares found.
+    fn of_shares(
+        &self,
+        folders: &[PathBuf],
+        checkpoint: &Checkpoint,
+        recipe: &Recipe,
+        text: &CalibrationText,
+    ) -> Result<Found> {
+        let shares = shares::all(folders, Path::new(FOUND), &self.key(checkpoint, recipe, text)?)?;
+        Found::joined(shares).with_context(|| format!("--merge: {FOUND} of the shards are not of one kind"))
+    }
+}
+
+/// Finds a share of what the recipe measures, and keeps it in the folder `out`.
+fn find_share(args: &Args, (model, out): (&Path, &Path), recipe: &OsStr, shard: Shard) -> Result<ExitCode> {
+    for (name, given) in [
+        ("--keep-unrounded", args.keep_unrounded.is_some()),
+        ("--sensitivity", args.sensitivity.is_some()),
+        ("--bits", args.bits.is_some()),
+    ] {
+        if given {
+            bail!("{name} is for the model that all shards are for: give it with --merge");
+        }
+    }
+    let start = Instant::now();
+    let recipe = Recipe::find(recipe)?;
+    recipe.check_measures()?;
+    let checkpoint = open_model(&model_folder(model)?)?;
+    let text = args.text(&recipe, &checkpoint)?;
+    let backend = args.options.backend_for(checkpoint.tensors.file_bytes())?;
+    let claim = output::growing(out)?;
+    let bar = super::progress(0, "");
+    let key = shares::of_share(&args.key(&checkpoint, &recipe, &text)?, shard);
+    let with = (&recipe, args.dialect);
+    kept(&out.join(FOUND), &key, || {
+        let shown = &mut |what, done, all| bar.at(what, done, all);
+        anyhow::Ok(quantize::find_share(&checkpoint, &backend, &text, with, &claim, shard, shown)?)
+    })?;
+    bar.finish();
+    let seconds = start.elapsed().as_secs_f64();
+    super::say!("shard {shard} is complete after {seconds:.1} s; when all are: recoup quantize … --merge DIRS -o OUT");
+    super::done()
 }
 
 /// Takes --bits into the recipe; the table that --sensitivity names.

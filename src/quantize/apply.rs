@@ -3,13 +3,15 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use recoup_ground::shares::Shard;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::auto::{self, Table};
+use super::auto::{self, Measured, Table};
 use super::calibrate::{self, Calibration};
 use super::export::{Report, plain_cache, quantize, sayable};
 use super::gptq::{self, Prepared, Rounded, Target};
-use super::recipe::{Recipe, Rule};
+use super::recipe::{Auto, Recipe, Rule};
 use super::text::CalibrationText;
 use super::{QuantizeError, Scheme, encode, rotate, smooth, space};
 use crate::backend::{Backend, BackendError, NUMERICS_VERSION};
@@ -22,10 +24,11 @@ use crate::model::ModelConfig;
 use crate::model::modules::Module;
 use crate::output::{self, Claim};
 
-/// Raised when a recipe makes other bytes of the same model than before (2: GPTQ of experts by the tokens that reach them).
-const ROUNDING_VERSION: u32 = 2;
+/// Raised when a recipe makes other bytes of the same model than before (2: GPTQ of experts by the tokens that reach them;
+/// 3: of MXFP4 and W4A8).
+const ROUNDING_VERSION: u32 = 3;
 
-/// Where a whole recipe writes, and what it takes from an earlier run.
+/// Where a whole recipe writes, and what it takes from earlier runs.
 #[derive(Clone, Copy, Debug)]
 pub struct Places<'a> {
     /// The quantized model.
@@ -34,6 +37,37 @@ pub struct Places<'a> {
     pub unrounded: Option<&'a Path>,
     /// A table of sensitivities measured before, to choose formats by instead of measuring.
     pub measured: Option<&'a Table>,
+    /// What was found in shares, all of it, instead of finding it.
+    pub found: Option<&'a Found>,
+}
+
+/// What of a recipe's work several processes can share out: the measuring.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Found {
+    /// Of a recipe that chooses formats: sensitivities of groups.
+    Sensitivities(Measured),
+    /// Of another that calibrates: largest magnitudes on sequences.
+    Calibration(Calibration),
+}
+
+impl Found {
+    /// All, from the shares in their order; nothing where they are not of one kind.
+    #[must_use]
+    pub fn joined(shares: Vec<Self>) -> Option<Self> {
+        let (mut measured, mut calibrations) = (Vec::new(), Vec::new());
+        for share in shares {
+            match share {
+                Self::Sensitivities(share) => measured.push(share),
+                Self::Calibration(share) => calibrations.push(share),
+            }
+        }
+        match (measured.is_empty(), calibrations.is_empty()) {
+            (false, true) => Some(Self::Sensitivities(Measured::joined(measured))),
+            (true, false) => Some(Self::Calibration(Calibration::joined(calibrations))),
+            _ => None,
+        }
+    }
 }
 
 /// A model that a recipe made, with the plain one that it was rounded from.
@@ -69,9 +103,201 @@ pub fn apply_once<B: Backend + Clone>(
         let failed = |e| CheckpointError::io(&made.unrounded, "remove", e);
         std::fs::remove_dir_all(&made.unrounded).map_err(failed)?;
     }
-    let places = Places { out: &made.quantized, unrounded: Some(&made.unrounded), measured: None };
+    let places = Places { out: &made.quantized, unrounded: Some(&made.unrounded), measured: None, found: None };
     apply(checkpoint, &backend()?, text, recipe, Dialect::ModelOpt, places, progress)?;
     Ok(made)
+}
+
+/// A recipe for a model: which module becomes what, before formats are chosen.
+struct Assigned<'a> {
+    checkpoint: &'a Checkpoint,
+    recipe: &'a Recipe,
+    dialect: Dialect,
+    /// Those that can be quantized.
+    modules: Vec<Module>,
+    schemes: BTreeMap<String, Scheme>,
+}
+
+impl<'a> Assigned<'a> {
+    /// # Errors
+    /// When the recipe does not suit the model, or its dialect cannot say what it makes.
+    fn new(checkpoint: &'a Checkpoint, recipe: &'a Recipe, dialect: Dialect) -> Result<Self, QuantizeError> {
+        let tool = dialect.tool().ok_or(QuantizeError::Dialect(dialect))?;
+        plain_cache(checkpoint)?;
+        let modules: Vec<Module> = ModelConfig::read(&checkpoint.config)?.modules();
+        let modules: Vec<Module> = modules.into_iter().filter(Module::is_quantizable).collect();
+        let mut schemes = assigned(recipe, &modules)?;
+        // Formats are chosen among for the blocks' linears; embedding and head get what the rules say.
+        if let Some(auto) = &recipe.auto {
+            for m in modules.iter().filter(|m| m.is_block_linear()) {
+                let chosen = schemes.get_mut(&m.name).filter(|s| **s != Scheme::None);
+                chosen.into_iter().for_each(|s| *s = auto.smallest());
+            }
+        }
+        let own = Self { checkpoint, recipe, dialect, modules, schemes };
+        for m in own.modules.iter().filter(|m| own.scheme(m) != Scheme::None) {
+            let auto = recipe.auto.as_ref().filter(|_| m.is_block_linear());
+            for s in auto.map_or_else(|| vec![own.scheme(m)], |auto| auto.schemes.clone()) {
+                encode::check_block(m, s)?;
+                sayable(checkpoint, m, s, tool)?;
+            }
+        }
+        Ok(own)
+    }
+
+    fn scheme(&self, m: &Module) -> Scheme {
+        self.schemes.get(m.name.as_str()).copied().unwrap_or(Scheme::None)
+    }
+
+    /// Whether the module's format is chosen.
+    fn is_chosen(&self, m: &Module) -> bool {
+        m.is_block_linear() && self.scheme(m) != Scheme::None
+    }
+
+    /// Rotates and smooths, where the recipe says so, into the scratch of `claim`.
+    fn prepared<B: Backend + Clone>(
+        &self,
+        backend: &B,
+        text: &CalibrationText,
+        claim: &Claim,
+        progress: &mut dyn FnMut(&'static str, usize, usize),
+    ) -> Result<Ground<'a>, QuantizeError> {
+        let scheme = |m: &Module| self.scheme(m);
+        let mut ground = Ground { checkpoint: self.checkpoint, rotated: None, smoothed: None };
+        if let Some(what) = self.recipe.rotate {
+            progress("rotating", 0, 1);
+            ground.rotated = Some(Scratch::of(claim, "rotated", |folder| {
+                rotate::rotate(self.checkpoint, what, &|m| scheme(m) != Scheme::None, folder)
+            })?);
+        }
+        if let Some(form) = self.recipe.smooth {
+            let mut shown = |done, all| progress("smoothing", done, all);
+            let found = smooth::choose(ground.source(), backend, &text.sequences, form, &scheme, &mut shown)?;
+            let smoothed = Scratch::of(claim, "smoothed", |folder| found.write(ground.source(), folder))?;
+            ground.smoothed = Some(smoothed);
+        }
+        Ok(ground)
+    }
+
+    /// Largest magnitudes on a share of the text.
+    fn calibration<B: Backend + Clone>(
+        &self,
+        source: &Checkpoint,
+        backend: &B,
+        text: &CalibrationText,
+        shard: Shard,
+        progress: &mut dyn FnMut(&'static str, usize, usize),
+    ) -> Result<Calibration, QuantizeError> {
+        let description = text.described();
+        let sequences = shard.share(text.sequences.iter().cloned());
+        if !self.recipe.calibrates() || sequences.is_empty() && shard != Shard::ALL {
+            return Ok(Calibration { description, ..Calibration::default() });
+        }
+        let mut shown = |done, all| progress("calibrating", done, all);
+        calibrate::calibrate(source, backend.clone(), &sequences, &description, &mut shown)
+    }
+
+    /// What each group of a share of them loses under each format of `auto`.
+    #[allow(clippy::too_many_arguments)]
+    fn sensitivities<B: Backend + Clone>(
+        &self,
+        auto: &Auto,
+        (source, calibration): (&Checkpoint, &Calibration),
+        backend: &B,
+        text: &CalibrationText,
+        claim: &Claim,
+        shard: Shard,
+        progress: &mut dyn FnMut(&'static str, usize, usize),
+    ) -> Result<Measured, QuantizeError> {
+        let eligible = |m: &Module| self.is_chosen(m);
+        let mut donors = Vec::new();
+        for candidate in auto.schemes.iter().filter(|s| **s != Scheme::None) {
+            let one = |folder: &Path| {
+                let rule = |m: &Module| Rule { modules: m.name.clone(), scheme: *candidate };
+                let rules = self.modules.iter().filter(|m| eligible(m)).map(rule).collect();
+                let uniform = Recipe { rules, ..Recipe::uniform(*candidate) };
+                quantize(source, calibration, &uniform, self.dialect, &BTreeMap::new(), None, folder).map(|_| ())
+            };
+            donors.push((*candidate, Scratch::of(claim, candidate.name(), one)?));
+        }
+        let opened: Vec<(Scheme, &Checkpoint)> = donors.iter().map(|(s, d)| (*s, &d.checkpoint)).collect();
+        let windows = &text.sequences[..auto.windows.min(text.sequences.len())];
+        let mut shown = |done, all| progress("measuring sensitivity", done, all);
+        auto::measure(source, &opened, backend, windows, &auto.schemes, &eligible, shard, &mut shown)
+    }
+
+    /// Formats chosen by the recipe's `auto`, where it has one.
+    #[allow(clippy::too_many_arguments)]
+    fn table<B: Backend + Clone>(
+        &self,
+        ground: (&Checkpoint, &Calibration),
+        backend: &B,
+        text: &CalibrationText,
+        claim: &Claim,
+        places: Places<'_>,
+        progress: &mut dyn FnMut(&'static str, usize, usize),
+    ) -> Result<Option<Table>, QuantizeError> {
+        let Some(auto) = &self.recipe.auto else { return Ok(None) };
+        let weights =
+            identity(&self.checkpoint.tensors, &mut |_, _| {})?["weights"].as_str().unwrap_or_default().to_owned();
+        let mut table = match (places.measured, places.found) {
+            (Some(stored), _) => stored.again(auto, &self.modules, &|m| self.scheme(m) != Scheme::None, &weights)?,
+            (None, Some(Found::Sensitivities(m))) => auto::choose(m.groups.clone(), auto.bits, m.tokens),
+            (None, _) => {
+                let m = self.sensitivities(auto, ground, backend, text, claim, Shard::ALL, progress)?;
+                auto::choose(m.groups, auto.bits, m.tokens)
+            }
+        };
+        table.weights = Some(weights);
+        Ok(Some(table))
+    }
+}
+
+/// What each of `modules` becomes by the rules of `recipe`.
+fn assigned(recipe: &Recipe, modules: &[Module]) -> Result<BTreeMap<String, Scheme>, QuantizeError> {
+    Ok(modules.iter().map(|m| m.name.clone()).zip(recipe.assign(modules)?).collect())
+}
+
+/// A model after rotation and smoothing, where a recipe has these.
+struct Ground<'a> {
+    checkpoint: &'a Checkpoint,
+    rotated: Option<Scratch>,
+    smoothed: Option<Scratch>,
+}
+
+impl Ground<'_> {
+    fn source(&self) -> &Checkpoint {
+        self.smoothed.as_ref().or(self.rotated.as_ref()).map_or(self.checkpoint, |s| &s.checkpoint)
+    }
+}
+
+/// Finds what a share of a recipe's measuring gives; what rotation and smoothing make lies in the scratch of `claim` meanwhile.
+///
+/// # Errors
+/// Those of [`apply`]; when the recipe measures nothing.
+pub fn find_share<B: Backend + Clone>(
+    checkpoint: &Checkpoint,
+    backend: &B,
+    text: &CalibrationText,
+    (recipe, dialect): (&Recipe, Dialect),
+    claim: &Claim,
+    shard: Shard,
+    progress: &mut dyn FnMut(&'static str, usize, usize),
+) -> Result<Found, QuantizeError> {
+    let assigned = Assigned::new(checkpoint, recipe, dialect)?;
+    recipe.check_measures()?;
+    let space = space::needed(checkpoint, &assigned.modules, recipe, false, &|m: &Module| assigned.scheme(m));
+    claim.room("what lies on the way to the measurement", space.out).map_err(CheckpointError::from)?;
+    let ground = assigned.prepared(backend, text, claim, progress)?;
+    let source = ground.source();
+    Ok(match &recipe.auto {
+        None => Found::Calibration(assigned.calibration(source, backend, text, shard, progress)?),
+        Some(auto) => {
+            let calibration = assigned.calibration(source, backend, text, Shard::ALL, progress)?;
+            let ground = (source, &calibration);
+            Found::Sensitivities(assigned.sensitivities(auto, ground, backend, text, claim, shard, progress)?)
+        }
+    })
 }
 
 /// Quantizes by a whole recipe: rotates, smooths, calibrates, rounds and writes, as it says.
@@ -86,93 +312,28 @@ pub fn apply<B: Backend + Clone>(
     text: &CalibrationText,
     recipe: &Recipe,
     dialect: Dialect,
-    Places { out, unrounded, measured }: Places<'_>,
+    places: Places<'_>,
     progress: &mut dyn FnMut(&'static str, usize, usize),
 ) -> Result<Report, QuantizeError> {
-    let tool = dialect.tool().ok_or(QuantizeError::Dialect(dialect))?;
-    plain_cache(checkpoint)?;
-    let modules: Vec<Module> = ModelConfig::read(&checkpoint.config)?.modules();
-    let modules: Vec<Module> = modules.into_iter().filter(Module::is_quantizable).collect();
-    let assigned = |recipe: &Recipe| -> Result<BTreeMap<String, Scheme>, QuantizeError> {
-        Ok(modules.iter().map(|m| m.name.clone()).zip(recipe.assign(&modules)?).collect())
-    };
-    let mut schemes = assigned(recipe)?;
-    // Formats are chosen among for the blocks' linears; embedding and head get what the rules say.
-    if let Some(auto) = &recipe.auto {
-        for m in modules.iter().filter(|m| m.is_block_linear()) {
-            let chosen = schemes.get_mut(&m.name).filter(|s| **s != Scheme::None);
-            chosen.into_iter().for_each(|s| *s = auto.smallest());
-        }
-    }
-    let scheme = |m: &Module| schemes.get(m.name.as_str()).copied().unwrap_or(Scheme::None);
-    for m in modules.iter().filter(|m| scheme(m) != Scheme::None) {
-        let auto = recipe.auto.as_ref().filter(|_| m.is_block_linear());
-        for s in auto.map_or_else(|| vec![scheme(m)], |auto| auto.schemes.clone()) {
-            encode::check_block(m, s)?;
-            sayable(checkpoint, m, s, tool)?;
-        }
-    }
+    let Places { out, unrounded, measured, found } = places;
+    let before = Assigned::new(checkpoint, recipe, dialect)?;
+    let (modules, scheme) = (&before.modules, |m: &Module| before.scheme(m));
     // Refused now and not after minutes of work; held until the end.
     let claims = std::iter::once(out).chain(unrounded).map(output::folder);
     let claims = claims.collect::<Result<Vec<Claim>, _>>().map_err(CheckpointError::from)?;
     let claim = &claims[0];
-    let space = space::needed(checkpoint, &modules, recipe, measured.is_some(), &scheme);
+    let known = measured.is_some() || matches!(found, Some(Found::Sensitivities(_)));
+    let space = space::needed(checkpoint, modules, recipe, known, &scheme);
     let room = |claim: &Claim, bytes| claim.room("the model with what lies on the way to it", bytes);
     room(claim, space.out).map_err(CheckpointError::from)?;
     claims.get(1).map_or(Ok(()), |kept| room(kept, space.unrounded)).map_err(CheckpointError::from)?;
-    let mut rotated = None;
-    if let Some(what) = recipe.rotate {
-        progress("rotating", 0, 1);
-        rotated = Some(Scratch::of(claim, "rotated", |folder| {
-            rotate::rotate(checkpoint, what, &|m| scheme(m) != Scheme::None, folder)
-        })?);
-    }
-    let source = rotated.as_ref().map_or(checkpoint, |s: &Scratch| &s.checkpoint);
-    let mut smoothed = None;
-    if let Some(form) = recipe.smooth {
-        let mut shown = |done, all| progress("smoothing", done, all);
-        let found = smooth::choose(source, backend, &text.sequences, form, &scheme, &mut shown)?;
-        smoothed = Some(Scratch::of(claim, "smoothed", |folder| found.write(source, folder))?);
-    }
-    let source = smoothed.as_ref().map_or(source, |s: &Scratch| &s.checkpoint);
-    let description = text.described();
-    let mut calibration = Calibration { description: description.clone(), ..Calibration::default() };
-    if recipe.calibrates() {
-        let mut shown = |done, all| progress("calibrating", done, all);
-        calibration = calibrate::calibrate(source, backend.clone(), &text.sequences, &description, &mut shown)?;
-    }
-    let weights = match recipe.auto {
-        None => String::new(),
-        Some(_) => identity(&checkpoint.tensors, &mut |_, _| {})?["weights"].as_str().unwrap_or_default().to_owned(),
+    let ground = before.prepared(backend, text, claim, progress)?;
+    let source = ground.source();
+    let calibration = match found {
+        Some(Found::Calibration(all)) => all.clone(),
+        _ => before.calibration(source, backend, text, Shard::ALL, progress)?,
     };
-    let mut table = match &recipe.auto {
-        None => None,
-        Some(auto) => Some(match measured {
-            Some(stored) => stored.again(auto, &modules, &|m| scheme(m) != Scheme::None, &weights)?,
-            None => {
-                let eligible = |m: &Module| m.is_block_linear() && scheme(m) != Scheme::None;
-                let mut donors = Vec::new();
-                for candidate in auto.schemes.iter().filter(|s| **s != Scheme::None) {
-                    let one = |folder: &Path| {
-                        let rule = |m: &Module| Rule { modules: m.name.clone(), scheme: *candidate };
-                        let rules = modules.iter().filter(|m| eligible(m)).map(rule).collect();
-                        let uniform = Recipe { rules, ..Recipe::uniform(*candidate) };
-                        quantize(source, &calibration, &uniform, dialect, &BTreeMap::new(), None, folder).map(|_| ())
-                    };
-                    donors.push((*candidate, Scratch::of(claim, candidate.name(), one)?));
-                }
-                let opened: Vec<(Scheme, &Checkpoint)> = donors.iter().map(|(s, d)| (*s, &d.checkpoint)).collect();
-                let windows = &text.sequences[..auto.windows.min(text.sequences.len())];
-                let mut shown = |done, all| progress("measuring sensitivity", done, all);
-                let (groups, tokens) =
-                    auto::measure(source, &opened, backend, windows, &auto.schemes, &eligible, &mut shown)?;
-                auto::choose(groups, auto.bits, tokens)
-            }
-        }),
-    };
-    if let Some(table) = &mut table {
-        table.weights = Some(weights);
-    }
+    let table = before.table((source, &calibration), backend, text, claim, places, progress)?;
     let decided = table.as_ref().map(|table| {
         let mut decided = table.decided(recipe);
         let beside = modules.iter().filter(|m| !m.is_block_linear() && scheme(m) != Scheme::None);
@@ -180,11 +341,11 @@ pub fn apply<B: Backend + Clone>(
         decided
     });
     let recipe = decided.as_ref().unwrap_or(recipe);
-    let schemes = assigned(recipe)?;
+    let schemes = assigned(recipe, modules)?;
     let scheme = |m: &Module| schemes.get(m.name.as_str()).copied().unwrap_or(Scheme::None);
     let mut rounded = Rounded::default();
-    if let Some(options) = recipe.gptq {
-        let inputs = calibration.shared(&modules);
+    if let (Some(options), Some(tool)) = (recipe.gptq, dialect.tool()) {
+        let inputs = calibration.shared(modules);
         let input = |m: &Module| inputs.get(&m.input_key()).copied().unwrap_or(0.0);
         let target = |m: &Module| {
             let scheme = Some(scheme(m)).filter(|s| s.is_four_bit())?;

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use rayon::prelude::*;
+use recoup_ground::shares::{self, Shard};
 use serde::{Deserialize, Serialize};
 
 use super::QuantizeError;
@@ -54,6 +55,22 @@ pub struct Table {
     pub groups: Vec<Group>,
 }
 
+/// Groups with every option's KL, all of a model or a share, and on how many tokens they were measured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    pub groups: Vec<Group>,
+    pub tokens: usize,
+}
+
+impl Measured {
+    /// All groups, from what was measured of shares of them, in their order.
+    #[must_use]
+    pub fn joined(shares: Vec<Self>) -> Self {
+        let tokens = shares.first().map_or(0, |share| share.tokens);
+        Self { groups: shares::whole(shares.into_iter().map(|share| share.groups).collect()), tokens }
+    }
+}
+
 /// The groups of a model's block linears that `eligible` names, options still empty.
 fn groups(modules: &[Module], eligible: &dyn Fn(&Module) -> bool) -> Vec<(usize, Group)> {
     let mut out: Vec<(usize, Group)> = Vec::new();
@@ -75,7 +92,7 @@ fn groups(modules: &[Module], eligible: &dyn Fn(&Module) -> bool) -> Vec<(usize,
     out
 }
 
-/// Measures every group under every candidate. `donors` are the model quantized whole, by scheme.
+/// Measures every group of `shard` under every candidate. `donors` are the model quantized whole, by scheme.
 ///
 /// # Errors
 /// When a model cannot be run, or computes something that is no number.
@@ -86,14 +103,15 @@ pub(super) fn measure<B: Backend + Clone>(
     sequences: &[Vec<u32>],
     schemes: &[Scheme],
     eligible: &dyn Fn(&Module) -> bool,
+    shard: Shard,
     progress: &mut dyn FnMut(usize, usize),
-) -> Result<(Vec<Group>, usize), QuantizeError> {
+) -> Result<Measured, QuantizeError> {
     let base = Decoder::load(backend.clone(), checkpoint)?;
     let donors: Vec<(Scheme, Decoder<B>)> = donors
         .iter()
         .map(|(s, c)| Ok((*s, Decoder::load(backend.clone(), *c)?)))
         .collect::<Result<_, QuantizeError>>()?;
-    let mut groups = groups(&ModelConfig::read(&checkpoint.config)?.modules(), eligible);
+    let mut groups = shard.share(groups(&ModelConfig::read(&checkpoint.config)?.modules(), eligible));
     for (_, group) in &mut groups {
         let bits = |scheme: &Scheme| Choice { scheme: *scheme, bits_per_weight: scheme.bits_per_weight(), kl: 0.0 };
         group.options = schemes.iter().map(bits).collect();
@@ -133,7 +151,7 @@ pub(super) fn measure<B: Backend + Clone>(
             }
         }
     }
-    Ok((groups.into_iter().map(|(_, g)| g).collect(), tokens))
+    Ok(Measured { groups: groups.into_iter().map(|(_, g)| g).collect(), tokens })
 }
 
 /// Log-probabilities of logits [rows, vocab].

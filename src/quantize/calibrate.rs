@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
+use serde::{Deserialize, Serialize};
+
 use super::QuantizeError;
 use crate::backend::Backend;
 use crate::backend::observe::{Observer, held};
@@ -16,7 +18,7 @@ use crate::model::ModelConfig;
 use crate::model::modules::Module;
 
 /// What calibration found.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Calibration {
     /// Largest magnitude of each module's input, and of each layer's keys and values by the name of their scale's tensor;
     /// what saw no token is absent.
@@ -28,6 +30,18 @@ pub struct Calibration {
 }
 
 impl Calibration {
+    /// Of all text, from what was found on shares of it.
+    #[must_use]
+    pub fn joined(shares: impl IntoIterator<Item = Self>) -> Self {
+        shares.into_iter().fold(Self::default(), |mut all, share| {
+            for (name, seen) in share.amax {
+                let max = all.amax.entry(name).or_default();
+                *max = max.max(seen);
+            }
+            Self { amax: all.amax, tokens: all.tokens + share.tokens, description: share.description }
+        })
+    }
+
     /// Largest magnitude by [`Module::input_key`]: of the inputs that share a scale.
     #[must_use]
     pub fn shared(&self, modules: &[Module]) -> BTreeMap<String, f32> {

@@ -21,7 +21,7 @@ mod space;
 mod text;
 
 pub use crate::formats::scheme::Scheme;
-pub use apply::{Made, Places, apply, apply_once};
+pub use apply::{Found, Made, Places, apply, apply_once, find_share};
 pub use error::QuantizeError;
 pub use export::{Report, quantize};
 pub use recipe::Recipe;

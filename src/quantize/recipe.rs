@@ -301,6 +301,19 @@ impl Recipe {
         self.kv_cache == Some(KvCache::Fp8) || self.schemes().any(Scheme::has_input_scale)
     }
 
+    /// Whether it measures something that processes can share out.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn check_measures(&self) -> Result<(), QuantizeError> {
+        if self.auto.is_some() || self.calibrates() {
+            return Ok(());
+        }
+        let detail =
+            "measures nothing that several processes could share out: it chooses no formats and calibrates no scale";
+        Err(QuantizeError::Recipe { file: self.name.clone(), detail: detail.into() })
+    }
+
     /// Whether anything in it runs text through the model.
     #[must_use]
     pub fn needs_text(&self) -> bool {

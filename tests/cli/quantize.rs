@@ -8,7 +8,7 @@ use recoup::checkpoint::write::{FolderWriter, Pending, SHARD_BYTES};
 use recoup::checkpoint::{Checkpoint, CheckpointError};
 use serde_json::Value;
 
-use crate::support::command::{BF16, Folder, names, recoup, run, said, succeed, tensor_data};
+use crate::support::command::{BF16, Folder, assert_same_files, names, recoup, run, said, succeed, tensor_data};
 use crate::support::project;
 
 /// What is said of a run that must fail with 1 and leave nothing under the name of the output.
@@ -301,4 +301,44 @@ fn a_run_that_is_killed_leaves_nothing_under_the_final_name_and_the_next_one_suc
         assert!(read("out") == read("whole"), "{file}");
     }
     assert!(said(&run(&args)).contains("not empty"));
+}
+
+#[test]
+fn what_processes_measure_in_shares_makes_the_model_of_one_run() {
+    let folder = Folder::new();
+    let (one, parts) = (folder.name("one"), folder.name("parts"));
+    // Scales of inputs on five sequences, by more processes than that; then formats by measured KL.
+    for (recipe, samples, of) in [("nvfp4_smooth", "5", 6), ("nvfp4_fp8_auto", "2", 3)] {
+        let base = ["quantize", BF16, "--recipe", recipe, "--samples", samples, "--length", "64"];
+        let (tables, _) = succeed(&[&base[..], &["-o", &one]].concat());
+        for index in 0..of {
+            let (index, of) = (index.to_string(), of.to_string());
+            let mut part = recoup(&[&base[..], &["--shard", "auto", "-o", &parts]].concat());
+            let out = part.env("PMI_RANK", &index).env("PMI_SIZE", &of).output().unwrap();
+            assert!(out.status.success() && said(&out).contains("is complete"), "{}", said(&out));
+        }
+        let merged = folder.name("merged");
+        let (again, _) = succeed(&[&base[..], &["--merge", &parts, "-o", &merged]].concat());
+        assert_eq!(again, tables);
+        assert_same_files(&folder.at("one"), &folder.at("merged"));
+        if recipe == "nvfp4_fp8_auto" {
+            // Another budget needs no other measurement, another text does.
+            let eight = ["--merge", &parts, "--bits", "8", "-o", &folder.name("eight")];
+            assert!(succeed(&[&base[..], &eight].concat()).0.contains("of 8 bits per weight"));
+            let other = ["quantize", BF16, "--recipe", recipe, "--samples", "3", "--length", "64"];
+            let refused = fail(&folder.at("x"), &[&other[..], &["--merge", &parts, "-o", &folder.name("x")]].concat());
+            assert!(refused.contains("`text`"), "{refused}");
+            // A share that is lost, and done again: what is there is not measured again.
+            std::fs::remove_file(folder.at("parts/shard-1-of-3/found.json")).unwrap();
+            let refused = fail(&folder.at("x"), &[&base[..], &["--merge", &parts, "-o", &folder.name("x")]].concat());
+            assert!(refused.contains("shard-1-of-3/found.json: is not there"), "{refused}");
+        }
+        for made in ["one", "merged", "parts"] {
+            std::fs::remove_dir_all(folder.at(made)).unwrap();
+        }
+    }
+    let nothing = ["quantize", BF16, "--recipe", "w4a16_nvfp4", "--shard", "0/2", "-o", &one];
+    assert!(fail(Path::new(&one), &nothing).contains("measures nothing that several processes could share out"));
+    let bits = ["quantize", BF16, "--recipe", "nvfp4_fp8_auto", "--bits", "5", "--shard", "0/2", "-o", &one];
+    assert!(fail(Path::new(&one), &bits).contains("give it with --merge"));
 }

@@ -80,7 +80,7 @@ fn a_small_hybrid_is_trained_quantized_and_recovered() {
         description: "progressions".into(),
     };
     let quantized = at("nvfp4");
-    let places = Places { out: &quantized, unrounded: None, measured: None };
+    let places = Places { out: &quantized, unrounded: None, measured: None, found: None };
     let recipe = Recipe::find("nvfp4").unwrap();
     apply(&plain, &cpu(2), &text, &recipe, Dialect::ModelOpt, places, &mut |_, _, _| ()).unwrap();
 

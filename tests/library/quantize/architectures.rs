@@ -291,7 +291,7 @@ fn hybrids_are_rounded_layer_by_layer_and_neither_smoothed_nor_rotated() {
         let text = CalibrationText { sequences, description: "test".into() };
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("out");
-        let places = Places { out: &out, unrounded: None, measured: None };
+        let places = Places { out: &out, unrounded: None, measured: None, found: None };
         let run =
             |recipe: &Recipe| apply(&source, &cpu(2), &text, recipe, Dialect::ModelOpt, places, &mut |_, _, _| {});
         let plain = Recipe::find("nvfp4").unwrap();

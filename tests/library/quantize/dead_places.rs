@@ -22,7 +22,7 @@ fn quantized(t: &Tiny, recipe: &str, dialect: Dialect, folder: &Path) -> Result<
     let checkpoint = Checkpoint::open(&source).unwrap();
     let sequences: Vec<Vec<u32>> = (0..4).map(|i| (0..24).map(|j| (i * 7 + j * 5) % 40).collect()).collect();
     let text = CalibrationText { sequences, description: "test".into() };
-    let places = Places { out: &folder.join("out"), unrounded: None, measured: None };
+    let places = Places { out: &folder.join("out"), unrounded: None, measured: None, found: None };
     let recipe = Recipe::find(recipe).unwrap();
     apply(&checkpoint, &cpu(1), &text, &recipe, dialect, places, &mut |_, _, _| {}).map_err(|e| e.to_string())
 }

@@ -36,7 +36,7 @@ fn sequences(count: u32, length: u32, vocab: u32) -> Vec<Vec<u32>> {
 }
 
 fn rounded(source: &Checkpoint, gptq: Gptq, text: &CalibrationText, out: &Path, unrounded: Option<&Path>) -> Report {
-    let places = Places { out, unrounded, measured: None };
+    let places = Places { out, unrounded, measured: None, found: None };
     apply(source, &cpu(2), text, &recipe(Some(gptq)), Dialect::ModelOpt, places, &mut |_, _, _| {}).unwrap()
 }
 
@@ -122,7 +122,7 @@ fn experts_of_their_own_that_few_tokens_reach_are_named_too() {
     let recipe = Recipe { gptq: Some(Gptq::default()), ..Recipe::find("nvfp4").unwrap() };
     let run = |name: &str, sequences: Vec<Vec<u32>>| {
         let out = folder.path().join(name);
-        let places = Places { out: &out, unrounded: None, measured: None };
+        let places = Places { out: &out, unrounded: None, measured: None, found: None };
         apply(&source, &cpu(2), &text(sequences), &recipe, Dialect::ModelOpt, places, &mut |_, _, _| {}).unwrap().notes
     };
     let few = |notes: &[String]| notes.iter().filter(|n| n.contains(".experts.") && n.contains("fewer than")).count();

@@ -230,7 +230,7 @@ fn the_best_recipe_runs_on_every_architecture_and_both_dialects_and_leaves_no_sc
                 &text(),
                 recipe,
                 dialect,
-                Places { out: &out, unrounded: None, measured: None },
+                Places { out: &out, unrounded: None, measured: None, found: None },
                 &mut |_, _, _| {},
             )
             .unwrap();

@@ -124,7 +124,7 @@ fn experts_in_one_tensor_are_the_model_that_they_are_one_by_one() {
         let out = ["one", "all"].map(|name| root.path().join(format!("{name}-{i}-gptq")));
         let kept = ["one", "all"].map(|name| root.path().join(format!("{name}-{i}-kept")));
         for ((source, out), kept) in [&one, &all].iter().zip(&out).zip(&kept) {
-            let places = Places { out, unrounded: Some(kept), measured: None };
+            let places = Places { out, unrounded: Some(kept), measured: None, found: None };
             let recipe = recipe("*.mlp.experts.*", Some(Gptq::default()));
             apply(source, &cpu(2), &text, &recipe, Dialect::ModelOpt, places, &mut |_, _, _| {}).unwrap();
         }
