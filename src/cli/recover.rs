@@ -28,7 +28,7 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::write::Pending;
 use crate::model::{Decoder, ModelConfig};
 use crate::output;
-use crate::quantize::{self, Amount, Made, Recipe};
+use crate::quantize::{self, Amount, Made, Recipe, Scheme};
 use crate::recover::RecoverError;
 use crate::recover::best_known::RECIPE;
 use crate::recover::budget;
@@ -39,7 +39,7 @@ use crate::recover::session::{Lesson, Session, stage_folder};
 use crate::recover::stage::{Method, Stage};
 use crate::recover::stored_plan::{Measured, StoredPlan, UnderWay};
 use crate::recover::streamed::{self, Streamed};
-use crate::recover::student::{Masters, Student, same_shape};
+use crate::recover::student::{Masters, Student, has_learnable_scales, same_shape};
 use crate::recover::trainee::Trainee;
 use crate::recover::trainer::{Event, Plan, Told};
 use crate::recover::written::{self, Changed, Count};
@@ -234,6 +234,16 @@ fn train(args: &Args) -> Result<ExitCode> {
         _ => None,
     };
     let made_from = made_from.as_ref().unwrap_or(&teacher);
+    let has_scales = || match &recipe {
+        Some(recipe) => anyhow::Ok(Recipe::find(recipe)?.schemes().any(Scheme::has_learnable_scales)),
+        None => Ok(has_learnable_scales(made_from)?),
+    };
+    if settings.stages.iter().any(Stage::learns_scales) && !has_scales()? {
+        bail!(
+            "scales=true learns the E4M3 scales of blocks of four bits (NVFP4 and its like), and the student has none; leave \
+             it out"
+        );
+    }
     let positions = ModelConfig::read(&made_from.config)?.max_positions;
     if planned.is_none() && args.plan.any() && args.data.length.is_none() {
         settings.amounts.length = settings.amounts.length.min(positions);

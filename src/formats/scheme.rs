@@ -231,6 +231,12 @@ impl Scheme {
         self.weight().is_some_and(|w| w.element() == Element::E2m1)
     }
 
+    /// Whether weights are E2M1 under E4M3 block scales, whose neighbours are near enough for training to move them.
+    #[must_use]
+    pub fn has_learnable_scales(self) -> bool {
+        matches!(self.weight(), Some(WeightFormat::Nvfp4 { .. }))
+    }
+
     /// Whether a scale of the input is calibrated and stored.
     #[must_use]
     pub fn has_input_scale(self) -> bool {

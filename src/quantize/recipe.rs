@@ -291,7 +291,7 @@ impl Recipe {
     }
 
     /// What the rules may make of some module.
-    fn schemes(&self) -> impl Iterator<Item = Scheme> {
+    pub fn schemes(&self) -> impl Iterator<Item = Scheme> {
         self.rules.iter().map(|r| r.scheme).chain(self.auto.iter().flat_map(|a| a.schemes.iter().copied()))
     }
 

@@ -17,6 +17,7 @@ use crate::backend::autograd::{AutogradBackend, Linear, Norm};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::store::Content;
 use crate::checkpoint::write::Pending;
+use crate::formats::linear::{BlockScales, Element};
 use crate::model::modules::{Module, Part};
 use crate::model::{Blocks, Decoder, ModelConfig, Source};
 
@@ -27,6 +28,20 @@ pub struct Student<M = Decoder<AutogradBackend>> {
     pub parameters: Vec<Parameter>,
     /// Whether all weights are trained: a model of floats from scratch.
     pub everything: bool,
+}
+
+/// Whether any weight of a checkpoint has block scales that can be learned.
+///
+/// # Errors
+/// When something is wrong with it.
+pub fn has_learnable_scales(checkpoint: &Checkpoint) -> Result<bool> {
+    for m in ModelConfig::read(&checkpoint.config)?.modules().iter().filter(|m| checkpoint.has_linear(&m.name)) {
+        let linear = checkpoint.linear(&m.name, m.role)?;
+        if linear.element == Element::E2m1 && matches!(linear.block_scales, BlockScales::E4m3 { .. }) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Weights as they were, in a file: with the optimizer's state beside it there may be no room for them.

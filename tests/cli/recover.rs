@@ -127,6 +127,22 @@ fn runs_give_the_same_bytes_whatever_the_threads_and_after_being_killed_anywhere
     assert!(!folder.at("third.training").exists());
 }
 
+/// Powers of two have no neighbours near enough to be learned.
+#[test]
+fn scales_that_cannot_be_learned_are_refused_before_training() {
+    let folder = Folder::new();
+    let out = folder.name("out");
+    let fp8 = folder.name("fp8");
+    succeed(&["quantize", TEACHER, "--recipe", "fp8", "-o", &fp8]);
+    let go = |student: &[&str], method: &str| {
+        let refused = fail(&arguments(student, &out, &["--method", method]));
+        assert!(refused.contains("has none; leave it out"), "{refused}");
+        assert!(!folder.at("out").exists() && !folder.at("out.training").exists());
+    };
+    go(&["--recipe", "mxfp4"], "qad:steps=2,scales=true");
+    go(&[&fp8], "block:steps=2,scales=true");
+}
+
 /// What is to be learned and is not is told; each has a rate of its own, and what changed is counted as the files have it.
 #[test]
 fn what_changed_is_counted_and_scales_that_moved_nowhere_are_told() {
