@@ -53,7 +53,10 @@ pub(super) fn let_end() {
 
 /// From here on an interrupted run says this.
 pub(super) fn hint(text: impl Into<String>) {
-    *HINT.lock().unwrap_or_else(PoisonError::into_inner) = text.into();
+    let text = text.into();
+    #[cfg(feature = "object-store")]
+    let text = super::store::named(text);
+    *HINT.lock().unwrap_or_else(PoisonError::into_inner) = text;
 }
 
 /// Begins to listen. Signals that the process was told to ignore (nohup, a shell's background job) stay ignored.

@@ -16,6 +16,7 @@ mod lab;
 mod logits;
 mod machine;
 mod options;
+mod place;
 mod pretrain;
 mod quantize;
 mod recover;
@@ -28,6 +29,8 @@ mod sampling;
 mod serve;
 mod shards;
 mod steps;
+#[cfg(feature = "object-store")]
+mod store;
 mod sweep;
 mod talk;
 mod training;

@@ -76,8 +76,12 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         }
         return super::done();
     }
-    let (shares, output) = args.shares.of_this_process(args.output.as_deref())?;
-    let args = &Args { shares, output, ..args.clone() };
+    args.shares
+        .of_this_process(args.output.as_deref(), |shares, output| run_here(&Args { shares, output, ..args.clone() }))
+}
+
+/// The part of this process.
+fn run_here(args: &Args) -> Result<ExitCode> {
     let (Some(model), Some(out), Some(recipe)) = (&args.model, &args.output, &args.recipe) else {
         bail!("MODEL, --output and --recipe are needed");
     };

@@ -1,6 +1,7 @@
 //! Which part of a work a process does: as it is told, or as its cluster numbers it; and which folders hold all parts.
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use recoup_eval::run::RESPONSES;
@@ -8,6 +9,7 @@ use recoup_ground::shares::Shard;
 use serde_json::Value;
 
 use super::options::kv_name;
+use super::place::{self, Place};
 use crate::formats::kv::KvFormat;
 
 /// Which part of a work is asked for, or of which parts the whole is to be made.
@@ -26,9 +28,13 @@ pub(super) struct Shares {
 }
 
 impl Shares {
-    /// With this process's own part, where its cluster says which that is, and the folders of all parts; and where of `output` the
-    /// part lies.
-    pub(in crate::cli) fn of_this_process(&self, output: Option<&Path>) -> Result<(Self, Option<PathBuf>)> {
+    /// Does `work` with this process's own part, where its cluster says which that is, and the folders of all parts, and with where
+    /// of `output` the part lies.
+    pub(super) fn of_this_process(
+        &self,
+        output: Option<&Path>,
+        work: impl FnOnce(Self, Option<PathBuf>) -> Result<ExitCode>,
+    ) -> Result<ExitCode> {
         let (mut own, mut place) = (self.clone(), output.map(Path::to_path_buf));
         if let Some(part @ Part::Auto(_)) = self.shard {
             let shard = resolved(part, &|name| std::env::var(name).ok())?;
@@ -36,8 +42,11 @@ impl Shares {
             place = output.map(|output| folder(output, shard));
             super::say!("shard {shard} of the environment");
         }
-        own.merge = folders(&self.merge)?;
-        Ok((own, place))
+        let (merge, _fetched) = place::fetched(&self.merge)?;
+        own.merge = folders(&merge)?;
+        let place = Place::of(place.as_deref())?;
+        let outcome = work(own, place.folder());
+        place.finish(outcome)
     }
 
     pub(super) fn part(&self) -> Shard {

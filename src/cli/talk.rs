@@ -58,7 +58,10 @@ pub(super) fn out(text: Arguments<'_>) -> Result<()> {
 
 /// Writes talk to stderr, where that is possible; in one piece, so that lines of processes that share a log stay whole.
 pub(super) fn tell(text: Arguments<'_>) {
-    let _ = std::io::stderr().lock().write_all(text.to_string().as_bytes());
+    let text = text.to_string();
+    #[cfg(feature = "object-store")]
+    let text = super::store::named(text);
+    let _ = std::io::stderr().lock().write_all(text.as_bytes());
 }
 
 /// Whether a line to stderr would be taken at once: a pipe that nobody empties is full at some time, and writing to it

@@ -120,6 +120,7 @@ pub fn folder(target: &Path) -> Result<Claim> {
 /// # Errors
 /// As [`folder`], but for what the folder holds.
 pub fn growing(target: &Path) -> Result<Claim> {
+    no_address(target)?;
     fs::create_dir_all(target).map_err(fault(target, "create"))?;
     let claim = claim(resolved(target)?.0, true)?;
     sweep(claim.target());
@@ -182,6 +183,13 @@ pub fn temporary() -> Result<Temporary> {
 pub struct Temporary(tempfile::TempDir);
 
 impl Temporary {
+    /// It stays when this value goes; where it is.
+    #[must_use]
+    pub fn keep(mut self) -> PathBuf {
+        self.0.disable_cleanup(true);
+        self.0.path().into()
+    }
+
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -209,8 +217,19 @@ pub fn abandon() {
     std::mem::forget(claims);
 }
 
+/// An address would be taken for a folder of that name.
+fn no_address(target: &Path) -> Result<()> {
+    if target.to_str().is_some_and(|text| text.contains("://")) {
+        let detail = "is an address, and outputs are folders (eval, compare and quantize write to object stores in a build with \
+                      --features object-store)";
+        return refused(target, detail);
+    }
+    Ok(())
+}
+
 /// The target without symlinks and relative parts, its parents made; whether it exists.
 fn resolved(target: &Path) -> Result<(PathBuf, bool)> {
+    no_address(target)?;
     match fs::metadata(target) {
         Ok(_) => Ok((fs::canonicalize(target).map_err(fault(target, "resolve"))?, true)),
         Err(e) if e.kind() == ErrorKind::NotFound && fs::symlink_metadata(target).is_ok() => {

@@ -19,6 +19,8 @@ mod recover_blocks;
 mod recover_plan;
 mod serve;
 mod settings;
+#[cfg(feature = "object-store")]
+mod store;
 mod sweep;
 mod until;
 mod verify;

@@ -99,9 +99,14 @@ pub(in crate::cli) struct Args {
 }
 
 pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
-    let (shares, output) = args.shares.of_this_process(Some(&args.output))?;
-    let output = output.unwrap_or_else(|| args.output.clone());
-    let args = &Args { shares, output, ..args.clone() };
+    args.shares.of_this_process(Some(&args.output), |shares, output| {
+        let output = output.unwrap_or_else(|| args.output.clone());
+        run_here(&Args { shares, output, ..args.clone() })
+    })
+}
+
+/// The part of this process.
+fn run_here(args: &Args) -> Result<ExitCode> {
     let labels = labels::of(&args.models, &args.labels)?;
     let ptq = labels::ptq(args.ptq.as_deref(), &labels)?;
     let setup = args.tasks.setup()?;

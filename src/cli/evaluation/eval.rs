@@ -61,8 +61,12 @@ pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {
     if args.list_tasks {
         return list(args);
     }
-    let (shares, output) = args.shares.of_this_process(args.output.as_deref())?;
-    let args = &Args { shares, output, ..args.clone() };
+    args.shares
+        .of_this_process(args.output.as_deref(), |shares, output| run_here(&Args { shares, output, ..args.clone() }))
+}
+
+/// The part of this process.
+fn run_here(args: &Args) -> Result<ExitCode> {
     let model = args.model.as_deref().context("MODEL is missing")?;
     let setup = args.tasks.setup()?;
     if args.tasks.tasks.is_empty() {
