@@ -223,11 +223,10 @@ impl<'a> Assigned<'a> {
         let opened: Vec<(Scheme, &Checkpoint)> = donors.iter().map(|(s, d)| (*s, &d.checkpoint)).collect();
         let windows = &text.sequences[..auto.windows.min(text.sequences.len())];
         let mut shown = |done, all| progress("measuring sensitivity", done, all);
-        auto::measure(source, &opened, backend, windows, &auto.schemes, &eligible, shard, &mut shown)
+        auto::measure(source, &opened, backend, windows, &auto.schemes, (&eligible, shard), &mut shown)
     }
 
     /// Formats chosen by the recipe's `auto`, where it has one.
-    #[allow(clippy::too_many_arguments)]
     fn table<B: Backend + Clone>(
         &self,
         ground: (&Checkpoint, &Calibration),

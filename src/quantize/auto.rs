@@ -92,7 +92,7 @@ fn groups(modules: &[Module], eligible: &dyn Fn(&Module) -> bool) -> Vec<(usize,
     out
 }
 
-/// Measures every group of `shard` under every candidate. `donors` are the model quantized whole, by scheme.
+/// Measures every group of `shard`, among those of `eligible` modules, under every candidate. `donors` are the model quantized whole, by scheme.
 ///
 /// # Errors
 /// When a model cannot be run, or computes something that is no number.
@@ -102,8 +102,7 @@ pub(super) fn measure<B: Backend + Clone>(
     backend: &B,
     sequences: &[Vec<u32>],
     schemes: &[Scheme],
-    eligible: &dyn Fn(&Module) -> bool,
-    shard: Shard,
+    (eligible, shard): (&dyn Fn(&Module) -> bool, Shard),
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Measured, QuantizeError> {
     let base = Decoder::load(backend.clone(), checkpoint)?;

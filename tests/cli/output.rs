@@ -42,6 +42,30 @@ fn outputs_that_cannot_be_written_are_refused_before_the_model_is_looked_at() {
     assert_eq!(names(&folder.at("full")), ["precious"]);
 }
 
+/// A folder of that name here is not what is meant.
+#[cfg(not(feature = "object-store"))]
+#[test]
+fn an_address_is_no_output_folder() {
+    let folder = Folder::new();
+    folder.write("trial.json", r#"{"teacher": "x", "texts": [], "common": [], "configurations": {"a": "x"}}"#);
+    let trial = folder.name("trial.json");
+    for verb in [
+        &["quantize", BF16, "--recipe", "nvfp4"][..],
+        &["convert", BF16],
+        &["eval", BF16, "--tasks", "piqa", "-L", "2"],
+        &["compare", BF16, BF16, "--tasks", "none"],
+        &["sweep", BF16, "--recipes", "nvfp4"],
+        &["lab", &trial],
+        &["recover", NVFP4, "--teacher", BF16, "--method", "qad", "--data", "README.md"],
+    ] {
+        let out = run(&[verb, &["-o", "s3://bucket/x"]].concat());
+        assert_eq!(out.status.code(), Some(1), "{verb:?}: {}", said(&out));
+        let told = said(&out);
+        assert!(told.contains("s3://bucket/x") && told.contains("folders"), "{verb:?}: {told}");
+        assert!(!project().join("s3:").exists(), "{verb:?}");
+    }
+}
+
 /// Runs a line of the shell in a user's own name space, where one may mount; `None` where that cannot be had, or the
 /// line ends with 77.
 #[cfg(target_os = "linux")]
