@@ -159,7 +159,7 @@ impl Default for Gptq {
 }
 
 /// Recipes that ship, by name.
-const SHIPPED: [(&str, &str); 32] = [
+const SHIPPED: [(&str, &str); 34] = [
     ("nvfp4", include_str!("recipes/nvfp4.json")),
     ("nvfp4_best", include_str!("recipes/nvfp4_best.json")),
     ("nvfp4_best_channels", include_str!("recipes/nvfp4_best_channels.json")),
@@ -175,8 +175,10 @@ const SHIPPED: [(&str, &str); 32] = [
     ("nvfp4_mlp_only", include_str!("recipes/nvfp4_mlp_only.json")),
     ("nvfp4_experts_only", include_str!("recipes/nvfp4_experts_only.json")),
     ("w4a16_nvfp4", include_str!("recipes/w4a16_nvfp4.json")),
+    ("w4a16_nvfp4_best", include_str!("recipes/w4a16_nvfp4_best.json")),
     ("w4a16_nvfp4_awq", include_str!("recipes/w4a16_nvfp4_awq.json")),
     ("w4a8_nvfp4_fp8", include_str!("recipes/w4a8_nvfp4_fp8.json")),
+    ("w4a8_nvfp4_fp8_best", include_str!("recipes/w4a8_nvfp4_fp8_best.json")),
     ("mixed_fp8_attn_nvfp4_mlp", include_str!("recipes/mixed_fp8_attn_nvfp4_mlp.json")),
     ("nvfp4_fp8_auto", include_str!("recipes/nvfp4_fp8_auto.json")),
     ("fp8", include_str!("recipes/fp8.json")),
