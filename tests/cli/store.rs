@@ -104,7 +104,7 @@ fn serve(stream: TcpStream, mood: Mood, objects: &Mutex<BTreeMap<String, Vec<u8>
                 reader.read_exact(&mut body).unwrap();
                 match mood {
                     Mood::Refuses => answer("403 Forbidden", b"<Error><Code>AccessDenied</Code></Error>"),
-                    Mood::Fails if turn % 3 == 0 => answer("503 Slow Down", b""),
+                    Mood::Fails if turn.is_multiple_of(3) => answer("503 Slow Down", b""),
                     _ => {
                         objects.lock().unwrap().insert(key, body);
                         answer("200 OK", b"")
