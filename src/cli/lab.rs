@@ -76,7 +76,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
         bail!("{}: `texts` and `seeds` must name one at least", args.file.display());
     }
     interrupt::hint("what is done is kept: the same command goes on from there");
-    std::fs::create_dir_all(&args.output).with_context(|| args.output.display().to_string())?;
+    let _claim = crate::output::growing(&args.output)?;
     let mut made = Vec::new();
     for (name, configuration) in &configurations {
         match configuration {

@@ -47,7 +47,10 @@ fn outputs_that_cannot_be_written_are_refused_before_the_model_is_looked_at() {
 #[test]
 fn an_address_is_no_output_folder() {
     let folder = Folder::new();
-    folder.write("trial.json", r#"{"teacher": "x", "texts": [], "common": [], "configurations": {"a": "x"}}"#);
+    let configurations = serde_json::json!({"a": NVFP4, "b": BF16});
+    let trial = serde_json::json!({"teacher": BF16, "texts": ["README.md"], "common": [], "baseline": "a",
+        "configurations": configurations});
+    folder.write("trial.json", &trial.to_string());
     let trial = folder.name("trial.json");
     for verb in [
         &["quantize", BF16, "--recipe", "nvfp4"][..],
