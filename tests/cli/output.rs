@@ -50,7 +50,7 @@ fn an_address_is_no_output_folder() {
     let configurations = serde_json::json!({"a": NVFP4, "b": BF16});
     let trial = serde_json::json!({"teacher": BF16, "texts": ["README.md"], "common": [], "baseline": "a",
         "configurations": configurations});
-    folder.write("trial.json", &trial.to_string());
+    folder.write("trial.json", trial.to_string());
     let trial = folder.name("trial.json");
     for verb in [
         &["quantize", BF16, "--recipe", "nvfp4"][..],
