@@ -20,6 +20,7 @@ pub mod model;
 pub mod output;
 pub mod quantize;
 pub mod random;
+pub mod ranks;
 pub mod recover;
 pub mod serve;
 pub mod text;

@@ -10,6 +10,9 @@ static HINT: Mutex<String> = Mutex::new(String::new());
 /// A signal is ending this process.
 static ENDING: AtomicBool = AtomicBool::new(false);
 
+/// Whether nothing is said of it.
+static QUIET: AtomicBool = AtomicBool::new(false);
+
 /// Whether the work can be ended early by a first Ctrl-C, and was asked to.
 static EARLY: AtomicU8 = AtomicU8::new(NOT_OFFERED);
 const NOT_OFFERED: u8 = 0;
@@ -59,6 +62,11 @@ pub(super) fn hint(text: impl Into<String>) {
     *HINT.lock().unwrap_or_else(PoisonError::into_inner) = text;
 }
 
+/// From here on a signal ends this process without a word: another one of the same work says it.
+pub(super) fn leave_to_another() {
+    QUIET.store(true, Ordering::Release);
+}
+
 /// Begins to listen. Signals that the process was told to ignore (nohup, a shell's background job) stay ignored.
 #[cfg(unix)]
 pub(super) fn watch() {
@@ -81,7 +89,7 @@ pub(super) fn watch() {
             crate::output::abandon();
             let hint = HINT.lock().unwrap_or_else(PoisonError::into_inner).clone();
             // The work may be waiting for a reader that is not there; its end does not.
-            if super::talk::heard() {
+            if !QUIET.load(Ordering::Acquire) && super::talk::heard() {
                 super::say!("interrupted{}{hint}", if hint.is_empty() { "" } else { "; " });
             }
             let _ = signal_hook::low_level::emulate_default_handler(signal);

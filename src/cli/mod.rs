@@ -19,6 +19,7 @@ mod options;
 mod place;
 mod pretrain;
 mod quantize;
+mod ranks;
 mod recover;
 mod recovery_plan;
 mod recovery_room;

@@ -69,6 +69,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
+    super::ranks::alone("pretrain", "only recover is shared out")?;
     recycle::keep(KEPT_MEMORY);
     let stage = Stage::parse(&format!("qat:{}", args.settings), args.seed)?;
     rayon::ThreadPoolBuilder::new()

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
@@ -13,6 +14,7 @@ use super::device::{DeviceChoice, on_cpu};
 use super::interrupt;
 use super::machine::peak_memory;
 use super::options::{at_least_one, calibration_text, identity, model_folder, open_model, threads};
+use super::ranks;
 use super::recovery_plan::{self, MEASURED, PlanOptions, Planner};
 use super::recovery_room::{Room, tell_blocks, trained_tokens};
 use super::steps::words;
@@ -29,17 +31,21 @@ use crate::checkpoint::write::Pending;
 use crate::model::{Decoder, ModelConfig};
 use crate::output;
 use crate::quantize::{self, Amount, Made, Recipe, Scheme};
+use crate::ranks::ROOT;
 use crate::recover::RecoverError;
-use crate::recover::best_known::RECIPE;
+use crate::recover::best_known::{self, RECIPE};
 use crate::recover::budget;
 use crate::recover::mixture::Prepared;
 use crate::recover::pace::{Deadline, Pace};
+use crate::recover::run_folder::RunFolder;
 use crate::recover::schedule::{Cut, Schedule};
 use crate::recover::session::{Lesson, Session, stage_folder};
 use crate::recover::stage::{Method, Stage};
 use crate::recover::stored_plan::{Measured, StoredPlan, UnderWay};
 use crate::recover::streamed::{self, Streamed};
 use crate::recover::student::{Masters, Student, has_learnable_scales, same_shape};
+use crate::recover::team::helper::help;
+use crate::recover::team::{Models, Team};
 use crate::recover::trainee::Trainee;
 use crate::recover::trainer::{Event, Plan, Told};
 use crate::recover::written::{self, Changed, Count};
@@ -144,14 +150,14 @@ impl Args {
         out
     }
 
-    /// The settings as they were given; where a plan is to be made, what is measured by.
-    fn settings(&self) -> Result<Settings> {
+    /// The settings as they were given, with these `methods`; where a plan is to be made, what is measured by.
+    fn settings(&self, methods: &[String]) -> Result<Settings> {
         let mut amounts = self.data.amounts();
         if self.plan.any() {
             amounts.samples = self.data.samples.unwrap_or(MEASURED);
         }
         Ok(Settings {
-            stages: stages(&self.methods, self.seed)?,
+            stages: stages(methods, self.seed)?,
             amounts,
             evaluate_every: self.evaluate_every.unwrap_or(25),
             patience: self.patience,
@@ -175,16 +181,79 @@ fn stages(methods: &[String], seed: u64) -> Result<Vec<Stage>> {
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     if let Some(share) = args.until.until_recovery {
+        ranks::alone("--until-recovery", "it runs others itself")?;
         return until::run(args, share);
     }
     recycle::keep(KEPT_MEMORY);
-    possible(args)?;
-    rayon::ThreadPoolBuilder::new().num_threads(threads(args.threads)).build()?.install(|| train(args))
+    let pool = |asked| rayon::ThreadPoolBuilder::new().num_threads(threads(asked)).build();
+    let Some(link) = ranks::here()? else { return pool(args.threads)?.install(|| train(args, None)) };
+    let shared = ranks::threads(&*link, args.threads);
+    if link.rank() == ROOT {
+        let team = Arc::new(Team::new(link));
+        let outcome = shared.and_then(|threads| pool(threads)?.install(|| train(args, Some(&team))));
+        team.dismiss();
+        return outcome;
+    }
+    interrupt::leave_to_another();
+    let pool = pool(shared?)?;
+    let helped = args.device.multiplier().and_then(|m| Ok(pool.install(|| help(link.clone(), m))?));
+    if let Err(error) = helped {
+        super::say!("error: process {}, on {}: {error:#}", link.rank(), link.host());
+        link.abort();
+    }
+    super::done()
+}
+
+/// The methods as they were given; for several processes, and for what they began, in batches that these can share.
+fn methods(args: &Args, team: Option<&Arc<Team>>, training: &Path) -> Result<Vec<String>> {
+    let given = &args.methods;
+    let shared = given.iter().map(|m| best_known::by_sequences(m)).collect::<std::result::Result<Vec<_>, _>>()?;
+    let begun = || -> Result<bool> {
+        let described = |methods: &[String]| -> Result<Value> {
+            Ok(stages(methods, args.seed)?.iter().map(Stage::describe).collect())
+        };
+        Ok(RunFolder::about(training).is_some_and(|about| described(&shared).is_ok_and(|d| about["methods"] == d)))
+    };
+    if team.is_none() && !(args.resume && begun()?) {
+        return Ok(given.clone());
+    }
+    for (given, shared) in given.iter().zip(&shared).filter(|(g, s)| team.is_some() && g != s) {
+        super::say!(
+            "{given}: {shared}, so that a step is shared out by sequences, to the same bytes by any number of processes"
+        );
+    }
+    Ok(shared)
+}
+
+/// Whether several processes can train by these stages.
+fn can_share(stages: &[Stage], team: &Team) -> Result<()> {
+    for stage in stages {
+        let (batches, sequences, processes) = (stage.batches(), stage.sequences(), team.size());
+        if matches!(stage.method, Method::Block(_)) {
+            bail!(
+                "{}: trains one block after the other, each on what those before it give, in one process; qad and qat are shared \
+                 by {processes}",
+                stage.name
+            );
+        }
+        if batches < processes {
+            bail!(
+                "{}: a step has {batches} batch{} of {} sequence{}, and each of {processes} processes takes at least one: begin fewer, \
+                 or give sequences and accumulate, as in {0}:sequences=1,accumulate={}",
+                stage.name,
+                if batches == 1 { "" } else { "es" },
+                stage.at_once(),
+                if stage.at_once() == 1 { "" } else { "s" },
+                processes.max(sequences).next_multiple_of(processes)
+            );
+        }
+    }
+    Ok(())
 }
 
 /// Whether the arguments go together; gives how much data is wanted.
 fn possible(args: &Args) -> Result<Amounts> {
-    let Settings { stages, amounts, .. } = args.settings()?;
+    let Settings { stages, amounts, .. } = args.settings(&args.methods)?;
     if amounts.length < 2 || amounts.samples == 0 {
         bail!("--length must be at least 2, and --samples at least 1");
     }
@@ -215,7 +284,8 @@ pub(super) fn check(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn train(args: &Args) -> Result<ExitCode> {
+fn train(args: &Args, team: Option<&Arc<Team>>) -> Result<ExitCode> {
+    possible(args)?;
     let start = Instant::now();
     let multiplier = args.device.multiplier()?;
     let (training, claim) = training::begin(&args.output, args.resume)?;
@@ -224,7 +294,11 @@ fn train(args: &Args) -> Result<ExitCode> {
     let spent = under_way.as_ref().map_or(0.0, |u| u.spent);
     let now = &|| spent + start.elapsed().as_secs_f64();
     let mut planned = under_way.map(|u| u.plan);
-    let mut settings = planned.as_ref().map_or_else(|| args.settings(), Settings::of)?;
+    let given = methods(args, team, &training)?;
+    let mut settings = planned.as_ref().map_or_else(|| args.settings(&given), Settings::of)?;
+    if let Some(team) = team {
+        can_share(&settings.stages, team)?;
+    }
     let teacher = open_model(&model_folder(&args.teacher)?)?;
     // By the teacher's tokenizer where the student is still to be made of it; all that can be wrong with data is found
     // before anything takes time.
@@ -288,15 +362,21 @@ fn train(args: &Args) -> Result<ExitCode> {
     let masters = Masters::of(&checkpoint, &teacher, unrounded.as_ref())?;
     let parts = streamed::sizes(&checkpoint)?;
     let room = Room::of(&parts.0, &parts.1, precision);
-    let mut methods = args.methods.clone();
+    let mut methods = given;
     if planned.is_none() && args.plan.any() && methods.is_empty() {
         methods = args.plan.methods(room.has_whole());
+        if let Some(team) = team {
+            methods = methods.iter().map(|m| best_known::by_sequences(m)).collect::<std::result::Result<_, _>>()?;
+            can_share(&stages(&methods, settings.seed)?, team)?;
+        }
         settings.stages = stages(&methods, settings.seed)?;
     }
     let one_by_one = Streamed::does(&settings.stages);
     room.tell(one_by_one, args.methods.is_empty() && planned.is_none())?;
-    let student =
-        || Ok::<_, RecoverError>(Box::new(Student::load(&checkpoint, masters.checkpoint(), backend.clone())?));
+    let student = || {
+        let student = Student::load(&checkpoint, masters.checkpoint(), backend.clone())?;
+        Ok::<_, RecoverError>(Box::new(student.with_team(team.cloned())))
+    };
     let at_once = settings.stages.iter().map(Stage::at_once).max().unwrap_or(1);
     room_to_multiply(&multiplier, &parts.0, (2, precision), at_once * settings.amounts.length)?;
     let loading = now();
@@ -305,11 +385,22 @@ fn train(args: &Args) -> Result<ExitCode> {
         recycle::keep(room.kept(KEPT_MEMORY));
         Trainee::Streamed(Box::new(Streamed::new(&checkpoint, &teacher, masters.checkpoint(), backend.clone(), parts)?))
     } else {
-        let student = student()?;
-        loaded = now() - loading;
+        let mut own = || {
+            let student = student()?;
+            loaded = now() - loading;
+            Ok((student, Box::new(Decoder::load(backend.clone(), &teacher)?)))
+        };
+        let (student, teacher) = match team {
+            None => own()?,
+            Some(team) => {
+                let of = (&checkpoint, identity(&checkpoint)?);
+                let by = (settings.f32, multiplier.device());
+                team.load(Models::of(of, (&teacher, teacher_identity.clone()), masters.checkpoint(), by), own)?
+            }
+        };
         let state: u64 = student.state(None, true).iter().map(Pending::bytes).sum();
         claims[0].room("the training's state with the result", state + checkpoint.tensors.file_bytes())?;
-        Trainee::Whole { student, teacher: Some(Box::new(Decoder::load(backend.clone(), &teacher)?)) }
+        Trainee::Whole { student, teacher: Some(teacher) }
     };
     if planned.is_none() && args.plan.any() {
         let planner = Planner {
@@ -329,6 +420,7 @@ fn train(args: &Args) -> Result<ExitCode> {
             write: written,
             load: loaded,
             save_every: args.save_every,
+            several: team.is_some(),
         };
         let plan = planner.plan(&mut trainee, &checkpoint, &prepared).inspect_err(|_| {
             // Where nothing was made that another try could use.
@@ -404,7 +496,7 @@ fn train(args: &Args) -> Result<ExitCode> {
         }
     }
     let plan = Plan { stages, evaluate_every, patience, save_every: Duration::from_secs(args.save_every) };
-    let mut display = Display::new(&plan, config.layers.len());
+    let mut display = Display::new(&plan, config.layers.len()).of_several(team.is_some());
     let kept = recovery_plan::kept_at(&training);
     let cuts = RefCell::new(planned.as_ref().map_or_else(Vec::new, |p| p.cuts.clone()));
     let mut pace = Pace::new(&plan.stages, &cuts.borrow(), evaluate_every);
@@ -414,7 +506,10 @@ fn train(args: &Args) -> Result<ExitCode> {
             UnderWay { plan: planned.clone().with_cuts(all.to_vec()), spent: now() }.write(&kept)
         };
         keep(&planned.cuts)?;
-        pace = pace.kept_by(keep).ended_by(interrupt::early_end_asked);
+        pace = pace.kept_by(keep);
+        if team.is_none() {
+            pace = pace.ended_by(interrupt::early_end_asked);
+        }
         let Measured { costs, stages, seconds } = planned.measured.clone();
         if let (Some(seconds), true) = (seconds, args.plan.plan.is_none()) {
             pace = pace.until(Deadline { now: Box::new(now), seconds, costs, stages });
@@ -424,7 +519,7 @@ fn train(args: &Args) -> Result<ExitCode> {
             let training: f64 = budget::planned(steps, &costs, &stages, Some(evaluate_every)).seconds.iter().sum();
             display = display.with_outlook_of_all(training + costs.write);
         }
-        interrupt::offer_early_end(true);
+        interrupt::offer_early_end(team.is_none());
     }
     let stages_beside = args.keep_stages.then(|| claims[0].target());
     let lesson = Lesson { plan: &plan, data: &data, watched, pace, stages_beside };

@@ -114,6 +114,8 @@ pub(super) struct Planner<'a> {
     pub write: f64,
     pub load: f64,
     pub save_every: u64,
+    /// Whether several processes train.
+    pub several: bool,
 }
 
 impl Planner<'_> {
@@ -242,7 +244,9 @@ impl Planner<'_> {
         let memory = peak_memory()
             .map_or_else(String::new, |b| format!(", peak memory {} (reached while measuring)", human_bytes(b)));
         super::say!("over after about {}{memory}, {} on disk meanwhile", for_seconds(all), human_bytes(disk));
-        super::say!("nothing is lost by ending it earlier: Ctrl-C writes the best until then");
+        let ended =
+            if self.several { "the same command with --resume goes on" } else { "Ctrl-C writes the best until then" };
+        super::say!("nothing is lost by ending it earlier: {ended}");
         if self.recipe.as_deref() == Some("nvfp4") {
             super::say!(
                 "note: {} has the same format, and started and ended better than nvfp4 where both were measured",

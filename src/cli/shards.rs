@@ -106,6 +106,15 @@ const RANKS: [(&str, &str); 6] = [
     ("RANK", "WORLD_SIZE"),
 ];
 
+/// Which of how many processes of one MPI program this is, where a launcher says that there are several. (torchrun's names stand in
+/// the environment of much that is none.)
+pub(super) fn launched() -> Option<Shard> {
+    let number = |name: &str| std::env::var(name).ok()?.parse::<usize>().ok();
+    let both = |(rank, size): &(&str, &str)| Some(Shard { index: number(rank)?, of: number(size)? });
+    let of_mpi = RANKS.iter().filter(|(rank, _)| *rank != "RANK");
+    of_mpi.filter_map(both).find(|s| s.index < s.of).filter(|s| s.of > 1)
+}
+
 /// The part that this process does. `variable` reads the environment.
 pub(super) fn resolved(part: Part, variable: &dyn Fn(&str) -> Option<String>) -> Result<Shard> {
     let of = match part {

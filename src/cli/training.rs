@@ -105,6 +105,8 @@ pub(super) struct Display {
     again: usize,
     /// The best look of the current stage: its step and score.
     best: Option<(usize, f64)>,
+    /// Whether Ctrl-C ends it with what it has.
+    ends_early: bool,
 }
 
 impl Display {
@@ -120,7 +122,14 @@ impl Display {
             expected: None,
             again: 0,
             best: None,
+            ends_early: true,
         }
+    }
+
+    /// Of several processes: who began them ends them, and `--resume` goes on.
+    pub(super) fn of_several(mut self, several: bool) -> Self {
+        self.ends_early = !several;
+        self
     }
 
     /// Says with each look when the run will be over, in `seconds` from now, and what it would keep if it were ended there.
@@ -145,7 +154,8 @@ impl Display {
         let to_come = 1.0 - if all > 0 { self.again as f64 / all as f64 } else { 0.0 };
         let left = seconds * to_come - self.began.elapsed().as_secs_f64();
         let left = Duration::try_from_secs_f64(left).unwrap_or_default();
-        format!("; over in {}; ended now (Ctrl-C) it keeps step {kept} ({:.1} %)", for_people(left), 100.0 * best)
+        let how = if self.ends_early { "ended now (Ctrl-C) it keeps" } else { "the best is" };
+        format!("; over in {}; {how} step {kept} ({:.1} %)", for_people(left), 100.0 * best)
     }
 
     /// A stage has so many steps now.

@@ -1,7 +1,9 @@
 //! Documents of tokens, and how they are cut: into rows to train on, into windows to calibrate on.
 
+use serde::{Deserialize, Serialize};
+
 /// One text, conversation or piece of one: it begins at position 0 and sees nothing but itself.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Document {
     pub tokens: Vec<u32>,
     /// Whether each token is to be predicted: all of a text; of a conversation perhaps what the assistant says.
@@ -35,7 +37,7 @@ impl Document {
 }
 
 /// Documents side by side that together are at most one sequence long.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Row(pub Vec<Document>);
 
 impl Row {

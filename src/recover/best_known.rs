@@ -1,6 +1,6 @@
 //! Which settings did best for how many steps, as far as that was measured (docs/recovery.md), for those that are not given.
 
-use super::stage::Stage;
+use super::stage::{Method, Stage};
 use super::{RecoverError, Result};
 
 /// Named plans whose steps are known beforehand.
@@ -78,6 +78,21 @@ pub fn completed(asked: &str, steps: usize, coarse: bool) -> Result<String> {
     Ok(format!("{name}:{}", all.join(",")))
 }
 
+/// `asked` with batches of one sequence, as many as a step has sequences, so that several processes can share them: nothing else is
+/// changed, and nothing where the sequences of a batch or the batches of a step were given.
+///
+/// # Errors
+/// When what is asked for is no method.
+pub fn by_sequences(asked: &str) -> Result<String> {
+    let stage = Stage::parse(asked, 0)?;
+    let given = ["sequences", "accumulate"].iter().any(|key| setting(asked, key).is_some());
+    if given || !matches!(stage.method, Method::Distill(_)) {
+        return Ok(asked.into());
+    }
+    let joint = if asked.contains(':') { ',' } else { ':' };
+    Ok(format!("{asked}{joint}sequences=1,accumulate={}", stage.sequences()))
+}
+
 /// A whole number among the settings of a method.
 #[must_use]
 pub fn setting(method: &str, key: &str) -> Option<usize> {
@@ -95,7 +110,6 @@ pub fn stage(asked: &str, steps: usize, coarse: bool, seed: u64) -> Result<Stage
 
 #[cfg(test)]
 mod tests {
-    use super::super::stage::Method;
     use super::*;
 
     #[test]

@@ -153,6 +153,10 @@ pub fn train_as(
     each: &mut Each<'_>,
 ) -> Result<()> {
     let batches = options.accumulate.max(1);
+    let team = student.team.clone();
+    if let Some(team) = &team {
+        team.begin(student, options, from)?;
+    }
     let mut order = Order::new(data.rows.len(), options.seed);
     order.take(from * batches * options.sequences);
     let mut step = from;
@@ -163,14 +167,21 @@ pub fn train_as(
         let total: f64 = chosen.iter().map(learned).sum();
         let position = schedule.position(step);
         let (mut sums, mut hidden) = (LossSums::default(), 0.0);
-        for rows in &chosen {
-            let (part, errors) = gradients(&student.decoder, teacher, rows, total, options)?;
+        let parts = match &team {
+            Some(team) => team.gradients(student, teacher, &chosen, total, options)?,
+            None => {
+                let part =
+                    |rows: &Vec<&Row>| student.apart(|| gradients(&student.decoder, teacher, rows, total, options));
+                chosen.iter().map(part).collect::<Result<_>>()?
+            }
+        };
+        for (part, errors) in parts {
             hidden += errors / batches as f64;
             sums.weight += part.weight;
             sums.kl += part.kl;
             sums.cross_entropy += part.cross_entropy;
         }
-        let norm = student.gradient_norm();
+        let norm = team.as_ref().map_or_else(|| student.gradient_norm(), |team| team.gradient_norm(student));
         let rate = cosine_at(options.learning_rate, position, options.steps, options.warmup, FLOOR);
         let weight = sums.weight.max(1.0);
         let point = Point {
@@ -186,7 +197,11 @@ pub fn train_as(
                 return Err(RecoverError::NotFinite { what: what.into(), step: step + 1, value });
             }
         }
-        student.step(&options.adam, step + 1, options.steps, options.rates(rate), options.adam.clipping(norm));
+        let (rates, factor) = (options.rates(rate), options.adam.clipping(norm));
+        match &team {
+            Some(team) => team.step(student, options, step + 1, (rates, factor)),
+            None => student.step(&options.adam, step + 1, options.steps, rates, factor),
+        }
         if options.average > 0.0 {
             student.average(options.average);
         }

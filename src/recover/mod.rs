@@ -24,6 +24,7 @@ pub mod stored_plan;
 pub mod streamed;
 pub mod student;
 pub mod teacher_text;
+pub mod team;
 pub mod trainee;
 pub mod trainer;
 pub mod written;
@@ -73,6 +74,8 @@ pub enum RecoverError {
     Text(#[from] crate::text::TextError),
     #[error(transparent)]
     Kept(#[from] recoup_ground::atomic::NotWritten),
+    #[error("process {rank}, on {host}: {message}")]
+    Rank { rank: usize, host: String, message: String },
     /// What is asked for makes no sense.
     #[error("{0}")]
     Asked(String),

@@ -71,6 +71,9 @@ const ROUNDING_RATE: f32 = 100.0;
 #[derive(Debug, Default)]
 struct Track {
     values: Vec<f32>,
+    /// Whether they move now.
+    moves: bool,
+    /// `None` where nothing moves, or another process has them.
     moments: Option<Moments>,
     /// Running mean of the values over the steps of a stage that asks for it.
     average: Option<Vec<f32>>,
@@ -87,11 +90,12 @@ impl Track {
             (self.moments, self.average) = (None, None);
         }
         let length = self.values.len();
+        self.moves = trained;
         self.moments = trained.then(|| self.moments.take().unwrap_or_else(|| Moments::new(length)));
     }
 
     fn average(&mut self, decay: f32) {
-        if self.moments.is_none() {
+        if !self.moves {
             return;
         }
         match &mut self.average {
@@ -105,7 +109,7 @@ impl Track {
 
     /// What a state holds of it. What is kept as the best is the mean, where there is one.
     fn kinds(&self, moments: bool) -> &'static [&'static str] {
-        match (moments && self.moments.is_some(), self.average.is_some()) {
+        match (moments && self.moves, self.average.is_some()) {
             (true, true) => &[MASTER, FIRST, SECOND, AVERAGE],
             (true, false) => &[MASTER, FIRST, SECOND],
             (false, true) => &[AVERAGE],
@@ -256,6 +260,24 @@ impl Parameter {
         self.round();
     }
 
+    /// Lets another process keep the optimizer's state: this one does not move it any more.
+    pub(super) fn leave_to_another(&mut self) {
+        self.master.moments = None;
+        if let Some(scales) = &mut self.scales {
+            scales.moments = None;
+        }
+    }
+
+    /// What moves of it: its master, its block scales.
+    pub(super) fn moving(&self) -> impl Iterator<Item = &Vec<f32>> {
+        [Some(&self.master), self.scales.as_ref()].into_iter().flatten().filter(|t| t.moves).map(|t| &t.values)
+    }
+
+    /// As [`Self::moving`], to be taken over from who moved it; [`Self::round`] then gives it to the model.
+    pub(super) fn moving_mut(&mut self) -> impl Iterator<Item = &mut Vec<f32>> {
+        [Some(&mut self.master), self.scales.as_mut()].into_iter().flatten().filter(|t| t.moves).map(|t| &mut t.values)
+    }
+
     /// Takes this step's values into their running means, of which `decay` stays; the first step begins them.
     pub(super) fn average(&mut self, decay: f32) {
         self.master.average(decay);
@@ -321,6 +343,27 @@ impl Parameter {
         let mut out = track("", &self.master);
         out.extend(self.scales.iter().flat_map(|s| track(SCALES, s)));
         out
+    }
+
+    /// Names and lengths of what another process needs to go on from here, whatever is kept as the best.
+    pub(super) fn sent(&self, moments: bool) -> Vec<(String, usize)> {
+        let track = |prefix: &str, t: &Track| -> Vec<(String, usize)> {
+            let has = |kind: &str| t.get(kind).is_some() && (moments || ![FIRST, SECOND].contains(&kind));
+            let kinds = [MASTER, FIRST, SECOND, AVERAGE].into_iter().filter(|kind| has(kind));
+            kinds.map(|kind| (format!("{}.{prefix}{kind}", self.name), t.values.len())).collect()
+        };
+        let mut out = track("", &self.master);
+        out.extend(self.scales.iter().flat_map(|s| track(SCALES, s)));
+        out
+    }
+
+    /// Values that one part of a state has.
+    pub(super) fn length(&self, kind: &str) -> usize {
+        match (kind.starts_with(SCALES), &self.scales) {
+            (true, Some(scales)) => scales.values.len(),
+            (true, None) => 0,
+            (false, _) => self.master.values.len(),
+        }
     }
 
     /// Values of one part of a state, by the part of its name behind the module's.

@@ -79,6 +79,12 @@ impl RunFolder {
         Ok(Some(Self { folder: folder.into(), curve, lines: 0 }))
     }
 
+    /// What a run that was begun in `folder` depends on, where one was and can be read.
+    #[must_use]
+    pub fn about(folder: &Path) -> Option<Value> {
+        serde_json::from_str(&fs::read_to_string(folder.join(ABOUT)).ok()?).ok()
+    }
+
     /// Where it is.
     #[must_use]
     pub fn folder(&self) -> &Path {

@@ -140,6 +140,15 @@ impl Stage {
         }
     }
 
+    /// Batches of a step, which several processes can share; of blocks one.
+    #[must_use]
+    pub fn batches(&self) -> usize {
+        match &self.method {
+            Method::Block(_) => 1,
+            Method::Distill(o) => o.accumulate,
+        }
+    }
+
     /// Sequences that go through a product at once.
     #[must_use]
     pub fn at_once(&self) -> usize {

@@ -5,11 +5,13 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::Path;
+use std::sync::Arc;
 
 use safetensors::Dtype;
 
 use super::optimizer::{AdamW, sum_of_squares};
 use super::parameter::{Learned, Parameter, Rates, Weight};
+use super::team::Team;
 use super::written::{self, Trained};
 use super::{RecoverError, Result};
 use crate::backend::Named;
@@ -28,6 +30,10 @@ pub struct Student<M = Decoder<AutogradBackend>> {
     pub parameters: Vec<Parameter>,
     /// Whether all weights are trained: a model of floats from scratch.
     pub everything: bool,
+    /// Who else trains it.
+    pub(super) team: Option<Arc<Team>>,
+    /// Whether block scales may be learned, and whether weights are then divided by those of the beginning.
+    scales: Option<bool>,
 }
 
 /// Whether any weight of a checkpoint has block scales that can be learned.
@@ -72,7 +78,7 @@ impl BlockStudent {
         let linears = decoder.layer_linears().map(|l| Linear::clone(l)).collect();
         let mut parameters = quantized(&decoder.config, linears, checkpoint, unrounded)?;
         parameters.extend(norms(&decoder, decoder.layer_vectors().map(|(i, v)| (Some(i), v)), checkpoint));
-        Ok(Self { decoder, parameters, everything: false })
+        Ok(Self::of(decoder, parameters, false))
     }
 }
 
@@ -98,7 +104,7 @@ impl Student {
             return Err(RecoverError::NotQuantized(checkpoint.tensors.folder().into()));
         }
         parameters.extend(norms(&decoder, decoder.vectors(), checkpoint));
-        Ok(Self { decoder, parameters, everything: false })
+        Ok(Self::of(decoder, parameters, false))
     }
 
     /// Loads a model of floats, all of whose weights can be trained: the embedding, and a head of its own, too.
@@ -116,26 +122,44 @@ impl Student {
             }
         }
         parameters.extend(norms(&decoder, decoder.vectors(), checkpoint));
-        Ok(Self { decoder, parameters, everything: true })
+        Ok(Self::of(decoder, parameters, true))
     }
 
     /// What a saved state holds ([`super::run_folder`]): masters, of one layer or all, and if asked for the moments that
     /// there are.
     #[must_use]
     pub fn state(&self, layer: Option<usize>, moments: bool) -> Vec<Pending<'_, RecoverError>> {
-        let chosen = self.parameters.iter().filter(|p| layer.is_none() || layer == p.layer);
-        let tensor = |p, (name, length): (String, usize)| {
-            let kind = name.rsplit_once('.').map_or_else(String::new, |(_, kind)| kind.to_owned());
-            Pending::new(name, Dtype::F32, &[length], move || {
-                let values = Parameter::state_values(p, &kind);
-                Ok(values.into_iter().flatten().flat_map(|v| v.to_le_bytes()).collect())
-            })
-        };
-        chosen.flat_map(|p| p.state(moments).into_iter().map(move |s| tensor(p, s))).collect()
+        let mut out = Vec::new();
+        for (i, p) in self.parameters.iter().enumerate().filter(|(_, p)| layer.is_none() || layer == p.layer) {
+            for (name, length) in p.state(moments) {
+                let kind = name.rsplit_once('.').map_or_else(String::new, |(_, kind)| kind.to_owned());
+                let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect();
+                out.push(Pending::new(name, Dtype::F32, &[length], move || {
+                    Ok(match (p.state_values(&kind), &self.team) {
+                        (Some(values), _) => bytes(values),
+                        (None, Some(team)) => bytes(&team.fetch(i, &kind, length)),
+                        (None, None) => Vec::new(),
+                    })
+                }));
+            }
+        }
+        out
     }
 }
 
 impl Student {
+    /// Lets other processes train it too.
+    #[must_use]
+    pub fn with_team(mut self, team: Option<Arc<Team>>) -> Self {
+        self.team = team;
+        self
+    }
+
+    /// What [`Self::allow_scales`] was told.
+    pub(super) fn scales(&self) -> Option<bool> {
+        self.scales
+    }
+
     /// Writes the student: the checkpoint it came from with other codes, and `files` about how it was trained.
     ///
     /// # Errors
@@ -149,6 +173,7 @@ impl<M: Borrow<Blocks<AutogradBackend>>> Student<M> {
     /// Lets block scales be learned, where they are E4M3 codes; `dual` says that weights are divided by those of now for
     /// good, and only what their codes are multiplied by is learned.
     pub fn allow_scales(&mut self, dual: bool) {
+        self.scales = Some(dual);
         self.parameters.iter_mut().for_each(|p| p.allow_scales(dual));
     }
 
@@ -172,6 +197,24 @@ impl<M: Borrow<Blocks<AutogradBackend>>> Student<M> {
             let learned = which(p);
             p.train(learned, true);
         }
+    }
+
+    /// Calls `f`, which adds a batch's gradients; what is no matrix gets its own added as a whole, as matrices do, so that it makes no
+    /// difference where a batch was computed.
+    pub(super) fn apart<T>(&self, f: impl FnOnce() -> T) -> T {
+        let vectors = || self.parameters.iter().filter(|p| p.is_norm());
+        let aside = |g: &mut Vec<f32>| {
+            let fresh = vec![0.0; g.len()];
+            std::mem::replace(g, fresh)
+        };
+        let before: Vec<Option<Vec<f32>>> = vectors().map(|p| p.gradient().as_mut().map(aside)).collect();
+        let result = f();
+        for (p, before) in vectors().zip(before) {
+            if let (Some(sum), Some(before)) = (p.gradient().as_mut(), before) {
+                sum.iter_mut().zip(before).for_each(|(s, b)| *s = b + *s);
+            }
+        }
+        result
     }
 
     /// Norm of all gradients together.
@@ -252,6 +295,10 @@ impl<M: Borrow<Blocks<AutogradBackend>>> Student<M> {
 }
 
 impl<M> Student<M> {
+    fn of(decoder: M, parameters: Vec<Parameter>, everything: bool) -> Self {
+        Self { decoder, parameters, everything, team: None, scales: None }
+    }
+
     /// What it has in the place of a checkpoint's tensors.
     #[must_use]
     pub fn trained(&self) -> ByName<'_> {

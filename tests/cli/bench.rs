@@ -97,7 +97,8 @@ fn a_server_is_measured_by_clients_and_by_rates() {
     let out = run(&["bench", &url, "--prompt", "40", "-n", "12", "--repeats", "1", "--concurrency", "2"]);
     let text = String::from_utf8(out.stdout).unwrap();
     // Prompts are random: how many tokens theirs are on average is near what was asked for.
-    let prompts = text.split_once("prompts of ").and_then(|(_, rest)| rest.split_once(" tokens")).map(|(n, _)| n.parse());
+    let prompts =
+        text.split_once("prompts of ").and_then(|(_, rest)| rest.split_once(" tokens")).map(|(n, _)| n.parse());
     assert!(matches!(prompts, Some(Ok(33..=47))), "{text}");
     assert!(text.contains("first token p50"), "{text}");
 }

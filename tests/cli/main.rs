@@ -5,6 +5,8 @@ mod support;
 
 mod bench;
 mod chat;
+#[cfg(all(feature = "cluster", unix))]
+mod cluster;
 mod compare;
 mod convert;
 mod device;

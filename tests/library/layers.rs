@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use crate::support::project;
 
 /// What each layer may use of the others.
-const ALLOWED: [(&str, &[&str]); 17] = [
+const ALLOWED: [(&str, &[&str]); 18] = [
     ("formats", &["random"]),
     ("random", &[]),
+    ("ranks", &[]),
     ("logits", &["random"]),
     ("output", &[]),
     ("checkpoint", &["formats", "output"]),
@@ -23,7 +24,19 @@ const ALLOWED: [(&str, &[&str]); 17] = [
     ),
     (
         "recover",
-        &["formats", "random", "logits", "output", "checkpoint", "backend", "model", "text", "corpus", "engine"],
+        &[
+            "formats",
+            "random",
+            "ranks",
+            "logits",
+            "output",
+            "checkpoint",
+            "backend",
+            "model",
+            "text",
+            "corpus",
+            "engine",
+        ],
     ),
     (
         "evaluate",
@@ -34,6 +47,7 @@ const ALLOWED: [(&str, &[&str]); 17] = [
         "cli",
         &[
             "formats",
+            "ranks",
             "logits",
             "output",
             "checkpoint",

@@ -42,4 +42,5 @@ mod layers;
 mod recover;
 mod smollm2;
 mod streamed;
+mod team;
 mod text;

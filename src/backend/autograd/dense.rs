@@ -61,38 +61,22 @@ impl<'a, T> View<'a, T> {
     }
 }
 
-/// `c = alpha · a · b`, or that added to c, for BF16 bits; c row-major. All threads of the current pool work on it.
-///
-/// # Panics
-/// When the shapes do not fit.
-pub fn product_bf16(c: &mut [f32], accumulate: bool, alpha: f32, a: View<'_, u16>, b: View<'_, u16>) {
-    into_bf16(written(c), accumulate, alpha, a, b);
-}
-
-/// `alpha · a · b` for BF16 bits, row-major.
+/// `alpha · a · b` for BF16 bits, row-major. All threads of the current pool work on it.
 ///
 /// # Panics
 /// When the shapes do not fit.
 #[must_use]
-pub fn new_product_bf16(alpha: f32, a: View<'_, u16>, b: View<'_, u16>) -> Vec<f32> {
-    filled(a.rows * b.columns, |c| into_bf16(c, false, alpha, a, b))
+pub fn product_bf16(alpha: f32, a: View<'_, u16>, b: View<'_, u16>) -> Vec<f32> {
+    filled(a.rows * b.columns, |c| into_bf16(c, alpha, a, b))
 }
 
 /// As [`product_bf16`] for f32.
 ///
 /// # Panics
 /// When the shapes do not fit.
-pub fn product_f32(c: &mut [f32], accumulate: bool, alpha: f32, a: View<'_, f32>, b: View<'_, f32>) {
-    into_f32(written(c), accumulate, alpha, a, b);
-}
-
-/// As [`new_product_bf16`] for f32.
-///
-/// # Panics
-/// When the shapes do not fit.
 #[must_use]
-pub fn new_product_f32(alpha: f32, a: View<'_, f32>, b: View<'_, f32>) -> Vec<f32> {
-    filled(a.rows * b.columns, |c| into_f32(c, false, alpha, a, b))
+pub fn product_f32(alpha: f32, a: View<'_, f32>, b: View<'_, f32>) -> Vec<f32> {
+    filled(a.rows * b.columns, |c| into_f32(c, alpha, a, b))
 }
 
 /// Memory that holds values, as memory that may hold none.
@@ -105,18 +89,18 @@ fn written(c: &mut [f32]) -> &mut [MaybeUninit<f32>] {
 fn filled(length: usize, f: impl FnOnce(&mut [MaybeUninit<f32>])) -> Vec<f32> {
     let mut c = Vec::with_capacity(length);
     f(&mut c.spare_capacity_mut()[..length]);
-    // SAFETY: a product that does not accumulate writes every value of its result.
+    // SAFETY: a product writes every value of its result.
     unsafe { c.set_len(length) };
     c
 }
 
-fn into_bf16(c: &mut [MaybeUninit<f32>], accumulate: bool, alpha: f32, a: View<'_, u16>, b: View<'_, u16>) {
+fn into_bf16(c: &mut [MaybeUninit<f32>], alpha: f32, a: View<'_, u16>, b: View<'_, u16>) {
     assert_eq!(a.columns, b.rows, "inner dimensions");
     assert_eq!(c.len(), a.rows * b.columns, "shape of the result");
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx512bw") && std::arch::is_x86_feature_detected!("avx512bf16") {
         // SAFETY: the features are there.
-        return unsafe { avx512bf16::product(c, accumulate, alpha, a, b) };
+        return unsafe { avx512bf16::product(c, alpha, a, b) };
     }
     let wide = |v: View<'_, u16>| v.data.iter().map(|x| f32::from_bits(u32::from(*x) << 16)).collect::<Vec<f32>>();
     let (wide_a, wide_b) = (wide(a), wide(b));
@@ -127,13 +111,13 @@ fn into_bf16(c: &mut [MaybeUninit<f32>], accumulate: bool, alpha: f32, a: View<'
         row_stride: v.row_stride,
         column_stride: v.column_stride,
     };
-    into_f32(c, accumulate, alpha, view(&wide_a, a), view(&wide_b, b));
+    into_f32(c, alpha, view(&wide_a, a), view(&wide_b, b));
 }
 
 /// Rows of the result that one thread takes at a time.
 const ROWS: usize = 64;
 
-fn into_f32(c: &mut [MaybeUninit<f32>], accumulate: bool, alpha: f32, a: View<'_, f32>, b: View<'_, f32>) {
+fn into_f32(c: &mut [MaybeUninit<f32>], alpha: f32, a: View<'_, f32>, b: View<'_, f32>) {
     assert_eq!(a.columns, b.rows, "inner dimensions");
     assert_eq!(c.len(), a.rows * b.columns, "shape of the result");
     let n = b.columns;
@@ -141,7 +125,7 @@ fn into_f32(c: &mut [MaybeUninit<f32>], accumulate: bool, alpha: f32, a: View<'_
         return;
     }
     c.par_chunks_mut(ROWS * n).enumerate().for_each(|(i, c)| {
-        serial(c, n, accumulate, alpha, a.rows(i * ROWS, c.len() / n), b);
+        serial(c, n, false, alpha, a.rows(i * ROWS, c.len() / n), b);
     });
 }
 
@@ -335,21 +319,13 @@ mod avx512bf16 {
 
     /// See [`super::product_bf16`].
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    pub(super) fn product(
-        c: &mut [MaybeUninit<f32>],
-        accumulate: bool,
-        alpha: f32,
-        a: View<'_, u16>,
-        b: View<'_, u16>,
-    ) {
+    pub(super) fn product(c: &mut [MaybeUninit<f32>], alpha: f32, a: View<'_, u16>, b: View<'_, u16>) {
         let (n, pairs) = (b.columns, a.columns.div_ceil(2));
         if c.is_empty() {
             return;
         }
         if pairs == 0 {
-            if !accumulate {
-                c.fill(MaybeUninit::new(0.0));
-            }
+            c.fill(MaybeUninit::new(0.0));
             return;
         }
         // Rows that lie one value after the other are read where they are.
@@ -376,7 +352,7 @@ mod avx512bf16 {
                         };
                         let c = &mut c[tile * TILE_ROWS * n + panel * TILE_COLUMNS..];
                         let rows = TILE_ROWS.min(rows - tile * TILE_ROWS);
-                        add_tile(left, right, c, n, rows, columns, accumulate || from > 0, alpha);
+                        add_tile(left, right, c, n, rows, columns, from > 0, alpha);
                     }
                 }
             }
@@ -457,7 +433,7 @@ mod tests {
     }
 
     /// Shapes that are whole tiles, ragged in each direction, odd in the inner one, and tiny; both operands as they are
-    /// and transposed; set and added.
+    /// and transposed.
     #[test]
     fn products_equal_the_plain_sum_of_the_rounded_operands() {
         for (m, k, n) in
@@ -471,12 +447,11 @@ mod tests {
                 (0..columns).flat_map(|c| (0..rows).map(move |r| v[r * columns + c])).collect()
             };
             let (a_t, b_t) = (transposed(&a, m, k), transposed(&b, k, n));
-            let start = values(m * n, 3);
-            for (accumulate, alpha) in [(false, 1.0), (true, 1.0), (false, -0.3), (true, 1.7)] {
+            for alpha in [1.0, -0.3] {
                 let exact = |i: usize| {
                     let sum: f64 =
                         (0..k).map(|j| f64::from(a_wide[i / n * k + j]) * f64::from(b_wide[j * n + i % n])).sum();
-                    f64::from(alpha) * sum + if accumulate { f64::from(start[i]) } else { 0.0 }
+                    f64::from(alpha) * sum
                 };
                 let check = |c: &[f32], what: &str| {
                     for (i, c) in c.iter().enumerate() {
@@ -493,17 +468,16 @@ mod tests {
                     (View::new(&a_t, k, m).t(), View::new(&b, k, n), "left transposed"),
                     (View::new(&a, m, k), View::new(&b_t, n, k).t(), "right transposed"),
                 ] {
-                    let mut c = start.clone();
-                    product_bf16(&mut c, accumulate, alpha, a, b);
-                    check(&c, what);
+                    check(&product_bf16(alpha, a, b), what);
                 }
-                let mut c = start.clone();
-                product_f32(&mut c, accumulate, alpha, View::new(&a_wide, m, k), View::new(&b_wide, k, n));
-                check(&c, "f32");
-                if !accumulate {
-                    check(&new_product_bf16(alpha, View::new(&a, m, k), View::new(&b, k, n)), "new");
-                    check(&new_product_f32(alpha, View::new(&a_wide, m, k), View::new(&b_wide, k, n)), "new f32");
-                }
+                let (a, b) = (View::new(&a_wide, m, k), View::new(&b_wide, k, n));
+                check(&product_f32(alpha, a, b), "f32");
+                // What is added to is there already.
+                let mut c = values(m * n, 3);
+                let before = c.clone();
+                serial_f32(&mut c, n, true, alpha, a, b);
+                let added: Vec<f32> = c.iter().zip(before).map(|(c, b)| c - b).collect();
+                check(&added, "added");
             }
         }
     }
@@ -534,12 +508,9 @@ mod tests {
             let s = start.elapsed().as_secs_f64() / 20.0;
             println!("{what}: {:.0} GFLOP/s", 2e-9 * (m * k * n) as f64 / s);
         };
-        let mut y = vec![0.0; m * n];
-        time("f32 forward", &mut || product_f32(&mut y, false, 1.0, View::new(&x, m, k), View::new(&w, n, k).t()));
-        time("bf16 forward", &mut || product_bf16(&mut y, false, 1.0, View::new(&xb, m, k), View::new(&wb, n, k).t()));
-        let mut dx = vec![0.0; m * k];
-        time("bf16 dX", &mut || product_bf16(&mut dx, false, 1.0, View::new(&g, m, n), View::new(&wb, n, k)));
-        let mut dw = vec![0.0; n * k];
-        time("bf16 dW", &mut || product_bf16(&mut dw, true, 1.0, View::new(&g, m, n).t(), View::new(&xb, m, k)));
+        time("f32 forward", &mut || drop(product_f32(1.0, View::new(&x, m, k), View::new(&w, n, k).t())));
+        time("bf16 forward", &mut || drop(product_bf16(1.0, View::new(&xb, m, k), View::new(&wb, n, k).t())));
+        time("bf16 dX", &mut || drop(product_bf16(1.0, View::new(&g, m, n), View::new(&wb, n, k))));
+        time("bf16 dW", &mut || drop(product_bf16(1.0, View::new(&g, m, n).t(), View::new(&xb, m, k))));
     }
 }

@@ -138,8 +138,8 @@ fn differs(gpu: &Gpu) -> crate::backend::Result<Option<String>> {
 /// `alpha · a · b`, by the threads of the pool.
 fn on_cpu(alpha: f32, a: Side<'_>, b: Side<'_>) -> Vec<f32> {
     match (a.factor.values(), b.factor.values()) {
-        (Operand::F32(x), Operand::F32(y)) => dense::new_product_f32(alpha, a.view(x), b.view(y)),
-        (Operand::Bf16(x), Operand::Bf16(y)) => dense::new_product_bf16(alpha, a.view(x), b.view(y)),
+        (Operand::F32(x), Operand::F32(y)) => dense::product_f32(alpha, a.view(x), b.view(y)),
+        (Operand::Bf16(x), Operand::Bf16(y)) => dense::product_bf16(alpha, a.view(x), b.view(y)),
         _ => unreachable!("operands of two precisions: one backend makes them all"),
     }
 }
@@ -188,7 +188,8 @@ impl Multiplier {
         }
     }
 
-    /// `c + alpha · a · b` in place. A GPU's product is added here, by the CPU: gradients stay in the order of batches.
+    /// `c + alpha · a · b` in place, whole products one after the other: gradients are sums in the order of batches, wherever each
+    /// was computed.
     ///
     /// # Errors
     /// As [`Self::product`].
@@ -196,18 +197,10 @@ impl Multiplier {
     /// # Panics
     /// As [`Self::product`].
     pub fn add_product(&self, c: &mut [f32], alpha: f32, a: Side<'_>, b: Side<'_>) -> Result<()> {
-        if let Self::Gpu(_) = self {
-            let product = self.product(alpha, a, b)?;
-            assert_eq!(c.len(), product.len(), "shape of the result");
-            let chunks = c.par_chunks_mut(CHUNK).zip(product.par_chunks(CHUNK));
-            chunks.for_each(|(c, product)| c.iter_mut().zip(product).for_each(|(c, p)| *c += p));
-            return Ok(());
-        }
-        match (a.factor.values(), b.factor.values()) {
-            (Operand::F32(x), Operand::F32(y)) => dense::product_f32(c, true, alpha, a.view(x), b.view(y)),
-            (Operand::Bf16(x), Operand::Bf16(y)) => dense::product_bf16(c, true, alpha, a.view(x), b.view(y)),
-            _ => unreachable!("operands of two precisions: one backend makes them all"),
-        }
+        let product = self.product(alpha, a, b)?;
+        assert_eq!(c.len(), product.len(), "shape of the result");
+        let chunks = c.par_chunks_mut(CHUNK).zip(product.par_chunks(CHUNK));
+        chunks.for_each(|(c, product)| c.iter_mut().zip(product).for_each(|(c, p)| *c += p));
         Ok(())
     }
 }

@@ -1,0 +1,162 @@
+//! The side of those that help the root.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use super::shared::Shared;
+use super::{Beginning, Models, Part, Task, all_told, read};
+use crate::backend::autograd::AutogradBackend;
+use crate::backend::autograd::multiplier::Multiplier;
+use crate::backend::autograd::operand::Precision;
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::identity::identity;
+use crate::corpus::Row;
+use crate::model::Decoder;
+use crate::ranks::Link;
+use crate::recover::distill::{self, Options};
+use crate::recover::parameter::Rates;
+use crate::recover::student::Student;
+use crate::recover::trainer::learned;
+use crate::recover::{RecoverError, Result};
+
+struct Helper {
+    link: Arc<dyn Link>,
+    multiplier: Multiplier,
+    models: Option<(Student, Decoder<AutogradBackend>)>,
+    /// What the student's block scales were told.
+    scales: Option<bool>,
+    options: Options,
+    shared: Option<Shared>,
+}
+
+/// Does what the root says, until it says that all is done; `multiplier` multiplies.
+///
+/// # Errors
+/// When what the root says cannot be understood or done; the other processes have to be ended then.
+pub fn help(link: Arc<dyn Link>, multiplier: Multiplier) -> Result<()> {
+    let mut helper = Helper { link, multiplier, models: None, scales: None, options: Options::default(), shared: None };
+    loop {
+        let mut task = Vec::new();
+        helper.link.broadcast(&mut task);
+        match read(&task)? {
+            Task::Load(models) => {
+                let loaded = helper.load(&models);
+                helper.tell(loaded);
+            }
+            Task::Begin(beginning) => {
+                let begun = helper.begin(*beginning);
+                helper.tell(begun);
+                let (student, _) = helper.models.as_mut().ok_or_else(too_early)?;
+                helper.shared = Some(Shared::new(helper.link.clone(), student));
+            }
+            Task::Round { batches, total, first, last } => {
+                helper.round(&batches, f64::from_bits(total), first, last)?
+            }
+            Task::Move { step, steps, rates, factor } => {
+                let [weights, scales, norms] = rates.map(f32::from_bits);
+                let options = helper.options;
+                let (shared, student) = helper.at_work()?;
+                let rates = Rates { weights, scales, norms };
+                shared.step(student, &options.adam, (step, steps), rates, f32::from_bits(factor));
+                if options.average > 0.0 {
+                    student.average(options.average);
+                }
+            }
+            Task::Fetch { parameter, kind } => {
+                let (shared, student) = helper.at_work()?;
+                shared.give(student, parameter, &kind);
+            }
+            Task::Done => return Ok(()),
+        }
+    }
+}
+
+fn too_early() -> RecoverError {
+    RecoverError::Asked("the first process asks for training before it said of what".into())
+}
+
+impl Helper {
+    fn at_work(&mut self) -> Result<(&mut Shared, &mut Student)> {
+        match (&mut self.shared, &mut self.models) {
+            (Some(shared), Some((student, _))) => Ok((shared, student)),
+            _ => Err(too_early()),
+        }
+    }
+
+    /// Tells the root how something went.
+    fn tell(&self, outcome: Result<()>) {
+        // What went wrong is the root's to say.
+        let _ = all_told(&*self.link, outcome);
+    }
+
+    fn load(&mut self, models: &Models) -> Result<()> {
+        let by = |device: Option<String>| device.unwrap_or_else(|| "the CPU".into());
+        if self.multiplier.device() != models.device {
+            let (own, first) = (by(self.multiplier.device()), by(models.device.clone()));
+            return Err(RecoverError::Asked(format!("multiplies by {own}, and the first process by {first}")));
+        }
+        let precision = if models.f32 { Precision::F32 } else { Precision::Bf16 };
+        let backend = AutogradBackend::multiplied_by(self.multiplier.clone(), precision);
+        let open = |folder: &std::path::Path, expected: &Value| -> Result<Checkpoint> {
+            let checkpoint = Checkpoint::open(folder)?;
+            let found = identity(&checkpoint.tensors, &mut |_, _| ())?;
+            if found != *expected {
+                let found = format!("{}: its files are others than those that the first process has", folder.display());
+                return Err(RecoverError::Asked(found));
+            }
+            Ok(checkpoint)
+        };
+        let teacher = open(&models.teacher, &models.teacher_identity)?;
+        let student = open(&models.student, &models.student_identity)?;
+        let masters = models.masters.as_deref().map(Checkpoint::open).transpose()?;
+        let student = Student::load(&student, masters.as_ref(), backend.clone())?;
+        self.models = Some((student, Decoder::load(backend, &teacher)?));
+        Ok(())
+    }
+
+    fn begin(&mut self, beginning: Beginning) -> Result<()> {
+        let (student, _) = self.models.as_mut().ok_or_else(too_early)?;
+        let Beginning { options, scales, state } = beginning;
+        if let (Some(dual), None) = (scales, self.scales) {
+            student.allow_scales(dual);
+            self.scales = scales;
+        }
+        self.options = options;
+        let all = student.everything;
+        student.train(|p| learned(p, &options, all));
+        for (parameter, kind) in state {
+            let p = &mut student.parameters[parameter];
+            let mut values = vec![0.0; p.length(&kind)];
+            self.link.broadcast_values(&mut values);
+            if !p.set_state(&kind, values) {
+                return Err(RecoverError::Asked(format!("{}: has no {kind} here", p.name)));
+            }
+        }
+        student.refresh();
+        Ok(())
+    }
+
+    fn round(&mut self, batches: &[Vec<Row>], total: f64, first: bool, last: bool) -> Result<()> {
+        let Some((student, teacher)) = &self.models else { return Err(too_early()) };
+        let own = match batches.get(self.link.rank()) {
+            None => Ok(None),
+            Some(rows) => {
+                let rows: Vec<&Row> = rows.iter().collect();
+                distill::gradients(&student.decoder, Some(teacher), &rows, total, &self.options)
+                    .map(|p| Some(Part::of(p)))
+            }
+        };
+        let _ = all_told(&*self.link, own);
+        let mut go_on = Vec::new();
+        self.link.broadcast(&mut go_on);
+        if read(&go_on)? {
+            let shared = self.shared.as_mut().ok_or_else(too_early)?;
+            shared.sum(student, batches.len(), first, last);
+            if last {
+                shared.squares(student);
+            }
+        }
+        Ok(())
+    }
+}
