@@ -211,7 +211,7 @@ impl<M: Borrow<Blocks<AutogradBackend>>> Student<M> {
         let result = f();
         for (p, before) in vectors().zip(before) {
             if let (Some(sum), Some(before)) = (p.gradient().as_mut(), before) {
-                sum.iter_mut().zip(before).for_each(|(s, b)| *s = b + *s);
+                sum.iter_mut().zip(before).for_each(|(s, b)| *s += b);
             }
         }
         result

@@ -35,7 +35,7 @@ pub struct Team {
 /// What the root asks of the others.
 #[derive(Debug, Serialize, Deserialize)]
 enum Task {
-    Load(Models),
+    Load(Box<Models>),
     Begin(Box<Beginning>),
     /// Gradients of a batch for each of the first ranks, of sums divided by `total`; they are added up, and with the `last` of a
     /// step's rounds are complete.
@@ -165,7 +165,7 @@ impl Team {
     /// # Errors
     /// That of `own`; when another process cannot, or finds other files.
     pub fn load<T>(&self, models: Models, own: impl FnOnce() -> Result<T>) -> Result<T> {
-        self.ask(&Task::Load(models));
+        self.ask(&Task::Load(Box::new(models)));
         let (own, loaded) = match own() {
             Ok(own) => (Some(own), Ok(())),
             Err(e) => (None, Err(e)),
