@@ -1,7 +1,7 @@
 // Every kernel against its definition, on ragged shapes, with every access checked: what scripts/cuda-check.sh runs. The
 // definitions here are plain loops over whole matrices and know nothing of tiles, lanes or pages.
 //
-// usage: check [FILE...]: the kernels of these files (matmul, tile, narrow, operand, attention, recurrent, rows, mixture, sample), or
+// usage: check [FILE...]: the kernels of these files (matmul, tile, narrow, tcgen, operand, attention, recurrent, rows, mixture, sample), or
 // primitives; all without.
 #include "checked.cu"
 
@@ -46,20 +46,22 @@ template <class T> struct Array {
     }
 };
 
-template <class... A> static bool run(const char* name, int gx, int gy, int gz, A... args) {
+// With `dynamic` bytes of shared memory beside what the kernel declares.
+template <class... A> static bool run_with(size_t dynamic, const char* name, int gx, int gy, int gz, A... args) {
     auto k = standin::kernels().find(name);
     if (k == standin::kernels().end()) { printf("FAIL no kernel %s\n", name), FAILED++; return false; }
     void* pointers[] = {(void*)&args...};
     std::string fault;
 #ifdef PTX
-    if (FROM_PTX) fault = ptx::launch(name, gx, gy, gz, k->second.threads, pointers);
+    if (FROM_PTX) fault = ptx::launch(name, gx, gy, gz, k->second.threads, pointers, dynamic);
     else
 #endif
-        fault = standin::launch(k->second, gx, gy, gz, k->second.threads, pointers);
+        fault = standin::launch(k->second, gx, gy, gz, k->second.threads, pointers, dynamic);
     CHECKED++;
     if (!fault.empty()) printf("FAIL %s\n", fault.c_str()), FAILED++;
     return fault.empty();
 }
+template <class... A> static bool run(const char* name, int gx, int gy, int gz, A... args) { return run_with(0, name, gx, gy, gz, args...); }
 // |got - expected| <= bound · scale, element by element.
 static void close(const std::string& what, const std::vector<float>& got, const std::vector<double>& expected, const std::vector<double>& scale, double bound) {
     double worst = 0;
@@ -363,7 +365,8 @@ static void operand_matches(const std::string& what, const std::vector<std::vect
             }
             for (int i = 0; i < kp; i++) {
                 const int eight = i % 128 / 8;
-                const uint8_t* codes = (const uint8_t*)got.data() + ((r * kp + i / 128 * 128) + (eight % 4 * 4 + eight / 4) * 8) * bits / 8;
+                const int place = format >= 2 * CODES ? eight : eight % 4 * 4 + eight / 4;
+                const uint8_t* codes = (const uint8_t*)got.data() + ((r * kp + i / 128 * 128) + place * 8) * bits / 8;
                 const int code = bits == 8 ? codes[i % 8] : codes[i % 8 / 2] >> 4 * (i % 2) & 15;
                 double v = bits == 8 ? e4m3_value(code) : e2m1_value(code);
                 if (block) {
@@ -410,6 +413,7 @@ static void check_operand() {
     std::vector<int> formats;
     for (int format = FLOAT; format <= FP_QUANT_QUEST; format++) formats.push_back(format);
     for (int format = NVFP4; format <= MXFP8; format++) formats.push_back(format + CODES);
+    for (int format : {NVFP4, MXFP4}) formats.push_back(format + 2 * CODES);
     for (int format : formats)
         for (int rule = 0; rule < (format % CODES == MXFP4 || format % CODES == MXFP8 ? 3 : 1); rule++)
             for (int k : {16, 48, 99, 100, 128, 416, 4608}) {
@@ -800,6 +804,7 @@ static void check_rows() {
 }
 
 #include "check_narrow.h"
+#include "check_tcgen.h"
 #include "check_mixture.h"
 #include "check_recurrent.h"
 #include "check_sample.h"
@@ -814,7 +819,7 @@ int main(int argc, char** argv) {
     }
 #endif
     standin::STRICT = true;
-    const std::vector<std::pair<std::string, void (*)()>> all{{"primitives", check_primitives}, {"matmul", check_matmul}, {"tile", check_tile}, {"narrow", check_narrow}, {"operand", check_operand}, {"attention", check_attention}, {"recurrent", check_recurrent}, {"rows", check_rows}, {"mixture", check_mixture}, {"sample", check_sample}};
+    const std::vector<std::pair<std::string, void (*)()>> all{{"primitives", [] { check_primitives(), check_tensor_primitives(); }}, {"matmul", check_matmul}, {"tile", check_tile}, {"narrow", check_narrow}, {"tcgen", check_tcgen}, {"operand", check_operand}, {"attention", check_attention}, {"recurrent", check_recurrent}, {"rows", check_rows}, {"mixture", check_mixture}, {"sample", check_sample}};
     for (auto& [name, check] : all) {
         bool wanted = argc == 1;
         for (int i = 1; i < argc; i++) wanted |= name == argv[i];
