@@ -18,6 +18,14 @@ static std::mt19937 RANDOM(1);
 static double uniform(double a, double b) { return std::uniform_real_distribution<>(a, b)(RANDOM); }
 static int below(int n) { return (int)(RANDOM() % (unsigned)n); }
 
+// Whether what is checked has a kernel: PTX for an architecture or of one file has not all of them.
+static bool has_kernel(const std::string& name) {
+#ifdef PTX
+    if (FROM_PTX) return ptx::MODULE.kernels.count(name) > 0;
+#endif
+    return standin::kernels().count(name) > 0;
+}
+
 // An array on the device. `poison`: nothing of it was written.
 template <class T> struct Array {
     T* p;
@@ -644,7 +652,11 @@ static void check_attention() {
 
 // --- rows ---
 
+// Of layouts for FP4 and FP8 tensor cores.
+static void check_narrow_rows();
+static void check_tcgen_rows();
 static void check_rows() {
+    check_narrow_rows(), check_tcgen_rows();
     for (int kind = 0; kind < 6; kind++)
         for (auto [k, n] : {std::pair{128 * 17, 40}, std::pair{128 * 3, 70}, std::pair{64, 300}, std::pair{101, 33}}) {
             if (block_of(kind) && k % block_of(kind)) continue;
