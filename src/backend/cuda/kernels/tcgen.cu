@@ -12,8 +12,8 @@
 // No wait is for ever: where an mbarrier does not come (TRIES), what it should have brought is NaN.
 // In shared memory a side is 16 bytes of 32 columns of each row, one row after the other, then the next 32 columns: no bank conflicts,
 // and no swizzling. The weight lies so in memory.
-// Roofline: few tokens, weights once from memory; else tensor cores: a step of a block is 16 or 17 or 18 KiB from L2 for two products of
-// 64 clocks each at 16,384 multiply-adds a clock and multiprocessor: 128 to 144 bytes a clock, more than L2 has been seen to give (about
+// Roofline: few tokens, weights once from memory; else tensor cores: a step of a block is 17 or 18 KiB from L2 for two products of
+// 64 clocks each at 16,384 multiply-adds a clock and multiprocessor: 136 to 144 bytes a clock, more than L2 has been seen to give (about
 // 64), so about half of the tensor cores' rate. Two CTAs that share an instruction would halve that; not done.
 // Limits: as matmul.cu; N is padded to 128.
 #pragma once
