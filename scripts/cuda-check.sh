@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs every kernel, compiled for the CPU, against its definition, with every access checked (src/backend/cuda/standin).
-# usage: cuda-check.sh [--only FILE] [DIR]   FILE: matmul, tile, narrow, operand, attention, recurrent, rows, mixture or sample (.cu), or
+# usage: cuda-check.sh [--only FILE] [DIR]   FILE: matmul, tile, narrow, tcgen, operand, attention, recurrent, rows, mixture or sample (.cu), or
 # primitives; DIR: the kernels' folder
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -18,10 +18,10 @@ trap 'rm -rf "$work"' EXIT
 cp -r "$kernels" "$work/kernels"
 cp -r "$root/src/backend/cuda/standin" "$work/standin"
 # Then the same with the kernels run from the PTX that nvcc makes of them, where there is one or it can be installed.
-architectures="80 90 120f"
+architectures="80 90 120f 100f"
 [ ${#only[@]} -gt 0 ] && architectures=80
-# What only the family of sm_120 has.
-case ${only[0]:-} in narrow | primitives) architectures=120f ;; esac
+# What only the families of sm_120 and sm_100 have.
+case ${only[0]:-} in narrow) architectures=120f ;; tcgen) architectures=100f ;; primitives) architectures="120f 100f" ;; esac
 if nvcc=$("$root/scripts/cuda-nvcc.sh" 2> "$work/no-nvcc"); then
     {
         for a in $architectures; do

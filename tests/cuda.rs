@@ -8,7 +8,7 @@ mod training;
 
 use std::process::Command;
 
-use recoup::backend::cuda::{CudaBackend, Device};
+use recoup::backend::cuda::{CudaBackend, Device, Narrow};
 use recoup::backend::observe::Observed;
 use recoup::backend::{Activation, Backend, BackendError, Ffn};
 use recoup::checkpoint::Checkpoint;
@@ -795,7 +795,9 @@ fn doctor_finds_every_kernel_right_and_auto_says_why_it_does_not_use_a_gpu() {
     let four = ["matmul_fp4_16_8 ", "matmul_fp4_16_32", "tile_fp4_16", "matmul_fp4_32_8", "tile_fp4_32"];
     let eight =
         ["matmul_fp8_8 ", "matmul_fp8_32", "tile_fp8 ", "matmul_fp8_8g", "tile_fp8g", "matmul_fp8_mx_8", "tile_fp8_mx"];
-    assert!(four.iter().chain(&eight).all(|name| out.contains(name) == backend.narrow()), "{out}");
+    let tcgen = ["matmul_tcgen_16", "tile_tcgen_16", "matmul_tcgen_32", "tile_tcgen_32"];
+    let names = |names: &[&str], cores| names.iter().all(|name| out.contains(name) == (backend.narrow() == cores));
+    assert!(names(&four, Narrow::Mma) && names(&eight, Narrow::Mma) && names(&tcgen, Narrow::Tcgen), "{out}");
     if backend.device().name.starts_with("stand-in") {
         let mut command = support::command::recoup(&["run", NVFP4, "--raw", "-p", "The ship", "-n", "2"]);
         let out = command.env_remove("CUDA_VISIBLE_DEVICES").env("STANDIN_MEMORY", "20000000").output().unwrap();
@@ -807,10 +809,10 @@ fn doctor_finds_every_kernel_right_and_auto_says_why_it_does_not_use_a_gpu() {
     }
 }
 
-/// The binary on a stand-in that has FP4 and FP8 tensor cores, remembering in `cache` what it finds.
-fn with_narrow(cache: &str, args: &[&str], environment: &[(&str, &str)]) -> std::process::Output {
+/// The binary on a stand-in that has FP4 and FP8 tensor cores as this capability has them, remembering in `cache` what it finds.
+fn with_narrow(capability: &str, cache: &str, args: &[&str], environment: &[(&str, &str)]) -> std::process::Output {
     let mut command = support::command::recoup(args);
-    command.env_remove("CUDA_VISIBLE_DEVICES").env("STANDIN_CAPABILITY", "120").env("RECOUP_CACHE", cache);
+    command.env_remove("CUDA_VISIBLE_DEVICES").env("STANDIN_CAPABILITY", capability).env("RECOUP_CACHE", cache);
     command.envs(environment.iter().copied()).output().unwrap()
 }
 
@@ -829,7 +831,7 @@ fn codes_by_codes_are_for_fp4_and_fp8_tensor_cores_that_give_what_the_cpu_gives(
     let expected = text(&support::command::run(auto));
     let note = "BF16 tensor cores compute all products";
     let runs = |cache: &str, args: &[&str], environment: &[(&str, &str)], noted: bool| {
-        let out = with_narrow(&folder.name(cache), args, environment);
+        let out = with_narrow("120", &folder.name(cache), args, environment);
         assert!(out.status.success() && said(&out).contains(note) == noted, "{cache}: {}", said(&out));
         assert!(!said(&out).contains("the CPU computes"), "{cache}: {}", said(&out));
         assert_eq!(text(&out), expected, "{cache}");
@@ -852,14 +854,49 @@ fn codes_by_codes_are_for_fp4_and_fp8_tensor_cores_that_give_what_the_cpu_gives(
     runs("wrong8", &run, &swap("matmul_fp8_mx:matmul_fp8"), true);
     // Kernels that end the device's context: the next start does without them.
     let lost = swap("matmul_fp4_32:matmul_fp4_16");
-    let out = with_narrow(&folder.name("lost"), &run, &lost);
+    let out = with_narrow("120", &folder.name("lost"), &run, &lost);
     assert!(!out.status.success() && said(&out).contains("which the next start leaves alone"), "{}", said(&out));
     runs("lost", &run, &lost, true);
     // Where BF16's are wrong too, the CPU is left.
     let broken = swap("matmul_bf16:matmul_e4m3");
-    let out = with_narrow(&folder.name("broken"), &run, &broken);
+    let out = with_narrow("120", &folder.name("broken"), &run, &broken);
     assert!(!out.status.success() && said(&out).contains("do not give what the CPU gives"), "{}", said(&out));
-    let out = with_narrow(&folder.name("broken"), auto, &broken);
+    let out = with_narrow("120", &folder.name("broken"), auto, &broken);
     assert!(out.status.success() && said(&out).contains("the CPU computes, not the GPU"), "{}", said(&out));
     assert_eq!(text(&out), expected);
+}
+
+#[test]
+fn products_by_tcgen05_that_are_wrong_or_never_done_are_left_alone() {
+    use support::command::{Folder, NVFP4, said};
+    let Some(backend) = device() else { return };
+    if !backend.device().name.starts_with("stand-in") {
+        println!("a real driver: not tested");
+        return;
+    }
+    let text = |out: &std::process::Output| String::from_utf8_lossy(&out.stdout).into_owned();
+    let folder = Folder::new();
+    let run = ["run", NVFP4, "--raw", "-p", "It was a dark", "-n", "8", "--temperature", "0", "--device", "cuda:0"];
+    let expected = text(&support::command::run(&run[..run.len() - 2]));
+    let runs = |cache: &str, environment: &[(&str, &str)], noted: bool| {
+        let out = with_narrow("100", &folder.name(cache), &run, environment);
+        let note = "BF16 tensor cores compute all products, not the FP4 ones of";
+        assert!(out.status.success() && said(&out).contains(note) == noted, "{cache}: {}", said(&out));
+        assert_eq!(text(&out), expected, "{cache}");
+    };
+    runs("right", &[("RECOUP_CUDA_NARROW", "0")], false);
+    runs("right", &[], false);
+    for copy in ["mute", "lost"] {
+        for name in support::command::names(&folder.at("right")) {
+            folder.write(format!("{copy}/{name}"), std::fs::read(folder.at("right").join(&name)).unwrap());
+        }
+    }
+    // Waits that would last for ever are given up, and BF16's stand in, from then on.
+    runs("mute", &[("STANDIN_MUTE", "1")], true);
+    runs("mute", &[], true);
+    // Kernels that end the device's context: the next start does without them.
+    let lost = [("STANDIN_SWAP", "tcgen_32:tcgen_16")];
+    let out = with_narrow("100", &folder.name("lost"), &run, &lost);
+    assert!(!out.status.success() && said(&out).contains("which the next start leaves alone"), "{}", said(&out));
+    runs("lost", &lost, true);
 }

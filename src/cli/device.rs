@@ -78,7 +78,7 @@ impl DeviceChoice {
 fn open(cpu: &CpuBackend, ordinal: usize, note: &mut dyn FnMut(String)) -> Result<CudaBackend> {
     let mut gpu = CudaBackend::new(ordinal)?;
     let mut left = None;
-    if gpu.narrow() {
+    if let Some(formats) = gpu.narrow().formats() {
         let shown = Shown::of(&gpu);
         let wrong = match shown.outcome() {
             Some(false) => true,
@@ -89,7 +89,7 @@ fn open(cpu: &CpuBackend, ordinal: usize, note: &mut dyn FnMut(String)) -> Resul
                     shown.remember(false);
                     let name = &gpu.device().name;
                     let what =
-                        format!("{name} failed with its FP4 and FP8 tensor cores, which the next start leaves alone");
+                        format!("{name} failed with its {formats} tensor cores, which the next start leaves alone");
                     return Err(e.context(what));
                 }
                 Err(e) => return Err(e),
@@ -99,7 +99,7 @@ fn open(cpu: &CpuBackend, ordinal: usize, note: &mut dyn FnMut(String)) -> Resul
             shown.remember(true);
             return Ok(gpu);
         }
-        left = Some(shown);
+        left = Some((shown, formats));
         gpu = gpu.without_narrow();
     }
     let shown = Shown::of(&gpu);
@@ -114,11 +114,11 @@ fn open(cpu: &CpuBackend, ordinal: usize, note: &mut dyn FnMut(String)) -> Resul
         );
     }
     shown.remember(true);
-    if let Some(narrow) = left {
+    if let Some((narrow, formats)) = left {
         narrow.remember(false);
         let name = &gpu.device().name;
         note(format!(
-            "BF16 tensor cores compute all products, not the FP4 and FP8 ones of {name}: those do not give what the CPU gives"
+            "BF16 tensor cores compute all products, not the {formats} ones of {name}: those do not give what the CPU gives"
         ));
     }
     Ok(gpu)

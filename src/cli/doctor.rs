@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::device::{AnyBackend, DeviceChoice, on_cpu};
 use super::machine::{cpu_name, features, memory_bytes};
 use crate::backend::cpu::{isa::Isa, packed};
-use crate::backend::cuda::{CudaBackend, Device, TABLE_TOKENS};
+use crate::backend::cuda::{CudaBackend, Device, Narrow, TABLE_TOKENS};
 use crate::evaluate::device_check::{self, Checked};
 use crate::evaluate::throughput::{self, Product};
 
@@ -121,7 +121,11 @@ fn gpus() -> Result<Vec<Result<Device, String>>, String> {
 fn gpu(args: &Args, ordinal: usize) -> Result<ExitCode> {
     let gpu = CudaBackend::new(ordinal)?;
     let (cpu, device) = (on_cpu(super::options::threads(0))?, AnyBackend::B(gpu.clone()));
-    let cores = if gpu.narrow() { "FP4, FP8 and BF16" } else { "BF16" };
+    let cores = match gpu.narrow() {
+        Narrow::None => "BF16",
+        Narrow::Mma => "FP4, FP8 and BF16",
+        Narrow::Tcgen => "FP4 and BF16",
+    };
     super::say!("{}; kernels {}; products on {cores} tensor cores", gpu.device(), gpu.kernels());
     let bar = super::progress(0, "kernels checked");
     let checked = device_check::thorough(&cpu, &device, &mut |done| bar.set_position(done as u64))?;

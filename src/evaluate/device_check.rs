@@ -118,6 +118,15 @@ pub fn thorough<A: Backend, B: Backend>(
             (Element::E4m3, _) => Some(ActivationFormat::Fp8Token),
             _ => None,
         };
+        // Four bits by four: more steps of K than a pipeline has stages; and, once, so many outputs that nobody has to share one.
+        if let (Element::E2m1, Some(activation)) = (weight.0, of_its_bits) {
+            let many = (weight.1 == Blocks::E4m3(16)).then_some((2, 20480, 1024));
+            for shape in [(140, 40, 2048)].into_iter().chain(many) {
+                seed += 1;
+                product(cpu, device, seed, shape, weight, activation, &mut out)?;
+                progress(out.len());
+            }
+        }
         for activation in [ActivationFormat::Float, ActivationFormat::Fp8Group].into_iter().chain(of_its_bits) {
             seed += 1;
             product(cpu, device, seed, (1536, 512, 288), weight, activation, &mut out)?;

@@ -8,9 +8,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use cudarc::driver::sys::{self, CUdevice_attribute, CUdeviceptr, CUresult};
+use cudarc::driver::sys::{self, CUdevice_attribute, CUdeviceptr, CUfunction_attribute_enum, CUresult};
 
 use super::graph::{Launch, Queue};
+use super::table::shared_bytes;
 use crate::backend::{BackendError, Result};
 
 /// The oldest driver that runs what is embedded here: release 580, CUDA 13.0.
@@ -65,7 +66,8 @@ pub struct Device {
     pub multiprocessors: usize,
     context: sys::CUcontext,
     stream: sys::CUstream,
-    functions: HashMap<&'static str, sys::CUfunction>,
+    /// With the bytes of shared memory that a launch gives.
+    functions: HashMap<&'static str, (sys::CUfunction, u32)>,
     /// Memory that was given back, by size; what is taken again was freed earlier on the same stream.
     free: Mutex<BTreeMap<usize, Vec<CUdeviceptr>>>,
     /// Launches on their way to the stream: whatever else goes there sends them first, so that all of it keeps its order.
@@ -163,7 +165,13 @@ impl Device {
                 continue;
             }
             check("loading the kernels", code)?;
-            device.functions.insert(name, function);
+            let shared = shared_bytes(name);
+            if shared > 0 {
+                let most = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                // SAFETY: the function was found above.
+                check(name, unsafe { sys::cuFuncSetAttribute(function, most, shared as i32) })?;
+            }
+            device.functions.insert(name, (function, shared));
         }
         Ok(device)
     }
@@ -487,8 +495,9 @@ impl Device {
         if grid.contains(&0) {
             return Ok(());
         }
-        let function = *self.functions.get(kernel).ok_or_else(|| failed(kernel, "this kernel was not loaded"))?;
-        let launch = Launch { kernel, function, grid: grid.map(|n| n as u32), threads, values: args.values };
+        let loaded = self.functions.get(kernel).ok_or_else(|| failed(kernel, "this kernel was not loaded"))?;
+        let (function, shared) = *loaded;
+        let launch = Launch { kernel, function, grid: grid.map(|n| n as u32), threads, shared, values: args.values };
         let mut queue = self.waiting();
         // SAFETY: the caller's. Memory goes back to the driver in `shrink` only, after all that waits; what is taken from the pool
         // again is written by what comes to the queue or the stream later.

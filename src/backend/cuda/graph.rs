@@ -23,6 +23,8 @@ pub struct Launch {
     pub function: sys::CUfunction,
     pub grid: [u32; 3],
     pub threads: u32,
+    /// Bytes of shared memory beside what the kernel declares.
+    pub shared: u32,
     /// Arguments, each in the low bytes of a word.
     pub values: Vec<u64>,
 }
@@ -67,7 +69,7 @@ impl Launch {
             blockDimX: self.threads,
             blockDimY: 1,
             blockDimZ: 1,
-            sharedMemBytes: 0,
+            sharedMemBytes: self.shared,
             kernelParams: pointers.as_mut_ptr(),
             extra: std::ptr::null_mut(),
             kern: std::ptr::null_mut(),
@@ -86,7 +88,19 @@ impl Launch {
         let ([x, y, z], none) = (self.grid, std::ptr::null_mut());
         // SAFETY: the caller's; values and pointers live until the call returns, which copies them.
         let code = unsafe {
-            sys::cuLaunchKernel(self.function, x, y, z, self.threads, 1, 1, 0, stream, pointers.as_mut_ptr(), none)
+            sys::cuLaunchKernel(
+                self.function,
+                x,
+                y,
+                z,
+                self.threads,
+                1,
+                1,
+                self.shared,
+                stream,
+                pointers.as_mut_ptr(),
+                none,
+            )
         };
         check(self.kernel, code)
     }

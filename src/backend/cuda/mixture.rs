@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::driver::{Args, Memory};
 use super::elementwise::activation_number;
 use super::product::{format, scales_of};
-use super::table::{kernel, suffix};
-use super::weight::{Kind, STEP};
+use super::table::{FEW, kernel, suffix};
+use super::weight::{Kind, ROWS, SIDE, STEP};
 use super::{CudaBackend, CudaLinear, CudaTensor};
 use crate::backend::{Backend, Ffn, Result, one};
 use crate::formats::linear::ActivationFormat;
@@ -195,7 +195,8 @@ impl CudaBackend {
         let y = self.empty(pairs.count, w.n)?;
         let planes = if w.activation == ActivationFormat::Float { 2 } else { 1 };
         let most = pairs.tokens * planes;
-        let columns = if most <= 8 { 8 } else { 32 };
+        let (outputs, wide) = if matches!(w.kind, Kind::Tcgen { .. }) { (SIDE, SIDE) } else { (ROWS, 32) };
+        let columns = if most <= FEW { FEW } else { wide };
         let grouped = if w.grouped() { "g" } else { "" };
         let name = kernel(&format!("mixture_{}_{columns}{grouped}", suffix(w.kind)))?;
         let [of_tokens, of_groups] = scales_of(w.activation, rows.scales.as_ref());
@@ -210,7 +211,7 @@ impl CudaBackend {
             .int(planes)
             .int(w.n)
             .int(w.k.next_multiple_of(STEP));
-        self.launch(name, [w.n.div_ceil(32), most.div_ceil(columns), pairs.experts], 256, args)?;
+        self.launch(name, [w.n.div_ceil(outputs), most.div_ceil(columns), pairs.experts], 256, args)?;
         Ok(y)
     }
 

@@ -29,7 +29,7 @@ use product::Operand;
 pub use recurrent::{CudaDeltaNet, CudaMamba};
 pub use staging::Staging;
 pub use table::TABLE_TOKENS;
-use table::{KERNELS, NARROW_KERNELS, kernel, suffix};
+use table::{KERNELS, NARROW_KERNELS, TCGEN_KERNELS, kernel, suffix};
 pub use weight::CudaLinear;
 use weight::{Kind, STEP};
 
@@ -55,8 +55,30 @@ pub struct CudaBackend {
     mixtures: Arc<mixture::Tables>,
     /// Which columns rearranged tensors are made of.
     columns: Arc<elementwise::Columns>,
-    /// Whether FP4 and FP8 tensor cores multiply what both sides have in such formats.
-    narrow: bool,
+    narrow: Narrow,
+}
+
+/// Tensor cores that multiply what both sides have in their formats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Narrow {
+    /// None of them: BF16's compute everything.
+    None,
+    /// FP4's and FP8's of sm_120's family (kernels/narrow.cu).
+    Mma,
+    /// FP4's of sm_100's family and of sm_110 (kernels/tcgen.cu).
+    Tcgen,
+}
+
+impl Narrow {
+    /// Their formats, if there are any.
+    #[must_use]
+    pub fn formats(self) -> Option<&'static str> {
+        match self {
+            Self::None => None,
+            Self::Mma => Some("FP4 and FP8"),
+            Self::Tcgen => Some("FP4"),
+        }
+    }
 }
 
 /// Activations on the device, row-major f32.
@@ -117,28 +139,41 @@ impl CudaBackend {
     /// # Errors
     /// No driver, one that is too old, no such device, or one that cannot run the kernels.
     pub fn new(ordinal: usize) -> Result<Self> {
-        let device = Arc::new(Device::open(ordinal, &KERNELS, &NARROW_KERNELS)?);
+        let more = [&NARROW_KERNELS[..], &TCGEN_KERNELS[..]].concat();
+        let device = Arc::new(Device::open(ordinal, &KERNELS, &more)?);
         let wanted = std::env::var_os("RECOUP_CUDA_NARROW").is_none_or(|v| v != "0");
-        let narrow = wanted && NARROW_KERNELS.iter().all(|name| device.has(name));
+        let has = |kernels: &[&str]| wanted && kernels.iter().all(|name| device.has(name));
+        let narrow = if has(&NARROW_KERNELS) {
+            Narrow::Mma
+        } else if has(&TCGEN_KERNELS) {
+            Narrow::Tcgen
+        } else {
+            Narrow::None
+        };
         Ok(Self { device, mixtures: Arc::default(), columns: Arc::default(), narrow })
     }
 
-    /// Whether FP4 and FP8 tensor cores compute what they can.
+    /// Which FP4 and FP8 tensor cores compute what they can.
     #[must_use]
-    pub fn narrow(&self) -> bool {
+    pub fn narrow(&self) -> Narrow {
         self.narrow
     }
 
     /// Which kernels compute, for keys of results: the beginning of their hash, and whether those for FP4 and FP8 tensor cores are among them.
     #[must_use]
     pub fn kernels(&self) -> String {
-        self.device.kernels() + if self.narrow { " narrow" } else { "" }
+        let narrow = match self.narrow {
+            Narrow::None => "",
+            Narrow::Mma => " narrow",
+            Narrow::Tcgen => " tcgen",
+        };
+        self.device.kernels() + narrow
     }
 
     /// The same device, on which BF16 tensor cores compute everything. Linears that are loaded stay what they are.
     #[must_use]
     pub fn without_narrow(&self) -> Self {
-        Self { narrow: false, ..self.clone() }
+        Self { narrow: Narrow::None, ..self.clone() }
     }
 
     /// The device in use.

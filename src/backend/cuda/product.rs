@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::driver::{Args, Memory};
-use super::table::product_kernel;
+use super::table::{SLICES, product_kernel};
 use super::weight::{Kind, STEP};
 use super::{CudaBackend, CudaLinear, CudaTensor, CudaVector};
 use crate::backend::Result;
@@ -44,7 +44,7 @@ impl Operand {
     }
 }
 
-/// What is added to the number of a format whose inputs are codes.
+/// What is added to the number of a format whose inputs are codes; twice, where they are in order.
 const CODES: usize = 16;
 
 /// Number and scale of the format of `w`'s inputs as kernels/formats.cuh has them, and the rule of MX scales.
@@ -65,7 +65,12 @@ pub(super) fn format(w: &CudaLinear) -> (usize, f32, usize) {
         ActivationFormat::Mxfp4 { rule: r } => (5, 1.0, rule(r)),
         ActivationFormat::Mxfp8 { rule: r } => (6, 1.0, rule(r)),
     };
-    (number + if w.reads_codes() { CODES } else { 0 }, scale, rule)
+    let codes = match w.kind {
+        Kind::Tcgen { .. } => 2 * CODES,
+        kind if kind.is_narrow() => CODES,
+        _ => 0,
+    };
+    (number + codes, scale, rule)
 }
 
 /// An input's scales as those of whole tokens, and as those of 128 columns each.
@@ -80,14 +85,14 @@ impl CudaBackend {
         let padded = w.k.next_multiple_of(STEP);
         let scales = match (w.kind, w.activation) {
             // A byte for each block, and an f32.
-            (Kind::Fp4 { block }, _) => Some(self.device.take(rows * (padded / block + 4))?),
+            (Kind::Fp4 { block } | Kind::Tcgen { block }, _) => Some(self.device.take(rows * (padded / block + 4))?),
             (Kind::Fp8Mx, _) => Some(self.device.take(rows * (padded / 32 + 4))?),
             (_, ActivationFormat::Fp8Token) => Some(self.device.take(4 * rows)?),
             (_, ActivationFormat::Fp8Group) => Some(self.device.take(4 * rows * padded / STEP)?),
             _ => None,
         };
         let bytes = match w.kind {
-            Kind::Fp4 { .. } => padded / 2,
+            Kind::Fp4 { .. } | Kind::Tcgen { .. } => padded / 2,
             Kind::Fp8 | Kind::Fp8Mx => padded,
             _ => 2 * planes * padded,
         };
@@ -166,6 +171,10 @@ impl CudaBackend {
         let rows = x.rows * operand.planes;
         let count = (x.rows, operand.planes);
         let (name, grid) = product_kernel(w.kind, w.grouped(), count, w.n, self.device.multiprocessors)?;
+        if let Kind::Tcgen { block } = w.kind {
+            self.product_of_codes(operand, (w, block), &y, (name, grid))?;
+            return Ok(y);
+        }
         let [of_tokens, of_groups] = scales_of(operand.activation, operand.scales.as_ref());
         let args = Args::new()
             .memory(&w.words)
@@ -184,6 +193,44 @@ impl CudaBackend {
             .float(operand.scale());
         self.launch(name, grid, 256, args)?;
         Ok(y)
+    }
+
+    /// A product by kernels/tcgen.cu, into `y`: at once, or slices of K first, then their sum.
+    fn product_of_codes(
+        &self,
+        operand: &Operand,
+        (w, block): (&CudaLinear, usize),
+        y: &CudaTensor,
+        (name, grid): (&'static str, [usize; 3]),
+    ) -> Result<()> {
+        let padded = w.k.next_multiple_of(STEP);
+        let parts = if grid[2] > 1 { Some(self.device.take(4 * SLICES * y.rows * w.n)?) } else { None };
+        let args = Args::new()
+            .memory(&w.words)
+            .optional(w.scales.as_ref())
+            .memory(&operand.x)
+            .optional(operand.scales.as_ref())
+            .memory(&w.row_scales)
+            .optional(w.bias.as_ref())
+            .memory(parts.as_ref().unwrap_or(&y.data))
+            .int(y.rows)
+            .int(grid[2])
+            .int(w.n)
+            .int(padded)
+            .float(operand.scale());
+        self.launch(name, grid, 256, args)?;
+        let Some(parts) = &parts else { return Ok(()) };
+        let args = Args::new()
+            .memory(parts)
+            .optional(operand.scales.as_ref())
+            .memory(&w.row_scales)
+            .optional(w.bias.as_ref())
+            .memory(&y.data)
+            .int(y.rows)
+            .int(padded / block / 4 + 1)
+            .int(w.n)
+            .float(operand.scale());
+        self.launch("sum_slices", [w.n.div_ceil(256), y.rows, 1], 256, args)
     }
 
     /// `x` with `update` added, its norm, and that as the first of `readers` reads it.

@@ -1,7 +1,7 @@
 //! Which kernels there are, and which of them computes a product: one table by kind of weight and number of rows.
 
-use super::CudaBackend;
-use super::weight::Kind;
+use super::weight::{Kind, SIDE};
+use super::{CudaBackend, Narrow};
 use crate::backend::{BackendError, Result};
 
 /// Kernels that are launched by name; matmul_*, tile_*, mixture_* and embed_* for each kind of weight.
@@ -159,6 +159,40 @@ pub(super) const NARROW_KERNELS: [&str; 34] = [
     "tile_fp8g",
 ];
 
+/// The same of sm_100's family and of sm_110, for four bits by tcgen05.
+pub(super) const TCGEN_KERNELS: [&str; 11] = [
+    "embed_tcgen_16",
+    "embed_tcgen_32",
+    "matmul_tcgen_16",
+    "matmul_tcgen_32",
+    "mixture_tcgen_16_128",
+    "mixture_tcgen_16_8",
+    "mixture_tcgen_32_128",
+    "mixture_tcgen_32_8",
+    "sum_slices",
+    "tile_tcgen_16",
+    "tile_tcgen_32",
+];
+
+/// Bytes of shared memory that a launch of this kernel gives beside what it declares: stages of kernels/tcgen.cu.
+pub(super) fn shared_bytes(name: &str) -> u32 {
+    let (stages, codes, piece) = (6, 4 * 16, 512);
+    let Some((by, rest)) = name.split_once("_tcgen_") else { return 0 };
+    let pieces = if rest.starts_with("16") { 2 } else { 1 };
+    let tokens = match by {
+        "tile" => SIDE,
+        "matmul" => FEW,
+        "mixture" if rest.ends_with("_8") => FEW,
+        "mixture" => SIDE,
+        _ => return 0,
+    };
+    (stages * (codes * (SIDE + tokens) + 2 * pieces * piece)) as u32
+}
+
+/// Tokens for which kernels/tcgen.cu has kernels of their own, and blocks that share a sum then.
+pub(super) const FEW: usize = 8;
+pub(super) const SLICES: usize = 8;
+
 /// End of the name of a weight's kernels.
 pub(super) fn suffix(kind: Kind) -> &'static str {
     match kind {
@@ -173,13 +207,15 @@ pub(super) fn suffix(kind: Kind) -> &'static str {
         Kind::Fp4 { .. } => "fp4_32",
         Kind::Fp8 => "fp8",
         Kind::Fp8Mx => "fp8_mx",
+        Kind::Tcgen { block: 16 } => "tcgen_16",
+        Kind::Tcgen { .. } => "tcgen_32",
     }
 }
 
 /// The loaded kernel of this name.
 pub(super) fn kernel(name: &str) -> Result<&'static str> {
     let missing = || BackendError::Failed { context: "CUDA", message: format!("there is no kernel `{name}`") };
-    KERNELS.iter().chain(&NARROW_KERNELS).copied().find(|k| *k == name).ok_or_else(missing)
+    KERNELS.iter().chain(&NARROW_KERNELS).chain(&TCGEN_KERNELS).copied().find(|k| *k == name).ok_or_else(missing)
 }
 
 /// The kernel of a product and its grid: of `tokens` rows of x, each of them `planes` rows of BF16, with a weight of `n` outputs,
@@ -188,6 +224,9 @@ pub(super) fn kernel(name: &str) -> Result<&'static str> {
 /// Up to 32 rows the weights are read once and bound the time, by the kernel with the fewest columns that has room. Beyond, the
 /// kernel for 32 is bound by L2, 160 bytes per HMMA (E2M1); a tile takes 34 and is bound by tensor cores, but its blocks are few.
 /// By assumed rates of an H200 (42 bytes and 0.6 HMMA a clock and multiprocessor) they break even on a quarter of it.
+///
+/// By tcgen05 a grid's third number is the slices of K that are blocks of their own, as long as blocks are fewer than multiprocessors;
+/// their sums are then to be added.
 ///
 /// # Errors
 /// When there is no kernel for this kind.
@@ -198,6 +237,12 @@ pub(crate) fn product_kernel(
     n: usize,
     multiprocessors: usize,
 ) -> Result<(&'static str, [usize; 3])> {
+    if matches!(kind, Kind::Tcgen { .. }) {
+        let (name, wide) = if tokens <= FEW { ("matmul", FEW) } else { ("tile", SIDE) };
+        let blocks = [n.div_ceil(SIDE), tokens.div_ceil(wide)];
+        let slices = if tokens <= SIDE && blocks[0] * blocks[1] < multiprocessors { SLICES } else { 1 };
+        return Ok((kernel(&format!("{name}_{}", suffix(kind)))?, [blocks[0], blocks[1], slices]));
+    }
     let rows = tokens * planes;
     let group = if grouped { "g" } else { "" };
     let tile = [n.div_ceil(if grouped { 128 } else { 256 }), tokens.div_ceil(64), 1];
@@ -234,7 +279,11 @@ impl CudaBackend {
             out.push((name, kernels));
             Ok(())
         };
-        if self.narrow {
+        if self.narrow == Narrow::Tcgen {
+            push("NVFP4, NVFP4 inputs".into(), Kind::Tcgen { block: 16 }, false, 1)?;
+            push("MXFP4, MXFP4 inputs".into(), Kind::Tcgen { block: 32 }, false, 1)?;
+        }
+        if self.narrow == Narrow::Mma {
             push("NVFP4, NVFP4 inputs".into(), Kind::Fp4 { block: 16 }, false, 1)?;
             push("MXFP4, MXFP4 inputs".into(), Kind::Fp4 { block: 32 }, false, 1)?;
             push("FP8, FP8 inputs".into(), Kind::Fp8, false, 1)?;
@@ -242,7 +291,11 @@ impl CudaBackend {
             push("MXFP8, MXFP8 inputs".into(), Kind::Fp8Mx, false, 1)?;
         }
         for (name, kind, grouped) in weights {
-            let narrow = self.narrow && !matches!(kind, Kind::E2m1 { block: 32 } | Kind::Bf16);
+            let narrow = match self.narrow {
+                Narrow::None => false,
+                Narrow::Mma => !matches!(kind, Kind::E2m1 { block: 32 } | Kind::Bf16),
+                Narrow::Tcgen => matches!(kind, Kind::E2m1 { block: 16 } | Kind::Mxfp4),
+            };
             let other = if narrow { "other " } else { "" };
             for (input, planes) in [("quantized", 1), ("float", 2)] {
                 let other = if planes == 1 { other } else { "" };

@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
+use super::Narrow;
 use super::driver::{Device, Memory};
-use super::narrow::pack_codes;
+use super::narrow::{pack_codes, pack_rows};
 use crate::backend::{BackendError, Result};
 use crate::formats::e8m0;
 use crate::formats::fp8;
@@ -17,6 +18,8 @@ pub const STEP: usize = 128;
 /// Rows of one tile, and tiles of one block; N is padded to a multiple of their product.
 pub(super) const TILE: usize = 16;
 pub(super) const ROWS: usize = 2 * TILE;
+/// Rows of a tile for tcgen05.
+pub(super) const SIDE: usize = 128;
 
 /// How a weight's elements and block scales are stored: names end the kernels'.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,15 +40,22 @@ pub enum Kind {
     Fp8,
     /// MXFP8 whose inputs are MXFP8 too, for the same.
     Fp8Mx,
+    /// As `Fp4`, for tcgen05.
+    Tcgen {
+        block: usize,
+    },
 }
 
 impl Kind {
     /// How FP4 and FP8 tensor cores multiply these weights and inputs; `None` where they do not, as they have another format.
-    fn narrow(t: &LinearTensors<'_>) -> Option<Self> {
+    fn narrow(t: &LinearTensors<'_>, cores: Narrow) -> Option<Self> {
         use ActivationFormat as A;
+        let four = |block| if cores == Narrow::Tcgen { Self::Tcgen { block } } else { Self::Fp4 { block } };
         match (t.element, &t.block_scales, t.activation) {
-            (Element::E2m1, BlockScales::E4m3 { block: 16, .. }, A::Nvfp4 { .. }) => Some(Self::Fp4 { block: 16 }),
-            (Element::E2m1, BlockScales::E8m0 { block: 32, .. }, A::Mxfp4 { .. }) => Some(Self::Fp4 { block: 32 }),
+            _ if cores == Narrow::None => None,
+            (Element::E2m1, BlockScales::E4m3 { block: 16, .. }, A::Nvfp4 { .. }) => Some(four(16)),
+            (Element::E2m1, BlockScales::E8m0 { block: 32, .. }, A::Mxfp4 { .. }) => Some(four(32)),
+            _ if cores == Narrow::Tcgen => None,
             (
                 Element::E4m3,
                 BlockScales::None | BlockScales::Grid { .. },
@@ -58,7 +68,7 @@ impl Kind {
 
     /// Whether it is for FP4 or FP8 tensor cores, which read inputs as codes and scales, and not as BF16.
     pub fn is_narrow(self) -> bool {
-        matches!(self, Self::Fp4 { .. } | Self::Fp8 | Self::Fp8Mx)
+        matches!(self, Self::Fp4 { .. } | Self::Fp8 | Self::Fp8Mx | Self::Tcgen { .. })
     }
 }
 
@@ -97,11 +107,11 @@ pub(super) struct Packed {
 }
 
 impl CudaLinear {
-    /// Packs `t` and takes it over; for FP4 and FP8 tensor cores where `narrow` and both sides have their formats.
+    /// Packs `t` and takes it over; for FP4 or FP8 tensor cores where both sides have formats of `narrow`.
     ///
     /// # Errors
     /// No kernel for these formats, or not enough memory.
-    pub fn load(device: &Arc<Device>, narrow: bool, t: &LinearTensors<'_>) -> Result<Self> {
+    pub fn load(device: &Arc<Device>, narrow: Narrow, t: &LinearTensors<'_>) -> Result<Self> {
         let unsupported = |what: String| BackendError::Unsupported { module: t.name.clone(), backend: "cuda", what };
         let usual = match (t.element, &t.block_scales) {
             (Element::E2m1, BlockScales::E4m3 { block: block @ (16 | 32), .. }) => Kind::E2m1 { block: *block },
@@ -112,7 +122,7 @@ impl CudaLinear {
             (Element::F32 | Element::F16, BlockScales::None) => Kind::F32,
             _ => return Err(unsupported(format!("{} weights in such blocks", t.weight_format()))),
         };
-        let kind = Kind::narrow(t).filter(|_| narrow).unwrap_or(usual);
+        let kind = Kind::narrow(t, narrow).unwrap_or(usual);
         if kind == Kind::F32 && t.activation != ActivationFormat::Float {
             return Err(unsupported(format!("{} weights with {} inputs", t.weight_format(), t.activation)));
         }
@@ -121,6 +131,7 @@ impl CudaLinear {
         }
         let packed = match kind {
             Kind::F32 => plain(t),
+            Kind::Tcgen { .. } => pack_rows(t),
             _ if kind.is_narrow() => pack_codes(t),
             _ => pack(t, kind),
         };

@@ -3,6 +3,7 @@
 #include "narrow.cu"
 #include "matmul.cu"
 #include "operand.cu"
+#include "tcgen.cu"
 #include "mixture.cu"
 #include "recurrent.cu"
 #include "rows.cu"

@@ -4,7 +4,7 @@
 
 // What an input is quantized to before a product; the numbers are those of `format` in product.rs.
 enum Activation { FLOAT = 0, NVFP4 = 1, FP8_STATIC = 2, FP8_TOKEN = 3, FP8_GROUP = 4, MXFP4 = 5, MXFP8 = 6, FP_QUANT_AMAX = 7, FP_QUANT_QUEST = 8,
-                  // Added to one of these: as codes and scales, not as BF16, for narrow.cu.
+                  // Added to one of these: as codes and scales, not as BF16, for narrow.cu; twice: in order, for tcgen.cu.
                   CODES = 16 };
 // How the scale of an MX block follows from its largest magnitude.
 enum Rule { RULE_CEIL = 0, RULE_FLOOR = 1, RULE_EVEN = 2 };

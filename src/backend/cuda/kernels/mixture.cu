@@ -234,6 +234,33 @@ MIXTURE_NARROW(fp8_8g, W_FP8, 1, true)
 MIXTURE_NARROW(fp8_32g, W_FP8, 4, true)
 #endif
 
+#if HAS_TCGEN
+// The same with the products of tcgen.cu: blocks are (128 outputs, TOKENS rows, expert).
+template <int W, int TOKENS>
+DEV void mixture_tcgen(const uint64_t* experts, const int* begins, const U4* x, const uint32_t* x_scales, const float* scale_of, float* y,
+                       int n, int k, SharedArray<U4> stages, SharedArray<uint64_t> done, SharedArray<uint32_t> columns) {
+    const int expert = block_z(), first = ld(begins + expert), rows = ld(begins + expert + 1) - first;
+    if (block_y() * TOKENS >= rows) return;
+    const uint64_t* p = experts + 5 * expert;
+    tcgen<W, TOKENS>((const U4*)ld(p), (const U4*)ld(p + 1), x + (long)first * (k / 32), x_scales + (long)first * (scale_pieces(W) * (k / STEP) + 1),
+                     (const float*)ld(p + 3), (const float*)ld(p + 4), y + (long)first * n, rows, 1, n, k, ld(scale_of + expert), stages, done,
+                     columns);
+}
+#define MIXTURE_TCGEN(name, W, TOKENS)                                                                                       \
+    KERNEL_OF(2, mixture_##name, 256,                                                                                        \
+              (const uint64_t* experts, const int* begins, const U4* x, const uint32_t* x_scales, const float* x_groups,     \
+               const float* scale_of, float* y, int planes, int n, int k)) {                                                 \
+        DYNAMIC(U4, stages, STAGES* tcgen_stage(W, TOKENS));                                                                 \
+        SHARED(uint64_t, done, STAGES);                                                                                      \
+        SHARED(uint32_t, columns, 1);                                                                                        \
+        mixture_tcgen<W, TOKENS>(experts, begins, x, x_scales, scale_of, y, n, k, stages, done, columns);                    \
+    }
+MIXTURE_TCGEN(tcgen_16_8, W_TCGEN_16, 8)
+MIXTURE_TCGEN(tcgen_16_128, W_TCGEN_16, 128)
+MIXTURE_TCGEN(tcgen_32_8, W_TCGEN_32, 8)
+MIXTURE_TCGEN(tcgen_32_128, W_TCGEN_32, 128)
+#endif
+
 // out[token] = Σ weights[token, i] · y[place[token, i]], in the order of experts. A block has a token.
 KERNEL(mixture_sum, 256, (const float* y, const int* place, const float* weights, float* out, int k, int n)) {
     const long token = block_x();

@@ -85,11 +85,12 @@ DEV float scale_fp_quant(const float (&v)[UNIT], float amax, bool quest) {
 }
 
 // A row of codes: of each 128 columns the 16 eights, each fourth of them together (0, 4, 8, 12, then 1, ...), as a lane of narrow.cu
-// reads them. `u` is the number of these 16 columns; an eight has a word of four bits each or two of eight.
-template <int WORDS> DEV void store_codes(uint32_t* row, int u, const uint32_t (&words)[2 * WORDS]) {
+// reads them, or, `natural`, in order, as tcgen.cu does. `u` is the number of these 16 columns; an eight has a word of four bits each or
+// two of eight.
+template <int WORDS> DEV void store_codes(uint32_t* row, int u, const uint32_t (&words)[2 * WORDS], bool natural) {
     UNROLL for (int half = 0; half < 2; half++) {
-        const int at = u % 8 * 2 + half;
-        UNROLL for (int i = 0; i < WORDS; i++) st(row + (u / 8 * 16 + at % 4 * 4 + at / 4) * WORDS + i, words[half * WORDS + i]);
+        const int at = u % 8 * 2 + half, to = natural ? at : at % 4 * 4 + at / 4;
+        UNROLL for (int i = 0; i < WORDS; i++) st(row + (u / 8 * 16 + to) * WORDS + i, words[half * WORDS + i]);
     }
 }
 // Columns of a block of codes that have a scale; 0: none in a block.
@@ -104,7 +105,7 @@ template <class Value>
 DEV void quantize_row(const Value& value, const float* pre, int what, float scale, int rule, int row, int k, int kp,
                       uint16_t* x, float* scales, SharedArray<float> scratch) {
     const int units = kp / UNIT, format = what % CODES, block = code_block(format);
-    const bool codes = what >= CODES;
+    const bool codes = what >= CODES, natural = what >= 2 * CODES;
     auto columns = [&](int u, float (&v)[UNIT]) {
         if (u >= units) {
             UNROLL for (int i = 0; i < UNIT; i++) v[i] = 0.0f;
@@ -183,7 +184,7 @@ DEV void quantize_row(const Value& value, const float* pre, int what, float scal
             if (sound && step > 0.0f)
                 UNROLL for (int i = 0; i < UNIT; i++) words[i / 8] |= encode_e2m1(v[i] / step) << 4 * (i % 8);
             if (codes) {
-                if (u < units) store_codes<1>(code_row(4), u, words);
+                if (u < units) store_codes<1>(code_row(4), u, words, natural);
                 continue;
             }
             UNROLL for (int i = 0; i < UNIT; i++) v[i] = sound ? decode_e2m1(words[i / 8] >> 4 * (i % 8)) * s : nan_value();
@@ -193,7 +194,7 @@ DEV void quantize_row(const Value& value, const float* pre, int what, float scal
             if (codes) {
                 uint32_t words[4] = {};
                 UNROLL for (int i = 0; i < UNIT; i++) words[i / 4] |= bits_of(v[i]) << 8 * (i % 4);
-                if (u < units) store_codes<2>(code_row(8), u, words);
+                if (u < units) store_codes<2>(code_row(8), u, words, false);
                 continue;
             }
             UNROLL for (int i = 0; i < UNIT; i++) v[i] = decode_e4m3(bits_of(v[i])) * s;

@@ -9,6 +9,8 @@
 // The same, with registers for this many blocks on a multiprocessor; left to itself the compiler spills some for one more.
 #define KERNEL_OF(blocks, name, threads, params) extern "C" __global__ void __launch_bounds__(threads, blocks) name params
 #define SHARED(type, name, count) __shared__ type name[count]
+// Shared memory beyond 48 KiB, of which the launch gives as much as `count` of these take: one name for all kernels.
+#define DYNAMIC(type, name, count) extern __shared__ type name[]
 template <class T> using SharedArray = T*;
 struct alignas(16) U4 { uint32_t x, y, z, w; };
 
@@ -45,10 +47,14 @@ DEV uint8_t ld_stream(const uint8_t* p) { return __ldg(p); }
 template <class T> DEV T get(const T* p) { return *p; }
 template <class T> DEV void st(T* p, T v) { *p = v; }
 
-// Copies 16 bytes from global to shared memory while the thread goes on: there for itself after cp_wait, for others after a
+// Copies 16 or 4 bytes from global to shared memory while the thread goes on: there for itself after cp_wait, for others after a
 // barrier behind that. cp_wait<N> leaves the N groups that were committed last on their way.
 DEV void cp_async(SharedArray<U4> to, int i, const U4* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                 : : "r"((uint32_t)__cvta_generic_to_shared(to + i)), "l"(from) : "memory");
+}
+DEV void cp_async(SharedArray<uint32_t> to, int i, const uint32_t* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
                  : : "r"((uint32_t)__cvta_generic_to_shared(to + i)), "l"(from) : "memory");
 }
 DEV void cp_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
@@ -112,8 +118,88 @@ template <int PART> DEV void mma_e4m3(float (&d)[4], const U4& a, uint32_t b0, u
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "r"(a_scales), "r"(b_scales), "n"(PART));
 }
 #endif
+// The family of sm_100, and that of sm_110, multiply E2M1 under block scales by tcgen05: operands in shared memory, scales and sums in
+// tensor memory, 128 lanes of 512 columns of 32 bits. One thread issues, the operations run on their own. An address has a lane in its
+// upper half and a column in its lower.
+#ifdef __CUDA_ARCH_FAMILY_SPECIFIC__
+#define HAS_TCGEN (__CUDA_ARCH_FAMILY_SPECIFIC__ / 100 == 10 || __CUDA_ARCH_FAMILY_SPECIFIC__ / 100 == 11)
+#else
+#define HAS_TCGEN 0
+#endif
+#if HAS_TCGEN
+// Tries until a wait is given up: each takes a microsecond at most.
+constexpr int TRIES = 1 << 18;
+DEV SharedArray<uint32_t> as_words(SharedArray<U4> a) { return (uint32_t*)a; }
+DEV uint32_t shared_address(SharedArray<U4> a, int i) { return (uint32_t)__cvta_generic_to_shared(a + i); }
+// All lanes of a warp together: takes columns and leaves their address in to[0]; waits while others have too many. What was taken is
+// freed by the same warp.
+template <int COLUMNS> DEV void tensor_alloc(SharedArray<uint32_t> to) {
+    asm volatile("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%0], %1;"
+                 : : "r"((uint32_t)__cvta_generic_to_shared(to)), "n"(COLUMNS) : "memory");
+}
+// The block takes no more.
+DEV void tensor_relinquish() { asm volatile("tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;" : : : "memory"); }
+template <int COLUMNS> DEV void tensor_free(uint32_t at) {
+    asm volatile("tcgen05.dealloc.cta_group::1.sync.aligned.b32 %0, %1;" : : "r"(at), "n"(COLUMNS) : "memory");
+}
+DEV void mbarrier_init(SharedArray<uint64_t> b, int i, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"((uint32_t)__cvta_generic_to_shared(b + i)), "r"(count) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
+}
+// Whether the phase of this parity is over; waits a microsecond for it.
+DEV bool mbarrier_passed(SharedArray<uint64_t> b, int i, int parity) {
+    uint32_t passed;
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, %3;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(passed) : "r"((uint32_t)__cvta_generic_to_shared(b + i)), "r"(parity), "r"(1000) : "memory");
+    return passed != 0;
+}
+// What this thread wrote to shared memory is there for operations that are issued behind a barrier after this.
+DEV void async_fence() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
+// Around a barrier that orders tcgen05 instructions of different threads.
+DEV void tensor_fence_before() { asm volatile("tcgen05.fence::before_thread_sync;" : : : "memory"); }
+DEV void tensor_fence_after() { asm volatile("tcgen05.fence::after_thread_sync;" : : : "memory"); }
+// One arrival, when all that this thread issued is done.
+DEV void tensor_commit(SharedArray<uint64_t> b, int i) {
+    asm volatile("tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%0];"
+                 : : "r"((uint32_t)__cvta_generic_to_shared(b + i)) : "memory");
+}
+// 32 rows of 16 bytes of shared memory to four columns of tensor memory, in each of its quarters of 32 lanes.
+DEV void tensor_copy(uint32_t to, uint64_t from) {
+    asm volatile("tcgen05.cp.cta_group::1.32x128b.warpx4 [%0], %1;" : : "r"(to), "l"(from) : "memory");
+}
+// d[128,N] = (scaled a)[128,64] · (scaled b)[N,64]^T of E2M1, with what it is if `add`: lane m and column n of d have row m of a and row
+// n of b. Scales: a word of row r in lane r % 32 and column r / 32, in each quarter: E4M3 of each 16 columns, or MX: E8M0 of each 32 in the
+// two bytes that the instruction's descriptor names.
+template <bool MX> DEV void mma_scaled(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, uint32_t a_scales, uint32_t b_scales, bool add) {
+    if constexpr (MX)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %4, 0;\n"
+                     "tcgen05.mma.cta_group::1.kind::mxf4.block_scale.block32 [%0], %1, %2, %3, [%5], [%6], p;\n}"
+                     : : "r"(d), "l"(a), "l"(b), "r"(instruction), "r"((uint32_t)add), "r"(a_scales), "r"(b_scales) : "memory");
+    else
+        asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %4, 0;\n"
+                     "tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.block16 [%0], %1, %2, %3, [%5], [%6], p;\n}"
+                     : : "r"(d), "l"(a), "l"(b), "r"(instruction), "r"((uint32_t)add), "r"(a_scales), "r"(b_scales) : "memory");
+}
+// Columns of this thread's lane; warp w reaches the lanes from 32·(w % 4) on.
+DEV void tensor_load(uint32_t from, float (&v)[8]) {
+    asm volatile("tcgen05.ld.sync.aligned.32x32b.x8.b32 {%0,%1,%2,%3,%4,%5,%6,%7}, [%8];\n"
+                 "tcgen05.wait::ld.sync.aligned;"
+                 : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]), "=f"(v[4]), "=f"(v[5]), "=f"(v[6]), "=f"(v[7]) : "r"(from) : "memory");
+}
+DEV void tensor_load(uint32_t from, float (&v)[32]) {
+    asm volatile("tcgen05.ld.sync.aligned.32x32b.x32.b32 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, [%32];\n"
+                 "tcgen05.wait::ld.sync.aligned;"
+                 : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3]), "=f"(v[4]), "=f"(v[5]), "=f"(v[6]), "=f"(v[7]),
+                   "=f"(v[8]), "=f"(v[9]), "=f"(v[10]), "=f"(v[11]), "=f"(v[12]), "=f"(v[13]), "=f"(v[14]), "=f"(v[15]),
+                   "=f"(v[16]), "=f"(v[17]), "=f"(v[18]), "=f"(v[19]), "=f"(v[20]), "=f"(v[21]), "=f"(v[22]), "=f"(v[23]),
+                   "=f"(v[24]), "=f"(v[25]), "=f"(v[26]), "=f"(v[27]), "=f"(v[28]), "=f"(v[29]), "=f"(v[30]), "=f"(v[31])
+                 : "r"(from) : "memory");
+}
+#endif
 #else
 #define HAS_NARROW 1
+#define HAS_TCGEN 1
 #include "../standin/device.h"
 #endif
 

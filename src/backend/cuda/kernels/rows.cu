@@ -35,6 +35,10 @@ EMBED(fp4_32, W_FP4_32)
 EMBED(fp8, W_FP8)
 EMBED(fp8_mx, W_FP8_MX)
 #endif
+#if HAS_TCGEN
+EMBED(tcgen_16, W_TCGEN_16)
+EMBED(tcgen_32, W_TCGEN_32)
+#endif
 
 // Rows of f32, [rows, k]: out[i] = in[index[i]].
 KERNEL(gather, 128, (const float* in, const int* index, float* out, int k)) {

@@ -23,6 +23,12 @@ DEV int slice_end(int steps, int step) {
     return slice_begin(steps, slice);
 }
 
+// A sum with its scales and, if there is one, its bias.
+DEV float finished(float sum, float row_scale, float of_token, const float* bias, float add) {
+    const float v = sum * (row_scale * of_token);
+    return bias ? v + add : v;
+}
+
 // Stores what a warp has of R x NT tiles with its scales; `of_token` gives a token's.
 template <int R, int NT, class Factor>
 DEV void store_tile(const float (&total)[R][NT][4], int out0, int token0, int tokens, int n, float lifted, const float* row_scales,
@@ -37,8 +43,7 @@ DEV void store_tile(const float (&total)[R][NT][4], int out0, int token0, int to
                 UNROLL for (int i = 0; i < 2; i++) {
                     const int m = token0 + c * 8 + t * 2 + i;
                     if (m >= tokens) continue;
-                    const float v = total[r][c][upper * 2 + i] * lifted * (row_scale * of_token(m));
-                    st(y + (long)m * n + out, bias ? v + add : v);
+                    st(y + (long)m * n + out, finished(total[r][c][upper * 2 + i] * lifted, row_scale, of_token(m), bias, add));
                 }
         }
 }

@@ -16,12 +16,16 @@
 //   eight bits:  [tile][step][product of 32 columns][lane] of U4: columns 8t.. of rows g and g+8, then columns 8t + 4..
 //   scales:      words of a row's four scales in order. E4M3 by 16: [tile][step][lane], row g + 8·(t % 2), half t / 2;
 //                E8M0 by 32: [tile][step][g][t % 2]
+//
+// Where tcgen05.mma multiplies codes of four bits (tcgen.cu), a tile is 128 rows:
+//   codes:       [tile][step][32 columns][row] of U4, in order
+//   scales:      words of a row's four scales in order; E4M3 by 16: [tile][step][half][row % 32][row / 32], E8M0 by 32 the same without halves
 #pragma once
 #include "formats.cuh"
 
 constexpr int STEP = 128, TILE = 16;
 
-enum Weight { W_E2M1_16 = 0, W_E2M1_32 = 1, W_MXFP4 = 2, W_E4M3 = 3, W_MXFP8 = 4, W_BF16 = 5, W_FP4_16 = 6, W_FP4_32 = 7, W_FP8 = 8, W_FP8_MX = 9 };
+enum Weight { W_E2M1_16 = 0, W_E2M1_32 = 1, W_MXFP4 = 2, W_E4M3 = 3, W_MXFP8 = 4, W_BF16 = 5, W_FP4_16 = 6, W_FP4_32 = 7, W_FP8 = 8, W_FP8_MX = 9, W_TCGEN_16 = 10, W_TCGEN_32 = 11 };
 
 // U4 words of a lane in a half step.
 DEV constexpr int words(int w) { return w == W_BF16 ? 4 : w == W_E4M3 || w == W_MXFP8 || w == W_FP8 || w == W_FP8_MX ? 2 : 1; }
@@ -102,6 +106,14 @@ template <int W> DEV void decode16(const U4* words_, const uint32_t* scales, int
                 v[8 * i + 4 + j] = decode_e4m3((upper ? q.w : q.z) >> 8 * j & 0xffu) * scale;
             }
         }
+    } else if constexpr (W == W_TCGEN_16 || W == W_TCGEN_32) {
+        const int row = n % 128, at = W == W_TCGEN_16 ? k0 / 16 : k0 / 32;
+        const long first = (long)(n / 128) * steps * STEP / (W == W_TCGEN_16 ? 64 : 128) + at / 4;
+        const uint32_t byte = ld(scales + first * 128 + row % 32 * 4 + row / 32) >> 8 * (at % 4) & 0xffu;
+        const float scale = W == W_TCGEN_16 ? decode_e4m3(byte) : float_of(byte ? byte << 23 : 0x00400000u);
+        const U4 q = ld(words_ + ((long)(n / 128) * steps * 4 + k0 / 32) * 128 + row);
+        const uint32_t two[2] = {k0 & 16 ? q.z : q.x, k0 & 16 ? q.w : q.y};
+        UNROLL for (int i = 0; i < 16; i++) v[i] = decode_e2m1(two[i / 8] >> 4 * (i % 8)) * scale;
     } else if constexpr (W == W_FP4_16 || W == W_FP4_32) {
         // Columns 16t.. of the half step are words 2t and 2t + 1 of its eight: of two lanes, before or beyond column 32.
         const uint32_t s = ld(scales + code_scale_index<W>(tile, steps, step, g * 4 + upper + (W == W_FP4_16 ? half * 2 : 0)));

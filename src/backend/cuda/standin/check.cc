@@ -1,7 +1,7 @@
 // Every kernel against its definition, on ragged shapes, with every access checked: what scripts/cuda-check.sh runs. The
 // definitions here are plain loops over whole matrices and know nothing of tiles, lanes or pages.
 //
-// usage: check [FILE...]: the kernels of these files (matmul, tile, narrow, operand, attention, recurrent, rows, mixture, sample), or
+// usage: check [FILE...]: the kernels of these files (matmul, tile, narrow, tcgen, operand, attention, recurrent, rows, mixture, sample), or
 // primitives; all without.
 #include "checked.cu"
 
@@ -17,6 +17,14 @@ static int FAILED = 0, CHECKED = 0;
 static std::mt19937 RANDOM(1);
 static double uniform(double a, double b) { return std::uniform_real_distribution<>(a, b)(RANDOM); }
 static int below(int n) { return (int)(RANDOM() % (unsigned)n); }
+
+// Whether what is checked has a kernel: PTX for an architecture or of one file has not all of them.
+static bool has_kernel(const std::string& name) {
+#ifdef PTX
+    if (FROM_PTX) return ptx::MODULE.kernels.count(name) > 0;
+#endif
+    return standin::kernels().count(name) > 0;
+}
 
 // An array on the device. `poison`: nothing of it was written.
 template <class T> struct Array {
@@ -46,20 +54,22 @@ template <class T> struct Array {
     }
 };
 
-template <class... A> static bool run(const char* name, int gx, int gy, int gz, A... args) {
+// With `dynamic` bytes of shared memory beside what the kernel declares.
+template <class... A> static bool run_with(size_t dynamic, const char* name, int gx, int gy, int gz, A... args) {
     auto k = standin::kernels().find(name);
     if (k == standin::kernels().end()) { printf("FAIL no kernel %s\n", name), FAILED++; return false; }
     void* pointers[] = {(void*)&args...};
     std::string fault;
 #ifdef PTX
-    if (FROM_PTX) fault = ptx::launch(name, gx, gy, gz, k->second.threads, pointers);
+    if (FROM_PTX) fault = ptx::launch(name, gx, gy, gz, k->second.threads, pointers, dynamic);
     else
 #endif
-        fault = standin::launch(k->second, gx, gy, gz, k->second.threads, pointers);
+        fault = standin::launch(k->second, gx, gy, gz, k->second.threads, pointers, dynamic);
     CHECKED++;
     if (!fault.empty()) printf("FAIL %s\n", fault.c_str()), FAILED++;
     return fault.empty();
 }
+template <class... A> static bool run(const char* name, int gx, int gy, int gz, A... args) { return run_with(0, name, gx, gy, gz, args...); }
 // |got - expected| <= bound · scale, element by element.
 static void close(const std::string& what, const std::vector<float>& got, const std::vector<double>& expected, const std::vector<double>& scale, double bound) {
     double worst = 0;
@@ -363,7 +373,8 @@ static void operand_matches(const std::string& what, const std::vector<std::vect
             }
             for (int i = 0; i < kp; i++) {
                 const int eight = i % 128 / 8;
-                const uint8_t* codes = (const uint8_t*)got.data() + ((r * kp + i / 128 * 128) + (eight % 4 * 4 + eight / 4) * 8) * bits / 8;
+                const int place = format >= 2 * CODES ? eight : eight % 4 * 4 + eight / 4;
+                const uint8_t* codes = (const uint8_t*)got.data() + ((r * kp + i / 128 * 128) + place * 8) * bits / 8;
                 const int code = bits == 8 ? codes[i % 8] : codes[i % 8 / 2] >> 4 * (i % 2) & 15;
                 double v = bits == 8 ? e4m3_value(code) : e2m1_value(code);
                 if (block) {
@@ -410,6 +421,7 @@ static void check_operand() {
     std::vector<int> formats;
     for (int format = FLOAT; format <= FP_QUANT_QUEST; format++) formats.push_back(format);
     for (int format = NVFP4; format <= MXFP8; format++) formats.push_back(format + CODES);
+    for (int format : {NVFP4, MXFP4}) formats.push_back(format + 2 * CODES);
     for (int format : formats)
         for (int rule = 0; rule < (format % CODES == MXFP4 || format % CODES == MXFP8 ? 3 : 1); rule++)
             for (int k : {16, 48, 99, 100, 128, 416, 4608}) {
@@ -640,7 +652,11 @@ static void check_attention() {
 
 // --- rows ---
 
+// Of layouts for FP4 and FP8 tensor cores.
+static void check_narrow_rows();
+static void check_tcgen_rows();
 static void check_rows() {
+    check_narrow_rows(), check_tcgen_rows();
     for (int kind = 0; kind < 6; kind++)
         for (auto [k, n] : {std::pair{128 * 17, 40}, std::pair{128 * 3, 70}, std::pair{64, 300}, std::pair{101, 33}}) {
             if (block_of(kind) && k % block_of(kind)) continue;
@@ -800,6 +816,7 @@ static void check_rows() {
 }
 
 #include "check_narrow.h"
+#include "check_tcgen.h"
 #include "check_mixture.h"
 #include "check_recurrent.h"
 #include "check_sample.h"
@@ -814,7 +831,7 @@ int main(int argc, char** argv) {
     }
 #endif
     standin::STRICT = true;
-    const std::vector<std::pair<std::string, void (*)()>> all{{"primitives", check_primitives}, {"matmul", check_matmul}, {"tile", check_tile}, {"narrow", check_narrow}, {"operand", check_operand}, {"attention", check_attention}, {"recurrent", check_recurrent}, {"rows", check_rows}, {"mixture", check_mixture}, {"sample", check_sample}};
+    const std::vector<std::pair<std::string, void (*)()>> all{{"primitives", [] { check_primitives(), check_tensor_primitives(); }}, {"matmul", check_matmul}, {"tile", check_tile}, {"narrow", check_narrow}, {"tcgen", check_tcgen}, {"operand", check_operand}, {"attention", check_attention}, {"recurrent", check_recurrent}, {"rows", check_rows}, {"mixture", check_mixture}, {"sample", check_sample}};
     for (auto& [name, check] : all) {
         bool wanted = argc == 1;
         for (int i = 1; i < argc; i++) wanted |= name == argv[i];

@@ -206,4 +206,5 @@ static void check_mixture() {
         check_experts(8, true, nt, SILU, nt == 1);
     }
     for (int nt : {1, 4}) check_experts(3, true, nt, nt == 1 ? SILU : CLAMPED_SWIGLU, nt == 1);
+    check_tcgen_mixture();
 }

@@ -29,8 +29,9 @@ namespace standin {
 
 struct Fault { std::string what; };
 
-// Where in a launch something happened: enough to tell whether two accesses are ordered by barriers.
-struct When { uint32_t launch = 0; int32_t block = -1, thread = -1; uint32_t block_epoch = 0, warp_epoch = 0; };
+// Where in a launch something happened: enough to tell whether two accesses are ordered by barriers; and how many fences between proxies
+// its thread had passed.
+struct When { uint32_t launch = 0; int32_t block = -1, thread = -1; uint32_t block_epoch = 0, warp_epoch = 0, fences = 0; };
 // `MANY`: several threads, none of which can be named. `OF_WARP - w`: several of warp w, all between the same of its barriers.
 constexpr int32_t MANY = -2, OF_WARP = -3;
 DEV int32_t warp_of(const When& w) { return w.thread >= 0 ? w.thread / 32 : w.thread <= OF_WARP ? OF_WARP - w.thread : -1; }
@@ -48,6 +49,7 @@ struct Shadow {
     std::vector<uint8_t> written;
     std::vector<When> writes, reads;  // only where races are looked for
     std::vector<uint8_t> pending;     // of shared memory: a copy to it is on its way
+    std::vector<uint32_t> operations; // of shared memory: the last operation of tensor cores that reads it
     bool global = true;
     Shadow(size_t bytes, bool races, bool global) : written(bytes), pending(global ? 0 : bytes), global(global) {
         if (races) { writes.resize(bytes); reads.resize(bytes); }
@@ -90,6 +92,10 @@ DEV bool release(void* p) {
     free(p);
     return true;
 }
+
+}  // namespace standin
+#include "tensor.h"
+namespace standin {
 
 // --- fibers ---
 
@@ -142,8 +148,8 @@ struct Stack {
 #endif
 
 enum class Wait { None, Warp, Block };
-// Sixteen bytes on their way to shared memory.
-struct Copy { char* to; Shadow* shadow; size_t at; const char* from; };
+// Bytes on their way to shared memory.
+struct Copy { char* to; Shadow* shadow; size_t at, n; const char* from; };
 struct Fiber {
     Stack stack;
     std::unique_ptr<char[]> memory;
@@ -161,7 +167,8 @@ struct Warp {
     alignas(32) uint32_t values[2][32][8];
     alignas(32) float results[2][32][4];
 };
-struct SharedMemory { std::unique_ptr<char[]> bytes; std::unique_ptr<Shadow> shadow; size_t size; };
+// `address`: where it begins for descriptors, which know all of a block's shared memory as one.
+struct SharedMemory { std::unique_ptr<char[]> bytes; std::unique_ptr<Shadow> shadow; size_t size; uint64_t address; };
 
 struct Block {
     std::vector<Fiber> fibers;
@@ -173,14 +180,21 @@ struct Block {
     int index = 0;
     int x = 0, y = 0, z = 0, gx = 1, gy = 1, gz = 1;
     std::map<int, SharedMemory> shared;
+    size_t dynamic = 0;  // bytes of shared memory that the launch gives
+    Tensor tensor;
+    std::vector<Knows> knows;
     std::function<void()> body;
     std::string fault;
 };
 inline thread_local Block* B = nullptr;
 
+DEV Tensor& tensor() { return B->tensor; }
+DEV Knows& knows(int thread) { return B->knows[thread]; }
+DEV uint32_t epoch_of(int thread) { return B->fibers[thread].block_epoch; }
+DEV int this_thread() { return B->current; }
 DEV When now() {
     Fiber& f = B->fibers[B->current];
-    return When{B->launch, B->index, B->current, f.block_epoch, f.warp_epoch};
+    return When{B->launch, B->index, B->current, f.block_epoch, f.warp_epoch, B->knows[B->current].proxy_fences};
 }
 [[noreturn]] DEV void fault(const std::string& what) {
     char where[96];
@@ -233,6 +247,7 @@ DEV void sync_block(int site) {
     Fiber& f = B->fibers[B->current];
     const int n = (int)B->fibers.size();
     f.wait = Wait::Block, f.site = site;
+    reach_barrier(B->current);
     if (++B->arrived == n) {
         check_sites(0, n, Wait::Block, site);
         B->arrived = 0, B->epoch++;
@@ -240,6 +255,7 @@ DEV void sync_block(int site) {
         give_way();
     }
     f.wait = Wait::None, f.block_epoch++;
+    leave_barrier(B->current);
 }
 
 inline void entry() {
@@ -281,11 +297,13 @@ DEV std::string run_block(Block& b, int threads) {
         f.stack.begin(f.memory.get(), STACK, entry);
     }
     for (auto& w : b.warps) w.arrived = 0, w.epoch = 0;
+    b.knows.assign(threads, Knows()), b.tensor.clear();
     b.arrived = 0, b.epoch = 0, b.shared.clear(), b.fault.clear();
     Block* outer = B;
     B = &b;
     b.current = 0;
     Stack::jump(b.main, b.fibers[0].stack);
+    if (b.fault.empty()) b.fault = left_behind();
     B = outer;
     if (b.fault.empty()) {
         std::map<std::pair<Wait, int>, int> waiting;
@@ -318,7 +336,8 @@ struct Registration {
 inline uint32_t LAUNCHES = 0;
 
 // Runs a kernel, its arguments bound, over a grid; the first fault, if there was one.
-DEV std::string launch(const Kernel& kernel, int gx, int gy, int gz, int threads, const std::function<void()>& body) {
+DEV std::string launch(const Kernel& kernel, int gx, int gy, int gz, int threads, const std::function<void()>& body,
+                       size_t dynamic = 0) {
     if (threads != kernel.threads)
         return kernel.name + ": launched with " + std::to_string(threads) + " threads, made for " + std::to_string(kernel.threads);
     const uint32_t id = ++LAUNCHES;
@@ -339,7 +358,7 @@ DEV std::string launch(const Kernel& kernel, int gx, int gy, int gz, int threads
         }
         if (!own) own = std::make_unique<Block>();
         Block& block = *own;
-        block.body = body, block.launch = id, block.gx = gx, block.gy = gy, block.gz = gz;
+        block.body = body, block.launch = id, block.dynamic = dynamic, block.gx = gx, block.gy = gy, block.gz = gz;
         for (long i; !failed && (i = next++) < blocks;) {
             block.index = (int)i;
             block.x = (int)(i % gx), block.y = (int)(i / gx % gy), block.z = (int)(i / gx / gy);
@@ -360,8 +379,8 @@ DEV std::string launch(const Kernel& kernel, int gx, int gy, int gz, int threads
     return found;
 }
 
-DEV std::string launch(const Kernel& kernel, int gx, int gy, int gz, int threads, void** args) {
-    return launch(kernel, gx, gy, gz, threads, kernel.bind(args));
+DEV std::string launch(const Kernel& kernel, int gx, int gy, int gz, int threads, void** args, size_t dynamic = 0) {
+    return launch(kernel, gx, gy, gz, threads, kernel.bind(args), dynamic);
 }
 
 // --- accesses ---
@@ -394,6 +413,9 @@ DEV void read_shadow(Shadow& s, size_t at, size_t n, bool constant, const char* 
 }
 DEV void write_shadow(Shadow& s, size_t at, size_t n, const char* what) {
     check_pending(s, at, n, what);
+    if (!s.operations.empty() && !MUTE)
+        for (size_t i = at; i < at + n; i++)
+            if (s.operations[i] > knows(B->current).seen) fault(std::string(what) + ": written while an operation of tensor cores reads it, byte " + std::to_string(i));
     if (!s.writes.empty()) {
         const When t = now();
         for (size_t i = at; i < at + n; i++) {
@@ -420,6 +442,7 @@ template <class T> struct Ref {
 };
 template <class T> struct Shared {
     char* p; Shadow* s; int n;
+    uint64_t address;
     Ref<T> operator[](int i) const {
         if (i < 0 || i >= n) fault("shared memory: index " + std::to_string(i) + " of " + std::to_string(n));
         return Ref<T>{p, s, (size_t)i * sizeof(T)};
@@ -431,8 +454,22 @@ template <class T> Shared<T> shared(int count, int site) {
         m.size = sizeof(T) * count;
         m.bytes.reset(new char[m.size]);
         m.shadow = std::make_unique<Shadow>(m.size, STRICT, false);
+        // Apart from each other: an access that leaves one does not end in the next.
+        for (auto& [other, o] : B->shared) if (other != site) m.address = max(m.address, (o.address + o.size + 511) / 256 * 256);
     }
-    return Shared<T>{m.bytes.get(), m.shadow.get(), count};
+    return Shared<T>{m.bytes.get(), m.shadow.get(), count, m.address};
+}
+// The shared memory whose size the launch gives.
+template <class T> Shared<T> dynamic(int count, int site) {
+    if (sizeof(T) * count != B->dynamic) fault("shared memory: launched with " + std::to_string(B->dynamic) + " bytes, made for " + std::to_string(sizeof(T) * count));
+    return shared<T>(count, site);
+}
+// Where `n` bytes at this address of shared memory are.
+struct Place { char* bytes; Shadow* shadow; size_t at; };
+DEV Place shared_place(uint64_t address, size_t n) {
+    for (auto& [site, m] : B->shared)
+        if (address >= m.address && address + n <= m.address + m.size) return {m.bytes.get() + (address - m.address), m.shadow.get(), (size_t)(address - m.address)};
+    fault("a descriptor names " + std::to_string(n) + " bytes outside of shared memory, at " + std::to_string(address));
 }
 
 }  // namespace standin
@@ -443,6 +480,7 @@ template <class T> Shared<T> shared(int count, int site) {
     static void name params
 #define KERNEL_OF(blocks, name, threads, params) KERNEL(name, threads, params)
 #define SHARED(type, name, count) auto name = standin::shared<type>(count, __COUNTER__)
+#define DYNAMIC(type, name, count) auto name = standin::dynamic<type>(count, __COUNTER__)
 template <class T> using SharedArray = standin::Shared<T>;
 
 DEV int thread_index() { return standin::B->current; }
@@ -474,15 +512,18 @@ template <class T> DEV void st(T* p, T v) {
 // The destination has no content from the call on until the thread waits: only then are the bytes copied. Both the call and
 // the wait count as writes by the thread.
 
-DEV void cp_async(SharedArray<U4> to, int i, const U4* from) {
-    using namespace standin;
-    Region& r = checked(from, 16, "global memory");
-    read_shadow(*r.shadow, (const char*)from - r.lo, 16, true, "global memory");
-    const Ref<U4> d = to[i];
-    write_shadow(*d.s, d.at, 16, "shared memory");
-    memset(d.s->written.data() + d.at, 0, 16), memset(d.s->pending.data() + d.at, 1, 16);
-    B->fibers[B->current].open.push_back({d.p + d.at, d.s, d.at, (const char*)from});
+namespace standin {
+template <class T> void copy_async(SharedArray<T> to, int i, const T* from) {
+    Region& r = checked(from, sizeof(T), "global memory");
+    read_shadow(*r.shadow, (const char*)from - r.lo, sizeof(T), true, "global memory");
+    const Ref<T> d = to[i];
+    write_shadow(*d.s, d.at, sizeof(T), "shared memory");
+    memset(d.s->written.data() + d.at, 0, sizeof(T)), memset(d.s->pending.data() + d.at, 1, sizeof(T));
+    B->fibers[B->current].open.push_back({d.p + d.at, d.s, d.at, sizeof(T), (const char*)from});
 }
+}  // namespace standin
+DEV void cp_async(SharedArray<U4> to, int i, const U4* from) { standin::copy_async(to, i, from); }
+DEV void cp_async(SharedArray<uint32_t> to, int i, const uint32_t* from) { standin::copy_async(to, i, from); }
 DEV void cp_commit() {
     standin::Fiber& f = standin::B->fibers[standin::B->current];
     f.groups.push_back(std::move(f.open));
@@ -493,9 +534,9 @@ template <int N> DEV void cp_wait() {
     auto& groups = B->fibers[B->current].groups;
     while ((int)groups.size() > N) {
         for (const Copy& c : groups.front()) {
-            memset(c.shadow->pending.data() + c.at, 0, 16);
-            write_shadow(*c.shadow, c.at, 16, "shared memory");
-            memcpy(c.to, c.from, 16);
+            memset(c.shadow->pending.data() + c.at, 0, c.n);
+            write_shadow(*c.shadow, c.at, c.n, "shared memory");
+            memcpy(c.to, c.from, c.n);
         }
         groups.erase(groups.begin());
     }
@@ -627,4 +668,148 @@ DEV void mma_e4m3(float (&d)[4], const U4& a, uint32_t b0, uint32_t b1, uint32_t
         }
     };
     multiply<32>(d, {a.x, a.y, a.z, a.w, b0, b1, a_scales, b_scales}, fill, site);
+}
+
+// --- tensor memory and what works on it: tcgen05, sm_100 and its family. Who may touch what when is in tensor.h; what is where in memory,
+// here. ---
+
+// Tries until a wait is given up.
+constexpr int TRIES = 64;
+DEV SharedArray<uint32_t> as_words(SharedArray<U4> a) { return {a.p, a.s, a.n * 4, a.address}; }
+DEV uint32_t shared_address(SharedArray<U4> a, int i) { return (uint32_t)(a.address + 16 * (uint64_t)i); }
+namespace standin {
+// What the lanes of a warp do together, once: the last to come does it, and gives what comes of it to all.
+template <class F> uint32_t together(const F& f, int site) {
+    Fiber& fiber = B->fibers[B->current];
+    Warp& w = B->warps[B->current / 32];
+    const int set = fiber.collectives++ & 1;
+    if (w.arrived == 31) w.values[set][0][0] = f();
+    sync_warp(site);
+    return w.values[set][0][0];
+}
+}  // namespace standin
+template <int COLUMNS> DEV void tensor_alloc(SharedArray<uint32_t> to, int site = __builtin_LINE()) {
+    const uint32_t at = standin::together([] { return standin::allocate_columns(standin::B->current / 32, COLUMNS); }, site);
+    if ((thread_index() & 31) == 0) to[0] = at;
+}
+DEV void tensor_relinquish(int site = __builtin_LINE()) {
+    standin::together([] { standin::tensor().relinquished = true; return 0u; }, site);
+}
+template <int COLUMNS> DEV void tensor_free(uint32_t at, int site = __builtin_LINE()) {
+    standin::together([=] { standin::free_columns(standin::B->current / 32, at, COLUMNS); return 0u; }, site);
+}
+DEV void mbarrier_init(SharedArray<uint64_t> b, int i, int count) {
+    (void)b[i];
+    standin::make_mbarrier(b.address + 8 * (uint64_t)i, count), standin::fence_mbarriers();
+}
+DEV bool mbarrier_passed(SharedArray<uint64_t> b, int i, int parity) {
+    (void)b[i];
+    const bool passed = standin::ask(b.address + 8 * (uint64_t)i, parity);
+    if (!passed && !standin::MUTE) standin::give_way();
+    return passed;
+}
+DEV void async_fence() { standin::fence_proxies(); }
+DEV void tensor_fence_before() { standin::fence_before(); }
+DEV void tensor_fence_after() { standin::fence_after(); }
+DEV void tensor_commit(SharedArray<uint64_t> b, int i) { (void)b[i]; standin::commit_to(b.address + 8 * (uint64_t)i); }
+
+namespace standin {
+// A matrix in shared memory: rows of 16-byte units, of which eight rows are together; no swizzling.
+struct Matrix {
+    uint64_t start, leading, stride;
+    explicit Matrix(uint64_t d) : start((d & 0x3fff) << 4), leading((d >> 16 & 0x3fff) << 4), stride((d >> 32 & 0x3fff) << 4) {
+        if (d >> 46 != 1) fault("a matrix descriptor has another version, base, mode or swizzling");
+    }
+    uint64_t at(int row, int unit) const { return start + row / 8 * stride + row % 8 * 16 + unit * leading; }
+};
+}  // namespace standin
+// 32 rows of 16 bytes of shared memory to four columns of tensor memory, in each of its quarters.
+DEV void tensor_copy(uint32_t to, uint64_t from) {
+    using namespace standin;
+    const Matrix m(from);
+    const uint32_t number = next_operation();
+    for (int row = 0; row < 32; row++) {
+        const Place p = shared_place(m.at(row, 0), 16);
+        operation_reads_shared(number, *p.shadow, p.at, 16);
+        for (int lane = row; lane < 128; lane += 32)
+            for (int i = 0; i < 4; i++) operation_writes(number, false, 0, lane, to + i);
+    }
+    enqueue(false, 0, [=] {
+        for (int row = 0; row < 32; row++) {
+            const Place p = shared_place(m.at(row, 0), 16);
+            for (int lane = row; lane < 128; lane += 32)
+                for (int i = 0; i < 4; i++) memcpy(&cell(lane, to + i, "").value, p.bytes + 4 * i, 4);
+        }
+    });
+}
+// d[128,N] = (scaled a)[128,64] · (scaled b)[N,64]^T, with what it is if `add`; N and the scales' bytes are in the instruction's descriptor.
+template <bool MX> DEV void mma_scaled(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, uint32_t a_scales, uint32_t b_scales, bool add) {
+    using namespace standin;
+    const int n = (instruction >> 17 & 63) * 8, m = (instruction >> 24 & 31) * 16, a_part = instruction >> 29 & 3, b_part = instruction >> 4 & 3;
+    const uint32_t fixed = 1u << 7 | 1u << 10 | (MX ? 1u << 23 : 0);
+    if ((instruction & ~(63u << 17 | 31u << 24 | 3u << 29 | 3u << 4)) != fixed) fault("tcgen05.mma: another format or shape in its descriptor");
+    if (m != 128 || n < 8 || n > 256) fault("tcgen05.mma: no such shape");
+    if (MX ? (a_part | b_part) & 1 : a_part | b_part) fault("tcgen05.mma: no such scales");
+    const Matrix ma(a), mb(b);
+    const uint32_t number = next_operation();
+    const uint64_t shape = (uint64_t)(instruction & (63u << 17 | 31u << 24)) << 32 | d;
+    for (auto [x, rows] : {std::pair{ma, m}, std::pair{mb, n}})
+        for (int row = 0; row < rows; row++)
+            for (int unit = 0; unit < 2; unit++) {
+                const Place p = shared_place(x.at(row, unit), 16);
+                operation_reads_shared(number, *p.shadow, p.at, 16);
+            }
+    for (auto [at, rows] : {std::pair{a_scales, m}, std::pair{b_scales, n}})
+        for (int row = 0; row < rows; row++)
+            for (int quarter = 0; quarter < 4; quarter++) operation_reads(number, true, shape, quarter * 32 + row % 32, at + row / 32);
+    for (int row = 0; row < m; row++)
+        for (int column = 0; column < n; column++) {
+            if (add && !cell(row, d + column, "tcgen05.mma").written) fault("tcgen05.mma: adds to what nobody wrote");
+            operation_writes(number, true, shape, row, d + column);
+        }
+    enqueue(true, shape, [=] {
+        // Scaled elements of a row, 64; whether none of them counts.
+        auto scaled = [](const Matrix& x, int row, uint32_t scales, int part, float* out) {
+            uint32_t words[8];
+            for (int unit = 0; unit < 2; unit++) memcpy(words + 4 * unit, shared_place(x.at(row, unit), 16).bytes, 16);
+            const uint32_t word = cell(row % 32, scales + row / 32, "").value;
+            bool nothing = true;
+            for (int k = 0; k < 64; k++) {
+                const float s = MX ? e8m0(word >> 8 * (part + k / 32) & 255) : ue4m3(word >> 8 * (k / 16) & 255);
+                out[k] = e2m1(words[k / 8] >> 4 * (k % 8)) * s;
+                nothing &= out[k] == 0;
+            }
+            return nothing;
+        };
+        static thread_local float A[128][64], Bt[64][256], D[256];
+        bool counts[256];
+        int last = 0;
+        for (int column = 0; column < n; column++) {
+            float v[64];
+            counts[column] = !scaled(mb, column, b_scales, b_part, v);
+            // Rows that are the same ones in memory, with scales of nothing beside them, need no sums of their own.
+            if (counts[column]) last = column + 1;
+            for (int k = 0; k < 64; k++) Bt[k][column] = v[k];
+        }
+        last = (last + 7) / 8 * 8;
+        for (int row = 0; row < 128; row++) {
+            const bool nothing = scaled(ma, row, a_scales, a_part, A[row]);
+            Cell* to = &cell(row, d, "");
+            for (int column = 0; column < n; column++) D[column] = add ? float_of(to[column].value) : 0.0f;
+            if (!nothing)
+                for (int k = 0; k < 64; k++)
+                    for (int column = 0; column < last; column++) D[column] += A[row][k] * Bt[k][column];
+            for (int column = 0; column < n; column++) to[column].value = bits_of(D[column]);
+        }
+    });
+}
+// N columns of this thread's lane of tensor memory, which is one of the quarter that its warp reaches.
+template <int N> DEV void tensor_load(uint32_t from, float (&v)[N], int site = __builtin_LINE()) {
+    using namespace standin;
+    const int warp = B->current / 32;
+    if ((int)(from >> 16) != warp % 4 * 32) fault("tcgen05.ld: lanes that the warp does not reach");
+    sync_warp(site);
+    knows(B->current).loads++;
+    for (int i = 0; i < N; i++) v[i] = float_of(load_cell(warp % 4 * 32 + (B->current & 31), (from & 0xffff) + i));
+    wait_loads();
 }

@@ -6,7 +6,9 @@
 //                       too if CODE is 719 or another that ends a context
 // STANDIN_MEMORY=BYTES  memory of the device (default 8 GiB)
 // STANDIN_VERSION=N     version of the driver (default 13000)
-// STANDIN_CAPABILITY=N  compute capability times ten (default 80): 120 has FP4 and FP8 tensor cores, with the kernels for them
+// STANDIN_CAPABILITY=N  compute capability times ten (default 80): 120 has FP4 and FP8 tensor cores, 100 FP4's by tcgen05, with the
+//                       kernels for them
+// STANDIN_MUTE=1        what tcgen05 does is never heard of: every wait for it is in vain
 // STANDIN_SWAP=A:B      gives the kernel with B in its name where A is asked for: wrong results, or lost devices
 #include "../kernels/all.cu"
 
@@ -17,7 +19,7 @@ using standin::Kernel;
 typedef int CUresult;
 typedef int CUdevice;
 typedef unsigned long long CUdeviceptr;
-struct Node { const Kernel* kernel; int grid[3], threads; std::function<void()> body; };
+struct Node { const Kernel* kernel; int grid[3], threads; size_t shared; std::function<void()> body; };
 // Nodes in a row, each after the one before.
 struct Graph { std::vector<std::unique_ptr<Node>> nodes; };
 struct Exec { const Graph* of; std::vector<Node> nodes; std::map<const Node*, size_t> index; };
@@ -26,6 +28,8 @@ struct KernelParams { const Kernel* func; unsigned grid[3], block[3], shared; vo
 static std::recursive_mutex LOCK;
 static size_t USED = 0;
 static std::map<CUdeviceptr, size_t> SIZES;
+// Bytes of shared memory that launches of a kernel may give.
+static std::map<const Kernel*, size_t> ALLOWED;
 static int LOST = 0;  // the error that ended the context
 
 static long number(const char* name, long otherwise) {
@@ -73,12 +77,17 @@ static CUresult arrive(uint64_t upto = UINT64_MAX) { return arrive_all(upto); }
     LATER;                                                \
     if (CUresult failed = arrive()) return failed
 
-static CUresult run(const Kernel& k, int gx, int gy, int gz, int threads, const std::function<void()>& body) {
+static CUresult run(const Kernel& k, int gx, int gy, int gz, int threads, size_t shared, const std::function<void()>& body) {
     if (gx < 1 || gy < 1 || gz < 1 || gy > 65535 || gz > 65535) {
         fprintf(stderr, "stand-in: %s: grid %d x %d x %d\n", k.name.c_str(), gx, gy, gz);
         return 1;
     }
-    const std::string fault = standin::launch(k, gx, gy, gz, threads, body);
+    const auto allowed = ALLOWED.find(&k);
+    if (shared > (allowed == ALLOWED.end() ? 48 << 10 : allowed->second)) {
+        fprintf(stderr, "stand-in: %s: %zu bytes of shared memory\n", k.name.c_str(), shared);
+        return 1;
+    }
+    const std::string fault = standin::launch(k, gx, gy, gz, threads, body, shared);
     if (fault.empty()) return 0;
     fprintf(stderr, "stand-in: %s\n", fault.c_str());
     LOST = 719;
@@ -86,7 +95,7 @@ static CUresult run(const Kernel& k, int gx, int gy, int gz, int threads, const 
 }
 
 extern "C" {
-CUresult cuInit(unsigned) { CALL; standin::STRICT = number("STANDIN_STRICT", 0) != 0; return devices() ? 0 : 100; }
+CUresult cuInit(unsigned) { CALL; standin::MUTE = number("STANDIN_MUTE", 0) != 0; standin::STRICT = number("STANDIN_STRICT", 0) != 0; return devices() ? 0 : 100; }
 CUresult cuDriverGetVersion(int* v) { CALL; *v = (int)number("STANDIN_VERSION", 13000); return 0; }
 CUresult cuDeviceGetCount(int* n) { CALL; *n = devices(); return 0; }
 CUresult cuDeviceGet(CUdevice* d, int i) { CALL; *d = i; return i < devices() ? 0 : 101; }
@@ -227,7 +236,8 @@ CUresult cuModuleGetFunction(const Kernel** f, void*, const char* name) {
     std::string wanted = name;
     // As in images, of which only those for this family have them.
     const bool narrow = wanted.find("_fp4_") != std::string::npos || (wanted.find("_fp8") != std::string::npos && wanted.find("attention") != 0);
-    if (narrow && capability() / 10 != 12) return 500;
+    const bool tcgen = wanted.find("_tcgen_") != std::string::npos || wanted == "sum_slices";
+    if ((narrow && capability() / 10 != 12) || (tcgen && capability() / 10 != 10 && capability() / 10 != 11)) return 500;
     if (const char* swap = getenv("STANDIN_SWAP"))
         if (const char* colon = strchr(swap, ':'))
             if (const size_t at = wanted.find(std::string(swap, colon)); at != std::string::npos) wanted.replace(at, colon - swap, colon + 1);
@@ -236,9 +246,17 @@ CUresult cuModuleGetFunction(const Kernel** f, void*, const char* name) {
     *f = &k->second;
     return 0;
 }
-CUresult cuLaunchKernel(const Kernel* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned, unsigned, unsigned, void*, void** args, void**) {
+CUresult cuFuncSetAttribute(const Kernel* f, int attribute, int value) {
     CALL;
-    return run(*f, (int)gx, (int)gy, (int)gz, (int)bx, f->bind(args));
+    // The most that a block of any device since sm_90 can have.
+    if (attribute != 8 || value < 0 || value > 227 << 10) return 1;
+    // Of two names that STANDIN_SWAP gives one kernel, the larger.
+    ALLOWED[f] = std::max(ALLOWED[f], (size_t)value);
+    return 0;
+}
+CUresult cuLaunchKernel(const Kernel* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned, unsigned, unsigned shared, void*, void** args, void**) {
+    CALL;
+    return run(*f, (int)gx, (int)gy, (int)gz, (int)bx, shared, f->bind(args));
 }
 static std::map<Graph*, std::unique_ptr<Graph>> GRAPHS;
 static std::map<Exec*, std::unique_ptr<Exec>> EXECS;
@@ -247,7 +265,7 @@ static CUresult refuse(const char* what) {
     return 1;
 }
 static Node node_of(const KernelParams* p) {
-    return Node{p->func, {(int)p->grid[0], (int)p->grid[1], (int)p->grid[2]}, (int)p->block[0], p->func->bind(p->params)};
+    return Node{p->func, {(int)p->grid[0], (int)p->grid[1], (int)p->grid[2]}, (int)p->block[0], p->shared, p->func->bind(p->params)};
 }
 CUresult cuGraphCreate(Graph** g, unsigned) {
     CALL;
@@ -261,7 +279,7 @@ CUresult cuGraphAddKernelNode_v2(Node** n, Graph* g, Node* const* after, size_t 
     // Nodes that are not in a row could run in any order.
     const bool in_row = g->nodes.empty() ? count == 0 : count == 1 && after[0] == g->nodes.back().get();
     if (!in_row) return refuse("a node that does not come after the one before");
-    if (p->block[1] != 1 || p->block[2] != 1 || p->shared || p->extra) return refuse("a node of another kind");
+    if (p->block[1] != 1 || p->block[2] != 1 || p->extra) return refuse("a node of another kind");
     g->nodes.push_back(std::make_unique<Node>(node_of(p)));
     *n = g->nodes.back().get();
     return 0;
@@ -286,7 +304,7 @@ CUresult cuGraphExecKernelNodeSetParams_v2(Exec* e, Node* n, const KernelParams*
 CUresult cuGraphLaunch(Exec* e, void*) {
     CALL;
     if (!EXECS.count(e)) return refuse("no graph to launch");
-    for (auto& n : e->nodes) if (CUresult failed = run(*n.kernel, n.grid[0], n.grid[1], n.grid[2], n.threads, n.body)) return failed;
+    for (auto& n : e->nodes) if (CUresult failed = run(*n.kernel, n.grid[0], n.grid[1], n.grid[2], n.threads, n.shared, n.body)) return failed;
     return 0;
 }
 CUresult cuGraphExecDestroy(Exec* e) { CALL; return EXECS.erase(e) ? 0 : 1; }

@@ -8,7 +8,8 @@
 // is not known here is an error when the module is loaded.
 // Errors beyond those of device.h: collectives of a warp that a named lane does not reach; bytes of an asynchronous copy that
 // are touched before the copy was waited for, or not waited for at all. shfl and mma order no accesses to memory here.
-// Not modelled: atomics, calls, clusters, mbarriers and bulk copies, everything approximate (ex2, sin, ...).
+// Of mbarriers there is what tcgen05 needs: one that is made, that commits arrive at, and that is asked (tensor.h).
+// Not modelled: atomics, calls, clusters, bulk copies, everything approximate (ex2, sin, ...).
 #pragma once
 #include <bit>
 #include <fstream>
@@ -24,6 +25,8 @@ using std::string;
 constexpr uint64_t SHARED_WINDOW = 1ull << 60, LOCAL_WINDOW = 1ull << 61;
 // Instructions of a warp between two barriers after which a kernel is said to have no end.
 constexpr long ENDLESS = 30'000'000;
+// Shared memory that a launch can give.
+constexpr size_t MOST_DYNAMIC = 128 << 10;
 
 struct Warp;
 struct Instruction;
@@ -43,6 +46,7 @@ struct Instruction {
     int64_t offset = 0;        // of an address
     int64_t offset2 = 0;       // of a second address
     uint32_t flip = 0;         // inputs that are predicates to negate
+    std::shared_ptr<std::vector<int>> wide;  // outputs, where they are many
 };
 
 struct Variable { uint64_t at; size_t size; };
@@ -78,8 +82,11 @@ struct Warp {
     uint32_t live = 0, waiting = 0, barrier = 0;
     std::vector<Copy> copies[32];
     int groups[32] = {};
+    std::set<int> loading;  // registers that tcgen05.ld has not filled yet
+    bool yields = false;    // waits for an mbarrier: others go on
     uint64_t* slot(int i) { return &slots[(size_t)i * 32]; }
     void run();
+    void check_loading(const Instruction& i) const;
 };
 static void as_thread(const Warp& w, int lane) { standin::B->current = w.index * 32 + lane; }
 #define LANES(on) for (int lane = 0; lane < 32; lane++) if ((on) >> lane & 1)
@@ -419,6 +426,186 @@ static void mma_16832(const Instruction& i, Warp& w, uint32_t) {
     for (int lane = 0; lane < 32; lane++)
         for (int r = 0; r < 4; r++) w.slot(i.d[r])[lane] = put(out[lane][r]);
 }
+// --- tensor memory: tcgen05 and mbarriers ---
+// Who may touch what when is in tensor.h. Here is what stands where, from tensor memory and shared memory to the matrices, after the PTX
+// ISA (9.0, "tcgen05 Matrix and Data Movement": data path layout of M 128; layouts of scale factors A and B; shared memory descriptor,
+// K-major canonical layout without swizzling; instruction descriptor of mxf4 and mxf4nvf4).
+
+static uint8_t* descriptor_bytes(SharedArea* area, uint64_t address, size_t n, uint32_t number) {
+    for (auto [at, size] : area->variables)
+        if (address >= at && address + n <= at + size) {
+            if (number) {
+                if (memchr(area->in_flight.data() + address, 1, n)) fault("an operation reads shared memory to which a copy is on its way");
+                standin::operation_reads_shared(number, *area->shadow, address, n);
+            }
+            return area->bytes.data() + address;
+        }
+    fault("a descriptor leads outside of every array of shared memory, to " + std::to_string(address));
+}
+// Byte `byte` of row `row` of a K-major matrix begins, its sixteen with it: core matrices of eight rows of 16 bytes.
+static uint64_t core_address(uint64_t descriptor, int row, int byte) {
+    if (descriptor >> 61 || (descriptor >> 49 & 15) || (descriptor >> 46 & 7) != 1) fault("a shared memory descriptor of a kind that is not known");
+    const uint64_t start = (descriptor & 0x3fff) * 16, leading = (descriptor >> 16 & 0x3fff) * 16, stride = (descriptor >> 32 & 0x3fff) * 16;
+    return start + (row >> 3) * stride + (row & 7) * 16 + (byte >> 4) * leading;
+}
+static uint32_t lane_of(uint32_t address) { return address >> 16; }
+static int column_of(uint32_t address) { return address & 0xffff; }
+static void tensor_alloc(const Instruction& i, Warp& w, uint32_t) {
+    as_thread(w, 0);
+    const int count = (int)w.slot(i.s[1])[0];
+    const uint32_t at = standin::allocate_columns(w.index, count);
+    const Place p = place(w, 0, i, Space::Shared, w.slot(i.s[0])[0], 4);
+    write(w, 0, p, 4);
+    memcpy(p.bytes, &at, 4);
+}
+static void tensor_free(const Instruction& i, Warp& w, uint32_t) {
+    as_thread(w, 0);
+    standin::free_columns(w.index, (uint32_t)w.slot(i.s[0])[0], (int)w.slot(i.s[1])[0]);
+}
+static void tensor_relinquish(const Instruction&, Warp&, uint32_t) { standin::tensor().relinquished = true; }
+static void tensor_load(const Instruction& i, Warp& w, uint32_t) {
+    for (int lane = 0; lane < 32; lane++) {
+        as_thread(w, lane);
+        const uint32_t at = (uint32_t)w.slot(i.s[0])[lane];
+        // A warp of four reaches a quarter each.
+        if (lane_of(at) != uint32_t(w.index % 4 * 32)) fault("tcgen05.ld of lanes that another warp reaches");
+        standin::knows(standin::B->current).loads++;
+        for (size_t n = 0; n < i.wide->size(); n++) w.slot((*i.wide)[n])[lane] = standin::load_cell((int)lane_of(at) + lane, column_of(at) + (int)n);
+    }
+    w.loading.insert(i.wide->begin(), i.wide->end());
+}
+static void tensor_wait(const Instruction&, Warp& w, uint32_t) {
+    for (int lane = 0; lane < 32; lane++) as_thread(w, lane), standin::wait_loads();
+    w.loading.clear();
+}
+static void tensor_fence(const Instruction& i, Warp& w, uint32_t on) {
+    LANES(on) {
+        as_thread(w, lane);
+        if (i.mode) standin::fence_after();
+        else standin::fence_before();
+    }
+}
+static void proxy_fence(const Instruction&, Warp& w, uint32_t on) { LANES(on) as_thread(w, lane), standin::fence_proxies(); }
+static void mbarrier_fence(const Instruction&, Warp& w, uint32_t on) { LANES(on) as_thread(w, lane), standin::fence_mbarriers(); }
+static uint64_t mbarrier_at(const Instruction& i, Warp& w, int lane, int operand) {
+    const uint64_t at = w.slot(i.s[operand])[lane] + i.offset;
+    return place(w, lane, i, Space::Shared, at, 8), at;
+}
+static void mbarrier_make(const Instruction& i, Warp& w, uint32_t on) {
+    LANES(on) as_thread(w, lane), standin::make_mbarrier(mbarrier_at(i, w, lane, 0), (int)w.slot(i.s[1])[lane]);
+}
+static void mbarrier_ask(const Instruction& i, Warp& w, uint32_t on) {
+    LANES(on) {
+        as_thread(w, lane);
+        const bool passed = standin::ask(mbarrier_at(i, w, lane, 0), (int)w.slot(i.s[1])[lane]);
+        w.slot(i.d[0])[lane] = passed;
+        w.yields |= !passed && !standin::MUTE;
+    }
+}
+static void tensor_commit(const Instruction& i, Warp& w, uint32_t on) {
+    LANES(on) as_thread(w, lane), standin::commit_to(mbarrier_at(i, w, lane, 0));
+}
+static void tensor_copy(const Instruction& i, Warp& w, uint32_t on) {
+    SharedArea* area = w.shared;
+    LANES(on) {
+        as_thread(w, lane);
+        const uint32_t to = (uint32_t)w.slot(i.s[0])[lane];
+        const uint64_t from = w.slot(i.s[1])[lane];
+        const uint32_t number = standin::next_operation();
+        if (lane_of(to)) fault("tcgen05.cp to all quarters begins in a lane");
+        for (int l = 0; l < 128; l++) {
+            descriptor_bytes(area, core_address(from, l % 32, 0), 16, l < 32 ? number : 0);
+            for (int c = 0; c < 4; c++) standin::operation_writes(number, false, 0, l, column_of(to) + c);
+        }
+        standin::enqueue(false, 0, [=] {
+            for (int l = 0; l < 128; l++)
+                for (int c = 0; c < 4; c++)
+                    memcpy(&standin::cell(l, column_of(to) + c, "").value, descriptor_bytes(area, core_address(from, l % 32, 0), 16, 0) + 4 * c, 4);
+        });
+    }
+}
+// `mode`: scales of a row in the instruction, as in mma_16864, whose sums these are too: what MMA-Sim found of such products elsewhere.
+static void tensor_mma(const Instruction& i, Warp& w, uint32_t on) {
+    SharedArea* area = w.shared;
+    const int scales = i.mode;
+    LANES(on) {
+        as_thread(w, lane);
+        auto input = [&](int n) { return w.slot(i.s[n])[lane]; };
+        const uint32_t d = (uint32_t)input(0), instruction = (uint32_t)input(3);
+        const uint64_t matrix[2] = {input(1), input(2)};
+        const uint32_t at[2] = {(uint32_t)input(4), (uint32_t)input(5)};
+        const bool add = input(6) & 1;
+        auto bits = [&](int from, int count) { return (int)(instruction >> from & ((1u << count) - 1)); };
+        // Type of a and b E2M1; of scales E8M0 or E4M3; dense, nothing negated or transposed, K 64.
+        if (bits(7, 3) != 1 || bits(10, 2) != 1 || bits(23, 1) != (scales == 2) || bits(0, 4) || bits(6, 1) || bits(12, 5) || bits(24, 3) || bits(31, 1))
+            fault("an instruction descriptor of what is not known");
+        const int rows[2] = {bits(27, 2) * 128, bits(17, 6) * 8}, part[2] = {bits(29, 2), bits(4, 2)};
+        if (rows[0] != 128 || rows[1] == 0 || rows[1] > 256) fault("tcgen05.mma of another shape");
+        for (int side = 0; side < 2; side++)
+            if (part[side] % (scales == 2 ? 2 : 4)) fault("tcgen05.mma: scales that begin in another byte");
+        if (lane_of(d) || lane_of(at[0]) || lane_of(at[1])) fault("tcgen05.mma: tensor memory from another lane on");
+        const uint32_t number = standin::next_operation();
+        const uint64_t shape = (uint64_t)d << 32 | (uint32_t)rows[0] << 16 | (uint32_t)rows[1];
+        for (int side = 0; side < 2; side++) {
+            for (int r = 0; r < rows[side]; r++)
+                for (int byte = 0; byte < 32; byte += 16) descriptor_bytes(area, core_address(matrix[side], r, byte), 16, number);
+            for (int l = 0; l < 128; l++)
+                for (int c = 0; c < (rows[side] + 31) / 32; c++)
+                    if (c * 32 + l % 32 < rows[side]) standin::operation_reads(number, true, shape, l, column_of(at[side]) + c);
+        }
+        for (int l = 0; l < 128; l++)
+            for (int c = 0; c < rows[1]; c++) {
+                if (add && !standin::cell(l, column_of(d) + c, "tcgen05.mma").written) fault("tcgen05.mma adds to what nobody wrote");
+                standin::operation_writes(number, true, shape, l, column_of(d) + c);
+            }
+        const int count[2] = {rows[0], rows[1]}, first[2] = {part[0], part[1]};
+        const uint64_t from[2] = {matrix[0], matrix[1]};
+        const uint32_t columns[2] = {at[0], at[1]};
+        auto run = [=, n0 = count[0], n1 = count[1]] {
+            static const int twice[8] = {0, 1, 2, 3, 4, 6, 8, 12};
+            static int element[2][256][64];
+            static Term factor[2][256][4];
+            static bool nan[2][256][4];
+            for (int side = 0; side < 2; side++) {
+                // Lanes and columns to rows: column c of a quarter's lane l has row 32c + l.
+                for (int l = 0; l < 128; l++)
+                    for (int c = 0; c < (count[side] + 31) / 32; c++) {
+                        const int r = 32 * c + l % 32;
+                        if (r >= count[side]) continue;
+                        const uint32_t word = standin::cell(l, column_of(columns[side]) + c, "").value;
+                        if (word != standin::cell(l % 32, column_of(columns[side]) + c, "").value) fault("tcgen05.mma: quarters have other scales");
+                        for (int g = 0; g < 4; g++) {
+                            const double v = scale_code(scales == 2, word >> 8 * (first[side] + g * scales / 4) & 255);
+                            nan[side][r][g] = v != v, factor[side][r][g] = term_of(v);
+                        }
+                    }
+                for (int r = 0; r < count[side]; r++)
+                    for (int k = 0; k < 64; k++) {
+                        const uint8_t byte = descriptor_bytes(area, core_address(from[side], r, k / 2), 16, 0)[k / 2 % 16];
+                        const uint32_t code = k & 1 ? byte >> 4 : byte & 15;
+                        element[side][r][k] = code & 8 ? -twice[code & 7] : twice[code & 7];
+                    }
+            }
+            for (int l = 0; l < n0; l++)
+                for (int c = 0; c < n1; c++) {
+                    standin::Cell& to = standin::cell(l, column_of(d) + c, "");
+                    const float before = add ? get<float>(to.value) : 0.0f;
+                    Term terms[5] = {term_of(before)};
+                    bool broken = before != before;
+                    for (int g = 0; g < 4; g++) {
+                        int sum = 0;
+                        for (int k = 16 * g; k < 16 * g + 16; k++) sum += element[0][l][k] * element[1][c][k];
+                        const Term &x = factor[0][l][g], &y = factor[1][c][g];
+                        broken |= nan[0][l][g] || nan[1][c][g];
+                        terms[1 + g] = {sum * 0.25 * x.significand * y.significand, sum ? x.exponent + y.exponent : -1000};
+                    }
+                    to.value = (uint32_t)put(broken ? NAN : std::isinf(before) ? before : cut_off(terms, 35));
+                }
+        };
+        standin::enqueue(true, shape, run);
+    }
+}
+
 // Matrices of 8 rows of 16 bytes; lanes 8m..8m+7 have the addresses of matrix m.
 static void ldmatrix(const Instruction& i, Warp& w, uint32_t) {
     for (int m = 0; m < i.count; m++) {
@@ -917,6 +1104,46 @@ class Parser {
         static const std::set<string> hints{"ca", "cg", "cs", "lu", "wb", "wt"};
         return hints.count(m) || m.substr(0, 4) == "L1::" || m.substr(0, 4) == "L2::";
     }
+    // tcgen05, mbarriers and the fences around them.
+    void tensor(Instruction& i, const std::vector<string>& parts, const std::vector<string>& words) {
+        string name;
+        for (auto& part : parts) name += (name.empty() ? "" : ".") + part;
+        // Operands, of which those with 'a' are addresses; whether all lanes take part; what runs, and its mode.
+        struct Known { string operands; bool collective; Handler run; int mode; };
+        static const std::map<string, Known> all{
+            {"tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32", {"ar", true, tensor_alloc, 0}},
+            {"tcgen05.dealloc.cta_group::1.sync.aligned.b32", {"rr", true, tensor_free, 0}},
+            {"tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned", {"", true, tensor_relinquish, 0}},
+            {"tcgen05.ld.sync.aligned.32x32b.x8.b32", {"8a", true, tensor_load, 0}},
+            {"tcgen05.ld.sync.aligned.32x32b.x32.b32", {"3a", true, tensor_load, 0}},
+            {"tcgen05.wait::ld.sync.aligned", {"", true, tensor_wait, 0}},
+            {"tcgen05.fence::before_thread_sync", {"", false, tensor_fence, 0}},
+            {"tcgen05.fence::after_thread_sync", {"", false, tensor_fence, 1}},
+            {"tcgen05.cp.cta_group::1.32x128b.warpx4", {"ar", false, tensor_copy, 0}},
+            {"tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.block16", {"arrraar", false, tensor_mma, 4}},
+            {"tcgen05.mma.cta_group::1.kind::mxf4.block_scale.block32", {"arrraar", false, tensor_mma, 2}},
+            {"tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64", {"a", false, tensor_commit, 0}},
+            {"mbarrier.init.shared::cta.b64", {"ar", false, mbarrier_make, 0}},
+            {"mbarrier.try_wait.parity.shared::cta.b64", {"oarr", false, mbarrier_ask, 0}},
+            {"fence.mbarrier_init.release.cluster", {"", false, mbarrier_fence, 0}},
+            {"fence.proxy.async.shared::cta", {"", false, proxy_fence, 0}}};
+        const auto known = all.find(name);
+        if (known == all.end() || known->second.operands.size() != words.size()) throw Error{"not known"};
+        for (size_t n = 0; n < words.size(); n++) {
+            const Operand o = operand(words[n]);
+            const char kind = known->second.operands[n];
+            if (kind == '8' || kind == '3') {
+                if (o.slots.size() != (kind == '8' ? 8 : 32)) throw Error{"another number of registers"};
+                i.wide = std::make_shared<std::vector<int>>(o.slots);
+                continue;
+            }
+            if (o.address != (kind == 'a') || o.slots.size() != 1 || o.offset || o.negated) throw Error{"operand " + words[n]};
+            if (kind == 'o') outputs(i, o);
+            else input(i, o);
+        }
+        if (known->second.collective) i.kind = Kind::Collective;
+        i.run = known->second.run, i.mode = known->second.mode, i.space = Space::Shared;
+    }
     void decode(Instruction& i, std::vector<string>& parts, const std::vector<string>& words) {
         const string op = parts[0], type = parts.back();
         std::vector<string> mods(parts.begin() + 1, parts.size() > 1 ? parts.end() - 1 : parts.end());
@@ -1000,6 +1227,7 @@ class Parser {
             i.kind = Kind::Collective, i.run = ldmatrix;
             return;
         }
+        if (op == "tcgen05" || op == "mbarrier" || op == "fence") { tensor(i, parts, words); return; }
         if (op == "mma" && (type == "ue4m3" || type == "ue8m0")) {
             // Scales of a row in the instruction.
             static const std::map<string, int> kinds{
@@ -1156,8 +1384,12 @@ class Parser {
         const string name = word();
         Kernel& k = module.kernels[name];
         kernel = &k, k.name = name;
-        for (auto& [n, v] : module.shared) add_variable(k.shared, k.shared_bytes, n, v.size);
-        k.dynamic = module.dynamic;
+        // What the launch gives stands before the rest, with as much room as there may be; only in kernels that name it.
+        const size_t end = std::min(text.find(".entry", at), text.size());
+        for (auto& [n, v] : module.shared) {
+            if (n != module.dynamic) add_variable(k.shared, k.shared_bytes, n, v.size);
+            else if (text.substr(at, end - at).find(n) != string::npos) add_variable(k.shared, k.shared_bytes, n, MOST_DYNAMIC), k.dynamic = n;
+        }
         space();
         if (text[at] == '(') {
             at++;
@@ -1227,6 +1459,14 @@ public:
 
 // --- execution ---
 
+// Registers that are still being loaded are for nobody.
+void Warp::check_loading(const Instruction& i) const {
+    bool touched = loading.count(i.guard);
+    for (int n = 0; n < i.inputs; n++) touched |= loading.count(i.s[n]) > 0;
+    for (int n = 0; i.run && !i.wide && n < i.count; n++) touched |= loading.count(i.d[n]) > 0;
+    if (touched) fault("a register is touched that tcgen05.ld fills, without tcgen05.wait::ld");
+}
+
 void Warp::run() {
     const std::vector<Instruction>& code = kernel->code;
     long count = 0;
@@ -1252,9 +1492,11 @@ void Warp::run() {
                 on = 0;
                 LANES(mask) on |= (uint32_t)((p[lane] ^ (uint64_t)i.negated) & 1) << lane;
             }
+            if (!loading.empty()) check_loading(i);
             if (i.kind == Kind::Plain) {
                 if (on) i.run(i, *this, on);
                 here++;
+                if (yields) return put_back(mask, here);
             } else if (on == 0) {
                 here++;
             } else if (i.kind == Kind::Branch) {
@@ -1330,7 +1572,8 @@ static string launch(const string& name, int gx, int gy, int gz, int threads, vo
     block.fibers.resize(threads);
     SharedArea shared;
     for (auto& [n, v] : k.shared) shared.variables.push_back({v.at, n == k.dynamic ? dynamic : v.size});
-    const size_t shared_bytes = k.shared_bytes + dynamic;
+    const size_t shared_bytes = k.shared_bytes;
+    if (k.dynamic.empty() ? dynamic > 0 : dynamic > MOST_DYNAMIC) return name + ": launched with shared memory that it has no use for";
     static std::vector<Warp> warps;  // with their slots, they outlive launches
     warps.resize(threads / 32);
     for (auto& w : warps) w.slots.assign((size_t)k.slots * 32, 0xcbcbcbcbcbcbcbcbull);
@@ -1346,12 +1589,14 @@ static string launch(const string& name, int gx, int gy, int gz, int threads, vo
             shared.bytes.assign(shared_bytes, 0xcb), shared.in_flight.assign(shared_bytes, 0);
             shared.shadow = std::make_unique<standin::Shadow>(shared_bytes, true, false);
             for (auto& f : block.fibers) f.block_epoch = f.warp_epoch = 0;
+            block.knows.assign(threads, standin::Knows()), block.tensor.clear();
             for (size_t n = 0; n < warps.size(); n++) {
                 Warp& w = warps[n];
                 w.kernel = &k, w.shared = &shared, w.params = &params, w.index = (int)n;
                 w.live = ~0u, w.waiting = w.barrier = 0;
                 std::fill(w.pc, w.pc + 32, 0), std::fill(w.groups, w.groups + 32, 0);
                 for (auto& c : w.copies) c.clear();
+                w.loading.clear(), w.yields = false;
                 w.local.assign(k.local_bytes * 32, 0xcb), w.local_written.assign(k.local_bytes * 32, 0);
                 for (auto& [s, v] : k.constants) std::fill(w.slot(s), w.slot(s) + 32, v);
                 for (auto& [s, what] : k.specials)
@@ -1359,7 +1604,9 @@ static string launch(const string& name, int gx, int gy, int gz, int threads, vo
                         w.slot(s)[lane] = what == "%tid.x" ? n * 32 + lane : what == "%laneid" ? (uint64_t)lane : special.at(what);
             }
             for (;;) {
-                for (auto& w : warps) running = &w, w.run();
+                bool again = false;
+                for (auto& w : warps) running = &w, w.yields = false, w.run(), again |= w.yields;
+                if (again) continue;
                 int at_barrier = 0, left = 0;
                 std::set<int> sites;
                 for (auto& w : warps) {
@@ -1374,8 +1621,12 @@ static string launch(const string& name, int gx, int gy, int gz, int threads, vo
                           (sites.size() > 1 ? "s of different places" : ""));
                 }
                 for (auto& w : warps) w.barrier = 0;
-                for (auto& f : block.fibers) f.block_epoch++;
+                for (int t = 0; t < threads; t++) standin::reach_barrier(t);
+                for (int t = 0; t < threads; t++) block.fibers[t].block_epoch++, standin::leave_barrier(t);
             }
+            running = nullptr;
+            const string left = standin::left_behind();
+            if (!left.empty()) fault(left);
         }
     } catch (const standin::Fault& f) {
         result = name + ": " + f.what + (running ? ": " + k.text[running->at] : "");
