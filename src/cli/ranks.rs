@@ -45,11 +45,19 @@ pub(super) fn alone(what: &str, why: &str) -> Result<()> {
     }
 }
 
-/// Threads of this process where `asked` were wanted: those that may run on the same cores share them, and the root says so.
+/// What a process has of its machine.
+pub(super) struct Share {
+    pub threads: usize,
+    /// Processes on this machine; known to the root.
+    pub here: usize,
+}
+
+/// What this process has of its machine, where `asked` threads were wanted: those that may run on the same cores share them, and the
+/// root says so.
 ///
 /// # Errors
 /// At the root, when the others were begun by another command.
-pub(super) fn threads(link: &dyn Link, asked: usize) -> Result<usize> {
+pub(super) fn share(link: &dyn Link, asked: usize) -> Result<Share> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     // Which cores these are, where the system says it.
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -82,5 +90,6 @@ pub(super) fn threads(link: &dyn Link, asked: usize) -> Result<usize> {
             if threads == 1 { "" } else { "s" }
         );
     }
-    Ok(threads)
+    let here = all.iter().filter(|own| own.0 == mine.0).count().max(1);
+    Ok(Share { threads, here })
 }

@@ -187,15 +187,19 @@ pub(super) fn run(args: &Args) -> Result<ExitCode> {
     recycle::keep(KEPT_MEMORY);
     let pool = |asked| rayon::ThreadPoolBuilder::new().num_threads(threads(asked)).build();
     let Some(link) = ranks::here()? else { return pool(args.threads)?.install(|| train(args, None)) };
-    let shared = ranks::threads(&*link, args.threads);
+    let shared = ranks::share(&*link, args.threads);
     if link.rank() == ROOT {
-        let team = Arc::new(Team::new(link));
-        let outcome = shared.and_then(|threads| pool(threads)?.install(|| train(args, Some(&team))));
+        let (threads, here) = match shared {
+            Ok(shared) => (Ok(shared.threads), shared.here),
+            Err(e) => (Err(e), 1),
+        };
+        let team = Arc::new(Team::new(link, here));
+        let outcome = threads.and_then(|threads| pool(threads)?.install(|| train(args, Some(&team))));
         team.dismiss();
         return outcome;
     }
     interrupt::leave_to_another();
-    let pool = pool(shared?)?;
+    let pool = pool(shared?.threads)?;
     let helped = args.device.multiplier().and_then(|m| Ok(pool.install(|| help(link.clone(), m))?));
     if let Err(error) = helped {
         super::say!("error: process {}, on {}: {error:#}", link.rank(), link.host());
@@ -361,10 +365,10 @@ fn train(args: &Args, team: Option<&Arc<Team>>) -> Result<ExitCode> {
     let backend = AutogradBackend::multiplied_by(multiplier.clone(), precision);
     let masters = Masters::of(&checkpoint, &teacher, unrounded.as_ref())?;
     let parts = streamed::sizes(&checkpoint)?;
-    let room = Room::of(&parts.0, &parts.1, precision);
+    let room = Room::of(&parts.0, &parts.1, precision, team.map(|team| &**team));
     let mut methods = given;
     if planned.is_none() && args.plan.any() && methods.is_empty() {
-        methods = args.plan.methods(room.has_whole());
+        methods = args.plan.methods(room.has_whole() || team.is_some());
         if let Some(team) = team {
             methods = methods.iter().map(|m| best_known::by_sequences(m)).collect::<std::result::Result<_, _>>()?;
             can_share(&stages(&methods, settings.seed)?, team)?;

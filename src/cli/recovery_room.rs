@@ -18,6 +18,7 @@ use crate::recover::measure::Bench;
 use crate::recover::optimizer::Moments;
 use crate::recover::stage::{Method, Stage};
 use crate::recover::streamed::BlockSize;
+use crate::recover::team::Team;
 use crate::recover::trainee::Trainee;
 
 /// What a training needs in memory beside activations, and what there is.
@@ -26,11 +27,14 @@ pub(super) struct Room {
     whole: u64,
     /// What stands before and behind the blocks of both, or the largest block with all that.
     block: u64,
+    /// Processes that train the whole model on this machine.
+    processes: u64,
     memory: Memory,
 }
 
 impl Room {
-    pub(super) fn of(config: &ModelConfig, sizes: &[BlockSize], precision: Precision) -> Self {
+    /// For the processes of `team` that are on this machine; moments are shared out among all of it.
+    pub(super) fn of(config: &ModelConfig, sizes: &[BlockSize], precision: Precision, team: Option<&Team>) -> Self {
         let operand = precision.bytes();
         let both = |ends: bool| -> usize {
             let is_end = |part| matches!(part, Part::Embedding | Part::Head);
@@ -38,9 +42,11 @@ impl Room {
             modules.iter().filter(|m| !ends || is_end(m.part)).map(|m| 2 * operand * m.role.n * m.role.k).sum()
         };
         let quantized: usize = sizes.iter().map(|s| s.quantized).sum();
-        let own = quantized / 4 + quantized * (4 + 4 + Moments::BYTES);
+        let (processes, all) = team.map_or((1, 1), |team| (team.here() as u64, team.size()));
+        let own = quantized / 4 + quantized * (4 + 4) + quantized * Moments::BYTES / all;
         let largest = sizes.iter().map(|s| s.training_bytes(operand)).max().unwrap_or(0);
-        Self { whole: (both(false) + own) as u64, block: largest.max(both(true) as u64), memory: Memory::here() }
+        let whole = processes * (both(false) + own) as u64;
+        Self { whole, block: largest.max(both(true) as u64), processes, memory: Memory::here() }
     }
 
     /// Whether the whole model can be trained, with what is beside.
@@ -60,9 +66,11 @@ impl Room {
             true => (self.block, "the largest block"),
             false => (self.whole, "the whole model"),
         };
-        let takes = |needed: u64, what: &str| format!("training {what} takes about {}", human_bytes(needed));
+        let by = if self.processes > 1 { format!(" by {} processes here", self.processes) } else { String::new() };
+        let takes = |needed: u64, what: &str| format!("training {what}{by} takes about {}", human_bytes(needed));
         let way_out = match one_by_one {
             true => "",
+            false if self.processes > 1 => "; fewer processes on a machine, with more threads each, take less",
             false => "; --method block trains one block at a time, which takes the memory of a block",
         };
         if let Some(all) = self.memory.all.filter(|all| needed > *all) {
@@ -126,7 +134,7 @@ mod tests {
 
     fn room(free: u64, all: u64) -> Room {
         let memory = Memory { free: Some(free * GIB), all: Some(all * GIB) };
-        Room { whole: 16 * GIB, block: 2 * GIB, memory }
+        Room { whole: 16 * GIB, block: 2 * GIB, processes: 1, memory }
     }
 
     #[test]
@@ -162,10 +170,14 @@ mod tests {
         let (config, sizes) = crate::recover::streamed::sizes(&model).unwrap();
         let quantized: usize = sizes.iter().map(|s| s.quantized).sum();
         assert_eq!((sizes.len(), sizes.iter().map(|s| s.linears).sum::<usize>(), quantized), (12, 84, 2_359_296));
-        let room = Room::of(&config, &sizes, Precision::Bf16);
+        let room = Room::of(&config, &sizes, Precision::Bf16, None);
         let ends = 2 * 2 * config.vocab * config.hidden;
         assert!(config.tied_embeddings && sizes.iter().all(|s| s.floats == 0 && s.coarse));
         assert_eq!(room.whole, (ends + quantized * 4 + quantized / 4 + quantized * 16) as u64);
         assert_eq!(room.block, ends.max(quantized / 12 * (2 + 16) + quantized / 48) as u64);
+        // Two of four processes are here; each has a quarter of the moments.
+        let link = crate::ranks::threads::Thread::all(4).remove(0);
+        let room = Room::of(&config, &sizes, Precision::Bf16, Some(&Team::new(std::sync::Arc::new(link), 2)));
+        assert_eq!(room.whole, 2 * (ends + quantized * 4 + quantized / 4 + quantized * (4 + 4 + 8 / 4)) as u64);
     }
 }

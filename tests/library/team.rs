@@ -93,7 +93,7 @@ fn by(processes: usize, methods: &[&str], training: &Path, copy: Option<&Path>, 
         for link in links {
             scope.spawn(|| help(Arc::new(link), Multiplier::Cpu).unwrap());
         }
-        let team = Arc::new(Team::new(Arc::new(first)));
+        let team = Arc::new(Team::new(Arc::new(first), processes));
         let events = root(Some(team.clone()), methods, training, copy, out);
         team.dismiss();
         events
@@ -149,7 +149,7 @@ fn batches_of_one_sequence_train_as_one_batch_of_all() {
 #[test]
 fn who_cannot_take_part_says_why_and_all_are_told() {
     let mut links = Thread::all(3).into_iter();
-    let team = Team::new(Arc::new(links.next().unwrap()));
+    let team = Team::new(Arc::new(links.next().unwrap()), 3);
     std::thread::scope(|scope| {
         for link in links {
             scope.spawn(|| help(Arc::new(link), Multiplier::Cpu).unwrap());

@@ -29,6 +29,7 @@ use crate::ranks::{Link, ROOT};
 /// The root's side of it.
 pub struct Team {
     link: Arc<dyn Link>,
+    here: usize,
     shared: Mutex<Option<Shared>>,
 }
 
@@ -140,10 +141,16 @@ fn all_told<T: Serialize + for<'a> Deserialize<'a>>(link: &dyn Link, own: Result
 }
 
 impl Team {
-    /// The root of those behind `link`.
+    /// The root of those behind `link`, of which so many run `here`, on its machine.
     #[must_use]
-    pub fn new(link: Arc<dyn Link>) -> Self {
-        Self { link, shared: Mutex::default() }
+    pub fn new(link: Arc<dyn Link>, here: usize) -> Self {
+        Self { link, here, shared: Mutex::default() }
+    }
+
+    /// How many processes are on this machine.
+    #[must_use]
+    pub fn here(&self) -> usize {
+        self.here
     }
 
     /// How many processes there are.
