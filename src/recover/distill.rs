@@ -210,6 +210,9 @@ pub fn train_as(
             break;
         }
     }
+    if let Some(team) = &team {
+        team.rest();
+    }
     Ok(())
 }
 
@@ -369,21 +372,51 @@ impl Watched {
         head: &Linear,
         teacher: Option<&Linear>,
     ) -> Result<f64> {
+        let parts: Vec<LossPart> =
+            (0..self.rows.len()).map(|i| self.part(i, entering, head, teacher)).collect::<Result<_>>()?;
+        Ok(mean(&parts))
+    }
+
+    /// What row `i` adds to the loss.
+    fn part(
+        &self,
+        i: usize,
+        entering: &mut dyn FnMut(&Row) -> Result<Tensor>,
+        head: &Linear,
+        teacher: Option<&Linear>,
+    ) -> Result<LossPart> {
         let kl = if teacher.is_some() { 1.0 } else { 0.0 };
         let objective = Objective { kl, cross_entropy: 1.0 - kl, temperature: 1.0, top_k: None };
-        let mut sums = LossSums::default();
-        for (i, row) in self.rows.iter().enumerate() {
-            let (targets, weights) = next_tokens(&[row]);
-            let hidden = self.reference.as_ref().map(|r| r[i].as_slice());
-            let reference = teacher.zip(hidden).map(|(head, hidden)| Teacher { hidden, head });
-            let own = entering(row)?;
-            let rows = loss::Rows { hidden: &own, head, teacher: reference, targets: &targets, weights: &weights };
-            let part = loss::measure(&rows, &objective).during("evaluation")?;
-            sums.weight += part.weight;
-            sums.kl += if teacher.is_some() { part.kl } else { part.cross_entropy };
-        }
-        Ok(sums.kl / sums.weight.max(1.0))
+        let row = &self.rows[i];
+        let (targets, weights) = next_tokens(&[row]);
+        let hidden = self.reference.as_ref().map(|r| r[i].as_slice());
+        let reference = teacher.zip(hidden).map(|(head, hidden)| Teacher { hidden, head });
+        let own = entering(row)?;
+        let rows = loss::Rows { hidden: &own, head, teacher: reference, targets: &targets, weights: &weights };
+        let part = loss::measure(&rows, &objective).during("evaluation")?;
+        Ok((part.weight, if teacher.is_some() { part.kl } else { part.cross_entropy }))
     }
+
+    /// What every `of`-th row from `first` on adds to [`Self::loss`].
+    pub(super) fn parts(
+        &self,
+        (first, of): (usize, usize),
+        student: &Decoder<AutogradBackend>,
+        teacher: Option<&Decoder<AutogradBackend>>,
+    ) -> Result<Vec<LossPart>> {
+        let head = teacher.map(Decoder::head);
+        let entering = &mut |row: &Row| entering_head(student, row);
+        (first..self.rows.len()).step_by(of).map(|i| self.part(i, entering, student.head(), head)).collect()
+    }
+}
+
+/// The weight of a row's learned tokens, and the sum of their losses.
+pub(super) type LossPart = (f64, f64);
+
+/// The mean loss of a token.
+pub(super) fn mean(parts: &[LossPart]) -> f64 {
+    let sum = |of: fn(&LossPart) -> f64| parts.iter().fold(0.0, |sum, part| sum + of(part));
+    sum(|p| p.1) / sum(|p| p.0).max(1.0)
 }
 
 fn entering_head(decoder: &Decoder<AutogradBackend>, row: &Row) -> Result<Tensor> {

@@ -219,7 +219,9 @@ impl Run<'_, '_> {
         let measure = if teacher.is_some() { Measure::Kl } else { Measure::CrossEntropy };
         let mut loss = Map::new();
         for w in self.watched {
-            let value = match student.averaged(|| w.loss(&student.decoder, teacher)) {
+            let alone = || student.averaged(|| w.loss(&student.decoder, teacher));
+            let shared = student.team.as_deref().and_then(|team| team.loss(student, w, teacher));
+            let value = match shared.map_or_else(alone, Ok) {
                 // A student that training broke; one that was broken from the start is an error of its own.
                 Err(RecoverError::Backend(BackendError::NotFinite { place, value, .. })) if step > 0 || stage > 0 => {
                     let what = format!("loss on {} ({place})", w.name);

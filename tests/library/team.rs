@@ -133,7 +133,7 @@ fn batches_of_one_sequence_train_as_one_batch_of_all() {
     let folder = Folder::new();
     let of = |name: &str, split: &str| {
         let method = format!("qad:steps=6,lr=1e-4,hidden=10,{split}");
-        root(None, &[&method], &folder.at(&format!("{name}.training")), None, &folder.at(name))
+        root(None, &[&method], &folder.at(format!("{name}.training")), None, &folder.at(name))
     };
     let (together, apart) = (of("together", "sequences=4"), of("apart", "sequences=1,accumulate=4"));
     for (a, b) in together.iter().zip(&apart) {

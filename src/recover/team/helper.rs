@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::shared::Shared;
-use super::{Beginning, Models, Part, Task, all_told, read};
+use super::{Beginning, Models, Part, Task, all_told, bits, read};
 use crate::backend::autograd::AutogradBackend;
 use crate::backend::autograd::multiplier::Multiplier;
 use crate::backend::autograd::operand::Precision;
@@ -14,7 +14,7 @@ use crate::checkpoint::identity::identity;
 use crate::corpus::Row;
 use crate::model::Decoder;
 use crate::ranks::Link;
-use crate::recover::distill::{self, Options};
+use crate::recover::distill::{self, LossPart, Options, Watched};
 use crate::recover::parameter::Rates;
 use crate::recover::student::Student;
 use crate::recover::trainer::learned;
@@ -28,6 +28,8 @@ struct Helper {
     scales: Option<bool>,
     options: Options,
     shared: Option<Shared>,
+    /// Texts that were looked at, those rows of them that are this process's, by name and whether with the teacher.
+    watched: Vec<(bool, Watched)>,
 }
 
 /// Does what the root says, until it says that all is done; `multiplier` multiplies.
@@ -35,7 +37,15 @@ struct Helper {
 /// # Errors
 /// When what the root says cannot be understood or done; the other processes have to be ended then.
 pub fn help(link: Arc<dyn Link>, multiplier: Multiplier) -> Result<()> {
-    let mut helper = Helper { link, multiplier, models: None, scales: None, options: Options::default(), shared: None };
+    let mut helper = Helper {
+        link,
+        multiplier,
+        models: None,
+        scales: None,
+        options: Options::default(),
+        shared: None,
+        watched: Vec::new(),
+    };
     loop {
         let mut task = Vec::new();
         helper.link.broadcast(&mut task);
@@ -62,6 +72,11 @@ pub fn help(link: Arc<dyn Link>, multiplier: Multiplier) -> Result<()> {
                 if options.average > 0.0 {
                     student.average(options.average);
                 }
+            }
+            Task::Look { name, rows, teacher } => {
+                let parts = helper.look(name, rows, teacher);
+                // What went wrong is the root's to find.
+                let _ = all_told(&*helper.link, parts.map(bits));
             }
             Task::Fetch { parameter, kind } => {
                 let (shared, student) = helper.at_work()?;
@@ -135,6 +150,23 @@ impl Helper {
         }
         student.refresh();
         Ok(())
+    }
+
+    /// What this process's rows of a watched text add to the loss.
+    fn look(&mut self, name: String, rows: Vec<Row>, with_teacher: bool) -> Result<Vec<LossPart>> {
+        let Some((student, teacher)) = &self.models else { return Err(too_early()) };
+        let teacher = Some(teacher).filter(|_| with_teacher);
+        let own: Vec<Row> = rows.into_iter().skip(self.link.rank()).step_by(self.link.size()).collect();
+        let known = self.watched.iter().position(|(t, w)| *t == with_teacher && w.name == name && w.rows() == own);
+        let at = match known {
+            Some(at) => at,
+            None => {
+                self.watched.push((with_teacher, Watched::new(name, own, teacher)?));
+                self.watched.len() - 1
+            }
+        };
+        let text = &self.watched[at].1;
+        student.averaged(|| text.parts((0, 1), &student.decoder, teacher))
     }
 
     fn round(&mut self, batches: &[Vec<Row>], total: f64, first: bool, last: bool) -> Result<()> {

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use self::shared::Shared;
-use super::distill::{self, Options};
+use super::distill::{self, LossPart, Options, Watched};
 use super::parameter::Rates;
 use super::student::Student;
 use super::{RecoverError, Result};
@@ -51,6 +51,12 @@ enum Task {
         steps: usize,
         rates: [u32; 3],
         factor: u32,
+    },
+    /// The loss on a watched text, each process of some of its rows; with the teacher the divergence from it.
+    Look {
+        name: String,
+        rows: Vec<Row>,
+        teacher: bool,
     },
     /// A part of the state of a parameter from who has it.
     Fetch {
@@ -106,6 +112,11 @@ impl Part {
             [self.weight, self.kl, self.cross_entropy, self.hidden].map(f64::from_bits);
         (LossSums { weight, kl, cross_entropy }, hidden)
     }
+}
+
+/// Losses of rows, to be told.
+fn bits(parts: Vec<LossPart>) -> Vec<(u64, u64)> {
+    parts.into_iter().map(|(weight, loss)| (weight.to_bits(), loss.to_bits())).collect()
 }
 
 /// How something went in one process: what it gave, or what went wrong.
@@ -246,6 +257,33 @@ impl Team {
         if let Some(shared) = self.shared().as_ref() {
             shared.step(student, &options.adam, (step, steps), rates, factor);
         }
+    }
+
+    /// The loss of the student with its running means on a watched text, computed by all; nothing, where they do not have the
+    /// student as it is, or one of them could not: the root then finds what is wrong.
+    pub(super) fn loss(
+        &self,
+        student: &Student,
+        text: &Watched,
+        teacher: Option<&Decoder<AutogradBackend>>,
+    ) -> Option<f64> {
+        let shared = self.shared();
+        shared.as_ref()?;
+        let rows = text.rows().to_vec();
+        let count = rows.len();
+        self.ask(&Task::Look { name: text.name.clone(), rows, teacher: teacher.is_some() });
+        let own = student.averaged(|| text.parts((ROOT, self.size()), &student.decoder, teacher));
+        let told = all_told(&*self.link, own.map(bits)).ok()?;
+        let part = |i: usize| {
+            told.get(i % self.size())?.get(i / self.size()).map(|(w, l)| (f64::from_bits(*w), f64::from_bits(*l)))
+        };
+        let parts: Option<Vec<LossPart>> = (0..count).map(part).collect();
+        Some(distill::mean(&parts?))
+    }
+
+    /// A stage is over: what the others have of the student is not looked after any more.
+    pub(super) fn rest(&self) {
+        *self.shared() = None;
     }
 
     /// A part of a parameter's state that another process has.
