@@ -221,7 +221,13 @@ impl Run<'_, '_> {
         for w in self.watched {
             let alone = || student.averaged(|| w.loss(&student.decoder, teacher));
             let shared = student.team.as_deref().and_then(|team| team.loss(student, w, teacher));
-            let value = match shared.map_or_else(alone, Ok) {
+            let value = match shared {
+                None => alone(),
+                // What is wrong with the student is said as one process says it.
+                Some(Err(other)) => alone().and(Err(other)),
+                Some(loss) => loss,
+            };
+            let value = match value {
                 // A student that training broke; one that was broken from the start is an error of its own.
                 Err(RecoverError::Backend(BackendError::NotFinite { place, value, .. })) if step > 0 || stage > 0 => {
                     let what = format!("loss on {} ({place})", w.name);

@@ -1,7 +1,7 @@
 //! Several processes that train one model: each computes the gradients of some of a step's batches, has the optimizer's state of
 //! some of the weights, and moves those.
 //!
-//! One of them, the root, runs the training as it runs alone: it reads and writes, looks and keeps time. The others
+//! One of them, the root, runs the training as it runs alone: it reads and writes and keeps time. The others
 //! ([`helper`]) have the student and the teacher and do what it says. A gradient is the sum of those of its batches, in the order of
 //! batches, whoever computed them; so any number of processes gives the same bytes, one too.
 
@@ -259,26 +259,25 @@ impl Team {
         }
     }
 
-    /// The loss of the student with its running means on a watched text, computed by all; nothing, where they do not have the
-    /// student as it is, or one of them could not: the root then finds what is wrong.
+    /// The loss of the student with its running means on a watched text, computed by all; `None` where the others do not have the
+    /// student as it is.
     pub(super) fn loss(
         &self,
         student: &Student,
         text: &Watched,
         teacher: Option<&Decoder<AutogradBackend>>,
-    ) -> Option<f64> {
-        let shared = self.shared();
-        shared.as_ref()?;
-        let rows = text.rows().to_vec();
+    ) -> Option<Result<f64>> {
+        self.shared().as_ref()?;
+        let (size, rows) = (self.size(), text.rows().to_vec());
         let count = rows.len();
         self.ask(&Task::Look { name: text.name.clone(), rows, teacher: teacher.is_some() });
-        let own = student.averaged(|| text.parts((ROOT, self.size()), &student.decoder, teacher));
-        let told = all_told(&*self.link, own.map(bits)).ok()?;
-        let part = |i: usize| {
-            told.get(i % self.size())?.get(i / self.size()).map(|(w, l)| (f64::from_bits(*w), f64::from_bits(*l)))
-        };
-        let parts: Option<Vec<LossPart>> = (0..count).map(part).collect();
-        Some(distill::mean(&parts?))
+        let own = student.averaged(|| text.parts((ROOT, size), &student.decoder, teacher));
+        let told = all_told(&*self.link, own.map(bits));
+        Some(told.map(|told| {
+            let part = |(weight, loss): (u64, u64)| (f64::from_bits(weight), f64::from_bits(loss));
+            let parts: Vec<LossPart> = (0..count).map(|i| part(told[i % size][i / size])).collect();
+            distill::mean(&parts)
+        }))
     }
 
     /// A stage is over: what the others have of the student is not looked after any more.
