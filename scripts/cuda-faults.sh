@@ -3,7 +3,8 @@
 # or the compiler's PTX, interpreted.
 # usage: cuda-faults.sh [--quick] [FILTER]   the list below (of which FILTER is in the name); fails if one is not caught.
 #                                            --quick: the CPU's build only where the PTX shows nothing
-#        cuda-faults.sh --random N [SEED]    N random faults of one token; prints those that nothing caught as diffs
+#        cuda-faults.sh --random N [SEED [FILE]]    N random faults of one token, anywhere or in a file; prints those that nothing
+#                                            caught as diffs
 set -euo pipefail
 exec python3 - "$(cd "$(dirname "$0")/.." && pwd)" "$@" <<'EOF'
 import os, random, re, resource, shutil, subprocess, sys, tempfile
@@ -388,9 +389,9 @@ def mutate(rng, file, text):
     return None
 
 
-def at_random(count, seed):
+def at_random(count, seed, only=None):
     rng = random.Random(seed)
-    files = sorted(f for f in os.listdir(f"{source}/kernels") if f != "all.cu")
+    files = sorted(f for f in os.listdir(f"{source}/kernels") if f != "all.cu" and only in (None, f))
     texts = {f: open(f"{source}/kernels/{f}").read() for f in files}
     weights = [len(list(tokens(f, texts[f]))) for f in files]
     tally = {"equal": 0, "caught": 0, "survived": 0}
@@ -424,7 +425,7 @@ def at_random(count, seed):
 
 try:
     if args[:1] == ["--random"]:
-        at_random(int(args[1]), int(args[2]) if len(args) > 2 else 1)
+        at_random(int(args[1]), int(args[2]) if len(args) > 2 else 1, *args[3:4])
     else:
         sys.exit(planted("".join(a for a in args if a != "--quick"), "--quick" in args) > 0)
 finally:
