@@ -58,7 +58,7 @@ fn processes_give_the_bytes_of_one() {
         let text = said(&done(&mut recover(n, &out(&n.to_string()), &given)));
         assert_same_files(&folder.at("alone"), &folder.at(n.to_string()));
         assert_eq!(text.matches("wrote ").count(), 1, "one of them talks: {text}");
-        assert!(n == 1 || text.contains(&format!("{n} processes on one machine, 1 thread here")), "{text}");
+        assert!(n == 1 || text.contains(&format!("{n} processes on one machine, ")), "{text}");
         assert!(n == 1 || text.contains("sequences=1,accumulate=4"), "{text}");
     }
 }
@@ -160,7 +160,7 @@ fn a_time_is_planned_for_all_of_them_together() {
     let out = folder.name("out");
     let began = Instant::now();
     let text = said(&done(&mut recover(2, &out, &["--minutes", "0.5", "--f32"])));
-    assert!(began.elapsed() < Duration::from_secs(60), "{text}");
+    assert!(began.elapsed() < Duration::from_secs(120), "{text}");
     let plan = folder.json("out/recoup_plan.json");
     assert!(plan["methods"][0].as_str().unwrap().contains("sequences=1,accumulate=4"), "{plan:#}");
     // The plan again, by one.
