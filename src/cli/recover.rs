@@ -399,7 +399,7 @@ fn train(args: &Args, team: Option<&Arc<Team>>) -> Result<ExitCode> {
             Some(team) => {
                 let of = (&checkpoint, identity(&checkpoint)?);
                 let by = (settings.f32, multiplier.device());
-                team.load(Models::of(of, (&teacher, teacher_identity.clone()), masters.checkpoint(), by), own)?
+                team.load(Models::of(of, (&teacher, teacher_identity.clone()), by), own)?
             }
         };
         let state: u64 = student.state(None, true).iter().map(Pending::bytes).sum();

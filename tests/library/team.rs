@@ -51,7 +51,7 @@ fn root(team: Option<Arc<Team>>, methods: &[&str], training: &Path, copy: Option
         Some(team) => {
             let known = |c: &Checkpoint| identity(&c.tensors, &mut |_, _| ()).unwrap();
             let of = (&student, known(&student));
-            team.load(Models::of(of, (&teacher, known(&teacher)), Some(&teacher), (false, None)), load).unwrap()
+            team.load(Models::of(of, (&teacher, known(&teacher)), (false, None)), load).unwrap()
         }
     };
     let stages: Vec<Stage> = methods.iter().map(|m| Stage::parse(m, 7).unwrap()).collect();
@@ -157,7 +157,7 @@ fn who_cannot_take_part_says_why_and_all_are_told() {
         let (student, teacher) = (opened("books-nvfp4"), opened("books-bf16"));
         let known = |c: &Checkpoint| identity(&c.tensors, &mut |_, _| ()).unwrap();
         let models = |device: Option<String>, teacher_identity| {
-            Models::of((&student, known(&student)), (&teacher, teacher_identity), None, (false, device))
+            Models::of((&student, known(&student)), (&teacher, teacher_identity), (false, device))
         };
         for (models, part) in [
             (models(None, known(&student)), "others than those that the first process has"),

@@ -124,8 +124,7 @@ impl Helper {
         };
         let teacher = open(&models.teacher, &models.teacher_identity)?;
         let student = open(&models.student, &models.student_identity)?;
-        let masters = models.masters.as_deref().map(Checkpoint::open).transpose()?;
-        let student = Student::load(&student, masters.as_ref(), backend.clone())?;
+        let student = Student::load(&student, None, backend.clone())?;
         self.models = Some((student, Decoder::load(backend, &teacher)?));
         Ok(())
     }

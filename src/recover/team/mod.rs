@@ -66,13 +66,11 @@ enum Task {
     Done,
 }
 
-/// What every process loads: folders that all see, and what tells their files from others.
+/// What every process loads: folders that all see, and what tells their files from others. Masters come from the root.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Models {
     pub student: PathBuf,
     pub student_identity: Value,
-    /// Whose weights the masters are, if not the student's.
-    pub masters: Option<PathBuf>,
     pub teacher: PathBuf,
     pub teacher_identity: Value,
     /// Products in f32.
@@ -298,12 +296,11 @@ impl Team {
 
 /// What is loaded of a checkpoint by whoever takes part.
 impl Models {
-    /// Those of `student` and `teacher`, whose identities are known; masters are those of `masters`.
+    /// Those of `student` and `teacher`, whose identities are known.
     #[must_use]
     pub fn of(
         (student, student_identity): (&Checkpoint, Value),
         (teacher, teacher_identity): (&Checkpoint, Value),
-        masters: Option<&Checkpoint>,
         (f32, device): (bool, Option<String>),
     ) -> Self {
         // Wherever a process was begun.
@@ -311,14 +308,6 @@ impl Models {
             let folder = c.tensors.folder();
             std::fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned())
         };
-        Self {
-            student: folder(student),
-            student_identity,
-            masters: masters.map(folder),
-            teacher: folder(teacher),
-            teacher_identity,
-            f32,
-            device,
-        }
+        Self { student: folder(student), student_identity, teacher: folder(teacher), teacher_identity, f32, device }
     }
 }
