@@ -17,5 +17,5 @@ library() {
         -o "$out/$name.part" "$main" -ldl
     mv "$out/$name.part" "$out/$name"
 }
-library libcuda.so.1 $source/standin/libcuda.cc -O2 $source/kernels $source/standin
+library libcuda.so.1 $source/standin/libcuda.cc -O3 $source/kernels $source/standin
 library libcublas.so.13 $source/standin/libcublas.cc -O3 $source/standin/libcublas.cc

@@ -131,7 +131,9 @@ fn compare(cpu: &CpuBackend, gpu: &CudaBackend, known: bool) -> Result<Vec<Strin
         device_check::small(&expected, &computed)?
     } else {
         let bar = super::progress(0, format!("first use of {}: kernels compared with the CPU", gpu.device().name));
-        let checked = device_check::thorough(&expected, &computed, &mut |done| bar.set_position(done as u64))?;
+        let checked = device_check::thorough(&expected, &computed, gpu.device().multiprocessors, &mut |done| {
+            bar.set_position(done as u64)
+        })?;
         bar.finish();
         checked
     };

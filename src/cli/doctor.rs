@@ -128,7 +128,8 @@ fn gpu(args: &Args, ordinal: usize) -> Result<ExitCode> {
     };
     super::say!("{}; kernels {}; products on {cores} tensor cores", gpu.device(), gpu.kernels());
     let bar = super::progress(0, "kernels checked");
-    let checked = device_check::thorough(&cpu, &device, &mut |done| bar.set_position(done as u64))?;
+    let checked =
+        device_check::thorough(&cpu, &device, gpu.device().multiprocessors, &mut |done| bar.set_position(done as u64))?;
     bar.finish();
     let wrong: Vec<&Checked> = checked.iter().filter(|c| !c.holds()).collect();
     let measured = args.measure.map(|width| measure(&gpu, width)).transpose()?;

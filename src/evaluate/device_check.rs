@@ -91,17 +91,20 @@ pub fn small<A: Backend, B: Backend>(cpu: &A, device: &B) -> Result<Vec<Checked>
 }
 
 /// Everything: all formats of weight and input on ragged shapes and for prompts short and long; then what stands between
-/// products, mixtures, what only some architectures need, and what is read off logits.
+/// products, mixtures, what only some architectures need, and what is read off logits. Some shapes are enough for all of the
+/// device's `multiprocessors`.
 ///
 /// # Errors
 /// The device's own.
 pub fn thorough<A: Backend, B: Backend>(
     cpu: &A,
     device: &B,
+    multiprocessors: usize,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Vec<Checked>, Failure> {
     let mut out = Vec::new();
     let mut seed = 0;
+    let (prompt, outputs) = ((8 * multiprocessors).clamp(136, 1536), (128 * multiprocessors).clamp(256, 20480));
     for weight in WEIGHTS {
         for activation in synthetic::activations() {
             for shape in [(1, 16, 32), (3, 50, 300), (9, 33, 1024), (33, 65, 160), (70, 130, 520)] {
@@ -110,7 +113,6 @@ pub fn thorough<A: Backend, B: Backend>(
                 progress(out.len());
             }
         }
-        // As long as prompts are, and enough for every multiprocessor of devices with up to 192.
         let of_its_bits = match weight {
             (Element::E2m1, Blocks::E4m3(16)) => Some(ActivationFormat::Nvfp4 { global_scale: 7e-4 }),
             (Element::E2m1, Blocks::E8m0) => Some(MXFP4),
@@ -120,16 +122,17 @@ pub fn thorough<A: Backend, B: Backend>(
         };
         // Four bits by four: more steps of K than a pipeline has stages; and, once, so many outputs that nobody has to share one.
         if let (Element::E2m1, Some(activation)) = (weight.0, of_its_bits) {
-            let many = (weight.1 == Blocks::E4m3(16)).then_some((2, 20480, 1024));
+            let many = (weight.1 == Blocks::E4m3(16)).then_some((2, outputs, 1024));
             for shape in [(140, 40, 2048)].into_iter().chain(many) {
                 seed += 1;
                 product(cpu, device, seed, shape, weight, activation, &mut out)?;
                 progress(out.len());
             }
         }
+        // As long as prompts are.
         for activation in [ActivationFormat::Float, ActivationFormat::Fp8Group].into_iter().chain(of_its_bits) {
             seed += 1;
-            product(cpu, device, seed, (1536, 512, 288), weight, activation, &mut out)?;
+            product(cpu, device, seed, (prompt, 512, 288), weight, activation, &mut out)?;
             progress(out.len());
         }
     }

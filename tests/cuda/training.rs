@@ -23,6 +23,7 @@ fn multiplier() -> Option<Multiplier> {
     match Multiplier::gpu(0) {
         Ok(multiplier) => Some(multiplier),
         Err(e) => {
+            assert!(std::env::var_os("RECOUP_NEEDS_GPU").is_none(), "{e}");
             println!("{e}: not tested");
             None
         }
@@ -328,7 +329,7 @@ fn whatever_call_fails_there_is_an_error_and_an_end() {
     // Until no call is left that could fail.
     while call < last + 12 {
         call += 1;
-        for code in [2, 719, 999] {
+        for code in [719, [2, 999][call % 2]] {
             let said = outcome(&format!("{call}:{code}"));
             assert!(
                 said == "all is well"
@@ -343,7 +344,7 @@ fn whatever_call_fails_there_is_an_error_and_an_end() {
         }
     }
     // Opening it takes some twenty, each product four to seven.
-    assert!(last > 50 && failed > 2 * last, "{failed} of {last}");
+    assert!(last > 50 && failed > last, "{failed} of {last}");
 }
 
 /// The binary with the GPU that is there and an environment of its own.

@@ -20,6 +20,8 @@
 #include <vector>
 
 #define DEV static inline
+// What every access goes through: compiled into it, with the sizes that are known there.
+#define INLINE static inline __attribute__((always_inline))
 #define UNROLL
 using std::max;
 using std::min;
@@ -74,17 +76,20 @@ DEV void* allocate(size_t bytes, bool zero_is_written = false) {
     GENERATION++;
     return p;
 }
-DEV Region* region_of(const void* p, size_t n) {
-    static thread_local Region* last = nullptr;
-    static thread_local size_t generation = 0;
-    const char* c = (const char*)p;
-    if (last && generation == GENERATION && c >= last->lo && c + n <= last->lo + last->size) return last;
+inline thread_local Region* LAST __attribute__((tls_model("initial-exec"))) = nullptr;
+inline thread_local size_t LAST_GENERATION __attribute__((tls_model("initial-exec"))) = 0;
+inline Region* find_region(const char* c, size_t n) {
     auto after = REGIONS.upper_bound(c);
     if (after == REGIONS.begin()) return nullptr;
     Region& r = std::prev(after)->second;
     if (c + n > r.lo + r.size) return nullptr;
-    last = &r, generation = GENERATION;
+    LAST = &r, LAST_GENERATION = GENERATION;
     return &r;
+}
+INLINE Region* region_of(const void* p, size_t n) {
+    const char* c = (const char*)p;
+    if (LAST && LAST_GENERATION == GENERATION && c >= LAST->lo && c + n <= LAST->lo + LAST->size) return LAST;
+    return find_region(c, n);
 }
 DEV bool release(void* p) {
     if (!REGIONS.erase((const char*)p)) return false;
@@ -186,7 +191,8 @@ struct Block {
     std::function<void()> body;
     std::string fault;
 };
-inline thread_local Block* B = nullptr;
+// At a fixed distance from the thread's own register, also in a library: every access asks for it.
+inline thread_local Block* B __attribute__((tls_model("initial-exec"))) = nullptr;
 
 DEV Tensor& tensor() { return B->tensor; }
 DEV Knows& knows(int thread) { return B->knows[thread]; }
@@ -342,7 +348,11 @@ DEV std::string launch(const Kernel& kernel, int gx, int gy, int gz, int threads
         return kernel.name + ": launched with " + std::to_string(threads) + " threads, made for " + std::to_string(kernel.threads);
     const uint32_t id = ++LAUNCHES;
     const long blocks = (long)gx * gy * gz;
-    const int workers = STRICT ? 1 : (int)std::min<long>(blocks, std::max(1u, std::thread::hardware_concurrency()));
+    static const int cores = [] {
+        const char* told = getenv("STANDIN_THREADS");
+        return told ? atoi(told) : (int)std::thread::hardware_concurrency();
+    }();
+    const int workers = STRICT ? 1 : (int)std::min<long>(blocks, max(1, cores));
     std::atomic<long> next{0};
     std::atomic<bool> failed{false};
     std::string found;
@@ -385,14 +395,29 @@ DEV std::string launch(const Kernel& kernel, int gx, int gy, int gz, int threads
 
 // --- accesses ---
 
-DEV void check_pending(const Shadow& s, size_t at, size_t n, const char* what) {
-    if (!s.pending.empty() && memchr(s.pending.data() + at, 1, n)) fault(std::string(what) + ": a copy to it is on its way, byte " + std::to_string(at));
+// Whether all of `n` bytes, which are 0 or 1, are `value`: in words, as every access asks it and `n` is known where it does.
+DEV bool all_are(const uint8_t* bytes, size_t n, uint8_t value) {
+    const uint64_t ones = 0x0101010101010101 * value;
+    for (; n >= 8; bytes += 8, n -= 8) {
+        uint64_t word;
+        memcpy(&word, bytes, 8);
+        if (word != ones) return false;
+    }
+    for (; n; bytes++, n--) if (*bytes != value) return false;
+    return true;
 }
-DEV void read_shadow(Shadow& s, size_t at, size_t n, bool constant, const char* what) {
+INLINE void check_pending(const Shadow& s, size_t at, size_t n, const char* what) {
+    if (!s.pending.empty() && !all_are(s.pending.data() + at, n, 0)) fault(std::string(what) + ": a copy to it is on its way, byte " + std::to_string(at));
+}
+void read_races(Shadow& s, size_t at, size_t n, bool constant, const char* what);
+void write_races(Shadow& s, size_t at, size_t n, const char* what);
+INLINE void read_shadow(Shadow& s, size_t at, size_t n, bool constant, const char* what) {
     check_pending(s, at, n, what);
-    if (const void* hole = memchr(s.written.data() + at, 0, n))
-        fault(std::string(what) + ": read before anything was written, byte " + std::to_string((const uint8_t*)hole - s.written.data()));
-    if (s.writes.empty()) return;
+    if (!all_are(s.written.data() + at, n, 1))
+        fault(std::string(what) + ": read before anything was written, byte " + std::to_string((const uint8_t*)memchr(s.written.data() + at, 0, n) - s.written.data()));
+    if (!s.writes.empty()) read_races(s, at, n, constant, what);
+}
+inline void read_races(Shadow& s, size_t at, size_t n, bool constant, const char* what) {
     const When t = now();
     for (size_t i = at; i < at + n; i++) {
         if (constant && s.writes[i].launch == t.launch) fault(std::string(what) + ": read as constant, but this launch writes it");
@@ -411,23 +436,24 @@ DEV void read_shadow(Shadow& s, size_t at, size_t n, bool constant, const char* 
         }
     }
 }
-DEV void write_shadow(Shadow& s, size_t at, size_t n, const char* what) {
+INLINE void write_shadow(Shadow& s, size_t at, size_t n, const char* what) {
     check_pending(s, at, n, what);
     if (!s.operations.empty() && !MUTE)
         for (size_t i = at; i < at + n; i++)
             if (s.operations[i] > knows(B->current).seen) fault(std::string(what) + ": written while an operation of tensor cores reads it, byte " + std::to_string(i));
-    if (!s.writes.empty()) {
-        const When t = now();
-        for (size_t i = at; i < at + n; i++) {
-            if (s.global && s.writes[i].launch == t.launch) fault(std::string(what) + ": written twice in one launch, byte " + std::to_string(i));
-            if (!ordered(s.writes[i], t)) fault(std::string(what) + ": race, two threads write byte " + std::to_string(i));
-            if (!ordered(s.reads[i], t)) fault(std::string(what) + ": race, written while another thread reads, byte " + std::to_string(i));
-            s.writes[i] = t;
-        }
-    }
+    if (!s.writes.empty()) write_races(s, at, n, what);
     memset(s.written.data() + at, 1, n);
 }
-DEV Region& checked(const void* p, size_t n, const char* what) {
+inline void write_races(Shadow& s, size_t at, size_t n, const char* what) {
+    const When t = now();
+    for (size_t i = at; i < at + n; i++) {
+        if (s.global && s.writes[i].launch == t.launch) fault(std::string(what) + ": written twice in one launch, byte " + std::to_string(i));
+        if (!ordered(s.writes[i], t)) fault(std::string(what) + ": race, two threads write byte " + std::to_string(i));
+        if (!ordered(s.reads[i], t)) fault(std::string(what) + ": race, written while another thread reads, byte " + std::to_string(i));
+        s.writes[i] = t;
+    }
+}
+INLINE Region& checked(const void* p, size_t n, const char* what) {
     if ((uintptr_t)p % n) fault(std::string(what) + ": misaligned access of " + std::to_string(n) + " bytes");
     Region* r = region_of(p, n);
     if (!r) fault(std::string(what) + ": access of " + std::to_string(n) + " bytes outside of every allocation");
@@ -597,9 +623,11 @@ template <int K, class Fill> void multiply(float (&d)[4], const uint32_t (&mine)
         fill(w.values[set], A, Bm);
         auto place = [&](int l, int i) -> float& { return D[(l >> 2) + (i >> 1) * 8][(l & 3) * 2 + (i & 1)]; };
         for (int l = 0; l < 32; l++) for (int i = 0; i < 4; i++) place(l, i) = w.results[set][l][i];
-        for (int r = 0; r < 16; r++)
+        // Eight rows side by side: their sums do not wait for each other, and have room in registers.
+        for (int half = 0; half < 16; half += 8)
             for (int k = 0; k < K; k++)
-                for (int c = 0; c < 8; c++) D[r][c] += A[r][k] * Bm[k][c];
+                for (int r = half; r < half + 8; r++)
+                    for (int c = 0; c < 8; c++) D[r][c] += A[r][k] * Bm[k][c];
         for (int l = 0; l < 32; l++) for (int i = 0; i < 4; i++) w.results[set][l][i] = place(l, i);
     }
     sync_warp(site);
@@ -781,7 +809,10 @@ template <bool MX> DEV void mma_scaled(uint32_t d, uint64_t a, uint64_t b, uint3
             }
             return nothing;
         };
-        static thread_local float A[128][64], Bt[64][256], D[256];
+        std::vector<float> memory(64 + 64 * 256);
+        float* const A = memory.data();
+        auto Bt = (float (*)[256])(A + 64);
+        float D[256];
         bool counts[256];
         int last = 0;
         for (int column = 0; column < n; column++) {
@@ -793,12 +824,12 @@ template <bool MX> DEV void mma_scaled(uint32_t d, uint64_t a, uint64_t b, uint3
         }
         last = (last + 7) / 8 * 8;
         for (int row = 0; row < 128; row++) {
-            const bool nothing = scaled(ma, row, a_scales, a_part, A[row]);
+            const bool nothing = scaled(ma, row, a_scales, a_part, A);
             Cell* to = &cell(row, d, "");
             for (int column = 0; column < n; column++) D[column] = add ? float_of(to[column].value) : 0.0f;
             if (!nothing)
                 for (int k = 0; k < 64; k++)
-                    for (int column = 0; column < last; column++) D[column] += A[row][k] * Bt[k][column];
+                    for (int column = 0; column < last; column++) D[column] += A[k] * Bt[k][column];
             for (int column = 0; column < n; column++) to[column].value = bits_of(D[column]);
         }
     });
