@@ -10,7 +10,7 @@ code="$code arch=compute_100f,code=sm_100f arch=compute_110f,code=sm_110f arch=c
 mkdir -p target src/backend/cuda/images
 out=target/kernels
 # Products and sums are fused where the source says so, and nowhere else: as on the CPU.
-"$nvcc" -std=c++17 -O3 -fmad=false --compress-mode=size -fatbin $(printf -- '-gencode %s ' $code) -o $out.fatbin src/backend/cuda/kernels/all.cu
+"$nvcc" -std=c++17 -O3 -fmad=false --threads 0 --compress-mode=size -fatbin $(printf -- '-gencode %s ' $code) -o $out.fatbin src/backend/cuda/kernels/all.cu
 python3 - "$(dirname "$nvcc")/cuobjdump" $out.fatbin > $out.txt <<'EOF'
 import re, subprocess, sys
 

@@ -8,6 +8,8 @@ pub mod cpu;
 pub mod cuda;
 mod either;
 pub mod observe;
+#[cfg(feature = "parallel")]
+pub mod parallel;
 mod pass;
 pub mod rounded;
 mod shapes;
@@ -108,8 +110,7 @@ pub enum Update<'a, B: Backend> {
 
 /// The operations a decoder is made of. Activations are [tokens, features], f32 in value whatever the storage.
 ///
-/// Where weights are spread over ranks, [`Backend::residual`] and [`Backend::mixture`] are where their partial sums are
-/// added up; nothing else is split along what is summed over.
+/// Weights that are spread over ranks (`parallel`) are never split along what is summed over.
 pub trait Backend: Send + Sync + Sized {
     type Tensor: Clone + Send;
     type Linear: Send + Sync;

@@ -1,12 +1,13 @@
 //! One forward pass: the new tokens of some sequences, where their cache lies, and the rotations of their positions.
 
+use serde::{Deserialize, Serialize};
 use std::sync::{Arc, PoisonError, RwLock};
 
 /// Tokens of KV cache in one page. A page's keys are stored with the 16 tokens side by side, one per SIMD lane.
 pub const PAGE: usize = 16;
 
 /// New tokens of one sequence within a batch.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Span {
     /// Position of the first new token, i.e. how many are already in the cache.
     pub start: usize,
@@ -19,7 +20,7 @@ pub struct Span {
 }
 
 /// The new tokens of some sequences, one span after the other.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Batch {
     pub tokens: Vec<u32>,
     pub spans: Vec<Span>,
@@ -47,7 +48,7 @@ impl Batch {
 
 /// What a model turns its queries and keys by: one frequency for each pair of dimensions, and a factor for all cosines
 /// and sines (YaRN's, else 1).
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Rotation {
     pub frequencies: Vec<f32>,
     pub factor: f32,

@@ -2,9 +2,10 @@
 
 use super::{Backend, RecurrentShape};
 use crate::formats::kv::KvFormat;
+use serde::{Deserialize, Serialize};
 
 /// Shape of one attention layer.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AttentionShape {
     /// The decoder layer it is in.
     pub layer: usize,
@@ -49,7 +50,7 @@ pub struct DeltaInputs<T> {
 }
 
 /// What one attention layer keeps of every token.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LayerCache {
     pub format: KvFormat,
     pub kv_heads: usize,
@@ -60,7 +61,7 @@ pub struct LayerCache {
 }
 
 /// What a cache must hold.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CacheLayout {
     /// Attention layers.
     pub layers: Vec<LayerCache>,
@@ -73,7 +74,7 @@ pub struct CacheLayout {
 }
 
 /// What a feed-forward computes of `gate` x and `up` x, or of `up` x alone.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Activation {
     /// silu(gate) · up.
     Silu,
@@ -104,7 +105,7 @@ impl Activation {
 }
 
 /// Neighbouring columns of one of several tensors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Run {
     /// Which tensor.
     pub source: usize,
@@ -121,7 +122,7 @@ impl Run {
 }
 
 /// How queries grow with their position p: by 1 + beta · ln(1 + ⌊p / original⌋) (Llama 4, Ministral 3).
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct QueryGrowth {
     pub beta: f32,
     pub original: f32,

@@ -13,12 +13,66 @@ use crate::backend::{self, Either};
 use crate::checkpoint::identity::value_hash;
 use crate::evaluate::device_check;
 
+/// A device of this process.
+pub(super) type Own = Either<CpuBackend, CudaBackend>;
+
 /// Whatever runs the model; where it can only be the CPU too, so that all that is generic over backends is compiled for one.
-pub(super) type AnyBackend = Either<CpuBackend, CudaBackend>;
+#[cfg(not(feature = "parallel"))]
+pub(super) type AnyBackend = Own;
+#[cfg(feature = "parallel")]
+pub(super) type AnyBackend = Either<Own, crate::backend::parallel::Parallel<Own>>;
+
+/// What has a device of this process for running models.
+pub(super) trait Runs {
+    /// One device alone.
+    fn alone(own: Own) -> Self;
+
+    /// The device of this process.
+    fn own(&self) -> Own;
+
+    /// Ranks that share each layer, and stages of layers.
+    fn size(&self) -> (usize, usize);
+}
+
+#[cfg(not(feature = "parallel"))]
+impl Runs for AnyBackend {
+    fn alone(own: Own) -> Self {
+        own
+    }
+
+    fn own(&self) -> Own {
+        self.clone()
+    }
+
+    fn size(&self) -> (usize, usize) {
+        (1, 1)
+    }
+}
+
+#[cfg(feature = "parallel")]
+impl Runs for AnyBackend {
+    fn alone(own: Own) -> Self {
+        Self::A(own)
+    }
+
+    fn own(&self) -> Own {
+        match self {
+            Self::A(own) => own.clone(),
+            Self::B(several) => several.own(Clone::clone),
+        }
+    }
+
+    fn size(&self) -> (usize, usize) {
+        match self {
+            Self::A(_) => (1, 1),
+            Self::B(several) => (several.size().tensor, several.size().pipeline),
+        }
+    }
+}
 
 /// The CPU with its fastest kernels, for what no GPU does.
 pub(super) fn on_cpu(threads: usize) -> backend::Result<AnyBackend> {
-    CpuBackend::new(Isa::detect(), threads).map(Either::A)
+    CpuBackend::new(Isa::detect(), threads).map(|cpu| AnyBackend::alone(Either::A(cpu)))
 }
 
 /// Memory that a model takes beside its weights, at least: activations, and the beginning of a cache.
@@ -126,7 +180,7 @@ fn open(cpu: &CpuBackend, ordinal: usize, note: &mut dyn FnMut(String)) -> Resul
 
 /// Checks in which a device does not hold: all of them once, which takes seconds, and a few at every start.
 fn compare(cpu: &CpuBackend, gpu: &CudaBackend, known: bool) -> Result<Vec<String>> {
-    let (expected, computed): (AnyBackend, AnyBackend) = (Either::A(cpu.clone()), Either::B(gpu.clone()));
+    let (expected, computed): (Own, Own) = (Either::A(cpu.clone()), Either::B(gpu.clone()));
     let checked = if known {
         device_check::small(&expected, &computed)?
     } else {

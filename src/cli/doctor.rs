@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
-use super::device::{AnyBackend, DeviceChoice, on_cpu};
+use super::device::{DeviceChoice, Own, Runs as _, on_cpu};
 use super::machine::{cpu_name, features, memory_bytes};
 use crate::backend::cpu::{isa::Isa, packed};
 use crate::backend::cuda::{CudaBackend, Device, Narrow, TABLE_TOKENS};
@@ -120,7 +120,7 @@ fn gpus() -> Result<Vec<Result<Device, String>>, String> {
 /// Every kernel of a GPU against the CPU.
 fn gpu(args: &Args, ordinal: usize) -> Result<ExitCode> {
     let gpu = CudaBackend::new(ordinal)?;
-    let (cpu, device) = (on_cpu(super::options::threads(0))?, AnyBackend::B(gpu.clone()));
+    let (cpu, device) = (on_cpu(super::options::threads(0))?.own(), Own::B(gpu.clone()));
     let cores = match gpu.narrow() {
         Narrow::None => "BF16",
         Narrow::Mma => "FP4, FP8 and BF16",
@@ -210,7 +210,7 @@ fn measure(gpu: &CudaBackend, width: usize) -> Result<Measured> {
     }
     let copy = gpu.device().copy_speed()?;
     let bar = super::progress(0, "products measured");
-    let products = throughput::products(&AnyBackend::B(gpu.clone()), width, &mut |done| bar.set_position(done as u64))?;
+    let products = throughput::products(&Own::B(gpu.clone()), width, &mut |done| bar.set_position(done as u64))?;
     bar.finish();
     Ok(Measured { copy, peak: gpu.device().tensor_peak()?, products })
 }

@@ -35,7 +35,7 @@ pub(super) struct Args {
     #[arg(long, value_enum, default_value_t = Computing::Packed)]
     engine: Computing,
     #[command(flatten)]
-    options: EngineOptions,
+    pub(super) options: EngineOptions,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -16,6 +16,7 @@ mod lab;
 mod logits;
 mod machine;
 mod options;
+mod parallel;
 mod place;
 mod pretrain;
 mod quantize;
@@ -110,16 +111,37 @@ pub fn main() -> ExitCode {
     }
     let result = run(verb);
     interrupt::let_end();
+    if let Err(e) = &result {
+        say!("{} {}", style("error:", "1;31"), message(e));
+    }
+    parallel::leave(result.is_err());
     match result {
         Ok(code) => code,
-        Err(e) => {
-            say!("{} {}", style("error:", "1;31"), message(&e));
-            ExitCode::FAILURE
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+impl Verb {
+    /// What runs the model, where the verb runs one.
+    fn engine(&self) -> Option<&options::EngineOptions> {
+        match self {
+            Self::Run(a) => Some(&a.options),
+            Self::Eval(a) => Some(&a.options),
+            Self::Compare(a) => Some(&a.options),
+            Self::Verify(a) => Some(&a.options),
+            Self::Quantize(a) => Some(&a.options),
+            Self::Logits(a) => Some(&a.options),
+            Self::Serve(a) => Some(&a.options),
+            Self::Bench(a) => Some(&a.options),
+            _ => None,
         }
     }
 }
 
 fn run(verb: Verb) -> Result<ExitCode> {
+    if let Some(code) = verb.engine().map(parallel::enter).transpose()?.flatten() {
+        return Ok(code);
+    }
     match verb {
         Verb::Demo(a) => demo::run(&a),
         Verb::Inspect(a) => inspect::run(&a),

@@ -11,8 +11,9 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use recoup_ground::http::address::{Address, is_address, mask};
 use serde_json::{Map, Value, json};
 
-use super::device::{AnyBackend, DeviceChoice};
+use super::device::{AnyBackend, DeviceChoice, Own, Runs as _};
 use super::machine::cpu_name;
+use super::parallel;
 use super::room::{self, Memory};
 use crate::backend::cpu::{CpuBackend, isa::Isa};
 use crate::backend::{Either, NUMERICS_VERSION};
@@ -72,6 +73,13 @@ pub(super) struct EngineOptions {
     /// capability 8.0 on, driver 580 or newer
     #[arg(long, default_value = "auto")]
     pub device: DeviceChoice,
+    /// Ranks that share every layer, its rows, heads and experts: GPUs from --device on, or the processes that mpirun began. The same
+    /// bits as of one
+    #[arg(long, value_name = "N", default_value = "1", value_parser = at_least_one::<usize>)]
+    pub tensor_parallel_size: usize,
+    /// Stages that the layers are spread over, each as many ranks as share a layer
+    #[arg(long, value_name = "N", default_value = "1", value_parser = at_least_one::<usize>)]
+    pub pipeline_parallel_size: usize,
     #[arg(skip)]
     settled: Settled,
 }
@@ -97,9 +105,18 @@ impl EngineOptions {
         if let Some(settled) = self.settled.0.get() {
             return Ok(settled.clone());
         }
-        let cpu = self.cpu()?;
-        let gpu = self.device.gpu(&cpu, bytes, &mut |note| super::say!("note: {note}"))?;
-        let backend = match gpu {
+        let backend = match parallel::several(self)? {
+            Some(several) => several,
+            None => AnyBackend::alone(self.own(self.device, threads(self.threads), bytes)?),
+        };
+        Ok(self.settled.0.get_or_init(|| backend).clone())
+    }
+
+    /// A device of this process.
+    pub(super) fn own(&self, device: DeviceChoice, threads: usize, bytes: u64) -> Result<Own> {
+        let cpu = self.cpu(threads)?;
+        let gpu = device.gpu(&cpu, bytes, &mut |note| super::say!("note: {note}"))?;
+        Ok(match gpu {
             Some(gpu) => {
                 if self.isa.is_some() {
                     super::say!("note: --isa is of the CPU; {} computes", gpu.device().name);
@@ -107,11 +124,10 @@ impl EngineOptions {
                 Either::B(gpu)
             }
             None => Either::A(cpu),
-        };
-        Ok(self.settled.0.get_or_init(|| backend).clone())
+        })
     }
 
-    fn cpu(&self) -> Result<CpuBackend> {
+    fn cpu(&self, threads: usize) -> Result<CpuBackend> {
         let isa = match &self.isa {
             None => Isa::detect(),
             Some(name) => Isa::by_name(name).with_context(|| {
@@ -119,14 +135,14 @@ impl EngineOptions {
                 format!("--isa {name}: this CPU has {}", names.join(", "))
             })?,
         };
-        Ok(CpuBackend::new(isa, threads(self.threads))?)
+        Ok(CpuBackend::new(isa, threads)?)
     }
 
     /// What of these options decides what a model computes, for keys under which results are kept: not threads nor
     /// instruction set, which change no bit.
     pub(super) fn computation(&self, checkpoint: &Checkpoint) -> Result<Value> {
         let kv = kv_name(self.kv_cache_dtype);
-        Ok(match self.backend_for(checkpoint.tensors.file_bytes())? {
+        Ok(match self.backend_for(checkpoint.tensors.file_bytes())?.own() {
             Either::A(_) => json!({"device": "cpu", "numerics": NUMERICS_VERSION, "kv_cache_dtype": kv}),
             // Sums have another order than the CPU's, and tensor cores of another kind round them otherwise.
             Either::B(gpu) => {
@@ -139,20 +155,29 @@ impl EngineOptions {
     /// The machine, for reports: system, CPU, threads and instruction set, or GPU and driver.
     pub(super) fn machine(&self) -> Result<String> {
         let system = format!("{} {}", std::env::consts::OS, std::env::consts::ARCH);
-        Ok(match self.backend()? {
+        let backend = self.backend()?;
+        let own = match backend.own() {
             Either::A(cpu) => format!("{system}, {}, {} threads, {}", cpu_name(), cpu.threads(), cpu.isa()),
             Either::B(gpu) => format!("{system}, {}, {}", cpu_name(), gpu.device()),
+        };
+        Ok(match backend.size() {
+            (1, 1) => own,
+            (tensor, pipeline) => format!("{own}; {tensor} x {pipeline} ranks"),
         })
     }
 
     /// What of this machine and these options decides how fast a model is.
     pub(super) fn speed_key(&self) -> Result<Value> {
-        let mut key = match self.backend()? {
+        let backend = self.backend()?;
+        let mut key = match backend.own() {
             Either::A(cpu) => json!({"cpu": cpu_name(), "threads": cpu.threads(), "isa": cpu.isa().to_string()}),
             Either::B(gpu) => {
                 json!({"cpu": cpu_name(), "gpu": gpu.device().to_string(), "kernels": gpu.kernels()})
             }
         };
+        if backend.size() != (1, 1) {
+            key["parallel"] = json!(backend.size());
+        }
         if let Some(gib) = self.expert_memory {
             key["expert_memory"] = gib.into();
         }
@@ -183,9 +208,11 @@ impl EngineOptions {
 
     /// The same for a context of `tokens`. What finds no room in memory is told, or refused, before anything is loaded.
     pub(super) fn load_for(&self, checkpoint: &Checkpoint, tokens: usize) -> Result<Decoder<AnyBackend>> {
-        let backend = match self.backend_for(checkpoint.tensors.file_bytes())? {
-            Either::A(cpu) => Either::A(self.with_room(cpu, checkpoint, tokens)?),
-            gpu => gpu,
+        let backend = self.backend_for(checkpoint.tensors.file_bytes())?;
+        let backend = match (backend.size(), backend.own()) {
+            ((1, 1), Either::A(cpu)) => AnyBackend::alone(Either::A(self.with_room(cpu, checkpoint, tokens)?)),
+            ((1, 1), _) => backend,
+            _ => parallel::for_model(backend, checkpoint)?,
         };
         let bar = super::progress(0, "loading");
         let model = Decoder::load_with_progress(backend, checkpoint, &mut |done, all| {

@@ -66,7 +66,7 @@ pub(super) struct Args {
     #[command(flatten)]
     template: TemplateOptions,
     #[command(flatten)]
-    options: EngineOptions,
+    pub(super) options: EngineOptions,
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {

@@ -54,7 +54,7 @@ pub(super) struct Args {
     #[command(flatten)]
     replies: ReplyOptions,
     #[command(flatten)]
-    options: EngineOptions,
+    pub(super) options: EngineOptions,
 }
 
 /// Tokens of an answer at most where neither option nor model says.

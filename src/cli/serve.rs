@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail};
 
-use super::device::AnyBackend;
+use super::device::{AnyBackend, Runs as _};
 use super::guessing::{Guesser, Guessing};
 use super::options::{EngineOptions, TemplateOptions, at_least_one, model_folder, open_model, with_arguments};
 use super::replies::ParserOptions;
@@ -19,6 +19,7 @@ use crate::engine::{Engine, Limits};
 use crate::evaluate::facts::facts;
 use crate::formats::kv::KvFormat;
 use crate::model::Decoder;
+use crate::model::config::MixerConfig;
 use crate::serve::http;
 use crate::serve::metrics::Metrics;
 use crate::serve::model::ServedModel;
@@ -101,7 +102,7 @@ pub(super) struct Args {
     #[arg(long)]
     log_json: bool,
     #[command(flatten)]
-    options: EngineOptions,
+    pub(super) options: EngineOptions,
 }
 
 /// Bytes of a model's KV cache at least, where it is not said.
@@ -368,14 +369,27 @@ fn answer(
     Ok(work(&mut engine, desk)?)
 }
 
+/// How many times what one rank keeps of the cache at the most all of them keep.
+fn parts(decoder: &Decoder<AnyBackend>) -> f64 {
+    let (tensor, pipeline) = decoder.backend().size();
+    let part = |count: usize, ranks: usize| count as f64 / count.div_ceil(ranks.max(1)).max(1) as f64;
+    let kv_heads = decoder.config.layers.iter().flat_map(|l| &l.steps).filter_map(|s| match &s.mixer {
+        MixerConfig::Attention(a) => Some(a.kv_heads),
+        _ => None,
+    });
+    part(kv_heads.min().unwrap_or(1), tensor) * part(decoder.config.layers.len(), pipeline)
+}
+
 /// How much is computed at once and kept: the cache has what memory it may have, and the context what the cache has.
 fn limits(args: &Args, decoder: &Decoder<AnyBackend>) -> Result<Limits> {
     let (kv, models) = (args.options.kv_cache_dtype, args.models.len() as f64);
-    let bytes = match (args.kv_cache_memory, decoder.backend()) {
+    let bytes = match (args.kv_cache_memory, decoder.backend().own()) {
         (Some(gib), _) => gib * 1024.0 * MIB,
         (None, Either::B(gpu)) => {
             let (free, all) = gpu.device().memory()?;
-            ((free as f64 - all as f64 * (1.0 - args.gpu_memory_utilization)) / models).max(LEAST_CACHE)
+            let own = (free as f64 - all as f64 * (1.0 - args.gpu_memory_utilization)) / models;
+            // What one of several GPUs has room for is a part of the cache.
+            (own * parts(decoder)).max(LEAST_CACHE)
         }
         (None, Either::A(cpu)) => {
             // Experts that are still to come leave to the cache what they leave.

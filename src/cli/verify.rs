@@ -69,7 +69,7 @@ pub(super) struct Args {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    options: EngineOptions,
+    pub(super) options: EngineOptions,
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode> {

@@ -1,10 +1,12 @@
 //! E8M0, the power-of-two block scale of MX formats: value 2^(b-127); 0xff is NaN.
 
+use serde::{Deserialize, Serialize};
+
 /// Code of NaN.
 pub const NAN: u8 = 0xff;
 
 /// How a quantizer picks the scale of a block from its amax. A stored weight's scales are read, never recomputed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum ScaleRule {
     /// The smallest power of two with `amax / scale <= max_elem`: nothing saturates (ModelOpt, NVIDIA).
     Ceil,

@@ -4,9 +4,10 @@
 //! Source: fp_quant 0.3.2, `module/pseudoquant_linear_fns.py`. Its NVFP4 inputs are those of [`super::nvfp4`].
 
 use super::{all_finite, amax, e2m1};
+use serde::{Deserialize, Serialize};
 
 /// How the scale of a block is chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Method {
     /// The largest power of two that its largest magnitude reaches.
     AbsMax,

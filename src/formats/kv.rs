@@ -1,7 +1,9 @@
 //! How keys and values are kept between tokens.
 
+use serde::{Deserialize, Serialize};
+
 /// Storage of one layer's KV cache.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum KvFormat {
     F32,
     Bf16,

@@ -3,6 +3,7 @@
 //! Both dialects are normalised to this at the checkpoint's edge: every scale is a positive finite multiplier, every
 //! shape is checked. Backends pack it; nothing after this point knows a dialect.
 
+use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use super::fp_quant::{self, Method};
 use super::{e2m1, e4m3, fp8, mx, nvfp4};
 
 /// How one weight element is stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Element {
     F32,
     F16,
@@ -113,7 +114,7 @@ impl BlockScales<'_> {
 }
 
 /// The scale applied once per output.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum OutputScale {
     One,
     Tensor(f32),
@@ -134,7 +135,7 @@ impl OutputScale {
 }
 
 /// How the input of a linear is quantized when deployed.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum ActivationFormat {
     /// Not at all.
     Float,
@@ -223,7 +224,7 @@ impl fmt::Display for ActivationFormat {
 pub const MAX_ROTATION: usize = 256;
 
 /// What an input is multiplied by, in runs, before it is quantized: x ← x · H.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct InputRotation {
     /// Values in a run.
     group: usize,
@@ -319,6 +320,45 @@ impl LinearTensors<'_> {
         for (b, values) in out[..self.k].chunks_mut(block).enumerate() {
             let s = self.block_scales.at(n, b, self.k) * scale;
             values.iter_mut().for_each(|v| *v *= s);
+        }
+    }
+
+    /// The rows `first` to before `first + count` of W, as a linear of their own; where scales are in a grid, `first` is one of its
+    /// lines.
+    #[must_use]
+    pub fn rows(&self, first: usize, count: usize) -> LinearTensors<'_> {
+        fn some(bytes: &[u8], row: usize, (first, count): (usize, usize)) -> Cow<'_, [u8]> {
+            Cow::Borrowed(&bytes[first * row..(first + count) * row])
+        }
+        let part = (first, count);
+        LinearTensors {
+            name: self.name.clone(),
+            n: count,
+            data: some(&self.data, self.element.row_bytes(self.k), part),
+            block_scales: match &self.block_scales {
+                BlockScales::None => BlockScales::None,
+                BlockScales::E4m3 { block, codes: all } => {
+                    BlockScales::E4m3 { block: *block, codes: some(all, self.k / block, part) }
+                }
+                BlockScales::E8m0 { block, codes: all } => {
+                    BlockScales::E8m0 { block: *block, codes: some(all, self.k / block, part) }
+                }
+                BlockScales::Grid { values } => {
+                    let line = self.k.div_ceil(fp8::BLOCK);
+                    let lines = first / fp8::BLOCK..(first + count).div_ceil(fp8::BLOCK);
+                    BlockScales::Grid { values: values[lines.start * line..lines.end * line].to_vec() }
+                }
+            },
+            output_scale: match &self.output_scale {
+                OutputScale::Row(scales) => OutputScale::Row(scales[first..first + count].to_vec()),
+                other => other.clone(),
+            },
+            bias: self.bias.as_ref().map(|bias| bias[first..first + count].to_vec()),
+            pre_quant_scale: self.pre_quant_scale.clone(),
+            rotation: self.rotation.clone(),
+            k: self.k,
+            element: self.element,
+            activation: self.activation,
         }
     }
 

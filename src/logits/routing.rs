@@ -1,12 +1,13 @@
 //! Which experts a token goes to, from a row of a router's logits.
 
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::sync::Arc;
 
 /// Experts chosen for one token: (expert, weight), ascending by expert, so that sums do not depend on the batch.
 pub type Routing = Vec<(usize, f32)>;
 
 /// How a row of router logits becomes experts and their weights. Of equal scores the lower expert is chosen.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RouterRule {
     /// Experts a token.
     pub top_k: usize,
@@ -19,7 +20,7 @@ pub struct RouterRule {
 }
 
 /// Scores of a router's experts.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum RouterScores {
     /// Softmax over all experts.
     Softmax,
@@ -28,12 +29,21 @@ pub enum RouterScores {
     /// Sigmoid of each logit, which the weights are made of.
     Sigmoid {
         /// Added to choose only (e_score_correction_bias), [experts].
+        #[serde(serialize_with = "bias_as_list", deserialize_with = "bias_of_list")]
         bias: Option<Arc<[f32]>>,
         /// Runs of experts (n_group); 1: no groups.
         groups: usize,
         /// Groups, by the sum of their two best, whose experts can be chosen (topk_group).
         top_groups: usize,
     },
+}
+
+fn bias_as_list<S: Serializer>(bias: &Option<Arc<[f32]>>, to: S) -> Result<S::Ok, S::Error> {
+    bias.as_deref().serialize(to)
+}
+
+fn bias_of_list<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Arc<[f32]>>, D::Error> {
+    Ok(Option::<Vec<f32>>::deserialize(from)?.map(Into::into))
 }
 
 /// Why a rule doesn't fit its router.

@@ -9,6 +9,8 @@ mod layer;
 mod load;
 pub mod memory;
 pub mod modules;
+#[cfg(feature = "parallel")]
+pub mod parallel;
 pub mod rope;
 
 pub use blocks::Blocks;

@@ -1,15 +1,17 @@
 //! Several processes that do one work together: who there is, and what goes between them. What carries it is MPI
-//! (`mpi.rs`, in the feature `cluster`), or threads of one process, for tests.
+//! (`mpi.rs`, in the feature `cluster`), or nothing, where they are threads of one process.
 
 #[cfg(feature = "cluster")]
 pub mod mpi;
 pub mod threads;
 
+use std::sync::Arc;
+
 /// The process that decides, reads and writes.
 pub const ROOT: usize = 0;
 
-/// What a process has of the others. Every call is made by all of them, in the same order, but for [`Self::send`] and
-/// [`Self::receive`], which are made by two. None of them fails: a process that is lost takes the others with it.
+/// What a process has of the others. Every call is made by all of them, in the same order, but for those that send and
+/// receive, which are made by two. None of them fails: a process that is lost takes the others with it.
 pub trait Link: Send + Sync {
     /// This process, from 0.
     fn rank(&self) -> usize;
@@ -41,6 +43,15 @@ pub trait Link: Send + Sync {
 
     /// Takes the values that rank `from` gives.
     fn receive(&self, from: usize, values: &mut [f32]);
+
+    /// Gives rank `to` bytes.
+    fn send_bytes(&self, to: usize, bytes: &[u8]);
+
+    /// Takes the bytes that rank `from` gives.
+    fn receive_bytes(&self, from: usize) -> Vec<u8>;
+
+    /// Those that say the same `group`, among themselves, in the order of ranks.
+    fn split(&self, group: usize) -> Arc<dyn Link>;
 
     /// Ends all processes.
     fn abort(&self) -> !;

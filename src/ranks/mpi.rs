@@ -1,16 +1,21 @@
 //! Ranks of MPI.
 
+use std::sync::Arc;
+
 use mpi::datatype::{Partition, PartitionMut};
 use mpi::environment::{Universe, processor_name};
-use mpi::topology::SimpleCommunicator;
+use mpi::topology::{Color, SimpleCommunicator};
 use mpi::traits::{Communicator as _, CommunicatorCollectives as _, Destination as _, Root as _, Source as _};
 use mpi::{Count, Rank, Threading};
 
 use super::{Link, ROOT};
 
-/// This process among those of its MPI world, which MPI leaves when this is dropped. A call that fails ends all of them: MPI's
-/// own way, with a message of its own.
-pub struct Mpi(#[expect(dead_code, reason = "MPI is left when it is dropped")] Universe);
+/// This process among those of its MPI world, or of a part of it; MPI is left when the last of these is dropped. A call that fails
+/// ends all of them: MPI's own way, with a message of its own.
+pub struct Mpi {
+    ranks: SimpleCommunicator,
+    universe: Arc<Universe>,
+}
 
 // SAFETY: MPI was begun for calls of any thread that do not overlap, and what ranks do together is one sequence of calls.
 unsafe impl Send for Mpi {}
@@ -19,6 +24,9 @@ unsafe impl Sync for Mpi {}
 
 /// Values or bytes of one call; what is more goes in several. Counts of MPI have 32 bits.
 const MOST: usize = 1 << 28;
+
+/// Bytes that go in one call with their number.
+const SHORT: usize = 1016;
 
 impl Mpi {
     /// Enters MPI.
@@ -31,12 +39,8 @@ impl Mpi {
         if given < Threading::Serialized {
             return Err("this MPI allows calls of a program's first thread only; it has to be built with threads");
         }
-        Ok(Self(universe))
+        Ok(Self { ranks: SimpleCommunicator::world(), universe: Arc::new(universe) })
     }
-}
-
-fn world() -> SimpleCommunicator {
-    SimpleCommunicator::world()
 }
 
 fn count(n: usize) -> Count {
@@ -59,11 +63,11 @@ fn parts(counts: &[usize]) -> (Vec<Count>, Vec<Count>) {
 
 impl Link for Mpi {
     fn rank(&self) -> usize {
-        usize::try_from(world().rank()).unwrap_or(0)
+        usize::try_from(self.ranks.rank()).unwrap_or(0)
     }
 
     fn size(&self) -> usize {
-        usize::try_from(world().size()).unwrap_or(1)
+        usize::try_from(self.ranks.size()).unwrap_or(1)
     }
 
     fn host(&self) -> String {
@@ -71,23 +75,28 @@ impl Link for Mpi {
     }
 
     fn broadcast(&self, bytes: &mut Vec<u8>) {
-        let world = world();
-        let root = world.process_at_rank(rank(ROOT));
-        let mut length = bytes.len() as u64;
-        root.broadcast_into(&mut length);
+        let root = self.ranks.process_at_rank(rank(ROOT));
+        let mut short = [0u8; 8 + SHORT];
+        let (number, begin) = short.split_at_mut(8);
+        number.copy_from_slice(&(bytes.len() as u64).to_le_bytes());
+        let beginning = bytes.len().min(SHORT);
+        begin[..beginning].copy_from_slice(&bytes[..beginning]);
+        root.broadcast_into(&mut short[..]);
+        let (number, begin) = short.split_at(8);
+        let length = u64::from_le_bytes(number.try_into().unwrap_or_default());
         bytes.resize(usize::try_from(length).unwrap_or(0), 0);
-        bytes.chunks_mut(MOST).for_each(|part| root.broadcast_into(part));
+        let beginning = bytes.len().min(SHORT);
+        bytes[..beginning].copy_from_slice(&begin[..beginning]);
+        bytes[beginning..].chunks_mut(MOST).for_each(|part| root.broadcast_into(part));
     }
 
     fn broadcast_values(&self, values: &mut [f32]) {
-        let world = world();
-        let root = world.process_at_rank(rank(ROOT));
+        let root = self.ranks.process_at_rank(rank(ROOT));
         values.chunks_mut(MOST).for_each(|part| root.broadcast_into(part));
     }
 
     fn gather(&self, bytes: &[u8]) -> Vec<Vec<u8>> {
-        let world = world();
-        let root = world.process_at_rank(rank(ROOT));
+        let root = self.ranks.process_at_rank(rank(ROOT));
         let length = bytes.len() as u64;
         if self.rank() != ROOT {
             root.gather_into(&length);
@@ -115,27 +124,48 @@ impl Link for Mpi {
         let (given, from) = parts(counts);
         let (taken, to) = parts(&vec![counts[self.rank()]; self.size()]);
         let sent = Partition::new(sent, given, from);
-        world().all_to_all_varcount_into(&sent, &mut PartitionMut::new(received, taken, to));
+        self.ranks.all_to_all_varcount_into(&sent, &mut PartitionMut::new(received, taken, to));
     }
 
     fn spread(&self, own: &[f32], counts: &[usize], all: &mut [f32]) {
         let (counts, starts) = parts(counts);
-        world().all_gather_varcount_into(own, &mut PartitionMut::new(all, counts, starts));
+        self.ranks.all_gather_varcount_into(own, &mut PartitionMut::new(all, counts, starts));
     }
 
     fn send(&self, to: usize, values: &[f32]) {
-        let world = world();
-        values.chunks(MOST).for_each(|part| world.process_at_rank(rank(to)).send(part));
+        values.chunks(MOST).for_each(|part| self.ranks.process_at_rank(rank(to)).send(part));
     }
 
     fn receive(&self, from: usize, values: &mut [f32]) {
-        let world = world();
         values.chunks_mut(MOST).for_each(|part| {
-            world.process_at_rank(rank(from)).receive_into(part);
+            self.ranks.process_at_rank(rank(from)).receive_into(part);
         });
     }
 
+    fn send_bytes(&self, to: usize, bytes: &[u8]) {
+        let to = self.ranks.process_at_rank(rank(to));
+        to.send(&(bytes.len() as u64));
+        bytes.chunks(MOST).for_each(|part| to.send(part));
+    }
+
+    fn receive_bytes(&self, from: usize) -> Vec<u8> {
+        let from = self.ranks.process_at_rank(rank(from));
+        let (length, _) = from.receive::<u64>();
+        let mut bytes = vec![0u8; usize::try_from(length).unwrap_or(0)];
+        bytes.chunks_mut(MOST).for_each(|part| {
+            from.receive_into(part);
+        });
+        bytes
+    }
+
+    fn split(&self, group: usize) -> Arc<dyn Link> {
+        let group = Color::with_value(Count::try_from(group).unwrap_or(Count::MAX));
+        // Only who has no colour gets nothing.
+        let ranks = self.ranks.split_by_color(group).unwrap_or_else(|| self.ranks.duplicate());
+        Arc::new(Self { ranks, universe: self.universe.clone() })
+    }
+
     fn abort(&self) -> ! {
-        world().abort(1)
+        self.ranks.abort(1)
     }
 }

@@ -1,5 +1,7 @@
-//! Threads of one process in the place of ranks, for tests: what several processes do, without MPI.
+//! Threads of one process in the place of ranks: one with several GPUs, and tests of what several processes do.
 
+use std::collections::HashMap;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
 
 use super::{Link, ROOT};
@@ -16,10 +18,31 @@ struct Shared {
     bytes: Vec<Mutex<Vec<u8>>>,
     values: Vec<Mutex<Vec<f32>>>,
     /// What goes from one to another, `from * size + to`.
-    letters: Vec<Letters>,
+    letters: Vec<Letters<Vec<f32>>>,
+    parcels: Vec<Letters<Vec<u8>>>,
+    /// Groups that are being made.
+    groups: Mutex<HashMap<usize, Arc<Shared>>>,
 }
 
-type Letters = (Mutex<std::sync::mpsc::Sender<Vec<f32>>>, Mutex<std::sync::mpsc::Receiver<Vec<f32>>>);
+type Letters<T> = (Mutex<Sender<T>>, Mutex<Receiver<T>>);
+
+fn letters<T>() -> Letters<T> {
+    let (sender, receiver) = channel();
+    (Mutex::new(sender), Mutex::new(receiver))
+}
+
+impl Shared {
+    fn of(size: usize) -> Arc<Self> {
+        Arc::new(Self {
+            barrier: Barrier::new(size),
+            bytes: (0..size).map(|_| Mutex::default()).collect(),
+            values: (0..size).map(|_| Mutex::default()).collect(),
+            letters: (0..size * size).map(|_| letters()).collect(),
+            parcels: (0..size * size).map(|_| letters()).collect(),
+            groups: Mutex::default(),
+        })
+    }
+}
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -29,16 +52,7 @@ impl Thread {
     /// `size` of them, each for a thread of its own.
     #[must_use]
     pub fn all(size: usize) -> Vec<Self> {
-        let letters = || {
-            let (sender, receiver) = std::sync::mpsc::channel();
-            (Mutex::new(sender), Mutex::new(receiver))
-        };
-        let shared = Arc::new(Shared {
-            barrier: Barrier::new(size),
-            bytes: (0..size).map(|_| Mutex::default()).collect(),
-            values: (0..size).map(|_| Mutex::default()).collect(),
-            letters: (0..size * size).map(|_| letters()).collect(),
-        });
+        let shared = Shared::of(size);
         (0..size).map(|rank| Self { rank, shared: shared.clone() }).collect()
     }
 
@@ -112,6 +126,28 @@ impl Link for Thread {
         if let Ok(sent) = locked(&self.shared.letters[from * self.size() + self.rank].1).recv() {
             values.copy_from_slice(&sent);
         }
+    }
+
+    fn send_bytes(&self, to: usize, bytes: &[u8]) {
+        let _ = locked(&self.shared.parcels[self.rank * self.size() + to].0).send(bytes.to_vec());
+    }
+
+    fn receive_bytes(&self, from: usize) -> Vec<u8> {
+        locked(&self.shared.parcels[from * self.size() + self.rank].1).recv().unwrap_or_default()
+    }
+
+    fn split(&self, group: usize) -> Arc<dyn Link> {
+        *locked(&self.shared.bytes[self.rank]) = group.to_le_bytes().to_vec();
+        self.shared.barrier.wait();
+        let members: Vec<usize> =
+            (0..self.size()).filter(|r| *locked(&self.shared.bytes[*r]) == group.to_le_bytes()).collect();
+        if members.first() == Some(&self.rank) {
+            locked(&self.shared.groups).insert(group, Shared::of(members.len()));
+        }
+        self.shared.barrier.wait();
+        let shared = locked(&self.shared.groups).get(&group).cloned().unwrap_or_else(|| Shared::of(1));
+        self.shared.barrier.wait();
+        Arc::new(Self { rank: members.iter().position(|r| *r == self.rank).unwrap_or(0), shared })
     }
 
     fn abort(&self) -> ! {

@@ -39,6 +39,8 @@ mod fuzz;
 mod gguf;
 mod hybrids;
 mod layers;
+#[cfg(feature = "parallel")]
+mod parallel;
 mod recover;
 mod smollm2;
 mod streamed;

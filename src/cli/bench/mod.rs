@@ -10,7 +10,7 @@ use anyhow::{Result, bail};
 use recoup_ground::http::address::is_address;
 use serde_json::{Value, json};
 
-use super::device::AnyBackend;
+use super::device::{AnyBackend, Runs as _};
 use super::options::{EngineOptions, ShapeOptions, at_least_one, model_folder, open_model};
 use crate::backend::Either;
 use crate::checkpoint::dialect::Dialect;
@@ -50,7 +50,7 @@ pub(super) struct Args {
     #[command(flatten)]
     url: served::UrlArgs,
     #[command(flatten)]
-    options: EngineOptions,
+    pub(super) options: EngineOptions,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -247,7 +247,7 @@ struct Machine {
 
 impl Machine {
     fn of(backend: &AnyBackend) -> Result<Self> {
-        Ok(match backend {
+        let own = match backend.own() {
             Either::A(cpu) => {
                 let peak = cpu.peak();
                 Self { memory: cpu.memory_speed(), products: Some(peak.floats), integers: peak.integers }
@@ -257,7 +257,10 @@ impl Machine {
                 products: Some(gpu.device().tensor_peak()?).filter(|p| *p > 0.0),
                 integers: None,
             },
-        })
+        };
+        // Ranks that share a layer work at the same time; stages one after the other.
+        let all = |own: f64| own * backend.size().0 as f64;
+        Ok(Self { memory: all(own.memory), products: own.products.map(all), integers: own.integers.map(all) })
     }
 
     /// How fast it multiplies, for people.

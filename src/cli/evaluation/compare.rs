@@ -95,7 +95,7 @@ pub(in crate::cli) struct Args {
     #[arg(long)]
     no_speed: bool,
     #[command(flatten)]
-    options: EngineOptions,
+    pub(in super::super) options: EngineOptions,
 }
 
 pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {

@@ -54,7 +54,7 @@ pub(in crate::cli) struct Args {
     #[command(flatten)]
     url: UrlArgs,
     #[command(flatten)]
-    options: EngineOptions,
+    pub(in super::super) options: EngineOptions,
 }
 
 pub(in crate::cli) fn run(args: &Args) -> Result<ExitCode> {

@@ -11,12 +11,13 @@ use super::{
     Places, ROWS, RecurrentShape, RecurrentSpan, RecurrentStates, TOKENS, cover, expect, pieces, softplus, spans, whole,
 };
 use crate::backend::{BackendError, Batch};
+use serde::{Deserialize, Serialize};
 
 /// Names the mixer in errors.
 const CONTEXT: &str = "gated delta net";
 
 /// Shape of one gated delta net.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DeltaNetShape {
     pub key_heads: usize,
     /// A multiple of `key_heads`: value head h uses key head h / (value_heads / key_heads).
@@ -54,7 +55,7 @@ impl DeltaNetShape {
 }
 
 /// Tensors of a gated delta net beside its projections, as a checkpoint has them.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct DeltaNetWeights {
     /// [channels, kernel].
     pub conv1d: Vec<f32>,

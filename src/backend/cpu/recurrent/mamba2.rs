@@ -11,12 +11,13 @@ use super::{
     Places, ROWS, RecurrentShape, RecurrentSpan, RecurrentStates, TOKENS, cover, expect, pieces, softplus, spans, whole,
 };
 use crate::backend::{BackendError, Batch};
+use serde::{Deserialize, Serialize};
 
 /// Names the mixer in errors.
 const CONTEXT: &str = "mamba2";
 
 /// Shape of one Mamba-2 mixer.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Mamba2Shape {
     pub heads: usize,
     pub head_dim: usize,
@@ -63,7 +64,7 @@ impl Mamba2Shape {
 }
 
 /// Tensors of a Mamba-2 mixer beside its projections, as a checkpoint has them.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Mamba2Weights {
     /// [channels, kernel].
     pub conv1d: Vec<f32>,

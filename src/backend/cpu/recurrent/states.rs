@@ -2,9 +2,10 @@
 
 use super::RecurrentSpan;
 use crate::backend::BackendError;
+use serde::{Deserialize, Serialize};
 
 /// What one layer keeps of one sequence.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecurrentShape {
     /// Inputs of the convolution that the next token still sees: its kernel less one.
     pub tail: usize,

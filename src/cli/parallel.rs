@@ -1,0 +1,221 @@
+//! One model over several ranks: `--tensor-parallel-size` and `--pipeline-parallel-size`.
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+use super::device::AnyBackend;
+use super::options::EngineOptions;
+use crate::checkpoint::Checkpoint;
+
+#[cfg(feature = "parallel")]
+pub(super) use self::ranks::{enter, for_model, leave, several};
+
+#[cfg(not(feature = "parallel"))]
+fn refuse(options: &EngineOptions) -> Result<()> {
+    if options.tensor_parallel_size * options.pipeline_parallel_size > 1 {
+        bail!(
+            "--tensor-parallel-size and --pipeline-parallel-size: this build of recoup runs a model on one device; build it with \
+             --features parallel for several GPUs, or cluster for several machines"
+        );
+    }
+    Ok(())
+}
+
+#[cfg(not(feature = "parallel"))]
+pub(super) fn enter(options: &EngineOptions) -> Result<Option<ExitCode>> {
+    refuse(options).map(|()| None)
+}
+
+#[cfg(not(feature = "parallel"))]
+pub(super) fn several(options: &EngineOptions) -> Result<Option<AnyBackend>> {
+    refuse(options).map(|()| None)
+}
+
+#[cfg(not(feature = "parallel"))]
+pub(super) fn for_model(backend: AnyBackend, _checkpoint: &Checkpoint) -> Result<AnyBackend> {
+    Ok(backend)
+}
+
+#[cfg(not(feature = "parallel"))]
+pub(super) fn leave(_failed: bool) {}
+
+#[cfg(feature = "parallel")]
+mod ranks {
+    use std::sync::{Arc, Mutex, PoisonError};
+    use std::thread;
+
+    use super::super::device::{DeviceChoice, Own};
+    use super::super::options::threads;
+    use super::super::ranks as processes;
+    use super::{AnyBackend, Checkpoint, EngineOptions, ExitCode, Result, bail};
+    use crate::backend::Either;
+    use crate::backend::cuda::Device;
+    use crate::backend::parallel::{Parallel, Size, help};
+    use crate::model::Source as _;
+    use crate::ranks::threads::Thread;
+    use crate::ranks::{Link, ROOT};
+
+    fn size(options: &EngineOptions) -> Size {
+        Size { tensor: options.tensor_parallel_size, pipeline: options.pipeline_parallel_size }
+    }
+
+    /// The other processes, from when they have been found to when a model needs them.
+    static WAITING: Mutex<Option<(Arc<dyn Link>, Local)>> = Mutex::new(None);
+
+    fn waiting() -> Option<(Arc<dyn Link>, Local)> {
+        WAITING.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// What a process has of its machine: threads, and its number among the processes there.
+    #[derive(Clone, Copy)]
+    struct Local {
+        threads: usize,
+        number: usize,
+    }
+
+    /// Where several processes were begun for one model, all but the first do their part in here, and end with the code.
+    ///
+    /// # Errors
+    /// When they are more or fewer than the options say, or cannot find each other.
+    pub(in super::super) fn enter(options: &EngineOptions) -> Result<Option<ExitCode>> {
+        let size = size(options);
+        if size.ranks() == 1 {
+            return Ok(None);
+        }
+        let Some(link) = processes::here()? else { return Ok(None) };
+        if link.size() != size.ranks() {
+            bail!(
+                "{} processes were begun together, and --tensor-parallel-size {} with --pipeline-parallel-size {} is for {}",
+                link.size(),
+                size.tensor,
+                size.pipeline,
+                size.ranks()
+            );
+        }
+        let threads = processes::share(&*link, options.threads)?.threads;
+        let local = Local { threads, number: number(&*link) };
+        if link.rank() == ROOT {
+            *WAITING.lock().unwrap_or_else(PoisonError::into_inner) = Some((link, local));
+            return Ok(None);
+        }
+        // A signal to all of them is the first one's to heed.
+        super::super::interrupt::leave_to_another();
+        let helped = own(options, local).and_then(|own| {
+            agree(&*link, &own)?;
+            Ok(help(own, link.clone(), size)?)
+        });
+        if let Err(e) = helped {
+            super::super::say!("error: process {} ({}): {e:#}", link.rank(), link.host());
+            link.abort();
+        }
+        Ok(Some(ExitCode::SUCCESS))
+    }
+
+    /// Ends the others, where the first one failed before it had a model for them.
+    pub(in super::super) fn leave(failed: bool) {
+        if let Some((link, _)) = waiting().filter(|_| failed) {
+            link.abort();
+        }
+    }
+
+    /// The number of this process among those of its machine.
+    fn number(link: &dyn Link) -> usize {
+        let hosts = link.gather(link.host().as_bytes());
+        let mut numbers: Vec<u8> = (0..hosts.len())
+            .flat_map(|i| (hosts[..i].iter().filter(|h| **h == hosts[i]).count() as u64).to_le_bytes())
+            .collect();
+        link.broadcast(&mut numbers);
+        numbers.as_chunks::<8>().0.get(link.rank()).map_or(0, |n| u64::from_le_bytes(*n) as usize)
+    }
+
+    /// The device of one of several ranks of this machine: GPUs from the one that is asked for on.
+    fn own(options: &EngineOptions, local: Local) -> Result<Own> {
+        let device = match options.device {
+            DeviceChoice::Cuda(first) => DeviceChoice::Cuda(first + local.number),
+            // All on GPUs, or none.
+            DeviceChoice::Auto if Device::driver_present() && Device::count().is_ok_and(|n| n > local.number) => {
+                DeviceChoice::Cuda(local.number)
+            }
+            DeviceChoice::Auto | DeviceChoice::Cpu => DeviceChoice::Cpu,
+        };
+        options.own(device, local.threads, 0)
+    }
+
+    /// What computes, in words; other words may be other bits.
+    fn kind(own: &Own) -> String {
+        match own {
+            Either::A(_) => "the CPU".into(),
+            Either::B(gpu) => format!("a GPU of {} with kernels {}", gpu.device().architecture(), gpu.kernels()),
+        }
+    }
+
+    /// All ranks have to compute alike.
+    fn agree(link: &dyn Link, own: &Own) -> Result<()> {
+        let kinds: Vec<String> =
+            link.gather(kind(own).as_bytes()).iter().map(|k| String::from_utf8_lossy(k).into_owned()).collect();
+        if let Some((rank, other)) = kinds.iter().enumerate().find(|(_, other)| **other != kinds[0]) {
+            bail!(
+                "all ranks of a model have to be alike: rank 0 is on {}, rank {rank} on {other}; --device says which",
+                kinds[0]
+            );
+        }
+        Ok(())
+    }
+
+    /// All ranks of the options; `None`: one device is enough.
+    pub(in super::super) fn several(options: &EngineOptions) -> Result<Option<AnyBackend>> {
+        let size = size(options);
+        if size.ranks() == 1 {
+            return Ok(None);
+        }
+        if let Some((link, local)) = waiting() {
+            let made = own(options, local).and_then(|own| agree(&*link, &own).map(|()| own));
+            return match made {
+                Ok(own) => Ok(Some(Either::B(Parallel::new(own, link, size)))),
+                Err(e) => {
+                    super::super::say!("error: {e:#}");
+                    link.abort()
+                }
+            };
+        }
+        // Threads of this process.
+        let each = (threads(options.threads) / size.ranks()).max(1);
+        let owns = (0..size.ranks())
+            .map(|number| own(options, Local { threads: each, number }))
+            .collect::<Result<Vec<_>>>()?;
+        if let Some(other) = owns.iter().find(|o| kind(o) != kind(&owns[0])) {
+            bail!(
+                "all ranks of a model have to be alike: there are {} and {}; --device says which",
+                kind(&owns[0]),
+                kind(other)
+            );
+        }
+        let mut links = Thread::all(size.ranks()).into_iter();
+        let mut owns = owns.into_iter();
+        let (Some(own), Some(first)) = (owns.next(), links.next()) else { return Ok(None) };
+        let helpers = owns
+            .zip(links)
+            .map(|(own, link)| {
+                thread::Builder::new().name(format!("rank {}", link.rank())).spawn(move || {
+                    let rank = link.rank();
+                    if let Err(e) = help(own, Arc::new(link), size) {
+                        super::super::say!("error: rank {rank}: {e}");
+                        std::process::exit(1);
+                    }
+                })
+            })
+            .collect::<std::io::Result<Vec<_>>>()?;
+        let several = Parallel::new(own, Arc::new(first), size);
+        several.wait_for(helpers);
+        Ok(Some(Either::B(several)))
+    }
+
+    /// The same ranks for the model of `checkpoint`.
+    pub(in super::super) fn for_model(backend: AnyBackend, checkpoint: &Checkpoint) -> Result<AnyBackend> {
+        Ok(match backend {
+            Either::B(several) => Either::B(several.with_plan(checkpoint.config()?.plan(several.size())?)),
+            own @ Either::A(_) => own,
+        })
+    }
+}
