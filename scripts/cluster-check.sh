@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What takes features that need more than crates: one training by several processes of MPI, on this machine and on two that are network
-# namespaces with a bad wire between them, and results in an object store. `--tools` only installs what that takes.
+# What takes features that need more than crates: one training and one model by several processes of MPI, on this machine and on two
+# that are network namespaces with a bad wire between them, and results in an object store. `--tools` only installs what that takes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 missing=()
@@ -12,4 +12,4 @@ if [ ${#missing[@]} -gt 0 ]; then
 fi
 [ "${1:-}" != --tools ] || exit 0
 # Another build of everything here, for features alone: less optimised, which computes the same.
-CARGO_PROFILE_DEV_OPT_LEVEL=1 cargo test --features cluster,object-store --test cli -- cluster:: store::
+CARGO_PROFILE_DEV_OPT_LEVEL=1 cargo test --features cluster,object-store --test cluster

@@ -5,8 +5,6 @@ mod support;
 
 mod bench;
 mod chat;
-#[cfg(all(feature = "cluster", unix))]
-mod cluster;
 mod compare;
 mod convert;
 mod device;
@@ -21,8 +19,6 @@ mod recover_blocks;
 mod recover_plan;
 mod serve;
 mod settings;
-#[cfg(feature = "object-store")]
-mod store;
 mod sweep;
 mod until;
 mod verify;

@@ -39,8 +39,6 @@ mod fuzz;
 mod gguf;
 mod hybrids;
 mod layers;
-#[cfg(feature = "parallel")]
-mod parallel;
 mod recover;
 mod smollm2;
 mod streamed;

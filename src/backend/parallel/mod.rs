@@ -91,6 +91,9 @@ pub struct Weight {
     owned: bool,
 }
 
+/// Rows that say how a weight is kept, where the first rank has none of it.
+const PROBED: usize = 256;
+
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -172,11 +175,12 @@ impl<B: Backend> Parallel<B> {
             // An expert of this rank's own can be had from its file again.
             Some((0, count)) if count == n => (Some(backend.load_expert(linear, stored)?), None),
             Some((first, count)) if count > 0 => (Some(backend.load_linear(linear.rows(first, count))?), None),
-            // What is asked of it is what one row of it says.
-            _ => (None, Some(backend.load_linear(linear.rows(0, 1))?)),
+            // What is asked of it is what some rows of it say: enough for what kernels pad.
+            _ => (None, Some(backend.load_linear(linear.rows(0, n.min(PROBED)))?)),
         };
         let Some(known) = value.as_ref().or(probe.as_ref()) else { return Err(failed("a weight without rows")) };
-        let rows = own.map_or(1, |(_, count)| count.max(1));
+        let rows = own.map_or(0, |(_, count)| count);
+        let rows = if rows == 0 { n.min(PROBED) } else { rows };
         let weight = Weight {
             k,
             bytes: backend.resident_bytes(known) * n / rows,

@@ -1,0 +1,13 @@
+//! What takes features that need more than crates: several processes of MPI, an object store. scripts/cluster-check.sh installs what that
+//! takes and runs this.
+
+#[path = "cluster/processes.rs"]
+mod processes;
+#[path = "cluster/ranks.rs"]
+mod ranks;
+#[path = "cluster/store.rs"]
+mod store;
+#[path = "support/mod.rs"]
+mod support;
+#[path = "cluster/training.rs"]
+mod training;
