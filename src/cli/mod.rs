@@ -111,13 +111,13 @@ pub fn main() -> ExitCode {
     }
     let result = run(verb);
     interrupt::let_end();
-    if let Err(e) = &result {
-        say!("{} {}", style("error:", "1;31"), message(e));
-    }
-    parallel::leave(result.is_err());
+    parallel::leave();
     match result {
         Ok(code) => code,
-        Err(_) => ExitCode::FAILURE,
+        Err(e) => {
+            say!("{} {}", style("error:", "1;31"), message(&e));
+            ExitCode::FAILURE
+        }
     }
 }
 

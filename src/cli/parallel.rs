@@ -9,7 +9,7 @@ use super::options::EngineOptions;
 use crate::checkpoint::Checkpoint;
 
 #[cfg(feature = "parallel")]
-pub(super) use self::ranks::{enter, for_model, leave, several};
+pub(super) use self::ranks::{enter, for_model, joined, leave, several};
 
 #[cfg(not(feature = "parallel"))]
 fn refuse(options: &EngineOptions) -> Result<()> {
@@ -38,7 +38,12 @@ pub(super) fn for_model(backend: AnyBackend, _checkpoint: &Checkpoint) -> Result
 }
 
 #[cfg(not(feature = "parallel"))]
-pub(super) fn leave(_failed: bool) {}
+pub(super) fn leave() {}
+
+#[cfg(not(feature = "parallel"))]
+pub(super) fn joined() -> bool {
+    false
+}
 
 #[cfg(feature = "parallel")]
 mod ranks {
@@ -62,6 +67,9 @@ mod ranks {
 
     /// The other processes, from when they have been found to when a model needs them.
     static WAITING: Mutex<Option<(Arc<dyn Link>, Local)>> = Mutex::new(None);
+
+    /// What the first one says when it has a model for the others.
+    const WANTED: &[u8] = b"a model";
 
     fn waiting() -> Option<(Arc<dyn Link>, Local)> {
         WAITING.lock().unwrap_or_else(PoisonError::into_inner).take()
@@ -101,6 +109,11 @@ mod ranks {
         }
         // A signal to all of them is the first one's to heed.
         super::super::interrupt::leave_to_another();
+        let mut wanted = Vec::new();
+        link.broadcast(&mut wanted);
+        if wanted != WANTED {
+            return Ok(Some(ExitCode::SUCCESS));
+        }
         let helped = own(options, local).and_then(|own| {
             agree(&*link, &own)?;
             Ok(help(own, link.clone(), size)?)
@@ -112,10 +125,15 @@ mod ranks {
         Ok(Some(ExitCode::SUCCESS))
     }
 
-    /// Ends the others, where the first one failed before it had a model for them.
-    pub(in super::super) fn leave(failed: bool) {
-        if let Some((link, _)) = waiting().filter(|_| failed) {
-            link.abort();
+    /// Whether processes that were begun together are ranks of one model.
+    pub(in super::super) fn joined() -> bool {
+        WAITING.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// Lets the others go, where the first one had no model for them.
+    pub(in super::super) fn leave() {
+        if let Some((link, _)) = waiting() {
+            link.broadcast(&mut Vec::new());
         }
     }
 
@@ -170,6 +188,7 @@ mod ranks {
             return Ok(None);
         }
         if let Some((link, local)) = waiting() {
+            link.broadcast(&mut WANTED.to_vec());
             let made = own(options, local).and_then(|own| agree(&*link, &own).map(|()| own));
             return match made {
                 Ok(own) => Ok(Some(Either::B(Parallel::new(own, link, size)))),

@@ -37,6 +37,12 @@ impl Shares {
     ) -> Result<ExitCode> {
         let (mut own, mut place) = (self.clone(), output.map(Path::to_path_buf));
         if let Some(part @ Part::Auto(_)) = self.shard {
+            if super::parallel::joined() {
+                bail!(
+                    "--shard auto: the processes that were begun together are ranks of one model (--tensor-parallel-size, \
+                     --pipeline-parallel-size), not parts of the work; give --shard i/n to each run"
+                );
+            }
             let shard = resolved(part, &|name| std::env::var(name).ok())?;
             own.shard = Some(Part::Given(shard));
             place = output.map(|output| folder(output, shard));

@@ -21,6 +21,19 @@ fn without_a_gpu_auto_is_the_cpu_and_who_insists_is_told() {
     assert!(succeed(&["doctor"]).0.contains("GPU       none"));
 }
 
+#[cfg(not(feature = "parallel"))]
+#[test]
+fn a_build_for_one_device_refuses_several() {
+    for option in ["--tensor-parallel-size", "--pipeline-parallel-size"] {
+        let error = fail(&["run", NVFP4, "--raw", "-p", "The ship", "-n", "2", option, "2"]);
+        assert!(error.contains("--features parallel") && error.contains("cluster"), "{error}");
+        assert_eq!(run(&["run", NVFP4, "-p", "The ship", option, "0"]).status.code(), Some(2));
+        succeed(&["run", NVFP4, "--raw", "-p", "The ship", "-n", "2", option, "1"]);
+    }
+    let error = fail(&["eval", "http://127.0.0.1:1/v1", "--tasks", "piqa", "--tensor-parallel-size", "2"]);
+    assert!(error.contains("--features parallel"), "{error}");
+}
+
 #[test]
 fn a_folder_of_random_weights_runs_in_every_verb() {
     let folder = Folder::new();

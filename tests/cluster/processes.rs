@@ -73,6 +73,12 @@ fn one_of_them_talks_and_what_is_wrong_is_said() {
     };
     let said = refused(3, &[&run[..], &two].concat());
     assert!(said.contains("3 processes were begun together") && said.contains("is for 2"), "{said}");
+    let folder = Folder::new();
+    let never = folder.name("never");
+    let said = refused(2, &["eval", NVFP4, "--tasks", "piqa", "--shard", "auto", "-o", &never, two[0], two[1]]);
+    assert!(said.contains("ranks of one model"), "{said}");
+    // Nobody waits for a model that there is none of.
+    done(&mut by(2, &[], &["eval", "--list-tasks", two[0], two[1]]));
     let said = refused(2, &["run", "/no/such/folder", "-p", "x", two[0], two[1]]);
     assert!(said.contains("/no/such/folder"), "{said}");
     let said = refused(5, &[&run[..], &["--tensor-parallel-size", "5"]].concat());

@@ -142,6 +142,8 @@ fn of_local_models(args: &Args) -> Option<&'static str> {
         ("--isa", args.options.isa.is_some()),
         ("--device", args.options.device != DeviceChoice::Auto),
         ("--kv-cache-dtype", args.options.kv_cache_dtype != KvFormat::F32),
+        ("--tensor-parallel-size", args.options.tensor_parallel_size != 1),
+        ("--pipeline-parallel-size", args.options.pipeline_parallel_size != 1),
     ];
     local.iter().find(|(_, given)| *given).map(|(name, _)| *name)
 }
