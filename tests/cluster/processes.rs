@@ -58,6 +58,35 @@ fn processes_and_threads_compute_the_bytes_of_one() {
     }
 }
 
+/// On the driver of scripts/cuda-standin.sh, where it has been built.
+#[test]
+fn several_gpus_compute_the_bits_of_one() {
+    let driver = project().join("target/standin");
+    if !driver.join("libcuda.so.1").exists() {
+        println!("no stand-in: not tested");
+        return;
+    }
+    let folder = Folder::new();
+    folder.write("ids.json", "[[1, 2, 3, 5, 8, 13, 21, 34, 2]]");
+    let run = |name: &str, devices: &str, more: &[String]| {
+        let (ids, out) = (folder.name("ids.json"), folder.name(name));
+        let words = ["logits", NVFP4, "--input-ids", &ids, "--device", "cuda:0", "-o", &out];
+        let mut command = recoup(&words);
+        command.args(more).env_remove("CUDA_VISIBLE_DEVICES").env("LD_LIBRARY_PATH", &driver);
+        command.env("STANDIN_DEVICES", devices).env("RECOUP_CACHE", folder.name("cache"));
+        command.output().unwrap()
+    };
+    assert!(run("alone", "1", &[]).status.success());
+    for (tensor, pipeline) in [(2, 1), (1, 2)] {
+        let name = format!("{tensor}-{pipeline}");
+        let out = run(&name, "2", &sizes(tensor, pipeline));
+        assert!(out.status.success(), "{}", said(&out));
+        assert!(std::fs::read(folder.at(&name)).unwrap() == std::fs::read(folder.at("alone")).unwrap(), "{name}");
+    }
+    let out = run("few", "1", &sizes(2, 1));
+    assert!(!out.status.success() && said(&out).contains("no device 1"), "{}", said(&out));
+}
+
 #[test]
 fn one_of_them_talks_and_what_is_wrong_is_said() {
     let run = ["run", NVFP4, "--raw", "-p", "The ship", "-n", "12", "--temperature", "0", "--device", "cpu"];

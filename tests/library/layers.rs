@@ -12,7 +12,7 @@ const ALLOWED: [(&str, &[&str]); 18] = [
     ("logits", &["random"]),
     ("output", &[]),
     ("checkpoint", &["formats", "output"]),
-    ("backend", &["formats", "random", "logits"]),
+    ("backend", &["formats", "random", "ranks", "logits"]),
     ("model", &["formats", "logits", "checkpoint", "backend"]),
     ("gguf", &["formats", "checkpoint", "model"]),
     ("text", &["logits", "checkpoint"]),
