@@ -217,7 +217,7 @@ mod ranks {
             .zip(links)
             .map(|(own, link)| {
                 thread::Builder::new().name(format!("rank {}", link.rank())).spawn(move || {
-                    let rank = link.rank();
+                    let (rank, _ends) = (link.rank(), EndsAll);
                     if let Err(e) = help(own, Arc::new(link), size) {
                         super::super::say!("error: rank {rank}: {e}");
                         std::process::exit(1);
@@ -228,6 +228,17 @@ mod ranks {
         let several = Parallel::new(own, Arc::new(first), size);
         several.wait_for(helpers);
         Ok(Some(Either::B(several)))
+    }
+
+    /// The others would wait for ever for a thread that panics.
+    struct EndsAll;
+
+    impl Drop for EndsAll {
+        fn drop(&mut self) {
+            if thread::panicking() {
+                std::process::exit(1);
+            }
+        }
     }
 
     /// The same ranks for the model of `checkpoint`.

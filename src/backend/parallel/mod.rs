@@ -48,6 +48,8 @@ struct Shared<B: Backend> {
 struct State<B: Backend> {
     rank: Rank<B>,
     next: Id,
+    /// What this rank alone came upon in the midst of an operation: the others are not where it is any more.
+    broken: Option<String>,
 }
 
 /// Something that all ranks hold, until nobody asks for it.
@@ -103,7 +105,7 @@ impl<B: Backend> Parallel<B> {
     #[must_use]
     pub fn new(backend: B, link: Arc<dyn Link>, size: Size) -> Self {
         let name = backend.name();
-        let state = State { rank: Rank::new(backend, link, size), next: 0 };
+        let state = State { rank: Rank::new(backend, link, size), next: 0, broken: None };
         let shared = Shared { state: Mutex::new(state), size, name, gone: Arc::default(), threads: Mutex::default() };
         Self { shared: Arc::new(shared), plan: Arc::default() }
     }
@@ -201,8 +203,17 @@ impl<B: Backend> Shared<B> {
 
     /// Has all ranks do an operation, and forget what nobody asks for after it.
     fn run(&self, state: &mut State<B>, op: Op) -> Result<()> {
+        if let Some(why) = &state.broken {
+            return Err(failed(format!("they are out of step since an error of the first one ({why})")));
+        }
         state.rank.note(&op)?;
         let outcome = state.rank.execute(op);
+        if let Err(e) = &outcome
+            && !everyones(e)
+        {
+            state.broken = Some(e.to_string());
+            return outcome;
+        }
         let gone = std::mem::take(&mut *locked(&self.gone));
         if !gone.is_empty() {
             let op = Op::Gone(gone);
@@ -220,10 +231,23 @@ impl<B: Backend> Shared<B> {
 impl<B: Backend> Drop for Shared<B> {
     fn drop(&mut self) {
         let mut state = locked(&self.state);
+        if state.broken.is_some() {
+            // Who waits for what never comes cannot be told anything, and ends when this process has said why it ends.
+            std::mem::forget(state.rank.world().clone());
+            return;
+        }
         // Nothing is left to be told if it cannot be told.
         let _ = state.rank.note(&Op::End);
         locked(&self.threads).drain(..).for_each(|thread| drop(thread.join()));
     }
+}
+
+/// Whether every rank comes upon an error, at the same place: it is of what was asked, not of a rank.
+fn everyones(e: &BackendError) -> bool {
+    matches!(
+        e,
+        BackendError::Unsupported { .. } | BackendError::TokenOutOfRange { .. } | BackendError::CacheTooSmall { .. }
+    )
 }
 
 /// What every rank but the first one does, until the first one needs nobody any more.
@@ -243,14 +267,9 @@ pub fn help<B: Backend>(backend: B, link: Arc<dyn Link>, size: Size) -> Result<(
                 return Ok(());
             }
             match rank.execute(op) {
-                // The first rank comes upon these too, and says so.
-                Ok(())
-                | Err(
-                    BackendError::Unsupported { .. }
-                    | BackendError::TokenOutOfRange { .. }
-                    | BackendError::CacheTooSmall { .. },
-                ) => (),
-                Err(e) => return Err(e),
+                // The first rank says so.
+                Err(e) if !everyones(&e) => return Err(e),
+                _ => (),
             }
         }
     }
