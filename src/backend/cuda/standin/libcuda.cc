@@ -8,6 +8,7 @@
 // STANDIN_VERSION=N     version of the driver (default 13000)
 // STANDIN_CAPABILITY=N  compute capability times ten (default 80): 120 has FP4 and FP8 tensor cores, 100 FP4's by tcgen05, with the
 //                       kernels for them
+// STANDIN_THREADS=N     blocks of a launch that run at once (default one for each core)
 // STANDIN_MUTE=1        what tcgen05 does is never heard of: every wait for it is in vain
 // STANDIN_SWAP=A:B      gives the kernel with B in its name where A is asked for: wrong results, or lost devices
 #include "../kernels/all.cu"
