@@ -12,7 +12,7 @@ use crate::ranks::{Link, ROOT};
 pub(super) fn here() -> Result<Option<Arc<dyn Link>>> {
     let Some(shard) = launched() else { return Ok(None) };
     anyhow::bail!(
-        "this is process {} of {} that were begun together, and this build of recoup has no MPI to train with: build it with \
+        "this is process {} of {} that were begun together, and this build of recoup has no MPI: build it with \
          --features cluster, or begin one process",
         shard.index,
         shard.of
@@ -79,7 +79,7 @@ pub(super) fn share(link: &dyn Link, asked: usize) -> Result<Share> {
     if link.rank() == ROOT {
         if let Some((rank, (host, _, words))) = all.iter().enumerate().find(|(_, other)| other.2 != mine.2) {
             anyhow::bail!(
-                "processes that are begun together do one training, and process {rank} ({host}) was begun with other arguments: {words}"
+                "processes that are begun together do one work, and process {rank} ({host}) was begun with other arguments: {words}"
             );
         }
         let machines = all.iter().map(|own| &own.0).collect::<std::collections::BTreeSet<_>>().len();
