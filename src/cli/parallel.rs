@@ -47,6 +47,7 @@ pub(super) fn joined() -> bool {
 
 #[cfg(feature = "parallel")]
 mod ranks {
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::{Arc, Mutex, PoisonError};
     use std::thread;
 
@@ -67,6 +68,9 @@ mod ranks {
 
     /// The other processes, from when they have been found to when a model needs them.
     static WAITING: Mutex<Option<(Arc<dyn Link>, Local)>> = Mutex::new(None);
+
+    /// Whether there are, or were, such.
+    static JOINED: AtomicBool = AtomicBool::new(false);
 
     /// What the first one says when it has a model for the others.
     const WANTED: &[u8] = b"a model";
@@ -104,6 +108,7 @@ mod ranks {
         let threads = processes::share(&*link, options.threads)?.threads;
         let local = Local { threads, number: number(&*link) };
         if link.rank() == ROOT {
+            JOINED.store(true, Ordering::Relaxed);
             *WAITING.lock().unwrap_or_else(PoisonError::into_inner) = Some((link, local));
             return Ok(None);
         }
@@ -127,7 +132,7 @@ mod ranks {
 
     /// Whether processes that were begun together are ranks of one model.
     pub(in super::super) fn joined() -> bool {
-        WAITING.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+        JOINED.load(Ordering::Relaxed)
     }
 
     /// Lets the others go, where the first one had no model for them.
@@ -197,6 +202,11 @@ mod ranks {
                     link.abort()
                 }
             };
+        }
+        if joined() {
+            bail!(
+                "the processes that were begun together have a model already, and this verb asks for another backend"
+            );
         }
         // Threads of this process.
         let each = (threads(options.threads) / size.ranks()).max(1);
