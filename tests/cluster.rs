@@ -1,6 +1,8 @@
 //! What takes features that need more than crates: several processes of MPI, an object store. scripts/cluster-check.sh installs what that
 //! takes and runs this.
 
+#[path = "cluster/begun.rs"]
+mod begun;
 #[path = "cluster/processes.rs"]
 mod processes;
 #[path = "cluster/ranks.rs"]

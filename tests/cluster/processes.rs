@@ -3,6 +3,7 @@
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::begun::{children, done, is_there};
 use crate::support::command::{Folder, NVFP4, recoup, said};
 use crate::support::project;
 
@@ -14,12 +15,6 @@ fn by(processes: usize, cage: &[&str], words: &[&str]) -> Command {
     command.arg(alone.get_program()).args(alone.get_args());
     command.current_dir(alone.get_current_dir().unwrap()).env("CUDA_VISIBLE_DEVICES", "");
     command
-}
-
-fn done(command: &mut Command) -> Output {
-    let out = command.output().unwrap_or_else(|e| panic!("mpirun: {e}; scripts/cluster-check.sh installs it"));
-    assert!(out.status.success(), "{command:?}: {}", said(&out));
-    out
 }
 
 /// The options of so many ranks.
@@ -138,18 +133,6 @@ fn two_machines_with_a_bad_wire_between_them_compute_the_bytes_of_one() {
     let text = said(&done(&mut command));
     assert!(text.contains("4 processes on 2 machines"), "{text}");
     assert!(std::fs::read(here).unwrap() == std::fs::read(there).unwrap());
-}
-
-/// The processes below `parent`.
-fn children(parent: u32) -> Vec<u32> {
-    let listed = std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap_or_default();
-    listed.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
-}
-
-/// Whether a process is there and no zombie.
-fn is_there(pid: u32) -> bool {
-    let state = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    state.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
 }
 
 #[test]

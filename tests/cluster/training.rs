@@ -1,9 +1,10 @@
 //! One training by several processes of MPI.
 
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::begun::{children, done, is_there};
 use crate::support::command::{BF16, Folder, NVFP4, assert_same_files, recoup, said};
 use crate::support::json_lines;
 
@@ -38,12 +39,6 @@ fn recover(processes: usize, out: &str, more: &[&str]) -> Command {
     command
 }
 
-fn done(command: &mut Command) -> Output {
-    let out = command.output().unwrap_or_else(|e| panic!("mpirun: {e}; scripts/cluster-check.sh installs it"));
-    assert!(out.status.success(), "{command:?}: {}", said(&out));
-    out
-}
-
 const METHOD: [&str; 5] =
     ["--method", "qad:steps=6,hidden=10,average=0.5,norms=true", "--evaluate-every", "3", "--f32"];
 
@@ -61,18 +56,6 @@ fn processes_give_the_bytes_of_one() {
         assert!(n == 1 || text.contains(&format!("{n} processes on one machine, ")), "{text}");
         assert!(n == 1 || text.contains("sequences=1,accumulate=4"), "{text}");
     }
-}
-
-/// The processes below `parent`.
-fn children(parent: u32) -> Vec<u32> {
-    let listed = std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap_or_default();
-    listed.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
-}
-
-/// Whether a process is there and no zombie.
-fn is_there(pid: u32) -> bool {
-    let state = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    state.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
 }
 
 #[test]
