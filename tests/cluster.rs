@@ -7,6 +7,8 @@ mod begun;
 mod processes;
 #[path = "cluster/ranks.rs"]
 mod ranks;
+#[path = "cluster/scale.rs"]
+mod scale;
 #[path = "cluster/store.rs"]
 mod store;
 #[path = "support/mod.rs"]

@@ -28,6 +28,8 @@ mod replies;
 mod room;
 mod run;
 mod sampling;
+#[cfg(feature = "parallel")]
+mod scale;
 mod serve;
 mod shards;
 mod steps;
@@ -87,6 +89,9 @@ enum Verb {
     Serve(serve::Args),
     /// How fast a model answers on this machine, beside what the machine allows
     Bench(bench::Args),
+    /// How a model would do on many devices: memory, traffic and time of each rank
+    #[cfg(feature = "parallel")]
+    Scale(scale::Args),
     /// What this machine has, which kernel each format gets, and whether a GPU computes what it should
     Doctor(doctor::Args),
     /// Completions for a shell
@@ -158,6 +163,8 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Logits(a) => logits::run(&a),
         Verb::Serve(a) => serve::run(&a),
         Verb::Bench(a) => bench::run(&a),
+        #[cfg(feature = "parallel")]
+        Verb::Scale(a) => scale::run(&a),
         Verb::Doctor(a) => doctor::run(&a),
         Verb::Completions(a) => completions::run(&a, Cli::command()),
     }

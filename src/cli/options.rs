@@ -46,7 +46,7 @@ pub(super) fn dialect(plain: Option<&'static str>) -> impl TypedValueParser<Valu
 }
 
 /// How the KV cache can be stored without scales.
-const KV_FORMATS: [(&str, KvFormat); 2] = [("f32", KvFormat::F32), ("bf16", KvFormat::Bf16)];
+pub(super) const KV_FORMATS: [(&str, KvFormat); 2] = [("f32", KvFormat::F32), ("bf16", KvFormat::Bf16)];
 
 /// What records of a run call it.
 pub(super) fn kv_name(format: KvFormat) -> String {
@@ -264,6 +264,12 @@ impl ShapeOptions {
     /// The shape's name.
     pub(super) fn name(&self) -> &str {
         self.model_shape.as_deref().unwrap_or_default()
+    }
+
+    /// What its weights are quantized to.
+    #[cfg(feature = "parallel")]
+    pub(super) fn recipe_name(&self) -> Option<String> {
+        self.recipe.as_ref().map(|r| r.display().to_string())
     }
 
     /// Whether weights are quantized.

@@ -16,7 +16,7 @@ use crate::model::modules::Part;
 use crate::model::{Decoder, ModelConfig, Wanted};
 
 /// Tokens of a prompt that are computed at once, as the engine does.
-const PIECE: usize = 2048;
+pub(super) const PIECE: usize = 2048;
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,6 +9,8 @@ pub mod experiment;
 pub mod facts;
 pub mod kernel_check;
 mod language_model;
+#[cfg(feature = "parallel")]
+pub mod scale;
 pub mod throughput;
 pub mod verify;
 mod watch;

@@ -85,6 +85,27 @@ pub fn products<B: Backend>(
     Ok(out)
 }
 
+/// Seconds of a product of one row and of `many` with `layer`, of which there are `copies`, as far as memory may be taken for it.
+///
+/// # Errors
+/// The backend's own, and too little memory.
+#[cfg(feature = "parallel")]
+pub fn one_and_many<B: Backend>(
+    backend: &B,
+    layer: &LinearTensors<'_>,
+    copies: usize,
+    many: usize,
+) -> Result<(f64, f64), BackendError> {
+    let copies = copies.min(BEYOND_CACHES / layer.stored_bytes().max(1)).max(1);
+    let weights = (0..copies).map(|_| backend.load_linear(layer.clone())).collect::<Result<Vec<_>, _>>()?;
+    let mut r = SplitMix64(1);
+    let mut of = |rows: usize| {
+        let x = (0..rows * layer.k).map(|_| synthetic::activation(&mut r)).collect();
+        time(backend, &backend.tensor(x, layer.k)?, &weights)
+    };
+    Ok((of(1)?, of(many)?))
+}
+
 /// `piece`, of 128 rows, again and again until there are `n`.
 fn tall(piece: &LinearTensors<'static>, n: usize) -> LinearTensors<'static> {
     let times = n / 128;

@@ -389,15 +389,15 @@ impl LinearTensors<'_> {
         }
     }
 
-    /// Bytes of elements and scales together.
+    /// Bytes that elements and scales take together, by their shapes.
     #[must_use]
     pub fn stored_bytes(&self) -> usize {
         let scales = match &self.block_scales {
             BlockScales::None => 0,
-            BlockScales::E4m3 { codes, .. } | BlockScales::E8m0 { codes, .. } => codes.len(),
+            BlockScales::E4m3 { block, .. } | BlockScales::E8m0 { block, .. } => self.n * (self.k / block),
             BlockScales::Grid { values } => 4 * values.len(),
         };
-        self.data.len() + scales
+        self.n * self.element.row_bytes(self.k) + scales
     }
 }
 

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
+use memmap2::{Mmap, MmapOptions};
 use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
@@ -49,6 +50,8 @@ pub struct RandomModel {
     schemes: HashMap<String, Scheme>,
     tool: &'static dyn Tool,
     kv_cache: Option<KvCache>,
+    /// In the place of all weights, where they are only to be as large as they would be.
+    zeros: Option<Mmap>,
 }
 
 /// The names of shapes.
@@ -116,7 +119,20 @@ impl RandomModel {
             }
         }
         let kv_cache = recipe.and_then(|r| r.kv_cache);
-        Ok(Self { shape: name.display().to_string(), config, json, schemes, tool, kv_cache })
+        Ok(Self { shape: name.display().to_string(), config, json, schemes, tool, kv_cache, zeros: None })
+    }
+
+    /// The same without numbers: weights are zeros that nobody may look at, all of them the same ones, which take no memory.
+    ///
+    /// # Errors
+    /// When the system gives no addresses for the largest.
+    pub fn unfilled(self) -> Result<Self, QuantizeError> {
+        let bytes = |m: &Module| m.role.n * m.role.k * 2;
+        let largest = self.config.modules().iter().map(bytes).max().unwrap_or(0);
+        let map =
+            MmapOptions::new().len(largest.max(1)).no_reserve_swap().map_anon().and_then(|map| map.make_read_only());
+        let zeros = map.map_err(|e| QuantizeError::Shape(format!("no addresses for {largest} bytes: {e}")))?;
+        Ok(Self { zeros: Some(zeros), ..self })
     }
 
     fn scheme(&self, module: &str) -> Scheme {
@@ -124,15 +140,21 @@ impl RandomModel {
     }
 
     /// One linear: outputs of about the size of its inputs.
-    fn random(&self, name: &str, role: LinearRole) -> LinearTensors<'static> {
+    fn random(&self, name: &str, role: LinearRole) -> LinearTensors<'_> {
         let LinearRole { n, k, .. } = role;
         let scheme = self.scheme(name);
         let seed =
             name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
         let deviation = 1.0 / (k as f64).sqrt();
         let element = scheme.weight().map_or(Element::Bf16, WeightFormat::element);
-        let data = elements(element, n, k, seed, deviation);
+        let data: Cow<'_, [u8]> = match &self.zeros {
+            None => elements(element, n, k, seed, deviation).into(),
+            Some(zeros) => zeros[..n * element.row_bytes(k)].into(),
+        };
         let codes = |from: u8, count: u64, block: usize| {
+            if let Some(zeros) = &self.zeros {
+                return Cow::Borrowed(&zeros[..n * (k / block)]);
+            }
             let code = |i: usize| from + (SplitMix64::at(seed, (i + (1 << 40)) as u64) % count) as u8;
             (0..n * (k / block)).into_par_iter().map(code).collect::<Vec<u8>>().into()
         };
@@ -161,7 +183,7 @@ impl RandomModel {
             n,
             k,
             element,
-            data: data.into(),
+            data,
             block_scales,
             output_scale,
             activation: match scheme {

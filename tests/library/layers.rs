@@ -40,7 +40,19 @@ const ALLOWED: [(&str, &[&str]); 18] = [
     ),
     (
         "evaluate",
-        &["formats", "random", "logits", "output", "checkpoint", "backend", "model", "text", "corpus", "engine"],
+        &[
+            "formats",
+            "random",
+            "ranks",
+            "logits",
+            "output",
+            "checkpoint",
+            "backend",
+            "model",
+            "text",
+            "corpus",
+            "engine",
+        ],
     ),
     ("serve", &["logits", "backend", "text", "engine"]),
     (

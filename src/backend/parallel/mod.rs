@@ -6,6 +6,7 @@
 //! well, and sends each its rows.
 
 mod op;
+pub mod paper;
 mod plan;
 mod rank;
 

@@ -12,23 +12,28 @@ pub struct Device {
     pub bandwidth: f64,
     /// BF16 multiply-adds a second of tensor cores, without sparsity, sums in f32.
     pub products: f64,
+    /// Bytes a second to another one of the same machine, one way: NVLink, or PCIe.
+    pub link: f64,
 }
 
-const fn device(name: &'static str, gigabytes: f64, gigabytes_per_second: f64, teraflops: f64) -> Device {
-    Device { name, memory: gigabytes * 1e9, bandwidth: gigabytes_per_second * 1e9, products: teraflops * 1e12 / 2.0 }
+const fn device(name: &'static str, gigabytes: f64, gigabytes_per_second: [f64; 2], teraflops: f64) -> Device {
+    let [bandwidth, link] = gigabytes_per_second;
+    let (memory, products) = (gigabytes * 1e9, teraflops * 1e12 / 2.0);
+    Device { name, memory, bandwidth: bandwidth * 1e9, products, link: link * 1e9 }
 }
 
 /// The makers' figures (data sheets of A100 80GB SXM, H100 SXM, H200 SXM, L40S, HGX B200; the Ada and Blackwell RTX
-/// whitepapers; of GB10 NVIDIA says 1 PFLOP of sparse FP4, an eighth of which is taken for BF16 here).
+/// whitepapers; of GB10 NVIDIA says 1 PFLOP of sparse FP4, an eighth of which is taken for BF16 here,
+/// and that its network has 200 Gb/s).
 pub const DEVICES: [Device; 8] = [
-    device("A100 80 GB", 80.0, 2039.0, 312.0),
-    device("L40S", 48.0, 864.0, 362.0),
-    device("RTX 4090", 24.0, 1008.0, 165.2),
-    device("H100 SXM", 80.0, 3350.0, 989.4),
-    device("H200 SXM", 141.0, 4800.0, 989.4),
-    device("RTX 5090", 32.0, 1792.0, 209.5),
-    device("B200", 180.0, 8000.0, 2250.0),
-    device("GB10", 128.0, 273.0, 125.0),
+    device("A100 80 GB", 80.0, [2039.0, 300.0], 312.0),
+    device("L40S", 48.0, [864.0, 32.0], 362.0),
+    device("RTX 4090", 24.0, [1008.0, 32.0], 165.2),
+    device("H100 SXM", 80.0, [3350.0, 450.0], 989.4),
+    device("H200 SXM", 141.0, [4800.0, 450.0], 989.4),
+    device("RTX 5090", 32.0, [1792.0, 64.0], 209.5),
+    device("B200", 180.0, [8000.0, 900.0], 2250.0),
+    device("GB10", 128.0, [273.0, 25.0], 125.0),
 ];
 
 impl Device {

@@ -1,0 +1,257 @@
+//! What is reckoned of ranks that are not there, beside what ranks that are there do.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::thread;
+
+use recoup::backend::cpu::CpuBackend;
+use recoup::backend::parallel::{Parallel, Size, help};
+use recoup::backend::{Backend as _, Batch, PAGE, Span};
+use recoup::checkpoint::Checkpoint;
+use recoup::checkpoint::dialect::Dialect;
+use recoup::evaluate::bench::Case;
+use recoup::evaluate::scale;
+use recoup::formats::kv::KvFormat;
+use recoup::logits::{Draw, History, Sampler, SamplingParams, Scratch};
+use recoup::model::{Decoder, Source as _, Wanted};
+use recoup::quantize::Recipe;
+use recoup::quantize::random_model::RandomModel;
+use recoup::ranks::Link;
+use recoup::ranks::threads::Thread;
+
+use crate::support::fixtures::{architecture_fixtures, cpu, own_fixtures};
+use crate::support::project;
+
+/// A link that counts the bytes which come over it, and the times that all wait for each other.
+struct Counted {
+    link: Arc<dyn Link>,
+    bytes: Arc<AtomicUsize>,
+    exchanges: Arc<AtomicUsize>,
+}
+
+impl Counted {
+    fn got(&self, bytes: usize) {
+        self.bytes.fetch_add(bytes, Relaxed);
+    }
+}
+
+impl Link for Counted {
+    fn rank(&self) -> usize {
+        self.link.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.link.size()
+    }
+
+    fn host(&self) -> String {
+        self.link.host()
+    }
+
+    fn broadcast(&self, bytes: &mut Vec<u8>) {
+        self.link.broadcast(bytes);
+        self.got(if self.rank() > 0 { bytes.len() } else { 0 });
+    }
+
+    fn broadcast_values(&self, values: &mut [f32]) {
+        self.link.broadcast_values(values);
+    }
+
+    fn gather(&self, bytes: &[u8]) -> Vec<Vec<u8>> {
+        self.link.gather(bytes)
+    }
+
+    fn exchange(&self, sent: &[f32], counts: &[usize], received: &mut [f32]) {
+        self.link.exchange(sent, counts, received);
+    }
+
+    fn spread(&self, own: &[f32], counts: &[usize], all: &mut [f32]) {
+        self.link.spread(own, counts, all);
+        self.got(4 * (all.len() - own.len()));
+        self.exchanges.fetch_add(1, Relaxed);
+    }
+
+    fn send(&self, to: usize, values: &[f32]) {
+        self.link.send(to, values);
+    }
+
+    fn receive(&self, from: usize, values: &mut [f32]) {
+        self.link.receive(from, values);
+        self.got(size_of_val(values));
+    }
+
+    fn send_bytes(&self, to: usize, bytes: &[u8]) {
+        self.link.send_bytes(to, bytes);
+    }
+
+    fn receive_bytes(&self, from: usize) -> Vec<u8> {
+        let bytes = self.link.receive_bytes(from);
+        self.got(bytes.len());
+        bytes
+    }
+
+    fn split(&self, group: usize) -> Arc<dyn Link> {
+        Arc::new(Self { link: self.link.split(group), bytes: self.bytes.clone(), exchanges: self.exchanges.clone() })
+    }
+
+    fn abort(&self) -> ! {
+        self.link.abort()
+    }
+}
+
+/// Ranks that are there, and what each has got so far.
+struct Ranks {
+    first: Parallel<CpuBackend>,
+    bytes: Vec<Arc<AtomicUsize>>,
+    exchanges: Arc<AtomicUsize>,
+}
+
+impl Ranks {
+    fn begin(size: Size) -> Self {
+        let mut bytes = Vec::new();
+        let mut first_exchanges = Arc::default();
+        let mut links = Vec::new();
+        for link in Thread::all(size.ranks()) {
+            let counted = Counted { link: Arc::new(link), bytes: Arc::default(), exchanges: Arc::default() };
+            bytes.push(counted.bytes.clone());
+            if counted.rank() == 0 {
+                first_exchanges = counted.exchanges.clone();
+            }
+            links.push(counted);
+        }
+        let mut links = links.into_iter();
+        let first = links.next().unwrap();
+        let helpers = links.map(|link| {
+            thread::spawn(move || {
+                if let Err(e) = help(cpu(1), Arc::new(link), size) {
+                    eprintln!("{e}");
+                    std::process::abort();
+                }
+            })
+        });
+        let helpers = helpers.collect();
+        let first = Parallel::new(cpu(1), Arc::new(first), size);
+        first.wait_for(helpers);
+        Self { first, bytes, exchanges: first_exchanges }
+    }
+}
+
+/// Bytes that each rank got between, and exchanges of the first one.
+fn between(before: &(Vec<usize>, usize), after: &(Vec<usize>, usize)) -> (Vec<usize>, usize) {
+    (after.0.iter().zip(&before.0).map(|(a, b)| a - b).collect(), after.1 - before.1)
+}
+
+const CASE: Case = Case { batch: 3, prompt: 20, generate: 4 };
+
+/// What the ranks of `size` get until the end of so many passes: the prompt of [`CASE`] twice, and a step in its middle.
+fn got(checkpoint: &Checkpoint, size: Size, passes: usize) -> (Vec<usize>, usize) {
+    let plan = checkpoint.config().unwrap().plan(size).unwrap();
+    let Ranks { first, bytes, exchanges } = Ranks::begin(size);
+    let model = Decoder::load(first.with_plan(plan), checkpoint).unwrap();
+    let each = (CASE.prompt + CASE.generate).div_ceil(PAGE);
+    let mut cache = model.new_cache(CASE.batch * each * PAGE, CASE.batch, KvFormat::F32).unwrap();
+    let span = |s: usize, start: usize, len: usize| Span {
+        start,
+        len,
+        pages: (s * each..(s + 1) * each).map(|p| p as u32).collect(),
+        slot: s as u32,
+    };
+    let prompt = vec![span(0, 0, CASE.prompt)];
+    let step = (0..CASE.batch).map(|s| span(s, CASE.prompt + CASE.generate / 2, 1)).collect();
+    for spans in [prompt.clone(), prompt, step].into_iter().take(passes) {
+        let rows = spans.len();
+        let tokens = vec![0; spans.iter().map(|s| s.len).sum()];
+        let logits = model.forward(&Batch { tokens, spans }, &mut cache, Wanted::Last).unwrap();
+        let sampler = Sampler::new(SamplingParams::greedy()).unwrap();
+        let draws = vec![Draw { sampler: &sampler, history: History::default(), allowed: None }; rows];
+        model.backend().sample(&logits, &draws, &mut Scratch::default()).unwrap();
+    }
+    // Afterwards all have counted what they got.
+    drop((cache, model, first));
+    (bytes.iter().map(|b| b.load(Relaxed)).collect(), exchanges.load(Relaxed))
+}
+
+/// What the ranks of `size` get in a prompt of [`CASE`], and in a step in its middle.
+fn counted(checkpoint: &Checkpoint, size: Size) -> [(Vec<usize>, usize); 2] {
+    let [first, second, third] = [1, 2, 3].map(|passes| got(checkpoint, size, passes));
+    [between(&first, &second), between(&second, &third)]
+}
+
+fn near(a: usize, b: usize, share: f64) -> bool {
+    (a as f64 - b as f64).abs() <= share * b as f64
+}
+
+#[test]
+fn ranks_on_paper_get_the_bytes_of_ranks_that_compute() {
+    let mut compared = 0;
+    for (at, fixture) in own_fixtures().into_iter().chain(architecture_fixtures()).enumerate() {
+        let checkpoint = fixture.checkpoint();
+        for (tensor, pipeline) in [[(2, 1), (1, 2)][at % 2], [(2, 2), (4, 1)][at % 2]] {
+            let size = Size { tensor, pipeline };
+            if checkpoint.config().unwrap().plan(size).is_err() {
+                continue;
+            }
+            let what = format!("{} by {size:?}", fixture.name);
+            let paper = scale::ranks(&checkpoint, size, CASE, KvFormat::F32).unwrap();
+            let [_, prompt, step] = paper.traffic();
+            let [(own_prompt, exchanges), (own_step, step_exchanges)] = counted(&checkpoint, size);
+            assert_eq!((prompt.exchanges, step.exchanges), (exchanges, step_exchanges), "{what}");
+            // What is told of operations says numbers of tensors, which grow; what is computed is the same to the byte.
+            for (paper, counted) in [(prompt, own_prompt), (step, own_step)] {
+                let (all, most) = (counted.iter().sum::<usize>(), *counted.iter().max().unwrap());
+                let told = 256 * size.ranks();
+                assert!(paper.bytes.abs_diff(all) <= told, "{what}: {paper:?} in the place of {counted:?}");
+                // Which experts are asked, and whose they are, is another matter.
+                let alike = !checkpoint.config().unwrap().mixtures().is_empty() || paper.most.abs_diff(most) <= told;
+                assert!(alike, "{what}: {paper:?} in the place of {counted:?}");
+            }
+            compared += 1;
+        }
+    }
+    assert!(compared > own_fixtures().len(), "{compared}");
+}
+
+#[test]
+fn ranks_on_paper_hold_what_ranks_that_compute_do() {
+    let checkpoint = Checkpoint::open(&project().join("models/books-nvfp4")).unwrap();
+    let config = checkpoint.config().unwrap();
+    let vectors: usize = config.vectors().iter().map(|(_, shape)| 4 * shape.iter().product::<usize>()).sum();
+    let alone = Decoder::load(cpu(1), &checkpoint).unwrap();
+    for (tensor, pipeline) in [(1, 1), (2, 1), (1, 2), (2, 2)] {
+        let size = Size { tensor, pipeline };
+        let (weights, caches) = scale::ranks(&checkpoint, size, CASE, KvFormat::F32).unwrap().held();
+        // What each would take of the weights as they are packed here.
+        let plan = config.plan(size).unwrap();
+        let mut own = vec![0; size.ranks()];
+        for (linear, module) in alone.linears().zip(config.modules()) {
+            let (stage, cut) = plan.place(&module.name, module.role.n, tensor);
+            for rank in 0..tensor {
+                let rows = cut.as_ref().map_or(module.role.n, |cut| cut.0[rank].1);
+                own[stage * tensor + rank] += alone.backend().resident_bytes(linear) * rows / module.role.n;
+            }
+        }
+        // What is no linear, all have; and the first one for a moment some rows of what others get.
+        let most = own.iter().max().unwrap() + vectors;
+        assert!(near(weights, most, 0.02), "{size:?}: {weights} of {own:?} and {vectors}");
+        let tokens = CASE.batch * (CASE.prompt + CASE.generate).div_ceil(PAGE) * PAGE;
+        assert!(near(caches * size.ranks(), 4 * config.cache_values() * tokens, 0.01), "{size:?}: {caches}");
+    }
+}
+
+#[test]
+fn models_are_reckoned_that_no_machine_here_holds() {
+    for (shape, size, gigabytes) in [
+        ("llama-3.1-405b", Size { tensor: 8, pipeline: 2 }, 230.0),
+        ("nemotron-3-super-120b-a12b", Size { tensor: 4, pipeline: 1 }, 70.0),
+        ("kimi-k2", Size { tensor: 16, pipeline: 1 }, 580.0),
+    ] {
+        let recipe = Recipe::find(Path::new("nvfp4")).unwrap();
+        let model = RandomModel::new(shape, Some(&recipe), Dialect::ModelOpt).unwrap().unfilled().unwrap();
+        let case = Case { batch: 4, prompt: 64, generate: 4 };
+        let paper = scale::ranks(&model, size, case, KvFormat::Bf16).unwrap();
+        let (weights, _) = paper.held();
+        let all = weights as f64 * size.ranks() as f64 / 1e9;
+        assert!(all > gigabytes * 0.95 && all < gigabytes * 1.35, "{shape}: {all} GB");
+    }
+}
