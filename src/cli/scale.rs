@@ -94,11 +94,11 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<ExitCode> {
     let (name, source) = source(args)?;
     let config = source.config()?;
-    let claim = args.output.as_deref().map(output::file).transpose()?;
     let (costs, of) = match costs(args, &*source, &config)? {
         Some(found) => found,
         None => return super::done(),
     };
+    let claim = args.output.as_deref().map(output::file).transpose()?;
     let (rows, table) = match args.train.is_empty() {
         true => served(args, &*source, &costs)?,
         false => trained(args, &config, &costs),

@@ -233,7 +233,10 @@ fn ranks_on_paper_hold_what_ranks_that_compute_do() {
         }
         // What is no linear, all have; and the first one for a moment some rows of what others get.
         let most = own.iter().max().unwrap() + vectors;
-        assert!(near(weights, most, 0.02), "{size:?}: {weights} of {own:?} and {vectors}");
+        assert!(
+            (most * 99 / 100..most + (32 << 10)).contains(&weights),
+            "{size:?}: {weights} of {own:?} and {vectors}"
+        );
         let tokens = CASE.batch * (CASE.prompt + CASE.generate).div_ceil(PAGE) * PAGE;
         assert!(near(caches * size.ranks(), 4 * config.cache_values() * tokens, 0.01), "{size:?}: {caches}");
     }
