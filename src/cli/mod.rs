@@ -20,6 +20,8 @@ mod parallel;
 mod place;
 mod pretrain;
 mod quantize;
+#[cfg(feature = "parallel")]
+mod rank_room;
 mod ranks;
 mod recover;
 mod recovery_plan;

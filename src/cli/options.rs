@@ -212,7 +212,7 @@ impl EngineOptions {
         let backend = match (backend.size(), backend.own()) {
             ((1, 1), Either::A(cpu)) => AnyBackend::alone(Either::A(self.with_room(cpu, checkpoint, tokens)?)),
             ((1, 1), _) => backend,
-            _ => parallel::for_model(backend, checkpoint)?,
+            _ => parallel::for_model(backend, checkpoint, (tokens, self.kv_cache_dtype))?,
         };
         let bar = super::progress(0, "loading");
         let model = Decoder::load_with_progress(backend, checkpoint, &mut |done, all| {

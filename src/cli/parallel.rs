@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use super::device::AnyBackend;
 use super::options::EngineOptions;
 use crate::checkpoint::Checkpoint;
+use crate::formats::kv::KvFormat;
 
 #[cfg(feature = "parallel")]
 pub(super) use self::ranks::{enter, for_model, joined, leave, several};
@@ -33,7 +34,7 @@ pub(super) fn several(options: &EngineOptions) -> Result<Option<AnyBackend>> {
 }
 
 #[cfg(not(feature = "parallel"))]
-pub(super) fn for_model(backend: AnyBackend, _checkpoint: &Checkpoint) -> Result<AnyBackend> {
+pub(super) fn for_model(backend: AnyBackend, _: &Checkpoint, _: (usize, KvFormat)) -> Result<AnyBackend> {
     Ok(backend)
 }
 
@@ -48,17 +49,21 @@ pub(super) fn joined() -> bool {
 #[cfg(feature = "parallel")]
 mod ranks {
     use std::sync::atomic::{AtomicBool, Ordering};
-    use std::sync::{Arc, Mutex, PoisonError};
+    use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
     use std::thread;
+
+    use anyhow::anyhow;
 
     use super::super::device::{DeviceChoice, Own};
     use super::super::options::threads;
+    use super::super::rank_room::{self, Place};
     use super::super::ranks as processes;
-    use super::{AnyBackend, Checkpoint, EngineOptions, ExitCode, Result, bail};
+    use super::{AnyBackend, Checkpoint, EngineOptions, ExitCode, KvFormat, Result, bail};
     use crate::backend::Either;
     use crate::backend::cuda::Device;
     use crate::backend::parallel::{Parallel, Size, help};
     use crate::model::Source as _;
+    use crate::model::parallel::rank_bytes;
     use crate::ranks::threads::Thread;
     use crate::ranks::{Link, ROOT};
 
@@ -165,6 +170,13 @@ mod ranks {
         options.own(device, local.threads, 0)
     }
 
+    /// Where the ranks are, known to the first one.
+    static PLACES: Mutex<Vec<Place>> = Mutex::new(Vec::new());
+
+    fn places() -> MutexGuard<'static, Vec<Place>> {
+        PLACES.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// What computes, in words; other words may be other bits.
     fn kind(own: &Own) -> String {
         match own {
@@ -175,8 +187,11 @@ mod ranks {
 
     /// All ranks have to compute alike.
     fn agree(link: &dyn Link, own: &Own) -> Result<()> {
-        let kinds: Vec<String> =
-            link.gather(kind(own).as_bytes()).iter().map(|k| String::from_utf8_lossy(k).into_owned()).collect();
+        let mine = (kind(own), Place::of(own, &link.host()));
+        let all = link.gather(&serde_json::to_vec(&mine).unwrap_or_default());
+        let (kinds, all): (Vec<String>, Vec<Place>) =
+            all.iter().map(|told| serde_json::from_slice::<(String, Place)>(told)).collect::<Result<_, _>>()?;
+        *places() = all;
         if let Some((rank, other)) = kinds.iter().enumerate().find(|(_, other)| **other != kinds[0]) {
             bail!(
                 "all ranks of a model have to be alike: rank 0 is on {}, rank {rank} on {other}; --device says which",
@@ -220,6 +235,7 @@ mod ranks {
                 kind(other)
             );
         }
+        *places() = owns.iter().map(|own| Place::of(own, "this machine")).collect();
         let mut links = Thread::all(size.ranks()).into_iter();
         let mut owns = owns.into_iter();
         let (Some(own), Some(first)) = (owns.next(), links.next()) else { return Ok(None) };
@@ -251,11 +267,20 @@ mod ranks {
         }
     }
 
-    /// The same ranks for the model of `checkpoint`.
-    pub(in super::super) fn for_model(backend: AnyBackend, checkpoint: &Checkpoint) -> Result<AnyBackend> {
-        Ok(match backend {
-            Either::B(several) => Either::B(several.with_plan(checkpoint.config()?.plan(several.size())?)),
-            own @ Either::A(_) => own,
-        })
+    /// The same ranks for the model of `checkpoint`, and `tokens` of it in a cache in `kv`. What finds no room is told, or refused.
+    pub(in super::super) fn for_model(
+        backend: AnyBackend,
+        checkpoint: &Checkpoint,
+        cache: (usize, KvFormat),
+    ) -> Result<AnyBackend> {
+        let Either::B(several) = backend else { return Ok(backend) };
+        let (config, size) = (checkpoint.config()?, several.size());
+        let plan = config.plan(size)?;
+        let needs = rank_bytes(checkpoint, &config, (&plan, size), cache);
+        let folder = checkpoint.tensors.folder().display();
+        for note in rank_room::check(&places(), &needs).map_err(|e| anyhow!("{folder}: {e}"))? {
+            super::super::say!("note: {folder}: {note}");
+        }
+        Ok(Either::B(several.with_plan(plan)))
     }
 }

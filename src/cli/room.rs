@@ -3,7 +3,7 @@
 use crate::model::memory::Needs;
 
 /// Memory beside weights and caches: activations, the program, what a weight is made of while it is packed.
-const BESIDE: u64 = 384 << 20;
+pub(super) const BESIDE: u64 = 384 << 20;
 
 /// How a model is to be loaded.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

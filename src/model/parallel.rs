@@ -3,8 +3,10 @@
 use std::collections::HashMap;
 
 use super::config::{InputsConfig, MixerConfig, ModelConfig};
-use super::modules::Part;
+use super::modules::{Module, Part};
 use crate::backend::parallel::{Cut, Plan, Rows, Size, heads};
+use crate::checkpoint::Checkpoint;
+use crate::formats::kv::KvFormat;
 
 /// Why a model cannot be spread as was asked.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -74,6 +76,54 @@ impl ModelConfig {
         }
         Ok(plan)
     }
+}
+
+/// Bytes that each of `size` ranks has of the weights of `checkpoint`, which `plan` shares out, and of `tokens` tokens in a cache in
+/// `kv` where the files do not say it.
+#[must_use]
+pub fn rank_bytes(
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    (plan, size): (&Plan, Size),
+    (tokens, kv): (usize, KvFormat),
+) -> Vec<u64> {
+    let modules = config.modules();
+    let mut stored: HashMap<&str, u64> = modules.iter().map(|m| (m.name.as_str(), 0)).collect();
+    // What is no module's by its name: norms, and experts that lie in one tensor.
+    let mut other = 0;
+    for name in checkpoint.tensors.names() {
+        let bytes = checkpoint.tensors.peek(name).map_or(0, |view| view.bytes.len() as u64);
+        let module = name.rsplit_once('.').and_then(|(module, _)| stored.get_mut(module));
+        *module.unwrap_or(&mut other) += bytes;
+    }
+    let without = |m: &&Module| stored[m.name.as_str()] == 0 && !(config.tied_embeddings && m.part == Part::Head);
+    let left: u64 = modules.iter().filter(without).map(|m| (m.role.n * m.role.k) as u64).sum();
+    let mut own = vec![if left == 0 { other } else { 0 }; size.ranks()];
+    for m in &modules {
+        let weights = (m.role.n * m.role.k) as u64;
+        let bytes = match without(&m) {
+            true => (u128::from(other) * u128::from(weights) / u128::from(left.max(1))) as u64,
+            false => stored[m.name.as_str()],
+        };
+        let (stage, cut) = plan.place(&m.name, m.role.n, size.tensor);
+        for rank in 0..size.tensor {
+            let rows = cut.as_ref().map_or(m.role.n, |cut| cut.0[rank].1);
+            own[stage * size.tensor + rank] += bytes * rows as u64 / m.role.n.max(1) as u64;
+        }
+    }
+    let element = if checkpoint.announced.fp8_kv_cache { 1 } else { kv.bytes() };
+    let attention = config.layers.iter().flat_map(|l| &l.steps).filter_map(|step| match &step.mixer {
+        MixerConfig::Attention(a) => Some(a),
+        _ => None,
+    });
+    for (a, stage) in attention.zip(&plan.caches) {
+        let kept = heads(a.heads, a.kv_heads, size.tensor);
+        for rank in 0..size.tensor {
+            let heads = kept.as_ref().map_or(a.kv_heads, |[_, kv]| kv.0[rank].1);
+            own[stage * size.tensor + rank] += (tokens * heads * (a.head_dim + a.value_dim()) * element) as u64;
+        }
+    }
+    own
 }
 
 /// The stage of each of the layers with these weights: as even as whole layers are, none empty.

@@ -187,24 +187,31 @@ fn a_model_that_one_process_has_no_memory_for_is_run_by_two_and_four() {
     let (shape, model, ids) = (folder.name("shape.json"), folder.name("model"), folder.name("ids.json"));
     done(&mut recoup(&["convert", "--model-shape", &shape, "-o", &model]));
     let words = |out: &str| ["logits", &model, "--input-ids", &ids, "--device", "cpu", "-o", out].map(str::to_owned);
-    let run = |name: &str, processes: usize, more: &[String]| {
+    let run = |name: &str, processes: usize, more: &[String], mib: &'static str| {
         let given = [&words(&folder.name(name))[..], more].concat();
         let given: Vec<&str> = given.iter().map(String::as_str).collect();
-        let cage = caged("330");
+        let cage = caged(mib);
         let cage: Vec<&str> = cage.iter().map(String::as_str).collect();
         if processes == 0 { recoup(&given).output() } else { by(processes, &cage, &given).output() }.unwrap()
     };
-    // 400 MB of weights.
-    assert!(run("alone", 0, &[]).status.success());
-    if run("caged", 1, &[]).status.success() {
-        println!("memory cgroups hold nobody back here (swap, perhaps): not tested");
-        return;
+    // 400 MB of weights: too much is refused before anything is loaded, of one process and of two.
+    assert!(run("alone", 0, &[], "").status.success());
+    let refused = run("caged", 1, &[], "330");
+    assert!(
+        !refused.status.success() && said(&refused).contains("this machine has 330.0 MiB in all"),
+        "{}",
+        said(&refused)
+    );
+    let refused = run("caged", 2, &sizes(2, 1), "160");
+    assert!(!refused.status.success(), "{}", said(&refused));
+    for part in ["rank 0 needs about", "160.0 MiB in all on", "within", "more ranks have less each"] {
+        assert!(said(&refused).contains(part), "{part}: {}", said(&refused));
     }
     assert!(!folder.at("caged").exists());
     let bytes = |name: &str| std::fs::read(folder.at(name)).unwrap();
     for (tensor, pipeline) in [(2, 1), (4, 1), (2, 2)] {
         let name = format!("{tensor}-{pipeline}");
-        let out = run(&name, tensor * pipeline, &sizes(tensor, pipeline));
+        let out = run(&name, tensor * pipeline, &sizes(tensor, pipeline), "330");
         assert!(out.status.success(), "{tensor} x {pipeline}: {}", said(&out));
         assert!(bytes(&name) == bytes("alone"), "{tensor} x {pipeline}");
     }
