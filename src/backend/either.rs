@@ -8,6 +8,7 @@ use super::{
 };
 use crate::formats::linear::LinearTensors;
 use crate::logits::{Draw, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore};
+use crate::ranks::Link;
 
 /// A backend of one of two kinds, or what belongs to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -247,6 +248,48 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
         of!(self, |by| by.add_rows(sum.into_a()?, y.a()?, rows, weights).map(Either::A), {
             by.add_rows(sum.into_b()?, y.b()?, rows, weights).map(Either::B)
         })
+    }
+
+    fn spread_rows(
+        &self,
+        link: &dyn Link,
+        own: &[Self::Tensor],
+        rows: &[usize],
+        columns: usize,
+    ) -> Result<Self::Tensor> {
+        of!(
+            self,
+            |by| {
+                let own = all(own, |x| x.a().cloned())?;
+                by.spread_rows(link, &own, rows, columns).map(Either::A)
+            },
+            {
+                let own = all(own, |x| x.b().cloned())?;
+                by.spread_rows(link, &own, rows, columns).map(Either::B)
+            }
+        )
+    }
+
+    fn spread_columns(
+        &self,
+        link: &dyn Link,
+        own: Option<&Self::Tensor>,
+        pieces: &[(usize, usize)],
+        shape: (usize, usize),
+    ) -> Result<Self::Tensor> {
+        of!(
+            self,
+            |by| by.spread_columns(link, own.map(Self::Tensor::a).transpose()?, pieces, shape).map(Either::A),
+            by.spread_columns(link, own.map(Self::Tensor::b).transpose()?, pieces, shape).map(Either::B)
+        )
+    }
+
+    fn give(&self, link: &dyn Link, to: usize, x: &Self::Tensor) -> Result<()> {
+        of!(self, |by| by.give(link, to, x.a()?), by.give(link, to, x.b()?))
+    }
+
+    fn take(&self, link: &dyn Link, from: usize, shape: (usize, usize)) -> Result<Self::Tensor> {
+        of!(self, |by| by.take(link, from, shape).map(Either::A), by.take(link, from, shape).map(Either::B))
     }
 
     fn zeros_like(&self, x: &Self::Tensor) -> Result<Self::Tensor> {

@@ -7,6 +7,7 @@ pub mod autograd;
 pub mod cpu;
 pub mod cuda;
 mod either;
+mod exchange;
 pub mod observe;
 #[cfg(feature = "parallel")]
 pub mod parallel;
@@ -29,6 +30,7 @@ use crate::formats::{all_finite, squares_finite};
 use crate::logits::{
     Draw, RankedScore, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore, most_probable, rank_of,
 };
+use crate::ranks::Link;
 
 /// Version of what is computed: to be raised with every change that changes a bit of any logits, or the tokens that a text
 /// becomes. Results that are kept on disk are kept under it, so that another version's are never given out as this one's;
@@ -403,6 +405,57 @@ pub trait Backend: Send + Sync + Sized {
     /// Whether a norm over each row of `width` values divides by a finite number.
     fn squares_finite(&self, x: &Self::Tensor, width: usize) -> Result<bool> {
         Ok(squares_finite(&self.to_host(x)?, width))
+    }
+
+    // What goes between ranks, over the host where a device knows no better.
+
+    /// What all ranks of `link` have, one after the other, at each of them: this one the rows of `own`, rank r `rows[r]` rows of
+    /// `columns`.
+    ///
+    /// # Errors
+    /// The backend's own.
+    fn spread_rows(
+        &self,
+        link: &dyn Link,
+        own: &[Self::Tensor],
+        rows: &[usize],
+        columns: usize,
+    ) -> Result<Self::Tensor> {
+        exchange::spread_rows(self, link, own, rows, columns)
+    }
+
+    /// What all ranks of `link` have of the columns of a tensor, side by side at each of them; `pieces[r]`: the first column of rank
+    /// r's, and how many. A tensor of `shape`, rows and columns.
+    ///
+    /// # Errors
+    /// The backend's own.
+    fn spread_columns(
+        &self,
+        link: &dyn Link,
+        own: Option<&Self::Tensor>,
+        pieces: &[(usize, usize)],
+        shape: (usize, usize),
+    ) -> Result<Self::Tensor> {
+        exchange::spread_columns(self, link, own, pieces, shape)
+    }
+
+    /// Gives rank `to` of `link` a tensor.
+    ///
+    /// # Errors
+    /// The backend's own.
+    fn give(&self, link: &dyn Link, to: usize, x: &Self::Tensor) -> Result<()> {
+        link.send(to, &self.to_host(x)?);
+        Ok(())
+    }
+
+    /// Takes the tensor of `rows` rows and `columns` columns that rank `from` of `link` gives.
+    ///
+    /// # Errors
+    /// The backend's own.
+    fn take(&self, link: &dyn Link, from: usize, (rows, columns): (usize, usize)) -> Result<Self::Tensor> {
+        let mut data = vec![0.0; rows * columns];
+        link.receive(from, &mut data);
+        self.tensor(data, columns)
     }
 
     // To and from the host.

@@ -233,12 +233,8 @@ fn methods(args: &Args, team: Option<&Arc<Team>>, training: &Path) -> Result<Vec
 fn can_share(stages: &[Stage], team: &Team) -> Result<()> {
     for stage in stages {
         let (batches, sequences, processes) = (stage.batches(), stage.sequences(), team.size());
-        if matches!(stage.method, Method::Block(_)) {
-            bail!(
-                "{}: trains one block after the other, each on what those before it give, in one process; qad and qat are shared \
-                 by {processes}",
-                stage.name
-            );
+        if matches!(stage.method, Method::Block(o) if o.rounding) {
+            bail!("{}: rounding=true is learned in one process, and {processes} were begun", stage.name);
         }
         if batches < processes {
             bail!(
@@ -368,7 +364,7 @@ fn train(args: &Args, team: Option<&Arc<Team>>) -> Result<ExitCode> {
     let room = Room::of(&parts.0, &parts.1, precision, team.map(|team| &**team));
     let mut methods = given;
     if planned.is_none() && args.plan.any() && methods.is_empty() {
-        methods = args.plan.methods(room.has_whole() || team.is_some());
+        methods = args.plan.methods(room.has_whole());
         if let Some(team) = team {
             methods = methods.iter().map(|m| best_known::by_sequences(m)).collect::<std::result::Result<_, _>>()?;
             can_share(&stages(&methods, settings.seed)?, team)?;
@@ -387,7 +383,14 @@ fn train(args: &Args, team: Option<&Arc<Team>>) -> Result<ExitCode> {
     let mut loaded = 0.0;
     let mut trainee = if one_by_one {
         recycle::keep(room.kept(KEPT_MEMORY));
-        Trainee::Streamed(Box::new(Streamed::new(&checkpoint, &teacher, masters.checkpoint(), backend.clone(), parts)?))
+        let streamed = Streamed::new(&checkpoint, &teacher, masters.checkpoint(), backend.clone(), parts)?;
+        let with = |team: &Arc<Team>| -> Result<_> {
+            let of = (&checkpoint, identity(&checkpoint)?);
+            let by = (settings.f32, multiplier.device());
+            let masters = masters.checkpoint().map(|m| Ok::<_, anyhow::Error>((m, identity(m)?))).transpose()?;
+            Ok((team.clone(), Models::of(of, (&teacher, teacher_identity.clone()), by).with_masters(masters)))
+        };
+        Trainee::Streamed(Box::new(streamed.with_team(team.map(with).transpose()?)))
     } else {
         let mut own = || {
             let student = student()?;
@@ -495,7 +498,7 @@ fn train(args: &Args, team: Option<&Arc<Team>>) -> Result<ExitCode> {
         let tokens = trained_tokens(stage, &data);
         claims[0]
             .room("hidden states and blocks, with the result", model.disk(tokens) + checkpoint.tensors.file_bytes())?;
-        if planned.is_none() && !args.resume {
+        if planned.is_none() && !args.resume && team.is_none() {
             tell_blocks(&mut trainee, stage, &data, &watched, (&checkpoint, &training), now)?;
         }
     }

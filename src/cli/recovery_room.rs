@@ -25,7 +25,7 @@ use crate::recover::trainee::Trainee;
 pub(super) struct Room {
     /// The whole of both models, with masters, gradients and moments.
     whole: u64,
-    /// What stands before and behind the blocks of both, or the largest block with all that.
+    /// What stands before and behind the blocks of both, or the largest block.
     block: u64,
     /// Processes that train the whole model on this machine.
     processes: u64,
@@ -46,7 +46,7 @@ impl Room {
         let own = quantized / 4 + quantized * (4 + 4) + quantized * Moments::BYTES / all;
         let largest = sizes.iter().map(|s| s.training_bytes(operand)).max().unwrap_or(0);
         let whole = processes * (both(false) + own) as u64;
-        Self { whole, block: largest.max(both(true) as u64), processes, memory: Memory::here() }
+        Self { whole, block: processes * largest.max(both(true) as u64), processes, memory: Memory::here() }
     }
 
     /// Whether the whole model can be trained, with what is beside.

@@ -1,6 +1,6 @@
 //! Which settings did best for how many steps, as far as that was measured (docs/recovery.md), for those that are not given.
 
-use super::stage::{Method, Stage};
+use super::stage::Stage;
 use super::{RecoverError, Result};
 
 /// Named plans whose steps are known beforehand.
@@ -61,7 +61,7 @@ pub fn completed(asked: &str, steps: usize, coarse: bool) -> Result<String> {
         add("warmup", (steps / 4).to_string());
     }
     if name == "block" {
-        let sequences = setting(asked, "sequences").unwrap_or(4);
+        let sequences = setting(asked, "sequences").unwrap_or(4) * setting(asked, "accumulate").unwrap_or(1);
         // Sequences that are seen twice are learned by heart.
         add("samples", steps.saturating_mul(sequences).max(8).to_string());
     } else {
@@ -86,7 +86,7 @@ pub fn completed(asked: &str, steps: usize, coarse: bool) -> Result<String> {
 pub fn by_sequences(asked: &str) -> Result<String> {
     let stage = Stage::parse(asked, 0)?;
     let given = ["sequences", "accumulate"].iter().any(|key| setting(asked, key).is_some());
-    if given || !matches!(stage.method, Method::Distill(_)) {
+    if given {
         return Ok(asked.into());
     }
     let joint = if asked.contains(':') { ',' } else { ':' };
@@ -111,6 +111,7 @@ pub fn stage(asked: &str, steps: usize, coarse: bool, seed: u64) -> Result<Stage
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::recover::stage::Method;
 
     #[test]
     fn what_was_measured_to_be_best_is_what_is_not_given() {

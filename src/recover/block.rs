@@ -20,6 +20,8 @@ use super::optimizer::{AdamW, cosine};
 use super::parameter::{Learned, Parameter, Rates};
 use super::schedule::Schedule;
 use super::student::Student;
+use super::team::alike::{Others, agreed};
+use super::team::shared::Shared;
 use super::{During as _, RecoverError, Result};
 use crate::backend::autograd::{AutogradBackend, loss};
 use crate::backend::{Backend as _, HostPass};
@@ -36,8 +38,11 @@ pub struct Options {
     /// Optimizer steps of each block.
     pub steps: usize,
     pub warmup: usize,
-    /// Sequences in a step.
+    /// Sequences in a batch.
     pub sequences: usize,
+    /// Batches in a step; their gradients are added up.
+    #[serde(skip_serializing_if = "is_one")]
+    pub accumulate: usize,
     /// Uses so many of the data's sequences, evenly spaced; each costs a pass through every block. Fewer than steps ·
     /// sequences are seen more than once, and learned by heart. `None`: all.
     pub samples: Option<usize>,
@@ -58,6 +63,7 @@ impl Default for Options {
             steps: 64,
             warmup: 5,
             sequences: 4,
+            accumulate: 1,
             samples: Some(256),
             norms: false,
             scales: false,
@@ -66,6 +72,11 @@ impl Default for Options {
             adam: AdamW::default(),
         }
     }
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_one(n: &usize) -> bool {
+    *n == 1
 }
 
 /// What training one block did: mean error, relative to the teacher's output, over sequences that it is not trained on.
@@ -104,7 +115,8 @@ pub fn train(
     train_as(student, teacher, data, options, from, scratch, schedule, each)
 }
 
-/// [`train`], each block for the steps that the schedule has for it, which `each` may cut for those that follow.
+/// [`train`], each block for the steps that the schedule has for it, which `each` may cut for those that follow; by all of the
+/// student's team.
 ///
 /// # Errors
 /// As [`train`].
@@ -117,9 +129,35 @@ pub fn train_as(
     from: usize,
     scratch: &Path,
     schedule: &mut Schedule,
-    each: &mut dyn FnMut(&BlockReport, &Student, &mut Schedule) -> Result<()>,
+    each: &mut Each<'_>,
 ) -> Result<()> {
-    let mut walk = Walk::begin(&student.decoder, teacher, data, *options, scratch)?;
+    let steps = schedule.of_block(from);
+    let others = student.team.clone().map(|team| team.blocks(student, options, data, (from, steps))).transpose()?;
+    train_part(student, teacher, data, Part { options: *options, from, others }, scratch, schedule, each)
+}
+
+/// What is told of a block that was trained, and may change the schedule.
+pub(super) type Each<'e> = dyn FnMut(&BlockReport, &Student, &mut Schedule) -> Result<()> + 'e;
+
+/// What of a training is done here.
+pub(super) struct Part {
+    pub options: Options,
+    pub from: usize,
+    pub others: Option<Others>,
+}
+
+/// One process's part of [`train_as`].
+pub(super) fn train_part(
+    student: &mut Student,
+    teacher: &Decoder<AutogradBackend>,
+    data: &Data,
+    Part { options, from, others }: Part,
+    scratch: &Path,
+    schedule: &mut Schedule,
+    each: &mut Each<'_>,
+) -> Result<()> {
+    let walk = Walk::begin(&student.decoder, teacher, data, options, scratch);
+    let mut walk = agreed(others.as_ref(), walk)?.with(others.clone());
     for block in 0..student.decoder.config.layers.len() {
         let steps = schedule.of_block(block);
         if block >= from && steps == 0 {
@@ -128,10 +166,14 @@ pub fn train_as(
         let targets = walk.targets(teacher, block)?;
         if block < from {
             walk.pass(&student.decoder, block, targets)?;
-        } else {
-            let report = walk.train(student, block, steps, targets)?;
-            each(&report, student, schedule)?;
+            continue;
         }
+        let report = walk.train(student, block, steps, targets)?;
+        let told = each(&report, student, schedule);
+        if let Some(others) = others.as_ref().filter(|others| others.is_root()) {
+            let _ = others.tell(told.as_ref().ok().map(|()| schedule.of_block(block + 1)));
+        }
+        told?;
     }
     student.train(|_| Learned::default());
     Ok(())
@@ -151,6 +193,8 @@ pub(super) struct Walk<'a> {
     reference: Stream<'a>,
     /// Seconds that each step took of the block that was trained last.
     pub(super) took: Vec<f64>,
+    /// Those who go through the blocks alike.
+    others: Option<Others>,
 }
 
 impl<'a> Walk<'a> {
@@ -177,17 +221,22 @@ impl<'a> Walk<'a> {
         let data = Data { rows, description: String::new() };
         let inputs = Stream::embed(student, &data, scratch)?;
         let reference = Stream::embed(teacher, &data, scratch)?;
-        Ok(Self { options, data, held_out, judged, inputs, reference, took: Vec::new() })
+        Ok(Self { options, data, held_out, judged, inputs, reference, took: Vec::new(), others: None })
+    }
+
+    /// The same with others, each of whom has the same.
+    pub(super) fn with(self, others: Option<Others>) -> Self {
+        Self { others, ..self }
     }
 
     /// What leaves the teacher's block `block`, the next one.
     pub(super) fn targets(&self, teacher: &Blocks<AutogradBackend>, block: usize) -> Result<Stream<'a>> {
-        self.reference.through(teacher, block, &self.data)
+        self.reference.through(teacher, block, &self.data, self.others.as_ref())
     }
 
     /// Goes through the student's block as it is.
     pub(super) fn pass(&mut self, student: &Blocks<AutogradBackend>, block: usize, targets: Stream<'a>) -> Result<()> {
-        self.inputs = self.inputs.through(student, block, &self.data)?;
+        self.inputs = self.inputs.through(student, block, &self.data, self.others.as_ref())?;
         self.reference = targets;
         Ok(())
     }
@@ -201,6 +250,8 @@ impl<'a> Walk<'a> {
         targets: Stream<'a>,
     ) -> Result<BlockReport> {
         let Self { options, held_out, .. } = *self;
+        let others = self.others.clone();
+        let others = others.as_ref();
         let of = |p: &Parameter| Learned {
             weight: p.layer == Some(block) && (p.is_quantized() || (options.norms && p.is_norm())),
             scales: options.scales && p.layer == Some(block) && p.is_quantized(),
@@ -208,44 +259,81 @@ impl<'a> Walk<'a> {
         };
         student.train(of);
         let scratch = self.inputs.scratch;
-        let start = student.set_aside(block, scratch).map_err(io(scratch))?;
+        let start = agreed(others, student.set_aside(block, scratch).map_err(io(scratch)))?;
         let judged = self.judged.rows.len();
-        let before = self.inputs.through(student.blocks(), block, &self.judged)?.distance(&targets, judged)?;
+        let inputs = self.inputs.through(student.blocks(), block, &self.judged, others)?;
+        let before = agreed(others, inputs.distance(&targets, judged))?;
         let learns = student.parameters.iter().any(|p| of(p).weight);
+        let mut shared = others.filter(|_| learns).map(|others| Shared::new(others.link(), student));
         let mut order = Order::new(self.data.rows.len() - held_out, options.seed.wrapping_add(block as u64));
         self.took.clear();
         // A block of floats has nothing to learn.
         for step in 0..if learns { steps } else { 0 } {
             let began = Instant::now();
-            let chosen: Vec<usize> = order.take(options.sequences).into_iter().map(|r| held_out + r).collect();
-            let pass = prepare(student.blocks(), &self.data, &chosen)?;
-            let x = self.inputs.rows(&chosen)?;
-            let x = Var::from_tensor(&x).during("block")?;
-            let mut cache = cache(student.blocks())?;
-            let out = student.blocks().block(block, x.as_tensor().clone(), &pass, &mut cache)?;
-            let wanted = targets.gather(&chosen)?;
-            let worth = worth(&student.blocks().backend().to_host(&out)?, &wanted, self.inputs.hidden);
-            let (loss, value) = loss::squared_error(&out, &wanted, &worth).during("block loss")?;
-            if !value.is_finite() {
-                return Err(RecoverError::NotFinite { what: format!("error of block {block}"), step, value });
+            let chosen = order.take(options.sequences * options.accumulate).into_iter();
+            let chosen: Vec<usize> = chosen.map(|r| held_out + r).collect();
+            self.gradients(student, block, step, (&chosen, &targets), shared.as_mut())?;
+            let norm = shared.as_ref().map_or_else(|| student.gradient_norm(), |shared| shared.gradient_norm(student));
+            let factor = options.adam.clipping(norm);
+            let rate = Rates::of(cosine(options.learning_rate, step, steps, options.warmup, FLOOR));
+            match &shared {
+                Some(shared) => shared.step(student, &options.adam, (step + 1, steps), rate, factor),
+                None => student.step(&options.adam, step + 1, steps, rate, factor),
             }
-            loss.backward().during("block gradient")?;
-            let factor = options.adam.clipping(student.gradient_norm());
-            let rate = cosine(options.learning_rate, step, steps, options.warmup, FLOOR);
-            student.step(&options.adam, step + 1, steps, Rates::of(rate), factor);
             self.took.push(began.elapsed().as_secs_f64());
         }
         student.settle_rounding();
-        let mut outputs = self.inputs.through(student.blocks(), block, &self.data)?;
-        let mut after = outputs.distance(&targets, judged)?;
+        let mut outputs = self.inputs.through(student.blocks(), block, &self.data, others)?;
+        let mut after = agreed(others, outputs.distance(&targets, judged))?;
         if after > before {
-            student.put_back(start).map_err(io(scratch))?;
-            outputs = self.inputs.through(student.blocks(), block, &self.data)?;
+            agreed(others, student.put_back(start).map_err(io(scratch)))?;
+            outputs = self.inputs.through(student.blocks(), block, &self.data, others)?;
             after = before;
         }
         self.inputs = outputs;
         self.reference = targets;
         Ok(BlockReport { block, before, after })
+    }
+
+    /// Sums the gradients of a step's batches, of the sequences `chosen`: this process's, or with others all of them.
+    fn gradients<M: Borrow<Blocks<AutogradBackend>>>(
+        &self,
+        student: &Student<M>,
+        block: usize,
+        step: usize,
+        (chosen, targets): (&[usize], &Stream<'_>),
+        mut shared: Option<&mut Shared>,
+    ) -> Result<()> {
+        let (rank, size) = self.others.as_ref().map_or((0, 1), Others::place);
+        let tokens = |chosen: &[usize]| chosen.iter().map(|c| self.data.rows[*c].len()).sum::<usize>();
+        let total = tokens(chosen);
+        let batches: Vec<&[usize]> = chosen.chunks(self.options.sequences).collect();
+        let one = |chosen: &[usize]| -> Result<()> {
+            let pass = prepare(student.blocks(), &self.data, chosen)?;
+            let x = self.inputs.rows(chosen)?;
+            let x = Var::from_tensor(&x).during("block")?;
+            let mut cache = cache(student.blocks())?;
+            let out = student.blocks().block(block, x.as_tensor().clone(), &pass, &mut cache)?;
+            let wanted = targets.gather(chosen)?;
+            let mut worth = worth(&student.blocks().backend().to_host(&out)?, &wanted, self.inputs.hidden);
+            let share = tokens(chosen) as f32 / total as f32;
+            worth.iter_mut().for_each(|w| *w *= share);
+            let (loss, value) = loss::squared_error(&out, &wanted, &worth).during("block loss")?;
+            if !value.is_finite() {
+                return Err(RecoverError::NotFinite { what: format!("error of block {block}"), step, value });
+            }
+            student.apart(|| loss.backward().during("block gradient"))?;
+            Ok(())
+        };
+        let rounds = batches.chunks(size);
+        let count = rounds.len();
+        for (i, round) in rounds.enumerate() {
+            agreed(self.others.as_ref(), round.get(rank).map_or(Ok(()), |chosen| one(chosen)))?;
+            if let Some(shared) = shared.as_mut() {
+                shared.sum(student, round.len(), i == 0, i + 1 == count);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -315,24 +403,33 @@ impl<'a> Stream<'a> {
         Tensor::from_vec(values, (rows, self.hidden), &Device::Cpu).during("block input")
     }
 
-    /// What leaves block `block` when this enters it; of as many sequences as `data` has.
-    fn through(&self, decoder: &Blocks<AutogradBackend>, block: usize, data: &Data) -> Result<Self> {
-        let mut next = 0;
-        Self::write(self.scratch, data, self.hidden, |_| {
-            let mut chosen = Vec::new();
-            let mut tokens = 0;
-            while let Some(row) = data.rows.get(next).filter(|r| chosen.is_empty() || tokens + r.len() <= CHUNK) {
-                tokens += row.len();
-                chosen.push(next);
-                next += 1;
-            }
-            if chosen.is_empty() {
-                return Ok(None);
-            }
-            let pass = prepare(decoder, data, &chosen)?;
-            let out = decoder.block(block, self.rows(&chosen)?, &pass, &mut cache(decoder)?)?;
-            Ok(Some(decoder.backend().to_host(&out)?))
-        })
+    /// What leaves block `block` when this enters it; of as many sequences as `data` has, some of which the others compute.
+    fn through(
+        &self,
+        decoder: &Blocks<AutogradBackend>,
+        block: usize,
+        data: &Data,
+        others: Option<&Others>,
+    ) -> Result<Self> {
+        let (rank, size) = others.map_or((0, 1), Others::place);
+        let chunks = chunks(data);
+        let mut rounds = chunks.chunks(size);
+        let one = |chosen: &Vec<usize>| -> Result<Vec<f32>> {
+            let pass = prepare(decoder, data, chosen)?;
+            let out = decoder.block(block, self.rows(chosen)?, &pass, &mut cache(decoder)?)?;
+            Ok(decoder.backend().to_host(&out)?)
+        };
+        let written = Self::write(self.scratch, data, self.hidden, |_| {
+            let Some(round) = rounds.next() else { return Ok(None) };
+            let own = round.get(rank).map(one).transpose();
+            let Some(others) = others else { return own };
+            let values = |chosen: &Vec<usize>| chosen.iter().map(|c| data.rows[*c].len() * self.hidden).sum();
+            let mut counts: Vec<usize> = round.iter().map(values).collect();
+            counts.resize(size, 0);
+            others.share(own, &counts).map(Some)
+        });
+        // What was told is known; what could not be written is not.
+        if others.is_some_and(Others::is_over) { written } else { agreed(others, written) }
     }
 
     /// Mean over the tokens of the first `rows` sequences of [`worth`] · |self - other|².
@@ -348,6 +445,23 @@ impl<'a> Stream<'a> {
         }
         Ok(sum / f64::from(tokens.max(1)))
     }
+}
+
+/// Sequences that go through a block at once.
+fn chunks(data: &Data) -> Vec<Vec<usize>> {
+    let mut chunks: Vec<Vec<usize>> = Vec::new();
+    let mut tokens = 0;
+    for (i, row) in data.rows.iter().enumerate() {
+        match chunks.last_mut() {
+            Some(chunk) if tokens + row.len() <= CHUNK => chunk.push(i),
+            _ => {
+                tokens = 0;
+                chunks.push(vec![i]);
+            }
+        }
+        tokens += row.len();
+    }
+    chunks
 }
 
 /// A failure with what is kept in `scratch` meanwhile.

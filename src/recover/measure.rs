@@ -238,7 +238,7 @@ impl BlockCost {
         let pass = self.pass * share;
         let (fixed, step) = match samples {
             Some(samples) => (pass * samples as f64, 0.0),
-            None => (0.0, pass * options.sequences as f64),
+            None => (0.0, pass * (options.sequences * options.accumulate) as f64),
         };
         StageCost { fixed: fixed + self.fixed * share, step: step + self.step * share, ..StageCost::default() }
     }

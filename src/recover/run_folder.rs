@@ -182,6 +182,11 @@ impl RunFolder {
         Ok(TensorStore::open_file(&self.folder.join(name))?)
     }
 
+    /// Where that is.
+    pub(super) fn trained_path(&self, block: usize) -> PathBuf {
+        self.folder.join(trained_name(block))
+    }
+
     /// What was kept so, and where the run stood then; nothing, where the block was not trained yet.
     ///
     /// # Errors
@@ -270,7 +275,7 @@ const CURVE: &str = "curve.jsonl";
 const STATE: &str = "state.safetensors";
 const BEST: &str = "best.safetensors";
 
-fn trained_name(block: usize) -> String {
+pub(super) fn trained_name(block: usize) -> String {
     format!("trained-{block}.safetensors")
 }
 

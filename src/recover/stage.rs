@@ -71,6 +71,9 @@ impl Stage {
         if matches!(&self.method, Method::Block(o) if o.samples == Some(0)) {
             return Err("samples must be at least 1".into());
         }
+        if matches!(&self.method, Method::Block(o) if o.accumulate == 0) {
+            return Err("accumulate must be at least 1".into());
+        }
         if matches!(&self.method, Method::Block(o) if o.rounding && o.scales) {
             return Err("rounding is learned under scales that stay: leave one of the two out".into());
         }
@@ -135,16 +138,16 @@ impl Stage {
     #[must_use]
     pub fn sequences(&self) -> usize {
         match &self.method {
-            Method::Block(o) => o.sequences,
+            Method::Block(o) => o.sequences * o.accumulate,
             Method::Distill(o) => o.sequences * o.accumulate,
         }
     }
 
-    /// Batches of a step, which several processes can share; of blocks one.
+    /// Batches of a step, which several processes can share.
     #[must_use]
     pub fn batches(&self) -> usize {
         match &self.method {
-            Method::Block(_) => 1,
+            Method::Block(o) => o.accumulate,
             Method::Distill(o) => o.accumulate,
         }
     }

@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 
@@ -11,9 +12,11 @@ use super::data::{Data, batch};
 use super::distill::Watched;
 use super::optimizer::Moments;
 use super::parameter::Parameter;
-use super::run_folder::RunFolder;
+use super::run_folder::{RunFolder, trained_name};
 use super::stage::{Method, Stage};
 use super::student::{BlockStudent, Student};
+use super::team::alike::{Others, agreed};
+use super::team::{Models, Team};
 use super::written::Trained;
 use super::{During as _, RecoverError, Result};
 use crate::backend::autograd::AutogradBackend;
@@ -39,6 +42,8 @@ pub struct Streamed<'a> {
     pub sizes: Vec<BlockSize>,
     /// The first blocks, as training left them.
     trained: Vec<TensorStore>,
+    /// Who else trains them, and what they have to open.
+    team: Option<(Arc<Team>, Models)>,
 }
 
 /// What is told of a block that was trained: keeps it, and says how many steps the next one has.
@@ -129,7 +134,13 @@ impl<'a> Streamed<'a> {
         for other in [Some(teacher), masters].into_iter().flatten() {
             look_through(other, &Source::config(other).map_err(LoadError::from)?, &mut |_, _| {})?;
         }
-        Ok(Self { student, teacher, masters, backend, config, sizes, trained: Vec::new() })
+        Ok(Self { student, teacher, masters, backend, config, sizes, trained: Vec::new(), team: None })
+    }
+
+    /// Lets other processes train it too, which open `models`.
+    #[must_use]
+    pub fn with_team(self, team: Option<(Arc<Team>, Models)>) -> Self {
+        Self { team, ..self }
     }
 
     /// Whether `stages` are of a kind that is trained so: blocks and nothing else, once.
@@ -271,30 +282,53 @@ impl<'a> Streamed<'a> {
         data: &Data,
         options: &block::Options,
         folder: &Path,
+        steps: usize,
+        each: &mut Each<'_>,
+    ) -> Result<()> {
+        let from = self.done();
+        if from >= self.config.layers.len() || steps == 0 {
+            return Ok(());
+        }
+        let others = match &self.team {
+            None => None,
+            Some((team, models)) => {
+                let trained: Vec<PathBuf> = (0..from).map(|block| folder.join(trained_name(block))).collect();
+                Some(team.stream(models, options, data, (&trained, steps))?)
+            }
+        };
+        self.train_part(data, options, folder, steps, others.as_ref(), each)
+    }
+
+    /// One process's part of that.
+    pub(super) fn train_part(
+        &mut self,
+        data: &Data,
+        options: &block::Options,
+        folder: &Path,
         mut steps: usize,
+        others: Option<&Others>,
         each: &mut Each<'_>,
     ) -> Result<()> {
         let (from, layers) = (self.done(), self.config.layers.len());
-        if from >= layers || steps == 0 {
-            return Ok(());
-        }
-        let mut walk = {
-            let [student, teacher] = self.ends()?;
-            Walk::begin(&student, &teacher, data, *options, folder)?
-        };
+        let walk = self.ends().and_then(|[student, teacher]| Walk::begin(&student, &teacher, data, *options, folder));
+        let mut walk = agreed(others, walk)?.with(others.cloned());
         for block in 0..layers {
             if block >= from && steps == 0 {
                 break;
             }
-            let targets = walk.targets(&self.teacher_block(block)?, block)?;
+            let targets = walk.targets(&agreed(others, self.teacher_block(block))?, block)?;
             if block < from {
-                walk.pass(&self.trained_block(block)?, block, targets)?;
+                walk.pass(&agreed(others, self.trained_block(block))?, block, targets)?;
                 continue;
             }
-            let mut student = self.block(block, options)?;
+            let mut student = agreed(others, self.block(block, options))?;
             let report = walk.train(&mut student, block, steps, targets)?;
+            let told = each(&report, &student);
+            if let Some(others) = others.filter(|others| others.is_root()) {
+                let _ = others.tell(told.as_ref().ok().map(|(steps, _)| *steps));
+            }
             let trained;
-            (steps, trained) = each(&report, &student)?;
+            (steps, trained) = told?;
             self.trained.push(trained);
         }
         Ok(())

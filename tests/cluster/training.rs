@@ -94,6 +94,36 @@ fn a_process_that_is_lost_ends_all_and_any_number_goes_on() {
     }
 }
 
+/// Of a model of which a block at a time is in memory; killed in its midst, any number goes on.
+#[test]
+fn blocks_are_trained_by_all_and_what_was_done_of_them_goes_on() {
+    const BLOCK: [&str; 3] = ["--method", "block:steps=6,norms=true", "--f32"];
+    let folder = Folder::new();
+    let out = |name: &str| folder.name(name);
+    done(&mut recover(0, &out("alone"), &["--method", "block:steps=6,norms=true,sequences=1,accumulate=4", "--f32"]));
+    for n in [2, 4] {
+        let text = said(&done(&mut recover(n, &out(&n.to_string()), &BLOCK)));
+        assert!(text.contains("sequences=1,accumulate=4"), "{text}");
+        assert_same_files(&folder.at("alone"), &folder.at(n.to_string()));
+    }
+    for (victim, then) in [(1, 3), (0, 0)] {
+        let name = format!("killed-{victim}");
+        let mut running = recover(2, &out(&name), &BLOCK).stderr(std::process::Stdio::piped()).spawn().unwrap();
+        let trained = |block: usize| folder.at(format!("{name}.training/trained-{block}.safetensors")).exists();
+        let began = Instant::now();
+        while !trained(3) {
+            assert!(began.elapsed() < Duration::from_secs(300) && running.try_wait().unwrap().is_none());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let ranks = children(running.id());
+        assert!(Command::new("kill").args(["-9", &ranks[victim].to_string()]).status().unwrap().success());
+        assert!(!running.wait_with_output().unwrap().status.success());
+        assert!(!folder.at(&name).exists());
+        done(&mut recover(then, &out(&name), &[&BLOCK[..], &["--resume"]].concat()));
+        assert_same_files(&folder.at("alone"), &folder.at(&name));
+    }
+}
+
 #[test]
 fn what_processes_cannot_share_is_said_once_and_none_is_left() {
     let folder = Folder::new();
@@ -103,7 +133,7 @@ fn what_processes_cannot_share_is_said_once_and_none_is_left() {
         said(&out)
     };
     for (more, part) in [
-        (&["--method", "block:steps=4"][..], "block: trains one block after the other"),
+        (&["--method", "block:steps=4,rounding=true"][..], "rounding=true is learned in one process"),
         (&["--method", "qad:steps=4,sequences=4"], "sequences=1,accumulate=6"),
         (&["--method", "qad:steps=4,lr=0"], "learning rate"),
         (&["--until-recovery", "0.9", "--on", TEXT], "begun as one process, and 3 were begun"),

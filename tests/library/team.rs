@@ -37,10 +37,11 @@ fn opened(name: &str) -> Checkpoint {
     Checkpoint::open(&project().join("models").join(name)).unwrap()
 }
 
-/// Trains by stages of `methods` in `training`, this thread with `team`, and writes what it gives to `out`; where `copy` is given,
+/// Trains on 16 sequences, or 64 where there are blocks, by stages of `methods` in `training`, this thread with `team`, and writes what it gives to `out`; where `copy` is given,
 /// the state as it is before step 4 of the second stage goes there.
 fn root(team: Option<Arc<Team>>, methods: &[&str], training: &Path, copy: Option<&Path>, out: &Path) -> Vec<Event> {
     let (student, teacher) = (opened("books-nvfp4"), opened("books-bf16"));
+    let data = if methods.iter().any(|m| m.starts_with("block")) { 64 } else { 16 };
     let backend = AutogradBackend::with_precision(Precision::Bf16);
     let load = || {
         let own = Student::load(&student, Some(&teacher), backend.clone())?;
@@ -56,7 +57,7 @@ fn root(team: Option<Arc<Team>>, methods: &[&str], training: &Path, copy: Option
     };
     let stages: Vec<Stage> = methods.iter().map(|m| Stage::parse(m, 7).unwrap()).collect();
     let plan = Plan { stages, evaluate_every: 2, patience: None, save_every: Duration::ZERO };
-    let data = Data { rows: rows(0, 16), description: String::new() };
+    let data = Data { rows: rows(0, data), description: String::new() };
     let watched = [Watched::new("others".into(), rows(40, 2), Some(&decoder)).unwrap()];
     let about = json!({"test": "team"});
     let mut folder = match RunFolder::resume(training, &about).unwrap() {
@@ -125,6 +126,25 @@ fn any_number_of_processes_gives_the_bytes_of_one_and_goes_on_with_what_another_
     by(2, &methods, &at("again.training"), Some(&copy), &at("again"));
     assert_eq!(root(None, &methods, &copy, None, &at("again-1")), alone);
     assert_same_files(&at("alone"), &at("again-1"));
+}
+
+/// Blocks by all of them alike, and then the whole model; of sequences that are several chunks.
+#[test]
+fn blocks_are_trained_by_all_alike_to_the_bytes_of_one() {
+    let methods = [
+        "block:steps=4,sequences=1,accumulate=3,norms=true,scales=true,lr=1e-3,warmup=1,samples=40",
+        "qad:steps=3,sequences=1,accumulate=4,lr=1e-3,warmup=0",
+    ];
+    let folder = Folder::new();
+    let at = |name: &str| folder.at(name);
+    let alone = root(None, &methods, &at("alone.training"), None, &at("alone"));
+    let better = |e: &Event| matches!(e, Event::Block { before, after, .. } if after < before);
+    assert!(alone.iter().filter(|e| better(e)).count() > 6, "{alone:?}");
+    for n in [2, 3, 4] {
+        let (training, copy, out) = (at(&format!("{n}.training")), at(&format!("{n}.copy")), at(&n.to_string()));
+        assert_eq!(by(n, &methods, &training, Some(&copy), &out), alone, "{n} processes");
+        assert_same_files(&at("alone"), &out);
+    }
 }
 
 /// Batches one by one are one larger batch, but for the order of sums.

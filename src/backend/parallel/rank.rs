@@ -194,15 +194,7 @@ impl<B: Backend> Rank<B> {
         if !here {
             return Ok(());
         }
-        let own = match value {
-            Some(value) => self.backend.to_host(&value)?,
-            None => Vec::new(),
-        };
-        let counts: Vec<usize> = cut.0.iter().map(|piece| piece.1 * rows).collect();
-        let mut all = vec![0.0; counts.iter().sum()];
-        self.team.spread(&own, &counts, &mut all);
-        let data = if rows == 1 && all.len() == columns { all } else { side_by_side(&all, &cut, rows, columns) };
-        let value = self.backend.tensor(data, columns)?;
+        let value = self.backend.spread_columns(&*self.team, value.as_ref(), &cut.0, (rows, columns))?;
         get_mut(&mut self.tensors, id, "tensor")?.value = Some(value);
         Ok(())
     }
@@ -220,11 +212,10 @@ impl<B: Backend> Rank<B> {
         entry.stage = stage;
         if self.stage == from {
             let value = entry.value.take().ok_or_else(|| unknown("tensor of this rank"))?;
-            self.world.send(stage * self.size.tensor + me, &self.backend.to_host(&value)?);
+            self.backend.give(&*self.world, stage * self.size.tensor + me, &value)?;
         } else if self.stage == stage {
-            let mut data = vec![0.0; entry.rows * entry.columns];
-            self.world.receive(from * self.size.tensor + me, &mut data);
-            entry.value = Some(self.backend.tensor(data, entry.columns)?);
+            let shape = (entry.rows, entry.columns);
+            entry.value = Some(self.backend.take(&*self.world, from * self.size.tensor + me, shape)?);
         }
         Ok(())
     }
@@ -441,8 +432,7 @@ impl<B: Backend> Rank<B> {
                     cut.0.iter().position(|(first, count)| (*first..first + count).contains(&(token as usize)))
                 };
                 let owners: Vec<usize> = tokens.iter().map(|t| whose(*t).unwrap_or(0)).collect();
-                let counts: Vec<usize> =
-                    (0..cut.0.len()).map(|r| columns * owners.iter().filter(|o| **o == r).count()).collect();
+                let counts: Vec<usize> = (0..cut.0.len()).map(|r| owners.iter().filter(|o| **o == r).count()).collect();
                 let me = self.me();
                 let first = cut.0[me].0 as u32;
                 let own: Vec<u32> =
@@ -450,19 +440,19 @@ impl<B: Backend> Rank<B> {
                 let own = match &weight.value {
                     Some(table) if !own.is_empty() => {
                         let pass = self.backend.prepare(&Batch::alone(own), &[])?;
-                        self.backend.to_host(&self.backend.embed(table, &pass)?)?
+                        vec![self.backend.embed(table, &pass)?]
                     }
                     _ => Vec::new(),
                 };
-                let mut all = vec![0.0; rows * columns];
-                self.team.spread(&own, &counts, &mut all);
+                let all = self.backend.spread_rows(&*self.team, &own, &counts, columns)?;
                 let mut next = starts(&counts);
-                let mut data = Vec::with_capacity(all.len());
-                for owner in owners {
-                    data.extend_from_slice(&all[next[owner]..][..columns]);
-                    next[owner] += columns;
-                }
-                Some(self.backend.tensor(data, columns)?)
+                let place = |owner: usize| {
+                    next[owner] += 1;
+                    next[owner] - 1
+                };
+                let places: Vec<usize> = owners.into_iter().map(place).collect();
+                let in_order = places.iter().copied().eq(0..rows);
+                Some(if in_order { all } else { self.backend.select_rows(&all, &places)? })
             }
         };
         self.insert(to, stage, (rows, columns), None, value);
@@ -718,23 +708,22 @@ impl<B: Backend> Rank<B> {
             let [up, down] = [up, down].map(|id| get(&self.weights, id, "weight"));
             let (up, down) = (up?, down?);
             let owner = down.cut.as_ref().map_or(Some(0), Cut::owner).ok_or_else(|| unknown("expert of one rank"))?;
-            counts[owner] += rows.len() * columns;
+            counts[owner] += rows.len();
             owners.push(owner);
             if let (Some(up), Some(down)) = (&up.value, &down.value) {
                 let gate = gate.map(|id| get(&self.weights, id, "weight")).transpose()?;
                 let ffn = Ffn { gate: gate.and_then(|g| g.value.as_ref()), up, down, activation };
                 let h = self.backend.expanded(&self.backend.select_rows(x, rows)?, &ffn)?;
-                own.extend(self.backend.to_host(&one(self.backend.linears(&h, &[down])?)?)?);
+                own.push(one(self.backend.linears(&h, &[down])?)?);
             }
         }
-        let mut all = vec![0.0; counts.iter().sum()];
-        self.team.spread(&own, &counts, &mut all);
+        let all = self.backend.spread_rows(&*self.team, &own, &counts, columns)?;
         let mut next = starts(&counts);
         let mut sum = self.backend.zeros_like(x)?;
         for ((_, (rows, weights)), owner) in chosen().zip(owners) {
-            let count = rows.len() * columns;
-            let y = self.backend.tensor(all[next[owner]..][..count].to_vec(), columns)?;
-            next[owner] += count;
+            let places: Vec<usize> = (next[owner]..next[owner] + rows.len()).collect();
+            let y = self.backend.select_rows(&all, &places)?;
+            next[owner] += rows.len();
             sum = self.backend.add_rows(sum, &y, rows, weights)?;
         }
         Ok(sum)
@@ -752,11 +741,9 @@ impl<B: Backend> Rank<B> {
         let entry = get(&self.tensors, id, "tensor")?;
         if self.world.rank() == sender {
             let value = entry.value.as_ref().ok_or_else(|| unknown("tensor of this rank"))?;
-            self.world.send(ROOT, &self.backend.to_host(value)?);
+            self.backend.give(&*self.world, ROOT, value)?;
         } else if self.world.rank() == ROOT {
-            let mut data = vec![0.0; entry.rows * entry.columns];
-            self.world.receive(sender, &mut data);
-            self.read.insert(id, self.backend.tensor(data, entry.columns)?);
+            self.read.insert(id, self.backend.take(&*self.world, sender, (entry.rows, entry.columns))?);
         }
         Ok(())
     }
@@ -770,18 +757,4 @@ fn starts(counts: &[usize]) -> Vec<usize> {
         Some(start)
     };
     counts.iter().scan(0, begin).collect()
-}
-
-/// Rows of all columns, of the rows that each rank has of its own.
-fn side_by_side(all: &[f32], cut: &Cut, rows: usize, columns: usize) -> Vec<f32> {
-    let mut data = vec![0.0; rows * columns];
-    let mut rest = all;
-    for &(first, count) in cut.0.iter().filter(|piece| piece.1 > 0) {
-        let (own, others) = rest.split_at(count * rows);
-        rest = others;
-        for (row, own) in data.chunks_exact_mut(columns).zip(own.chunks_exact(count)) {
-            row[first..first + count].copy_from_slice(own);
-        }
-    }
-    data
 }

@@ -1,22 +1,29 @@
 //! The side of those that help the root.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::Value;
 
+use super::alike::Others;
 use super::shared::Shared;
 use super::{Beginning, Models, Part, Task, all_told, bits, read};
 use crate::backend::autograd::AutogradBackend;
 use crate::backend::autograd::multiplier::Multiplier;
 use crate::backend::autograd::operand::Precision;
-use crate::checkpoint::Checkpoint;
 use crate::checkpoint::identity::identity;
+use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::corpus::Row;
 use crate::model::Decoder;
 use crate::ranks::Link;
+use crate::recover::block::{self, BlockReport};
+use crate::recover::data::Data;
 use crate::recover::distill::{self, LossPart, Options, Watched};
-use crate::recover::parameter::Rates;
-use crate::recover::student::Student;
+use crate::recover::parameter::{Parameter, Rates};
+use crate::recover::run_folder::RunFolder;
+use crate::recover::schedule::Schedule;
+use crate::recover::streamed::{self, Streamed};
+use crate::recover::student::{BlockStudent, Student};
 use crate::recover::trainer::learned;
 use crate::recover::{RecoverError, Result};
 
@@ -78,6 +85,14 @@ pub fn help(link: Arc<dyn Link>, multiplier: Multiplier) -> Result<()> {
                 // What went wrong is the root's to find.
                 let _ = all_told(&*helper.link, parts.map(bits));
             }
+            Task::Blocks { options, scales, state, rows, from, steps } => {
+                let taken = helper.take(scales, state);
+                helper.tell(taken);
+                helper.blocks(&options, rows, from, steps)?;
+            }
+            Task::Stream { models, options, rows, from, steps } => {
+                helper.stream(&models, &options, rows, from, steps)?;
+            }
             Task::Fetch { parameter, kind } => {
                 let (shared, student) = helper.at_work()?;
                 shared.give(student, parameter, &kind);
@@ -89,6 +104,23 @@ pub fn help(link: Arc<dyn Link>, multiplier: Multiplier) -> Result<()> {
 
 fn too_early() -> RecoverError {
     RecoverError::Asked("the first process asks for training before it said of what".into())
+}
+
+/// A folder for what is written meanwhile, gone afterwards.
+fn scratch() -> Result<tempfile::TempDir> {
+    let folder = std::env::temp_dir();
+    tempfile::tempdir_in(&folder).map_err(|e| CheckpointError::io(&folder, "make a folder in", e).into())
+}
+
+/// A model that has to be the one that the first process has.
+fn open(folder: &Path, expected: &Value) -> Result<Checkpoint> {
+    let checkpoint = Checkpoint::open(folder)?;
+    let found = identity(&checkpoint.tensors, &mut |_, _| ())?;
+    if found != *expected {
+        let found = format!("{}: its files are others than those that the first process has", folder.display());
+        return Err(RecoverError::Asked(found));
+    }
+    Ok(checkpoint)
 }
 
 impl Helper {
@@ -105,23 +137,19 @@ impl Helper {
         let _ = all_told(&*self.link, outcome);
     }
 
-    fn load(&mut self, models: &Models) -> Result<()> {
+    /// What the first process computes with.
+    fn backend(&self, models: &Models) -> Result<AutogradBackend> {
         let by = |device: Option<String>| device.unwrap_or_else(|| "the CPU".into());
         if self.multiplier.device() != models.device {
             let (own, first) = (by(self.multiplier.device()), by(models.device.clone()));
             return Err(RecoverError::Asked(format!("multiplies by {own}, and the first process by {first}")));
         }
         let precision = if models.f32 { Precision::F32 } else { Precision::Bf16 };
-        let backend = AutogradBackend::multiplied_by(self.multiplier.clone(), precision);
-        let open = |folder: &std::path::Path, expected: &Value| -> Result<Checkpoint> {
-            let checkpoint = Checkpoint::open(folder)?;
-            let found = identity(&checkpoint.tensors, &mut |_, _| ())?;
-            if found != *expected {
-                let found = format!("{}: its files are others than those that the first process has", folder.display());
-                return Err(RecoverError::Asked(found));
-            }
-            Ok(checkpoint)
-        };
+        Ok(AutogradBackend::multiplied_by(self.multiplier.clone(), precision))
+    }
+
+    fn load(&mut self, models: &Models) -> Result<()> {
+        let backend = self.backend(models)?;
         let teacher = open(&models.teacher, &models.teacher_identity)?;
         let student = open(&models.student, &models.student_identity)?;
         let student = Student::load(&student, None, backend.clone())?;
@@ -132,13 +160,23 @@ impl Helper {
     fn begin(&mut self, beginning: Beginning) -> Result<()> {
         let (student, _) = self.models.as_mut().ok_or_else(too_early)?;
         let Beginning { options, scales, state } = beginning;
+        self.options = options;
+        let all = student.everything;
         if let (Some(dual), None) = (scales, self.scales) {
             student.allow_scales(dual);
             self.scales = scales;
         }
-        self.options = options;
-        let all = student.everything;
         student.train(|p| learned(p, &options, all));
+        self.take(scales, state)
+    }
+
+    /// Takes the student over as the root has it.
+    fn take(&mut self, scales: Option<bool>, state: Vec<(usize, String)>) -> Result<()> {
+        let (student, _) = self.models.as_mut().ok_or_else(too_early)?;
+        if let (Some(dual), None) = (scales, self.scales) {
+            student.allow_scales(dual);
+            self.scales = scales;
+        }
         for (parameter, kind) in state {
             let p = &mut student.parameters[parameter];
             let mut values = vec![0.0; p.length(&kind)];
@@ -149,6 +187,81 @@ impl Helper {
         }
         student.refresh();
         Ok(())
+    }
+
+    /// Trains blocks as the root does, and with it.
+    fn blocks(&mut self, options: &block::Options, rows: Vec<Row>, from: usize, steps: usize) -> Result<()> {
+        let (student, teacher) = self.models.as_mut().ok_or_else(too_early)?;
+        let (others, scratch) = (Others::new(self.link.clone()), scratch()?);
+        let data = Data { rows, description: String::new() };
+        let schedule = &mut Schedule::new(steps, Vec::new());
+        let told = others.clone();
+        let each = &mut |_: &BlockReport, _: &Student, schedule: &mut Schedule| {
+            *schedule = Schedule::new(told.tell(None)?, Vec::new());
+            Ok(())
+        };
+        let part = block::Part { options: *options, from, others: Some(others.clone()) };
+        let trained = block::train_part(student, teacher, &data, part, scratch.path(), schedule, each);
+        // What all know of is the root's to say.
+        trained.or_else(|e| if others.is_over() { Ok(()) } else { Err(e) })
+    }
+
+    /// The same of a model of which a block at a time is in memory.
+    fn stream(
+        &mut self,
+        models: &Models,
+        options: &block::Options,
+        rows: Vec<Row>,
+        from: usize,
+        steps: usize,
+    ) -> Result<()> {
+        let (others, scratch) = (Others::new(self.link.clone()), scratch()?);
+        let streamed = self.streamed(models, options, rows, (from, steps), &others, scratch.path());
+        streamed.or_else(|e| if others.is_over() { Ok(()) } else { Err(e) })
+    }
+
+    fn streamed(
+        &self,
+        models: &Models,
+        options: &block::Options,
+        rows: Vec<Row>,
+        (from, steps): (usize, usize),
+        others: &Others,
+        scratch: &Path,
+    ) -> Result<()> {
+        let folder = RunFolder::create(&scratch.join("blocks"), &Value::Null)?;
+        for block in 0..from {
+            let mut bytes = others.agree(Ok(Vec::new()))?;
+            self.link.broadcast(&mut bytes);
+            let path = folder.trained_path(block);
+            std::fs::write(&path, bytes).map_err(|e| CheckpointError::io(&path, "write", e))?;
+        }
+        let opened = || -> Result<_> {
+            let masters = models.masters.as_ref().map(|(folder, identity)| open(folder, identity)).transpose()?;
+            Ok((
+                open(&models.student, &models.student_identity)?,
+                open(&models.teacher, &models.teacher_identity)?,
+                masters,
+                self.backend(models)?,
+            ))
+        };
+        let opened = opened();
+        let made = opened.as_ref().map_err(ToString::to_string).map_err(RecoverError::Asked).and_then(
+            |(student, teacher, masters, backend)| {
+                let sizes = streamed::sizes(student)?;
+                let mut model = Streamed::new(student, teacher, masters.as_ref(), backend.clone(), sizes)?;
+                model.resume(&folder)?;
+                Ok(model)
+            },
+        );
+        let mut model = others.agree(made)?;
+        let learned = |p: &Parameter| p.is_quantized() || (options.norms && p.is_norm());
+        let each = &mut |report: &BlockReport, student: &BlockStudent| {
+            let kept = folder.save_trained(student, learned, report.block)?;
+            Ok((others.tell(None)?, kept))
+        };
+        let data = Data { rows, description: String::new() };
+        model.train_part(&data, options, scratch, steps, Some(others), each)
     }
 
     /// What this process's rows of a watched text add to the loss.

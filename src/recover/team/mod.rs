@@ -5,8 +5,9 @@
 //! ([`helper`]) have the student and the teacher and do what it says. A gradient is the sum of those of its batches, in the order of
 //! batches, whoever computed them; so any number of processes gives the same bytes, one too.
 
+pub mod alike;
 pub mod helper;
-mod shared;
+pub(super) mod shared;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,14 +15,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use self::alike::Others;
 use self::shared::Shared;
+use super::block;
+use super::data::Data;
 use super::distill::{self, LossPart, Options, Watched};
 use super::parameter::Rates;
 use super::student::Student;
 use super::{RecoverError, Result};
 use crate::backend::autograd::AutogradBackend;
 use crate::backend::autograd::loss::LossSums;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::corpus::Row;
 use crate::model::Decoder;
 use crate::ranks::{Link, ROOT};
@@ -58,6 +62,23 @@ enum Task {
         rows: Vec<Row>,
         teacher: bool,
     },
+    /// Blocks of the student are trained by all alike, from block `from` on, that one for `steps`; what it is comes first.
+    Blocks {
+        options: Box<block::Options>,
+        scales: Option<bool>,
+        state: Vec<(usize, String)>,
+        rows: Vec<Row>,
+        from: usize,
+        steps: usize,
+    },
+    /// The same of a model of which a block at a time is in memory; what training made of those before `from` comes first.
+    Stream {
+        models: Box<Models>,
+        options: Box<block::Options>,
+        rows: Vec<Row>,
+        from: usize,
+        steps: usize,
+    },
     /// A part of the state of a parameter from who has it.
     Fetch {
         parameter: usize,
@@ -73,6 +94,8 @@ pub struct Models {
     pub student_identity: Value,
     pub teacher: PathBuf,
     pub teacher_identity: Value,
+    /// Of a student that is not loaded whole: the model whose weights masters begin at, if another than it.
+    pub masters: Option<(PathBuf, Value)>,
     /// Products in f32.
     pub f32: bool,
     /// What multiplies, if not the CPU.
@@ -198,21 +221,54 @@ impl Team {
     /// Gives the others the student as it is, with what its optimizer has where it goes on after step `from`, and shares out who
     /// moves what.
     pub(super) fn begin(&self, student: &mut Student, options: &Options, from: usize) -> Result<()> {
-        let names = |(i, p): (usize, &super::parameter::Parameter)| -> Vec<(usize, String)> {
-            let kind =
-                |(name, _): (String, usize)| (i, name.rsplit_once('.').map_or_else(String::new, |(_, k)| k.into()));
-            p.sent(from > 0).into_iter().map(kind).collect()
-        };
-        let state: Vec<(usize, String)> = student.parameters.iter().enumerate().flat_map(names).collect();
-        let scales = student.scales();
+        let (state, scales) = (state_of(student, from > 0), student.scales());
         self.ask(&Task::Begin(Box::new(Beginning { options: *options, scales, state: state.clone() })));
+        self.send(student, state)?;
+        *self.shared() = Some(Shared::new(self.link.clone(), student));
+        Ok(())
+    }
+
+    /// Gives the others parts of the student's state.
+    fn send(&self, student: &Student, state: Vec<(usize, String)>) -> Result<()> {
         for (parameter, kind) in state {
             let mut values = student.parameters[parameter].state_values(&kind).cloned().unwrap_or_default();
             self.link.broadcast_values(&mut values);
         }
-        all_told(&*self.link, Ok(()))?;
-        *self.shared() = Some(Shared::new(self.link.clone(), student));
-        Ok(())
+        all_told(&*self.link, Ok(())).map(|_| ())
+    }
+
+    /// Gives the others the student as it is, to train its blocks from `from` on alike.
+    pub(super) fn blocks(
+        &self,
+        student: &Student,
+        options: &block::Options,
+        data: &Data,
+        (from, steps): (usize, usize),
+    ) -> Result<Others> {
+        let (state, scales, rows) = (state_of(student, false), student.scales(), data.rows.clone());
+        let options = Box::new(*options);
+        self.ask(&Task::Blocks { options, scales, state: state.clone(), rows, from, steps });
+        self.send(student, state)?;
+        Ok(Others::new(self.link.clone()))
+    }
+
+    /// Has the others open a model that is trained a block at a time, from the block after `trained` on, which are files.
+    pub(super) fn stream(
+        &self,
+        models: &Models,
+        options: &block::Options,
+        data: &Data,
+        (trained, steps): (&[PathBuf], usize),
+    ) -> Result<Others> {
+        let (models, options, rows) = (Box::new(models.clone()), Box::new(*options), data.rows.clone());
+        self.ask(&Task::Stream { models, options, rows, from: trained.len(), steps });
+        let others = Others::new(self.link.clone());
+        for path in trained {
+            let read = std::fs::read(path).map_err(|e| CheckpointError::io(path, "read", e).into());
+            self.link.broadcast(&mut others.agree(read)?);
+        }
+        others.agree(Ok(()))?;
+        Ok(others)
     }
 
     /// [`distill::gradients`] of each batch, computed by all; their sum is then the gradient, of each weight where it is moved.
@@ -294,6 +350,15 @@ impl Team {
     }
 }
 
+/// Parts of the student's state that others have to be given, by parameter; `moments` as well, where it has them.
+fn state_of(student: &Student, moments: bool) -> Vec<(usize, String)> {
+    let names = |(i, p): (usize, &super::parameter::Parameter)| -> Vec<(usize, String)> {
+        let kind = |(name, _): (String, usize)| (i, name.rsplit_once('.').map_or_else(String::new, |(_, k)| k.into()));
+        p.sent(moments).into_iter().map(kind).collect()
+    };
+    student.parameters.iter().enumerate().flat_map(names).collect()
+}
+
 /// What is loaded of a checkpoint by whoever takes part.
 impl Models {
     /// Those of `student` and `teacher`, whose identities are known.
@@ -308,6 +373,14 @@ impl Models {
             let folder = c.tensors.folder();
             std::fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned())
         };
-        Self { student: folder(student), student_identity, teacher: folder(teacher), teacher_identity, f32, device }
+        let (student, teacher) = (folder(student), folder(teacher));
+        Self { student, student_identity, teacher, teacher_identity, masters: None, f32, device }
+    }
+
+    /// The same with masters that begin at another model's weights.
+    #[must_use]
+    pub fn with_masters(self, masters: Option<(&Checkpoint, Value)>) -> Self {
+        let folder = |c: &Checkpoint| std::fs::canonicalize(c.tensors.folder()).unwrap_or_default();
+        Self { masters: masters.map(|(c, identity)| (folder(c), identity)), ..self }
     }
 }

@@ -1,18 +1,21 @@
 //! Who moves which weights, and what goes from one to another for it.
 
+use std::borrow::Borrow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use crate::backend::autograd::AutogradBackend;
+use crate::model::Blocks;
 use crate::ranks::{Link, ROOT};
 use crate::recover::optimizer::{AdamW, sum_of_squares};
 use crate::recover::parameter::{Parameter, Rates};
 use crate::recover::student::Student;
 
 /// Every process has one that says the same.
-pub(super) struct Shared {
+pub(in crate::recover) struct Shared {
     link: Arc<dyn Link>,
     /// Who moves each parameter; nobody, those that stay.
     owners: Vec<Option<usize>>,
@@ -83,7 +86,7 @@ fn owners(sizes: &[Option<usize>], processes: usize) -> Vec<Option<usize>> {
 
 impl Shared {
     /// Shares out what moves of the student; what the optimizer has of others' goes.
-    pub(super) fn new(link: Arc<dyn Link>, student: &mut Student) -> Self {
+    pub(in crate::recover) fn new<M>(link: Arc<dyn Link>, student: &mut Student<M>) -> Self {
         let size = |p: &Parameter| p.gradient().as_ref().map(Vec::len);
         let sizes: Vec<Option<usize>> = student.parameters.iter().map(size).collect();
         let owners = owners(&sizes, link.size());
@@ -113,7 +116,7 @@ impl Shared {
 
     /// Adds what the first `active` processes have as gradients of a round to the sums of those before, in the order of ranks;
     /// after the `last`, each parameter's gradient is the whole sum where it is moved. All others are zero.
-    pub(super) fn sum(&mut self, student: &Student, active: usize, first: bool, last: bool) {
+    pub(in crate::recover) fn sum<M>(&mut self, student: &Student<M>, active: usize, first: bool, last: bool) {
         let rank = self.link.rank();
         let alone = first && last;
         for chunk in 0..self.gradients.chunks() {
@@ -154,7 +157,7 @@ impl Shared {
     }
 
     /// Gives the root the sum of squares of each parameter's gradient, in the order of parameters; the others nothing.
-    pub(super) fn squares(&self, student: &Student) -> Vec<f64> {
+    pub(in crate::recover) fn squares<M>(&self, student: &Student<M>) -> Vec<f64> {
         let own = |i: usize| student.parameters[i].gradient().as_deref().map_or(0.0, sum_of_squares);
         let mine: Vec<u8> =
             (0..self.owners.len()).filter(|i| self.is_own(*i)).flat_map(|i| own(i).to_le_bytes()).collect();
@@ -165,10 +168,17 @@ impl Shared {
         self.owners.iter().filter_map(of).collect()
     }
 
+    /// The norm of all gradients, at all processes.
+    pub(in crate::recover) fn gradient_norm<M>(&self, student: &Student<M>) -> f64 {
+        let mut norm = self.squares(student).iter().sum::<f64>().sqrt().to_le_bytes().to_vec();
+        self.link.broadcast(&mut norm);
+        norm.try_into().map_or(f64::NAN, f64::from_le_bytes)
+    }
+
     /// Moves what is this process's, and takes over what others moved.
-    pub(super) fn step(
+    pub(in crate::recover) fn step<M: Borrow<Blocks<AutogradBackend>>>(
         &self,
-        student: &mut Student,
+        student: &mut Student<M>,
         adam: &AdamW,
         (step, steps): (usize, usize),
         rates: Rates,

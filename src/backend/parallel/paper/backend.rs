@@ -10,6 +10,7 @@ use crate::backend::{
 use crate::formats::linear::{ActivationFormat, Element, LinearTensors};
 use crate::logits::{Draw, RankedScore, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore};
 use crate::random::SplitMix64;
+use crate::ranks::Link;
 
 /// A rank's backend on paper.
 pub struct Paper {
@@ -26,8 +27,12 @@ pub struct Sheet {
 }
 
 impl Sheet {
+    fn values(self) -> usize {
+        self.rows * self.columns
+    }
+
     fn bytes(self) -> f64 {
-        (4 * self.rows * self.columns) as f64
+        (4 * self.values()) as f64
     }
 }
 
@@ -51,8 +56,12 @@ impl Paper {
         Self { pen, routed: AtomicU64::new(0) }
     }
 
+    fn event(&self, event: Event) {
+        self.pen.write(|trace| trace.events.push(event));
+    }
+
     fn work(&self, bytes: f64, floats: f64, integers: f64) {
-        self.pen.write(|trace| trace.events.push(Event::Work(Work { bytes, floats, integers })));
+        self.event(Event::Work(Work { bytes, floats, integers }));
     }
 
     /// Of an operation that passes over tensors once.
@@ -325,6 +334,35 @@ impl Backend for Paper {
 
     fn squares_finite(&self, x: &Sheet, _: usize) -> Result<bool> {
         self.is_finite(x)
+    }
+
+    fn spread_rows(&self, _: &dyn Link, own: &[Sheet], rows: &[usize], columns: usize) -> Result<Sheet> {
+        let all = Sheet { rows: rows.iter().sum(), columns };
+        let own = own.iter().map(|x| x.values()).sum::<usize>();
+        self.event(Event::Spread { own: 4 * own, all: 4 * all.values() });
+        Ok(all)
+    }
+
+    fn spread_columns(
+        &self,
+        _: &dyn Link,
+        own: Option<&Sheet>,
+        pieces: &[(usize, usize)],
+        (rows, columns): (usize, usize),
+    ) -> Result<Sheet> {
+        let all: usize = pieces.iter().map(|piece| piece.1 * rows).sum();
+        self.event(Event::Spread { own: 4 * own.map_or(0, |x| x.values()), all: 4 * all });
+        Ok(Sheet { rows, columns })
+    }
+
+    fn give(&self, _: &dyn Link, to: usize, x: &Sheet) -> Result<()> {
+        self.event(Event::Send { to, bytes: 4 * x.values() });
+        Ok(())
+    }
+
+    fn take(&self, _: &dyn Link, from: usize, (rows, columns): (usize, usize)) -> Result<Sheet> {
+        self.event(Event::Receive { from, bytes: 4 * rows * columns });
+        Ok(Sheet { rows, columns })
     }
 
     fn tensor(&self, data: Vec<f32>, columns: usize) -> Result<Sheet> {
