@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes target/standin/libcuda.so.1, a CUDA driver over kernels compiled for the CPU, and libcublas.so.13 beside it, what training
-# multiplies with. With their folder on LD_LIBRARY_PATH, everything that takes --device cuda:0 runs without a GPU. Takes g++ (C++20).
+# Makes target/standin/libcuda.so.1, a CUDA driver over kernels compiled for the CPU, and beside it libcublas.so.13, what training
+# multiplies with, and libnccl.so.2, by which ranks of a model exchange. With their folder on LD_LIBRARY_PATH, everything that takes --device cuda:0 runs without a GPU. Takes g++ (C++20).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p target/standin
@@ -19,3 +19,4 @@ library() {
 }
 library libcuda.so.1 $source/standin/libcuda.cc -O3 $source/kernels $source/standin
 library libcublas.so.13 $source/standin/libcublas.cc -O3 $source/standin/libcublas.cc
+library libnccl.so.2 $source/standin/libnccl.cc -O2 $source/standin/libnccl.cc

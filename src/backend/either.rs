@@ -250,6 +250,17 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
         })
     }
 
+    fn joined(self, world: &dyn Link, team: &dyn Link) -> Result<Self> {
+        Ok(match self {
+            Self::A(by) => Self::A(by.joined(world, team)?),
+            Self::B(by) => Self::B(by.joined(world, team)?),
+        })
+    }
+
+    fn exchanges_by(&self) -> Option<String> {
+        of!(self, |by| by.exchanges_by(), by.exchanges_by())
+    }
+
     fn spread_rows(
         &self,
         link: &dyn Link,

@@ -34,6 +34,24 @@ pub(super) fn spread_columns<B: Backend>(
     backend.tensor(data, columns)
 }
 
+/// [`Backend::give`].
+pub(super) fn give<B: Backend>(backend: &B, link: &dyn Link, to: usize, x: &B::Tensor) -> Result<()> {
+    link.send(to, &backend.to_host(x)?);
+    Ok(())
+}
+
+/// [`Backend::take`].
+pub(super) fn take<B: Backend>(
+    backend: &B,
+    link: &dyn Link,
+    from: usize,
+    (rows, columns): (usize, usize),
+) -> Result<B::Tensor> {
+    let mut data = vec![0.0; rows * columns];
+    link.receive(from, &mut data);
+    backend.tensor(data, columns)
+}
+
 /// Rows of all columns, of the rows that each rank has of its own.
 fn side_by_side(all: &[f32], pieces: &[(usize, usize)], (rows, columns): (usize, usize)) -> Vec<f32> {
     let mut data = vec![0.0; rows * columns];

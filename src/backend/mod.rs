@@ -409,6 +409,20 @@ pub trait Backend: Send + Sync + Sized {
 
     // What goes between ranks, over the host where a device knows no better.
 
+    /// The same backend as one of the ranks of `world`, of which `team` are those of its stage; all of them call it at the same time.
+    ///
+    /// # Errors
+    /// When it cannot reach the others.
+    #[allow(unused_variables)]
+    fn joined(self, world: &dyn Link, team: &dyn Link) -> Result<Self> {
+        Ok(self)
+    }
+
+    /// By what its tensors get to other ranks, in words, where that is worth a word.
+    fn exchanges_by(&self) -> Option<String> {
+        None
+    }
+
     /// What all ranks of `link` have, one after the other, at each of them: this one the rows of `own`, rank r `rows[r]` rows of
     /// `columns`.
     ///
@@ -444,18 +458,15 @@ pub trait Backend: Send + Sync + Sized {
     /// # Errors
     /// The backend's own.
     fn give(&self, link: &dyn Link, to: usize, x: &Self::Tensor) -> Result<()> {
-        link.send(to, &self.to_host(x)?);
-        Ok(())
+        exchange::give(self, link, to, x)
     }
 
     /// Takes the tensor of `rows` rows and `columns` columns that rank `from` of `link` gives.
     ///
     /// # Errors
     /// The backend's own.
-    fn take(&self, link: &dyn Link, from: usize, (rows, columns): (usize, usize)) -> Result<Self::Tensor> {
-        let mut data = vec![0.0; rows * columns];
-        link.receive(from, &mut data);
-        self.tensor(data, columns)
+    fn take(&self, link: &dyn Link, from: usize, shape: (usize, usize)) -> Result<Self::Tensor> {
+        exchange::take(self, link, from, shape)
     }
 
     // To and from the host.

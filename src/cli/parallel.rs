@@ -59,9 +59,9 @@ mod ranks {
     use super::super::rank_room::{self, Place};
     use super::super::ranks as processes;
     use super::{AnyBackend, Checkpoint, EngineOptions, ExitCode, KvFormat, Result, bail};
-    use crate::backend::Either;
     use crate::backend::cuda::Device;
     use crate::backend::parallel::{Parallel, Size, help};
+    use crate::backend::{Backend as _, Either};
     use crate::model::Source as _;
     use crate::model::parallel::rank_bytes;
     use crate::ranks::threads::Thread;
@@ -211,7 +211,13 @@ mod ranks {
             link.broadcast(&mut WANTED.to_vec());
             let made = own(options, local).and_then(|own| agree(&*link, &own).map(|()| own));
             return match made {
-                Ok(own) => Ok(Some(Either::B(Parallel::new(own, link, size)))),
+                Ok(own) => match Parallel::new(own, link.clone(), size) {
+                    Ok(several) => Ok(Some(Either::B(told(several)))),
+                    Err(e) => {
+                        super::super::say!("error: {e}");
+                        link.abort()
+                    }
+                },
                 Err(e) => {
                     super::super::say!("error: {e:#}");
                     link.abort()
@@ -251,9 +257,17 @@ mod ranks {
                 })
             })
             .collect::<std::io::Result<Vec<_>>>()?;
-        let several = Parallel::new(own, Arc::new(first), size);
+        let several = Parallel::new(own, Arc::new(first), size)?;
         several.wait_for(helpers);
-        Ok(Some(Either::B(several)))
+        Ok(Some(Either::B(told(several))))
+    }
+
+    /// Says by what GPUs exchange.
+    fn told(several: Parallel<Own>) -> Parallel<Own> {
+        if let Some(by) = several.exchanges_by() {
+            super::super::say!("note: ranks exchange by {by}");
+        }
+        several
     }
 
     /// The others would wait for ever for a thread that panics.

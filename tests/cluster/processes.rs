@@ -53,32 +53,75 @@ fn processes_and_threads_compute_the_bytes_of_one() {
     }
 }
 
-/// On the driver of scripts/cuda-standin.sh, where it has been built.
+/// On the driver and the NCCL of scripts/cuda-standin.sh, where they have been built: by both roads, of every kind of exchange.
 #[test]
 fn several_gpus_compute_the_bits_of_one() {
     let driver = project().join("target/standin");
-    if !driver.join("libcuda.so.1").exists() {
+    if !driver.join("libnccl.so.2").exists() {
         println!("no stand-in: not tested");
         return;
     }
     let folder = Folder::new();
     folder.write("ids.json", "[[1, 2, 3, 5, 8, 13, 21, 34, 2]]");
-    let run = |name: &str, devices: &str, more: &[String]| {
-        let (ids, out) = (folder.name("ids.json"), folder.name(name));
-        let words = ["logits", NVFP4, "--input-ids", &ids, "--device", "cuda:0", "-o", &out];
-        let mut command = recoup(&words);
-        command.args(more).env_remove("CUDA_VISIBLE_DEVICES").env("LD_LIBRARY_PATH", &driver);
-        command.env("STANDIN_DEVICES", devices).env("RECOUP_CACHE", folder.name("cache"));
-        command.output().unwrap()
+    let ids = folder.name("ids.json");
+    let run = |mut command: Command, devices: &str, nccl: &str| {
+        command.env("CUDA_VISIBLE_DEVICES", "0,1,2,3").env("LD_LIBRARY_PATH", &driver);
+        command.env("STANDIN_DEVICES", devices).env("RECOUP_CACHE", folder.name("cache")).env("RECOUP_NCCL", nccl);
+        command.env("STANDIN_NCCL_LOG", folder.name("sent")).output().unwrap()
     };
-    assert!(run("alone", "1", &[]).status.success());
-    for (tensor, pipeline) in [(2, 1), (1, 2)] {
-        let name = format!("{tensor}-{pipeline}");
-        let out = run(&name, "2", &sizes(tensor, pipeline));
-        assert!(out.status.success(), "{}", said(&out));
-        assert!(std::fs::read(folder.at(&name)).unwrap() == std::fs::read(folder.at("alone")).unwrap(), "{name}");
+    let words = |model: &str, name: &str, more: &[String]| -> Vec<String> {
+        let out = folder.name(name);
+        let words = ["logits", model, "--input-ids", &ids, "--device", "cuda:0", "-o", &out].map(str::to_owned);
+        [&words[..], more].concat()
+    };
+    let alone = |words: &[String]| recoup(&words.iter().map(String::as_str).collect::<Vec<_>>());
+    let took = |name: &str| {
+        let bytes = std::fs::read(folder.at(name)).unwrap();
+        std::fs::remove_file(folder.at(name)).unwrap();
+        bytes
+    };
+    // Heads of keys that two of four ranks have; experts; layers of two kinds, by stages.
+    let models = [
+        (NVFP4, [(2, 1), (1, 2)]),
+        ("tests/fixtures/modelopt/qwen3_moe/nvfp4", [(4, 1), (2, 2)]),
+        ("tests/fixtures-models/modelopt/nemotron_h/bf16", [(2, 1), (1, 2)]),
+    ];
+    for (model, cut) in models {
+        let model = project().join(model).display().to_string();
+        let out = run(alone(&words(&model, "alone", &[])), "1", "");
+        assert!(out.status.success() && !said(&out).contains("exchange"), "{}", said(&out));
+        let expected = took("alone");
+        for (tensor, pipeline) in cut {
+            let words = words(&model, "out", &sizes(tensor, pipeline));
+            for (nccl, by) in
+                [("", "NCCL 2.32.3"), ("off", "the host's memory (no NCCL at rank 0: RECOUP_NCCL is off)")]
+            {
+                let out = run(alone(&words), "4", nccl);
+                assert!(out.status.success(), "{}", said(&out));
+                assert!(said(&out).contains(&format!("ranks exchange by {by}")), "{}", said(&out));
+                assert!(took("out") == expected, "{model} by {tensor} x {pipeline}, {by}");
+            }
+            let sent = String::from_utf8(took("sent")).unwrap();
+            // A stage that only receives sends nothing; the ranks of a stage alone are a group of their own.
+            assert!(sent.lines().count() >= tensor * pipeline, "{sent}");
+            let some = sent.lines().filter(|line| !line.contains("sent 0 bytes")).count();
+            assert!(some + 1 >= tensor * pipeline, "{sent}");
+        }
     }
-    let out = run("few", "1", &sizes(2, 1));
+    // Processes; what NCCL brings is what is computed with; devices that there are not.
+    let words = words(NVFP4, "out", &sizes(2, 1));
+    let strs: Vec<&str> = words.iter().map(String::as_str).collect();
+    let out = run(alone(&[&words[..6], &["-o".into(), folder.name("one")]].concat()), "1", "");
+    assert!(out.status.success(), "{}", said(&out));
+    let out = run(by(2, &[], &strs), "2", "");
+    assert!(out.status.success() && said(&out).contains("ranks exchange by NCCL"), "{}", said(&out));
+    let one = took("one");
+    assert!(took("out") == one);
+    let mut wrong = alone(&words);
+    wrong.env("STANDIN_NCCL_WRONG", "1");
+    let out = run(wrong, "2", "");
+    assert!(!out.status.success() || took("out") != one, "a byte that is another goes unnoticed");
+    let out = run(alone(&words), "1", "");
     assert!(!out.status.success() && said(&out).contains("no device 1"), "{}", said(&out));
 }
 

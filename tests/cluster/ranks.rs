@@ -37,7 +37,7 @@ fn ranks(size: Size) -> Parallel<CpuBackend> {
         })
     });
     let helpers = helpers.collect();
-    let several = Parallel::new(cpu(1), Arc::new(first), size);
+    let several = Parallel::new(cpu(1), Arc::new(first), size).unwrap();
     several.wait_for(helpers);
     several
 }

@@ -131,7 +131,7 @@ impl Ranks {
             })
         });
         let helpers = helpers.collect();
-        let first = Parallel::new(cpu(1), Arc::new(first), size);
+        let first = Parallel::new(cpu(1), Arc::new(first), size).unwrap();
         first.wait_for(helpers);
         Self { first, bytes, exchanges: first_exchanges }
     }

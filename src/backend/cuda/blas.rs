@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::driver::{Device, Memory};
+use super::libraries::{function, named, said, usual_folders};
 use crate::backend::{BackendError, Result};
 
 /// The library, or the folder that it is in: the variable that says so.
@@ -74,8 +75,7 @@ impl Library {
     /// # Errors
     /// Where there is none, or none that can be used: says what was looked for, and what to install.
     pub fn open() -> Result<Self> {
-        if let Some(named) = std::env::var_os(VARIABLE).filter(|v| !v.is_empty()) {
-            let named = PathBuf::from(named);
+        if let Some(named) = named(VARIABLE) {
             let found = candidates(&named).into_iter().find(|c| c.0.is_file()).ok_or_else(|| {
                 let names = NAMES.map(|n| n.0).join(" or ");
                 failed(format!("{VARIABLE} is {}: expected {names}, or a folder that has one", named.display()))
@@ -91,7 +91,7 @@ impl Library {
                 Err(reason) => reasons.push(reason),
             }
         }
-        for (file, beside) in usual_folders().iter().flat_map(|folder| candidates(folder)) {
+        for (file, beside) in usual_folders(&["cu13", "cublas"]).iter().flat_map(|folder| candidates(folder)) {
             if file.is_file() {
                 match Self::load(&file, beside.as_deref()) {
                     Ok(library) => return Ok(library),
@@ -121,25 +121,21 @@ impl Library {
             open.push(unsafe { libloading::Library::new(path) }.map_err(|e| said(&e))?);
         }
         let library = open.last().ok_or("no library")?;
-        macro_rules! function {
-            ($name:literal) => {
-                // SAFETY: the types are those of cublas_api.h, which are the same in 12 and 13.
-                *unsafe { library.get(concat!($name, "\0").as_bytes()) }
-                    .map_err(|e| format!("{}: {} is not in it ({})", file.display(), $name, said(&e)))?
-            };
+        // SAFETY: the types are those of cublas_api.h, which are the same in 12 and 13.
+        unsafe {
+            Ok(Self {
+                create: function(library, file, "cublasCreate_v2")?,
+                destroy: function(library, file, "cublasDestroy_v2")?,
+                version: function(library, file, "cublasGetVersion_v2")?,
+                set_stream: function(library, file, "cublasSetStream_v2")?,
+                set_workspace: function(library, file, "cublasSetWorkspace_v2")?,
+                set_math: function(library, file, "cublasSetMathMode")?,
+                set_atomics: function(library, file, "cublasSetAtomicsMode")?,
+                gemm: function(library, file, "cublasGemmEx")?,
+                describe: function(library, file, "cublasGetStatusString")?,
+                _open: open,
+            })
         }
-        Ok(Self {
-            create: function!("cublasCreate_v2"),
-            destroy: function!("cublasDestroy_v2"),
-            version: function!("cublasGetVersion_v2"),
-            set_stream: function!("cublasSetStream_v2"),
-            set_workspace: function!("cublasSetWorkspace_v2"),
-            set_math: function!("cublasSetMathMode"),
-            set_atomics: function!("cublasSetAtomicsMode"),
-            gemm: function!("cublasGemmEx"),
-            describe: function!("cublasGetStatusString"),
-            _open: open,
-        })
     }
 
     fn check(&self, what: &str, status: Status) -> Result<()> {
@@ -156,11 +152,6 @@ impl Library {
     }
 }
 
-/// What the system says of a library.
-fn said(error: &libloading::Error) -> String {
-    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
-}
-
 /// Files that `place` may mean, a file or a folder of them, each with the one that it needs beside it.
 fn candidates(place: &Path) -> Vec<(PathBuf, Option<PathBuf>)> {
     if place.is_file() {
@@ -168,38 +159,6 @@ fn candidates(place: &Path) -> Vec<(PathBuf, Option<PathBuf>)> {
         return vec![(place.to_owned(), beside)];
     }
     NAMES.iter().map(|(name, beside)| (place.join(name), Some(place.join(beside)))).collect()
-}
-
-/// Where toolkits and Python's packages put it.
-fn usual_folders() -> Vec<PathBuf> {
-    let variable = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    let mut folders = Vec::new();
-    let toolkits = [variable("CUDA_HOME"), variable("CUDA_PATH"), Some("/usr/local/cuda".into())];
-    for toolkit in toolkits.into_iter().flatten() {
-        folders.extend(["lib64", "lib"].map(|l| toolkit.join(l)));
-    }
-    let environments = [
-        variable("VIRTUAL_ENV"),
-        variable("CONDA_PREFIX"),
-        variable("HOME").map(|home| home.join(".local")),
-        Some("/usr/local".into()),
-    ];
-    for environment in environments.into_iter().flatten() {
-        folders.push(environment.join("lib"));
-        let mut pythons: Vec<PathBuf> = std::fs::read_dir(environment.join("lib"))
-            .into_iter()
-            .flatten()
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(|path| path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("python3")))
-            .collect();
-        pythons.sort();
-        for python in pythons.iter().rev() {
-            for packages in ["site-packages", "dist-packages"] {
-                folders.extend(["cu13", "cublas"].map(|p| python.join(packages).join("nvidia").join(p).join("lib")));
-            }
-        }
-    }
-    folders
 }
 
 /// What the operands of a product are.

@@ -239,6 +239,17 @@ impl Device {
         })
     }
 
+    /// What tells it from every other device.
+    ///
+    /// # Errors
+    /// The driver's failure.
+    pub fn identity(&self) -> Result<String> {
+        let mut uuid = sys::CUuuid_st { bytes: [0; 16] };
+        // SAFETY: the out-parameter lives until the call returns.
+        check("asking who the device is", unsafe { sys::cuDeviceGetUuid_v2(&mut uuid, self.handle) })?;
+        Ok(uuid.bytes.iter().map(|b| format!("{:02x}", *b as u8)).collect())
+    }
+
     /// Kernels launched so far, those that wait not counted.
     pub fn launches(&self) -> u64 {
         self.waiting().launched

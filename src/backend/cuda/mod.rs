@@ -9,9 +9,12 @@ mod blas;
 mod cache;
 mod driver;
 mod elementwise;
+mod exchange;
 mod graph;
+mod libraries;
 mod mixture;
 mod narrow;
+mod nccl;
 mod product;
 mod recurrent;
 mod sample;
@@ -42,6 +45,7 @@ use super::{
 };
 use crate::formats::linear::LinearTensors;
 use crate::logits::{Draw, RouterRule, Routing, Sampled, SamplingError, Scratch, TokenScore};
+use crate::ranks::Link;
 
 /// Tokens of a run, consecutive ones of a sequence whose rows (query heads that share keys) make blocks: any number will do;
 /// this one leaves no block of 32 rows incomplete.
@@ -56,6 +60,8 @@ pub struct CudaBackend {
     /// Which columns rearranged tensors are made of.
     columns: Arc<elementwise::Columns>,
     narrow: Narrow,
+    /// How it exchanges with other ranks.
+    road: exchange::Road,
 }
 
 /// Tensor cores that multiply what both sides have in their formats.
@@ -150,7 +156,8 @@ impl CudaBackend {
         } else {
             Narrow::None
         };
-        Ok(Self { device, mixtures: Arc::default(), columns: Arc::default(), narrow })
+        let (mixtures, columns, road) = Default::default();
+        Ok(Self { device, mixtures, columns, narrow, road })
     }
 
     /// Which FP4 and FP8 tensor cores compute what they can.
@@ -260,6 +267,49 @@ impl Backend for CudaBackend {
 
     fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<CudaLinear> {
         CudaLinear::load(&self.device, self.narrow, &tensors)
+    }
+
+    fn joined(self, world: &dyn Link, team: &dyn Link) -> Result<Self> {
+        let road = exchange::Road::of(&self, world, team)?;
+        Ok(Self { road, ..self })
+    }
+
+    fn exchanges_by(&self) -> Option<String> {
+        self.road.said()
+    }
+
+    fn spread_rows(&self, link: &dyn Link, own: &[CudaTensor], rows: &[usize], columns: usize) -> Result<CudaTensor> {
+        match self.spread_rows_by(link, own, rows, columns)? {
+            Some(all) => Ok(all),
+            None => super::exchange::spread_rows(self, link, own, rows, columns),
+        }
+    }
+
+    fn spread_columns(
+        &self,
+        link: &dyn Link,
+        own: Option<&CudaTensor>,
+        pieces: &[(usize, usize)],
+        shape: (usize, usize),
+    ) -> Result<CudaTensor> {
+        match self.spread_columns_by(link, own, pieces, shape)? {
+            Some(all) => Ok(all),
+            None => super::exchange::spread_columns(self, link, own, pieces, shape),
+        }
+    }
+
+    fn give(&self, link: &dyn Link, to: usize, x: &CudaTensor) -> Result<()> {
+        if !self.give_by(link, to, x)? {
+            super::exchange::give(self, link, to, x)?;
+        }
+        Ok(())
+    }
+
+    fn take(&self, link: &dyn Link, from: usize, shape: (usize, usize)) -> Result<CudaTensor> {
+        match self.take_by(link, from, shape)? {
+            Some(x) => Ok(x),
+            None => super::exchange::take(self, link, from, shape),
+        }
     }
 
     fn inputs(&self, linear: &CudaLinear) -> usize {

@@ -103,12 +103,14 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl<B: Backend> Parallel<B> {
     /// The first of the ranks of `link`, which are as many as `size` says; the others call [`help`] at the same time.
-    #[must_use]
-    pub fn new(backend: B, link: Arc<dyn Link>, size: Size) -> Self {
+    ///
+    /// # Errors
+    /// When the backend cannot reach those of the others.
+    pub fn new(backend: B, link: Arc<dyn Link>, size: Size) -> Result<Self> {
         let name = backend.name();
-        let state = State { rank: Rank::new(backend, link, size), next: 0, broken: None };
+        let state = State { rank: Rank::new(backend, link, size)?, next: 0, broken: None };
         let shared = Shared { state: Mutex::new(state), size, name, gone: Arc::default(), threads: Mutex::default() };
-        Self { shared: Arc::new(shared), plan: Arc::default() }
+        Ok(Self { shared: Arc::new(shared), plan: Arc::default() })
     }
 
     /// Waits for these ranks, which are threads, at the end.
@@ -256,7 +258,7 @@ fn everyones(e: &BackendError) -> bool {
 /// # Errors
 /// What this rank alone came upon, such as too little memory: the others wait for it in vain then, and have to be ended.
 pub fn help<B: Backend>(backend: B, link: Arc<dyn Link>, size: Size) -> Result<()> {
-    let mut rank = Rank::new(backend, link.clone(), size);
+    let mut rank = Rank::new(backend, link.clone(), size)?;
     loop {
         let mut message = Vec::new();
         link.broadcast(&mut message);
@@ -288,6 +290,10 @@ impl<B: Backend> Backend for Parallel<B> {
 
     fn name(&self) -> &'static str {
         self.shared.name
+    }
+
+    fn exchanges_by(&self) -> Option<String> {
+        self.own(B::exchanges_by)
     }
 
     fn load_linear(&self, tensors: LinearTensors<'_>) -> Result<Weight> {

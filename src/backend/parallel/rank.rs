@@ -107,10 +107,14 @@ fn local(stages: &[usize], index: usize) -> (usize, usize) {
 
 impl<B: Backend> Rank<B> {
     /// Called by all ranks of `world`, which are as many as `size` says.
-    pub fn new(backend: B, world: Arc<dyn Link>, size: Size) -> Self {
+    ///
+    /// # Errors
+    /// When the backend cannot reach the others'.
+    pub fn new(backend: B, world: Arc<dyn Link>, size: Size) -> Result<Self> {
         let stage = size.stage_of(world.rank());
         let team = world.split(stage);
-        Self {
+        let backend = backend.joined(&*world, &*team)?;
+        Ok(Self {
             backend,
             size,
             world,
@@ -126,7 +130,7 @@ impl<B: Backend> Rank<B> {
             caches: HashMap::new(),
             untold: Vec::new(),
             read: HashMap::new(),
-        }
+        })
     }
 
     pub fn backend(&self) -> &B {

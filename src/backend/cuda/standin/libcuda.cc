@@ -108,9 +108,14 @@ CUresult cuDeviceGetAttribute(int* v, int attribute, CUdevice) {
     *v = attribute == 75 ? capability() / 10 : attribute == 76 ? capability() % 10 : attribute == 16 ? 2 : 0;
     return 0;
 }
-CUresult cuDevicePrimaryCtxRetain(void** c, CUdevice) { CALL; *c = (void*)1; return 0; }
+CUresult cuDeviceGetUuid_v2(char* uuid, CUdevice d) { CALL; memset(uuid, 0, 16); uuid[15] = (char)(d + 1); return 0; }
+// A context is its device's number, from 1.
+CUresult cuDevicePrimaryCtxRetain(void** c, CUdevice d) { CALL; *c = (void*)(uintptr_t)(d + 1); return 0; }
 CUresult cuDevicePrimaryCtxRelease_v2(CUdevice) { return 0; }
-CUresult cuCtxSetCurrent(void*) { CALL; return 0; }
+static thread_local void* CONTEXT = nullptr;
+CUresult cuCtxSetCurrent(void* c) { CALL; CONTEXT = c; return 0; }
+// For libnccl.cc: the device whose context is current, from 1; 0: none.
+int standin_device() { return (int)(uintptr_t)CONTEXT; }
 CUresult cuMemGetInfo_v2(size_t* free, size_t* total) { CALL; *total = memory(); *free = memory() - USED; return 0; }
 CUresult cuMemAlloc_v2(CUdeviceptr* p, size_t n) {
     CALL;

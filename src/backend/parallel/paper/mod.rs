@@ -90,7 +90,7 @@ pub fn record<E: From<crate::backend::BackendError>>(
     let script = Arc::new(Script::of(size.ranks()));
     let first = Pen::default();
     let link = PaperLink::of_all(&script, &first, 0, size);
-    run(Parallel::new(Paper::new(first.clone()), Arc::new(link), size).with_plan(plan), &first)?;
+    run(Parallel::new(Paper::new(first.clone()), Arc::new(link), size)?.with_plan(plan), &first)?;
     let others = (1..size.ranks()).map(|rank| {
         let pen = Pen::default();
         let link = PaperLink::of_all(&script, &pen, rank, size);
