@@ -1,13 +1,21 @@
 #!/usr/bin/env bash
 # Makes src/backend/cuda/images/kernels.fatbin of the kernels' sources: machine code for every architecture, and PTX for what
-# comes later; and beside it kernels.txt, what the assembler made of each kernel. `--check` fails where what is committed is
-# another. Spills in a loop, and products without a tensor instruction, fail in any case. The compiler is PyPI's.
+# comes later; and beside it kernels.txt, what the assembler made of each kernel, and kernels.sha256, of what and by what they were made.
+# `--check` fails where what is committed is another; it compiles only where something of that is not as kernels.sha256 has it. Spills in
+# a loop, and products without a tensor instruction, fail whenever it compiles. The compiler is PyPI's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+images=src/backend/cuda/images
+# Every source, what compiles them, and what came of it.
+sums() { find src/backend/cuda/kernels scripts/cuda-images.sh scripts/cuda-nvcc.sh $images/kernels.fatbin $images/kernels.txt -type f | LC_ALL=C sort | xargs sha256sum; }
+if [ "${1:-}" = --check ] && sums | cmp -s - $images/kernels.sha256; then
+    echo "sources, compiler and images are those of $images/kernels.sha256"
+    exit
+fi
 nvcc=$(scripts/cuda-nvcc.sh)
 code="arch=compute_80,code=[sm_80,compute_80] arch=compute_89,code=sm_89 arch=compute_90,code=sm_90"
 code="$code arch=compute_100f,code=sm_100f arch=compute_110f,code=sm_110f arch=compute_120f,code=sm_120f"
-mkdir -p target src/backend/cuda/images
+mkdir -p target $images
 out=target/kernels
 # Products and sums are fused where the source says so, and nowhere else: as on the CPU.
 "$nvcc" -std=c++17 -O3 -fmad=false --threads 0 --compress-mode=size -fatbin $(printf -- '-gencode %s ' $code) -o $out.fatbin src/backend/cuda/kernels/all.cu
@@ -67,7 +75,7 @@ for arch in ("sm_80", "sm_90", "sm_100", "sm_120"):
 sys.exit(failed)
 EOF
 for kind in fatbin txt; do
-    committed=src/backend/cuda/images/kernels.$kind
+    committed=$images/kernels.$kind
     if [ "${1:-}" != --check ]; then
         mv $out.$kind $committed
     elif [ $kind = txt ]; then
@@ -76,3 +84,8 @@ for kind in fatbin txt; do
         cmp $committed $out.$kind
     fi
 done
+if [ "${1:-}" != --check ]; then
+    sums > $images/kernels.sha256
+else
+    sums | diff $images/kernels.sha256 - || { echo "$images/kernels.sha256 is of others: run scripts/cuda-images.sh" >&2; exit 1; }
+fi

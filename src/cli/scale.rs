@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
@@ -23,6 +22,7 @@ use crate::formats::kv::KvFormat;
 use crate::model::parallel::PlanError;
 use crate::model::{ModelConfig, Source};
 use crate::output;
+use crate::ranks::threads::Thread;
 use crate::ranks::{Link, ROOT};
 
 #[derive(clap::Args)]
@@ -59,9 +59,11 @@ pub(super) struct Args {
     /// Unit costs that --measure found, in the place of a maker's figures
     #[arg(long, value_name = "FILE", conflicts_with = "gpu")]
     costs: Option<PathBuf>,
-    /// Finds unit costs of this machine, of one rank of as many as mpirun began
-    #[arg(long, conflicts_with_all = ["gpu", "costs"])]
-    measure: bool,
+    /// Finds unit costs of this machine: of one of so many ranks that work at the same time, threads of this process, or the processes
+    /// that mpirun began
+    #[arg(long, value_name = "RANKS", num_args = 0..=1, default_missing_value = "1", conflicts_with_all = ["gpu", "costs"],
+        value_parser = at_least_one::<usize>)]
+    measure: Option<usize>,
     /// Instead: one training of it (QAD) by so many processes
     #[arg(long, value_name = "PROCESSES", value_delimiter = ',', value_parser = at_least_one::<usize>)]
     train: Vec<usize>,
@@ -135,8 +137,8 @@ fn costs(args: &Args, source: &dyn Source, config: &ModelConfig) -> Result<Optio
             .with_context(|| format!("{}: no unit costs as --measure writes them", file.display()))?;
         return Ok(Some((costs, report["devices"].as_str().unwrap_or("a machine that was measured").to_owned())));
     }
-    if args.measure {
-        return measured(args, source, config);
+    if let Some(ranks) = args.measure {
+        return measured(args, ranks, source, config);
     }
     let Some(device) = gpu_of(args) else {
         bail!("no device is called `{}`; there are {}", args.gpu, DEVICES.map(|d| d.name).join(", "));
@@ -148,12 +150,8 @@ fn costs(args: &Args, source: &dyn Source, config: &ModelConfig) -> Result<Optio
     Ok(Some((Costs::of_device(device, args.node, args.network * 1e9), of)))
 }
 
-fn measured(args: &Args, source: &dyn Source, config: &ModelConfig) -> Result<Option<(Costs, String)>> {
+fn measured(args: &Args, ranks: usize, source: &dyn Source, config: &ModelConfig) -> Result<Option<(Costs, String)>> {
     let link = ranks::here()?;
-    let threads = match &link {
-        Some(link) => ranks::share(&**link, args.threads)?.threads,
-        None => super::options::threads(args.threads),
-    };
     let modules = config.modules();
     let largest = |block: bool| {
         let of = modules.iter().filter(|m| m.is_block_linear() == block && (block || m.expert.is_none()));
@@ -164,27 +162,55 @@ fn measured(args: &Args, source: &dyn Source, config: &ModelConfig) -> Result<Op
     let source = filled.as_ref().map_or(source, |random| random as &dyn Source);
     let (block, plain) = (largest(true)?, largest(false)?);
     let (block, plain) = (source.linear(&block.name, block.role)?, source.linear(&plain.name, plain.role)?);
-    let cpu = CpuBackend::new(Isa::detect(), threads)?;
-    let gpu = args.device.gpu(&cpu, 0, &mut |note| super::say!("note: {note}"))?;
-    let (linears, copies) = ((&block, &plain), config.layers.len());
-    let (costs, of) = match &gpu {
-        None => {
-            let of = format!("{}, {threads} threads, {}", cpu_name(), cpu.isa());
-            (Costs::measure(&cpu, linears, copies, link.as_deref())?, of)
-        }
-        Some(gpu) => (Costs::measure(gpu, linears, copies, link.as_deref())?, gpu.device().to_string()),
+    let one = |threads: usize, number: usize, link: Option<&dyn Link>| -> Result<(Costs, String)> {
+        let cpu = CpuBackend::new(Isa::detect(), threads)?;
+        let device = match args.device {
+            DeviceChoice::Cuda(first) => DeviceChoice::Cuda(first + number),
+            other => other,
+        };
+        let (linears, copies) = ((&block, &plain), config.layers.len());
+        let threads = format!("{threads} thread{}", if threads == 1 { "" } else { "s" });
+        Ok(match device.gpu(&cpu, 0, &mut |note| super::say!("note: {note}"))? {
+            None => {
+                (Costs::measure(&cpu, linears, copies, link)?, format!("{threads} of {} ({})", cpu_name(), cpu.isa()))
+            }
+            Some(gpu) => (Costs::measure(&gpu, linears, copies, link)?, gpu.device().to_string()),
+        })
     };
-    if link.as_ref().is_some_and(|link| link.rank() != ROOT) {
-        return Ok(None);
-    }
-    let ranks = link.as_ref().map_or(1, |link: &Arc<dyn Link>| link.size());
-    Ok(Some((costs, format!("{ranks} of {of}, measured"))))
+    let (costs, of, ranks) = match link {
+        Some(link) => {
+            if ranks > 1 && ranks != link.size() {
+                bail!("--measure {ranks}: {} processes were begun together", link.size());
+            }
+            let threads = ranks::share(&*link, args.threads)?.threads;
+            let (costs, of) = one(threads, link.rank(), Some(&*link))?;
+            if link.rank() != ROOT {
+                return Ok(None);
+            }
+            (costs, of, link.size())
+        }
+        None => {
+            let each = (super::options::threads(args.threads) / ranks).max(1);
+            let found: Vec<Result<(Costs, String)>> = std::thread::scope(|scope| {
+                let begin = |link: Thread| {
+                    let one = &one;
+                    scope.spawn(move || one(each, link.rank(), Some(&link)))
+                };
+                let begun: Vec<_> = Thread::all(ranks).into_iter().map(begin).collect();
+                begun.into_iter().map(|t| t.join().unwrap_or_else(|_| bail!("a rank came to nothing"))).collect()
+            });
+            let (costs, of) = found.into_iter().next().context("no rank")??;
+            (costs, of, ranks)
+        }
+    };
+    let ranks = if ranks == 1 { "one rank".to_owned() } else { format!("each of {ranks} ranks") };
+    Ok(Some((costs, format!("{of}, by what {ranks} of it took"))))
 }
 
 /// The device whose figures are taken.
 fn gpu_of(args: &Args) -> Option<&'static Device> {
     let plain = |name: &str| name.to_lowercase().replace([' ', '-', '_'], "");
-    let named = args.costs.is_none() && !args.measure;
+    let named = args.costs.is_none() && args.measure.is_none();
     DEVICES.iter().find(|d| named && plain(d.name).starts_with(&plain(&args.gpu)))
 }
 

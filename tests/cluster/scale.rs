@@ -4,14 +4,21 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread;
+use std::time::Duration;
 
+use recoup::backend::autograd::AutogradBackend;
+use recoup::backend::autograd::multiplier::Multiplier;
+use recoup::backend::autograd::operand::Precision;
 use recoup::backend::cpu::CpuBackend;
 use recoup::backend::parallel::{Parallel, Size, help};
 use recoup::backend::{Backend as _, Batch, PAGE, Span};
 use recoup::checkpoint::Checkpoint;
 use recoup::checkpoint::dialect::Dialect;
+use recoup::checkpoint::identity::identity;
+use recoup::corpus::Row;
 use recoup::evaluate::bench::Case;
 use recoup::evaluate::scale;
+use recoup::evaluate::scale::training::Training;
 use recoup::formats::kv::KvFormat;
 use recoup::logits::{Draw, History, Sampler, SamplingParams, Scratch};
 use recoup::model::{Decoder, Source as _, Wanted};
@@ -19,7 +26,15 @@ use recoup::quantize::Recipe;
 use recoup::quantize::random_model::RandomModel;
 use recoup::ranks::Link;
 use recoup::ranks::threads::Thread;
+use recoup::recover::data::Data;
+use recoup::recover::pace::Pace;
+use recoup::recover::run_folder::RunFolder;
+use recoup::recover::stage::Stage;
+use recoup::recover::student::Student;
+use recoup::recover::team::{self, Models, Team};
+use recoup::recover::trainer::{Event, Plan, Run, Told};
 
+use crate::support::command::Folder;
 use crate::support::fixtures::{architecture_fixtures, cpu, own_fixtures};
 use crate::support::project;
 
@@ -64,6 +79,8 @@ impl Link for Counted {
 
     fn exchange(&self, sent: &[f32], counts: &[usize], received: &mut [f32]) {
         self.link.exchange(sent, counts, received);
+        // All but its own.
+        self.got(size_of_val(received) / self.size() * (self.size() - 1));
     }
 
     fn spread(&self, own: &[f32], counts: &[usize], all: &mut [f32]) {
@@ -256,5 +273,58 @@ fn models_are_reckoned_that_no_machine_here_holds() {
         let (weights, _) = paper.held();
         let all = weights as f64 * size.ranks() as f64 / 1e9;
         assert!(all > gigabytes * 0.95 && all < gigabytes * 1.35, "{shape}: {all} GB");
+    }
+}
+
+/// Bytes that all of `processes` get in a training of so many steps, of four batches each.
+fn trained(processes: usize, steps: usize) -> usize {
+    let [student, teacher] =
+        ["books-nvfp4", "books-bf16"].map(|name| Checkpoint::open(&project().join("models").join(name)).unwrap());
+    let links: Vec<Counted> = Thread::all(processes)
+        .into_iter()
+        .map(|link| Counted { link: Arc::new(link), bytes: Arc::default(), exchanges: Arc::default() })
+        .collect();
+    let bytes: Vec<_> = links.iter().map(|link| link.bytes.clone()).collect();
+    let mut links = links.into_iter();
+    let first = links.next().unwrap();
+    let folder = Folder::new();
+    thread::scope(|scope| {
+        for link in links {
+            scope.spawn(|| team::helper::help(Arc::new(link), Multiplier::Cpu).unwrap());
+        }
+        let team = Arc::new(Team::new(Arc::new(first), processes));
+        let backend = AutogradBackend::with_precision(Precision::Bf16);
+        let known = |c: &Checkpoint| identity(&c.tensors, &mut |_, _| ()).unwrap();
+        let models = Models::of((&student, known(&student)), (&teacher, known(&teacher)), (false, None));
+        let load = || {
+            let own = Student::load(&student, None, backend.clone())?;
+            Ok((own.with_team(Some(team.clone())), Decoder::load(backend.clone(), &teacher)?))
+        };
+        let (mut own, decoder) = team.load(models, load).unwrap();
+        let method = format!("qad:steps={steps},sequences=1,accumulate=4");
+        let stages = vec![Stage::parse(&method, 7).unwrap()];
+        let plan = Plan { stages, evaluate_every: 100, patience: None, save_every: Duration::from_secs(3600) };
+        let rows = (0..8).map(|s| Row::text((0..16).map(|t| (s * 16 + t) % 500).collect())).collect();
+        let data = Data { rows, description: String::new() };
+        let mut run = RunFolder::create(&folder.at("run"), &serde_json::json!({})).unwrap();
+        let mut pace = Pace::new(&plan.stages, &[], 100);
+        let (show, after) = (&mut |_: &Event, _: Told| (), &mut |_: usize, _: &Student| Ok(()));
+        let (teacher, folder, pace) = (Some(&decoder), &mut run, &mut pace);
+        Run { teacher, data: &data, watched: &[], plan: &plan, folder, pace, show, after }.train(&mut own).unwrap();
+        team.dismiss();
+    });
+    bytes.iter().map(|b| b.load(Relaxed)).sum()
+}
+
+#[test]
+fn a_training_gets_the_bytes_that_are_reckoned() {
+    let config = Checkpoint::open(&project().join("models/books-nvfp4")).unwrap().config().unwrap();
+    let training = Training::of(&config, 16, 4);
+    assert_eq!(training.trained, 2_359_296.0);
+    for processes in [1, 2, 4] {
+        let counted = trained(processes, 4) - trained(processes, 2);
+        let reckoned = 2.0 * processes as f64 * training.bytes(processes).iter().sum::<f64>();
+        // And what is said of steps.
+        assert!((counted as f64 - reckoned).abs() < 0.01 * reckoned + 1.0, "{processes}: {counted}, {reckoned}");
     }
 }
