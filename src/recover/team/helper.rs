@@ -87,11 +87,15 @@ pub fn help(link: Arc<dyn Link>, multiplier: Multiplier) -> Result<()> {
             }
             Task::Blocks { options, scales, state, rows, from, steps } => {
                 let taken = helper.take(scales, state);
-                helper.tell(taken);
-                helper.blocks(&options, rows, from, steps)?;
+                let others = Others::new(helper.link.clone());
+                let trained = others.agree(taken).and_then(|()| helper.blocks(&options, rows, (from, steps), &others));
+                known(trained, &others)?;
             }
             Task::Stream { models, options, rows, from, steps } => {
-                helper.stream(&models, &options, rows, from, steps)?;
+                let others = Others::new(helper.link.clone());
+                let scratch = scratch()?;
+                let trained = helper.streamed(&models, &options, rows, (from, steps), &others, scratch.path());
+                known(trained, &others)?;
             }
             Task::Fetch { parameter, kind } => {
                 let (shared, student) = helper.at_work()?;
@@ -104,6 +108,11 @@ pub fn help(link: Arc<dyn Link>, multiplier: Multiplier) -> Result<()> {
 
 fn too_early() -> RecoverError {
     RecoverError::Asked("the first process asks for training before it said of what".into())
+}
+
+/// What went wrong, if not all know of it: that is the root's to say.
+fn known(outcome: Result<()>, others: &Others) -> Result<()> {
+    outcome.or_else(|e| if others.is_over() { Ok(()) } else { Err(e) })
 }
 
 /// A folder for what is written meanwhile, gone afterwards.
@@ -190,36 +199,26 @@ impl Helper {
     }
 
     /// Trains blocks as the root does, and with it.
-    fn blocks(&mut self, options: &block::Options, rows: Vec<Row>, from: usize, steps: usize) -> Result<()> {
+    fn blocks(
+        &mut self,
+        options: &block::Options,
+        rows: Vec<Row>,
+        (from, steps): (usize, usize),
+        others: &Others,
+    ) -> Result<()> {
         let (student, teacher) = self.models.as_mut().ok_or_else(too_early)?;
-        let (others, scratch) = (Others::new(self.link.clone()), scratch()?);
+        let scratch = scratch()?;
         let data = Data { rows, description: String::new() };
         let schedule = &mut Schedule::new(steps, Vec::new());
-        let told = others.clone();
         let each = &mut |_: &BlockReport, _: &Student, schedule: &mut Schedule| {
-            *schedule = Schedule::new(told.tell(None)?, Vec::new());
+            *schedule = Schedule::new(others.tell(None)?, Vec::new());
             Ok(())
         };
         let part = block::Part { options: *options, from, others: Some(others.clone()) };
-        let trained = block::train_part(student, teacher, &data, part, scratch.path(), schedule, each);
-        // What all know of is the root's to say.
-        trained.or_else(|e| if others.is_over() { Ok(()) } else { Err(e) })
+        block::train_part(student, teacher, &data, part, scratch.path(), schedule, each)
     }
 
     /// The same of a model of which a block at a time is in memory.
-    fn stream(
-        &mut self,
-        models: &Models,
-        options: &block::Options,
-        rows: Vec<Row>,
-        from: usize,
-        steps: usize,
-    ) -> Result<()> {
-        let (others, scratch) = (Others::new(self.link.clone()), scratch()?);
-        let streamed = self.streamed(models, options, rows, (from, steps), &others, scratch.path());
-        streamed.or_else(|e| if others.is_over() { Ok(()) } else { Err(e) })
-    }
-
     fn streamed(
         &self,
         models: &Models,

@@ -223,18 +223,18 @@ impl Team {
     pub(super) fn begin(&self, student: &mut Student, options: &Options, from: usize) -> Result<()> {
         let (state, scales) = (state_of(student, from > 0), student.scales());
         self.ask(&Task::Begin(Box::new(Beginning { options: *options, scales, state: state.clone() })));
-        self.send(student, state)?;
+        self.send(student, state);
+        all_told(&*self.link, Ok(()))?;
         *self.shared() = Some(Shared::new(self.link.clone(), student));
         Ok(())
     }
 
     /// Gives the others parts of the student's state.
-    fn send(&self, student: &Student, state: Vec<(usize, String)>) -> Result<()> {
+    fn send(&self, student: &Student, state: Vec<(usize, String)>) {
         for (parameter, kind) in state {
             let mut values = student.parameters[parameter].state_values(&kind).cloned().unwrap_or_default();
             self.link.broadcast_values(&mut values);
         }
-        all_told(&*self.link, Ok(())).map(|_| ())
     }
 
     /// Gives the others the student as it is, to train its blocks from `from` on alike.
@@ -248,8 +248,10 @@ impl Team {
         let (state, scales, rows) = (state_of(student, false), student.scales(), data.rows.clone());
         let options = Box::new(*options);
         self.ask(&Task::Blocks { options, scales, state: state.clone(), rows, from, steps });
-        self.send(student, state)?;
-        Ok(Others::new(self.link.clone()))
+        self.send(student, state);
+        let others = Others::new(self.link.clone());
+        others.agree(Ok(()))?;
+        Ok(others)
     }
 
     /// Has the others open a model that is trained a block at a time, from the block after `trained` on, which are files.
