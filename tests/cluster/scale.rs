@@ -34,7 +34,8 @@ use recoup::recover::student::Student;
 use recoup::recover::team::{self, Models, Team};
 use recoup::recover::trainer::{Event, Plan, Run, Told};
 
-use crate::support::command::Folder;
+use crate::begun::done;
+use crate::support::command::{Folder, NVFP4, recoup, said};
 use crate::support::fixtures::{architecture_fixtures, cpu, own_fixtures};
 use crate::support::project;
 
@@ -326,5 +327,43 @@ fn a_training_gets_the_bytes_that_are_reckoned() {
         let reckoned = 2.0 * processes as f64 * training.bytes(processes).iter().sum::<f64>();
         // And what is said of steps.
         assert!((counted as f64 - reckoned).abs() < 0.01 * reckoned + 1.0, "{processes}: {counted}, {reckoned}");
+    }
+}
+
+#[test]
+fn what_is_reckoned_is_told_and_unit_costs_are_kept() {
+    let folder = Folder::new();
+    let json = |words: &[&str]| -> serde_json::Value {
+        let out = done(&mut recoup(&[&["scale", "--json", "--prompt", "32", "-n", "8"], words].concat()));
+        serde_json::from_slice(&out.stdout).unwrap()
+    };
+    let shape = ["--model-shape", "llama-3.1-8b", "--recipe", "nvfp4", "--batch", "1"];
+    let [slow, fast] =
+        ["a100", "b200"].map(|gpu| json(&[&shape[..], &["--gpu", gpu, "--tensor-parallel-size", "1,2,64"]].concat()));
+    for report in [&slow, &fast] {
+        // Sixty-four ranks cannot share 32 heads, which is said.
+        assert_eq!(report["rows"].as_array().unwrap().len(), 2, "{report:#}");
+    }
+    let step = |report: &serde_json::Value, row: usize| report["rows"][row]["step_seconds"].as_f64().unwrap();
+    let weights = |row: usize| fast["rows"][row]["weight_bytes_of_a_rank"].as_f64().unwrap();
+    assert!(step(&fast, 0) < step(&slow, 0) && weights(1) < 0.55 * weights(0));
+    // Weights that a step reads, at the maker's speed, are most of it: 4.8 GB without the embedding.
+    let floor = (weights(0) - 1.05e9) / 2039e9;
+    assert!((1.0..1.5).contains(&(step(&slow, 0) / floor)), "{} {floor}", step(&slow, 0));
+    let costs = folder.name("costs.json");
+    let measured = json(&[NVFP4, "--measure", "2", "--device", "cpu", "--threads", "2", "-o", &costs]);
+    let again = json(&[NVFP4, "--costs", &costs]);
+    assert_eq!(measured["rows"], again["rows"]);
+    assert!(measured["costs"]["near"]["latency"].as_f64().unwrap() > 0.0, "{measured:#}");
+    let training = json(&[NVFP4, "--train", "1,2"]);
+    assert_eq!(training["rows"][1]["bytes_of_a_process"], 2_359_296.0 * 4.0 * 1.5, "{training:#}");
+    for (words, part) in [
+        (&["--model-shape", "nobody"][..], "llama-3.1-405b"),
+        (&[NVFP4, "--gpu", "voodoo"], "RTX 4090"),
+        (&[NVFP4, "--costs", "README.md"], "README.md"),
+        (&[NVFP4, "--network", "0"], "above 0"),
+    ] {
+        let out = recoup(&[&["scale"], words].concat()).output().unwrap();
+        assert!(!out.status.success() && said(&out).contains(part), "{words:?}: {}", said(&out));
     }
 }

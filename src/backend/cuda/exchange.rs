@@ -33,9 +33,11 @@ impl Road {
     /// The road that all ranks of `world` take, decided by the first one by what all say; `team` are those of this one's stage.
     pub(super) fn of(backend: &CudaBackend, world: &dyn Link, team: &dyn Link) -> Result<Self> {
         let nccl = Nccl::open();
-        let own: Told = match &nccl {
-            Ok(_) => Ok((world.host(), backend.device.identity()?)),
-            Err(reason) => Err(reason.clone()),
+        // Whatever is wrong here, the others have to know.
+        let own: Told = match (&nccl, backend.device.identity()) {
+            (Ok(_), Ok(device)) => Ok((world.host(), device)),
+            (Ok(_), Err(e)) => Err(e.to_string()),
+            (Err(reason), _) => Err(reason.clone()),
         };
         let told = world.gather(&said_by(&own));
         let mut against = if world.rank() == ROOT { against(&told).into_bytes() } else { Vec::new() };
