@@ -94,10 +94,21 @@ enum Verb {
     /// How a model would do on many devices: memory, traffic and time of each rank
     #[cfg(feature = "parallel")]
     Scale(scale::Args),
+    /// How a model would do on many devices (in a build with --features parallel)
+    #[cfg(not(feature = "parallel"))]
+    Scale(NotHere),
     /// What this machine has, which kernel each format gets, and whether a GPU computes what it should
     Doctor(doctor::Args),
     /// Completions for a shell
     Completions(completions::Args),
+}
+
+/// Whatever is given to a verb that a build does not have.
+#[cfg(not(feature = "parallel"))]
+#[derive(clap::Args)]
+struct NotHere {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+    _rest: Vec<std::ffi::OsString>,
 }
 
 /// Exit codes: 0 ok, 1 error, 2 usage (clap's own), 3 gate not met.
@@ -167,6 +178,10 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Bench(a) => bench::run(&a),
         #[cfg(feature = "parallel")]
         Verb::Scale(a) => scale::run(&a),
+        #[cfg(not(feature = "parallel"))]
+        Verb::Scale(_) => {
+            anyhow::bail!("this build of recoup knows no ranks: build it with --features parallel, or cluster")
+        }
         Verb::Doctor(a) => doctor::run(&a),
         Verb::Completions(a) => completions::run(&a, Cli::command()),
     }

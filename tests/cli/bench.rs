@@ -115,3 +115,10 @@ fn requests_that_fail_are_counted_and_said() {
     let text = String::from_utf8(out.stdout).unwrap();
     assert!(text.contains("of 16 requests failed") && text.contains("503"), "{text}");
 }
+
+#[cfg(not(feature = "parallel"))]
+#[test]
+fn a_build_without_ranks_says_so() {
+    let out = recoup(&["scale", "--model-shape", "llama-3.1-70b", "--gpu", "h100"]).output().unwrap();
+    assert!(!out.status.success() && said(&out).contains("--features parallel"), "{}", said(&out));
+}
