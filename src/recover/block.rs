@@ -308,7 +308,7 @@ impl<'a> Walk<'a> {
         let tokens = |chosen: &[usize]| chosen.iter().map(|c| self.data.rows[*c].len()).sum::<usize>();
         let total = tokens(chosen);
         let batches: Vec<&[usize]> = chosen.chunks(self.options.sequences).collect();
-        let one = |chosen: &[usize]| -> Result<()> {
+        let one = |chosen: &[usize]| -> Result<f64> {
             let pass = prepare(student.blocks(), &self.data, chosen)?;
             let x = self.inputs.rows(chosen)?;
             let x = Var::from_tensor(&x).during("block")?;
@@ -319,16 +319,28 @@ impl<'a> Walk<'a> {
             let share = tokens(chosen) as f32 / total as f32;
             worth.iter_mut().for_each(|w| *w *= share);
             let (loss, value) = loss::squared_error(&out, &wanted, &worth).during("block loss")?;
-            if !value.is_finite() {
-                return Err(RecoverError::NotFinite { what: format!("error of block {block}"), step, value });
+            if value.is_finite() {
+                student.apart(|| loss.backward().during("block gradient"))?;
             }
-            student.apart(|| loss.backward().during("block gradient"))?;
-            Ok(())
+            Ok(value)
         };
         let rounds = batches.chunks(size);
         let count = rounds.len();
         for (i, round) in rounds.enumerate() {
-            agreed(self.others.as_ref(), round.get(rank).map_or(Ok(()), |chosen| one(chosen)))?;
+            let own = round.get(rank).map(|chosen| one(chosen)).transpose();
+            // All see alike whose error is no number.
+            let values = match &self.others {
+                None => vec![own?.unwrap_or_default()],
+                Some(others) => {
+                    let counts: Vec<usize> = (0..size).map(|r| usize::from(r < round.len())).collect();
+                    let own = own.map(|value| value.map(|v| vec![v as f32]));
+                    others.share(own, &counts)?.into_iter().map(f64::from).collect()
+                }
+            };
+            if let Some(&value) = values.iter().find(|v| !v.is_finite()) {
+                self.others.iter().for_each(Others::end);
+                return Err(RecoverError::NotFinite { what: format!("error of block {block}"), step, value });
+            }
             if let Some(shared) = shared.as_mut() {
                 shared.sum(student, round.len(), i == 0, i + 1 == count);
             }

@@ -41,8 +41,13 @@ impl Others {
         self.over.load(Ordering::Relaxed)
     }
 
-    fn ended(&self) -> RecoverError {
+    /// All stop, by what all of them see.
+    pub fn end(&self) {
         self.over.store(true, Ordering::Relaxed);
+    }
+
+    fn ended(&self) -> RecoverError {
+        self.end();
         RecoverError::Asked("another process could not go on".into())
     }
 
