@@ -198,17 +198,3 @@ fn a_time_is_planned_for_all_of_them_together() {
         );
     }
 }
-
-/// Numbers that leave their range at one of them end a training by blocks as they end it alone: with what was best until then.
-#[test]
-fn blocks_whose_error_is_no_number_end_early_for_all() {
-    let folder = Folder::new();
-    let method = "block:steps=4,norms=true,lr=1e30,sequences=1,accumulate=4";
-    let run = |processes: usize, name: &str| {
-        let out = recover(processes, &folder.name(name), &["--method", method, "--f32"]).output().unwrap();
-        assert!(!out.status.success() && said(&out).contains("training ended early"), "{}", said(&out));
-    };
-    run(0, "alone");
-    run(2, "two");
-    assert_same_files(&folder.at("alone"), &folder.at("two"));
-}

@@ -147,7 +147,7 @@ impl Recorded {
                         continue;
                     }
                     Event::Broadcast { bytes } if rank > 0 => (*bytes, 0),
-                    Event::Spread { own, all } => (all - own, usize::from(rank == 0 && self.size.tensor > 1)),
+                    Event::Spread { own, all } => (all - own, usize::from(rank == 0)),
                     Event::Receive { bytes, .. } => (*bytes, 0),
                     _ => continue,
                 };

@@ -99,3 +99,49 @@ pub(in crate::recover) fn agreed<T>(others: Option<&Others>, own: Result<T>) -> 
         None => own,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ranks::threads::Thread;
+
+    /// What `each` of three says of all; the number of each is given to it.
+    fn three<T: Send>(each: impl Fn(usize, &Others) -> T + Sync) -> Vec<T> {
+        std::thread::scope(|scope| {
+            let begin = |link: Thread| {
+                let each = &each;
+                scope.spawn(move || each(link.rank(), &Others::new(Arc::new(link))))
+            };
+            let begun: Vec<_> = Thread::all(3).into_iter().map(begin).collect();
+            begun.into_iter().map(|t| t.join().unwrap()).collect()
+        })
+    }
+
+    #[test]
+    fn all_go_on_or_none_and_the_first_one_knows_why() {
+        let all = three(|rank, others| (others.agree(Ok(rank)).unwrap(), others.is_over()));
+        assert_eq!(all, [(0, false), (1, false), (2, false)]);
+        for failing in 0..3 {
+            let wrong = |rank: usize| match rank == failing {
+                true => Err(RecoverError::Asked("the disk is full".into())),
+                false => Ok(()),
+            };
+            let all = three(|rank, others| (others.agree(wrong(rank)).unwrap_err().to_string(), others.is_over()));
+            assert!(all.iter().all(|(_, over)| *over), "{all:?}");
+            assert!(all[0].0.contains("the disk is full") && all[failing].0.contains("the disk is full"), "{all:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_shared_is_in_order_and_the_first_one_decides() {
+        let shared = three(|rank, others| {
+            let own = (rank != 1).then(|| vec![rank as f32; 2 - rank / 2]);
+            others.share(Ok(own), &[2, 0, 1]).unwrap()
+        });
+        assert!(shared.iter().all(|all| *all == [0.0, 0.0, 2.0]), "{shared:?}");
+        let told = three(|rank, others| others.tell((rank == 0).then_some(7)).unwrap());
+        assert_eq!(told, [7; 3]);
+        let ended = three(|_, others| (others.tell(None).is_err(), others.is_over()));
+        assert_eq!(ended, [(true, true); 3]);
+    }
+}

@@ -190,19 +190,43 @@ impl<B: Backend> Rank<B> {
         let stage = get(&self.weights, router, "weight")?.stage;
         self.all_at(x.id, stage)?;
         self.all_at(routed.id, stage)?;
-        self.linears(&[LOGITS], Arg { last: false, ..routed }, &[router])?;
-        self.whole(LOGITS)?;
         let shape = self.shape(x.id)?;
-        let logits = self.tensors.remove(&LOGITS).and_then(|logits| logits.value);
-        let value = match logits {
-            Some(logits) => Some(self.mixed(x.id, &self.backend.route(&logits, rule)?, experts, activation)?),
-            None => None,
+        let value = if self.size.tensor > 1 {
+            self.linears(&[LOGITS], Arg { last: false, ..routed }, &[router])?;
+            self.whole(LOGITS)?;
+            let logits = self.tensors.remove(&LOGITS).and_then(|logits| logits.value);
+            let routing = logits.map(|logits| self.backend.route(&logits, rule)).transpose()?;
+            routing.map(|routing| self.mixed(x.id, &routing, experts, activation)).transpose()?
+        } else if stage == self.stage {
+            Some(self.mixture_of_all((x.id, routed.id), router, experts, activation, rule)?)
+        } else {
+            None
         };
         for arg in [x, routed].into_iter().filter(|arg| arg.last) {
             self.tensors.remove(&arg.id);
         }
         self.insert(to, stage, shape, None, value);
         Ok(())
+    }
+
+    /// The same of a rank that has all of them.
+    fn mixture_of_all(
+        &self,
+        (x, routed): (Id, Id),
+        router: Id,
+        experts: &[(Option<Id>, Id, Id)],
+        activation: Activation,
+        rule: &RouterRule,
+    ) -> Result<B::Tensor> {
+        let weight = |id: Id| {
+            let weight = get(&self.weights, id, "weight")?;
+            weight.value.as_ref().ok_or_else(|| unknown("weight of this rank"))
+        };
+        let ffn = |&(gate, up, down): &(Option<Id>, Id, Id)| -> Result<Ffn<'_, B::Linear>> {
+            Ok(Ffn { gate: gate.map(weight).transpose()?, up: weight(up)?, down: weight(down)?, activation })
+        };
+        let ffns = experts.iter().map(ffn).collect::<Result<Vec<_>>>()?;
+        self.backend.mixture(self.held(x)?, self.held(routed)?, weight(router)?, &ffns, rule)
     }
 
     fn mixed(
