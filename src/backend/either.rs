@@ -257,6 +257,10 @@ impl<A: Backend, B: Backend> Backend for Either<A, B> {
         })
     }
 
+    fn abandon(&self) {
+        of!(self, |by| by.abandon(), by.abandon());
+    }
+
     fn exchanges_by(&self) -> Option<String> {
         of!(self, |by| by.exchanges_by(), by.exchanges_by())
     }

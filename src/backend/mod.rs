@@ -418,6 +418,9 @@ pub trait Backend: Send + Sync + Sized {
         Ok(self)
     }
 
+    /// Other ranks are lost, or wait for what never comes: nothing of them is to be waited for, now or when this is put away.
+    fn abandon(&self) {}
+
     /// By what its tensors get to other ranks, in words, where that is worth a word.
     fn exchanges_by(&self) -> Option<String> {
         None

@@ -274,6 +274,11 @@ impl Backend for CudaBackend {
         Ok(Self { road, ..self })
     }
 
+    fn abandon(&self) {
+        // What is never put away waits for nobody.
+        std::mem::forget(self.road.clone());
+    }
+
     fn exchanges_by(&self) -> Option<String> {
         self.road.said()
     }

@@ -237,6 +237,7 @@ impl<B: Backend> Drop for Shared<B> {
         if state.broken.is_some() {
             // Who waits for what never comes cannot be told anything, and ends when this process has said why it ends.
             std::mem::forget(state.rank.world().clone());
+            state.rank.backend().abandon();
             return;
         }
         // Nothing is left to be told if it cannot be told.
@@ -259,6 +260,15 @@ fn everyones(e: &BackendError) -> bool {
 /// What this rank alone came upon, such as too little memory: the others wait for it in vain then, and have to be ended.
 pub fn help<B: Backend>(backend: B, link: Arc<dyn Link>, size: Size) -> Result<()> {
     let mut rank = Rank::new(backend, link.clone(), size)?;
+    let outcome = follow(&mut rank, &*link);
+    if outcome.is_err() {
+        rank.backend().abandon();
+    }
+    outcome
+}
+
+/// Does what the first rank says, until the end.
+fn follow<B: Backend>(rank: &mut Rank<B>, link: &dyn Link) -> Result<()> {
     loop {
         let mut message = Vec::new();
         link.broadcast(&mut message);
