@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{FloatTile, GROUP, IntegerTile, OFFSET_CODES, Scales, TILE, TWO_120};
+use super::{BytesTile, FloatTile, GROUP, IntegerTile, OFFSET_CODES, Scales, TILE, TWO_120};
 use crate::formats::e2m1;
 use crate::formats::linear::Element;
 
@@ -12,7 +12,7 @@ const HALF: usize = GROUP / 2;
 /// The integer kernel of one set of features: `$dot` adds four byte products to each 32-bit sum, or to each pair of 16-bit sums, and
 /// `$exact` makes 32-bit sums of them, to which the correction is added.
 macro_rules! integer_kernel {
-    ($(#[$meta:meta])* $name:ident, $rows:ident, $features:literal, |$sum:ident, $w:ident, $x:ident| $dot:expr, $exact:expr) => {
+    ($(#[$meta:meta])* $name:ident, $rows:ident, $bytes:ident, $bytes_rows:ident, $features:literal, |$sum:ident, $w:ident, $x:ident| $dot:expr, $exact:expr) => {
         $(#[$meta])*
         ///
         /// # Safety
@@ -91,28 +91,126 @@ macro_rules! integer_kernel {
                 }
             }
         }
+
+        /// The same of weights that are bytes already.
+        ///
+        /// # Safety
+        /// The CPU has the features; the tile's slices cover `rows` (4, 2 or 1) tokens and its groups.
+        #[target_feature(enable = $features)]
+        pub(super) unsafe fn $bytes(t: &BytesTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) {
+            let step = rows.min(2);
+            for group in 0..t.groups {
+                for m in (0..rows).step_by(step) {
+                    let part = Part { half: 2 * group, m, rows };
+                    // SAFETY: the caller's.
+                    unsafe {
+                        match step {
+                            2 => $bytes_rows::<2>(t, part, acc),
+                            _ => $bytes_rows::<1>(t, part, acc),
+                        }
+                    }
+                }
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        unsafe fn $bytes_rows<const M: usize>(t: &BytesTile<'_>, part: Part, acc: &mut [[f32; GROUP]; TILE]) {
+            let blocks = t.k / t.block;
+            let group = part.half / 2;
+            assert!(group < t.groups && part.m + M <= part.rows && t.values.len() >= part.rows * t.k);
+            assert!(t.weights.len() >= t.groups * t.k * GROUP && t.weight_scales.len() >= t.groups * blocks * GROUP);
+            assert!(t.scales.len() >= part.rows * blocks && t.corrections.len() >= part.rows * blocks);
+            // SAFETY: every access is below the lengths asserted above.
+            unsafe {
+                let mut sum = [[_mm256_setzero_ps(); 2]; M];
+                let mut weights = t.weights.as_ptr().add(group * t.k * GROUP);
+                let weight_scales = t.weight_scales.as_ptr().add(group * blocks * GROUP);
+                let mut values = t.values.as_ptr().add(part.m * t.k);
+                for b in 0..blocks {
+                    let mut dot = [[_mm256_setzero_si256(); 2]; M];
+                    for _ in 0..t.block / 4 {
+                        for h in 0..2 {
+                            let $w = _mm256_loadu_si256(weights.add(4 * HALF * h).cast());
+                            for m in 0..M {
+                                let $x = _mm256_set1_epi32(values.add(m * t.k).cast::<i32>().read_unaligned());
+                                let $sum = dot[m][h];
+                                dot[m][h] = $dot;
+                            }
+                        }
+                        weights = weights.add(4 * GROUP);
+                        values = values.add(4);
+                    }
+                    for m in 0..M {
+                        let at = (part.m + m) * blocks + b;
+                        let correction = _mm256_set1_epi32(t.corrections.as_ptr().add(at).read_unaligned());
+                        let x_scale = _mm256_set1_ps(t.scales.as_ptr().add(at).read_unaligned());
+                        for h in 0..2 {
+                            let exact = _mm256_add_epi32($exact(dot[m][h]), correction);
+                            let scale = _mm256_loadu_ps(weight_scales.add(b * GROUP + HALF * h));
+                            let scale = _mm256_mul_ps(scale, x_scale);
+                            sum[m][h] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(exact), sum[m][h]);
+                        }
+                    }
+                }
+                for m in 0..M {
+                    for h in 0..2 {
+                        let to = acc[group * part.rows + part.m + m].as_mut_ptr().add(HALF * h);
+                        _mm256_storeu_ps(to, sum[m][h]);
+                    }
+                }
+            }
+        }
     };
 }
 
 integer_kernel!(
     /// Sums of pairs in 16 bits, which hold a block's.
-    integer, integer_rows, "avx2,fma,f16c",
+    integer, integer_rows, bytes, bytes_rows, "avx2,fma,f16c",
     |sum, w, x| _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x)),
     |sums: __m256i| _mm256_madd_epi16(sums, _mm256_set1_epi16(1))
 );
 integer_kernel!(
     /// By AVX-VNNI, one instruction where AVX2 has two.
-    integer_vnni, integer_vnni_rows, "avx2,fma,f16c,avxvnni",
+    integer_vnni, integer_vnni_rows, bytes_vnni, bytes_vnni_rows, "avx2,fma,f16c,avxvnni",
     |sum, w, x| _mm256_dpbusd_avx_epi32(sum, w, x),
     |sums: __m256i| sums
 );
 #[cfg(test)]
 integer_kernel!(
     /// The same instruction as AVX-512 writes it, for machines that have it in no other way.
-    integer_vnni_512, integer_vnni_512_rows, "avx2,fma,f16c,avx512vl,avx512vnni",
+    integer_vnni_512, integer_vnni_512_rows, bytes_vnni_512, bytes_vnni_512_rows, "avx2,fma,f16c,avx512vl,avx512vnni",
     |sum, w, x| _mm256_dpbusd_epi32(sum, w, x),
     |sums: __m256i| sums
 );
+
+/// What [`BytesTile`] has of packed elements and scales of some groups.
+///
+/// # Safety
+/// The CPU has the features below.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn decode_bytes(packed: &[u8], of: Scales<'_>, bytes: &mut [u8], values: &mut [f32]) {
+    let (packed, bytes) = (packed.as_chunks::<{ 4 * GROUP }>().0, bytes.as_chunks_mut::<{ 8 * GROUP }>().0);
+    assert!(of.cover(values.len() / GROUP));
+    // SAFETY: a chunk of the packed elements and its bytes; there are as many scales as asserted above.
+    unsafe {
+        let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(OFFSET_CODES.as_ptr().cast()));
+        let nibble = _mm256_set1_epi8(15);
+        for (packed, bytes) in packed.iter().zip(bytes) {
+            for half in [0, 4 * HALF] {
+                let packed = _mm256_loadu_si256(packed.as_ptr().add(half).cast());
+                let low = _mm256_shuffle_epi8(table, _mm256_and_si256(packed, nibble));
+                let high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble));
+                _mm256_storeu_si256(bytes.as_mut_ptr().add(half).cast(), low);
+                _mm256_storeu_si256(bytes.as_mut_ptr().add(4 * GROUP + half).cast(), high);
+            }
+        }
+        for (i, values) in values.as_chunks_mut::<GROUP>().0.iter_mut().enumerate() {
+            for half in 0..2 {
+                _mm256_storeu_ps(values.as_mut_ptr().add(HALF * half), scales(of, i, half));
+            }
+        }
+    }
+}
 
 /// The scales of a half of the 16 rows in block `i`.
 ///

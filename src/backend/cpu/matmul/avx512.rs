@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{AHEAD, FloatTile, GROUP, IntegerTile, OFFSET_CODES, Scales, TILE, TWO_120};
+use super::{BytesTile, FloatTile, GROUP, IntegerTile, OFFSET_CODES, Scales, TILE, TWO_120, ahead};
 use crate::formats::e2m1;
 use crate::formats::linear::Element;
 
@@ -45,7 +45,7 @@ unsafe fn integer_rows<const M: usize, const STREAMED: bool>(t: &IntegerTile<'_>
             }
             for c in 0..chunks {
                 if STREAMED {
-                    _mm_prefetch::<_MM_HINT_T0>(weights.wrapping_add(AHEAD).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(weights.wrapping_add(ahead(M)).cast());
                 }
                 let packed = _mm512_loadu_si512(weights.cast());
                 weights = weights.add(4 * GROUP);
@@ -65,6 +65,101 @@ unsafe fn integer_rows<const M: usize, const STREAMED: bool>(t: &IntegerTile<'_>
         }
         for m in 0..M {
             _mm512_storeu_ps(acc[m].as_mut_ptr(), sum[m]);
+        }
+    }
+}
+
+/// # Safety
+/// The CPU has the features below; the tile's slices cover `rows` (4, 2 or 1) tokens and its groups (2 or 1).
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) unsafe fn bytes(t: &BytesTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) {
+    // SAFETY: the caller's.
+    unsafe {
+        match (rows, t.groups) {
+            (4, 2) => bytes_rows::<4, 2>(t, acc),
+            (4, _) => bytes_rows::<4, 1>(t, acc),
+            (2, 2) => bytes_rows::<2, 2>(t, acc),
+            (2, _) => bytes_rows::<2, 1>(t, acc),
+            (_, 2) => bytes_rows::<1, 2>(t, acc),
+            _ => bytes_rows::<1, 1>(t, acc),
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn bytes_rows<const M: usize, const G: usize>(t: &BytesTile<'_>, acc: &mut [[f32; GROUP]; TILE]) {
+    let blocks = t.k / t.block;
+    assert!(t.groups == G && t.weights.len() >= G * t.k * GROUP && t.weight_scales.len() >= G * blocks * GROUP);
+    assert!(t.values.len() >= M * t.k && t.scales.len() >= M * blocks && t.corrections.len() >= M * blocks);
+    // SAFETY: every access is below the lengths asserted above.
+    unsafe {
+        let mut sum = [[_mm512_setzero_ps(); M]; G];
+        let mut weights = t.weights.as_ptr();
+        let mut values = t.values.as_ptr();
+        for b in 0..blocks {
+            let mut dot = [[_mm512_setzero_si512(); M]; G];
+            for m in 0..M {
+                let correction = _mm512_set1_epi32(t.corrections.as_ptr().add(m * blocks + b).read_unaligned());
+                for g in 0..G {
+                    dot[g][m] = correction;
+                }
+            }
+            for _ in 0..t.block / 16 {
+                for c in 0..4 {
+                    let mut w = [_mm512_setzero_si512(); G];
+                    for g in 0..G {
+                        w[g] = _mm512_loadu_si512(weights.add(g * t.k * GROUP + 4 * c * GROUP).cast());
+                    }
+                    for m in 0..M {
+                        let x = values.add(m * t.k + 4 * c).cast::<i32>().read_unaligned();
+                        for g in 0..G {
+                            dot[g][m] = _mm512_dpbusd_epi32(dot[g][m], w[g], _mm512_set1_epi32(x));
+                        }
+                    }
+                }
+                weights = weights.add(16 * GROUP);
+                values = values.add(16);
+            }
+            let mut scale = [_mm512_setzero_ps(); G];
+            for g in 0..G {
+                scale[g] = _mm512_loadu_ps(t.weight_scales.as_ptr().add((g * blocks + b) * GROUP));
+            }
+            for m in 0..M {
+                let x = _mm512_set1_ps(t.scales.as_ptr().add(m * blocks + b).read_unaligned());
+                for g in 0..G {
+                    sum[g][m] = _mm512_fmadd_ps(_mm512_mul_ps(scale[g], x), _mm512_cvtepi32_ps(dot[g][m]), sum[g][m]);
+                }
+            }
+        }
+        for g in 0..G {
+            for m in 0..M {
+                _mm512_storeu_ps(acc[g * M + m].as_mut_ptr(), sum[g][m]);
+            }
+        }
+    }
+}
+
+/// What [`BytesTile`] has of packed elements and scales of some groups.
+///
+/// # Safety
+/// The CPU has the features below.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) unsafe fn decode_bytes(packed: &[u8], of: Scales<'_>, bytes: &mut [u8], values: &mut [f32]) {
+    let (packed, bytes) = (packed.as_chunks::<{ 4 * GROUP }>().0, bytes.as_chunks_mut::<{ 8 * GROUP }>().0);
+    assert!(of.cover(values.len() / GROUP));
+    // SAFETY: a chunk of the packed elements and its bytes; there are as many scales as asserted above.
+    unsafe {
+        let table = _mm512_broadcast_i32x4(_mm_loadu_si128(OFFSET_CODES.as_ptr().cast()));
+        let nibble = _mm512_set1_epi8(15);
+        for (packed, bytes) in packed.iter().zip(bytes) {
+            let packed = _mm512_loadu_si512(packed.as_ptr().cast());
+            let low = _mm512_shuffle_epi8(table, _mm512_and_si512(packed, nibble));
+            let high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(packed, 4), nibble));
+            _mm512_storeu_si512(bytes.as_mut_ptr().cast(), low);
+            _mm512_storeu_si512(bytes.as_mut_ptr().add(4 * GROUP).cast(), high);
+        }
+        for (i, values) in values.as_chunks_mut::<GROUP>().0.iter_mut().enumerate() {
+            _mm512_storeu_ps(values.as_mut_ptr(), scales(of, i));
         }
     }
 }
@@ -164,7 +259,7 @@ macro_rules! float_kernel {
                     for _ in 0..(t.k - b * t.block).min(t.block) / 8 {
                         // Elements of two bytes are read fast enough by so many streams as there are groups.
                         if t.streamed && (M >= 4 || $chunk_bytes <= 128) {
-                            let ahead = AHEAD / G;
+                            let ahead = ahead(M) / G;
                             // After a group's end comes what the next tile reads.
                             let read = weights.offset_from_unsigned(t.weights.as_ptr());
                             let over = if read + ahead < group_bytes { 0 } else { (G - 1) * group_bytes };

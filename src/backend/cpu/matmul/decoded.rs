@@ -1,12 +1,12 @@
-//! A group's elements in f32, made once for all the tokens of a task: where those are many, decoding in every tile would take as
-//! long as its products. The same values, so the same bits.
+//! Elements as the multipliers take them (f32, or bytes with 12 added), made once for all the tokens of a task: where those are many,
+//! decoding in every tile would take as long as its products. The same values, so the same bits.
 
 use std::cell::RefCell;
 
 use super::super::isa::{Isa, Kind};
 #[cfg(target_arch = "aarch64")]
 use super::neon;
-use super::{GROUP, scalar};
+use super::{GROUP, Scales, scalar};
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
 use crate::formats::linear::Element;
@@ -23,17 +23,49 @@ pub(super) fn worthwhile(element: Element, tokens: usize) -> bool {
 
 /// Calls `then` with a group's values as [`Element::F32`] is packed: per k, one of each row.
 pub(super) fn with(isa: Isa, element: Element, packed: &[u8], then: impl FnOnce(&[u8])) {
+    let count = packed.len() / element.row_bytes(GROUP) * GROUP;
+    with_scratch(count, |values| {
+        decode(isa, element, packed, values);
+        // SAFETY: every f32 is four bytes that may be read as such.
+        then(unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), 4 * count) });
+    });
+}
+
+/// Whether a task of so many tokens should make bytes of E2M1 elements once.
+pub(super) fn bytes_are_worthwhile(isa: Isa, tokens: usize) -> bool {
+    tokens >= TOKENS && matches!(isa.kind(), Kind::Avx2 | Kind::AvxVnni | Kind::Avx512)
+}
+
+/// Calls `then` with what a [`super::BytesTile`] has of some groups: their `packed` E2M1 elements, and `scales` of so many blocks.
+pub(super) fn with_bytes(isa: Isa, packed: &[u8], scales: Scales<'_>, blocks: usize, then: impl FnOnce(&[u8], &[f32])) {
+    // A byte of an element where half of one was.
+    let words = 2 * packed.len() / 4;
+    with_scratch(words + blocks * GROUP, |scratch| {
+        let (bytes, values) = scratch.split_at_mut(words);
+        // SAFETY: every f32 is four bytes that may be read and written as such.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast::<u8>(), 4 * words) };
+        match isa.kind() {
+            // SAFETY: an Isa of this kind exists only if the CPU has the features.
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => unsafe { avx512::decode_bytes(packed, scales, bytes, values) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 | Kind::AvxVnni => unsafe { avx2::decode_bytes(packed, scales, bytes, values) },
+            _ => scalar::decode_bytes(packed, scales, bytes, values),
+        }
+        then(bytes, values);
+    });
+}
+
+/// Calls `then` with room for `count` values that begins at a line of the cache.
+fn with_scratch(count: usize, then: impl FnOnce(&mut [f32])) {
     SCRATCH.with_borrow_mut(|scratch| {
-        let count = packed.len() / element.row_bytes(GROUP) * GROUP;
         if scratch.len() < count + LINE {
             scratch.resize(count + LINE, 0.0);
         }
         // A kernel's loads never lie in two lines.
         let skip = scratch.as_ptr().align_offset(4 * LINE).min(LINE);
-        let values = &mut scratch[skip..skip + count];
-        decode(isa, element, packed, values);
-        // SAFETY: every f32 is four bytes that may be read as such.
-        then(unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), 4 * count) });
+        then(&mut scratch[skip..skip + count]);
     });
 }
 

@@ -32,7 +32,6 @@ const TASK_TOKENS: usize = 128;
 
 /// Doubled E2M1 values + 12: unsigned, as x86's byte products want their first factor. The sums of a block stay below
 /// 2¹⁵. `IntegerTile::corrections` undoes the offset.
-#[cfg(target_arch = "x86_64")]
 const OFFSET_CODES: [u8; 16] = {
     let mut t = [0; 16];
     let mut i = 0;
@@ -43,10 +42,12 @@ const OFFSET_CODES: [u8; 16] = {
     t
 };
 
-/// How far ahead of the products weights are asked for that come from memory. Less does not cover its latency where a tile's
-/// arithmetic takes longer than its weights, and cores' own prefetching ends with a page.
+/// How many bytes ahead of the products of so many tokens weights are asked for that come from memory: cores' own prefetching ends with
+/// a page, and where arithmetic takes longer than reading, they have no time for it.
 #[cfg(target_arch = "x86_64")]
-const AHEAD: usize = 2048;
+const fn ahead(tokens: usize) -> usize {
+    if tokens < 4 { 2048 } else { 8192 }
+}
 
 /// What an E4M3 code moved to where f32 has exponent and mantissa is multiplied by; exact, subnormals included.
 const TWO_120: f32 = f32::from_bits((120 + 127) << 23);
@@ -66,6 +67,21 @@ struct IntegerTile<'a> {
     corrections: &'a [i32],
     scales: &'a [f32],
     /// K.
+    k: usize,
+}
+
+/// One tile of an integer product whose weights are bytes already: some tokens and consecutive groups of rows.
+struct BytesTile<'a> {
+    groups: usize,
+    /// [groups][K/4][16][4]: of each row 4 of K, 12 added.
+    weights: &'a [u8],
+    /// [groups][K/block][16]
+    weight_scales: &'a [f32],
+    /// As those of [`IntegerTile`].
+    block: usize,
+    values: &'a [i8],
+    corrections: &'a [i32],
+    scales: &'a [f32],
     k: usize,
 }
 
@@ -163,6 +179,9 @@ pub(super) fn run(isa: Isa, threads: &Threads, jobs: &mut [(&PackedLinear, &Inpu
 }
 
 fn integer_groups(isa: Isa, w: &PackedLinear, x: &IntegerInput, task: &Task, out: Output) {
+    if decoded::bytes_are_worthwhile(isa, task.tokens.len()) {
+        return bytes_groups(isa, w, x, task, out);
+    }
     let blocks = w.k / x.block;
     for group in task.groups.clone() {
         let finish = Finish::new(w, group, out);
@@ -184,6 +203,54 @@ fn integer_groups(isa: Isa, w: &PackedLinear, x: &IntegerInput, task: &Task, out
             m += rows;
         }
     }
+}
+
+/// [`integer_groups`] for many tokens: each group's elements are made bytes once, and two groups share what is read of a token.
+fn bytes_groups(isa: Isa, w: &PackedLinear, x: &IntegerInput, task: &Task, out: Output) {
+    const SIDE_BY_SIDE: usize = 2;
+    let blocks = w.k / x.block;
+    for first in task.groups.clone().step_by(SIDE_BY_SIDE) {
+        let groups = first..task.groups.end.min(first + SIDE_BY_SIDE);
+        let (packed, scales) = (w.groups_data(groups.clone()), w.groups_scales(groups.clone()));
+        // What comes next is asked for a piece with each tile, and is there when its turn comes.
+        let next = w.groups_data(groups.end..task.groups.end.min(groups.end + SIDE_BY_SIDE));
+        let mut pieces = next.chunks((next.len() * TILE / SIDE_BY_SIDE).div_ceil(task.tokens.len()).max(1));
+        decoded::with_bytes(isa, packed, scales, groups.len() * blocks, |weights, weight_scales| {
+            let mut m = task.tokens.start;
+            while m < task.tokens.end {
+                let rows = tile_rows(task.tokens.end - m).min(TILE / SIDE_BY_SIDE);
+                fetch(pieces.next().unwrap_or_default());
+                let tile = BytesTile {
+                    groups: groups.len(),
+                    weights,
+                    weight_scales,
+                    block: x.block,
+                    values: &x.values[m * w.k..],
+                    corrections: &x.corrections[m * blocks..],
+                    scales: &x.scales[m * blocks..],
+                    k: w.k,
+                };
+                let mut acc = [[0.0f32; GROUP]; TILE];
+                bytes_tile(isa, &tile, rows, &mut acc);
+                for (acc, group) in acc.chunks_exact(rows).zip(groups.clone()) {
+                    Finish::new(w, group, out).write(isa, m, acc, [x.global; TILE]);
+                }
+                m += rows;
+            }
+        });
+    }
+}
+
+/// Asks for bytes that will be read soon.
+fn fetch(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in bytes.chunks(64) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: every x86-64 has the instruction, and asking changes nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = bytes;
 }
 
 fn float_groups(isa: Isa, w: &PackedLinear, x: &FloatInput<'_>, task: &Task, out: Output) {
@@ -345,6 +412,22 @@ fn integer_tile(isa: Isa, t: &IntegerTile<'_>, rows: usize, acc: &mut [[f32; GRO
     rows
 }
 
+/// Computes `rows` (4, 2 or 1) tokens of all groups of the tile.
+fn bytes_tile(isa: Isa, t: &BytesTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) {
+    match isa.kind() {
+        // SAFETY: an Isa of this kind exists only if the CPU has the features; slices cover `rows` tokens.
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512 => unsafe { avx512::bytes(t, rows, acc) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx2 => unsafe { avx2::bytes(t, rows, acc) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Kind::AvxVnni => unsafe { avx2::bytes_vnni(t, rows, acc) },
+        _ => scalar::bytes(t, rows, acc),
+    }
+}
+
 /// Computes `rows` tokens of all groups of the tile.
 fn float_tile(isa: Isa, t: &FloatTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) {
     match isa.kind() {
@@ -433,6 +516,39 @@ mod tests {
                 // SAFETY: an Isa of this kind exists only if the CPU has the features; slices cover `rows` tokens.
                 unsafe { avx2::integer_vnni_512(&t, rows, &mut acc) }
                 prop_assert_eq!(bits(&acc, rows), bits(&expected, rows), "AVX-VNNI's kernel");
+            }
+        }
+
+        #[test]
+        fn byte_tiles_of_every_instruction_set_equal_scalar(seed in any::<u64>(), size in 0usize..3, groups in 1usize..3, blocks in 1usize..9, wide in any::<bool>(), e4m3 in any::<bool>()) {
+            let (rows, block) = (1 << size, if wide { 32 } else { 16 });
+            let k = blocks * block;
+            let values: Vec<i8> = bytes(seed ^ 1, rows * k).iter().map(|b| crate::formats::e2m1::DOUBLED[usize::from(b & 15)]).collect();
+            let corrections: Vec<i32> = values.chunks_exact(block).map(|b| -12 * b.iter().map(|&v| i32::from(v)).sum::<i32>()).collect();
+            let (weights, codes) = (bytes(seed, groups * k * GROUP / 2), codes(seed ^ 2, groups * blocks, e4m3));
+            let scales = floats(seed ^ 3, rows * blocks);
+            let of = |codes| if e4m3 { Scales::E4m3(codes) } else { Scales::E8m0(codes) };
+            let mut expected = Vec::new();
+            for (weights, codes) in weights.chunks_exact(k * GROUP / 2).zip(codes.chunks_exact(blocks)) {
+                let t = IntegerTile { weights, streamed: false, weight_scales: of(codes), block, values: &values, corrections: &corrections, scales: &scales, k };
+                let mut acc = [[0.0; GROUP]; TILE];
+                scalar::integer(&t, rows, &mut acc);
+                expected.extend(bits(&acc, rows));
+            }
+            for isa in Isa::available() {
+                decoded::with_bytes(isa, &weights, of(&codes), groups * blocks, |weights, weight_scales| {
+                    let t = BytesTile { groups, weights, weight_scales, block, values: &values, corrections: &corrections, scales: &scales, k };
+                    let mut acc = [[0.0; GROUP]; TILE];
+                    bytes_tile(isa, &t, rows, &mut acc);
+                    assert_eq!(bits(&acc, groups * rows), expected, "{isa}");
+                    #[cfg(target_arch = "x86_64")]
+                    if isa.kind() == Kind::Avx512 {
+                        let mut acc = [[0.0; GROUP]; TILE];
+                        // SAFETY: an Isa of this kind exists only if the CPU has the features; slices cover `rows` tokens.
+                        unsafe { avx2::bytes_vnni_512(&t, rows, &mut acc) }
+                        assert_eq!(bits(&acc, groups * rows), expected, "AVX-VNNI's kernel");
+                    }
+                });
             }
         }
 

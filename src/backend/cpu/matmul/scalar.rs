@@ -1,6 +1,6 @@
 //! The definition of both products, in portable Rust: what every fast kernel equals bit for bit.
 
-use super::{FloatTile, GROUP, IntegerTile, TILE};
+use super::{BytesTile, FloatTile, GROUP, IntegerTile, OFFSET_CODES, Scales, TILE};
 use crate::formats::linear::Element;
 use crate::formats::{e2m1, e4m3};
 
@@ -19,6 +19,39 @@ pub(super) fn integer(t: &IntegerTile<'_>, rows: usize, acc: &mut [[f32; GROUP];
                 acc[lane] = (t.weight_scales.at(b, lane) * scale).mul_add(dot as f32, acc[lane]);
             }
         }
+    }
+}
+
+/// [`integer`] of weights that are bytes already: acc[group · rows + m].
+pub(super) fn bytes(t: &BytesTile<'_>, rows: usize, acc: &mut [[f32; GROUP]; TILE]) {
+    let blocks = t.k / t.block;
+    for (i, acc) in acc[..t.groups * rows].iter_mut().enumerate() {
+        let (group, m) = (i / rows, i % rows);
+        let weights = &t.weights[group * t.k * GROUP..][..t.k * GROUP];
+        for b in 0..blocks {
+            let scales = &t.weight_scales[(group * blocks + b) * GROUP..][..GROUP];
+            for lane in 0..GROUP {
+                let mut dot = t.corrections[m * blocks + b];
+                for k in b * t.block..(b + 1) * t.block {
+                    let weight = weights[k / 4 * 4 * GROUP + 4 * lane + k % 4];
+                    dot += i32::from(weight) * i32::from(t.values[m * t.k + k]);
+                }
+                acc[lane] = (scales[lane] * t.scales[m * blocks + b]).mul_add(dot as f32, acc[lane]);
+            }
+        }
+    }
+}
+
+/// What [`BytesTile`] has of packed elements and scales.
+pub(super) fn decode_bytes(packed: &[u8], scales: Scales<'_>, bytes: &mut [u8], values: &mut [f32]) {
+    for (packed, bytes) in packed.chunks_exact(4 * GROUP).zip(bytes.chunks_exact_mut(8 * GROUP)) {
+        let (low, high) = bytes.split_at_mut(4 * GROUP);
+        for ((code, low), high) in packed.iter().zip(low).zip(high) {
+            (*low, *high) = (OFFSET_CODES[usize::from(code & 15)], OFFSET_CODES[usize::from(code >> 4)]);
+        }
+    }
+    for (i, values) in values.as_chunks_mut::<GROUP>().0.iter_mut().enumerate() {
+        *values = std::array::from_fn(|lane| scales.at(i, lane));
     }
 }
 
