@@ -58,13 +58,18 @@ pub fn largest(values: &[f32]) -> f32 {
 #[inline(always)]
 #[must_use]
 pub fn amax(values: &[f32]) -> f32 {
-    let mut max = 0.0f32;
-    for &v in values {
-        let a = v.abs();
-        max = if a > max { a } else { max };
+    let larger = |max: f32, v: &f32| if v.abs() > max { v.abs() } else { max };
+    // Side by side, so that none waits for another.
+    let (runs, rest) = values.as_chunks::<AMAX_LANES>();
+    let mut max = [0.0f32; AMAX_LANES];
+    for run in runs {
+        max.iter_mut().zip(run).for_each(|(max, v)| *max = larger(*max, v));
     }
-    max
+    max.iter().chain(rest).fold(0.0, larger)
 }
+
+/// Maxima that are found side by side.
+const AMAX_LANES: usize = 16;
 
 /// The least largest magnitude that a scale is computed from: below it, quotients and products with the smallest block
 /// scale would leave f32's normal numbers, and a divisor (6·448 / amax, in BF16) its range. Smaller values become zeros.

@@ -11,8 +11,8 @@ use crate::backend::observe::{Observer, held};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::dialect::kv;
 use crate::engine::{Engine, Limits};
-use crate::formats::amax;
 use crate::formats::kv::KvFormat;
+use crate::formats::largest;
 use crate::model::Decoder;
 use crate::model::ModelConfig;
 use crate::model::modules::Module;
@@ -71,7 +71,8 @@ struct Peaks {
 
 impl Observer for Peaks {
     fn input(&mut self, name: &str, x: &[f32]) {
-        let seen = if x.iter().all(|v| v.is_finite()) { amax(x) } else { f32::NAN };
+        let seen = largest(x);
+        let seen = if seen.is_finite() { seen } else { f32::NAN };
         match self.amax.get_mut(name) {
             Some(max) if max.is_nan() || *max >= seen => {}
             Some(max) => *max = seen,

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{BytesTile, FloatTile, GROUP, IntegerTile, OFFSET_CODES, Scales, TILE, TWO_120};
+use super::{BytesTile, FloatTile, GROUP, IntegerTile, OFFSET_CODES, Scales, TILE, TWO_120, ahead};
 use crate::formats::e2m1;
 use crate::formats::linear::Element;
 
@@ -323,6 +323,13 @@ macro_rules! float_kernel {
                 for b in 0..blocks {
                     let mut dot = [[_mm256_setzero_ps(); M]; H];
                     for _ in 0..(t.k - b * t.block).min(t.block) / 8 {
+                        // One or two tokens' weights are read no faster for it.
+                        if t.streamed && M >= 4 && part.m == 0 {
+                            let at = weights.wrapping_add(part.half / 2 * group_bytes + ahead(M));
+                            for line in (0..$chunk_bytes).step_by(64) {
+                                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(line).cast());
+                            }
+                        }
                         $(
                             for h in 0..H {
                                 let $half = (part.half + h) % 2;

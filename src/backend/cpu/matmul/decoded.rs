@@ -33,7 +33,12 @@ pub(super) fn with(isa: Isa, element: Element, packed: &[u8], then: impl FnOnce(
 
 /// Whether a task of so many tokens should make bytes of E2M1 elements once.
 pub(super) fn bytes_are_worthwhile(isa: Isa, tokens: usize) -> bool {
-    tokens >= TOKENS && matches!(isa.kind(), Kind::Avx2 | Kind::AvxVnni | Kind::Avx512)
+    match isa.kind() {
+        Kind::Avx512 => tokens >= TOKENS,
+        // Their tiles are of two tokens each.
+        Kind::Avx2 | Kind::AvxVnni => tokens >= 8,
+        _ => false,
+    }
 }
 
 /// Calls `then` with what a [`super::BytesTile`] has of some groups: their `packed` E2M1 elements, and `scales` of so many blocks.
