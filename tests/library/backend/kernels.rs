@@ -61,10 +61,10 @@ fn check(weight: (Element, Blocks), input: ActivationFormat, m: usize, n: usize,
 proptest! {
     #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
 
-    /// Every legal pair in each case.
+    /// Every legal pair in each case, now and then with tokens so many that elements are decoded once for all of them.
     #[test]
     fn every_instruction_set_equals_scalar_and_the_exact_product(
-        m in 1usize..20, n in 1usize..50, k in 1usize..300, seed in any::<u64>(),
+        m in prop_oneof![8 => 1usize..20, 1 => 32usize..44], n in 1usize..50, k in 1usize..300, seed in any::<u64>(),
     ) {
         for weight in WEIGHTS {
             for activation in activations() {
